@@ -1,0 +1,14 @@
+"""How long to leave a failing instance alone."""
+
+from __future__ import annotations
+
+FIRST_S = 1.0
+CAP_S = 300.0
+
+
+def delay_s(failures: int) -> float:
+    """Seconds to wait after `failures` failures in a row: 1, 2, 4, … up to five minutes; 0 after none."""
+    if failures <= 0:
+        return 0.0
+    # The exponent is bounded too: 2.0**1024 overflows.
+    return min(CAP_S, FIRST_S * 2.0 ** min(failures - 1, 32))

@@ -1,0 +1,117 @@
+"""From an instance to the exact container the engine is asked for; nothing else can be asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from manager.domain.instance import ContainerFacts, DeviceKind
+from manager.domain.template import CPU_ONLY_ENVIRONMENT
+
+if TYPE_CHECKING:
+    from manager.domain.template import Template
+
+LABEL = "ollama-manager"
+LABEL_MANAGER = f"{LABEL}.manager"
+LABEL_INSTANCE = f"{LABEL}.instance"
+LABEL_HASH = f"{LABEL}.template-hash"
+LABEL_DEVICE = f"{LABEL}.device"
+
+_OLLAMA_HOME = "/root/.ollama"
+_TMPFS = "rw,nosuid,nodev,size=1g,mode=1777"
+
+
+class Reach(StrEnum):
+    """How the daemon gets to a container's HTTP port."""
+
+    ADDRESS = "address"
+    NAME = "name"
+    LOOPBACK = "loopback"
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    source: str
+    target: str
+    read_only: bool
+    bind: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerRequest:
+    """Everything a container is created with. Sizes in bytes.
+
+    `gpu` is the UUID of the one card it may see, None for a CPU-only container, whose `runtime` is then
+    forced to plain `runc`. `loopback_port` publishes the port on 127.0.0.1 only.
+    """
+
+    name: str
+    image: str
+    env: dict[str, str]
+    labels: dict[str, str]
+    mounts: tuple[Mount, ...]
+    tmpfs: dict[str, str]
+    network: str
+    port: int
+    loopback_port: int | None
+    gpu: str | None
+    runtime: str | None
+    memory_bytes: int | None
+    pids: int | None
+    shm_bytes: int | None
+
+
+def container_name(manager_id: str, instance_id: str) -> str:
+    return f"{manager_id}-ollama-{instance_id}"
+
+
+def container_request(
+    template: Template,
+    *,
+    manager_id: str,
+    instance_id: str,
+    gpu: str | None,
+    loopback_port: int | None,
+) -> ContainerRequest:
+    """The container of an instance; its template hash covers every setting, so any change shows."""
+    if (template.device is DeviceKind.GPU) != (gpu is not None):
+        raise ValueError(f"template for {template.device.value} with gpu={gpu!r}")
+    binding = CPU_ONLY_ENVIRONMENT if gpu is None else {"NVIDIA_VISIBLE_DEVICES": gpu}
+    targets = {volume.target for volume in template.volumes}
+    tmpfs = {path: _TMPFS for path in ("/tmp", _OLLAMA_HOME) if path not in targets}  # noqa: S108
+    request = ContainerRequest(
+        name=container_name(manager_id, instance_id),
+        image=template.image,
+        env=dict(sorted((template.env | binding).items())),
+        labels={},
+        mounts=tuple(
+            Mount(source=v.source, target=v.target, read_only=v.read_only, bind=v.is_bind)
+            for v in template.volumes
+        ),
+        tmpfs=tmpfs,
+        network=template.network,
+        port=template.port,
+        loopback_port=loopback_port,
+        gpu=gpu,
+        runtime="runc" if gpu is None else None,
+        memory_bytes=template.limits.memory,
+        pids=template.limits.pids,
+        shm_bytes=template.limits.shm,
+    )
+    settings = json.dumps(asdict(request), sort_keys=True).encode()
+    labels = {
+        LABEL_MANAGER: manager_id,
+        LABEL_INSTANCE: instance_id,
+        LABEL_HASH: hashlib.sha256(settings).hexdigest()[:16],
+        LABEL_DEVICE: gpu or DeviceKind.CPU.value,
+    }
+    return replace(request, labels=labels)
+
+
+def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str) -> bool:
+    """A name proves nothing; only both labels make a container ours."""
+    labels = facts.labels
+    return labels.get(LABEL_MANAGER) == manager_id and labels.get(LABEL_INSTANCE) == instance_id

@@ -1,0 +1,127 @@
+"""What an instance is: its configured side (`InstanceSpec`) and the words for its actual side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from manager.domain.template import Template
+    from manager.errors import Reason
+
+
+class Driver(StrEnum):
+    DOCKER = "docker"
+    EXTERNAL = "external"
+
+
+class DeviceKind(StrEnum):
+    CPU = "cpu"
+    GPU = "gpu"
+
+
+class Target(StrEnum):
+    """What was asked for. A request sets it; reconciliation moves the phase towards it."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+class Phase(StrEnum):
+    """What is. Moves only along the table in `domain.lifecycle`."""
+
+    UNAVAILABLE = "unavailable"
+    STOPPED = "stopped"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+class Health(StrEnum):
+    """What the last probe said; separate from the phase."""
+
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why an instance is not as one would wish, for people and programs."""
+
+    code: Reason
+    message: str
+    log_tail: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long things may take for one instance; seconds throughout. `ttl_s` 0 means never idle-stopped."""
+
+    ttl_s: float
+    start_timeout_s: float
+    stop_timeout_s: float
+    drain_timeout_s: float
+    probe_interval_s: float
+    resync_interval_s: float
+    vram_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceSpec:
+    """One configured instance with every default resolved.
+
+    `device` is what the operator wrote for a GPU instance (`auto`, a UUID or a PCI bus id) and None for
+    the CPU. `device_kind` is None only for an external instance whose device was not declared.
+    """
+
+    id: str
+    driver: Driver
+    device_kind: DeviceKind | None
+    limits: Limits
+    template: Template | None = None
+    device: str | None = None
+    url: str | None = None
+    pinned: bool = False
+    priority: int = 0
+    prewarm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that an instance holds in memory, as `/api/ps` tells it."""
+
+    name: str
+    digest: str
+    size_bytes: int
+    vram_bytes: int
+    expires_at: datetime | None
+
+
+ContainerStatus: TypeAlias = Literal["created", "running", "paused", "exited"]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerFacts:
+    """One container as the engine last described it.
+
+    `status` is the engine's word mapped onto four: what it means for us, not how the engine spells it.
+    `address` is the container's address on its first network, None while it has none.
+    """
+
+    id: str
+    name: str
+    image: str
+    status: ContainerStatus
+    labels: dict[str, str] = field(default_factory=dict)
+    address: str | None = None
+    exit_code: int | None = None
+    out_of_memory: bool = False
+    error: str = ""
+    pid: int | None = None
+    started_at: datetime | None = None

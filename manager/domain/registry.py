@@ -1,0 +1,59 @@
+"""The rows the registry keeps: what must survive a restart, and nothing that can be asked for again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003  (a field type, resolved at run time by the adapter)
+from enum import StrEnum
+
+from manager.domain.idle import UsageSample  # noqa: TC001
+from manager.domain.instance import Target
+
+
+class Operation(StrEnum):
+    """What was being done when the row was written: a daemon that died meanwhile leaves it behind."""
+
+    START = "start"
+    STOP = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceRow:
+    """What is stored of one instance. Times are UTC; None in `ttl_s` and `pinned` means: as configured.
+
+    `usage` carries the counters behind `last_used_at`, with `at` in seconds since the epoch.
+    """
+
+    id: str
+    target: Target = Target.STOPPED
+    operation: Operation | None = None
+    ttl_s: float | None = None
+    pinned: bool | None = None
+    starts: int = 0
+    loopback_port: int | None = None
+    last_used_at: datetime | None = None
+    recreated_at: datetime | None = None
+    usage: UsageSample | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened, as the event stream tells it. `id` grows by one and is never reused."""
+
+    id: int
+    at: datetime
+    instance: str | None
+    kind: str
+    reason: str | None
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedSize:
+    """The GPU memory a model really took on an instance, measured through NVML."""
+
+    instance: str
+    model: str
+    digest: str
+    vram_bytes: int
+    measured_at: datetime

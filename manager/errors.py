@@ -1,0 +1,198 @@
+"""Every error the program raises on purpose, in one tree. Nothing here knows HTTP.
+
+ManagerError
+├── ConfigurationError        the operator wrote something that cannot be used (file, line, key)
+├── UnknownInstanceError
+├── InvalidRequestError       well-formed, but not allowed
+├── ConflictError             the state refuses it
+│   ├── CancelledByStopError
+│   ├── LimitReachedError
+│   ├── LockedError           another process holds the instance
+│   ├── NameConflictError     a container that is not ours has our name
+│   └── StateDirHeldError     another daemon holds the state directory
+├── UnavailableError          something it needs is not there; carries a Reason
+│   ├── EngineError           what the container engine answered
+│   │   ├── EngineUnreachableError
+│   │   ├── ContainerGoneError
+│   │   └── NetworkMissingError
+│   ├── StartFailedError
+│   └── RegistryUnwritableError
+├── DeadlineError
+├── GpuQueryError             NVML did not answer, or said no
+└── RegistryCorruptError
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Reason(StrEnum):
+    """Why something is not as it was asked for. One list for the API, logs, metrics and headers."""
+
+    INSTANCE_STOPPED = "instance_stopped"
+    INSTANCE_UNAVAILABLE = "instance_unavailable"
+    INSTANCE_UNHEALTHY = "instance_unhealthy"
+    GPU_MISSING = "gpu_missing"
+    START_FAILED = "start_failed"
+    START_TIMEOUT = "start_timeout"
+    VRAM_INSUFFICIENT = "vram_insufficient"
+    UPSTREAM_UNREACHABLE = "upstream_unreachable"
+    ENGINE_UNAVAILABLE = "engine_unavailable"
+    IMAGE_MISSING = "image_missing"
+    NAME_CONFLICT = "name_conflict"
+    PORT_TAKEN = "port_taken"
+    CONTAINER_EXITED = "container_exited"
+    OUT_OF_MEMORY = "out_of_memory"
+    GPU_FALLBACK = "gpu_fallback"
+    TEMPLATE_OUTDATED = "template_outdated"
+    CANCELLED = "cancelled"
+
+
+class ManagerError(Exception):
+    """Base of all errors raised on purpose; `code` is stable and safe to match on."""
+
+    code = "internal_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        instance: str | None = None,
+        details: Mapping[str, object] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.instance = instance
+        self.details = dict(details or {})
+        self.retry_after_s = retry_after_s
+
+
+class ConfigurationError(ManagerError):
+    """What the operator wrote cannot be used; the message names file, line and key."""
+
+    code = "configuration_invalid"
+
+
+class UnknownInstanceError(ManagerError):
+    code = "unknown_instance"
+
+
+class InvalidRequestError(ManagerError):
+    code = "invalid_request"
+
+
+class ConflictError(ManagerError):
+    code = "conflict"
+
+
+class CancelledByStopError(ConflictError):
+    """A stop was asked for while the start was still going on."""
+
+    code = Reason.CANCELLED.value
+
+
+class LimitReachedError(ConflictError):
+    code = "max_running_reached"
+
+
+class LockedError(ConflictError):
+    code = "instance_locked"
+
+
+class NameConflictError(ConflictError):
+    code = Reason.NAME_CONFLICT.value
+
+
+class StateDirHeldError(ConflictError):
+    code = "state_dir_held"
+
+
+class UnavailableError(ManagerError):
+    """Something that is needed is not there; `reason` is what status shows."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason,
+        instance: str | None = None,
+        details: Mapping[str, object] | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, instance=instance, details=details, retry_after_s=retry_after_s)
+        self.reason = reason
+        self.code = reason.value
+
+
+class EngineError(UnavailableError):
+    """The engine refused or failed a call; `reason` is the nearest entry of the list."""
+
+
+class EngineUnreachableError(EngineError):
+    """The engine is down, hung or cannot be connected to."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.ENGINE_UNAVAILABLE, retry_after_s=5)
+
+
+class ContainerGoneError(EngineError):
+    """The container that was named does not exist (any more)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.CONTAINER_EXITED)
+
+
+class NetworkMissingError(EngineError):
+    """The network that the container asks for does not exist."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.START_FAILED)
+
+
+class StartFailedError(UnavailableError):
+    """A start did not end in a ready instance; `log_tail` is what its container last said."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason,
+        instance: str | None = None,
+        log_tail: tuple[str, ...] = (),
+        retry_after_s: float | None = None,
+    ) -> None:
+        details = {"log_tail": list(log_tail)} if log_tail else None
+        super().__init__(
+            message, reason=reason, instance=instance, details=details, retry_after_s=retry_after_s
+        )
+        self.log_tail = log_tail
+
+
+class RegistryUnwritableError(UnavailableError):
+    """The registry could not be written (disk full, read-only, locked); nothing was started."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
+        self.code = "registry_unwritable"
+
+
+class DeadlineError(ManagerError):
+    code = "deadline_exceeded"
+
+
+class GpuQueryError(ManagerError):
+    """NVML did not answer in time, or answered with an error."""
+
+    code = "gpu_query_failed"
+
+
+class RegistryCorruptError(ManagerError):
+    """The registry file cannot be read; it is left exactly as it is."""
+
+    code = "registry_corrupt"

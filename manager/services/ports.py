@@ -1,0 +1,179 @@
+"""What the services need of the world. Adapters implement these; `app.py` alone brings both together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from manager.domain.container import ContainerRequest
+    from manager.domain.gpu import Gpu
+    from manager.domain.instance import ContainerFacts, Model
+    from manager.domain.registry import Event, InstanceRow, LearnedSize
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the engine says of itself, as far as it decides something."""
+
+    version: str
+    desktop: bool
+    rootless: bool
+    runtimes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEvent:
+    """A hint that something happened to a container with our label; never the truth by itself."""
+
+    action: str
+    container_id: str
+    instance: str
+    exit_code: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PullProgress:
+    """One line of a pull. Byte counts are of one layer, None where the engine gives none."""
+
+    status: str
+    layer: str | None = None
+    current_bytes: int | None = None
+    total_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerCounters:
+    """What a container has used since it started: traffic in both directions and processor time."""
+
+    network_bytes: int
+    cpu_s: float
+
+
+class Engine(Protocol):
+    """A container engine. Every call has a deadline and raises only `EngineError` and its kin.
+
+    A call that timed out may still have happened: look again before drawing a conclusion.
+    """
+
+    @property
+    def url(self) -> str: ...
+    async def ping(self, timeout_s: float) -> None: ...
+    async def info(self) -> EngineInfo: ...
+    async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]: ...
+    async def inspect(self, container: str) -> ContainerFacts | None:
+        """The container of that id or name, None when there is none."""
+        ...
+
+    async def create(self, request: ContainerRequest) -> str:
+        """Create, never pull. Returns the container's id."""
+        ...
+
+    async def start(self, container_id: str) -> None: ...
+    async def signal(self, container_id: str, name: str) -> None:
+        """Send a signal; a container that has ended already is no error."""
+        ...
+
+    async def remove(self, container_id: str) -> None:
+        """Remove, by force; a container that is gone already is no error."""
+        ...
+
+    async def logs(self, container_id: str, tail: int) -> tuple[str, ...]: ...
+    async def counters(self, container_id: str) -> ContainerCounters: ...
+    async def ensure_network(self, name: str) -> None: ...
+    async def has_image(self, image: str) -> bool: ...
+    def events(self, manager_id: str) -> AsyncIterator[EngineEvent]:
+        """Events from now on, until the connection ends (the iterator ends) or fails (it raises)."""
+        ...
+
+    def pull(self, image: str) -> AsyncIterator[PullProgress]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeAnswer:
+    """What a server said to one probe and about how many bytes that moved on the wire, both ways.
+
+    `loaded` and `available` are None when they were not asked for or the server would not say.
+    """
+
+    version: str
+    loaded: tuple[Model, ...] | None
+    available: tuple[str, ...] | None
+    wire_bytes: int
+
+
+class Upstream(Protocol):
+    """The HTTP side of instances, for probes only."""
+
+    async def answers(self, endpoint: str, path: str, timeout_s: float) -> bool:
+        """Whether `path` is answered with 2xx in time. Never raises."""
+        ...
+
+    async def probe(self, endpoint: str, *, timeout_s: float, models: bool, tags: bool) -> ProbeAnswer:
+        """Ask `/api/version`, then `/api/ps` and `/api/tags` as wanted.
+
+        Raises:
+            UnavailableError: no useful answer in time; the reason says which.
+        """
+        ...
+
+
+class GpuReader(Protocol):
+    async def read(self) -> tuple[Gpu, ...]:
+        """All cards as they are now.
+
+        Raises:
+            GpuQueryError: no driver, no library, an error or no answer in time.
+        """
+        ...
+
+
+class Registry(Protocol):
+    """What survives a restart. A call that returns has been committed to disk.
+
+    Raises:
+        RegistryUnwritableError: the write did not happen, nothing changed.
+    """
+
+    async def instances(self) -> dict[str, InstanceRow]: ...
+    async def save_instance(self, row: InstanceRow) -> None: ...
+    async def bindings(self) -> dict[str, str]:
+        """Instance id -> UUID of its card, of all times."""
+        ...
+
+    async def add_bindings(self, bindings: dict[str, str]) -> None: ...
+    async def append_events(self, events: Sequence[Event]) -> None:
+        """Store events; the oldest beyond the newest 10 000 are dropped."""
+        ...
+
+    async def events_after(self, event_id: int, limit: int) -> tuple[Event, ...]: ...
+    async def last_event_id(self) -> int: ...
+    async def learned_sizes(self) -> tuple[LearnedSize, ...]: ...
+    async def save_learned_size(self, size: LearnedSize) -> None: ...
+    async def close(self) -> None: ...
+
+
+class InstanceLocks(Protocol):
+    def hold(self, instance_id: str) -> AbstractAsyncContextManager[None]:
+        """Hold an instance against other tasks and, through a lock file, other processes.
+
+        Raises:
+            LockedError: another process held it for longer than the bounded wait.
+        """
+        ...
+
+
+class ContainerPids(Protocol):
+    def container_of(self, pid: int) -> str | None:
+        """The full id of the container a host process runs in, None when it runs in none."""
+        ...
+
+
+class Scheduler(Protocol):
+    def every(self, name: str, interval_s: float, tick: Callable[[], None]) -> None: ...
+    def cron(self, name: str, line: str, timezone: str | None, tick: Callable[[], None]) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
