@@ -115,3 +115,18 @@ def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str) -> bool
     """A name proves nothing; only both labels make a container ours."""
     labels = facts.labels
     return labels.get(LABEL_MANAGER) == manager_id and labels.get(LABEL_INSTANCE) == instance_id
+
+
+def choose_reach(wanted: str, *, in_container: bool, direct: bool) -> Reach:
+    """How to get to containers.
+
+    Args:
+        wanted: the template's `auto`, `network` or `loopback`.
+        in_container: the daemon itself runs in a container, so names on a shared network resolve.
+        direct: container addresses are reachable from here: a local engine that shares our network stack.
+    """
+    if wanted == "loopback":
+        return Reach.LOOPBACK
+    if in_container:
+        return Reach.NAME
+    return Reach.ADDRESS if direct or wanted == "network" else Reach.LOOPBACK

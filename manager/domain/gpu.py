@@ -89,7 +89,7 @@ def bind_gpus(
             added[instance_id] = free[0].uuid
             spoken_for.add(free[0].uuid)
     if auto:
-        used = {*bindings, *taken_ids}
+        used = {*bindings, *selectors, *taken_ids}
         for gpu in present:
             if gpu.uuid in spoken_for:
                 continue

@@ -7,15 +7,16 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
 
 from manager.domain.instance import DeviceKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([bkmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNIT = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_SIZE_END = 2**63  # the engine counts in signed 64 bits
 
 
 def parse_size(text: object) -> int:
@@ -24,7 +25,7 @@ def parse_size(text: object) -> int:
     Source of the notation: docker/go-units `RAMInBytes`.
 
     Raises:
-        ValueError: not a size, or not above zero.
+        ValueError: not a size, not above zero, or more than the engine can count.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         size = text
@@ -33,15 +34,59 @@ def parse_size(text: object) -> int:
         if match is None:
             raise ValueError("expected a size such as 512m or 8g")
         size = int(float(match[1]) * _UNIT[match[2].lower()])
-    if size <= 0:
-        raise ValueError("a size must be above zero")
+    if not 0 < size < _SIZE_END:
+        raise ValueError("expected a size above zero and below 8 EiB")
     return size
 
 
+# The engine also spells a mount `source:target:mode`: a colon inside a path could smuggle in a second one.
+_NOT_IN_A_PATH = re.compile(r"[\x00-\x1f\x7f:]")
+
+
 def _absolute(path: str) -> str:
-    if not PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError("expected an absolute path without '..'")
+    """The path in one spelling, so that two spellings of one place cannot be taken for two places."""
+    if not path.startswith("/") or ".." in path.split("/") or _NOT_IN_A_PATH.search(path):
+        raise ValueError("expected an absolute path without '..', ':' and control characters")
+    return str(PurePosixPath("/" + path.lstrip("/")))
+
+
+# Mounting over these would hide the image's own files, or hand a container what its kernel is told by.
+_RESERVED_TARGETS = ("dev", "proc", "sys")
+
+
+def _mount_target(path: str) -> str:
+    first = PurePosixPath(path).parts[1:2]
+    if not first or first[0] in _RESERVED_TARGETS:
+        raise ValueError("expected a directory other than /, /dev, /proc and /sys")
     return path
+
+
+# Docker's own rule for the names of volumes and networks (moby `daemon/names`).
+_NAME = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+
+
+def _mount_source(source: str) -> str:
+    if source.startswith("/"):
+        return _absolute(source)
+    if _NAME.fullmatch(source) is None:
+        raise ValueError("expected the name of a volume or an absolute path on the engine's host")
+    return source
+
+
+# Words that the engine reads as a mode, not as the name of a network; `host` would be a host namespace.
+_NETWORK_MODES = ("default", "host", "none")
+
+
+def _network(name: str) -> str:
+    if _NAME.fullmatch(name) is None or name in _NETWORK_MODES:
+        raise ValueError(f"expected the name of a network, and none of {', '.join(_NETWORK_MODES)}")
+    return name
+
+
+def _without_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("expected text without NUL")
+    return value
 
 
 def _environment(values: object) -> object:
@@ -61,6 +106,20 @@ def _environment(values: object) -> object:
 Size = Annotated[int, BeforeValidator(parse_size)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
+# A name that contains `=` would reach the container as another name: `LD_PRELOAD=x` is then LD_PRELOAD.
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+VariableValue = Annotated[str, AfterValidator(_without_nul)]
+
+# Source of the grammar: distribution/reference, `[registry[:port]/]path[:tag][@digest]`.
+_PATH = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+_IMAGE = (
+    rf"^(?:[a-zA-Z0-9][a-zA-Z0-9.-]*(?::[0-9]{{1,5}})?/)?{_PATH}(?:/{_PATH})*"
+    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?$"
+)
+
+# Source of the bound: moby `daemon/daemon_unix.go`, linuxMinMemory.
+_LEAST_MEMORY = 6 * 2**20
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,9 +128,9 @@ class _Strict(BaseModel):
 class Volume(_Strict):
     """A mount: `source` is a named volume, or an absolute path on the engine's host (a bind)."""
 
-    source: Annotated[str, Field(min_length=1)]
-    target: AbsolutePath
-    read_only: bool = False
+    source: Annotated[str, AfterValidator(_mount_source)]
+    target: Annotated[AbsolutePath, AfterValidator(_mount_target)]
+    read_only: StrictBool = False
 
     @property
     def is_bind(self) -> bool:
@@ -81,8 +140,8 @@ class Volume(_Strict):
 class ContainerLimits(_Strict):
     """Bounds of a container; `vram` is what admission must find free on the card before a start."""
 
-    memory: Size | None = None
-    pids: Annotated[int, Field(ge=16)] | None = 512
+    memory: Annotated[Size, Field(ge=_LEAST_MEMORY)] | None = None
+    pids: Annotated[int, Field(strict=True, ge=16)] | None = 512
     shm: Size | None = None
     vram: Size | None = None
 
@@ -95,12 +154,14 @@ class Template(_Strict):
     """One container template. There is on purpose no key for a command, privileges or random ports."""
 
     description: str = ""
-    image: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._/:@-]*$")]
+    image: Annotated[str, Field(max_length=255, pattern=_IMAGE)]
     device: DeviceKind
-    env: Annotated[dict[str, str], BeforeValidator(_environment)] = Field(default_factory=dict)
+    env: Annotated[dict[VariableName, VariableValue], BeforeValidator(_environment)] = Field(
+        default_factory=dict
+    )
     volumes: tuple[Volume, ...] = ()
-    network: Annotated[str, Field(min_length=1)] = "ollama-manager"
-    port: Annotated[int, Field(ge=1, le=65535)] = 11434
+    network: Annotated[str, AfterValidator(_network)] = "ollama-manager"
+    port: Annotated[int, Field(strict=True, ge=1, le=65535)] = 11434
     reach: Literal["auto", "network", "loopback"] = "auto"
     limits: ContainerLimits = Field(default_factory=ContainerLimits)
     ready: ReadyCheck = Field(default_factory=ReadyCheck)
@@ -175,7 +236,12 @@ def _tagged(image: str) -> str:
 
 
 def _matches(value: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(value, pattern) for pattern in patterns)
+    """`*` and `?` stay inside one step of a path: `ollama:*` must not allow the registry `ollama:5000/…`."""
+    steps = value.split("/")
+    return any(
+        len(steps) == len(wanted) and all(map(fnmatchcase, steps, wanted))
+        for wanted in (pattern.split("/") for pattern in patterns)
+    )
 
 
 def _not_allowed(value: str, key: str, patterns: Sequence[str]) -> str:
@@ -193,8 +259,6 @@ def _contradiction(device: DeviceKind, name: str, value: str) -> str | None:
 def _bind_refusal(volume: Volume, binds: Sequence[str]) -> str | None:
     """A bind is allowed inside an allowed directory, and for writing only where that says `:rw`."""
     source = PurePosixPath(volume.source)
-    if ".." in source.parts:
-        return f"{volume.source!r} contains '..'"
     writable = False
     inside = False
     for entry in binds:

@@ -108,8 +108,8 @@ class ProbeAnswer:
 class Upstream(Protocol):
     """The HTTP side of instances, for probes only."""
 
-    async def answers(self, endpoint: str, path: str, timeout_s: float) -> bool:
-        """Whether `path` is answered with 2xx in time. Never raises."""
+    async def answers(self, url: str, timeout_s: float) -> bool:
+        """Whether `url` is answered with 2xx in time. Never raises."""
         ...
 
     async def probe(self, endpoint: str, *, timeout_s: float, models: bool, tags: bool) -> ProbeAnswer:

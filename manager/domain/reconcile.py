@@ -1,0 +1,91 @@
+"""What to do next about one instance: the core decides, the supervisor acts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from manager.domain.instance import Phase, Target
+from manager.domain.registry import Operation
+
+# A CPU fallback that comes back after a recreation is not going to be mended by another one soon.
+RECREATE_PAUSE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """All that the decision depends on. Times are seconds on one monotonic clock.
+
+    `intent` is the operation that was asked for and is not finished. `retry_at` keeps a failed operation
+    from being repeated at once. `look_due` says that something may have happened to the container.
+    `bury_at` is when a container that has ended may be removed. `recreate_at` is when a container that
+    should be replaced (outdated, or fallen back to the CPU) may be, and `quiet_at` when the instance will
+    have been unused for long enough to do so; None where there is nothing of the kind.
+    """
+
+    now: float
+    engine_up: bool
+    target: Target
+    phase: Phase
+    intent: Operation | None
+    retry_at: float
+    look_due: bool
+    bury_at: float | None
+    recreate_at: float | None
+    quiet_at: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing to do for `for_s` seconds, or (None) until something changes."""
+
+    for_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Ask the engine what has become of the container."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """Bring the container up, or wait for the one that runs to be ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """End the container and remove it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recreate:
+    """End the container in order to start a better one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bury:
+    """Remove a container that ended some time ago."""
+
+
+Action: TypeAlias = Wait | Look | Start | Stop | Recreate | Bury
+
+
+def next_action(s: Situation) -> Action:
+    """The one next thing to do. Without an engine there is none: everything waits for it to come back."""
+    if not s.engine_up:
+        return Wait(None)
+    due: tuple[float, Action] | None = None
+    if s.look_due and s.intent is None:
+        due = (s.now, Look())
+    elif s.intent is not None:
+        due = (s.retry_at, Start() if s.intent is Operation.START else Stop())
+    elif s.phase is Phase.FAILED and s.target is Target.RUNNING:
+        due = (s.retry_at, Start())
+    elif s.bury_at is not None:
+        due = (s.bury_at, Bury())
+    elif s.phase is Phase.READY and s.recreate_at is not None and s.quiet_at is not None:
+        due = (max(s.recreate_at, s.quiet_at), Recreate())
+    if due is None:
+        return Wait(None)
+    at, action = due
+    return action if at <= s.now else Wait(at - s.now)

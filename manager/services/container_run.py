@@ -1,0 +1,318 @@
+"""The two procedures that touch the engine: bring a container up, bring it down. Each records its steps.
+
+Both may be cancelled between any two steps: an engine call that was begun is waited for, because it may
+still happen. A start that fails removes what it has made; one that is cancelled leaves that to what comes
+next, a stop, or the next daemon, which adopts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from manager.domain.container import Reach, is_ours
+from manager.errors import (
+    ContainerGoneError,
+    EngineError,
+    EngineUnreachableError,
+    ManagerError,
+    NameConflictError,
+    NetworkMissingError,
+    Reason,
+    StartFailedError,
+    UnavailableError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from manager.domain.container import ContainerRequest
+    from manager.domain.instance import ContainerFacts, Limits
+    from manager.services.world import World
+
+T = TypeVar("T")
+
+LOG_LINES = 20
+_FIRST_POLL_S = 0.01
+_SLOWEST_POLL_S = 0.25
+_INSPECT_EVERY_S = 1.0
+_ANSWER_TIMEOUT_S = 2.0
+_KILLED_WAIT_S = 10.0
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the event stream says of the container an operation works on; filled in by the supervisor."""
+
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    paused: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A container whose server answers."""
+
+    container: ContainerFacts
+    endpoint: str
+    adopted: bool
+
+
+class ContainerRun:
+    """Brings one instance's container up and down.
+
+    Args:
+        on_container: told of each change of what is known of the container, None once it is gone.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        instance: str,
+        limits: Limits,
+        on_container: Callable[[ContainerFacts | None], None],
+    ) -> None:
+        self._world = world
+        self._instance = instance
+        self._limits = limits
+        self._on_container = on_container
+
+    async def up(
+        self,
+        request: ContainerRequest,
+        *,
+        known: ContainerFacts | None,
+        reach: Reach,
+        ready_path: str,
+        watch: Watch,
+    ) -> Started:
+        """Create and start the container, or take over the one that runs, and wait until it answers.
+
+        Raises:
+            NameConflictError: a container that is not ours has the name; it was not touched.
+            StartFailedError: it ended, or did not answer in time; nothing of it is left.
+            EngineError: the engine refused; nothing is left, unless the engine cannot be reached.
+        """
+        adopted = known is not None and known.status in ("running", "paused")
+        container = known if adopted else None
+        try:
+            if container is None:
+                container = await self._create_and_start(request, known)
+            endpoint = self._endpoint(request, container, reach)
+            await self._until_ready(container, endpoint + ready_path, watch)
+        except StartFailedError as error:
+            raise await self._bury(container, error, request.name) from error
+        except ManagerError:
+            await _finish(self._remove_leftover(request.name))
+            raise
+        await self._step("ready")
+        return Started(container, endpoint, adopted)
+
+    async def down(self, name: str, watch: Watch, *, at_once: bool) -> tuple[str, ...]:
+        """End the container with SIGTERM, then SIGKILL, and remove it. Returns its last log lines.
+
+        What is there is looked up first: a start that was cancelled may have got further than it could tell.
+
+        Args:
+            at_once: there is no work in it that could be cut off; do not ask it, kill it.
+
+        Raises:
+            EngineError: the engine is away or the container will not end; trying again later is right.
+        """
+        engine = self._world.engine
+        container = await engine.inspect(name)
+        if container is None or not self._is_ours(container):
+            self._on_container(None)
+            return ()
+        if container.status in ("running", "paused") and not at_once:
+            await engine.signal(container.id, "SIGTERM")
+            await self._step("signalled")
+            if not await self._ended(container.id, watch, self._limits.stop_timeout_s):
+                await engine.signal(container.id, "SIGKILL")
+                if not await self._ended(container.id, watch, _KILLED_WAIT_S):
+                    raise EngineError(
+                        f"{container.name} did not end within {_KILLED_WAIT_S:g} s of SIGKILL",
+                        reason=Reason.ENGINE_UNAVAILABLE,
+                        retry_after_s=5,
+                    )
+            await self._step("ended")
+        tail = await self.log_tail(container.id)
+        await engine.remove(container.id)
+        self._on_container(None)
+        await self._step("removed")
+        return tail
+
+    async def log_tail(self, container_id: str) -> tuple[str, ...]:
+        try:
+            return await self._world.engine.logs(container_id, LOG_LINES)
+        except EngineError:
+            return ()
+
+    async def _create_and_start(
+        self, request: ContainerRequest, carcass: ContainerFacts | None
+    ) -> ContainerFacts:
+        engine = self._world.engine
+        if carcass is not None:
+            await engine.remove(carcass.id)
+            self._on_container(None)
+        container_id = await _finish(self._create(request))
+        await self._step("created")
+        try:
+            await _finish(engine.start(container_id))
+        except NetworkMissingError:
+            await engine.ensure_network(request.network)
+            await _finish(engine.start(container_id))
+        await self._step("started")
+        facts = await engine.inspect(container_id)
+        if facts is None:
+            raise ContainerGoneError(f"{request.name} was removed while it was being started")
+        self._on_container(facts)
+        return facts
+
+    async def _create(self, request: ContainerRequest) -> str:
+        engine = self._world.engine
+        try:
+            return await engine.create(request)
+        except NetworkMissingError:
+            await engine.ensure_network(request.network)
+            return await engine.create(request)
+        except EngineError as error:
+            if error.reason is not Reason.NAME_CONFLICT:
+                raise
+            other = await engine.inspect(request.name)
+            if other is not None and not self._is_ours(other):
+                raise NameConflictError(
+                    f"a container named {request.name!r} exists and is not managed by "
+                    f"{self._world.manager_id!r}; rename or remove it",
+                    instance=self._instance,
+                    details={"container": other.id, "image": other.image},
+                ) from error
+            # Ours, and unknown until now: what an earlier run left between two steps.
+            if other is not None:
+                await engine.remove(other.id)
+            return await engine.create(request)
+
+    def _endpoint(self, request: ContainerRequest, container: ContainerFacts, reach: Reach) -> str:
+        if reach is Reach.LOOPBACK:
+            return f"http://127.0.0.1:{request.loopback_port}"
+        if reach is Reach.NAME:
+            return f"http://{request.name}:{request.port}"
+        if container.address is None:
+            raise StartFailedError(
+                f"{request.name} has no address on network {request.network!r}",
+                reason=Reason.START_FAILED,
+                instance=self._instance,
+            )
+        return f"http://{container.address}:{request.port}"
+
+    async def _until_ready(self, container: ContainerFacts, url: str, watch: Watch) -> None:
+        now = self._world.now
+        deadline = now() + self._limits.start_timeout_s
+        inspect_at = now() + _INSPECT_EVERY_S
+        pause_s = _FIRST_POLL_S
+        while not watch.ended.is_set():
+            left_s = deadline - now()
+            if left_s <= 0 and not watch.paused:
+                raise StartFailedError(
+                    f"{container.name} runs, but did not answer {url} within "
+                    f"{self._limits.start_timeout_s:g} s",
+                    reason=Reason.START_TIMEOUT,
+                    instance=self._instance,
+                )
+            if await self._world.upstream.answers(url, min(_ANSWER_TIMEOUT_S, max(left_s, 0.05))):
+                return
+            if now() >= inspect_at:  # events are hints: a lost one must not cost the whole deadline
+                inspect_at = now() + _INSPECT_EVERY_S
+                if await self._has_ended(container.id):
+                    break
+            await happens(watch.ended, pause_s)
+            pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
+        raise await self._death(container)
+
+    async def _death(self, container: ContainerFacts) -> StartFailedError:
+        facts = await self._world.engine.inspect(container.id)
+        reason, message = explain_end(container.name, facts)
+        return StartFailedError(message, reason=reason, instance=self._instance)
+
+    async def _ended(self, container_id: str, watch: Watch, timeout_s: float) -> bool:
+        deadline = self._world.now() + timeout_s
+        while not watch.ended.is_set():
+            left_s = deadline - self._world.now()
+            if left_s <= 0:
+                return await self._has_ended(container_id)
+            if not await happens(watch.ended, min(_INSPECT_EVERY_S, left_s)) and await self._has_ended(
+                container_id
+            ):
+                return True
+        return True
+
+    async def _has_ended(self, container_id: str) -> bool:
+        try:
+            facts = await self._world.engine.inspect(container_id)
+        except EngineUnreachableError:
+            return False
+        return facts is None or facts.status in ("exited", "created")
+
+    async def _bury(
+        self, container: ContainerFacts | None, error: StartFailedError, name: str
+    ) -> StartFailedError:
+        tail = await self.log_tail(container.id) if container else ()
+        await _finish(self._remove_leftover(name))
+        return StartFailedError(
+            error.message,
+            reason=error.reason,
+            instance=self._instance,
+            log_tail=tail,
+            retry_after_s=error.retry_after_s,
+        )
+
+    async def _remove_leftover(self, name: str) -> None:
+        """Remove what a failed start has made. By name, because a create may have happened unanswered."""
+        try:
+            facts = await self._world.engine.inspect(name)
+            if facts is not None and self._is_ours(facts):
+                await self._world.engine.remove(facts.id)
+        except UnavailableError:
+            return  # the engine is away: the first listing after it is back finds the rest
+        self._on_container(None)
+
+    def _is_ours(self, facts: ContainerFacts) -> bool:
+        return is_ours(facts, manager_id=self._world.manager_id, instance_id=self._instance)
+
+    async def _step(self, name: str) -> None:
+        await self._world.on_step(self._instance, name)
+
+
+def explain_end(name: str, facts: ContainerFacts | None) -> tuple[Reason, str]:
+    """Why a container is not running any more, in one sentence."""
+    if facts is None:
+        return Reason.CONTAINER_EXITED, f"{name} was removed"
+    if facts.out_of_memory:
+        return (
+            Reason.OUT_OF_MEMORY,
+            f"{name} was ended because it used more memory than its limit allows",
+        )
+    trouble = f" ({facts.error})" if facts.error else ""
+    return Reason.CONTAINER_EXITED, f"{name} ended by itself with exit code {facts.exit_code}{trouble}"
+
+
+async def happens(event: asyncio.Event, within_s: float) -> bool:
+    """Wait for `event`, at most `within_s` seconds; whether it came."""
+    try:
+        async with asyncio.timeout(within_s):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _finish(call: Coroutine[None, None, T]) -> T:
+    """Run `call` to its end even when the caller is cancelled meanwhile; then let the cancellation go on."""
+    task = asyncio.ensure_future(call)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()
+        raise

@@ -1,0 +1,119 @@
+"""Whether the engine is there, and what it says has happened. Events are hints; listings are the truth."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Protocol
+
+from manager.errors import EngineError
+from manager.services.container_run import happens
+
+if TYPE_CHECKING:
+    from manager.domain.instance import ContainerFacts
+    from manager.services.ports import EngineEvent, EngineInfo
+    from manager.services.world import World
+
+
+class Listener(Protocol):
+    """Who is told about the engine; the fleet is one."""
+
+    def engine_found(self, info: EngineInfo, containers: tuple[ContainerFacts, ...]) -> None:
+        """The engine has answered for the first time."""
+        ...
+
+    def engine_listed(self, containers: tuple[ContainerFacts, ...]) -> None: ...
+    def engine_changed(self, *, up: bool) -> None: ...
+    def engine_hint(self, event: EngineEvent) -> None: ...
+
+
+class EngineWatch:
+    """Owns the answer to "is the engine up". A hung engine is found within two probe intervals.
+
+    Args:
+        probe_interval_s: the deadline of a ping; pings begin twice as often, so that the answer comes in time.
+        resync_interval_s: how long a lost event can stay unnoticed.
+    """
+
+    def __init__(
+        self, world: World, listener: Listener, *, probe_interval_s: float, resync_interval_s: float
+    ) -> None:
+        self._world = world
+        self._listener = listener
+        self._probe_interval_s = probe_interval_s
+        self._resync_interval_s = resync_interval_s
+        self._came_up = asyncio.Event()
+        self._resync = asyncio.Event()
+        self.found = False
+        self.up = False
+        self.trouble = "the container engine has not been asked yet"
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._ping_forever(), name="engine pings")
+            tasks.create_task(self._listen_forever(), name="engine events")
+            tasks.create_task(self._list_forever(), name="engine listings")
+
+    async def _ping_forever(self) -> None:
+        while True:
+            began = self._world.now()
+            await self._ping()
+            spent_s = self._world.now() - began
+            await asyncio.sleep(max(0.0, self._probe_interval_s / 2 - spent_s))
+
+    async def _ping(self) -> None:
+        try:
+            await self._world.engine.ping(self._probe_interval_s)
+            if not self.found:
+                await self._find()
+        except EngineError as error:
+            self._went_down(error.message)
+        else:
+            self._is_up()
+
+    async def _find(self) -> None:
+        info = await self._world.engine.info()
+        containers = await self._world.engine.list_containers(self._world.manager_id)
+        self._listener.engine_found(info, containers)
+        self.found = True
+
+    def _is_up(self) -> None:
+        if self.up:
+            return
+        self.up = True
+        self.trouble = ""
+        self._world.journal.record("engine_up", detail=self._world.engine.url)
+        self._listener.engine_changed(up=True)
+        self._came_up.set()
+        self._resync.set()
+
+    def _went_down(self, message: str) -> None:
+        if self.up or message != self.trouble:
+            self._world.journal.record("engine_down", detail=message)
+        self.trouble = message
+        if self.up:
+            self.up = False
+            self._came_up.clear()
+            self._listener.engine_changed(up=False)
+
+    async def _listen_forever(self) -> None:
+        while True:
+            await self._came_up.wait()
+            try:
+                async for event in self._world.engine.events(self._world.manager_id):
+                    self._listener.engine_hint(event)
+            except EngineError:
+                pass  # the ping says whether the engine is gone; the listing finds what was missed
+            self._resync.set()
+            await asyncio.sleep(self._probe_interval_s / 4)
+
+    async def _list_forever(self) -> None:
+        while True:
+            await self._came_up.wait()
+            self._resync.clear()
+            try:
+                containers = await self._world.engine.list_containers(self._world.manager_id)
+            except EngineError:
+                await asyncio.sleep(self._probe_interval_s / 4)
+                continue
+            self._listener.engine_listed(containers)
+            await happens(self._resync, self._resync_interval_s)

@@ -1,0 +1,86 @@
+"""An instance that somebody else runs: probed, listed and leased like the others, never started or stopped."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from manager.domain.instance import Explanation, Health, Phase, Target
+from manager.domain.lifecycle import Fact, advance
+from manager.errors import ConflictError, Reason, UnavailableError
+from manager.services.instance import Instance, View
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from manager.domain.instance import InstanceSpec
+    from manager.services.world import World
+
+
+class ExternalInstance(Instance):
+    def __init__(self, world: World, spec: InstanceSpec) -> None:
+        super().__init__(world, spec)
+        assert spec.url is not None, "configuration gives every external instance a url"  # noqa: S101
+        self._url = spec.url.rstrip("/")
+        self._phase = Phase.UNAVAILABLE
+        self._ready_at: datetime | None = None
+        self._last_used_at: datetime | None = None
+
+    async def run(self) -> None:
+        await self._probe_forever()
+
+    @property
+    def probed_endpoint(self) -> str | None:
+        return self._url
+
+    def usable_endpoint(self) -> str | None:
+        return self._url if self._phase is Phase.READY else None
+
+    def used(self) -> None:
+        self._last_used_at = self._world.utcnow()
+
+    async def start(self, *, explicit: bool = True) -> bool:
+        if explicit:
+            raise ConflictError(f"{self.id} is external: it is never started from here", instance=self.id)
+        raise UnavailableError(
+            f"{self.id} at {self._url} does not answer",
+            reason=Reason.INSTANCE_UNAVAILABLE,
+            instance=self.id,
+            retry_after_s=self.spec.limits.probe_interval_s,
+        )
+
+    async def stop(self, *, force: bool = False) -> bool:
+        del force
+        raise ConflictError(f"{self.id} is external: it is never stopped from here", instance=self.id)
+
+    def view(self) -> View:
+        return View(
+            spec=self.spec,
+            gpu_uuid=None,
+            endpoint=self._url,
+            target=Target.RUNNING,
+            phase=self._phase,
+            health=self._health,
+            explanation=self._health_issue,
+            in_flight=self._leases.in_flight,
+            pinned=False,
+            ttl_s=0,
+            ttl_remaining_s=None,
+            started_at=None,
+            ready_at=self._ready_at,
+            last_used_at=self._last_used_at,
+            last_seen_at=self._last_seen_at,
+            starts=0,
+            container=None,
+            template_hash=None,
+            models=self._models,
+            available_models=self._available,
+        )
+
+    def _set_health(self, health: Health, issue: Explanation | None) -> None:
+        super()._set_health(health, issue)
+        if health is Health.HEALTHY and self._phase is Phase.UNAVAILABLE:
+            self._phase = advance(self._phase, Fact.BECAME_READY)
+            self._ready_at = self._world.utcnow()
+        elif health is Health.UNHEALTHY and self._phase is Phase.READY:
+            self._phase = advance(self._phase, Fact.LOST)
+            self._models = ()

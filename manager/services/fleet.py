@@ -1,0 +1,280 @@
+"""All instances together: who there is, how many may run, sweeps and schedules."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from manager.domain.container import LABEL_INSTANCE, choose_reach, container_name
+from manager.domain.instance import Phase
+from manager.errors import ConflictError, LimitReachedError, ManagerError, UnknownInstanceError
+from manager.services.engine_watch import EngineWatch
+from manager.services.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from manager.domain.instance import ContainerFacts
+    from manager.services.instance import Instance, View
+    from manager.services.ports import EngineEvent, EngineInfo, Scheduler
+    from manager.services.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One cron line and what it does; `instance` is None for a sweep of all."""
+
+    cron: str
+    action: Literal["start", "stop", "reap"]
+    instance: str | None
+    timezone: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep did to one instance, and why."""
+
+    instance: str
+    action: Literal["stopped", "would_stop", "kept", "failed"]
+    detail: str
+
+
+class Fleet:
+    """Owns the set of instances. Everyone else reads views, which are copies.
+
+    Args:
+        members: the configured instances, in order.
+        find_member: makes the instance of a card that was found by itself.
+        max_running: how many container instances may run at a time, None for any number.
+        in_container: the daemon itself runs in a container.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        members: Callable[[Fleet], Iterable[Instance]],
+        find_member: Callable[[Fleet, str], Instance],
+        schedules: tuple[Schedule, ...],
+        max_running: int | None,
+        in_container: bool,
+        probe_interval_s: float,
+        resync_interval_s: float,
+    ) -> None:
+        self._world = world
+        self._find_member = find_member
+        self._schedules = schedules
+        self._max_running = max_running
+        self._in_container = in_container
+        self._probe_interval_s = probe_interval_s
+        self._resync_interval_s = resync_interval_s
+        self._direct = True
+        self._containers: dict[str, ContainerFacts] = {}
+        self._strangers: set[str] = set()
+        self._ticks: asyncio.Queue[Schedule | None] = asyncio.Queue()
+        self._tasks: asyncio.TaskGroup | None = None
+        self._instances: dict[str, Instance] = {}
+        self.engine = EngineWatch(
+            world, self, probe_interval_s=probe_interval_s, resync_interval_s=resync_interval_s
+        )
+        for instance in members(self):
+            self._instances[instance.id] = instance
+
+    # --- who there is -----------------------------------------------------------------------------------------
+
+    def get(self, instance_id: str) -> Instance:
+        """The instance of that id.
+
+        Raises:
+            UnknownInstanceError: there is none; the message names those there are.
+        """
+        try:
+            return self._instances[instance_id]
+        except KeyError:
+            known = ", ".join(self._instances)
+            raise UnknownInstanceError(
+                f"there is no instance {instance_id!r}; there is: {known}", instance=instance_id
+            ) from None
+
+    def managed(self, instance_id: str) -> Supervisor:
+        """The instance of that id, which must be one with a container.
+
+        Raises:
+            ConflictError: it is an external one.
+        """
+        instance = self.get(instance_id)
+        if not isinstance(instance, Supervisor):
+            raise ConflictError(
+                f"{instance_id} is external: it has no container of ours", instance=instance_id
+            )
+        return instance
+
+    def views(self) -> tuple[View, ...]:
+        return tuple(instance.view() for instance in self._instances.values())
+
+    def supervisors(self) -> list[Supervisor]:
+        return [instance for instance in self._instances.values() if isinstance(instance, Supervisor)]
+
+    def may_run(self, instance_id: str) -> None:
+        """Raise LimitReachedError unless one more instance may run."""
+        running = [s.id for s in self.supervisors() if s.occupies and s.id != instance_id]
+        if self._max_running is not None and len(running) >= self._max_running:
+            raise LimitReachedError(
+                f"lifecycle.max_running is {self._max_running}, and {', '.join(running)} run already",
+                instance=instance_id,
+            )
+
+    # --- what goes on by itself -------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Everything, until cancelled. An error here is a defect and ends the daemon."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            for instance in self._instances.values():
+                tasks.create_task(instance.run(), name=f"instance {instance.id}")
+            tasks.create_task(self.engine.run(), name="engine watch")
+            tasks.create_task(self._watch_gpus(), name="gpus")
+            tasks.create_task(self._world.journal.run(), name="journal")
+            tasks.create_task(self._work_off_ticks(), name="schedules")
+            tasks.create_task(self._save_forever(), name="saving")
+
+    def schedule(self, scheduler: Scheduler) -> None:
+        """Register the sweep and the configured schedules; a tick only posts what is to be done."""
+        scheduler.every("sweep", self._probe_interval_s, lambda: self._ticks.put_nowait(None))
+        for number, entry in enumerate(self._schedules):
+            scheduler.cron(
+                f"schedules[{number}]",
+                entry.cron,
+                entry.timezone,
+                lambda entry=entry: self._ticks.put_nowait(entry),  # type: ignore[misc]
+            )
+
+    async def save(self) -> None:
+        for supervisor in self.supervisors():
+            await supervisor.save_use()
+
+    # --- what the engine says ---------------------------------------------------------------------------------
+
+    def engine_found(self, info: EngineInfo, containers: tuple[ContainerFacts, ...]) -> None:
+        url = self._world.engine.url
+        self._direct = url.startswith("unix://") and not info.desktop and not info.rootless
+        self._containers = self._by_instance(containers)
+        for supervisor in self.supervisors():
+            self._introduce(supervisor)
+
+    def engine_listed(self, containers: tuple[ContainerFacts, ...]) -> None:
+        self._containers = self._by_instance(containers)
+        for supervisor in self.supervisors():
+            supervisor.compare(self._containers.get(supervisor.id))
+        for facts in containers:
+            instance = facts.labels.get(LABEL_INSTANCE, "")
+            if instance not in self._instances and facts.id not in self._strangers:
+                self._strangers.add(facts.id)
+                self._world.journal.record(
+                    "unknown_container",
+                    detail=f"{facts.name} is labelled as instance {instance!r}, which is not configured; "
+                    f"`docker rm -f {facts.name}` removes it",
+                )
+
+    def engine_changed(self, *, up: bool) -> None:
+        for supervisor in self.supervisors():
+            supervisor.engine_changed(up=up)
+
+    def engine_hint(self, event: EngineEvent) -> None:
+        instance = self._instances.get(event.instance)
+        if isinstance(instance, Supervisor):
+            instance.hint(event)
+
+    def _by_instance(self, containers: tuple[ContainerFacts, ...]) -> dict[str, ContainerFacts]:
+        named = {container_name(self._world.manager_id, id_): id_ for id_ in self._instances}
+        return {named[facts.name]: facts for facts in containers if facts.name in named}
+
+    def _introduce(self, supervisor: Supervisor) -> None:
+        template = supervisor.spec.template
+        wanted = template.reach if template else "auto"
+        supervisor.reach = choose_reach(wanted, in_container=self._in_container, direct=self._direct)
+        supervisor.first_listing(self._containers.get(supervisor.id))
+        if supervisor.spec.prewarm:
+            supervisor.prewarm()
+
+    async def _watch_gpus(self) -> None:
+        while True:
+            await asyncio.sleep(self._probe_interval_s)
+            await self._world.gpus.refresh()
+            for instance_id in self._world.gpus.instance_ids():
+                if instance_id not in self._instances and self._tasks is not None:
+                    self._join(self._find_member(self, instance_id), self._tasks)
+
+    def _join(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
+        self._instances[instance.id] = instance
+        self._world.journal.record("found", instance=instance.id, detail=str(instance.view().gpu_uuid))
+        if isinstance(instance, Supervisor) and self.engine.found:
+            self._introduce(instance)
+            instance.engine_changed(up=self.engine.up)
+        tasks.create_task(instance.run(), name=f"instance {instance.id}")
+
+    # --- sweeps and schedules ---------------------------------------------------------------------------------
+
+    async def reap(self, *, dry_run: bool = False) -> tuple[Swept, ...]:
+        """One sweep of everything idle past its TTL; returns what became of each container instance."""
+        return tuple(
+            await asyncio.gather(*(self._sweep(supervisor, dry_run) for supervisor in self.supervisors()))
+        )
+
+    async def _sweep(self, supervisor: Supervisor, dry_run: bool) -> Swept:
+        if not supervisor.idle:
+            return Swept(supervisor.id, "kept", _why_kept(supervisor.view()))
+        if dry_run:
+            return Swept(supervisor.id, "would_stop", f"idle past its TTL of {supervisor.ttl_s:g} s")
+        try:
+            if not await supervisor.stop_if_idle():
+                return Swept(supervisor.id, "kept", "used just now")
+            await supervisor.stopped()
+        except ManagerError as error:
+            return Swept(supervisor.id, "failed", error.message)
+        return Swept(supervisor.id, "stopped", f"idle past its TTL of {supervisor.ttl_s:g} s")
+
+    async def _work_off_ticks(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            sweeping: dict[str, asyncio.Task[Swept]] = {}
+            while True:
+                tick = await self._ticks.get()
+                if tick is None or tick.action == "reap":
+                    for supervisor in self.supervisors():
+                        # A stop that hangs must not delay the others, nor be asked for twice.
+                        if supervisor.id not in sweeping or sweeping[supervisor.id].done():
+                            sweeping[supervisor.id] = tasks.create_task(self._sweep(supervisor, False))
+                else:
+                    tasks.create_task(self._run_schedule(tick))
+
+    async def _run_schedule(self, entry: Schedule) -> None:
+        try:
+            supervisor = self.managed(str(entry.instance))
+            changed = supervisor.begin_start() if entry.action == "start" else supervisor.begin_stop()
+        except ManagerError as error:
+            self._world.journal.record(
+                "schedule_failed", instance=entry.instance, detail=f"{entry.cron}: {error.message}"
+            )
+        else:
+            if changed:
+                self._world.journal.record(
+                    "scheduled", instance=entry.instance, detail=f"{entry.action} by {entry.cron!r}"
+                )
+
+    async def _save_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self._resync_interval_s)
+            await self.save()
+
+
+def _why_kept(view: View) -> str:
+    if view.phase is not Phase.READY:
+        return view.phase.value
+    if view.in_flight:
+        return f"{view.in_flight} open leases"
+    if view.pinned:
+        return "pinned"
+    if view.ttl_s <= 0:
+        return "its TTL is 0: it is never stopped for being idle"
+    return f"used recently; {view.ttl_remaining_s or 0:.0f} s left of {view.ttl_s:g} s"

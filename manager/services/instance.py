@@ -1,0 +1,190 @@
+"""What all instances have in common: leases, probes, and a view for everyone else."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manager.domain.instance import (
+    DeviceKind,
+    Driver,
+    Explanation,
+    Health,
+    InstanceSpec,
+    Model,
+    Phase,
+    Target,
+)
+from manager.errors import UnavailableError
+from manager.services.leases import Lease, LeaseBook
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from manager.domain.instance import ContainerFacts
+    from manager.services.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One instance as everyone else sees it: a copy that nothing can be changed through."""
+
+    spec: InstanceSpec
+    gpu_uuid: str | None
+    endpoint: str | None
+    target: Target
+    phase: Phase
+    health: Health
+    explanation: Explanation | None
+    in_flight: int
+    pinned: bool
+    ttl_s: float
+    ttl_remaining_s: float | None
+    started_at: datetime | None
+    ready_at: datetime | None
+    last_used_at: datetime | None
+    last_seen_at: datetime | None
+    starts: int
+    container: ContainerFacts | None
+    template_hash: str | None
+    models: tuple[Model, ...]
+    available_models: tuple[str, ...] | None
+
+
+class Instance(ABC):
+    """One configured instance. Lives on the event loop; all its state belongs to it alone."""
+
+    def __init__(self, world: World, spec: InstanceSpec) -> None:
+        self.spec = spec
+        self.id = spec.id
+        self._world = world
+        self._leases = LeaseBook(spec.id, self._on_release)
+        self._health = Health.UNKNOWN
+        self._health_issue: Explanation | None = None
+        self._models: tuple[Model, ...] = ()
+        self._available: tuple[str, ...] | None = None
+        self._last_seen_at: datetime | None = None
+        self.own_bytes = 0
+        self.probe_bytes = 0
+        self._last_probe_bytes = 0
+        self._tags_due = 0.0
+
+    @abstractmethod
+    async def run(self) -> None:
+        """Do everything the instance does by itself, until cancelled."""
+
+    @abstractmethod
+    def view(self) -> View: ...
+
+    @abstractmethod
+    async def start(self, *, explicit: bool = True) -> bool:
+        """Have it running and ready; False when it already was."""
+
+    @abstractmethod
+    async def stop(self, *, force: bool = False) -> bool:
+        """Have it stopped; False when it already was."""
+
+    @property
+    @abstractmethod
+    def probed_endpoint(self) -> str | None:
+        """Where probes go; None while there is nothing to probe."""
+
+    @abstractmethod
+    def usable_endpoint(self) -> str | None:
+        """Where leases lead; None while none may be given."""
+
+    @abstractmethod
+    def used(self) -> None:
+        """The instance has been used until just now."""
+
+    async def lease(self) -> Lease:
+        """Start the instance if need be and take a lease on it, atomically with the idle check.
+
+        Whoever cancels this does not stop a start that others wait for.
+
+        Raises:
+            ManagerError: as `start`.
+        """
+        while (endpoint := self.usable_endpoint()) is None:
+            await self.start(explicit=False)
+        self.used()
+        return self._leases.grant(endpoint)
+
+    async def probe(self) -> None:
+        """Ask the server how it is. Touches health and models only, never phase or use."""
+        endpoint = self.probed_endpoint
+        if endpoint is None:
+            return
+        now = self._world.now()
+        tags = now >= self._tags_due
+        self.probe_bytes = self._last_probe_bytes
+        try:
+            answer = await self._world.upstream.probe(
+                endpoint, timeout_s=self.spec.limits.probe_interval_s, models=True, tags=tags
+            )
+        except UnavailableError as error:
+            if self.probed_endpoint == endpoint:
+                self._set_health(Health.UNHEALTHY, Explanation(error.reason, error.message))
+            return
+        finally:
+            self.probe_bytes = 0
+        self.own_bytes += answer.wire_bytes
+        self._last_probe_bytes = max(self._last_probe_bytes, answer.wire_bytes)
+        if self.probed_endpoint != endpoint:
+            return  # it went away meanwhile: the answer is of the past
+        self._last_seen_at = self._world.utcnow()
+        if answer.loaded is not None:
+            self._models = answer.loaded
+        if answer.available is not None:
+            self._available = answer.available
+            self._tags_due = now + self.spec.limits.resync_interval_s
+        self._set_health(Health.HEALTHY, None)
+        await self._probed()
+
+    async def _probed(self) -> None:
+        """Called after each probe that was answered."""
+
+    async def _probe_forever(self) -> None:
+        interval_s = self.spec.limits.probe_interval_s
+        while True:
+            began = self._world.now()
+            await self.probe()
+            await asyncio.sleep(max(0.0, began + interval_s - self._world.now()))
+
+    def _set_health(self, health: Health, issue: Explanation | None) -> None:
+        if health is not self._health and not (self._health is Health.UNKNOWN and issue is None):
+            self._world.journal.record(
+                health.value,
+                instance=self.id,
+                reason=issue.code if issue else None,
+                detail=issue.message if issue else "",
+            )
+        self._health = health
+        self._health_issue = issue
+
+    def _reset_health(self) -> None:
+        self._health = Health.UNKNOWN
+        self._health_issue = None
+        self._models = ()
+        self._tags_due = 0.0
+
+    def _on_release(self) -> None:
+        self.used()
+
+    @property
+    def models(self) -> tuple[Model, ...]:
+        return self._models
+
+    @property
+    def in_flight(self) -> int:
+        return self._leases.in_flight
+
+    @property
+    def is_external(self) -> bool:
+        return self.spec.driver is Driver.EXTERNAL
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.spec.device_kind is DeviceKind.GPU

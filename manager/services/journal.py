@@ -1,0 +1,92 @@
+"""What happened, in order: logged once, kept in the registry, followed live by subscribers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.domain.registry import Event
+from manager.errors import RegistryUnwritableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from datetime import datetime
+
+    from manager.errors import Reason
+    from manager.services.ports import Registry
+
+_log = structlog.get_logger("events")
+
+_IN_MEMORY = 1000
+_PAGE = 500
+
+
+class Journal:
+    """Owns the numbering of events. `record` never blocks: storing happens in `run`, in batches."""
+
+    def __init__(self, registry: Registry, *, last_id: int, utcnow: Callable[[], datetime]) -> None:
+        self._registry = registry
+        self._last_id = last_id
+        self._utcnow = utcnow
+        self._recent: deque[Event] = deque(maxlen=_IN_MEMORY)
+        self._unsaved: list[Event] = []
+        self._news = asyncio.Event()
+
+    @property
+    def last_id(self) -> int:
+        return self._last_id
+
+    def record(
+        self, kind: str, *, instance: str | None = None, reason: Reason | None = None, detail: str = ""
+    ) -> None:
+        self._last_id += 1
+        event = Event(
+            id=self._last_id, at=self._utcnow(), instance=instance, kind=kind, reason=reason, detail=detail
+        )
+        _log.info(kind, instance=instance, reason=reason and reason.value, detail=detail or None)
+        self._recent.append(event)
+        self._unsaved.append(event)
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def follow(self, after_id: int) -> AsyncIterator[Event]:
+        """Every event after `after_id`, stored ones first, then live ones, without an end."""
+        while self._recent and after_id < self._recent[0].id - 1:
+            page = await self._registry.events_after(after_id, _PAGE)
+            page = tuple(event for event in page if event.id < self._recent[0].id)
+            if not page:
+                break
+            for event in page:
+                yield event
+            after_id = page[-1].id
+        while True:
+            news = self._news
+            for event in [event for event in self._recent if event.id > after_id]:
+                yield event
+                after_id = event.id
+            if self._last_id <= after_id:
+                await news.wait()
+
+    async def run(self) -> None:
+        """Store what was recorded, until cancelled; then store the rest."""
+        try:
+            while True:
+                news = self._news
+                await self.flush()
+                if not self._unsaved:
+                    await news.wait()
+        finally:
+            await self.flush()
+
+    async def flush(self) -> None:
+        batch, self._unsaved = self._unsaved, []
+        if not batch:
+            return
+        try:
+            await self._registry.append_events(batch)
+        except RegistryUnwritableError as error:
+            # The events stay visible in memory; a full disk must not stop the daemon.
+            _log.warning("events_not_stored", count=len(batch), error=error.message)

@@ -1,0 +1,50 @@
+"""Leases: the proof that an instance is in use. Given out and taken back on the event loop, so atomically."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Lease:
+    """The right to use an instance until `release`, which counts once however often it is called.
+
+    Also a context manager: leaving it releases.
+    """
+
+    __slots__ = ("_give_back", "endpoint", "instance")
+
+    def __init__(self, instance: str, endpoint: str, give_back: Callable[[], None]) -> None:
+        self.instance = instance
+        self.endpoint = endpoint
+        self._give_back: Callable[[], None] | None = give_back
+
+    def release(self) -> None:
+        give_back, self._give_back = self._give_back, None
+        if give_back is not None:
+            give_back()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class LeaseBook:
+    """Counts the open leases of one instance."""
+
+    def __init__(self, instance: str, on_release: Callable[[], None]) -> None:
+        self._instance = instance
+        self._on_release = on_release
+        self.in_flight = 0
+
+    def grant(self, endpoint: str) -> Lease:
+        self.in_flight += 1
+        return Lease(self._instance, endpoint, self._take_back)
+
+    def _take_back(self) -> None:
+        self.in_flight -= 1
+        self._on_release()

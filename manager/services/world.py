@@ -1,0 +1,38 @@
+"""What every instance shares: the outside, the clock, and what the fleet decides for all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from datetime import datetime
+
+    from manager.services.gpus import Gpus
+    from manager.services.journal import Journal
+    from manager.services.ports import Engine, InstanceLocks, Registry, Upstream
+
+
+async def no_step(_instance: str, _step: str) -> None:
+    """Called after each recorded step of an operation; only tests put something else here."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Collaborators of all instances.
+
+    `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
+    that has been recorded, which is where a test lets the daemon die.
+    """
+
+    manager_id: str
+    engine: Engine
+    registry: Registry
+    locks: InstanceLocks
+    upstream: Upstream
+    gpus: Gpus
+    journal: Journal
+    now: Callable[[], float]
+    utcnow: Callable[[], datetime]
+    on_step: Callable[[str, str], Awaitable[None]] = no_step
