@@ -149,7 +149,7 @@ class DockerEngine:
 
     async def has_image(self, image: str) -> bool:
         try:
-            await self._call(lambda client: client.inspect_image(image))
+            await self._call(lambda client: client.inspect_image(image))  # type: ignore[no-untyped-call]
         except EngineError as error:
             if error.reason is Reason.IMAGE_MISSING:
                 return False
@@ -228,7 +228,7 @@ class DockerEngine:
             client = self._idle.pop()  # list.pop and list.append are atomic
         except IndexError:
             client = self._connect(timeout_s)
-        client.timeout = timeout_s
+        client.timeout = timeout_s  # type: ignore[assignment]  # the stubs know whole seconds only
         return client
 
     def _connect(self, timeout_s: float | None) -> docker.APIClient:
@@ -338,7 +338,9 @@ def _post(
 
 def _create(client: docker.APIClient, request: ContainerRequest) -> dict[str, Any]:
     port = f"{request.port}/tcp"
-    bindings = {port: ("127.0.0.1", request.loopback_port)} if request.loopback_port else None
+    bindings: dict[int | str, Any] | None = (
+        {port: ("127.0.0.1", request.loopback_port)} if request.loopback_port else None
+    )
     devices = (
         [DeviceRequest(driver="nvidia", device_ids=[request.gpu], capabilities=[["gpu"]])]
         if request.gpu

@@ -85,6 +85,7 @@ class InstanceSpec:
     device_kind: DeviceKind | None
     limits: Limits
     template: Template | None = None
+    template_name: str | None = None
     device: str | None = None
     url: str | None = None
     pinned: bool = False

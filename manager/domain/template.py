@@ -117,8 +117,13 @@ _IMAGE = (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?$"
 )
 
-# Source of the bound: moby `daemon/daemon_unix.go`, linuxMinMemory.
-_LEAST_MEMORY = 6 * 2**20
+_LEAST_MEMORY = 6 * 2**20  # moby `daemon/daemon_unix.go`, linuxMinMemory
+
+
+def _memory(size: int) -> int:
+    if size < _LEAST_MEMORY:
+        raise ValueError("expected 6m or more")
+    return size
 
 
 class _Strict(BaseModel):
@@ -140,7 +145,7 @@ class Volume(_Strict):
 class ContainerLimits(_Strict):
     """Bounds of a container; `vram` is what admission must find free on the card before a start."""
 
-    memory: Annotated[Size, Field(ge=_LEAST_MEMORY)] | None = None
+    memory: Annotated[Size, AfterValidator(_memory)] | None = None
     pids: Annotated[int, Field(strict=True, ge=16)] | None = 512
     shm: Size | None = None
     vram: Size | None = None

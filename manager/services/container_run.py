@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from manager.domain.container import Reach, is_ours
+from manager.domain.instance import ContainerFacts
 from manager.errors import (
     ContainerGoneError,
     EngineError,
@@ -28,12 +29,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from manager.domain.container import ContainerRequest
-    from manager.domain.instance import ContainerFacts, Limits
+    from manager.domain.instance import Limits
     from manager.services.world import World
 
 T = TypeVar("T")
 
 LOG_LINES = 20
+_KEPT_LINES = 1000
 _FIRST_POLL_S = 0.01
 _SLOWEST_POLL_S = 0.25
 _INSPECT_EVERY_S = 1.0
@@ -93,10 +95,13 @@ class ContainerRun:
             StartFailedError: it ended, or did not answer in time; nothing of it is left.
             EngineError: the engine refused; nothing is left, unless the engine cannot be reached.
         """
+        container: ContainerFacts | None = None
         adopted = known is not None and known.status in ("running", "paused")
-        container = known if adopted else None
         try:
-            if container is None:
+            if known is not None and adopted:
+                container = await self._inspected(known.id)
+                watch.paused = container.status == "paused"
+            else:
                 container = await self._create_and_start(request, known)
             endpoint = self._endpoint(request, container, reach)
             await self._until_ready(container, endpoint + ready_path, watch)
@@ -136,15 +141,15 @@ class ContainerRun:
                         retry_after_s=5,
                     )
             await self._step("ended")
-        tail = await self.log_tail(container.id)
+        tail = await self.log_tail(container.id, _KEPT_LINES)
         await engine.remove(container.id)
         self._on_container(None)
         await self._step("removed")
         return tail
 
-    async def log_tail(self, container_id: str) -> tuple[str, ...]:
+    async def log_tail(self, container_id: str, lines: int = LOG_LINES) -> tuple[str, ...]:
         try:
-            return await self._world.engine.logs(container_id, LOG_LINES)
+            return await self._world.engine.logs(container_id, lines)
         except EngineError:
             return ()
 
@@ -156,6 +161,16 @@ class ContainerRun:
             await engine.remove(carcass.id)
             self._on_container(None)
         container_id = await _finish(self._create(request))
+        # Known before it runs: its death may be told before anyone has looked at it.
+        self._on_container(
+            ContainerFacts(
+                id=container_id,
+                name=request.name,
+                image=request.image,
+                status="created",
+                labels=request.labels,
+            )
+        )
         await self._step("created")
         try:
             await _finish(engine.start(container_id))
@@ -163,9 +178,12 @@ class ContainerRun:
             await engine.ensure_network(request.network)
             await _finish(engine.start(container_id))
         await self._step("started")
-        facts = await engine.inspect(container_id)
+        return await self._inspected(container_id)
+
+    async def _inspected(self, container_id: str) -> ContainerFacts:
+        facts = await self._world.engine.inspect(container_id)
         if facts is None:
-            raise ContainerGoneError(f"{request.name} was removed while it was being started")
+            raise ContainerGoneError("the container was removed while it was being started")
         self._on_container(facts)
         return facts
 

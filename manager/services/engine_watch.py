@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 class Listener(Protocol):
     """Who is told about the engine; the fleet is one."""
 
-    def engine_found(self, info: EngineInfo, containers: tuple[ContainerFacts, ...]) -> None:
-        """The engine has answered for the first time."""
+    def engine_found(
+        self, info: EngineInfo, containers: tuple[ContainerFacts, ...], *, in_container: bool
+    ) -> None:
+        """The engine has answered for the first time; `in_container`: the daemon is one of its containers."""
         ...
 
     def engine_listed(self, containers: tuple[ContainerFacts, ...]) -> None: ...
@@ -30,15 +32,23 @@ class EngineWatch:
     """Owns the answer to "is the engine up". A hung engine is found within two probe intervals.
 
     Args:
+        own_names: see `Fleet`.
         probe_interval_s: the deadline of a ping; pings begin twice as often, so that the answer comes in time.
         resync_interval_s: how long a lost event can stay unnoticed.
     """
 
     def __init__(
-        self, world: World, listener: Listener, *, probe_interval_s: float, resync_interval_s: float
+        self,
+        world: World,
+        listener: Listener,
+        *,
+        own_names: tuple[str, ...],
+        probe_interval_s: float,
+        resync_interval_s: float,
     ) -> None:
         self._world = world
         self._listener = listener
+        self._own_names = own_names
         self._probe_interval_s = probe_interval_s
         self._resync_interval_s = resync_interval_s
         self._came_up = asyncio.Event()
@@ -71,9 +81,11 @@ class EngineWatch:
             self._is_up()
 
     async def _find(self) -> None:
-        info = await self._world.engine.info()
-        containers = await self._world.engine.list_containers(self._world.manager_id)
-        self._listener.engine_found(info, containers)
+        engine = self._world.engine
+        info = await engine.info()
+        containers = await engine.list_containers(self._world.manager_id)
+        itself = [await engine.inspect(name) for name in self._own_names]
+        self._listener.engine_found(info, containers, in_container=any(itself))
         self.found = True
 
     def _is_up(self) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from manager.domain.container import LABEL_INSTANCE, choose_reach, container_name
 from manager.domain.instance import Phase
-from manager.errors import ConflictError, LimitReachedError, ManagerError, UnknownInstanceError
+from manager.errors import (
+    ConflictError,
+    EngineUnreachableError,
+    LimitReachedError,
+    ManagerError,
+    UnknownInstanceError,
+)
 from manager.services.engine_watch import EngineWatch
 from manager.services.supervisor import Supervisor
 
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
     from manager.services.instance import Instance, View
     from manager.services.ports import EngineEvent, EngineInfo, Scheduler
     from manager.services.world import World
+
+
+_SETTLE_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +56,7 @@ class Fleet:
         members: the configured instances, in order.
         find_member: makes the instance of a card that was found by itself.
         max_running: how many container instances may run at a time, None for any number.
-        in_container: the daemon itself runs in a container.
+        own_names: names under which the engine would know the daemon, if it ran in one of its containers.
     """
 
     def __init__(
@@ -58,7 +67,7 @@ class Fleet:
         find_member: Callable[[Fleet, str], Instance],
         schedules: tuple[Schedule, ...],
         max_running: int | None,
-        in_container: bool,
+        own_names: tuple[str, ...],
         probe_interval_s: float,
         resync_interval_s: float,
     ) -> None:
@@ -66,7 +75,7 @@ class Fleet:
         self._find_member = find_member
         self._schedules = schedules
         self._max_running = max_running
-        self._in_container = in_container
+        self._in_container = False
         self._probe_interval_s = probe_interval_s
         self._resync_interval_s = resync_interval_s
         self._direct = True
@@ -76,7 +85,11 @@ class Fleet:
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
         self.engine = EngineWatch(
-            world, self, probe_interval_s=probe_interval_s, resync_interval_s=resync_interval_s
+            world,
+            self,
+            own_names=own_names,
+            probe_interval_s=probe_interval_s,
+            resync_interval_s=resync_interval_s,
         )
         for instance in members(self):
             self._instances[instance.id] = instance
@@ -125,6 +138,17 @@ class Fleet:
                 instance=instance_id,
             )
 
+    def why_not_ready(self) -> tuple[str, ...]:
+        """What keeps the daemon from being usable; nothing when it is."""
+        reasons = []
+        if not self.engine.up:
+            reasons.append(f"engine: {self.engine.trouble}")
+        if not self._world.gpus.snapshot.attempted:
+            reasons.append("gpus: NVML has not been asked yet")
+        if (trouble := self._world.journal.trouble) is not None:
+            reasons.append(f"registry: {trouble}")
+        return tuple(reasons)
+
     # --- what goes on by itself -------------------------------------------------------------------------------
 
     async def run(self) -> None:
@@ -150,13 +174,30 @@ class Fleet:
                 lambda entry=entry: self._ticks.put_nowait(entry),  # type: ignore[misc]
             )
 
+    async def settled(self, *, within_s: float) -> None:
+        """Wait until the engine was listed and every container found was adopted.
+
+        Raises:
+            UnavailableError: the engine has not answered within `within_s`.
+        """
+        deadline = self._world.now() + within_s
+        while not self.engine.up:
+            if self._world.now() >= deadline:
+                raise EngineUnreachableError(self.engine.trouble)
+            await asyncio.sleep(_SETTLE_POLL_S)
+        while any(supervisor.busy for supervisor in self.supervisors()):
+            await asyncio.sleep(_SETTLE_POLL_S)
+
     async def save(self) -> None:
         for supervisor in self.supervisors():
             await supervisor.save_use()
 
     # --- what the engine says ---------------------------------------------------------------------------------
 
-    def engine_found(self, info: EngineInfo, containers: tuple[ContainerFacts, ...]) -> None:
+    def engine_found(
+        self, info: EngineInfo, containers: tuple[ContainerFacts, ...], *, in_container: bool
+    ) -> None:
+        self._in_container = in_container
         url = self._world.engine.url
         self._direct = url.startswith("unix://") and not info.desktop and not info.rootless
         self._containers = self._by_instance(containers)

@@ -22,6 +22,7 @@ _log = structlog.get_logger("events")
 
 _IN_MEMORY = 1000
 _PAGE = 500
+_RETRY_S = 1.0
 
 
 class Journal:
@@ -34,6 +35,7 @@ class Journal:
         self._recent: deque[Event] = deque(maxlen=_IN_MEMORY)
         self._unsaved: list[Event] = []
         self._news = asyncio.Event()
+        self.trouble: str | None = None
 
     @property
     def last_id(self) -> int:
@@ -76,7 +78,9 @@ class Journal:
             while True:
                 news = self._news
                 await self.flush()
-                if not self._unsaved:
+                if self.trouble is not None:
+                    await asyncio.sleep(_RETRY_S)
+                elif not self._unsaved:
                     await news.wait()
         finally:
             await self.flush()
@@ -87,6 +91,9 @@ class Journal:
             return
         try:
             await self._registry.append_events(batch)
+            self.trouble = None
         except RegistryUnwritableError as error:
-            # The events stay visible in memory; a full disk must not stop the daemon.
+            # The events stay visible in memory, and are tried again; a full disk must not stop the daemon.
+            self._unsaved = [*batch, *self._unsaved][-_IN_MEMORY:]
+            self.trouble = error.message
             _log.warning("events_not_stored", count=len(batch), error=error.message)

@@ -60,7 +60,6 @@ class Supervisor(Instance):
 
     Args:
         row: what an earlier run has stored.
-        loopback_port: the one port on 127.0.0.1 of this instance, used where containers are reached so.
         may_run: raises when no further instance may run; called before a start is begun.
     """
 
@@ -70,7 +69,6 @@ class Supervisor(Instance):
         spec: InstanceSpec,
         row: InstanceRow,
         *,
-        loopback_port: int,
         may_run: Callable[[str], None],
     ) -> None:
         super().__init__(world, spec)
@@ -78,7 +76,6 @@ class Supervisor(Instance):
             raise ValueError(f"{spec.id} has no template")
         self._template = spec.template
         self._name = container_name(world.manager_id, spec.id)
-        self._loopback_port = loopback_port
         self._may_run = may_run
         self._row = row
         self._saved_row: InstanceRow | None = None
@@ -104,7 +101,9 @@ class Supervisor(Instance):
         self._look_due = False
         self._device_unproven = False
         self._stop_detail = ""
+        self.starts_done = 0
         self.starts_failed = 0
+        self._kept_log: tuple[str, ...] = ()
 
         self._watch = Watch()
         self._usage = UsageWatch(world, self)
@@ -194,6 +193,17 @@ class Supervisor(Instance):
         if not self.idle or not self._engine_up:
             return False
         return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
+
+    async def logs(self, tail: int) -> tuple[str, ...]:
+        """The last lines of the container, or of the one that was, as far as they were kept.
+
+        Raises:
+            EngineError: there is a container, but the engine does not give them.
+        """
+        container = self._container
+        if container is None:
+            return (self._kept_log or (self._failure.log_tail if self._failure else ()))[-tail:]
+        return await self._world.engine.logs(container.id, tail)
 
     async def configure(self, *, ttl_s: float | None = None, pinned: bool | None = None) -> None:
         """Override the configured TTL or pin; kept across restarts.
@@ -300,6 +310,11 @@ class Supervisor(Instance):
             Phase.DRAINING,
             Phase.STOPPING,
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether an operation was asked for and has not ended."""
+        return self._intent is not None
 
     @property
     def idle(self) -> bool:
@@ -461,11 +476,15 @@ class Supervisor(Instance):
         self._endpoint = started.endpoint
         self._ready_at = self._world.utcnow()
         self._reset_health()
-        self.used()
-        self._usage.restart()
+        if started.adopted and self._world.resume_idle_clock:
+            self._resume_idle_clock()
+        else:
+            self.used()
+            self._usage.restart(None)
         self._device_unproven = self.is_gpu
         if not started.adopted:
             self._row = replace(self._row, starts=self._row.starts + 1)
+            self.starts_done += 1
         self._stale = self._outdated()
         self._world.journal.record(
             "adopted" if started.adopted else "ready",
@@ -474,6 +493,17 @@ class Supervisor(Instance):
             detail=started.endpoint,
         )
         _settle(self._start_waiters, None)
+
+    def _resume_idle_clock(self) -> None:
+        """Go on from the stored last use and counters; with nothing stored the clock starts now."""
+        if self._row.last_used_at is None:
+            self.used()
+        else:
+            ago_s = (self._world.utcnow() - self._row.last_used_at).total_seconds()
+            self._last_use = self._world.now() - max(0.0, ago_s)
+        if self._row.usage is not None:
+            self.own_bytes += self._row.usage.own_bytes
+        self._usage.restart(self._row.usage)
 
     def _start_failed(self, error: ManagerError) -> None:
         tail = error.log_tail if isinstance(error, StartFailedError) else ()
@@ -524,7 +554,9 @@ class Supervisor(Instance):
             held = self._world.gpus.holding(self.id)
             gpu = self._world.gpus.gpu_of(self.id) if self.is_gpu else None
             async with self._world.locks.hold(self.id):
-                await self._container_run().down(self._name, self._watch, at_once=self._kill_at_once)
+                self._kept_log = await self._container_run().down(
+                    self._name, self._watch, at_once=self._kill_at_once
+                )
             self._endpoint = None
             if gpu is not None:
                 wait_s = self.spec.limits.vram_wait_s
@@ -767,7 +799,7 @@ class Supervisor(Instance):
             manager_id=self._world.manager_id,
             instance_id=self.id,
             gpu=self._world.gpus.uuid_of(self.id) if self.is_gpu else None,
-            loopback_port=self._loopback_port if self.reach is Reach.LOOPBACK else None,
+            loopback_port=self._row.loopback_port if self.reach is Reach.LOOPBACK else None,
         )
 
     def _ttl_remaining_s(self) -> float | None:

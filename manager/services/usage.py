@@ -52,9 +52,16 @@ class UsageWatch:
         self._leased = False
         self._restarted = asyncio.Event()
 
-    def restart(self) -> None:
-        """The container is a new one, or new to us: the next sample is the first."""
+    def restart(self, stored: UsageSample | None) -> None:
+        """The container is a new one, or new to us.
+
+        Args:
+            stored: an earlier sample of the same container in wall-clock time, to go on from.
+        """
         self._last = None
+        if stored is not None:
+            ago_s = self._world.utcnow().timestamp() - stored.at
+            self._last = replace(stored, at=self._world.now() - ago_s)
         self._restarted.set()
 
     def leased(self) -> None:

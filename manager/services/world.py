@@ -23,7 +23,8 @@ class World:
     """Collaborators of all instances.
 
     `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
-    that has been recorded, which is where a test lets the daemon die.
+    that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
+    containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead.
     """
 
     manager_id: str
@@ -36,3 +37,4 @@ class World:
     now: Callable[[], float]
     utcnow: Callable[[], datetime]
     on_step: Callable[[str, str], Awaitable[None]] = no_step
+    resume_idle_clock: bool = False

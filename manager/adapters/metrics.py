@@ -1,0 +1,62 @@
+"""The state of the fleet as Prometheus metrics, read when they are scraped and kept nowhere else."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from manager.domain.instance import Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client import Metric
+
+    from manager.services.fleet import Fleet
+    from manager.services.gpus import Gpus
+
+_PREFIX = "ollama_manager"
+
+
+class FleetMetrics:
+    """A collector over live state; `render` gives the text."""
+
+    def __init__(self, fleet: Fleet, gpus: Gpus) -> None:
+        self._fleet = fleet
+        self._gpus = gpus
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def render(self) -> bytes:
+        return generate_latest(self._registry)
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: it keeps the library from collecting at registration."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        phases = GaugeMetricFamily(
+            f"{_PREFIX}_instance_phase", "1 for the phase an instance is in", labels=["instance", "phase"]
+        )
+        in_flight = GaugeMetricFamily(f"{_PREFIX}_in_flight", "Open leases", labels=["target"])
+        starts = CounterMetricFamily(
+            f"{_PREFIX}_starts", "Starts since the daemon began", labels=["instance", "result"]
+        )
+        for view in self._fleet.views():
+            for phase in Phase:
+                phases.add_metric([view.spec.id, phase.value], float(view.phase is phase))
+            in_flight.add_metric([view.spec.id], view.in_flight)
+        for supervisor in self._fleet.supervisors():
+            starts.add_metric([supervisor.id, "ok"], supervisor.starts_done)
+            starts.add_metric([supervisor.id, "failed"], supervisor.starts_failed)
+        memory = GaugeMetricFamily(
+            f"{_PREFIX}_gpu_memory_used_bytes", "Memory in use on a card, by anyone", labels=["uuid"]
+        )
+        for gpu in self._gpus.snapshot.gpus:
+            if gpu.vram_used_bytes is not None:
+                memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
+        engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
+        engine.add_metric([], float(self._fleet.engine.up))
+        yield from (phases, in_flight, starts, memory, engine)

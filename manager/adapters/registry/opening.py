@@ -1,0 +1,216 @@
+"""From a path to a registry file that can be used: checked, of the newest schema, created if it is missing.
+
+Nothing here changes a file that it refuses. All of it blocks, and expects that the caller holds the state
+directory's lock: a file that another process writes meanwhile would look broken.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from manager.adapters.registry.tables import HEAD, REVISIONS
+from manager.errors import RegistryCorruptError, RegistryUnwritableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# https://www.sqlite.org/fileformat2.html: the first bytes of a database, and of its write-ahead log.
+_HEADER = b"SQLite format 3\x00"
+_WAL_HEADERS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83", b"\x00\x00\x00\x00", b"")
+_COMPANIONS = ("-wal", "-shm", "-journal")
+_MIGRATION_TIMEOUT_S = 120
+
+
+def prepare(path: Path) -> None:
+    """Leave a registry of the newest schema at `path`.
+
+    Raises:
+        RegistryCorruptError: what is there cannot be used; it is left exactly as it is.
+        RegistryUnwritableError: it could not be read, created or brought up to date.
+    """
+    try:
+        if path.exists():
+            if _verify(path) != HEAD:
+                _migrate(path)
+        else:
+            _create(path)
+    except OSError as exc:
+        raise RegistryUnwritableError(f"the registry {path} cannot be opened: {exc}") from exc
+
+
+def connect_existing(path: Path, busy_timeout_s: float = 5.0) -> sqlite3.Connection:
+    """A connection that never creates the file, and begins no transaction by itself."""
+    return sqlite3.connect(_uri(path, "mode=rw"), uri=True, timeout=busy_timeout_s, isolation_level=None)
+
+
+def refusal(path: Path, problem: str) -> RegistryCorruptError:
+    """The error for a registry that cannot be used, with the command that sets it aside."""
+    aside = f"{path}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    moves = [
+        shlex.join(["mv", "-n", f"{path}{suffix}", f"{aside}{suffix}"])
+        for suffix in ("", *_COMPANIONS)
+        if Path(f"{path}{suffix}").exists()
+    ]
+    command = " && ".join(moves)
+    return RegistryCorruptError(
+        f"the registry {path} cannot be used: {problem}. It was left as it is. "
+        f"To set it aside and begin with an empty one: {command}",
+        details={"path": str(path), "problem": problem, "command": command},
+    )
+
+
+# What SQLite says about the disk, the file system or another process, not about the content of the file.
+_CIRCUMSTANCES = {
+    sqlite3.SQLITE_FULL: "the disk is full",
+    sqlite3.SQLITE_READONLY: "it is read-only",
+    sqlite3.SQLITE_BUSY: "another process has it locked",
+    sqlite3.SQLITE_LOCKED: "another process has it locked",
+    sqlite3.SQLITE_IOERR: "the disk reports an error",
+    sqlite3.SQLITE_CANTOPEN: "it cannot be opened",
+    sqlite3.SQLITE_PERM: "access is denied",
+    sqlite3.SQLITE_AUTH: "access is denied",
+    sqlite3.SQLITE_NOMEM: "there is no memory left",
+    sqlite3.SQLITE_PROTOCOL: "another process has it locked",
+    sqlite3.SQLITE_INTERRUPT: "the call was interrupted",
+    sqlite3.SQLITE_TOOBIG: "a value is too long",
+}
+
+
+def translated(
+    path: Path, exc: BaseException | None, doing: str
+) -> RegistryCorruptError | RegistryUnwritableError:
+    """What an error of SQLite means: its circumstances are against us, or the file itself is bad."""
+    code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest refines it
+    if code in _CIRCUMSTANCES:
+        return RegistryUnwritableError(
+            f"the registry {path} could not be {doing}: {_CIRCUMSTANCES[code]} ({exc})"
+        )
+    return refusal(path, str(exc))
+
+
+def _verify(path: Path) -> str:
+    """Check the file and return the revision of its schema."""
+    with path.open("rb") as file:
+        header = file.read(len(_HEADER))
+    if not header:
+        raise refusal(path, "it is empty")
+    if header != _HEADER:
+        raise refusal(path, "it is not an SQLite database")
+    wal = Path(f"{path}-wal")
+    if wal.exists():
+        with wal.open("rb") as file:
+            if file.read(4) not in _WAL_HEADERS:
+                # SQLite would drop it without a word, and the last writes with it.
+                raise refusal(path, f"its write-ahead log {wal} is not one")
+    try:
+        with _readable(path) as connection:
+            problems = [str(row[0]) for row in connection.execute("PRAGMA quick_check(3)")]
+            if problems != ["ok"]:
+                raise refusal(path, "; ".join(problems))
+            if not connection.execute(
+                "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
+            ).fetchone():
+                raise refusal(path, "it is a database of some other program")
+            revisions = [str(row[0]) for row in connection.execute("SELECT version_num FROM alembic_version")]
+    except sqlite3.Error as exc:
+        raise translated(path, exc, "read") from exc
+    if len(revisions) != 1:
+        raise refusal(path, f"it names {len(revisions)} revisions of its schema instead of one")
+    if revisions[0] not in REVISIONS:
+        raise refusal(
+            path,
+            f"its schema has the revision {revisions[0]}, this version knows no newer one than {HEAD}: "
+            "it was written by a newer version, which can still read it",
+        )
+    return revisions[0]
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[sqlite3.Connection]:
+    """The content, without a byte of the file or its companions being changed.
+
+    Reading a write-ahead log makes SQLite write: into the index beside it, and on closing into the file.
+    So whoever died without closing is read from a copy; otherwise the file itself is declared immutable.
+    """
+    left = [suffix for suffix in ("-wal", "-journal") if _size(f"{path}{suffix}")]
+    if not left:
+        with closing(sqlite3.connect(_uri(path, "immutable=1"), uri=True)) as connection:
+            yield connection
+        return
+    with tempfile.TemporaryDirectory(prefix="ollama-manager-") as directory:
+        copy = Path(directory, "registry")
+        for suffix in ("", *left):
+            shutil.copyfile(f"{path}{suffix}", f"{copy}{suffix}")
+        with closing(sqlite3.connect(copy)) as connection:
+            yield connection
+
+
+def _uri(path: Path, option: str) -> str:
+    return f"file:{quote(str(path.absolute()))}?{option}"
+
+
+def _size(path: str) -> int:
+    try:
+        return Path(path).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _create(path: Path) -> None:
+    """Build the file under another name, then rename it: it is there whole or not at all."""
+    for suffix in ("-wal", "-journal"):
+        if _size(f"{path}{suffix}"):
+            # SQLite would play it back into the new file.
+            raise refusal(path, f"it is missing, but what was last written to it is in {path}{suffix}")
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    prefix = f".{path.name}.new-"
+    for leftover in path.parent.glob(f"{prefix}*"):
+        leftover.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=prefix, dir=path.parent)  # mode 0600
+    os.close(descriptor)
+    new = Path(name)
+    try:
+        _migrate(new)
+        new.rename(path)
+    finally:
+        new.unlink(missing_ok=True)
+    directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _migrate(path: Path) -> None:
+    """Run Alembic, in a process of its own: it would cost the daemon memory for as long as it lives."""
+    argv = [sys.executable, "-P", "-m", "manager.adapters.registry.migrate", str(path), str(os.getpid())]
+    try:
+        done = subprocess.run(  # noqa: S603  (our own program)
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_MIGRATION_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise RegistryUnwritableError(
+            f"the registry {path} was not brought to schema {HEAD} within {_MIGRATION_TIMEOUT_S} s"
+        ) from exc
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
+        raise RegistryUnwritableError(
+            f"the registry {path} could not be brought to schema {HEAD}: {said[-1]}"
+        )

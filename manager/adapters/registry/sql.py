@@ -1,0 +1,244 @@
+"""The registry as the services see it."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, select
+from sqlalchemy.dialects.sqlite import Insert, insert
+from sqlalchemy.exc import DBAPIError, IntegrityError
+
+from manager.adapters.registry import tables
+from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
+from manager.errors import RegistryUnwritableError
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import Future
+    from pathlib import Path
+
+    from sqlalchemy import Connection, Table
+
+    from manager.domain.registry import Event, InstanceRow, LearnedSize
+
+T = TypeVar("T")
+
+KEPT_EVENTS = 10_000
+_BUSY_TIMEOUT_S = 5.0
+
+
+def _upsert(table: Table) -> Insert:
+    statement = insert(table)
+    changed = {column.name: statement.excluded[column.name] for column in table.c if not column.primary_key}
+    return statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=changed)
+
+
+_SAVE_INSTANCE = _upsert(tables.instances)
+_SAVE_LEARNED_SIZE = _upsert(tables.learned_sizes)
+_BEYOND = select(tables.events.c.id).order_by(tables.events.c.id.desc()).offset(KEPT_EVENTS).limit(1)
+_PRUNE_EVENTS = delete(tables.events).where(tables.events.c.id <= _BEYOND.scalar_subquery())
+
+
+async def open_registry(path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> SqlRegistry:
+    """Open the registry at `path`, create it where there is none, bring it up to date where it is older.
+
+    The caller holds the state directory's lock.
+
+    Raises:
+        RegistryCorruptError: what is there cannot be used; it is left exactly as it is.
+        RegistryUnwritableError: it could not be read, created or brought up to date.
+    """
+    registry = SqlRegistry(path, busy_timeout_s=busy_timeout_s)
+    try:
+        await registry.open()
+    except BaseException:
+        registry.abandon()
+        raise
+    return registry
+
+
+class SqlRegistry:
+    """Implements `services.ports.Registry`. All SQL runs in one thread of its own, in the order of the calls.
+
+    A call that was cancelled either happened completely or not at all.
+    """
+
+    def __init__(self, path: Path, *, busy_timeout_s: float) -> None:
+        self._path = path.absolute()
+        self._identity: tuple[int, int] | None = None
+        self._reads = _engine(self._path, busy_timeout_s)
+        self._writes = self._reads.execution_options(begin="BEGIN IMMEDIATE")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
+        self._closed = False
+
+    async def open(self) -> None:
+        """Called once, by `open_registry`."""
+        await self._call(self._open)
+
+    async def instances(self) -> dict[str, InstanceRow]:
+        def work(connection: Connection) -> dict[str, InstanceRow]:
+            return {row.id: tables.to_instance(row) for row in connection.execute(select(tables.instances))}
+
+        return await self._read(work)
+
+    async def save_instance(self, row: InstanceRow) -> None:
+        values = tables.from_instance(row)
+        await self._write(lambda connection: connection.execute(_SAVE_INSTANCE, values))
+
+    async def bindings(self) -> dict[str, str]:
+        def work(connection: Connection) -> dict[str, str]:
+            return {row.instance: row.uuid for row in connection.execute(select(tables.bindings))}
+
+        return await self._read(work)
+
+    async def add_bindings(self, bindings: dict[str, str]) -> None:
+        """Store bindings for good.
+
+        Raises:
+            ValueError: an instance is bound to another card already; none of them was stored.
+        """
+        wanted = dict(bindings)
+
+        def work(connection: Connection) -> None:
+            known = {row.instance: row.uuid for row in connection.execute(select(tables.bindings))}
+            for instance, uuid in wanted.items():
+                if known.setdefault(instance, uuid) != uuid:
+                    raise ValueError(f"{instance} is bound to {known[instance]}, it never moves to {uuid}")
+                statement = insert(tables.bindings).values(instance=instance, uuid=uuid)
+                connection.execute(statement.on_conflict_do_nothing())
+
+        await self._write(work)
+
+    async def append_events(self, events: Sequence[Event]) -> None:
+        """Store events and drop the oldest beyond the newest `KEPT_EVENTS`.
+
+        Raises:
+            ValueError: their ids do not grow, or were used before; none of them was stored.
+        """
+        rows = [tables.from_event(event) for event in events]
+        if not rows:
+            return
+
+        def work(connection: Connection) -> None:
+            last = connection.execute(select(func.max(tables.events.c.id))).scalar() or 0
+            for row in rows:
+                if row["id"] <= last:
+                    raise ValueError(f"event id {row['id']} does not come after {last}")
+                last = row["id"]
+            connection.execute(insert(tables.events), rows)
+            connection.execute(_PRUNE_EVENTS)
+
+        await self._write(work)
+
+    async def events_after(self, event_id: int, limit: int) -> tuple[Event, ...]:
+        """The oldest `limit` events after that id, in order."""
+        statement = (
+            select(tables.events)
+            .where(tables.events.c.id > event_id)
+            .order_by(tables.events.c.id)
+            .limit(max(0, limit))
+        )
+        return await self._read(lambda connection: tuple(map(tables.to_event, connection.execute(statement))))
+
+    async def last_event_id(self) -> int:
+        """The highest id ever stored, 0 when there is none."""
+        statement = select(func.max(tables.events.c.id))
+        return await self._read(lambda connection: connection.execute(statement).scalar() or 0)
+
+    async def learned_sizes(self) -> tuple[LearnedSize, ...]:
+        statement = select(tables.learned_sizes)
+        return await self._read(
+            lambda connection: tuple(map(tables.to_learned_size, connection.execute(statement)))
+        )
+
+    async def save_learned_size(self, size: LearnedSize) -> None:
+        """Store a size, in place of an older one of the same instance, model and digest."""
+        values = tables.from_learned_size(size)
+        await self._write(lambda connection: connection.execute(_SAVE_LEARNED_SIZE, values))
+
+    async def close(self) -> None:
+        """End after the calls that are under way. What was committed stays; closing twice is no error."""
+        if not self._closed:
+            await asyncio.wrap_future(self.abandon())
+
+    def abandon(self) -> Future[None]:
+        """Close without waiting; once only."""
+        self._closed = True
+        last = self._thread.submit(self._reads.dispose)
+        self._thread.shutdown(wait=False)
+        return last
+
+    def _open(self) -> None:
+        prepare(self._path)
+        try:
+            with self._reads.connect() as connection:
+                connection.execute(select(func.count()).select_from(tables.instances))
+        except DBAPIError as exc:
+            raise translated(self._path, exc.orig, "opened") from exc
+        status = self._path.stat()
+        self._identity = (status.st_dev, status.st_ino)
+
+    async def _read(self, work: Callable[[Connection], T]) -> T:
+        def run() -> T:
+            try:
+                with self._reads.connect() as connection:
+                    return work(connection)
+            except DBAPIError as exc:
+                raise translated(self._path, exc.orig, "read") from exc
+            except (LookupError, TypeError, ValueError) as exc:
+                raise refusal(self._path, f"a row in it cannot be read: {exc}") from exc
+
+        return await self._call(run)
+
+    async def _write(self, work: Callable[[Connection], Any]) -> None:
+        def run() -> None:
+            self._refuse_if_moved()
+            try:
+                with self._writes.begin() as connection:
+                    work(connection)
+            except IntegrityError:
+                raise  # the caller's mistake, not the file's
+            except DBAPIError as exc:
+                raise translated(self._path, exc.orig, "written") from exc
+
+        await self._call(run)
+
+    def _refuse_if_moved(self) -> None:
+        """SQLite goes on writing into a file that has no name any more."""
+        try:
+            status = self._path.stat()
+        except OSError as exc:
+            raise RegistryUnwritableError(f"the registry {self._path} could not be written: {exc}") from exc
+        if (status.st_dev, status.st_ino) != self._identity:
+            raise RegistryUnwritableError(
+                f"the registry {self._path} could not be written: it was replaced by another file; "
+                "restart the daemon"
+            )
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        if self._closed:
+            raise RegistryUnwritableError(f"the registry {self._path} is closed")
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _engine(path: Path, busy_timeout_s: float) -> Engine:
+    def connect() -> sqlite3.Connection:
+        connection = connect_existing(path, busy_timeout_s)
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}").close()
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    engine = create_engine("sqlite://", creator=connect, poolclass=QueuePool, pool_size=1, max_overflow=0)
+
+    @event.listens_for(engine, "begin")
+    def _(connection: Connection) -> None:
+        connection.exec_driver_sql(connection.get_execution_options().get("begin", "BEGIN"))
+
+    return engine

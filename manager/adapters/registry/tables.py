@@ -1,0 +1,175 @@
+"""The tables as the newest migration leaves them, and how their rows become what the domain knows.
+
+Times are stored as UTC without an offset, which is all SQLite's DATETIME can say.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, MetaData, String, Table, Text
+
+from manager.domain.idle import UsageSample
+from manager.domain.instance import Target
+from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
+
+# The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
+# start needs no Alembic in memory; a test compares both with the migrations.
+REVISIONS = ("0001",)
+HEAD = REVISIONS[-1]
+
+metadata = MetaData()
+
+instances = Table(
+    "instances",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("target", String, nullable=False),
+    Column("operation", String),
+    Column("ttl_s", Float),
+    Column("pinned", Boolean),
+    Column("starts", Integer, nullable=False),
+    Column("loopback_port", Integer),
+    Column("last_used_at", DateTime),
+    Column("recreated_at", DateTime),
+    Column("usage", JSON(none_as_null=True)),
+)
+
+bindings = Table(
+    "bindings",
+    metadata,
+    Column("instance", String, primary_key=True),
+    Column("uuid", String, nullable=False),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", DateTime, nullable=False),
+    Column("instance", String),
+    Column("kind", String, nullable=False),
+    Column("reason", String),
+    Column("detail", Text, nullable=False),
+)
+
+learned_sizes = Table(
+    "learned_sizes",
+    metadata,
+    Column("instance", String, primary_key=True),
+    Column("model", String, primary_key=True),
+    Column("digest", String, primary_key=True),
+    Column("vram_bytes", Integer, nullable=False),
+    Column("measured_at", DateTime, nullable=False),
+)
+
+
+def from_instance(row: InstanceRow) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "target": row.target.value,
+        "operation": row.operation and row.operation.value,
+        "ttl_s": row.ttl_s,
+        "pinned": row.pinned,
+        "starts": row.starts,
+        "loopback_port": row.loopback_port,
+        "last_used_at": _stored(row.last_used_at),
+        "recreated_at": _stored(row.recreated_at),
+        "usage": row.usage and _from_usage(row.usage),
+    }
+
+
+def to_instance(row: Row[Any]) -> InstanceRow:
+    return InstanceRow(
+        id=row.id,
+        target=Target(row.target),
+        operation=None if row.operation is None else Operation(row.operation),
+        ttl_s=row.ttl_s,
+        pinned=row.pinned,
+        starts=row.starts,
+        loopback_port=row.loopback_port,
+        last_used_at=row.last_used_at and _aware(row.last_used_at),
+        recreated_at=row.recreated_at and _aware(row.recreated_at),
+        usage=None if row.usage is None else _to_usage(row.usage),
+    )
+
+
+def from_event(event: Event) -> dict[str, Any]:
+    return {
+        "id": event.id,
+        "at": _stored(event.at),
+        "instance": event.instance,
+        "kind": event.kind,
+        "reason": event.reason,
+        "detail": event.detail,
+    }
+
+
+def to_event(row: Row[Any]) -> Event:
+    return Event(
+        id=row.id,
+        at=_aware(row.at),
+        instance=row.instance,
+        kind=row.kind,
+        reason=row.reason,
+        detail=row.detail,
+    )
+
+
+def from_learned_size(size: LearnedSize) -> dict[str, Any]:
+    return {
+        "instance": size.instance,
+        "model": size.model,
+        "digest": size.digest,
+        "vram_bytes": size.vram_bytes,
+        "measured_at": _stored(size.measured_at),
+    }
+
+
+def to_learned_size(row: Row[Any]) -> LearnedSize:
+    return LearnedSize(
+        instance=row.instance,
+        model=row.model,
+        digest=row.digest,
+        vram_bytes=row.vram_bytes,
+        measured_at=_aware(row.measured_at),
+    )
+
+
+def _stored(at: datetime | None) -> datetime | None:
+    if at is None:
+        return None
+    if at.tzinfo is None:
+        raise ValueError(f"{at!r} has no time zone: whether it is UTC cannot be known")
+    return at.astimezone(UTC).replace(tzinfo=None)
+
+
+def _aware(at: datetime) -> datetime:
+    return at.replace(tzinfo=UTC)
+
+
+def _from_usage(usage: UsageSample) -> dict[str, Any]:
+    return {
+        "at": usage.at,
+        "network_bytes": usage.network_bytes,
+        "own_bytes": usage.own_bytes,
+        "cpu_s": usage.cpu_s,
+        "expirations": [[name, expiry and expiry.isoformat()] for name, expiry in usage.expirations],
+    }
+
+
+def _to_usage(stored: dict[str, Any]) -> UsageSample:
+    return UsageSample(
+        at=stored["at"],
+        network_bytes=stored["network_bytes"],
+        own_bytes=stored["own_bytes"],
+        cpu_s=stored["cpu_s"],
+        expirations=tuple(
+            (name, None if expiry is None else datetime.fromisoformat(expiry))
+            for name, expiry in stored["expirations"]
+        ),
+    )

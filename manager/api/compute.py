@@ -1,0 +1,244 @@
+"""`/api/runtime/compute`: instances, sweeps, pulls, cards and events."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import PlainTextResponse, StreamingResponse
+
+from manager.api.errors import manager_error_response
+from manager.api.schemas import (
+    ChangeBody,
+    ErrorBody,
+    EventBody,
+    GpusBody,
+    InstanceBody,
+    InstancePatch,
+    InstancesBody,
+    PullRequest,
+    SweepBody,
+    gpus_body,
+    instance_body,
+    swept_body,
+)
+from manager.errors import InvalidRequestError, ManagerError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from manager.api.backend import Backend
+
+_KEEP_ALIVE_S = 15.0
+
+
+class _Query(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NoQuery(_Query):
+    """A route without parameters: a mistyped one must not pass unnoticed."""
+
+
+class StartQuery(_Query):
+    wait: bool = True
+
+
+class StopQuery(_Query):
+    wait: bool = True
+    force: bool = False
+
+
+class ReapQuery(_Query):
+    dry_run: bool = False
+
+
+class LogsQuery(_Query):
+    tail: int = Field(default=100, ge=1, le=10_000)
+
+
+def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"model": ErrorBody} for status in (401, 403, 422, *statuses)}
+
+
+def _json(body: BaseModel, status: int = 200) -> Response:
+    # The models are built from our own data: serialised once, not validated again.
+    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
+
+
+def compute_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/runtime/compute", tags=["compute"])
+    fleet = backend.fleet
+
+    def shown(instance_id: str) -> InstanceBody:
+        return instance_body(fleet.get(instance_id).view(), backend.gpus)
+
+    def changed(instance_id: str, done: bool, status: int = 200) -> Response:
+        return _json(ChangeBody.model_construct(instance=shown(instance_id), changed=done), status)
+
+    @router.get("/instances", response_model=InstancesBody, responses=_responses())
+    async def list_instances(_query: Annotated[NoQuery, Query()]) -> Response:
+        """All instances as they are now. Starts nothing and extends nothing."""
+        bodies = [instance_body(view, backend.gpus) for view in fleet.views()]
+        return _json(InstancesBody.model_construct(instances=bodies, count=len(bodies)))
+
+    @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=_responses(404))
+    async def show_instance(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+        return _json(shown(instance_id))
+
+    @router.post(
+        "/instances/{instance_id}/start",
+        response_model=ChangeBody,
+        responses={202: {"model": ChangeBody}, **_responses(404, 409, 503, 504)},
+    )
+    async def start_instance(instance_id: str, query: Annotated[StartQuery, Query()]) -> Response:
+        """Have an instance running; answers when it is ready, or at once (202) without `wait`."""
+        supervisor = fleet.managed(instance_id)
+        if query.wait:
+            return changed(instance_id, await supervisor.start())
+        return changed(instance_id, supervisor.begin_start(), 202)
+
+    @router.post(
+        "/instances/{instance_id}/stop",
+        response_model=ChangeBody,
+        responses={202: {"model": ChangeBody}, **_responses(404, 409, 503, 504)},
+    )
+    async def stop_instance(instance_id: str, query: Annotated[StopQuery, Query()]) -> Response:
+        """Drain an instance and stop it; `force` does not drain."""
+        supervisor = fleet.managed(instance_id)
+        if query.wait:
+            return changed(instance_id, await supervisor.stop(force=query.force))
+        return changed(instance_id, supervisor.begin_stop(force=query.force), 202)
+
+    @router.patch(
+        "/instances/{instance_id}", response_model=InstanceBody, responses=_responses(404, 409, 503)
+    )
+    async def configure_instance(
+        instance_id: str, patch: InstancePatch, _query: Annotated[NoQuery, Query()]
+    ) -> Response:
+        """Override an instance's TTL or pin it; kept across restarts of the daemon."""
+        await fleet.managed(instance_id).configure(**patch.model_dump(exclude_unset=True))
+        return _json(shown(instance_id))
+
+    @router.get(
+        "/instances/{instance_id}/logs",
+        response_class=PlainTextResponse,
+        responses=_responses(404, 409, 503),
+    )
+    async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> PlainTextResponse:
+        """The last lines an instance's container wrote; after a stop, the ones that were kept."""
+        lines = await fleet.managed(instance_id).logs(query.tail)
+        return PlainTextResponse("".join(f"{line}\n" for line in lines))
+
+    @router.post("/reap", response_model=SweepBody, responses=_responses())
+    async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
+        """One sweep: stop every instance that is idle past its TTL."""
+        swept = [swept_body(entry) for entry in await fleet.reap(dry_run=query.dry_run)]
+        return _json(SweepBody(instances=swept, count=len(swept)))
+
+    @router.post(
+        "/pull",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"application/x-ndjson": {}}}, **_responses(503)},
+    )
+    async def pull(request: PullRequest, _query: Annotated[NoQuery, Query()]) -> Response:
+        """Pull an allowed image; progress as NDJSON, `{"status":"done"}` or an `error` last."""
+        images = (request.image,) if request.image else backend.images
+        for image in images:
+            if not backend.may_pull(image):
+                raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
+        lines = _pull_lines(backend, images)
+        first = await anext(lines)  # what fails at once is an error status, not a stream
+
+        async def stream() -> AsyncIterator[bytes]:
+            yield first
+            async for line in lines:
+                yield line
+
+        return StreamingResponse(stream(), media_type="application/x-ndjson")
+
+    @router.get("/gpus", response_model=GpusBody, responses=_responses())
+    async def list_gpus(_query: Annotated[NoQuery, Query()]) -> Response:
+        """The cards as last measured; `error` says why there are none to see."""
+        return _json(gpus_body(backend.gpus))
+
+    @router.get(
+        "/events",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {}}}, **_responses()},
+    )
+    async def follow_events(
+        _query: Annotated[NoQuery, Query()],
+        last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
+    ) -> StreamingResponse:
+        """What happens, as server-sent events; `Last-Event-ID` resumes after that event."""
+        after = backend.journal.last_id if last_event_id is None else last_event_id
+        return StreamingResponse(
+            _event_lines(backend, after),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+        )
+
+    return router
+
+
+async def _pull_lines(backend: Backend, images: tuple[str, ...]) -> AsyncIterator[bytes]:
+    begun = False
+    try:
+        for image in images:
+            async for progress in backend.engine.pull(image):
+                yield PullLine(
+                    image=image,
+                    status=progress.status,
+                    layer=progress.layer,
+                    current_bytes=progress.current_bytes,
+                    total_bytes=progress.total_bytes,
+                ).line()
+                begun = True
+    except ManagerError as error:
+        if not begun:
+            raise
+        yield bytes(manager_error_response(error).body) + b"\n"
+    else:
+        yield PullLine(status="done").line()
+
+
+class PullLine(BaseModel):
+    """One line of progress; byte counts are of one layer."""
+
+    status: str
+    image: str | None = None
+    layer: str | None = None
+    current_bytes: int | None = None
+    total_bytes: int | None = None
+
+    def line(self) -> bytes:
+        return self.model_dump_json(exclude_none=True).encode() + b"\n"
+
+
+async def _event_lines(backend: Backend, after_id: int) -> AsyncIterator[bytes]:
+    """Server-sent events, with a comment now and then so that a dead client is noticed."""
+    yield b": events follow\n\n"
+    events = backend.journal.follow(after_id)
+    upcoming = asyncio.ensure_future(anext(events))
+    try:
+        while True:
+            done, _ = await asyncio.wait({upcoming}, timeout=_KEEP_ALIVE_S)
+            if not done:
+                yield b": still here\n\n"
+                continue
+            event = upcoming.result()
+            body = EventBody(
+                id=event.id,
+                at=event.at,
+                instance=event.instance,
+                kind=event.kind,
+                reason=event.reason,
+                detail=event.detail,
+            )
+            yield f"id: {event.id}\ndata: {body.model_dump_json()}\n\n".encode()
+            upcoming = asyncio.ensure_future(anext(events))
+    finally:
+        upcoming.cancel()

@@ -1,0 +1,107 @@
+"""The one map from errors to HTTP status, and the one shape in which the control API tells them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from manager.errors import (
+    ConflictError,
+    DeadlineError,
+    InvalidRequestError,
+    ManagerError,
+    Reason,
+    UnavailableError,
+    UnknownInstanceError,
+)
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.requests import Request
+
+_log = structlog.get_logger("api")
+
+_STATUS: tuple[tuple[type[ManagerError], int], ...] = (
+    (UnknownInstanceError, 404),
+    (ConflictError, 409),
+    (InvalidRequestError, 422),
+    (DeadlineError, 504),
+    (UnavailableError, 503),
+    (ManagerError, 500),
+)
+
+
+def status_of(error: ManagerError) -> int:
+    code = error.code
+    if code in (Reason.CANCELLED, Reason.NAME_CONFLICT):
+        return 409
+    if code == Reason.START_TIMEOUT:
+        return 504
+    return next(status for kind, status in _STATUS if isinstance(error, kind))
+
+
+def error_response(
+    status: int,
+    code: str,
+    message: str,
+    *,
+    instance: str | None = None,
+    details: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> JSONResponse:
+    body: dict[str, Any] = {"code": code, "message": message}
+    if instance is not None:
+        body["instance"] = instance
+    if details:
+        body["details"] = details
+    return JSONResponse({"error": body}, status_code=status, headers=headers)
+
+
+def manager_error_response(error: ManagerError) -> JSONResponse:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return error_response(
+        status_of(error),
+        error.code,
+        error.message,
+        instance=error.instance,
+        details=error.details,
+        headers=headers,
+    )
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Every error becomes the documented shape; a traceback goes to the log only."""
+
+    @app.exception_handler(ManagerError)
+    async def _(_request: Request, error: ManagerError) -> JSONResponse:
+        return manager_error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(_request: Request, error: RequestValidationError) -> JSONResponse:
+        problems = [
+            {"field": ".".join(str(part) for part in problem["loc"]), "message": problem["msg"]}
+            for problem in error.errors()
+        ]
+        first = problems[0]
+        return error_response(
+            422, "invalid_request", f"{first['field']}: {first['message']}", details={"fields": problems}
+        )
+
+    @app.exception_handler(HTTPException)
+    async def _(_request: Request, error: HTTPException) -> JSONResponse:
+        code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
+            error.status_code, "http_error"
+        )
+        return error_response(error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> JSONResponse:
+        _log.error("request_failed", path=request.url.path, exc_info=error)
+        return error_response(500, "internal_error", "the daemon failed; its log says more")

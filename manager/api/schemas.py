@@ -1,0 +1,270 @@
+"""The JSON of the control API. Times are RFC 3339 in UTC, sizes bytes, durations seconds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+
+from manager.domain.instance import DeviceKind, Driver, Health, Phase, Target
+
+if TYPE_CHECKING:
+    from manager.domain.gpu import Gpu
+    from manager.services.fleet import Swept
+    from manager.services.gpus import Gpus
+    from manager.services.instance import View
+
+
+def _rfc3339(time: datetime) -> str:
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Device(_Body):
+    """Where an instance computes. `kind` is null for an external server that did not declare it."""
+
+    kind: DeviceKind | None
+    uuid: str | None = None
+    index: int | None = None
+    name: str | None = None
+    vram_total_bytes: int | None = None
+    vram_used_bytes: int | None = None
+    vram_free_bytes: int | None = None
+
+
+class ReasonBody(_Body):
+    code: str
+    message: str
+    log_tail: list[str]
+
+
+class ContainerBody(_Body):
+    id: str
+    name: str
+    image: str
+    template_hash: str | None
+
+
+class ModelBody(_Body):
+    name: str
+    digest: str
+    size_bytes: int
+    vram_bytes: int
+    expires_at: Time | None
+
+
+class InstanceBody(_Body):
+    """One instance. `ttl_remaining_s` is null while its clock does not run."""
+
+    id: str
+    driver: Driver
+    template: str | None
+    device: Device
+    endpoint: str | None
+    target: Target
+    phase: Phase
+    health: Health
+    reason: ReasonBody | None
+    in_flight: int
+    pinned: bool
+    ttl_s: float
+    ttl_remaining_s: float | None
+    started_at: Time | None
+    ready_at: Time | None
+    last_used_at: Time | None
+    last_seen_at: Time | None
+    starts: int
+    container: ContainerBody | None
+    models: list[ModelBody]
+
+
+class InstancesBody(_Body):
+    instances: list[InstanceBody]
+    count: int
+
+
+class ChangeBody(_Body):
+    """The instance after a start or stop; `changed` is false when nothing had to be done."""
+
+    instance: InstanceBody
+    changed: bool
+
+
+class InstancePatch(_Body):
+    """Overrides of one instance, kept across restarts; `ttl_s` 0 means never stopped for being idle."""
+
+    ttl_s: float = Field(default=None, ge=0, le=31_622_400, allow_inf_nan=False)  # type: ignore[assignment]
+    pinned: bool = Field(default=None, strict=True)  # type: ignore[assignment]
+
+
+class SweptBody(_Body):
+    id: str
+    action: Literal["stopped", "would_stop", "kept", "failed"]
+    detail: str
+
+
+class SweepBody(_Body):
+    instances: list[SweptBody]
+    count: int
+
+
+class PullRequest(_Body):
+    """The image to pull; left out, every image of the configured instances."""
+
+    image: str | None = Field(default=None, min_length=1, max_length=512)
+
+
+class ProcessBody(_Body):
+    pid: int
+    used_bytes: int | None
+    instance: str | None
+
+
+class GpuBody(_Body):
+    uuid: str
+    index: int
+    pci_bus_id: str
+    name: str
+    vram_total_bytes: int | None
+    vram_used_bytes: int | None
+    vram_free_bytes: int | None
+    processes: list[ProcessBody]
+
+
+class GpuErrorBody(_Body):
+    code: str
+    message: str
+
+
+class GpusBody(_Body):
+    gpus: list[GpuBody]
+    error: GpuErrorBody | None
+
+
+class EventBody(_Body):
+    id: int
+    at: Time
+    instance: str | None
+    kind: str
+    reason: str | None
+    detail: str
+
+
+class HealthBody(_Body):
+    status: Literal["ok"]
+
+
+class ReadinessBody(_Body):
+    status: Literal["ready", "not_ready"]
+    reasons: list[str]
+
+
+class ErrorDetail(_Body):
+    code: str
+    message: str
+    instance: str | None = None
+    details: dict[str, object] | None = None
+
+
+class ErrorBody(_Body):
+    error: ErrorDetail
+
+
+def instance_body(view: View, gpus: Gpus) -> InstanceBody:
+    explanation = view.explanation
+    container = view.container
+    template = view.spec.template_name
+    return InstanceBody.model_construct(
+        id=view.spec.id,
+        driver=view.spec.driver,
+        template=template,
+        device=_device(view, gpus),
+        endpoint=view.endpoint,
+        target=view.target,
+        phase=view.phase,
+        health=view.health,
+        reason=ReasonBody.model_construct(
+            code=explanation.code, message=explanation.message, log_tail=list(explanation.log_tail)
+        )
+        if explanation
+        else None,
+        in_flight=view.in_flight,
+        pinned=view.pinned,
+        ttl_s=view.ttl_s,
+        ttl_remaining_s=None if view.ttl_remaining_s is None else round(view.ttl_remaining_s, 3),
+        started_at=view.started_at,
+        ready_at=view.ready_at,
+        last_used_at=view.last_used_at,
+        last_seen_at=view.last_seen_at,
+        starts=view.starts,
+        container=ContainerBody.model_construct(
+            id=container.id, name=container.name, image=container.image, template_hash=view.template_hash
+        )
+        if container
+        else None,
+        models=[
+            ModelBody.model_construct(
+                name=model.name,
+                digest=model.digest,
+                size_bytes=model.size_bytes,
+                vram_bytes=model.vram_bytes,
+                expires_at=model.expires_at,
+            )
+            for model in view.models
+        ],
+    )
+
+
+def _device(view: View, gpus: Gpus) -> Device:
+    gpu: Gpu | None = gpus.gpu_of(view.spec.id) if view.gpu_uuid else None
+    return Device.model_construct(
+        kind=view.spec.device_kind,
+        uuid=view.gpu_uuid,
+        index=gpu.index if gpu else None,
+        name=gpu.name if gpu else None,
+        vram_total_bytes=gpu.vram_total_bytes if gpu else None,
+        vram_used_bytes=gpu.vram_used_bytes if gpu else None,
+        vram_free_bytes=gpu.vram_free_bytes if gpu else None,
+    )
+
+
+def gpus_body(gpus: Gpus) -> GpusBody:
+    snapshot = gpus.snapshot
+    return GpusBody(
+        gpus=[
+            GpuBody(
+                uuid=gpu.uuid,
+                index=gpu.index,
+                pci_bus_id=gpu.pci_bus_id,
+                name=gpu.name,
+                vram_total_bytes=gpu.vram_total_bytes,
+                vram_used_bytes=gpu.vram_used_bytes,
+                vram_free_bytes=gpu.vram_free_bytes,
+                processes=[
+                    ProcessBody(
+                        pid=process.pid,
+                        used_bytes=process.used_bytes,
+                        instance=gpus.instance_of(process.pid),
+                    )
+                    for process in gpu.processes
+                ],
+            )
+            for gpu in snapshot.gpus
+        ],
+        error=GpuErrorBody(
+            code=str(snapshot.error.details.get("nvml", snapshot.error.code)), message=snapshot.error.message
+        )
+        if snapshot.error
+        else None,
+    )
+
+
+def swept_body(swept: Swept) -> SweptBody:
+    return SweptBody(id=swept.instance, action=swept.action, detail=swept.detail)

@@ -1,0 +1,332 @@
+"""The composition root: builds the daemon from its parts and closes them in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import structlog
+import uvicorn
+
+from manager import __version__
+from manager.adapters.cgroups import ProcCgroups
+from manager.adapters.docker_engine import DockerEngine
+from manager.adapters.locks import FileLocks, StateDirLock
+from manager.adapters.metrics import FleetMetrics
+from manager.adapters.nvml import Nvml
+from manager.adapters.registry import open_registry
+from manager.adapters.schedule import ApScheduler
+from manager.adapters.upstream import AiohttpUpstream
+from manager.api.app import control_api
+from manager.api.backend import Backend
+from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.registry import InstanceRow
+from manager.errors import ConfigurationError, ManagerError, UnavailableError
+from manager.services.external import ExternalInstance
+from manager.services.fleet import Fleet, Schedule, Swept
+from manager.services.gpus import Gpus
+from manager.services.journal import Journal
+from manager.services.supervisor import Supervisor
+from manager.services.world import World, no_step
+from manager.settings import auto_gpu_spec, load_templates, read_key, resolve_instances
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from manager.domain.template import Template
+    from manager.services.instance import Instance
+    from manager.services.ports import Registry
+    from manager.settings import LoadedSettings, Settings
+
+_log = structlog.get_logger("daemon")
+
+# How long another process (a clean-up from cron) may hold an instance before a request is refused.
+_LOCK_WAIT_S = 10.0
+# The first of the fixed loopback ports; each instance keeps the one it got first.
+_FIRST_LOOPBACK_PORT = 11500
+# Streams of events have no end of their own; nothing else takes as long.
+_GOODBYE_S = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Daemon:
+    """Everything of a daemon but its listener. `run` goes on until cancelled."""
+
+    settings: Settings
+    fleet: Fleet
+    backend: Backend
+    state_lock: StateDirLock
+
+    async def run(self) -> None:
+        scheduler = ApScheduler()
+        self.fleet.schedule(scheduler)
+        scheduler.start()
+        try:
+            await self.fleet.run()
+        finally:
+            scheduler.stop()
+
+
+@asynccontextmanager
+async def open_daemon(
+    loaded: LoadedSettings,
+    *,
+    on_step: Callable[[str, str], Awaitable[None]] = no_step,
+    resume_idle_clock: bool = False,
+) -> AsyncIterator[Daemon]:
+    """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
+
+    Args:
+        loaded: the configuration.
+        on_step: see `World`.
+        resume_idle_clock: see `World`.
+
+    Raises:
+        StateDirHeldError: another daemon holds the state directory.
+        ConfigurationError, RegistryCorruptError, UnavailableError: it cannot be built.
+    """
+    settings = loaded.settings
+    templates = load_templates(settings)
+    specs = resolve_instances(loaded, templates)
+    state_dir = settings.state.dir
+    async with AsyncExitStack() as stack:
+        state_lock = StateDirLock(state_dir, settings.manager_id)
+        state_lock.acquire()
+        stack.callback(state_lock.release)
+        registry = await open_registry(state_dir / "registry.sqlite3")
+        stack.push_async_callback(registry.close)
+        rows = await registry.instances()
+        utcnow = _utcnow
+        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
+        stack.push_async_callback(journal.flush)
+        reader = Nvml()
+        stack.push_async_callback(reader.close)
+        pids = ProcCgroups()
+        gpus = Gpus(
+            reader,
+            pids,
+            registry,
+            selectors=_selectors(specs),
+            taken_ids=[spec.id for spec in specs],
+            auto=settings.gpus == "auto",
+            now=time.monotonic,
+            utcnow=utcnow,
+        )
+        await gpus.load()
+        engine = DockerEngine(settings.engine.url, settings.engine.timeout_s)
+        stack.callback(engine.close)
+        world = World(
+            manager_id=settings.manager_id,
+            engine=engine,
+            registry=registry,
+            locks=FileLocks(state_dir / "locks", _LOCK_WAIT_S),
+            upstream=await stack.enter_async_context(AiohttpUpstream()),
+            gpus=gpus,
+            journal=journal,
+            now=time.monotonic,
+            utcnow=utcnow,
+            on_step=on_step,
+            resume_idle_clock=resume_idle_clock,
+        )
+        make = _Maker(world, settings, templates, rows)
+        found = [auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids()]
+        fleet = Fleet(
+            world,
+            members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
+            find_member=make.found,
+            schedules=tuple(
+                Schedule(entry.cron, entry.action, entry.instance, entry.timezone)
+                for entry in settings.schedules
+            ),
+            max_running=settings.lifecycle.max_running,
+            own_names=_own_names(pids),
+            probe_interval_s=settings.lifecycle.probe_interval_s,
+            resync_interval_s=settings.lifecycle.resync_interval_s,
+        )
+        stack.push_async_callback(fleet.save)
+        backend = Backend(
+            fleet=fleet,
+            gpus=gpus,
+            journal=journal,
+            engine=engine,
+            images=_images(specs),
+            may_pull=lambda image: any(fnmatchcase(image, p) for p in settings.allow.images),
+            render_metrics=FleetMetrics(fleet, gpus).render,
+        )
+        yield Daemon(settings, fleet, backend, state_lock)
+
+
+async def serve(
+    loaded: LoadedSettings,
+    *,
+    on_step: Callable[[str, str], Awaitable[None]] = no_step,
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
+
+    Raises:
+        ManagerError: it could not be started.
+        BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
+    """
+    settings = loaded.settings
+    key = read_key(settings.server.key_file) if settings.server.key_file else None
+    async with open_daemon(loaded, on_step=on_step) as daemon:
+        with _listening(settings.server.host, settings.server.port) as listener:
+            url = _url(settings.server.host, settings.server.port)
+            daemon.state_lock.describe(url=url)
+            app = control_api(daemon.backend, allowed_hosts=_allowed_hosts(settings), key=key)
+            config = uvicorn.Config(
+                app,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_GOODBYE_S,
+            )
+            server = _Server(config)
+            _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
+            await _until_stopped(server, listener, daemon)
+    _log.info("ended")
+
+
+async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
+    """One clean-up without a daemon, by the stored last use; holds the state directory meanwhile.
+
+    Raises:
+        StateDirHeldError: a daemon runs; it has to be asked.
+        UnavailableError: the engine does not answer.
+    """
+    async with open_daemon(loaded, resume_idle_clock=True) as daemon:
+        fleet = daemon.fleet
+        running = asyncio.ensure_future(fleet.run())
+        try:
+            settled = asyncio.ensure_future(fleet.settled(within_s=loaded.settings.engine.timeout_s))
+            await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                settled.cancel()
+                running.result()
+            settled.result()
+            return await fleet.reap(dry_run=dry_run)
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+
+
+async def _until_stopped(server: _Server, listener: socket.socket, daemon: Daemon) -> None:
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, server.stop)
+    running = asyncio.ensure_future(daemon.run())
+    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
+    try:
+        await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            _log.critical("a background loop ended; the daemon stops")
+        server.stop()
+        await serving
+        if running.done():
+            running.result()
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process before our own clean-up."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+
+class _Maker:
+    """Makes instances from their specs and what was stored of them."""
+
+    def __init__(
+        self,
+        world: World,
+        settings: Settings,
+        templates: dict[str, Template],
+        rows: dict[str, InstanceRow],
+    ) -> None:
+        self._world = world
+        self._settings = settings
+        self._templates = templates
+        self._rows = rows
+        self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
+
+    def instance(self, fleet: Fleet, spec: InstanceSpec) -> Instance:
+        if spec.driver is Driver.EXTERNAL:
+            return ExternalInstance(self._world, spec)
+        row = self._rows.get(spec.id, InstanceRow(id=spec.id))
+        return Supervisor(self._world, spec, self._with_port(row), may_run=fleet.may_run)
+
+    def found(self, fleet: Fleet, instance_id: str) -> Instance:
+        return self.instance(fleet, auto_gpu_spec(instance_id, self._settings, self._templates))
+
+    def _with_port(self, row: InstanceRow) -> InstanceRow:
+        if row.loopback_port is not None:
+            return row
+        port = _FIRST_LOOPBACK_PORT
+        while port in self._ports:
+            port += 1
+        self._ports.add(port)
+        return InstanceRow(id=row.id, loopback_port=port)
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        message = f"cannot listen on {_url(host, port)}: {os.strerror(error.errno or 0)}"
+        raise ManagerError(message) from error
+    with listener:
+        yield listener
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _allowed_hosts(settings: Settings) -> set[str]:
+    """The configured names, and the address listened on where it is one that a client can name."""
+    host = settings.server.host.lower()
+    named = {f"[{host}]" if ":" in host else host} - {"0.0.0.0", "[::]"}  # noqa: S104  (taken out)
+    return {*settings.server.allowed_hosts, *named}
+
+
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+    return {
+        spec.id: spec.device or "auto"
+        for spec in specs
+        if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
+    }
+
+
+def _images(specs: tuple[InstanceSpec, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(spec.template.image for spec in specs if spec.template))
+
+
+def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
+    """What the engine would call us, if we run in one of its containers: the id, or the host name it gives."""
+    return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
+
+
+def _utcnow() -> datetime:
+    return datetime.now(UTC)

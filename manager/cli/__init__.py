@@ -1,0 +1,5 @@
+"""The command line. Importing it is cheap: each command imports what it needs when it runs."""
+
+from manager.cli.commands import main
+
+__all__ = ["main"]

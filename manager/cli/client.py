@@ -1,0 +1,369 @@
+"""The control API as the command line sees it, through `requests`, which the Docker SDK brings along."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import requests
+
+from manager import __version__
+from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manager.cli.locate import Endpoint
+
+_API = "/api/runtime/compute"
+_CONNECT_S = 5.0
+_ANSWER_S = 10.0
+# The daemon writes a comment into the event stream every 15 s: a longer silence means that it hangs.
+_EVENT_SILENCE_S = 40.0
+
+_EXIT_CODES = {401: MISUSED, 403: MISUSED, 404: MISUSED, 409: REFUSED, 422: MISUSED}
+
+_NEXT_STEPS = {
+    "key_required": "put the key of the daemon (server.key_file) into $OLLAMA_MANAGER_KEY",
+    "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
+    "unknown_instance": "`ollama-manager status` lists the instances",
+    "max_running_reached": "stop one of them, or raise lifecycle.max_running",
+    "image_missing": "`ollama-manager pull` fetches the images of all instances",
+    "engine_unavailable": "`ollama-manager doctor` says more",
+    "gpu_missing": "`ollama-manager doctor` says more",
+    "vram_insufficient": "`ollama-manager status` shows who holds the memory",
+    "start_timeout": "if it only is slow, raise start_timeout_s",
+}
+
+
+class DaemonUnreachableError(CommandError):
+    """Nothing answers at the address, or something that is not this daemon."""
+
+    def __init__(self, message: str, next_step: str | None = None) -> None:
+        step = next_step or "start it with `ollama-manager serve`, or name another one with --url"
+        super().__init__(message, exit_code=UNREACHABLE, next_step=step)
+
+
+class RefusalError(CommandError):
+    """The daemon said no; `code` is its stable one and `log_tail` what the container said last."""
+
+    def __init__(self, status: int, code: str, message: str, *, log_tail: tuple[str, ...], wait_s: str | None):
+        step = _NEXT_STEPS.get(code)
+        if wait_s is not None and step is None:
+            step = f"waiting may help: try again in {wait_s} s"
+        super().__init__(
+            f"{message} ({code})",
+            exit_code=_EXIT_CODES.get(status, FAILED),
+            next_step=step,
+            lines=log_tail,
+        )
+        self.status = status
+        self.code = code
+        self.log_tail = log_tail
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where an instance computes; memory in bytes, None where it is not known."""
+
+    kind: str | None
+    uuid: str | None
+    index: int | None
+    name: str | None
+    vram_total_bytes: int | None
+    vram_used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """The reason why an instance is not as one would wish."""
+
+    code: str
+    message: str
+    log_tail: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    name: str
+    size_bytes: int
+    vram_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What a person is shown of an instance; the API's answer has more."""
+
+    id: str
+    driver: str
+    device: Device
+    endpoint: str | None
+    target: str
+    phase: str
+    health: str
+    reason: Why | None
+    in_flight: int
+    pinned: bool
+    ttl_s: float
+    ttl_remaining_s: float | None
+    models: tuple[Model, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    instance: Instance
+    changed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep did to one instance: `stopped`, `would_stop`, `kept` or `failed`."""
+
+    id: str
+    action: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullLine:
+    """One line of a pull; `layer` may also be a tag."""
+
+    status: str
+    image: str | None
+    layer: str | None
+    current_bytes: int | None
+    total_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    id: int
+    at: str
+    instance: str | None
+    kind: str
+    reason: str | None
+    detail: str
+
+
+class Daemon:
+    """One daemon. Every method raises DaemonUnreachableError or RefusalError; use one object a thread."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._session = requests.Session()
+        # Neither a proxy nor a .netrc: both are for the outside, and .netrc would replace our key.
+        self._session.trust_env = False
+        self._session.headers["User-Agent"] = f"ollama-manager/{__version__}"
+        if endpoint.key is not None:
+            self._session.headers["Authorization"] = f"Bearer {endpoint.key}"
+
+    def instances_document(self) -> dict[str, Any]:
+        """The API's answer as it is."""
+        with self._answer("GET", f"{_API}/instances") as answer:
+            return _document(answer)
+
+    def instance(self, instance_id: str) -> Instance:
+        with self._answer("GET", f"{_API}/instances/{_quoted(instance_id)}") as answer:
+            return self._read(_instance, _document(answer))
+
+    def read_instances(self, document: dict[str, Any]) -> tuple[Instance, ...]:
+        return self._read(lambda body: tuple(map(_instance, body["instances"])), document)
+
+    def start(self, instance_id: str) -> Change:
+        """Returns when the instance is ready, however long that takes."""
+        return self._change(instance_id, "start")
+
+    def stop(self, instance_id: str, *, force: bool) -> Change:
+        return self._change(instance_id, "stop?force=true" if force else "stop")
+
+    def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
+        path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
+        with self._answer("POST", path, silence_s=None) as answer:
+            return self._read(_sweep, _document(answer))
+
+    def why_not_ready(self) -> tuple[str, ...]:
+        with self._answer("GET", "/readyz", also=503) as answer:
+            return self._read(lambda body: tuple(map(str, body["reasons"])), _document(answer))
+
+    def pull(self, image: str | None) -> Iterator[PullLine]:
+        """Progress until the image, or every image of the configured instances, is there."""
+        body = {} if image is None else {"image": image}
+        with self._answer("POST", f"{_API}/pull", body=body, silence_s=None, stream=True) as answer:
+            for line in answer.iter_lines():
+                entry = _parsed(line)
+                if "error" in entry:
+                    raise _refusal(FAILED, entry, None)
+                yield self._read(_pull_line, entry)
+
+    def events(self) -> Iterator[Event | None]:
+        """What happens from now on; None once the stream stands, and for every sign of life."""
+        path = f"{_API}/events"
+        with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True) as answer:
+            for line in answer.iter_lines():
+                if line.startswith(b":"):
+                    yield None
+                elif line.startswith(b"data:"):
+                    yield self._read(_event, _parsed(line.removeprefix(b"data:")))
+
+    def _change(self, instance_id: str, verb: str) -> Change:
+        path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
+        with self._answer("POST", path, silence_s=None) as answer:
+            return self._read(_change, _document(answer))
+
+    @contextmanager
+    def _answer(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        silence_s: float | None = _ANSWER_S,
+        stream: bool = False,
+        also: int | None = None,
+    ) -> Iterator[requests.Response]:
+        """A good answer, or one with the status `also`; errors of the transport are translated inside, too."""
+        try:
+            with self._session.request(
+                method,
+                self.endpoint.url + path,
+                json=body,
+                timeout=(_CONNECT_S, silence_s),
+                stream=stream,
+                allow_redirects=False,
+            ) as answer:
+                if answer.status_code != also and not answer.ok:
+                    raise _refusal(answer.status_code, _document(answer), answer.headers.get("Retry-After"))
+                yield answer
+        except _Strange as error:
+            raise self._stranger() from error
+        except requests.Timeout as error:
+            raise DaemonUnreachableError(
+                f"the daemon at {self.endpoint.url} does not answer in time",
+                "it may be overloaded or suspended; look at its process and its log",
+            ) from error
+        except (requests.RequestException, OSError) as error:
+            raise DaemonUnreachableError(
+                f"the daemon at {self.endpoint.url} cannot be reached ({_cause(error)})"
+            ) from error
+
+    def _read(self, read: Any, body: Any) -> Any:
+        try:
+            return read(body)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise self._stranger() from error
+
+    def _stranger(self) -> DaemonUnreachableError:
+        return DaemonUnreachableError(
+            f"what answers at {self.endpoint.url} is not an ollama-manager of this version",
+            "check --url, $OLLAMA_MANAGER_URL and server.port",
+        )
+
+
+class _Strange(Exception):  # noqa: N818  (never leaves this file)
+    """An answer that this daemon would not give."""
+
+
+def _document(answer: requests.Response) -> dict[str, Any]:
+    return _parsed(answer.content)
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise _Strange from error
+    if not isinstance(body, dict):
+        raise _Strange
+    return body
+
+
+def _refusal(status: int, body: dict[str, Any], wait_s: str | None) -> RefusalError:
+    error = body.get("error")
+    if not isinstance(error, dict) or not isinstance(error.get("code"), str):
+        raise _Strange
+    tail = (error.get("details") or {}).get("log_tail") or ()
+    return RefusalError(
+        status,
+        error["code"],
+        printable(str(error.get("message", ""))),
+        log_tail=tuple(map(str, tail)),
+        wait_s=wait_s,
+    )
+
+
+def _instance(body: dict[str, Any]) -> Instance:
+    device, reason = body["device"], body["reason"]
+    return Instance(
+        id=str(body["id"]),
+        driver=str(body["driver"]),
+        device=Device(
+            kind=device["kind"],
+            uuid=device["uuid"],
+            index=device["index"],
+            name=device["name"],
+            vram_total_bytes=device["vram_total_bytes"],
+            vram_used_bytes=device["vram_used_bytes"],
+        ),
+        endpoint=body["endpoint"],
+        target=str(body["target"]),
+        phase=str(body["phase"]),
+        health=str(body["health"]),
+        reason=reason
+        and Why(
+            code=str(reason["code"]),
+            message=str(reason["message"]),
+            log_tail=tuple(map(str, reason["log_tail"])),
+        ),
+        in_flight=int(body["in_flight"]),
+        pinned=bool(body["pinned"]),
+        ttl_s=float(body["ttl_s"]),
+        ttl_remaining_s=body["ttl_remaining_s"],
+        models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
+    )
+
+
+def _change(body: dict[str, Any]) -> Change:
+    return Change(_instance(body["instance"]), bool(body["changed"]))
+
+
+def _sweep(body: dict[str, Any]) -> tuple[Swept, ...]:
+    return tuple(Swept(one["id"], one["action"], one["detail"]) for one in body["instances"])
+
+
+def _pull_line(body: dict[str, Any]) -> PullLine:
+    return PullLine(
+        status=str(body["status"]),
+        image=body.get("image"),
+        layer=body.get("layer"),
+        current_bytes=body.get("current_bytes"),
+        total_bytes=body.get("total_bytes"),
+    )
+
+
+def _event(body: dict[str, Any]) -> Event:
+    return Event(
+        id=body["id"],
+        at=body["at"],
+        instance=body["instance"],
+        kind=body["kind"],
+        reason=body["reason"],
+        detail=body["detail"],
+    )
+
+
+def _quoted(instance_id: str) -> str:
+    return requests.utils.quote(instance_id, safe="")
+
+
+def _cause(error: BaseException) -> str:
+    """What people can act on: a refused connection is wrapped four times."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        inner = getattr(cause, "reason", None) or next(iter(cause.args), None)
+        cause = inner if isinstance(inner, BaseException) else cause.__cause__ or cause.__context__
+    plain = next((one for one in reversed(seen) if isinstance(one, OSError) and one.strerror), None)
+    return str(plain.strerror) if plain is not None else type(seen[-1]).__name__

@@ -1,0 +1,119 @@
+"""Where the daemon is that a command talks to, and the key it wants."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from manager.cli.failures import MISUSED, CommandError
+from manager.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from manager.adapters.locks import Holder
+    from manager.settings import LoadedSettings
+
+KEY_VARIABLE = "OLLAMA_MANAGER_KEY"
+URL_VARIABLE = "OLLAMA_MANAGER_URL"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """A daemon's address. The key appears in no repr, so that it appears in no message either."""
+
+    url: str
+    key: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.url!r}, key={'…' if self.key else None})"
+
+
+def find_daemon(url: str | None, config: Path | None) -> Endpoint:
+    """The daemon that was named, else the running one of the configured state directory, else where one
+    would listen.
+
+    Raises:
+        CommandError, ConfigurationError: the address or the configuration cannot be used.
+    """
+    if url:
+        return Endpoint(_checked(url), _key())
+    from manager.settings import load_settings  # noqa: PLC0415  (half of what a command with --url costs)
+
+    return configured_daemon(load_settings(config))
+
+
+def configured_daemon(loaded: LoadedSettings) -> Endpoint:
+    settings = loaded.settings
+    try:
+        holder = current_holder(settings.state.dir)
+    except ConfigurationError:  # another user's: its address may still be the configured one
+        holder = None
+    if holder is not None and holder.url is not None:
+        return Endpoint(_reachable(holder.url), _key() or _configured_key(loaded))
+    host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
+    return Endpoint(_reachable(f"http://{host}:{settings.server.port}"), _key())
+
+
+def current_holder(state_dir: Path) -> Holder | None:
+    """Who holds the state directory now; see `manager.adapters.locks.read_holder`."""
+    from manager.cli.logs import import_structlog  # noqa: PLC0415
+
+    import_structlog()
+    from manager.adapters.locks import read_holder  # noqa: PLC0415
+
+    return read_holder(state_dir)
+
+
+def _configured_key(loaded: LoadedSettings) -> str | None:
+    """The key of the daemon whose lock we have just seen held: nobody else can be listening for it there."""
+    from manager.settings import read_key  # noqa: PLC0415
+
+    file = loaded.settings.server.key_file
+    if file is None:
+        return None
+    try:
+        return read_key(file)
+    except ConfigurationError:
+        return None  # it is not for everybody: the daemon will ask for the key
+
+
+def _key() -> str | None:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not key:
+        return None
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise CommandError(
+            f"{KEY_VARIABLE} holds a space or something that is not ASCII; a key has neither", exit_code=MISUSED
+        )
+    return key
+
+
+def _checked(url: str) -> str:
+    url = url.strip()
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    else:
+        usable = usable and parts.username is None and not (parts.query or parts.fragment)
+    if not usable or re.search(r"[\s\x00-\x1f\x7f\\]", url):
+        raise CommandError(
+            "the address of the daemon is not http://HOST:PORT",
+            exit_code=MISUSED,
+            next_step=f"check --url and ${URL_VARIABLE}; a key goes into ${KEY_VARIABLE}",
+        )
+    return _reachable(url.rstrip("/"))
+
+
+def _reachable(url: str) -> str:
+    """The address for a client: one that listens everywhere is asked on loopback, a name it accepts."""
+    return re.sub(r"^(https?://)(?:(0\.0\.0\.0)|\[::\])(?=[:/]|$)", _on_loopback, url)
+
+
+def _on_loopback(match: re.Match[str]) -> str:
+    return match[1] + ("127.0.0.1" if match[2] else "[::1]")

@@ -1,0 +1,195 @@
+"""The log of the daemon: one JSON line an event on stderr, or a readable console on a terminal.
+
+structlog and the standard library's logging, which libraries use, end in one handler and look alike. Keys are
+`ts` (RFC 3339, UTC), `level`, `logger`, `event` and what belongs to the event. No secret gets through.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import re
+import sys
+import threading
+from typing import TYPE_CHECKING, Any, TextIO
+
+from manager.cli.failures import coloured, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, MutableMapping
+
+    from manager.settings.model import LogSettings
+
+    Entry = MutableMapping[str, Any]
+
+HIDDEN = "…"
+
+_FIRST_KEYS = ("ts", "level", "logger", "event")
+_SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token|secret|password|authorization|cookie)s?$", re.IGNORECASE)
+_SECRET_TEXT = re.compile(r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"']+|(?<=://)[^/\s@\"']+(?=@)")
+# They tell of every connection and every tick at `info`; below `warning` only somebody who debugs wants them.
+_CHATTY = ("apscheduler", "uvicorn", "aiohttp", "tzlocal")
+# They tell even more, and what they tell at `debug` contains headers.
+_QUIET = ("urllib3", "docker", "requests", "asyncio", "filelock", "alembic", "sqlalchemy")
+
+
+def import_structlog() -> None:
+    """Import structlog without rich, which it takes along wherever it is installed, for tracebacks.
+
+    Nothing of it is used here, and it costs a daemon some megabytes and every command a tenth of a second.
+    """
+    if "structlog" in sys.modules or "rich" in sys.modules:
+        importlib.import_module("structlog")
+        return
+    sys.modules["rich"] = None  # type: ignore[assignment]  # importing it now raises ImportError
+    try:
+        importlib.import_module("structlog")
+    finally:
+        del sys.modules["rich"]
+
+
+def configure_logging(
+    settings: LogSettings,
+    *,
+    stream: TextIO | None = None,
+    secrets: Collection[str] = (),
+    least: str | None = None,
+) -> None:
+    """Send everything that is logged from now on to `stream` (stderr).
+
+    Args:
+        settings: format and level.
+        stream: where to.
+        secrets: texts that are hidden wherever they appear.
+        least: a level that overrides a lower one of the settings.
+    """
+    import_structlog()
+    import structlog  # noqa: PLC0415  (see above)
+
+    stream = stream or sys.stderr
+    level = logging.getLevelNamesMapping()[settings.level.upper()]
+    if least is not None:
+        level = max(level, logging.getLevelNamesMapping()[least.upper()])
+    console = settings.format == "console" or (settings.format == "auto" and stream.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(
+            fmt="%H:%M:%S" if console else "iso", utc=not console, key="ts"
+        ),
+        structlog.processors.UnicodeDecoder(),
+    ]
+    structlog.configure(
+        processors=[
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    render = _console_renderer(colours=coloured(stream)) if console else _json_renderer
+    formatter = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=shared,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            _Redactor(),
+            render,
+            _Censor(secrets),
+        ],
+    )
+    _route_standard_logging(formatter, stream, level)
+
+
+def _route_standard_logging(formatter: logging.Formatter, stream: TextIO, level: int) -> None:
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(formatter)
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    logging.captureWarnings(capture=True)
+    logging.raiseExceptions = False  # a full disk under the log must not fill it with tracebacks
+    threading.excepthook = _log_thread_error
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
+    if failed.exc_value is not None:
+        name = failed.thread.name if failed.thread else "unknown"
+        error = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+        logging.getLogger("thread").error("the thread %s ended with an error", name, exc_info=error)
+
+
+def _log_unraisable(failed: Any) -> None:
+    what = failed.err_msg or "Exception ignored in"
+    error = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+    logging.getLogger("python").error("%s %r", what, failed.object, exc_info=error)
+
+
+class _Redactor:
+    """Hides what looks like a secret: the values of keys that are named so, and credentials inside texts."""
+
+    def __call__(self, _logger: Any, _method: str, entry: Entry) -> Entry:
+        return {name: self._shown(name, value) for name, value in entry.items()}
+
+    def _shown(self, name: str, value: Any) -> Any:
+        if isinstance(value, str):
+            if _SECRET_NAME.search(name):
+                return HIDDEN
+            return _SECRET_TEXT.sub(lambda match: (match[1] or "") + HIDDEN, value)
+        if isinstance(value, bytes) and _SECRET_NAME.search(name):
+            return HIDDEN
+        if isinstance(value, dict):
+            return {inner: self._shown(str(inner), one) for inner, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._shown(name, one) for one in value]
+        return value
+
+
+class _Censor:
+    """Hides known secrets in a finished line, however they came to be in it."""
+
+    def __init__(self, secrets: Collection[str]) -> None:
+        spellings = {spelt for one in secrets if one for spelt in (one, json.dumps(one)[1:-1])}
+        self._spellings = sorted(spellings, key=len, reverse=True)
+
+    def __call__(self, _logger: Any, _method: str, line: str) -> str:
+        for spelling in self._spellings:
+            line = line.replace(spelling, HIDDEN)
+        return line
+
+
+def _json_renderer(_logger: Any, _method: str, entry: Entry) -> str:
+    # ASCII only: a line stays valid JSON whatever encoding stderr has.
+    ordered = {name: entry.pop(name) for name in _FIRST_KEYS if name in entry}
+    return json.dumps(ordered | dict(entry), default=str)
+
+
+def _console_renderer(*, colours: bool) -> Any:
+    import structlog.dev  # noqa: PLC0415  (only for people)
+
+    render = structlog.dev.ConsoleRenderer(
+        colors=colours,
+        timestamp_key="ts",
+        pad_event_to=24,
+        exception_formatter=structlog.dev.plain_traceback,
+    )
+
+    def readable(logger: Any, method: str, entry: Entry) -> str:
+        shown = {
+            name: printable(value) if isinstance(value, str) else value
+            for name, value in entry.items()
+            if value is not None
+        }
+        return render(logger, method, shown)
+
+    return readable

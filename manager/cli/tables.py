@@ -1,0 +1,210 @@
+"""Instances as a person reads them: a table on a terminal, blocks on a narrow one, columns in a pipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manager.cli.failures import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import RenderableType
+    from rich.text import Text
+
+    from manager.cli.client import Device, Instance, Model
+
+_GAP = 2
+_NONE = "-"
+_LOG_LINES = 3
+_NARROWEST_MODELS = 12
+_COLUMNS = ("INSTANCE", "DRIVER", "DEVICE", "PHASE", "HEALTH", "TARGET", "IN FLIGHT", "TTL LEFT", "MODELS")
+# What a narrow table does without, in this order: most people have one driver, and the phase tells the target.
+_DISPENSABLE = ("DRIVER", "TARGET")
+_STYLES = {
+    "ready": "green",
+    "starting": "yellow",
+    "draining": "yellow",
+    "stopping": "yellow",
+    "failed": "bold red",
+    "unavailable": "red",
+    "stopped": "dim",
+    "healthy": "green",
+    "unhealthy": "bold red",
+    "unknown": "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    cells: dict[str, str]
+    reason: str
+    log_tail: tuple[str, ...]
+
+
+def plain_table(instances: Sequence[Instance]) -> str:
+    """One line an instance, nothing cut off; the reason comes last."""
+    rows = [_row(instance) for instance in instances]
+    lines = [[*_COLUMNS, "REASON"], *([*row.cells.values(), row.reason or _NONE] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (
+        (" " * _GAP).join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def terminal_view(instances: Sequence[Instance], width: int) -> RenderableType:
+    """A table where it fits into `width`, else a block an instance; every reason in full below it."""
+    from rich.console import Group  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    if not instances:
+        return Text("no instances are configured", style="dim")
+    rows = [_row(instance) for instance in instances]
+    columns = _fitting(rows, width)
+    if columns is None:
+        return Group(*(part for row in rows for part in _block(row)))
+    return Group(_table(rows, columns), *(part for row in rows for part in _remarks(row)))
+
+
+def duration(seconds: float) -> str:
+    """`45s`, `14m32s`, `2h05m` or `3d04h`."""
+    whole = max(0, round(seconds))
+    minutes, rest = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    if hours:
+        return f"{hours}h{minutes:02}m"
+    return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
+
+
+def _row(instance: Instance) -> _Row:
+    cells = (
+        instance.id,
+        instance.driver,
+        _device(instance.device),
+        instance.phase,
+        instance.health,
+        instance.target,
+        str(instance.in_flight),
+        _ttl_left(instance),
+        ", ".join(map(_model, instance.models)) or _NONE,
+    )
+    reason = instance.reason
+    return _Row(
+        cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
+        reason=_one_line(f"{reason.code}: {reason.message}") if reason else "",
+        log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
+    )
+
+
+def _device(device: Device) -> str:
+    if device.kind is None:
+        return "undeclared"
+    if device.kind != "gpu":
+        return device.kind
+    known = [] if device.index is None else [f"gpu {device.index}", *([device.name] if device.name else [])]
+    if device.uuid and not known:
+        known = [f"gpu {device.uuid}", "(not there)"]
+    if device.vram_total_bytes is not None and device.vram_used_bytes is not None:
+        used, total = device.vram_used_bytes / 2**30, device.vram_total_bytes / 2**30
+        known.append(f"{used:.1f}/{total:.1f} GiB")
+    elif device.index is not None:
+        known.append("VRAM unknown")
+    return " ".join(known) or "gpu"
+
+
+def _ttl_left(instance: Instance) -> str:
+    if instance.driver == "external":
+        return _NONE
+    if instance.pinned:
+        return "pinned"
+    if instance.ttl_s <= 0:
+        return "never"
+    if instance.ttl_remaining_s is not None:
+        return duration(instance.ttl_remaining_s)
+    return "in use" if instance.in_flight else _NONE
+
+
+def _model(model: Model) -> str:
+    return f"{model.name} {model.size_bytes / 2**30:.1f}G"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())
+
+
+def _fitting(rows: list[_Row], width: int) -> tuple[str, ...] | None:
+    """The columns of a table that is no wider than `width`, None when even the fewest are too wide."""
+    columns = _COLUMNS
+    for dispensable in (None, *_DISPENSABLE):
+        columns = tuple(name for name in columns if name != dispensable)
+        if _natural_width(rows, columns) <= width:
+            return columns
+    return None
+
+
+def _natural_width(rows: list[_Row], columns: tuple[str, ...]) -> int:
+    widths = {name: max(len(name), *(len(row.cells[name]) for row in rows)) for name in columns}
+    widths["MODELS"] = min(widths["MODELS"], _NARROWEST_MODELS)  # this one may take several lines
+    return sum(widths.values()) + _GAP * (len(columns) - 1)
+
+
+def _table(rows: list[_Row], columns: tuple[str, ...]) -> RenderableType:
+    from rich.table import Table  # noqa: PLC0415
+
+    table = Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="bold")
+    for name in columns:
+        right = name in {"IN FLIGHT", "TTL LEFT"}
+        table.add_column(
+            name,
+            no_wrap=name != "MODELS",
+            overflow="fold",
+            justify="right" if right else "left",
+            min_width=_NARROWEST_MODELS if name == "MODELS" else None,
+        )
+    for row in rows:
+        table.add_row(*(_cell(row, name) for name in columns))
+    return table
+
+
+def _cell(row: _Row, name: str) -> Text:
+    from rich.text import Text  # noqa: PLC0415
+
+    text = row.cells[name]
+    if name == "PHASE" and row.reason:
+        return Text(f"{text} !", style=_STYLES.get(text, "") if text == "failed" else "yellow")
+    styled = name in {"PHASE", "HEALTH"}
+    return Text(text, style="bold" if name == "INSTANCE" else _STYLES.get(text, "") if styled else "")
+
+
+def _remarks(row: _Row) -> list[RenderableType]:
+    from rich.padding import Padding  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    if not row.reason:
+        return []
+    reason = Text.assemble(("! ", "yellow"), (row.cells["INSTANCE"], "bold"), " ", row.reason)
+    return [
+        reason,
+        *(Padding(Text(f"| {line}", style="dim"), (0, 0, 0, 4)) for line in row.log_tail),
+    ]
+
+
+def _block(row: _Row) -> list[RenderableType]:
+    from rich.padding import Padding  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    head = Text.assemble(
+        (row.cells["INSTANCE"], "bold"), " ", _cell(row, "PHASE"), " ", _cell(row, "HEALTH")
+    )
+    parts: list[RenderableType] = [head]
+    for name in ("DEVICE", "DRIVER", "TARGET", "IN FLIGHT", "TTL LEFT", "MODELS"):
+        if row.cells[name] != _NONE:
+            text = Text.assemble((f"{name.lower():<10}", "dim"), row.cells[name])
+            parts.append(Padding(text, (0, 0, 0, 2)))
+    return [*parts, *(Padding(part, (0, 0, 0, 2)) for part in _remarks(row))]

@@ -1,0 +1,18 @@
+"""The only reader of the environment and of configuration files."""
+
+from manager.settings.load import LoadedSettings, load_settings, read_key
+from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
+from manager.settings.templates import auto_gpu_spec, load_templates, packaged_templates, resolve_instances
+
+__all__ = [
+    "InstanceSettings",
+    "LoadedSettings",
+    "ScheduleSettings",
+    "Settings",
+    "auto_gpu_spec",
+    "load_settings",
+    "load_templates",
+    "packaged_templates",
+    "read_key",
+    "resolve_instances",
+]

@@ -1,0 +1,185 @@
+"""Find the configuration file, bring all sources together, and say of each value where it came from."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from manager.settings import sources as source
+from manager.settings.model import COMPARED, Settings
+from manager.settings.problems import Problem, configuration_error, dotted, from_validation
+from manager.settings.yaml_file import Document, read_document
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from manager.settings.schema import KeyPath
+
+LOCAL_FILE = Path("ollama-manager.yaml")
+SYSTEM_FILE = Path("/etc/ollama-manager/config.yaml")
+
+_SHORTEST_KEY = 16
+_LONGEST_KEY = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedSettings:
+    """Settings with their origin. `file` is the configuration file that was read, None when there is none."""
+
+    settings: Settings
+    file: Path | None
+    sources: tuple[source.Source, ...]
+
+    def source_of(self, path: str | KeyPath) -> str:
+        """`command line`, `environment NAME`, `file FILE:LINE` or `default`; a key is `server.port`."""
+        return source.wrote(self._key(path), self.sources).description
+
+    def problem(self, path: str | KeyPath, text: str) -> Problem:
+        """A problem with a setting, at the place where it, or what is nearest around it, was written."""
+        key = self._key(path)
+        return Problem(str(source.place_of(key, self.sources)), dotted(key), text)
+
+    @staticmethod
+    def _key(path: str | KeyPath) -> KeyPath:
+        if isinstance(path, str):
+            return tuple(int(word) if word.isdigit() else word for word in path.split("."))
+        return path
+
+
+def load_settings(
+    config: Path | None = None,
+    *,
+    overrides: Mapping[str, object] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> LoadedSettings:
+    """Read all settings: command line, then environment, then file, then defaults; mappings are merged.
+
+    Args:
+        config: the file that was asked for; else `$OLLAMA_MANAGER_CONFIG`, `./ollama-manager.yaml` and
+            `/etc/ollama-manager/config.yaml` are tried.
+        overrides: what the command line says, nested like the file; None means not given.
+        environ: the environment.
+
+    Raises:
+        ConfigurationError: with every problem that was found, each with its place.
+    """
+    problems: list[Problem] = []
+    document = _find_document(config, environ)
+    layers = [
+        source.command_line(overrides or {}, environ),
+        source.environment(environ, problems),
+        source.defaults(environ),
+    ]
+    if document is not None:
+        problems += document.problems
+        if document.data is None:
+            raise configuration_error(problems)
+        layers.insert(-1, source.configuration_file(document, environ))
+    sources = tuple(layers)
+    settings = _validated(sources, problems)
+    if settings is None or problems:
+        raise configuration_error(problems)
+    return LoadedSettings(settings, None if document is None else Path(document.file), sources)
+
+
+def read_key(path: Path) -> str:
+    """The key that clients must send.
+
+    Raises:
+        ConfigurationError: unreadable, open to everybody, or not one line that can be a key. The message
+            never shows what the file contains.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise _key_refused(path, "not a regular file")
+        with path.open("rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            raw = stream.read(_LONGEST_KEY + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a path"
+        raise _key_refused(path, f"{why}; expected a readable file") from error
+    if mode & stat.S_IRWXO:
+        raise _key_refused(path, "open to every user of this machine; close it with chmod o= FILE")
+    lines = raw.rstrip(b"\r\n").split(b"\n")
+    key = lines[0].strip()
+    if not key:
+        raise _key_refused(path, "empty; expected one line with the key")
+    if len(lines) > 1:
+        raise _key_refused(path, f"{len(lines)} lines; expected one")
+    if not _SHORTEST_KEY <= len(key) <= _LONGEST_KEY:
+        allowed = f"expected {_SHORTEST_KEY} to {_LONGEST_KEY}"
+        raise _key_refused(path, f"a key of {min(len(key), _LONGEST_KEY + 1)} characters; {allowed}")
+    # What a header can carry without quoting.
+    if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
+        raise _key_refused(path, "the key holds a space or something that is not ASCII; expected neither")
+    return key.decode("ascii")
+
+
+def _key_refused(path: Path, text: str) -> Exception:
+    return configuration_error([Problem(str(path), "server.key_file", text)])
+
+
+def _find_document(config: Path | None, environ: Mapping[str, str]) -> Document | None:
+    if config is not None:
+        return _named_document(config, "--config")
+    variable = f"{source.PREFIX}CONFIG"
+    if name := environ.get(variable, "").strip():
+        return _named_document(Path(name), variable)
+    for candidate in (LOCAL_FILE, SYSTEM_FILE):
+        try:
+            return read_document(candidate)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise configuration_error([Problem(str(candidate), "", _cannot_read(error))]) from error
+    return None
+
+
+def _named_document(file: Path, asked_by: str) -> Document:
+    try:
+        return read_document(file)
+    except OSError as error:
+        raise configuration_error([Problem(asked_by, "", f"{str(file)!r}; {_cannot_read(error)}")]) from error
+
+
+def _cannot_read(error: OSError) -> str:
+    return f"cannot be read ({error.strerror}); expected a YAML file"
+
+
+def _merged(sources: tuple[source.Source, ...]) -> dict[str, Any]:
+    class Merged(BaseSettings):
+        model_config = SettingsConfigDict(extra="allow")
+
+        @classmethod
+        def settings_customise_sources(cls, *_: Any, **__: Any) -> tuple[PydanticBaseSettingsSource, ...]:
+            return sources
+
+    return dict(Merged().model_extra or {})
+
+
+def _validated(sources: tuple[source.Source, ...], problems: list[Problem]) -> Settings | None:
+    """The settings that the sources make together; None when they make none, `problems` then says why."""
+    values = _merged(sources)
+    place = _placer(sources)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        problems += from_validation(error, Settings, place)
+        wrong = {str(one["loc"][0]) for one in error.errors() if one["loc"]}
+    # A wrong section keeps the others from being compared. Where it takes no part in that, compare them now.
+    if wrong and not wrong & COMPARED:
+        try:
+            Settings.model_validate({key: value for key, value in values.items() if key not in wrong})
+        except ValidationError as error:
+            problems += from_validation(error, Settings, place)
+    return None
+
+
+def _placer(sources: tuple[source.Source, ...]) -> Callable[[KeyPath], str]:
+    return lambda path: str(source.place_of(path, sources))

@@ -1,0 +1,394 @@
+"""Every setting, its default and its bounds. Reading them is `load.py`'s business."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import re
+import zoneinfo
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from manager.domain import cron
+from manager.domain.container import container_name
+from manager.domain.gpu import normal_pci
+from manager.domain.instance import DeviceKind, Driver
+from manager.domain.template import Refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+DEFAULT_ENGINE_URL = "unix:///var/run/docker.sock"
+DEFAULT_INSTANCE = "cpu"
+CPU_TEMPLATE = "ollama-cpu"
+GPU_TEMPLATE = "ollama-gpu"
+AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
+
+_DAY_S = 86_400
+_YEAR_S = 366 * _DAY_S
+_LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """`$XDG_STATE_HOME/ollama-manager`; a relative value counts as unset (XDG Base Directory 0.8).
+
+    Raises:
+        ValueError: no home directory is known.
+    """
+    base = Path(environ.get("XDG_STATE_HOME", "").strip())
+    if not base.is_absolute():
+        home = environ.get("HOME", "").strip()
+        try:
+            base = (Path(home) if home else Path.home()) / ".local" / "state"
+        except RuntimeError as error:
+            raise ValueError("expected a directory: there is no home directory to put it in") from error
+    return base / "ollama-manager"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens on `host`; an unknown name is taken as open."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
+
+
+def _state_dir(value: object) -> object:
+    return default_state_dir(os.environ) if value is None else value
+
+
+def _engine_url(value: object) -> object:
+    return DEFAULT_ENGINE_URL if value is None else value
+
+
+def _checked_engine_url(url: str) -> str:
+    expected = "expected unix:///SOCKET, tcp://HOST:PORT, http://HOST:PORT or https://HOST:PORT"
+    scheme, separator, rest = url.partition("://")
+    if scheme == "unix" and separator and rest.startswith("/") and rest.strip("/"):
+        return url
+    if scheme not in {"tcp", "http", "https"} or not _has_host(url) or urlsplit(url).port is None:
+        raise ValueError(expected)
+    return url
+
+
+def _http_url(url: str) -> str:
+    parts = urlsplit(url) if _has_host(url) else None
+    if parts is None or parts.scheme not in {"http", "https"}:
+        raise ValueError("expected http://HOST[:PORT] or https://HOST[:PORT]")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("expected a URL without credentials, query and fragment")
+    return url.rstrip("/")
+
+
+def _has_host(url: str) -> bool:
+    # urlsplit drops line breaks and tabs silently.
+    if re.search(r"[\s\x00-\x1f\x7f\\]", url):
+        return False
+    try:
+        parts = urlsplit(url)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _listen_host(host: str) -> str:
+    name = host.removeprefix("[").removesuffix("]")
+    if not re.fullmatch(r"[A-Za-z0-9._:%-]+", name):
+        raise ValueError("expected an address or a host name, without a port")
+    if ":" in name:
+        try:
+            ipaddress.ip_address(name)
+        except ValueError as error:
+            raise ValueError("expected an address or a host name, without a port") from error
+    return name
+
+
+def _host_header(host: str) -> str:
+    name = _listen_host(host).lower()
+    return f"[{name}]" if ":" in name else name
+
+
+def _not_empty(value: object) -> object:
+    if value == "":
+        raise ValueError("expected a path")
+    return value
+
+
+def _port(port: int) -> int:
+    if not 1 <= port <= 65535:  # noqa: PLR2004
+        raise ValueError("expected a port, 1-65535")
+    return port
+
+
+def _bind(entry: str) -> str:
+    directory, separator, mode = entry.partition(":")
+    if not directory.startswith("/") or ".." in directory.split("/") or (separator and mode != "rw"):
+        raise ValueError("expected an absolute directory without '..', as DIR (read-only) or DIR:rw")
+    return entry
+
+
+def _cron_line(line: str) -> str:
+    cron.parse(line)
+    return line
+
+
+def _timezone(name: str) -> str:
+    try:
+        zoneinfo.ZoneInfo(name)
+    except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError) as error:
+        near = difflib.get_close_matches(name, zoneinfo.available_timezones(), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"expected a time zone such as Europe/Berlin{hint}") from error
+    return name
+
+
+WholeNumber = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Timeout = Annotated[Number, Field(gt=0, le=_DAY_S)]
+Wait = Annotated[Number, Field(ge=0, le=_DAY_S)]
+Interval = Annotated[Number, Field(ge=0.01, le=_DAY_S)]
+Ttl = Annotated[Number, Field(ge=0, le=_YEAR_S)]
+Port = Annotated[WholeNumber, AfterValidator(_port)]
+FilePath = Annotated[Path, BeforeValidator(_not_empty)]
+Text = Annotated[str, Field(min_length=1)]
+InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+class ServerSettings(Section):
+    host: Annotated[str, AfterValidator(_listen_host)] = "127.0.0.1"
+    port: Port = 11435
+    key_file: FilePath | None = None
+    allowed_hosts: tuple[Annotated[str, AfterValidator(_host_header)], ...] = (
+        "localhost",
+        "127.0.0.1",
+        "[::1]",
+    )
+
+    @model_validator(mode="after")
+    def _open_only_with_a_key(self) -> Self:
+        if not is_loopback(self.host) and self.key_file is None:
+            allowed = "set server.key_file, or listen on 127.0.0.1"
+            message = f"{self.host!r} can be reached from other machines; {allowed}"
+            _refuse([Refusal(key=("host",), message=message)])
+        return self
+
+
+class StateSettings(Section):
+    dir: Annotated[FilePath, BeforeValidator(_state_dir)] = Field(
+        default_factory=lambda: default_state_dir(os.environ)
+    )
+
+
+class EngineSettings(Section):
+    url: Annotated[str, AfterValidator(_checked_engine_url), BeforeValidator(_engine_url)] = (
+        DEFAULT_ENGINE_URL
+    )
+    timeout_s: Timeout = 30.0
+
+
+class TemplatesSettings(Section):
+    dir: FilePath | None = None
+
+
+class AllowSettings(Section):
+    """What a template may ask for: glob patterns, `binds` as `DIR` or `DIR:rw`."""
+
+    images: tuple[Text, ...] = ("ollama/ollama:*", "ollama-manager/simulated:*")
+    env: tuple[Text, ...] = (
+        "OLLAMA_*",
+        "CUDA_VISIBLE_DEVICES",
+        "NVIDIA_VISIBLE_DEVICES",
+        "NVIDIA_DRIVER_CAPABILITIES",
+    )
+    networks: tuple[Text, ...] = ("ollama-manager",)
+    volumes: tuple[Text, ...] = ("ollama-models",)
+    binds: tuple[Annotated[str, AfterValidator(_bind)], ...] = ()
+
+
+class InstanceSettings(Section):
+    """One instance as it is written; `ttl_s` and `start_timeout_s` None mean what `lifecycle` says."""
+
+    driver: Driver = Driver.DOCKER
+    template: Text | None = None
+    device: Text | None = None
+    url: Annotated[str, AfterValidator(_http_url)] | None = None
+    ttl_s: Ttl | None = None
+    start_timeout_s: Timeout | None = None
+    pinned: StrictBool = False
+    priority: Annotated[WholeNumber, Field(ge=-1000, le=1000)] = 0
+    prewarm: StrictBool = False
+
+    @model_validator(mode="after")
+    def _keys_fit_the_driver(self) -> Self:
+        _refuse(_external_refusals(self) if self.driver is Driver.EXTERNAL else _docker_refusals(self))
+        return self
+
+
+class LifecycleSettings(Section):
+    """Seconds throughout; `ttl_s` 0 means never idle-stopped, `max_running` None means no limit."""
+
+    ttl_s: Ttl = 900.0
+    start_timeout_s: Timeout = 300.0
+    stop_timeout_s: Timeout = 30.0
+    drain_timeout_s: Wait = 60.0
+    probe_interval_s: Interval = 2.0
+    resync_interval_s: Interval = 15.0
+    vram_wait_s: Wait = 20.0
+    max_running: Annotated[WholeNumber, Field(ge=1, le=1000)] | None = None
+
+
+class ScheduleSettings(Section):
+    cron: Annotated[str, AfterValidator(_cron_line)]
+    action: Literal["start", "stop", "reap"]
+    instance: InstanceId | None = None
+    timezone: Annotated[str, AfterValidator(_timezone)] | None = None
+
+    @model_validator(mode="after")
+    def _instance_fits_the_action(self) -> Self:
+        if self.action == "reap" and self.instance is not None:
+            message = "reap goes over all instances; leave `instance` out"
+            _refuse([Refusal(key=("instance",), message=message)])
+        if self.action != "reap" and self.instance is None:
+            message = f"missing; {self.action} needs the id of an instance"
+            _refuse([Refusal(key=("instance",), message=message)])
+        return self
+
+
+class LogSettings(Section):
+    """`auto` is console on a terminal and json elsewhere."""
+
+    format: Literal["auto", "json", "console"] = "auto"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """All settings, checked. Building one reads no environment: `load_settings` brings the sources."""
+
+    model_config = SettingsConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+    server: ServerSettings = Field(default_factory=ServerSettings)
+    state: StateSettings = Field(default_factory=StateSettings)
+    manager_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,47}$")] = "default"
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    templates: TemplatesSettings = Field(default_factory=TemplatesSettings)
+    allow: AllowSettings = Field(default_factory=AllowSettings)
+    instances: dict[InstanceId, InstanceSettings] = Field(
+        default_factory=lambda: {DEFAULT_INSTANCE: InstanceSettings(template=CPU_TEMPLATE)}
+    )
+    gpus: Literal["auto", "none"] = "auto"
+    lifecycle: LifecycleSettings = Field(default_factory=LifecycleSettings)
+    schedules: tuple[ScheduleSettings, ...] = ()
+    log: LogSettings = Field(default_factory=LogSettings)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+    @model_validator(mode="after")
+    def _sections_fit_each_other(self) -> Self:
+        _refuse([*_name_refusals(self), *_schedule_refusals(self), *_loop_refusals(self)])
+        return self
+
+
+# The sections that the last validator compares; while one of them is wrong its verdict means nothing.
+COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules"})
+
+
+def _refuse(refusals: Iterable[Refusal]) -> None:
+    """Raise all of `refusals` as one error, whose keys are relative to the model that is being checked."""
+    found = list(refusals)
+    if found:
+        text = "; ".join(f"{'.'.join(map(str, one.key))}: {one.message}" for one in found)
+        raise PydanticCustomError("contradiction", "{text}", {"text": text, "refusals": found})
+
+
+def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    if instance.template is None:
+        yield Refusal(key=("template",), message="missing; an instance of driver docker needs a template")
+    if instance.url is not None:
+        yield Refusal(
+            key=("url",), message="only for driver external; the endpoint follows from the template"
+        )
+    device = instance.device
+    if device is not None and not (
+        device == "auto" or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
+    ):
+        allowed = "auto, a UUID (GPU-… or MIG-…) or a PCI bus id such as 00000000:01:00.0"
+        yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")
+
+
+def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    if instance.url is None:
+        yield Refusal(key=("url",), message="missing; an instance of driver external needs a url")
+    for key in ("template", "ttl_s", "start_timeout_s", "pinned", "prewarm"):
+        if key in instance.model_fields_set:
+            message = "not for driver external, whose server is started and stopped by somebody else"
+            yield Refusal(key=(key,), message=message)
+    kinds = [kind.value for kind in DeviceKind]
+    if instance.device is not None and instance.device not in kinds:
+        message = f"{instance.device!r}; expected {' or '.join(kinds)} for driver external"
+        yield Refusal(key=("device",), message=message)
+
+
+def _name_refusals(settings: Settings) -> Iterator[Refusal]:
+    for instance_id, instance in settings.instances.items():
+        length = len(container_name(settings.manager_id, instance_id))
+        if instance.driver is Driver.DOCKER and length > _LONGEST_NAME:
+            allowed = f"at most {_LONGEST_NAME}: shorten it or manager_id"
+            message = f"its container's name has {length} characters; {allowed}"
+            yield Refusal(key=("instances", instance_id), message=message)
+
+
+def _schedule_refusals(settings: Settings) -> Iterator[Refusal]:
+    for index, schedule in enumerate(settings.schedules):
+        wanted = schedule.instance
+        if wanted is None:
+            continue
+        key = ("schedules", index, "instance")
+        known = settings.instances.get(wanted)
+        if known is not None and known.driver is Driver.EXTERNAL:
+            message = f"{wanted!r} has driver external and cannot be started or stopped from here"
+            yield Refusal(key=key, message=message)
+        elif known is None and not (settings.gpus == "auto" and AUTO_GPU_ID.fullmatch(wanted)):
+            ids = ", ".join(settings.instances) or "nothing"
+            cards = " or gpuN (gpus: auto)" if settings.gpus == "auto" else ""
+            yield Refusal(key=key, message=f"{wanted!r} is no instance; expected {ids}{cards}")
+
+
+def _loop_refusals(settings: Settings) -> Iterator[Refusal]:
+    """An external instance must not be this daemon: a request would go round for ever."""
+    for instance_id, instance in settings.instances.items():
+        if instance.url is None:
+            continue
+        parts = urlsplit(instance.url)
+        host = parts.hostname or ""
+        if parts.port == settings.server.port and (is_loopback(host) or host == settings.server.host):
+            message = "this is the daemon's own address; expected another server's"
+            yield Refusal(key=("instances", instance_id, "url"), message=message)

@@ -1,0 +1,199 @@
+"""Container templates from their files, and the instances that are made of them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
+from manager.domain.template import Template, refusals
+from manager.settings.model import GPU_TEMPLATE, InstanceSettings
+from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
+from manager.settings.yaml_file import read_document
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from manager.settings.load import LoadedSettings
+    from manager.settings.model import AllowSettings, Settings
+    from manager.settings.schema import KeyPath
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_FILE_NAME = re.compile(r"(?P<name>[a-z][a-z0-9-]*)\.ya?ml")
+
+
+def packaged_templates() -> Path:
+    """The templates of an installed wheel, or of the repository the package stands in."""
+    inside = _PACKAGE / "packaged_templates"
+    return inside if inside.is_dir() else _PACKAGE.parent / "templates"
+
+
+def load_templates(settings: Settings) -> dict[str, Template]:
+    """All templates of the configured directory, by name.
+
+    Raises:
+        ConfigurationError: with everything in every file that is not allowed, as FILE:LINE: key.
+    """
+    directory = settings.templates.dir or packaged_templates()
+    try:
+        files = sorted(file for file in directory.iterdir() if file.suffix in {".yaml", ".yml"})
+    except OSError as error:
+        text = f"cannot be read ({error.strerror}); expected a directory with templates"
+        raise configuration_error([Problem(str(directory), "templates.dir", text)]) from error
+    templates: dict[str, Template] = {}
+    problems: list[Problem] = []
+    seen: dict[str, Path] = {}
+    for file in files:
+        match = _FILE_NAME.fullmatch(file.name)
+        if match is None:
+            allowed = "expected [a-z][a-z0-9-]*.yaml, because it names the template"
+            problems.append(Problem(str(file), "", f"{file.name!r} as a file name; {allowed}"))
+            continue
+        name = match["name"]
+        if name in seen:
+            text = f"the template {name!r} is defined by {seen[name].name} already; expected one file a name"
+            problems.append(Problem(str(file), "", text))
+            continue
+        seen[name] = file
+        template = _load_template(file, settings.allow, problems)
+        if template is not None:
+            templates[name] = template
+    if problems:
+        raise configuration_error(problems)
+    return templates
+
+
+def resolve_instances(loaded: LoadedSettings, templates: Mapping[str, Template]) -> tuple[InstanceSpec, ...]:
+    """Every configured instance with all defaults resolved, in the order of the configuration.
+
+    Raises:
+        ConfigurationError: an instance and its template contradict each other.
+    """
+    problems: list[Problem] = []
+    specs: list[InstanceSpec] = []
+    for instance_id, instance in loaded.settings.instances.items():
+        template = templates.get(instance.template or "")
+        for key, text in _contradictions(instance, template, templates):
+            problems.append(loaded.problem(("instances", instance_id, key), text))
+        specs.append(_spec(instance_id, instance, template, loaded.settings))
+    if problems:
+        raise configuration_error(problems)
+    return tuple(specs)
+
+
+def auto_gpu_spec(instance_id: str, settings: Settings, templates: Mapping[str, Template]) -> InstanceSpec:
+    """The instance of a GPU that `gpus: auto` has found.
+
+    Raises:
+        ConfigurationError: there is no template for it.
+    """
+    template = templates.get(GPU_TEMPLATE)
+    if template is None or template.device is not DeviceKind.GPU:
+        found = "is missing" if template is None else "has device: cpu"
+        text = (
+            f"the template {GPU_TEMPLATE!r} {found}, and {instance_id} was found by gpus: auto; "
+            f"expected a template of that name with device: gpu, or gpus: none (known: {_known(templates)})"
+        )
+        directory = settings.templates.dir or packaged_templates()
+        raise configuration_error([Problem(str(directory), "gpus", text)])
+    return _spec(instance_id, InstanceSettings(template=GPU_TEMPLATE), template, settings)
+
+
+def _load_template(file: Path, allow: AllowSettings, problems: list[Problem]) -> Template | None:
+    try:
+        document = read_document(file)
+    except OSError as error:
+        problems.append(Problem(str(file), "", f"cannot be read ({error.strerror}); expected a YAML file"))
+        return None
+    problems += document.problems
+    if document.data is None:
+        return None
+    values = _with_spelling(document.data, document.texts)
+    template: Template | None
+    try:
+        template = Template.model_validate(values)
+    except ValidationError as error:
+        problems += from_validation(error, Template, document.place)
+        # What is left without the wrong keys is looked at as well, so that everything is said at once.
+        template = _without_wrong_keys(values, error)
+        if template is None:
+            return None
+    lists = {name: getattr(allow, name) for name in ("images", "env", "networks", "volumes", "binds")}
+    problems += (
+        Problem(document.place(refusal.key), dotted(refusal.key), refusal.message)
+        for refusal in refusals(template, **lists)
+    )
+    return template
+
+
+def _with_spelling(values: dict[str, Any], texts: Mapping[KeyPath, str]) -> dict[str, Any]:
+    """A number in `env` as it was written: to a container `1.10` is not 1.1."""
+    env = values.get("env")
+    if not isinstance(env, dict):
+        return values
+    spelt = {
+        name: texts[("env", name)] if type(value) in {int, float} else value for name, value in env.items()
+    }
+    return values | {"env": spelt}
+
+
+def _without_wrong_keys(values: dict[str, Any], error: ValidationError) -> Template | None:
+    """The template without its top-level keys that are wrong, if that still is one."""
+    wrong = {one["loc"][0] for one in error.errors()}
+    try:
+        return Template.model_validate({key: value for key, value in values.items() if key not in wrong})
+    except ValidationError:
+        return None
+
+
+def _contradictions(
+    instance: InstanceSettings, template: Template | None, templates: Mapping[str, Template]
+) -> Iterator[tuple[str, str]]:
+    if instance.driver is Driver.EXTERNAL:
+        return
+    if template is None:
+        hint = nearest(instance.template or "", templates)
+        yield "template", f"{instance.template!r} is no template; {hint}known: {_known(templates)}"
+    elif template.device is DeviceKind.CPU and instance.device is not None:
+        text = f"{instance.device!r} contradicts the template {instance.template!r}, which has device: cpu"
+        yield "device", f"{text}; leave `device` out, or use a template for the GPU"
+
+
+def _spec(
+    instance_id: str, instance: InstanceSettings, template: Template | None, settings: Settings
+) -> InstanceSpec:
+    lifecycle = settings.lifecycle
+    own_ttl_s, own_start_timeout_s = instance.ttl_s, instance.start_timeout_s
+    limits = Limits(
+        ttl_s=lifecycle.ttl_s if own_ttl_s is None else own_ttl_s,
+        start_timeout_s=lifecycle.start_timeout_s if own_start_timeout_s is None else own_start_timeout_s,
+        stop_timeout_s=lifecycle.stop_timeout_s,
+        drain_timeout_s=lifecycle.drain_timeout_s,
+        probe_interval_s=lifecycle.probe_interval_s,
+        resync_interval_s=lifecycle.resync_interval_s,
+        vram_wait_s=lifecycle.vram_wait_s,
+    )
+    kind = DeviceKind(instance.device) if template is None and instance.device in set(DeviceKind) else None
+    device = None
+    if template is not None:
+        kind = template.device
+        device = (instance.device or "auto") if kind is DeviceKind.GPU else None
+    return InstanceSpec(
+        id=instance_id,
+        driver=instance.driver,
+        device_kind=kind,
+        limits=limits,
+        template=template,
+        device=device,
+        url=instance.url,
+        pinned=instance.pinned,
+        priority=instance.priority,
+        prewarm=instance.prewarm,
+    )
+
+
+def _known(templates: Mapping[str, Template]) -> str:
+    return ", ".join(sorted(templates)) or "none"

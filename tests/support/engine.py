@@ -1,0 +1,409 @@
+"""Docker engines for tests, which nobody else's containers live in.
+
+`PrivateEngine` starts a `dockerd` with a directory, a containerd, a bridge and a cgroup of its own; it can be
+killed, stopped in its tracks and restarted, and leaves nothing behind. `acquire_engine` yields the best
+engine to be had.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, Self
+
+import docker
+
+from tests.support.host import (
+    CGROUPS,
+    claim_network,
+    command,
+    command_line,
+    interface_addresses,
+    prepare_cgroup_v2,
+    remove_cgroup,
+    storage_driver,
+)
+
+if TYPE_CHECKING:
+    import ipaddress
+    from collections.abc import Callable, Iterator, Sequence
+    from types import TracebackType
+
+NESTED_IMAGE = "docker:28-dind"
+
+_START_LIMIT_S = 60.0
+_END_LIMIT_S = 15.0
+_POLL_S = 0.01
+_LOG_TAIL_LINES = 40
+_MARK = "OLLAMA_MANAGER_TEST_ENGINE"
+_CONTAINERD_CONFIG = """\
+version = 2
+root = "{root}/containerd"
+state = "{root}/containerd-state"
+disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs",
+  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
+  "io.containerd.snapshotter.v1.zfs"]
+[grpc]
+  address = "{root}/containerd.sock"
+"""
+
+
+class EngineError(RuntimeError):
+    """The engine did not do what it should; the message ends with the last lines of its log."""
+
+
+class NoEngineError(RuntimeError):
+    """There is no engine for tests here; the message says what to install."""
+
+
+class Engine(Protocol):
+    """What every engine for tests has."""
+
+    @property
+    def url(self) -> str: ...
+
+    def client(self) -> docker.DockerClient:
+        """A new client; the engine closes it at its end."""
+        ...
+
+
+class PrivateEngine:
+    """A `dockerd` of its own, as a context manager. `private_engine_obstacles` says what it needs.
+
+    The engine touches no firewall rule (`--iptables=false`), so that any number of engines, the user's
+    included, get on with each other: the host reaches containers by their addresses on any network,
+    containers reach the host by the gateway's, and published ports are served by docker-proxy. Containers
+    have no way to the outside.
+
+    It takes device requests for the driver `nvidia` (engines up to 28): containers see
+    NVIDIA_VISIBLE_DEVICES.
+
+    Args:
+        extra_arguments: more of the command line of dockerd.
+        data_limit_bytes: keep all data on a tmpfs of this size, so that a disk can be full.
+        live_restore: containers outlive the daemon.
+    """
+
+    def __init__(
+        self,
+        extra_arguments: Sequence[str] = (),
+        *,
+        data_limit_bytes: int | None = None,
+        live_restore: bool = False,
+    ) -> None:
+        self._extra_arguments = list(extra_arguments)
+        self._data_limit_bytes = data_limit_bytes
+        self._live_restore = live_restore
+        self._name = f"oem{secrets.token_hex(4)}"  # of the bridge (15 characters at most) and of the cgroup
+        # A socket's path has 107 characters at most: the default directory may be too deep for that.
+        self._root = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp", self._name)
+        self._network: ipaddress.IPv4Network | None = None
+        self._containerd: subprocess.Popen[bytes] | None = None
+        self._dockerd: subprocess.Popen[bytes] | None = None
+        self._clients: list[docker.DockerClient] = []
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._root}/docker.sock"
+
+    @property
+    def bridge(self) -> str:
+        """Name of the default bridge's interface."""
+        return self._name
+
+    @property
+    def data_root(self) -> Path:
+        return self._root / "data"
+
+    @property
+    def pid(self) -> int:
+        """Process id of dockerd."""
+        return self._running().pid
+
+    def __enter__(self) -> Self:
+        try:
+            self._set_up()
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def client(self) -> docker.DockerClient:
+        client = docker.DockerClient(base_url=self.url, version="auto", timeout=60)
+        self._clients.append(client)
+        return client
+
+    def start(self) -> None:
+        """Start dockerd and wait until it answers. Raises EngineError when it ends or stays silent."""
+        (self._root / "docker.pid").unlink(missing_ok=True)  # it may be that of another process by now
+        self._dockerd = self._run("dockerd", self._arguments())
+        self.wait_until_ready()
+
+    def wait_until_ready(self, limit_s: float = _START_LIMIT_S) -> None:
+        """Returns once `GET /_ping` answers. Raises EngineError."""
+        deadline = time.monotonic() + limit_s
+        while not self._answers():
+            if self._running().poll() is not None:
+                raise EngineError(f"dockerd ended with {self._running().returncode}\n{self.log_tail()}")
+            if time.monotonic() > deadline:
+                raise EngineError(f"dockerd does not answer after {limit_s} s\n{self.log_tail()}")
+            time.sleep(_POLL_S)
+
+    def kill(self) -> None:
+        """SIGKILL dockerd. Its containers run on; without `live_restore` the next start ends them."""
+        self._running().kill()
+        self._running().wait()
+
+    def restart(self) -> None:
+        """End dockerd in order, if it runs, and start it again."""
+        self._running().terminate()
+        self._running().wait(_END_LIMIT_S)
+        self.start()
+
+    def pause(self) -> None:
+        """Stop dockerd in its tracks: connections are accepted and nothing answers."""
+        self._running().send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._running().send_signal(signal.SIGCONT)
+
+    def log_tail(self) -> str:
+        """The last lines of the log of dockerd and its containerd."""
+        log = self._root / "log"
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(no log)"]
+        return "\n".join(lines[-_LOG_TAIL_LINES:])
+
+    def stop(self) -> None:
+        """End the engine and all that it has made, in whatever state it is; a second call does nothing.
+
+        It does not ask the engine for anything: that might be paused or dead.
+        """
+        for client in self._clients:
+            client.close()
+        self._clients.clear()
+        for process in (self._dockerd, self._containerd):
+            if process is not None:
+                process.kill()
+                process.wait()
+        self._end_processes()
+        for mount in self._mounts():
+            subprocess.run(["umount", "--lazy", mount], check=False, capture_output=True)
+        for interface in self._interfaces():
+            subprocess.run(["ip", "link", "delete", interface], check=False, capture_output=True)
+        for cgroup in self._cgroups():
+            _await(lambda cgroup=cgroup: remove_cgroup(cgroup), _END_LIMIT_S)  # type: ignore[misc]
+        shutil.rmtree(self._root, ignore_errors=True)
+
+    def assert_clean(self) -> None:
+        """Raises AssertionError that lists what the engine has left on the machine."""
+        left = [f"process {pid}: {command_line(pid)}" for pid in self._processes()]
+        left += [f"mount {mount}" for mount in self._mounts()]
+        left += [f"interface {interface}" for interface in self._interfaces()]
+        left += [f"cgroup {cgroup}" for cgroup in self._cgroups()]
+        left += [f"directory {self._root}"] if self._root.exists() else []
+        assert not left, "\n".join(["left behind:", *left])
+
+    def _set_up(self) -> None:
+        self._root.mkdir(mode=0o711)
+        self.data_root.mkdir()
+        if self._data_limit_bytes is not None:
+            command(
+                "mount", "-t", "tmpfs", "-o", f"size={self._data_limit_bytes}", "oem", str(self.data_root)
+            )
+        hook = self._root / "bin" / "nvidia-container-runtime-hook"
+        hook.parent.mkdir()
+        hook.write_text("#!/bin/sh\nexit 0\n")
+        hook.chmod(0o755)
+        (self._root / "daemon.json").write_text("{}")  # not the user's, which would contradict the arguments
+        (self._root / "containerd.toml").write_text(_CONTAINERD_CONFIG.format(root=self._root))
+        prepare_cgroup_v2()
+        self._network = claim_network(self._name)
+        # Its own containerd, as dockerd would share a running one and with it the names of all containers.
+        self._containerd = self._run("containerd", ["--config", str(self._root / "containerd.toml")])
+
+    def _arguments(self) -> list[str]:
+        assert self._network is not None
+        pool = list(self._network.subnets(prefixlen_diff=1))[1]  # the other half has the bridge
+        return [
+            *("--config-file", f"{self._root}/daemon.json"),
+            *("--host", self.url),
+            *("--data-root", str(self.data_root)),
+            *("--exec-root", f"{self._root}/exec"),
+            *("--pidfile", f"{self._root}/docker.pid"),
+            *("--containerd", f"{self._root}/containerd.sock"),
+            *("--bridge", self._name),
+            *("--default-address-pool", f"base={pool},size=27"),
+            *("--cgroup-parent", f"/{self._name}"),
+            *("--exec-opt", "native.cgroupdriver=cgroupfs"),  # the same with and without systemd
+            *("--storage-driver", storage_driver(self.data_root)),
+            *("--shutdown-timeout", "1"),
+            "--iptables=false",
+            "--ip-forward=false",
+            *(["--live-restore"] if self._live_restore else []),
+            *self._extra_arguments,
+        ]
+
+    def _run(self, program: str, arguments: list[str]) -> subprocess.Popen[bytes]:
+        # The mark is inherited by every shim and docker-proxy, which is how they are found at the end.
+        environment = {
+            **os.environ,
+            _MARK: self._name,
+            "PATH": f"{self._root}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        }
+        with (self._root / "log").open("ab") as log:
+            return subprocess.Popen(
+                [program, *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._dockerd is None:
+            raise EngineError("dockerd has not been started")
+        return self._dockerd
+
+    def _answers(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
+            connection.settimeout(1)
+            connection.connect(f"{self._root}/docker.sock")
+            connection.sendall(b"GET /_ping HTTP/1.0\r\nHost: docker\r\n\r\n")
+            return b" 200 " in connection.recv(64)
+        return False
+
+    def _end_processes(self) -> None:
+        def none_left() -> bool:
+            for pid in self._processes():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return not self._processes()
+
+        _await(none_left, _END_LIMIT_S)
+
+    def _processes(self) -> list[int]:
+        """Helpers of the engine, by the mark in their environment, and containers', by their cgroup."""
+        mark = f"{_MARK}={self._name}".encode()
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+                marked = mark in (folder / "environ").read_bytes().split(b"\0")
+                if state != "Z" and (marked or f"/{self._name}/" in (folder / "cgroup").read_text()):
+                    found.append(int(folder.name))
+        return found
+
+    def _mounts(self) -> list[str]:
+        """Mount points below the engine's directory, the deepest first."""
+        points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+        return sorted(
+            (point for point in points if point.startswith(f"{self._root}/")), key=len, reverse=True
+        )
+
+    def _interfaces(self) -> list[str]:
+        """Interfaces with an address of the engine's network: bridges, its own and of other networks."""
+        if self._network is None:
+            return []
+        return [name for name, address in interface_addresses() if address in self._network]
+
+    def _cgroups(self) -> list[Path]:
+        return [path for pattern in (self._name, f"*/{self._name}") for path in CGROUPS.glob(pattern)]
+
+
+class NestedEngine:
+    """A Docker engine in a privileged container of the user's own engine.
+
+    Its containers are reached by published ports only, not by address.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._clients = ExitStack()
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    def client(self) -> docker.DockerClient:
+        client = docker.DockerClient(base_url=self._url, version="auto", timeout=60)
+        self._clients.callback(client.close)
+        return client
+
+    def close(self) -> None:
+        self._clients.close()
+
+
+@contextmanager
+def acquire_engine() -> Iterator[Engine]:
+    """An engine for tests alone: a private one where that is possible, else one in the user's.
+
+    Raises NoEngineError.
+    """
+    obstacles = private_engine_obstacles()
+    if not obstacles:
+        with PrivateEngine() as engine:
+            yield engine
+        return
+    try:
+        user = docker.from_env()
+        user.ping()
+        user.close()
+    except docker.errors.DockerException as error:
+        raise NoEngineError(
+            f"no Docker engine for tests: {'; '.join(obstacles)}; and no engine of yours answers ({error}). "
+            "As root: apt-get install docker.io iptables iproute2"
+        ) from error
+    with _nested_engine() as nested:
+        yield nested
+
+
+def private_engine_obstacles() -> list[str]:
+    """Why a PrivateEngine cannot run here; nothing when it can."""
+    missing = [
+        name for name in ("dockerd", "containerd", "runc", "docker-proxy", "ip", "mount") if not _which(name)
+    ]
+    found = ["a private engine needs root"] if os.geteuid() else []
+    return found + ([f"not installed: {', '.join(missing)}"] if missing else [])
+
+
+@contextmanager
+def _nested_engine() -> Iterator[NestedEngine]:
+    from testcontainers.core.container import DockerContainer  # noqa: PLC0415 - seldom needed
+
+    port = 2375
+    container = DockerContainer(NESTED_IMAGE).with_kwargs(privileged=True).with_exposed_ports(port)
+    with container.with_env("DOCKER_TLS_CERTDIR", "") as running:
+        engine = NestedEngine(f"tcp://{running.get_container_host_ip()}:{running.get_exposed_port(port)}")
+
+        def answers() -> bool:
+            with suppress(docker.errors.DockerException):
+                engine.client().close()
+                return True
+            return False
+
+        try:
+            _await(answers, _START_LIMIT_S)
+            yield engine
+        finally:
+            engine.close()
+
+
+def _which(program: str) -> str | None:
+    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+
+
+def _await(condition: Callable[[], bool], limit_s: float) -> None:
+    """Returns when `condition` holds or the limit is over; what is then left is for `assert_clean` to say."""
+    deadline = time.monotonic() + limit_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(_POLL_S)

@@ -1,0 +1,642 @@
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240, ASYNC251  (a test's loop has nothing else to do meanwhile)
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine
+
+from manager.adapters.registry import SqlRegistry, open_registry, opening, tables
+from manager.adapters.registry.migrate import migration_config
+from manager.adapters.registry.sql import KEPT_EVENTS
+from manager.domain.idle import UsageSample
+from manager.domain.instance import Target
+from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
+from manager.errors import RegistryCorruptError, RegistryUnwritableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+NOW = datetime(2026, 8, 1, 12, 30, 15, 123456, tzinfo=UTC)
+FULL_ROW = InstanceRow(
+    id="gpu0",
+    target=Target.RUNNING,
+    operation=Operation.START,
+    ttl_s=0.5,
+    pinned=False,
+    starts=7,
+    loopback_port=41000,
+    last_used_at=NOW,
+    recreated_at=NOW - timedelta(minutes=10),
+    usage=UsageSample(
+        at=1785587415.25,
+        network_bytes=2**40,
+        own_bytes=12,
+        cpu_s=3.5,
+        expirations=(("qwen3:latest", NOW.astimezone(timezone(timedelta(hours=2)))), ("llama3", None)),
+    ),
+)
+
+
+def event(number: int) -> Event:
+    return Event(number, NOW, "gpu0", "ContainerDied", "container_exited", f"number {number}")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A new registry, made once because that starts a process, and what was seen while it was made."""
+
+    path: Path
+    modes: dict[str, int]
+    modules: set[str]
+
+
+_MAKE = """
+import asyncio, json, sys
+from pathlib import Path
+from manager.adapters.registry import open_registry
+async def main():
+    path = Path(sys.argv[1])
+    registry = await open_registry(path)
+    modes = {each.name: each.stat().st_mode & 0o7777 for each in (path.parent, *path.parent.iterdir())}
+    await registry.close()
+    print(json.dumps([modes, list(sys.modules)]))
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    path = tmp_path_factory.mktemp("made") / "some" / "state" / "registry.sqlite3"
+    argv = [sys.executable, "-W", "error", "-c", _MAKE, str(path)]
+    modes, modules = json.loads(subprocess.run(argv, check=True, timeout=60, capture_output=True).stdout)
+    return Made(path, modes, set(modules))
+
+
+@pytest.fixture(scope="session")
+def fresh(made: Made) -> Path:
+    return made.path
+
+
+@pytest.fixture
+def path(fresh: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "state" / "registry.sqlite3"
+    path.parent.mkdir()
+    shutil.copy(fresh, path)
+    return path
+
+
+@pytest.fixture
+async def registry(path: Path) -> AsyncIterator[SqlRegistry]:
+    registry = await open_registry(path, busy_timeout_s=0.05)
+    yield registry
+    await registry.close()
+
+
+# What it keeps
+
+
+@pytest.mark.parametrize("row", [FULL_ROW, InstanceRow("gpu0"), InstanceRow("gpu0", pinned=True, ttl_s=0.0)])
+async def test_an_instance_comes_back_as_it_was_saved(path: Path, row: InstanceRow) -> None:
+    registry = await open_registry(path)
+    await registry.save_instance(row)
+    assert await registry.instances() == {"gpu0": row}
+    await registry.close()
+    registry = await open_registry(path)
+    assert await registry.instances() == {"gpu0": row}
+    await registry.close()
+
+
+async def test_saving_an_instance_replaces_all_of_it(registry: SqlRegistry) -> None:
+    await registry.save_instance(FULL_ROW)
+    await registry.save_instance(InstanceRow("cpu"))
+    await registry.save_instance(InstanceRow("gpu0", starts=8))
+    assert await registry.instances() == {
+        "cpu": InstanceRow("cpu"),
+        "gpu0": InstanceRow("gpu0", starts=8),
+    }
+
+
+async def test_times_are_stored_as_utc_and_come_back_aware(registry: SqlRegistry, path: Path) -> None:
+    tokyo = NOW.astimezone(timezone(timedelta(hours=9)))
+    await registry.save_instance(InstanceRow("gpu0", last_used_at=tokyo))
+    read = (await registry.instances())["gpu0"].last_used_at
+    assert read == tokyo
+    assert read is not None
+    assert read.tzinfo is UTC
+    with closing(sqlite3.connect(path)) as connection:
+        stored = connection.execute("SELECT last_used_at FROM instances").fetchone()
+    assert stored == ("2026-08-01 12:30:15.123456",)
+
+
+async def test_a_time_without_a_zone_is_refused(registry: SqlRegistry) -> None:
+    with pytest.raises(ValueError, match="has no time zone"):
+        await registry.save_instance(InstanceRow("gpu0", last_used_at=NOW.replace(tzinfo=None)))
+    assert await registry.instances() == {}
+
+
+async def test_bindings_add_up_and_never_move(registry: SqlRegistry) -> None:
+    assert await registry.bindings() == {}
+    await registry.add_bindings({"gpu0": "GPU-a"})
+    await registry.add_bindings({"gpu0": "GPU-a", "gpu1": "GPU-b"})
+    with pytest.raises(ValueError, match="gpu1 is bound to GPU-b, it never moves to GPU-c"):
+        await registry.add_bindings({"gpu2": "GPU-d", "gpu1": "GPU-c"})
+    assert await registry.bindings() == {"gpu0": "GPU-a", "gpu1": "GPU-b"}
+    await registry.add_bindings({})
+    assert await registry.bindings() == {"gpu0": "GPU-a", "gpu1": "GPU-b"}
+
+
+async def test_events_are_read_in_order_from_any_id(registry: SqlRegistry) -> None:
+    assert await registry.last_event_id() == 0
+    assert await registry.events_after(0, 10) == ()
+    bare = Event(4, NOW, None, "EngineLost", None, "")
+    await registry.append_events([event(1), event(2)])
+    await registry.append_events([bare])
+    assert await registry.events_after(0, 10) == (event(1), event(2), bare)
+    assert await registry.events_after(1, 1) == (event(2),)
+    assert await registry.events_after(2, 10) == (bare,)
+    assert await registry.events_after(4, 10) == ()
+    assert await registry.events_after(0, 0) == ()
+    assert await registry.last_event_id() == 4
+
+
+@pytest.mark.parametrize("numbers", [(5,), (3,), (6, 6), (7, 6)])
+async def test_an_event_id_is_never_used_twice(registry: SqlRegistry, numbers: tuple[int, ...]) -> None:
+    await registry.append_events([event(5)])
+    with pytest.raises(ValueError, match="does not come after"):
+        await registry.append_events([event(number) for number in numbers])
+    assert await registry.events_after(0, 10) == (event(5),)
+
+
+async def test_appending_no_event_changes_nothing(registry: SqlRegistry) -> None:
+    await registry.append_events([])
+    assert await registry.last_event_id() == 0
+
+
+async def test_only_the_newest_events_are_kept(registry: SqlRegistry) -> None:
+    await registry.append_events([event(2 * number) for number in range(1, KEPT_EVENTS + 1)])
+    assert len(await registry.events_after(0, 2 * KEPT_EVENTS)) == KEPT_EVENTS
+    await registry.append_events([event(30_001), event(30_002), event(30_005)])
+    kept = await registry.events_after(0, 2 * KEPT_EVENTS)
+    assert len(kept) == KEPT_EVENTS == 10_000
+    assert (kept[0].id, kept[-1].id) == (8, 30_005)
+    assert await registry.last_event_id() == 30_005
+
+
+async def test_a_learned_size_is_kept_once_for_instance_model_and_digest(registry: SqlRegistry) -> None:
+    size = LearnedSize("gpu0", "qwen3", "sha256:a", 6 * 2**30, NOW)
+    others = [
+        LearnedSize("gpu1", "qwen3", "sha256:a", 1, NOW),
+        LearnedSize("gpu0", "llama3", "sha256:a", 2, NOW),
+        LearnedSize("gpu0", "qwen3", "sha256:b", 3, NOW),
+    ]
+    for each in (size, *others):
+        await registry.save_learned_size(each)
+    newer = LearnedSize("gpu0", "qwen3", "sha256:a", 7 * 2**30, NOW + timedelta(hours=1))
+    await registry.save_learned_size(newer)
+    assert set(await registry.learned_sizes()) == {newer, *others}
+
+
+async def test_calls_of_many_tasks_do_not_get_in_each_others_way(registry: SqlRegistry) -> None:
+    await asyncio.gather(*(registry.save_instance(InstanceRow(f"i{n}", starts=n)) for n in range(50)))
+    rows = await registry.instances()
+    assert {row.starts for row in rows.values()} == set(range(50))
+
+
+async def test_a_cancelled_write_happened_completely_or_not_at_all(registry: SqlRegistry) -> None:
+    first = asyncio.ensure_future(registry.append_events([event(n) for n in range(1, 2001)]))
+    second = asyncio.ensure_future(registry.append_events([event(n) for n in range(2001, 4001)]))
+    await asyncio.sleep(0)
+    second.cancel()
+    first.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    assert len(await registry.events_after(0, 9999)) in {0, 2000, 4000}
+
+
+# How it is made
+
+
+def test_a_new_registry_is_its_owners_alone(made: Made) -> None:
+    assert made.modes == {
+        "state": 0o700,
+        "registry.sqlite3": 0o600,
+        "registry.sqlite3-wal": 0o600,
+        "registry.sqlite3-shm": 0o600,
+    }
+    assert [each.name for each in made.path.parent.iterdir()] == ["registry.sqlite3"]
+
+
+def test_making_a_registry_costs_the_daemon_neither_alembic_nor_an_orm(made: Made) -> None:
+    assert "sqlalchemy" in made.modules
+    assert not made.modules & {"alembic", "mako", "sqlalchemy.orm"}
+
+
+async def test_every_commit_is_synced_to_a_write_ahead_log(registry: SqlRegistry) -> None:
+    def pragmas() -> list[object]:
+        with registry._reads.connect() as connection:
+            names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+            return [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
+
+    assert await registry._call(pragmas) == ["wal", 2, 1, 50]
+
+
+def test_the_known_revisions_are_those_of_the_migrations() -> None:
+    scripts = ScriptDirectory.from_config(migration_config())
+    assert scripts.get_current_head() == tables.HEAD
+    assert tuple(script.revision for script in scripts.walk_revisions())[::-1] == tables.REVISIONS
+
+
+def test_the_migrations_lead_to_the_tables(fresh: Path, tmp_path: Path) -> None:
+    copy = shutil.copy(fresh, tmp_path)
+    engine = create_engine(f"sqlite:///{copy}")
+    with engine.connect() as connection:
+        context = MigrationContext.configure(
+            connection, opts={"compare_type": True, "compare_server_default": True}
+        )
+        assert compare_metadata(context, tables.metadata) == []
+    engine.dispose()
+
+
+async def test_a_registry_of_the_newest_schema_is_opened_without_alembic(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    await (await open_registry(path)).close()
+
+
+async def test_an_older_schema_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is one revision, the older one is that of a database without any."""
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for table in ("alembic_version", *tables.metadata.tables):
+            connection.execute(f"DROP TABLE {table}")
+    monkeypatch.setattr(opening, "_verify", lambda _path: "0000")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    registry = await open_registry(path)
+    await registry.save_instance(FULL_ROW)
+    await registry.close()
+
+
+async def test_a_failed_migration_leaves_the_file_as_it_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_revision(path, "0000")
+    monkeypatch.setattr(opening, "REVISIONS", ("0000", *tables.REVISIONS))
+    before = digests(path.parent)
+    with pytest.raises(RegistryUnwritableError, match=r"could not be brought to schema .*0000"):
+        await open_registry(path)
+    assert digests(path.parent) == before
+
+
+def set_revision(path: Path, revision: str) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = ?", (revision,))
+
+
+# What cannot be used is left alone
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(8192))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def header_only(path: Path) -> None:
+    os.truncate(path, 16)
+
+
+def overwritten_page(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096)
+
+
+def other_program(path: Path) -> None:
+    path.unlink()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TABLE songs (title)")
+
+
+def newer_version(path: Path) -> None:
+    set_revision(path, "9999")
+
+
+def no_revision(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM alembic_version")
+
+
+def bad_log(path: Path) -> None:
+    Path(f"{path}-wal").write_bytes(b"no log at all" * 1000)
+
+
+def lost_file(path: Path) -> None:
+    Path(f"{path}-wal").write_bytes(b"\x37\x7f\x06\x82" + os.urandom(4200))
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (garbage, "it is not an SQLite database"),
+        (empty, "it is empty"),
+        (truncated, "malformed"),
+        (header_only, "not a database"),
+        (overwritten_page, "malformed"),
+        (other_program, "it is a database of some other program"),
+        (newer_version, "it was written by a newer version"),
+        (no_revision, "it names 0 revisions"),
+        (bad_log, "its write-ahead log"),
+        (lost_file, "it is missing, but what was last written to it is in"),
+    ],
+)
+async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
+    path: Path, damage: Callable[[Path], None], problem: str
+) -> None:
+    damage(path)
+    before = digests(path.parent)
+    with pytest.raises(RegistryCorruptError) as caught:
+        await open_registry(path)
+    assert digests(path.parent) == before
+    assert str(path) in caught.value.message
+    assert problem in caught.value.message
+    assert "mv -n " in caught.value.message
+
+
+async def test_a_damaged_registry_with_a_log_is_left_byte_for_byte(path: Path) -> None:
+    kill_in_write_loop(path)
+    assert Path(f"{path}-wal").stat().st_size > 0
+    overwritten_page(path)
+    truncated(path)
+    before = digests(path.parent)
+    assert set(before) >= {"registry.sqlite3", "registry.sqlite3-wal", "registry.sqlite3-shm"}
+    with pytest.raises(RegistryCorruptError):
+        await open_registry(path)
+    assert digests(path.parent) == before
+
+
+async def test_the_printed_command_sets_everything_aside(path: Path) -> None:
+    odd = path.parent.parent / "it's a state"
+    path.parent.rename(odd)
+    path = odd / path.name
+    kill_in_write_loop(path)
+    garbage(path)
+    before = digests(odd)
+    with pytest.raises(RegistryCorruptError) as caught:
+        await open_registry(path)
+    command = caught.value.details["command"]
+    assert isinstance(command, str)
+    assert caught.value.message.endswith(command)
+    subprocess.run(["/bin/sh", "-c", command], check=True, timeout=60)
+    assert sorted(digests(odd).values()) == sorted(before.values())
+    assert all(name.startswith("registry.sqlite3.corrupt-2") for name in digests(odd))
+
+
+async def test_a_row_that_cannot_be_read_is_corruption(registry: SqlRegistry, path: Path) -> None:
+    await registry.save_instance(FULL_ROW)
+    for change in (
+        "target = 'flying'",
+        "target = 'running', usage = '{}'",
+        "usage = '{', last_used_at = NULL",
+    ):
+        with closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute(f"UPDATE instances SET {change}")
+        with pytest.raises(RegistryCorruptError, match="a row in it cannot be read"):
+            await registry.instances()
+
+
+async def test_a_missing_table_is_corruption(registry: SqlRegistry, path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE events")
+    with pytest.raises(RegistryCorruptError, match="no such table: events"):
+        await registry.last_event_id()
+    with pytest.raises(RegistryCorruptError, match="no such table: events"):
+        await registry.append_events([event(1)])
+
+
+async def test_a_directory_in_its_place_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RegistryUnwritableError, match="cannot be opened"):
+        await open_registry(tmp_path)
+
+
+# What cannot be written
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.fail("this test mounts a small tmpfs to fill it, which needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], check=True, timeout=60)
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True, timeout=60)
+
+
+def fill(disk: Path) -> Path:
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"\0" * 4096)
+        except OSError as exc:
+            assert exc.errno == errno.ENOSPC  # noqa: PT017  (how often it may be written is not known)
+    return filler
+
+
+async def save_until_refused(registry: SqlRegistry) -> int:
+    """Save until the disk is full; returns what was saved last."""
+    for starts in range(2, 1000):
+        try:
+            await registry.save_instance(InstanceRow("gpu0", starts=starts))
+        except RegistryUnwritableError as exc:
+            assert "the disk is full" in exc.message  # noqa: PT017
+            return starts - 1
+    pytest.fail("the disk was never full")
+
+
+async def test_a_full_disk_fails_the_write_and_nothing_else(small_disk: Path, fresh: Path) -> None:
+    path = small_disk / "registry.sqlite3"
+    shutil.copy(fresh, path)
+    registry = await open_registry(path)
+    await registry.save_instance(InstanceRow("gpu0", starts=1))
+    await registry.append_events([event(1)])
+    filler = fill(small_disk)
+    saved = await save_until_refused(registry)
+    with pytest.raises(RegistryUnwritableError, match="the disk is full"):
+        await registry.append_events([event(number) for number in range(2, 500)])
+    assert (await registry.instances())["gpu0"].starts == saved
+    assert await registry.events_after(0, 1000) == (event(1),)
+    filler.unlink()
+    await registry.save_instance(InstanceRow("gpu0", starts=2000))
+    await registry.append_events([event(number) for number in range(2, 500)])
+    await registry.close()
+    registry = await open_registry(path)
+    assert (await registry.instances())["gpu0"].starts == 2000
+    assert await registry.last_event_id() == 499
+    await registry.close()
+
+
+async def test_a_registry_that_fits_nowhere_leaves_nothing_behind(small_disk: Path) -> None:
+    fill(small_disk)
+    path = small_disk / "registry.sqlite3"
+    with pytest.raises(RegistryUnwritableError):
+        await open_registry(path)
+    assert [each.name for each in small_disk.iterdir()] == ["filler"]
+
+
+async def test_a_read_only_disk_is_named_when_opening(small_disk: Path, fresh: Path) -> None:
+    path = small_disk / "registry.sqlite3"
+    shutil.copy(fresh, path)
+    before = digests(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=60)
+    with pytest.raises(RegistryUnwritableError, match=r"read-only|cannot be opened"):
+        await open_registry(path)
+    with pytest.raises(RegistryUnwritableError, match="Read-only file system"):
+        await open_registry(small_disk / "other.sqlite3")
+    assert digests(small_disk) == before
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True, timeout=60)
+    await (await open_registry(path)).close()
+
+
+async def test_a_lock_of_another_program_fails_the_write_until_it_ends(
+    registry: SqlRegistry, path: Path
+) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RegistryUnwritableError, match="another process has it locked"):
+            await registry.save_instance(FULL_ROW)
+        assert await registry.instances() == {}
+        other.execute("ROLLBACK")
+    await registry.save_instance(FULL_ROW)
+    assert await registry.instances() == {"gpu0": FULL_ROW}
+
+
+async def test_a_file_that_was_taken_away_fails_the_write(registry: SqlRegistry, path: Path) -> None:
+    await registry.save_instance(InstanceRow("cpu"))
+    aside = path.with_suffix(".aside")
+    path.rename(aside)
+    with pytest.raises(RegistryUnwritableError, match="No such file"):
+        await registry.save_instance(FULL_ROW)
+    shutil.copy(aside, path)
+    with pytest.raises(RegistryUnwritableError, match="it was replaced by another file"):
+        await registry.save_instance(FULL_ROW)
+    aside.rename(path)
+    await registry.save_instance(FULL_ROW)
+
+
+async def test_a_closed_registry_says_so(path: Path) -> None:
+    registry = await open_registry(path)
+    await registry.close()
+    await registry.close()
+    with pytest.raises(RegistryUnwritableError, match="is closed"):
+        await registry.save_instance(FULL_ROW)
+    with pytest.raises(RegistryUnwritableError, match="is closed"):
+        await registry.instances()
+
+
+async def test_opening_may_be_cancelled(path: Path) -> None:
+    opening_task = asyncio.ensure_future(open_registry(path))
+    await asyncio.sleep(0)
+    opening_task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await opening_task
+    registry = await open_registry(path)
+    await registry.save_instance(FULL_ROW)
+    await registry.close()
+
+
+# Killed
+
+
+_WRITE_LOOP = """
+import asyncio, itertools, sys
+from datetime import UTC, datetime
+from pathlib import Path
+from manager.adapters.registry import open_registry
+from manager.domain.registry import Event, InstanceRow
+async def main():
+    registry = await open_registry(Path(sys.argv[1]))
+    first = await registry.last_event_id() + 1
+    for number in itertools.count(first):
+        await registry.save_instance(InstanceRow("gpu0", starts=number))
+        await registry.append_events([Event(number, datetime.now(UTC), "gpu0", "k", None, "x" * 500)])
+        print(number, flush=True)
+asyncio.run(main())
+"""
+
+
+def kill_in_write_loop(path: Path, after: int = 50) -> int:
+    """Let a second process write; kill it in the middle. Returns the last write that it reported as done."""
+    argv = [sys.executable, "-c", _WRITE_LOOP, str(path)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout is not None
+        lines = [int(writer.stdout.readline()) for _ in range(after)]
+        writer.kill()
+        lines += [int(line) for line in writer.stdout.read().splitlines()]
+    assert writer.returncode == -signal.SIGKILL
+    return lines[-1]
+
+
+async def test_every_write_that_returned_survives_a_kill(path: Path) -> None:
+    for after in (1, 20, 150):
+        done = kill_in_write_loop(path, after)
+        registry = await open_registry(path)
+        events = await registry.events_after(0, 100_000)
+        rows = await registry.instances()
+        await registry.close()
+        assert [each.id for each in events] == list(range(1, len(events) + 1))
+        assert len(events) in {done, done + 1}
+        assert rows["gpu0"].starts in {len(events), len(events) + 1}
+
+
+async def test_a_kill_while_it_is_made_leaves_no_half_registry(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite3"
+    moments: list[Callable[[], bool]] = [
+        lambda: any(tmp_path.glob(".registry.sqlite3.new-*")),
+        lambda: any(tmp_path.glob(".registry.sqlite3.new-*-journal")) or path.exists(),
+    ]
+    for moment in moments:
+        argv = [sys.executable, "-c", _WRITE_LOOP, str(path)]
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as maker:
+            deadline = time.monotonic() + 60
+            while not moment():
+                assert time.monotonic() < deadline
+                assert maker.poll() is None
+                time.sleep(0.001)
+            maker.kill()
+        registry = await open_registry(path)
+        await registry.save_instance(FULL_ROW)
+        await registry.close()
+        assert [each.name for each in tmp_path.iterdir()] == ["registry.sqlite3"]
+        path.unlink()

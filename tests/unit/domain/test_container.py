@@ -1,0 +1,175 @@
+"""From a template to the container the engine is asked for."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from manager.domain.container import (
+    LABEL_DEVICE,
+    LABEL_HASH,
+    LABEL_INSTANCE,
+    LABEL_MANAGER,
+    ContainerRequest,
+    Mount,
+    Reach,
+    choose_reach,
+    container_name,
+    container_request,
+    is_ours,
+)
+from manager.domain.instance import ContainerFacts
+from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
+
+MODELS = {"source": "ollama-models", "target": "/root/.ollama"}
+GPU = "GPU-8c1f2d34"
+
+
+def request(
+    *,
+    manager_id: str = "default",
+    instance_id: str = "cpu",
+    gpu: str | None = None,
+    loopback_port: int | None = None,
+    **values: Any,
+) -> ContainerRequest:
+    device = "cpu" if gpu is None else "gpu"
+    template = Template.model_validate({"image": "ollama/ollama:1", "device": device, **values})
+    return container_request(
+        template, manager_id=manager_id, instance_id=instance_id, gpu=gpu, loopback_port=loopback_port
+    )
+
+
+def test_the_name_says_whose_container_it_is() -> None:
+    assert container_name("default", "gpu0") == "default-ollama-gpu0"
+    assert request(manager_id="lab", instance_id="gpu0").name == "lab-ollama-gpu0"
+
+
+def test_a_cpu_container_is_cut_off_from_every_gpu_in_layers() -> None:
+    asked = request(env={"OLLAMA_NUM_PARALLEL": 1})
+    assert (asked.gpu, asked.runtime) == (None, "runc")
+    assert asked.env == {**CPU_ONLY_ENVIRONMENT, "OLLAMA_NUM_PARALLEL": "1"}
+    assert asked.labels[LABEL_DEVICE] == "cpu"
+
+
+def test_a_gpu_container_sees_exactly_its_card() -> None:
+    asked = request(gpu=GPU)
+    assert (asked.gpu, asked.runtime) == (GPU, None)
+    assert asked.env == {"NVIDIA_VISIBLE_DEVICES": GPU}
+    assert asked.labels[LABEL_DEVICE] == GPU
+
+
+def test_the_binding_wins_over_a_template_that_was_never_checked() -> None:
+    assert request(env={"NVIDIA_VISIBLE_DEVICES": "all"}).env["NVIDIA_VISIBLE_DEVICES"] == "void"
+    assert request(gpu=GPU, env={"NVIDIA_VISIBLE_DEVICES": "all"}).env["NVIDIA_VISIBLE_DEVICES"] == GPU
+
+
+@pytest.mark.parametrize(("device", "gpu"), [("cpu", GPU), ("gpu", None)])
+def test_a_gpu_for_the_cpu_or_none_for_a_gpu_is_a_defect(device: str, gpu: str | None) -> None:
+    with pytest.raises(ValueError, match=f"template for {device} with gpu="):
+        request(gpu=gpu, device=device)
+
+
+def test_settings_of_the_template_are_carried_over() -> None:
+    asked = request(
+        port=8080,
+        network="ollama-manager",
+        limits={"memory": "8g", "pids": 64, "shm": "64m"},
+        volumes=[MODELS, {"source": "/srv/models", "target": "/models", "read_only": True}],
+        loopback_port=40001,
+    )
+    assert (asked.image, asked.port, asked.network, asked.loopback_port) == (
+        "ollama/ollama:1",
+        8080,
+        "ollama-manager",
+        40001,
+    )
+    assert (asked.memory_bytes, asked.pids, asked.shm_bytes) == (8 * 2**30, 64, 64 * 2**20)
+    assert asked.mounts == (
+        Mount(source="ollama-models", target="/root/.ollama", read_only=False, bind=False),
+        Mount(source="/srv/models", target="/models", read_only=True, bind=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("targets", "tmpfs"),
+    [
+        ([], {"/tmp", "/root/.ollama"}),
+        (["/root/.ollama"], {"/tmp"}),
+        (["/root/.ollama/"], {"/tmp"}),
+        (["/root/.ollama/models"], {"/tmp", "/root/.ollama"}),
+        (["/tmp", "/root/.ollama"], set()),
+    ],
+)
+def test_what_must_be_writable_is_memory_unless_it_is_mounted(targets: list[str], tmpfs: set[str]) -> None:
+    volumes = [{"source": "ollama-models", "target": target} for target in targets]
+    assert set(request(volumes=volumes).tmpfs) == tmpfs
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"image": "ollama/ollama:2"},
+    {"env": {"OLLAMA_A": "1"}},
+    {"volumes": [MODELS]},
+    {"volumes": [MODELS | {"read_only": True}]},
+    {"volumes": [MODELS | {"source": "/srv"}]},
+    {"network": "other"},
+    {"port": 1},
+    {"limits": {"memory": "8g"}},
+    {"limits": {"pids": 100}},
+    {"limits": {"shm": "1g"}},
+    {"loopback_port": 40001},
+    {"gpu": GPU},
+    {"gpu": "GPU-other"},
+    {"manager_id": "lab"},
+    {"instance_id": "other"},
+]
+
+
+def test_every_setting_changes_the_hash_and_equal_settings_do_not() -> None:
+    hashes = [request(**change).labels[LABEL_HASH] for change in [{}, *CHANGES]]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes == [request(**change).labels[LABEL_HASH] for change in [{}, *CHANGES]]
+    assert all(re.fullmatch(r"[0-9a-f]{16}", one) for one in hashes)
+
+
+def test_the_hash_does_not_depend_on_the_order_of_the_environment() -> None:
+    one = request(env={"OLLAMA_A": "1", "OLLAMA_B": "2"})
+    other = request(env={"OLLAMA_B": "2", "OLLAMA_A": "1"})
+    assert one.labels == other.labels
+    assert list(one.env) == list(other.env)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ours"),
+    [
+        ({LABEL_MANAGER: "default", LABEL_INSTANCE: "cpu"}, True),
+        ({LABEL_MANAGER: "other", LABEL_INSTANCE: "cpu"}, False),
+        ({LABEL_MANAGER: "default", LABEL_INSTANCE: "gpu0"}, False),
+        ({LABEL_MANAGER: "default"}, False),
+        ({}, False),
+    ],
+)
+def test_only_both_labels_make_a_container_ours(labels: dict[str, str], ours: bool) -> None:
+    facts = ContainerFacts(
+        id="1", name="default-ollama-cpu", image="ollama/ollama:1", status="running", labels=labels
+    )
+    assert is_ours(facts, manager_id="default", instance_id="cpu") is ours
+
+
+@pytest.mark.parametrize(
+    ("wanted", "in_container", "direct", "reach"),
+    [
+        ("auto", False, True, Reach.ADDRESS),
+        ("auto", False, False, Reach.LOOPBACK),
+        ("auto", True, False, Reach.NAME),
+        ("network", False, False, Reach.ADDRESS),
+        ("network", True, True, Reach.NAME),
+        ("loopback", True, True, Reach.LOOPBACK),
+    ],
+)
+def test_the_way_to_a_container_follows_from_where_the_daemon_runs(
+    wanted: str, in_container: bool, direct: bool, reach: Reach
+) -> None:
+    assert choose_reach(wanted, in_container=in_container, direct=direct) is reach

@@ -1,0 +1,323 @@
+"""Cards: their spelling, which instance each belongs to for good, and what still fits on one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manager.domain.gpu import Claim, Gpu, bind_gpus, find_gpu, missing_bytes, normal_pci
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+
+def gpu(number: int, *, index: int = 0) -> Gpu:
+    """A card whose place on the bus is in the order of its number."""
+    return Gpu(f"GPU-{number}", index, f"00000000:{number:02X}:00.0", "card", None, None, None)
+
+
+def bind(
+    gpus: Sequence[Gpu],
+    *,
+    selectors: Mapping[str, str] | None = None,
+    bindings: Mapping[str, str] | None = None,
+    taken: Sequence[str] = (),
+    auto: bool = True,
+) -> dict[str, str]:
+    return bind_gpus(gpus, selectors=selectors or {}, bindings=bindings or {}, taken_ids=taken, auto=auto)
+
+
+# Spelling of a PCI bus id
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["00000000:81:00.0", "0000:81:00.0", "81:00.0", " 0000:81:00.0\n"],
+)
+def test_a_pci_bus_id_has_one_spelling(text: str) -> None:
+    assert normal_pci(text) == "00000000:81:00.0"
+
+
+def test_the_spelling_of_a_pci_bus_id_is_lower_case() -> None:
+    assert normal_pci("0001:AF:1B.7") == "00000001:af:1b.7"
+
+
+@pytest.mark.parametrize("text", ["", "auto", "0", "GPU-1", "81:00", "81:00.8", "000:81:00.0", "81:00.0 x"])
+def test_other_text_is_no_pci_bus_id(text: str) -> None:
+    assert normal_pci(text) is None
+
+
+@given(
+    domain=st.integers(0, 2**32 - 1),
+    bus=st.integers(0, 255),
+    device=st.integers(0, 255),
+    function=st.integers(0, 7),
+)
+def test_spellings_of_one_place_agree_and_the_normal_one_stays(
+    domain: int, bus: int, device: int, function: int
+) -> None:
+    place = f"{bus:02x}:{device:02X}.{function}"
+    normal = normal_pci(f"{domain:08X}:{place}")
+    assert normal is not None
+    assert normal_pci(normal) == normal
+    assert normal_pci(normal.upper()) == normal
+    if domain < 2**16:
+        assert normal_pci(f"{domain:04x}:{place}") == normal
+
+
+# Finding a card
+
+
+def test_a_card_is_found_by_uuid() -> None:
+    assert find_gpu([gpu(1), gpu(2)], "GPU-2") == gpu(2)
+
+
+def test_a_card_is_found_by_any_spelling_of_its_pci_bus_id() -> None:
+    assert find_gpu([gpu(1), gpu(0xA)], "0a:00.0") == gpu(0xA)
+
+
+@pytest.mark.parametrize("selector", ["GPU-9", "99:00.0", "auto", "", "0"])
+def test_what_names_no_card_finds_none(selector: str) -> None:
+    assert find_gpu([gpu(1), gpu(2)], selector) is None
+
+
+def test_a_card_without_a_pci_bus_id_is_found_by_uuid_only() -> None:
+    nameless = replace(gpu(1), pci_bus_id="")
+    assert find_gpu([nameless], "GPU-1") == nameless
+    assert find_gpu([nameless], "") is None
+
+
+# Examples of bindings
+
+
+def test_cards_get_instances_in_the_order_of_the_bus() -> None:
+    assert bind([gpu(2), gpu(1), gpu(3)]) == {"gpu0": "GPU-1", "gpu1": "GPU-2", "gpu2": "GPU-3"}
+
+
+def test_cards_without_a_pci_bus_id_are_ordered_by_uuid() -> None:
+    nameless = [replace(gpu(number), pci_bus_id="") for number in (2, 1)]
+    assert bind(nameless) == {"gpu0": "GPU-1", "gpu1": "GPU-2"}
+
+
+def test_without_auto_only_the_configured_are_bound() -> None:
+    assert bind([gpu(1), gpu(2)], selectors={"big": "GPU-2"}, auto=False) == {"big": "GPU-2"}
+
+
+def test_a_card_that_is_bound_adds_nothing() -> None:
+    assert bind([gpu(1)], bindings={"gpu0": "GPU-1"}) == {}
+
+
+def test_the_number_of_a_card_that_is_gone_stays_taken() -> None:
+    assert bind([gpu(2)], bindings={"gpu0": "GPU-1"}) == {"gpu1": "GPU-2"}
+
+
+def test_a_configured_id_is_not_given_to_another_card() -> None:
+    assert bind([gpu(1)], taken=["gpu0", "cpu"]) == {"gpu1": "GPU-1"}
+
+
+def test_a_configured_id_stays_its_own_while_its_card_is_missing() -> None:
+    assert bind([gpu(1)], selectors={"gpu0": "GPU-9"}) == {"gpu1": "GPU-1"}
+
+
+def test_a_configured_card_is_not_given_a_second_instance() -> None:
+    selectors = {"big": "01:00.0"}
+    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"big": "GPU-1", "gpu0": "GPU-2"}
+
+
+def test_an_auto_selector_takes_the_first_card_that_nobody_named() -> None:
+    selectors = {"any": "auto", "big": "GPU-1"}
+    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"big": "GPU-1", "any": "GPU-2"}
+
+
+def test_an_auto_selector_waits_while_no_card_is_free() -> None:
+    assert bind([gpu(1)], selectors={"any": "auto"}, bindings={"gpu0": "GPU-1"}) == {}
+
+
+def test_a_changed_selector_does_not_move_a_bound_instance() -> None:
+    bindings = {"big": "GPU-1", "any": "GPU-2"}
+    selectors = {"big": "GPU-3", "any": "auto"}
+    assert bind([gpu(1), gpu(2), gpu(3)], selectors=selectors, bindings=bindings) == {"gpu0": "GPU-3"}
+
+
+def test_explicit_selectors_may_share_a_card() -> None:
+    selectors = {"chat": "GPU-1", "embed": "01:00.0"}
+    assert bind([gpu(1)], selectors=selectors) == {"chat": "GPU-1", "embed": "GPU-1"}
+
+
+def test_an_explicit_selector_may_share_the_card_of_an_automatic_instance() -> None:
+    added = bind([gpu(1)], selectors={"chat": "GPU-1"}, bindings={"gpu0": "GPU-1"})
+    assert added == {"chat": "GPU-1"}
+
+
+# What holds for all bindings
+
+
+class Setup(NamedTuple):
+    cards: list[Gpu]
+    selectors: dict[str, str]
+    bindings: dict[str, str]
+    taken: list[str]
+    auto: bool
+
+
+IDS = ["gpu0", "gpu1", "gpu2", "gpu5", "chat", "embed"]
+
+
+@st.composite
+def setups(draw: st.DrawFn) -> Setup:
+    """Any state that configuration, hardware and history can be in; taken ids contain the configured."""
+    cards = [gpu(number) for number in draw(st.lists(st.integers(1, 6), unique=True, max_size=6))]
+    named = [spelling for n in range(1, 8) for spelling in (f"GPU-{n}", f"0000:{n:02x}:00.0")]
+    selectors = draw(st.dictionaries(st.sampled_from(IDS), st.sampled_from(["auto", "auto", *named])))
+    bound = st.sampled_from([f"GPU-{n}" for n in range(1, 9)])
+    bindings = draw(st.dictionaries(st.sampled_from([*IDS, "gpu3"]), bound))
+    taken = [*selectors, *draw(st.lists(st.sampled_from(["cpu", "gpu0", "gpu4"])))]
+    return Setup(cards, selectors, bindings, taken, draw(st.booleans()))
+
+
+def added_to(it: Setup) -> dict[str, str]:
+    return bind_gpus(it.cards, selectors=it.selectors, bindings=it.bindings, taken_ids=it.taken, auto=it.auto)
+
+
+def automatic(it: Setup, added: Mapping[str, str]) -> list[str]:
+    """The instances whose card was chosen for them."""
+    return [instance for instance in added if it.selectors.get(instance, "auto") == "auto"]
+
+
+@given(setups())
+def test_a_binding_never_changes(it: Setup) -> None:
+    assert not added_to(it).keys() & it.bindings.keys()
+
+
+@given(setups(), st.lists(st.integers(1, 9), unique=True))
+def test_whatever_cards_come_and_go_what_was_bound_stays(it: Setup, later: list[int]) -> None:
+    first = {**it.bindings, **added_to(it)}
+    second = added_to(it._replace(cards=[gpu(number) for number in later], bindings=first))
+    assert not second.keys() & first.keys()
+
+
+@given(setups())
+def test_binding_again_adds_nothing(it: Setup) -> None:
+    assert added_to(it._replace(bindings={**it.bindings, **added_to(it)})) == {}
+
+
+@given(setups())
+def test_only_cards_that_are_there_are_bound(it: Setup) -> None:
+    assert set(added_to(it).values()) <= {card.uuid for card in it.cards}
+
+
+@given(setups())
+def test_a_card_that_is_chosen_belongs_to_nobody_else(it: Setup) -> None:
+    added = added_to(it)
+    for instance in automatic(it, added):
+        others = {**it.bindings, **added}
+        del others[instance]
+        assert added[instance] not in others.values()
+
+
+@given(setups())
+def test_a_new_card_gets_the_lowest_number_never_used(it: Setup) -> None:
+    added = added_to(it)
+    used = {*it.bindings, *it.taken}
+    place = {card.uuid: card.pci_bus_id for card in it.cards}
+    new = [instance for instance in added if instance not in it.selectors]
+    assert [place[added[instance]] for instance in new] == sorted(place[added[i]] for i in new)
+    for instance in new:
+        lower = range(int(instance.removeprefix("gpu")))
+        assert instance not in used
+        assert all(f"gpu{number}" in used for number in lower)
+        used.add(instance)
+
+
+@given(setups())
+def test_with_auto_every_card_has_an_instance_and_without_it_none_is_invented(it: Setup) -> None:
+    added = added_to(it)
+    if it.auto:
+        assert {card.uuid for card in it.cards} <= {*it.bindings.values(), *added.values()}
+    else:
+        assert added.keys() <= it.selectors.keys()
+
+
+@given(setups())
+def test_an_explicit_selector_gets_its_card_whoever_else_has_it(it: Setup) -> None:
+    added = added_to(it)
+    for instance, selector in it.selectors.items():
+        named = find_gpu(it.cards, selector)
+        if selector != "auto" and instance not in it.bindings and named is not None:
+            assert added[instance] == named.uuid
+
+
+@given(setups(), st.permutations(range(6)))
+def test_renumbering_the_indexes_changes_nothing(it: Setup, indexes: list[int]) -> None:
+    renumbered = [replace(card, index=index) for card, index in zip(it.cards, indexes, strict=False)]
+    renumbered.sort(key=lambda card: card.index)
+    assert added_to(it._replace(cards=renumbered)) == added_to(it)
+
+
+# What is missing on a card
+
+amounts = st.integers(0, 2**40)
+claim_lists = st.lists(st.builds(Claim, needed_bytes=amounts, used_bytes=amounts), max_size=5)
+
+
+@pytest.mark.parametrize(
+    ("free", "needed", "claims", "missing"),
+    [
+        (10, 10, [], 0),
+        (10, 11, [], 1),
+        (10, 0, [], 0),
+        (10, 10, [Claim(needed_bytes=4, used_bytes=4)], 0),
+        (10, 10, [Claim(needed_bytes=4, used_bytes=1)], 3),
+        (10, 10, [Claim(needed_bytes=4, used_bytes=9)], 0),
+        (10, 10, [Claim(needed_bytes=4, used_bytes=0), Claim(needed_bytes=2, used_bytes=1)], 5),
+        (2, 1, [Claim(needed_bytes=9, used_bytes=0)], 8),
+    ],
+)
+def test_what_is_promised_and_not_yet_taken_is_set_aside(
+    free: int, needed: int, claims: list[Claim], missing: int
+) -> None:
+    assert missing_bytes(free_bytes=free, needed_bytes=needed, claims=claims) == missing
+
+
+@given(amounts, claim_lists)
+def test_where_free_memory_is_unknown_nothing_is_said_to_be_missing(needed: int, claims: list[Claim]) -> None:
+    assert missing_bytes(free_bytes=None, needed_bytes=needed, claims=claims) == 0
+
+
+@given(amounts, amounts, claim_lists)
+def test_a_start_fits_once_what_is_missing_has_become_free(
+    free: int, needed: int, claims: list[Claim]
+) -> None:
+    missing = missing_bytes(free_bytes=free, needed_bytes=needed, claims=claims)
+    assert missing >= max(0, needed - free)
+    assert missing_bytes(free_bytes=free + missing, needed_bytes=needed, claims=claims) == 0
+    if missing:
+        assert missing_bytes(free_bytes=free + missing - 1, needed_bytes=needed, claims=claims) == 1
+
+
+@given(amounts, amounts, amounts, claim_lists)
+def test_two_starts_are_not_let_in_by_the_same_memory(
+    free: int, first: int, second: int, claims: list[Claim]
+) -> None:
+    admitted = [*claims, Claim(needed_bytes=first, used_bytes=0)]
+    if (
+        missing_bytes(free_bytes=free, needed_bytes=first, claims=claims) == 0
+        and missing_bytes(free_bytes=free, needed_bytes=second, claims=admitted) == 0
+        and second > 0
+    ):
+        assert first + second <= free
+
+
+@given(amounts, amounts, claim_lists, st.integers(0, 2**40))
+def test_memory_that_moves_from_promise_to_use_changes_nothing(
+    free: int, needed: int, claims: list[Claim], promised: int
+) -> None:
+    before = [*claims, Claim(needed_bytes=promised, used_bytes=0)]
+    after = [*claims, Claim(needed_bytes=promised, used_bytes=promised)]
+    assert missing_bytes(free_bytes=free + promised, needed_bytes=needed, claims=before) == missing_bytes(
+        free_bytes=free, needed_bytes=needed, claims=after
+    )

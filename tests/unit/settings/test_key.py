@@ -1,0 +1,71 @@
+"""The file with the key: what is taken, what is refused, and that its content is never shown."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from manager.errors import ConfigurationError
+from manager.settings import read_key
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KEY = "0123456789abcdef"
+
+
+def key_file(tmp_path: Path, content: bytes, mode: int = 0o600) -> Path:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    file.chmod(mode)
+    return file
+
+
+@pytest.mark.parametrize("content", [KEY, KEY + "\n", KEY + "\r\n", f"  {KEY} \n\n"])
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640])
+def test_a_key_is_one_line_in_a_closed_file(tmp_path: Path, content: str, mode: int) -> None:
+    assert read_key(key_file(tmp_path, content.encode(), mode)) == KEY
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "empty; expected one line with the key"),
+        (b"\n", "empty; expected one line with the key"),
+        (b"  \n", "empty; expected one line with the key"),
+        (b"secret-one-0123456\nsecret-two-0123456\n", "2 lines; expected one"),
+        (b"secret", "a key of 6 characters; expected 16 to 4096"),
+        (b"secret" * 1000, "a key of 4097 characters; expected 16 to 4096"),
+        (b"secret with spaces", "the key holds a space or something that is not ASCII; expected neither"),
+        ("sécrét-0123456789".encode(), "the key holds a space or something that is not ASCII"),
+        (b"secret\x00secret\x00secret", "the key holds a space or something that is not ASCII"),
+    ],
+)
+def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path, content: bytes, problem: str) -> None:
+    file = key_file(tmp_path, content)
+    with pytest.raises(ConfigurationError) as caught:
+        read_key(file)
+    assert caught.value.message.startswith(f"{file}: server.key_file: {problem}")
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o601, 0o644, 0o666])
+def test_a_file_that_is_open_to_everybody_is_refused(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"open to every user of this machine; close it with chmod o= FILE"
+    ):
+        read_key(key_file(tmp_path, KEY.encode(), mode))
+
+
+def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="No such file or directory; expected a readable file"):
+        read_key(tmp_path / "gone")
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        read_key(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        read_key(tmp_path / "pipe")
+    with pytest.raises(ConfigurationError, match="not a path; expected a readable file"):
+        read_key(tmp_path / "a\0b")

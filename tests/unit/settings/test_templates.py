@@ -1,0 +1,287 @@
+"""Templates from their files, and instances made of them: what is refused, and where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from manager.domain.instance import DeviceKind, Driver, Limits
+from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
+from manager.errors import ConfigurationError
+from manager.settings import (
+    LoadedSettings,
+    Settings,
+    auto_gpu_spec,
+    load_settings,
+    load_templates,
+    packaged_templates,
+    resolve_instances,
+    templates,
+)
+
+GOOD = "image: ollama/ollama:1\ndevice: cpu\n"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    made = tmp_path / "templates"
+    made.mkdir()
+    return made
+
+
+def load(directory: Path, **files: str) -> dict[str, Template]:
+    for name, text in files.items():
+        (directory / f"{name}.yaml").write_text(text, encoding="utf-8")
+    return load_templates(Settings.model_validate({"templates": {"dir": directory}}))
+
+
+def refused(directory: Path, **files: str) -> list[str]:
+    with pytest.raises(ConfigurationError) as caught:
+        load(directory, **files)
+    return caught.value.message.replace(f"{directory}/", "").splitlines()
+
+
+def configured(tmp_path: Path, text: str) -> LoadedSettings:
+    file = tmp_path / "c.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_settings(file, environ={"HOME": "/home/someone"})
+
+
+def packaged() -> dict[str, Template]:
+    return load_templates(Settings())
+
+
+def test_the_packaged_templates_keep_within_the_default_allow_lists() -> None:
+    assert sorted(packaged()) == ["ollama-cpu", "ollama-gpu"]
+
+
+def test_the_packaged_cpu_template_writes_the_cpu_layers_out() -> None:
+    cpu = packaged()["ollama-cpu"]
+    assert cpu.device is DeviceKind.CPU
+    assert cpu.env.items() >= CPU_ONLY_ENVIRONMENT.items()
+    assert (cpu.limits.memory, cpu.limits.pids, cpu.limits.shm) == (8 * 2**30, 512, 64 * 2**20)
+
+
+@pytest.mark.parametrize("name", ["ollama-cpu", "ollama-gpu"])
+def test_the_packaged_templates_pin_what_ollama_would_guess(name: str) -> None:
+    template = packaged()[name]
+    assert template.image == "ollama/ollama:0.32.15"
+    assert template.env["OLLAMA_KEEP_ALIVE"] == template.env["OLLAMA_LOAD_TIMEOUT"] == "5m"
+    assert template.env["OLLAMA_NUM_PARALLEL"] == template.env["OLLAMA_NO_CLOUD"] == "1"
+    assert template.env["OLLAMA_MAX_QUEUE"] == "512"
+    assert template.env["OLLAMA_NOPRUNE"] == "1"
+    assert {"OLLAMA_CONTEXT_LENGTH", "OLLAMA_MAX_LOADED_MODELS"} <= set(template.env)
+    assert [(one.source, one.target, one.read_only) for one in template.volumes] == [
+        ("ollama-models", "/root/.ollama", False)
+    ]
+    assert (template.network, template.port, template.reach) == ("ollama-manager", 11434, "auto")
+
+
+def test_an_installed_wheel_brings_its_own_templates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert packaged_templates() == Path(templates.__file__).resolve().parents[2] / "templates"
+    monkeypatch.setattr(templates, "_PACKAGE", tmp_path)
+    (tmp_path / "packaged_templates").mkdir()
+    assert packaged_templates() == tmp_path / "packaged_templates"
+
+
+def test_the_file_name_is_the_name_and_other_files_are_left_alone(directory: Path) -> None:
+    (directory / "README.md").write_text("x")
+    (directory / "b.yml").write_text(GOOD)
+    assert list(load(directory, a=GOOD)) == ["a", "b"]
+
+
+def test_numbers_in_the_environment_stay_as_they_are_written(directory: Path) -> None:
+    env = "env: {OLLAMA_A: 1.10, OLLAMA_B: 0123, OLLAMA_C: 1, OLLAMA_D: true, OLLAMA_E: ' x '}\n"
+    assert load(directory, a=GOOD + env)["a"].env == {
+        "OLLAMA_A": "1.10",
+        "OLLAMA_B": "0123",
+        "OLLAMA_C": "1",
+        "OLLAMA_D": "true",
+        "OLLAMA_E": " x ",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "image: ollama/ollama:1\n",
+            "a.yaml:1: device: missing; this key is needed (known here: description,",
+        ),
+        (GOOD + "comand: sh\n", "a.yaml:3: comand: unknown key; allowed: description, image, device, env,"),
+        (GOOD + "volume: []\n", "a.yaml:3: volume: unknown key; did you mean 'volumes'? allowed:"),
+        (GOOD + "privileged: true\n", "a.yaml:3: privileged: unknown key;"),
+        ("image: ollama/ollama:1\ndevice: tpu\n", "a.yaml:2: device: 'tpu'; expected 'cpu' or 'gpu'"),
+        ("image: 'a b'\ndevice: cpu\n", "a.yaml:1: image: 'a b'; expected text that matches"),
+        (GOOD + "network: host\n", "a.yaml:3: network: 'host'; expected the name of a network, and none of"),
+        (GOOD + "network: other\n", "a.yaml:3: network: 'other' is not in allow.networks; allowed: ollama-"),
+        (
+            "image: a:1\ndevice: cpu\n",
+            "a.yaml:1: image: 'a:1' is not in allow.images; allowed: ollama/ollama:*",
+        ),
+        (GOOD + "env:\n  PATH: x\n", "a.yaml:4: env.PATH: 'PATH' is not in allow.env; allowed: OLLAMA_*,"),
+        (GOOD + "env:\n  A B: x\n", "a.yaml:4: env.A B: 'A B' as a key; expected text that matches"),
+        (GOOD + "env: x\n", "a.yaml:3: env: 'x'; expected a mapping"),
+        (
+            GOOD + "env:\n\n  CUDA_VISIBLE_DEVICES: 0\n",
+            "a.yaml:5: env.CUDA_VISIBLE_DEVICES: '0' contradicts device: cpu, which sets",
+        ),
+        (
+            GOOD + "volumes:\n  - source: x\n    target: /x\n",
+            "a.yaml:4: volumes.0.source: 'x' is not in allow.volumes; allowed: ollama-models",
+        ),
+        (
+            GOOD + "volumes:\n  - {source: /etc,\n     target: /x}\n",
+            "a.yaml:4: volumes.0.source: '/etc' is not in allow.binds; allowed: nothing",
+        ),
+        (
+            GOOD + "volumes:\n  - {source: ollama-models,\n     target: x}\n",
+            "a.yaml:5: volumes.0.target: 'x'; expected an absolute path without '..'",
+        ),
+        (
+            GOOD + "limits: {memory: much}\n",
+            "a.yaml:3: limits.memory: 'much'; expected a size such as 512m or",
+        ),
+        (GOOD + "limits: {memory: 8}\n", "a.yaml:3: limits.memory: 8; expected 6m or more"),
+        (GOOD + "limits: {vram: 1g}\n", "a.yaml:3: limits.vram: a template for the CPU needs no GPU memory"),
+        (GOOD + "image: b\n", "a.yaml:3: image: given twice, first in line 1; expected each key once"),
+        (GOOD + "--- {}\n", "a.yaml:3: a second document; expected one document a file"),
+        ("[]", "a.yaml:1: expected a mapping of keys to values"),
+    ],
+)
+def test_what_a_template_may_not_say_is_refused_with_its_line(
+    directory: Path, text: str, problem: str
+) -> None:
+    (found,) = refused(directory, a=text)
+    assert found.startswith(problem)
+
+
+def test_everything_in_every_file_is_said_at_once(directory: Path) -> None:
+    (directory / "Upper.yaml").write_text(GOOD)
+    (directory / "b.yml").write_text(GOOD)
+    (directory / "d.yaml").mkdir()
+    file_names = "expected [a-z][a-z0-9-]*.yaml, because it names the template"
+    found = refused(
+        directory,
+        a="image: evil:1\ndevice: cpu\nport: 0\nenv: {PATH: x}\n",
+        b=GOOD + "network: other\n",
+        c="device: cpu\nnetwork: other\n",
+    )
+    assert [": ".join(line.split(": ")[:2]) for line in found] == [
+        f"Upper.yaml: 'Upper.yaml' as a file name; {file_names}",
+        "a.yaml:3: port",
+        "a.yaml:1: image",
+        "a.yaml:4: env.PATH",
+        "b.yaml:3: network",
+        "b.yml: the template 'b' is defined by b.yaml already; expected one file a name",
+        "c.yaml:1: image",
+        "d.yaml: cannot be read (Is a directory); expected a YAML file",
+    ]
+
+
+def test_a_directory_of_templates_that_is_missing_is_an_error(directory: Path) -> None:
+    settings = Settings.model_validate({"templates": {"dir": directory / "gone"}})
+    with pytest.raises(ConfigurationError, match=r"gone: templates\.dir: cannot be read \(No such file"):
+        load_templates(settings)
+
+
+def test_instances_are_resolved_in_the_order_of_the_configuration(tmp_path: Path) -> None:
+    loaded = configured(
+        tmp_path,
+        """
+instances:
+  nas: {driver: external, url: "http://nas:11434", device: gpu, priority: 2}
+  unknown: {driver: external, url: "http://other:11434"}
+  gpu1: {template: ollama-gpu, ttl_s: 0, start_timeout_s: 9, pinned: true, prewarm: true}
+  gpu0: {template: ollama-gpu, device: GPU-1}
+  cpu: {template: ollama-cpu}
+lifecycle: {ttl_s: 60, stop_timeout_s: 5}
+""",
+    )
+    known = packaged()
+    nas, unknown, gpu1, gpu0, cpu = resolve_instances(loaded, known)
+    assert (nas.id, nas.driver, nas.device_kind, nas.template, nas.device, nas.url, nas.priority) == (
+        "nas",
+        Driver.EXTERNAL,
+        DeviceKind.GPU,
+        None,
+        None,
+        "http://nas:11434",
+        2,
+    )
+    assert unknown.device_kind is None
+    assert (gpu1.id, gpu1.device_kind, gpu1.device, gpu1.pinned, gpu1.prewarm) == (
+        "gpu1",
+        DeviceKind.GPU,
+        "auto",
+        True,
+        True,
+    )
+    assert (gpu1.limits.ttl_s, gpu1.limits.start_timeout_s) == (0, 9)
+    assert (gpu0.device, gpu0.template) == ("GPU-1", known["ollama-gpu"])
+    assert (cpu.driver, cpu.device_kind, cpu.device) == (Driver.DOCKER, DeviceKind.CPU, None)
+    assert cpu.limits == Limits(
+        ttl_s=60,
+        start_timeout_s=300,
+        stop_timeout_s=5,
+        drain_timeout_s=60,
+        probe_interval_s=2,
+        resync_interval_s=15,
+        vram_wait_s=20,
+    )
+
+
+def test_contradictions_with_the_templates_are_refused_with_their_lines(tmp_path: Path) -> None:
+    loaded = configured(
+        tmp_path,
+        """\
+instances:
+  a: {template: ollama-gup}
+  b:
+    template: ollama-cpu
+    device: auto
+  c: {template: zzz}
+""",
+    )
+    with pytest.raises(ConfigurationError) as caught:
+        resolve_instances(loaded, packaged())
+    cpu = "which has device: cpu; leave `device` out, or use a template for the GPU"
+    place, known = tmp_path / "c.yaml", "known: ollama-cpu, ollama-gpu"
+    assert caught.value.message.splitlines() == [
+        f"{place}:2: instances.a.template: 'ollama-gup' is no template; did you mean 'ollama-gpu'? {known}",
+        f"{place}:5: instances.b.device: 'auto' contradicts the template 'ollama-cpu', {cpu}",
+        f"{place}:6: instances.c.template: 'zzz' is no template; {known}",
+    ]
+
+
+def test_without_any_template_none_is_known(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"^default: instances\.cpu\.template: 'ollama-cpu' is no templ.*none$"
+    ):
+        resolve_instances(configured(tmp_path, ""), {})
+
+
+def test_a_card_that_was_found_gets_an_instance_of_the_gpu_template() -> None:
+    known = packaged()
+    spec = auto_gpu_spec("gpu3", Settings(), known)
+    assert (spec.id, spec.driver, spec.device_kind, spec.device) == (
+        "gpu3",
+        Driver.DOCKER,
+        DeviceKind.GPU,
+        "auto",
+    )
+    assert spec.template is known["ollama-gpu"]
+    assert spec.limits.ttl_s == 900
+
+
+def test_a_card_that_was_found_needs_the_gpu_template() -> None:
+    cpu = packaged()["ollama-cpu"]
+    with pytest.raises(
+        ConfigurationError, match=r"gpus: the template 'ollama-gpu' is missing, and gpu0 was found"
+    ):
+        auto_gpu_spec("gpu0", Settings(), {"ollama-cpu": cpu})
+    with pytest.raises(
+        ConfigurationError, match="has device: cpu, and gpu0 was found by gpus: auto; expected a"
+    ):
+        auto_gpu_spec("gpu0", Settings(), {"ollama-gpu": cpu})
