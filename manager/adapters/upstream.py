@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -96,7 +97,7 @@ class AiohttpUpstream:
             if not answer.ok:
                 return None, wire_bytes
             try:
-                return await answer.json(content_type=None), wire_bytes
+                return json.loads(raw), wire_bytes
             except ValueError:
                 return None, wire_bytes
 

@@ -49,7 +49,9 @@ class DaemonUnreachableError(CommandError):
 class RefusalError(CommandError):
     """The daemon said no; `code` is its stable one and `log_tail` what the container said last."""
 
-    def __init__(self, status: int, code: str, message: str, *, log_tail: tuple[str, ...], wait_s: str | None):
+    def __init__(
+        self, status: int, code: str, message: str, *, log_tail: tuple[str, ...], wait_s: str | None
+    ):
         step = _NEXT_STEPS.get(code)
         if wait_s is not None and step is None:
             step = f"waiting may help: try again in {wait_s} s"

@@ -29,7 +29,9 @@ REFUSED = 4
 INTERRUPTED = 130
 
 # Terminal sequences, and whatever else moves a cursor; line breaks and tabs are no danger.
-_CONTROL = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_CONTROL = re.compile(
+    r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|.)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 
 
 class CommandError(click.ClickException):

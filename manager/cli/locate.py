@@ -87,7 +87,8 @@ def _key() -> str | None:
         return None
     if not re.fullmatch(r"[\x21-\x7e]+", key):
         raise CommandError(
-            f"{KEY_VARIABLE} holds a space or something that is not ASCII; a key has neither", exit_code=MISUSED
+            f"{KEY_VARIABLE} holds a space or something that is not ASCII; a key has neither",
+            exit_code=MISUSED,
         )
     return key
 

@@ -76,9 +76,7 @@ def configure_logging(
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        structlog.processors.TimeStamper(
-            fmt="%H:%M:%S" if console else "iso", utc=not console, key="ts"
-        ),
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console, key="ts"),
         structlog.processors.UnicodeDecoder(),
     ]
     structlog.configure(

@@ -133,7 +133,9 @@ def _picture(watch: _Watch, width: int) -> RenderableType:
     events = list(watch.events)
     if events:
         parts.append(Text())
-        parts.extend(Text(_event_line(event), style="dim", no_wrap=True, overflow="ellipsis") for event in events)
+        parts.extend(
+            Text(_event_line(event), style="dim", no_wrap=True, overflow="ellipsis") for event in events
+        )
     return Group(*parts)
 
 

@@ -199,9 +199,7 @@ def _block(row: _Row) -> list[RenderableType]:
     from rich.padding import Padding  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    head = Text.assemble(
-        (row.cells["INSTANCE"], "bold"), " ", _cell(row, "PHASE"), " ", _cell(row, "HEALTH")
-    )
+    head = Text.assemble((row.cells["INSTANCE"], "bold"), " ", _cell(row, "PHASE"), " ", _cell(row, "HEALTH"))
     parts: list[RenderableType] = [head]
     for name in ("DEVICE", "DRIVER", "TARGET", "IN FLIGHT", "TTL LEFT", "MODELS"):
         if row.cells[name] != _NONE:

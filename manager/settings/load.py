@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -21,10 +22,12 @@ if TYPE_CHECKING:
 
     from manager.settings.schema import KeyPath
 
+_log = structlog.get_logger("settings")
+
 LOCAL_FILE = Path("ollama-manager.yaml")
 SYSTEM_FILE = Path("/etc/ollama-manager/config.yaml")
 
-_SHORTEST_KEY = 16
+_GUESSABLE = 16
 _LONGEST_KEY = 4096
 
 
@@ -92,8 +95,8 @@ def read_key(path: Path) -> str:
     """The key that clients must send.
 
     Raises:
-        ConfigurationError: unreadable, open to everybody, or not one line that can be a key. The message
-            never shows what the file contains.
+        ConfigurationError: unreadable, or not one line that can be a key. The message never shows what the
+            file contains.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
@@ -105,16 +108,18 @@ def read_key(path: Path) -> str:
         why = error.strerror if isinstance(error, OSError) else "not a path"
         raise _key_refused(path, f"{why}; expected a readable file") from error
     if mode & stat.S_IRWXO:
-        raise _key_refused(path, "open to every user of this machine; close it with chmod o= FILE")
+        # Not refused: secrets that an engine mounts into a container are readable by everyone in it.
+        _log.warning("key_file_open", path=str(path), remedy="close it with chmod o= FILE")
     lines = raw.rstrip(b"\r\n").split(b"\n")
     key = lines[0].strip()
     if not key:
         raise _key_refused(path, "empty; expected one line with the key")
     if len(lines) > 1:
         raise _key_refused(path, f"{len(lines)} lines; expected one")
-    if not _SHORTEST_KEY <= len(key) <= _LONGEST_KEY:
-        allowed = f"expected {_SHORTEST_KEY} to {_LONGEST_KEY}"
-        raise _key_refused(path, f"a key of {min(len(key), _LONGEST_KEY + 1)} characters; {allowed}")
+    if len(key) > _LONGEST_KEY:
+        raise _key_refused(path, f"a key of more than {_LONGEST_KEY} characters")
+    if len(key) < _GUESSABLE:
+        _log.warning("key_short", path=str(path), remedy=f"use a random key of {_GUESSABLE} characters or more")
     # What a header can carry without quoting.
     if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
         raise _key_refused(path, "the key holds a space or something that is not ASCII; expected neither")

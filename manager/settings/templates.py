@@ -187,6 +187,7 @@ def _spec(
         device_kind=kind,
         limits=limits,
         template=template,
+        template_name=instance.template,
         device=device,
         url=instance.url,
         pinned=instance.pinned,

@@ -1,0 +1,220 @@
+"""The commands: their options, and which file does the work. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from manager import __version__
+from manager.cli.failures import DONE, FAILED, Program, complain, innermost
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from manager.settings import LoadedSettings
+
+    Command = TypeVar("Command", bound=Callable[..., Any])
+
+_NAME = "ollama-manager"
+
+_CONFIG = click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The configuration file (else $OLLAMA_MANAGER_CONFIG, ./ollama-manager.yaml, "
+    "/etc/ollama-manager/config.yaml).",
+)
+_URL = click.option(
+    "--url", metavar="URL", help="The daemon to talk to (else $OLLAMA_MANAGER_URL, else the running one)."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def _talks(command: Command) -> Command:
+    """For commands that talk to the daemon: they get `url` and `config`."""
+    return _URL(_CONFIG(command))
+
+
+@click.group(cls=Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--url", envvar="OLLAMA_MANAGER_URL", metavar="URL", help="The daemon to talk to.")
+@click.version_option(__version__, prog_name=_NAME, message="%(prog)s %(version)s")
+def program(url: str | None) -> None:
+    """Start, stop and watch Ollama containers on this machine's CPU and GPUs.
+
+    `serve` runs the daemon; most other commands talk to it. Exit codes: 0 done, 1 failed, 2 usage or
+    configuration, 3 daemon unreachable, 4 refused by the state. A key goes into $OLLAMA_MANAGER_KEY.
+    """
+    click.get_current_context().obj = url
+
+
+def main() -> None:
+    program()
+
+
+@program.command()
+@click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
+@click.option("--port", type=int, help="Port to listen on.")
+@_CONFIG
+def serve(host: str | None, port: int | None, config: Path | None) -> int:
+    """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
+    # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return _serve(host, port, config)
+    except KeyboardInterrupt:
+        return DONE
+
+
+def _serve(host: str | None, port: int | None, config: Path | None) -> int:
+    from manager.cli.logs import configure_logging  # noqa: PLC0415
+    from manager.errors import ManagerError  # noqa: PLC0415
+    from manager.settings import load_settings, read_key  # noqa: PLC0415
+
+    loaded = load_settings(config, overrides={"server": {"host": host, "port": port}})
+    key_file = loaded.settings.server.key_file
+    configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
+    try:
+        _run_daemon(loaded)
+    except (ManagerError, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # noqa: BLE001  (the log has it all, the person one line)
+        import structlog  # noqa: PLC0415
+
+        structlog.get_logger("daemon").critical("died", exc_info=error)
+        complain(
+            f"the daemon ended because of a defect: {innermost(error)}",
+            "its log has the details; containers keep running, and a new daemon takes them over",
+        )
+        return FAILED
+    return DONE
+
+
+def _run_daemon(loaded: LoadedSettings) -> None:
+    import asyncio  # noqa: PLC0415
+
+    import uvloop  # noqa: PLC0415
+
+    from manager import app  # noqa: PLC0415
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(app.serve(loaded))
+
+
+@program.command()
+@_JSON
+@click.option("--watch", is_flag=True, help="Keep the table up to date until Ctrl-C.")
+@_talks
+def status(url: str | None, config: Path | None, as_json: bool, watch: bool) -> None:
+    """Show all instances: what they do, where, how well, and why not better."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.status import show_status, watch_status  # noqa: PLC0415
+
+    locate = functools.partial(find_daemon, url or _common_url(), config)
+    if watch:
+        watch_status(locate, as_json=as_json)
+    else:
+        show_status(locate(), as_json=as_json)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def start(instance: str, url: str | None, config: Path | None) -> None:
+    """Start an instance, and wait until it is ready."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.progress import start_instance  # noqa: PLC0415
+
+    start_instance(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.option("--force", is_flag=True, help="Do not wait for requests that are under way.")
+@_talks
+def stop(instance: str, force: bool, url: str | None, config: Path | None) -> None:
+    """Let an instance finish what it does, then stop it."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.progress import stop_instance  # noqa: PLC0415
+
+    stop_instance(find_daemon(url or _common_url(), config), instance, force=force)
+
+
+@program.command()
+@click.argument("image", required=False)
+@_talks
+def pull(image: str | None, url: str | None, config: Path | None) -> None:
+    """Pull IMAGE, or the images of all configured instances."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.progress import pull_images  # noqa: PLC0415
+
+    pull_images(find_daemon(url or _common_url(), config), image)
+
+
+@program.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would be stopped.")
+@_talks
+def reap(dry_run: bool, url: str | None, config: Path | None) -> int:
+    """Stop every instance that is idle past its TTL, with or without a daemon; made for cron."""
+    from manager.cli.reaping import reap as sweep  # noqa: PLC0415
+
+    return sweep(url or _common_url(), config, dry_run=dry_run)
+
+
+@program.command()
+@_JSON
+@_CONFIG
+def doctor(as_json: bool, config: Path | None) -> int:
+    """Check everything that a daemon needs, and say what to do about each fault."""
+    from manager.cli.doctor import doctor as examine  # noqa: PLC0415
+
+    return examine(config, as_json=as_json)
+
+
+@program.group("config")
+def config_group() -> None:
+    """The configuration."""
+
+
+@config_group.command("show")
+@_CONFIG
+def config_show(config: Path | None) -> None:
+    """Print the effective configuration with the source of each value, as YAML that can be loaded again."""
+    from manager.cli.effective import effective_yaml  # noqa: PLC0415
+    from manager.settings import load_settings  # noqa: PLC0415
+
+    click.echo(effective_yaml(load_settings(config)), nl=False)
+
+
+@program.group("templates")
+def templates_group() -> None:
+    """The container templates."""
+
+
+@templates_group.command("check")
+@_CONFIG
+def templates_check(config: Path | None) -> None:
+    """Check all templates, and the instances that are made of them, against what is allowed."""
+    from manager.settings import load_settings, load_templates, resolve_instances  # noqa: PLC0415
+
+    loaded = load_settings(config)
+    templates = load_templates(loaded.settings)
+    resolve_instances(loaded, templates)
+    for name, template in templates.items():
+        click.echo(f"{name}: ok ({template.device.value}, {template.image})")
+
+
+@program.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"{_NAME} {__version__}")
+
+
+def _common_url() -> str | None:
+    """What stands before the command, or in the environment."""
+    url: str | None = click.get_current_context().find_root().obj
+    return url

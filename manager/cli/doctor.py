@@ -1,0 +1,231 @@
+"""`doctor`: looks at everything that a daemon needs, changes nothing, says what to do about each fault."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from manager.cli import findings
+from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
+from manager.cli.doctor_engine import Needs, card_findings, engine_findings, read_cards
+from manager.cli.failures import DONE, FAILED
+from manager.cli.findings import Finding, broken, fine, skipped, warning
+from manager.cli.locate import configured_daemon
+from manager.domain.instance import DeviceKind, Driver
+from manager.errors import ConfigurationError, RegistryCorruptError, RegistryUnwritableError
+from manager.settings import load_settings, load_templates, packaged_templates, read_key, resolve_instances
+from manager.settings.model import GPU_TEMPLATE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manager.adapters.locks import Holder
+    from manager.domain.gpu import Gpu
+    from manager.settings import LoadedSettings, Settings
+
+_LITTLE_SPACE = 100 * 2**20
+_OLLAMA_PORT = 11434
+# File systems on which flock(2) may hold nobody off.
+_REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "fuse.sshfs", "afs"})
+
+
+def doctor(config: Path | None, *, as_json: bool) -> int:
+    """Returns the exit code: 1 when something is broken; warnings are no failure."""
+    found: list[Finding] = []
+    for finding in examine(config):
+        found.append(finding)
+        if not as_json:
+            findings.show(finding)
+    click.echo(findings.as_json(found) if as_json else f"\n{findings.conclusion(found)}")
+    return FAILED if findings.any_broken(found) else DONE
+
+
+def examine(config: Path | None) -> Iterator[Finding]:
+    """All findings, each as soon as it is known. What depends on something broken is skipped, and says so."""
+    cards, refused = read_cards()
+    try:
+        loaded = load_settings(config)
+    except ConfigurationError as error:
+        yield broken(
+            "configuration", error.message, "correct it; every key and what is allowed is named above"
+        )
+        yield card_findings(cards, refused, Needs())
+        yield skipped("all others", "not looked at: they depend on the configuration")
+        return
+    settings = loaded.settings
+    yield fine("configuration", str(loaded.file or "no file: defaults, and what the environment says"))
+    if settings.server.key_file is not None:
+        yield _key(settings.server.key_file)
+    needs, finding = _templates(loaded, cards)
+    yield finding
+    yield from engine_findings(settings, needs, cards)
+    yield card_findings(cards, refused, needs)
+    yield from _state(loaded)
+
+
+def _key(file: Path) -> Finding:
+    try:
+        read_key(file)
+    except ConfigurationError as error:
+        return broken("key", error.message, f"put a key there: umask 077; openssl rand -hex 24 > {file}")
+    return fine("key", f"{file}, closed to others")
+
+
+def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, Finding]:
+    """What the instances need, as far as the templates can be used."""
+    settings = loaded.settings
+    directory = settings.templates.dir or packaged_templates()
+    try:
+        templates = load_templates(settings)
+        specs = resolve_instances(loaded, templates)
+    except ConfigurationError as error:
+        remedy = (
+            "correct the template, or allow it under `allow`; `ollama-manager templates check` looks again"
+        )
+        return Needs(), broken("templates", error.message, remedy)
+    used = [spec.template for spec in specs if spec.template is not None]
+    gpu_ids = tuple(
+        spec.id for spec in specs if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
+    )
+    found_cards = settings.gpus == "auto" and bool(cards)
+    if found_cards and GPU_TEMPLATE in templates:
+        used.append(templates[GPU_TEMPLATE])
+    needs = Needs(
+        gpu_instances=gpu_ids,
+        selectors=tuple((spec.id, spec.device) for spec in specs if spec.id in gpu_ids and spec.device),
+        images=tuple(dict.fromkeys(template.image for template in used)),
+        networks=tuple(dict.fromkeys(template.network for template in used)),
+    )
+    if found_cards and (
+        GPU_TEMPLATE not in templates or templates[GPU_TEMPLATE].device is not DeviceKind.GPU
+    ):
+        return needs, broken(
+            "templates",
+            f"{directory} has no template {GPU_TEMPLATE} with device: gpu, and there are GPUs for gpus: auto",
+            f"add {GPU_TEMPLATE}.yaml, or set gpus: none",
+        )
+    return needs, fine("templates", f"{', '.join(templates) or 'none'} in {directory}")
+
+
+def _state(loaded: LoadedSettings) -> Iterator[Finding]:
+    from manager.cli.locate import current_holder  # noqa: PLC0415
+
+    settings = loaded.settings
+    yield _directory(settings.state.dir)
+    try:
+        holder = current_holder(settings.state.dir)
+    except ConfigurationError as error:
+        yield broken("lock", error.message, "run this as the user that the daemon runs as")
+        yield skipped("registry", "not looked at: the state directory cannot be read")
+        return
+    yield _daemon(loaded, holder)
+    yield _registry(settings.state.dir / "registry.sqlite3", holder)
+    yield _port(settings, holder)
+
+
+def _directory(state_dir: Path) -> Finding:
+    existing = next(path for path in (state_dir, *state_dir.parents) if path.exists())
+    if not existing.is_dir():
+        return broken("state directory", f"{existing} is no directory", "set state.dir to a directory")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        remedy = f"make it writable for the daemon's user (now: {os.geteuid()}), or set state.dir"
+        return broken("state directory", f"{existing} is not writable", remedy)
+    kind = _file_system(existing)
+    if kind in _REMOTE:
+        remedy = "set state.dir to a local disk"
+        return warning("state directory", f"{state_dir} is on {kind}, where locks may not hold", remedy)
+    free = shutil.disk_usage(existing).free
+    if free < _LITTLE_SPACE:
+        return warning(
+            "state directory", f"{state_dir} has {free // 2**20} MiB left", "free some space on that disk"
+        )
+    return fine(
+        "state directory",
+        f"{state_dir}, writable" if existing == state_dir else f"{state_dir}, to be created",
+    )
+
+
+def _file_system(path: Path) -> str:
+    """The type of the file system that `path` is on; empty where Linux does not say."""
+    try:
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    # proc_pid_mountinfo(5): the mount point is the fifth word, the type is the one after the lone dash.
+    mounts = [(words[4], words[words.index("-") + 1]) for words in map(str.split, lines) if "-" in words]
+    resolved = path.resolve()
+    fitting = [(len(point), kind) for point, kind in mounts if resolved.is_relative_to(point)]
+    return max(fitting, default=(0, ""))[1]
+
+
+def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
+    if holder is None:
+        return fine("daemon", "not running; nobody holds the state directory")
+    if holder.url is None:
+        return warning(
+            "daemon",
+            f"the state directory is held by {holder}, which does not listen",
+            "a daemon that just starts, or a clean-up; look again in a moment",
+        )
+    try:
+        reasons = Daemon(configured_daemon(loaded)).why_not_ready()
+    except RefusalError as error:
+        return warning(
+            "daemon", f"running, {holder}; it does not talk to us: {error.message}", str(error.next_step)
+        )
+    except DaemonUnreachableError as error:
+        return broken(
+            "daemon",
+            f"{holder} holds the state directory: {error.message}",
+            "look at its log; if it hangs, end that process: instances keep running",
+        )
+    if reasons:
+        return warning("daemon", f"running, {holder}; not ready:\n" + "\n".join(reasons), "look at its log")
+    return fine("daemon", f"running and ready, {holder}")
+
+
+def _registry(path: Path, holder: Holder | None) -> Finding:
+    if holder is not None:
+        return skipped("registry", f"{path} is in use; a daemon checks it when it starts")
+    if not path.exists():
+        return fine("registry", "none yet; the first start makes it")
+    # The import costs half a second, and is only needed here.
+    from manager.adapters.registry.opening import _verify  # noqa: PLC0415
+
+    try:
+        revision = _verify(path)
+    except RegistryCorruptError as error:
+        command = str(error.details.get("command", ""))
+        problem = str(error.details.get("problem", error.message))
+        return broken("registry", f"{path} cannot be used: {problem}", f"begin with an empty one: {command}")
+    except (RegistryUnwritableError, OSError) as error:
+        return broken("registry", f"{path} cannot be read: {error}", "run this as the user of the daemon")
+    return fine("registry", f"{path} is whole (schema {revision})")
+
+
+def _port(settings: Settings, holder: Holder | None) -> Finding:
+    host, port = settings.server.host, settings.server.port
+    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    if holder is not None and holder.url == f"http://{shown}":
+        return fine("port", f"{shown} is our daemon's")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        remedy = {
+            errno.EADDRINUSE: f"`ss -ltnp sport = :{port}` shows who holds it; set server.port to another one",
+            errno.EACCES: "ports below 1024 need a privilege; set server.port to a higher one",
+            errno.EADDRNOTAVAIL: "it is no address of this machine; correct server.host",
+        }.get(error.errno or 0, "correct server.host")
+        if port == _OLLAMA_PORT and error.errno == errno.EADDRINUSE:
+            remedy = f"a local Ollama uses this port; stop it, or {remedy}"
+        return broken("port", f"{shown}: {error.strerror}", remedy)
+    return fine("port", f"{shown} is free")

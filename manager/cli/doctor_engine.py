@@ -1,0 +1,181 @@
+"""The part of `doctor` that asks the container engine and the NVIDIA driver."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from manager.cli.findings import Finding, broken, fine, skipped, warning
+from manager.cli.logs import import_structlog
+from manager.domain.gpu import Gpu, find_gpu
+from manager.errors import EngineError, GpuQueryError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from manager.adapters.docker_engine import DockerEngine
+    from manager.services.ports import EngineInfo
+    from manager.settings import Settings
+
+_LONGEST_WAIT_S = 5.0
+_NO_DRIVER = frozenset({"library_missing", "driver_not_loaded"})
+_DRIVER_VERSION = Path("/proc/driver/nvidia/version")
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What the configured instances need of the engine and the cards."""
+
+    gpu_instances: tuple[str, ...] = ()
+    selectors: tuple[tuple[str, str], ...] = ()
+    images: tuple[str, ...] = ()
+    networks: tuple[str, ...] = ()
+
+
+def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
+    """The cards, or why there are none to see."""
+    from manager.adapters.nvml import Nvml  # noqa: PLC0415
+
+    async def read() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
+        reader = Nvml(timeout_s=_LONGEST_WAIT_S)
+        try:
+            return await reader.read(), None
+        except GpuQueryError as error:
+            return (), error
+        finally:
+            await reader.close()
+
+    return asyncio.run(read())
+
+
+def card_findings(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: Needs) -> Finding:
+    wanted = ", ".join(needs.gpu_instances)
+    if refused is not None:
+        message, _, remedy = refused.message.partition("; ")
+        if not wanted and refused.details.get("nvml") in _NO_DRIVER:
+            return fine("GPUs", f"none usable ({message}); instances run on the CPU")
+        judged = broken if wanted else warning
+        return judged("GPUs", f"{message}" + (f", but {wanted} needs one" if wanted else ""), remedy)
+    if not cards:
+        if wanted:
+            remedy = "put a card in, or take the instance out of the configuration"
+            return broken("GPUs", f"NVML sees none, but {wanted} needs one", remedy)
+        return fine("GPUs", "NVML sees none; instances run on the CPU")
+    missing = [
+        f"{instance} wants {selector}"
+        for instance, selector in needs.selectors
+        if selector != "auto" and find_gpu(cards, selector) is None
+    ]
+    lines = [f"driver {_driver_version()}" if _driver_version() else "the driver answers"]
+    lines += [f"{card.index}: {card.name}, {_memory(card)}, {card.uuid}, {card.pci_bus_id}" for card in cards]
+    if missing:
+        return broken(
+            "GPUs",
+            "\n".join([*lines, *(f"{one}, which is not there" for one in missing)]),
+            "correct its `device`",
+        )
+    if len(needs.gpu_instances) > len(cards):
+        return broken(
+            "GPUs",
+            "\n".join([*lines, f"{wanted} need {len(needs.gpu_instances)} cards"]),
+            "take an instance out: each has a card of its own",
+        )
+    return fine("GPUs", "\n".join(lines))
+
+
+def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) -> Iterator[Finding]:
+    import_structlog()
+    from manager.adapters.docker_engine import DockerEngine  # noqa: PLC0415
+
+    async def collect() -> list[Finding]:
+        engine = DockerEngine(settings.engine.url, min(settings.engine.timeout_s, _LONGEST_WAIT_S))
+        try:
+            return [finding async for finding in _engine(engine, needs, cards)]
+        finally:
+            engine.close()
+
+    yield from asyncio.run(collect())
+
+
+async def _engine(engine: DockerEngine, needs: Needs, cards: tuple[Gpu, ...]) -> AsyncIterator[Finding]:
+    try:
+        info = await engine.info()
+    except EngineError as error:
+        yield broken("engine", error.message, _engine_remedy(engine.url, error.message))
+        for check in ("NVIDIA runtime", "images", "network"):
+            yield skipped(check, "not looked at: the engine does not answer")
+        return
+    kind = " (Docker Desktop)" if info.desktop else " (rootless)" if info.rootless else ""
+    yield fine("engine", f"Docker {info.version}{kind} at {engine.url}")
+    yield _runtime(info, needs, cards)
+    for image in needs.images:
+        yield await _image(engine, image)
+    for network in needs.networks:
+        yield await _network(engine.url, network)
+
+
+def _engine_remedy(url: str, message: str) -> str:
+    lowered = message.lower()
+    if "permission denied" in lowered:
+        return "add the user to the group that owns the socket: usermod -aG docker USER, then log in again"
+    if url.startswith("unix://") and ("no such file" in lowered or "refused" in lowered):
+        return "start it (`systemctl start docker`), install it, or set DOCKER_HOST or engine.url"
+    return "check DOCKER_HOST or engine.url, and that the engine runs"
+
+
+def _runtime(info: EngineInfo, needs: Needs, cards: tuple[Gpu, ...]) -> Finding:
+    if any("nvidia" in runtime for runtime in info.runtimes):
+        return fine("NVIDIA runtime", "the engine has it")
+    if not cards and not needs.gpu_instances:
+        return fine("NVIDIA runtime", "not needed: there is no GPU to use")
+    return warning(
+        "NVIDIA runtime",
+        "the engine names none; it may still give GPUs to containers by a hook or by CDI",
+        "install the NVIDIA container toolkit, then `nvidia-ctk runtime configure` and restart the engine",
+    )
+
+
+async def _image(engine: DockerEngine, image: str) -> Finding:
+    try:
+        present = await engine.has_image(image)
+    except EngineError as error:
+        return broken("image", f"{image}: {error.message}", "look at the engine's log")
+    if present:
+        return fine("image", image)
+    return warning("image", f"{image} is missing", f"ollama-manager pull {image} (or: docker pull {image})")
+
+
+async def _network(url: str, name: str) -> Finding:
+    import docker  # noqa: PLC0415
+    from docker.errors import DockerException  # noqa: PLC0415
+
+    def there() -> bool:
+        client = docker.APIClient(base_url=url, version="auto", timeout=int(_LONGEST_WAIT_S))
+        try:
+            return any(one["Name"] == name for one in client.networks(names=[name]))
+        finally:
+            client.close()
+
+    try:
+        found = await asyncio.to_thread(there)
+    except (DockerException, OSError) as error:
+        return broken("network", f"{name}: {error}", "look at the engine's log")
+    return fine("network", name if found else f"{name}, made by the first start")
+
+
+def _memory(card: Gpu) -> str:
+    if card.vram_total_bytes is None:
+        return "memory unknown"
+    return f"{card.vram_total_bytes / 2**30:.1f} GiB"
+
+
+def _driver_version() -> str:
+    try:
+        text = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    match = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
+    return match[1] if match else ""

@@ -1,0 +1,63 @@
+"""The effective configuration as YAML: every value with where it came from, and loadable again."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manager.settings import LoadedSettings
+    from manager.settings.schema import KeyPath
+
+_COMMENT_COLUMN = 56
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
+# What an external instance may not say, because somebody else starts and stops its server.
+_NOT_EXTERNAL = frozenset({"template", "ttl_s", "start_timeout_s", "pinned", "prewarm"})
+
+
+def effective_yaml(loaded: LoadedSettings) -> str:
+    """Never the content of the key file, nor credentials inside an address."""
+    head = [
+        f"# configuration file: {loaded.file or 'none'}",
+        "# ttl_s and pinned may be overridden for an instance over the API: `ollama-manager status` knows.",
+    ]
+    return "\n".join([*head, *_lines(loaded, loaded.settings.model_dump(mode="json"), ())]) + "\n"
+
+
+def _lines(loaded: LoadedSettings, values: dict[str, Any], path: KeyPath) -> Iterator[str]:
+    indent = "  " * len(path)
+    for key, value in values.items():
+        here = (*path, key)
+        if _left_out(here, value, values):
+            continue
+        if isinstance(value, dict) and value:
+            yield f"{indent}{_scalar(key)}:"
+            yield from _lines(loaded, value, here)
+        else:
+            yield f"{indent}{_scalar(key)}: {_scalar(value)}".ljust(_COMMENT_COLUMN) + (
+                f" # {_one_line(loaded.source_of(here))}"
+            )
+
+
+def _left_out(path: KeyPath, value: Any, values: dict[str, Any]) -> bool:
+    """A key that says nothing, or must not be written, in the description of an instance."""
+    if len(path) != 3 or path[0] != "instances":  # noqa: PLR2004  (instances.ID.KEY)
+        return False
+    return value is None or (values["driver"] == "external" and path[-1] in _NOT_EXTERNAL)
+
+
+def _scalar(value: Any) -> str:
+    """A value, lists and lists of mappings included, on one line."""
+    shown = _CREDENTIALS.sub("…@", value) if isinstance(value, str) else value
+    text = yaml.safe_dump(
+        shown, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
