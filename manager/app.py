@@ -30,7 +30,7 @@ from manager.api.app import control_api
 from manager.api.backend import Backend
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
-from manager.errors import ConfigurationError, ManagerError, UnavailableError
+from manager.errors import ManagerError
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
 from manager.services.gpus import Gpus
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
     from manager.domain.template import Template
     from manager.services.instance import Instance
-    from manager.services.ports import Registry
     from manager.settings import LoadedSettings, Settings
 
 _log = structlog.get_logger("daemon")

@@ -211,17 +211,15 @@ class DockerEngine:
 
         threading.Thread(target=work, name="docker-call", daemon=True).start()
         try:
-            # `wait` and not `wait_for`: the thread cannot be cancelled, and its late answer has nobody to go to.
+            # `wait` and not `wait_for`: the thread cannot be cancelled, and its late answer is nobody's.
             done, _ = await asyncio.wait({answer}, timeout=deadline_s)
-            if not done:
-                raise EngineUnreachableError(
-                    f"the container engine at {self.url} did not answer within {deadline_s:g} s"
-                )
-            return answer.result()
-        except EngineError:
-            raise
+            if done:
+                return answer.result()
         except Exception as error:
             raise self._translated(error) from error
+        raise EngineUnreachableError(
+            f"the container engine at {self.url} did not answer within {deadline_s:g} s"
+        )
 
     def _take(self, timeout_s: float) -> docker.APIClient:
         try:
@@ -467,8 +465,8 @@ def _event(entry: dict[str, Any]) -> EngineEvent | None:
     )
 
 
-# What an engine says, in the order in which it is looked for -> the reason and what to do about it. The wording
-# was read in moby and in the NVIDIA container toolkit; none of it has an error code of its own.
+# What an engine says, in the order in which it is looked for -> the reason and what to do about it. The
+# wording was read in moby and in the NVIDIA container toolkit; none of it has an error code of its own.
 _REFUSALS: tuple[tuple[str, Reason, str], ...] = (
     ("no such image", Reason.IMAGE_MISSING, "pull it with `ollama-manager pull`"),
     ("manifest unknown", Reason.IMAGE_MISSING, "check the image's name and tag"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 import requests
 
@@ -13,9 +14,11 @@ from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from manager.cli.locate import Endpoint
+
+T = TypeVar("T")
 
 _API = "/api/runtime/compute"
 _CONNECT_S = 5.0
@@ -51,7 +54,7 @@ class RefusalError(CommandError):
 
     def __init__(
         self, status: int, code: str, message: str, *, log_tail: tuple[str, ...], wait_s: str | None
-    ):
+    ) -> None:
         step = _NEXT_STEPS.get(code)
         if wait_s is not None and step is None:
             step = f"waiting may help: try again in {wait_s} s"
@@ -225,7 +228,7 @@ class Daemon:
         stream: bool = False,
         also: int | None = None,
     ) -> Iterator[requests.Response]:
-        """A good answer, or one with the status `also`; errors of the transport are translated inside, too."""
+        """A good answer, or one with the status `also`; transport errors are translated."""
         try:
             with self._session.request(
                 method,
@@ -250,7 +253,7 @@ class Daemon:
                 f"the daemon at {self.endpoint.url} cannot be reached ({_cause(error)})"
             ) from error
 
-    def _read(self, read: Any, body: Any) -> Any:
+    def _read(self, read: Callable[[dict[str, Any]], T], body: dict[str, Any]) -> T:
         try:
             return read(body)
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -356,7 +359,7 @@ def _event(body: dict[str, Any]) -> Event:
 
 
 def _quoted(instance_id: str) -> str:
-    return requests.utils.quote(instance_id, safe="")
+    return quote(instance_id, safe="")
 
 
 def _cause(error: BaseException) -> str:

@@ -1,10 +1,9 @@
-"""The commands: their options, and which file does the work. Nothing heavy is imported before it is needed."""
+"""The commands: their options, and which file does the work. Heavy imports wait until they are needed."""
 
 from __future__ import annotations
 
 import functools
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 

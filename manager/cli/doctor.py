@@ -13,7 +13,7 @@ import click
 
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
-from manager.cli.doctor_engine import Needs, card_findings, engine_findings, read_cards
+from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
@@ -55,7 +55,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
         yield broken(
             "configuration", error.message, "correct it; every key and what is allowed is named above"
         )
-        yield card_findings(cards, refused, Needs())
+        yield card_finding(cards, refused, Needs())
         yield skipped("all others", "not looked at: they depend on the configuration")
         return
     settings = loaded.settings
@@ -65,7 +65,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
-    yield card_findings(cards, refused, needs)
+    yield card_finding(cards, refused, needs)
     yield from _state(loaded)
 
 
@@ -221,7 +221,7 @@ def _port(settings: Settings, holder: Holder | None) -> Finding:
             probe.bind(address)
     except OSError as error:
         remedy = {
-            errno.EADDRINUSE: f"`ss -ltnp sport = :{port}` shows who holds it; set server.port to another one",
+            errno.EADDRINUSE: f"`ss -ltnp sport = :{port}` shows who holds it; or set another server.port",
             errno.EACCES: "ports below 1024 need a privilege; set server.port to a higher one",
             errno.EADDRNOTAVAIL: "it is no address of this machine; correct server.host",
         }.get(error.errno or 0, "correct server.host")

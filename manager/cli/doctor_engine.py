@@ -51,38 +51,27 @@ def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
     return asyncio.run(read())
 
 
-def card_findings(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: Needs) -> Finding:
+def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: Needs) -> Finding:
     wanted = ", ".join(needs.gpu_instances)
     if refused is not None:
         message, _, remedy = refused.message.partition("; ")
-        if not wanted and refused.details.get("nvml") in _NO_DRIVER:
-            return fine("GPUs", f"none usable ({message}); instances run on the CPU")
-        judged = broken if wanted else warning
-        return judged("GPUs", f"{message}" + (f", but {wanted} needs one" if wanted else ""), remedy)
-    if not cards:
         if wanted:
-            remedy = "put a card in, or take the instance out of the configuration"
-            return broken("GPUs", f"NVML sees none, but {wanted} needs one", remedy)
-        return fine("GPUs", "NVML sees none; instances run on the CPU")
+            return broken("GPUs", f"{message}, but {wanted} needs one", remedy)
+        if refused.details.get("nvml") in _NO_DRIVER:
+            return fine("GPUs", f"none usable ({message}); instances run on the CPU")
+        return warning("GPUs", message, remedy)
+    lines = [f"{card.index}: {card.name}, {_memory(card)}, {card.uuid}, {card.pci_bus_id}" for card in cards]
+    lines.insert(0, f"{len(cards)} seen, driver {_driver_version()}")
     missing = [
-        f"{instance} wants {selector}"
+        f"{instance} wants {selector}, which is not there"
         for instance, selector in needs.selectors
         if selector != "auto" and find_gpu(cards, selector) is None
     ]
-    lines = [f"driver {_driver_version()}" if _driver_version() else "the driver answers"]
-    lines += [f"{card.index}: {card.name}, {_memory(card)}, {card.uuid}, {card.pci_bus_id}" for card in cards]
     if missing:
-        return broken(
-            "GPUs",
-            "\n".join([*lines, *(f"{one}, which is not there" for one in missing)]),
-            "correct its `device`",
-        )
+        return broken("GPUs", "\n".join([*lines, *missing]), "correct its `device`, or put that card in")
     if len(needs.gpu_instances) > len(cards):
-        return broken(
-            "GPUs",
-            "\n".join([*lines, f"{wanted} need {len(needs.gpu_instances)} cards"]),
-            "take an instance out: each has a card of its own",
-        )
+        lines.append(f"{wanted} want {len(needs.gpu_instances)}")
+        return broken("GPUs", "\n".join(lines), "take an instance out: each has a card of its own")
     return fine("GPUs", "\n".join(lines))
 
 
@@ -176,6 +165,6 @@ def _driver_version() -> str:
     try:
         text = _DRIVER_VERSION.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return ""
+        return "unknown"
     match = re.search(r"NVRM version:.*?\s(\d+\.\d+(?:\.\d+)?)\s", text)
-    return match[1] if match else ""
+    return match[1] if match else "unknown"

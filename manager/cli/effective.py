@@ -53,6 +53,8 @@ def _left_out(path: KeyPath, value: Any, values: dict[str, Any]) -> bool:
 def _scalar(value: Any) -> str:
     """A value, lists and lists of mappings included, on one line."""
     shown = _CREDENTIALS.sub("…@", value) if isinstance(value, str) else value
+    if isinstance(value, float) and value.is_integer():
+        shown = int(value)
     text = yaml.safe_dump(
         shown, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
     )

@@ -34,7 +34,7 @@ _CONTROL = re.compile(
 )
 
 
-class CommandError(click.ClickException):
+class CommandError(Exception):
     """Ends a command: `error: …`, what belongs to it, and what to do next, all on stderr.
 
     Args:
@@ -53,6 +53,7 @@ class CommandError(click.ClickException):
         lines: Sequence[str] = (),
     ) -> None:
         super().__init__(message)
+        self.message = message
         self.exit_code = exit_code
         self.next_step = next_step
         self.lines = tuple(lines)
@@ -61,9 +62,16 @@ class CommandError(click.ClickException):
 class Program(click.Group):
     """A group of commands that ends with the documented exit codes, whatever happens inside."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> NoReturn:  # noqa: ARG002
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,  # noqa: ARG002  (we always end the process)
+        **extra: Any,
+    ) -> NoReturn:
         try:
-            result = super().main(*args, standalone_mode=False, **extra)
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             code = result if isinstance(result, int) else DONE
         except (KeyboardInterrupt, click.Abort):
             code = INTERRUPTED

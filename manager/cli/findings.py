@@ -53,7 +53,7 @@ _SIGNS = {
     Verdict.FINE: ("✓", "ok", "green"),
     Verdict.WARNING: ("!", "!!", "yellow"),
     Verdict.BROKEN: ("✗", "XX", "red"),
-    Verdict.SKIPPED: ("–", "--", "bright_black"),
+    Verdict.SKIPPED: ("-", "--", "bright_black"),
 }
 
 

@@ -33,8 +33,7 @@ class Endpoint:
 
 
 def find_daemon(url: str | None, config: Path | None) -> Endpoint:
-    """The daemon that was named, else the running one of the configured state directory, else where one
-    would listen.
+    """The daemon that was named, else the one that holds our state directory, else where one would listen.
 
     Raises:
         CommandError, ConfigurationError: the address or the configuration cannot be used.

@@ -160,10 +160,11 @@ class _Censor:
         spellings = {spelt for one in secrets if one for spelt in (one, json.dumps(one)[1:-1])}
         self._spellings = sorted(spellings, key=len, reverse=True)
 
-    def __call__(self, _logger: Any, _method: str, line: str) -> str:
+    def __call__(self, _logger: Any, _method: str, line: Any) -> str:
+        shown = str(line)
         for spelling in self._spellings:
-            line = line.replace(spelling, HIDDEN)
-        return line
+            shown = shown.replace(spelling, HIDDEN)
+        return shown
 
 
 def _json_renderer(_logger: Any, _method: str, entry: Entry) -> str:
@@ -188,6 +189,6 @@ def _console_renderer(*, colours: bool) -> Any:
             for name, value in entry.items()
             if value is not None
         }
-        return render(logger, method, shown)
+        return str(render(logger, method, shown))
 
     return readable

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Self
 
 import click
+import requests
 
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.failures import CommandError, printable
@@ -34,8 +35,7 @@ def start_instance(endpoint: Endpoint, instance_id: str) -> None:
     change = _follow(endpoint, instance_id, "start", lambda daemon: daemon.start(instance_id))
     instance = change.instance
     if change.changed:
-        taken = duration(time.monotonic() - began)
-        click.echo(f"{instance.id} is ready at {instance.endpoint} (after {taken})")
+        click.echo(f"{instance.id} is ready at {instance.endpoint} ({time.monotonic() - began:.1f} s)")
     else:
         click.echo(f"{instance.id} was running already, at {instance.endpoint}")
     _remark(instance)
@@ -97,20 +97,16 @@ def _follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Dae
 
 
 def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb: str) -> CommandError:
-    """The refusal with the container's last words, which the instance may still know when the answer does not."""
+    """What the daemon could not do, with the container's last words, which the instance may still know."""
+    if error.status < requests.codes.server_error:
+        return error
     lines = error.log_tail
-    if not lines and error.status >= 500:  # noqa: PLR2004
-        try:
+    if not lines:
+        with suppress(CommandError):
             reason = Daemon(endpoint).instance(instance_id).reason
-        except CommandError:
-            reason = None
-        lines = reason.log_tail if reason is not None and reason.code == error.code else ()
-    message = error.message if instance_id in error.message else f"{instance_id}: {error.message}"
-    if lines:
-        message += f"; its container said last:"
-    done = {"start": "did not start", "stop": "was not stopped"}[verb]
-    if error.status >= 500:  # noqa: PLR2004
-        message = f"{instance_id} {done}: {error.message}" + ("; its container said last:" if lines else "")
+            lines = reason.log_tail if reason is not None and reason.code == error.code else ()
+    outcome = "did not start" if verb == "start" else "was not stopped"
+    message = f"{instance_id} {outcome}: {error.message}" + ("; its container said last:" if lines else "")
     return CommandError(
         message, exit_code=error.exit_code, next_step=error.next_step, lines=lines[-_LOG_LINES:]
     )

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 _GAP = 2
 _NONE = "-"
 _LOG_LINES = 3
+_SHORT_UUID = 12  # `GPU-` and what mostly is unique already
 _NARROWEST_MODELS = 12
 _COLUMNS = ("INSTANCE", "DRIVER", "DEVICE", "PHASE", "HEALTH", "TARGET", "IN FLIGHT", "TTL LEFT", "MODELS")
-# What a narrow table does without, in this order: most people have one driver, and the phase tells the target.
+# What a narrow table does without, in this order: most have one driver, and the phase tells the target.
 _DISPENSABLE = ("DRIVER", "TARGET")
 _STYLES = {
     "ready": "green",
@@ -109,7 +110,7 @@ def _device(device: Device) -> str:
         return device.kind
     known = [] if device.index is None else [f"gpu {device.index}", *([device.name] if device.name else [])]
     if device.uuid and not known:
-        known = [f"gpu {device.uuid}", "(not there)"]
+        known = [f"gpu {device.uuid[:_SHORT_UUID]}… not seen"]
     if device.vram_total_bytes is not None and device.vram_used_bytes is not None:
         used, total = device.vram_used_bytes / 2**30, device.vram_total_bytes / 2**30
         known.append(f"{used:.1f}/{total:.1f} GiB")
@@ -140,7 +141,7 @@ def _one_line(text: str) -> str:
 
 def _fitting(rows: list[_Row], width: int) -> tuple[str, ...] | None:
     """The columns of a table that is no wider than `width`, None when even the fewest are too wide."""
-    columns = _COLUMNS
+    columns: tuple[str, ...] = _COLUMNS
     for dispensable in (None, *_DISPENSABLE):
         columns = tuple(name for name in columns if name != dispensable)
         if _natural_width(rows, columns) <= width:
@@ -200,9 +201,10 @@ def _block(row: _Row) -> list[RenderableType]:
     from rich.text import Text  # noqa: PLC0415
 
     head = Text.assemble((row.cells["INSTANCE"], "bold"), " ", _cell(row, "PHASE"), " ", _cell(row, "HEALTH"))
-    parts: list[RenderableType] = [head]
-    for name in ("DEVICE", "DRIVER", "TARGET", "IN FLIGHT", "TTL LEFT", "MODELS"):
-        if row.cells[name] != _NONE:
-            text = Text.assemble((f"{name.lower():<10}", "dim"), row.cells[name])
-            parts.append(Padding(text, (0, 0, 0, 2)))
+    cells = row.cells
+    words = [cells["DEVICE"], cells["DRIVER"], f"target {cells['TARGET']}", f"{cells['IN FLIGHT']} in flight"]
+    words += [f"TTL left {cells['TTL LEFT']}"] if cells["TTL LEFT"] != _NONE else []
+    parts: list[RenderableType] = [head, Padding(Text(", ".join(words)), (0, 0, 0, 2))]
+    if cells["MODELS"] != _NONE:
+        parts.append(Padding(Text(f"models {cells['MODELS']}"), (0, 0, 0, 2)))
     return [*parts, *(Padding(part, (0, 0, 0, 2)) for part in _remarks(row))]

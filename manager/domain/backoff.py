@@ -12,3 +12,12 @@ def delay_s(failures: int) -> float:
         return 0.0
     # The exponent is bounded too: 2.0**1024 overflows.
     return min(CAP_S, FIRST_S * 2.0 ** min(failures - 1, 32))
+
+
+# A server that ran for this long was sound: what ends it now is not the trouble it had before.
+STABLE_S = 60.0
+
+
+def failures_after(failures: int, ran_s: float) -> int:
+    """The number of failures in a row, after one more that came when all had been well for `ran_s`."""
+    return 1 if ran_s >= STABLE_S else failures + 1

@@ -119,6 +119,8 @@ class ContainerRun:
         What is there is looked up first: a start that was cancelled may have got further than it could tell.
 
         Args:
+            name: the container's.
+            watch: what the event stream says of it.
             at_once: there is no work in it that could be cut off; do not ask it, kill it.
 
         Raises:

@@ -33,7 +33,7 @@ class EngineWatch:
 
     Args:
         own_names: see `Fleet`.
-        probe_interval_s: the deadline of a ping; pings begin twice as often, so that the answer comes in time.
+        probe_interval_s: the deadline of a ping; pings begin twice as often.
         resync_interval_s: how long a lost event can stay unnoticed.
     """
 
@@ -51,7 +51,7 @@ class EngineWatch:
         self._own_names = own_names
         self._probe_interval_s = probe_interval_s
         self._resync_interval_s = resync_interval_s
-        self._came_up = asyncio.Event()
+        self.came_up = asyncio.Event()
         self._resync = asyncio.Event()
         self.found = False
         self.up = False
@@ -95,7 +95,7 @@ class EngineWatch:
         self.trouble = ""
         self._world.journal.record("engine_up", detail=self._world.engine.url)
         self._listener.engine_changed(up=True)
-        self._came_up.set()
+        self.came_up.set()
         self._resync.set()
 
     def _went_down(self, message: str) -> None:
@@ -104,12 +104,12 @@ class EngineWatch:
         self.trouble = message
         if self.up:
             self.up = False
-            self._came_up.clear()
+            self.came_up.clear()
             self._listener.engine_changed(up=False)
 
     async def _listen_forever(self) -> None:
         while True:
-            await self._came_up.wait()
+            await self.came_up.wait()
             try:
                 async for event in self._world.engine.events(self._world.manager_id):
                     self._listener.engine_hint(event)
@@ -120,7 +120,7 @@ class EngineWatch:
 
     async def _list_forever(self) -> None:
         while True:
-            await self._came_up.wait()
+            await self.came_up.wait()
             self._resync.clear()
             try:
                 containers = await self._world.engine.list_containers(self._world.manager_id)

@@ -1,4 +1,4 @@
-"""An instance that somebody else runs: probed, listed and leased like the others, never started or stopped."""
+"""An instance that somebody else runs: probed, listed and leased, never started or stopped."""
 
 from __future__ import annotations
 

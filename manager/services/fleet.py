@@ -94,7 +94,7 @@ class Fleet:
         for instance in members(self):
             self._instances[instance.id] = instance
 
-    # --- who there is -----------------------------------------------------------------------------------------
+    # --- who there is ---
 
     def get(self, instance_id: str) -> Instance:
         """The instance of that id.
@@ -149,7 +149,7 @@ class Fleet:
             reasons.append(f"registry: {trouble}")
         return tuple(reasons)
 
-    # --- what goes on by itself -------------------------------------------------------------------------------
+    # --- what goes on by itself ---
 
     async def run(self) -> None:
         """Everything, until cancelled. An error here is a defect and ends the daemon."""
@@ -180,11 +180,11 @@ class Fleet:
         Raises:
             UnavailableError: the engine has not answered within `within_s`.
         """
-        deadline = self._world.now() + within_s
-        while not self.engine.up:
-            if self._world.now() >= deadline:
-                raise EngineUnreachableError(self.engine.trouble)
-            await asyncio.sleep(_SETTLE_POLL_S)
+        try:
+            async with asyncio.timeout(within_s):
+                await self.engine.came_up.wait()
+        except TimeoutError:
+            raise EngineUnreachableError(self.engine.trouble) from None
         while any(supervisor.busy for supervisor in self.supervisors()):
             await asyncio.sleep(_SETTLE_POLL_S)
 
@@ -192,7 +192,7 @@ class Fleet:
         for supervisor in self.supervisors():
             await supervisor.save_use()
 
-    # --- what the engine says ---------------------------------------------------------------------------------
+    # --- what the engine says ---
 
     def engine_found(
         self, info: EngineInfo, containers: tuple[ContainerFacts, ...], *, in_container: bool
@@ -255,7 +255,7 @@ class Fleet:
             instance.engine_changed(up=self.engine.up)
         tasks.create_task(instance.run(), name=f"instance {instance.id}")
 
-    # --- sweeps and schedules ---------------------------------------------------------------------------------
+    # --- sweeps and schedules ---
 
     async def reap(self, *, dry_run: bool = False) -> tuple[Swept, ...]:
         """One sweep of everything idle past its TTL; returns what became of each container instance."""

@@ -42,7 +42,7 @@ class Holding:
 
 
 class Gpus:
-    """Owns the readings, the bindings of instances to cards, the claims on their memory, and what was learned.
+    """Owns the readings, the bindings of instances to cards, the claims on their memory, what was learned.
 
     Args:
         selectors: GPU instances of the configuration -> `auto`, a UUID or a PCI bus id.
@@ -187,7 +187,7 @@ class Gpus:
         self._claims.pop(instance, None)
 
     async def given_back(self, instance: str, held: Holding, used_before: int | None, wait_s: float) -> bool:
-        """Wait until what a stopped instance held is really free again; False when `wait_s` was not enough."""
+        """Wait until what a stopped instance held is really free; False when `wait_s` was not enough."""
         if not held.pids:
             return True
         deadline = self._now() + wait_s

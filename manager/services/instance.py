@@ -143,7 +143,7 @@ class Instance(ABC):
         self._set_health(Health.HEALTHY, None)
         await self._probed()
 
-    async def _probed(self) -> None:
+    async def _probed(self) -> None:  # noqa: B027  (most instances have nothing more to look at)
         """Called after each probe that was answered."""
 
     async def _probe_forever(self) -> None:

@@ -1,0 +1,34 @@
+"""How an instance is shown: what cannot be known or used right now is `unavailable`, and says why."""
+
+from __future__ import annotations
+
+from manager.domain.instance import Explanation, Health, Phase
+from manager.errors import Reason
+
+
+def shown(
+    phase: Phase,
+    health: Health,
+    *,
+    engine_trouble: str | None,
+    gpu_trouble: str | None,
+    explanations: tuple[Explanation | None, ...],
+) -> tuple[Phase, Explanation | None]:
+    """The phase and the reason to tell.
+
+    Args:
+        phase: what the instance was last known to be.
+        health: what its own server last said.
+        engine_trouble: why the engine cannot be asked, None when it can.
+        gpu_trouble: why the instance's card cannot be used, None when it can or there is none.
+        explanations: what else there is to say, the most important first.
+    """
+    if engine_trouble is not None:
+        away = Explanation(Reason.ENGINE_UNAVAILABLE, engine_trouble)
+        # What answers its probe is there, whatever the engine says; what is being moved is tracked on.
+        answers = phase in (Phase.READY, Phase.DRAINING) and health is not Health.UNHEALTHY
+        moving = phase in (Phase.STARTING, Phase.STOPPING)
+        return (phase if answers or moving else Phase.UNAVAILABLE), away
+    if gpu_trouble is not None and phase in (Phase.STOPPED, Phase.FAILED):
+        return Phase.UNAVAILABLE, Explanation(Reason.GPU_MISSING, gpu_trouble)
+    return phase, next((explanation for explanation in explanations if explanation is not None), None)

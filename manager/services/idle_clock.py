@@ -1,0 +1,46 @@
+"""When an instance was last used, on the monotonic clock for decisions and in UTC for people and restarts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from manager.domain.idle import ttl_remaining_s
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from manager.services.world import World
+
+
+class IdleClock:
+    """Runs from the last use; stands still (None) while there is nothing that could be idle."""
+
+    def __init__(self, world: World, last_used_at: datetime | None) -> None:
+        self._world = world
+        self._last_use: float | None = None
+        self.last_used_at = last_used_at
+
+    def used(self) -> None:
+        self._last_use = self._world.now()
+        self.last_used_at = self._world.utcnow()
+
+    def stop(self) -> None:
+        self._last_use = None
+
+    def resume(self) -> None:
+        """Go on from the stored last use; with nothing stored the clock starts now."""
+        if self.last_used_at is None:
+            self.used()
+            return
+        ago_s = (self._world.utcnow() - self.last_used_at).total_seconds()
+        self._last_use = self._world.now() - max(0.0, ago_s)
+
+    def remaining_s(self, ttl_s: float, *, pinned: bool, in_flight: int) -> float | None:
+        """As `domain.idle.ttl_remaining_s`."""
+        return ttl_remaining_s(
+            now=self._world.now(), ttl_s=ttl_s, pinned=pinned, in_flight=in_flight, last_use=self._last_use
+        )
+
+    def quiet_at(self, quiet_s: float, in_flight: int) -> float | None:
+        """When it will not have been used for `quiet_s` seconds, None while it is in use."""
+        return None if in_flight or self._last_use is None else self._last_use + quiet_s

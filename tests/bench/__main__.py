@@ -1,0 +1,66 @@
+"""`python -m tests.bench [NAME…]`: one table of figures, measured in one run on an engine of its own.
+
+Without names everything is measured. Figures beyond their target say so; only a measurement that could not
+be made is a failure.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from tests.bench.crash import crash_detection
+from tests.bench.idle import idle_cost
+from tests.bench.rig import MeasurementError, open_rig
+from tests.bench.starts import start_many, start_to_ready
+from tests.bench.status import calls_that_change_nothing, frozen_engine, list_latency
+from tests.bench.table import Row, rendered
+from tests.support.engine import EngineError, private_engine_obstacles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.bench.rig import Rig
+
+PARTS: dict[str, Callable[[Rig], list[Row]]] = {
+    "idle": idle_cost,
+    "start": start_to_ready,
+    "crash": crash_detection,
+    "calls": calls_that_change_nothing,
+    "frozen": frozen_engine,
+    "list": list_latency,
+    "many": start_many,
+}
+
+
+def main(wanted: list[str]) -> int:
+    unknown = set(wanted) - set(PARTS)
+    if unknown:
+        print(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    obstacles = private_engine_obstacles()
+    if obstacles:
+        print(f"nothing was measured: {'; '.join(obstacles)}", file=sys.stderr)
+        return 1
+    began = time.monotonic()
+    rows: list[Row] = []
+    try:
+        with open_rig() as rig:
+            for name in wanted or PARTS:
+                print(f"measuring: {name} …", file=sys.stderr, flush=True)
+                rows += PARTS[name](rig)
+    except (MeasurementError, EngineError, AssertionError) as error:
+        print(f"could not measure: {error}", file=sys.stderr)
+        return 1
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    spent_s = time.monotonic() - began
+    print(rendered(rows))
+    print(f"\n{os.cpu_count()} cores, Python {platform.python_version()}, load {load}, {spent_s:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

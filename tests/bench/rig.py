@@ -1,0 +1,158 @@
+"""What is measured: a daemon with default settings on an engine of its own, and a client that costs little."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import docker
+from docker.types import IPAMConfig, IPAMPool
+
+from tests.simulated.image import IMAGE, ensure_simulated_image
+from tests.support.daemon import COMPUTE, Daemon
+from tests.support.engine import PrivateEngine
+from tests.support.fixtures import write_templates
+
+INSTANCES = 64
+NETWORK = "ollama-manager"
+MANAGER_ID = "bench"
+
+_LIMIT_S = 60.0
+_POLL_S = 0.002
+
+
+class MeasurementError(RuntimeError):
+    """Something did not do what had to be timed; the message says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rig:
+    """`i00` … `i63` are the instances; all are stopped between measurements."""
+
+    engine: PrivateEngine
+    docker: docker.DockerClient
+    daemon: Daemon
+    bare_address: str
+
+    @property
+    def pid(self) -> int:
+        process = self.daemon.process
+        if process is None:
+            raise MeasurementError("the daemon does not run")
+        return process.pid
+
+    def start(self, ids: list[str]) -> None:
+        """Start all at once and wait until all are ready."""
+        self._each(ids, "start")
+
+    def stop(self, ids: list[str]) -> None:
+        self._each(ids, "stop")
+
+    def _each(self, ids: list[str], action: str) -> None:
+        with ThreadPoolExecutor(len(ids)) as pool:
+            for status in pool.map(lambda id_: self._post(id_, action), ids):
+                if status != http.client.OK:
+                    raise MeasurementError(f"{action} was answered with {status}\n{self.daemon.log()[-4000:]}")
+
+    def _post(self, instance: str, action: str) -> int:
+        with Client(self.daemon.port) as client:
+            return client.post(f"{COMPUTE}/instances/{instance}/{action}")[0]
+
+
+class Client:
+    """One kept connection to a port of this machine. Not for two threads."""
+
+    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
+        self._connection = http.client.HTTPConnection(host, port, timeout=_LIMIT_S)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    def get(self, path: str) -> tuple[int, bytes]:
+        return self._ask("GET", path)
+
+    def post(self, path: str) -> tuple[int, bytes]:
+        return self._ask("POST", path)
+
+    def json(self, path: str) -> Any:
+        status, body = self.get(path)
+        if status != http.client.OK:
+            raise MeasurementError(f"{path} was answered with {status}")
+        return json.loads(body)
+
+    def _ask(self, method: str, path: str) -> tuple[int, bytes]:
+        self._connection.request(method, path)
+        answer = self._connection.getresponse()
+        return answer.status, answer.read()
+
+
+def ids(count: int) -> list[str]:
+    return [f"i{number:02}" for number in range(count)]
+
+
+def bare_run(rig: Rig, name: str, address: str | None = None) -> None:
+    """What anyone would type: `docker run -d`, then ask for /api/version until it is answered.
+
+    The address is chosen beforehand, which saves the inspection that one would need otherwise.
+    """
+    at = address or rig.bare_address
+    command = ["docker", "--host", rig.engine.url, "run", "--detach", "--name", name]
+    command += ["--network", NETWORK, "--ip", at, IMAGE]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise MeasurementError(f"docker run: {result.stderr.strip()}")
+    wait_for_version(at)
+
+
+def wait_for_version(address: str) -> None:
+    deadline = time.monotonic() + _LIMIT_S
+    while True:
+        try:
+            with Client(11434, address) as client:
+                if client.get("/api/version")[0] == http.client.OK:
+                    return
+        except (OSError, http.client.HTTPException):
+            if time.monotonic() > deadline:
+                raise MeasurementError(f"{address} does not answer") from None
+        time.sleep(_POLL_S)
+
+
+@contextmanager
+def open_rig() -> Iterator[Rig]:
+    with PrivateEngine() as engine, tempfile.TemporaryDirectory(prefix="bench-") as home:
+        client = engine.client()
+        ensure_simulated_image(client)
+        network = _network(client)
+        config = {
+            "manager_id": MANAGER_ID,
+            "gpus": "none",
+            "templates": {"dir": str(write_templates(Path(home, "templates"), {}))},
+            "instances": {id_: {"template": "sim"} for id_ in ids(INSTANCES)},
+        }
+        with Daemon(Path(home, "daemon"), config, engine_url=engine.url) as daemon:
+            daemon.start()
+            yield Rig(engine, client, daemon, str(network[-2]))
+
+
+def _network(client: docker.DockerClient) -> ipaddress.IPv4Network:
+    """The network of the containers, wide enough for all of them: those the engine makes itself are small."""
+    bridge = client.networks.get("bridge")
+    gateway = bridge.attrs["IPAM"]["Config"][0]["Gateway"]
+    whole = ipaddress.IPv4Network(f"{gateway}/20", strict=False)
+    wide = list(whole.subnets(new_prefix=22))[2]
+    pool = IPAMPool(subnet=str(wide), gateway=str(wide[1]))
+    client.networks.create(NETWORK, driver="bridge", ipam=IPAMConfig(pool_configs=[pool]))
+    return wide
