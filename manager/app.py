@@ -323,7 +323,7 @@ def _images(specs: tuple[InstanceSpec, ...]) -> tuple[str, ...]:
 
 
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
-    """What the engine would call us, if we run in one of its containers: the id, or the host name it gives."""
+    """What the engine would call us if we run in one of its containers: the id, or the host name."""
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 

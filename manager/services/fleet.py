@@ -185,7 +185,7 @@ class Fleet:
                 await self.engine.came_up.wait()
         except TimeoutError:
             raise EngineUnreachableError(self.engine.trouble) from None
-        while any(supervisor.busy for supervisor in self.supervisors()):
+        while any(supervisor.busy for supervisor in self.supervisors()):  # noqa: ASYNC110  (many owners)
             await asyncio.sleep(_SETTLE_POLL_S)
 
     async def save(self) -> None:

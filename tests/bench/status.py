@@ -66,7 +66,7 @@ def frozen_engine(rig: Rig) -> list[Row]:
     rig.start(ids(8))
     rig.engine.pause()
     try:
-        with sampling(rig.daemon.port, _LIST, "/readyz", seconds=_FROZEN_S) as found:
+        with sampling(rig.daemon.port, _LIST, seconds=_FROZEN_S) as found:
             time.sleep(_FROZEN_S)
     finally:
         rig.engine.resume()

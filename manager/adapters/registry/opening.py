@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from manager.adapters.registry.tables import HEAD, REVISIONS
+from sqlalchemy import NullPool, create_engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from manager.adapters.registry.tables import HEAD, REVISIONS, metadata
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ def prepare(path: Path) -> None:
                 _migrate(path)
         else:
             _create(path)
-    except OSError as exc:
+    except (OSError, SQLAlchemyError) as exc:
         raise RegistryUnwritableError(f"the registry {path} cannot be opened: {exc}") from exc
 
 
@@ -181,7 +184,7 @@ def _create(path: Path) -> None:
     os.close(descriptor)
     new = Path(name)
     try:
-        _migrate(new)
+        _build(new)
         new.rename(path)
     finally:
         new.unlink(missing_ok=True)
@@ -190,6 +193,18 @@ def _create(path: Path) -> None:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def _build(path: Path) -> None:
+    """The newest schema in an empty file, marked as such; a test compares it with the migrations."""
+    engine = create_engine("sqlite://", creator=lambda: connect_existing(path), poolclass=NullPool)
+    with engine.begin() as connection:
+        metadata.create_all(connection)
+        connection.exec_driver_sql(
+            "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL, "
+            "CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
+        )
+        connection.exec_driver_sql("INSERT INTO alembic_version VALUES (?)", (HEAD,))
 
 
 def _migrate(path: Path) -> None:

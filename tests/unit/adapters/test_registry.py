@@ -25,7 +25,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
 from manager.adapters.registry import SqlRegistry, open_registry, opening, tables
-from manager.adapters.registry.migrate import migration_config
+from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
@@ -269,14 +269,23 @@ def test_the_known_revisions_are_those_of_the_migrations() -> None:
 
 
 def test_the_migrations_lead_to_the_tables(fresh: Path, tmp_path: Path) -> None:
-    copy = shutil.copy(fresh, tmp_path)
-    engine = create_engine(f"sqlite:///{copy}")
+    migrated = tmp_path / "migrated"
+    migrated.touch()
+    migrate(migrated)
+    assert schema(migrated) == schema(fresh)
+    engine = create_engine(f"sqlite:///{migrated}")
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection, opts={"compare_type": True, "compare_server_default": True}
         )
         assert compare_metadata(context, tables.metadata) == []
     engine.dispose()
+
+
+def schema(path: Path) -> set[str]:
+    with closing(sqlite3.connect(path)) as connection:
+        statements = connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+    return {" ".join(statement.split()) for (statement,) in statements}
 
 
 async def test_a_registry_of_the_newest_schema_is_opened_without_alembic(
