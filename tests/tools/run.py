@@ -1,0 +1,132 @@
+"""`make run`: has an engine and the images ready, then becomes `ollama-manager serve`.
+
+Where the Ollama image cannot be had, the simulated Ollama serves in its place, and that is said loudly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+import docker
+import requests
+import yaml
+from docker.errors import DockerException, ImageNotFound
+from docker.utils import parse_repository_tag
+
+from manager.errors import ConfigurationError
+from manager.settings import Settings, load_settings, load_templates, packaged_templates
+from tests.simulated.image import IMAGE, ensure_simulated_image
+from tests.tools.console import ToolError, banner, say
+from tests.tools.system import provide_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / ".build" / "run"
+
+# A pull that stands still for so long is given up: a registry that cannot be reached may never say so.
+_NO_PROGRESS_S = 20
+_OLLAMA = "ollama/ollama"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="make run", add_help=False)
+    parser.add_argument("--config", type=Path)
+    known, _ = parser.parse_known_args()
+    environment = dict(os.environ)
+    try:
+        settings = load_settings(known.config).settings
+        images = {template.image for template in load_templates(settings).values()}
+    except ConfigurationError:
+        pass  # `serve` says what is wrong with it, and ends
+    else:
+        provide_engine(settings.engine.url, BUILD)
+        environment |= _provide_images(settings, images)
+    command = [sys.executable, "-m", "manager", "serve", *sys.argv[1:]]
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
+    """Have the images in the engine; returns what the daemon's environment needs to get along without."""
+    with closing(docker.DockerClient(base_url=settings.engine.url, timeout=_NO_PROGRESS_S)) as client:
+        missing = [image for image in sorted(images) if not _has(client, image)]
+        trouble = {image: why for image in missing if (why := _pull(client, image)) is not None}
+        for image, why in trouble.items():
+            say(f"{image} cannot be had: {why}")
+        if not any(parse_repository_tag(image)[0] == _OLLAMA for image in trouble):
+            return {}
+        say("building the simulated Ollama ...")
+    with closing(docker.DockerClient(base_url=settings.engine.url)) as client:
+        ensure_simulated_image(client)
+    directory = _simulated_templates(settings.templates.dir or packaged_templates())
+    banner(
+        "SIMULATED OLLAMA",
+        "",
+        "The image of Ollama cannot be pulled from here, so a stand-in serves in",
+        "its place. Everything works, but no model thinks: answers are filler text.",
+        "",
+        "Once a registry can be reached, end this and say `make run` again.",
+    )
+    return {"OLLAMA_MANAGER_TEMPLATES__DIR": str(directory)}
+
+
+def _has(client: docker.DockerClient, image: str) -> bool:
+    try:
+        client.images.get(image)
+    except ImageNotFound:
+        return False
+    return True
+
+
+def _pull(client: docker.DockerClient, image: str) -> str | None:
+    """Pull an image; why that did not work, None when it did."""
+    say(f"pulling {image} ...")
+    repository, tag = parse_repository_tag(image)
+    layers: dict[str, tuple[int, int]] = {}
+    said_at = time.monotonic()
+    try:
+        for line in client.api.pull(repository, tag or "latest", stream=True, decode=True):
+            if "error" in line:
+                return str(line["error"])
+            detail = line.get("progressDetail") or {}
+            if line.get("status") == "Downloading" and detail.get("total"):
+                layers[line["id"]] = (detail["current"], detail["total"])
+            if layers and time.monotonic() - said_at > 1:
+                done, total = (sum(column) for column in zip(*layers.values(), strict=True))
+                say(f"  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
+                said_at = time.monotonic()
+    except (requests.ConnectionError, requests.Timeout):
+        return f"no progress for {_NO_PROGRESS_S} s"
+    except DockerException as error:
+        return str(getattr(error, "explanation", None) or error)
+    return None if _has(client, image) else "the pull ended without the image"
+
+
+def _simulated_templates(source: Path) -> Path:
+    """The same templates with the simulated Ollama in them.
+
+    They mount no volume: the stand-in has its own models, and must not write among the real ones.
+    """
+    target = BUILD / "templates"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for file in sorted(source.glob("*.y*ml")):
+        template = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if parse_repository_tag(template["image"])[0] == _OLLAMA:
+            template |= {"image": IMAGE, "volumes": []}
+        (target / file.name).write_text(yaml.safe_dump(template, sort_keys=False), encoding="utf-8")
+    return target
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ToolError as error:
+        say(f"make run: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
