@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,7 +81,9 @@ class Daemon:
         self.engine_url = engine_url
         self.process: subprocess.Popen[bytes] | None = None
         self._environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("OLLAMA_MANAGER_")},
+            **{k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_MANAGER_", "PYTHONDONT"))},
+            # Compiling every import anew would treble the time of a start; the tree is left as it is.
+            "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir(), "ollama-manager-tests-bytecode")),
             "DOCKER_HOST": engine_url,
             **(environment or {}),
         }

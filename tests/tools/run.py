@@ -18,6 +18,7 @@ import requests
 import yaml
 from docker.errors import DockerException, ImageNotFound
 from docker.utils import parse_repository_tag
+from urllib3.exceptions import HTTPError
 
 from manager.errors import ConfigurationError
 from manager.settings import Settings, load_settings, load_templates, packaged_templates
@@ -47,7 +48,7 @@ def main() -> int:
         provide_engine(settings.engine.url, BUILD)
         environment |= _provide_images(settings, images)
     command = [sys.executable, "-m", "manager", "serve", *sys.argv[1:]]
-    os.execve(sys.executable, command, environment)  # noqa: S606
+    os.execve(sys.executable, command, environment)
 
 
 def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
@@ -99,7 +100,7 @@ def _pull(client: docker.DockerClient, image: str) -> str | None:
                 done, total = (sum(column) for column in zip(*layers.values(), strict=True))
                 say(f"  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
                 said_at = time.monotonic()
-    except (requests.ConnectionError, requests.Timeout):
+    except (requests.ConnectionError, requests.Timeout, HTTPError):
         return f"no progress for {_NO_PROGRESS_S} s"
     except DockerException as error:
         return str(getattr(error, "explanation", None) or error)

@@ -1,0 +1,288 @@
+"""`make demo`: the main job once, from a client's side, and offline.
+
+A Docker engine of its own, the simulated Ollama in it, a real daemon process, and a stand-in for the NVIDIA
+driver's library, so that a graphics card is chosen by its UUID. Every step is checked: the first that is not
+as it should be ends the demonstration with exit status 1. Nothing of it stays on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import requests
+import yaml
+
+from manager.settings import packaged_templates
+from tests.nvml import standin
+from tests.simulated.image import IMAGE, ensure_simulated_image
+from tests.support.daemon import Daemon
+from tests.support.engine import NoEngineError, PrivateEngine, acquire_engine
+from tests.tools.console import ToolError, say
+from tests.tools.system import COMPILER, DOCKERD, IP, IPTABLES, lacking, provide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import docker
+
+    from tests.support.engine import Engine
+
+_CARD = standin.Card("GPU-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90", vram_used=2 * 2**30, name="Stand-in RTX")
+_TTL_S = 5
+_WORDS_PER_S = 24.0
+_MANAGER_ID = "demo"
+_LEFT_LIMIT_S = 15.0
+
+
+class Transcript:
+    """What is shown: commands as a user would type them, what came of them, and how long they took."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._number = 0
+        self._bold, self._dim, self._plain = (
+            ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
+        )
+
+    def title(self, text: str) -> None:
+        self._print(f"{self._bold}{text}{self._plain}")
+
+    def step(self, text: str) -> None:
+        self._number += 1
+        self._print(f"\n{self._bold}{self._number}. {text}{self._plain}")
+
+    def command(self, text: str) -> None:
+        self._print(f"   {self._dim}$ {text}{self._plain}")
+
+    def result(self, text: str) -> None:
+        self._print("\n".join(f"   {line}".rstrip() for line in text.splitlines()))
+
+    def piece(self, text: str) -> None:
+        """A part of a line, as it comes."""
+        print(text, end="", flush=True)
+
+    @contextmanager
+    def timed(self, text: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._print(f"   {text} {self._dim}({time.monotonic() - began:.1f} s){self._plain}")
+
+    def end(self, text: str) -> None:
+        self._print(f"\n{self._bold}{text}{self._plain} ({time.monotonic() - self._began:.0f} s in all)")
+
+    @staticmethod
+    def _print(text: str) -> None:
+        print(text, flush=True)
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if os.geteuid() == 0:
+        provide([DOCKERD, IPTABLES, IP, COMPILER])
+    show = Transcript()
+    show.title("Ollama Endpoint Manager: a demonstration without network, models and graphics card.")
+    with tempfile.TemporaryDirectory(prefix="ollama-manager-demo-") as directory:
+        home = Path(directory)
+        show.step("A Docker engine of its own, a simulated Ollama, and the daemon")
+        began = time.monotonic()
+        with acquire_engine() as engine:
+            show.result(f"an engine apart from yours is up ({time.monotonic() - began:.1f} s)")
+            with closing(engine.client()) as client:
+                _demonstrate(show, home, engine, client)
+    if isinstance(engine, PrivateEngine):
+        engine.assert_clean()
+    show.end("Done. The daemon, its containers and the engine are gone")
+    return 0
+
+
+def _demonstrate(show: Transcript, home: Path, engine: Engine, client: docker.DockerClient) -> None:
+    with show.timed("the image of the simulated Ollama is built"):
+        ensure_simulated_image(client)
+    with_gpu = not lacking([COMPILER])
+    environment = _graphics_card(home) if with_gpu else {}
+    with Daemon(
+        home, _configuration(home, with_gpu=with_gpu), engine_url=engine.url, environment=environment
+    ) as daemon:
+        try:
+            with show.timed(f"the daemon is ready at {daemon.url}"):
+                daemon.start()
+            _tour(show, daemon, client, with_gpu=with_gpu)
+        except Exception as error:
+            raise ToolError(f"{error}\n\nThe end of the daemon's log:\n{_tail(daemon.log())}") from error
+
+
+def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with_gpu: bool) -> None:
+    show.step("What may run")
+    _command(show, daemon, "status")
+    _expect(_containers(client) == [], "no container runs yet")
+
+    show.step("Start the CPU instance, and wait until it is ready")
+    _command(show, daemon, "start", "cpu")
+    body = daemon.instance("cpu")
+    _expect(body["phase"] == "ready", "cpu is ready")
+    show.result(f"container {body['container']['name']}, endpoint {body['endpoint']}")
+
+    show.step("Use it: any Ollama client works with that endpoint")
+    _chat(show, body["endpoint"])
+
+    if with_gpu:
+        _graphics_tour(show, daemon, client)
+    else:
+        show.step("A graphics card: left out, as there is no C compiler to build the driver's stand-in with")
+
+    show.step("What runs now")
+    _command(show, daemon, "status")
+
+    show.step(f"Nobody uses cpu any more: after {_TTL_S} s the daemon stops it")
+    with show.timed("cpu is stopped, its container is gone"):
+        stopped = daemon.wait_for_phase("cpu", "stopped", within_s=_TTL_S + 15)
+    _expect(stopped["container"] is None, "cpu has no container")
+    _expect(f"{_MANAGER_ID}-ollama-cpu" not in _containers(client), "the container of cpu is removed")
+    told = [event for event in daemon.events() if event["instance"] == "cpu" and event["kind"] == "stopped"]
+    _expect(len(told) == 1, "the stop is among the events, once")
+    show.result(f"the event says: {told[0]['detail']}")
+
+    show.step("End")
+    if with_gpu:
+        _command(show, daemon, "stop", "gpu0")
+    _expect(_containers(client) == [], "no container is left")
+    with show.timed("the daemon has ended in order"):
+        _expect(daemon.stop() == 0, "the daemon exits 0")
+
+
+def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient) -> None:
+    show.step(
+        "The same on a graphics card (a stand-in of the NVIDIA driver's library says that there is one)"
+    )
+    (card,) = daemon.get("gpus")["gpus"]
+    _expect(card["uuid"] == _CARD.uuid, "the card is found")
+    show.result(
+        f"card {card['index']}: {card['name']}, {_gib(card['vram_free_bytes'])} of "
+        f"{_gib(card['vram_total_bytes'])} GiB free, {card['uuid']}"
+    )
+    _command(show, daemon, "start", "gpu0")
+    body = daemon.instance("gpu0")
+    _expect(body["phase"] == "ready", "gpu0 is ready")
+    container = client.containers.get(body["container"]["id"])
+    requested = [
+        device
+        for request in container.attrs["HostConfig"]["DeviceRequests"]
+        for device in request["DeviceIDs"]
+    ]
+    _expect(requested == [_CARD.uuid], "Docker was asked for exactly that card")
+    show.result(f"Docker was asked for the card {requested[0]}, by UUID and for no other")
+
+
+def _chat(show: Transcript, endpoint: str) -> None:
+    question = "Why is the sky blue?"
+    message = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": question}]})
+    show.command(f"curl {endpoint}/api/chat -d '{message}'")
+    began = time.monotonic()
+    first_s: float | None = None
+    last: dict[str, Any] = {}
+    show.piece("   ")
+    with requests.post(f"{endpoint}/api/chat", data=message, stream=True, timeout=30) as answer:
+        _expect(answer.status_code == requests.codes.ok, "the chat is answered")
+        for line in answer.iter_lines():
+            last = json.loads(line)
+            if first_s is None:
+                first_s = time.monotonic() - began
+            show.piece(last["message"]["content"])
+    show.piece("\n")
+    _expect(last.get("done") is True and first_s is not None, "the stream comes to its end")
+    show.result(
+        f"(simulated: {last['eval_count']} tokens, the first after {first_s:.2f} s, the last after "
+        f"{time.monotonic() - began:.1f} s)"
+    )
+
+
+def _command(show: Transcript, daemon: Daemon, *arguments: str) -> None:
+    """Run a command of ours as a user would; it must exit 0."""
+    show.command(f"ollama-manager {' '.join(arguments)}")
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-m", "manager", *arguments],
+        cwd=daemon.home,
+        env={
+            **os.environ,
+            "OLLAMA_MANAGER_URL": daemon.url,
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+            "COLUMNS": "100",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    _expect(
+        result.returncode == 0,
+        f"`ollama-manager {' '.join(arguments)}` exits 0, not {result.returncode}: {result.stdout}",
+    )
+    show.result(result.stdout.strip("\n"))
+    if arguments[0] != "status":
+        show.result(f"({time.monotonic() - began:.1f} s)")
+
+
+def _configuration(home: Path, *, with_gpu: bool) -> dict[str, Any]:
+    """The packaged templates, as they are but for the image and the pace of its answers."""
+    directory = home / "templates"
+    directory.mkdir()
+    for file in packaged_templates().glob("*.yaml"):
+        template = yaml.safe_load(file.read_text(encoding="utf-8"))
+        template["image"] = IMAGE
+        template["env"]["OLLAMA_SIM_TOKENS_PER_S"] = str(_WORDS_PER_S)
+        (directory / file.name).write_text(yaml.safe_dump(template), encoding="utf-8")
+    gpu = {"gpu0": {"template": "ollama-gpu", "device": "auto", "ttl_s": 0}} if with_gpu else {}
+    return {
+        "manager_id": _MANAGER_ID,
+        "templates": {"dir": str(directory)},
+        "instances": {"cpu": {"template": "ollama-cpu", "ttl_s": _TTL_S}, **gpu},
+        "gpus": "none",
+        "lifecycle": {"probe_interval_s": 0.5, "stop_timeout_s": 10, "start_timeout_s": 60},
+    }
+
+
+def _graphics_card(home: Path) -> dict[str, str]:
+    library = standin.build(home / "nvml")
+    state = home / "nvml" / "state"
+    standin.write(state, [_CARD])
+    return standin.environment(library, state)
+
+
+def _containers(client: docker.DockerClient) -> list[str]:
+    found = client.containers.list(all=True, filters={"label": f"ollama-manager.manager={_MANAGER_ID}"})
+    return sorted(str(container.name) for container in found)
+
+
+def _expect(holds: bool, what: str) -> None:
+    if not holds:
+        raise ToolError(f"not as it should be; expected: {what}")
+
+
+def _tail(log: str) -> str:
+    return "\n".join(log.splitlines()[-20:])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.0f}"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ToolError, NoEngineError, AssertionError) as error:
+        say(f"make demo: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        say("make demo: interrupted; nothing is left running")
+        sys.exit(130)
