@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +53,8 @@ def program(url: str | None) -> None:
 
 
 def main() -> None:
+    # Like an interrupt it unwinds: a hidden cursor comes back. `serve` has a handler of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     program()
 
 
@@ -70,11 +73,13 @@ def serve(host: str | None, port: int | None, config: Path | None) -> int:
 
 
 def _serve(host: str | None, port: int | None, config: Path | None) -> int:
+    from manager.cli.locate import load  # noqa: PLC0415
     from manager.cli.logs import configure_logging  # noqa: PLC0415
     from manager.errors import ManagerError  # noqa: PLC0415
-    from manager.settings import load_settings, read_key  # noqa: PLC0415
 
-    loaded = load_settings(config, overrides={"server": {"host": host, "port": port}})
+    loaded = load(config, overrides={"server": {"host": host, "port": port}})
+    from manager.settings import read_key  # noqa: PLC0415
+
     key_file = loaded.settings.server.key_file
     configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
@@ -169,6 +174,9 @@ def reap(dry_run: bool, url: str | None, config: Path | None) -> int:
 @_CONFIG
 def doctor(as_json: bool, config: Path | None) -> int:
     """Check everything that a daemon needs, and say what to do about each fault."""
+    from manager.cli.logs import silence  # noqa: PLC0415
+
+    silence()
     from manager.cli.doctor import doctor as examine  # noqa: PLC0415
 
     return examine(config, as_json=as_json)
@@ -184,9 +192,9 @@ def config_group() -> None:
 def config_show(config: Path | None) -> None:
     """Print the effective configuration with the source of each value, as YAML that can be loaded again."""
     from manager.cli.effective import effective_yaml  # noqa: PLC0415
-    from manager.settings import load_settings  # noqa: PLC0415
+    from manager.cli.locate import load  # noqa: PLC0415
 
-    click.echo(effective_yaml(load_settings(config)), nl=False)
+    click.echo(effective_yaml(load(config)), nl=False)
 
 
 @program.group("templates")
@@ -198,9 +206,11 @@ def templates_group() -> None:
 @_CONFIG
 def templates_check(config: Path | None) -> None:
     """Check all templates, and the instances that are made of them, against what is allowed."""
-    from manager.settings import load_settings, load_templates, resolve_instances  # noqa: PLC0415
+    from manager.cli.locate import load  # noqa: PLC0415
 
-    loaded = load_settings(config)
+    loaded = load(config)
+    from manager.settings import load_templates, resolve_instances  # noqa: PLC0415
+
     templates = load_templates(loaded.settings)
     resolve_instances(loaded, templates)
     for name, template in templates.items():

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import socket
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from manager.settings import LoadedSettings, Settings
 
 _LITTLE_SPACE = 100 * 2**20
+_SHORT_KEY = 16
 _OLLAMA_PORT = 11434
 # File systems on which flock(2) may hold nobody off.
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "fuse.sshfs", "afs"})
@@ -71,9 +73,15 @@ def examine(config: Path | None) -> Iterator[Finding]:
 
 def _key(file: Path) -> Finding:
     try:
-        read_key(file)
-    except ConfigurationError as error:
-        return broken("key", error.message, f"put a key there: umask 077; openssl rand -hex 24 > {file}")
+        length = len(read_key(file))
+        others = file.stat().st_mode & stat.S_IRWXO
+    except (ConfigurationError, OSError) as error:
+        return broken("key", str(error), f"put a key there: umask 077; openssl rand -hex 24 > {file}")
+    if others:
+        return warning("key", f"{file} is open to every user of this machine", f"chmod o= {file}")
+    if length < _SHORT_KEY:
+        remedy = f"umask 077; openssl rand -hex 24 > {file}, and restart the daemon"
+        return warning("key", f"{file} holds {length} characters, which can be guessed", remedy)
     return fine("key", f"{file}, closed to others")
 
 

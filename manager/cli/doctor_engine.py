@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manager.cli.findings import Finding, broken, fine, skipped, warning
-from manager.cli.logs import import_structlog
 from manager.domain.gpu import Gpu, find_gpu
 from manager.errors import EngineError, GpuQueryError
 
@@ -76,7 +75,6 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
 
 
 def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) -> Iterator[Finding]:
-    import_structlog()
     from manager.adapters.docker_engine import DockerEngine  # noqa: PLC0415
 
     async def collect() -> list[Finding]:

@@ -12,6 +12,7 @@ from manager.cli.failures import MISUSED, CommandError
 from manager.errors import ConfigurationError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from manager.adapters.locks import Holder
@@ -40,9 +41,17 @@ def find_daemon(url: str | None, config: Path | None) -> Endpoint:
     """
     if url:
         return Endpoint(_checked(url), _key())
-    from manager.settings import load_settings  # noqa: PLC0415  (half of what a command with --url costs)
+    return configured_daemon(load(config))
 
-    return configured_daemon(load_settings(config))
+
+def load(config: Path | None, *, overrides: Mapping[str, object] | None = None) -> LoadedSettings:
+    """The configuration of this command; see `manager.settings.load_settings`."""
+    from manager.cli.logs import silence  # noqa: PLC0415
+
+    silence()
+    from manager.settings import load_settings  # noqa: PLC0415  (half the cost of a command without --url)
+
+    return load_settings(config, overrides=overrides)
 
 
 def configured_daemon(loaded: LoadedSettings) -> Endpoint:
@@ -59,9 +68,6 @@ def configured_daemon(loaded: LoadedSettings) -> Endpoint:
 
 def current_holder(state_dir: Path) -> Holder | None:
     """Who holds the state directory now; see `manager.adapters.locks.read_holder`."""
-    from manager.cli.logs import import_structlog  # noqa: PLC0415
-
-    import_structlog()
     from manager.adapters.locks import read_holder  # noqa: PLC0415
 
     return read_holder(state_dir)

@@ -34,19 +34,23 @@ _CHATTY = ("apscheduler", "uvicorn", "aiohttp", "tzlocal")
 _QUIET = ("urllib3", "docker", "requests", "asyncio", "filelock", "alembic", "sqlalchemy")
 
 
-def import_structlog() -> None:
-    """Import structlog without rich, which it takes along wherever it is installed, for tracebacks.
+def silence() -> None:
+    """Log nothing until `configure_logging`: structlog by itself writes to stdout, where results go.
 
-    Nothing of it is used here, and it costs a daemon some megabytes and every command a tenth of a second.
+    It is imported without rich, which it takes along wherever that is installed, for tracebacks: nothing of
+    that is used here, and it costs a daemon some megabytes and every command a tenth of a second.
     """
-    if "structlog" in sys.modules or "rich" in sys.modules:
-        importlib.import_module("structlog")
-        return
-    sys.modules["rich"] = None  # type: ignore[assignment]  # importing it now raises ImportError
+    if "structlog" in sys.modules:
+        return  # somebody has decided already what becomes of the log
+    visible = "rich" in sys.modules
+    if not visible:
+        sys.modules["rich"] = None  # type: ignore[assignment]  # importing it now raises ImportError
     try:
-        importlib.import_module("structlog")
+        structlog = importlib.import_module("structlog")
     finally:
-        del sys.modules["rich"]
+        if not visible:
+            del sys.modules["rich"]
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), cache_logger_on_first_use=False)
 
 
 def configure_logging(
@@ -64,7 +68,7 @@ def configure_logging(
         secrets: texts that are hidden wherever they appear.
         least: a level that overrides a lower one of the settings.
     """
-    import_structlog()
+    silence()
     import structlog  # noqa: PLC0415  (see above)
 
     stream = stream or sys.stderr

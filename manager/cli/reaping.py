@@ -10,7 +10,7 @@ import click
 
 from manager.cli.client import Daemon, Swept
 from manager.cli.failures import DONE, FAILED, complain, printable
-from manager.cli.locate import Endpoint, configured_daemon, current_holder, find_daemon
+from manager.cli.locate import Endpoint, configured_daemon, current_holder, find_daemon, load
 from manager.errors import StateDirHeldError
 
 if TYPE_CHECKING:
@@ -31,9 +31,7 @@ def reap(url: str | None, config: Path | None, *, dry_run: bool) -> int:
     """
     if url:
         return _ask(find_daemon(url, config), dry_run=dry_run)
-    from manager.settings import load_settings  # noqa: PLC0415
-
-    loaded = load_settings(config)
+    loaded = load(config)
     deadline = time.monotonic() + _WAIT_S
     while True:
         holder = current_holder(loaded.settings.state.dir)

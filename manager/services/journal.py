@@ -48,7 +48,8 @@ class Journal:
         event = Event(
             id=self._last_id, at=self._utcnow(), instance=instance, kind=kind, reason=reason, detail=detail
         )
-        _log.info(kind, instance=instance, reason=reason and reason.value, detail=detail or None)
+        said = {"instance": instance, "reason": reason and reason.value, "detail": detail}
+        _log.info(kind, **{key: value for key, value in said.items() if value})
         self._recent.append(event)
         self._unsaved.append(event)
         self._news.set()
@@ -56,20 +57,18 @@ class Journal:
 
     async def follow(self, after_id: int) -> AsyncIterator[Event]:
         """Every event after `after_id`, stored ones first, then live ones, without an end."""
-        while self._recent and after_id < self._recent[0].id - 1:
-            page = await self._registry.events_after(after_id, _PAGE)
-            page = tuple(event for event in page if event.id < self._recent[0].id)
-            if not page:
-                break
-            for event in page:
-                yield event
-            after_id = page[-1].id
+        after_id = min(after_id, self._last_id)  # an id of the future belongs to another registry
         while True:
             news = self._news
-            for event in [event for event in self._recent if event.id > after_id]:
+            in_memory_from = self._recent[0].id if self._recent else self._last_id + 1
+            page: tuple[Event, ...] = ()
+            if after_id < in_memory_from - 1:
+                page = await self._registry.events_after(after_id, _PAGE)
+            # What was dropped from the registry in the meantime is gone: go on with what there is.
+            for event in page or tuple(event for event in self._recent if event.id > after_id):
                 yield event
                 after_id = event.id
-            if self._last_id <= after_id:
+            if after_id >= self._last_id or not (page or self._recent):
                 await news.wait()
 
     async def run(self) -> None:

@@ -79,8 +79,9 @@ class Daemon:
         self.config_file = home / "config.yaml"
         self.log_file = home / "daemon.log"
         self.engine_url = engine_url
+        self.config = dict(config)
         self.process: subprocess.Popen[bytes] | None = None
-        self._environment = {
+        self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_MANAGER_", "PYTHONDONT"))},
             # Compiling every import anew would treble the time of a start; the tree is left as it is.
             "PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir(), "ollama-manager-tests-bytecode")),
@@ -112,7 +113,7 @@ class Daemon:
         )
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *program], cwd=ROOT, env=self._environment, stdout=log, stderr=log
+                [sys.executable, *program], cwd=ROOT, env=self.environment, stdout=log, stderr=log
             )
         if until_ready:
             self.wait_until_ready()

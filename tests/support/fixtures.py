@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,10 @@ def docker_client(engine: Engine) -> Iterator[docker.DockerClient]:
 @pytest.fixture
 def manager_id() -> str:
     """Tests share an engine; each manages its own containers."""
+    return new_manager_id()
+
+
+def new_manager_id() -> str:
     return f"t{uuid.uuid4().hex[:8]}"
 
 
@@ -57,7 +61,14 @@ NewDaemon = Callable[..., Daemon]
 
 @pytest.fixture
 def new_daemon(engine: Engine, tmp_path: Path, manager_id: str) -> Iterator[NewDaemon]:
-    """Makes daemons (not yet started) on the shared engine; afterwards nothing of them is left on it.
+    """As `making_daemons`, on the shared engine, for one test."""
+    with making_daemons(engine, tmp_path, manager_id) as make:
+        yield make
+
+
+@contextmanager
+def making_daemons(engine: Engine, directory: Path, manager_id: str) -> Iterator[NewDaemon]:
+    """Makes daemons (not yet started) on an engine; afterwards nothing of them is left on it.
 
     Arguments of the maker: `instances` (default: `cpu` from template `sim`), `templates` (name -> what
     differs from the simulated Ollama's), `lifecycle` (added to fast defaults), `config` (other sections),
@@ -75,11 +86,11 @@ def new_daemon(engine: Engine, tmp_path: Path, manager_id: str) -> Iterator[NewD
             name: str = "daemon",
             engine_url: str | None = None,
         ) -> Daemon:
-            home = tmp_path / name
-            directory = write_templates(home / "templates", templates or {})
+            home = directory / name
+            template_dir = write_templates(home / "templates", templates or {})
             full = {
                 "manager_id": manager_id,
-                "templates": {"dir": str(directory)},
+                "templates": {"dir": str(template_dir)},
                 "gpus": "none",
                 "instances": instances or {"cpu": {"template": "sim"}},
                 "lifecycle": {**FAST, **(lifecycle or {})},

@@ -35,6 +35,10 @@ _PREFIX = "usr" if sys.base_prefix == "/usr" else "usr/local"
 _STDLIB = f"{_PREFIX}/lib/python{PYTHON}"
 # What the Dockerfile's commands are; `sh` comes from whatever shell /bin/sh is.
 _PROGRAMS = ("sh", "install", "rm")
+_FOR_WHEELS = (
+    *("libgcc_s.so.1", "libstdc++.so.6", "libm.so.6", "libdl.so.2", "librt.so.1"),
+    *("libpthread.so.0", "libutil.so.1", "libresolv.so.2"),
+)
 _UNUSED = re.compile(
     r"(^|/)(test|tests|idle_test|idlelib|tkinter|turtledemo|lib2to3|ensurepip|site-packages|dist-packages"
     r"|config-[^/]*|__pycache__|EXTERNALLY-MANAGED)(/|$)|\.a$"
@@ -84,7 +88,7 @@ def build_archive() -> bytes:
 def _for_wheels(libraries: Mapping[str, Path]) -> dict[str, Path]:
     """The libraries that compiled wheels may take for granted (PEP 600), beside libc."""
     (libc,) = (Path(name) for name in libraries if Path(name).name == "libc.so.6")
-    wanted = (libc.with_name(name) for name in ("libgcc_s.so.1", "libstdc++.so.6"))
+    wanted = (libc.with_name(name) for name in _FOR_WHEELS)
     return {str(path): path for path in wanted if path.exists()}
 
 

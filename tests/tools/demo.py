@@ -160,9 +160,7 @@ def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with
 
 
 def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient) -> None:
-    show.step(
-        "The same on a graphics card (a stand-in of the NVIDIA driver's library says that there is one)"
-    )
+    show.step("The same on a graphics card (of a stand-in for the NVIDIA driver)")
     (card,) = daemon.get("gpus")["gpus"]
     _expect(card["uuid"] == _CARD.uuid, "the card is found")
     show.result(

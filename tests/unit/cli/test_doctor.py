@@ -1,0 +1,173 @@
+"""`doctor` on machines that lack something; what it finds where all is well needs a real engine."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manager.adapters.locks import StateDirLock
+from manager.cli.doctor_engine import Needs, card_finding
+from manager.cli.findings import Verdict
+from manager.domain.gpu import Gpu
+from manager.errors import GpuQueryError
+from tests.unit.cli.stand_in import Answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from click.testing import Result
+
+    from tests.unit.cli.stand_in import StandInDaemon
+
+    Run = Callable[..., Result]
+
+UUID = "GPU-6f4b3a52-0000-4000-8000-000000000001"
+CARD = Gpu(UUID, 0, "00000000:01:00.0", "NVIDIA H200", 140 * 2**30, 0, 140 * 2**30)
+
+
+def checks(result: Result) -> dict[str, dict[str, Any]]:
+    return {one["check"]: one for one in json.loads(result.stdout)["checks"]}
+
+
+@pytest.fixture
+def port(tmp_path: Path) -> int:
+    """A free port, which the configuration in the current directory names."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number = int(probe.getsockname()[1])
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{port: {number}}}\nstate: {{dir: state}}\n")
+    return number
+
+
+def test_without_an_engine_it_says_what_is_broken_and_what_to_do_and_changes_nothing(
+    run: Run, port: int, tmp_path: Path
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    result = run("doctor")
+    assert result.exit_code == 1
+    lines = result.stdout.splitlines()
+    broken = next(number for number, line in enumerate(lines) if line.startswith("✗ engine"))
+    assert "No such file or directory" in lines[broken]
+    assert "-> start it (`systemctl start docker`)" in lines[broken + 1]
+    assert any(line.startswith("✓ configuration") for line in lines)
+    assert any(line.startswith("✓ templates") for line in lines)
+    assert lines[-1].startswith("1 fault")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_as_json_every_check_has_a_verdict_and_a_remedy(run: Run, port: int) -> None:
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["ok"] is False
+    found = checks(result)
+    assert found["engine"]["verdict"] == "broken"
+    assert found["engine"]["remedy"]
+    assert found["images"]["verdict"] == "skipped"
+    assert found["port"] | {"message": ""} == {"check": "port", "verdict": "ok", "message": "", "remedy": ""}
+    assert found["registry"]["verdict"] == "ok"
+    assert found["daemon"]["message"].startswith("not running")
+
+
+def test_a_wrong_configuration_is_told_with_its_place(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text("server:\n  prot: 1\n")
+    result = run("doctor", "--json")
+    assert result.exit_code == 1
+    found = checks(result)
+    assert "ollama-manager.yaml:2: server.prot" in found["configuration"]["message"]
+    assert found["all others"]["verdict"] == "skipped"
+    assert "GPUs" in found
+
+
+def test_a_port_that_another_program_holds_is_a_fault(run: Run, port: int) -> None:
+    with socket.create_server(("127.0.0.1", port)):
+        found = checks(run("doctor", "--json"))["port"]
+    assert found["verdict"] == "broken"
+    assert "Address already in use" in found["message"]
+    assert f"ss -ltnp sport = :{port}" in found["remedy"]
+
+
+def test_a_broken_registry_is_a_fault_and_stays_as_it_is(run: Run, port: int, tmp_path: Path) -> None:
+    registry = tmp_path / "state" / "registry.sqlite3"
+    registry.parent.mkdir()
+    registry.write_bytes(b"this is no database")
+    found = checks(run("doctor", "--json"))["registry"]
+    assert found["verdict"] == "broken"
+    assert f"mv -n {registry}" in found["remedy"]
+    assert [file.name for file in registry.parent.iterdir()] == ["registry.sqlite3"]
+    assert registry.read_bytes() == b"this is no database"
+
+
+def test_a_state_directory_that_is_none_is_a_fault(run: Run, port: int, tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file")
+    found = checks(run("doctor", "--json"))
+    assert found["state directory"]["verdict"] == "broken"
+
+
+def test_a_running_daemon_is_named_and_asked_whether_it_is_ready(
+    run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{port: {daemon.port}}}\nstate: {{dir: state}}\n")
+    daemon.answers["GET /readyz"] = Answer({"status": "not_ready", "reasons": ["engine: away"]}, 503)
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        found = checks(run("doctor", "--json"))
+    finally:
+        lock.release()
+    assert found["daemon"]["verdict"] == "warning"
+    assert "engine: away" in found["daemon"]["message"]
+    assert found["port"]["message"].endswith("is our daemon's")
+    assert found["registry"]["verdict"] == "skipped"
+
+
+def test_a_key_file_that_others_can_read_is_a_warning(run: Run, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    key.write_text("a-key-that-nobody-may-see")
+    key.chmod(0o644)
+    (tmp_path / "ollama-manager.yaml").write_text("server: {key_file: key}\n")
+    result = run("doctor", "--json")
+    assert checks(result)["key"]["verdict"] == "warning"
+    assert checks(result)["key"]["remedy"] == f"chmod o= {key}"
+    assert "a-key-that" not in result.output
+    key.unlink()
+    assert checks(run("doctor", "--json"))["key"]["verdict"] == "broken"
+
+
+def test_a_template_that_is_refused_is_a_fault(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "evil.yaml").write_text("image: evil/image:1\ndevice: cpu\n")
+    (tmp_path / "ollama-manager.yaml").write_text("templates: {dir: .}\n")
+    (tmp_path / "ollama-manager.yaml").rename(tmp_path / "c.cfg")
+    found = checks(run("doctor", "--json", "--config", "c.cfg"))["templates"]
+    assert found["verdict"] == "broken"
+    assert "evil.yaml:1: image" in found["message"]
+
+
+def refusal(kind: str) -> GpuQueryError:
+    return GpuQueryError("the driver is away; load it", details={"nvml": kind})
+
+
+@pytest.mark.parametrize(
+    ("cards", "refused", "needs", "verdict"),
+    [
+        ((), refusal("library_missing"), Needs(), Verdict.FINE),
+        ((), refusal("gpu_lost"), Needs(), Verdict.WARNING),
+        ((), refusal("library_missing"), Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
+        ((), None, Needs(), Verdict.FINE),
+        ((), None, Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", UUID),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "01:00.0"),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "02:00.0"),)), Verdict.BROKEN),
+        ((CARD,), None, Needs(gpu_instances=("gpu0", "gpu1")), Verdict.BROKEN),
+    ],
+)
+def test_cards_are_judged_by_what_the_instances_need(
+    cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: Needs, verdict: Verdict
+) -> None:
+    finding = card_finding(cards, refused, needs)
+    assert finding.verdict is verdict
+    assert bool(finding.remedy) is (verdict is not Verdict.FINE)

@@ -1,0 +1,162 @@
+"""What `status` looks like on terminals of several widths, and how `--watch` follows what happens."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from io import StringIO
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from rich.console import Console
+
+from manager.cli.client import Daemon
+from manager.cli.locate import Endpoint
+from manager.cli.status import _picture, _Watch
+from manager.cli.tables import terminal_view
+from tests.unit.cli.stand_in import API, Answer, StandInDaemon, error, instance, ready
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LINES = ["one", "two", "three", "four"]
+DIED = {"code": "container_exited", "message": "it ended by itself with exit code 2", "log_tail": LINES}
+GPU = {
+    "kind": "gpu", "uuid": "GPU-6f4b3a52-0000-4000-8000-000000000001", "index": None, "name": None,
+    "vram_total_bytes": None, "vram_used_bytes": None, "vram_free_bytes": None,
+}  # fmt: skip
+MODEL = {"name": "qwen3:8b", "digest": "d", "size_bytes": 2**30, "vram_bytes": 0, "expires_at": None}
+LIMIT_S = 60
+
+
+def drawn(daemon: StandInDaemon, width: int) -> str:
+    reader = Daemon(Endpoint(daemon.url))
+    console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
+    console.print(terminal_view(reader.read_instances(reader.instances_document()), width))
+    output: Any = console.file
+    return str(output.getvalue())
+
+
+@pytest.mark.parametrize("width", [200, 100, 80, 60, 40])
+def test_nothing_that_matters_is_lost_on_a_narrow_terminal(daemon: StandInDaemon, width: int) -> None:
+    daemon.has(
+        ready("cpu", in_flight=2, models=[MODEL], ttl_remaining_s=None),
+        instance("gpu0", phase="failed", reason=DIED, device=GPU),
+    )
+    output = drawn(daemon, width)
+    assert all(len(line) <= width for line in output.splitlines())
+    words = " ".join(output.split())
+    for wanted in ("cpu", "gpu0", "ready", "healthy", "failed !", "GPU-6f4b3a52…", "2", "qwen3:8b"):
+        assert wanted in words
+    assert "container_exited: it ended by itself with exit code 2" in words
+    assert "| two | three | four" in words
+
+
+def test_a_wide_terminal_has_one_table_with_every_column(daemon: StandInDaemon) -> None:
+    daemon.has(ready("cpu"), instance("nas", driver="external", device=GPU | {"kind": None}))
+    head, cpu, nas = drawn(daemon, 120).splitlines()
+    columns = "INSTANCE DRIVER DEVICE PHASE HEALTH TARGET IN FLIGHT TTL LEFT MODELS"
+    assert " ".join(head.split()) == columns
+    assert cpu.split()[:3] == ["cpu", "docker", "cpu"]
+    assert nas.split()[:3] == ["nas", "external", "undeclared"]
+
+
+def test_a_table_that_hardly_fits_does_without_driver_and_target(daemon: StandInDaemon) -> None:
+    daemon.has(ready("cpu"))
+    assert "DRIVER" in drawn(daemon, 90)
+    head = drawn(daemon, 72).splitlines()[0]
+    assert "DRIVER" not in head
+    assert "TTL LEFT" in head
+
+
+def test_no_instances_are_said_to_be_none(daemon: StandInDaemon) -> None:
+    daemon.has()
+    assert drawn(daemon, 80).strip() == "no instances are configured"
+
+
+def test_a_watch_outlives_the_daemon_and_says_so_meanwhile() -> None:
+    with StandInDaemon() as daemon:
+        daemon.has(ready("cpu"))
+        port = daemon.port
+        watch = _Watch(lambda: Endpoint(f"http://127.0.0.1:{port}"))
+        watch.look()
+        assert watch.trouble is None
+    watch.look()
+    console = Console(file=StringIO(), width=100)
+    console.print(_picture(watch, 100))
+    output: Any = console.file
+    assert "daemon unreachable for 0s, last seen state below" in output.getvalue()
+    assert "ready" in output.getvalue()
+    with StandInDaemon(port) as daemon:
+        daemon.has(ready("cpu", phase="draining"))
+        watch.look()
+        assert watch.trouble is None
+        assert watch.instances[0].phase == "draining"
+
+
+@contextmanager
+def watching(daemon: StandInDaemon, *options: str) -> Iterator[subprocess.Popen[str]]:
+    argv = [sys.executable, "-m", "manager", "status", "--watch", "--url", daemon.url, *options]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline()
+
+
+def test_a_watch_into_a_pipe_writes_again_when_something_changes_and_ends_on_an_interrupt(
+    daemon: StandInDaemon,
+) -> None:
+    daemon.has(ready("cpu"))
+    with watching(daemon) as process:
+        assert line_of(process).startswith("INSTANCE")
+        assert " ready " in line_of(process)
+        daemon.has(ready("cpu", ttl_remaining_s=5.0))  # a clock that runs is no change
+        daemon.has(ready("cpu", phase="stopping"))
+        assert line_of(process).startswith("INSTANCE")
+        assert " stopping " in line_of(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == ""
+
+
+def test_a_watch_as_json_is_one_line_for_every_change(daemon: StandInDaemon) -> None:
+    daemon.has(ready("cpu"))
+    with watching(daemon, "--json") as process:
+        assert json.loads(line_of(process))["instances"][0]["phase"] == "ready"
+        daemon.has(instance("cpu"))
+        assert json.loads(line_of(process))["instances"][0]["phase"] == "stopped"
+
+
+def test_a_watch_follows_the_events(daemon: StandInDaemon) -> None:
+    event = {"id": 7, "at": "2026-01-02T03:04:05.678Z", "instance": "cpu", "kind": "start_failed",
+             "reason": "container_exited", "detail": "exit code 2"}  # fmt: skip
+    daemon.answers[f"GET {API}/events"] = Answer(
+        iter([": events follow\n\n", f"id: 7\ndata: {json.dumps(event)}\n\n"])
+    )
+    events = list(Daemon(Endpoint(daemon.url)).events())
+    assert events[0] is None
+    watch = _Watch(lambda: Endpoint(daemon.url))
+    daemon.has(ready("cpu"))
+    watch.look()
+    assert events[1] is not None
+    watch.events.append(events[1])
+    console = Console(file=StringIO(), width=100)
+    console.print(_picture(watch, 100))
+    output: Any = console.file
+    assert "03:04:05  cpu  start_failed  container_exited  exit code 2" in output.getvalue()
+
+
+def test_a_watch_that_is_refused_ends(daemon: StandInDaemon) -> None:
+    daemon.answers[f"GET {API}/instances"] = Answer(error("key_required", "present the key"), 401)
+    with watching(daemon) as process:
+        assert process.wait(LIMIT_S) == 2

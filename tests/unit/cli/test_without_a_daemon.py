@@ -1,0 +1,200 @@
+"""`config show`, `templates check`, `version`, finding the daemon, and what importing the package costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+
+from manager import __version__
+from manager.adapters.locks import StateDirLock
+from manager.cli.locate import Endpoint, find_daemon
+from manager.settings import load_settings
+from tests.unit.cli.stand_in import API
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from click.testing import Result
+
+    from tests.unit.cli.stand_in import StandInDaemon
+
+    Run = Callable[..., Result]
+
+KEY = "a-key-that-nobody-may-see"
+
+
+def test_the_command_line_is_imported_without_anything_heavy() -> None:
+    source = (
+        "import manager.cli, sys; "
+        "print([name for name in ('docker', 'fastapi', 'rich', 'aiohttp', 'requests', 'pydantic', 'structlog',"
+        " 'sqlalchemy', 'uvicorn', 'manager.app') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_version_prints_the_version(run: Run) -> None:
+    assert run("version").stdout == f"ollama-manager {__version__}\n"
+    assert run("--version").stdout == f"ollama-manager {__version__}\n"
+
+
+def test_config_show_names_the_source_of_every_value(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("server:\n  port: 11600\ninstances:\n  cpu: {template: ollama-cpu, ttl_s: 5}\n")
+    monkeypatch.setenv("OLLAMA_MANAGER_LIFECYCLE__TTL_S", "60")
+    result = run("config", "show", "--config", str(file))
+    assert result.exit_code == 0
+    lines = {" ".join(line.split()) for line in result.stdout.splitlines()}
+    assert f"# configuration file: {file}" in lines
+    assert f"port: 11600 # file {file}:2" in lines
+    assert f"ttl_s: 5 # file {file}:4" in lines
+    assert "ttl_s: 60 # environment OLLAMA_MANAGER_LIFECYCLE__TTL_S" in lines
+    assert "host: 127.0.0.1 # default" in lines
+    assert f"url: unix://{tmp_path}/no-engine.sock # environment DOCKER_HOST" in lines
+
+
+def test_what_config_show_prints_can_be_loaded_and_means_the_same(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "instances:\n"
+        "  cpu: {template: ollama-cpu, pinned: true}\n"
+        '  gpu0: {template: ollama-gpu, device: "0000:01:00.0", ttl_s: 0.5}\n'
+        "  nas: {driver: external, url: 'http://192.0.2.7:11434', device: cpu}\n"
+        'schedules:\n  - {cron: "0 8 * * mon-fri", action: start, instance: gpu0, timezone: Europe/Berlin}\n'
+        "allow: {binds: [/data:rw]}\n"
+    )
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(run("config", "show", "--config", str(file)).stdout)
+    assert load_settings(shown).settings == load_settings(file).settings
+    assert set(yaml.safe_load(shown.read_text())) == set(load_settings(file).settings.model_dump())
+
+
+def test_config_show_never_shows_a_secret(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o600)
+    file = tmp_path / "c.yaml"
+    file.write_text("server: {key_file: key}\nengine: {url: 'tcp://me:hunter2@engine:2375'}\n")
+    result = run("config", "show", "--config", str(file))
+    assert KEY not in result.output
+    assert "hunter2" not in result.output
+    assert f"key_file: {tmp_path}/key" in result.stdout
+
+
+def test_a_wrong_configuration_is_exit_2_with_file_line_and_key(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("server:\n  prot: 1\nlifecycle: {ttl_s: soon}\n")
+    for command in (("config", "show"), ("templates", "check"), ("status",), ("reap",), ("serve",)):
+        result = run(*command, "--config", str(file))
+        assert result.exit_code == 2, command
+        assert f"{file}:2: server.prot: unknown key; did you mean 'port'?" in result.stderr
+        assert f"{file}:3: lifecycle.ttl_s" in result.stderr
+        assert result.stderr.startswith("error: 2 problems\n")
+        assert result.stdout == ""
+
+
+def test_templates_check_has_a_line_for_every_template(run: Run) -> None:
+    result = run("templates", "check")
+    assert result.exit_code == 0
+    cpu, gpu = result.stdout.splitlines()
+    assert cpu.startswith("ollama-cpu: ok (cpu, ollama/ollama:")
+    assert gpu.startswith("ollama-gpu: ok (gpu, ollama/ollama:")
+
+
+def test_a_template_that_is_not_allowed_is_exit_2(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "evil.yaml").write_text("image: evil/image:1\ndevice: cpu\nprivileged: true\n")
+    monkeypatch.setenv("OLLAMA_MANAGER_TEMPLATES__DIR", str(tmp_path))
+    result = run("templates", "check")
+    assert result.exit_code == 2
+    assert f"{tmp_path}/evil.yaml:1: image" in result.stderr
+    assert f"{tmp_path}/evil.yaml:3: privileged" in result.stderr
+
+
+def test_an_instance_without_its_template_is_exit_2(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("instances: {cpu: {template: olama-cpu}}\n")
+    result = run("templates", "check", "--config", "c.yaml")
+    assert result.exit_code == 2
+    assert "did you mean 'ollama-cpu'?" in result.stderr
+
+
+def test_a_running_daemon_is_found_by_its_state_directory_and_given_its_key(
+    daemon: StandInDaemon, run: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o600)
+    (tmp_path / "ollama-manager.yaml").write_text("server: {key_file: key}\nstate: {dir: state}\n")
+    daemon.has()
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        assert run("status").exit_code == 0
+    finally:
+        lock.release()
+    assert daemon.seen[0].headers["Authorization"] == f"Bearer {KEY}"
+
+
+def test_with_no_daemon_running_the_configured_address_is_asked_without_the_key(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o600)
+    (tmp_path / "ollama-manager.yaml").write_text("server: {key_file: key, port: 11600}\n")
+    assert find_daemon(None, None) == Endpoint("http://127.0.0.1:11600", None)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:11435"),
+        ("::", "http://[::1]:11435"),
+        ("192.0.2.7", "http://192.0.2.7:11435"),
+        ("::1", "http://[::1]:11435"),
+    ],
+)
+def test_a_daemon_that_listens_everywhere_is_asked_on_loopback(tmp_path: Path, host: str, url: str) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{key_file: key, host: '{host}'}}\n")
+    assert find_daemon(None, None).url == url
+
+
+def test_the_key_is_in_no_description_of_the_endpoint() -> None:
+    assert KEY not in repr(Endpoint("http://a:1", KEY))
+
+
+def test_reap_asks_the_daemon_that_holds_the_state_directory(
+    daemon: StandInDaemon, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.unit.cli.stand_in import Answer  # noqa: PLC0415
+
+    monkeypatch.setenv("OLLAMA_MANAGER_STATE__DIR", str(tmp_path / "state"))
+    daemon.has()
+    row = {"id": "cpu", "action": "stopped", "detail": "idle past its TTL of 900 s"}
+    daemon.answers[f"POST {API}/reap"] = Answer({"instances": [row], "count": 1})
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        result = run("reap")
+    finally:
+        lock.release()
+    assert (result.exit_code, result.stdout) == (0, "cpu: stopped: idle past its TTL of 900 s\n")
+
+
+def test_reap_by_itself_without_an_engine_is_exit_1_even_without_home_and_terminal(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(f"state: {{dir: {tmp_path}/state}}\nengine: {{timeout_s: 0.5}}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "manager", "reap", "--config", str(tmp_path / "c.yaml")],
+        env={"PATH": "/usr/bin:/bin", "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock"},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ""
+    (first, second) = done.stderr.splitlines()
+    assert first.startswith("error: ")
+    assert "doctor" in second
