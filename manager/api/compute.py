@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import to_json
 from starlette.responses import PlainTextResponse, StreamingResponse
 
-from manager.api.errors import manager_error_response
+from manager.api.errors import manager_error_response, refusals, text
 from manager.api.schemas import (
     ChangeBody,
-    ErrorBody,
     EventBody,
     GpusBody,
     InstanceBody,
@@ -21,7 +21,7 @@ from manager.api.schemas import (
     PullRequest,
     SweepBody,
     gpus_body,
-    instance_body,
+    instance_json,
     swept_body,
 )
 from manager.errors import InvalidRequestError, ManagerError
@@ -59,39 +59,35 @@ class LogsQuery(_Query):
     tail: int = Field(default=100, ge=1, le=10_000)
 
 
-def _responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorBody} for status in (401, 403, 422, *statuses)}
+def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
+    # Built from our own data: serialised once, not validated again.
+    return Response(to_json(body), status_code=status, media_type="application/json")
 
 
-def _json(body: BaseModel, status: int = 200) -> Response:
-    # The models are built from our own data: serialised once, not validated again.
-    return Response(body.model_dump_json(), status_code=status, media_type="application/json")
-
-
-def compute_router(backend: Backend) -> APIRouter:
+def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function for each route, none of them long)
     router = APIRouter(prefix="/api/runtime/compute", tags=["compute"])
     fleet = backend.fleet
 
-    def shown(instance_id: str) -> InstanceBody:
-        return instance_body(fleet.get(instance_id).view(), backend.gpus)
+    def shown(instance_id: str) -> dict[str, object]:
+        return instance_json(fleet.get(instance_id).view(), backend.gpus)
 
     def changed(instance_id: str, done: bool, status: int = 200) -> Response:
-        return _json(ChangeBody.model_construct(instance=shown(instance_id), changed=done), status)
+        return _json({"instance": shown(instance_id), "changed": done}, status)
 
-    @router.get("/instances", response_model=InstancesBody, responses=_responses())
+    @router.get("/instances", response_model=InstancesBody, responses=refusals())
     async def list_instances(_query: Annotated[NoQuery, Query()]) -> Response:
         """All instances as they are now. Starts nothing and extends nothing."""
-        bodies = [instance_body(view, backend.gpus) for view in fleet.views()]
-        return _json(InstancesBody.model_construct(instances=bodies, count=len(bodies)))
+        bodies = [instance_json(view, backend.gpus) for view in fleet.views()]
+        return _json({"instances": bodies, "count": len(bodies)})
 
-    @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=_responses(404))
+    @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404))
     async def show_instance(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         return _json(shown(instance_id))
 
     @router.post(
         "/instances/{instance_id}/start",
         response_model=ChangeBody,
-        responses={202: {"model": ChangeBody}, **_responses(404, 409, 503, 504)},
+        responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
     async def start_instance(instance_id: str, query: Annotated[StartQuery, Query()]) -> Response:
         """Have an instance running; answers when it is ready, or at once (202) without `wait`."""
@@ -103,7 +99,7 @@ def compute_router(backend: Backend) -> APIRouter:
     @router.post(
         "/instances/{instance_id}/stop",
         response_model=ChangeBody,
-        responses={202: {"model": ChangeBody}, **_responses(404, 409, 503, 504)},
+        responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
     async def stop_instance(instance_id: str, query: Annotated[StopQuery, Query()]) -> Response:
         """Drain an instance and stop it; `force` does not drain."""
@@ -112,27 +108,27 @@ def compute_router(backend: Backend) -> APIRouter:
             return changed(instance_id, await supervisor.stop(force=query.force))
         return changed(instance_id, supervisor.begin_stop(force=query.force), 202)
 
-    @router.patch(
-        "/instances/{instance_id}", response_model=InstanceBody, responses=_responses(404, 409, 503)
-    )
+    @router.patch("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404, 409, 503))
     async def configure_instance(
         instance_id: str, patch: InstancePatch, _query: Annotated[NoQuery, Query()]
     ) -> Response:
         """Override an instance's TTL or pin it; kept across restarts of the daemon."""
-        await fleet.managed(instance_id).configure(**patch.model_dump(exclude_unset=True))
+        supervisor = fleet.managed(instance_id)
+        if changes := patch.model_dump(exclude_unset=True):
+            await supervisor.configure(**changes)
         return _json(shown(instance_id))
 
     @router.get(
         "/instances/{instance_id}/logs",
         response_class=PlainTextResponse,
-        responses=_responses(404, 409, 503),
+        responses=refusals(404, 409, 503),
     )
     async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> PlainTextResponse:
         """The last lines an instance's container wrote; after a stop, the ones that were kept."""
         lines = await fleet.managed(instance_id).logs(query.tail)
         return PlainTextResponse("".join(f"{line}\n" for line in lines))
 
-    @router.post("/reap", response_model=SweepBody, responses=_responses())
+    @router.post("/reap", response_model=SweepBody, responses=refusals())
     async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
         """One sweep: stop every instance that is idle past its TTL."""
         swept = [swept_body(entry) for entry in await fleet.reap(dry_run=query.dry_run)]
@@ -141,7 +137,7 @@ def compute_router(backend: Backend) -> APIRouter:
     @router.post(
         "/pull",
         response_class=StreamingResponse,
-        responses={200: {"content": {"application/x-ndjson": {}}}, **_responses(503)},
+        responses={200: text("application/x-ndjson"), **refusals(503)},
     )
     async def pull(request: PullRequest, _query: Annotated[NoQuery, Query()]) -> Response:
         """Pull an allowed image; progress as NDJSON, `{"status":"done"}` or an `error` last."""
@@ -159,7 +155,7 @@ def compute_router(backend: Backend) -> APIRouter:
 
         return StreamingResponse(stream(), media_type="application/x-ndjson")
 
-    @router.get("/gpus", response_model=GpusBody, responses=_responses())
+    @router.get("/gpus", response_model=GpusBody, responses=refusals())
     async def list_gpus(_query: Annotated[NoQuery, Query()]) -> Response:
         """The cards as last measured; `error` says why there are none to see."""
         return _json(gpus_body(backend.gpus))
@@ -167,7 +163,7 @@ def compute_router(backend: Backend) -> APIRouter:
     @router.get(
         "/events",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {}}}, **_responses()},
+        responses={200: text("text/event-stream"), **refusals()},
     )
     async def follow_events(
         _query: Annotated[NoQuery, Query()],

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
+from manager.api.schemas import ErrorBody
 from manager.errors import (
     ConflictError,
     DeadlineError,
@@ -34,6 +35,16 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnavailableError, 503),
     (ManagerError, 500),
 )
+
+
+def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """For the description of a route: what the gate and the checks of a request answer, and `statuses`."""
+    return {status: {"model": ErrorBody} for status in (401, 403, 413, 422, *statuses)}
+
+
+def text(media_type: str) -> dict[str, Any]:
+    """For the description of a route: an answer that is no JSON document."""
+    return {"content": {media_type: {"schema": {"type": "string"}}}}
 
 
 def status_of(error: ManagerError) -> int:
@@ -96,6 +107,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _(_request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 400:  # noqa: PLR2004  (the framework's word for a body it cannot decode)
+            return error_response(422, "invalid_request", "body: it is not JSON in UTF-8")
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
             error.status_code, "http_error"
         )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import re
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 MOST_BODY_BYTES = 2**20
 _WITHOUT_KEY = ("/healthz",)
+# A name or a bracketed address, perhaps with the dot of the root, perhaps with a port.
+_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s\[\]:@/]+?)\.?(?::[0-9]{1,5})?")
+_MOST_DIGITS = 18
 _TOO_LARGE = f"a body may have at most {MOST_BODY_BYTES} bytes"
 
 
@@ -41,24 +44,27 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(scope["path"], scope["headers"])
         if refusal is not None:
             await refusal(scope, receive, send)
             return
         await self._app(scope, _bounded(receive), send)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> JSONResponse | None:
-        host = headers.get(b"host", b"").decode("latin-1")
-        if _name(host) not in self._allowed_hosts:
+    def _refusal(self, path: str, headers: list[tuple[bytes, bytes]]) -> JSONResponse | None:
+        hosts = _values(headers, b"host")
+        # The parser lets a missing and a doubled Host pass.
+        if len(hosts) != 1 or not self._allows(hosts[0]):
             return error_response(
-                403, "host_not_allowed", f"Host {host!r} is not in server.allowed_hosts of the configuration"
+                403,
+                "host_not_allowed",
+                f"Host {', '.join(hosts)!r} is not in server.allowed_hosts of the configuration",
             )
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and _name(urlsplit(origin).netloc) not in self._allowed_hosts:
-            return error_response(
-                403, "origin_not_allowed", f"Origin {origin!r} is not in server.allowed_hosts"
-            )
+        for origin in _values(headers, b"origin"):
+            scheme, separator, name = origin.partition("://")
+            if scheme not in ("http", "https") or not separator or not self._allows(name):
+                return error_response(
+                    403, "origin_not_allowed", f"Origin {origin!r} is not in server.allowed_hosts"
+                )
         if self._key is not None and path not in _WITHOUT_KEY and not self._has_key(headers):
             return error_response(
                 401,
@@ -66,29 +72,37 @@ class Gate:
                 "present the operator key as `Authorization: Bearer …` or `X-API-Key: …`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > MOST_BODY_BYTES:
-            return _too_large()
+        if any(_is_too_large(length) for length in _values(headers, b"content-length")):
+            return error_response(413, "body_too_large", _TOO_LARGE)
         return None
 
-    def _has_key(self, headers: dict[bytes, bytes]) -> bool:
+    def _allows(self, host: str) -> bool:
+        match = _HOST.fullmatch(host.strip().lower())
+        return match is not None and match["name"] in self._allowed_hosts
+
+    def _has_key(self, headers: list[tuple[bytes, bytes]]) -> bool:
         if self._key is None:
             return True
-        scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-        presented = bearer.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+        presented = next((value for name, value in headers if name == b"x-api-key"), b"")
+        for name, value in headers:
+            scheme, _, bearer = value.partition(b" ")
+            if name == b"authorization" and scheme.lower() == b"bearer":
+                presented = bearer.strip()
+        # Its time must not tell how much of a guess was right.
         return hmac.compare_digest(presented, self._key)
 
 
-def _name(host: str) -> str:
-    """The host without its port, in lower case."""
-    host = host.strip().lower()
-    if host.startswith("["):
-        return host.partition("]")[0] + "]"
-    return host.partition(":")[0].removesuffix(".")
+def _values(headers: list[tuple[bytes, bytes]], wanted: bytes) -> list[str]:
+    return [value.decode("latin-1") for name, value in headers if name == wanted]
 
 
-def _too_large() -> JSONResponse:
-    return error_response(413, "body_too_large", _TOO_LARGE)
+def _is_too_large(length: str) -> bool:
+    return (
+        not length.isascii()
+        or not length.isdigit()
+        or len(length) > _MOST_DIGITS
+        or int(length) > MOST_BODY_BYTES
+    )
 
 
 def _bounded(receive: Receive) -> Receive:

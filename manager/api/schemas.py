@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
-from manager.domain.instance import DeviceKind, Driver, Health, Phase, Target
+from manager.domain.instance import (  # pydantic reads annotations at run time
+    DeviceKind,  # noqa: TC001
+    Driver,  # noqa: TC001
+    Health,  # noqa: TC001
+    Phase,  # noqa: TC001
+    Target,  # noqa: TC001
+)
 
 if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
@@ -17,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def _rfc3339(time: datetime) -> str:
-    return time.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return time.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 Time = Annotated[datetime, PlainSerializer(_rfc3339, return_type=str, when_used="json")]
@@ -100,7 +106,9 @@ class ChangeBody(_Body):
 class InstancePatch(_Body):
     """Overrides of one instance, kept across restarts; `ttl_s` 0 means never stopped for being idle."""
 
-    ttl_s: float = Field(default=None, ge=0, le=31_622_400, allow_inf_nan=False)  # type: ignore[assignment]
+    ttl_s: float = Field(  # type: ignore[assignment]
+        default=None, strict=True, ge=0, le=31_622_400, allow_inf_nan=False
+    )
     pinned: bool = Field(default=None, strict=True)  # type: ignore[assignment]
 
 
@@ -118,7 +126,7 @@ class SweepBody(_Body):
 class PullRequest(_Body):
     """The image to pull; left out, every image of the configured instances."""
 
-    image: str | None = Field(default=None, min_length=1, max_length=512)
+    image: str | None = Field(default=None, max_length=512, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/:@-]*$")
 
 
 class ProcessBody(_Body):
@@ -177,62 +185,76 @@ class ErrorBody(_Body):
     error: ErrorDetail
 
 
-def instance_body(view: View, gpus: Gpus) -> InstanceBody:
+def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
+    """What `InstanceBody` describes, as plain values.
+
+    The list of all instances is what everyone polls, and building models would cost more than the rest of the
+    request. A test holds this against the model.
+    """
     explanation = view.explanation
     container = view.container
-    template = view.spec.template_name
-    return InstanceBody.model_construct(
-        id=view.spec.id,
-        driver=view.spec.driver,
-        template=template,
-        device=_device(view, gpus),
-        endpoint=view.endpoint,
-        target=view.target,
-        phase=view.phase,
-        health=view.health,
-        reason=ReasonBody.model_construct(
-            code=explanation.code, message=explanation.message, log_tail=list(explanation.log_tail)
-        )
+    remaining_s = view.ttl_remaining_s
+    return {
+        "id": view.spec.id,
+        "driver": view.spec.driver,
+        "template": view.spec.template_name,
+        "device": _device(view, gpus),
+        "endpoint": view.endpoint,
+        "target": view.target,
+        "phase": view.phase,
+        "health": view.health,
+        "reason": {
+            "code": explanation.code,
+            "message": explanation.message,
+            "log_tail": explanation.log_tail,
+        }
         if explanation
         else None,
-        in_flight=view.in_flight,
-        pinned=view.pinned,
-        ttl_s=view.ttl_s,
-        ttl_remaining_s=None if view.ttl_remaining_s is None else round(view.ttl_remaining_s, 3),
-        started_at=view.started_at,
-        ready_at=view.ready_at,
-        last_used_at=view.last_used_at,
-        last_seen_at=view.last_seen_at,
-        starts=view.starts,
-        container=ContainerBody.model_construct(
-            id=container.id, name=container.name, image=container.image, template_hash=view.template_hash
-        )
+        "in_flight": view.in_flight,
+        "pinned": view.pinned,
+        "ttl_s": view.ttl_s,
+        "ttl_remaining_s": None if remaining_s is None else round(remaining_s, 3),
+        "started_at": _time(view.started_at),
+        "ready_at": _time(view.ready_at),
+        "last_used_at": _time(view.last_used_at),
+        "last_seen_at": _time(view.last_seen_at),
+        "starts": view.starts,
+        "container": {
+            "id": container.id,
+            "name": container.name,
+            "image": container.image,
+            "template_hash": view.template_hash,
+        }
         if container
         else None,
-        models=[
-            ModelBody.model_construct(
-                name=model.name,
-                digest=model.digest,
-                size_bytes=model.size_bytes,
-                vram_bytes=model.vram_bytes,
-                expires_at=model.expires_at,
-            )
+        "models": [
+            {
+                "name": model.name,
+                "digest": model.digest,
+                "size_bytes": model.size_bytes,
+                "vram_bytes": model.vram_bytes,
+                "expires_at": _time(model.expires_at),
+            }
             for model in view.models
         ],
-    )
+    }
 
 
-def _device(view: View, gpus: Gpus) -> Device:
+def _device(view: View, gpus: Gpus) -> dict[str, object]:
     gpu: Gpu | None = gpus.gpu_of(view.spec.id) if view.gpu_uuid else None
-    return Device.model_construct(
-        kind=view.spec.device_kind,
-        uuid=view.gpu_uuid,
-        index=gpu.index if gpu else None,
-        name=gpu.name if gpu else None,
-        vram_total_bytes=gpu.vram_total_bytes if gpu else None,
-        vram_used_bytes=gpu.vram_used_bytes if gpu else None,
-        vram_free_bytes=gpu.vram_free_bytes if gpu else None,
-    )
+    return {
+        "kind": view.spec.device_kind,
+        "uuid": view.gpu_uuid,
+        "index": gpu.index if gpu else None,
+        "name": gpu.name if gpu else None,
+        "vram_total_bytes": gpu.vram_total_bytes if gpu else None,
+        "vram_used_bytes": gpu.vram_used_bytes if gpu else None,
+        "vram_free_bytes": gpu.vram_free_bytes if gpu else None,
+    }
+
+
+def _time(time: datetime | None) -> str | None:
+    return None if time is None else _rfc3339(time)
 
 
 def gpus_body(gpus: Gpus) -> GpusBody:

@@ -114,7 +114,10 @@ def _run_daemon(loaded: LoadedSettings) -> None:
 @click.option("--watch", is_flag=True, help="Keep the table up to date until Ctrl-C.")
 @_talks
 def status(url: str | None, config: Path | None, as_json: bool, watch: bool) -> None:
-    """Show all instances: what they do, where, how well, and why not better."""
+    """Show all instances, and what is wrong.
+
+    On a terminal a table, in a pipe plain columns, with --json what the API says.
+    """
     from manager.cli.locate import find_daemon  # noqa: PLC0415
     from manager.cli.status import show_status, watch_status  # noqa: PLC0415
 
@@ -163,7 +166,10 @@ def pull(image: str | None, url: str | None, config: Path | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Only say what would be stopped.")
 @_talks
 def reap(dry_run: bool, url: str | None, config: Path | None) -> int:
-    """Stop every instance that is idle past its TTL, with or without a daemon; made for cron."""
+    """Stop what is idle past its TTL; for cron.
+
+    One sweep, a line for every instance. The daemon does it where one runs, else this command itself.
+    """
     from manager.cli.reaping import reap as sweep  # noqa: PLC0415
 
     return sweep(url or _common_url(), config, dry_run=dry_run)
@@ -173,7 +179,10 @@ def reap(dry_run: bool, url: str | None, config: Path | None) -> int:
 @_JSON
 @_CONFIG
 def doctor(as_json: bool, config: Path | None) -> int:
-    """Check everything that a daemon needs, and say what to do about each fault."""
+    """Check what a daemon needs; name remedies.
+
+    Changes nothing. Ends with 1 when something is broken; warnings are no failure.
+    """
     from manager.cli.logs import silence  # noqa: PLC0415
 
     silence()

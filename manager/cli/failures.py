@@ -96,7 +96,8 @@ def explain(error: BaseException) -> int:
         complain(error.message, _next_step(error))
         return _exit_code(error)
     if isinstance(error, OSError):
-        complain(str(error))
+        said = error.strerror or str(error)
+        complain(f"{said}: {error.filename}" if error.filename else said)
         return FAILED
     complain(f"unexpected: {innermost(error)}", "this is a defect of ollama-manager; please report it")
     return FAILED

@@ -40,8 +40,6 @@ def silence() -> None:
     It is imported without rich, which it takes along wherever that is installed, for tracebacks: nothing of
     that is used here, and it costs a daemon some megabytes and every command a tenth of a second.
     """
-    if "structlog" in sys.modules:
-        return  # somebody has decided already what becomes of the log
     visible = "rich" in sys.modules
     if not visible:
         sys.modules["rich"] = None  # type: ignore[assignment]  # importing it now raises ImportError
@@ -50,7 +48,8 @@ def silence() -> None:
     finally:
         if not visible:
             del sys.modules["rich"]
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), cache_logger_on_first_use=False)
+    if not structlog.is_configured():
+        structlog.configure(logger_factory=structlog.ReturnLoggerFactory(), cache_logger_on_first_use=False)
 
 
 def configure_logging(

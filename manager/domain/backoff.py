@@ -18,6 +18,6 @@ def delay_s(failures: int) -> float:
 STABLE_S = 60.0
 
 
-def failures_after(failures: int, ran_s: float) -> int:
-    """The number of failures in a row, after one more that came when all had been well for `ran_s`."""
-    return 1 if ran_s >= STABLE_S else failures + 1
+def failures_left(failures: int, ran_s: float) -> int:
+    """How many of the failures in a row still count, after a server has run for `ran_s`."""
+    return 0 if ran_s >= STABLE_S else failures

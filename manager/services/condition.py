@@ -28,9 +28,13 @@ class Retry:
     failures: int = 0
     at: float = 0.0
 
-    def failed(self, now: float, *, ran_s: float = 0.0) -> None:
-        self.failures = backoff.failures_after(self.failures, ran_s)
+    def failed(self, now: float) -> None:
+        self.failures += 1
         self.at = now + backoff.delay_s(self.failures)
+
+    def ran(self, ran_s: float) -> None:
+        """A run has ended, however it did."""
+        self.failures = backoff.failures_left(self.failures, ran_s)
 
 
 @dataclass(slots=True)
@@ -99,6 +103,7 @@ class Condition:
         """Take in what the engine says of the container now; only while no operation goes on."""
         known = self.container
         self.set_container(facts)
+        self.watch.paused = facts is not None and facts.status == "paused"
         if facts is None or facts.status not in ALIVE:
             if self.phase is Phase.READY:
                 self.died()
@@ -143,6 +148,13 @@ class Condition:
         self.move(Fact.DIED)
         self._ended_without_us(self.container)
 
+    def run_ended(self) -> None:
+        """The server is not there any more, or another one is."""
+        if self.ready_since is not None:
+            self.start_retry.ran(self.world.now() - self.ready_since)
+        self.ready_since = None
+        self.endpoint = None
+
     def explain_death(self, facts: ContainerFacts, tail: tuple[str, ...]) -> None:
         """Say more of a death, once the engine was asked for it."""
         if self.phase is Phase.FAILED and self.failure is not None:
@@ -161,10 +173,8 @@ class Condition:
         now = self.world.now()
         reason, message = explain_end(self.name, facts)
         self.failure = Explanation(reason, message)
-        ran_s = 0.0 if self.ready_since is None else now - self.ready_since
-        self.start_retry.failed(now, ran_s=ran_s)
-        self.endpoint = None
-        self.ready_since = None
+        self.run_ended()
+        self.start_retry.failed(now)
         self.world.gpus.drop_claim(self.id)
         # A stop that was asked for goes on: it finds nothing left to end and cleans up.
         if self.intent is not Operation.STOP:

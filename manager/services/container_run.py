@@ -103,6 +103,8 @@ class ContainerRun:
                 watch.paused = container.status == "paused"
             else:
                 container = await self._create_and_start(request, known)
+            if container.status not in ("running", "paused"):
+                raise self._death(request.name, container)  # sooner than anyone could look
             endpoint = self._endpoint(request, container, reach)
             await self._until_ready(container, endpoint + ready_path, watch)
         except StartFailedError as error:
@@ -231,8 +233,10 @@ class ContainerRun:
         inspect_at = now() + _INSPECT_EVERY_S
         pause_s = _FIRST_POLL_S
         while not watch.ended.is_set():
+            if watch.paused:  # it cannot answer: its time begins when it goes on
+                deadline = now() + self._limits.start_timeout_s
             left_s = deadline - now()
-            if left_s <= 0 and not watch.paused:
+            if left_s <= 0:
                 raise StartFailedError(
                     f"{container.name} runs, but did not answer {url} within "
                     f"{self._limits.start_timeout_s:g} s",
@@ -247,11 +251,10 @@ class ContainerRun:
                     break
             await happens(watch.ended, pause_s)
             pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
-        raise await self._death(container)
+        raise self._death(container.name, await self._world.engine.inspect(container.id))
 
-    async def _death(self, container: ContainerFacts) -> StartFailedError:
-        facts = await self._world.engine.inspect(container.id)
-        reason, message = explain_end(container.name, facts)
+    def _death(self, name: str, facts: ContainerFacts | None) -> StartFailedError:
+        reason, message = explain_end(name, facts)
         return StartFailedError(message, reason=reason, instance=self._instance)
 
     async def _ended(self, container_id: str, watch: Watch, timeout_s: float) -> bool:

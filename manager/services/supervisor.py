@@ -146,7 +146,8 @@ class Supervisor(Instance):
             self._stop_detail = detail
             self._stop_retry = Retry()
             if self._operation is not None:
-                self._kill_at_once = self._start_is_fresh
+                # Nobody can have work in a container that was never ready: it need not be asked to end.
+                self._kill_at_once = self._start_is_fresh and self._is.phase is Phase.STARTING
                 self._operation.cancel()
         self._stop_retry.at = 0.0
         self._drain_news.set()
@@ -211,7 +212,7 @@ class Supervisor(Instance):
 
     def first_listing(self, facts: ContainerFacts | None) -> None:
         """Take in what the engine listed at the daemon's start, together with what was stored before."""
-        self._is.first_listing(facts, self._row.operation)
+        self._is.first_listing(self._mine(facts), self._row.operation)
         self._wake.set()
 
     def prewarm(self) -> None:
@@ -223,7 +224,7 @@ class Supervisor(Instance):
 
     def compare(self, facts: ContainerFacts | None) -> None:
         """Look again when a listing differs from what is known here."""
-        if self._is.differs(facts):
+        if self._is.differs(self._mine(facts)):
             self._is.look_due = True
             self._wake.set()
 
@@ -513,7 +514,7 @@ class Supervisor(Instance):
             async with self._world.locks.hold(self.id):
                 tail = await self._run.down(self._name, self._is.watch, at_once=self._kill_at_once)
             self._kept_log = tail or self._kept_log
-            self._is.endpoint = None
+            self._is.run_ended()
             if gpu is not None:
                 wait_s = self.spec.limits.vram_wait_s
                 if not await self._world.gpus.given_back(self.id, held, gpu.vram_used_bytes, wait_s):
@@ -554,7 +555,10 @@ class Supervisor(Instance):
         self._stoppers.settle()
 
     def _stop_failed(self, error: ManagerError) -> None:
-        """The stop stays asked for and is tried again; those who wait are told why it did not work yet."""
+        """The stop stays asked for and is tried again. Those who wait are told why it did not work yet.
+
+        So are those who wait to start afterwards: nobody knows how long that will be.
+        """
         self._stop_retry.failed(self._world.now())
         self._stop_trouble = Explanation(_reason(error), f"it could not be stopped yet: {error.message}")
         self._world.journal.record(
@@ -562,10 +566,11 @@ class Supervisor(Instance):
         )
         error.instance = error.instance or self.id
         self._stoppers.settle(error)
+        self._is.starters.settle(error)
 
     def _gone(self) -> None:
         """The server is not there any more: nothing that was known of it holds."""
-        self._is.ready_since = None
+        self._is.run_ended()
         self._ready_at = None
         self._clock.stop()
         self._stale.clear()
@@ -577,9 +582,7 @@ class Supervisor(Instance):
         """Ask the engine for the truth and take it in."""
         self._is.look_due = False
         try:
-            facts = await self._world.engine.inspect(self._name)
-            if facts is not None and not self._is_ours(facts):
-                facts = None
+            facts = self._mine(await self._world.engine.inspect(self._name))
             if self._is.intent is not None:
                 return  # an operation was asked for meanwhile: it looks for itself
             was = self._is.phase
@@ -601,7 +604,7 @@ class Supervisor(Instance):
         self._is.bury_at = None
         try:
             async with self._world.locks.hold(self.id):
-                facts = await self._world.engine.inspect(self._name)
+                facts = self._mine(await self._world.engine.inspect(self._name))
                 if facts is not None and facts.status in ALIVE:
                     self._is.look_due = True
                     return
@@ -666,8 +669,10 @@ class Supervisor(Instance):
             loopback_port=self._row.loopback_port if self.reach is Reach.LOOPBACK else None,
         )
 
-    def _is_ours(self, facts: ContainerFacts) -> bool:
-        return is_ours(facts, manager_id=self._world.manager_id, instance_id=self.id)
+    def _mine(self, facts: ContainerFacts | None) -> ContainerFacts | None:
+        """`facts`, unless they are of a stranger that merely has the name."""
+        ours = facts is not None and is_ours(facts, manager_id=self._world.manager_id, instance_id=self.id)
+        return facts if ours else None
 
     def _ttl_remaining_s(self) -> float | None:
         return self._clock.remaining_s(self.ttl_s, pinned=self.pinned, in_flight=self.in_flight)

@@ -49,7 +49,9 @@ def crash_detection(rig: Rig) -> list[Row]:
             phase = client.json(f"{COMPUTE}/instances/{_INSTANCE}")["phase"]
             if phase != "failed":
                 raise MeasurementError(f"the event came, but the phase is {phase}")
-            at, _event = _next(engines, lambda event: event["Actor"]["Attributes"].get("name") == container_name)
+            at, _event = _next(
+                engines, lambda event: event["Actor"]["Attributes"].get("name") == container_name
+            )
             seen_engine.append((at - began) * 1e3)
         stream.close()
         rig.stop([_INSTANCE])

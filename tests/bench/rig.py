@@ -62,7 +62,9 @@ class Rig:
         with ThreadPoolExecutor(len(ids)) as pool:
             for status in pool.map(lambda id_: self._post(id_, action), ids):
                 if status != http.client.OK:
-                    raise MeasurementError(f"{action} was answered with {status}\n{self.daemon.log()[-4000:]}")
+                    raise MeasurementError(
+                        f"{action} was answered with {status}\n{self.daemon.log()[-4000:]}"
+                    )
 
     def _post(self, instance: str, action: str) -> int:
         with Client(self.daemon.port) as client:

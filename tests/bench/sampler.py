@@ -41,7 +41,9 @@ def sampling(port: int, *paths: str, seconds: float = 3600.0) -> Iterator[Sampli
         try:
             if process.stdout is None or process.stdout.readline() != "go\n":
                 process.kill()
-                raise MeasurementError(f"the sampler did not start: {process.stderr and process.stderr.read()}")
+                raise MeasurementError(
+                    f"the sampler did not start: {process.stderr and process.stderr.read()}"
+                )
             yield result
             output, errors = process.communicate("stop\n", timeout=60)
         except BaseException:

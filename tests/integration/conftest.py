@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from pathlib import Path
+from typing import TYPE_CHECKING
 
-import docker
 import pytest
 import pytest_asyncio
 
-from tests.support.engine import Engine
 from tests.support.fixtures import FAST, NewDaemon, write_templates
 from tests.support.inside import EngineEvents, NewInside, only_mine
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    import docker
+
+    from tests.support.engine import Engine
 
 __all__ = ["FAST", "NewDaemon", "write_templates"]
 

@@ -6,20 +6,24 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import docker
 import pytest
 import requests
 
 from tests.support.daemon import ROOT, Daemon, wait_for
-from tests.support.engine import Engine
 from tests.support.fixtures import making_daemons, new_manager_id, write_templates
 from tests.support.state import is_locked, stored_instance
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import docker
+
+    from tests.support.engine import Engine
 
 KILLED = -signal.SIGKILL
 
@@ -149,7 +153,7 @@ def test_a_daemon_killed_while_it_drains_is_followed_by_one_that_completes_the_s
     rig.assert_stopped()
 
 
-# A daemon that finds a container of an older template adopts it ("stored", "ready") and replaces it when idle.
+# A daemon adopts a container of an older template ("stored", "ready") and replaces it when idle.
 @pytest.mark.parametrize(
     "step",
     ["stored:2", "signalled", "ended", "removed", "stored:3", "created", "started", "ready:2"],

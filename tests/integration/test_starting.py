@@ -4,33 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 import aiohttp
-import docker
 import pytest
 
-from manager.domain.registry import Operation
-from manager.errors import CancelledByStopError, ManagerError, NameConflictError, StartFailedError
-from manager.services.leases import Lease
-from tests.integration.conftest import NewDaemon
+from manager.errors import CancelledByStopError, StartFailedError
 from tests.simulated.image import IMAGE
-from tests.support.daemon import wait_for
-from tests.support.inside import EngineEvents, Inside, NewInside, own_containers, until
+from tests.support.inside import EngineEvents, NewInside, own_containers, until
+from tests.support.talk import answers, post
+
+if TYPE_CHECKING:
+    import docker
+
+    from manager.services.leases import Lease
 
 CRASH = {"env": {"OLLAMA_SIM_CRASH": "start"}}
 NEVER_READY = {"env": {"OLLAMA_SIM_START_PORT": "never"}}
-
-
-async def post(inside: Inside, path: str) -> tuple[int, Any]:
-    async with aiohttp.ClientSession() as session:
-        async with session.post(f"{inside.compute_url}/{path}") as answer:
-            return answer.status, await answer.json()
-
-
-async def answers(endpoint: str) -> bool:
-    async with aiohttp.ClientSession() as session, session.get(f"{endpoint}/api/version") as answer:
-        return answer.status == 200
 
 
 # --- many at once ---
@@ -303,7 +293,7 @@ async def test_a_pinned_instance_is_restarted_after_a_growing_pause_and_another_
         docker_client.containers.get(f"{manager_id}-ollama-kept").kill()
         await until(lambda: inside.phase("kept") == "failed")
         assert inside.get("kept").view().target == "running"
-        await until(lambda wanted=crash + 1: engine_events.count("kept", "create") == wanted)
+        await until(lambda: engine_events.count("kept", "create"), lambda count: count > crash)  # noqa: B023
         await until(lambda: inside.phase("kept") == "ready")
     deaths = engine_events.moments("kept", "die")
     creates = engine_events.moments("kept", "create")[1:]
@@ -320,9 +310,7 @@ async def test_a_failure_long_after_the_last_one_is_the_first_of_a_new_row(
     new_inside: NewInside, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("manager.domain.backoff.STABLE_S", 0.2)
-    inside = await new_inside(
-        instances={"cpu": {"template": "sim"}},
-    )
+    inside = await new_inside()
     cpu = inside.get("cpu")
     cpu._is.start_retry.failures = 6
     await cpu.start()
@@ -358,10 +346,10 @@ async def test_a_missing_image_is_named_with_its_remedy_and_never_pulled_until_i
 
 
 async def test_the_readiness_deadline_does_not_run_before_the_container_does(new_inside: NewInside) -> None:
-    inside = await new_inside(instances={"cpu": {"template": "sim", "start_timeout_s": 5}})
+    inside = await new_inside(instances={"cpu": {"template": "sim", "start_timeout_s": 3}})
     gate = inside.steps.hold("cpu", "created")
     starting = asyncio.create_task(inside.get("cpu").start())
     await gate.reached()
-    await asyncio.sleep(5.2)
+    await asyncio.sleep(3.2)
     gate.open()
     assert await starting is True

@@ -122,6 +122,9 @@ class Daemon:
     def wait_until_ready(self, within_s: float = 20.0) -> None:
         wait_for(lambda: self._status("/readyz"), lambda status: status == 200, within_s=within_s)
 
+    def wait_until_alive(self, within_s: float = 20.0) -> None:
+        wait_for(lambda: self._status("/healthz"), lambda status: status == 200, within_s=within_s)
+
     def stop(self, number: int = signal.SIGTERM) -> int:
         """End the process and wait for it; its exit status."""
         process = self._running()

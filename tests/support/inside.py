@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
@@ -20,6 +18,9 @@ from tests.support.daemon import Daemon
 from tests.support.fixtures import FAST, write_templates
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from pathlib import Path
+
     import docker
 
     from manager.services.fleet import Fleet
@@ -33,7 +34,7 @@ LABEL_INSTANCE = "ollama-manager.instance"
 
 
 class Gate:
-    """A step at which operations wait until it is opened."""
+    """A step at which the next operation waits until it is opened."""
 
     def __init__(self) -> None:
         self._reached = asyncio.Event()
@@ -62,7 +63,7 @@ class Steps:
         return gate
 
     async def on_step(self, instance: str, step: str) -> None:
-        gate = self._gates.get((instance, step))
+        gate = self._gates.pop((instance, step), None)
         if gate is not None:
             await gate.pass_through()
 
@@ -142,22 +143,24 @@ def write_configuration(
 async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
     """Run a daemon until leaving; it has listed the engine once on entry."""
     steps = Steps()
-    async with manager.app.open_daemon(load_settings(config_file), on_step=steps.on_step) as daemon:
-        async with _served(daemon) as port:
-            running = asyncio.ensure_future(daemon.run())
-            try:
-                settled = asyncio.ensure_future(daemon.fleet.settled(within_s=60))
-                await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
-                if running.done():
-                    settled.cancel()
-                    running.result()
-                settled.result()
-                yield Inside(daemon, steps, port)
-                assert not running.done(), running.exception()
-            finally:
-                running.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await running
+    async with (
+        manager.app.open_daemon(load_settings(config_file), on_step=steps.on_step) as daemon,
+        _served(daemon) as port,
+    ):
+        running = asyncio.ensure_future(daemon.run())
+        try:
+            settled = asyncio.ensure_future(daemon.fleet.settled(within_s=60))
+            await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                settled.cancel()
+                running.result()
+            settled.result()
+            yield Inside(daemon, steps, port)
+            assert not running.done(), running.exception()
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
 
 
 @asynccontextmanager
@@ -266,10 +269,8 @@ class EngineEvents:
         return self._read({"type": "image", "event": "pull"})
 
     def _read(self, filters: dict[str, Any]) -> list[dict[str, Any]]:
-        stream = self._client.events(
-            since=self._since, until=f"{time.time():.6f}", decode=True, filters=filters
-        )
-        return list(stream)
+        window: Any = {"since": self._since, "until": f"{time.time():.6f}"}  # stubs know whole seconds only
+        return list(self._client.events(decode=True, filters=filters, **window))
 
 
 @contextmanager

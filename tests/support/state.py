@@ -9,10 +9,12 @@ import sqlite3
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manager.adapters.registry import open_registry
-from manager.domain.registry import InstanceRow
+
+if TYPE_CHECKING:
+    from manager.domain.registry import InstanceRow
 
 
 def stored(state_dir: Path, query: str) -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SUMMARY = re.compile(r"=+ .* in [0-9.]+s.* =+|.* in [0-9.]+s(?: \([0-9:]+\))?")
 
 STATIC = (
-    (str(_BIN / "ruff"), "check", "."),
+    (str(_BIN / "ruff"), "check", "--output-format=concise", "."),
     (str(_BIN / "ruff"), "format", "--check", "."),
     (str(_BIN / "mypy"),),
     (str(_BIN / "lint-imports"),),

@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 
 from manager.cli.commands import program
@@ -17,7 +18,7 @@ NO_ENGINE = "tcp://127.0.0.1:1"
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No configuration, state or engine of whoever runs the tests."""
     for name in list(os.environ):
         if name.startswith(("OLLAMA_MANAGER_", "XDG_")):
@@ -27,6 +28,10 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Not a socket file that is missing: the SDK leaves it to the garbage collector to close its end of that.
     monkeypatch.setenv("DOCKER_HOST", NO_ENGINE)
     monkeypatch.chdir(tmp_path)
+    configured = structlog.is_configured()
+    yield
+    if not configured:
+        structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, Self
@@ -79,18 +81,19 @@ class StandInDaemon:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+        self._server.hang_up()
         self._thread.join()
 
 
 def instance(instance_id: str, **changes: Any) -> dict[str, Any]:
     """An instance in the shape of the API: a stopped one on the CPU, unless `changes` say otherwise."""
-    device = {"kind": "cpu", "uuid": None, "index": None, "name": None}
     memory = {"vram_total_bytes": None, "vram_used_bytes": None, "vram_free_bytes": None}
+    device = {"kind": "cpu", "uuid": None, "index": None, "name": None, **memory}
     return {
         "id": instance_id,
         "driver": "docker",
         "template": "ollama-cpu",
-        "device": device | memory,
+        "device": device,
         "endpoint": None,
         "target": "stopped",
         "phase": "stopped",
@@ -124,7 +127,22 @@ class _Server(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], daemon: StandInDaemon) -> None:
         self.stand_in = daemon
+        self._connections: set[socket.socket] = set()
         super().__init__(address, _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """Cut what is still connected, as a daemon that ends does."""
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that left is no news."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,11 +47,13 @@ def port(tmp_path: Path) -> int:
 
 
 def test_without_an_engine_it_says_what_is_broken_and_what_to_do_and_changes_nothing(
-    run: Run, port: int, tmp_path: Path
+    port: int, tmp_path: Path
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
-    result = run("doctor")
-    assert result.exit_code == 1
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/no-engine.sock"}
+    argv = [sys.executable, "-m", "manager", "doctor"]
+    result = subprocess.run(argv, env=environment, capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (1, "")
     lines = result.stdout.splitlines()
     broken = next(number for number, line in enumerate(lines) if line.startswith("✗ engine"))
     assert "No such file or directory" in lines[broken]

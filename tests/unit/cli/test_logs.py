@@ -12,7 +12,8 @@ KEY = 'an-operator-key-with-"quotes"'
 
 PREAMBLE = """
 import logging, sys, threading, warnings
-from manager.cli.logs import configure_logging
+from manager.cli.logs import configure_logging, silence
+silence()
 from manager.settings.model import LogSettings
 import structlog
 log = structlog.get_logger("daemon")
@@ -23,13 +24,12 @@ def configure(**settings):
 
 def logged(program: str) -> subprocess.CompletedProcess[str]:
     source = f"KEY = {KEY!r}\n{PREAMBLE}\n{program}"
-    return subprocess.run(
-        [sys.executable, "-W", "default", "-c", source],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    return run("-W", "default", "-c", source)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, *arguments]
+    return subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
 
 
 def entries(program: str) -> list[dict[str, Any]]:
@@ -127,12 +127,8 @@ def test_without_a_terminal_the_format_is_json_and_rich_is_not_imported() -> Non
 
 
 def test_nothing_is_printed_before_the_log_is_set_up() -> None:
-    silent = (
-        "from manager.cli.logs import silence; silence(); import structlog; structlog.get_logger().error('x')"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", silent], capture_output=True, text=True, check=True, timeout=60
-    )
+    source = "from manager.cli.logs import silence; silence(); import structlog"
+    done = run("-c", f"{source}; structlog.get_logger().error('x')")
     assert (done.stdout, done.stderr) == ("", "")
 
 

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
+import requests
 
 from manager.adapters.locks import StateDirLock
 
@@ -60,6 +61,8 @@ def test_a_signal_ends_it_with_0_and_every_line_of_the_log_is_json(config: Path,
         lines = [running.stderr.readline()]
         while json.loads(lines[-1])["event"] != "serving":
             lines.append(running.stderr.readline())
+        url = json.loads(lines[-1])["url"]
+        assert requests.get(f"{url}/healthz", timeout=LIMIT_S).ok  # it serves, so it has its own handlers
         running.send_signal(number)
         out, rest = running.communicate(timeout=LIMIT_S)
     assert (running.returncode, out) == (0, "")

@@ -13,7 +13,8 @@ from manager import __version__
 from manager.adapters.locks import StateDirLock
 from manager.cli.locate import Endpoint, find_daemon
 from manager.settings import load_settings
-from tests.unit.cli.stand_in import API
+from tests.unit.cli.conftest import NO_ENGINE
+from tests.unit.cli.stand_in import API, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +32,8 @@ KEY = "a-key-that-nobody-may-see"
 def test_the_command_line_is_imported_without_anything_heavy() -> None:
     source = (
         "import manager.cli, sys; "
-        "print([name for name in ('docker', 'fastapi', 'rich', 'aiohttp', 'requests', 'pydantic', 'structlog',"
-        " 'sqlalchemy', 'uvicorn', 'manager.app') if name in sys.modules])"
+        "heavy = 'docker fastapi rich aiohttp requests pydantic structlog sqlalchemy uvicorn manager.app'; "
+        "print([name for name in heavy.split() if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
@@ -57,7 +58,7 @@ def test_config_show_names_the_source_of_every_value(
     assert f"ttl_s: 5 # file {file}:4" in lines
     assert "ttl_s: 60 # environment OLLAMA_MANAGER_LIFECYCLE__TTL_S" in lines
     assert "host: 127.0.0.1 # default" in lines
-    assert f"url: unix://{tmp_path}/no-engine.sock # environment DOCKER_HOST" in lines
+    assert f"url: {NO_ENGINE} # environment DOCKER_HOST" in lines
 
 
 def test_what_config_show_prints_can_be_loaded_and_means_the_same(run: Run, tmp_path: Path) -> None:
@@ -170,8 +171,6 @@ def test_the_key_is_in_no_description_of_the_endpoint() -> None:
 def test_reap_asks_the_daemon_that_holds_the_state_directory(
     daemon: StandInDaemon, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tests.unit.cli.stand_in import Answer  # noqa: PLC0415
-
     monkeypatch.setenv("OLLAMA_MANAGER_STATE__DIR", str(tmp_path / "state"))
     daemon.has()
     row = {"id": "cpu", "action": "stopped", "detail": "idle past its TTL of 900 s"}

@@ -1,0 +1,219 @@
+"""What the documents tell people to type works: each line of their `sh` blocks is of a kind tested here.
+
+A line of a kind that is not known fails, so that a new one gets a test.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from fastapi.routing import APIRoute
+
+from manager.api.compute import compute_router
+from manager.settings import load_settings, load_templates, resolve_instances
+from tests.support.daemon import ROOT
+from tests.tools import system
+from tests.tools.console import ToolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DOCUMENTS = (ROOT / "README.md", ROOT / "compose" / "README.md")
+README = DOCUMENTS[0].read_text(encoding="utf-8")
+# Lines around ours; what they prepare is what test_compose.py prepares.
+PREPARATIONS = re.compile(
+    r"cd compose|echo \"DOCKER_GID=.* > \.env|\(umask 027; openssl .* > operator\.key\)"
+    r"|sudo chown root:docker operator\.key|\. \.venv/bin/activate"
+)
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", document, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """Every command line of every `sh` block, without its comment."""
+    lines = [
+        re.sub(r"\s+#\s.*", "", line).strip()
+        for path in DOCUMENTS
+        for block in blocks(path.read_text(encoding="utf-8"), "sh")
+        for line in block.splitlines()
+    ]
+    return sorted({line for line in lines if line})
+
+
+def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "manager", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_documents_is_one_that_exists(line: str) -> None:
+    words = shlex.split(line)
+    if words[0] == "make":
+        assert words[1] in make_targets()
+    elif words[0] == "ollama-manager":
+        the_command_has_the_options(words[1:])
+    elif words[0] == "curl":
+        the_api_has(line)
+    elif words[:2] == ["docker", "compose"]:
+        named = [Path(word) for before, word in pairwise(words) if before == "-f"]
+        assert all((ROOT / "compose" / file).is_file() for file in named)
+        assert {"up", "exec"} & set(words)
+        if "exec" in words:
+            the_command_has_the_options(words[words.index("ollama-manager") + 1 :])
+    else:
+        assert PREPARATIONS.fullmatch(line), f"no test for: {line}"
+
+
+def make_targets() -> set[str]:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    return set(re.findall(r"^\.PHONY: (\S+)$", text, re.MULTILINE))
+
+
+def the_command_has_the_options(words: list[str]) -> None:
+    names = [word for word in words if re.fullmatch(r"[a-z]+", word)]
+    groups = {"config", "templates"}
+    path = names[:2] if names[0] in groups else names[:1]
+    answer = program(*path, "--help")
+    assert answer.returncode == 0, answer.stderr
+    for option in (word for word in words if word.startswith("--")):
+        assert option in answer.stdout
+
+
+def the_api_has(line: str) -> None:
+    found = re.search(r"http://127\.0\.0\.1:11435(/\S*)", line)
+    assert found, line
+    method = "POST" if "-X POST" in line else "GET"
+    router = compute_router(None)  # type: ignore[arg-type]  # only asked for its paths
+    routes = [route for route in router.routes if isinstance(route, APIRoute)]
+    assert any(method in (route.methods or ()) and route.path_regex.fullmatch(found[1]) for route in routes)
+
+
+def test_every_command_in_the_table_has_its_options() -> None:
+    rows = re.findall(r"^\| `ollama-manager ([^`]+)` \|", README, re.MULTILINE)
+    listed = {re.findall(r"[a-z]+", row)[0] for row in rows}
+    helped = re.search(r"Commands:\n(.*)", program("--help").stdout, re.DOTALL)
+    assert helped
+    assert listed == set(re.findall(r"^  ([a-z]+) ", helped[1], re.MULTILINE))
+    for row in rows:
+        the_command_has_the_options(re.sub(r"[\[\]]", " ", row).split())
+
+
+@pytest.mark.parametrize("text", blocks(README, "yaml"))
+def test_a_configuration_of_the_readme_can_be_used(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    loaded = load_settings(file, environ={"HOME": str(tmp_path)})
+    specs = resolve_instances(loaded, load_templates(loaded.settings))
+    assert [spec.id for spec in specs] == list(yaml.safe_load(text)["instances"])
+
+
+def test_the_configuration_of_the_container_can_be_used(tmp_path: Path) -> None:
+    loaded = load_settings(ROOT / "compose" / "config.yaml", environ={"HOME": str(tmp_path)})
+    assert loaded.settings.server.host == "0.0.0.0"
+    assert loaded.settings.server.key_file == Path("/run/secrets/operator-key")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_within_the_repository_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_does_what_the_readme_shows_and_leaves_nothing() -> None:
+    with nothing_left() as environment:
+        # The environment is the one that runs this test: it is not made anew in the middle of it.
+        result = subprocess.run(
+            ["make", "--old-file=setup", f"BIN={Path(sys.executable).parent}", "demo"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+    (shown,) = blocks(README, "text")
+    assert headings(shown) == headings(result.stdout)
+    assert shell_lines(shown) == shell_lines(result.stdout)
+
+
+@pytest.mark.timeout(300)
+def test_an_interrupted_demo_leaves_nothing() -> None:
+    with (
+        nothing_left() as environment,
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.tools.demo"],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as demo,
+    ):
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if "container demo-ollama-cpu" in line:
+                demo.terminate()
+                break
+        demo.stdout.read()
+        assert demo.wait() == 130
+
+
+def test_what_is_not_installed_is_named_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "which", lambda program: None)
+    with pytest.raises(ToolError, match=r"apt-get install docker\.io gcc libc6-dev"):
+        system.provide([system.DOCKERD, system.COMPILER])
+
+
+def headings(transcript: str) -> list[str]:
+    return re.findall(r"^\d+\. .*$", transcript, re.MULTILINE)
+
+
+def shell_lines(transcript: str) -> list[str]:
+    """The commands that are shown; addresses differ from run to run."""
+    lines = re.findall(r"^ +\$ (.*)$", transcript, re.MULTILINE)
+    return [re.sub(r"\d+\.\d+\.\d+\.\d+:\d+", "ADDRESS", line) for line in lines]
+
+
+@contextmanager
+def nothing_left() -> Iterator[dict[str, str]]:
+    """The environment for a demo, which must leave no process, mount and file of its own behind.
+
+    Its temporary directory, and so its engine's and its daemon's, is one that nobody else has.
+    """
+    with tempfile.TemporaryDirectory(prefix="oem-demo-", dir="/tmp") as directory:
+        yield {**os.environ, "TMPDIR": directory}
+        assert list(processes_with(directory)) == []
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        assert [line for line in mounts if directory in line] == []
+        assert [path.name for path in Path(directory).iterdir() if path.name != "oem-engine.lock"] == []
+
+
+def processes_with(directory: str) -> Iterator[str]:
+    """Processes that name the directory in their command or their environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            texts = [(folder / name).read_bytes() for name in ("cmdline", "environ")]
+        except OSError:
+            continue
+        if any(directory.encode() in text for text in texts):
+            yield f"{folder.name}: {texts[0].decode(errors='replace')}"

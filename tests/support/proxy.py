@@ -1,0 +1,78 @@
+"""Between a daemon and its engine: notes every request, and can keep the event stream to itself."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+import tempfile
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+_REQUEST = re.compile(rb"([A-Z]+) (?:/v[0-9.]+)?(/\S+) HTTP/1\.1\r\n")
+
+
+class EngineProxy:
+    """A context manager that listens on a Unix socket and passes everything on to an engine's.
+
+    Attributes:
+        requests: `METHOD /path` of every request so far, without the version of the API.
+        deaf: keep back every request for events from now on: its connection stays open and silent.
+    """
+
+    def __init__(self, engine_url: str) -> None:
+        self._engine = engine_url.removeprefix("unix://")
+        self._directory = Path(tempfile.mkdtemp(prefix="oem-proxy-"))
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(self._directory / "docker.sock"))
+        self._listener.listen(64)
+        self._open: list[socket.socket] = []
+        self.requests: list[str] = []
+        self.deaf = False
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._directory}/docker.sock"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._accept, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for connection in (self._listener, *self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+            connection.close()
+        shutil.rmtree(self._directory)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+                engine = socket.socket(socket.AF_UNIX)
+                engine.connect(self._engine)
+            except OSError:
+                return
+            self._open += [client, engine]
+            threading.Thread(target=self._pass_on, args=(client, engine, True), daemon=True).start()
+            threading.Thread(target=self._pass_on, args=(engine, client, False), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, sink: socket.socket, is_client: bool) -> None:
+        with suppress(OSError):
+            while chunk := source.recv(65536):
+                request = _REQUEST.match(chunk) if is_client else None
+                if request is not None:
+                    line = f"{request[1].decode()} {request[2].decode()}"
+                    self.requests.append(line)
+                    if self.deaf and line.startswith("GET /events"):
+                        continue
+                sink.sendall(chunk)
+        with suppress(OSError):
+            sink.shutdown(socket.SHUT_WR)
