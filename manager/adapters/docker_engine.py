@@ -132,12 +132,14 @@ class DockerEngine:
             cpu_s=cpu_ns / 1e9,
         )
 
+    async def has_network(self, name: str) -> bool:
+        return await self._call(lambda client: _has_network(client, name))
+
     async def ensure_network(self, name: str) -> None:
         """Create the bridge network `name` unless there is one; never a second of that name."""
 
         def ensure(client: docker.APIClient) -> None:
-            # The engine's name filter matches parts of names.
-            if any(network["Name"] == name for network in client.networks(names=[name])):
+            if _has_network(client, name):
                 return
             try:
                 client.create_network(name, driver="bridge", check_duplicate=True)
@@ -174,11 +176,9 @@ class DockerEngine:
             lambda client: client.pull(repository, tag=tag or "latest", stream=True, decode=True),
             "pull",
         )
-        async for entry in stream.items():
+        async for entry in _naming(image, stream.items()):
             if "error" in entry:
-                raise EngineError(
-                    f"the engine could not pull {image}: {entry['error']}", reason=Reason.IMAGE_MISSING
-                )
+                raise _not_pulled(image, str(entry["error"]))
             detail = entry.get("progressDetail") or {}
             yield PullProgress(
                 status=str(entry.get("status", "")),
@@ -332,6 +332,27 @@ def _post(
 
     with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
+
+
+async def _naming(image: str, items: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
+    """The lines of a pull; a refusal says which image it is about."""
+    try:
+        async for item in items:
+            yield item
+    except EngineUnreachableError:
+        raise
+    except EngineError as error:
+        raise _not_pulled(image, error.message) from error
+
+
+def _not_pulled(image: str, said: str) -> EngineError:
+    remedy = "check its name and whether the engine can reach the registry"
+    return EngineError(f"{image} could not be pulled: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
+
+
+def _has_network(client: docker.APIClient, name: str) -> bool:
+    # The engine's name filter matches parts of names.
+    return any(network["Name"] == name for network in client.networks(names=[name]))
 
 
 def _create(client: docker.APIClient, request: ContainerRequest) -> dict[str, Any]:

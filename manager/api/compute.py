@@ -128,7 +128,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         lines = await fleet.managed(instance_id).logs(query.tail)
         return PlainTextResponse("".join(f"{line}\n" for line in lines))
 
-    @router.post("/reap", response_model=SweepBody, responses=refusals())
+    @router.post("/reap", response_model=SweepBody, responses=refusals(503))
     async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
         """One sweep: stop every instance that is idle past its TTL."""
         swept = [swept_body(entry) for entry in await fleet.reap(dry_run=query.dry_run)]

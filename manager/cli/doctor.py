@@ -204,10 +204,10 @@ def _registry(path: Path, holder: Holder | None) -> Finding:
     if not path.exists():
         return fine("registry", "none yet; the first start makes it")
     # The import costs half a second, and is only needed here.
-    from manager.adapters.registry.opening import _verify  # noqa: PLC0415
+    from manager.adapters.registry.opening import verify  # noqa: PLC0415
 
     try:
-        revision = _verify(path)
+        revision = verify(path)
     except RegistryCorruptError as error:
         command = str(error.details.get("command", ""))
         problem = str(error.details.get("problem", error.message))

@@ -101,7 +101,7 @@ async def _engine(engine: DockerEngine, needs: Needs, cards: tuple[Gpu, ...]) ->
     for image in needs.images:
         yield await _image(engine, image)
     for network in needs.networks:
-        yield await _network(engine.url, network)
+        yield await _network(engine, network)
 
 
 def _engine_remedy(url: str, message: str) -> str:
@@ -135,21 +135,11 @@ async def _image(engine: DockerEngine, image: str) -> Finding:
     return warning("image", f"{image} is missing", f"ollama-manager pull {image} (or: docker pull {image})")
 
 
-async def _network(url: str, name: str) -> Finding:
-    import docker  # noqa: PLC0415
-    from docker.errors import DockerException  # noqa: PLC0415
-
-    def there() -> bool:
-        client = docker.APIClient(base_url=url, version="auto", timeout=int(_LONGEST_WAIT_S))
-        try:
-            return any(one["Name"] == name for one in client.networks(names=[name]))
-        finally:
-            client.close()
-
+async def _network(engine: DockerEngine, name: str) -> Finding:
     try:
-        found = await asyncio.to_thread(there)
-    except (DockerException, OSError) as error:
-        return broken("network", f"{name}: {error}", "look at the engine's log")
+        found = await engine.has_network(name)
+    except EngineError as error:
+        return broken("network", f"{name}: {error.message}", "look at the engine's log")
     return fine("network", name if found else f"{name}, made by the first start")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manager.cli.client import Daemon, Swept
-from manager.cli.failures import DONE, FAILED, complain, printable
+from manager.cli.failures import DONE, FAILED, printable
 from manager.cli.locate import Endpoint, configured_daemon, current_holder, find_daemon, load
 from manager.errors import StateDirHeldError
 
@@ -52,20 +52,13 @@ def reap(url: str | None, config: Path | None, *, dry_run: bool) -> int:
 
 
 def _ask(endpoint: Endpoint, *, dry_run: bool) -> int:
-    daemon = Daemon(endpoint)
-    code = _report(daemon.reap(dry_run=dry_run))
-    instances = daemon.read_instances(daemon.instances_document())
-    away = [one.reason.message for one in instances if one.reason and one.reason.code == "engine_unavailable"]
-    if away:
-        complain(away[0], "nothing was swept; `ollama-manager doctor` says more")
-        return FAILED
-    return code
+    return _report(Daemon(endpoint).reap(dry_run=dry_run))
 
 
 def _sweep(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
     from manager.cli.logs import configure_logging  # noqa: PLC0415
 
-    configure_logging(loaded.settings.log, least="warning")
+    configure_logging(loaded.settings.log, least="error")
     from manager.app import sweep_once  # noqa: PLC0415  (brings the whole daemon along)
 
     swept = asyncio.run(sweep_once(loaded, dry_run=dry_run))

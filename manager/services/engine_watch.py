@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from manager.errors import EngineError
+from manager.errors import EngineError, Reason
 from manager.services.container_run import happens
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class EngineWatch:
 
     def _went_down(self, message: str) -> None:
         if self.up or message != self.trouble:
-            self._world.journal.record("engine_down", detail=message)
+            self._world.journal.record("engine_down", reason=Reason.ENGINE_UNAVAILABLE, detail=message)
         self.trouble = message
         if self.up:
             self.up = False

@@ -258,7 +258,13 @@ class Fleet:
     # --- sweeps and schedules ---
 
     async def reap(self, *, dry_run: bool = False) -> tuple[Swept, ...]:
-        """One sweep of everything idle past its TTL; returns what became of each container instance."""
+        """One sweep of everything idle past its TTL; returns what became of each container instance.
+
+        Raises:
+            EngineUnreachableError: nothing can be stopped now.
+        """
+        if not self.engine.up:
+            raise EngineUnreachableError(self.engine.trouble)
         return tuple(
             await asyncio.gather(*(self._sweep(supervisor, dry_run) for supervisor in self.supervisors()))
         )

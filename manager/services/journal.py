@@ -49,7 +49,8 @@ class Journal:
             id=self._last_id, at=self._utcnow(), instance=instance, kind=kind, reason=reason, detail=detail
         )
         said = {"instance": instance, "reason": reason and reason.value, "detail": detail}
-        _log.info(kind, **{key: value for key, value in said.items() if value})
+        log = _log.info if reason is None else _log.warning
+        log(kind, **{key: value for key, value in said.items() if value})
         self._recent.append(event)
         self._unsaved.append(event)
         self._news.set()

@@ -119,7 +119,9 @@ def read_key(path: Path) -> str:
     if len(key) > _LONGEST_KEY:
         raise _key_refused(path, f"a key of more than {_LONGEST_KEY} characters")
     if len(key) < _GUESSABLE:
-        _log.warning("key_short", path=str(path), remedy=f"use a random key of {_GUESSABLE} characters or more")
+        _log.warning(
+            "key_short", path=str(path), remedy=f"use a random key of {_GUESSABLE} characters or more"
+        )
     # What a header can carry without quoting.
     if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
         raise _key_refused(path, "the key holds a space or something that is not ASCII; expected neither")

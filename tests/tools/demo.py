@@ -108,7 +108,8 @@ def _demonstrate(show: Transcript, home: Path, engine: Engine, client: docker.Do
     with show.timed("the image of the simulated Ollama is built"):
         ensure_simulated_image(client)
     with_gpu = not lacking([COMPILER])
-    environment = _graphics_card(home) if with_gpu else {}
+    # Compiled modules lie where they always do, not in a directory that would stay.
+    environment = {"PYTHONPYCACHEPREFIX": "", **(_graphics_card(home) if with_gpu else {})}
     with Daemon(
         home, _configuration(home, with_gpu=with_gpu), engine_url=engine.url, environment=environment
     ) as daemon:

@@ -44,7 +44,7 @@ def prepare(path: Path) -> None:
     """
     try:
         if path.exists():
-            if _verify(path) != HEAD:
+            if verify(path) != HEAD:
                 _migrate(path)
         else:
             _create(path)
@@ -102,7 +102,7 @@ def translated(
     return refusal(path, str(exc))
 
 
-def _verify(path: Path) -> str:
+def verify(path: Path) -> str:
     """Check the file and return the revision of its schema."""
     with path.open("rb") as file:
         header = file.read(len(_HEADER))

@@ -301,7 +301,7 @@ async def test_an_older_schema_is_brought_up_to_date(path: Path, monkeypatch: py
     with closing(sqlite3.connect(path)) as connection, connection:
         for table in ("alembic_version", *tables.metadata.tables):
             connection.execute(f"DROP TABLE {table}")
-    monkeypatch.setattr(opening, "_verify", lambda _path: "0000")
+    monkeypatch.setattr(opening, "verify", lambda _path: "0000")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     registry = await open_registry(path)
     await registry.save_instance(FULL_ROW)

@@ -1,0 +1,54 @@
+"""A daemon that the tests of one file share, with one instance of each kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.fixtures import making_daemons, new_manager_id
+from tests.support.ollama import RunningOllama, running_ollama
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.daemon import Daemon
+    from tests.support.engine import Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """`cpu` and `second` are containers, `nas` is the external server, `gone` one that nobody answers at."""
+
+    daemon: Daemon
+    nas: RunningOllama
+    manager_id: str
+
+
+@pytest.fixture(scope="module")
+def api(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    manager_id = new_manager_id()
+    with (
+        running_ollama() as nas,
+        making_daemons(engine, tmp_path_factory.mktemp("api"), manager_id) as make,
+    ):
+        instances = {
+            "cpu": {"template": "sim"},
+            "second": {"template": "sim", "ttl_s": 60},
+            "nas": {"driver": "external", "url": nas.url, "device": "cpu"},
+            "gone": {"driver": "external", "url": "http://127.0.0.1:9"},
+        }
+        # The simulated image has no registry: what is allowed to be pulled fails, which is what is tested.
+        daemon = make(instances=instances)
+        yield Api(daemon.start(), nas, manager_id)
+
+
+@pytest.fixture
+def daemon(api: Api) -> Iterator[Daemon]:
+    """The shared daemon with its containers stopped and its overrides undone, before and after."""
+    yield api.daemon
+    for instance in ("cpu", "second"):
+        api.daemon.stopped(instance, force=True)
+        ttl_s = 60 if instance == "second" else 900
+        api.daemon.call("PATCH", f"instances/{instance}", json={"ttl_s": ttl_s, "pinned": False})
