@@ -353,9 +353,8 @@ def test_a_dry_run_asks_for_a_dry_run(daemon: StandInDaemon, run: Run) -> None:
 
 
 def test_reap_is_exit_1_while_the_daemon_has_no_engine(daemon: StandInDaemon, run: Run) -> None:
-    away = {"code": "engine_unavailable", "message": "the engine is away", "log_tail": []}
-    daemon.has(instance("cpu", phase="unavailable", reason=away))
-    daemon.answers[f"POST {API}/reap"] = swept("kept")
+    away = error("engine_unavailable", "the engine is away")
+    daemon.answers[f"POST {API}/reap"] = Answer(away, 503)
     result = run("reap", "--url", daemon.url)
     assert result.exit_code == 1
     assert "error: the engine is away" in result.stderr
