@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 import threading
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import docker
 import requests
@@ -20,21 +18,16 @@ from docker.errors import APIError, DockerException, ImageNotFound, InvalidVersi
 from docker.types import DeviceRequest, LogConfig, Mount
 from docker.utils import parse_repository_tag
 
-from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER
-from manager.domain.instance import ContainerFacts, ContainerStatus
-from manager.errors import (
-    ContainerGoneError,
-    EngineError,
-    EngineUnreachableError,
-    NetworkMissingError,
-    Reason,
-)
-from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, PullProgress
+from manager.adapters import docker_answers as answers
+from manager.domain.container import LABEL_MANAGER
+from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from manager.domain.container import ContainerRequest
+    from manager.domain.instance import ContainerFacts
+    from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, PullProgress
 
 T = TypeVar("T")
 
@@ -55,6 +48,7 @@ class DockerEngine:
         self._timeout_s = timeout_s
         self._idle: list[docker.APIClient] = []
         self._api_version: str | None = None
+        self._networks = asyncio.Lock()
 
     def close(self) -> None:
         """Drop the idle connections; calls that are under way end by themselves."""
@@ -65,29 +59,22 @@ class DockerEngine:
         await self._call(lambda client: client.ping(), timeout_s)
 
     async def info(self) -> EngineInfo:
-        info = await self._call(lambda client: client.info())
-        security = " ".join(info.get("SecurityOptions") or ())
-        return EngineInfo(
-            version=str(info.get("ServerVersion", "")),
-            desktop="Docker Desktop" in str(info.get("OperatingSystem", "")),
-            rootless="name=rootless" in security,
-            runtimes=tuple(info.get("Runtimes") or ()),
-        )
+        return await self._call(lambda client: answers.engine_info(client.info()))
 
     async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]:
         filters = {"label": f"{LABEL_MANAGER}={manager_id}"}
-        found = await self._call(lambda client: client.containers(all=True, filters=filters))
-        return tuple(_listed(entry) for entry in found)
+        return await self._call(
+            lambda client: tuple(map(answers.listed, client.containers(all=True, filters=filters)))
+        )
 
     async def inspect(self, container: str) -> ContainerFacts | None:
         try:
-            return _inspected(await self._call(lambda client: client.inspect_container(container)))
+            return await self._call(lambda client: answers.inspected(client.inspect_container(container)))
         except ContainerGoneError:
             return None
 
     async def create(self, request: ContainerRequest) -> str:
-        created = await self._call(lambda client: _create(client, request))
-        return str(created["Id"])
+        return await self._call(lambda client: str(_create(client, request)["Id"]))
 
     async def start(self, container_id: str) -> None:
         await self._call(lambda client: client.start(container_id))
@@ -111,26 +98,21 @@ class DockerEngine:
                 raise
 
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]:
-        raw: bytes = await self._call(
-            lambda client: client.logs(container_id, stdout=True, stderr=True, tail=tail)
-        )
-        return tuple(raw.decode("utf-8", "replace").splitlines())
+        def read(client: docker.APIClient) -> tuple[str, ...]:
+            raw: bytes = client.logs(container_id, stdout=True, stderr=True, tail=tail)
+            return tuple(raw.decode("utf-8", "replace").splitlines())
+
+        return await self._call(read)
 
     async def counters(self, container_id: str) -> ContainerCounters:
-        def read(client: docker.APIClient) -> dict[str, Any]:
+        def read(client: docker.APIClient) -> ContainerCounters:
             try:
-                stats: dict[str, Any] = client.stats(container_id, stream=False, one_shot=True)
+                stats = client.stats(container_id, stream=False, one_shot=True)
             except InvalidVersion:  # before API 1.41 the engine takes two readings, a second apart
                 stats = client.stats(container_id, stream=False)
-            return stats
+            return answers.counters(stats)
 
-        stats = await self._call(read)
-        networks = (stats.get("networks") or {}).values()
-        cpu_ns = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage") or 0
-        return ContainerCounters(
-            network_bytes=sum(n.get("rx_bytes", 0) + n.get("tx_bytes", 0) for n in networks),
-            cpu_s=cpu_ns / 1e9,
-        )
+        return await self._call(read)
 
     async def has_network(self, name: str) -> bool:
         return await self._call(lambda client: _has_network(client, name))
@@ -147,7 +129,9 @@ class DockerEngine:
                 if error.status_code != requests.codes.conflict:
                     raise
 
-        await self._call(ensure)
+        # One at a time: the engine's own check and its creating are two steps, and two at once make two.
+        async with self._networks:
+            await self._call(ensure)
 
     async def has_image(self, image: str) -> bool:
         try:
@@ -163,29 +147,24 @@ class DockerEngine:
         stream = _Stream(
             lambda: self._connect(timeout_s=None),
             lambda client: client.events(decode=True, filters=filters),
+            answers.event,
+            _refusal,
             "events",
         )
-        async for entry in stream.items():
-            if (event := _event(entry)) is not None:
-                yield event
+        async for event in stream.items():
+            yield event
 
     async def pull(self, image: str) -> AsyncIterator[PullProgress]:
         repository, tag = parse_repository_tag(image)
         stream = _Stream(
             lambda: self._connect(timeout_s=None),
             lambda client: client.pull(repository, tag=tag or "latest", stream=True, decode=True),
+            lambda entry: answers.pull_progress(image, entry),
+            lambda error: answers.not_pulled(image, _said(error)),
             "pull",
         )
-        async for entry in _naming(image, stream.items()):
-            if "error" in entry:
-                raise _not_pulled(image, str(entry["error"]))
-            detail = entry.get("progressDetail") or {}
-            yield PullProgress(
-                status=str(entry.get("status", "")),
-                layer=entry.get("id"),
-                current_bytes=detail.get("current"),
-                total_bytes=detail.get("total"),
-            )
+        async for progress in stream.items():
+            yield progress
 
     async def _call(self, function: Callable[[docker.APIClient], T], timeout_s: float | None = None) -> T:
         deadline_s = timeout_s or self._timeout_s
@@ -254,29 +233,43 @@ class DockerEngine:
         )
 
 
-class _Stream:
-    """Items of a blocking iterator of the SDK, read in a thread, closed when the reader leaves."""
+class _Stream(Generic[T]):
+    """Items of a blocking iterator of the SDK, read in a thread, closed when the reader leaves.
+
+    Args:
+        connect: makes the client that the stream keeps to itself.
+        begin: asks for the stream.
+        convert: what an entry means, None for one that is to be left out; it may raise an EngineError.
+        refused: what a refusal of the whole stream means.
+        name: what the stream has.
+    """
 
     def __init__(
         self,
         connect: Callable[[], docker.APIClient],
         begin: Callable[[docker.APIClient], Any],
+        convert: Callable[[dict[str, Any]], T | None],
+        refused: Callable[[APIError], EngineError],
         name: str,
     ) -> None:
         self._connect = connect
         self._begin = begin
+        self._convert = convert
+        self._refused = refused
         self._name = name
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
+        self._queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
         self._closed = threading.Event()
         self._source: Any = None
 
-    async def items(self) -> AsyncIterator[dict[str, Any]]:
+    async def items(self) -> AsyncIterator[T]:
         threading.Thread(target=self._read, name=f"docker-{self._name}", daemon=True).start()
         try:
             while (item := await self._queue.get()) is not None:
                 if isinstance(item, APIError):
-                    raise _refusal(item) from item
+                    raise self._refused(item) from item
+                if isinstance(item, EngineError):
+                    raise item
                 if isinstance(item, Exception):
                     raise EngineUnreachableError(
                         f"the engine's {self._name} stream failed ({_innermost(item)})"
@@ -296,17 +289,18 @@ class _Stream:
             client = self._connect()
             try:
                 self._source = self._begin(client)
-                for item in self._source:
+                for entry in self._source:
                     if self._closed.is_set():
                         break
-                    self._post(item)
+                    if (item := self._convert(entry)) is not None:
+                        self._post(item)
             finally:
                 client.close()
         except Exception as error:  # noqa: BLE001  (goes to whoever reads the items)
             end = error
         self._post(end)
 
-    def _post(self, item: dict[str, Any] | Exception | None) -> None:
+    def _post(self, item: T | Exception | None) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody reads any more
             self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
@@ -332,22 +326,6 @@ def _post(
 
     with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
-
-
-async def _naming(image: str, items: AsyncIterator[dict[str, Any]]) -> AsyncIterator[dict[str, Any]]:
-    """The lines of a pull; a refusal says which image it is about."""
-    try:
-        async for item in items:
-            yield item
-    except EngineUnreachableError:
-        raise
-    except EngineError as error:
-        raise _not_pulled(image, error.message) from error
-
-
-def _not_pulled(image: str, said: str) -> EngineError:
-    remedy = "check its name and whether the engine can reach the registry"
-    return EngineError(f"{image} could not be pulled: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
 
 
 def _has_network(client: docker.APIClient, name: str) -> bool:
@@ -402,120 +380,12 @@ def _create(client: docker.APIClient, request: ContainerRequest) -> dict[str, An
     return created
 
 
-# The engine's words for a container's state -> what it means for us. `restarting` cannot last, because our
-# containers have no restart policy; a state we do not know is treated as ended, which is looked into.
-_STATUS: dict[str, ContainerStatus] = {
-    "created": "created",
-    "running": "running",
-    "paused": "paused",
-    "restarting": "exited",
-    "removing": "exited",
-    "exited": "exited",
-    "dead": "exited",
-}
-
-
-def _listed(entry: dict[str, Any]) -> ContainerFacts:
-    names = entry.get("Names") or ["/"]
-    networks = (entry.get("NetworkSettings") or {}).get("Networks") or {}
-    return ContainerFacts(
-        id=entry["Id"],
-        name=names[0].lstrip("/"),
-        image=str(entry.get("Image", "")),
-        status=_STATUS.get(str(entry.get("State", "")).lower(), "exited"),
-        labels=dict(entry.get("Labels") or {}),
-        address=_address(networks),
-        exit_code=_exit_code(str(entry.get("Status", ""))),
-    )
-
-
-def _inspected(entry: dict[str, Any]) -> ContainerFacts:
-    state = entry.get("State") or {}
-    config = entry.get("Config") or {}
-    networks = (entry.get("NetworkSettings") or {}).get("Networks") or {}
-    status = _STATUS.get(str(state.get("Status", "")).lower(), "exited")
-    return ContainerFacts(
-        id=entry["Id"],
-        name=str(entry.get("Name", "")).lstrip("/"),
-        image=str(config.get("Image", "")),
-        status=status,
-        labels=dict(config.get("Labels") or {}),
-        address=_address(networks),
-        exit_code=state.get("ExitCode") if status == "exited" else None,
-        out_of_memory=bool(state.get("OOMKilled")),
-        error=str(state.get("Error") or ""),
-        pid=state.get("Pid") or None,
-        started_at=_time(state.get("StartedAt")),
-    )
-
-
-def _address(networks: dict[str, Any]) -> str | None:
-    return next((str(n["IPAddress"]) for n in networks.values() if n.get("IPAddress")), None)
-
-
-_EXITED = re.compile(r"Exited \((\d+)\)")
-
-
-def _exit_code(status: str) -> int | None:
-    match = _EXITED.match(status)
-    return int(match[1]) if match else None
-
-
-def _time(text: str | None) -> datetime | None:
-    """The engine's RFC 3339 time; it writes year 1 for "never"."""
-    if not text or text.startswith("0001-"):
-        return None
-    seconds, _, rest = text.partition(".")
-    fraction = re.match(r"\d*", rest)
-    micros = (fraction[0] if fraction else "")[:6].ljust(6, "0")
-    return datetime.fromisoformat(f"{seconds.removesuffix('Z')}.{micros}").replace(tzinfo=UTC)
-
-
-def _event(entry: dict[str, Any]) -> EngineEvent | None:
-    actor = entry.get("Actor") or {}
-    attributes = actor.get("Attributes") or {}
-    instance = attributes.get(LABEL_INSTANCE)
-    if instance is None or entry.get("Type") != "container":
-        return None
-    exit_code = str(attributes.get("exitCode", ""))
-    return EngineEvent(
-        action=str(entry.get("Action", "")),
-        container_id=str(actor.get("ID", "")),
-        instance=instance,
-        exit_code=int(exit_code) if exit_code.isdigit() else None,
-    )
-
-
-# What an engine says, in the order in which it is looked for -> the reason and what to do about it. The
-# wording was read in moby and in the NVIDIA container toolkit; none of it has an error code of its own.
-_REFUSALS: tuple[tuple[str, Reason, str], ...] = (
-    ("no such image", Reason.IMAGE_MISSING, "pull it with `ollama-manager pull`"),
-    ("manifest unknown", Reason.IMAGE_MISSING, "check the image's name and tag"),
-    ("pull access denied", Reason.IMAGE_MISSING, "check the image's name and tag"),
-    ("is already in use by container", Reason.NAME_CONFLICT, "remove or rename that container"),
-    ("port is already allocated", Reason.PORT_TAKEN, "another container holds the port"),
-    ("address already in use", Reason.PORT_TAKEN, "another program holds the port"),
-    ("ports are not available", Reason.PORT_TAKEN, "another program holds the port"),
-    ("could not select device driver", Reason.GPU_MISSING, "install the NVIDIA container toolkit"),
-    ("unknown device", Reason.GPU_MISSING, "the card is not there; check `nvidia-smi -L`"),
-    ("nvidia-container-cli", Reason.GPU_MISSING, "check the NVIDIA driver with `nvidia-smi`"),
-    ("unresolvable cdi devices", Reason.GPU_MISSING, "check the CDI specification of the NVIDIA driver"),
-    ("no space left on device", Reason.START_FAILED, "free some disk space for the engine"),
-)
-
-
 def _refusal(error: APIError) -> EngineError:
-    said = str(error.explanation or error).strip()
-    lowered = said.lower()
-    for words, reason, remedy in _REFUSALS:
-        if words in lowered:
-            return EngineError(f"{said}: {remedy}", reason=reason)
-    if error.status_code == requests.codes.not_found:
-        if "network" in lowered:
-            return NetworkMissingError(said)
-        if "no such container" in lowered:
-            return ContainerGoneError(said)
-    return EngineError(said or "the engine refused without a word", reason=Reason.START_FAILED)
+    return answers.refusal(error.status_code, _said(error))
+
+
+def _said(error: APIError) -> str:
+    return str(error.explanation or error)
 
 
 def _innermost(error: BaseException) -> str:

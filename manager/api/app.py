@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
 from manager import __version__
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
-from manager.api.gate import Gate
+from manager.api.gate import WITHOUT_KEY, Gate
 from manager.api.health import health_router
 
 if TYPE_CHECKING:
@@ -17,16 +17,40 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
 
+_SECURITY_SCHEMES = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+
 
 def control_api(backend: Backend, *, allowed_hosts: Collection[str], key: str | None) -> FastAPI:
-    app = FastAPI(
+    app = _ControlApi(
         title="Ollama Endpoint Manager",
         version=__version__,
         description="Starts, stops and watches Ollama instances.",
         redirect_slashes=False,
+        wants_key=key is not None,
     )
-    app.include_router(compute_router(backend))
-    app.include_router(health_router(backend))
-    add_error_handlers(app)
+    routers = (compute_router(backend), health_router(backend))
+    for router in routers:
+        app.include_router(router)
+    add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(Gate, allowed_hosts=allowed_hosts, key=key)
     return app
+
+
+class _ControlApi(FastAPI):
+    """Describes the key, which the gate asks for before any route is looked at."""
+
+    def __init__(self, *, wants_key: bool, **options: Any) -> None:
+        super().__init__(**options)
+        self._wants_key = wants_key
+
+    def openapi(self) -> dict[str, Any]:
+        document = super().openapi()
+        if self._wants_key:
+            document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+            document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
+            for path in WITHOUT_KEY:
+                document["paths"][path]["get"]["security"] = []
+        return document

@@ -33,6 +33,20 @@ if TYPE_CHECKING:
 
 _KEEP_ALIVE_S = 15.0
 
+# One event of the stream, as OpenAPI 3.1 describes what is JSON inside a string.
+_EVENT = {
+    "type": "object",
+    "required": ["id", "data"],
+    "properties": {
+        "id": {"type": "string"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": EventBody.model_json_schema(mode="serialization"),
+        },
+    },
+}
+
 
 class _Query(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -120,8 +134,8 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
 
     @router.get(
         "/instances/{instance_id}/logs",
-        response_class=PlainTextResponse,
-        responses=refusals(404, 409, 503),
+        response_class=Response,  # says nothing of the type of errors, which are JSON here too
+        responses={200: text("text/plain"), **refusals(404, 409, 503)},
     )
     async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> PlainTextResponse:
         """The last lines an instance's container wrote; after a stop, the ones that were kept."""
@@ -163,11 +177,11 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.get(
         "/events",
         response_class=StreamingResponse,
-        responses={200: text("text/event-stream"), **refusals()},
+        responses={200: text("text/event-stream", _EVENT), **refusals()},
     )
     async def follow_events(
         _query: Annotated[NoQuery, Query()],
-        last_event_id: Annotated[int | None, Header(ge=0, le=2**62)] = None,
+        last_event_id: Annotated[int, Header(ge=0, le=2**62)] = None,  # type: ignore[assignment]  # noqa: RUF013  (None stands for "left out" and is no value)
     ) -> StreamingResponse:
         """What happens, as server-sent events; `Last-Event-ID` resumes after that event."""
         after = backend.journal.last_id if last_event_id is None else last_event_id

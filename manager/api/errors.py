@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -24,6 +25,7 @@ from manager.errors import (
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import Request
+    from starlette.routing import BaseRoute
 
 _log = structlog.get_logger("api")
 
@@ -42,9 +44,9 @@ def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ErrorBody} for status in (401, 403, 413, 422, *statuses)}
 
 
-def text(media_type: str) -> dict[str, Any]:
+def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     """For the description of a route: an answer that is no JSON document."""
-    return {"content": {media_type: {"schema": {"type": "string"}}}}
+    return {"content": {media_type: {"schema": schema or {"type": "string"}}}}
 
 
 def status_of(error: ManagerError) -> int:
@@ -87,8 +89,13 @@ def manager_error_response(error: ManagerError) -> JSONResponse:
     )
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Every error becomes the documented shape; a traceback goes to the log only."""
+def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
+    """Every error becomes the documented shape; a traceback goes to the log only.
+
+    Args:
+        app: gets the handlers.
+        routes: all that there are, to say which methods a path has.
+    """
 
     @app.exception_handler(ManagerError)
     async def _(_request: Request, error: ManagerError) -> JSONResponse:
@@ -106,15 +113,23 @@ def add_error_handlers(app: FastAPI) -> None:
         )
 
     @app.exception_handler(HTTPException)
-    async def _(_request: Request, error: HTTPException) -> JSONResponse:
+    async def _(request: Request, error: HTTPException) -> JSONResponse:
+        headers = dict(error.headers or {})
         if error.status_code == 400:  # noqa: PLR2004  (the framework's word for a body it cannot decode)
             return error_response(422, "invalid_request", "body: it is not JSON in UTF-8")
+        if error.status_code == 405:  # noqa: PLR2004  (the framework names one of its routes' methods only)
+            headers["Allow"] = ", ".join(_methods(routes, request.url.path))
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
             error.status_code, "http_error"
         )
-        return error_response(error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
+        return error_response(error.status_code, code, str(error.detail), headers=headers)
 
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:
         _log.error("request_failed", path=request.url.path, exc_info=error)
         return error_response(500, "internal_error", "the daemon failed; its log says more")
+
+
+def _methods(routes: list[BaseRoute], path: str) -> list[str]:
+    matching = [route for route in routes if isinstance(route, APIRoute) and route.path_regex.match(path)]
+    return sorted({method for route in matching for method in route.methods or ()})

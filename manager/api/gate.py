@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 MOST_BODY_BYTES = 2**20
-_WITHOUT_KEY = ("/healthz",)
+WITHOUT_KEY = ("/healthz",)
 # A name or a bracketed address, perhaps with the dot of the root, perhaps with a port.
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s\[\]:@/]+?)\.?(?::[0-9]{1,5})?")
 _MOST_DIGITS = 18
@@ -65,7 +65,7 @@ class Gate:
                 return error_response(
                     403, "origin_not_allowed", f"Origin {origin!r} is not in server.allowed_hosts"
                 )
-        if self._key is not None and path not in _WITHOUT_KEY and not self._has_key(headers):
+        if self._key is not None and path not in WITHOUT_KEY and not self._has_key(headers):
             return error_response(
                 401,
                 "key_required",

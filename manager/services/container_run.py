@@ -65,6 +65,9 @@ class ContainerRun:
 
     Args:
         on_container: told of each change of what is known of the container, None once it is gone.
+
+    Attributes:
+        kept_log: the last lines of the last container that was removed and had said something.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class ContainerRun:
         self._instance = instance
         self._limits = limits
         self._on_container = on_container
+        self.kept_log: tuple[str, ...] = ()
 
     async def up(
         self,
@@ -115,8 +119,8 @@ class ContainerRun:
         await self._step("ready")
         return Started(container, endpoint, adopted)
 
-    async def down(self, name: str, watch: Watch, *, at_once: bool) -> tuple[str, ...]:
-        """End the container with SIGTERM, then SIGKILL, and remove it. Returns its last log lines.
+    async def down(self, name: str, watch: Watch, *, at_once: bool) -> None:
+        """End the container with SIGTERM, then SIGKILL, and remove it.
 
         What is there is looked up first: a start that was cancelled may have got further than it could tell.
 
@@ -132,7 +136,7 @@ class ContainerRun:
         container = await engine.inspect(name)
         if container is None or not self._is_ours(container):
             self._on_container(None)
-            return ()
+            return
         if container.status in ("running", "paused") and not at_once:
             await engine.signal(container.id, "SIGTERM")
             await self._step("signalled")
@@ -145,17 +149,21 @@ class ContainerRun:
                         retry_after_s=5,
                     )
             await self._step("ended")
-        tail = await self.log_tail(container.id, _KEPT_LINES)
+        await self._keep_log(container.id)
         await engine.remove(container.id)
         self._on_container(None)
         await self._step("removed")
-        return tail
 
     async def log_tail(self, container_id: str, lines: int = LOG_LINES) -> tuple[str, ...]:
         try:
             return await self._world.engine.logs(container_id, lines)
         except EngineError:
             return ()
+
+    async def _keep_log(self, container_id: str) -> tuple[str, ...]:
+        lines = await self.log_tail(container_id, _KEPT_LINES)
+        self.kept_log = lines or self.kept_log
+        return lines[-LOG_LINES:]
 
     async def _create_and_start(
         self, request: ContainerRequest, carcass: ContainerFacts | None
@@ -279,7 +287,7 @@ class ContainerRun:
     async def _bury(
         self, container: ContainerFacts | None, error: StartFailedError, name: str
     ) -> StartFailedError:
-        tail = await self.log_tail(container.id) if container else ()
+        tail = await self._keep_log(container.id) if container else ()
         await _finish(self._remove_leftover(name))
         return StartFailedError(
             error.message,

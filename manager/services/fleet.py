@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from manager.domain.container import LABEL_INSTANCE, choose_reach, container_name
 from manager.domain.instance import Phase
 from manager.errors import (
+    ConfigurationError,
     ConflictError,
     EngineUnreachableError,
     LimitReachedError,
@@ -54,7 +55,8 @@ class Fleet:
 
     Args:
         members: the configured instances, in order.
-        find_member: makes the instance of a card that was found by itself.
+        find_member: makes the instance of a card that was found by itself; raises ConfigurationError where
+            the configuration has no template for it.
         max_running: how many container instances may run at a time, None for any number.
         own_names: names under which the engine would know the daemon, if it ran in one of its containers.
     """
@@ -81,6 +83,7 @@ class Fleet:
         self._direct = True
         self._containers: dict[str, ContainerFacts] = {}
         self._strangers: set[str] = set()
+        self._unusable: set[str] = set()
         self._ticks: asyncio.Queue[Schedule | None] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
@@ -244,16 +247,25 @@ class Fleet:
             await asyncio.sleep(self._probe_interval_s)
             await self._world.gpus.refresh()
             for instance_id in self._world.gpus.instance_ids():
-                if instance_id not in self._instances and self._tasks is not None:
-                    self._join(self._find_member(self, instance_id), self._tasks)
+                if instance_id not in self._instances and instance_id not in self._unusable:
+                    self._join(instance_id)
 
-    def _join(self, instance: Instance, tasks: asyncio.TaskGroup) -> None:
+    def _join(self, instance_id: str) -> None:
+        """Take a card that was found while running into the fleet."""
+        try:
+            instance = self._find_member(self, instance_id)
+        except ConfigurationError as error:
+            # A card that somebody plugs in must not end a daemon that works without it.
+            self._unusable.add(instance_id)
+            self._world.journal.record("found_unusable", instance=instance_id, detail=error.message)
+            return
         self._instances[instance.id] = instance
         self._world.journal.record("found", instance=instance.id, detail=str(instance.view().gpu_uuid))
         if isinstance(instance, Supervisor) and self.engine.found:
             self._introduce(instance)
             instance.engine_changed(up=self.engine.up)
-        tasks.create_task(instance.run(), name=f"instance {instance.id}")
+        if self._tasks is not None:
+            self._tasks.create_task(instance.run(), name=f"instance {instance.id}")
 
     # --- sweeps and schedules ---
 

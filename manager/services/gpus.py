@@ -230,7 +230,10 @@ class Gpus:
         new = {i: uuid for i, uuid in added.items() if i not in explicit}
         if new:
             # Stored first: a binding that is lost in a crash could come out differently next time.
-            await self._registry.add_bindings(new)
+            try:
+                await self._registry.add_bindings(new)
+            except RegistryUnwritableError:
+                return  # a full disk ends nothing: the next reading binds again
             self._stored |= new
 
     def _lacking(self, instance: str, needed_bytes: int) -> int:

@@ -15,6 +15,7 @@ from manager.domain.registry import Operation
 from manager.domain.shown import shown
 from manager.errors import (
     CancelledByStopError,
+    ContainerGoneError,
     EngineError,
     EngineUnreachableError,
     ManagerError,
@@ -78,7 +79,6 @@ class Supervisor(Instance):
         self._run = ContainerRun(world, spec.id, spec.limits, self._is.set_container)
         self._engine_up = False
         self._ready_at: datetime | None = None
-        self._kept_log: tuple[str, ...] = ()
 
         self._operation: asyncio.Task[None] | None = None
         self._start_is_fresh = False
@@ -187,9 +187,11 @@ class Supervisor(Instance):
             EngineError: there is a container, but the engine does not give them.
         """
         if self._is.container is not None:
-            return await self._world.engine.logs(self._is.container.id, tail)
-        failure = self._is.failure
-        return (self._kept_log or (failure.log_tail if failure else ()))[-tail:]
+            try:
+                return await self._world.engine.logs(self._is.container.id, tail)
+            except ContainerGoneError:
+                pass  # removed meanwhile, and its last lines were kept before
+        return self._run.kept_log[-tail:]
 
     async def configure(self, *, ttl_s: float | None = None, pinned: bool | None = None) -> None:
         """Override the configured TTL or pin; kept across restarts.
@@ -512,8 +514,7 @@ class Supervisor(Instance):
             held = self._world.gpus.holding(self.id)
             gpu = self._world.gpus.gpu_of(self.id) if self.is_gpu else None
             async with self._world.locks.hold(self.id):
-                tail = await self._run.down(self._name, self._is.watch, at_once=self._kill_at_once)
-            self._kept_log = tail or self._kept_log
+                await self._run.down(self._name, self._is.watch, at_once=self._kill_at_once)
             self._is.run_ended()
             if gpu is not None:
                 wait_s = self.spec.limits.vram_wait_s
@@ -608,8 +609,7 @@ class Supervisor(Instance):
                 if facts is not None and facts.status in ALIVE:
                     self._is.look_due = True
                     return
-                tail = await self._run.down(self._name, self._is.watch, at_once=True)
-                self._kept_log = tail or self._kept_log
+                await self._run.down(self._name, self._is.watch, at_once=True)
         except ManagerError as error:
             self._world.journal.record("removal_failed", instance=self.id, detail=error.message)
             self._is.bury_at = self._world.now() + self.spec.limits.resync_interval_s

@@ -11,14 +11,18 @@ import pytest
 import requests
 
 from manager.api.schemas import InstanceBody
+from tests.api.registry import Registry
 from tests.support.daemon import COMPUTE, wait_for
 from tests.support.engine import PrivateEngine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import docker
+
     from tests.api.conftest import Api
     from tests.support.daemon import Daemon
+    from tests.support.engine import Engine
     from tests.support.fixtures import NewDaemon
 
 INSTANCE = {
@@ -69,7 +73,7 @@ def check_shape(body: dict[str, Any]) -> None:
     InstanceBody.model_validate(body)
 
 
-# --- instances --------------------------------------------------------------------------------------------------
+# --- instances ------------------------------------------------------------------------------------
 
 
 def test_the_list_has_every_instance_once_in_the_order_of_the_configuration(daemon: Daemon) -> None:
@@ -151,8 +155,8 @@ def test_an_unknown_instance_is_404_on_every_route_of_an_instance(daemon: Daemon
     ],
 )
 def test_an_unknown_parameter_is_refused_and_named(daemon: Daemon, method: str, path: str) -> None:
-    body = {"json": {}} if method == "PATCH" or path.startswith("pull") else {}
-    error = error_of(daemon.call(method, path, **body), 422)
+    body: dict[str, str] | None = {} if method == "PATCH" or path.startswith("pull") else None
+    error = error_of(daemon.call(method, path, json=body), 422)
     assert error["code"] == "invalid_request"
     name = path.partition("?")[2].partition("=")[0]
     assert error["details"]["fields"] == [
@@ -174,10 +178,10 @@ def test_routes_and_methods_that_do_not_exist_have_the_same_shape_of_error(daemo
     assert error_of(daemon.call("GET", "instances/"), 404)["code"] == "not_found"
     answer = daemon.call("DELETE", "instances/cpu")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
-    assert answer.headers["allow"]
+    assert answer.headers["allow"] == "GET, PATCH"
 
 
-# --- start and stop -----------------------------------------------------------------------------------------------
+# --- start and stop -------------------------------------------------------------------------------
 
 
 def test_start_and_stop_answer_with_the_instance_and_whether_it_changed(daemon: Daemon) -> None:
@@ -232,7 +236,8 @@ def test_a_start_that_fails_is_503_with_the_last_lines_and_stays_readable(new_da
     check_shape(body)
     assert (body["phase"], body["target"], body["endpoint"]) == ("failed", "stopped", None)
     assert body["reason"]["code"] == "container_exited"
-    assert body["reason"]["log_tail"] == error.get("details", {}).get("log_tail", [])
+    assert body["reason"]["message"] == error["message"]
+    assert body["reason"]["log_tail"] == error["details"]["log_tail"] != []
 
 
 def test_a_start_that_takes_too_long_is_504(new_daemon: NewDaemon) -> None:
@@ -269,7 +274,7 @@ def test_while_the_engine_is_away_starts_are_503_and_say_when_to_come_back(new_d
     assert daemon.call("GET", "/healthz").json() == {"status": "ok"}
 
 
-# --- overrides ------------------------------------------------------------------------------------------------------
+# --- overrides ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -340,7 +345,7 @@ def test_overrides_survive_a_restart(new_daemon: NewDaemon) -> None:
     assert (body["ttl_s"], body["pinned"]) == (7, True)
 
 
-# --- sweeps, pulls, logs, cards -----------------------------------------------------------------------------------
+# --- sweeps, pulls, logs, cards -------------------------------------------------------------------
 
 
 def test_a_dry_run_says_what_would_be_stopped_and_stops_nothing(new_daemon: NewDaemon) -> None:
@@ -383,8 +388,6 @@ def test_a_sweep_names_every_container_instance_and_why_it_is_kept(daemon: Daemo
     ],
 )
 def test_an_image_that_is_not_allowed_is_never_pulled(daemon: Daemon, image: object) -> None:
-    if image is None:
-        pytest.skip("null means all configured images")
     error = error_of(daemon.call("POST", "pull", json={"image": image}), 422)
     assert error["code"] == "invalid_request"
     assert "image" in error["message"]
@@ -393,6 +396,39 @@ def test_an_image_that_is_not_allowed_is_never_pulled(daemon: Daemon, image: obj
 def test_a_pull_that_fails_before_it_began_is_an_error_status(daemon: Daemon) -> None:
     answer = daemon.call("POST", "pull", json={"image": "ollama-manager/simulated:none"})
     assert error_of(answer, 503)["code"] in {"image_missing", "start_failed", "engine_unavailable"}
+
+
+def test_a_pull_tells_its_progress_as_ndjson_and_ends_with_done(
+    new_daemon: NewDaemon, engine: Engine, docker_client: docker.DockerClient
+) -> None:
+    if not isinstance(engine, PrivateEngine):
+        pytest.skip("only a private engine reaches a registry on this machine")
+    with Registry() as registry:
+        image = f"{registry.address}/pulled:1"
+        daemon = new_daemon(config={"allow": {"images": ["ollama-manager/simulated:*", image]}}).start()
+        answer = daemon.call("POST", "pull", json={"image": image})
+    assert answer.status_code == 200
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    lines = [json.loads(line) for line in answer.text.splitlines()]
+    assert len(lines) > 2
+    assert all(set(line) <= {"status", "image", "layer", "current_bytes", "total_bytes"} for line in lines)
+    assert all(line["image"] == image for line in lines[:-1])
+    assert lines[-1] == {"status": "done"}
+    docker_client.images.remove(docker_client.images.get(image).id, force=True)
+
+
+def test_a_pull_that_breaks_half_way_ends_with_an_error_line(new_daemon: NewDaemon, engine: Engine) -> None:
+    if not isinstance(engine, PrivateEngine):
+        pytest.skip("only a private engine reaches a registry on this machine")
+    with Registry(broken=True) as registry:
+        image = f"{registry.address}/pulled:2"
+        daemon = new_daemon(config={"allow": {"images": ["ollama-manager/simulated:*", image]}}).start()
+        answer = daemon.call("POST", "pull", json={"image": image})
+    assert answer.status_code == 200
+    *progress, last = [json.loads(line) for line in answer.text.splitlines()]
+    assert progress
+    assert set(last) == {"error"}
+    assert {"code", "message"} <= set(last["error"])
 
 
 def test_logs_are_plain_text_as_many_lines_as_asked_for(daemon: Daemon) -> None:
@@ -417,7 +453,7 @@ def test_without_a_driver_the_list_of_cards_is_empty_and_says_why(daemon: Daemon
     assert body["error"]["code"] in {"library_missing", "driver_not_loaded"}
 
 
-# --- events ------------------------------------------------------------------------------------------------------------
+# --- events ---------------------------------------------------------------------------------------
 
 
 def follow(daemon: Daemon, last_event_id: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -460,34 +496,25 @@ def test_last_event_id_resumes_after_that_event(daemon: Daemon) -> None:
             break
 
 
-def test_without_last_event_id_only_what_happens_from_now_on_is_told(daemon: Daemon) -> None:
-    before = daemon.events()[-1]["id"]
+def first_event(daemon: Daemon, last_event_id: str | None) -> int:
+    """The id of the first event that a stream brings while an instance is started and stopped."""
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: next(follow(daemon)))
-        wait_for(
-            lambda: (
-                daemon.begin("cpu", "start").ok
-                and first.done()
-                or daemon.begin("cpu", "stop").ok
-                and first.done()
-            )
-        )
-        assert first.result()[1]["id"] > before
+        first = pool.submit(lambda: next(follow(daemon, last_event_id)))
+        while not first.done():
+            daemon.started("cpu")
+            daemon.stopped("cpu")
+        number: int = first.result()[1]["id"]
+        return number
+
+
+def test_without_last_event_id_only_what_happens_from_now_on_is_told(daemon: Daemon) -> None:
+    before: int = daemon.events()[-1]["id"]
+    assert first_event(daemon, None) > before
 
 
 def test_an_event_id_of_the_future_does_not_hide_what_happens(daemon: Daemon) -> None:
     """It belongs to a registry that is no more: whoever reconnects with it must hear of what comes."""
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(lambda: next(follow(daemon, str(2**40))))
-        wait_for(
-            lambda: (
-                daemon.begin("cpu", "start").ok
-                and first.done()
-                or daemon.begin("cpu", "stop").ok
-                and first.done()
-            )
-        )
-        assert first.result()[1]["id"] < 2**40
+    assert first_event(daemon, str(2**40)) < 2**40
 
 
 @pytest.mark.parametrize("number", ["x", "-1", "1.5", str(2**70)])
@@ -505,7 +532,7 @@ def test_event_ids_go_on_after_a_restart_and_old_events_are_still_there(new_daem
     assert after[len(before)]["id"] == before[-1]["id"] + 1
 
 
-# --- health, metrics, description -----------------------------------------------------------------------------------
+# --- health, metrics, description -----------------------------------------------------------------
 
 
 def test_readyz_turns_503_when_the_engine_goes_and_200_when_it_is_back(
@@ -560,7 +587,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
     assert page.headers["content-type"].startswith("text/html")
 
 
-# --- external instances -------------------------------------------------------------------------------------------------
+# --- external instances ---------------------------------------------------------------------------
 
 
 def test_an_external_instance_is_listed_probed_and_ready(api: Api, daemon: Daemon) -> None:

@@ -13,8 +13,8 @@ import time
 from typing import TYPE_CHECKING
 
 from tests.bench.crash import crash_detection
-from tests.bench.idle import idle_cost
-from tests.bench.rig import MeasurementError, open_rig
+from tests.bench.idle import RUNNING, idle_cost
+from tests.bench.rig import INSTANCES, MeasurementError, open_rig
 from tests.bench.starts import start_many, start_to_ready
 from tests.bench.status import calls_that_change_nothing, frozen_engine, list_latency
 from tests.bench.table import Row, rendered
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
     from tests.bench.rig import Rig
 
-PARTS: dict[str, Callable[[Rig], list[Row]]] = {
-    "idle": idle_cost,
+# Idle cost is that of as many instances as run; everything else is measured with many.
+WITH_FEW: dict[str, Callable[[Rig], list[Row]]] = {"idle": idle_cost}
+WITH_MANY: dict[str, Callable[[Rig], list[Row]]] = {
     "start": start_to_ready,
     "crash": crash_detection,
     "calls": calls_that_change_nothing,
@@ -37,9 +38,10 @@ PARTS: dict[str, Callable[[Rig], list[Row]]] = {
 
 
 def main(wanted: list[str]) -> int:
-    unknown = set(wanted) - set(PARTS)
+    known = [*WITH_FEW, *WITH_MANY]
+    unknown = set(wanted) - set(known)
     if unknown:
-        print(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(PARTS)}", file=sys.stderr)
+        print(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(known)}", file=sys.stderr)
         return 2
     obstacles = private_engine_obstacles()
     if obstacles:
@@ -48,10 +50,9 @@ def main(wanted: list[str]) -> int:
     began = time.monotonic()
     rows: list[Row] = []
     try:
-        with open_rig() as rig:
-            for name in wanted or PARTS:
-                print(f"measuring: {name} …", file=sys.stderr, flush=True)
-                rows += PARTS[name](rig)
+        for parts, instances in ((WITH_FEW, RUNNING), (WITH_MANY, INSTANCES)):
+            names = [name for name in parts if not wanted or name in wanted]
+            rows += _measured({name: parts[name] for name in names}, instances)
     except (MeasurementError, EngineError, AssertionError) as error:
         print(f"could not measure: {error}", file=sys.stderr)
         return 1
@@ -60,6 +61,17 @@ def main(wanted: list[str]) -> int:
     print(rendered(rows))
     print(f"\n{os.cpu_count()} cores, Python {platform.python_version()}, load {load}, {spent_s:.0f} s")
     return 0
+
+
+def _measured(parts: dict[str, Callable[[Rig], list[Row]]], instances: int) -> list[Row]:
+    if not parts:
+        return []
+    rows: list[Row] = []
+    with open_rig(instances) as rig:
+        for name, measure in parts.items():
+            print(f"measuring: {name} …", file=sys.stderr, flush=True)
+            rows += measure(rig)
+    return rows
 
 
 if __name__ == "__main__":

@@ -13,29 +13,29 @@ from tests.bench.table import Row, at_most
 if TYPE_CHECKING:
     from tests.bench.rig import Rig
 
-_RUNNING = 8
+RUNNING = 8
 _SETTLE_S = 3.0
 _WATCHED_S = 30.0
 
 
 def idle_cost(rig: Rig) -> list[Row]:
     """Processor time over half a minute and resident memory at its end, children included."""
-    rig.start(ids(_RUNNING))
+    rig.start(ids(RUNNING))
     time.sleep(_SETTLE_S)
     before_s, began = _cpu_s(rig.pid), time.monotonic()
     time.sleep(_WATCHED_S)
     share = (_cpu_s(rig.pid) - before_s) / (time.monotonic() - began)
     resident = sum(_resident_bytes(pid) for pid in _family(rig.pid))
     threads = len(list(Path(f"/proc/{rig.pid}/task").iterdir()))
-    rig.stop(ids(_RUNNING))
+    rig.stop(ids(RUNNING))
     return [
         at_most(
-            f"idle CPU with {_RUNNING} running instances, of one core",
+            f"idle CPU with {RUNNING} running instances, of one core",
             share * 100,
             1,
             " %",
             digits=2,
-            beside=f"{share * 1e6 / _RUNNING:.0f} us/s an instance over {_WATCHED_S:g} s",
+            beside=f"{share * 1e6 / RUNNING:.0f} us/s an instance over {_WATCHED_S:g} s",
         ),
         at_most("idle resident memory", resident / 2**20, 120, " MiB", beside=f"{threads} threads"),
     ]

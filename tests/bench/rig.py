@@ -1,4 +1,4 @@
-"""What is measured: a daemon with default settings on an engine of its own, and a client that costs little."""
+"""What is measured: a daemon with default settings on an engine of its own, and a cheap client."""
 
 from __future__ import annotations
 
@@ -8,20 +8,23 @@ import json
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-import docker
 from docker.types import IPAMConfig, IPAMPool
 
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.daemon import COMPUTE, Daemon
 from tests.support.engine import PrivateEngine
 from tests.support.fixtures import write_templates
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import docker
 
 INSTANCES = 64
 NETWORK = "ollama-manager"
@@ -37,7 +40,7 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """`i00` … `i63` are the instances; all are stopped between measurements."""
+    """All instances are stopped between measurements."""
 
     engine: PrivateEngine
     docker: docker.DockerClient
@@ -133,7 +136,8 @@ def wait_for_version(address: str) -> None:
 
 
 @contextmanager
-def open_rig() -> Iterator[Rig]:
+def open_rig(instances: int = INSTANCES) -> Iterator[Rig]:
+    """An engine and a daemon with so many instances, called `i00` and so on."""
     with PrivateEngine() as engine, tempfile.TemporaryDirectory(prefix="bench-") as home:
         client = engine.client()
         ensure_simulated_image(client)
@@ -142,7 +146,7 @@ def open_rig() -> Iterator[Rig]:
             "manager_id": MANAGER_ID,
             "gpus": "none",
             "templates": {"dir": str(write_templates(Path(home, "templates"), {}))},
-            "instances": {id_: {"template": "sim"} for id_ in ids(INSTANCES)},
+            "instances": {id_: {"template": "sim"} for id_ in ids(instances)},
         }
         with Daemon(Path(home, "daemon"), config, engine_url=engine.url) as daemon:
             daemon.start()

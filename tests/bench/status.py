@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from tests.bench.rig import INSTANCES, Client, MeasurementError, ids
-from tests.bench.sampler import sampling
+from tests.bench.sampler import sampling, talking
 from tests.bench.table import Row, at_most, percentile
-from tests.support.daemon import COMPUTE
+from tests.support.daemon import COMPUTE, free_port
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.bench.rig import Rig
 
 _LIST = f"{COMPUTE}/instances"
-_FLOOR = "/healthz"
-_WORKERS = 4
+_WORKERS = 1
 _ROLLING_S = 20.0
 _CALM_S = 5.0
 _FROZEN_S = 12.0
@@ -26,16 +28,15 @@ _CALLS = 500
 
 
 def list_latency(rig: Rig) -> list[Row]:
-    """GET /instances with 64 instances: in peace, while they go up and down, and when all start at once."""
-    calm = _sampled(rig, lambda: time.sleep(_CALM_S))
-    rolling = _sampled(rig, lambda: _roll(rig))
-    storm = _sampled(rig, lambda: rig.start(ids(INSTANCES)))
-    ended = _sampled(rig, lambda: rig.stop(ids(INSTANCES)))
-    rows = [_latency_row(f"list of {INSTANCES}, all stopped: p99", calm)]
-    rows.append(_latency_row(f"list of {INSTANCES}, {_WORKERS} at a time going up and down: p99", rolling))
-    rows.append(_latency_row(f"list of {INSTANCES}, all started at once: p99", storm))
-    rows.append(_latency_row(f"list of {INSTANCES}, all stopped at once: p99", ended))
-    return rows
+    """GET /instances with 64 instances: in peace, while they go up and down, and when all do so at once."""
+    every = ids(INSTANCES)
+    return [
+        _list_row(rig, "all stopped", lambda: time.sleep(_CALM_S)),
+        _list_row(rig, "one after the other started and stopped", lambda: _roll(rig)),
+        _list_row(rig, "all started at once", lambda: rig.start(every)),
+        _list_row(rig, "all running", lambda: time.sleep(_CALM_S)),
+        _list_row(rig, "all stopped at once", lambda: rig.stop(every)),
+    ]
 
 
 def calls_that_change_nothing(rig: Rig) -> list[Row]:
@@ -66,22 +67,34 @@ def frozen_engine(rig: Rig) -> list[Row]:
     rig.start(ids(8))
     rig.engine.pause()
     try:
-        with sampling(rig.daemon.port, _LIST, seconds=_FROZEN_S) as found:
+        with sampling(f"{rig.daemon.port}{_LIST}", seconds=_FROZEN_S) as found:
             time.sleep(_FROZEN_S)
     finally:
         rig.engine.resume()
     rig.daemon.wait_until_ready(60)
     rig.stop(ids(8))
-    spent = found.milliseconds[_LIST]
+    (spent,) = found.milliseconds.values()
     beside = f"p50 {statistics.median(spent):.1f} ms, {len(spent)} calls in {_FROZEN_S:g} s"
     return [at_most("list while the engine is frozen: the slowest", max(spent), 50, " ms", beside=beside)]
 
 
-def _sampled(rig: Rig, meanwhile: object) -> dict[str, list[float]]:
-    assert callable(meanwhile)
-    with sampling(rig.daemon.port, _LIST, _FLOOR) as found:
+def _list_row(rig: Rig, what: str, meanwhile: Callable[[], object]) -> Row:
+    """The list's latency while something is done, beside that of a bare responder with as many bytes."""
+    with Client(rig.daemon.port) as client:
+        size = len(client.get(_LIST)[1])
+    port = free_port()
+    listing, bare = f"{rig.daemon.port}{_LIST}", f"{port}/"
+    with (
+        talking([sys.executable, "-m", "tests.bench.responder", str(port), str(size)]),
+        sampling(listing, bare) as found,
+    ):
         meanwhile()
-    return found.milliseconds
+    spent, floor = found.milliseconds[listing], found.milliseconds[bare]
+    beside = (
+        f"p50 {statistics.median(spent):.1f}, {len(spent)} calls; a bare responder beside it: "
+        f"p50 {statistics.median(floor):.1f}, p99 {percentile(floor, 0.99):.1f} ms"
+    )
+    return at_most(f"list of {INSTANCES}, {what}: p99", percentile(spent, 0.99), 5, " ms", beside=beside)
 
 
 def _roll(rig: Rig) -> None:
@@ -107,12 +120,3 @@ def _roll(rig: Rig) -> None:
         thread.join()
     if failed:
         raise failed[0]
-
-
-def _latency_row(what: str, found: dict[str, list[float]]) -> Row:
-    spent, floor = found[_LIST], found[_FLOOR]
-    beside = (
-        f"p50 {statistics.median(spent):.1f} ms, {len(spent)} calls; "
-        f"{_FLOOR} beside it p50 {statistics.median(floor):.1f}, p99 {percentile(floor, 0.99):.1f} ms"
-    )
-    return at_most(what, percentile(spent, 0.99), 5, " ms", beside=beside)

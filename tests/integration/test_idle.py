@@ -103,6 +103,7 @@ async def test_leases_and_sweeps_that_alternate_find_every_moment_of_a_stop(new_
     stops = 0
     for delay_ms in (0, 2, 5, 10, 15, 20, 30, 50, 100, 200):
         (await cpu.lease()).release()
+        await until(lambda: cpu.idle)
         sweeping = asyncio.create_task(inside.fleet.reap())
         await asyncio.sleep(delay_ms / 1000)
         with await cpu.lease() as lease:
@@ -146,7 +147,7 @@ async def test_looking_neither_starts_nor_extends_anything(
     assert stopped.explanation is None
     assert lived_s(inside, "cpu") >= 1.5
     before = polls
-    await until(lambda: polls >= before + 5)
+    await until(lambda: polls >= before + 5 or polling.done())
     assert not polling.done()
     polling.cancel()
     assert engine_events.count("cpu", "create") == 1
@@ -206,6 +207,18 @@ async def test_a_lease_that_outlives_its_container_is_still_given_back(new_insid
     new.release()
     await until(lambda: inside.phase("cpu") == "stopped")
     assert cpu.in_flight == 0
+
+
+async def test_sweeps_that_come_while_a_stop_is_slow_do_not_ask_for_it_again(new_inside: NewInside) -> None:
+    inside = await new_inside(
+        instances={"deaf": {"template": "deaf", "ttl_s": 0.05}},
+        templates={"deaf": {"env": {"OLLAMA_SIM_SHUTDOWN_S": "-1"}}},
+        lifecycle={"probe_interval_s": 0.05, "stop_timeout_s": 2},
+    )
+    await inside.get("deaf").start()
+    await until(lambda: inside.phase("deaf") == "stopped")
+    assert inside.kinds("deaf").count("stopping") == 1
+    assert inside.moments("deaf", "stopped")[0] - inside.moments("deaf", "stopping")[0] >= 2
 
 
 async def test_two_sweeps_at_once_make_one_stop(new_inside: NewInside) -> None:

@@ -200,6 +200,29 @@ async def test_a_container_that_ended_before_anyone_looked_is_told_as_ended(
     assert any("simulated crash at start" in line for line in caught.value.log_tail)
 
 
+async def test_the_log_shown_after_a_failed_start_is_that_of_the_container_that_failed(
+    new_inside: NewInside, docker_client: docker.DockerClient, manager_id: str
+) -> None:
+    inside = await new_inside()
+    cpu = inside.get("cpu")
+    await cpu.start()
+    running = await cpu.logs(100)
+    await cpu.stop()
+    assert (await cpu.logs(100))[: len(running)] == running
+    gate = inside.steps.hold("cpu", "started")
+    starting = asyncio.create_task(cpu.start())
+    await gate.reached()
+    container = docker_client.containers.get(f"{manager_id}-ollama-cpu")
+    await until(lambda: b"Listening" in container.logs())
+    container.kill()
+    gate.open()
+    with pytest.raises(StartFailedError, match="exit code 137") as caught:
+        await starting
+    assert caught.value.log_tail
+    assert await cpu.logs(100) == caught.value.log_tail
+    assert await cpu.logs(1) == caught.value.log_tail[-1:]
+
+
 async def test_a_container_that_is_removed_during_the_health_wait_fails_the_start_at_once(
     new_inside: NewInside, docker_client: docker.DockerClient, manager_id: str, engine_events: EngineEvents
 ) -> None:

@@ -96,7 +96,7 @@ class Daemon:
         """Write the configuration file anew; the next start reads it."""
         server = {"port": self.port, **config.get("server", {})}
         state = {"dir": str(self.state_dir), **config.get("state", {})}
-        text = yaml.safe_dump({**config, "server": server, "state": state})
+        text = yaml.safe_dump({**config, "server": server, "state": state}, sort_keys=False)
         self.config_file.write_text(text, encoding="utf-8")
 
     def start(self, *, die_at: str | None = None, until_ready: bool = True) -> Self:

@@ -1,0 +1,172 @@
+"""What the answers of a Docker Engine mean for us. No SDK and no I/O in here."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from manager.domain.container import LABEL_INSTANCE
+from manager.domain.instance import ContainerFacts, ContainerStatus
+from manager.errors import ContainerGoneError, EngineError, NetworkMissingError, Reason
+from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, PullProgress
+from manager.wire.ollama import read_time
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+_NOT_FOUND = 404
+
+# The engine's words for a container's state -> what it means for us. `restarting` cannot last, because our
+# containers have no restart policy; a state we do not know is treated as ended, which is looked into.
+_STATUS: dict[str, ContainerStatus] = {
+    "created": "created",
+    "running": "running",
+    "paused": "paused",
+    "restarting": "exited",
+    "removing": "exited",
+    "exited": "exited",
+    "dead": "exited",
+}
+
+
+def engine_info(info: dict[str, Any]) -> EngineInfo:
+    security = " ".join(info.get("SecurityOptions") or ())
+    return EngineInfo(
+        version=str(info.get("ServerVersion", "")),
+        desktop="Docker Desktop" in str(info.get("OperatingSystem", "")),
+        rootless="name=rootless" in security,
+        runtimes=tuple(info.get("Runtimes") or ()),
+    )
+
+
+def listed(entry: dict[str, Any]) -> ContainerFacts:
+    names = entry.get("Names") or ["/"]
+    networks = (entry.get("NetworkSettings") or {}).get("Networks") or {}
+    return ContainerFacts(
+        id=entry["Id"],
+        name=names[0].lstrip("/"),
+        image=str(entry.get("Image", "")),
+        status=_STATUS.get(str(entry.get("State", "")).lower(), "exited"),
+        labels=dict(entry.get("Labels") or {}),
+        address=_address(networks),
+        exit_code=_exit_code(str(entry.get("Status", ""))),
+    )
+
+
+def inspected(entry: dict[str, Any]) -> ContainerFacts:
+    state = entry.get("State") or {}
+    config = entry.get("Config") or {}
+    networks = (entry.get("NetworkSettings") or {}).get("Networks") or {}
+    status = _STATUS.get(str(state.get("Status", "")).lower(), "exited")
+    return ContainerFacts(
+        id=entry["Id"],
+        name=str(entry.get("Name", "")).lstrip("/"),
+        image=str(config.get("Image", "")),
+        status=status,
+        labels=dict(config.get("Labels") or {}),
+        address=_address(networks),
+        exit_code=state.get("ExitCode") if status == "exited" else None,
+        out_of_memory=bool(state.get("OOMKilled")),
+        error=str(state.get("Error") or ""),
+        pid=state.get("Pid") or None,
+        started_at=_time(state.get("StartedAt")),
+    )
+
+
+def _address(networks: dict[str, Any]) -> str | None:
+    return next((str(n["IPAddress"]) for n in networks.values() if n.get("IPAddress")), None)
+
+
+_EXITED = re.compile(r"Exited \((\d+)\)")
+
+
+def _exit_code(status: str) -> int | None:
+    match = _EXITED.match(status)
+    return int(match[1]) if match else None
+
+
+def _time(text: Any) -> datetime | None:
+    """The engine writes year 1 for "never"."""
+    time = read_time(text)
+    return time if time is not None and time.year > 1 else None
+
+
+def counters(stats: dict[str, Any]) -> ContainerCounters:
+    networks = (stats.get("networks") or {}).values()
+    cpu_ns = ((stats.get("cpu_stats") or {}).get("cpu_usage") or {}).get("total_usage") or 0
+    return ContainerCounters(
+        network_bytes=sum(n.get("rx_bytes", 0) + n.get("tx_bytes", 0) for n in networks),
+        cpu_s=cpu_ns / 1e9,
+    )
+
+
+def event(entry: dict[str, Any]) -> EngineEvent | None:
+    """None for one that is not about a container of an instance."""
+    actor = entry.get("Actor") or {}
+    attributes = actor.get("Attributes") or {}
+    instance = attributes.get(LABEL_INSTANCE)
+    if instance is None or entry.get("Type") != "container":
+        return None
+    exit_code = str(attributes.get("exitCode", ""))
+    return EngineEvent(
+        action=str(entry.get("Action", "")),
+        container_id=str(actor.get("ID", "")),
+        instance=instance,
+        exit_code=int(exit_code) if exit_code.isdigit() else None,
+    )
+
+
+def pull_progress(image: str, entry: dict[str, Any]) -> PullProgress:
+    """One line of a pull's progress.
+
+    Raises:
+        EngineError: the line says that the pull has failed.
+    """
+    if "error" in entry:
+        raise not_pulled(image, str(entry["error"]))
+    detail = entry.get("progressDetail") or {}
+    return PullProgress(
+        status=str(entry.get("status", "")),
+        layer=entry.get("id"),
+        current_bytes=detail.get("current"),
+        total_bytes=detail.get("total"),
+    )
+
+
+def not_pulled(image: str, said: str) -> EngineError:
+    """Whatever the engine said of a pull that failed, what is missing is the image."""
+    remedy = "check its name and whether the engine can reach the registry"
+    return EngineError(f"{image} could not be pulled: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
+
+
+# What an engine says, in the order in which it is looked for -> the reason and what to do about it. The
+# wording was read in moby and in the NVIDIA container toolkit; none of it has an error code of its own.
+_REFUSALS: tuple[tuple[str, Reason, str], ...] = (
+    ("no such image", Reason.IMAGE_MISSING, "pull it with `ollama-manager pull`"),
+    ("manifest unknown", Reason.IMAGE_MISSING, "check the image's name and tag"),
+    ("pull access denied", Reason.IMAGE_MISSING, "check the image's name and tag"),
+    ("is already in use by container", Reason.NAME_CONFLICT, "remove or rename that container"),
+    ("port is already allocated", Reason.PORT_TAKEN, "another container holds the port"),
+    ("address already in use", Reason.PORT_TAKEN, "another program holds the port"),
+    ("ports are not available", Reason.PORT_TAKEN, "another program holds the port"),
+    ("could not select device driver", Reason.GPU_MISSING, "install the NVIDIA container toolkit"),
+    ("unknown device", Reason.GPU_MISSING, "the card is not there; check `nvidia-smi -L`"),
+    ("nvidia-container-cli", Reason.GPU_MISSING, "check the NVIDIA driver with `nvidia-smi`"),
+    ("unresolvable cdi devices", Reason.GPU_MISSING, "check the CDI specification of the NVIDIA driver"),
+    ("no space left on device", Reason.START_FAILED, "free some disk space for the engine"),
+)
+
+
+def refusal(status: int | None, said: str) -> EngineError:
+    """The error for a call that the engine refused with that HTTP status and in those words."""
+    said = said.strip() or "the engine refused without a word"
+    lowered = said.lower()
+    for words, reason, remedy in _REFUSALS:
+        if words in lowered:
+            return EngineError(f"{said}: {remedy}", reason=reason)
+    if status == _NOT_FOUND:
+        if "network" in lowered:
+            return NetworkMissingError(said)
+        if "no such container" in lowered:
+            return ContainerGoneError(said)
+    return EngineError(said, reason=Reason.START_FAILED)

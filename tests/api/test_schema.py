@@ -1,0 +1,109 @@
+"""The daemon does what its own description says, with data that fits it and data that does not.
+
+schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; four things are
+helped along:
+
+- Ids are made from those there are as well as at random, or hardly a request would get past 404.
+- Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
+- The stream of events has no end: it is read until it falls silent for a moment.
+- Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
+  ends in its documented 503; that one succeeds is a test of its own.
+"""
+
+from __future__ import annotations
+
+import stat
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, settings
+
+from manager.api.app import control_api
+from tests.support.fixtures import making_daemons, new_manager_id
+from tests.support.ollama import running_ollama
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.support.daemon import Daemon
+    from tests.support.engine import Engine
+
+KEY = "correct-horse-battery-staple-0123456789"
+IDS = ["cpu", "nas", "gone"]
+ALLOWED_IMAGE = "^ollama-manager/simulated:[a-z0-9]{1,20}$"
+SILENCE_S = 0.3
+EXAMPLES = 60
+UNKNOWN_HEADER = "x-schemathesis-unknown-property"
+
+
+def description() -> dict[str, Any]:
+    """What the daemon says of itself; it does not depend on what is configured, but for the key."""
+    nothing = SimpleNamespace(fleet=None)
+    return control_api(nothing, allowed_hosts=(), key=KEY).openapi()  # type: ignore[arg-type]
+
+
+def narrowed(document: dict[str, Any]) -> dict[str, Any]:
+    """What no schema can know: which ids there are, and which images the operator allows."""
+    for path in document["paths"].values():
+        for operation in path.values():
+            for parameter in operation.get("parameters", []):
+                if parameter["in"] == "path":
+                    parameter["schema"] = {"anyOf": [{"enum": IDS}, {"type": "string", "minLength": 1}]}
+    image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
+    document["components"]["schemas"]["PullRequest"]["properties"]["image"] = image
+    return document
+
+
+CONFIG = schemathesis.Config.from_dict(
+    {
+        "generation": {"with-security-parameters": False},
+        # These two are documented where they can happen, which is another check; 500 never is.
+        "checks": {"not_a_server_error": {"expected-statuses": ["2xx", "3xx", "4xx", "503", "504"]}},
+    }
+)
+schema = schemathesis.openapi.from_dict(narrowed(description()), config=CONFIG)
+
+
+@pytest.fixture(scope="module")
+def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    home = tmp_path_factory.mktemp("schema")
+    key_file = home / "key"
+    key_file.write_text(KEY)
+    key_file.chmod(stat.S_IRUSR)
+    with running_ollama() as nas, making_daemons(engine, home, new_manager_id()) as make:
+        daemon = make(
+            instances={
+                "cpu": {"template": "sim"},
+                "nas": {"driver": "external", "url": nas.url},
+                "gone": {"driver": "external", "url": "http://127.0.0.1:9"},
+            },
+            config={"server": {"key_file": str(key_file)}},
+        ).start(until_ready=False)
+        daemon.wait_until_alive()
+        yield daemon
+
+
+def test_the_description_is_the_daemons_own(daemon: Daemon) -> None:
+    assert daemon.call("GET", "/openapi.json", headers={"X-API-Key": KEY}).json() == description()
+
+
+@schema.parametrize()
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+def test_the_daemon_does_what_it_says(case: schemathesis.Case[Any], daemon: Daemon) -> None:
+    if UNKNOWN_HEADER in case.headers:
+        return
+    timeout = (5, SILENCE_S) if case.operation.path.endswith("/events") else 30
+    case.call_and_validate(base_url=daemon.url, headers={"X-API-Key": KEY}, timeout=timeout)
+
+
+def test_no_request_of_these_was_answered_with_a_defect(daemon: Daemon) -> None:
+    assert "Traceback" not in daemon.log()
+    assert "request_failed" not in daemon.log()
