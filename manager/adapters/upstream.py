@@ -51,8 +51,9 @@ class AiohttpUpstream:
 
     async def answers(self, url: str, timeout_s: float) -> bool:
         try:
-            async with asyncio.timeout(timeout_s), self._client.get(url) as answer:
-                return answer.ok
+            async with asyncio.timeout(timeout_s), self._client.get(url, allow_redirects=False) as answer:
+                await _body(answer)  # headers alone may come from a server that has stalled
+                return _is_success(answer)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             return False
 
@@ -91,10 +92,11 @@ class AiohttpUpstream:
 
     async def _get(self, url: str) -> tuple[Any, int]:
         """The JSON at `url` (None when it is none), and about how many bytes that moved both ways."""
-        async with self._client.get(url) as answer:
-            raw = await answer.content.read(_MOST_BYTES)
+        # Ollama redirects nobody; a server that does is not asked to be followed to wherever it likes.
+        async with self._client.get(url, allow_redirects=False) as answer:
+            raw = await _body(answer)
             wire_bytes = len(raw) + len(url) + 2 * _HEAD_BYTES + _SEGMENTS_PER_REQUEST * _SEGMENT_BYTES
-            if not answer.ok:
+            if not _is_success(answer):
                 return None, wire_bytes
             try:
                 return json.loads(raw), wire_bytes
@@ -112,3 +114,21 @@ def _plainly(error: Exception) -> str:
     """What the system said, without the library's frame around it."""
     system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     return getattr(system, "strerror", None) or str(system) or type(system).__name__
+
+
+def _is_success(answer: aiohttp.ClientResponse) -> bool:
+    return 200 <= answer.status < 300  # noqa: PLR2004
+
+
+async def _body(answer: aiohttp.ClientResponse) -> bytes:
+    """The whole body, which may come in any number of pieces.
+
+    Raises:
+        ValueError: it is longer than any that is expected.
+    """
+    body = bytearray()
+    async for piece in answer.content.iter_any():
+        body += piece
+        if len(body) > _MOST_BYTES:
+            raise ValueError(f"more than {_MOST_BYTES} bytes")
+    return bytes(body)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import to_json
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from manager.api.errors import manager_error_response, refusals, text
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from manager.api.backend import Backend
 
 _KEEP_ALIVE_S = 15.0
+
+# Several times as fast as pydantic is with plain values.
+_encode = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 # One event of the stream, as OpenAPI 3.1 describes what is JSON inside a string.
 _EVENT = {
@@ -75,7 +78,8 @@ class LogsQuery(_Query):
 
 def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
     # Built from our own data: serialised once, not validated again.
-    return Response(to_json(body), status_code=status, media_type="application/json")
+    text = _encode(body) if isinstance(body, dict) else body.model_dump_json()
+    return Response(text, status_code=status, media_type="application/json")
 
 
 def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function for each route, none of them long)

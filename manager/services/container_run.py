@@ -94,6 +94,8 @@ class ContainerRun:
     ) -> Started:
         """Create and start the container, or take over the one that runs, and wait until it answers.
 
+        One that is paused is taken over as it is.
+
         Raises:
             NameConflictError: a container that is not ours has the name; it was not touched.
             StartFailedError: it ended, or did not answer in time; nothing of it is left.
@@ -110,7 +112,9 @@ class ContainerRun:
             if container.status not in ("running", "paused"):
                 raise self._death(request.name, container)  # sooner than anyone could look
             endpoint = self._endpoint(request, container, reach)
-            await self._until_ready(container, endpoint + ready_path, watch)
+            # One that is paused cannot answer, and may be so for long: the probes say how it goes on.
+            if not (adopted and watch.paused):
+                await self._until_ready(container, endpoint + ready_path, watch)
         except StartFailedError as error:
             raise await self._bury(container, error, request.name) from error
         except ManagerError:

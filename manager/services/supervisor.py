@@ -78,6 +78,7 @@ class Supervisor(Instance):
         self._usage = UsageWatch(world, self)
         self._run = ContainerRun(world, spec.id, spec.limits, self._is.set_container)
         self._engine_up = False
+        self._dormant = False
         self._ready_at: datetime | None = None
 
         self._operation: asyncio.Task[None] | None = None
@@ -214,12 +215,18 @@ class Supervisor(Instance):
 
     def first_listing(self, facts: ContainerFacts | None) -> None:
         """Take in what the engine listed at the daemon's start, together with what was stored before."""
-        self._is.first_listing(self._mine(facts), self._row.operation)
+        mine = self._mine(facts)
+        if self._world.resume_idle_clock and (mine is None or mine.status not in ALIVE):
+            # A sweep starts nothing, and finishes no start: what was stored is for the next daemon.
+            self._dormant = True
+            self._is.move(Fact.FOUND_ABSENT)
+            return
+        self._is.first_listing(mine, self._row.operation)
         self._wake.set()
 
     def prewarm(self) -> None:
         """Start with the daemon, unless something is going on already."""
-        if self._is.intent is None and self._is.phase in (Phase.STOPPED, Phase.FAILED):
+        if not self._dormant and self._is.intent is None and self._is.phase in (Phase.STOPPED, Phase.FAILED):
             self._is.target = Target.RUNNING
             self._is.intent = Operation.START
             self._wake.set()
@@ -290,6 +297,11 @@ class Supervisor(Instance):
         limits = self.spec.limits
         wanted = self.ttl_s / 4 if self.ttl_s > 0 else limits.resync_interval_s
         return min(limits.resync_interval_s, max(limits.probe_interval_s / 4, wanted))
+
+    @property
+    def coming_probe_bytes(self) -> int:
+        limits = self.spec.limits
+        return (int(limits.resync_interval_s / limits.probe_interval_s) + 2) * self._last_probe_bytes
 
     @property
     def probed_endpoint(self) -> str | None:
@@ -364,7 +376,7 @@ class Supervisor(Instance):
         stopping = self._is.intent is Operation.STOP
         return Situation(
             now=self._world.now(),
-            engine_up=self._engine_up,
+            engine_up=self._engine_up and not self._dormant,
             target=self._is.target,
             phase=self._is.phase,
             intent=self._is.intent,
@@ -687,6 +699,8 @@ class Supervisor(Instance):
         self._is.pinned = self.spec.pinned if pinned is None else pinned
 
     async def _save(self) -> None:
+        if self._dormant:
+            return
         row = replace(
             self._row,
             target=self._is.target,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.idle import UsageSample, was_used
 from manager.errors import EngineError
+from manager.services.ports import ContainerCounters
 
 if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts, Model
@@ -34,6 +35,11 @@ class Watched(Protocol):
         ...
 
     @property
+    def coming_probe_bytes(self) -> int:
+        """What our probes may move until the state is stored again."""
+        ...
+
+    @property
     def in_flight(self) -> int: ...
     def used(self) -> None: ...
 
@@ -50,15 +56,18 @@ class UsageWatch:
         self._watched = watched
         self._last: UsageSample | None = None
         self._leased = False
+        self._unwatched = False
         self._restarted = asyncio.Event()
 
     def restart(self, stored: UsageSample | None) -> None:
         """The container is a new one, or new to us.
 
         Args:
-            stored: an earlier sample of the same container in wall-clock time, to go on from.
+            stored: an earlier sample of the same container in wall-clock time, to go on from. Without one
+                whatever is done before the first sample counts as use, since nobody can tell.
         """
         self._last = None
+        self._unwatched = stored is None
         if stored is not None:
             ago_s = self._world.utcnow().timestamp() - stored.at
             self._last = replace(stored, at=self._world.now() - ago_s)
@@ -69,11 +78,21 @@ class UsageWatch:
         self._leased = True
 
     def stored(self) -> UsageSample | None:
-        """The last sample in wall-clock time, for whoever sweeps without this daemon."""
+        """The last sample in wall-clock time, for whoever sweeps without this daemon.
+
+        Its bytes are those that there will be if nobody but us talks to the server until this is stored
+        again: a daemon that dies before that must not look like a user.
+        """
         if self._last is None:
             return None
         ago_s = self._world.now() - self._last.at
-        return replace(self._last, at=round(self._world.utcnow().timestamp() - ago_s, 3))
+        since = self._watched.own_bytes - self._last.own_bytes + self._watched.coming_probe_bytes
+        return replace(
+            self._last,
+            at=round(self._world.utcnow().timestamp() - ago_s, 3),
+            network_bytes=self._last.network_bytes + since,
+            own_bytes=self._last.own_bytes + since,
+        )
 
     async def run(self) -> None:
         while True:
@@ -97,21 +116,33 @@ class UsageWatch:
         try:
             counters = await self._world.engine.counters(container.id)
         except EngineError:
-            return
+            counters = None
         if self._watched.ready_container is not container:
             return
-        sample = UsageSample(
-            at=self._world.now(),
-            network_bytes=counters.network_bytes,
-            own_bytes=self._watched.own_bytes,
-            cpu_s=counters.cpu_s,
-            expirations=tuple((model.name, model.expires_at) for model in self._watched.models),
-        )
-        last, self._last = self._last, sample
+        last, self._last = self._last, self._sample(counters)
+        sample = self._last
         leased, self._leased = self._leased or self._watched.in_flight > 0, False
+        unwatched, self._unwatched = self._unwatched, False
+        if unwatched and not leased:
+            self._watched.used()
         if last is None or leased:
             return
         # A probe that was under way has moved bytes which are not counted as ours yet.
         allowance = max(probing, self._watched.probe_bytes)
         if was_used(last, replace(sample, own_bytes=sample.own_bytes + allowance)):
             self._watched.used()
+
+    def _sample(self, counters: ContainerCounters | None) -> UsageSample:
+        """What is known now. Counters that the engine does not tell stand still: the next ones catch up."""
+        last = self._last
+        own_bytes = self._watched.own_bytes
+        if counters is None:
+            counters = ContainerCounters(last.network_bytes, last.cpu_s) if last else ContainerCounters(0, 0)
+            own_bytes = last.own_bytes if last else own_bytes
+        return UsageSample(
+            at=self._world.now(),
+            network_bytes=counters.network_bytes,
+            own_bytes=own_bytes,
+            cpu_s=counters.cpu_s,
+            expirations=tuple((model.name, model.expires_at) for model in self._watched.models),
+        )

@@ -23,7 +23,7 @@ class Registry:
     """A context manager.
 
     Args:
-        broken: the image is listed and half of its layer comes, then the connection ends.
+        broken: the image is listed, but its layer is denied, which engines do not try again.
     """
 
     def __init__(self, *, broken: bool = False) -> None:
@@ -62,23 +62,22 @@ class Registry:
                 _, _, tail = self.path.rpartition("/")
                 if "/manifests/" in self.path:
                     self._send(manifest, _MANIFEST)
+                elif broken and tail == _digest(packed):
+                    denied = {"errors": [{"code": "DENIED", "message": "the layer is denied"}]}
+                    self._send(json.dumps(denied).encode(), "application/json", 403)
                 elif tail in blobs:
-                    self._send(
-                        blobs[tail], "application/octet-stream", half=broken and tail == _digest(packed)
-                    )
+                    self._send(blobs[tail], "application/octet-stream")
                 else:
                     self._send(b"{}", "application/json")
 
-            def _send(self, body: bytes, kind: str, *, half: bool = False) -> None:
-                self.send_response(200)
+            def _send(self, body: bytes, kind: str, status: int = 200) -> None:
+                self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.send_header("Docker-Content-Digest", _digest(body))
                 self.end_headers()
                 if self.command == "GET":
-                    self.wfile.write(body[: len(body) // 2] if half else body)
-                if half:
-                    self.close_connection = True
+                    self.wfile.write(body)
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.address = f"127.0.0.1:{self._server.server_port}"

@@ -383,7 +383,6 @@ def test_a_sweep_names_every_container_instance_and_why_it_is_kept(daemon: Daemo
         "",
         "ollama-manager/simulated:a b",
         "../x",
-        None,
         7,
     ],
 )
@@ -414,7 +413,8 @@ def test_a_pull_tells_its_progress_as_ndjson_and_ends_with_done(
     assert all(set(line) <= {"status", "image", "layer", "current_bytes", "total_bytes"} for line in lines)
     assert all(line["image"] == image for line in lines[:-1])
     assert lines[-1] == {"status": "done"}
-    docker_client.images.remove(docker_client.images.get(image).id, force=True)
+    docker_client.images.get(image)
+    docker_client.images.remove(image, force=True)
 
 
 def test_a_pull_that_breaks_half_way_ends_with_an_error_line(new_daemon: NewDaemon, engine: Engine) -> None:

@@ -209,6 +209,11 @@ def test_the_daemon_in_a_container_starts_reaches_and_adopts_instances_and_leave
         assert requests.get(f"http://127.0.0.1:{it.port}{COMPUTE}/instances", timeout=5).status_code == 401
         assert requests.get(f"http://127.0.0.1:{it.port}/healthz", timeout=5).status_code == 200
 
+        # The command line works beside it: it finds the daemon and its key.
+        for command in ("status", "doctor"):
+            answer = it.daemon().exec_run(["ollama-manager", command])
+            assert answer.exit_code == 0, answer.output
+
         # The card is read through NVML, and an instance is bound to it by its UUID.
         devices = it.daemon().attrs["HostConfig"]["DeviceRequests"]
         assert [request["Capabilities"] for request in devices] == [[["utility"]]]

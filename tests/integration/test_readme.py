@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,13 +20,15 @@ from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
+import requests
 import yaml
 from fastapi.routing import APIRoute
 
 from manager.api.compute import compute_router
 from manager.settings import load_settings, load_templates, resolve_instances
-from tests.support.daemon import ROOT
-from tests.tools import system
+from tests.support.daemon import ROOT, free_port, wait_for
+from tests.support.engine import PrivateEngine, private_engine_obstacles
+from tests.tools import run, system
 from tests.tools.console import ToolError
 
 if TYPE_CHECKING:
@@ -177,6 +181,70 @@ def test_an_interrupted_demo_leaves_nothing() -> None:
                 break
         demo.stdout.read()
         assert demo.wait() == 130
+
+
+@pytest.mark.timeout(300)
+def test_make_run_serves_the_simulated_ollama_and_says_so_where_the_real_one_cannot_be_had(
+    unconnected_engine: PrivateEngine, tmp_path: Path
+) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("OLLAMA_MANAGER_")},
+        "DOCKER_HOST": unconnected_engine.url,
+        "XDG_STATE_HOME": str(tmp_path),
+    }
+    log = tmp_path / "log"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.tools.run", "--port", str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        wait_for(lambda: process.poll() is not None or answers(f"{url}/readyz"), within_s=90)
+        assert "SIMULATED OLLAMA" in log.read_text(encoding="utf-8")
+        for command in ("start", "stop"):
+            answer = program("--url", url, command, "cpu")
+            assert answer.returncode == 0, answer.stderr + log.read_text(encoding="utf-8")
+        process.send_signal(signal.SIGINT)  # Ctrl-C
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    assert unconnected_engine.client().containers.list(all=True) == []
+
+
+def test_a_pull_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_NO_PROGRESS_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        why = run._pull(f"tcp://127.0.0.1:{silent.getsockname()[1]}", "ollama/ollama:latest")
+    assert why == "no progress for 0.2 s"
+
+
+@pytest.fixture
+def unconnected_engine() -> Iterator[PrivateEngine]:
+    """An engine that reaches no registry, whatever this machine does: nothing listens at its proxy."""
+    if private_engine_obstacles():
+        pytest.skip("; ".join(private_engine_obstacles()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+        engine = PrivateEngine()
+        engine.__enter__()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).ok
+    except requests.RequestException:
+        return False
 
 
 def test_what_is_not_installed_is_named_with_its_packages(monkeypatch: pytest.MonkeyPatch) -> None:

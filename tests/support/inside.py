@@ -120,8 +120,9 @@ def write_configuration(
     templates: Mapping[str, Mapping[str, Any]],
     lifecycle: Mapping[str, Any],
     timeout_s: float = 30,
+    config: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A configuration file for a daemon with its state below `home`."""
+    """A configuration file for a daemon with its state below `home`; `config` has other sections."""
     directory = write_templates(home / "templates", templates)
     text = yaml.safe_dump(
         {
@@ -132,6 +133,7 @@ def write_configuration(
             "gpus": "none",
             "instances": dict(instances),
             "lifecycle": {**FAST, **lifecycle},
+            **(config or {}),
         }
     )
     file = home / "config.yaml"
@@ -208,6 +210,7 @@ class NewInside:
         templates: Mapping[str, Mapping[str, Any]] | None = None,
         lifecycle: Mapping[str, Any] | None = None,
         timeout_s: float = 30,
+        config: Mapping[str, Any] | None = None,
         engine_url: str | None = None,
     ) -> Inside:
         file = write_configuration(
@@ -218,6 +221,7 @@ class NewInside:
             templates=templates or {},
             lifecycle=lifecycle or {},
             timeout_s=timeout_s,
+            config=config,
         )
         return await self._stack.enter_async_context(run_inside(file))
 

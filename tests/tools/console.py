@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-_WIDTH = 78
-
 
 class ToolError(Exception):
     """The tool cannot go on; the message says why and what to do."""
@@ -17,7 +15,8 @@ def say(text: str) -> None:
 
 def banner(*lines: str) -> None:
     """Something that must not be overlooked."""
-    edge = "!" * _WIDTH
-    body = "\n".join(f"!!  {line:<{_WIDTH - 8}}  !!" for line in lines)
+    width = max(map(len, lines))
+    edge = "!" * (width + 8)
+    body = "\n".join(f"!!  {line:<{width}}  !!" for line in lines)
     colour, plain = ("\033[1;33m", "\033[0m") if sys.stderr.isatty() else ("", "")
     say(f"\n{colour}{edge}\n{body}\n{edge}{plain}\n")

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import yaml
 from manager.settings import packaged_templates
 from tests.nvml import standin
 from tests.simulated.image import IMAGE, ensure_simulated_image
-from tests.support.daemon import Daemon
+from tests.support.daemon import Daemon, wait_for
 from tests.support.engine import NoEngineError, PrivateEngine, acquire_engine
 from tests.tools.console import ToolError, say
 from tests.tools.system import COMPILER, DOCKERD, IP, IPTABLES, lacking, provide
@@ -148,7 +148,7 @@ def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with
         stopped = daemon.wait_for_phase("cpu", "stopped", within_s=_TTL_S + 15)
     _expect(stopped["container"] is None, "cpu has no container")
     _expect(f"{_MANAGER_ID}-ollama-cpu" not in _containers(client), "the container of cpu is removed")
-    told = [event for event in daemon.events() if event["instance"] == "cpu" and event["kind"] == "stopped"]
+    told = wait_for(lambda: _stops_of_cpu(daemon))
     _expect(len(told) == 1, "the stop is among the events, once")
     show.result(f"the event says: {told[0]['detail']}")
 
@@ -158,6 +158,13 @@ def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with
     _expect(_containers(client) == [], "no container is left")
     with show.timed("the daemon has ended in order"):
         _expect(daemon.stop() == 0, "the daemon exits 0")
+
+
+def _stops_of_cpu(daemon: Daemon) -> list[dict[str, Any]]:
+    """Empty as well while the daemon is slow to answer, for the stream is read until it falls silent."""
+    with suppress(requests.Timeout):
+        return [one for one in daemon.events() if (one["instance"], one["kind"]) == ("cpu", "stopped")]
+    return []
 
 
 def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient) -> None:

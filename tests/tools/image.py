@@ -84,7 +84,7 @@ def fill_context(python: str, architecture: str) -> None:
     machine = _ARCHITECTURES.get(architecture)
     if machine is None:
         raise ToolError(f"no wheels for {architecture}; known: {', '.join(_ARCHITECTURES)}")
-    uv = os.environ.get("UV", "uv")
+    uv = _uv()
     lock = CONTEXT / "requirements.txt"
     say("collecting wheels ...")
     _run(
@@ -110,6 +110,14 @@ def fill_context(python: str, architecture: str) -> None:
     _run(uv, "build", "--quiet", "--wheel", "--out-dir", str(wheels), str(ROOT))
     for leftover in wheels.glob(".*"):
         leftover.unlink()
+
+
+def _uv() -> str:
+    """The uv that make has chosen, else one that is there."""
+    for candidate in (os.environ.get("UV", ""), "uv", str(ROOT / ".build" / "uv" / "bin" / "uv")):
+        if candidate and shutil.which(candidate, path=f"{os.environ.get('PATH', '')}:{ROOT}"):
+            return candidate
+    raise ToolError("there is no uv; `make setup` brings one")
 
 
 def _pip(uv: str) -> Path:

@@ -9,9 +9,12 @@ import argparse
 import os
 import shutil
 import sys
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import docker
 import requests
@@ -25,6 +28,9 @@ from manager.settings import Settings, load_settings, load_templates, packaged_t
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.tools.console import ToolError, banner, say
 from tests.tools.system import provide_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / ".build" / "run"
@@ -53,22 +59,22 @@ def main() -> int:
 
 def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
     """Have the images in the engine; returns what the daemon's environment needs to get along without."""
-    with closing(docker.DockerClient(base_url=settings.engine.url, timeout=_NO_PROGRESS_S)) as client:
+    url = settings.engine.url
+    with closing(docker.DockerClient(base_url=url)) as client:
         missing = [image for image in sorted(images) if not _has(client, image)]
-        trouble = {image: why for image in missing if (why := _pull(client, image)) is not None}
+        trouble = {image: why for image in missing if (why := _pull(url, image)) is not None}
         for image, why in trouble.items():
             say(f"{image} cannot be had: {why}")
         if not any(parse_repository_tag(image)[0] == _OLLAMA for image in trouble):
             return {}
         say("building the simulated Ollama ...")
-    with closing(docker.DockerClient(base_url=settings.engine.url)) as client:
         ensure_simulated_image(client)
     directory = _simulated_templates(settings.templates.dir or packaged_templates())
     banner(
         "SIMULATED OLLAMA",
         "",
-        "The image of Ollama cannot be pulled from here, so a stand-in serves in",
-        "its place. Everything works, but no model thinks: answers are filler text.",
+        "The image of Ollama cannot be pulled from here, so a stand-in serves in its",
+        "place. Everything works, but no model thinks: answers are filler text.",
         "",
         "Once a registry can be reached, end this and say `make run` again.",
     )
@@ -83,14 +89,16 @@ def _has(client: docker.DockerClient, image: str) -> bool:
     return True
 
 
-def _pull(client: docker.DockerClient, image: str) -> str | None:
+def _pull(url: str, image: str) -> str | None:
     """Pull an image; why that did not work, None when it did."""
     say(f"pulling {image} ...")
-    repository, tag = parse_repository_tag(image)
+    lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+    # The SDK has no deadline for a pull; a thread that still waits ends when this program becomes the daemon.
+    threading.Thread(target=_read_pull, args=(url, image, lines.put), daemon=True).start()
     layers: dict[str, tuple[int, int]] = {}
     said_at = time.monotonic()
     try:
-        for line in client.api.pull(repository, tag or "latest", stream=True, decode=True):
+        while (line := lines.get(timeout=_NO_PROGRESS_S)) is not None:
             if "error" in line:
                 return str(line["error"])
             detail = line.get("progressDetail") or {}
@@ -100,11 +108,22 @@ def _pull(client: docker.DockerClient, image: str) -> str | None:
                 done, total = (sum(column) for column in zip(*layers.values(), strict=True))
                 say(f"  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
                 said_at = time.monotonic()
-    except (requests.ConnectionError, requests.Timeout, HTTPError):
+    except Empty:
         return f"no progress for {_NO_PROGRESS_S} s"
-    except DockerException as error:
-        return str(getattr(error, "explanation", None) or error)
-    return None if _has(client, image) else "the pull ended without the image"
+    return None
+
+
+def _read_pull(url: str, image: str, put: Callable[[dict[str, Any] | None], None]) -> None:
+    """Put every line of a pull, then None; an error is a line with the key `error`."""
+    repository, tag = parse_repository_tag(image)
+    try:
+        with closing(docker.DockerClient(base_url=url)) as client:
+            for line in client.api.pull(repository, tag or "latest", stream=True, decode=True):
+                put(line)
+            client.images.get(image)  # a pull that ends early says nothing
+    except (DockerException, requests.RequestException, HTTPError) as error:
+        put({"error": getattr(error, "explanation", None) or error})
+    put(None)
 
 
 def _simulated_templates(source: Path) -> Path:

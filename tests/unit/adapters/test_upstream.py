@@ -1,0 +1,196 @@
+"""Probes against servers that answer in every way but the usual one."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import time
+from contextlib import asynccontextmanager, suppress
+from threading import Thread
+from typing import TYPE_CHECKING
+
+import pytest
+
+from manager.adapters.upstream import AiohttpUpstream
+from manager.errors import Reason, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+VERSION = b'{"version": "0.24.0"}'
+TIMEOUT_S = 5.0
+SHORT_S = 0.2
+
+
+def head(length: int | None, status: str = "200 OK", *more: str) -> bytes:
+    lines = [f"HTTP/1.1 {status}", "Content-Type: application/json", *more]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def answer(body: bytes, status: str = "200 OK", *more: str) -> list[bytes]:
+    return [head(len(body), status, *more) + body]
+
+
+class Server(socketserver.ThreadingTCPServer):
+    """Sends the pieces that a path is given, each on its own; then nothing, or the end with `hang_up`."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.pieces: dict[str, list[bytes]] = {"/api/version": answer(VERSION)}
+        self.hang_up = False
+        self.asked: list[str] = []
+
+
+class _Connection(socketserver.StreamRequestHandler):
+    disable_nagle_algorithm = True
+    server: Server
+
+    def handle(self) -> None:
+        with suppress(OSError):
+            while request := self.rfile.readline():
+                path = request.split()[1].decode()
+                self.server.asked.append(path)
+                while self.rfile.readline() not in (b"\r\n", b""):
+                    pass
+                for piece in self.server.pieces.get(path, answer(b"404 page not found", "404 Not Found")):
+                    self.wfile.write(piece)
+                    time.sleep(0.001)  # lets the other end read this piece before the next one is sent
+                if self.server.hang_up:
+                    return
+
+
+@asynccontextmanager
+async def probing() -> AsyncIterator[tuple[AiohttpUpstream, Server]]:
+    with Server() as server:
+        serving = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        try:
+            async with AiohttpUpstream() as upstream:
+                yield upstream, server
+        finally:
+            server.shutdown()
+            serving.join()
+
+
+async def test_a_body_in_many_pieces_is_read_to_its_end() -> None:
+    models = [{"name": f"model-{number}:latest", "digest": "0" * 64} for number in range(500)]
+    body = json.dumps({"models": models}).encode()
+    async with probing() as (upstream, server):
+        pieces = [body[start : start + 4096] for start in range(0, len(body), 4096)]
+        server.pieces["/api/tags"] = [head(len(body)), *pieces]
+        server.pieces["/api/ps"] = [head(len(body)), body[:1], body[1:]]
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
+    assert told.available == tuple(model["name"] for model in models)
+    assert told.loaded is not None
+    assert len(told.loaded) == 500
+    assert told.wire_bytes > 2 * len(body)
+
+
+async def test_only_what_was_asked_for_is_asked_of_the_server() -> None:
+    async with probing() as (upstream, server):
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
+        assert server.asked == ["/api/version"]
+    assert (told.version, told.loaded, told.available) == ("0.24.0", None, None)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"not JSON", b"[]", b'{"models": null}', b'{"models": [1]}', b"\xff\xfe"]
+)
+async def test_an_odd_list_is_no_list_and_no_error(body: bytes) -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/ps"] = server.pieces["/api/tags"] = answer(body)
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
+    assert told.loaded in (None, ())
+    assert told.available in (None, ())
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        answer(b'{"name": "somebody else"}'),
+        answer(b"Ollama is running"),
+        answer(VERSION, "500 Internal Server Error"),
+        answer(VERSION, "302 Found", "Location: /elsewhere"),
+    ],
+)
+async def test_a_server_that_does_not_answer_as_ollama_does_is_unhealthy(pieces: list[bytes]) -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/version"] = pieces
+        server.pieces["/elsewhere"] = answer(VERSION)
+        with pytest.raises(UnavailableError) as caught:
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
+        assert server.asked == ["/api/version"]  # a redirect is not followed
+    assert caught.value.reason is Reason.INSTANCE_UNHEALTHY
+
+
+@pytest.mark.parametrize(
+    "pieces", [[], [b"HTTP/1.1 200 OK\r\n"], [head(len(VERSION))], [head(len(VERSION)), VERSION[:5]]]
+)
+async def test_a_server_that_stalls_at_any_point_is_unhealthy_at_the_deadline(pieces: list[bytes]) -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/version"] = pieces
+        with pytest.raises(UnavailableError, match=r"did not answer within 0\.2 s") as caught:
+            await upstream.probe(server.url, timeout_s=SHORT_S, models=False, tags=False)
+        assert caught.value.reason is Reason.INSTANCE_UNHEALTHY
+        assert not await upstream.answers(f"{server.url}/api/version", SHORT_S)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [b"SSH-2.0-OpenSSH_9.2\r\n"],
+        [b""],
+        [head(len(VERSION)), VERSION[:5]],
+        [head(9 * 2**20), bytes(9 * 2**20)],
+    ],
+)
+async def test_a_server_that_breaks_off_or_never_ends_is_unreachable(pieces: list[bytes]) -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/version"] = pieces
+        server.hang_up = True
+        with pytest.raises(UnavailableError, match="cannot be reached") as caught:
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
+        assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
+        assert not await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
+
+
+async def test_nobody_there_is_unreachable() -> None:
+    async with probing() as (upstream, server):
+        pass
+    async with AiohttpUpstream() as upstream:
+        with pytest.raises(UnavailableError) as caught:
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
+        assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
+        assert not await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (answer(VERSION), True),
+        (answer(b"anything", "201 Created"), True),
+        (answer(b"", "302 Found", "Location: /api/version"), False),
+        (answer(b"", "404 Not Found"), False),
+        (answer(b"", "503 Service Unavailable"), False),
+    ],
+)
+async def test_only_a_complete_2xx_is_an_answer(pieces: list[bytes], expected: bool) -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/ready"] = pieces
+        assert await upstream.answers(f"{server.url}/ready", TIMEOUT_S) is expected
+
+
+async def test_a_url_that_is_none_is_no_answer() -> None:
+    async with AiohttpUpstream() as upstream:
+        assert not await upstream.answers("http://[::1/", SHORT_S)
+
+
+async def test_outside_its_context_it_is_a_defect_to_use_it() -> None:
+    with pytest.raises(RuntimeError, match="outside its context"):
+        await AiohttpUpstream().probe("http://127.0.0.1", timeout_s=SHORT_S, models=False, tags=False)
