@@ -146,7 +146,7 @@ class DockerEngine:
         filters = {"type": "container", "label": f"{LABEL_MANAGER}={manager_id}"}
         stream = _Stream(
             lambda: self._connect(timeout_s=None),
-            lambda client: client.events(decode=True, filters=filters),
+            lambda client: _begin_events(client, filters),
             answers.event,
             _refusal,
             "events",
@@ -326,6 +326,13 @@ def _post(
 
     with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(settle)
+
+
+def _begin_events(client: docker.APIClient, filters: dict[str, str]) -> Any:
+    stream = client.events(decode=True, filters=filters)
+    # Before the SDK's iterator (7.2) does: it takes a refusal, whose exception is an OSError, for the end.
+    client._raise_for_status(stream._response)  # noqa: SLF001
+    return stream
 
 
 def _has_network(client: docker.APIClient, name: str) -> bool:

@@ -27,11 +27,17 @@ class IdleClock:
     def stop(self) -> None:
         self._last_use = None
 
-    def resume(self) -> None:
-        """Go on from the stored last use; with nothing stored the clock starts now."""
+    def resume(self, started_at: datetime | None) -> None:
+        """Go on from the stored last use; with nothing stored the clock starts now.
+
+        Args:
+            started_at: when the container was started, which may have been after its instance's last use.
+        """
         if self.last_used_at is None:
             self.used()
             return
+        if started_at is not None:
+            self.last_used_at = max(self.last_used_at, started_at)
         ago_s = (self._world.utcnow() - self.last_used_at).total_seconds()
         self._last_use = self._world.now() - max(0.0, ago_s)
 

@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from manager.services.ports import EngineEvent
     from manager.services.world import World
 
+# About what one probe moves, as long as none has been measured.
+_PROBE_BYTES = 4096
+
 
 class Supervisor(Instance):
     """Moves one container-backed instance towards its target.
@@ -300,8 +303,8 @@ class Supervisor(Instance):
 
     @property
     def coming_probe_bytes(self) -> int:
-        limits = self.spec.limits
-        return (int(limits.resync_interval_s / limits.probe_interval_s) + 2) * self._last_probe_bytes
+        probes = self.spec.limits.resync_interval_s / self.spec.limits.probe_interval_s + 2
+        return int(probes * max(_PROBE_BYTES, self._last_probe_bytes))
 
     @property
     def probed_endpoint(self) -> str | None:
@@ -448,9 +451,13 @@ class Supervisor(Instance):
         self._ready_at = self._world.utcnow()
         self._reset_health()
         if started.adopted and self._world.resume_idle_clock:
-            self._clock.resume()
-            self.own_bytes += self._row.usage.own_bytes if self._row.usage else 0
-            self._usage.restart(self._row.usage)
+            begun_at = started.container.started_at
+            self._clock.resume(begun_at)
+            usage = self._row.usage
+            if usage is not None and begun_at is not None and usage.at < begun_at.timestamp():
+                usage = None  # of an earlier run: the counters have begun anew
+            self.own_bytes += usage.own_bytes if usage else 0
+            self._usage.restart(usage)
         else:
             self._clock.used()
             self._usage.restart(None)

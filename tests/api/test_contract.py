@@ -80,7 +80,7 @@ def test_the_list_has_every_instance_once_in_the_order_of_the_configuration(daem
     body = daemon.get("instances")
     assert set(body) == {"instances", "count"}
     assert body["count"] == 4
-    assert [one["id"] for one in body["instances"]] == ["cpu", "gone", "nas", "second"]
+    assert [one["id"] for one in body["instances"]] == ["cpu", "second", "nas", "gone"]
     for one in body["instances"]:
         check_shape(one)
 

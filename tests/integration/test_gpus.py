@@ -195,6 +195,7 @@ def test_a_card_for_which_there_is_no_template_ends_nothing(new_daemon: NewDaemo
 
 NEED = 8 * GIB
 WAIT_S = 2.0
+SLACK_S = 10.0  # for a machine that does other things too
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +251,7 @@ def test_a_start_without_enough_free_memory_is_refused_after_a_bounded_wait(
     foreign = Process(1, 17 * GIB)
     machine.show(card(A, 1, vram_used=17 * GIB, processes=(foreign,)))
     answer = daemon.begin("one", "start")
-    assert WAIT_S <= answer.elapsed.total_seconds() < WAIT_S + 5
+    assert WAIT_S <= answer.elapsed.total_seconds() < WAIT_S + SLACK_S
     assert answer.status_code == 503
     assert int(answer.headers["Retry-After"]) >= 1
     error = answer.json()["error"]
@@ -318,7 +319,7 @@ def test_memory_that_is_not_given_back_holds_a_stop_up_for_a_bounded_time(
     wait_for(lambda: daemon.get("gpus")["gpus"][0]["processes"])
     answer = daemon.begin("one", "stop")
     assert answer.json()["instance"]["phase"] == "stopped"
-    assert WAIT_S <= answer.elapsed.total_seconds() < WAIT_S + 5
+    assert WAIT_S <= answer.elapsed.total_seconds() < WAIT_S + SLACK_S
     events = [event for event in daemon.events() if event["instance"] == "one"]
     assert [event["kind"] for event in events][-2:] == ["vram_not_given_back", "stopped"]
 

@@ -56,6 +56,7 @@ TEMPLATES = {
     "hungry": {**knobs(allocate_bytes=256 * MIB), "limits": {"memory": "64m"}},
     "confined": {"limits": {"memory": "96m"}},
 }
+SLACK_S = 10.0  # for a machine that does other things too
 GENEROUS_S = 20.0  # where a start should come to its end by itself
 
 
@@ -83,7 +84,7 @@ def test_a_start_without_an_answer_ends_at_its_deadline_and_leaves_no_container(
 ) -> None:
     answer = daemon.begin(instance, "start")
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "start_timeout")
-    assert DEADLINE_S <= answer.elapsed.total_seconds() < DEADLINE_S + 5
+    assert DEADLINE_S <= answer.elapsed.total_seconds() < DEADLINE_S + SLACK_S
     body = daemon.instance(instance)
     assert (body["phase"], body["target"], body["container"]) == ("failed", "stopped", None)
     assert body["reason"]["code"] == "start_timeout"
@@ -126,7 +127,7 @@ def test_a_server_that_hangs_later_is_unhealthy_stays_and_recovers(daemon: Daemo
     endpoint = daemon.started("cpu")["endpoint"]
     wait_for(lambda: daemon.instance("cpu"), lambda body: body["health"] == "healthy")
     set_knobs(endpoint, hang=how)
-    body = wait_for(lambda: daemon.instance("cpu"), lambda body: body["health"] == "unhealthy", within_s=5)
+    body = wait_for(lambda: daemon.instance("cpu"), lambda body: body["health"] == "unhealthy")
     assert (body["phase"], body["target"]) == ("ready", "running")
     assert body["reason"]["code"] == "instance_unhealthy"
     set_knobs(endpoint, hang="")
@@ -157,7 +158,7 @@ def test_a_child_that_is_killed_for_its_memory_is_told_while_the_server_runs_on(
 def test_a_server_that_is_killed_for_its_memory_has_failed_for_that_reason(daemon: Daemon) -> None:
     body = daemon.started("confined")
     with suppress(OSError):
-        set_knobs(body["endpoint"], allocate_bytes=512 * MIB)
+        set_knobs(body["endpoint"], allocate_bytes=512 * MIB, allocate_in="server")
     daemon.wait_for_phase("confined", "failed")
     body = wait_for(
         lambda: daemon.instance("confined"), lambda body: body["reason"]["code"] == "out_of_memory"

@@ -134,7 +134,7 @@ def test_an_external_instance_is_probed_and_listed_and_never_touched(new_daemon:
 
 def assert_follows(daemon: Daemon, change: Callable[[], object], phase: str) -> None:
     change()
-    daemon.wait_for_phase("nas", phase, within_s=5)
+    daemon.wait_for_phase("nas", phase)
 
 
 # --- schedules ---
@@ -158,7 +158,7 @@ class Recorder:
     def stop(self) -> None: ...
 
 
-SCHEDULES = [
+SCHEDULES: list[dict[str, str]] = [
     {"cron": "0 8 * * mon-fri", "action": "start", "instance": "cpu", "timezone": "Europe/Berlin"},
     {"cron": "0 20 * * 1-5", "action": "stop", "instance": "cpu"},
     {"cron": "*/5 * * * *", "action": "reap"},

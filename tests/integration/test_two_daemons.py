@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 REFUSED = 4
 FAILED = 1
+SLACK_S = 10.0  # for a machine that does other things too
 LOCK_WAIT_S = 10.0  # what the daemon grants another process
 
 
@@ -89,7 +90,7 @@ def test_an_instance_that_another_process_holds_is_refused_in_time_and_works_onc
         for answer in (start.result(), stop.result()):
             assert answer.status_code == 409
             assert answer.json()["error"]["code"] == "instance_locked"
-        assert LOCK_WAIT_S <= time.monotonic() - began < LOCK_WAIT_S + 5
+        assert LOCK_WAIT_S <= time.monotonic() - began < LOCK_WAIT_S + SLACK_S
         body = daemon.instance("starts")
         assert (body["phase"], body["target"], body["container"]) == ("failed", "stopped", None)
         body = daemon.instance("stops")

@@ -73,23 +73,33 @@ def test_a_stopped_clock_has_nothing_left_to_run() -> None:
 def test_a_resumed_clock_goes_on_from_the_stored_use() -> None:
     clocks = Clocks()
     clock = IdleClock(clocks.world(), NOON - timedelta(seconds=45))
-    clock.resume()
+    clock.resume(None)
     assert remaining(clock) == 15
     clocks.run_s(20)
     assert remaining(clock) == 0
 
 
+def test_a_container_that_was_started_after_its_last_use_is_idle_since_then() -> None:
+    clocks = Clocks()
+    clock = IdleClock(clocks.world(), NOON - timedelta(hours=2))
+    clock.resume(NOON - timedelta(seconds=10))
+    assert remaining(clock) == 50
+    clock = IdleClock(clocks.world(), NOON - timedelta(seconds=5))
+    clock.resume(NOON - timedelta(seconds=10))
+    assert remaining(clock) == 55
+
+
 def test_with_no_use_stored_a_resumed_clock_starts_now() -> None:
     clocks = Clocks()
     clock = IdleClock(clocks.world(), None)
-    clock.resume()
+    clock.resume(None)
     assert (remaining(clock), clock.last_used_at) == (60, NOON)
 
 
 def test_a_stored_use_of_the_future_is_one_of_now() -> None:
     clocks = Clocks()
     clock = IdleClock(clocks.world(), NOON + timedelta(hours=1))
-    clock.resume()
+    clock.resume(None)
     assert remaining(clock) == 60
 
 

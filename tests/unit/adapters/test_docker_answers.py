@@ -1,0 +1,244 @@
+"""What a Docker Engine says, in the words of real engines, and what it means for us."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from manager.adapters import docker_answers as answers
+from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER
+from manager.errors import ContainerGoneError, EngineError, NetworkMissingError, Reason
+from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, PullProgress
+
+ID = "0123456789abcdef" * 4
+
+# As engines from 20.10 to 29 and the NVIDIA container toolkit have said it.
+REFUSALS = [
+    (404, "No such image: ollama/ollama:0.32.15", EngineError, Reason.IMAGE_MISSING),
+    (404, "manifest for ollama/ollama:nope not found: manifest unknown: manifest unknown", EngineError, Reason.IMAGE_MISSING),
+    (404, "pull access denied for nobody/nothing, repository does not exist or may require 'docker login': denied: requested access to the resource is denied", EngineError, Reason.IMAGE_MISSING),
+    (409, f'Conflict. The container name "/m-ollama-cpu" is already in use by container "{ID}". You have to remove (or rename) that container to be able to reuse that name.', EngineError, Reason.NAME_CONFLICT),
+    (500, "driver failed programming external connectivity on endpoint m-ollama-cpu (5f3e): Bind for 127.0.0.1:11500 failed: port is already allocated", EngineError, Reason.PORT_TAKEN),
+    (500, "driver failed programming external connectivity on endpoint m-ollama-cpu (5f3e): Error starting userland proxy: listen tcp4 127.0.0.1:11500: bind: address already in use", EngineError, Reason.PORT_TAKEN),
+    (500, "failed to set up container networking: driver failed programming external connectivity on endpoint m: failed to bind host port 127.0.0.1:11500/tcp: address already in use", EngineError, Reason.PORT_TAKEN),
+    (500, "Ports are not available: exposing port TCP 127.0.0.1:11500 -> 0.0.0.0:0: listen tcp 127.0.0.1:11500: bind: address already in use", EngineError, Reason.PORT_TAKEN),
+    (500, "Ports are not available: exposing port TCP 127.0.0.1:11500 -> 127.0.0.1:0: /forwards/expose returned unexpected status: 500", EngineError, Reason.PORT_TAKEN),
+    (500, 'could not select device driver "nvidia" with capabilities: [[gpu]]', EngineError, Reason.GPU_MISSING),
+    (500, "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: error during container init: error running hook #0: error running hook: exit status 1, stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: unknown device: unknown", EngineError, Reason.GPU_MISSING),
+    (500, "nvidia-container-cli: initialization error: nvml error: driver not loaded: unknown", EngineError, Reason.GPU_MISSING),
+    (500, "failed to create task for container: failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=GPU-1", EngineError, Reason.GPU_MISSING),
+    (500, "mkdir /var/lib/docker/overlay2/3b1f-init: no space left on device", EngineError, Reason.START_FAILED),
+    (404, "network ollama-manager not found", NetworkMissingError, Reason.START_FAILED),
+    (404, "could not find a network matching network mode ollama-manager: network ollama-manager not found", NetworkMissingError, Reason.START_FAILED),
+    (404, f"No such container: {ID}", ContainerGoneError, Reason.CONTAINER_EXITED),
+    (404, "page not found", EngineError, Reason.START_FAILED),
+    (400, "invalid reference format", EngineError, Reason.START_FAILED),
+    (409, "removal of container 0123 is already in progress", EngineError, Reason.START_FAILED),
+    (409, "Container 0123 is not running", EngineError, Reason.START_FAILED),
+    (500, "network ollama-manager not found", EngineError, Reason.START_FAILED),
+    (503, "", EngineError, Reason.START_FAILED),
+    (None, "  \n", EngineError, Reason.START_FAILED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("status", "said", "kind", "reason"), REFUSALS)
+def test_a_refusal_has_the_nearest_reason_and_the_engine_s_words(
+    status: int | None, said: str, kind: type[EngineError], reason: Reason
+) -> None:
+    error = answers.refusal(status, said)
+    assert type(error) is kind
+    assert error.reason is reason
+    assert error.message.startswith(said.strip() or "the engine refused without a word")
+
+
+@pytest.mark.parametrize(
+    ("said", "remedy"),
+    [
+        ("No such image: a:b", "ollama-manager pull"),
+        ("could not select device driver", "NVIDIA container toolkit"),
+        ("unknown device", "nvidia-smi -L"),
+        ("write /x: no space left on device", "free some disk space"),
+        ("port is already allocated", "another container"),
+        ("bind: address already in use", "another program"),
+    ],
+)
+def test_where_something_can_be_done_the_message_says_what(said: str, remedy: str) -> None:
+    assert remedy in answers.refusal(500, said).message
+
+
+def inspected(**state: Any) -> dict[str, Any]:
+    return {
+        "Id": ID,
+        "Name": "/m-ollama-cpu",
+        "Config": {"Image": "ollama/ollama:0.32.15", "Labels": {LABEL_INSTANCE: "cpu"}},
+        "State": state,
+        "NetworkSettings": {"Networks": {"none": {"IPAddress": ""}, "net": {"IPAddress": "172.18.0.2"}}},
+    }
+
+
+def test_a_running_container_is_read_from_its_inspection() -> None:
+    facts = answers.inspected(
+        inspected(
+            Status="running",
+            Pid=4711,
+            ExitCode=0,
+            OOMKilled=False,
+            StartedAt="2026-01-02T03:04:05.123456789Z",
+        )
+    )
+    assert (facts.id, facts.name, facts.image) == (ID, "m-ollama-cpu", "ollama/ollama:0.32.15")
+    assert (facts.status, facts.pid, facts.exit_code, facts.out_of_memory) == ("running", 4711, None, False)
+    assert facts.address == "172.18.0.2"
+    assert facts.labels == {LABEL_INSTANCE: "cpu"}
+    assert facts.started_at == datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=UTC)
+
+
+def test_a_container_that_ended_is_read_with_its_exit_and_its_error() -> None:
+    facts = answers.inspected(
+        inspected(Status="exited", Pid=0, ExitCode=137, OOMKilled=True, Error="it broke", StartedAt="")
+    )
+    assert (facts.status, facts.pid, facts.exit_code) == ("exited", None, 137)
+    assert (facts.out_of_memory, facts.error, facts.started_at) == (True, "it broke", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-01-02T03:04:05Z", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
+        ("2026-01-02T03:04:05.5Z", datetime(2026, 1, 2, 3, 4, 5, 500_000, tzinfo=UTC)),
+        (
+            "2026-01-02T03:04:05.123456789+02:00",
+            datetime(2026, 1, 2, 3, 4, 5, 123456, tzinfo=timezone(timedelta(hours=2))),
+        ),
+        ("0001-01-01T00:00:00Z", None),  # never
+        ("", None),
+        (None, None),
+        ("yesterday", None),
+    ],
+)
+def test_times_are_read_in_every_zone_and_never_is_none(text: str | None, expected: datetime | None) -> None:
+    assert answers.inspected(inspected(Status="exited", StartedAt=text)).started_at == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("created", "created"),
+        ("running", "running"),
+        ("Running", "running"),
+        ("paused", "paused"),
+        ("restarting", "exited"),
+        ("removing", "exited"),
+        ("exited", "exited"),
+        ("dead", "exited"),
+        ("stopping", "exited"),
+        ("", "exited"),
+        (None, "exited"),
+    ],
+)
+def test_every_state_means_one_of_four_and_an_unknown_one_is_looked_into(
+    said: str | None, meant: str
+) -> None:
+    assert answers.inspected(inspected(Status=said)).status == meant
+    assert answers.listed({"Id": ID, "State": said}).status == meant
+
+
+def test_a_container_is_read_from_a_listing() -> None:
+    facts = answers.listed(
+        {
+            "Id": ID,
+            "Names": ["/m-ollama-cpu"],
+            "Image": "ollama/ollama:0.32.15",
+            "State": "exited",
+            "Status": "Exited (137) 2 minutes ago",
+            "Labels": {LABEL_MANAGER: "m", LABEL_INSTANCE: "cpu"},
+            "NetworkSettings": {"Networks": {"net": {"IPAddress": "172.18.0.2"}}},
+        }
+    )
+    assert (facts.name, facts.image) == ("m-ollama-cpu", "ollama/ollama:0.32.15")
+    assert (facts.status, facts.exit_code) == ("exited", 137)
+    assert facts.address == "172.18.0.2"
+    assert facts.labels == {LABEL_MANAGER: "m", LABEL_INSTANCE: "cpu"}
+
+
+def test_what_a_listing_leaves_out_is_unknown() -> None:
+    facts = answers.listed({"Id": ID, "Names": None, "Labels": None, "State": "running", "Status": "Up 1 s"})
+    assert (facts.name, facts.image, facts.exit_code, facts.address, facts.labels) == ("", "", None, None, {})
+    assert answers.inspected({"Id": ID}).status == "exited"
+
+
+EVENT = {
+    "Type": "container",
+    "Action": "die",
+    "Actor": {"ID": ID, "Attributes": {LABEL_INSTANCE: "cpu", "exitCode": "137", "name": "m-ollama-cpu"}},
+    "timeNano": 1,
+}
+
+
+def test_an_event_names_instance_container_action_and_exit_code() -> None:
+    assert answers.event(EVENT) == EngineEvent("die", ID, "cpu", 137)
+
+
+@pytest.mark.parametrize("exit_code", [None, "", "none"])
+def test_an_event_without_an_exit_code_has_none(exit_code: object) -> None:
+    actor = {"ID": ID, "Attributes": {LABEL_INSTANCE: "cpu", "exitCode": exit_code}}
+    assert answers.event({**EVENT, "Action": "oom", "Actor": actor}) == EngineEvent("oom", ID, "cpu", None)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {},
+        {"Type": "container", "Action": "die"},
+        {"Type": "container", "Action": "die", "Actor": {"ID": ID, "Attributes": None}},
+        {**EVENT, "Type": "network"},
+    ],
+)
+def test_an_event_of_anything_else_is_left_out(entry: dict[str, Any]) -> None:
+    assert answers.event(entry) is None
+
+
+def test_the_engine_is_described_by_what_decides_something() -> None:
+    assert answers.engine_info(
+        {
+            "ServerVersion": "28.2.2",
+            "OperatingSystem": "Docker Desktop",
+            "SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"],
+            "Runtimes": {"runc": {}, "nvidia": {}},
+        }
+    ) == EngineInfo(version="28.2.2", desktop=True, rootless=True, runtimes=("runc", "nvidia"))
+    assert answers.engine_info({"SecurityOptions": None}) == EngineInfo("", False, False, ())
+
+
+def test_counters_are_sums_over_networks_and_seconds_of_a_processor() -> None:
+    stats = {
+        "networks": {"eth0": {"rx_bytes": 1, "tx_bytes": 20}, "eth1": {"rx_bytes": 300}},
+        "cpu_stats": {"cpu_usage": {"total_usage": 1_500_000_000}},
+    }
+    assert answers.counters(stats) == ContainerCounters(network_bytes=321, cpu_s=1.5)
+
+
+@pytest.mark.parametrize(
+    "stats", [{}, {"networks": None, "cpu_stats": None}, {"cpu_stats": {"cpu_usage": {}}}]
+)
+def test_counters_of_a_container_that_has_ended_are_zero(stats: dict[str, Any]) -> None:
+    assert answers.counters(stats) == ContainerCounters(network_bytes=0, cpu_s=0)
+
+
+def test_a_line_of_a_pull_tells_its_layer_and_how_far_it_is() -> None:
+    line = {
+        "status": "Downloading",
+        "id": "abc",
+        "progressDetail": {"current": 5, "total": 10},
+        "progress": "=",
+    }
+    assert answers.pull_progress("a:b", line) == PullProgress("Downloading", "abc", 5, 10)
+    assert answers.pull_progress("a:b", {"status": "Pulling"}) == PullProgress("Pulling")
+
+
+def test_a_pull_that_failed_is_a_missing_image_whatever_was_said() -> None:
+    with pytest.raises(EngineError, match=r"a:b could not be pulled: dial tcp: lookup nowhere") as caught:
+        answers.pull_progress("a:b", {"error": "dial tcp: lookup nowhere", "errorDetail": {}})
+    assert caught.value.reason is Reason.IMAGE_MISSING

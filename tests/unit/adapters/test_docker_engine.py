@@ -1,0 +1,269 @@
+"""The adapter against an engine that answers everything wrong: whatever comes back, it is an `EngineError`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manager.adapters.docker_engine import DockerEngine
+from manager.domain.container import LABEL_INSTANCE, container_request
+from manager.domain.instance import DeviceKind
+from manager.domain.template import Template
+from manager.errors import EngineError, EngineUnreachableError, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+ID = "0123456789abcdef" * 4
+TIMEOUT_S = 5.0
+SHORT_S = 0.3
+REQUEST = container_request(
+    Template(image="ollama/ollama:1", device=DeviceKind.CPU),
+    manager_id="m",
+    instance_id="cpu",
+    gpu=None,
+    loopback_port=None,
+)
+
+Calls = dict[str, "Callable[[DockerEngine], Awaitable[Any]]"]
+
+
+async def _drained(items: AsyncIterator[Any]) -> list[Any]:
+    return [item async for item in items]
+
+
+CALLS: Calls = {
+    "ping": lambda engine: engine.ping(TIMEOUT_S),
+    "info": lambda engine: engine.info(),
+    "list": lambda engine: engine.list_containers("m"),
+    "inspect": lambda engine: engine.inspect(ID),
+    "create": lambda engine: engine.create(REQUEST),
+    "start": lambda engine: engine.start(ID),
+    "signal": lambda engine: engine.signal(ID, "SIGTERM"),
+    "remove": lambda engine: engine.remove(ID),
+    "logs": lambda engine: engine.logs(ID, 10),
+    "counters": lambda engine: engine.counters(ID),
+    "has_network": lambda engine: engine.has_network("net"),
+    "ensure_network": lambda engine: engine.ensure_network("net"),
+    "has_image": lambda engine: engine.has_image("ollama/ollama:1"),
+    "events": lambda engine: _drained(engine.events("m")),
+    "pull": lambda engine: _drained(engine.pull("ollama/ollama:1")),
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+class Answers(ThreadingHTTPServer):
+    """An engine that is asked its version, and gives one answer to everything else."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.version: bytes = b'{"ApiVersion": "1.41"}'
+        self.status = 200
+        self.body = b""
+        self.silent = False
+        self.asked: list[str] = []
+        self.done = Event()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Answers
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append(f"{self.command} {self.path.partition('?')[0]}")
+        if self.path == "/version":
+            self._send(200, self.server.version)
+            return
+        if self.server.silent:
+            self.server.done.wait(10)
+            return
+        self._send(self.server.status, self.server.body)
+
+    do_POST = do_DELETE = do_GET
+
+    def _send(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...  # noqa: A002
+
+
+@asynccontextmanager
+async def talking(timeout_s: float = TIMEOUT_S) -> AsyncIterator[tuple[DockerEngine, Answers]]:
+    with Answers() as server:
+        serving = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        serving.start()
+        engine = DockerEngine(server.url, timeout_s)
+        try:
+            yield engine, server
+        finally:
+            server.done.set()
+            engine.close()
+            server.shutdown()
+            serving.join()
+
+
+@every_call
+@pytest.mark.parametrize("status", [400, 403, 418, 500, 503])
+async def test_a_refusal_of_any_call_is_an_engine_error_with_the_engine_s_words(
+    call: str, status: int
+) -> None:
+    async with talking() as (engine, server):
+        server.status, server.body = status, json.dumps({"message": "it will not be"}).encode()
+        with pytest.raises(EngineError, match="it will not be") as caught:
+            await CALLS[call](engine)
+        assert not isinstance(caught.value, EngineUnreachableError)
+
+
+@every_call
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"not JSON", b"null", b"7", b'"text"', b"[7]", b"[null]", b"{}", b'{"Id": null}', b"\xff\xfe"],
+)
+async def test_an_answer_that_is_none_ends_in_nothing_but_an_engine_error(call: str, body: bytes) -> None:
+    async with talking() as (engine, server):
+        server.body = body
+        try:
+            await CALLS[call](engine)
+        except EngineError as error:
+            assert error.message  # noqa: PT017 - some of these bodies are an answer to some calls
+
+
+@every_call
+async def test_a_silent_engine_is_unreachable_at_the_deadline(call: str) -> None:
+    if call in ("events", "pull"):
+        return  # streams have no deadline: they are silent for as long as nothing happens
+    async with talking(SHORT_S) as (engine, server):
+        server.silent = True
+        began = time.monotonic()
+        with pytest.raises(EngineUnreachableError, match="did not answer"):
+            await (engine.ping(SHORT_S) if call == "ping" else CALLS[call](engine))
+        assert time.monotonic() - began < SHORT_S + 2
+
+
+@every_call
+async def test_an_engine_that_is_not_there_is_unreachable_and_the_cause_is_named(call: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    with pytest.raises(EngineUnreachableError, match="Connection refused"):
+        await CALLS[call](DockerEngine(f"http://127.0.0.1:{port}", TIMEOUT_S))
+
+
+@pytest.mark.parametrize(
+    "version", [b"{}", b"null", b"nothing", b'{"ApiVersion": 7}', b'{"ApiVersion": "1.1"}']
+)
+async def test_a_server_that_is_no_engine_is_no_engine(version: bytes) -> None:
+    async with talking() as (engine, server):
+        server.version, server.status = version, 404
+        with pytest.raises(EngineError):
+            await engine.ping(TIMEOUT_S)
+
+
+async def test_a_missing_socket_is_named() -> None:
+    with pytest.raises(EngineUnreachableError, match="No such file or directory"):
+        await DockerEngine("unix:///nowhere/docker.sock", TIMEOUT_S).info()
+
+
+def refused(status: int, message: str) -> tuple[int, bytes]:
+    return status, json.dumps({"message": message}).encode()
+
+
+async def test_what_is_gone_already_was_removed_and_stopped() -> None:
+    async with talking() as (engine, server):
+        server.status, server.body = refused(404, f"No such container: {ID}")
+        await engine.remove(ID)
+        await engine.signal(ID, "SIGKILL")
+        assert await engine.inspect(ID) is None
+        server.status, server.body = refused(409, f"removal of container {ID} is already in progress")
+        await engine.remove(ID)
+        server.status, server.body = refused(
+            409, f"Cannot kill container: {ID}: Container {ID} is not running"
+        )
+        await engine.signal(ID, "SIGKILL")
+
+
+async def test_an_image_is_missing_only_when_the_engine_says_so() -> None:
+    async with talking() as (engine, server):
+        server.status, server.body = refused(404, "No such image: ollama/ollama:1")
+        assert await engine.has_image("ollama/ollama:1") is False
+        server.status, server.body = refused(500, "layer does not exist")
+        with pytest.raises(EngineError):
+            await engine.has_image("ollama/ollama:1")
+
+
+async def test_a_network_of_a_similar_name_is_another_one() -> None:
+    async with talking() as (engine, server):
+        server.body = b'[{"Name": "net-2"}, {"Name": "my-net"}]'
+        assert await engine.has_network("net") is False
+        server.body = b'[{"Name": "net-2"}, {"Name": "net"}]'
+        assert await engine.has_network("net") is True
+        await engine.ensure_network("net")
+        assert not any(asked.startswith("POST") for asked in server.asked)
+
+
+async def test_a_network_that_somebody_else_was_quicker_to_create_is_there() -> None:
+    async with talking() as (engine, server):
+        server.body = b"[]"
+        handler = _Handler.do_GET
+
+        def conflict(self: _Handler) -> None:
+            if self.command == "POST":
+                server.status, server.body = refused(409, "network with name net already exists")
+            handler(self)
+
+        _Handler.do_POST = conflict  # type: ignore[method-assign]
+        try:
+            await engine.ensure_network("net")
+        finally:
+            _Handler.do_POST = handler  # type: ignore[method-assign]
+        assert server.asked[-1].endswith("/networks/create")
+
+
+async def test_events_of_instances_are_passed_on_and_others_left_out() -> None:
+    event = {"Type": "container", "Action": "die", "Actor": {"ID": ID, "Attributes": {LABEL_INSTANCE: "cpu"}}}
+    async with talking() as (engine, server):
+        server.body = b"\n".join(json.dumps(entry).encode() for entry in ({"Type": "image"}, event))
+        (found,) = await _drained(engine.events("m"))
+    assert (found.action, found.container_id, found.instance) == ("die", ID, "cpu")
+
+
+async def test_a_pull_that_fails_half_way_tells_what_came_before_and_then_why() -> None:
+    lines = [{"status": "Pulling"}, {"error": "unexpected EOF"}]
+    async with talking() as (engine, server):
+        server.body = b"\r\n".join(json.dumps(line).encode() for line in lines)
+        progress = engine.pull("ollama/ollama:1")
+        assert (await anext(progress)).status == "Pulling"
+        with pytest.raises(
+            EngineError, match=r"ollama/ollama:1 could not be pulled: unexpected EOF"
+        ) as caught:
+            await anext(progress)
+    assert caught.value.reason is Reason.IMAGE_MISSING
+
+
+async def test_a_caller_who_gives_up_leaves_the_adapter_usable() -> None:
+    async with talking() as (engine, server):
+        server.silent = True
+        call = asyncio.create_task(engine.info())
+        await asyncio.sleep(0)
+        call.cancel()
+        await asyncio.wait({call})
+        server.done.set()
+        server.silent = False
+        server.body = b'{"ServerVersion": "28.2.2"}'
+        assert (await engine.info()).version == "28.2.2"
