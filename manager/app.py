@@ -9,9 +9,8 @@ import signal
 import socket
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import structlog
@@ -30,6 +29,7 @@ from manager.api.app import control_api
 from manager.api.backend import Backend
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
+from manager.domain.template import image_allowed
 from manager.errors import ManagerError
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
@@ -157,8 +157,7 @@ async def open_daemon(
             gpus=gpus,
             journal=journal,
             engine=engine,
-            images=_images(specs),
-            may_pull=lambda image: any(fnmatchcase(image, p) for p in settings.allow.images),
+            may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(fleet, gpus).render,
         )
         yield Daemon(settings, fleet, backend, state_lock)
@@ -284,7 +283,7 @@ class _Maker:
         while port in self._ports:
             port += 1
         self._ports.add(port)
-        return InstanceRow(id=row.id, loopback_port=port)
+        return replace(row, loopback_port=port)
 
 
 @contextlib.contextmanager
@@ -316,10 +315,6 @@ def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }
-
-
-def _images(specs: tuple[InstanceSpec, ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(spec.template.image for spec in specs if spec.template))
 
 
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:

@@ -142,7 +142,7 @@ class DockerEngine:
             raise
         return True
 
-    async def events(self, manager_id: str) -> AsyncIterator[EngineEvent]:
+    async def events(self, manager_id: str, opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
         filters = {"type": "container", "label": f"{LABEL_MANAGER}={manager_id}"}
         stream = _Stream(
             lambda: self._connect(timeout_s=None),
@@ -150,6 +150,7 @@ class DockerEngine:
             answers.event,
             _refusal,
             "events",
+            opened=opened,
         )
         async for event in stream.items():
             yield event
@@ -242,6 +243,7 @@ class _Stream(Generic[T]):
         convert: what an entry means, None for one that is to be left out; it may raise an EngineError.
         refused: what a refusal of the whole stream means.
         name: what the stream has.
+        opened: called on the loop once the engine has begun to answer.
     """
 
     def __init__(
@@ -251,12 +253,15 @@ class _Stream(Generic[T]):
         convert: Callable[[dict[str, Any]], T | None],
         refused: Callable[[APIError], EngineError],
         name: str,
+        *,
+        opened: Callable[[], None] = lambda: None,
     ) -> None:
         self._connect = connect
         self._begin = begin
         self._convert = convert
         self._refused = refused
         self._name = name
+        self._opened = opened
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
         self._closed = threading.Event()
@@ -289,6 +294,8 @@ class _Stream(Generic[T]):
             client = self._connect()
             try:
                 self._source = self._begin(client)
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(self._opened)
                 for entry in self._source:
                     if self._closed.is_set():
                         break
@@ -329,9 +336,10 @@ def _post(
 
 
 def _begin_events(client: docker.APIClient, filters: dict[str, str]) -> Any:
-    stream = client.events(decode=True, filters=filters)
+    stream: Any = client.events(decode=True, filters=filters)
     # Before the SDK's iterator (7.2) does: it takes a refusal, whose exception is an OSError, for the end.
-    client._raise_for_status(stream._response)  # noqa: SLF001
+    raise_for_status: Callable[[Any], None] = client._raise_for_status  # type: ignore[attr-defined]  # noqa: SLF001
+    raise_for_status(stream._response)  # noqa: SLF001
     return stream
 
 

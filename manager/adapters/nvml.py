@@ -142,6 +142,10 @@ class Nvml:
         except TimeoutError as error:
             self._overdue = reading
             raise _refusal("timeout", f"waited {self._timeout_s:g} s") from error
+        except GpuQueryError:
+            raise
+        except Exception as error:  # a driver that answers nonsense must not end the daemon
+            raise _refusal("unknown", repr(error)) from error
 
     async def close(self) -> None:
         """Shut NVML down and end the thread, or leave both behind when they do not answer in time."""

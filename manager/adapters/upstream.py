@@ -100,7 +100,7 @@ class AiohttpUpstream:
                 return None, wire_bytes
             try:
                 return json.loads(raw), wire_bytes
-            except ValueError:
+            except (ValueError, RecursionError):  # not JSON, or nested beyond all measure
                 return None, wire_bytes
 
     @property

@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 class Backend:
     """Handed to every router by `app.py`.
 
-    `images` are those of the configured instances, `may_pull` says whether the operator allows one.
+    `may_pull` says whether the operator allows an image.
     """
 
     fleet: Fleet
     gpus: Gpus
     journal: Journal
     engine: Engine
-    images: tuple[str, ...]
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]

@@ -159,10 +159,11 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     )
     async def pull(request: PullRequest, _query: Annotated[NoQuery, Query()]) -> Response:
         """Pull an allowed image; progress as NDJSON, `{"status":"done"}` or an `error` last."""
-        images = (request.image,) if request.image else backend.images
+        images = (request.image,) if request.image else fleet.images()
         for image in images:
             if not backend.may_pull(image):
                 raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
+        fleet.refuse_without_engine()
         lines = _pull_lines(backend, images)
         first = await anext(lines)  # what fails at once is an error status, not a stream
 

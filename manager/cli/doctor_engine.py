@@ -68,9 +68,13 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
     ]
     if missing:
         return broken("GPUs", "\n".join([*lines, *missing]), "correct its `device`, or put that card in")
-    if len(needs.gpu_instances) > len(cards):
-        lines.append(f"{wanted} want {len(needs.gpu_instances)}")
-        return broken("GPUs", "\n".join(lines), "take an instance out: each has a card of its own")
+    named = {found.uuid for _, selector in needs.selectors if (found := find_gpu(cards, selector))}
+    automatic = [instance for instance, selector in needs.selectors if selector == "auto"]
+    if len(automatic) > len(cards) - len(named):
+        lines.append(f"{', '.join(automatic)} want a card each that no other instance names")
+        return broken(
+            "GPUs", "\n".join(lines), "name a card as `device` to share it, or take an instance out"
+        )
     return fine("GPUs", "\n".join(lines))
 
 

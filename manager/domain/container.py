@@ -19,6 +19,8 @@ LABEL_MANAGER = f"{LABEL}.manager"
 LABEL_INSTANCE = f"{LABEL}.instance"
 LABEL_HASH = f"{LABEL}.template-hash"
 LABEL_DEVICE = f"{LABEL}.device"
+LABEL_PORT = f"{LABEL}.port"
+LABEL_LOOPBACK_PORT = f"{LABEL}.loopback-port"
 
 _OLLAMA_HOME = "/root/.ollama"
 _TMPFS = "rw,nosuid,nodev,size=1g,mode=1777"
@@ -107,7 +109,10 @@ def container_request(
         LABEL_INSTANCE: instance_id,
         LABEL_HASH: hashlib.sha256(settings).hexdigest()[:16],
         LABEL_DEVICE: gpu or DeviceKind.CPU.value,
+        LABEL_PORT: str(request.port),
     }
+    if loopback_port is not None:
+        labels[LABEL_LOOPBACK_PORT] = str(loopback_port)
     return replace(request, labels=labels)
 
 
@@ -130,3 +135,14 @@ def choose_reach(wanted: str, *, in_container: bool, direct: bool) -> Reach:
     if in_container:
         return Reach.NAME
     return Reach.ADDRESS if direct or wanted == "network" else Reach.LOOPBACK
+
+
+def endpoint_of(container: ContainerFacts, *, by_name: bool) -> str | None:
+    """Where a container of ours is reached, by what it was made with and not by what a template says now.
+
+    None while it has no address.
+    """
+    if (port := container.labels.get(LABEL_LOOPBACK_PORT)) is not None:
+        return f"http://127.0.0.1:{port}"
+    host = container.name if by_name else container.address
+    return f"http://{host}:{container.labels[LABEL_PORT]}" if host else None

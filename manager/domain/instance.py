@@ -107,6 +107,10 @@ class Model:
 ContainerStatus: TypeAlias = Literal["created", "running", "paused", "exited"]
 
 
+# A paused container's process is there and holds what it holds, even though it cannot answer.
+ALIVE: tuple[ContainerStatus, ...] = ("running", "paused")
+
+
 @dataclass(frozen=True, slots=True)
 class ContainerFacts:
     """One container as the engine last described it.

@@ -17,7 +17,7 @@ class Situation:
     """All that the decision depends on. Times are seconds on one monotonic clock.
 
     `intent` is the operation that was asked for and is not finished. `retry_at` keeps a failed operation
-    from being repeated at once. `look_due` says that something may have happened to the container.
+    from being repeated at once. `look_at` is when to see what has become of the container.
     `bury_at` is when a container that has ended may be removed. `recreate_at` is when a container that
     should be replaced (outdated, or fallen back to the CPU) may be, and `quiet_at` when the instance will
     have been unused for long enough to do so; None where there is nothing of the kind.
@@ -29,7 +29,7 @@ class Situation:
     phase: Phase
     intent: Operation | None
     retry_at: float
-    look_due: bool
+    look_at: float | None
     bury_at: float | None
     recreate_at: float | None
     quiet_at: float | None
@@ -74,18 +74,17 @@ def next_action(s: Situation) -> Action:
     """The one next thing to do. Without an engine there is none: everything waits for it to come back."""
     if not s.engine_up:
         return Wait(None)
-    due: tuple[float, Action] | None = None
-    if s.look_due and s.intent is None:
-        due = (s.now, Look())
-    elif s.intent is not None:
-        due = (s.retry_at, Start() if s.intent is Operation.START else Stop())
-    elif s.phase is Phase.FAILED and s.target is Target.RUNNING:
-        due = (s.retry_at, Start())
-    elif s.bury_at is not None:
-        due = (s.bury_at, Bury())
-    elif s.phase is Phase.READY and s.recreate_at is not None and s.quiet_at is not None:
-        due = (max(s.recreate_at, s.quiet_at), Recreate())
-    if due is None:
-        return Wait(None)
-    at, action = due
-    return action if at <= s.now else Wait(at - s.now)
+    if s.intent is not None:
+        plans: list[tuple[float | None, Action]] = [
+            (s.retry_at, Start() if s.intent is Operation.START else Stop())
+        ]
+    else:
+        restart_at = s.retry_at if s.phase is Phase.FAILED and s.target is Target.RUNNING else None
+        quiet = s.phase is Phase.READY and s.recreate_at is not None and s.quiet_at is not None
+        recreate_at = max(s.recreate_at or 0.0, s.quiet_at or 0.0) if quiet else None
+        plans = [(s.look_at, Look()), (restart_at, Start()), (s.bury_at, Bury()), (recreate_at, Recreate())]
+    dated = [(at, action) for at, action in plans if at is not None]
+    for at, action in dated:  # what stands first goes first
+        if at <= s.now:
+            return action
+    return Wait(min(at for at, _ in dated) - s.now if dated else None)

@@ -202,7 +202,7 @@ def refusals(
     binds: Sequence[str],
 ) -> Iterator[Refusal]:
     """Everything in `template` that the allow-lists (glob patterns; `binds` as `DIR` or `DIR:rw`) refuse."""
-    if not _matches(_tagged(template.image), images):
+    if not image_allowed(template.image, images):
         yield Refusal(key=("image",), message=_not_allowed(template.image, "allow.images", images))
     if not _matches(template.network, networks):
         yield Refusal(key=("network",), message=_not_allowed(template.network, "allow.networks", networks))
@@ -232,6 +232,11 @@ def _volume_refusals(
             message = _not_allowed(volume.source, "allow.volumes", volumes)
         if message:
             yield Refusal(key=("volumes", index, "source"), message=message)
+
+
+def image_allowed(image: str, images: Sequence[str]) -> bool:
+    """Whether the operator's patterns allow an image, by the same rules for templates and for pulls."""
+    return _matches(_tagged(image), images)
 
 
 def _tagged(image: str) -> str:

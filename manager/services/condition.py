@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from manager.domain import backoff
-from manager.domain.instance import Explanation, Phase, Target
+from manager.domain.instance import ALIVE, Explanation, Phase, Target
 from manager.domain.lifecycle import Fact, advance
 from manager.domain.registry import Operation
 from manager.errors import Reason, StartFailedError
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts
     from manager.services.ports import EngineEvent
     from manager.services.world import World
-
-ALIVE = ("running", "paused")
 
 
 @dataclass(slots=True)
@@ -42,8 +40,8 @@ class Condition:
     """Phase, target and container of one instance. The supervisor owns it; it does no I/O of its own.
 
     `intent` is the operation that was asked for and has not ended. `failure` is kept until the next start.
-    `look_due` says that the engine should be asked, `bury_at` when an ended container may be removed.
-    `ready_since` is monotonic.
+    `look_at` is when the engine should be asked, `bury_at` when an ended container may be removed, both
+    monotonic like `ready_since`.
     """
 
     world: World
@@ -58,7 +56,7 @@ class Condition:
     endpoint: str | None = None
     ready_since: float | None = None
     start_retry: Retry = field(default_factory=Retry)
-    look_due: bool = False
+    look_at: float | None = None
     bury_at: float | None = None
     carcass_kept_s: float = 0.0
     watch: Watch = field(default_factory=Watch)
@@ -108,7 +106,7 @@ class Condition:
             if self.phase is Phase.READY:
                 self.died()
             self._mark_carcass()
-        elif self.phase is not Phase.READY or known is None or known.id != facts.id:
+        elif self.phase is not Phase.READY or known is None or _is_another_run(known, facts):
             self._adopt(facts)
         elif facts.out_of_memory and self.failure is None:
             # The engine marks the container when any of its processes was killed; the server may run on.
@@ -135,14 +133,20 @@ class Condition:
                 if not operating and self.phase in (Phase.READY, Phase.STARTING):
                     self.died()
         due = event.action in ("start", "die", "oom", "pause", "unpause", "destroy")
-        self.look_due = self.look_due or due
+        if due:
+            self.look()
         return due
 
     def differs(self, facts: ContainerFacts | None) -> bool:
         """Whether a listing says something else than what is known."""
         if facts is None or self.container is None:
             return facts is not self.container
-        return (facts.id, facts.status) != (self.container.id, self.container.status)
+        known = self.container
+        return (facts.id, facts.status, facts.address) != (known.id, known.status, known.address)
+
+    def look(self, in_s: float = 0.0) -> None:
+        """Have the engine asked, now or in a while."""
+        self.look_at = self.world.now() + in_s
 
     def died(self) -> None:
         self.move(Fact.DIED)
@@ -181,7 +185,7 @@ class Condition:
             self.intent = None
             if not self.pinned:
                 self.target = Target.STOPPED
-        self.look_due = True
+        self.look()
         self._mark_carcass()
         self.world.journal.record("container_ended", instance=self.id, reason=reason, detail=message)
         self.starters.settle(StartFailedError(message, reason=reason, instance=self.id))
@@ -192,3 +196,8 @@ class Condition:
             self.bury_at = None
         elif self.bury_at is None:
             self.bury_at = self.world.now() + self.carcass_kept_s
+
+
+def _is_another_run(known: ContainerFacts, facts: ContainerFacts) -> bool:
+    """Whether the container was replaced or restarted: its server is a new one, perhaps elsewhere."""
+    return (known.id, known.started_at, known.address) != (facts.id, facts.started_at, facts.address)

@@ -11,8 +11,8 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from manager.domain.container import Reach, is_ours
-from manager.domain.instance import ContainerFacts
+from manager.domain.container import endpoint_of, is_ours
+from manager.domain.instance import ALIVE, ContainerFacts
 from manager.errors import (
     ContainerGoneError,
     EngineError,
@@ -88,37 +88,40 @@ class ContainerRun:
         request: ContainerRequest,
         *,
         known: ContainerFacts | None,
-        reach: Reach,
+        by_name: bool,
         ready_path: str,
         watch: Watch,
     ) -> Started:
         """Create and start the container, or take over the one that runs, and wait until it answers.
 
-        One that is paused is taken over as it is.
+        One that is paused is taken over as it is. One that was taken over is never removed here, whatever
+        happens: somebody may be using it.
+
+        Args:
+            request: what is created where nothing runs.
+            known: the container as far as it is known, alive or not.
+            by_name: containers are reached by name.
+            ready_path: what a ready server answers.
+            watch: what the event stream says of it.
 
         Raises:
             NameConflictError: a container that is not ours has the name; it was not touched.
-            StartFailedError: it ended, or did not answer in time; nothing of it is left.
+            StartFailedError: it ended, or did not answer in time; nothing that was made here is left.
             EngineError: the engine refused; nothing is left, unless the engine cannot be reached.
         """
-        container: ContainerFacts | None = None
-        adopted = known is not None and known.status in ("running", "paused")
+        adopted = known is not None and known.status in ALIVE
         try:
-            if known is not None and adopted:
-                container = await self._inspected(known.id)
-                watch.paused = container.status == "paused"
-            else:
-                container = await self._create_and_start(request, known)
-            if container.status not in ("running", "paused"):
-                raise self._death(request.name, container)  # sooner than anyone could look
-            endpoint = self._endpoint(request, container, reach)
+            container, adopted = await self._obtain(request, known)
+            watch.paused = container.status == "paused"
+            endpoint = self._endpoint(container, by_name=by_name)
             # One that is paused cannot answer, and may be so for long: the probes say how it goes on.
             if not (adopted and watch.paused):
                 await self._until_ready(container, endpoint + ready_path, watch)
         except StartFailedError as error:
-            raise await self._bury(container, error, request.name) from error
+            raise await self._explained(error, request.name, keep=adopted) from error
         except ManagerError:
-            await _finish(self._remove_leftover(request.name))
+            if not adopted:
+                await _finish(self._remove_leftover(request.name))
             raise
         await self._step("ready")
         return Started(container, endpoint, adopted)
@@ -141,7 +144,7 @@ class ContainerRun:
         if container is None or not self._is_ours(container):
             self._on_container(None)
             return
-        if container.status in ("running", "paused") and not at_once:
+        if container.status in ALIVE and not at_once:
             await engine.signal(container.id, "SIGTERM")
             await self._step("signalled")
             if not await self._ended(container.id, watch, self._limits.stop_timeout_s):
@@ -149,7 +152,7 @@ class ContainerRun:
                 if not await self._ended(container.id, watch, _KILLED_WAIT_S):
                     raise EngineError(
                         f"{container.name} did not end within {_KILLED_WAIT_S:g} s of SIGKILL",
-                        reason=Reason.ENGINE_UNAVAILABLE,
+                        reason=Reason.INSTANCE_UNHEALTHY,
                         retry_after_s=5,
                     )
             await self._step("ended")
@@ -169,14 +172,36 @@ class ContainerRun:
         self.kept_log = lines or self.kept_log
         return lines[-LOG_LINES:]
 
-    async def _create_and_start(
-        self, request: ContainerRequest, carcass: ContainerFacts | None
-    ) -> ContainerFacts:
+    async def _obtain(
+        self, request: ContainerRequest, known: ContainerFacts | None
+    ) -> tuple[ContainerFacts, bool]:
+        """The running container, and whether it ran already."""
+        if known is not None:
+            now = await self._world.engine.inspect(known.id)
+            self._on_container(now)
+            if now is not None and now.status in ALIVE:
+                return now, True
+            if known.status in ALIVE:
+                raise self._death(request.name, now)
+            if now is not None:
+                await self._world.engine.remove(now.id)
+                self._on_container(None)
+        try:
+            container_id = await _finish(self._create(request))
+        except EngineError as error:
+            if error.reason is not Reason.NAME_CONFLICT:
+                raise
+            other = await self._holder_of_name(request.name, error)
+            if other is not None and other.status in ALIVE:
+                self._on_container(other)
+                return other, True
+            if other is not None:  # what an earlier run left between two steps
+                await self._world.engine.remove(other.id)
+            container_id = await _finish(self._create(request))
+        return await self._started(container_id, request), False
+
+    async def _started(self, container_id: str, request: ContainerRequest) -> ContainerFacts:
         engine = self._world.engine
-        if carcass is not None:
-            await engine.remove(carcass.id)
-            self._on_container(None)
-        container_id = await _finish(self._create(request))
         # Known before it runs: its death may be told before anyone has looked at it.
         self._on_container(
             ContainerFacts(
@@ -201,43 +226,42 @@ class ContainerRun:
         if facts is None:
             raise ContainerGoneError("the container was removed while it was being started")
         self._on_container(facts)
+        if facts.status not in ALIVE:
+            raise self._death(facts.name, facts)  # sooner than anyone could look
         return facts
 
     async def _create(self, request: ContainerRequest) -> str:
-        engine = self._world.engine
         try:
-            return await engine.create(request)
+            return await self._world.engine.create(request)
         except NetworkMissingError:
-            await engine.ensure_network(request.network)
-            return await engine.create(request)
-        except EngineError as error:
-            if error.reason is not Reason.NAME_CONFLICT:
-                raise
-            other = await engine.inspect(request.name)
-            if other is not None and not self._is_ours(other):
-                raise NameConflictError(
-                    f"a container named {request.name!r} exists and is not managed by "
-                    f"{self._world.manager_id!r}; rename or remove it",
-                    instance=self._instance,
-                    details={"container": other.id, "image": other.image},
-                ) from error
-            # Ours, and unknown until now: what an earlier run left between two steps.
-            if other is not None:
-                await engine.remove(other.id)
-            return await engine.create(request)
+            await self._world.engine.ensure_network(request.network)
+            return await self._world.engine.create(request)
 
-    def _endpoint(self, request: ContainerRequest, container: ContainerFacts, reach: Reach) -> str:
-        if reach is Reach.LOOPBACK:
-            return f"http://127.0.0.1:{request.loopback_port}"
-        if reach is Reach.NAME:
-            return f"http://{request.name}:{request.port}"
-        if container.address is None:
+    async def _holder_of_name(self, name: str, refusal: EngineError) -> ContainerFacts | None:
+        """The container of ours that has the name, None when it is free by now.
+
+        Raises:
+            NameConflictError: it is not ours.
+        """
+        other = await self._world.engine.inspect(name)
+        if other is not None and not self._is_ours(other):
+            raise NameConflictError(
+                f"a container named {name!r} exists and is not managed by "
+                f"{self._world.manager_id!r}; rename or remove it",
+                instance=self._instance,
+                details={"container": other.id, "image": other.image},
+            ) from refusal
+        return other
+
+    def _endpoint(self, container: ContainerFacts, *, by_name: bool) -> str:
+        endpoint = endpoint_of(container, by_name=by_name)
+        if endpoint is None:
             raise StartFailedError(
-                f"{request.name} has no address on network {request.network!r}",
+                f"{container.name} has no address on its network",
                 reason=Reason.START_FAILED,
                 instance=self._instance,
             )
-        return f"http://{container.address}:{request.port}"
+        return endpoint
 
     async def _until_ready(self, container: ContainerFacts, url: str, watch: Watch) -> None:
         now = self._world.now
@@ -288,11 +312,11 @@ class ContainerRun:
             return False
         return facts is None or facts.status in ("exited", "created")
 
-    async def _bury(
-        self, container: ContainerFacts | None, error: StartFailedError, name: str
-    ) -> StartFailedError:
-        tail = await self._keep_log(container.id) if container else ()
-        await _finish(self._remove_leftover(name))
+    async def _explained(self, error: StartFailedError, name: str, *, keep: bool) -> StartFailedError:
+        """The error with the container's last words; unless it is to be kept, the container is removed."""
+        tail = await self._keep_log(name)
+        if not keep:
+            await _finish(self._remove_leftover(name))
         return StartFailedError(
             error.message,
             reason=error.reason,

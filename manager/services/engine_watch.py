@@ -53,6 +53,7 @@ class EngineWatch:
         self._resync_interval_s = resync_interval_s
         self.came_up = asyncio.Event()
         self._resync = asyncio.Event()
+        self._following: asyncio.Future[None] | None = None
         self.found = False
         self.up = False
         self.trouble = "the container engine has not been asked yet"
@@ -84,8 +85,10 @@ class EngineWatch:
         engine = self._world.engine
         info = await engine.info()
         containers = await engine.list_containers(self._world.manager_id)
-        itself = [await engine.inspect(name) for name in self._own_names]
-        self._listener.engine_found(info, containers, in_container=any(itself))
+        itself = [(name, await engine.inspect(name)) for name in self._own_names]
+        # A container may merely be named like this host: only an id proves that it is us.
+        in_container = any(facts is not None and facts.id.startswith(name) for name, facts in itself)
+        self._listener.engine_found(info, containers, in_container=in_container)
         self.found = True
 
     def _is_up(self) -> None:
@@ -105,18 +108,29 @@ class EngineWatch:
         if self.up:
             self.up = False
             self.came_up.clear()
+            if self._following is not None:
+                self._following.cancel()  # a connection that was cut without a word would stay silent
             self._listener.engine_changed(up=False)
 
     async def _listen_forever(self) -> None:
         while True:
             await self.came_up.wait()
+            following = self._following = asyncio.ensure_future(self._follow())
             try:
-                async for event in self._world.engine.events(self._world.manager_id):
-                    self._listener.engine_hint(event)
-            except EngineError:
-                pass  # the ping says whether the engine is gone; the listing finds what was missed
-            self._resync.set()
+                await asyncio.wait({following})
+            finally:
+                following.cancel()
+            if not following.cancelled():
+                following.result()
             await asyncio.sleep(self._probe_interval_s / 4)
+
+    async def _follow(self) -> None:
+        try:
+            # What happened before the stream was open is found by a listing that begins after it.
+            async for event in self._world.engine.events(self._world.manager_id, self._resync.set):
+                self._listener.engine_hint(event)
+        except EngineError:
+            pass  # the ping says whether the engine is gone
 
     async def _list_forever(self) -> None:
         while True:

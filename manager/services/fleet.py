@@ -129,6 +129,11 @@ class Fleet:
     def views(self) -> tuple[View, ...]:
         return tuple(instance.view() for instance in self._instances.values())
 
+    def images(self) -> tuple[str, ...]:
+        """The images that the instances are made of, each once."""
+        templates = (instance.spec.template for instance in self._instances.values())
+        return tuple(dict.fromkeys(template.image for template in templates if template is not None))
+
     def supervisors(self) -> list[Supervisor]:
         return [instance for instance in self._instances.values() if isinstance(instance, Supervisor)]
 
@@ -140,6 +145,11 @@ class Fleet:
                 f"lifecycle.max_running is {self._max_running}, and {', '.join(running)} run already",
                 instance=instance_id,
             )
+
+    def refuse_without_engine(self) -> None:
+        """Raise EngineUnreachableError unless the engine can be asked."""
+        if not self.engine.up:
+            raise EngineUnreachableError(self.engine.trouble)
 
     def why_not_ready(self) -> tuple[str, ...]:
         """What keeps the daemon from being usable; nothing when it is."""
@@ -178,17 +188,18 @@ class Fleet:
             )
 
     async def settled(self, *, within_s: float) -> None:
-        """Wait until the engine was listed and every container found was adopted.
+        """Wait until the engine was listed and every container found was adopted, as far as that goes.
 
         Raises:
             UnavailableError: the engine has not answered within `within_s`.
         """
+        deadline = self._world.now() + within_s
         try:
             async with asyncio.timeout(within_s):
                 await self.engine.came_up.wait()
         except TimeoutError:
             raise EngineUnreachableError(self.engine.trouble) from None
-        while any(supervisor.busy for supervisor in self.supervisors()):  # noqa: ASYNC110  (many owners)
+        while any(s.busy for s in self.supervisors()) and self._world.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_SETTLE_POLL_S)
 
     async def save(self) -> None:
@@ -204,7 +215,8 @@ class Fleet:
         url = self._world.engine.url
         self._direct = url.startswith("unix://") and not info.desktop and not info.rootless
         self._containers = self._by_instance(containers)
-        for supervisor in self.supervisors():
+        # Where not all may run, those of higher priority are the first to be started.
+        for supervisor in sorted(self.supervisors(), key=lambda s: -s.spec.priority):
             self._introduce(supervisor)
 
     def engine_listed(self, containers: tuple[ContainerFacts, ...]) -> None:
@@ -275,8 +287,7 @@ class Fleet:
         Raises:
             EngineUnreachableError: nothing can be stopped now.
         """
-        if not self.engine.up:
-            raise EngineUnreachableError(self.engine.trouble)
+        self.refuse_without_engine()
         return tuple(
             await asyncio.gather(*(self._sweep(supervisor, dry_run) for supervisor in self.supervisors()))
         )

@@ -96,10 +96,18 @@ class Gpus:
             self.snapshot = GpuSnapshot(gpus=gpus, attempted=True)
 
     def instance_ids(self) -> tuple[str, ...]:
-        """The ids of all instances that cards were given to by themselves, of all times."""
+        """The ids of the instances that cards were given to by themselves.
+
+        A card that a configured instance has by now has no second instance of its own.
+        """
         if not self._auto:
             return ()
-        return tuple(sorted(id_ for id_ in self._stored if id_ not in self._taken_ids))
+        named = {self.uuid_of(instance) for instance in self._selectors}
+        return tuple(
+            sorted(
+                id_ for id_, uuid in self._stored.items() if id_ not in self._taken_ids and uuid not in named
+            )
+        )
 
     def uuid_of(self, instance: str) -> str | None:
         """The UUID of the card an instance is bound to, None while it is bound to none."""
@@ -219,13 +227,22 @@ class Gpus:
 
     async def _bind(self, gpus: tuple[Gpu, ...]) -> None:
         explicit = {i for i, selector in self._selectors.items() if selector != "auto"}
+        bindings = {i: uuid for i, uuid in self._stored.items() if i not in explicit}
         added = bind_gpus(
             gpus,
             selectors=self._selectors,
-            bindings={i: uuid for i, uuid in self._stored.items() if i not in explicit},
+            bindings=bindings,
             taken_ids=self._taken_ids,
             auto=self._auto,
         )
+        bound = bindings | added
+        left = {i: selector for i, selector in self._selectors.items() if i not in bound}
+        if left:
+            # Every card has an instance already: those that were found by themselves give way.
+            configured = {i: uuid for i, uuid in bound.items() if i in self._selectors}
+            added |= bind_gpus(
+                gpus, selectors=left, bindings=configured, taken_ids=self._taken_ids, auto=False
+            )
         self._explicit = {i: uuid for i, uuid in added.items() if i in explicit}
         new = {i: uuid for i, uuid in added.items() if i not in explicit}
         if new:

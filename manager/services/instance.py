@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from manager.domain.instance import (
     DeviceKind,
-    Driver,
     Explanation,
     Health,
     InstanceSpec,
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
     from manager.domain.instance import ContainerFacts
     from manager.services.world import World
+
+
+# A connection attempt or a request that is repeated a few times, with what acknowledges it.
+_UNANSWERED_BYTES = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,7 @@ class Instance(ABC):
         self.probe_bytes = 0
         self._last_probe_bytes = 0
         self._tags_due = 0.0
+        self._probing = asyncio.Lock()
 
     @abstractmethod
     async def run(self) -> None:
@@ -114,9 +118,12 @@ class Instance(ABC):
 
     async def probe(self) -> None:
         """Ask the server how it is. Touches health and models only, never phase or use."""
-        endpoint = self.probed_endpoint
-        if endpoint is None:
-            return
+        async with self._probing:
+            endpoint = self.probed_endpoint
+            if endpoint is not None:
+                await self._ask(endpoint)
+
+    async def _ask(self, endpoint: str) -> None:
         now = self._world.now()
         tags = now >= self._tags_due
         self.probe_bytes = self._last_probe_bytes
@@ -125,6 +132,8 @@ class Instance(ABC):
                 endpoint, timeout_s=self.spec.limits.probe_interval_s, models=True, tags=tags
             )
         except UnavailableError as error:
+            # A question without an answer moves bytes too, and again when the system repeats it.
+            self.own_bytes += self._last_probe_bytes + _UNANSWERED_BYTES
             if self.probed_endpoint == endpoint:
                 self._set_health(Health.UNHEALTHY, Explanation(error.reason, error.message))
             return
@@ -180,10 +189,6 @@ class Instance(ABC):
     @property
     def in_flight(self) -> int:
         return self._leases.in_flight
-
-    @property
-    def is_external(self) -> bool:
-        return self.spec.driver is Driver.EXTERNAL
 
     @property
     def is_gpu(self) -> bool:

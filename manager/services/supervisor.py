@@ -7,24 +7,31 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from manager.domain import backoff
-from manager.domain.container import LABEL_HASH, Reach, container_name, container_request, is_ours
-from manager.domain.instance import Explanation, Health, Phase, Target
+from manager.domain.container import (
+    LABEL_DEVICE,
+    LABEL_HASH,
+    Reach,
+    container_name,
+    container_request,
+    is_ours,
+)
+from manager.domain.instance import ALIVE, Explanation, Health, Phase, Target
 from manager.domain.lifecycle import Fact
 from manager.domain.reconcile import Bury, Look, Recreate, Situation, Start, Stop, Wait, next_action
 from manager.domain.registry import Operation
 from manager.domain.shown import shown
 from manager.errors import (
     CancelledByStopError,
-    ContainerGoneError,
     EngineError,
     EngineUnreachableError,
+    LimitReachedError,
     ManagerError,
     Reason,
     RegistryUnwritableError,
     StartFailedError,
     UnavailableError,
 )
-from manager.services.condition import ALIVE, Condition, Retry
+from manager.services.condition import Condition, Retry
 from manager.services.container_run import ContainerRun, Started, Watch, happens
 from manager.services.idle_clock import IdleClock
 from manager.services.instance import Instance, View
@@ -114,7 +121,7 @@ class Supervisor(Instance):
         self._refuse_start(explicit=explicit)
         self._is.target = Target.RUNNING
         if explicit:
-            self._is.start_retry.at = 0.0
+            self._is.start_retry.at = self._stop_retry.at = 0.0
         if self._is.intent is None:
             self._is.intent = Operation.START
         self._wake.set()
@@ -193,8 +200,10 @@ class Supervisor(Instance):
         if self._is.container is not None:
             try:
                 return await self._world.engine.logs(self._is.container.id, tail)
-            except ContainerGoneError:
-                pass  # removed meanwhile, and its last lines were kept before
+            except EngineError as error:
+                # One that is being removed has no log any more; its last lines were kept before.
+                if isinstance(error, EngineUnreachableError) or not self._run.kept_log:
+                    raise
         return self._run.kept_log[-tail:]
 
     async def configure(self, *, ttl_s: float | None = None, pinned: bool | None = None) -> None:
@@ -210,6 +219,8 @@ class Supervisor(Instance):
         except RegistryUnwritableError:
             self._override(before.ttl_s, before.pinned)
             raise
+        if not self.pinned and self._is.phase is Phase.FAILED and self._is.intent is None:
+            self._is.target = Target.STOPPED  # only a pinned instance is started again by itself
         self._world.journal.record(
             "configured", instance=self.id, detail=f"ttl_s={self.ttl_s:g} pinned={self.pinned}"
         )
@@ -231,13 +242,19 @@ class Supervisor(Instance):
         """Start with the daemon, unless something is going on already."""
         if not self._dormant and self._is.intent is None and self._is.phase in (Phase.STOPPED, Phase.FAILED):
             self._is.target = Target.RUNNING
+            try:
+                self._may_run(self.id)
+            except LimitReachedError as error:
+                self._world.journal.record("prewarm_refused", instance=self.id, detail=error.message)
+                return
+            self._is.target = Target.RUNNING
             self._is.intent = Operation.START
             self._wake.set()
 
     def compare(self, facts: ContainerFacts | None) -> None:
         """Look again when a listing differs from what is known here."""
         if self._is.differs(self._mine(facts)):
-            self._is.look_due = True
+            self._is.look()
             self._wake.set()
 
     def hint(self, event: EngineEvent) -> None:
@@ -252,7 +269,9 @@ class Supervisor(Instance):
 
     def engine_changed(self, *, up: bool) -> None:
         self._engine_up = up
-        if not up:
+        if up:
+            self._is.look()  # whatever happened meanwhile was told to nobody
+        else:
             self._is.starters.settle(self._engine_away())
             self._stoppers.settle(self._engine_away())
         self._wake.set()
@@ -366,14 +385,28 @@ class Supervisor(Instance):
                     await happens(self._wake, for_s)
                 case Look():
                     await self._look()
-                case Start():
+                case Start() if self._may_start():
                     await self._operate(self._start_once())
+                case Start():
+                    self._is.start_retry.failed(self._world.now())
                 case Stop():
                     await self._operate(self._stop_once())
                 case Recreate():
                     await self._recreate()
                 case Bury():
                     await self._bury()
+
+    def _may_start(self) -> bool:
+        """Whether a start goes ahead: one that was asked for does, a restart by itself only within limits."""
+        if self._is.intent is Operation.START:
+            return True
+        try:
+            self._may_run(self.id)
+        except LimitReachedError as error:
+            self._world.journal.record("restart_refused", instance=self.id, detail=error.message)
+            return False
+        self._is.intent = Operation.START
+        return True
 
     def _situation(self) -> Situation:
         stopping = self._is.intent is Operation.STOP
@@ -384,9 +417,11 @@ class Supervisor(Instance):
             phase=self._is.phase,
             intent=self._is.intent,
             retry_at=self._stop_retry.at if stopping else self._is.start_retry.at,
-            look_due=self._is.look_due,
+            look_at=self._is.look_at,
             bury_at=self._is.bury_at,
-            recreate_at=self._stale.recreate_at(self._row.recreated_at),
+            recreate_at=None
+            if self._world.resume_idle_clock
+            else self._stale.recreate_at(self._row.recreated_at),
             quiet_at=self._clock.quiet_at(self.spec.limits.resync_interval_s, self.in_flight),
         )
 
@@ -407,7 +442,8 @@ class Supervisor(Instance):
     # --- start ---
 
     async def _start_once(self) -> None:
-        self._is.intent = Operation.START
+        if self._is.intent is not Operation.START:
+            return  # it was taken back before this began
         self._is.watch = Watch()
         self._is.failure = None
         self._is.bury_at = None
@@ -427,16 +463,16 @@ class Supervisor(Instance):
         await self._save_quietly()
 
     async def _bring_up(self) -> Started:
-        if self.is_gpu:
+        if self.is_gpu and self._start_is_fresh:
             self._refuse_without_gpu()
-            if self._start_is_fresh:
-                need = self._world.gpus.need_of(self.id, self._template.limits.vram)
-                wait_s = self.spec.limits.vram_wait_s
-                await self._world.gpus.admit(self.id, needed_bytes=need, wait_s=wait_s)
+            need = self._world.gpus.need_of(self.id, self._template.limits.vram)
+            wait_s = self.spec.limits.vram_wait_s
+            await self._world.gpus.admit(self.id, needed_bytes=need, wait_s=wait_s)
+            self._refuse_without_gpu()  # admission takes new readings: the card may have gone meanwhile
         return await self._run.up(
             self._request(),
             known=self._is.container,
-            reach=self.reach,
+            by_name=self.reach is Reach.NAME,
             ready_path=self._template.ready.path,
             watch=self._is.watch,
         )
@@ -464,10 +500,9 @@ class Supervisor(Instance):
         if not started.adopted:
             self._row = replace(self._row, starts=self._row.starts + 1)
             self.starts_done += 1
-        wanted = self._request() if not self.is_gpu or self._world.gpus.uuid_of(self.id) else None
         self._stale.fresh(
             started.container,
-            wanted_hash=wanted.labels[LABEL_HASH] if wanted else None,
+            wanted_hash=self._request().labels[LABEL_HASH],
             on_gpu=self.is_gpu,
         )
         self._world.journal.record(
@@ -488,6 +523,8 @@ class Supervisor(Instance):
             self._is.intent = None
             if not self.pinned:
                 self._is.target = Target.STOPPED
+        if self._is.container is not None:  # it could not be taken over: see again what it does
+            self._is.look(backoff.delay_s(self._is.start_retry.failures))
         self.starts_failed += 1
         self._world.gpus.drop_claim(self.id)
         self._world.journal.record(
@@ -524,7 +561,8 @@ class Supervisor(Instance):
 
     async def _stop_once(self) -> None:
         try:
-            await self._save()
+            # A stop goes on even if it cannot be stored: at worst the next daemon adopts what is left.
+            await self._save_quietly()
             await self._world.on_step(self.id, "stored")
             await self._drain()
             if self._is.phase is not Phase.STOPPING:
@@ -600,7 +638,7 @@ class Supervisor(Instance):
 
     async def _look(self) -> None:
         """Ask the engine for the truth and take it in."""
-        self._is.look_due = False
+        self._is.look_at = None
         try:
             facts = self._mine(await self._world.engine.inspect(self._name))
             if self._is.intent is not None:
@@ -614,7 +652,7 @@ class Supervisor(Instance):
             if facts is not None and facts.status == "paused":
                 self._set_health(Health.UNHEALTHY, None)
         except EngineUnreachableError:
-            self._is.look_due = True
+            self._is.look(self.spec.limits.probe_interval_s)  # by then it is known whether it is away
         except EngineError as error:
             self._world.journal.record("look_failed", instance=self.id, detail=error.message)
         await self._save_quietly()
@@ -626,7 +664,7 @@ class Supervisor(Instance):
             async with self._world.locks.hold(self.id):
                 facts = self._mine(await self._world.engine.inspect(self._name))
                 if facts is not None and facts.status in ALIVE:
-                    self._is.look_due = True
+                    self._is.look()
                     return
                 await self._run.down(self._name, self._is.watch, at_once=True)
         except ManagerError as error:
@@ -669,6 +707,9 @@ class Supervisor(Instance):
         if not present:
             self._stale.postpone(self._template.image, backoff.CAP_S)
             return
+        # One last look at whether somebody uses it, as before an idle stop.
+        await self.probe()
+        await self._usage.sample()
         why = self._stale.why
         if not isinstance(next_action(self._situation()), Recreate) or why is None:
             return
@@ -684,9 +725,14 @@ class Supervisor(Instance):
             self._template,
             manager_id=self._world.manager_id,
             instance_id=self.id,
-            gpu=self._world.gpus.uuid_of(self.id) if self.is_gpu else None,
+            gpu=self._gpu() if self.is_gpu else None,
             loopback_port=self._row.loopback_port if self.reach is Reach.LOOPBACK else None,
         )
+
+    def _gpu(self) -> str | None:
+        """The UUID of its card; while nobody can tell, that of the card its container was made for."""
+        made_for = self._is.container.labels.get(LABEL_DEVICE) if self._is.container else None
+        return self._world.gpus.uuid_of(self.id) or made_for
 
     def _mine(self, facts: ContainerFacts | None) -> ContainerFacts | None:
         """`facts`, unless they are of a stranger that merely has the name."""

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 import requests
@@ -146,14 +146,18 @@ def test_a_paused_container_can_be_stopped(
     assert docker_client.containers.list(all=True, filters={"id": str(running.id)}) == []
 
 
+@pytest.mark.parametrize("events", ["silent", "refused"])
 def test_without_events_the_listing_finds_what_was_done_by_hand(
-    engine: Engine, new_daemon: NewDaemon, docker_client: docker.DockerClient
+    engine: Engine,
+    new_daemon: NewDaemon,
+    docker_client: docker.DockerClient,
+    events: Literal["silent", "refused"],
 ) -> None:
     with EngineProxy(engine.url) as proxy:
-        proxy.deaf = True
+        proxy.events = events
         daemon = new_daemon(engine_url=proxy.url).start()
         container = docker_client.containers.get(daemon.started("cpu")["container"]["id"])
-        assert any(request.startswith("GET /events") for request in proxy.requests)
+        wait_for(lambda: any(request.startswith("GET /events") for request in proxy.requests))
         container.stop()
         body = daemon.wait_for_phase("cpu", "failed")
         assert (body["target"], body["reason"]["code"]) == ("stopped", "container_exited")
@@ -169,6 +173,8 @@ def test_without_events_the_listing_finds_what_was_done_by_hand(
         assert body["container"] is None
         assert "was removed" in body["reason"]["message"]
         assert daemon.started("cpu")["phase"] == "ready"
+        told = [event["detail"] for event in daemon.events() if event["kind"] == "events_refused"]
+        assert told == (["Forbidden"] if events == "refused" else [])
 
 
 # --- what is asked for ---

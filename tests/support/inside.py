@@ -132,7 +132,7 @@ def write_configuration(
             "templates": {"dir": str(directory)},
             "gpus": "none",
             "instances": dict(instances),
-            "lifecycle": {**FAST, **lifecycle},
+            "lifecycle": {**FAST, "probe_interval_s": 0.5, **lifecycle},
             **(config or {}),
         }
     )

@@ -23,7 +23,8 @@ from fastapi.responses import JSONResponse
 
 import manager.app
 from manager.api.app import control_api
-from manager.api.errors import add_error_handlers
+from manager.api.errors import manager_error_response
+from manager.errors import ManagerError
 from manager.settings import load_settings
 from tests.support.daemon import COMPUTE, free_port, wait_for
 
@@ -108,12 +109,14 @@ async def _serve(config_file: Path, port: int) -> None:
 
 def _leases(daemon: manager.app.Daemon) -> FastAPI:
     app = FastAPI()
-    add_error_handlers(app)
     held: dict[str, list[Lease]] = defaultdict(list)
 
     @app.post("/{instance}")
     async def take(instance: str) -> JSONResponse:
-        lease = await daemon.fleet.get(instance).lease()
+        try:
+            lease = await daemon.fleet.get(instance).lease()
+        except ManagerError as error:
+            return manager_error_response(error)
         held[instance].append(lease)
         return JSONResponse({"endpoint": lease.endpoint})
 

@@ -1,4 +1,4 @@
-"""Between a daemon and its engine: notes every request, and can keep the event stream to itself."""
+"""Between a daemon and its engine: notes every request, and can keep events back."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import tempfile
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+_FORBIDDEN = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 9\r\nConnection: close\r\n\r\nForbidden"
 _REQUEST = re.compile(rb"([A-Z]+) (?:/v[0-9.]+)?(/\S+) HTTP/1\.1\r\n")
 
 
@@ -22,7 +23,8 @@ class EngineProxy:
 
     Attributes:
         requests: `METHOD /path` of every request so far, without the version of the API.
-        deaf: keep back every request for events from now on: its connection stays open and silent.
+        events: what becomes of requests for events from now on: `passed` on, `silent` (the connection stays
+            open and nothing comes), or `refused`, as by a proxy that forbids them.
     """
 
     def __init__(self, engine_url: str) -> None:
@@ -33,7 +35,7 @@ class EngineProxy:
         self._listener.listen(64)
         self._open: list[socket.socket] = []
         self.requests: list[str] = []
-        self.deaf = False
+        self.events: Literal["passed", "silent", "refused"] = "passed"
 
     @property
     def url(self) -> str:
@@ -71,7 +73,9 @@ class EngineProxy:
                 if request is not None:
                     line = f"{request[1].decode()} {request[2].decode()}"
                     self.requests.append(line)
-                    if self.deaf and line.startswith("GET /events"):
+                    if self.events != "passed" and line.startswith("GET /events"):
+                        if self.events == "refused":
+                            source.sendall(_FORBIDDEN)
                         continue
                 sink.sendall(chunk)
         with suppress(OSError):

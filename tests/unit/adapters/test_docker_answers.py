@@ -14,43 +14,68 @@ from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, P
 
 ID = "0123456789abcdef" * 4
 
-# As engines from 20.10 to 29 and the NVIDIA container toolkit have said it.
+_IN_USE = (
+    f'Conflict. The container name "/m-ollama-cpu" is already in use by container "{ID}". '
+    "You have to remove (or rename) that container to be able to reuse that name."
+)
+_NO_CONNECTIVITY = "driver failed programming external connectivity on endpoint m-ollama-cpu (5f3e): "
+_DENIED = (
+    "pull access denied for nobody/nothing, repository does not exist or may require 'docker login': "
+    "denied: requested access to the resource is denied"
+)
+_HOOK_FAILED = (
+    "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container "
+    "process: error during container init: error running hook #0: error running hook: exit status 1, "
+    "stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: "
+)
+_LISTEN = "listen tcp4 127.0.0.1:11500: bind: address already in use"
+
+# As engines from 20.10 to 29 and the NVIDIA container toolkit say it.
 REFUSALS = [
-    (404, "No such image: ollama/ollama:0.32.15", EngineError, Reason.IMAGE_MISSING),
-    (404, "manifest for ollama/ollama:nope not found: manifest unknown: manifest unknown", EngineError, Reason.IMAGE_MISSING),
-    (404, "pull access denied for nobody/nothing, repository does not exist or may require 'docker login': denied: requested access to the resource is denied", EngineError, Reason.IMAGE_MISSING),
-    (409, f'Conflict. The container name "/m-ollama-cpu" is already in use by container "{ID}". You have to remove (or rename) that container to be able to reuse that name.', EngineError, Reason.NAME_CONFLICT),
-    (500, "driver failed programming external connectivity on endpoint m-ollama-cpu (5f3e): Bind for 127.0.0.1:11500 failed: port is already allocated", EngineError, Reason.PORT_TAKEN),
-    (500, "driver failed programming external connectivity on endpoint m-ollama-cpu (5f3e): Error starting userland proxy: listen tcp4 127.0.0.1:11500: bind: address already in use", EngineError, Reason.PORT_TAKEN),
-    (500, "failed to set up container networking: driver failed programming external connectivity on endpoint m: failed to bind host port 127.0.0.1:11500/tcp: address already in use", EngineError, Reason.PORT_TAKEN),
-    (500, "Ports are not available: exposing port TCP 127.0.0.1:11500 -> 0.0.0.0:0: listen tcp 127.0.0.1:11500: bind: address already in use", EngineError, Reason.PORT_TAKEN),
-    (500, "Ports are not available: exposing port TCP 127.0.0.1:11500 -> 127.0.0.1:0: /forwards/expose returned unexpected status: 500", EngineError, Reason.PORT_TAKEN),
-    (500, 'could not select device driver "nvidia" with capabilities: [[gpu]]', EngineError, Reason.GPU_MISSING),
-    (500, "failed to create shim task: OCI runtime create failed: runc create failed: unable to start container process: error during container init: error running hook #0: error running hook: exit status 1, stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: unknown device: unknown", EngineError, Reason.GPU_MISSING),
-    (500, "nvidia-container-cli: initialization error: nvml error: driver not loaded: unknown", EngineError, Reason.GPU_MISSING),
-    (500, "failed to create task for container: failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=GPU-1", EngineError, Reason.GPU_MISSING),
-    (500, "mkdir /var/lib/docker/overlay2/3b1f-init: no space left on device", EngineError, Reason.START_FAILED),
-    (404, "network ollama-manager not found", NetworkMissingError, Reason.START_FAILED),
-    (404, "could not find a network matching network mode ollama-manager: network ollama-manager not found", NetworkMissingError, Reason.START_FAILED),
-    (404, f"No such container: {ID}", ContainerGoneError, Reason.CONTAINER_EXITED),
-    (404, "page not found", EngineError, Reason.START_FAILED),
-    (400, "invalid reference format", EngineError, Reason.START_FAILED),
-    (409, "removal of container 0123 is already in progress", EngineError, Reason.START_FAILED),
-    (409, "Container 0123 is not running", EngineError, Reason.START_FAILED),
-    (500, "network ollama-manager not found", EngineError, Reason.START_FAILED),
-    (503, "", EngineError, Reason.START_FAILED),
-    (None, "  \n", EngineError, Reason.START_FAILED),
-]  # fmt: skip
+    (404, "No such image: ollama/ollama:0.32.15", Reason.IMAGE_MISSING),
+    (404, "manifest for ollama/ollama:nope not found: manifest unknown", Reason.IMAGE_MISSING),
+    (404, _DENIED, Reason.IMAGE_MISSING),
+    (409, _IN_USE, Reason.NAME_CONFLICT),
+    (500, f"{_NO_CONNECTIVITY}Bind for 127.0.0.1:1 failed: port is already allocated", Reason.PORT_TAKEN),
+    (500, f"{_NO_CONNECTIVITY}Error starting userland proxy: {_LISTEN}", Reason.PORT_TAKEN),
+    (500, "failed to bind host port 127.0.0.1:11500/tcp: address already in use", Reason.PORT_TAKEN),
+    (500, f"Ports are not available: exposing port TCP 127.0.0.1:1: {_LISTEN}", Reason.PORT_TAKEN),
+    (500, "Ports are not available: /forwards/expose returned status: 500", Reason.PORT_TAKEN),
+    (500, 'could not select device driver "nvidia" with capabilities: [[gpu]]', Reason.GPU_MISSING),
+    (500, f"{_HOOK_FAILED}unknown device: unknown", Reason.GPU_MISSING),
+    (500, "nvidia-container-cli: nvml error: driver not loaded: unknown", Reason.GPU_MISSING),
+    (500, "failed to inject CDI devices: unresolvable CDI devices nvidia.com/gpu=1", Reason.GPU_MISSING),
+    (500, "mkdir /var/lib/docker/overlay2/3b1f: no space left on device", Reason.START_FAILED),
+    (404, "page not found", Reason.START_FAILED),
+    (400, "invalid reference format", Reason.START_FAILED),
+    (409, "removal of container 0123 is already in progress", Reason.START_FAILED),
+    (409, "Container 0123 is not running", Reason.START_FAILED),
+    (500, "network ollama-manager not found", Reason.START_FAILED),
+    (503, "", Reason.START_FAILED),
+    (None, "  \n", Reason.START_FAILED),
+]
 
 
-@pytest.mark.parametrize(("status", "said", "kind", "reason"), REFUSALS)
+@pytest.mark.parametrize(("status", "said", "reason"), REFUSALS)
 def test_a_refusal_has_the_nearest_reason_and_the_engine_s_words(
-    status: int | None, said: str, kind: type[EngineError], reason: Reason
+    status: int | None, said: str, reason: Reason
 ) -> None:
     error = answers.refusal(status, said)
-    assert type(error) is kind
+    assert type(error) is EngineError
     assert error.reason is reason
     assert error.message.startswith(said.strip() or "the engine refused without a word")
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("network ollama-manager not found", NetworkMissingError),
+        ("could not find a network matching network mode x: network x not found", NetworkMissingError),
+        (f"No such container: {ID}", ContainerGoneError),
+    ],
+)
+def test_what_is_not_found_is_told_apart(said: str, kind: type[EngineError]) -> None:
+    assert type(answers.refusal(404, said)) is kind
 
 
 @pytest.mark.parametrize(

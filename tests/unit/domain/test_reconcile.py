@@ -28,7 +28,7 @@ CALM = Situation(
     phase=Phase.STOPPED,
     intent=None,
     retry_at=0.0,
-    look_due=False,
+    look_at=None,
     bury_at=None,
     recreate_at=None,
     quiet_at=None,
@@ -46,7 +46,7 @@ situations = st.builds(
     phase=st.sampled_from(Phase),
     intent=st.none() | st.sampled_from(Operation),
     retry_at=times,
-    look_due=st.booleans(),
+    look_at=st.none() | st.floats(-10, 10),
     bury_at=perhaps,
     recreate_at=perhaps,
     quiet_at=perhaps,
@@ -72,7 +72,7 @@ def test_what_has_failed_is_tried_again_only_after_a_while(intent: Operation) ->
 
 
 def test_a_reason_to_look_comes_before_everything_but_an_operation() -> None:
-    due = replace(READY, look_due=True, bury_at=0, recreate_at=0, quiet_at=0)
+    due = replace(READY, look_at=0, bury_at=0, recreate_at=0, quiet_at=0)
     assert next_action(due) == Look()
     assert next_action(replace(due, intent=Operation.STOP)) == Stop()
     assert next_action(replace(due, intent=Operation.STOP, retry_at=NOW + 1)) == Wait(1)
