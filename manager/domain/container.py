@@ -137,12 +137,15 @@ def choose_reach(wanted: str, *, in_container: bool, direct: bool) -> Reach:
     return Reach.ADDRESS if direct or wanted == "network" else Reach.LOOPBACK
 
 
-def endpoint_of(container: ContainerFacts, *, by_name: bool) -> str | None:
-    """Where a container of ours is reached, by what it was made with and not by what a template says now.
+def endpoint_of(container: ContainerFacts, wanted: ContainerRequest, *, by_name: bool) -> str | None:
+    """Where a container of ours is reached; None while it has no address.
 
-    None while it has no address.
+    What it was made with counts, and not what its template says by now (`wanted`); a container without
+    those labels was made by somebody else in our name.
     """
-    if (port := container.labels.get(LABEL_LOOPBACK_PORT)) is not None:
-        return f"http://127.0.0.1:{port}"
+    made_by_us = LABEL_PORT in container.labels
+    loopback = container.labels.get(LABEL_LOOPBACK_PORT) if made_by_us else wanted.loopback_port
+    if loopback is not None:
+        return f"http://127.0.0.1:{loopback}"
     host = container.name if by_name else container.address
-    return f"http://{host}:{container.labels[LABEL_PORT]}" if host else None
+    return f"http://{host}:{container.labels.get(LABEL_PORT, wanted.port)}" if host else None

@@ -113,7 +113,7 @@ class ContainerRun:
         try:
             container, adopted = await self._obtain(request, known)
             watch.paused = container.status == "paused"
-            endpoint = self._endpoint(container, by_name=by_name)
+            endpoint = self._endpoint(container, request, by_name=by_name)
             # One that is paused cannot answer, and may be so for long: the probes say how it goes on.
             if not (adopted and watch.paused):
                 await self._until_ready(container, endpoint + ready_path, watch)
@@ -253,8 +253,8 @@ class ContainerRun:
             ) from refusal
         return other
 
-    def _endpoint(self, container: ContainerFacts, *, by_name: bool) -> str:
-        endpoint = endpoint_of(container, by_name=by_name)
+    def _endpoint(self, container: ContainerFacts, request: ContainerRequest, *, by_name: bool) -> str:
+        endpoint = endpoint_of(container, request, by_name=by_name)
         if endpoint is None:
             raise StartFailedError(
                 f"{container.name} has no address on its network",

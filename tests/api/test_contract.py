@@ -378,7 +378,7 @@ def test_a_sweep_names_every_container_instance_and_why_it_is_kept(daemon: Daemo
     "image",
     [
         "alpine:3",
-        "ollama/ollama",
+        "ollama/other:1",
         "ollama/ollama:\u0000",
         "",
         "ollama-manager/simulated:a b",

@@ -292,7 +292,7 @@ def test_a_chunked_body_beyond_the_limit_is_refused(daemon: Daemon) -> None:
 
 def test_a_body_that_is_longer_than_declared_is_not_taken_for_more(daemon: Daemon) -> None:
     answer = say(daemon.port, patch("Content-Length: 2"), b"{}" + b"x" * (2 * MOST_BODY_BYTES))
-    assert answer.status in {200, 400}
+    assert answer.status in {0, 200, 400}, "0: the connection was cut before the answer could be read"
     assert daemon.call("GET", "/healthz").status_code == 200
 
 

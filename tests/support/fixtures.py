@@ -8,16 +8,19 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import docker
 import pytest
 import yaml
 
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.daemon import Daemon
 from tests.support.engine import Engine, acquire_engine
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import docker
 
 FAST = {"probe_interval_s": 0.25, "resync_interval_s": 1, "stop_timeout_s": 5, "start_timeout_s": 20}
 

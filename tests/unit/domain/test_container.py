@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,13 +12,16 @@ from manager.domain.container import (
     LABEL_DEVICE,
     LABEL_HASH,
     LABEL_INSTANCE,
+    LABEL_LOOPBACK_PORT,
     LABEL_MANAGER,
+    LABEL_PORT,
     ContainerRequest,
     Mount,
     Reach,
     choose_reach,
     container_name,
     container_request,
+    endpoint_of,
     is_ours,
 )
 from manager.domain.instance import ContainerFacts
@@ -173,3 +177,37 @@ def test_the_way_to_a_container_follows_from_where_the_daemon_runs(
     wanted: str, in_container: bool, direct: bool, reach: Reach
 ) -> None:
     assert choose_reach(wanted, in_container=in_container, direct=direct) is reach
+
+
+def found(labels: dict[str, str]) -> ContainerFacts:
+    return ContainerFacts(
+        id="c1",
+        name="m-ollama-cpu",
+        image="ollama/ollama:1",
+        status="running",
+        labels=labels,
+        address="10.0.0.2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("labels", "loopback_port", "by_name", "endpoint"),
+    [
+        ({LABEL_PORT: "11434"}, None, False, "http://10.0.0.2:11434"),
+        ({LABEL_PORT: "11434"}, None, True, "http://m-ollama-cpu:11434"),
+        ({LABEL_PORT: "11434", LABEL_LOOPBACK_PORT: "11500"}, None, False, "http://127.0.0.1:11500"),
+        ({LABEL_PORT: "9999"}, 11500, False, "http://10.0.0.2:9999"),
+        ({}, 11500, False, "http://127.0.0.1:11500"),
+        ({}, None, False, "http://10.0.0.2:11434"),
+    ],
+)
+def test_a_container_is_reached_the_way_it_was_made(
+    labels: dict[str, str], loopback_port: int | None, by_name: bool, endpoint: str
+) -> None:
+    wanted = request(loopback_port=loopback_port)
+    assert endpoint_of(found(labels), wanted, by_name=by_name) == endpoint
+
+
+def test_a_container_without_an_address_cannot_be_reached() -> None:
+    nowhere = replace(found({}), address=None)
+    assert endpoint_of(nowhere, request(), by_name=False) is None
