@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from manager.errors import EngineError, Reason
+from manager.errors import EngineError, EngineUnreachableError, Reason
 from manager.services.container_run import happens
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class EngineWatch:
         self.came_up = asyncio.Event()
         self._resync = asyncio.Event()
         self._following: asyncio.Future[None] | None = None
+        self._refusal = ""
         self.found = False
         self.up = False
         self.trouble = "the container engine has not been asked yet"
@@ -129,8 +130,14 @@ class EngineWatch:
             # What happened before the stream was open is found by a listing that begins after it.
             async for event in self._world.engine.events(self._world.manager_id, self._resync.set):
                 self._listener.engine_hint(event)
-        except EngineError:
+        except EngineUnreachableError:
             pass  # the ping says whether the engine is gone
+        except EngineError as error:
+            # Something in between forbids it: listings find everything too, only later.
+            if error.message != self._refusal:
+                self._world.journal.record("events_refused", detail=error.message)
+            self._refusal = error.message
+            await asyncio.sleep(self._resync_interval_s)
 
     async def _list_forever(self) -> None:
         while True:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import docker
 import requests
 
-from tests.integration.conftest import NewDaemon
 from tests.support.daemon import wait_for
+
+if TYPE_CHECKING:
+    import docker
+
+    from tests.integration.conftest import NewDaemon
 
 
 def containers(client: docker.DockerClient, manager_id: str) -> list[str]:

@@ -25,7 +25,7 @@ CHANGING = 6
 
 
 def assert_consistent(body: dict[str, Any]) -> None:
-    """What one answer says of an instance does not contradict itself. The target may be ahead of the phase."""
+    """What one answer says of an instance is of one piece. The target may be ahead of the phase."""
     if body["phase"] == "ready":
         assert body["endpoint"]
         assert body["container"]

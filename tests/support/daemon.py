@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,17 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import requests
 import yaml
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPUTE = "/api/runtime/compute"
 
 T = TypeVar("T")
+
+
+# A stream that says nothing for so long has said everything.
+_SILENCE_S = 0.5
 
 
 def free_port() -> int:
@@ -189,22 +196,25 @@ class Daemon:
 
     def events(self, after: int = 0) -> list[dict[str, Any]]:
         """Everything the event stream has after an id, read until it falls silent."""
-        import json  # noqa: PLC0415
-
-        found = []
-        with requests.get(
-            f"{self.url}{COMPUTE}/events",
-            headers={"Last-Event-ID": str(after)},
-            stream=True,
-            timeout=(5, 0.5),
-        ) as answer:
+        lines: list[bytes] = []
+        with wait_for(lambda: self._event_stream(after)) as answer:
             try:
-                for line in answer.iter_lines():
-                    if line.startswith(b"data: "):
-                        found.append(json.loads(line.removeprefix(b"data: ")))
+                lines.extend(answer.iter_lines())
             except requests.ConnectionError:
                 pass  # silence: the read timed out
-        return found
+        return [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: ")]
+
+    def _event_stream(self, after: int) -> requests.Response | None:
+        """The stream once its head has come; None when a busy machine took too long for that."""
+        try:
+            return requests.get(
+                f"{self.url}{COMPUTE}/events",
+                headers={"Last-Event-ID": str(after)},
+                stream=True,
+                timeout=(5, _SILENCE_S),
+            )
+        except requests.ReadTimeout:
+            return None
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""The daemon with a fault point: `python -m tests.support.launch CONFIG INSTANCE:STEP[:NTH]` dies there by SIGKILL.
+"""The daemon with a fault point: `python -m tests.support.launch CONFIG INSTANCE:STEP[:NTH]` dies there.
 
 Only a test can ask for that: the composition root takes the hook as an argument, and no setting leads to it.
 """

@@ -1,6 +1,6 @@
 """`make check` and `make test`: every step is taken, whatever became of those before; one failure fails all.
 
-The last line of `make test` is pytest's own summary.
+The last lines of `make test` are pytest's own summaries.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ STATIC = (
     (str(_BIN / "mypy"),),
     (str(_BIN / "lint-imports"),),
 )
+_QUICK = ("tests/unit", "tests/contract")
+_REAL = ("tests/api", "tests/integration")
+_SIDE_BY_SIDE = 3
 # The pure parts have no excuse: every line and branch of them is tested.
 _PURE = ("manager/domain/*", "manager/wire/*")
 
@@ -84,8 +87,29 @@ def _provide_for_tests() -> None:
 
 
 def _test(arguments: list[str], failed: list[str]) -> str:
-    """All tests under coverage; adds what failed to `failed` and returns pytest's summary line."""
-    command = [sys.executable, "-m", "coverage", "run", *_PYTEST, *arguments]
+    """All tests; adds what failed to `failed` and returns pytest's last summary line.
+
+    The pure and quick ones run in one process under coverage. The others wait for daemons and engines most
+    of the time, so several of them go on side by side, those of one file in order.
+    """
+    quick = [sys.executable, "-m", "coverage", "run", *_PYTEST, *_QUICK]
+    real = [sys.executable, *_PYTEST, "-n", str(_SIDE_BY_SIDE), "--dist", "loadfile", *_REAL]
+    summaries = []
+    for command in (quick, real):
+        status, summary = _streamed([*command, *arguments])
+        summaries.append(summary)
+        if status:
+            failed.append(f"pytest {command[-1]} (exit status {status})")
+    for report in (
+        ["report"],
+        ["report", f"--include={','.join(_PURE)}", "--fail-under=100"],
+    ):
+        failed += filter(None, [_failed(sys.executable, "-m", "coverage", *report)])
+    return "\n".join(filter(None, summaries))
+
+
+def _streamed(command: list[str]) -> tuple[int, str]:
+    """Run pytest and show what it says; its exit status and its summary line."""
     say(f"== {_shown(command)}")
     summary = ""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
@@ -95,14 +119,7 @@ def _test(arguments: list[str], failed: list[str]) -> str:
             print(line, end="", flush=True)
             if _SUMMARY.fullmatch(_COLOUR.sub("", line).strip()):
                 summary = line.rstrip("\n")
-    if process.returncode:
-        failed.append(f"pytest (exit status {process.returncode})")
-    for report in (
-        ["report"],
-        ["report", f"--include={','.join(_PURE)}", "--fail-under=100"],
-    ):
-        failed += filter(None, [_failed(sys.executable, "-m", "coverage", *report)])
-    return summary
+    return process.returncode, summary
 
 
 def _failed(*command: str) -> str | None:

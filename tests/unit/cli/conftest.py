@@ -27,6 +27,7 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state-home"))
     # Not a socket file that is missing: the SDK leaves it to the garbage collector to close its end of that.
     monkeypatch.setenv("DOCKER_HOST", NO_ENGINE)
+    monkeypatch.setenv("TERM", "xterm-256color")  # a dumb one is always 80 columns wide, to rich
     monkeypatch.chdir(tmp_path)
     configured = structlog.is_configured()
     yield
