@@ -45,7 +45,7 @@ def read_available(body: Any) -> tuple[str, ...] | None:
 def read_time(text: Any) -> datetime | None:
     """Go's RFC 3339 time, which has up to nine digits after the second; None when it is not one.
 
-    "Never" comes as a time centuries ahead, beyond what a clock can be compared with: None too.
+    "Never" comes as a time three centuries ahead. One beyond what a clock can be compared with is None too.
     """
     match = _TIME.fullmatch(text) if isinstance(text, str) else None
     if match is None:

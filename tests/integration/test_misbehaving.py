@@ -249,8 +249,7 @@ def test_a_full_disk_for_the_state_refuses_changes_and_nothing_else(
         assert daemon.instance("starts")["container"] is None  # what is not stored is not begun
         assert daemon.call("PATCH", "instances/runs", json={"ttl_s": 5}).status_code == 503
         assert daemon.instance("runs")["ttl_s"] != 5
-        answer = daemon.begin("stops", "stop")
-        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "registry_unwritable")
+        daemon.stopped("stops")  # what can go on without being stored does
         machine.show(Card(A))  # a new card's number cannot be stored either
         answer = wait_for(lambda: daemon.call("GET", "/readyz"), lambda answer: answer.status_code == 503)
         assert any(reason.startswith("registry:") for reason in answer.json()["reasons"])
@@ -260,7 +259,6 @@ def test_a_full_disk_for_the_state_refuses_changes_and_nothing_else(
 
         filler.unlink()
         daemon.wait_until_ready()
-        daemon.wait_for_phase("stops", "stopped")  # it stayed asked for
         assert daemon.started("starts")["phase"] == "ready"
         wait_for(lambda: daemon.get("instances")["instances"], lambda all_: all_[-1]["id"] == "gpu0")
         assert "start_failed" in happened(daemon, "starts")  # what happened meanwhile was not lost

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -197,11 +198,10 @@ class Daemon:
     def events(self, after: int = 0) -> list[dict[str, Any]]:
         """Everything the event stream has after an id, read until it falls silent."""
         lines: list[bytes] = []
-        with wait_for(lambda: self._event_stream(after)) as answer:
-            try:
-                lines.extend(answer.iter_lines())
-            except requests.ConnectionError:
-                pass  # silence: the read timed out
+        answer = wait_for(lambda: self._event_stream(after), lambda answer: answer is not None)
+        assert answer is not None
+        with answer, suppress(requests.ConnectionError):  # silence: the read timed out
+            lines.extend(answer.iter_lines())
         return [json.loads(line.removeprefix(b"data: ")) for line in lines if line.startswith(b"data: ")]
 
     def _event_stream(self, after: int) -> requests.Response | None:

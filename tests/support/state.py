@@ -35,7 +35,6 @@ def stored_instance(state_dir: Path, instance: str) -> dict[str, Any]:
 
 def store_instance(state_dir: Path, row: InstanceRow) -> None:
     """Put a row into the registry of a daemon that does not run, making the registry where there is none."""
-
     state_dir.mkdir(parents=True, exist_ok=True)
 
     async def store() -> None:

@@ -84,6 +84,7 @@ class Answers(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
     server: Answers
 
     def do_GET(self) -> None:
@@ -126,6 +127,14 @@ async def talking(timeout_s: float = TIMEOUT_S) -> AsyncIterator[tuple[DockerEng
             engine.close()
             server.shutdown()
             serving.join()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collections() -> Iterator[None]:
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
