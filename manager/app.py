@@ -37,7 +37,7 @@ from manager.services.gpus import Gpus
 from manager.services.journal import Journal
 from manager.services.supervisor import Supervisor
 from manager.services.world import World, no_step
-from manager.settings import auto_gpu_spec, load_templates, read_key, resolve_instances
+from manager.settings import auto_gpu_spec, key_weaknesses, load_templates, read_key, resolve_instances
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -175,7 +175,11 @@ async def serve(
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
     settings = loaded.settings
-    key = read_key(settings.server.key_file) if settings.server.key_file else None
+    key = None
+    if settings.server.key_file is not None:
+        key = read_key(settings.server.key_file)
+        for weakness in key_weaknesses(settings.server.key_file, key):
+            _log.warning("weak_key", detail=weakness)
     async with open_daemon(loaded, on_step=on_step) as daemon:
         with _listening(settings.server.host, settings.server.port) as listener:
             url = _url(settings.server.host, settings.server.port)

@@ -6,7 +6,6 @@ import errno
 import os
 import shutil
 import socket
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +19,14 @@ from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
 from manager.domain.instance import DeviceKind, Driver
 from manager.errors import ConfigurationError, RegistryCorruptError, RegistryUnwritableError
-from manager.settings import load_settings, load_templates, packaged_templates, read_key, resolve_instances
+from manager.settings import (
+    key_weaknesses,
+    load_settings,
+    load_templates,
+    packaged_templates,
+    read_key,
+    resolve_instances,
+)
 from manager.settings.model import GPU_TEMPLATE
 
 if TYPE_CHECKING:
@@ -31,7 +37,6 @@ if TYPE_CHECKING:
     from manager.settings import LoadedSettings, Settings
 
 _LITTLE_SPACE = 100 * 2**20
-_SHORT_KEY = 16
 _OLLAMA_PORT = 11434
 # File systems on which flock(2) may hold nobody off.
 _REMOTE = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "ceph", "fuse.sshfs", "afs"})
@@ -73,15 +78,12 @@ def examine(config: Path | None) -> Iterator[Finding]:
 
 def _key(file: Path) -> Finding:
     try:
-        length = len(read_key(file))
-        others = file.stat().st_mode & stat.S_IRWXO
-    except (ConfigurationError, OSError) as error:
+        weaknesses = key_weaknesses(file, read_key(file))
+    except ConfigurationError as error:
         return broken("key", str(error), f"put a key there: umask 077; openssl rand -hex 24 > {file}")
-    if others:
-        return warning("key", f"{file} is open to every user of this machine", f"chmod o= {file}")
-    if length < _SHORT_KEY:
-        remedy = f"umask 077; openssl rand -hex 24 > {file}, and restart the daemon"
-        return warning("key", f"{file} holds {length} characters, which can be guessed", remedy)
+    if weaknesses:
+        message, _, remedy = weaknesses[0].partition("; ")
+        return warning("key", message, remedy)
     return fine("key", f"{file}, closed to others")
 
 

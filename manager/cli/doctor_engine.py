@@ -69,7 +69,8 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
     if missing:
         return broken("GPUs", "\n".join([*lines, *missing]), "correct its `device`, or put that card in")
     named = {found.uuid for _, selector in needs.selectors if (found := find_gpu(cards, selector))}
-    automatic = [instance for instance, selector in needs.selectors if selector == "auto"]
+    explicit = {instance for instance, selector in needs.selectors if selector != "auto"}
+    automatic = [instance for instance in needs.gpu_instances if instance not in explicit]
     if len(automatic) > len(cards) - len(named):
         lines.append(f"{', '.join(automatic)} want a card each that no other instance names")
         return broken(

@@ -1,6 +1,6 @@
 """The only reader of the environment and of configuration files."""
 
-from manager.settings.load import LoadedSettings, load_settings, read_key
+from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_key
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
 from manager.settings.templates import auto_gpu_spec, load_templates, packaged_templates, resolve_instances
 
@@ -10,6 +10,7 @@ __all__ = [
     "ScheduleSettings",
     "Settings",
     "auto_gpu_spec",
+    "key_weaknesses",
     "load_settings",
     "load_templates",
     "packaged_templates",

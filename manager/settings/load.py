@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from manager.settings.schema import KeyPath
-
-_log = structlog.get_logger("settings")
 
 LOCAL_FILE = Path("ollama-manager.yaml")
 SYSTEM_FILE = Path("/etc/ollama-manager/config.yaml")
@@ -102,14 +99,10 @@ def read_key(path: Path) -> str:
         if not stat.S_ISREG(path.stat().st_mode):
             raise _key_refused(path, "not a regular file")
         with path.open("rb") as stream:
-            mode = os.fstat(stream.fileno()).st_mode
             raw = stream.read(_LONGEST_KEY + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a path"
         raise _key_refused(path, f"{why}; expected a readable file") from error
-    if mode & stat.S_IRWXO:
-        # Not refused: secrets that an engine mounts into a container are readable by everyone in it.
-        _log.warning("key_file_open", path=str(path), remedy="close it with chmod o= FILE")
     lines = raw.rstrip(b"\r\n").split(b"\n")
     key = lines[0].strip()
     if not key:
@@ -118,14 +111,26 @@ def read_key(path: Path) -> str:
         raise _key_refused(path, f"{len(lines)} lines; expected one")
     if len(key) > _LONGEST_KEY:
         raise _key_refused(path, f"a key of more than {_LONGEST_KEY} characters")
-    if len(key) < _GUESSABLE:
-        _log.warning(
-            "key_short", path=str(path), remedy=f"use a random key of {_GUESSABLE} characters or more"
-        )
     # What a header can carry without quoting.
     if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
         raise _key_refused(path, "the key holds a space or something that is not ASCII; expected neither")
     return key.decode("ascii")
+
+
+def key_weaknesses(path: Path, key: str) -> tuple[str, ...]:
+    """What is wrong with a key that works; nothing of the key itself is said.
+
+    Such a key is taken all the same: secrets that an engine mounts into a container are readable by
+    everyone in it, and only its operator knows who could guess.
+    """
+    found = []
+    if path.stat().st_mode & stat.S_IRWXO:
+        found.append(f"{path} is open to every user of this machine; close it with chmod o= {path}")
+    if len(key) < _GUESSABLE:
+        found.append(
+            f"{path} holds {len(key)} characters, which can be guessed; use a random key of 16 or more"
+        )
+    return tuple(found)
 
 
 def _key_refused(path: Path, text: str) -> Exception:

@@ -6,10 +6,9 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-import structlog
 
 from manager.errors import ConfigurationError
-from manager.settings import read_key
+from manager.settings import key_weaknesses, read_key
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,16 +51,21 @@ def test_what_is_no_key_is_refused_without_being_shown(tmp_path: Path, content: 
 
 
 @pytest.mark.parametrize(
-    ("content", "mode", "warning"),
-    [(KEY, 0o644, "key_file_open"), (KEY, 0o444, "key_file_open"), ("secret", 0o600, "key_short")],
+    ("content", "mode", "weakness"),
+    [(KEY, 0o644, "open to every user"), (KEY, 0o444, "open to every user"), ("secret", 0o600, "guessed")],
 )
-def test_a_weak_key_is_taken_with_a_warning_that_does_not_show_it(
-    tmp_path: Path, content: str, mode: int, warning: str
+def test_a_weak_key_is_taken_and_its_weakness_told_without_showing_it(
+    tmp_path: Path, content: str, mode: int, weakness: str
 ) -> None:
-    with structlog.testing.capture_logs() as logs:
-        assert read_key(key_file(tmp_path, content.encode(), mode)) == content
-    assert [entry["event"] for entry in logs] == [warning]
-    assert content not in str(logs)
+    file = key_file(tmp_path, content.encode(), mode)
+    assert read_key(file) == content
+    (told,) = key_weaknesses(file, content)
+    assert weakness in told
+    assert content not in told
+
+
+def test_a_good_key_has_no_weakness(tmp_path: Path) -> None:
+    assert key_weaknesses(key_file(tmp_path, KEY.encode()), KEY) == ()
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
