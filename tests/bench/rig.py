@@ -30,7 +30,7 @@ INSTANCES = 64
 NETWORK = "ollama-manager"
 MANAGER_ID = "bench"
 
-_LIMIT_S = 60.0
+_LIMIT_S = 120.0
 _POLL_S = 0.002
 
 
@@ -61,17 +61,30 @@ class Rig:
     def stop(self, ids: list[str]) -> None:
         self._each(ids, "stop")
 
+    def reset(self) -> None:
+        """Have everything stopped, in whatever state a measurement that failed has left it."""
+        with Client(self.daemon.port) as client:
+            deadline = time.monotonic() + 2 * _LIMIT_S
+            while True:
+                left = [one for one in client.json(f"{COMPUTE}/instances")["instances"] if one["container"]]
+                if not left:
+                    return
+                if time.monotonic() > deadline:
+                    raise MeasurementError(f"{left[0]['id']} could not be stopped: {left[0]['reason']}")
+                for one in left:
+                    client.post(f"{COMPUTE}/instances/{one['id']}/stop?wait=false")
+                time.sleep(1)
+
     def _each(self, ids: list[str], action: str) -> None:
         with ThreadPoolExecutor(len(ids)) as pool:
-            for status in pool.map(lambda id_: self._post(id_, action), ids):
-                if status != http.client.OK:
-                    raise MeasurementError(
-                        f"{action} was answered with {status}\n{self.daemon.log()[-4000:]}"
-                    )
+            answers = list(pool.map(lambda id_: self._post(id_, action), ids))
+        refused = [body.decode() for status, body in answers if status != http.client.OK]
+        if refused:
+            raise MeasurementError(f"{len(refused)} of {len(ids)} could not {action}: {refused[0]}")
 
-    def _post(self, instance: str, action: str) -> int:
+    def _post(self, instance: str, action: str) -> tuple[int, bytes]:
         with Client(self.daemon.port) as client:
-            return client.post(f"{COMPUTE}/instances/{instance}/{action}")[0]
+            return client.post(f"{COMPUTE}/instances/{instance}/{action}")
 
 
 class Client:

@@ -15,7 +15,7 @@ from tests.bench.table import Row, at_most, percentile
 from tests.support.daemon import COMPUTE, free_port
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from tests.bench.rig import Rig
 
@@ -27,16 +27,14 @@ _FROZEN_S = 12.0
 _CALLS = 500
 
 
-def list_latency(rig: Rig) -> list[Row]:
+def list_latency(rig: Rig) -> Iterator[Row]:
     """GET /instances with 64 instances: in peace, while they go up and down, and when all do so at once."""
     every = ids(INSTANCES)
-    return [
-        _list_row(rig, "all stopped", lambda: time.sleep(_CALM_S)),
-        _list_row(rig, "one after the other started and stopped", lambda: _roll(rig)),
-        _list_row(rig, "all started at once", lambda: rig.start(every)),
-        _list_row(rig, "all running", lambda: time.sleep(_CALM_S)),
-        _list_row(rig, "all stopped at once", lambda: rig.stop(every)),
-    ]
+    yield _list_row(rig, "all stopped", lambda: time.sleep(_CALM_S))
+    yield _list_row(rig, "one after the other started and stopped", lambda: _roll(rig))
+    yield _list_row(rig, "all started at once", lambda: rig.start(every))
+    yield _list_row(rig, "all running", lambda: time.sleep(_CALM_S))
+    yield _list_row(rig, "all stopped at once", lambda: rig.stop(every))
 
 
 def calls_that_change_nothing(rig: Rig) -> list[Row]:

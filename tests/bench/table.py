@@ -15,7 +15,7 @@ class Row:
     what: str
     figure: str
     target: str = ""
-    verdict: Literal["ok", "OVER", ""] = ""
+    verdict: Literal["ok", "OVER", "FAILED", ""] = ""
 
 
 def at_most(what: str, value: float, limit: float, unit: str, *, digits: int = 1, beside: str = "") -> Row:

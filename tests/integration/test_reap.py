@@ -9,18 +9,24 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import pytest
 import requests
 import yaml
 
 from tests.support.daemon import ROOT, Daemon, wait_for
+from tests.support.fixtures import making_daemons
 from tests.support.inside import EngineEvents, own_containers
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import docker
 
     from tests.integration.conftest import NewDaemon
+    from tests.support.engine import Engine
 
 
 def reap(daemon: Daemon, *arguments: str, timezone: str = "UTC") -> dict[str, str]:
@@ -67,69 +73,94 @@ def names(client: docker.DockerClient, manager_id: str) -> set[str]:
     return {container.attrs["Names"][0].removeprefix(f"/{manager_id}-ollama-") for container in found}
 
 
-def test_without_a_daemon_a_sweep_goes_by_the_stored_last_use_and_starts_nothing(
-    new_daemon: NewDaemon,
-    docker_client: docker.DockerClient,
-    manager_id: str,
-    engine_events: EngineEvents,
-) -> None:
-    daemon = new_daemon(
-        instances={
-            "idle": {"template": "sim", "ttl_s": 800},
-            "young": {"template": "sim", "ttl_s": 900},
-            "pinned": {"template": "sim", "ttl_s": 800, "pinned": True},
-            "forever": {"template": "sim", "ttl_s": 0},
-            "asked": {"template": "sim", "ttl_s": 800},
-            "again": {"template": "sim", "ttl_s": 800},
-            "warm": {"template": "sim"},
-        },
-        lifecycle={"probe_interval_s": 2},
-    ).start()
-    running = {"idle", "young", "pinned", "forever", "asked", "again"}
-    with ThreadPoolExecutor(6) as pool:
-        bodies = list(pool.map(daemon.started, sorted(running)))
-    (endpoint,) = (body["endpoint"] for body in bodies if body["id"] == "asked")
-    wait_until_stored(daemon, *running)
-    daemon.stop()
-    shorten_ttl(daemon)
-    config = daemon.config_file.read_text()
-    assert "warm:\n    template" in config
-    daemon.config_file.write_text(config.replace("warm:\n", "warm:\n    prewarm: true\n"))
-    time.sleep(1.2)
-    load = {"model": "tiny", "keep_alive": "10m"}
-    assert requests.post(f"{endpoint}/api/generate", json=load, timeout=10).status_code == 200
-    docker_client.containers.get(f"{manager_id}-ollama-again").restart()
-    said = reap(daemon, timezone="America/New_York")
-    assert said["idle"].startswith("stopped")
-    assert "s left of 900 s" in said["young"]
-    assert said["pinned"] == "kept: pinned"
-    assert "its TTL is 0" in said["forever"]
-    assert said["asked"] == "kept: used just now"
-    assert said["again"].startswith("kept: used")
-    assert said["warm"] == "kept: stopped"
-    assert names(docker_client, manager_id) == running - {"idle"}
-    assert {name for name in daemon_instances(daemon) if engine_events.count(name, "create") == 1} == running
-    assert engine_events.count("warm", "create") == 0
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What a sweep said after a daemon was killed, and which instances had a container then and before."""
+
+    foreseen: dict[str, str]
+    said: dict[str, str]
+    before: set[str]
+    after: set[str]
+    shown: dict[str, dict[str, Any]]
 
 
-def test_after_a_kill_a_sweep_stops_what_has_been_idle_since_before(
-    new_daemon: NewDaemon, docker_client: docker.DockerClient, manager_id: str
-) -> None:
-    daemon = new_daemon(instances={"idle": {"template": "sim", "ttl_s": 800}}).start()
-    daemon.started("idle")
-    wait_until_stored(daemon, "idle")
-    probed = wait_for(lambda: daemon.instance("idle")["last_seen_at"])
-    wait_for(lambda: daemon.instance("idle")["last_seen_at"] != probed)
-    daemon.kill()
-    shorten_ttl(daemon)
-    time.sleep(1.2)
-    assert reap(daemon, "--dry-run", timezone="Asia/Tokyo")["idle"].startswith("would be stopped")
-    assert names(docker_client, manager_id) == {"idle"}
-    assert reap(daemon)["idle"].startswith("stopped")
-    assert names(docker_client, manager_id) == set()
-    daemon.start()
-    body = daemon.instance("idle")
-    assert (body["phase"], body["target"], body["starts"]) == ("stopped", "stopped", 1)
+@pytest.fixture(scope="module")
+def sweep(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sweep]:
+    """A sweep of instances of all kinds, more than their TTL after their daemon was killed."""
+    manager_id = f"reap{time.time_ns() % 10**9}"
+    with (
+        closing(engine.client()) as client,
+        making_daemons(engine, tmp_path_factory.mktemp("reap"), manager_id) as make,
+    ):
+        daemon = make(
+            instances={
+                "idle": {"template": "sim", "ttl_s": 800},
+                "asked": {"template": "sim", "ttl_s": 800},
+                "again": {"template": "sim", "ttl_s": 800},
+                "still": {"template": "sim", "ttl_s": 800},
+                "pinned": {"template": "sim", "ttl_s": 800, "pinned": True},
+                "young": {"template": "sim", "ttl_s": 900},
+                "forever": {"template": "sim", "ttl_s": 0},
+                "half": {"template": "sim"},
+                "warm": {"template": "sim"},
+            }
+        ).start(die_at="half:stored")
+        running = ["idle", "asked", "again", "still", "pinned", "young", "forever"]
+        with ThreadPoolExecutor(len(running)) as pool:
+            bodies = dict(zip(running, pool.map(daemon.started, running), strict=True))
+        wait_until_stored(daemon, *running)
+        wait_for(lambda: all(daemon.instance(name)["last_seen_at"] for name in running), within_s=60)
+        client.containers.get(f"{manager_id}-ollama-still").pause()
+        with contextlib.suppress(requests.ConnectionError):
+            daemon.begin("half", "start", wait="false")
+        daemon.wait_until_dead()
+        shorten_ttl(daemon)
+        config = daemon.config_file.read_text()
+        daemon.config_file.write_text(config.replace("warm:\n", "warm:\n    prewarm: true\n"))
+        time.sleep(1.2)
+        before = names(client, manager_id)
+        foreseen = reap(daemon, "--dry-run", timezone="Asia/Tokyo")
+        assert names(client, manager_id) == before
+        load = {"model": "tiny", "keep_alive": "10m"}
+        requests.post(f"{bodies['asked']['endpoint']}/api/generate", json=load, timeout=30).raise_for_status()
+        client.containers.get(f"{manager_id}-ollama-again").restart()
+        said = reap(daemon, timezone="America/New_York")
+        after = names(client, manager_id)
+        daemon.start()
+        shown = {name: daemon.instance(name) for name in daemon_instances(daemon)}
+        yield Sweep(foreseen, said, before, after, shown)
+
+
+def test_without_a_daemon_what_was_idle_before_it_died_is_stopped(sweep: Sweep) -> None:
+    assert sweep.foreseen["idle"].startswith("would be stopped")
+    assert sweep.said["idle"].startswith("stopped: idle past its TTL of 1 s")
+    assert sweep.before - sweep.after == {"idle", "still"}
+    assert (sweep.shown["idle"]["target"], sweep.shown["idle"]["starts"]) == ("stopped", 1)
+
+
+def test_without_a_daemon_use_of_the_endpoint_is_seen_all_the_same(sweep: Sweep) -> None:
+    assert sweep.said["asked"] == "kept: used just now"
+
+
+def test_a_container_that_somebody_started_again_is_not_idle_since_before(sweep: Sweep) -> None:
+    assert sweep.said["again"].startswith("kept: used")
+
+
+def test_a_sweep_leaves_what_is_pinned_or_young_or_never_to_be_stopped(sweep: Sweep) -> None:
+    assert sweep.said["pinned"] == "kept: pinned"
+    assert "s left of 900 s" in sweep.said["young"]
+    assert "its TTL is 0" in sweep.said["forever"]
+
+
+def test_a_sweep_is_not_held_up_by_a_paused_container(sweep: Sweep) -> None:
+    assert sweep.said["still"].startswith("stopped")
+
+
+def test_a_sweep_starts_nothing_and_finishes_no_start(sweep: Sweep) -> None:
+    assert sweep.said["warm"] == sweep.said["half"] == "kept: stopped"
+    assert sweep.after <= sweep.before
+    # The next daemon does.
+    assert sweep.shown["half"]["target"] == "running"
 
 
 def test_sweeps_at_once_with_and_without_a_daemon_stop_an_instance_once(
@@ -153,31 +184,3 @@ def test_sweeps_at_once_with_and_without_a_daemon_stop_an_instance_once(
         assert names(docker_client, manager_id) == set()
     assert engine_events.count("one", "destroy") == 2
     assert engine_events.count("one", "create") == 2
-
-
-def test_a_sweep_without_a_daemon_is_not_held_up_by_a_paused_container(
-    new_daemon: NewDaemon, docker_client: docker.DockerClient, manager_id: str
-) -> None:
-    daemon = new_daemon(
-        instances={"still": {"template": "sim", "ttl_s": 800}, "idle": {"template": "sim", "ttl_s": 800}}
-    ).start()
-    daemon.started("still")
-    daemon.started("idle")
-    wait_until_stored(daemon, "still", "idle")
-    docker_client.containers.get(f"{manager_id}-ollama-still").pause()
-    daemon.kill()
-    shorten_ttl(daemon)
-    time.sleep(1.2)
-    assert reap(daemon)["idle"].startswith("stopped")
-    assert names(docker_client, manager_id) <= {"still"}
-
-
-def test_a_start_that_a_daemon_left_half_done_is_not_finished_by_a_sweep(
-    new_daemon: NewDaemon, docker_client: docker.DockerClient, manager_id: str
-) -> None:
-    daemon = new_daemon().start(die_at="cpu:stored")
-    with contextlib.suppress(requests.ConnectionError):
-        daemon.begin("cpu", "start", wait="false")
-    daemon.wait_until_dead()
-    assert reap(daemon)["cpu"].startswith("kept")
-    assert names(docker_client, manager_id) == set()

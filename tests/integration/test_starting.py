@@ -224,15 +224,16 @@ async def test_the_log_shown_after_a_failed_start_is_that_of_the_container_that_
 
 
 async def test_a_container_that_is_removed_during_the_health_wait_fails_the_start_at_once(
-    new_inside: NewInside, docker_client: docker.DockerClient, manager_id: str, engine_events: EngineEvents
+    new_inside: NewInside, docker_client: docker.DockerClient, manager_id: str
 ) -> None:
     inside = await new_inside(
         instances={"slow": {"template": "slow"}},
         templates={"slow": NEVER_READY},
         lifecycle={"start_timeout_s": 300},
     )
-    starting = asyncio.create_task(inside.get("slow").start())
-    await until(lambda: engine_events.count("slow", "start"), within_s=30)
+    slow = inside.get("slow")
+    starting = asyncio.create_task(slow.start())
+    await until(lambda: slow.view().started_at)
     docker_client.containers.get(f"{manager_id}-ollama-slow").remove(force=True)
     async with asyncio.timeout(60):
         with pytest.raises(StartFailedError) as caught:

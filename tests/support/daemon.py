@@ -47,7 +47,7 @@ def free_port() -> int:
 _handed_out: set[int] = set()
 
 
-def wait_for(read: Callable[[], T], holds: Callable[[T], object] = bool, *, within_s: float = 20.0) -> T:
+def wait_for(read: Callable[[], T], holds: Callable[[T], object] = bool, *, within_s: float = 60.0) -> T:
     """Read until `holds` says yes; the value it said yes to.
 
     Raises:
@@ -127,10 +127,10 @@ class Daemon:
             self.wait_until_ready()
         return self
 
-    def wait_until_ready(self, within_s: float = 20.0) -> None:
+    def wait_until_ready(self, within_s: float = 60.0) -> None:
         wait_for(lambda: self._status("/readyz"), lambda status: status == 200, within_s=within_s)
 
-    def wait_until_alive(self, within_s: float = 20.0) -> None:
+    def wait_until_alive(self, within_s: float = 60.0) -> None:
         wait_for(lambda: self._status("/healthz"), lambda status: status == 200, within_s=within_s)
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -190,7 +190,7 @@ class Daemon:
         body: dict[str, Any] = answer.json()["instance"]
         return body
 
-    def wait_for_phase(self, instance_id: str, *phases: str, within_s: float = 20.0) -> dict[str, Any]:
+    def wait_for_phase(self, instance_id: str, *phases: str, within_s: float = 60.0) -> dict[str, Any]:
         return wait_for(
             lambda: self.instance(instance_id), lambda body: body["phase"] in phases, within_s=within_s
         )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import docker
 
-FAST = {"probe_interval_s": 0.25, "resync_interval_s": 1, "stop_timeout_s": 5, "start_timeout_s": 20}
+FAST = {"probe_interval_s": 0.5, "resync_interval_s": 1, "stop_timeout_s": 5, "start_timeout_s": 20}
 
 
 @pytest.fixture(scope="session")

@@ -39,7 +39,7 @@ STATIC = (
 )
 _QUICK = ("tests/unit", "tests/contract")
 _REAL = ("tests/api", "tests/integration")
-_SIDE_BY_SIDE = 3
+_SIDE_BY_SIDE = 2
 # The pure parts have no excuse: every line and branch of them is tested.
 _PURE = ("manager/domain/*", "manager/wire/*")
 
