@@ -99,6 +99,7 @@ class Supervisor(Instance):
         self._stop_retry = Retry()
         self._stop_trouble: Explanation | None = None
         self._stoppers = Waiters()
+        self._last_look = asyncio.Lock()
         self._wake = asyncio.Event()
         self._drain_news = asyncio.Event()
 
@@ -182,14 +183,16 @@ class Supervisor(Instance):
 
     async def stop_if_idle(self) -> bool:
         """Stop the instance when its TTL has run out, after one last look at whether somebody uses it."""
-        if not self.idle:
-            return False
-        await self.probe()
-        await self._usage.sample()
-        # From here to the end nothing is awaited: no lease can be taken in between.
-        if not self.idle or not self._engine_up:
-            return False
-        return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
+        # One sweep at a time: the probe of another would look like somebody's use.
+        async with self._last_look:
+            if not self.idle:
+                return False
+            await self.probe()
+            await self._usage.sample()
+            # From here to the end nothing is awaited: no lease can be taken in between.
+            if not self.idle or not self._engine_up:
+                return False
+            return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
 
     async def logs(self, tail: int) -> tuple[str, ...]:
         """The last lines of the container, or of the one that was, as far as they were kept.

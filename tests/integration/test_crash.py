@@ -89,7 +89,11 @@ def only_rig(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         making_daemons(engine, tmp_path_factory.mktemp("crash"), manager_id) as make,
     ):
         instances = {"cpu": {"template": "sim"}, "quiet": {"template": "sim", "ttl_s": 60}}
-        yield Rig(make(instances=instances, lifecycle={"resync_interval_s": 0.5}), client, manager_id)
+        yield Rig(
+            make(instances=instances, lifecycle={"probe_interval_s": 1, "resync_interval_s": 0.5}),
+            client,
+            manager_id,
+        )
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def happened(daemon: Daemon, since: int, *kinds: str) -> dict[str, Any]:
 
 
 def last_event(daemon: Daemon) -> int:
-    return int(daemon.events()[-1]["id"])
+    return int(wait_for(daemon.events)[-1]["id"])
 
 
 def seconds_after(event: dict[str, Any], began: datetime) -> float:
@@ -93,7 +93,7 @@ def test_a_container_ended_by_hand_is_noticed_by_its_event_and_not_started_again
         assert f"exit code {code}" in body["reason"]["message"]
         body = wait_for(lambda: by_hand.instance("cpu"), lambda body: body["reason"]["log_tail"])
         assert "/api/version" in "\n".join(body["reason"]["log_tail"])
-        assert "Listening on" in by_hand.call("GET", "instances/cpu/logs").text
+        assert "Listening on" in by_hand.call("GET", "instances/cpu/logs?tail=10000").text
     assert by_hand.started("cpu")["reason"] is None
 
 
@@ -346,7 +346,7 @@ def assert_the_engine_is_missed(daemon: Daemon, since: datetime) -> None:
         lambda: daemon.call("GET", "/readyz"), lambda answer: answer.status_code == 503, within_s=10
     )
     assert any("engine" in reason for reason in answer.json()["reasons"])
-    (event,) = (event for event in daemon.events() if event["kind"] == "engine_down")
+    event = next(event for event in daemon.events() if event["kind"] == "engine_down")
     assert seconds_after(event, since) < 2 * PROBE_S + NOTICED_S
     for id_ in ("cpu", "slow"):
         assert answered(daemon, "GET", f"instances/{id_}").json()["reason"]["code"] == "engine_unavailable"
