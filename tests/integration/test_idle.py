@@ -225,8 +225,9 @@ async def test_two_sweeps_at_once_make_one_stop(new_inside: NewInside) -> None:
     inside = await new_inside(
         instances={"cpu": {"template": "sim", "ttl_s": 0.01}}, lifecycle={"probe_interval_s": 30}
     )
-    await inside.get("cpu").start()
-    await asyncio.sleep(0.05)
+    cpu = inside.get("cpu")
+    await cpu.start()
+    await until(lambda: cpu._usage._last and cpu.idle)
     answered = await asyncio.gather(*(post(inside, "reap") for _ in range(4)))
     actions = sorted(body["instances"][0]["action"] for _, body in answered)
     assert {status for status, _ in answered} == {200}

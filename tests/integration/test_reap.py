@@ -167,20 +167,19 @@ def test_sweeps_at_once_with_and_without_a_daemon_stop_an_instance_once(
     new_daemon: NewDaemon, docker_client: docker.DockerClient, manager_id: str, engine_events: EngineEvents
 ) -> None:
     daemon = new_daemon(
-        instances={"one": {"template": "slow", "ttl_s": 1}},
+        instances={"one": {"template": "slow", "ttl_s": 1}, "two": {"template": "slow", "ttl_s": 1}},
         templates={"slow": {"env": {"OLLAMA_SIM_SHUTDOWN_S": "1"}}},
         lifecycle={"probe_interval_s": 60},
     ).start()
-    for alive in (True, False):
-        daemon.started("one")
-        wait_until_stored(daemon, "one")
-        if not alive:
+    for instance in ("one", "two"):
+        daemon.started(instance)
+        wait_until_stored(daemon, instance)
+        if instance == "two":
             daemon.kill()
         time.sleep(1.2)
         with ThreadPoolExecutor(2) as pool:
             said = [future.result() for future in [pool.submit(reap, daemon) for _ in range(2)]]
-        outcomes = sorted(one["one"].split(":")[0] for one in said)
+        outcomes = sorted(one[instance].split(":")[0] for one in said)
         assert outcomes == ["kept", "stopped"], said
         assert names(docker_client, manager_id) == set()
-    assert engine_events.count("one", "destroy") == 2
-    assert engine_events.count("one", "create") == 2
+        assert (engine_events.count(instance, "create"), engine_events.count(instance, "destroy")) == (1, 1)
