@@ -217,6 +217,7 @@ class DockerEngine:
             timeout=timeout_s,  # type: ignore[arg-type]  # None is "no time-out", for streams
         )
         self._api_version = client.api_version
+        client.trust_env = False  # proxies and .netrc are for elsewhere, and looking them up costs each call
         return client
 
     def _translated(self, error: Exception) -> EngineError:

@@ -65,7 +65,7 @@ async def test_an_open_lease_holds_the_instance_and_the_ttl_begins_at_the_last_r
 async def test_a_lease_that_is_granted_always_leads_to_a_server_that_answers(new_inside: NewInside) -> None:
     inside = await new_inside(instances={"cpu": {"template": "sim", "ttl_s": 0.02}})
     cpu = inside.get("cpu")
-    ends_at = time.monotonic() + 6
+    ends_at = time.monotonic() + 4
     granted = 0
 
     async def use(pause_s: float) -> None:
@@ -89,7 +89,7 @@ async def test_a_lease_that_is_granted_always_leads_to_a_server_that_answers(new
         for _ in range(2):
             tasks.create_task(sweep())
     assert cpu.in_flight == 0
-    assert granted > 20
+    assert granted > 10
     await until(lambda: inside.phase("cpu") == "stopped")
 
 
@@ -100,7 +100,7 @@ async def test_leases_and_sweeps_that_alternate_find_every_moment_of_a_stop(new_
     cpu = inside.get("cpu")
     stops = 0
     # The last look before a stop may take a second: some engines tell their counters no sooner.
-    for delay_ms in (0, 20, 500, 950, 1020, 1100, 1500):
+    for delay_ms in (0, 500, 1020, 1100, 1500):
         (await cpu.lease()).release()
         await until(lambda: cpu.idle)
         sweeping = asyncio.create_task(inside.fleet.reap())
