@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 
+_OOM_WRITTEN_S = 0.5
+
+
 @dataclass(slots=True)
 class Retry:
     """When something that failed may be tried again. `at` is monotonic seconds."""
@@ -134,7 +137,8 @@ class Condition:
                     self.died()
         due = event.action in ("start", "die", "oom", "pause", "unpause", "destroy")
         if due:
-            self.look()
+            # The engine tells of an out-of-memory before it has written it into the container's state.
+            self.look(_OOM_WRITTEN_S if event.action == "oom" else 0.0)
         return due
 
     def differs(self, facts: ContainerFacts | None) -> bool:

@@ -191,6 +191,11 @@ class Gpus:
                 )
             await asyncio.sleep(min(_RECHECK_S, remaining))
 
+    def claim(self, instance: str, needed_bytes: int) -> None:
+        """Set memory aside for an instance that runs already, whatever is free."""
+        if needed_bytes:
+            self._claims[instance] = needed_bytes
+
     def drop_claim(self, instance: str) -> None:
         self._claims.pop(instance, None)
 

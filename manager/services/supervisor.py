@@ -201,6 +201,8 @@ class Supervisor(Instance):
             EngineError: there is a container, but the engine does not give them.
         """
         if self._is.container is not None:
+            if not self._engine_up:
+                raise self._engine_away()
             try:
                 return await self._world.engine.logs(self._is.container.id, tail)
             except EngineError as error:
@@ -466,9 +468,11 @@ class Supervisor(Instance):
         await self._save_quietly()
 
     async def _bring_up(self) -> Started:
-        if self.is_gpu and self._start_is_fresh:
+        need = self._world.gpus.need_of(self.id, self._template.limits.vram) if self.is_gpu else 0
+        if not self._start_is_fresh:
+            self._world.gpus.claim(self.id, need)
+        elif self.is_gpu:
             self._refuse_without_gpu()
-            need = self._world.gpus.need_of(self.id, self._template.limits.vram)
             wait_s = self.spec.limits.vram_wait_s
             await self._world.gpus.admit(self.id, needed_bytes=need, wait_s=wait_s)
             self._refuse_without_gpu()  # admission takes new readings: the card may have gone meanwhile
