@@ -96,14 +96,14 @@ def _test(arguments: list[str], failed: list[str]) -> str:
     quick = [sys.executable, "-m", "coverage", "run", *_PYTEST, *_QUICK]
     real = [sys.executable, *_PYTEST, "-n", str(_SIDE_BY_SIDE), "--dist", "loadfile", *_REAL]
     summaries = []
-    for command in (quick, real):
+    for command, paths in ((quick, _QUICK), (real, _REAL)):
         status, summary = _streamed([*command, *arguments])
         summaries.append(summary)
-        if status == _TESTS_FAILED and command is real:
+        if status == _TESTS_FAILED:
             # Real engines on a machine that is busy with other things miss deadlines. What fails again by
             # itself, one test at a time, is a failure; both runs are shown.
             say("== what failed is run once more, by itself")
-            status, summary = _streamed([sys.executable, *_PYTEST, "--last-failed", *_REAL, *arguments])
+            status, summary = _streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
             summaries.append(summary)
         if status:
             failed.append(f"pytest {command[-1]} (exit status {status})")
