@@ -35,6 +35,7 @@ class Journal:
         self._recent: deque[Event] = deque(maxlen=_IN_MEMORY)
         self._unsaved: list[Event] = []
         self._news = asyncio.Event()
+        self._storing = asyncio.Lock()
         self.trouble: str | None = None
 
     @property
@@ -86,11 +87,25 @@ class Journal:
             await self.flush()
 
     async def flush(self) -> None:
-        batch, self._unsaved = self._unsaved, []
-        if not batch:
-            return
+        """Store what waits to be stored. A cancelled flush still ends its write: no batch is lost or doubled."""
+        async with self._storing:
+            batch, self._unsaved = self._unsaved, []
+            if not batch:
+                return
+            writing = asyncio.ensure_future(self._registry.append_events(batch))
+            try:
+                await asyncio.shield(writing)
+            except asyncio.CancelledError:
+                await asyncio.wait({writing})
+                self._end_write(batch, writing)
+                raise
+            except RegistryUnwritableError:
+                pass
+            self._end_write(batch, writing)
+
+    def _end_write(self, batch: list[Event], writing: asyncio.Future[None]) -> None:
         try:
-            await self._registry.append_events(batch)
+            writing.result()
             self.trouble = None
         except RegistryUnwritableError as error:
             # The events stay visible in memory, and are tried again; a full disk must not stop the daemon.

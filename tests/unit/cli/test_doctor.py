@@ -137,7 +137,7 @@ def test_a_key_file_that_others_can_read_is_a_warning(run: Run, tmp_path: Path) 
     (tmp_path / "ollama-manager.yaml").write_text("server: {key_file: key}\n")
     result = run("doctor", "--json")
     assert checks(result)["key"]["verdict"] == "warning"
-    assert checks(result)["key"]["remedy"] == f"chmod o= {key}"
+    assert checks(result)["key"]["remedy"] == f"close it with chmod o= {key}"
     assert "a-key-that" not in result.output
     key.unlink()
     assert checks(run("doctor", "--json"))["key"]["verdict"] == "broken"
