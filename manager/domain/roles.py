@@ -1,0 +1,149 @@
+"""What callers may ask for by a role's name, and what is changed in their requests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from manager.domain.models import model_key
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class RequestKind(StrEnum):
+    """What a request has a model do. A role serves one kind, and falls back to roles of the same."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    TRANSCRIBE = "transcribe"
+
+
+class Policy(StrEnum):
+    """Which devices a role may run on."""
+
+    AUTO = "auto"
+    PREFER_GPU = "prefer_gpu"
+    CPU_ONLY = "cpu_only"
+
+
+# The roles that there always are, whether or not they have a model.
+BUILT_IN_ROLES: Mapping[str, RequestKind] = MappingProxyType(
+    {
+        "thinking": RequestKind.GENERATE,
+        "control": RequestKind.GENERATE,
+        "output": RequestKind.GENERATE,
+        "tool_selector": RequestKind.GENERATE,
+        "embedding": RequestKind.EMBED,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BodyChanges:
+    """What is changed in the body of a request before it is sent on.
+
+    `defaults` count where the caller says nothing, `overrides` always; both are merged deeply. `system` is
+    put into the system prompt. `think` None leaves the model's way alone.
+    """
+
+    defaults: Mapping[str, Any] = field(default=_NOTHING)
+    overrides: Mapping[str, Any] = field(default=_NOTHING)
+    system: str | None = None
+    system_mode: SystemMode = "prepend"
+    think: bool | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not self.defaults and not self.overrides and self.system is None and self.think is None
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A role with every default resolved. `target` None means any instance that the policy allows."""
+
+    name: str
+    kind: RequestKind
+    model: str | None = None
+    target: str | None = None
+    policy: Policy = Policy.AUTO
+    fallbacks: tuple[str, ...] = ()
+    changes: BodyChanges = field(default_factory=BodyChanges)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingSettings:
+    """All that the operator decides about routing. `models` maps keys of models (`model_key`) to changes."""
+
+    roles: Mapping[str, Role]
+    models: Mapping[str, BodyChanges] = field(default_factory=dict)
+    auto_pull: bool = False
+
+    def changes_for(self, model: str, role: str | None) -> BodyChanges:
+        """What is changed in a request for `model` under `role`; the role wins, key by key."""
+        found = self.models.get(model_key(model), _UNCHANGED)
+        mine = self.roles[role].changes if role is not None and role in self.roles else _UNCHANGED
+        if found is _UNCHANGED and mine is _UNCHANGED and not thinks_unasked(model):
+            return _UNCHANGED
+        return BodyChanges(
+            defaults=merged(found.defaults, mine.defaults),
+            overrides=merged(found.overrides, mine.overrides),
+            system=found.system if mine.system is None else mine.system,
+            system_mode=found.system_mode if mine.system is None else mine.system_mode,
+            think=_first(mine.think, found.think, False if thinks_unasked(model) else None),
+        )
+
+
+_UNCHANGED = BodyChanges()
+
+
+def thinks_unasked(model: str) -> bool:
+    """Whether a model of this name thinks at length unless told not to: the Qwen3 family does."""
+    return model_key(model).rpartition("/")[2].startswith("qwen3")
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, deeply; where both say something that is no mapping, `above` wins."""
+    result = dict(below)
+    for key, value in above.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            result[key] = merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def role_contradictions(
+    roles: Mapping[str, Role], gpu_of: Mapping[str, bool | None]
+) -> Iterator[tuple[str, str, str]]:
+    """What cannot be meant, as (role, field, message).
+
+    Args:
+        roles: all roles.
+        gpu_of: for every instance there is whether it runs on a GPU, None where nobody declared it.
+    """
+    for role in roles.values():
+        if role.target is not None and role.target not in gpu_of:
+            yield role.name, "target", f"{role.target!r} is no instance; expected {', '.join(gpu_of)} or auto"
+        elif role.policy is Policy.CPU_ONLY and role.target is not None and gpu_of[role.target] is not False:
+            cpus = ", ".join(name for name, gpu in gpu_of.items() if gpu is False) or "auto"
+            message = f"{role.target!r} does not run on the CPU only, which policy cpu_only asks for; "
+            yield role.name, "target", f"{message}expected {cpus}"
+        for name in role.fallbacks:
+            other = roles.get(name)
+            if other is None:
+                yield role.name, "fallbacks", f"{name!r} is no role; expected {', '.join(roles)}"
+            elif other.kind is not role.kind:
+                message = f"{name!r} does {other.kind}, and {role.name!r} {role.kind}"
+                yield role.name, "fallbacks", f"{message}; expected a role of the same kind"
+
+
+def _first(*values: bool | None) -> bool | None:
+    return next((value for value in values if value is not None), None)
