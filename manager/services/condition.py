@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 
-_OOM_WRITTEN_S = 0.5
+_OOM_OVER_S = 0.5
 
 
 @dataclass(slots=True)
@@ -111,8 +111,9 @@ class Condition:
             self._mark_carcass()
         elif self.phase is not Phase.READY or known is None or _is_another_run(known, facts):
             self._adopt(facts)
-        elif facts.out_of_memory and self.failure is None:
-            # The engine marks the container when any of its processes was killed; the server may run on.
+        elif (facts.out_of_memory or self.watch.out_of_memory) and self.failure is None:
+            # Any process of the container may be the one that was killed; the server may run on. The engine
+            # then says so in the container's state (moby 28), or by the event alone (seen with 20.10).
             message = f"a process in {self.name} was killed: more memory than its limit allows"
             self.failure = Explanation(Reason.OUT_OF_MEMORY, message)
             self.world.journal.record(
@@ -135,10 +136,12 @@ class Condition:
                 self.container = replace(known, status="exited", exit_code=event.exit_code)
                 if not operating and self.phase in (Phase.READY, Phase.STARTING):
                     self.died()
+            elif event.action == "oom":
+                self.watch.out_of_memory = True
         due = event.action in ("start", "die", "oom", "pause", "unpause", "destroy")
         if due:
-            # The engine tells of an out-of-memory before it has written it into the container's state.
-            self.look(_OOM_WRITTEN_S if event.action == "oom" else 0.0)
+            # An out-of-memory is told before it is known whether the server itself was meant.
+            self.look(_OOM_OVER_S if event.action == "oom" else 0.0)
         return due
 
     def differs(self, facts: ContainerFacts | None) -> bool:

@@ -49,6 +49,7 @@ class Watch:
 
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     paused: bool = False
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,9 +145,6 @@ def test_a_crash_later_is_told_with_its_exit_code_and_not_mended_unasked(daemon:
     assert daemon.started("cpu")["reason"] is None
 
 
-@pytest.mark.xfail(
-    strict=False, reason="owed: a child's OOM is not always told while the server runs on (cgroup v1, 20.10)"
-)
 def test_a_child_that_is_killed_for_its_memory_is_told_while_the_server_runs_on(daemon: Daemon) -> None:
     body = daemon.started("confined")
     set_knobs(body["endpoint"], allocate_bytes=512 * MIB, allocate_in="child")
