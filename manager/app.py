@@ -40,6 +40,7 @@ from manager.services.journal import Journal
 from manager.services.supervisor import Supervisor
 from manager.services.world import World, no_step
 from manager.settings import auto_gpu_spec, key_weaknesses, load_templates, read_key, resolve_instances
+from manager.wire.access import Access
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -186,7 +187,8 @@ async def serve(
         with _listening(settings.server.host, settings.server.port) as listener:
             url = _url(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            app = control_api(daemon.backend, allowed_hosts=_allowed_hosts(settings), key=key)
+            access = Access(allowed_hosts=_allowed_hosts(settings), key=key)
+            app = control_api(daemon.backend, access=access)
             config = uvicorn.Config(
                 app,
                 http="httptools",

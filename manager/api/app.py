@@ -9,13 +9,13 @@ from fastapi import FastAPI
 from manager import __version__
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
-from manager.api.gate import WITHOUT_KEY, Gate
+from manager.api.gate import Gate
 from manager.api.health import health_router
+from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
-
     from manager.api.backend import Backend
+    from manager.wire.access import Access
 
 _SECURITY_SCHEMES = {
     "bearer": {"type": "http", "scheme": "bearer"},
@@ -23,19 +23,19 @@ _SECURITY_SCHEMES = {
 }
 
 
-def control_api(backend: Backend, *, allowed_hosts: Collection[str], key: str | None) -> FastAPI:
+def control_api(backend: Backend, *, access: Access) -> FastAPI:
     app = _ControlApi(
         title="Ollama Endpoint Manager",
         version=__version__,
         description="Starts, stops and watches Ollama instances.",
         redirect_slashes=False,
-        wants_key=key is not None,
+        wants_key=access.wants_key,
     )
     routers = (compute_router(backend), health_router(backend))
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
-    app.add_middleware(Gate, allowed_hosts=allowed_hosts, key=key)
+    app.add_middleware(Gate, access=access)
     return app
 
 

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from manager.api.gate import MOST_BODY_BYTES, Gate
+from manager.wire.access import Access
 from tests.api.raw_http import request, say
 from tests.support.daemon import COMPUTE, ROOT
 from tests.support.fixtures import making_daemons, new_manager_id
@@ -142,7 +143,7 @@ async def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
 
     async def send(_message: Message) -> None: ...
 
-    gate = Gate(app, allowed_hosts=["localhost"], key="right")
+    gate = Gate(app, access=Access(allowed_hosts=["localhost"], key="right"))
     for presented in (b"", b"r", b"wrong", b"right"):
         headers = [(b"host", b"localhost"), (b"x-api-key", presented)]
         await gate({"type": "http", "path": "/x", "headers": headers}, receive, send)

@@ -14,6 +14,7 @@ import yaml
 import manager.app
 from manager.api.app import control_api
 from manager.settings import load_settings
+from manager.wire.access import Access
 from tests.support.daemon import Daemon
 from tests.support.fixtures import FAST, write_templates
 
@@ -167,7 +168,7 @@ async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
 
 @asynccontextmanager
 async def _served(daemon: manager.app.Daemon) -> AsyncIterator[int]:
-    app = control_api(daemon.backend, allowed_hosts={"127.0.0.1"}, key=None)
+    app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}, key=None))
     config = uvicorn.Config(
         app,
         port=0,

@@ -1,0 +1,137 @@
+"""Heads of HTTP messages: what must not pass, and what goes on to the other side."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+# RFC 9110 section 7.6.1, and what older software takes for such.
+HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-authorization",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
+# What is for us and not for the server: who the caller is, how the body is framed (it is framed anew), where a
+# page came from (it was looked at), and an encoding in which no tokens could be counted.
+_OURS = frozenset(
+    {
+        b"accept-encoding",
+        b"authorization",
+        b"content-length",
+        b"cookie",
+        b"expect",
+        b"forwarded",
+        b"host",
+        b"origin",
+        b"referer",
+        b"traceparent",
+        b"tracestate",
+        b"x-api-key",
+        b"x-forwarded-for",
+        b"x-forwarded-host",
+        b"x-forwarded-proto",
+        b"x-real-ip",
+        b"x-request-id",
+    }
+)
+_NEVER_FORWARDED = HOP_BY_HOP | _OURS
+_ONCE = frozenset({b"host", b"content-length", b"content-type", b"transfer-encoding", b"authorization"})
+# Bytes that end a line for one reader and not for another.
+_ODD_VALUE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+Header = tuple[bytes, bytes]
+
+
+def status_line(status: int) -> bytes:
+    try:
+        phrase = HTTPStatus(status).phrase
+    except ValueError:
+        phrase = ""
+    return f"HTTP/1.1 {status} {phrase}\r\n".encode()
+
+
+STATUS_LINES = {status: status_line(status) for status in range(100, 600)}
+
+
+def ambiguity(headers: list[Header]) -> str | None:
+    """Why two readers could understand this request differently; None when they cannot.
+
+    Args:
+        headers: names in lower case.
+    """
+    names = [name for name, _ in headers]
+    if len(set(names)) != len(names):
+        for name in _ONCE:
+            if names.count(name) > 1:
+                return f"{name.decode()} is given more than once"
+    if b"transfer-encoding" in names:
+        if b"content-length" in names:
+            return "content-length and transfer-encoding exclude each other"
+        coding = next(value for name, value in headers if name == b"transfer-encoding")
+        if coding.strip().lower() != b"chunked":
+            return "the only transfer-encoding that is understood is chunked"
+    for name, value in headers:
+        if _ODD_VALUE.search(value):
+            return f"{name.decode('latin-1')} holds a control character"
+    return None
+
+
+def is_folded(head: bytes) -> bool:
+    """Whether a line of this head goes on in the next, which no sender may do (RFC 9112 section 5.2)."""
+    return b"\n " in head or b"\n\t" in head
+
+
+def forwarded(headers: Iterable[Header], withheld: Collection[bytes]) -> list[bytes]:
+    """The lines of a request that the server is to see.
+
+    Args:
+        headers: as they came, names in lower case.
+        withheld: names beyond the usual that stay here.
+    """
+    lines: list[bytes] = []
+    named: set[bytes] | None = None
+    for name, value in headers:
+        if name == b"connection":
+            named = _named_by_connection(value) | (named or set())
+        elif name not in _NEVER_FORWARDED and name not in withheld:
+            lines.append(b"%b: %b\r\n" % (name, value))
+    if named:
+        lines = [line for line in lines if line.partition(b":")[0] not in named]
+    return lines
+
+
+def returned(headers: Iterable[Header], replaced: Collection[bytes]) -> list[bytes]:
+    """The lines of an answer that the caller is to see, all but what frames the message.
+
+    Args:
+        headers: as they came, names in any case.
+        replaced: names in lower case that are said anew here.
+    """
+    lines: list[bytes] = []
+    named: set[bytes] | None = None
+    for name, value in headers:
+        low = name.lower()
+        if low == b"connection":
+            named = _named_by_connection(value) | (named or set())
+        elif low not in HOP_BY_HOP and low != b"content-length" and low not in replaced:
+            lines.append(b"%b: %b\r\n" % (name, value))
+    if named:
+        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
+    return lines
+
+
+def _named_by_connection(value: bytes) -> set[bytes]:
+    # Nobody may have the framing of the message taken away with this.
+    return {token.strip().lower() for token in value.split(b",")} - {b"content-type", b"content-length"}
