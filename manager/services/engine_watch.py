@@ -57,7 +57,7 @@ class EngineWatch:
         self._refusal = ""
         self.found = False
         self.up = False
-        self.trouble = "the container engine has not been asked yet"
+        self.trouble = f"the container engine at {world.engine.url} has not answered yet"
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:

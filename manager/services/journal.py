@@ -87,7 +87,7 @@ class Journal:
             await self.flush()
 
     async def flush(self) -> None:
-        """Store what waits to be stored. A cancelled flush still ends its write: no batch is lost or doubled."""
+        """Store what waits. A cancelled flush still ends its write: no batch is lost or doubled."""
         async with self._storing:
             batch, self._unsaved = self._unsaved, []
             if not batch:
