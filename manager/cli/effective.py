@@ -19,11 +19,23 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
 _NOT_EXTERNAL = frozenset({"template", "ttl_s", "start_timeout_s", "pinned", "prewarm"})
 
 
+class _OneLine(yaml.SafeDumper):
+    """Writes text with line breaks in quotes, where it would take several lines."""
+
+
+def _represent_text(dumper: _OneLine, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_OneLine.add_representer(str, _represent_text)
+
+
 def effective_yaml(loaded: LoadedSettings) -> str:
     """Never the content of the key file, nor credentials inside an address."""
     head = [
         f"# configuration file: {loaded.file or 'none'}",
         "# ttl_s and pinned may be overridden for an instance over the API: `ollama-manager status` knows.",
+        "# What roles are may be, too: GET /api/settings/models/effective knows.",
     ]
     return "\n".join([*head, *_lines(loaded, loaded.settings.model_dump(mode="json"), ())]) + "\n"
 
@@ -55,8 +67,13 @@ def _scalar(value: Any) -> str:
     shown = _CREDENTIALS.sub("…@", value) if isinstance(value, str) else value
     if isinstance(value, float) and value.is_integer():
         shown = int(value)
-    text = yaml.safe_dump(
-        shown, default_flow_style=True, width=float("inf"), allow_unicode=True, sort_keys=False
+    text = yaml.dump(
+        shown,
+        Dumper=_OneLine,
+        default_flow_style=True,
+        width=float("inf"),
+        allow_unicode=True,
+        sort_keys=False,
     )
     return text.removesuffix("\n").removesuffix("\n...")
 

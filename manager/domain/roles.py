@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
-
 
 class RequestKind(StrEnum):
     """What a request has a model do. A role serves one kind, and falls back to roles of the same."""
@@ -53,8 +51,8 @@ class BodyChanges:
     put into the system prompt. `think` None leaves the model's way alone.
     """
 
-    defaults: Mapping[str, Any] = field(default=_NOTHING)
-    overrides: Mapping[str, Any] = field(default=_NOTHING)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    overrides: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
     system_mode: SystemMode = "prepend"
     think: bool | None = None
@@ -138,11 +136,20 @@ def role_contradictions(
             yield role.name, "target", f"{message}expected {cpus}"
         for name in role.fallbacks:
             other = roles.get(name)
-            if other is None:
+            if other is role:
+                yield role.name, "fallbacks", "a role cannot fall back to itself; expected other roles"
+            elif other is None:
                 yield role.name, "fallbacks", f"{name!r} is no role; expected {', '.join(roles)}"
             elif other.kind is not role.kind:
                 message = f"{name!r} does {other.kind}, and {role.name!r} {role.kind}"
                 yield role.name, "fallbacks", f"{message}; expected a role of the same kind"
+            elif role.kind is RequestKind.EMBED and _differ(role.model, other.model):
+                message = f"{name!r} embeds with another model, whose vectors cannot be compared"
+                yield role.name, "fallbacks", f"{message}; expected a role with the same model"
+
+
+def _differ(one: str | None, other: str | None) -> bool:
+    return one is not None and other is not None and model_key(one) != model_key(other)
 
 
 def _first(*values: bool | None) -> bool | None:

@@ -2,11 +2,20 @@
 
 from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_key
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
+from manager.settings.routing import (
+    GatewaySettings,
+    ModelsSettings,
+    RoleSettings,
+    routing_settings,
+)
 from manager.settings.templates import auto_gpu_spec, load_templates, packaged_templates, resolve_instances
 
 __all__ = [
+    "GatewaySettings",
     "InstanceSettings",
     "LoadedSettings",
+    "ModelsSettings",
+    "RoleSettings",
     "ScheduleSettings",
     "Settings",
     "auto_gpu_spec",
@@ -16,4 +25,5 @@ __all__ = [
     "packaged_templates",
     "read_key",
     "resolve_instances",
+    "routing_settings",
 ]

@@ -40,6 +40,10 @@ class LoadedSettings:
         """`command line`, `environment NAME`, `file FILE:LINE` or `default`; a key is `server.port`."""
         return source.wrote(self._key(path), self.sources).description
 
+    def kind_of_source(self, path: str | KeyPath) -> source.Kind:
+        """As `source_of`, without the name."""
+        return source.wrote(self._key(path), self.sources).kind
+
     def problem(self, path: str | KeyPath, text: str) -> Problem:
         """A problem with a setting, at the place where it, or what is nearest around it, was written."""
         key = self._key(path)
@@ -73,7 +77,7 @@ def load_settings(
     document = _find_document(config, environ)
     layers = [
         source.command_line(overrides or {}, environ),
-        source.environment(environ, problems),
+        source.environment(environ, problems, (document and document.data) or {}),
         source.defaults(environ),
     ]
     if document is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import re
 import zoneinfo
@@ -11,16 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    StrictBool,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from manager.domain import cron
@@ -28,18 +18,37 @@ from manager.domain.container import container_name
 from manager.domain.gpu import normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.template import Refusal
+from manager.settings.addresses import engine_url, host_header, http_url, is_loopback, listen_host
+from manager.settings.routing import (
+    ANY_INSTANCE,
+    GatewaySettings,
+    ModelsSettings,
+    RolesSettings,
+    default_roles,
+    role_refusals,
+    writer_refusals,
+)
+from manager.settings.section import (
+    AUTO_GPU_ID,
+    InstanceId,
+    Interval,
+    Section,
+    Text,
+    Timeout,
+    Ttl,
+    Wait,
+    WholeNumber,
+    refuse,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator, Mapping
 
 DEFAULT_ENGINE_URL = "unix:///var/run/docker.sock"
 DEFAULT_INSTANCE = "cpu"
 CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
-AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
 
-_DAY_S = 86_400
-_YEAR_S = 366 * _DAY_S
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
 
 
@@ -59,69 +68,12 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     return base / "ollama-manager"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens on `host`; an unknown name is taken as open."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return host.lower() == "localhost"
-    mapped = getattr(address, "ipv4_mapped", None)
-    return (mapped or address).is_loopback
-
-
 def _state_dir(value: object) -> object:
     return default_state_dir(os.environ) if value is None else value
 
 
-def _engine_url(value: object) -> object:
+def _null_engine_url(value: object) -> object:
     return DEFAULT_ENGINE_URL if value is None else value
-
-
-def _checked_engine_url(url: str) -> str:
-    expected = "expected unix:///SOCKET, tcp://HOST:PORT, http://HOST:PORT or https://HOST:PORT"
-    scheme, separator, rest = url.partition("://")
-    if scheme == "unix" and separator and rest.startswith("/") and rest.strip("/"):
-        return url
-    if scheme not in {"tcp", "http", "https"} or not _has_host(url) or urlsplit(url).port is None:
-        raise ValueError(expected)
-    return url
-
-
-def _http_url(url: str) -> str:
-    parts = urlsplit(url) if _has_host(url) else None
-    if parts is None or parts.scheme not in {"http", "https"}:
-        raise ValueError("expected http://HOST[:PORT] or https://HOST[:PORT]")
-    if parts.username is not None or parts.query or parts.fragment:
-        raise ValueError("expected a URL without credentials, query and fragment")
-    return url.rstrip("/")
-
-
-def _has_host(url: str) -> bool:
-    # urlsplit drops line breaks and tabs silently.
-    if re.search(r"[\s\x00-\x1f\x7f\\]", url):
-        return False
-    try:
-        parts = urlsplit(url)
-        return bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _listen_host(host: str) -> str:
-    name = host.removeprefix("[").removesuffix("]")
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]+", name):
-        raise ValueError("expected an address or a host name, without a port")
-    if ":" in name:
-        try:
-            ipaddress.ip_address(name)
-        except ValueError as error:
-            raise ValueError("expected an address or a host name, without a port") from error
-    return name
-
-
-def _host_header(host: str) -> str:
-    name = _listen_host(host).lower()
-    return f"[{name}]" if ":" in name else name
 
 
 def _not_empty(value: object) -> object:
@@ -158,27 +110,15 @@ def _timezone(name: str) -> str:
     return name
 
 
-WholeNumber = Annotated[int, Field(strict=True)]
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Timeout = Annotated[Number, Field(gt=0, le=_DAY_S)]
-Wait = Annotated[Number, Field(ge=0, le=_DAY_S)]
-Interval = Annotated[Number, Field(ge=0.01, le=_DAY_S)]
-Ttl = Annotated[Number, Field(ge=0, le=_YEAR_S)]
 Port = Annotated[WholeNumber, AfterValidator(_port)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
-Text = Annotated[str, Field(min_length=1)]
-InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
 
 
 class ServerSettings(Section):
-    host: Annotated[str, AfterValidator(_listen_host)] = "127.0.0.1"
+    host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
     key_file: FilePath | None = None
-    allowed_hosts: tuple[Annotated[str, AfterValidator(_host_header)], ...] = (
+    allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
         "[::1]",
@@ -189,7 +129,7 @@ class ServerSettings(Section):
         if not is_loopback(self.host) and self.key_file is None:
             allowed = "set server.key_file, or listen on 127.0.0.1"
             message = f"{self.host!r} can be reached from other machines; {allowed}"
-            _refuse([Refusal(key=("host",), message=message)])
+            refuse([Refusal(key=("host",), message=message)])
         return self
 
 
@@ -200,9 +140,7 @@ class StateSettings(Section):
 
 
 class EngineSettings(Section):
-    url: Annotated[str, AfterValidator(_checked_engine_url), BeforeValidator(_engine_url)] = (
-        DEFAULT_ENGINE_URL
-    )
+    url: Annotated[str, AfterValidator(engine_url), BeforeValidator(_null_engine_url)] = DEFAULT_ENGINE_URL
     timeout_s: Timeout = 30.0
 
 
@@ -231,7 +169,7 @@ class InstanceSettings(Section):
     driver: Driver = Driver.DOCKER
     template: Text | None = None
     device: Text | None = None
-    url: Annotated[str, AfterValidator(_http_url)] | None = None
+    url: Annotated[str, AfterValidator(http_url)] | None = None
     ttl_s: Ttl | None = None
     start_timeout_s: Timeout | None = None
     pinned: StrictBool = False
@@ -240,7 +178,7 @@ class InstanceSettings(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
-        _refuse(_external_refusals(self) if self.driver is Driver.EXTERNAL else _docker_refusals(self))
+        refuse(_external_refusals(self) if self.driver is Driver.EXTERNAL else _docker_refusals(self))
         return self
 
 
@@ -267,10 +205,10 @@ class ScheduleSettings(Section):
     def _instance_fits_the_action(self) -> Self:
         if self.action == "reap" and self.instance is not None:
             message = "reap goes over all instances; leave `instance` out"
-            _refuse([Refusal(key=("instance",), message=message)])
+            refuse([Refusal(key=("instance",), message=message)])
         if self.action != "reap" and self.instance is None:
             message = f"missing; {self.action} needs the id of an instance"
-            _refuse([Refusal(key=("instance",), message=message)])
+            refuse([Refusal(key=("instance",), message=message)])
         return self
 
 
@@ -298,6 +236,9 @@ class Settings(BaseSettings):
     gpus: Literal["auto", "none"] = "auto"
     lifecycle: LifecycleSettings = Field(default_factory=LifecycleSettings)
     schedules: tuple[ScheduleSettings, ...] = ()
+    roles: RolesSettings = Field(default_factory=default_roles)
+    models: ModelsSettings = Field(default_factory=ModelsSettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     @classmethod
@@ -313,20 +254,19 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sections_fit_each_other(self) -> Self:
-        _refuse([*_name_refusals(self), *_schedule_refusals(self), *_loop_refusals(self)])
+        refuse(
+            [
+                *_name_refusals(self),
+                *_schedule_refusals(self),
+                *_loop_refusals(self),
+                *_routing_refusals(self),
+            ]
+        )
         return self
 
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
-COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules"})
-
-
-def _refuse(refusals: Iterable[Refusal]) -> None:
-    """Raise all of `refusals` as one error, whose keys are relative to the model that is being checked."""
-    found = list(refusals)
-    if found:
-        text = "; ".join(f"{'.'.join(map(str, one.key))}: {one.message}" for one in found)
-        raise PydanticCustomError("contradiction", "{text}", {"text": text, "refusals": found})
+COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models"})
 
 
 def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
@@ -359,6 +299,9 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 
 def _name_refusals(settings: Settings) -> Iterator[Refusal]:
     for instance_id, instance in settings.instances.items():
+        if instance_id == ANY_INSTANCE:
+            message = "the word for any instance, wherever one is named; expected another id"
+            yield Refusal(key=("instances", instance_id), message=message)
         length = len(container_name(settings.manager_id, instance_id))
         if instance.driver is Driver.DOCKER and length > _LONGEST_NAME:
             allowed = f"at most {_LONGEST_NAME}: shorten it or manager_id"
@@ -392,3 +335,21 @@ def _loop_refusals(settings: Settings) -> Iterator[Refusal]:
         if parts.port == settings.server.port and (is_loopback(host) or host == settings.server.host):
             message = "this is the daemon's own address; expected another server's"
             yield Refusal(key=("instances", instance_id, "url"), message=message)
+
+
+def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
+    """What templates have no say in; the rest follows once they are known (`resolve_instances`)."""
+    instances = settings.instances
+    auto_gpus = settings.gpus == "auto"
+    gpu_of = {id_: _surely_gpu(instance) for id_, instance in instances.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, auto_gpus=auto_gpus):
+        yield Refusal(key=("roles", *refusal.key), message=refusal.message)
+    managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
+    for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):
+        yield Refusal(key=("models", *refusal.key), message=refusal.message)
+
+
+def _surely_gpu(instance: InstanceSettings) -> bool | None:
+    if instance.driver is Driver.EXTERNAL:
+        return None if instance.device is None else instance.device == DeviceKind.GPU
+    return instance.device is not None  # without one, the template decides

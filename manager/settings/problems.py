@@ -28,6 +28,7 @@ _EXPECTED = {
     "finite_number": "expected a finite number",
     "bool_type": "expected true or false",
     "string_type": "expected text",
+    "string_unicode": "expected text in Unicode",
     "path_type": "expected a path",
     "dict_type": "expected a mapping",
     "model_type": "expected a mapping",

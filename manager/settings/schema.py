@@ -42,8 +42,10 @@ def fields_of(annotation: Any) -> dict[str, Any] | None:
 
 
 def step(annotation: Any, key: str | int) -> Any:
-    """The type behind one key, None when there is no such key."""
+    """The type behind one key, None when there is no such key. Anything may be inside `Any`."""
     kind = plain(annotation)
+    if kind is Any:
+        return Any
     fields = fields_of(kind)
     if fields is not None:
         return fields.get(str(key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -12,7 +13,7 @@ from pydantic_settings import PydanticBaseSettingsSource
 
 from manager.settings.model import DEFAULT_ENGINE_URL, Settings, default_state_dir
 from manager.settings.problems import Problem, nearest
-from manager.settings.schema import KeyPath, at, fields_of, is_container, is_optional, plain
+from manager.settings.schema import KeyPath, at, fields_of, is_container, is_optional, plain, step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ PREFIX = "OLLAMA_MANAGER_"
 NOT_SETTINGS = frozenset({f"{PREFIX}CONFIG", f"{PREFIX}URL", f"{PREFIX}KEY"})
 _ENGINE_URL: KeyPath = ("engine", "url")
 _STATE_DIR: KeyPath = ("state", "dir")
+# Mappings whose names a variable can spell, and what `_` in one means where the file has no such name.
+_SPELLABLE: dict[KeyPath, str] = {("instances",): "-", ("roles",): "_"}
 _PATHS: tuple[KeyPath, ...] = (("server", "key_file"), _STATE_DIR, ("templates", "dir"))
 
 Kind = Literal["command line", "environment", "file", "default"]
@@ -47,13 +50,15 @@ class Place:
 
 
 DEFAULT = Place("default")
+_NO_NAMES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Source(PydanticBaseSettingsSource):
     """Nested values with the place of each.
 
-    Text is stripped, relative paths are made absolute against `base`, and an explicit null where a setting
-    cannot be null becomes its default, so that it overrides what lower sources say.
+    Text is stripped, but for what goes into requests as it is; relative paths are made absolute against
+    `base`, and an explicit null where a setting cannot be null becomes its default, so that it overrides what
+    lower sources say.
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class Source(PydanticBaseSettingsSource):
         environ: Mapping[str, str],
     ) -> None:
         super().__init__(Settings)
-        self.values: dict[str, Any] = _stripped(values)
+        self.values: dict[str, Any] = _stripped(values, Settings)
         self.places = places
         if _is_null(self.values, _STATE_DIR):
             _put(self.values, _STATE_DIR, _state_dir(environ))
@@ -115,8 +120,16 @@ def command_line(overrides: Mapping[str, object], environ: Mapping[str, str]) ->
     return Source(values, places, base=Path.cwd(), environ=environ)
 
 
-def environment(environ: Mapping[str, str], problems: list[Problem]) -> Source:
-    """What our variables say; one that is no setting goes to `problems`, an empty one counts as unset."""
+def environment(
+    environ: Mapping[str, str], problems: list[Problem], names: Mapping[str, Any] = _NO_NAMES
+) -> Source:
+    """What our variables say; one that is no setting goes to `problems`, an empty one counts as unset.
+
+    Args:
+        environ: the environment.
+        problems: where to complain.
+        names: what the file says, for the names in it.
+    """
     values: dict[str, Any] = {}
     places: dict[KeyPath, Place] = {}
     found: list[tuple[KeyPath, str]] = []
@@ -126,7 +139,7 @@ def environment(environ: Mapping[str, str], problems: list[Problem]) -> Source:
     for name in sorted(environ, key=lambda name: (name.count("__"), name)):
         if not name.startswith(PREFIX) or name in NOT_SETTINGS:
             continue
-        path = _path(name)
+        path = _path(name, names)
         if path is None:
             problems.append(Problem(name, "", f"unknown variable; {_suggestion(name)}"))
         elif environ[name].strip():
@@ -167,41 +180,41 @@ def _expanded(text: str) -> Path:
         return Path(text)
 
 
-def _path(name: str) -> KeyPath | None:
-    """The setting a variable stands for. An id is written in capitals, with `_` for `-`."""
+def _path(name: str, names: Mapping[str, Any]) -> KeyPath | None:
+    """The setting a variable stands for. A name is written in capitals, with `_` for what is no letter."""
     path: KeyPath = ()
     if name != name.upper():
         return None
     for word in name.removeprefix(PREFIX).split("__"):
-        kind = at(Settings, path)
-        fields = fields_of(kind)
-        if fields is None:
-            if not word or getattr(plain(kind), "__origin__", None) is not dict:
-                return None
-            path = (*path, word.lower().replace("_", "-"))
-        elif word.lower() in fields:
+        fields = fields_of(at(Settings, path))
+        if path in _SPELLABLE and word:
+            path = (*path, _named(word.lower(), _get(names, path), _SPELLABLE[path]))
+        elif fields is not None and word.lower() in fields:
             path = (*path, word.lower())
         else:
             return None
     return path
 
 
+def _named(word: str, names: Any, stands_for: str) -> str:
+    there = [name for name in names or () if isinstance(names, dict) and name.replace("-", "_") == word]
+    return there[0] if len(there) == 1 else word.replace("_", stands_for)
+
+
 def _suggestion(name: str) -> str:
     words = name.upper().removeprefix(PREFIX).split("__")
     instance = words[1] if len(words) > 1 and words[1] else "ID"
-    allowed = list(_names(Settings, PREFIX.removesuffix("_"), "_", instance))
+    allowed = list(_names((), PREFIX.removesuffix("_"), "_", instance))
     hint = nearest(name.upper(), allowed)
     return f"{hint}allowed: {PREFIX}<SECTION>__<KEY>, with the sections {', '.join(Settings.model_fields)}"
 
 
-def _names(kind: Any, prefix: str, separator: str, instance: str) -> Iterator[str]:
-    """Every variable name that leads to a setting, for one instance."""
-    fields = fields_of(kind)
-    if fields is None and getattr(plain(kind), "__origin__", None) is dict:
-        fields = {instance: at(kind, ("",))}
-    for name, inner in (fields or {}).items():
-        yield (whole := f"{prefix}{separator}{name.upper()}")
-        yield from _names(inner, whole, "__", instance)
+def _names(path: KeyPath, prefix: str, separator: str, name: str) -> Iterator[str]:
+    """Every variable name that leads to a setting below `path`, for one instance or role."""
+    inner = (name,) if path in _SPELLABLE else tuple(fields_of(at(Settings, path)) or ())
+    for key in inner:
+        yield (whole := f"{prefix}{separator}{key.upper()}")
+        yield from _names((*path, key), whole, "__", name)
 
 
 def _decoded(path: KeyPath, text: str) -> Any:
@@ -233,12 +246,12 @@ def _given(overrides: Mapping[str, object]) -> dict[str, Any]:
     return values
 
 
-def _stripped(value: Any) -> Any:
+def _stripped(value: Any, kind: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _stripped(inner) for key, inner in value.items()}
+        return {key: _stripped(inner, step(kind, key)) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_stripped(inner) for inner in value]
-    return value.strip() if isinstance(value, str) else value
+        return [_stripped(inner, step(kind, index)) for index, inner in enumerate(value)]
+    return value.strip() if isinstance(value, str) and kind is not Any else value
 
 
 def _paths(value: Any, path: KeyPath) -> Iterator[KeyPath]:

@@ -12,10 +12,11 @@ from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
 from manager.domain.template import Template, refusals
 from manager.settings.model import GPU_TEMPLATE, InstanceSettings
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
+from manager.settings.routing import role_refusals
 from manager.settings.yaml_file import read_document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from manager.settings.load import LoadedSettings
     from manager.settings.model import AllowSettings, Settings
@@ -70,7 +71,8 @@ def resolve_instances(loaded: LoadedSettings, templates: Mapping[str, Template])
     """Every configured instance with all defaults resolved, in the order of the configuration.
 
     Raises:
-        ConfigurationError: an instance and its template contradict each other.
+        ConfigurationError: an instance and its template contradict each other, or a role or the writer of a
+            volume and the templates of its instance.
     """
     problems: list[Problem] = []
     specs: list[InstanceSpec] = []
@@ -79,6 +81,10 @@ def resolve_instances(loaded: LoadedSettings, templates: Mapping[str, Template])
         for key, text in _contradictions(instance, template, templates):
             problems.append(loaded.problem(("instances", instance_id, key), text))
         specs.append(_spec(instance_id, instance, template, loaded.settings))
+    if not problems:
+        problems += (
+            loaded.problem(key, text) for key, text in _routing_contradictions(loaded.settings, specs)
+        )
     if problems:
         raise configuration_error(problems)
     return tuple(specs)
@@ -160,6 +166,25 @@ def _contradictions(
     elif template.device is DeviceKind.CPU and instance.device is not None:
         text = f"{instance.device!r} contradicts the template {instance.template!r}, which has device: cpu"
         yield "device", f"{text}; leave `device` out, or use a template for the GPU"
+
+
+def _routing_contradictions(
+    settings: Settings, specs: Sequence[InstanceSpec]
+) -> Iterator[tuple[KeyPath, str]]:
+    """What only templates can tell of roles and writers: which device an instance has, and which volumes."""
+    kinds = {spec.id: spec.device_kind for spec in specs}
+    gpu_of = {id_: None if kind is None else kind is DeviceKind.GPU for id_, kind in kinds.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, auto_gpus=settings.gpus == "auto"):
+        yield ("roles", *refusal.key), refusal.message
+    volumes = {
+        spec.id: [volume.source for volume in spec.template.volumes if not volume.read_only]
+        for spec in specs
+        if spec.template is not None
+    }
+    for volume, writer in settings.models.writers.items():
+        if volume not in volumes.get(writer, [volume]):
+            those = ", ".join(volumes[writer]) or "none"
+            yield ("models", "writers", volume), f"{writer!r} cannot write to it; it has: {those}"
 
 
 def _spec(

@@ -70,6 +70,11 @@ def test_what_config_show_prints_can_be_loaded_and_means_the_same(run: Run, tmp_
         "  nas: {driver: external, url: 'http://192.0.2.7:11434', device: cpu}\n"
         'schedules:\n  - {cron: "0 8 * * mon-fri", action: start, instance: gpu0, timezone: Europe/Berlin}\n'
         "allow: {binds: [/data:rw]}\n"
+        "roles:\n"
+        "  output: {model: 'qwen3:8b', target: gpu0, body: {defaults: {stop: [\"\\n\\n\"], n: 1.0}}}\n"
+        '  own: {kind: embed, think: false, system: {text: "two\\nlines: # \\U0001f600"}}\n'
+        "models: {settings: {'qwen3:8b': {body: {overrides: {a: null}}}}, writers: {ollama-models: cpu}}\n"
+        "gateway: {max_body: 1.5g, access_log: 0.1}\n"
     )
     shown = tmp_path / "shown.yaml"
     shown.write_text(run("config", "show", "--config", str(file)).stdout)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.settings import Settings, load_settings, load_templates, resolve_instances
 from manager.settings.model import InstanceSettings, ScheduleSettings
+from manager.settings.routing import ModelEntrySettings, RoleSettings
 from manager.settings.schema import fields_of
 
 if TYPE_CHECKING:
@@ -40,15 +41,27 @@ def test_the_sample_sets_every_key_that_has_a_default() -> None:
 
 def test_the_sample_shows_every_key_there_is() -> None:
     text = EXAMPLE.read_text(encoding="utf-8")
-    for name in {*keys(Settings), *keys(InstanceSettings), *keys(ScheduleSettings)}:
+    for name in {
+        *keys(Settings),
+        *keys(InstanceSettings),
+        *keys(ScheduleSettings),
+        *keys(RoleSettings),
+        *keys(ModelEntrySettings),
+    }:
         assert re.search(rf"\b{name}:", text), name
 
 
 def test_the_alternatives_in_the_sample_can_be_used(tmp_path: Path) -> None:
-    text = EXAMPLE.read_text(encoding="utf-8").replace("schedules: []\n", "")
+    text = EXAMPLE.read_text(encoding="utf-8")
+    for line in ("schedules: []\n", "  writers: {}\n", "  settings: {}\n"):
+        assert line in text
+        text = text.replace(line, "")
     file = tmp_path / "all.yaml"
     file.write_text(re.sub(r"(?m)^( *)#(?=\S)", r"\1", text), encoding="utf-8")
     loaded = load_settings(file, environ=ENVIRON)
     assert list(loaded.settings.instances) == ["cpu", "gpu0", "gpu1", "gpu2", "big", "nas"]
     assert [one.action for one in loaded.settings.schedules] == ["start", "stop", "reap"]
+    assert loaded.settings.roles["code-review"].fallbacks == ("output",)
+    assert loaded.settings.models.writers == {"ollama-models": "cpu"}
+    assert list(loaded.settings.models.settings) == ["qwen3:8b"]
     assert len(resolve_instances(loaded, load_templates(loaded.settings))) == 6

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.errors import ConfigurationError
+from manager.settings.addresses import is_loopback
 from manager.settings.load import load_settings
-from manager.settings.model import Settings, is_loopback
+from manager.settings.model import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path

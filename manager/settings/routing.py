@@ -1,0 +1,317 @@
+"""The settings of roles, models and the gateway: what callers may ask for, and how it is passed on."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, StrictBool
+
+from manager.domain.models import model_key
+from manager.domain.roles import (
+    BUILT_IN_ROLES,
+    BodyChanges,
+    Policy,
+    RequestKind,
+    Role,
+    RoutingSettings,
+    SystemMode,
+    role_contradictions,
+)
+from manager.domain.template import Refusal, parse_size
+from manager.settings.section import (
+    AUTO_GPU_ID,
+    InstanceId,
+    Number,
+    Section,
+    Text,
+    Timeout,
+    Wait,
+    refuse,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ANY_INSTANCE = "auto"
+
+_PINNED = re.compile(r".+@[a-z][a-z0-9-]{0,31}")
+_NOT_IN_A_MODEL = re.compile(r"[\s\x00-\x1f\x7f]")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, 5.6.2
+# Headers that mean something to everyone on the way: none of them can be given another meaning.
+_TAKEN_HEADERS = re.compile(
+    r"(?:accept|content|proxy)-.*|authorization|connection|cookie|date|expect|host|keep-alive|origin|range|te"
+    r"|traceparent|tracestate|trailer|transfer-encoding|upgrade|user-agent|via|x-api-key|x-request-id"
+)
+_DEEPEST = 32
+
+
+def _model_name(name: str) -> str:
+    if _NOT_IN_A_MODEL.search(name):
+        raise ValueError("expected the name of a model, without spaces")
+    if _PINNED.fullmatch(name):
+        raise ValueError("expected the name of a model alone; the instance goes into `target`")
+    return name
+
+
+def _empty_is_null(value: object) -> object:
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _auto_is_null(value: object) -> object:
+    return None if isinstance(value, str) and value.strip() in ("", ANY_INSTANCE) else value
+
+
+def _json_object(body: dict[str, Any]) -> dict[str, Any]:
+    refuse(_not_json(body, ()))
+    if "model" in body:
+        message = "which model answers is decided by the role; expected other keys of the request"
+        refuse([Refusal(key=("model",), message=message)])
+    return body
+
+
+def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Refusal]:
+    """What a request's body cannot carry: it is sent as JSON in UTF-8."""
+    if len(path) > _DEEPEST:
+        yield Refusal(key=path[:1], message=f"nested too deeply; expected at most {_DEEPEST} levels")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            if _is_unicode(key):
+                yield from _not_json(inner, (*path, key))
+            else:
+                yield Refusal(key=path, message="half a character in a key; expected text in Unicode")
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _not_json(inner, (*path, index))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield Refusal(key=path, message=f"{value}; expected a finite number")
+    elif isinstance(value, str) and not _is_unicode(value):
+        yield Refusal(key=path, message="half a character; expected text in Unicode")
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _header_name(name: str) -> str:
+    if not _TOKEN.fullmatch(name):
+        raise ValueError("expected the name of a header")
+    if _TAKEN_HEADERS.fullmatch(name.lower()):
+        raise ValueError("expected the name of a header that has no meaning yet")
+    return name
+
+
+def _size_text(size: int) -> str:
+    """Bytes in Docker's notation, in the largest unit that says them exactly."""
+    unit = next(power for power in (4, 3, 2, 1, 0) if size % 2 ** (10 * power) == 0)
+    return f"{size // 2 ** (10 * unit)}{('', 'k', 'm', 'g', 't')[unit]}"
+
+
+RoleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+ModelName = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_model_name)]
+OptionalModel = Annotated[ModelName | None, BeforeValidator(_empty_is_null)]
+OptionalTarget = Annotated[
+    InstanceId | None,
+    BeforeValidator(_auto_is_null),
+    PlainSerializer(lambda target: target or ANY_INSTANCE, when_used="json"),
+]
+OptionalText = Annotated[str | None, BeforeValidator(_empty_is_null)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_json_object)]
+HeaderName = Annotated[str, AfterValidator(_header_name)]
+Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(_size_text, when_used="json")]
+
+
+class BodySettings(Section):
+    """What is put into a request's body: `defaults` where the caller says nothing, `overrides` always."""
+
+    defaults: JsonObject = Field(default_factory=dict)
+    overrides: JsonObject = Field(default_factory=dict)
+
+
+class SystemSettings(Section):
+    """What is done to the system prompt; nothing while `text` is None."""
+
+    text: OptionalText = None
+    mode: SystemMode = "prepend"
+
+
+class RoleSettings(Section):
+    """One role as it is written. Within `Settings` every role has its `kind`."""
+
+    model: OptionalModel = None
+    target: OptionalTarget = None
+    policy: Policy = Policy.AUTO
+    kind: RequestKind | None = None
+    fallbacks: tuple[RoleName, ...] = ()
+    body: BodySettings = Field(default_factory=BodySettings)
+    system: SystemSettings = Field(default_factory=SystemSettings)
+    think: StrictBool | None = None
+
+
+class ModelEntrySettings(Section):
+    """What is changed in requests for one model, whatever their role."""
+
+    body: BodySettings = Field(default_factory=BodySettings)
+    system: SystemSettings = Field(default_factory=SystemSettings)
+    think: StrictBool | None = None
+
+
+def _each_model_once(settings: dict[str, ModelEntrySettings]) -> dict[str, ModelEntrySettings]:
+    first: dict[str, str] = {}
+    refuse(
+        Refusal(key=(name,), message=f"the same model as {first[key]!r}; expected each model once")
+        for name in settings
+        if first.setdefault(key := model_key(name), name) != name
+    )
+    return settings
+
+
+class ModelsSettings(Section):
+    """`writers` says which instance alone pulls and deletes in a volume that several have."""
+
+    auto_pull: StrictBool = False
+    writers: dict[Text, InstanceId] = Field(default_factory=dict)
+    settings: Annotated[dict[ModelName, ModelEntrySettings], AfterValidator(_each_model_once)] = Field(
+        default_factory=dict
+    )
+
+
+class HeaderSettings(Section):
+    """Under which names requests carry what they say beside their body."""
+
+    instance: HeaderName = "X-Instance"
+    lane: HeaderName = "X-Lane"
+    project: HeaderName = "X-Project-ID"
+    intent: HeaderName = "X-Intent"
+    local_only: HeaderName = "X-Local-Only"
+
+
+def _each_header_once(headers: HeaderSettings) -> HeaderSettings:
+    first: dict[str, str] = {}
+    refuse(
+        Refusal(key=(key,), message=f"{name!r} is the name for {first[name.lower()]} already")
+        for key, name in headers
+        if first.setdefault(name.lower(), key) != key
+    )
+    return headers
+
+
+class GatewaySettings(Section):
+    """Seconds throughout; `keep_alive_s` 0 sends nothing while a start is waited for.
+
+    `access_log` is the share of successful requests that are logged; the others always are.
+    """
+
+    connect_timeout_s: Timeout = 5.0
+    first_byte_timeout_s: Timeout = 600.0
+    idle_timeout_s: Timeout = 300.0
+    total_timeout_s: Timeout = 3600.0
+    drain_timeout_s: Wait = 30.0
+    max_body: Size = 256 * 2**20
+    keep_alive_s: Wait = 15.0
+    default_project: Annotated[str, Field(min_length=1, max_length=128)] = "default"
+    access_log: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    headers: Annotated[HeaderSettings, AfterValidator(_each_header_once)] = Field(
+        default_factory=HeaderSettings
+    )
+
+
+def _with_built_in_roles(roles: dict[str, RoleSettings]) -> dict[str, RoleSettings]:
+    """All roles with their kind: the built-in ones first, then those of the configuration's own."""
+    refuse(
+        Refusal(key=(name, "kind"), message=f"the role {name!r} does {kind}; leave `kind` out")
+        for name, kind in BUILT_IN_ROLES.items()
+        if name in roles and roles[name].kind not in (None, kind)
+    )
+    return {
+        name: role if role.kind else role.model_copy(update={"kind": default_kind(name)})
+        for name, role in ({name: RoleSettings() for name in BUILT_IN_ROLES} | roles).items()
+    }
+
+
+def default_kind(role: str) -> RequestKind:
+    return BUILT_IN_ROLES.get(role, RequestKind.GENERATE)
+
+
+RolesSettings = Annotated[dict[RoleName, RoleSettings], AfterValidator(_with_built_in_roles)]
+
+
+def default_roles() -> dict[str, RoleSettings]:
+    return _with_built_in_roles({})
+
+
+def to_role(name: str, settings: RoleSettings) -> Role:
+    return Role(
+        name=name,
+        kind=settings.kind or default_kind(name),
+        model=settings.model,
+        target=settings.target,
+        policy=settings.policy,
+        fallbacks=settings.fallbacks,
+        changes=to_changes(settings),
+    )
+
+
+def to_changes(settings: RoleSettings | ModelEntrySettings) -> BodyChanges:
+    return BodyChanges(
+        defaults=settings.body.defaults,
+        overrides=settings.body.overrides,
+        system=settings.system.text,
+        system_mode=settings.system.mode,
+        think=settings.think,
+    )
+
+
+def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) -> RoutingSettings:
+    return RoutingSettings(
+        roles={name: to_role(name, role) for name, role in roles.items()},
+        models={model_key(name): to_changes(one) for name, one in models.settings.items()},
+        auto_pull=models.auto_pull,
+    )
+
+
+def role_refusals(
+    roles: Mapping[str, RoleSettings], gpu_of: Mapping[str, bool | None], *, auto_gpus: bool
+) -> Iterator[Refusal]:
+    """What cannot be meant in `roles`, with keys relative to them.
+
+    Args:
+        roles: all roles.
+        gpu_of: see `role_contradictions`.
+        auto_gpus: whether there may be instances of cards that nobody has listed.
+    """
+    resolved = {name: to_role(name, role) for name, role in roles.items()}
+    targets = {role.target for role in resolved.values() if role.target is not None} - set(gpu_of)
+    cards = [target for target in targets if auto_gpus and AUTO_GPU_ID.fullmatch(target)]
+    for role, field, message in role_contradictions(resolved, {**gpu_of, **dict.fromkeys(cards, True)}):
+        target = resolved[role].target
+        unknown = field == "target" and target in targets and target not in cards
+        text = no_instance(target, [*gpu_of], auto_gpus=auto_gpus, auto=True) if unknown else message
+        yield Refusal(key=(role, field), message=text)
+
+
+def writer_refusals(
+    models: ModelsSettings, managed: Mapping[str, bool], *, auto_gpus: bool
+) -> Iterator[Refusal]:
+    """What cannot be meant in `models.writers`, with keys relative to `models`.
+
+    Args:
+        models: the section.
+        managed: for every instance whether it has a container of ours.
+        auto_gpus: as in `role_refusals`.
+    """
+    for volume, writer in models.writers.items():
+        if managed.get(writer) is False:
+            message = f"{writer!r} has driver external, which has no volume of ours"
+            yield Refusal(key=("writers", volume), message=message)
+        elif writer not in managed and not (auto_gpus and AUTO_GPU_ID.fullmatch(writer)):
+            ours = [name for name, ours in managed.items() if ours]
+            yield Refusal(
+                key=("writers", volume), message=no_instance(writer, ours, auto_gpus=auto_gpus, auto=False)
+            )
+
+
+def no_instance(wanted: str | None, known: list[str], *, auto_gpus: bool, auto: bool) -> str:
+    allowed = [*known, *(["gpuN (gpus: auto)"] if auto_gpus else []), *([ANY_INSTANCE] if auto else [])]
+    return f"{wanted!r} is no instance; expected {', '.join(allowed) or 'nothing'}"

@@ -1,0 +1,40 @@
+"""What the sections of the configuration have in common: their base, and the kinds of values in them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from manager.domain.template import Refusal
+
+AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
+
+_DAY_S = 86_400
+_YEAR_S = 366 * _DAY_S
+
+WholeNumber = Annotated[int, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Timeout = Annotated[Number, Field(gt=0, le=_DAY_S)]
+Wait = Annotated[Number, Field(ge=0, le=_DAY_S)]
+Interval = Annotated[Number, Field(ge=0.01, le=_DAY_S)]
+Ttl = Annotated[Number, Field(ge=0, le=_YEAR_S)]
+Text = Annotated[str, Field(min_length=1)]
+InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, str_strip_whitespace=True)
+
+
+def refuse(refusals: Iterable[Refusal]) -> None:
+    """Raise all of `refusals` as one error, whose keys are relative to what is being checked."""
+    found = list(refusals)
+    if found:
+        text = "; ".join(f"{'.'.join(map(str, one.key))}: {one.message}" for one in found)
+        raise PydanticCustomError("contradiction", "{text}", {"text": text, "refusals": found})
