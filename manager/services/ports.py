@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
 
     from manager.domain.container import ContainerRequest
@@ -153,6 +153,19 @@ class Registry(Protocol):
     async def last_event_id(self) -> int: ...
     async def learned_sizes(self) -> tuple[LearnedSize, ...]: ...
     async def save_learned_size(self, size: LearnedSize) -> None: ...
+    async def overrides(self) -> dict[str, Any]:
+        """Values of settings that were changed at run time, by key; a value is what JSON can say."""
+        ...
+
+    async def save_overrides(self, overrides: Mapping[str, Any]) -> None:
+        """Store these and no others."""
+        ...
+
+    async def model_lists(self) -> dict[str, tuple[str, ...]]:
+        """Volume -> names of the models on it, as last read."""
+        ...
+
+    async def save_model_list(self, volume: str, names: Sequence[str]) -> None: ...
     async def close(self) -> None: ...
 
 

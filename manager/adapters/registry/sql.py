@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, select
@@ -16,7 +18,7 @@ from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
     from pathlib import Path
 
@@ -38,6 +40,8 @@ def _upsert(table: Table) -> Insert:
 
 _SAVE_INSTANCE = _upsert(tables.instances)
 _SAVE_LEARNED_SIZE = _upsert(tables.learned_sizes)
+_SAVE_OVERRIDE = _upsert(tables.overrides)
+_SAVE_MODEL_LIST = _upsert(tables.model_lists)
 _BEYOND = select(tables.events.c.id).order_by(tables.events.c.id.desc()).offset(KEPT_EVENTS).limit(1)
 _PRUNE_EVENTS = delete(tables.events).where(tables.events.c.id <= _BEYOND.scalar_subquery())
 
@@ -158,6 +162,41 @@ class SqlRegistry:
         """Store a size, in place of an older one of the same instance, model and digest."""
         values = tables.from_learned_size(size)
         await self._write(lambda connection: connection.execute(_SAVE_LEARNED_SIZE, values))
+
+    async def overrides(self) -> dict[str, Any]:
+        def work(connection: Connection) -> dict[str, Any]:
+            return {row.key: row.value for row in connection.execute(select(tables.overrides))}
+
+        return await self._read(work)
+
+    async def save_overrides(self, overrides: Mapping[str, Any]) -> None:
+        """Store these and no others; one that stays as it is keeps the time when it was saved."""
+        rows = tables.from_overrides(overrides, datetime.now(UTC))
+
+        def work(connection: Connection) -> None:
+            # As text: to Python 1 and true are equal.
+            found = connection.execute(select(tables.overrides))
+            known = {row.key: json.dumps(row.value) for row in found}
+            gone = [key for key in known if key not in overrides]
+            changed = [row for row in rows if known.get(row["key"]) != json.dumps(row["value"])]
+            for key in gone:
+                connection.execute(delete(tables.overrides).where(tables.overrides.c.key == key))
+            if changed:
+                connection.execute(_SAVE_OVERRIDE, changed)
+
+        await self._write(work)
+
+    async def model_lists(self) -> dict[str, tuple[str, ...]]:
+        statement = select(tables.model_lists)
+
+        def work(connection: Connection) -> dict[str, tuple[str, ...]]:
+            return {row.volume: tables.to_model_list(row) for row in connection.execute(statement)}
+
+        return await self._read(work)
+
+    async def save_model_list(self, volume: str, names: Sequence[str]) -> None:
+        values = tables.from_model_list(volume, names, datetime.now(UTC))
+        await self._write(lambda connection: connection.execute(_SAVE_MODEL_LIST, values))
 
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""

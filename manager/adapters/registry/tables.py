@@ -15,11 +15,13 @@ from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sqlalchemy import Row
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001",)
+REVISIONS = ("0001", "0002")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -65,6 +67,22 @@ learned_sizes = Table(
     Column("digest", String, primary_key=True),
     Column("vram_bytes", Integer, nullable=False),
     Column("measured_at", DateTime, nullable=False),
+)
+
+overrides = Table(
+    "overrides",
+    metadata,
+    Column("key", Text, primary_key=True),
+    Column("value", JSON, nullable=False),
+    Column("saved_at", DateTime, nullable=False),
+)
+
+model_lists = Table(
+    "model_lists",
+    metadata,
+    Column("volume", Text, primary_key=True),
+    Column("names", JSON, nullable=False),
+    Column("read_at", DateTime, nullable=False),
 )
 
 
@@ -138,6 +156,20 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         vram_bytes=row.vram_bytes,
         measured_at=_aware(row.measured_at),
     )
+
+
+def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:
+    return [{"key": key, "value": value, "saved_at": _stored(at)} for key, value in values.items()]
+
+
+def from_model_list(volume: str, names: Sequence[str], at: datetime) -> dict[str, Any]:
+    return {"volume": volume, "names": list(names), "read_at": _stored(at)}
+
+
+def to_model_list(row: Row[Any]) -> tuple[str, ...]:
+    if not isinstance(row.names, list) or not all(isinstance(name, str) for name in row.names):
+        raise TypeError(f"the models of {row.volume} are no list of names")
+    return tuple(row.names)
 
 
 def _stored(at: datetime | None) -> datetime | None:

@@ -219,6 +219,68 @@ async def test_a_learned_size_is_kept_once_for_instance_model_and_digest(registr
     assert set(await registry.learned_sizes()) == {newer, *others}
 
 
+OVERRIDES = {
+    "roles.output.model": "qwen3:8b",
+    "roles.output.think": False,
+    "roles.output.body.defaults": {"options": {"temperature": 0.5, "stop": ["\n"]}, "ünïcode": None},
+    "roles.output.fallbacks": [],
+}
+
+
+async def test_overrides_are_replaced_as_a_whole_and_come_back_as_they_were(path: Path) -> None:
+    registry = await open_registry(path)
+    assert await registry.overrides() == {}
+    await registry.save_overrides(OVERRIDES)
+    await registry.close()
+    registry = await open_registry(path)
+    assert await registry.overrides() == OVERRIDES
+    await registry.save_overrides({"a": [1]})
+    await registry.save_overrides({"a": [True]})
+    assert repr(await registry.overrides()) == "{'a': [True]}"
+    await registry.save_overrides({})
+    assert await registry.overrides() == {}
+    await registry.close()
+
+
+async def test_an_override_that_stays_keeps_its_time(registry: SqlRegistry, path: Path) -> None:
+    def times() -> dict[str, str]:
+        with closing(sqlite3.connect(path)) as connection:
+            return dict(connection.execute("SELECT key, saved_at FROM overrides"))
+
+    await registry.save_overrides({"a": 1, "b": 1})
+    first = times()
+    await registry.save_overrides({"a": 1, "b": 2, "c": 3})
+    second = times()
+    assert second["a"] == first["a"]
+    assert second["c"] == second["b"] > first["b"]
+
+
+async def test_overrides_that_cannot_be_stored_leave_the_old_ones(registry: SqlRegistry) -> None:
+    await registry.save_overrides(OVERRIDES)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        await registry.save_overrides({"a": 1, "b": object()})
+    assert await registry.overrides() == OVERRIDES
+
+
+async def test_the_models_of_a_volume_are_those_last_read(registry: SqlRegistry) -> None:
+    assert await registry.model_lists() == {}
+    await registry.save_model_list("ollama-models", ("qwen3:8b", "bge-m3:latest"))
+    await registry.save_model_list("/srv/models", ())
+    await registry.save_model_list("ollama-models", ("bge-m3:latest",))
+    assert await registry.model_lists() == {"ollama-models": ("bge-m3:latest",), "/srv/models": ()}
+
+
+@pytest.mark.parametrize("names", ["{", "{}", "[1]", "null"])
+async def test_a_list_of_models_that_is_none_is_corruption(
+    registry: SqlRegistry, path: Path, names: str
+) -> None:
+    await registry.save_model_list("ollama-models", ())
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE model_lists SET names = ?", (names,))
+    with pytest.raises(RegistryCorruptError, match="a row in it cannot be read"):
+        await registry.model_lists()
+
+
 async def test_calls_of_many_tasks_do_not_get_in_each_others_way(registry: SqlRegistry) -> None:
     await asyncio.gather(*(registry.save_instance(InstanceRow(f"i{n}", starts=n)) for n in range(50)))
     rows = await registry.instances()
@@ -295,16 +357,25 @@ async def test_a_registry_of_the_newest_schema_is_opened_without_alembic(
     await (await open_registry(path)).close()
 
 
-async def test_an_older_schema_is_brought_up_to_date(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As long as there is one revision, the older one is that of a database without any."""
-    with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("alembic_version", *tables.metadata.tables):
-            connection.execute(f"DROP TABLE {table}")
-    monkeypatch.setattr(opening, "verify", lambda _path: "0000")
-    monkeypatch.setenv("PYTHONWARNINGS", "error")
+async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_what_it_has(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     registry = await open_registry(path)
     await registry.save_instance(FULL_ROW)
+    await registry.append_events([event(1)])
     await registry.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for table in ("overrides", "model_lists"):
+            connection.execute(f"DROP TABLE {table}")
+    set_revision(path, "0001")
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    registry = await open_registry(path)
+    assert await registry.instances() == {"gpu0": FULL_ROW}
+    assert await registry.events_after(0, 10) == (event(1),)
+    await registry.save_overrides(OVERRIDES)
+    await registry.save_model_list("ollama-models", ("qwen3:8b",))
+    await registry.close()
+    assert opening.verify(path) == tables.HEAD == "0002"
 
 
 async def test_a_failed_migration_leaves_the_file_as_it_is(
