@@ -25,6 +25,7 @@ from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
+from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.upstream import AiohttpUpstream
 from manager.api.app import control_api
@@ -33,21 +34,36 @@ from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
 from manager.errors import ManagerError
+from manager.relay.front import listening_with
+from manager.relay.relay import HeaderNames, Limits, Relay
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
+from manager.services.gateway import Gateway
 from manager.services.gpus import Gpus
 from manager.services.journal import Journal
+from manager.services.model_lists import ModelLists
 from manager.services.supervisor import Supervisor
+from manager.services.traffic import Traffic
 from manager.services.world import World, no_step
-from manager.settings import auto_gpu_spec, key_weaknesses, load_templates, read_key, resolve_instances
+from manager.settings import (
+    auto_gpu_spec,
+    key_weaknesses,
+    load_templates,
+    read_key,
+    resolve_instances,
+    routing_settings,
+)
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+    from manager.domain.roles import RoutingSettings
     from manager.domain.template import Template
     from manager.services.instance import Instance
+    from manager.services.traffic import RequestRecord
     from manager.settings import LoadedSettings, Settings
+    from manager.settings.model import LogSettings
 
 _log = structlog.get_logger("daemon")
 
@@ -65,6 +81,7 @@ class Daemon:
 
     settings: Settings
     fleet: Fleet
+    gateway: Gateway
     backend: Backend
     state_lock: StateDirLock
 
@@ -155,15 +172,29 @@ async def open_daemon(
             resync_interval_s=settings.lifecycle.resync_interval_s,
         )
         stack.push_async_callback(fleet.save)
+        request_log = RequestLog(asyncio.get_running_loop(), readable=_is_readable(settings.log))
+        stack.callback(request_log.flush)
+        told = settings.log.level in ("debug", "info")
+        traffic = Traffic(request_log.write if told else _not_told, share_logged=settings.gateway.access_log)
+        lists = ModelLists(registry, journal, await registry.model_lists())
+        fleet.also_run("model lists", lists.run)
+        gateway = Gateway(
+            fleet,
+            _FixedSettings(routing_settings(settings.roles, settings.models)),
+            lists,
+            traffic,
+            journal,
+            now=time.monotonic,
+        )
         backend = Backend(
             fleet=fleet,
             gpus=gpus,
             journal=journal,
             engine=engine,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
-            render_metrics=FleetMetrics(fleet, gpus).render,
+            render_metrics=FleetMetrics(fleet, gpus, traffic).render,
         )
-        yield Daemon(settings, fleet, backend, state_lock)
+        yield Daemon(settings, fleet, gateway, backend, state_lock)
 
 
 async def serve(
@@ -189,9 +220,10 @@ async def serve(
             daemon.state_lock.describe(url=url)
             access = Access(allowed_hosts=_allowed_hosts(settings), key=key)
             app = control_api(daemon.backend, access=access)
+            relay = _relay(daemon.gateway, settings, access)
             config = uvicorn.Config(
                 app,
-                http="httptools",
+                http=listening_with(relay),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -200,10 +232,13 @@ async def serve(
                 proxy_headers=False,
                 timeout_graceful_shutdown=_GOODBYE_S,
             )
-            server = _Server(config)
+            server = _Server(config, relay, settings.gateway.drain_timeout_s)
             _be_quick_to_answer()
             _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
-            await _until_stopped(server, listener, daemon)
+            try:
+                await _until_stopped(server, listener, daemon)
+            finally:
+                await relay.close()
     _log.info("ended")
 
 
@@ -262,14 +297,66 @@ async def _until_stopped(server: _Server, listener: socket.socket, daemon: Daemo
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process before our own clean-up."""
+    """uvicorn without its signal handlers, which would end the process before our own clean-up.
+
+    Streams are let come to their end first; a second signal cuts them.
+    """
+
+    def __init__(self, config: uvicorn.Config, relay: Relay, drain_timeout_s: float) -> None:
+        super().__init__(config)
+        self._relay = relay
+        self._drain_timeout_s = drain_timeout_s
+        self._cut = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self) -> None:
+        if self.should_exit:
+            self._cut.set()
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        for listener in sockets or []:
+            listener.close()
+        for connection in tuple(self.server_state.connections):
+            connection.shutdown()
+        await self._relay.drain(self._drain_timeout_s, cut=self._cut)
+        await super().shutdown(sockets)
+
+
+def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
+    wanted = settings.gateway
+    names = wanted.headers
+    return Relay(
+        gateway,
+        access=access,
+        limits=Limits(
+            connect_timeout_s=wanted.connect_timeout_s,
+            first_byte_timeout_s=wanted.first_byte_timeout_s,
+            idle_timeout_s=wanted.idle_timeout_s,
+            total_timeout_s=wanted.total_timeout_s,
+            most_body_bytes=wanted.max_body,
+            keep_alive_s=wanted.keep_alive_s,
+        ),
+        headers=HeaderNames(
+            instance=names.instance.lower().encode(),
+            lane=names.lane.lower().encode(),
+            project=names.project.lower().encode(),
+            intent=names.intent.lower().encode(),
+            local_only=names.local_only.lower().encode(),
+        ),
+        default_project=wanted.default_project,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _FixedSettings:
+    routing: RoutingSettings
+    version: int = 0
 
 
 class _Maker:
@@ -341,6 +428,14 @@ def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
     """What the engine would call us if we run in one of its containers: the id, or the host name."""
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
+
+
+def _is_readable(log: LogSettings) -> bool:
+    return log.format == "console" or (log.format == "auto" and sys.stderr.isatty())
+
+
+def _not_told(_record: RequestRecord) -> None:
+    """Requests are told at level info."""
 
 
 def _utcnow() -> datetime:

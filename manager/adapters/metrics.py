@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from manager.domain.instance import Phase
+from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
+    from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
 
@@ -23,8 +26,9 @@ _PREFIX = "ollama_manager"
 class FleetMetrics:
     """A collector over live state; `render` gives the text."""
 
-    def __init__(self, fleet: Fleet, gpus: Gpus) -> None:
+    def __init__(self, fleet: Fleet, gpus: Gpus, traffic: Traffic) -> None:
         self._fleet = fleet
+        self._traffic = traffic
         self._gpus = gpus
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -60,3 +64,27 @@ class FleetMetrics:
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
         engine.add_metric([], float(self._fleet.engine.up))
         yield from (phases, in_flight, starts, memory, engine)
+        yield from self._requests()
+
+    def _requests(self) -> Iterator[Metric]:
+        traffic = self._traffic
+        for name, text, labels, counts in (
+            ("requests", "Requests that ended", ["target", "role", "outcome"], traffic.requests),
+            ("fallbacks", "Answers from elsewhere than asked", ["from", "to", "reason"], traffic.fallbacks),
+            ("target_errors", "Attempts that failed", ["target", "reason"], traffic.target_errors),
+        ):
+            counter = CounterMetricFamily(f"{_PREFIX}_{name}", text, labels=labels)
+            for values, count in counts.items():
+                counter.add_metric(list(values), count)
+            yield counter
+        for name, text, histograms in (
+            ("request_duration", "From a request's head to the end of its answer", traffic.durations),
+            ("time_to_first_token", "From a request's head to that of its answer", traffic.first_tokens),
+        ):
+            family = HistogramMetricFamily(f"{_PREFIX}_{name}_seconds", text, labels=["target"])
+            for target, histogram in histograms.items():
+                bounds = [*map(str, BUCKETS_S), "+Inf"]
+                family.add_metric(
+                    [target], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.total_s
+                )
+            yield family

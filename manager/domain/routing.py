@@ -136,15 +136,21 @@ class Decision:
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
 
-    def ordered(self, load: Mapping[str, int]) -> tuple[Attempt, ...]:
-        """The attempts in order: within a group the instance with the fewest requests in flight first."""
-        return tuple(
-            attempt
-            for group in self.groups
-            for attempt in (
-                group if len(group) == 1 else sorted(group, key=lambda one: load.get(one.instance, 0))
-            )
-        )
+    def in_order(self, load: Mapping[str, int]) -> Iterator[Attempt]:
+        """The attempts in order; of a group always the one whose instance has the fewest requests in flight.
+
+        Args:
+            load: requests in flight by instance, looked at each time the next attempt is asked for.
+        """
+        for group in self.groups:
+            if len(group) == 1:
+                yield group[0]
+                continue
+            waiting = list(group)
+            while waiting:
+                best = min(waiting, key=lambda one: load[one.instance])
+                waiting.remove(best)
+                yield best
 
 
 def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot) -> Decision:

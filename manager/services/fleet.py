@@ -20,7 +20,7 @@ from manager.services.engine_watch import EngineWatch
 from manager.services.supervisor import Supervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from manager.domain.instance import ContainerFacts
     from manager.services.instance import Instance, View
@@ -84,6 +84,7 @@ class Fleet:
         self._containers: dict[str, ContainerFacts] = {}
         self._strangers: set[str] = set()
         self._unusable: set[str] = set()
+        self._also: list[tuple[str, Callable[[], Coroutine[None, None, None]]]] = []
         self._ticks: asyncio.Queue[Schedule | None] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
@@ -125,6 +126,9 @@ class Fleet:
                 f"{instance_id} is external: it has no container of ours", instance=instance_id
             )
         return instance
+
+    def instances(self) -> tuple[Instance, ...]:
+        return tuple(self._instances.values())
 
     def views(self) -> tuple[View, ...]:
         return tuple(instance.view() for instance in self._instances.values())
@@ -175,6 +179,12 @@ class Fleet:
             tasks.create_task(self._world.journal.run(), name="journal")
             tasks.create_task(self._work_off_ticks(), name="schedules")
             tasks.create_task(self._save_forever(), name="saving")
+            for name, work in self._also:
+                tasks.create_task(work(), name=name)
+
+    def also_run(self, name: str, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Have something else go on as long as the fleet does; to be called before `run`."""
+        self._also.append((name, work))
 
     def schedule(self, scheduler: Scheduler) -> None:
         """Register the sweep and the configured schedules; a tick only posts what is to be done."""

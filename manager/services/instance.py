@@ -56,6 +56,14 @@ class View:
     available_models: tuple[str, ...] | None
 
 
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """What an instance has done so far and holds now: processor time, and bytes of GPU memory."""
+
+    cpu_s: float
+    vram_bytes: int
+
+
 class Instance(ABC):
     """One configured instance. Lives on the event loop; all its state belongs to it alone."""
 
@@ -68,6 +76,7 @@ class Instance(ABC):
         self._health_issue: Explanation | None = None
         self._models: tuple[Model, ...] = ()
         self._available: tuple[str, ...] | None = None
+        self.available_models_read_at = float("-inf")
         self._last_seen_at: datetime | None = None
         self.own_bytes = 0
         self.probe_bytes = 0
@@ -116,9 +125,31 @@ class Instance(ABC):
         self.used()
         return self._leases.grant(endpoint)
 
-    async def probe(self) -> None:
-        """Ask the server how it is. Touches health and models only, never phase or use."""
+    def try_lease(self) -> Lease | None:
+        """A lease on the instance as it is, without waiting; None where it would have to be started."""
+        endpoint = self.usable_endpoint()
+        if endpoint is None:
+            return None
+        self.used()
+        return self._leases.grant(endpoint)
+
+    async def effort(self) -> Effort | None:
+        """What the instance has done and holds, as far as that can be told from outside."""
+        return None
+
+    def read_models_soon(self) -> None:
+        """What is known of its models has turned out wrong: the next probe reads the list again."""
+        self._tags_due = 0.0
+
+    async def probe(self, *, tags: bool = False) -> None:
+        """Ask the server how it is. Touches health and models only, never phase or use.
+
+        Args:
+            tags: read the list of its models too, even if that is not due.
+        """
         async with self._probing:
+            if tags:
+                self._tags_due = 0.0
             endpoint = self.probed_endpoint
             if endpoint is not None:
                 await self._ask(endpoint)
@@ -148,6 +179,7 @@ class Instance(ABC):
             self._models = answer.loaded
         if answer.available is not None:
             self._available = answer.available
+            self.available_models_read_at = now
             self._tags_due = now + self.spec.limits.resync_interval_s
         self._set_health(Health.HEALTHY, None)
         await self._probed()
@@ -185,6 +217,11 @@ class Instance(ABC):
     @property
     def models(self) -> tuple[Model, ...]:
         return self._models
+
+    @property
+    def available_models(self) -> tuple[str, ...] | None:
+        """The models on its volume as it last listed them, None while it never did."""
+        return self._available
 
     @property
     def in_flight(self) -> int:

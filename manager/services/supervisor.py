@@ -34,7 +34,7 @@ from manager.errors import (
 from manager.services.condition import Condition, Retry
 from manager.services.container_run import ContainerRun, Started, Watch, happens
 from manager.services.idle_clock import IdleClock
-from manager.services.instance import Instance, View
+from manager.services.instance import Effort, Instance, View
 from manager.services.staleness import Staleness
 from manager.services.usage import UsageWatch
 from manager.services.waiters import Waiters
@@ -339,6 +339,18 @@ class Supervisor(Instance):
 
     def used(self) -> None:
         self._clock.used()
+
+    async def effort(self) -> Effort | None:
+        container = self.ready_container
+        if container is None:
+            return None
+        try:
+            counters = await self._world.engine.counters(container.id)
+            await self._world.gpus.refresh()
+        except ManagerError:
+            return None
+        held = self._world.gpus.holding(self.id).used_bytes if self.is_gpu else None
+        return Effort(cpu_s=counters.cpu_s, vram_bytes=held or 0)
 
     def view(self) -> View:
         phase, explanation = shown(

@@ -32,6 +32,11 @@ class InferenceBody:
     stream: bool
     exact: bool
 
+    def forget(self) -> None:
+        """Let go of what may be many megabytes, once it was sent for good."""
+        self.raw = b""
+        self.document = {}
+
 
 def read_body(raw: bytes, route: Route) -> InferenceBody:
     """Read an inference request. Only what routing needs is checked; the rest is the server's to judge.

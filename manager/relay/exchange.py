@@ -1,0 +1,763 @@
+"""One inference request on its way: read, decided, sent on, and answered exactly once."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.domain.models import model_key
+from manager.domain.routing import RequestFacts
+from manager.errors import ManagerError, Reason
+from manager.services.gateway import reason_of
+from manager.services.traffic import Outcome, RequestRecord
+from manager.wire.body import BadBodyError, body_for, read_body
+from manager.wire.dialect import error_body, error_in_stream, message_of
+from manager.wire.head import STATUS_LINES, forwarded, returned
+from manager.wire.routes import Dialect
+from manager.wire.trace import read_traceparent, traceparent
+from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from manager.domain.routing import Attempt, Decision
+    from manager.relay.front import Front
+    from manager.relay.relay import Relay
+    from manager.relay.upstream import UpstreamConnection, UpstreamPool
+    from manager.services.leases import Lease
+    from manager.wire.body import InferenceBody
+    from manager.wire.head import Header
+    from manager.wire.routes import Route
+
+_log = structlog.get_logger("relay")
+
+_UPLOAD_STALL_S = 60.0
+# How much longer a load that makes progress may take, each time that it is looked at.
+_GRACE_S = 10.0
+_EVENT_STREAM = b"text/event-stream"
+# Said anew here, whatever a server says.
+_REPLACED = frozenset(
+    {b"x-request-id", b"x-instance", b"x-model", b"x-fallback-reason", b"x-queue-ms", b"x-start-ms"}
+)
+_NO_BUFFERING = b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
+_NO_BUFFERING_NAMES = frozenset({b"cache-control", b"x-accel-buffering"})
+_WITHOUT_BODY = (204, 304)
+_STATUS_OF = {
+    Reason.ATTEMPT_TIMEOUT: 504,
+    Reason.START_TIMEOUT: 504,
+    Reason.MODEL_MISSING: 404,
+    Reason.UPSTREAM_UNREACHABLE: 502,
+    Reason.UPSTREAM_ERROR: 502,
+}
+_UNAVAILABLE = 503
+_REFUSED_STATUS = {"unknown": 404, "unavailable": 503, "contradiction": 422}
+
+
+class _State(Enum):
+    READING = auto()
+    PREPARING = auto()
+    CONNECTING = auto()
+    WAITING = auto()
+    STREAMING = auto()
+    DONE = auto()
+
+
+class _NobodyListens:
+    """Stands where uvicorn keeps the event that wakes its ASGI application."""
+
+    def set(self) -> None:
+        pass
+
+
+class Exchange:
+    """One request and its answer. All of it happens in callbacks on the event loop; only waits are tasks.
+
+    The first bytes to the caller settle everything: until then another attempt may follow, afterwards not.
+    Every way out leads through `_finish`, which gives the lease back.
+    """
+
+    # What uvicorn's protocol looks at in a cycle.
+    message_event = _NobodyListens()
+
+    __slots__ = (
+        "_active",
+        "_asking",
+        "_attempt",
+        "_attempts",
+        "_body",
+        "_chunks",
+        "_connection",
+        "_decision",
+        "_fallback_reason",
+        "_first_byte_at",
+        "_front",
+        "_given",
+        "_headers",
+        "_last_active",
+        "_lease",
+        "_loading",
+        "_next_comment_at",
+        "_parts",
+        "_peeked",
+        "_record",
+        "_refusal",
+        "_relay",
+        "_retried",
+        "_route",
+        "_size",
+        "_start_ms",
+        "_started",
+        "_state",
+        "_status",
+        "_swallow",
+        "_tail",
+        "_target",
+        "_task",
+        "_total_at",
+        "_trouble",
+        "began_at",
+        "disconnected",
+        "expects_continue",
+        "is_left",
+        "keep_alive",
+        "received",
+        "response_complete",
+    )
+
+    def __init__(
+        self,
+        relay: Relay,
+        front: Front,
+        route: Route,
+        headers: list[Header],
+        *,
+        target: bytes,
+        keep_alive: bool,
+        chunks: bool,
+        expects_continue: bool,
+    ) -> None:
+        self._relay = relay
+        self._front: Front | None = front
+        self._route = route
+        self._headers = headers
+        self._target = target
+        self._chunks = chunks
+        self.keep_alive = keep_alive
+        self.expects_continue = expects_continue
+        self.disconnected = False
+        self.response_complete = False
+        self.received = False
+        self.is_left = False
+        self.began_at = self._last_active = relay.loop.time()
+        self._total_at = self.began_at + relay.limits.total_timeout_s
+        self._state = _State.READING
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._refusal: tuple[int, str, dict[str, str]] | None = None
+        self._given: dict[bytes, bytes] = {}
+        self._record: RequestRecord | None = None
+        self._decision: Decision | None = None
+        self._attempts: Iterator[Attempt] | None = None
+        self._peeked: Attempt | None = None
+        self._attempt: Attempt | None = None
+        self._body: InferenceBody | None = None
+        self._fallback_reason: Reason | None = None
+        self._trouble: tuple[Reason, str, float | None] | None = None
+        self._lease: Lease | None = None
+        self._start_ms: float | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._connection: UpstreamConnection | None = None
+        self._retried = False
+        self._loading: tuple[str, str] | None = None
+        self._first_byte_at = 0.0
+        self._asking = False
+        self._next_comment_at: float | None = None
+        self._started = False
+        self._swallow = False
+        self._status = 0
+        self._active = False
+        self._tail = bytearray()
+
+    # --- what the caller's side calls ---
+
+    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        """Answer with this error when the turn comes, whatever the body says."""
+        self._refusal = (status, message, headers or {})
+
+    def body_came(self, body: bytes) -> None:
+        self._active = True
+        self._size += len(body)
+        if self._size > self._relay.limits.most_body_bytes:
+            if self._refusal is None:
+                self._parts.clear()
+                most = self._relay.limits.most_body_bytes
+                self.refuse(413, f"the request body is too large: at most {most} bytes are taken")
+                self._answer_refusal()
+            return
+        self._parts.append(body)
+
+    def request_ended(self) -> None:
+        self.received = True
+        if self._front is not None and self._record is not None and self._state is _State.READING:
+            self._begin()
+
+    def turn_came(self) -> None:
+        """Requests before this one on its connection have been answered."""
+        self._relay.begun(self)
+        self._record = self._new_record()
+        if self._refusal is not None:
+            self._answer_refusal()
+        elif self.received:
+            self._begin()
+
+    def caller_left(self) -> None:
+        """The connection is gone: whatever is done for it ends, unless somebody else waits for it too."""
+        self._front = None
+        if self._state is _State.DONE:
+            return
+        if self._state is _State.WAITING and self._loading is not None:
+            self.is_left = True
+            if self._relay.others_wait(self, *self._loading):
+                return  # to cancel this request could cancel the load that they wait for
+        self._finish(Outcome.CLIENT_GONE)
+
+    def pause(self) -> None:
+        """The caller takes no more for now."""
+        if self._connection is not None and self._state is _State.STREAMING:
+            self._connection.pause()
+
+    def resume(self) -> None:
+        self._active = True
+        if self._connection is not None:
+            self._connection.resume()
+
+    # --- what the relay calls ---
+
+    def cut(self, why: str) -> None:
+        """End it now, and say so as far as the dialect allows."""
+        self._fail(503, f"cut off: {why}", Outcome.CUT)
+
+    def give_up(self) -> None:
+        """The caller has left, and by now so have all who waited for the same."""
+        if self._state is not _State.DONE:
+            self._finish(Outcome.CLIENT_GONE)
+
+    def check(self, now: float) -> None:
+        """Look at the deadlines; called a few times a second."""
+        if self._active:
+            self._active = False
+            self._last_active = now
+        if now >= self._total_at:
+            limit_s = self._relay.limits.total_timeout_s
+            self._fail(504, f"no end within {limit_s:g} s", Outcome.TIMEOUT)
+        elif self._state is _State.STREAMING:
+            if now - self._last_active > self._relay.limits.idle_timeout_s:
+                limit_s = self._relay.limits.idle_timeout_s
+                self._fail(504, f"nothing moved for {limit_s:g} s", Outcome.TIMEOUT)
+        elif self._state is _State.READING:
+            if now - self._last_active > _UPLOAD_STALL_S:
+                self.keep_alive = False
+                self._fail(408, "the request body did not arrive", Outcome.CLIENT_ERROR)
+        else:
+            if self._state is _State.WAITING and now >= self._first_byte_at and not self._asking:
+                self._asking = True
+                self._task = self._relay.spawn(self._ask_for_patience())
+            self._comment(now)
+
+    # --- what the server's side calls ---
+
+    def head_came(self, status: int, headers: list[Header], length: int | None) -> None:
+        self._stop_waiting_for_load()
+        if self._state is _State.DONE:
+            return
+        if self._front is None:
+            self._finish(Outcome.CLIENT_GONE)
+            return
+        self._status = status
+        reason = _failure_of(status)
+        if reason is not None and self._attempt is not None:
+            self._relay.gateway.failed(self._attempt.instance, reason)
+            if not self._started and self._more():
+                self._drop_connection()
+                self._attempt_failed(reason, f"{self._attempt.instance} answered with status {status}", None)
+                return
+        self._cancel_task()
+        self._state = _State.STREAMING
+        self._active = True
+        if self._body is not None:
+            self._body.forget()  # nothing is sent a second time from here on
+        if self._started:
+            # The caller has been given a head already, so that only a stream of events can follow it.
+            self._swallow = status != 200 or not _is_event_stream(headers)  # noqa: PLR2004
+            return
+        self._start_answer(status, headers, length)
+
+    def answer_came(self, data: bytes) -> None:
+        self._active = True
+        tail = self._tail
+        tail += data
+        if len(tail) > 4 * TAIL_BYTES:
+            del tail[:-TAIL_BYTES]
+        if not self._swallow and self._front is not None:
+            self._front.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data)
+
+    def answer_ended(self) -> None:
+        self._connection = None
+        if self._state is not _State.STREAMING:
+            return
+        body = self._body
+        if self._swallow:
+            message = message_of(bytes(self._tail)) or f"the server answered with status {self._status}"
+            self._fail(self._status, message, Outcome.UPSTREAM_ERROR)
+            return
+        outcome = _outcome_of(self._status)
+        if outcome is Outcome.OK and body is not None and body.stream:
+            tail = bytes(self._tail)
+            if not is_ended(self._route, tail):
+                if message_of(_last_line(tail)) is None:
+                    self._fail(502, "the server ended the stream before its end", Outcome.UPSTREAM_ERROR)
+                    return
+                outcome = Outcome.UPSTREAM_ERROR  # it said so itself, in its last line
+        if self._chunks and self._front is not None:
+            self._front.write(b"0\r\n\r\n")
+        self._finish(outcome)
+
+    def answer_broke(self, why: str, *, untouched: bool) -> None:
+        self._connection = None
+        self._stop_waiting_for_load()
+        if self._state is _State.DONE:
+            return
+        if self._front is None:
+            self._finish(Outcome.CLIENT_GONE)
+            return
+        assert self._attempt is not None  # noqa: S101  (it was sent)
+        if self._state is _State.WAITING and untouched and not self._retried:
+            # The server closed a connection that it had kept, as it may: it has not seen this request.
+            self._retried = True
+            self._connect()
+            return
+        name = self._attempt.instance
+        reason = Reason.UPSTREAM_UNREACHABLE if self._state is _State.WAITING else Reason.UPSTREAM_ERROR
+        self._relay.gateway.failed(name, reason)
+        if self._state is _State.WAITING:
+            self._attempt_failed(reason, f"{name}: {why}", None)
+        else:
+            self._fail(502, f"{name}: {why} before the answer ended", Outcome.UPSTREAM_ERROR)
+
+    # --- from the request to a server ---
+
+    def _begin(self) -> None:
+        try:
+            self._decide()
+        except BadBodyError as error:
+            self._fail(400, str(error), Outcome.CLIENT_ERROR)
+        except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
+            _log.error("request_failed", path=self._route.path, exc_info=error)
+            self._fail(500, "the manager failed; its log says more", Outcome.REFUSED)
+
+    def _decide(self) -> None:
+        raw = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        record = self._record
+        assert record is not None  # noqa: S101  (its turn has come)
+        self._body = body = read_body(raw, self._route)
+        model = body.model or record.lane
+        if not model:
+            raise BadBodyError("model is required")
+        names = self._relay.headers
+        record.stream = body.stream
+        record.model = model
+        facts = RequestFacts(
+            model=model,
+            kind=self._route.kind,
+            instance=_text(self._given.get(names.instance)),
+            lane=record.lane,
+        )
+        self._decision = decision = self._relay.gateway.decide(facts)
+        record.role = decision.role
+        record.policy = decision.policy.value
+        record.requested_target = decision.requested_target
+        if decision.refused is not None:
+            refused = decision.refused
+            record.fallback_reason = refused.reason
+            self._fail(_REFUSED_STATUS[refused.what], refused.message, Outcome.REFUSED)
+            return
+        self._attempts = decision.in_order(self._relay.gateway.load())
+        self._try_next()
+
+    def _try_next(self) -> None:
+        attempt = self._next()
+        if attempt is None:
+            self._give_up_trying()
+            return
+        record, gateway = self._record, self._relay.gateway
+        assert record is not None  # noqa: S101  (its turn has come)
+        self._attempt = attempt
+        self._retried = False
+        record.attempts += 1
+        record.effective_target = attempt.instance
+        record.model = attempt.model
+        record.role = attempt.role or record.role
+        if self._fallback_reason is None:
+            self._fallback_reason = attempt.fallback
+        record.fallback = self._fallback_reason is not None
+        record.fallback_reason = self._fallback_reason
+        lease = None
+        if attempt.because not in ("unread", "pull"):
+            lease = gateway.try_lease(attempt.instance)
+        if lease is not None:
+            self._leased(lease)
+        else:
+            self._state = _State.PREPARING
+            self._task = self._relay.spawn(self._prepare(attempt))
+
+    async def _prepare(self, attempt: Attempt) -> None:
+        try:
+            prepared = await self._relay.gateway.prepare(attempt)
+        except ManagerError as error:
+            self._task = None
+            reason = reason_of(error)
+            self._relay.gateway.failed(attempt.instance, reason)
+            self._attempt_failed(reason, error.message, error.retry_after_s)
+            return
+        self._task = None
+        if prepared.start_ms is not None:
+            self._start_ms = (self._start_ms or 0.0) + prepared.start_ms
+        self._leased(prepared.lease)
+
+    def _leased(self, lease: Lease) -> None:
+        self._lease = lease
+        connection = self._relay.pool(lease.endpoint).idle()
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        assert self._lease is not None  # noqa: S101  (a lease comes first)
+        self._state = _State.CONNECTING
+        self._task = self._relay.spawn(self._open(self._relay.pool(self._lease.endpoint)))
+
+    async def _open(self, pool: UpstreamPool) -> None:
+        timeout_s = self._relay.limits.connect_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                connection = await pool.connect()
+        except TimeoutError:
+            self._task = None
+            self._unreachable(Reason.ATTEMPT_TIMEOUT, f"could not be connected to within {timeout_s:g} s")
+        except OSError as error:
+            self._task = None
+            self._unreachable(Reason.UPSTREAM_UNREACHABLE, f"cannot be reached ({error.strerror or error})")
+        else:
+            self._task = None
+            self._send(connection)
+
+    def _unreachable(self, reason: Reason, why: str) -> None:
+        assert self._attempt is not None  # noqa: S101  (connections belong to an attempt)
+        name = self._attempt.instance
+        self._relay.gateway.failed(name, reason)
+        self._attempt_failed(reason, f"{name} {why}", None)
+
+    def _send(self, connection: UpstreamConnection) -> None:
+        attempt, body, lease, record = self._attempt, self._body, self._lease, self._record
+        assert attempt is not None  # noqa: S101  (all of these come before a connection)
+        assert body is not None  # noqa: S101
+        assert lease is not None  # noqa: S101
+        assert record is not None  # noqa: S101
+        now = self._relay.loop.time()
+        record.queue_ms = (now - self.began_at) * 1000 - (self._start_ms or 0.0)
+        record.start_ms = self._start_ms
+        changes = self._relay.gateway.routing.changes_for(attempt.model, attempt.role)
+        raw = body_for(body, self._route, attempt.model, changes)
+        address = self._relay.pool(lease.endpoint).address
+        head = b"".join(
+            (
+                b"POST %b%b HTTP/1.1\r\nHost: %b\r\n" % (address.prefix, self._target, address.host),
+                *forwarded(self._headers, self._relay.headers.all),
+                b"X-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n"
+                % (
+                    record.request_id.encode(),
+                    traceparent(record.trace_id, record.span_id, self._flags()),
+                    len(raw),
+                ),
+            )
+        )
+        self._state = _State.WAITING
+        self._asking = False
+        self._first_byte_at = now + self._relay.limits.first_byte_timeout_s
+        if attempt.because != "loaded":
+            self._loading = (attempt.instance, model_key(attempt.model))
+            self._relay.waits_for_load(self, *self._loading)
+        self._connection = connection
+        connection.send(self, head, raw)
+
+    async def _ask_for_patience(self) -> None:
+        """The time for the first byte is over: go on waiting as long as the server loads the model."""
+        attempt = self._attempt
+        assert attempt is not None  # noqa: S101  (it waits for an answer)
+        patient = attempt.because != "loaded" and await self._relay.gateway.still_loads(attempt.instance)
+        if self._state is not _State.WAITING:
+            return
+        self._task = None
+        if patient:
+            limit_s = self._relay.limits.first_byte_timeout_s
+            self._first_byte_at = self._relay.loop.time() + min(limit_s, _GRACE_S)
+            self._asking = False
+            return
+        reason = Reason.ATTEMPT_TIMEOUT
+        self._relay.gateway.failed(attempt.instance, reason)
+        limit_s = self._relay.limits.first_byte_timeout_s
+        self._attempt_failed(reason, f"{attempt.instance} did not answer within {limit_s:g} s", None)
+
+    # --- when an attempt fails ---
+
+    def _attempt_failed(self, reason: Reason, message: str, retry_after_s: float | None) -> None:
+        """This attempt brings no answer: try the next, unless the caller has been told something already."""
+        self._stop_waiting_for_load()
+        self._drop_connection()
+        self._give_lease_back()
+        if self._front is None:
+            self._finish(Outcome.CLIENT_GONE)
+            return
+        if self._trouble is None or self._trouble[0] is Reason.MODEL_MISSING:
+            self._trouble = (reason, message, retry_after_s)
+        if self._fallback_reason is None:
+            self._fallback_reason = reason
+        if self._started:
+            self._give_up_trying()
+        else:
+            self._try_next()
+
+    def _give_up_trying(self) -> None:
+        assert self._trouble is not None  # noqa: S101  (a decision without attempts was refused)
+        reason, message, retry_after_s = self._trouble
+        record = self._record
+        assert record is not None  # noqa: S101  (its turn has come)
+        record.fallback_reason = reason
+        record.fallback = False
+        status = _STATUS_OF.get(reason, _UNAVAILABLE)
+        outcome = {404: Outcome.REFUSED, 504: Outcome.TIMEOUT}.get(status, Outcome.UPSTREAM_ERROR)
+        headers = {}
+        if status == _UNAVAILABLE:
+            headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
+        self._fail(status, message, outcome, headers)
+
+    def _more(self) -> bool:
+        """Whether another attempt could follow."""
+        if self._peeked is None and self._attempts is not None:
+            self._peeked = next(self._attempts, None)
+        return self._peeked is not None
+
+    def _next(self) -> Attempt | None:
+        if self._more():
+            attempt, self._peeked = self._peeked, None
+            return attempt
+        return None
+
+    # --- the answer ---
+
+    def _start_answer(self, status: int, headers: list[Header], length: int | None) -> None:
+        front, body, record = self._front, self._body, self._record
+        assert front is not None  # noqa: S101  (checked by the caller)
+        assert record is not None  # noqa: S101
+        self._started = True
+        record.status = status
+        record.ttfb_ms = (self._relay.loop.time() - self.began_at) * 1000
+        streams = body is not None and body.stream
+        replaced = _REPLACED | _NO_BUFFERING_NAMES if streams else _REPLACED
+        lines = [STATUS_LINES.get(status) or STATUS_LINES[502], *returned(headers, replaced), self._stamp()]
+        if streams:
+            lines.append(_NO_BUFFERING)
+        if status in _WITHOUT_BODY:
+            self._chunks = False
+        elif length is not None:
+            lines.append(b"Content-Length: %d\r\n" % length)
+            self._chunks = False
+        elif self._chunks:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
+        else:
+            self.keep_alive = False  # such an answer ends with its connection
+        lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
+        front.write(b"".join(lines))
+
+    def _stamp(self) -> bytes:
+        """The headers that say where an answer comes from, and why from there."""
+        record = self._record
+        assert record is not None  # noqa: S101  (its turn has come)
+        stamp = f"X-Request-Id: {record.request_id}\r\n"
+        if self._attempt is not None:
+            stamp += f"X-Instance: {self._attempt.instance}\r\nX-Model: {_printable(self._attempt.model)}\r\n"
+            stamp += f"X-Queue-Ms: {max(0.0, record.queue_ms):.0f}\r\n"
+        if record.fallback and record.fallback_reason is not None:
+            stamp += f"X-Fallback-Reason: {record.fallback_reason.value}\r\n"
+        if record.start_ms is not None:
+            stamp += f"X-Start-Ms: {record.start_ms:.0f}\r\n"
+        return stamp.encode()
+
+    def _comment(self, now: float) -> None:
+        """Let a caller who waits for a stream of events know that somebody is there."""
+        every_s = self._relay.limits.keep_alive_s
+        body, front = self._body, self._front
+        if every_s <= 0 or front is None or body is None or not body.stream or not self._chunks:
+            return
+        if self._route.dialect is Dialect.NATIVE or self._attempt is None:
+            return
+        if self._next_comment_at is None:
+            self._next_comment_at = self.began_at + every_s
+        if now < self._next_comment_at:
+            return
+        self._next_comment_at = now + every_s
+        if not self._started:
+            self._start_answer(200, [(b"Content-Type", _EVENT_STREAM)], None)
+        comment = b": waiting for %b\n\n" % self._attempt.instance.encode()
+        front.write(b"%x\r\n%b\r\n" % (len(comment), comment))
+
+    def _answer_refusal(self) -> None:
+        if self._refusal is None or self._record is None or self._state is _State.DONE:
+            return
+        status, message, headers = self._refusal
+        if not self.received:
+            self.keep_alive = False  # what is left of its body would be taken for the next request
+        self._fail(status, message, Outcome.CLIENT_ERROR, headers)
+
+    def _fail(
+        self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
+    ) -> None:
+        """Tell the caller, in its dialect, as far as it can still be told."""
+        front, body, record = self._front, self._body, self._record
+        self._cancel_task()
+        self._drop_connection()
+        if front is None or record is None:
+            self._finish(outcome)
+            return
+        if not self._started:
+            if not self.received:
+                self.keep_alive = False
+            record.status = status
+            self._started = True
+            content, kind = error_body(self._route.dialect, status, message)
+            more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+            if not self.keep_alive:
+                more += "Connection: close\r\n"
+            head = f"Content-Type: {kind.decode()}\r\nContent-Length: {len(content)}\r\n{more}"
+            front.write(b"".join((STATUS_LINES[status], self._stamp(), head.encode(), b"\r\n", content)))
+        elif body is not None and body.stream and record.status == 200:  # noqa: PLR2004
+            line = error_in_stream(self._route.dialect, status, message)
+            if self._tail and not self._swallow and not self._tail.endswith(b"\n"):
+                line = (b"\n" if self._route.dialect is Dialect.NATIVE else b"\n\n") + line
+            if self._chunks:
+                front.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(line), line))
+            else:
+                self.keep_alive = False
+                front.write(line)
+        else:
+            # There is no way to say in the middle of a document that the rest is missing, but to break off.
+            self.keep_alive = False
+            front.abort()
+        self._finish(outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        if self._state is _State.DONE:
+            return
+        self._state = _State.DONE
+        self._cancel_task()
+        self._stop_waiting_for_load()
+        self._drop_connection()
+        self._give_lease_back()
+        self._relay.ended(self)
+        self.response_complete = True
+        record = self._record
+        if record is not None:
+            record.outcome = outcome
+            record.duration_ms = (self._relay.loop.time() - self.began_at) * 1000
+            if self._tail:
+                record.input_tokens, record.output_tokens = token_counts(bytes(self._tail[-TAIL_BYTES:]))
+            self._relay.gateway.ended(record)
+        front, self._front = self._front, None
+        if front is not None:
+            front.exchange_ended(self)
+
+    # --- helpers ---
+
+    def _new_record(self) -> RequestRecord:
+        relay = self._relay
+        self._given = given = dict(self._headers)
+        trace = read_traceparent(given.get(b"traceparent"))
+        names = relay.headers
+        return RequestRecord(
+            ts=relay.wall_clock(),
+            request_id=relay.request_id(),
+            trace_id=trace[0] if trace else relay.trace_id(),
+            span_id=relay.span_id(),
+            parent_span_id=trace[1] if trace else None,
+            project_id=_text(given.get(names.project)) or relay.default_project,
+            path=self._route.path,
+            lane=_text(given.get(names.lane)),
+            intent=_text(given.get(names.intent)),
+        )
+
+    def _flags(self) -> str:
+        trace = read_traceparent(self._given.get(b"traceparent"))
+        return trace[2] if trace else "00"
+
+    def _cancel_task(self) -> None:
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abandon()
+
+    def _give_lease_back(self) -> None:
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            lease.release()
+
+    def _stop_waiting_for_load(self) -> None:
+        loading, self._loading = self._loading, None
+        if loading is not None:
+            self._relay.waits_no_more(self, *loading)
+
+
+def _failure_of(status: int) -> Reason | None:
+    """What an answer of this status says about the instance; None when it is about the request."""
+    if status == 404:  # noqa: PLR2004
+        return Reason.MODEL_MISSING
+    if status in (429, 503):
+        return Reason.OVERLOADED
+    return Reason.UPSTREAM_ERROR if status >= 500 else None  # noqa: PLR2004
+
+
+def _outcome_of(status: int) -> Outcome:
+    if status >= 500:  # noqa: PLR2004
+        return Outcome.UPSTREAM_ERROR
+    return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK  # noqa: PLR2004
+
+
+def _is_event_stream(headers: Sequence[Header]) -> bool:
+    return any(
+        name.lower() == b"content-type" and value.lower().startswith(_EVENT_STREAM) for name, value in headers
+    )
+
+
+def _last_line(tail: bytes) -> bytes:
+    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
+    return line.removeprefix(b"data:").strip()
+
+
+def _text(value: bytes | None) -> str | None:
+    """A header's value as text that can be put into a log and another header; None when it says nothing."""
+    if value is None:
+        return None
+    return _printable(value.decode("utf-8", "replace").strip())[:256] or None
+
+
+def _printable(text: str) -> str:
+    """Plain ASCII: nothing that ends a line or hides something reaches a header."""
+    return text if text.isascii() and text.isprintable() else text.encode("ascii", "replace").decode()

@@ -1,0 +1,214 @@
+"""The callers' side: uvicorn's own protocol, which keeps the inference requests for the relay."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from manager.relay.exchange import Exchange
+from manager.wire.head import ambiguity
+from manager.wire.routes import INFERENCE
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from manager.relay.relay import Relay
+
+_MOST_HEAD_BYTES = 64 * 1024
+# What callers send on while an answer is under way is held up to here; beyond it they have to wait.
+_MOST_HELD_BYTES = 64 * 1024
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Front(HttpToolsProtocol):
+    """One connection of a caller. Its requests come in any mixture, one after the other.
+
+    An `Exchange` takes the place of uvicorn's cycle for the requests of the relay, so that keep-alive and
+    pipelining are the same for both. Written against uvicorn 0.54.
+    """
+
+    def __init__(self, relay: Relay, **uvicorn: Any) -> None:
+        super().__init__(**uvicorn)
+        self._relay = relay
+        self._in_head = True
+        self._head_bytes = 0
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._running: Exchange | None = None
+        self._feeding = False
+
+    # --- what the transport calls ---
+
+    def data_received(self, data: bytes) -> None:
+        if self._held or (self._running is not None and self._running.received):
+            # Reading goes on, so that a caller who leaves is noticed; parsing waits for its turn.
+            self._held.append(data)
+            self._held_bytes += len(data)
+            if self._held_bytes > _MOST_HELD_BYTES:
+                self.flow.pause_reading()
+            return
+        self._feed(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        running, self._running = self._running, None
+        self._held.clear()
+        self.pipeline.clear()
+        super().connection_lost(exc)
+        if running is not None:
+            running.caller_left()
+        elif isinstance(self.cycle, Exchange):
+            self.cycle.caller_left()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._running is not None:
+            self._running.pause()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._running is not None:
+            self._running.resume()
+
+    def shutdown(self) -> None:
+        if self._running is not None:
+            self._running.keep_alive = False
+        super().shutdown()
+
+    # --- what the parser calls ---
+
+    def on_message_begin(self) -> None:
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        if self._head_bytes > _MOST_HEAD_BYTES:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > _MOST_HEAD_BYTES:
+                raise httptools.HttpParserError("the head is too long")
+        self._head_bytes = 0
+        path, _, query = self.url.partition(b"?")
+        route = INFERENCE.get(path)
+        if route is None or self.parser.get_method() != b"POST":
+            self._on_other_headers_complete()
+            return
+        # Trailers come as headers too: they must not be taken for what the head said.
+        headers, self.headers = self.headers, []
+        version = self.parser.get_http_version()
+        exchange = Exchange(
+            self._relay,
+            self,
+            route,
+            headers,
+            target=self.url if query else path,
+            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
+            chunks=version != "1.0",
+            expects_continue=self.expect_100_continue,
+        )
+        refusal = ambiguity(headers)
+        if refusal is None and version == "1.0" and any(n == b"transfer-encoding" for n, _ in headers):
+            refusal = "transfer-encoding needs HTTP/1.1"
+        if refusal is not None:
+            exchange.refuse(400, refusal)
+        else:
+            self._check(exchange, route.path, headers)
+        before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
+        if before is None or before.response_complete:
+            self._start(exchange)
+        else:
+            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+
+    def on_body(self, body: bytes) -> None:
+        if isinstance(self.cycle, Exchange):
+            self.cycle.body_came(body)
+        else:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._in_head = True
+        if isinstance(self.cycle, Exchange):
+            self.cycle.request_ended()
+        else:
+            super().on_message_complete()
+
+    # --- what exchanges call ---
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def abort(self) -> None:
+        """End the connection at once: the caller must not take what came for the whole."""
+        self.transport.abort()
+
+    def exchange_ended(self, exchange: Exchange) -> None:
+        """The answer has been written, or given up."""
+        self._running = None
+        if not exchange.keep_alive and not self.transport.is_closing():
+            self.transport.close()
+        self.on_response_complete()
+        if self._running is None and self._held and not self._feeding:
+            # Not at once: requests that end as soon as they begin would pile up on the stack.
+            self.loop.call_soon(self._feed_held)
+
+    # --- helpers ---
+
+    def _feed(self, data: bytes) -> None:
+        if self._in_head:
+            self._head_bytes += len(data)
+        self._feeding = True
+        super().data_received(data)
+        self._feeding = False
+        if self._in_head and self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response("Invalid HTTP request received: the head is too long.")
+        elif self._held and self._running is None:
+            self.loop.call_soon(self._feed_held)
+
+    def _feed_held(self) -> None:
+        if self._running is not None or not self._held or self.transport.is_closing():
+            return
+        data = b"".join(self._held)
+        self._held.clear()
+        self._held_bytes = 0
+        self.flow.resume_reading()
+        self._feed(data)
+
+    def _on_other_headers_complete(self) -> None:
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers[:] = headers
+        super().on_headers_complete()
+        if self._running is not None:
+            self.flow.resume_reading()  # or nobody would notice that the caller leaves
+
+    def _check(self, exchange: Exchange, path: str, headers: list[tuple[bytes, bytes]]) -> None:
+        refusal = self._relay.access.refusal(path, headers)
+        if refusal is not None:
+            exchange.refuse(refusal.status, refusal.message, refusal.headers)
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if isinstance(cycle, Exchange):
+            self.loop.call_soon(self._start, cycle)
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def _start(self, exchange: Exchange) -> None:
+        if self.transport.is_closing():
+            return
+        self._running = exchange
+        if exchange.expects_continue and not exchange.received:
+            self.transport.write(_CONTINUE)
+        exchange.turn_came()
+
+
+def listening_with(relay: Relay) -> Any:
+    """What uvicorn's `http` setting takes: makes the protocol of each connection."""
+
+    def make(**uvicorn: Any) -> asyncio.Protocol:
+        return Front(relay, **uvicorn)
+
+    return make

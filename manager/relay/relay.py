@@ -1,0 +1,174 @@
+"""What all requests on the data path share: limits, connections to servers, timers, who waits for what."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.relay.timers import Timers
+from manager.relay.upstream import Address, UpstreamPool
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+
+    from manager.relay.exchange import Exchange
+    from manager.services.gateway import Gateway
+    from manager.wire.access import Access
+
+_log = structlog.get_logger("relay")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds and bytes. `keep_alive_s` 0 means that a caller who waits hears nothing meanwhile."""
+
+    connect_timeout_s: float = 5.0
+    first_byte_timeout_s: float = 600.0
+    idle_timeout_s: float = 300.0
+    total_timeout_s: float = 3600.0
+    most_body_bytes: int = 256 * 2**20
+    keep_alive_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderNames:
+    """Names of the headers in which callers say where they belong and want to go; in lower case."""
+
+    instance: bytes = b"x-instance"
+    lane: bytes = b"x-lane"
+    project: bytes = b"x-project-id"
+    intent: bytes = b"x-intent"
+    local_only: bytes = b"x-local-only"
+    all: frozenset[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = frozenset({self.instance, self.lane, self.project, self.intent, self.local_only})
+        # The usual names never reach a server either: another manager there would take them for its own.
+        usual = {b"x-instance", b"x-lane", b"x-project-id", b"x-intent", b"x-local-only"}
+        object.__setattr__(self, "all", names | usual)
+
+
+class Relay:
+    """Lives on the event loop. `close` ends every connection to a server."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        *,
+        access: Access,
+        limits: Limits,
+        headers: HeaderNames,
+        default_project: str,
+    ) -> None:
+        self.gateway = gateway
+        self.access = access
+        self.limits = limits
+        self.headers = headers
+        self.default_project = default_project
+        self.loop = asyncio.get_running_loop()
+        self.timers = Timers(self.loop)
+        self.exchanges: set[Exchange] = set()
+        self._loading: defaultdict[tuple[str, str], set[Exchange]] = defaultdict(set)
+        self._pools: dict[str, UpstreamPool] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._all_ended = asyncio.Event()
+        # Ids that nobody can guess from another daemon's, at the price of a counter.
+        self._id_prefix = os.urandom(6).hex()
+        self._ids = itertools.count(1)
+
+    def pool(self, endpoint: str) -> UpstreamPool:
+        found = self._pools.get(endpoint)
+        if found is None:
+            found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self.loop)
+        return found
+
+    @property
+    def upstream_connections(self) -> int:
+        return sum(pool.open_connections for pool in self._pools.values())
+
+    @property
+    def open_tasks(self) -> int:
+        return len(self._tasks)
+
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Go on with one request off the callbacks. What `work` raises is a defect, and is logged."""
+        task = self.loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_ended)
+        return task
+
+    def request_id(self) -> str:
+        return f"{self._id_prefix}{next(self._ids):08x}"
+
+    def trace_id(self) -> str:
+        return f"{random.getrandbits(128) or 1:032x}"
+
+    def span_id(self) -> str:
+        return f"{random.getrandbits(64) or 1:016x}"
+
+    def wall_clock(self) -> float:
+        return time.time()
+
+    # --- who is under way ---
+
+    def begun(self, exchange: Exchange) -> None:
+        self.exchanges.add(exchange)
+        self.timers.add(exchange)
+
+    def ended(self, exchange: Exchange) -> None:
+        self.exchanges.discard(exchange)
+        self.timers.discard(exchange)
+        if not self.exchanges:
+            self._all_ended.set()
+
+    def waits_for_load(self, exchange: Exchange, instance: str, model: str) -> None:
+        self._loading[instance, model].add(exchange)
+
+    def waits_no_more(self, exchange: Exchange, instance: str, model: str) -> None:
+        waiting = self._loading.get((instance, model))
+        if waiting is None:
+            return
+        waiting.discard(exchange)
+        if all(other.is_left for other in waiting):
+            # Only those whose callers have gone are left: nobody needs what they would bring.
+            self._loading.pop((instance, model), None)
+            for other in waiting:
+                other.give_up()
+
+    def others_wait(self, exchange: Exchange, instance: str, model: str) -> bool:
+        """Whether somebody else who is still there waits for the same model to be loaded."""
+        waiting = self._loading.get((instance, model), ())
+        return any(other is not exchange and not other.is_left for other in waiting)
+
+    async def drain(self, timeout_s: float, *, cut: asyncio.Event) -> None:
+        """Let what is under way come to its end, for so long or until `cut` is set; then cut it."""
+        if self.exchanges:
+            self._all_ended.clear()
+            waits = [asyncio.ensure_future(event.wait()) for event in (self._all_ended, cut)]
+            await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            for exchange in tuple(self.exchanges):
+                exchange.cut("the manager is being stopped")
+
+    async def close(self) -> None:
+        self.timers.close()
+        for pool in self._pools.values():
+            pool.close()
+        for task in tuple(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("request_failed", exc_info=error)

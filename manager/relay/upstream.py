@@ -1,0 +1,268 @@
+"""Connections to the servers: pooled, one request at a time on each, framed by llhttp."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+import httptools
+
+if TYPE_CHECKING:
+    from manager.wire.head import Header
+
+_MOST_HEAD_BYTES = 64 * 1024
+_MOST_IDLE = 256
+_FIRST_FINAL_STATUS = 200
+_WITHOUT_BODY = (204, 304)
+
+
+class ResponseSink(Protocol):
+    """Who takes an answer. Each call is made on the event loop; none may block."""
+
+    def head_came(self, status: int, headers: list[Header], length: int | None) -> None:
+        """The head of the answer; `length` is that of the body in bytes, None when only its end tells."""
+
+    def answer_came(self, data: bytes) -> None: ...
+    def answer_ended(self) -> None: ...
+    def answer_broke(self, why: str, *, untouched: bool) -> None:
+        """The connection ended before the answer did.
+
+        `untouched`: it had been kept from an earlier request and not a byte came back, as when the server had
+        just closed it.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server is. `prefix` goes before every path, `host` is what the Host header says."""
+
+    name: str
+    port: int
+    tls: bool
+    prefix: bytes
+    host: bytes
+
+    @classmethod
+    def of(cls, endpoint: str) -> Address:
+        parts = urlsplit(endpoint)
+        tls = parts.scheme == "https"
+        return cls(
+            name=parts.hostname or "",
+            port=parts.port or (443 if tls else 80),
+            tls=tls,
+            prefix=parts.path.rstrip("/").encode(),
+            host=parts.netloc.encode(),
+        )
+
+
+class UpstreamConnection(asyncio.Protocol):
+    """One connection. It belongs to a pool while idle, and to the sink of a request otherwise."""
+
+    def __init__(self, pool: UpstreamPool) -> None:
+        self._pool = pool
+        self._sink: ResponseSink | None = None
+        self._transport: asyncio.Transport | None = None
+        self._parser = httptools.HttpResponseParser(self)
+        self._pieces: list[bytes] = []
+        self._headers: list[Header] = []
+        self._status = 0
+        self._head_bytes = 0
+        self._in_head = True
+        self._framed = False
+        self._length: int | None = None
+        self._complete = False
+        self._touched = False
+        self._kept = False
+        self._paused = False
+        self._requests = 0
+
+    # --- what the one who asks calls ---
+
+    def send(self, sink: ResponseSink, head: bytes, body: bytes) -> None:
+        """Send one request; the answer goes to `sink`."""
+        assert self._transport is not None  # noqa: S101  (set before anybody gets to see it)
+        self._sink = sink
+        self._requests += 1
+        self._kept = self._requests > 1
+        self._touched = False
+        # One write of both where copying costs less than a second write would.
+        self._transport.writelines((head, body))
+
+    def pause(self) -> None:
+        if not self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = True
+            self._transport.pause_reading()
+
+    def resume(self) -> None:
+        if self._paused and self._transport is not None and not self._transport.is_closing():
+            self._paused = False
+            self._transport.resume_reading()
+
+    def abandon(self) -> None:
+        """End the connection, and with it what the server does for this request."""
+        self._sink = None
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def usable(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
+
+    # --- what the transport calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        self._pool.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        sink = self._sink
+        if sink is None:
+            # Nobody asked: whatever this is, it must not be taken for the answer to the next request.
+            self.abandon()
+            return
+        self._touched = True
+        try:
+            self._parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            self.abandon()
+            sink.answer_broke(f"the answer is no proper HTTP ({error})", untouched=False)
+            return
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > _MOST_HEAD_BYTES:
+                self.abandon()
+                sink.answer_broke("the head of the answer has no end", untouched=False)
+            return
+        if self._sink is not sink:
+            return  # it was abandoned at its head
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            sink.answer_came(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+        if self._complete and self._sink is sink:
+            self._finish(sink)
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._pool.lost(self)
+        sink, self._sink = self._sink, None
+        self._transport = None
+        if sink is None:
+            return
+        if not self._in_head and not self._framed and exc is None:
+            sink.answer_ended()  # such an answer ends with its connection
+        else:
+            why = "the server closed the connection" if exc is None else f"the connection broke ({exc})"
+            sink.answer_broke(why, untouched=self._kept and not self._touched)
+
+    # --- what the parser calls ---
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            # A second answer to one request; the parser goes on, whoever reads it must not.
+            raise ValueError("more than one answer")
+        self._headers = []
+        self._framed = False
+        self._length = None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._headers.append((name, value))
+        low = name.lower()
+        if low == b"content-length":
+            self._framed = True
+            self._length = int(value)
+        elif low == b"transfer-encoding":
+            self._framed = True
+
+    def on_headers_complete(self) -> None:
+        self._status = self._parser.get_status_code()
+        if self._status < _FIRST_FINAL_STATUS:
+            return
+        if self._status in _WITHOUT_BODY:
+            self._framed = True
+            self._length = 0
+        self._in_head = False
+        if self._sink is not None:
+            self._sink.head_came(self._status, self._headers, self._length)
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+
+    def on_message_complete(self) -> None:
+        if self._status >= _FIRST_FINAL_STATUS:
+            self._complete = True
+
+    # --- helpers ---
+
+    def _finish(self, sink: ResponseSink) -> None:
+        self._sink = None
+        keeps = self._parser.should_keep_alive()
+        self._complete = False
+        self._in_head = True
+        self._head_bytes = 0
+        self._status = 0
+        if keeps and self.usable:
+            self.resume()
+            self._pool.kept(self)
+        elif self._transport is not None:
+            self._transport.close()
+        sink.answer_ended()
+
+
+class UpstreamPool:
+    """The connections to one server. The newest idle one is used first, so that the others can grow old."""
+
+    def __init__(self, address: Address, loop: asyncio.AbstractEventLoop) -> None:
+        self.address = address
+        self._loop = loop
+        self._idle: deque[UpstreamConnection] = deque()
+        self._all: set[UpstreamConnection] = set()
+        self._ssl = ssl.create_default_context() if address.tls else None
+
+    def idle(self) -> UpstreamConnection | None:
+        """A connection that is open and free, without waiting."""
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable:
+                return connection
+        return None
+
+    async def connect(self) -> UpstreamConnection:
+        """A new connection.
+
+        Raises:
+            OSError: there is none to be had.
+        """
+        _, connection = await self._loop.create_connection(
+            lambda: UpstreamConnection(self), self.address.name, self.address.port, ssl=self._ssl
+        )
+        return connection
+
+    @property
+    def open_connections(self) -> int:
+        return len(self._all)
+
+    def close(self) -> None:
+        for connection in tuple(self._all):
+            connection.abandon()
+
+    # --- what connections call ---
+
+    def opened(self, connection: UpstreamConnection) -> None:
+        self._all.add(connection)
+
+    def kept(self, connection: UpstreamConnection) -> None:
+        if len(self._idle) < _MOST_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.abandon()
+
+    def lost(self, connection: UpstreamConnection) -> None:
+        self._all.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)

@@ -1,0 +1,281 @@
+"""What the data path asks for each request: where it may go, a lease, and what to remember of its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from manager.domain.instance import Health, Phase
+from manager.domain.models import model_key
+from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.errors import LimitReachedError, ManagerError, Reason, UnavailableError
+from manager.services.model_lists import volume_of
+from manager.services.traffic import Outcome
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from manager.domain.roles import RoutingSettings
+    from manager.domain.routing import Attempt
+    from manager.services.fleet import Fleet
+    from manager.services.instance import Instance
+    from manager.services.journal import Journal
+    from manager.services.leases import Lease
+    from manager.services.model_lists import ModelLists
+    from manager.services.traffic import RequestRecord, Traffic
+
+# Whatever the counters of changes miss is seen after this long; a request that is sent to a place that has
+# gone meanwhile finds out when it asks for the lease.
+_OLDEST_SNAPSHOT_S = 1.0
+_MOST_REMEMBERED = 4096
+# Between two looks at whether a server that says nothing does anything.
+_STILL_LOADING_S = 1.0
+_BUSY_CPU_S = 0.1
+
+
+class SettingsSource(Protocol):
+    """Where the current routing settings are; `version` grows with each change."""
+
+    @property
+    def routing(self) -> RoutingSettings: ...
+    @property
+    def version(self) -> int: ...
+
+
+class ModelPuller(Protocol):
+    async def pull(self, instance: str, model: str) -> None:
+        """Have the model on the instance's volume.
+
+        Raises:
+            UnavailableError: it cannot be had, with reason `model_missing`.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A lease, and how long the instance had to be started for it; None when it ran already."""
+
+    lease: Lease
+    start_ms: float | None
+
+
+class ModelMissingError(UnavailableError):
+    """The instance was asked, and does not have the model."""
+
+    def __init__(self, instance: str, model: str, there_is: Mapping[str, str]) -> None:
+        names = ", ".join(sorted(there_is.values())) or "none"
+        super().__init__(
+            f"model {model!r} not found; models on {instance}: {names}",
+            reason=Reason.MODEL_MISSING,
+            instance=instance,
+        )
+
+
+class Gateway:
+    """Decides over snapshots; a snapshot never gates a change, the lease does."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: SettingsSource,
+        lists: ModelLists,
+        traffic: Traffic,
+        journal: Journal,
+        *,
+        now: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._lists = lists
+        self._traffic = traffic
+        self._journal = journal
+        self._now = now
+        self._load = _Load(fleet)
+        self._decisions: dict[RequestFacts, Decision] = {}
+        self._seen: tuple[int, int, int] = (-1, -1, -1)
+        self._snapshot = Snapshot(())
+        self._taken_at = float("-inf")
+        self._told: dict[tuple[str, str | None], tuple[str, Reason | None]] = {}
+        self.puller: ModelPuller | None = None
+
+    @property
+    def routing(self) -> RoutingSettings:
+        return self._settings.routing
+
+    # --- decisions ---
+
+    def decide(self, facts: RequestFacts) -> Decision:
+        """Where a request may go. Remembered until something changes that it depends on."""
+        self.snapshot()
+        decision = self._decisions.get(facts)
+        if decision is None:
+            if len(self._decisions) >= _MOST_REMEMBERED:
+                self._decisions.clear()
+            decision = self._decisions[facts] = decide(facts, self._settings.routing, self._snapshot)
+        return decision
+
+    def load(self) -> Mapping[str, int]:
+        """Requests in flight by instance, as they are whenever it is looked at."""
+        return self._load
+
+    def snapshot(self) -> Snapshot:
+        """All instances as they are, or were less than a second ago."""
+        now = self._now()
+        # Whatever happens to an instance is recorded as an event: their number tells that something did.
+        seen = (self._journal.last_id, self._lists.version, self._settings.version)
+        if seen != self._seen or now - self._taken_at > _OLDEST_SNAPSHOT_S:
+            for instance in self._fleet.instances():
+                self._take_list(instance)
+            self._seen = (self._journal.last_id, self._lists.version, self._settings.version)
+            self._taken_at = now
+            self._snapshot = Snapshot(
+                tuple(self._candidate(instance) for instance in self._fleet.instances())
+            )
+            self._decisions.clear()
+        return self._snapshot
+
+    def models_of(self, instance: Instance) -> Mapping[str, str] | None:
+        """The name of each model on the instance's volume by its key, None when nobody has read it yet."""
+        return self._lists.of(volume_of(instance.spec))
+
+    # --- leases ---
+
+    def try_lease(self, instance_id: str) -> Lease | None:
+        """A lease on an instance that can be used right now; None when it has to be waited for."""
+        return self._fleet.get(instance_id).try_lease()
+
+    async def prepare(self, attempt: Attempt) -> Prepared:
+        """A lease for an attempt, whatever has to happen first: a start, a first look at the models, a pull.
+
+        Raises:
+            ManagerError: it cannot be had.
+        """
+        instance = self._fleet.get(attempt.instance)
+        began = self._now()
+        runs = instance.usable_endpoint() is not None
+        lease = await instance.lease()
+        start_ms = None if runs else (self._now() - began) * 1000
+        try:
+            if attempt.because == "pull" and self.puller is not None:
+                await self.puller.pull(instance.id, attempt.model)
+            elif attempt.because == "unread":
+                await self._read_models(instance, attempt.model)
+        except BaseException:
+            lease.release()
+            raise
+        return Prepared(lease, start_ms)
+
+    async def still_loads(self, instance_id: str) -> bool:
+        """Whether an instance that has not answered for long is busy with something, as with a load."""
+        instance = self._fleet.get(instance_id)
+        before = await instance.effort()
+        await asyncio.sleep(_STILL_LOADING_S)
+        after = await instance.effort()
+        if before is None or after is None:
+            return False
+        return after.cpu_s - before.cpu_s >= _BUSY_CPU_S or after.vram_bytes > before.vram_bytes
+
+    # --- what became of it ---
+
+    def failed(self, instance_id: str, reason: Reason) -> None:
+        self._traffic.failed(instance_id, reason)
+        if reason is Reason.MODEL_MISSING:
+            self._fleet.get(instance_id).read_models_soon()
+
+    def ended(self, record: RequestRecord) -> None:
+        """A request has ended: count it, write it down, and tell when where it went has changed."""
+        self._traffic.ended(record)
+        if record.effective_target is None or record.outcome is not Outcome.OK:
+            return
+        asked_for = (record.role or record.model or "", record.requested_target)
+        # A single entry a role or model, whoever asks: it is told when that changes, not for every request.
+        reason = record.fallback_reason if record.fallback else None
+        told = self._told.get(asked_for)
+        if (told is None and reason is None) or told == (record.effective_target, reason):
+            return
+        if reason is None:
+            del self._told[asked_for]
+            self._journal.record(
+                "fallback_ended", instance=record.effective_target, detail=f"{asked_for[0]} is back"
+            )
+            return
+        if len(self._told) >= _MOST_REMEMBERED:
+            self._told.clear()
+        self._told[asked_for] = (record.effective_target, reason)
+        wanted = record.requested_target or record.policy or "auto"
+        self._journal.record(
+            "fallback",
+            instance=record.effective_target,
+            reason=reason,
+            detail=f"{asked_for[0]} (wanted: {wanted}) is answered by {record.effective_target}",
+        )
+
+    # --- helpers ---
+
+    async def _read_models(self, instance: Instance, model: str) -> None:
+        if instance.available_models is None:
+            await instance.probe(tags=True)
+        self._take_list(instance)
+        models = self.models_of(instance)
+        if models is None:
+            raise UnavailableError(
+                f"{instance.id} does not say which models it has",
+                reason=Reason.INSTANCE_UNHEALTHY,
+                instance=instance.id,
+            )
+        if model_key(model) not in models:
+            raise ModelMissingError(instance.id, model, models)
+
+    def _take_list(self, instance: Instance) -> None:
+        if instance.available_models is not None:
+            self._lists.read(
+                volume_of(instance.spec), instance.available_models, instance.available_models_read_at
+            )
+
+    def _candidate(self, instance: Instance) -> Candidate:
+        view = instance.view()
+        ready = instance.usable_endpoint() is not None
+        state, why_out = State.STARTABLE, None
+        if ready and view.health is not Health.UNHEALTHY:
+            state = State.READY
+        elif ready:
+            state, why_out = State.OUT, Reason.INSTANCE_UNHEALTHY
+        elif view.phase is Phase.UNAVAILABLE:
+            code = view.explanation.code if view.explanation else None
+            state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+        return Candidate(
+            id=instance.id,
+            device=instance.spec.device_kind,
+            state=state,
+            priority=instance.spec.priority,
+            models=self.models_of(instance),
+            loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
+            why_out=why_out,
+        )
+
+
+class _Load(Mapping[str, int]):
+    """Requests in flight by instance, live."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def __getitem__(self, instance_id: str) -> int:
+        return self._fleet.get(instance_id).in_flight
+
+    def __iter__(self) -> Iterator[str]:
+        return (instance.id for instance in self._fleet.instances())
+
+    def __len__(self) -> int:
+        return len(self._fleet.instances())
+
+
+def reason_of(error: ManagerError) -> Reason:
+    """The entry of the one list of reasons that an error stands for."""
+    if isinstance(error, UnavailableError):
+        return error.reason
+    if isinstance(error, LimitReachedError):
+        return Reason.OVERLOADED
+    return Reason(error.code) if error.code in set(Reason) else Reason.INSTANCE_UNAVAILABLE

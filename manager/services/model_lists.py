@@ -1,0 +1,77 @@
+"""Which models there are on each volume, across stops and restarts."""
+
+from __future__ import annotations
+
+import asyncio
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from manager.domain.models import model_key
+from manager.errors import RegistryUnwritableError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from manager.domain.instance import InstanceSpec
+    from manager.services.journal import Journal
+    from manager.services.ports import Registry
+
+_MODELS_DIR = "/root/.ollama"
+_RETRY_S = 5.0
+
+
+def volume_of(spec: InstanceSpec) -> str:
+    """What instances share that see the same models: the volume they are on, else the instance alone."""
+    for volume in spec.template.volumes if spec.template is not None else ():
+        if volume.target == _MODELS_DIR or volume.target.startswith(f"{_MODELS_DIR}/"):
+            return volume.source
+    return f"instance:{spec.id}"
+
+
+class ModelLists:
+    """Owns the last list read of each volume. `version` grows whenever one of them changes."""
+
+    def __init__(self, registry: Registry, journal: Journal, stored: Mapping[str, Sequence[str]]) -> None:
+        self._registry = registry
+        self._journal = journal
+        self._lists = {volume: _by_key(names) for volume, names in stored.items()}
+        self._read_at: dict[str, float] = {}
+        self._unsaved: set[str] = set()
+        self._news = asyncio.Event()
+        self.version = 0
+
+    def of(self, volume: str) -> Mapping[str, str] | None:
+        """The name of each model by its key, None when the list was never read."""
+        return self._lists.get(volume)
+
+    def read(self, volume: str, names: Sequence[str], at: float) -> None:
+        """Take in what a server listed at that monotonic time; an older reading changes nothing."""
+        if at <= self._read_at.get(volume, float("-inf")):
+            return
+        self._read_at[volume] = at
+        models = _by_key(names)
+        if models != self._lists.get(volume):
+            self._lists[volume] = models
+            self.version += 1
+            self._unsaved.add(volume)
+            self._news.set()
+
+    async def run(self) -> None:
+        """Store what changed, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            volumes, self._unsaved = self._unsaved, set()
+            for volume in sorted(volumes):
+                try:
+                    await self._registry.save_model_list(volume, tuple(self._lists[volume].values()))
+                except RegistryUnwritableError as error:
+                    self._unsaved.add(volume)
+                    self._journal.record("model_list_not_stored", detail=f"{volume}: {error.message}")
+            if self._unsaved:
+                await asyncio.sleep(_RETRY_S)
+                self._news.set()
+
+
+def _by_key(names: Sequence[str]) -> Mapping[str, str]:
+    return MappingProxyType({model_key(name): name for name in names if name})

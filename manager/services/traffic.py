@@ -1,0 +1,114 @@
+"""What became of requests: one record each, counted, and written down in batches off their path."""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_left
+from collections import defaultdict
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from manager.errors import Reason
+
+
+class Outcome(StrEnum):
+    """How a request ended. Each ends in exactly one of these."""
+
+    OK = "ok"
+    CLIENT_ERROR = "client_error"
+    CLIENT_GONE = "client_gone"
+    REFUSED = "refused"
+    UPSTREAM_ERROR = "upstream_error"
+    TIMEOUT = "timeout"
+    CUT = "cut"
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """One request. Times are milliseconds, None where a phase was not reached; `ts` is seconds since 1970."""
+
+    ts: float
+    request_id: str
+    trace_id: str
+    span_id: str
+    parent_span_id: str | None
+    project_id: str
+    path: str
+    lane: str | None = None
+    intent: str | None = None
+    role: str | None = None
+    model: str | None = None
+    requested_target: str | None = None
+    effective_target: str | None = None
+    policy: str | None = None
+    fallback: bool = False
+    fallback_reason: Reason | None = None
+    attempts: int = 0
+    status: int = 0
+    outcome: Outcome = Outcome.OK
+    stream: bool = False
+    queue_ms: float = 0.0
+    start_ms: float | None = None
+    ttfb_ms: float | None = None
+    duration_ms: float = 0.0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float = 0.0
+
+
+# Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
+BUCKETS_S: Sequence[float] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """Counts per bucket of `BUCKETS_S`, the last one for all beyond, and the sum of all values."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS_S) + 1))
+    total_s: float = 0.0
+
+    def observe(self, value_s: float) -> None:
+        self.counts[bisect_left(BUCKETS_S, value_s)] += 1
+        self.total_s += value_s
+
+
+class Traffic:
+    """Counts what ended and hands each record on.
+
+    Args:
+        write: takes records in order, soon after they ended.
+        share_logged: of requests that ended well, how many are written, 0 to 1; all others always are.
+    """
+
+    def __init__(self, write: Callable[[RequestRecord], None], *, share_logged: float = 1.0) -> None:
+        self._write = write
+        self._share_logged = share_logged
+        self.requests: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.fallbacks: defaultdict[tuple[str, str, str], int] = defaultdict(int)
+        self.target_errors: defaultdict[tuple[str, str], int] = defaultdict(int)
+        self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
+
+    def failed(self, instance: str, reason: Reason) -> None:
+        """An attempt on an instance failed, whatever became of the request."""
+        self.target_errors[instance, reason.value] += 1
+
+    def ended(self, record: RequestRecord) -> None:
+        target = record.effective_target or ""
+        self.requests[target, record.role or "", record.outcome.value] += 1
+        if record.fallback and record.fallback_reason is not None:
+            self.fallbacks[record.requested_target or "", target, record.fallback_reason.value] += 1
+        if target:
+            self.durations[target].observe(record.duration_ms / 1000)
+            if record.ttfb_ms is not None:
+                self.first_tokens[target].observe(record.ttfb_ms / 1000)
+        if (
+            record.outcome is not Outcome.OK
+            or self._share_logged >= 1
+            or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
+        ):
+            self._write(record)
