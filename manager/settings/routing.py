@@ -241,6 +241,36 @@ def default_roles() -> dict[str, RoleSettings]:
     return _with_built_in_roles({})
 
 
+def role_values(role: RoleSettings) -> dict[str, Any]:
+    """What is said of a role, as JSON values by dotted field, such as `model` and `body.defaults`."""
+    values = role.model_dump(mode="json")
+    return {
+        field: value
+        for key, inner in values.items()
+        for field, value in (
+            ((f"{key}.{name}", one) for name, one in inner.items())
+            if key in ("body", "system")
+            else [(key, inner)]
+        )
+    }
+
+
+def read_role(values: Mapping[str, Any]) -> RoleSettings:
+    """The role that values by dotted field make.
+
+    Raises:
+        ValidationError: they make none.
+    """
+    nested: dict[str, Any] = {}
+    for field, value in values.items():
+        key, _, inner = field.partition(".")
+        if inner:
+            nested.setdefault(key, {})[inner] = value
+        else:
+            nested[key] = value
+    return RoleSettings.model_validate(nested)
+
+
 def to_role(name: str, settings: RoleSettings) -> Role:
     return Role(
         name=name,

@@ -1,0 +1,147 @@
+"""Which model and instance each role has: what was configured, and above it what was changed at run time."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from manager.errors import InvalidRequestError
+from manager.settings.overrides import overlaid, with_change
+from manager.settings.routing import routing_settings
+from manager.settings.section import AUTO_GPU_ID
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from manager.domain.roles import RoutingSettings
+    from manager.services.journal import Journal
+    from manager.services.ports import Registry
+    from manager.settings import ModelsSettings
+    from manager.settings.overrides import Change, Ignored, Overlay, Sourced
+
+_log = structlog.get_logger("settings")
+
+# Values that may be long, or nobody else's business: events and the log name them only.
+_UNTOLD = ("body.defaults", "body.overrides", "system.text")
+
+
+class ModelSettings:
+    """Owns the saved overrides. `routing` is what is in force; `version` grows whenever that changes.
+
+    Args:
+        written: what the configuration says of each role.
+        models: the section of that name.
+        instances: for every instance there is now whether it runs on a GPU, None where nobody declared it.
+        auto_gpus: whether cards that nobody has listed get instances of their own.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        journal: Journal,
+        *,
+        written: Mapping[str, Mapping[str, Sourced]],
+        models: ModelsSettings,
+        instances: Callable[[], Mapping[str, bool | None]],
+        auto_gpus: bool,
+    ) -> None:
+        self._registry = registry
+        self._journal = journal
+        self._written = written
+        self._models = models
+        self._instances = instances
+        self._auto_gpus = auto_gpus
+        self._changing = asyncio.Lock()
+        self._overrides: dict[str, Any] = {}
+        self._overlay: Overlay = self._overlaid({})
+        self.routing: RoutingSettings = routing_settings(self._overlay.roles, models)
+        self.version = 0
+
+    async def load(self) -> None:
+        """Read what was saved. What does not fit the configuration any more is ignored, and said so."""
+        self._take(await self._registry.overrides())
+
+    @property
+    def values(self) -> Mapping[str, Mapping[str, Sourced]]:
+        """Role -> field -> value in force, with its source; fields are dotted, as in `body.defaults`."""
+        return self._overlay.values
+
+    @property
+    def ignored(self) -> tuple[Ignored, ...]:
+        """The saved overrides that do not count, and why."""
+        return self._overlay.ignored
+
+    async def change(self, change: Change) -> None:
+        """Change values of roles: saved first, then in force at once. None takes an override back.
+
+        Raises:
+            InvalidRequestError: it cannot be meant; `details.fields` says where and why. Nothing changed.
+            RegistryUnwritableError: it could not be saved. Nothing changed.
+        """
+        async with self._changing:
+            ignored = {one.key for one in self.ignored}
+            after, problems = with_change(
+                self._written, self._overrides, change, self._gpu_of(), ignored=ignored
+            )
+            if problems:
+                fields = [{"field": key, "message": text} for key, text in dict.fromkeys(problems)]
+                message = "; ".join(f"{one['field']}: {one['message']}" for one in fields)
+                raise InvalidRequestError(message, details={"fields": fields})
+            # As text: to Python 1 and true are equal.
+            keys = sorted({*after, *self._overrides})
+            changed = [key for key in keys if _text(after, key) != _text(self._overrides, key)]
+            if changed:
+                await self._save(after, changed)
+
+    async def _save(self, after: dict[str, Any], changed: list[str]) -> None:
+        """A cancelled change still ends its write: what is in force is what was saved."""
+        writing = asyncio.ensure_future(self._registry.save_overrides(after))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            await asyncio.wait({writing})
+            if writing.exception() is None:
+                self._put_in_force(after, changed)
+            raise
+        self._put_in_force(after, changed)
+
+    def _put_in_force(self, after: dict[str, Any], changed: list[str]) -> None:
+        told = {one.key for one in self.ignored}
+        self._take(after, preferred={key for key in after if key in changed or key not in told}, told=told)
+        self.version += 1
+        self._journal.record("settings_changed", detail="; ".join(_told(after, key) for key in changed))
+
+    def _take(
+        self, overrides: dict[str, Any], *, preferred: Collection[str] = (), told: Collection[str] = ()
+    ) -> None:
+        self._overrides = overrides
+        self._overlay = self._overlaid(overrides, preferred)
+        self.routing = routing_settings(self._overlay.roles, self._models)
+        for one in self.ignored:
+            if one.key not in told:
+                _log.warning("override_ignored", key=one.key, reason=one.reason)
+
+    def _overlaid(self, overrides: Mapping[str, Any], preferred: Collection[str] = ()) -> Overlay:
+        return overlaid(
+            self._written, overrides, self._instances(), auto_gpus=self._auto_gpus, preferred=preferred
+        )
+
+    def _gpu_of(self) -> dict[str, bool | None]:
+        """All instances, and the cards that are away while something is meant for them."""
+        targets = {role.target for role in self._overlay.roles.values() if role.target is not None}
+        there_are = dict(self._instances())
+        away = targets - set(there_are) if self._auto_gpus else set()
+        return there_are | {card: True for card in sorted(away) if AUTO_GPU_ID.fullmatch(card)}
+
+
+def _text(overrides: Mapping[str, Any], key: str) -> str | None:
+    return json.dumps(overrides[key], sort_keys=True) if key in overrides else None
+
+
+def _told(overrides: Mapping[str, Any], key: str) -> str:
+    if key not in overrides:
+        return f"{key} as configured"
+    return f"{key} changed" if key.endswith(_UNTOLD) else f"{key} = {json.dumps(overrides[key])}"
