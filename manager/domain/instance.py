@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from manager.domain.template import Template
@@ -95,13 +96,14 @@ class InstanceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that an instance holds in memory, as `/api/ps` tells it."""
+    """A model that an instance holds in memory, as `/api/ps` tells it; `entry` is all that it says."""
 
     name: str
     digest: str
     size_bytes: int
     vram_bytes: int
     expires_at: datetime | None
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 ContainerStatus: TypeAlias = Literal["created", "running", "paused", "exited"]

@@ -12,12 +12,11 @@ from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
 from manager.errors import LimitReachedError, ManagerError, Reason, UnavailableError
 from manager.services.model_lists import volume_of
-from manager.services.traffic import Outcome
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from manager.domain.roles import RoutingSettings
+    from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
     from manager.services.fleet import Fleet
     from manager.services.instance import Instance
@@ -94,15 +93,20 @@ class Gateway:
         self._now = now
         self._load = _Load(fleet)
         self._decisions: dict[RequestFacts, Decision] = {}
+        self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._seen: tuple[int, int, int] = (-1, -1, -1)
         self._snapshot = Snapshot(())
         self._taken_at = float("-inf")
         self._told: dict[tuple[str, str | None], tuple[str, Reason | None]] = {}
         self.puller: ModelPuller | None = None
 
-    @property
-    def routing(self) -> RoutingSettings:
-        return self._settings.routing
+    def changes_for(self, attempt: Attempt) -> BodyChanges:
+        """What is changed in the body of a request for this attempt."""
+        key = attempt.model, attempt.role
+        changes = self._changes.get(key)
+        if changes is None:
+            changes = self._changes[key] = self._settings.routing.changes_for(attempt.model, attempt.role)
+        return changes
 
     # --- decisions ---
 
@@ -113,6 +117,7 @@ class Gateway:
         if decision is None:
             if len(self._decisions) >= _MOST_REMEMBERED:
                 self._decisions.clear()
+                self._changes.clear()
             decision = self._decisions[facts] = decide(facts, self._settings.routing, self._snapshot)
         return decision
 
@@ -127,13 +132,14 @@ class Gateway:
         seen = (self._journal.last_id, self._lists.version, self._settings.version)
         if seen != self._seen or now - self._taken_at > _OLDEST_SNAPSHOT_S:
             for instance in self._fleet.instances():
-                self._take_list(instance)
+                self._lists.take(instance)
             self._seen = (self._journal.last_id, self._lists.version, self._settings.version)
             self._taken_at = now
             self._snapshot = Snapshot(
                 tuple(self._candidate(instance) for instance in self._fleet.instances())
             )
             self._decisions.clear()
+            self._changes.clear()
         return self._snapshot
 
     def models_of(self, instance: Instance) -> Mapping[str, str] | None:
@@ -187,7 +193,9 @@ class Gateway:
     def ended(self, record: RequestRecord) -> None:
         """A request has ended: count it, write it down, and tell when where it went has changed."""
         self._traffic.ended(record)
-        if record.effective_target is None or record.outcome is not Outcome.OK:
+        if not record.fallback and not self._told:
+            return
+        if record.effective_target is None or record.outcome != "ok":
             return
         asked_for = (record.role or record.model or "", record.requested_target)
         # A single entry a role or model, whoever asks: it is told when that changes, not for every request.
@@ -215,9 +223,9 @@ class Gateway:
     # --- helpers ---
 
     async def _read_models(self, instance: Instance, model: str) -> None:
-        if instance.available_models is None:
+        if instance.listed is None:
             await instance.probe(tags=True)
-        self._take_list(instance)
+        self._lists.take(instance)
         models = self.models_of(instance)
         if models is None:
             raise UnavailableError(
@@ -227,12 +235,6 @@ class Gateway:
             )
         if model_key(model) not in models:
             raise ModelMissingError(instance.id, model, models)
-
-    def _take_list(self, instance: Instance) -> None:
-        if instance.available_models is not None:
-            self._lists.read(
-                volume_of(instance.spec), instance.available_models, instance.available_models_read_at
-            )
 
     def _candidate(self, instance: Instance) -> Candidate:
         view = instance.view()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import (
     DeviceKind,
@@ -18,8 +18,10 @@ from manager.domain.instance import (
 )
 from manager.errors import UnavailableError
 from manager.services.leases import Lease, LeaseBook
+from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
 
     from manager.domain.instance import ContainerFacts
@@ -65,7 +67,13 @@ class Effort:
 
 
 class Instance(ABC):
-    """One configured instance. Lives on the event loop; all its state belongs to it alone."""
+    """One configured instance. Lives on the event loop; all its state belongs to it alone.
+
+    Attributes:
+        listed: the models on its volume as its server last listed them, None while it never did.
+        listed_at: the monotonic time of that.
+        version: the version that its server last told, None while it never did.
+    """
 
     def __init__(self, world: World, spec: InstanceSpec) -> None:
         self.spec = spec
@@ -76,7 +84,9 @@ class Instance(ABC):
         self._health_issue: Explanation | None = None
         self._models: tuple[Model, ...] = ()
         self._available: tuple[str, ...] | None = None
-        self.available_models_read_at = float("-inf")
+        self.listed: tuple[Mapping[str, Any], ...] | None = None
+        self.listed_at = float("-inf")
+        self.version: str | None = None
         self._last_seen_at: datetime | None = None
         self.own_bytes = 0
         self.probe_bytes = 0
@@ -175,11 +185,13 @@ class Instance(ABC):
         if self.probed_endpoint != endpoint:
             return  # it went away meanwhile: the answer is of the past
         self._last_seen_at = self._world.utcnow()
+        self.version = answer.version
         if answer.loaded is not None:
             self._models = answer.loaded
         if answer.available is not None:
-            self._available = answer.available
-            self.available_models_read_at = now
+            self._available = tuple(map(name_of, answer.available))
+            self.listed = answer.available
+            self.listed_at = now
             self._tags_due = now + self.spec.limits.resync_interval_s
         self._set_health(Health.HEALTHY, None)
         await self._probed()
@@ -217,11 +229,6 @@ class Instance(ABC):
     @property
     def models(self) -> tuple[Model, ...]:
         return self._models
-
-    @property
-    def available_models(self) -> tuple[str, ...] | None:
-        """The models on its volume as it last listed them, None while it never did."""
-        return self._available
 
     @property
     def in_flight(self) -> int:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manager.domain.models import model_key
 from manager.errors import RegistryUnwritableError
+from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from manager.domain.instance import InstanceSpec
+    from manager.services.instance import Instance
     from manager.services.journal import Journal
     from manager.services.ports import Registry
+
+    Entries = Sequence[Mapping[str, Any]]
 
 _MODELS_DIR = "/root/.ollama"
 _RETRY_S = 5.0
@@ -29,12 +33,19 @@ def volume_of(spec: InstanceSpec) -> str:
 
 
 class ModelLists:
-    """Owns the last list read of each volume. `version` grows whenever one of them changes."""
+    """Owns the last list read of each volume. `version` grows whenever the names in one of them change.
 
-    def __init__(self, registry: Registry, journal: Journal, stored: Mapping[str, Sequence[str]]) -> None:
+    Args:
+        registry: keeps them.
+        journal: is told when it does not.
+        stored: volume -> what it has kept.
+    """
+
+    def __init__(self, registry: Registry, journal: Journal, stored: Mapping[str, Entries]) -> None:
         self._registry = registry
         self._journal = journal
-        self._lists = {volume: _by_key(names) for volume, names in stored.items()}
+        self._entries = {volume: _by_key(entries) for volume, entries in stored.items()}
+        self._names = {volume: _names(entries) for volume, entries in self._entries.items()}
         self._read_at: dict[str, float] = {}
         self._unsaved: set[str] = set()
         self._news = asyncio.Event()
@@ -42,19 +53,32 @@ class ModelLists:
 
     def of(self, volume: str) -> Mapping[str, str] | None:
         """The name of each model by its key, None when the list was never read."""
-        return self._lists.get(volume)
+        return self._names.get(volume)
 
-    def read(self, volume: str, names: Sequence[str], at: float) -> None:
+    def entries(self, volume: str) -> Mapping[str, Mapping[str, Any]]:
+        """All that a server said of each model, by its key; nothing when the list was never read."""
+        return self._entries.get(volume, {})
+
+    def take(self, instance: Instance) -> None:
+        """Take in what an instance has last listed of its volume, if it ever has."""
+        if instance.listed is not None:
+            self.read(volume_of(instance.spec), instance.listed, instance.listed_at)
+
+    def read(self, volume: str, entries: Entries, at: float) -> None:
         """Take in what a server listed at that monotonic time; an older reading changes nothing."""
         if at <= self._read_at.get(volume, float("-inf")):
             return
         self._read_at[volume] = at
-        models = _by_key(names)
-        if models != self._lists.get(volume):
-            self._lists[volume] = models
+        models = _by_key(entries)
+        if models == self._entries.get(volume):
+            return
+        self._entries[volume] = models
+        names = _names(models)
+        if names != self._names.get(volume):
+            self._names[volume] = names
             self.version += 1
-            self._unsaved.add(volume)
-            self._news.set()
+        self._unsaved.add(volume)
+        self._news.set()
 
     async def run(self) -> None:
         """Store what changed, until cancelled."""
@@ -64,7 +88,7 @@ class ModelLists:
             volumes, self._unsaved = self._unsaved, set()
             for volume in sorted(volumes):
                 try:
-                    await self._registry.save_model_list(volume, tuple(self._lists[volume].values()))
+                    await self._registry.save_model_list(volume, tuple(self._entries[volume].values()))
                 except RegistryUnwritableError as error:
                     self._unsaved.add(volume)
                     self._journal.record("model_list_not_stored", detail=f"{volume}: {error.message}")
@@ -73,5 +97,9 @@ class ModelLists:
                 self._news.set()
 
 
-def _by_key(names: Sequence[str]) -> Mapping[str, str]:
-    return MappingProxyType({model_key(name): name for name in names if name})
+def _by_key(entries: Entries) -> Mapping[str, Mapping[str, Any]]:
+    return MappingProxyType({model_key(name): entry for entry in entries if (name := name_of(entry))})
+
+
+def _names(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str]:
+    return MappingProxyType({key: name_of(entry) for key, entry in entries.items()})

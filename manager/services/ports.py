@@ -96,12 +96,13 @@ class Engine(Protocol):
 class ProbeAnswer:
     """What a server said to one probe and about how many bytes that moved on the wire, both ways.
 
-    `loaded` and `available` are None when they were not asked for or the server would not say.
+    `loaded` and `available` are None when they were not asked for or the server would not say. What it lists
+    is kept as it came: whoever asks the manager gets to see every key of it.
     """
 
     version: str
     loaded: tuple[Model, ...] | None
-    available: tuple[str, ...] | None
+    available: tuple[Mapping[str, Any], ...] | None
     wire_bytes: int
 
 
@@ -161,11 +162,11 @@ class Registry(Protocol):
         """Store these and no others."""
         ...
 
-    async def model_lists(self) -> dict[str, tuple[str, ...]]:
-        """Volume -> names of the models on it, as last read."""
+    async def model_lists(self) -> dict[str, tuple[Mapping[str, Any], ...]]:
+        """Volume -> what a server last said of each model on it, as JSON values."""
         ...
 
-    async def save_model_list(self, volume: str, names: Sequence[str]) -> None: ...
+    async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
     async def close(self) -> None: ...
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d+))?(Z|[+-]\d\d:\d\d)")
 
@@ -24,22 +27,26 @@ def read_loaded(body: Any) -> tuple[Model, ...] | None:
         return None
     return tuple(
         Model(
-            name=str(entry.get("name") or entry.get("model") or ""),
+            name=name_of(entry),
             digest=str(entry.get("digest") or ""),
             size_bytes=_count(entry.get("size")),
             vram_bytes=_count(entry.get("size_vram")),
             expires_at=read_time(entry.get("expires_at")),
+            entry=entry,
         )
         for entry in entries
     )
 
 
-def read_available(body: Any) -> tuple[str, ...] | None:
-    """The names of all models there are from `/api/tags`, None when the body is not its answer."""
+def read_available(body: Any) -> tuple[Mapping[str, Any], ...] | None:
+    """What `/api/tags` says of all models there are, None when the body is not its answer."""
     entries = _entries(body)
-    if entries is None:
-        return None
-    return tuple(str(entry.get("name") or entry.get("model") or "") for entry in entries)
+    return None if entries is None else tuple(entries)
+
+
+def name_of(entry: Mapping[str, Any]) -> str:
+    """The name of the model that an entry of a list is about, empty where it has none."""
+    return str(entry.get("name") or entry.get("model") or "")
 
 
 def read_time(text: Any) -> datetime | None:

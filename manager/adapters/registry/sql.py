@@ -186,16 +186,16 @@ class SqlRegistry:
 
         await self._write(work)
 
-    async def model_lists(self) -> dict[str, tuple[str, ...]]:
+    async def model_lists(self) -> dict[str, tuple[Mapping[str, Any], ...]]:
         statement = select(tables.model_lists)
 
-        def work(connection: Connection) -> dict[str, tuple[str, ...]]:
+        def work(connection: Connection) -> dict[str, tuple[Mapping[str, Any], ...]]:
             return {row.volume: tables.to_model_list(row) for row in connection.execute(statement)}
 
         return await self._read(work)
 
-    async def save_model_list(self, volume: str, names: Sequence[str]) -> None:
-        values = tables.from_model_list(volume, names, datetime.now(UTC))
+    async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        values = tables.from_model_list(volume, entries, datetime.now(UTC))
         await self._write(lambda connection: connection.execute(_SAVE_MODEL_LIST, values))
 
     async def close(self) -> None:

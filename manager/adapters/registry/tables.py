@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002")
+REVISIONS = ("0001", "0002", "0003")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -81,7 +81,7 @@ model_lists = Table(
     "model_lists",
     metadata,
     Column("volume", Text, primary_key=True),
-    Column("names", JSON, nullable=False),
+    Column("entries", JSON, nullable=False),
     Column("read_at", DateTime, nullable=False),
 )
 
@@ -162,14 +162,14 @@ def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, An
     return [{"key": key, "value": value, "saved_at": _stored(at)} for key, value in values.items()]
 
 
-def from_model_list(volume: str, names: Sequence[str], at: datetime) -> dict[str, Any]:
-    return {"volume": volume, "names": list(names), "read_at": _stored(at)}
+def from_model_list(volume: str, entries: Sequence[Mapping[str, Any]], at: datetime) -> dict[str, Any]:
+    return {"volume": volume, "entries": list(entries), "read_at": _stored(at)}
 
 
-def to_model_list(row: Row[Any]) -> tuple[str, ...]:
-    if not isinstance(row.names, list) or not all(isinstance(name, str) for name in row.names):
-        raise TypeError(f"the models of {row.volume} are no list of names")
-    return tuple(row.names)
+def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
+    if not isinstance(row.entries, list) or not all(isinstance(entry, dict) for entry in row.entries):
+        raise TypeError(f"the models of {row.volume} are no list of objects")
+    return tuple(row.entries)
 
 
 def _stored(at: datetime | None) -> datetime | None:

@@ -264,19 +264,20 @@ async def test_overrides_that_cannot_be_stored_leave_the_old_ones(registry: SqlR
 
 async def test_the_models_of_a_volume_are_those_last_read(registry: SqlRegistry) -> None:
     assert await registry.model_lists() == {}
-    await registry.save_model_list("ollama-models", ("qwen3:8b", "bge-m3:latest"))
+    entry = {"name": "bge-m3:latest", "size": 1_157_672_605, "details": {"families": ["bert"]}}
+    await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"}, {"name": "bge-m3:latest"}))
     await registry.save_model_list("/srv/models", ())
-    await registry.save_model_list("ollama-models", ("bge-m3:latest",))
-    assert await registry.model_lists() == {"ollama-models": ("bge-m3:latest",), "/srv/models": ()}
+    await registry.save_model_list("ollama-models", (entry,))
+    assert await registry.model_lists() == {"ollama-models": (entry,), "/srv/models": ()}
 
 
-@pytest.mark.parametrize("names", ["{", "{}", "[1]", "null"])
+@pytest.mark.parametrize("entries", ["{", "{}", '["tiny"]', "null"])
 async def test_a_list_of_models_that_is_none_is_corruption(
-    registry: SqlRegistry, path: Path, names: str
+    registry: SqlRegistry, path: Path, entries: str
 ) -> None:
     await registry.save_model_list("ollama-models", ())
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE model_lists SET names = ?", (names,))
+        connection.execute("UPDATE model_lists SET entries = ?", (entries,))
     with pytest.raises(RegistryCorruptError, match="a row in it cannot be read"):
         await registry.model_lists()
 
@@ -373,9 +374,23 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     assert await registry.instances() == {"gpu0": FULL_ROW}
     assert await registry.events_after(0, 10) == (event(1),)
     await registry.save_overrides(OVERRIDES)
-    await registry.save_model_list("ollama-models", ("qwen3:8b",))
+    await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0002"
+    assert opening.verify(path) == tables.HEAD == "0003"
+
+
+async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
+        connection.execute(
+            "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
+            " ('/srv/models', '[]', '2026-01-01')"
+        )
+    set_revision(path, "0002")
+    registry = await open_registry(path)
+    lists = await registry.model_lists()
+    await registry.close()
+    assert lists == {"ollama-models": ({"name": "qwen3:8b"}, {"name": "tiny"}), "/srv/models": ()}
 
 
 async def test_a_failed_migration_leaves_the_file_as_it_is(

@@ -86,7 +86,7 @@ async def test_a_body_in_many_pieces_is_read_to_its_end() -> None:
         server.pieces["/api/tags"] = [head(len(body)), *pieces]
         server.pieces["/api/ps"] = [head(len(body)), body[:1], body[1:]]
         told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
-    assert told.available == tuple(model["name"] for model in models)
+    assert told.available == tuple(models)
     assert told.loaded is not None
     assert len(told.loaded) == 500
     assert told.wire_bytes > 2 * len(body)

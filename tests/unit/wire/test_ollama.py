@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.ollama import read_available, read_loaded, read_time, read_version
+from manager.wire.ollama import name_of, read_available, read_loaded, read_time, read_version
 
 RECORDINGS = Path(__file__).parents[2] / "contract" / "recordings"
 
@@ -36,6 +36,7 @@ def test_loaded_models_are_read_as_recorded() -> None:
     (entry,) = body["models"]
     assert (model.name, model.digest) == (entry["name"], entry["digest"])
     assert (model.size_bytes, model.vram_bytes) == (entry["size"], entry["size_vram"])
+    assert model.entry == entry
     assert model.expires_at is not None
     assert model.expires_at.tzinfo is UTC
     assert read_loaded(recorded("06-ps-empty")) == ()
@@ -49,14 +50,15 @@ def test_a_model_that_stays_for_ever_expires_centuries_ahead() -> None:
 
 def test_available_models_are_read_as_recorded() -> None:
     body = recorded("04-tags")
-    assert read_available(body) == tuple(entry["name"] for entry in body["models"])
+    assert read_available(body) == tuple(body["models"])
 
 
 def test_an_entry_without_a_name_is_called_by_its_model_and_missing_figures_are_zero() -> None:
     (model,) = read_loaded({"models": [{"model": "tiny:latest"}]}) or ()
     assert (model.name, model.digest, model.size_bytes, model.vram_bytes) == ("tiny:latest", "", 0, 0)
     assert model.expires_at is None
-    assert read_available({"models": [{"model": "tiny:latest"}, {}]}) == ("tiny:latest", "")
+    entries = read_available({"models": [{"model": "tiny:latest"}, {}]}) or ()
+    assert [name_of(entry) for entry in entries] == ["tiny:latest", ""]
 
 
 @pytest.mark.parametrize("figure", [None, "5", 5.5, True, -1, [5]])
@@ -74,7 +76,7 @@ def test_another_body_is_not_an_answer(body: object) -> None:
 
 def test_what_is_no_entry_is_left_out() -> None:
     body = {"models": [7, None, "tiny", {"name": "tiny"}]}
-    assert read_available(body) == ("tiny",)
+    assert read_available(body) == ({"name": "tiny"},)
     assert len(read_loaded(body) or ()) == 1
 
 

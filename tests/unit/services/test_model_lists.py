@@ -1,0 +1,123 @@
+"""The models of each volume: the newest reading counts, and what it said is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from manager.domain.instance import Driver, InstanceSpec, Limits
+from manager.domain.template import Template
+from manager.errors import RegistryUnwritableError
+from manager.services import model_lists
+from manager.services.model_lists import ModelLists, volume_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import pytest
+
+LIMITS = Limits(900, 300, 30, 60, 2, 15, 20)
+TINY = {"name": "tiny:latest", "size": 760257, "details": {"family": "llama"}}
+QWEN = {"name": "Qwen3:8b", "size": 5_000_000_000}
+
+
+class Registry:
+    def __init__(self) -> None:
+        self.saved: list[tuple[str, tuple[Mapping[str, Any], ...]]] = []
+        self.full = False
+
+    async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None:
+        if self.full:
+            self.full = False
+            raise RegistryUnwritableError("no space left")
+        self.saved.append((volume, tuple(entries)))
+
+
+class Journal:
+    def __init__(self) -> None:
+        self.kinds: list[str] = []
+
+    def record(self, kind: str, **_: object) -> None:
+        self.kinds.append(kind)
+
+
+def lists(stored: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> ModelLists:
+    return ModelLists(Registry(), Journal(), stored or {})  # type: ignore[arg-type]
+
+
+def spec(instance: str, *volumes: tuple[str, str]) -> InstanceSpec:
+    template = Template.model_validate(
+        {
+            "image": "ollama/ollama:1",
+            "device": "cpu",
+            "volumes": [{"source": source, "target": target} for source, target in volumes],
+        }
+    )
+    return InstanceSpec(instance, Driver.DOCKER, None, LIMITS, template=template)
+
+
+def test_instances_on_one_volume_share_its_models_and_others_are_alone() -> None:
+    assert volume_of(spec("a", ("models", "/root/.ollama"))) == "models"
+    assert volume_of(spec("a", ("cache", "/tmp/cache"), ("m", "/root/.ollama/models"))) == "m"
+    assert volume_of(spec("a", ("cache", "/root/.ollamas"))) == "instance:a"
+    assert volume_of(InstanceSpec("nas", Driver.EXTERNAL, None, LIMITS, url="http://x")) == "instance:nas"
+
+
+def test_a_list_that_was_never_read_is_none_and_an_empty_one_is_empty() -> None:
+    known = lists({"read": ()})
+    assert known.of("never") is None
+    assert known.entries("never") == {}
+    assert known.of("read") == {}
+
+
+def test_names_and_entries_are_found_by_the_key_of_a_model() -> None:
+    known = lists({"v": (TINY,)})
+    known.read("v", (QWEN, {"size": 5}, TINY), 1.0)
+    assert known.of("v") == {"qwen3:8b": "Qwen3:8b", "tiny:latest": "tiny:latest"}
+    assert known.entries("v") == {"qwen3:8b": QWEN, "tiny:latest": TINY}
+
+
+def test_an_older_reading_changes_nothing() -> None:
+    known = lists()
+    known.read("v", (TINY,), 2.0)
+    known.read("v", (), 1.0)
+    known.read("v", (), 2.0)
+    assert known.of("v") == {"tiny:latest": "tiny:latest"}
+
+
+def test_an_instance_that_was_never_asked_adds_nothing() -> None:
+    known = lists()
+    instance = SimpleNamespace(spec=spec("a", ("v", "/root/.ollama")), listed=None, listed_at=1.0)
+    known.take(instance)  # type: ignore[arg-type]
+    assert known.of("v") is None
+    instance.listed = (TINY,)
+    known.take(instance)  # type: ignore[arg-type]
+    assert known.entries("v") == {"tiny:latest": TINY}
+
+
+def test_the_version_grows_with_the_names_only() -> None:
+    known = lists({"v": (TINY,)})
+    known.read("v", (TINY,), 1.0)
+    known.read("v", ({**TINY, "size": 1},), 2.0)
+    assert known.version == 0
+    assert known.entries("v")["tiny:latest"]["size"] == 1
+    known.read("v", (TINY, QWEN), 3.0)
+    assert known.version == 1
+
+
+async def test_what_changed_is_stored_and_stored_again_when_that_failed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(model_lists, "_RETRY_S", 0.0)
+    registry, journal = Registry(), Journal()
+    registry.full = True
+    known = ModelLists(registry, journal, {"v": (TINY,)})  # type: ignore[arg-type]
+    running = asyncio.ensure_future(known.run())
+    known.read("v", (TINY,), 1.0)
+    known.read("w", (QWEN,), 1.0)
+    while not registry.saved:  # noqa: ASYNC110  (there is no event to wait for)
+        await asyncio.sleep(0)
+    running.cancel()
+    assert registry.saved == [("w", (QWEN,))]
+    assert journal.kinds == ["model_list_not_stored"]
