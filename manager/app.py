@@ -36,12 +36,14 @@ from manager.domain.template import image_allowed
 from manager.errors import ManagerError
 from manager.relay.front import listening_with
 from manager.relay.relay import HeaderNames, Limits, Relay
+from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
 from manager.services.gateway import Gateway
 from manager.services.gpus import Gpus
 from manager.services.journal import Journal
 from manager.services.model_lists import ModelLists
+from manager.services.model_settings import ModelSettings
 from manager.services.supervisor import Supervisor
 from manager.services.traffic import Traffic
 from manager.services.world import World, no_step
@@ -51,14 +53,13 @@ from manager.settings import (
     load_templates,
     read_key,
     resolve_instances,
-    routing_settings,
+    written_roles,
 )
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
-    from manager.domain.roles import RoutingSettings
     from manager.domain.template import Template
     from manager.services.instance import Instance
     from manager.services.traffic import RequestRecord
@@ -178,19 +179,24 @@ async def open_daemon(
         traffic = Traffic(request_log.write if told else _not_told, share_logged=settings.gateway.access_log)
         lists = ModelLists(registry, journal, await registry.model_lists())
         fleet.also_run("model lists", lists.run)
-        gateway = Gateway(
-            fleet,
-            _FixedSettings(routing_settings(settings.roles, settings.models)),
-            lists,
-            traffic,
+        model_settings = ModelSettings(
+            registry,
             journal,
-            now=time.monotonic,
+            written=written_roles(loaded),
+            models=settings.models,
+            instances=lambda: {instance.id: _on_gpu(instance.spec) for instance in fleet.instances()},
+            auto_gpus=settings.gpus == "auto",
         )
+        await model_settings.load()
+        gateway = Gateway(fleet, model_settings, lists, traffic, journal, now=time.monotonic)
         backend = Backend(
             fleet=fleet,
             gpus=gpus,
             journal=journal,
             engine=engine,
+            catalogue=Catalogue(fleet, lists, model_settings, now=time.monotonic),
+            model_settings=model_settings,
+            router=gateway,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(fleet, gpus, traffic).render,
         )
@@ -250,6 +256,7 @@ def _be_quick_to_answer() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind: there is little to look for
     sys.setswitchinterval(0.0005)
 
 
@@ -353,12 +360,6 @@ def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _FixedSettings:
-    routing: RoutingSettings
-    version: int = 0
-
-
 class _Maker:
     """Makes instances from their specs and what was stored of them."""
 
@@ -423,6 +424,10 @@ def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }
+
+
+def _on_gpu(spec: InstanceSpec) -> bool | None:
+    return None if spec.device_kind is None else spec.device_kind is DeviceKind.GPU
 
 
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:

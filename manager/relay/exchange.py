@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from enum import Enum, auto
+from functools import lru_cache
+from time import monotonic
 from typing import TYPE_CHECKING
 
 import structlog
@@ -11,25 +14,28 @@ import structlog
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
+from manager.relay.caller import printable
+from manager.relay.upstream import AnswerHead
 from manager.services.gateway import reason_of
-from manager.services.traffic import Outcome, RequestRecord
+from manager.services.traffic import RequestRecord
 from manager.wire.body import BadBodyError, body_for, read_body
 from manager.wire.dialect import error_body, error_in_stream, message_of
-from manager.wire.head import STATUS_LINES, forwarded, returned
+from manager.wire.head import STATUS_LINES
 from manager.wire.routes import Dialect
-from manager.wire.trace import read_traceparent, traceparent
+from manager.wire.trace import traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from manager.domain.routing import Attempt, Decision
+    from manager.domain.routing import Attempt
+    from manager.relay.caller import Caller
     from manager.relay.front import Front
     from manager.relay.relay import Relay
     from manager.relay.upstream import UpstreamConnection, UpstreamPool
     from manager.services.leases import Lease
+    from manager.services.traffic import Outcome
     from manager.wire.body import InferenceBody
-    from manager.wire.head import Header
     from manager.wire.routes import Route
 
 _log = structlog.get_logger("relay")
@@ -38,12 +44,7 @@ _UPLOAD_STALL_S = 60.0
 # How much longer a load that makes progress may take, each time that it is looked at.
 _GRACE_S = 10.0
 _EVENT_STREAM = b"text/event-stream"
-# Said anew here, whatever a server says.
-_REPLACED = frozenset(
-    {b"x-request-id", b"x-instance", b"x-model", b"x-fallback-reason", b"x-queue-ms", b"x-start-ms"}
-)
 _NO_BUFFERING = b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
-_NO_BUFFERING_NAMES = frozenset({b"cache-control", b"x-accel-buffering"})
 _WITHOUT_BODY = (204, 304)
 _STATUS_OF = {
     Reason.ATTEMPT_TIMEOUT: 504,
@@ -65,6 +66,19 @@ class _State(Enum):
     DONE = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How an answer ended. One that is not whole says so in a `message` of that status."""
+
+    outcome: Outcome
+    status: int = 0
+    message: str = ""
+
+    @property
+    def whole(self) -> bool:
+        return not self.message
+
+
 class _NobodyListens:
     """Stands where uvicorn keeps the event that wakes its ASGI application."""
 
@@ -81,58 +95,43 @@ class Exchange:
 
     # What uvicorn's protocol looks at in a cycle.
     message_event = _NobodyListens()
+    disconnected = False
+    response_complete = False
 
-    __slots__ = (
-        "_active",
-        "_asking",
-        "_attempt",
-        "_attempts",
-        "_body",
-        "_chunks",
-        "_connection",
-        "_decision",
-        "_fallback_reason",
-        "_first_byte_at",
-        "_front",
-        "_given",
-        "_headers",
-        "_last_active",
-        "_lease",
-        "_loading",
-        "_next_comment_at",
-        "_parts",
-        "_peeked",
-        "_record",
-        "_refusal",
-        "_relay",
-        "_retried",
-        "_route",
-        "_size",
-        "_start_ms",
-        "_started",
-        "_state",
-        "_status",
-        "_swallow",
-        "_tail",
-        "_target",
-        "_task",
-        "_total_at",
-        "_trouble",
-        "began_at",
-        "disconnected",
-        "expects_continue",
-        "is_left",
-        "keep_alive",
-        "received",
-        "response_complete",
-    )
+    # What most requests never need a value of their own for.
+    received = False
+    is_left = False
+    _state = _State.READING
+    _size = 0
+    _refusal: tuple[int, str, dict[str, str]] | None = None
+    _record: RequestRecord | None = None
+    _attempts: Iterator[Attempt] | None = None
+    _peeked: Attempt | None = None
+    _attempt: Attempt | None = None
+    _body: InferenceBody | None = None
+    _fallback_reason: Reason | None = None
+    _trouble: tuple[Reason, str, float | None] | None = None
+    _lease: Lease | None = None
+    _start_ms: float | None = None
+    _task: asyncio.Task[None] | None = None
+    _connection: UpstreamConnection | None = None
+    _retried = False
+    _loading: tuple[str, str] | None = None
+    _first_byte_at = 0.0
+    _asking = False
+    _next_comment_at: float | None = None
+    _started = False
+    _swallow = False
+    _status = 0
+    _head = b""
+    _active = False
 
     def __init__(
         self,
         relay: Relay,
         front: Front,
         route: Route,
-        headers: list[Header],
+        caller: Caller,
         *,
         target: bytes,
         keep_alive: bool,
@@ -142,43 +141,13 @@ class Exchange:
         self._relay = relay
         self._front: Front | None = front
         self._route = route
-        self._headers = headers
+        self._caller = caller
         self._target = target
         self._chunks = chunks
         self.keep_alive = keep_alive
         self.expects_continue = expects_continue
-        self.disconnected = False
-        self.response_complete = False
-        self.received = False
-        self.is_left = False
-        self.began_at = self._last_active = relay.loop.time()
-        self._total_at = self.began_at + relay.limits.total_timeout_s
-        self._state = _State.READING
+        self._began_at = self._last_active = monotonic()
         self._parts: list[bytes] = []
-        self._size = 0
-        self._refusal: tuple[int, str, dict[str, str]] | None = None
-        self._given: dict[bytes, bytes] = {}
-        self._record: RequestRecord | None = None
-        self._decision: Decision | None = None
-        self._attempts: Iterator[Attempt] | None = None
-        self._peeked: Attempt | None = None
-        self._attempt: Attempt | None = None
-        self._body: InferenceBody | None = None
-        self._fallback_reason: Reason | None = None
-        self._trouble: tuple[Reason, str, float | None] | None = None
-        self._lease: Lease | None = None
-        self._start_ms: float | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._connection: UpstreamConnection | None = None
-        self._retried = False
-        self._loading: tuple[str, str] | None = None
-        self._first_byte_at = 0.0
-        self._asking = False
-        self._next_comment_at: float | None = None
-        self._started = False
-        self._swallow = False
-        self._status = 0
-        self._active = False
         self._tail = bytearray()
 
     # --- what the caller's side calls ---
@@ -222,7 +191,7 @@ class Exchange:
             self.is_left = True
             if self._relay.others_wait(self, *self._loading):
                 return  # to cancel this request could cancel the load that they wait for
-        self._finish(Outcome.CLIENT_GONE)
+        self._finish("client_gone")
 
     def pause(self) -> None:
         """The caller takes no more for now."""
@@ -238,29 +207,29 @@ class Exchange:
 
     def cut(self, why: str) -> None:
         """End it now, and say so as far as the dialect allows."""
-        self._fail(503, f"cut off: {why}", Outcome.CUT)
+        self._fail(503, f"cut off: {why}", "cut")
 
     def give_up(self) -> None:
         """The caller has left, and by now so have all who waited for the same."""
         if self._state is not _State.DONE:
-            self._finish(Outcome.CLIENT_GONE)
+            self._finish("client_gone")
 
     def check(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
         if self._active:
             self._active = False
             self._last_active = now
-        if now >= self._total_at:
+        if now - self._began_at >= self._relay.limits.total_timeout_s:
             limit_s = self._relay.limits.total_timeout_s
-            self._fail(504, f"no end within {limit_s:g} s", Outcome.TIMEOUT)
+            self._fail(504, f"no end within {limit_s:g} s", "timeout")
         elif self._state is _State.STREAMING:
             if now - self._last_active > self._relay.limits.idle_timeout_s:
                 limit_s = self._relay.limits.idle_timeout_s
-                self._fail(504, f"nothing moved for {limit_s:g} s", Outcome.TIMEOUT)
+                self._fail(504, f"nothing moved for {limit_s:g} s", "timeout")
         elif self._state is _State.READING:
             if now - self._last_active > _UPLOAD_STALL_S:
                 self.keep_alive = False
-                self._fail(408, "the request body did not arrive", Outcome.CLIENT_ERROR)
+                self._fail(408, "the request body did not arrive", "client_error")
         else:
             if self._state is _State.WAITING and now >= self._first_byte_at and not self._asking:
                 self._asking = True
@@ -269,61 +238,78 @@ class Exchange:
 
     # --- what the server's side calls ---
 
-    def head_came(self, status: int, headers: list[Header], length: int | None) -> None:
+    def head_came(self, head: AnswerHead) -> None:
         self._stop_waiting_for_load()
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish(Outcome.CLIENT_GONE)
+            self._finish("client_gone")
             return
-        self._status = status
-        reason = _failure_of(status)
+        self._status = head.status
+        reason = _failure_of(head.status) if head.status >= 400 else None  # noqa: PLR2004
         if reason is not None and self._attempt is not None:
             self._relay.gateway.failed(self._attempt.instance, reason)
             if not self._started and self._more():
                 self._drop_connection()
-                self._attempt_failed(reason, f"{self._attempt.instance} answered with status {status}", None)
+                why = f"{self._attempt.instance} answered with status {head.status}"
+                self._attempt_failed(reason, why, None)
                 return
-        self._cancel_task()
+        if self._task is not None:
+            self._cancel_task()
         self._state = _State.STREAMING
         self._active = True
         if self._body is not None:
             self._body.forget()  # nothing is sent a second time from here on
-        if self._started:
+        if not self._started:
+            self._start_answer(head)
+        else:
             # The caller has been given a head already, so that only a stream of events can follow it.
-            self._swallow = status != 200 or not _is_event_stream(headers)  # noqa: PLR2004
-            return
-        self._start_answer(status, headers, length)
+            self._swallow = head.status != 200 or not head.content_type.startswith(_EVENT_STREAM)  # noqa: PLR2004
 
-    def answer_came(self, data: bytes) -> None:
+    def answer_came(self, data: bytes, *, complete: bool) -> None:
         self._active = True
-        tail = self._tail
-        tail += data
-        if len(tail) > 4 * TAIL_BYTES:
-            del tail[:-TAIL_BYTES]
-        if not self._swallow and self._front is not None:
-            self._front.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data)
-
-    def answer_ended(self) -> None:
-        self._connection = None
+        if complete:
+            self._connection = None
         if self._state is not _State.STREAMING:
             return
-        body = self._body
+        if data:
+            tail = self._tail
+            tail += data
+            if len(tail) > 4 * TAIL_BYTES:
+                del tail[:-TAIL_BYTES]
+            if self._chunks:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+        if self._swallow:
+            data = b""
+        end = self._end_of_answer() if complete else None
+        if end is not None and self._chunks and end.whole:
+            data += b"0\r\n\r\n"
+        head, self._head = self._head, b""
+        if self._front is not None and (head or data):
+            self._front.write(head + data if head else data)
+        if end is not None:
+            self._end(end)
+
+    def _end_of_answer(self) -> _End:
+        """What has become of an answer whose last byte has come."""
         if self._swallow:
             message = message_of(bytes(self._tail)) or f"the server answered with status {self._status}"
-            self._fail(self._status, message, Outcome.UPSTREAM_ERROR)
-            return
+            return _End("upstream_error", self._status, message)
         outcome = _outcome_of(self._status)
-        if outcome is Outcome.OK and body is not None and body.stream:
+        if outcome == "ok" and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
                 if message_of(_last_line(tail)) is None:
-                    self._fail(502, "the server ended the stream before its end", Outcome.UPSTREAM_ERROR)
-                    return
-                outcome = Outcome.UPSTREAM_ERROR  # it said so itself, in its last line
-        if self._chunks and self._front is not None:
-            self._front.write(b"0\r\n\r\n")
-        self._finish(outcome)
+                    message = "the server ended the stream before its end"
+                    return _End("upstream_error", 502, message)
+                outcome = "upstream_error"  # it said so itself, in its last line
+        return _End(outcome)
+
+    def _end(self, end: _End) -> None:
+        if end.whole:
+            self._finish(end.outcome)
+        else:
+            self._fail(end.status, end.message, end.outcome)
 
     def answer_broke(self, why: str, *, untouched: bool) -> None:
         self._connection = None
@@ -331,7 +317,7 @@ class Exchange:
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish(Outcome.CLIENT_GONE)
+            self._finish("client_gone")
             return
         assert self._attempt is not None  # noqa: S101  (it was sent)
         if self._state is _State.WAITING and untouched and not self._retried:
@@ -345,7 +331,7 @@ class Exchange:
         if self._state is _State.WAITING:
             self._attempt_failed(reason, f"{name}: {why}", None)
         else:
-            self._fail(502, f"{name}: {why} before the answer ended", Outcome.UPSTREAM_ERROR)
+            self._fail(502, f"{name}: {why} before the answer ended", "upstream_error")
 
     # --- from the request to a server ---
 
@@ -353,10 +339,10 @@ class Exchange:
         try:
             self._decide()
         except BadBodyError as error:
-            self._fail(400, str(error), Outcome.CLIENT_ERROR)
+            self._fail(400, str(error), "client_error")
         except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
             _log.error("request_failed", path=self._route.path, exc_info=error)
-            self._fail(500, "the manager failed; its log says more", Outcome.REFUSED)
+            self._fail(500, "the manager failed; its log says more", "refused")
 
     def _decide(self) -> None:
         raw = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
@@ -367,23 +353,22 @@ class Exchange:
         model = body.model or record.lane
         if not model:
             raise BadBodyError("model is required")
-        names = self._relay.headers
         record.stream = body.stream
         record.model = model
         facts = RequestFacts(
             model=model,
             kind=self._route.kind,
-            instance=_text(self._given.get(names.instance)),
+            instance=self._caller.instance,
             lane=record.lane,
         )
-        self._decision = decision = self._relay.gateway.decide(facts)
+        decision = self._relay.gateway.decide(facts)
         record.role = decision.role
-        record.policy = decision.policy.value
+        record.policy = decision.policy
         record.requested_target = decision.requested_target
         if decision.refused is not None:
             refused = decision.refused
             record.fallback_reason = refused.reason
-            self._fail(_REFUSED_STATUS[refused.what], refused.message, Outcome.REFUSED)
+            self._fail(_REFUSED_STATUS[refused.what], refused.message, "refused")
             return
         self._attempts = decision.in_order(self._relay.gateway.load())
         self._try_next()
@@ -468,23 +453,18 @@ class Exchange:
         assert body is not None  # noqa: S101
         assert lease is not None  # noqa: S101
         assert record is not None  # noqa: S101
-        now = self._relay.loop.time()
-        record.queue_ms = (now - self.began_at) * 1000 - (self._start_ms or 0.0)
+        now = monotonic()
+        record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self._start_ms or 0.0))
         record.start_ms = self._start_ms
-        changes = self._relay.gateway.routing.changes_for(attempt.model, attempt.role)
+        changes = self._relay.gateway.changes_for(attempt)
         raw = body_for(body, self._route, attempt.model, changes)
         address = self._relay.pool(lease.endpoint).address
-        head = b"".join(
-            (
-                b"POST %b%b HTTP/1.1\r\nHost: %b\r\n" % (address.prefix, self._target, address.host),
-                *forwarded(self._headers, self._relay.headers.all),
-                b"X-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n"
-                % (
-                    record.request_id.encode(),
-                    traceparent(record.trace_id, record.span_id, self._flags()),
-                    len(raw),
-                ),
-            )
+        trace = self._caller.trace
+        head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
+            self._caller.head_for(address, self._target),
+            record.request_id.encode(),
+            traceparent(record.trace_id, record.span_id, trace[2] if trace else "00"),
+            len(raw),
         )
         self._state = _State.WAITING
         self._asking = False
@@ -505,7 +485,7 @@ class Exchange:
         self._task = None
         if patient:
             limit_s = self._relay.limits.first_byte_timeout_s
-            self._first_byte_at = self._relay.loop.time() + min(limit_s, _GRACE_S)
+            self._first_byte_at = monotonic() + min(limit_s, _GRACE_S)
             self._asking = False
             return
         reason = Reason.ATTEMPT_TIMEOUT
@@ -521,7 +501,7 @@ class Exchange:
         self._drop_connection()
         self._give_lease_back()
         if self._front is None:
-            self._finish(Outcome.CLIENT_GONE)
+            self._finish("client_gone")
             return
         if self._trouble is None or self._trouble[0] is Reason.MODEL_MISSING:
             self._trouble = (reason, message, retry_after_s)
@@ -540,7 +520,8 @@ class Exchange:
         record.fallback_reason = reason
         record.fallback = False
         status = _STATUS_OF.get(reason, _UNAVAILABLE)
-        outcome = {404: Outcome.REFUSED, 504: Outcome.TIMEOUT}.get(status, Outcome.UPSTREAM_ERROR)
+        outcomes: dict[int, Outcome] = {404: "refused", 504: "timeout"}
+        outcome = outcomes.get(status, "upstream_error")
         headers = {}
         if status == _UNAVAILABLE:
             headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
@@ -560,43 +541,41 @@ class Exchange:
 
     # --- the answer ---
 
-    def _start_answer(self, status: int, headers: list[Header], length: int | None) -> None:
-        front, body, record = self._front, self._body, self._record
-        assert front is not None  # noqa: S101  (checked by the caller)
-        assert record is not None  # noqa: S101
+    def _start_answer(self, head: AnswerHead) -> None:
+        body, record = self._body, self._record
+        assert record is not None  # noqa: S101  (its turn has come)
         self._started = True
-        record.status = status
-        record.ttfb_ms = (self._relay.loop.time() - self.began_at) * 1000
-        streams = body is not None and body.stream
-        replaced = _REPLACED | _NO_BUFFERING_NAMES if streams else _REPLACED
-        lines = [STATUS_LINES.get(status) or STATUS_LINES[502], *returned(headers, replaced), self._stamp()]
-        if streams:
+        record.status = head.status
+        record.ttfb_ms = (monotonic() - self._began_at) * 1000
+        lines = [STATUS_LINES.get(head.status) or STATUS_LINES[502], *head.lines, self._stamp()]
+        if body is not None and body.stream:
+            lines = [line for line in lines if line[:14].lower() != b"cache-control:"]
             lines.append(_NO_BUFFERING)
-        if status in _WITHOUT_BODY:
+        if head.status in _WITHOUT_BODY:
             self._chunks = False
-        elif length is not None:
-            lines.append(b"Content-Length: %d\r\n" % length)
+        elif head.length is not None:
+            lines.append(b"Content-Length: %d\r\n" % head.length)
             self._chunks = False
         elif self._chunks:
             lines.append(b"Transfer-Encoding: chunked\r\n")
         else:
             self.keep_alive = False  # such an answer ends with its connection
         lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
-        front.write(b"".join(lines))
+        self._head = b"".join(lines)  # it is written with what follows
 
     def _stamp(self) -> bytes:
         """The headers that say where an answer comes from, and why from there."""
         record = self._record
         assert record is not None  # noqa: S101  (its turn has come)
-        stamp = f"X-Request-Id: {record.request_id}\r\n"
+        stamp = b"X-Request-Id: %b\r\n" % record.request_id.encode()
         if self._attempt is not None:
-            stamp += f"X-Instance: {self._attempt.instance}\r\nX-Model: {_printable(self._attempt.model)}\r\n"
-            stamp += f"X-Queue-Ms: {max(0.0, record.queue_ms):.0f}\r\n"
+            where = _where(self._attempt.instance, self._attempt.model)
+            stamp = b"%b%bX-Queue-Ms: %d\r\n" % (stamp, where, record.queue_ms)
         if record.fallback and record.fallback_reason is not None:
-            stamp += f"X-Fallback-Reason: {record.fallback_reason.value}\r\n"
+            stamp += b"X-Fallback-Reason: %b\r\n" % record.fallback_reason.value.encode()
         if record.start_ms is not None:
-            stamp += f"X-Start-Ms: {record.start_ms:.0f}\r\n"
-        return stamp.encode()
+            stamp += b"X-Start-Ms: %d\r\n" % record.start_ms
+        return stamp
 
     def _comment(self, now: float) -> None:
         """Let a caller who waits for a stream of events know that somebody is there."""
@@ -607,14 +586,16 @@ class Exchange:
         if self._route.dialect is Dialect.NATIVE or self._attempt is None:
             return
         if self._next_comment_at is None:
-            self._next_comment_at = self.began_at + every_s
+            self._next_comment_at = self._began_at + every_s
         if now < self._next_comment_at:
             return
         self._next_comment_at = now + every_s
         if not self._started:
-            self._start_answer(200, [(b"Content-Type", _EVENT_STREAM)], None)
+            kind = b"Content-Type: %b\r\n" % _EVENT_STREAM
+            self._start_answer(AnswerHead(200, [kind], None, _EVENT_STREAM))
         comment = b": waiting for %b\n\n" % self._attempt.instance.encode()
-        front.write(b"%x\r\n%b\r\n" % (len(comment), comment))
+        head, self._head = self._head, b""
+        front.write(b"%b%x\r\n%b\r\n" % (head, len(comment), comment))
 
     def _answer_refusal(self) -> None:
         if self._refusal is None or self._record is None or self._state is _State.DONE:
@@ -622,7 +603,7 @@ class Exchange:
         status, message, headers = self._refusal
         if not self.received:
             self.keep_alive = False  # what is left of its body would be taken for the next request
-        self._fail(status, message, Outcome.CLIENT_ERROR, headers)
+        self._fail(status, message, "client_error", headers)
 
     def _fail(
         self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
@@ -673,9 +654,9 @@ class Exchange:
         record = self._record
         if record is not None:
             record.outcome = outcome
-            record.duration_ms = (self._relay.loop.time() - self.began_at) * 1000
+            record.duration_ms = (monotonic() - self._began_at) * 1000
             if self._tail:
-                record.input_tokens, record.output_tokens = token_counts(bytes(self._tail[-TAIL_BYTES:]))
+                record.input_tokens, record.output_tokens = token_counts(self._route.dialect, self._tail)
             self._relay.gateway.ended(record)
         front, self._front = self._front, None
         if front is not None:
@@ -684,25 +665,19 @@ class Exchange:
     # --- helpers ---
 
     def _new_record(self) -> RequestRecord:
-        relay = self._relay
-        self._given = given = dict(self._headers)
-        trace = read_traceparent(given.get(b"traceparent"))
-        names = relay.headers
+        caller = self._caller
+        number = self._relay.next_number()
         return RequestRecord(
-            ts=relay.wall_clock(),
-            request_id=relay.request_id(),
-            trace_id=trace[0] if trace else relay.trace_id(),
-            span_id=relay.span_id(),
-            parent_span_id=trace[1] if trace else None,
-            project_id=_text(given.get(names.project)) or relay.default_project,
+            ts=self._relay.wall_clock(),
+            request_id=f"{self._relay.id_prefix}{number:08x}",
+            trace_id=caller.trace[0] if caller.trace else f"{self._relay.trace_prefix}{number:016x}",
+            span_id=f"{self._relay.span_prefix}{number:08x}",
+            parent_span_id=caller.trace[1] if caller.trace else None,
+            project_id=caller.project,
             path=self._route.path,
-            lane=_text(given.get(names.lane)),
-            intent=_text(given.get(names.intent)),
+            lane=caller.lane,
+            intent=caller.intent,
         )
-
-    def _flags(self) -> str:
-        trace = read_traceparent(self._given.get(b"traceparent"))
-        return trace[2] if trace else "00"
 
     def _cancel_task(self) -> None:
         task, self._task = self._task, None
@@ -725,6 +700,11 @@ class Exchange:
             self._relay.waits_no_more(self, *loading)
 
 
+@lru_cache(maxsize=1024)
+def _where(instance: str, model: str) -> bytes:
+    return f"X-Instance: {instance}\r\nX-Model: {printable(model)}\r\n".encode()
+
+
 def _failure_of(status: int) -> Reason | None:
     """What an answer of this status says about the instance; None when it is about the request."""
     if status == 404:  # noqa: PLR2004
@@ -736,28 +716,10 @@ def _failure_of(status: int) -> Reason | None:
 
 def _outcome_of(status: int) -> Outcome:
     if status >= 500:  # noqa: PLR2004
-        return Outcome.UPSTREAM_ERROR
-    return Outcome.CLIENT_ERROR if status >= 400 else Outcome.OK  # noqa: PLR2004
-
-
-def _is_event_stream(headers: Sequence[Header]) -> bool:
-    return any(
-        name.lower() == b"content-type" and value.lower().startswith(_EVENT_STREAM) for name, value in headers
-    )
+        return "upstream_error"
+    return "client_error" if status >= 400 else "ok"  # noqa: PLR2004
 
 
 def _last_line(tail: bytes) -> bytes:
     line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
     return line.removeprefix(b"data:").strip()
-
-
-def _text(value: bytes | None) -> str | None:
-    """A header's value as text that can be put into a log and another header; None when it says nothing."""
-    if value is None:
-        return None
-    return _printable(value.decode("utf-8", "replace").strip())[:256] or None
-
-
-def _printable(text: str) -> str:
-    """Plain ASCII: nothing that ends a line or hides something reaches a header."""
-    return text if text.isascii() and text.isprintable() else text.encode("ascii", "replace").decode()

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from manager.relay.caller import read_caller
 from manager.relay.exchange import Exchange
-from manager.wire.head import ambiguity
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
     import asyncio
 
+    from manager.relay.caller import Caller
     from manager.relay.relay import Relay
 
 _MOST_HEAD_BYTES = 64 * 1024
@@ -38,6 +39,10 @@ class Front(HttpToolsProtocol):
         self._held_bytes = 0
         self._running: Exchange | None = None
         self._feeding = False
+        self._length = b""
+        self._caller: Caller | None = None
+        self._resting_since = 0.0
+        self._rest: asyncio.TimerHandle | None = None
 
     # --- what the transport calls ---
 
@@ -55,6 +60,8 @@ class Front(HttpToolsProtocol):
         running, self._running = self._running, None
         self._held.clear()
         self.pipeline.clear()
+        if self._rest is not None:
+            self._rest.cancel()
         super().connection_lost(exc)
         if running is not None:
             running.caller_left()
@@ -82,6 +89,17 @@ class Front(HttpToolsProtocol):
         self.url = b""
         self.expect_100_continue = False
         self.headers = []
+        self._length = b""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-length":
+            # The parser has checked it, and frames by it; without it the heads of a connection are alike.
+            self._length = value
+            return
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -90,31 +108,37 @@ class Front(HttpToolsProtocol):
             if size > _MOST_HEAD_BYTES:
                 raise httptools.HttpParserError("the head is too long")
         self._head_bytes = 0
-        path, _, query = self.url.partition(b"?")
+        path = self.url
+        if b"?" in path:
+            path = path.partition(b"?")[0]
         route = INFERENCE.get(path)
-        if route is None or self.parser.get_method() != b"POST":
+        parser = self.parser
+        if route is None or parser.get_method() != b"POST":
             self._on_other_headers_complete()
             return
         # Trailers come as headers too: they must not be taken for what the head said.
         headers, self.headers = self.headers, []
-        version = self.parser.get_http_version()
+        caller = self._caller
+        if caller is None or caller.headers != headers:
+            caller = self._caller = read_caller(self._relay, route.path, headers)
+        modern = parser.get_http_version() != "1.0"
         exchange = Exchange(
             self._relay,
             self,
             route,
-            headers,
-            target=self.url if query else path,
-            keep_alive=version != "1.0" and self.parser.should_keep_alive(),
-            chunks=version != "1.0",
+            caller,
+            target=self.url,
+            keep_alive=modern and parser.should_keep_alive(),
+            chunks=modern,
             expects_continue=self.expect_100_continue,
         )
-        refusal = ambiguity(headers)
-        if refusal is None and version == "1.0" and any(n == b"transfer-encoding" for n, _ in headers):
-            refusal = "transfer-encoding needs HTTP/1.1"
-        if refusal is not None:
-            exchange.refuse(400, refusal)
-        else:
-            self._check(exchange, route.path, headers)
+        if caller.ambiguity is not None:
+            exchange.refuse(400, caller.ambiguity)
+        elif not modern and any(name == b"transfer-encoding" for name, _ in headers):
+            exchange.refuse(400, "transfer-encoding needs HTTP/1.1")
+        elif caller.refusal is not None:
+            refusal = caller.refusal
+            exchange.refuse(refusal.status, refusal.message, refusal.headers)
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
         if before is None or before.response_complete:
             self._start(exchange)
@@ -154,18 +178,56 @@ class Front(HttpToolsProtocol):
             # Not at once: requests that end as soon as they begin would pile up on the stack.
             self.loop.call_soon(self._feed_held)
 
+    def on_response_complete(self) -> None:
+        """An answer has ended, of whichever kind: the next request may begin, or the connection rests."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+            return
+        # One timer that looks when the rest began costs less than one that is set and cancelled each time.
+        self._resting_since = self.loop.time()
+        if self._rest is None:
+            self._rest = self.loop.call_later(self.timeout_keep_alive, self._rest_over)
+
     # --- helpers ---
 
     def _feed(self, data: bytes) -> None:
+        self._resting_since = 0.0
         if self._in_head:
             self._head_bytes += len(data)
         self._feeding = True
-        super().data_received(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self.send_400_response(f"Invalid HTTP request received: {_plainly(error)}")
+        except httptools.HttpParserUpgrade:
+            self._ignore_upgrade()
         self._feeding = False
         if self._in_head and self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("Invalid HTTP request received: the head is too long.")
+            self.send_400_response("Invalid HTTP request received: the head is too long")
         elif self._held and self._running is None:
             self.loop.call_soon(self._feed_held)
+
+    def _ignore_upgrade(self) -> None:
+        """Go on with HTTP/1.1, as one may. What follows the request is not read as HTTP any more."""
+        if self._running is not None:
+            self._running.keep_alive = False
+        if self.cycle is not None:
+            self.cycle.keep_alive = False
+
+    def _rest_over(self) -> None:
+        self._rest = None
+        if self.transport.is_closing() or not self._resting_since:
+            return  # a request has begun: its end sets the timer again
+        left_s = self._resting_since + self.timeout_keep_alive - self.loop.time()
+        if left_s <= 0:
+            self.transport.close()
+        else:
+            self._rest = self.loop.call_later(left_s, self._rest_over)
 
     def _feed_held(self) -> None:
         if self._running is not None or not self._held or self.transport.is_closing():
@@ -181,14 +243,11 @@ class Front(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expect
         self.headers[:] = headers
+        if self._length:
+            self.headers.append((b"content-length", self._length))
         super().on_headers_complete()
         if self._running is not None:
             self.flow.resume_reading()  # or nobody would notice that the caller leaves
-
-    def _check(self, exchange: Exchange, path: str, headers: list[tuple[bytes, bytes]]) -> None:
-        refusal = self._relay.access.refusal(path, headers)
-        if refusal is not None:
-            exchange.refuse(refusal.status, refusal.message, refusal.headers)
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
         if isinstance(cycle, Exchange):
@@ -203,6 +262,11 @@ class Front(HttpToolsProtocol):
         if exchange.expects_continue and not exchange.received:
             self.transport.write(_CONTINUE)
         exchange.turn_came()
+
+
+def _plainly(error: httptools.HttpParserError) -> str:
+    """What the parser says, or what was said to it from a callback."""
+    return str(error.__context__ or error).encode("ascii", "replace").decode()
 
 
 def listening_with(relay: Relay) -> Any:

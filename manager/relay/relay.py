@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import random
-import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import structlog
@@ -74,15 +73,17 @@ class Relay:
         self.headers = headers
         self.default_project = default_project
         self.loop = asyncio.get_running_loop()
-        self.timers = Timers(self.loop)
-        self.exchanges: set[Exchange] = set()
+        self.timers: Timers[Exchange] = Timers(self.loop)
         self._loading: defaultdict[tuple[str, str], set[Exchange]] = defaultdict(set)
         self._pools: dict[str, UpstreamPool] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_ended = asyncio.Event()
-        # Ids that nobody can guess from another daemon's, at the price of a counter.
-        self._id_prefix = os.urandom(6).hex()
-        self._ids = itertools.count(1)
+        self._draining = False
+        # Random to tell one daemon from another, and a counter behind it: an id for the price of an addition.
+        self.id_prefix = os.urandom(6).hex()
+        self.trace_prefix = os.urandom(8).hex()
+        self.span_prefix = os.urandom(4).hex()
+        self._numbers = itertools.count(1)
 
     def pool(self, endpoint: str) -> UpstreamPool:
         found = self._pools.get(endpoint)
@@ -105,28 +106,25 @@ class Relay:
         task.add_done_callback(self._task_ended)
         return task
 
-    def request_id(self) -> str:
-        return f"{self._id_prefix}{next(self._ids):08x}"
+    def next_number(self) -> int:
+        """What makes the ids of a request its own."""
+        return next(self._numbers)
 
-    def trace_id(self) -> str:
-        return f"{random.getrandbits(128) or 1:032x}"
-
-    def span_id(self) -> str:
-        return f"{random.getrandbits(64) or 1:016x}"
-
-    def wall_clock(self) -> float:
-        return time.time()
+    def wall_clock(self) -> datetime:
+        return datetime.now(UTC)
 
     # --- who is under way ---
 
+    @property
+    def exchanges(self) -> set[Exchange]:
+        return self.timers.timed
+
     def begun(self, exchange: Exchange) -> None:
-        self.exchanges.add(exchange)
         self.timers.add(exchange)
 
     def ended(self, exchange: Exchange) -> None:
-        self.exchanges.discard(exchange)
         self.timers.discard(exchange)
-        if not self.exchanges:
+        if self._draining and not self.exchanges:
             self._all_ended.set()
 
     def waits_for_load(self, exchange: Exchange, instance: str, model: str) -> None:
@@ -151,7 +149,7 @@ class Relay:
     async def drain(self, timeout_s: float, *, cut: asyncio.Event) -> None:
         """Let what is under way come to its end, for so long or until `cut` is set; then cut it."""
         if self.exchanges:
-            self._all_ended.clear()
+            self._draining = True
             waits = [asyncio.ensure_future(event.wait()) for event in (self._all_ended, cut)]
             await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from time import monotonic
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
@@ -12,10 +13,13 @@ TICK_S = 0.25
 
 class Timed(Protocol):
     def check(self, now: float) -> None:
-        """Called about every `TICK_S`; `now` is the loop's time."""
+        """Called about every `TICK_S`; `now` is monotonic."""
 
 
-class Timers:
+T = TypeVar("T", bound=Timed)
+
+
+class Timers(Generic[T]):
     """One timer for all: a look at each costs less than a timer of its own would to set and cancel.
 
     It ticks only while there is something to look at.
@@ -23,16 +27,16 @@ class Timers:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._timed: set[Timed] = set()
+        self.timed: set[T] = set()
         self._handle: asyncio.TimerHandle | None = None
 
-    def add(self, timed: Timed) -> None:
-        self._timed.add(timed)
+    def add(self, timed: T) -> None:
+        self.timed.add(timed)
         if self._handle is None:
             self._handle = self._loop.call_later(TICK_S, self._tick)
 
-    def discard(self, timed: Timed) -> None:
-        self._timed.discard(timed)
+    def discard(self, timed: T) -> None:
+        self.timed.discard(timed)
 
     def close(self) -> None:
         if self._handle is not None:
@@ -40,7 +44,7 @@ class Timers:
             self._handle = None
 
     def _tick(self) -> None:
-        now = self._loop.time()
-        for timed in tuple(self._timed):
+        now = monotonic()
+        for timed in tuple(self.timed):
             timed.check(now)
-        self._handle = self._loop.call_later(TICK_S, self._tick) if self._timed else None
+        self._handle = self._loop.call_later(TICK_S, self._tick) if self.timed else None

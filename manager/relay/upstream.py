@@ -6,28 +6,42 @@ import asyncio
 import ssl
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import httptools
 
-if TYPE_CHECKING:
-    from manager.wire.head import Header
+from manager.wire.head import NOT_RETURNED, without_named
 
 _MOST_HEAD_BYTES = 64 * 1024
-_MOST_IDLE = 256
+_MOST_IDLE = 1024
+_SMALL_BYTES = 64 * 1024
 _FIRST_FINAL_STATUS = 200
 _WITHOUT_BODY = (204, 304)
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerHead:
+    """The head of an answer.
+
+    `lines` are those that the caller is to see, without what frames the message; `length` is that of the body
+    in bytes, None when only its end tells.
+    """
+
+    status: int
+    lines: list[bytes]
+    length: int | None
+    content_type: bytes
 
 
 class ResponseSink(Protocol):
     """Who takes an answer. Each call is made on the event loop; none may block."""
 
-    def head_came(self, status: int, headers: list[Header], length: int | None) -> None:
-        """The head of the answer; `length` is that of the body in bytes, None when only its end tells."""
+    def head_came(self, head: AnswerHead) -> None: ...
 
-    def answer_came(self, data: bytes) -> None: ...
-    def answer_ended(self) -> None: ...
+    def answer_came(self, data: bytes, *, complete: bool) -> None:
+        """What came of the body, perhaps nothing; the first call follows the head at once."""
+
     def answer_broke(self, why: str, *, untouched: bool) -> None:
         """The connection ended before the answer did.
 
@@ -68,13 +82,16 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
-        self._headers: list[Header] = []
+        self._lines: list[bytes] = []
+        self._named = b""
+        self._content_type = b""
         self._status = 0
         self._head_bytes = 0
         self._in_head = True
         self._framed = False
         self._length: int | None = None
         self._complete = False
+        self._keeps = False
         self._touched = False
         self._kept = False
         self._paused = False
@@ -89,8 +106,12 @@ class UpstreamConnection(asyncio.Protocol):
         self._requests += 1
         self._kept = self._requests > 1
         self._touched = False
-        # One write of both where copying costs less than a second write would.
-        self._transport.writelines((head, body))
+        # To copy what is small costs less than a second write.
+        if len(body) <= _SMALL_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            self._transport.write(body)
 
     def pause(self) -> None:
         if not self._paused and self._transport is not None and not self._transport.is_closing():
@@ -139,11 +160,11 @@ class UpstreamConnection(asyncio.Protocol):
             return
         if self._sink is not sink:
             return  # it was abandoned at its head
-        if self._pieces:
-            pieces, self._pieces = self._pieces, []
-            sink.answer_came(pieces[0] if len(pieces) == 1 else b"".join(pieces))
-        if self._complete and self._sink is sink:
-            self._finish(sink)
+        pieces, self._pieces = self._pieces, []
+        complete = self._complete
+        if complete:
+            self._become_free()
+        sink.answer_came(pieces[0] if len(pieces) == 1 else b"".join(pieces), complete=complete)
 
     def eof_received(self) -> bool:
         return False
@@ -155,7 +176,7 @@ class UpstreamConnection(asyncio.Protocol):
         if sink is None:
             return
         if not self._in_head and not self._framed and exc is None:
-            sink.answer_ended()  # such an answer ends with its connection
+            sink.answer_came(b"", complete=True)  # such an answer ends with its connection
         else:
             why = "the server closed the connection" if exc is None else f"the connection broke ({exc})"
             sink.answer_broke(why, untouched=self._kept and not self._touched)
@@ -166,18 +187,25 @@ class UpstreamConnection(asyncio.Protocol):
         if self._complete:
             # A second answer to one request; the parser goes on, whoever reads it must not.
             raise ValueError("more than one answer")
-        self._headers = []
+        self._lines = []
+        self._named = b""
+        self._content_type = b""
         self._framed = False
         self._length = None
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._headers.append((name, value))
         low = name.lower()
         if low == b"content-length":
             self._framed = True
             self._length = int(value)
         elif low == b"transfer-encoding":
             self._framed = True
+        elif low == b"connection":
+            self._named += value + b","
+        elif low not in NOT_RETURNED:
+            if low == b"content-type":
+                self._content_type = value
+            self._lines.append(b"%b: %b\r\n" % (name, value))
 
     def on_headers_complete(self) -> None:
         self._status = self._parser.get_status_code()
@@ -188,7 +216,8 @@ class UpstreamConnection(asyncio.Protocol):
             self._length = 0
         self._in_head = False
         if self._sink is not None:
-            self._sink.head_came(self._status, self._headers, self._length)
+            lines = without_named(self._lines, self._named) if self._named else self._lines
+            self._sink.head_came(AnswerHead(self._status, lines, self._length, self._content_type))
 
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
@@ -196,22 +225,21 @@ class UpstreamConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._status >= _FIRST_FINAL_STATUS:
             self._complete = True
+            self._keeps = self._parser.should_keep_alive()  # the parser forgets it with the message
 
     # --- helpers ---
 
-    def _finish(self, sink: ResponseSink) -> None:
+    def _become_free(self) -> None:
         self._sink = None
-        keeps = self._parser.should_keep_alive()
         self._complete = False
         self._in_head = True
         self._head_bytes = 0
         self._status = 0
-        if keeps and self.usable:
+        if self._keeps and self.usable:
             self.resume()
             self._pool.kept(self)
         elif self._transport is not None:
             self._transport.close()
-        sink.answer_ended()
 
 
 class UpstreamPool:

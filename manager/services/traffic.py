@@ -6,32 +6,26 @@ import random
 from bisect import bisect_left
 from collections import defaultdict
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
 
     from manager.errors import Reason
 
 
-class Outcome(StrEnum):
-    """How a request ended. Each ends in exactly one of these."""
-
-    OK = "ok"
-    CLIENT_ERROR = "client_error"
-    CLIENT_GONE = "client_gone"
-    REFUSED = "refused"
-    UPSTREAM_ERROR = "upstream_error"
-    TIMEOUT = "timeout"
-    CUT = "cut"
+# How a request ended. Each ends in exactly one of these.
+Outcome: TypeAlias = Literal[
+    "ok", "client_error", "client_gone", "refused", "upstream_error", "timeout", "cut"
+]
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request. Times are milliseconds, None where a phase was not reached; `ts` is seconds since 1970."""
+    """One request, as it is logged. Times are milliseconds, None where a phase was not reached."""
 
-    ts: float
+    ts: datetime
     request_id: str
     trace_id: str
     span_id: str
@@ -49,7 +43,7 @@ class RequestRecord:
     fallback_reason: Reason | None = None
     attempts: int = 0
     status: int = 0
-    outcome: Outcome = Outcome.OK
+    outcome: Outcome = "ok"
     stream: bool = False
     queue_ms: float = 0.0
     start_ms: float | None = None
@@ -99,7 +93,7 @@ class Traffic:
 
     def ended(self, record: RequestRecord) -> None:
         target = record.effective_target or ""
-        self.requests[target, record.role or "", record.outcome.value] += 1
+        self.requests[target, record.role or "", record.outcome] += 1
         if record.fallback and record.fallback_reason is not None:
             self.fallbacks[record.requested_target or "", target, record.fallback_reason.value] += 1
         if target:
@@ -107,8 +101,6 @@ class Traffic:
             if record.ttfb_ms is not None:
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
         if (
-            record.outcome is not Outcome.OK
-            or self._share_logged >= 1
-            or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
+            record.outcome != "ok" or self._share_logged >= 1 or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
         ):
             self._write(record)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from manager.wire.routes import Route
 
 
+_MODEL_LENGTH = len("model")
+
+
 class BadBodyError(ValueError):
     """The body cannot be understood; the message is for the caller."""
 
@@ -54,7 +57,7 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
     model, exact = document.get("model", ""), True
     # The server takes a field's name in any case, and the last one counts.
     for key in document:
-        if key != "model" and len(key) == len("model") and key.lower() == "model":
+        if len(key) == _MODEL_LENGTH and key != "model" and key.lower() == "model":
             exact = False
     if not exact:
         model = next(value for key, value in reversed(document.items()) if key.lower() == "model")

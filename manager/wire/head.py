@@ -45,6 +45,17 @@ _OURS = frozenset(
         b"x-request-id",
     }
 )
+# Of an answer: what frames the message, and what is said anew here whatever a server says.
+NOT_RETURNED = HOP_BY_HOP | {
+    b"content-length",
+    b"x-accel-buffering",
+    b"x-fallback-reason",
+    b"x-instance",
+    b"x-model",
+    b"x-queue-ms",
+    b"x-request-id",
+    b"x-start-ms",
+}
 _NEVER_FORWARDED = HOP_BY_HOP | _OURS
 _ONCE = (b"host", b"content-type", b"transfer-encoding", b"authorization", b"x-api-key")
 Header = tuple[bytes, bytes]
@@ -90,35 +101,19 @@ def forwarded(headers: Iterable[Header], withheld: Collection[bytes]) -> list[by
         withheld: names beyond the usual that stay here.
     """
     lines: list[bytes] = []
-    named: set[bytes] | None = None
+    named = b""
     for name, value in headers:
         if name == b"connection":
-            named = _named_by_connection(value) | (named or set())
+            named += value + b","
         elif name not in _NEVER_FORWARDED and name not in withheld:
             lines.append(b"%b: %b\r\n" % (name, value))
-    if named:
-        lines = [line for line in lines if line.partition(b":")[0] not in named]
-    return lines
+    return without_named(lines, named) if named else lines
 
 
-def returned(headers: Iterable[Header], replaced: Collection[bytes]) -> list[bytes]:
-    """The lines of an answer that the caller is to see, all but what frames the message.
-
-    Args:
-        headers: as they came, names in any case.
-        replaced: names in lower case that are said anew here.
-    """
-    lines: list[bytes] = []
-    named: set[bytes] | None = None
-    for name, value in headers:
-        low = name.lower()
-        if low == b"connection":
-            named = _named_by_connection(value) | (named or set())
-        elif low not in HOP_BY_HOP and low != b"content-length" and low not in replaced:
-            lines.append(b"%b: %b\r\n" % (name, value))
-    if named:
-        lines = [line for line in lines if line.partition(b":")[0].lower() not in named]
-    return lines
+def without_named(lines: Iterable[bytes], connection: bytes) -> list[bytes]:
+    """`lines` without those that the value of a Connection header names."""
+    named = _named_by_connection(connection)
+    return [line for line in lines if line.partition(b":")[0].lower() not in named]
 
 
 def _named_by_connection(value: bytes) -> set[bytes]:

@@ -14,19 +14,25 @@ if TYPE_CHECKING:
 TAIL_BYTES = 16 * 1024
 
 # Within a JSON string the quotes would carry a backslash, so that nothing a model says is taken for these.
-_INPUT = re.compile(rb'"(?:prompt_eval_count|prompt_tokens|input_tokens)"\s*:\s*(\d{1,15})')
-_OUTPUT = re.compile(rb'"(?:eval_count|completion_tokens|output_tokens)"\s*:\s*(\d{1,15})')
+_COUNTS = {
+    Dialect.NATIVE: ((b'"prompt_eval_count"',), (b'"eval_count"',)),
+    Dialect.OPENAI: ((b'"prompt_tokens"', b'"input_tokens"'), (b'"completion_tokens"', b'"output_tokens"')),
+    Dialect.ANTHROPIC: ((b'"input_tokens"',), (b'"output_tokens"',)),
+}
+_COUNT = re.compile(rb"\s*:\s*(\d{1,15})")
 _DONE = re.compile(rb'"done"\s*:\s*true')
 _RESPONSE_DONE = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
 
 
-def token_counts(tail: bytes) -> tuple[int | None, int | None]:
+def token_counts(dialect: Dialect, tail: bytes | bytearray) -> tuple[int | None, int | None]:
     """Input and output tokens as the end of an answer tells them, None where it does not.
 
     Args:
+        dialect: whose words these are.
         tail: the last bytes of the body, at least its last line or event.
     """
-    return _last(_INPUT, tail), _last(_OUTPUT, tail)
+    inputs, outputs = _COUNTS[dialect]
+    return _last(inputs, tail), _last(outputs, tail)
 
 
 def is_ended(route: Route, tail: bytes) -> bool:
@@ -40,8 +46,9 @@ def is_ended(route: Route, tail: bytes) -> bool:
     return b"[DONE]" in tail
 
 
-def _last(pattern: re.Pattern[bytes], tail: bytes) -> int | None:
-    count = None
-    for match in pattern.finditer(tail):
-        count = int(match[1])
-    return count
+def _last(names: tuple[bytes, ...], tail: bytes | bytearray) -> int | None:
+    for name in names:
+        at = tail.rfind(name)
+        if at >= 0 and (match := _COUNT.match(tail, at + len(name))) is not None:
+            return int(match[1])
+    return None

@@ -1,0 +1,80 @@
+"""What the head of a request says of its caller, worked out once for all requests that say the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manager.wire.head import ambiguity, forwarded
+from manager.wire.trace import read_traceparent
+
+if TYPE_CHECKING:
+    from manager.relay.relay import Relay
+    from manager.relay.upstream import Address
+    from manager.wire.access import Refusal
+    from manager.wire.head import Header
+
+_MOST_SHOWN = 256
+
+
+@dataclass(slots=True)
+class Caller:
+    """`lines` are those of the head that the server is to see; `trace` is id, span and flags as they came."""
+
+    headers: list[Header]
+    ambiguity: str | None
+    refusal: Refusal | None
+    lines: bytes
+    instance: str | None
+    lane: str | None
+    project: str
+    intent: str | None
+    trace: tuple[str, str, str] | None
+    _begun: tuple[Address, bytes, bytes] | None = None
+
+    def head_for(self, address: Address, target: bytes) -> bytes:
+        """The head of a request to that server, but for the lines that differ from one to the next."""
+        begun = self._begun
+        if begun is not None and begun[0] is address and begun[1] == target:
+            return begun[2]
+        head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b" % (address.prefix, target, address.host, self.lines)
+        self._begun = (address, target, head)
+        return head
+
+
+def read_caller(relay: Relay, path: str, headers: list[Header]) -> Caller:
+    """Read a head.
+
+    Args:
+        relay: whose names of headers and whose check of access count.
+        path: without the query.
+        headers: names in lower case.
+    """
+    given = dict(headers)
+    names = relay.headers
+    return Caller(
+        headers=headers,
+        ambiguity=ambiguity(headers),
+        refusal=relay.access.refusal(path, headers),
+        lines=b"".join(forwarded(headers, names.all)),
+        instance=_text(given.get(names.instance)),
+        lane=_text(given.get(names.lane)),
+        project=_text(given.get(names.project)) or relay.default_project,
+        intent=_text(given.get(names.intent)),
+        trace=read_traceparent(given.get(b"traceparent")),
+    )
+
+
+def printable(text: str) -> str:
+    """Plain ASCII: nothing that ends a line or hides something gets into a header."""
+    if text.isascii() and text.isprintable():
+        return text
+    plain = text.encode("ascii", "replace").decode()
+    return "".join(character if character.isprintable() else "?" for character in plain)
+
+
+def _text(value: bytes | None) -> str | None:
+    """A header's value as text for logs and other headers; None when it says nothing."""
+    if value is None:
+        return None
+    return printable(value.decode("utf-8", "replace").strip())[:_MOST_SHOWN] or None
