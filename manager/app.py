@@ -36,7 +36,6 @@ from manager.domain.template import image_allowed
 from manager.errors import ManagerError
 from manager.relay.front import listening_with
 from manager.relay.relay import HeaderNames, Limits, Relay
-from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
 from manager.services.gateway import Gateway
@@ -194,7 +193,6 @@ async def open_daemon(
             gpus=gpus,
             journal=journal,
             engine=engine,
-            catalogue=Catalogue(fleet, lists, model_settings, now=time.monotonic),
             model_settings=model_settings,
             router=gateway,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
@@ -256,7 +254,6 @@ def _be_quick_to_answer() -> None:
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind: there is little to look for
     sys.setswitchinterval(0.0005)
 
 

@@ -11,6 +11,8 @@ from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
+from manager.api.model_settings import model_settings_router
+from manager.api.routing import routing_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -31,7 +33,12 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         redirect_slashes=False,
         wants_key=access.wants_key,
     )
-    routers = (compute_router(backend), health_router(backend))
+    routers = (
+        compute_router(backend),
+        routing_router(backend),
+        model_settings_router(backend),
+        health_router(backend),
+    )
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])

@@ -2,6 +2,7 @@
 
 from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_key
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
+from manager.settings.overrides import written_roles
 from manager.settings.routing import (
     GatewaySettings,
     ModelsSettings,
@@ -26,4 +27,5 @@ __all__ = [
     "read_key",
     "resolve_instances",
     "routing_settings",
+    "written_roles",
 ]

@@ -1,11 +1,12 @@
 """The daemon does what its own description says, with data that fits it and data that does not.
 
-schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; four things are
+schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; five things are
 helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
 - The stream of events has no end: it is read until it falls silent for a moment.
+- Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
 """
@@ -46,15 +47,36 @@ def description() -> dict[str, Any]:
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:
-    """What no schema can know: which ids there are, and which images the operator allows."""
+    """What no schema can know: which ids there are, which images are allowed, and what contradicts what."""
     for path in document["paths"].values():
         for operation in path.values():
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":
                     parameter["schema"] = {"anyOf": [{"enum": IDS}, {"type": "string", "minLength": 1}]}
     image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
-    document["components"]["schemas"]["PullRequest"]["properties"]["image"] = image
+    schemas = document["components"]["schemas"]
+    schemas["PullRequest"]["properties"]["image"] = image
+    target = {"enum": ["auto", "cpu", "", None]}
+    schemas["RoleChange"]["properties"] |= {
+        "target": target,
+        "kind": {"enum": ["", None]},
+        "fallbacks": {"enum": [[], None]},
+    }
+    schemas["RoleRoutingChange"]["properties"]["target"] = target
+    # One value can be said in several ways: here each has roles of its own.
+    models = schemas["ModelsChange"]["properties"]
+    models["roles"] = by_role(models["roles"], "thinking", "control")
+    models["layer_routing"] = by_role({"patternProperties": {"": target}}, "output", "tool_selector")
+    models["embedding_target_instance"] = target
+    routing = schemas["RoutingChange"]["properties"]
+    routing["roles"] = by_role(routing["roles"], "thinking", "embedding")
     return document
+
+
+def by_role(schema: dict[str, Any], *roles: str) -> dict[str, Any]:
+    (value,) = schema["patternProperties"].values()
+    properties = dict.fromkeys(roles, value)
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 CONFIG = schemathesis.Config.from_dict(

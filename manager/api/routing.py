@@ -1,0 +1,181 @@
+"""`/api/runtime/compute/routing`: where requests for each role go, and where any request would go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
+from manager.api.errors import refusals
+from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, change_roles
+from manager.domain.instance import Health  # noqa: TC001
+from manager.domain.roles import Policy, RequestKind
+from manager.domain.routing import Because, RequestFacts
+from manager.errors import Reason  # noqa: TC001
+from manager.settings.routing import ANY_INSTANCE, RoleName
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manager.api.backend import Backend
+    from manager.domain.roles import Role
+    from manager.domain.routing import Decision
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RoleRouting(_Shape):
+    """Where requests for a role go now, and why not where it was asked for.
+
+    `requested_target` is `auto` or the id of an instance. `effective_target`, its `endpoint` and `health`,
+    and `model` are those of the first attempt; `message` says why there is none.
+    """
+
+    requested_target: str
+    effective_target: str | None
+    endpoint: str | None
+    health: Health | None
+    policy: Policy
+    model: str | None
+    fallback_reason: Reason | None
+    message: str | None
+
+
+class RoutingBody(_Shape):
+    roles: dict[str, RoleRouting]
+
+
+class RoleRoutingChange(_Shape):
+    """What is left out stays; null takes a value back to what is configured."""
+
+    target: Target = None
+    policy: PolicyWord = None
+
+
+class RoutingChange(_Shape):
+    roles: Annotated[dict[RoleName, RoleRoutingChange], ByRole]
+
+
+class RequestDescription(_Shape):
+    """A request as routing sees it. `model` may be a role, or have an instance (`MODEL@INSTANCE`)."""
+
+    model: Annotated[str, Field(min_length=1, max_length=600)]
+    kind: RequestKind = RequestKind.GENERATE
+    instance: Annotated[str, Field(max_length=100)] | None = None
+    lane: Annotated[str, Field(max_length=100)] | None = None
+
+
+class AttemptBody(_Shape):
+    """One way to answer. `fallback` says why it is not what was preferred."""
+
+    instance: str
+    model: str
+    role: str | None
+    because: Because
+    fallback: Reason | None
+
+
+class PassedOverBody(_Shape):
+    instance: str
+    model: str
+    reason: Reason
+
+
+class RefusedBody(_Shape):
+    what: Literal["unknown", "unavailable", "contradiction"]
+    reason: Reason
+    message: str
+
+
+class DecisionBody(_Shape):
+    """The attempts in the order in which they would be made; `refused` says why there is none."""
+
+    role: str | None
+    policy: Policy
+    requested_target: str
+    attempts: list[AttemptBody]
+    passed_over: list[PassedOverBody]
+    refused: RefusedBody | None
+
+
+def routing_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/runtime/compute/routing", tags=["routing"])
+
+    @router.get("", response_model=RoutingBody, responses=refusals())
+    async def show_routing(_query: Annotated[NoQuery, Query()]) -> Response:
+        """Where requests for each role go now. Starts nothing."""
+        return JSONResponse(_routing(backend))
+
+    @router.post("", response_model=RoutingBody, responses=refusals(503))
+    async def change_routing(change: RoutingChange, _query: Annotated[NoQuery, Query()]) -> Response:
+        """Change targets and policies, which are those of `/api/settings/models`."""
+        await change_roles(backend.model_settings, _sayings(change))
+        return JSONResponse(_routing(backend))
+
+    @router.post("/explain", response_model=DecisionBody, responses=refusals())
+    async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
+        """Where a request would go, without making it. Starts nothing."""
+        facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
+        return JSONResponse(_decision(backend, backend.router.decide(facts)))
+
+    return router
+
+
+def _sayings(change: RoutingChange) -> Iterator[Saying]:
+    for role, values in change.model_dump(mode="json", exclude_unset=True)["roles"].items():
+        where = f"body.roles.{role}"
+        if not values:
+            yield where, role, None, values
+        for field, value in values.items():
+            yield f"{where}.{field}", role, field, value
+
+
+def _routing(backend: Backend) -> dict[str, Any]:
+    roles = backend.model_settings.routing.roles.values()
+    return {"roles": {role.name: _role(backend, role) for role in roles}}
+
+
+def _role(backend: Backend, role: Role) -> dict[str, Any]:
+    decision = backend.router.decide(RequestFacts(role.name, role.kind))
+    first = next(decision.in_order(backend.router.load()), None)
+    refused = decision.refused
+    view = backend.fleet.get(first.instance).view() if first else None
+    return {
+        "requested_target": role.target or ANY_INSTANCE,
+        "effective_target": first and first.instance,
+        "endpoint": view and view.endpoint,
+        "health": view and view.health,
+        "policy": role.policy,
+        "model": first.model if first else role.model,
+        "fallback_reason": first.fallback if first else refused and refused.reason,
+        "message": refused and refused.message,
+    }
+
+
+def _decision(backend: Backend, decision: Decision) -> dict[str, Any]:
+    refused = decision.refused
+    return {
+        "role": decision.role,
+        "policy": decision.policy,
+        "requested_target": decision.requested_target or ANY_INSTANCE,
+        "attempts": [
+            {
+                "instance": one.instance,
+                "model": one.model,
+                "role": one.role,
+                "because": one.because,
+                "fallback": one.fallback,
+            }
+            for one in decision.in_order(backend.router.load())
+        ],
+        "passed_over": [
+            {"instance": one.instance, "model": one.model, "reason": one.reason}
+            for one in decision.passed_over
+        ],
+        "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
+    }
