@@ -254,6 +254,7 @@ def _be_quick_to_answer() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind: there is little to look for
     sys.setswitchinterval(0.0005)
 
 
