@@ -1,0 +1,230 @@
+"""Another attempt follows only before the caller has got a byte, in the order of the decision."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.inside import until
+from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, relaying
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
+
+
+async def crashes(talk: Conversation) -> None:
+    talk.crash()
+
+
+async def fails(talk: Conversation) -> None:
+    await talk.whole(500, b'{"error":"model failed to load"}')
+
+
+async def is_full(talk: Conversation) -> None:
+    await talk.whole(503, b'{"error":"server busy, please try again"}')
+
+
+async def lacks_the_model(talk: Conversation) -> None:
+    await talk.whole(404, b'{"error":"model \'tiny\' not found"}')
+
+
+async def babbles(talk: Conversation) -> None:
+    await talk.send(b"this is no HTTP\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (crashes, "upstream_unreachable"),
+        (fails, "upstream_error"),
+        (is_full, "overloaded"),
+        (lacks_the_model, "model_missing"),
+        (babbles, "upstream_unreachable"),
+    ],
+)
+async def test_what_fails_before_the_first_byte_is_tried_elsewhere_and_told(
+    tmp_path: Path, first: object, reason: str
+) -> None:
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        one.answer = first  # type: ignore[assignment]
+        reply = await front.ask(TINY)
+        assert (reply.status, reply.body) == (200, LINE + LAST)
+        assert reply.headers["x-instance"] == "b"
+        assert reply.headers["x-fallback-reason"] == reason
+        record = await front.record()
+        assert (record.outcome, record.attempts, record.effective_target) == ("ok", 2, "b")
+        assert (record.fallback, record.fallback_reason) == (True, reason)
+        await until(lambda: front.at_rest)
+        assert "fallback" in front.kinds()
+
+
+async def test_a_server_that_is_gone_is_left_for_another(tmp_path: Path) -> None:
+    one = Scripted()
+    async with Scripted().serving() as other:
+        async with one.serving():
+            gateway = relaying(tmp_path, {"a": one, "b": other}, config={"lifecycle": {"probe_interval_s": 30}})
+            front = await gateway.__aenter__()
+        try:
+            reply = await front.ask(TINY)
+            assert reply.headers["x-instance"] == "b"
+            assert reply.headers["x-fallback-reason"] == "upstream_unreachable"
+        finally:
+            await gateway.__aexit__(None, None, None)
+
+
+async def test_a_failure_of_the_last_attempt_is_passed_on_as_the_server_told_it(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = fails
+        reply = await front.ask(TINY)
+        assert (reply.status, reply.json()) == (500, {"error": "model failed to load"})
+        assert (await front.record()).outcome == "upstream_error"
+
+
+async def test_nothing_is_tried_again_after_the_first_byte(tmp_path: Path) -> None:
+    async def breaks(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(LINE)
+        talk.crash()
+
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        one.answer = breaks
+        reply = await front.ask(TINY)
+        assert reply.whole
+        lines = reply.lines()
+        assert lines[0]["done"] is False
+        assert "a: " in lines[-1]["error"]
+        assert other.seen == []
+        assert (await front.record()).outcome == "upstream_error"
+        await until(lambda: front.at_rest)
+
+
+async def test_a_document_that_breaks_off_is_not_passed_off_as_whole(tmp_path: Path) -> None:
+    async def breaks(talk: Conversation) -> None:
+        await talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{")
+        talk.crash()
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = breaks
+        reply = await front.ask({**TINY, "stream": False})
+        assert not reply.whole
+        assert (await front.record()).outcome == "upstream_error"
+
+
+async def test_a_kept_connection_that_the_server_closed_meanwhile_costs_nothing(tmp_path: Path) -> None:
+    """Whether the server saw the request cannot be known once a byte came back; before that it can."""
+
+    async def answers_once(talk: Conversation) -> None:
+        await a_word(talk)
+        if len(server.seen) == 1:
+            # The next request on this connection is met by its end, not by an answer.
+            await talk.reader.read(1)
+            talk.crash()
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = answers_once
+        assert (await front.ask(TINY)).status == 200
+        reply = await front.ask(TINY)
+        assert (reply.status, reply.headers.get("x-fallback-reason")) == (200, None)
+        assert (await front.record(1)).attempts == 1
+
+
+async def test_a_stream_without_its_terminator_is_a_failure(tmp_path: Path) -> None:
+    async def forgets(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(LINE)
+        await talk.end()
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = forgets
+        reply = await front.ask(TINY)
+        assert "before its end" in reply.lines()[-1]["error"]
+        assert (await front.record()).outcome == "upstream_error"
+
+
+async def test_an_error_that_the_server_tells_in_mid_stream_is_told_once(tmp_path: Path) -> None:
+    async def fails_late(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(LINE)
+        await talk.chunk(b'{"error":"out of memory"}\n')
+        await talk.end()
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = fails_late
+        reply = await front.ask(TINY)
+        assert [line.get("error") for line in reply.lines()] == [None, "out of memory"]
+        assert (await front.record()).outcome == "upstream_error"
+
+
+async def test_the_first_byte_has_a_deadline_for_each_attempt(tmp_path: Path) -> None:
+    async def silent(talk: Conversation) -> None:
+        await talk.left()
+
+    async with (
+        Scripted(loaded=("tiny",)).serving() as one,
+        Scripted().serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}, gateway={"first_byte_timeout_s": 0.5}) as front,
+    ):
+        one.answer = silent
+        await until(lambda: front.daemon.fleet.get("a").models)
+        reply = await front.ask(TINY)
+        assert reply.headers["x-instance"] == "b"
+        assert reply.headers["x-fallback-reason"] == "attempt_timeout"
+
+
+async def test_a_stream_that_stalls_is_cut_with_an_error_line(tmp_path: Path) -> None:
+    async def stalls(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(LINE)
+        await talk.left()
+
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"idle_timeout_s": 0.5}) as front,
+    ):
+        server.answer = stalls
+        reply = await front.ask(TINY)
+        assert "nothing moved" in reply.lines()[-1]["error"]
+        assert (await front.record()).outcome == "timeout"
+        await until(lambda: front.at_rest)
+
+
+async def test_all_attempts_together_have_one_deadline(tmp_path: Path) -> None:
+    async def drips(talk: Conversation) -> None:
+        await talk.begin()
+        while not talk.writer.is_closing():
+            await talk.chunk(LINE)
+            await asyncio.sleep(0.05)
+
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"total_timeout_s": 1}) as front,
+    ):
+        server.answer = drips
+        reply = await front.ask(TINY)
+        assert "no end within 1 s" in reply.lines()[-1]["error"]
+        assert (await front.record()).outcome == "timeout"
+
+
+async def test_when_nothing_is_left_to_try_the_caller_is_told_why(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = crashes
+        reply = await front.ask(TINY)
+        assert reply.status == 502
+        assert reply.json()["error"].startswith("a: the connection broke") or "closed" in reply.json()["error"]
+        reply = await front.ask(TINY, "/v1/chat/completions")
+        assert reply.json()["error"]["type"] == "api_error"
+        reply = await front.ask(TINY, "/v1/messages")
+        assert reply.json()["type"] == "error"
+        assert {record.outcome for record in front.records} == {"upstream_error"}
