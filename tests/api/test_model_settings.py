@@ -8,6 +8,7 @@ import pytest
 
 from manager.api.model_settings import EffectiveModelsBody, ModelsBody
 from manager.api.routing import DecisionBody, RoutingBody
+from manager.client import ModelSettingsClient
 from tests.api.test_contract import error_of
 from tests.support.daemon import COMPUTE, Daemon, wait_for
 from tests.support.ollama import running_ollama
@@ -436,6 +437,18 @@ def test_a_change_is_an_event(daemon: Daemon) -> None:
     (event,) = [one for one in daemon.events(before) if one["kind"] == "settings_changed"]
     assert event["instance"] is None
     assert event["detail"] == 'roles.output.model = "x"; roles.output.system.text changed'
+
+
+def test_another_program_gets_the_model_through_the_client(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SETTINGS_API_URL", daemon.url)
+    with ModelSettingsClient(ttl_s=0) as client:
+        assert client.model_for("embedding") == "minilm"
+        changed(daemon, {"roles": {"embedding": {"model": "other"}}})
+        assert client.model_for("embedding") == "other"
+        assert client.effective() == daemon.get(f"{SETTINGS}/effective")
+        assert not client.stale
 
 
 # --- across restarts ------------------------------------------------------------------------------
