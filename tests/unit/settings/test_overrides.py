@@ -154,6 +154,12 @@ def test_a_card_that_is_away_may_still_be_meant_where_cards_are_found_by_themsel
     assert over(written, saved).ignored[0].key == "roles.control.target"
 
 
+def test_what_the_configuration_itself_says_is_never_ignored(written: Written) -> None:
+    found = overlaid(written, {"roles.control.model": "x"}, {"cpu": False}, auto_gpus=False)
+    assert found.ignored == ()
+    assert found.roles["output"].target == "gpu0"
+
+
 # --- changes --------------------------------------------------------------------------------------
 
 

@@ -299,7 +299,9 @@ def test_bodies_are_bounded_in_depth(tmp_path: Path) -> None:
     assert line.endswith("roles.output.body.defaults.n: nested too deeply; expected at most 32 levels")
 
 
-@pytest.mark.parametrize("body", ['{"a": "\\ud800"}', '{"\\ud800": 1}', '{"a": ["\\udfff"]}'])
+@pytest.mark.parametrize(
+    "body", ['{"a": "\\ud800"}', '{"\\ud800": 1}', '{"a": {"\\ud800": 1}}', '{"a": ["\\udfff"]}']
+)
 def test_half_a_character_cannot_be_sent(tmp_path: Path, body: str) -> None:
     (line,) = problems(tmp_path, "", {"OLLAMA_MANAGER_ROLES__OUTPUT__BODY__OVERRIDES": body})
     assert "roles.output.body.overrides" in line

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+
+from manager.domain.models import model_key
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qwen3",
+        "Qwen3:latest",
+        " qwen3 ",
+        "library/qwen3",
+        "registry.ollama.ai/library/qwen3:latest",
+        "https://registry.ollama.ai/library/QWEN3",
+    ],
+)
+def test_all_spellings_of_a_model_are_one(name: str) -> None:
+    assert model_key(name) == "qwen3:latest"
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("qwen3:8b", "qwen3:8b"),
+        ("someone/qwen3", "someone/qwen3:latest"),
+        ("hf.co/someone/Model-GGUF:Q4_K_M", "hf.co/someone/model-gguf:q4_k_m"),
+        ("localhost:5000/someone/qwen3", "localhost:5000/someone/qwen3:latest"),
+        ("http://host/library/x:y", "host/library/x:y"),
+    ],
+)
+def test_what_differs_stays_apart(name: str, key: str) -> None:
+    assert model_key(name) == key
