@@ -36,6 +36,7 @@ from manager.domain.template import image_allowed
 from manager.errors import ManagerError
 from manager.relay.front import listening_with
 from manager.relay.relay import HeaderNames, Limits, Relay
+from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
 from manager.services.gateway import Gateway
@@ -193,6 +194,7 @@ async def open_daemon(
             gpus=gpus,
             journal=journal,
             engine=engine,
+            catalogue=Catalogue(fleet, lists, model_settings, now=time.monotonic),
             model_settings=model_settings,
             router=gateway,
             may_pull=lambda image: image_allowed(image, settings.allow.images),

@@ -11,6 +11,7 @@ from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
+from manager.api.ollama import OllamaApi
 from manager.api.model_settings import model_settings_router
 from manager.api.routing import routing_router
 from manager.wire.access import WITHOUT_KEY
@@ -42,6 +43,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
+    app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
     app.add_middleware(Gate, access=access)
     return app
 

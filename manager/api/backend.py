@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from manager.domain.routing import Decision, RequestFacts
+    from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
@@ -39,6 +40,7 @@ class Backend:
     gpus: Gpus
     journal: Journal
     engine: Engine
+    catalogue: Catalogue
     model_settings: ModelSettings
     router: Router
     may_pull: Callable[[str], bool]

@@ -9,7 +9,7 @@ import structlog
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from manager.api.schemas import ErrorBody
 from manager.errors import (
@@ -21,6 +21,8 @@ from manager.errors import (
     UnavailableError,
     UnknownInstanceError,
 )
+from manager.wire.dialect import error_body
+from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from starlette.routing import BaseRoute
 
 _log = structlog.get_logger("api")
+
+# Below these all errors have the control API's shape, those of paths that do not exist too.
+_OWN_PREFIXES = ("/api/runtime", "/api/settings")
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
@@ -113,12 +118,15 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
         )
 
     @app.exception_handler(HTTPException)
-    async def _(request: Request, error: HTTPException) -> JSONResponse:
+    async def _(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 400:  # noqa: PLR2004  (the framework's word for a body it cannot decode)
             return error_response(422, "invalid_request", "body: it is not JSON in UTF-8")
+        path = request.url.path
+        if error.status_code == 404 and not path.startswith(_OWN_PREFIXES):  # noqa: PLR2004
+            return _nothing_there(request.method, path)
         if error.status_code == 405:  # noqa: PLR2004  (the framework names one of its routes' methods only)
-            headers["Allow"] = ", ".join(_methods(routes, request.url.path))
+            headers["Allow"] = ", ".join(_methods(routes, path))
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
             error.status_code, "http_error"
         )
@@ -128,6 +136,15 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
     async def _(request: Request, error: Exception) -> JSONResponse:
         _log.error("request_failed", path=request.url.path, exc_info=error)
         return error_response(500, "internal_error", "the daemon failed; its log says more")
+
+
+def _nothing_there(method: str, path: str) -> Response:
+    """What a caller of Ollama or OpenAI is told where neither has anything."""
+    dialect = spoken_at(path)
+    if dialect is None:
+        return Response(b"404 page not found", 404, media_type=None, headers={"Content-Type": "text/plain"})
+    body, kind = error_body(dialect, 404, f"there is no {method} {path}")
+    return Response(body, 404, headers={"Content-Type": kind.decode()})
 
 
 def _methods(routes: list[BaseRoute], path: str) -> list[str]:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
 
+from manager.api.answers import answer_error
 from manager.api.errors import error_response
+from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,7 +21,7 @@ _TOO_LARGE = f"a body may have at most {MOST_BODY_BYTES} bytes"
 
 
 class Gate:
-    """ASGI middleware."""
+    """ASGI middleware. Bodies for models are bounded by whoever takes them, all others here."""
 
     def __init__(self, app: ASGIApp, *, access: Access) -> None:
         self._app = app
@@ -30,6 +32,13 @@ class Gate:
             await self._app(scope, receive, send)
             return
         refusal = self._access.refusal(scope["path"], scope["headers"])
+        dialect = spoken_at(scope["path"])
+        if dialect is not None:
+            if refusal is None:
+                await self._app(scope, receive, send)
+            else:
+                await answer_error(send, dialect, refusal.status, refusal.message, refusal.headers)
+            return
         if refusal is not None:
             answer = error_response(
                 refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers)

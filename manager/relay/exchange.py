@@ -620,7 +620,7 @@ class Exchange:
                 self.keep_alive = False
             record.status = status
             self._started = True
-            content, kind = error_body(self._route.dialect, status, message)
+            content, kind = error_body(self._route.dialect, status, message, record.request_id)
             more = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
             if not self.keep_alive:
                 more += "Connection: close\r\n"

@@ -187,6 +187,8 @@ class Instance(ABC):
         self._last_seen_at = self._world.utcnow()
         self.version = answer.version
         if answer.loaded is not None:
+            if [model.name for model in answer.loaded] != [model.name for model in self._models]:
+                self._world.changes.count += 1
             self._models = answer.loaded
         if answer.available is not None:
             self._available = tuple(map(name_of, answer.available))
@@ -229,6 +231,11 @@ class Instance(ABC):
     @property
     def models(self) -> tuple[Model, ...]:
         return self._models
+
+    @property
+    def available_models(self) -> tuple[str, ...] | None:
+        """The names of the models on its volume as it last listed them, None while it never did."""
+        return self._available
 
     @property
     def in_flight(self) -> int:

@@ -9,6 +9,7 @@ import orjson
 from manager.wire.routes import Dialect
 
 _JSON = b"application/json; charset=utf-8"
+_PLAIN_JSON = b"application/json"
 
 # Source of the names: Ollama `openai/openai.go` NewError and `anthropic/anthropic.go` NewError.
 _TYPES = {
@@ -20,10 +21,11 @@ _TYPES = {
     422: "invalid_request_error",
     429: "rate_limit_error",
 }
+_UNREADABLE = 400
 _OVERLOADED = 503
 
 
-def error_document(dialect: Dialect, status: int, message: str) -> dict[str, Any]:
+def error_document(dialect: Dialect, status: int, message: str, request_id: str = "") -> dict[str, Any]:
     if dialect is Dialect.NATIVE:
         return {"error": message}
     kind = _TYPES.get(status, "api_error")
@@ -31,12 +33,16 @@ def error_document(dialect: Dialect, status: int, message: str) -> dict[str, Any
         return {"error": {"message": message, "type": kind, "param": None, "code": None}}
     if status == _OVERLOADED:
         kind = "overloaded_error"
-    return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": f"req_{request_id}"}
 
 
-def error_body(dialect: Dialect, status: int, message: str) -> tuple[bytes, bytes]:
-    """The body of an error, and its content type."""
-    return orjson.dumps(error_document(dialect, status, message)), _JSON
+def error_body(dialect: Dialect, status: int, message: str, request_id: str = "") -> tuple[bytes, bytes]:
+    """The body of an error, and its content type.
+
+    Below `/v1` Ollama names the charset only where it could not even read the request.
+    """
+    kind = _JSON if dialect is Dialect.NATIVE or status == _UNREADABLE else _PLAIN_JSON
+    return orjson.dumps(error_document(dialect, status, message, request_id)), kind
 
 
 def error_in_stream(dialect: Dialect, status: int, message: str) -> bytes:

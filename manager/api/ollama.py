@@ -1,0 +1,125 @@
+"""The routes of Ollama and OpenAI that the relay leaves: what there is, told for all instances at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
+from manager.wire.listing import (
+    Alias,
+    alias_document,
+    model_document,
+    models_document,
+    ps_document,
+    tags_document,
+)
+from manager.wire.ollama import name_of
+from manager.wire.ollama_routes import MODEL_PREFIX, methods_of, spoken_at
+from manager.wire.routes import Dialect
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from starlette.routing import BaseRoute
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    from manager.api.backend import Backend
+
+    Handler = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+_log = structlog.get_logger("gateway")
+
+_PAGES = "/ui"
+# So many names of models fit into an error message that somebody reads.
+_MOST_NAMES = 50
+
+
+class OllamaApi:
+    """ASGI middleware: answers what is Ollama's, and passes everything else on.
+
+    Args:
+        app: everything else.
+        backend: what the routes need of the daemon.
+        routes: what that consists of; pages for people may be among it.
+    """
+
+    def __init__(self, app: ASGIApp, *, backend: Backend, routes: Sequence[BaseRoute]) -> None:
+        self._app = app
+        self._catalogue = backend.catalogue
+        self._routes = routes
+        self._handlers: dict[str, Handler] = {
+            "/": self._root,
+            "/api/version": self._version,
+            "/api/tags": self._tags,
+            "/api/ps": self._ps,
+            "/v1/models": self._models,
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        methods = methods_of(scope["path"]) if scope["type"] == "http" else None
+        if methods is None:
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] not in methods:
+            await answer_wrong_method(send, methods)
+            return
+        handler = self._handler(scope["path"])
+        if handler is None:
+            await self._app(scope, receive, send)
+            return
+        try:
+            await handler(scope, receive, send)
+        except Exception as error:  # noqa: BLE001  (a defect: the caller gets an answer in its own words)
+            _log.error("request_failed", path=scope["path"], exc_info=error)
+            dialect = spoken_at(scope["path"]) or Dialect.NATIVE
+            await answer_error(send, dialect, 500, "the manager failed; its log says more")
+
+    def _handler(self, path: str) -> Handler | None:
+        if path.startswith(MODEL_PREFIX):
+            return self._model
+        return self._handlers.get(path)
+
+    async def _root(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        if _wants_page(scope) and any(getattr(route, "path", None) == _PAGES for route in self._routes):
+            await answer(send, 307, None, b"", [(b"Location", _PAGES.encode())])
+            return
+        await answer(send, 200, TEXT, b"Ollama is running")
+
+    async def _version(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await answer_json(send, {"version": self._catalogue.version()}, Dialect.NATIVE)
+
+    async def _tags(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self._catalogue.refresh(lists=True)
+        await answer_json(send, tags_document(self._catalogue.models()), Dialect.NATIVE)
+
+    async def _ps(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self._catalogue.refresh(lists=False)
+        await answer_json(send, ps_document(self._catalogue.loaded()), Dialect.NATIVE)
+
+    async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        await self._catalogue.refresh(lists=True)
+        document = models_document(self._catalogue.models(), self._catalogue.aliases())
+        await answer_json(send, document, Dialect.OPENAI)
+
+    async def _model(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        name = scope["path"].removeprefix(MODEL_PREFIX)
+        await self._catalogue.refresh(lists=True)
+        found = self._catalogue.find(name)
+        if found is None:
+            names = sorted(name_of(model.entry) for model in self._catalogue.models())[:_MOST_NAMES]
+            names += [alias.name for alias in self._catalogue.aliases()]
+            message = f"model {name!r} not found; there is: {', '.join(names) or 'none'}"
+            await answer_error(send, Dialect.OPENAI, 404, message)
+        elif isinstance(found, Alias):
+            await answer_json(send, alias_document(found), Dialect.OPENAI)
+        else:
+            await answer_json(send, model_document(name, found), Dialect.OPENAI)
+
+
+def _wants_page(scope: Scope) -> bool:
+    """Whether the caller would rather have a page than anything else, as browsers do."""
+    accepted = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+    first: bytes = accepted.split(b",")[0].split(b";")[0]
+    return first.strip().lower() == b"text/html"

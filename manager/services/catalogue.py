@@ -1,0 +1,155 @@
+"""What all instances have and hold, as one list. Nothing is ever started for it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manager.domain.instance import Health
+from manager.domain.models import model_key
+from manager.services.model_lists import volume_of
+from manager.wire.listing import Alias, KnownModel
+from manager.wire.ollama import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from datetime import datetime
+
+    from manager.services.fleet import Fleet
+    from manager.services.gateway import SettingsSource
+    from manager.services.instance import Instance
+    from manager.services.model_lists import ModelLists
+
+_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:-rc[0-9]+)?")
+# What the packaged templates run. Some clients refuse servers that are older than something.
+_LIKELY_VERSION = "0.32.15"
+# Of an instance that nobody uses this is news enough. Asking it more often would look like use: it costs
+# processor time, by which direct use is told.
+_NEWS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """When an instance was asked, and when it had last been used then."""
+
+    at: float
+    last_used_at: datetime | None
+
+
+class Catalogue:
+    """Reads what instances know of themselves; `refresh` has those that are ready look again."""
+
+    def __init__(
+        self, fleet: Fleet, lists: ModelLists, settings: SettingsSource, *, now: Callable[[], float]
+    ) -> None:
+        self._fleet = fleet
+        self._lists = lists
+        self._settings = settings
+        self._now = now
+        self._turns: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._asked: dict[tuple[str, bool], _Asked] = {}
+
+    async def refresh(self, *, lists: bool) -> None:
+        """Have every instance that is ready asked once more, side by side; who does not answer is as before.
+
+        Those who ask at the same time share the questions, and one that was asked a moment ago and has not
+        been used through us since is left alone.
+
+        Args:
+            lists: ask for the models on its volume too, not only for those in its memory.
+        """
+        since = self._now()
+        ready = [instance for instance in self._fleet.instances() if _is_well(instance)]
+        await asyncio.gather(*(self._ask(instance, since, lists=lists) for instance in ready))
+        for instance in ready:
+            self._lists.take(instance)
+
+    def models(self) -> tuple[KnownModel, ...]:
+        """Every model that some instance has, each once."""
+        return tuple(self._by_key().values())
+
+    def find(self, name: str) -> KnownModel | Alias | None:
+        """What a caller means by a name: a model, else what a role stands for, else nothing."""
+        found = self._by_key()
+        model = found.get(model_key(name))
+        if model is not None:
+            return model
+        return next((alias for alias in self._aliases(found) if alias.name == name), None)
+
+    def aliases(self) -> tuple[Alias, ...]:
+        """The roles that have a model, but for those whose name is a model's: that wins."""
+        return self._aliases(self._by_key())
+
+    def loaded(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """The models in memory, each with the id of its instance, by instance in the configured order."""
+        return tuple(
+            (instance.id, model.entry)
+            for instance in self._fleet.instances()
+            if instance.usable_endpoint() is not None
+            for model in instance.models
+        )
+
+    def version(self) -> str:
+        """An Ollama's version: of one that is ready, else the one last seen, else the one that would run."""
+        known = [instance for instance in self._fleet.instances() if instance.version is not None]
+        for instance in known:
+            if instance.usable_endpoint() is not None:
+                return str(instance.version)
+        if known:
+            return str(max(known, key=_last_seen_s).version)
+        for image in self._fleet.images():
+            match = _VERSION.search(image.rpartition(":")[2])
+            if match is not None:
+                return match[0]
+        return _LIKELY_VERSION
+
+    # --- helpers ---
+
+    async def _ask(self, instance: Instance, since: float, *, lists: bool) -> None:
+        async with self._turns[instance.id]:
+            now, view = self._now(), instance.view()
+            last = self._asked.get((instance.id, lists))
+            if last is not None:
+                shared = last.at >= since  # somebody else's question, which began after ours was put
+                unused = view.in_flight == 0 and view.last_used_at == last.last_used_at
+                if shared or (unused and now - last.at < _NEWS_S):
+                    return
+            await instance.probe(tags=lists)
+            asked = _Asked(now, view.last_used_at)
+            self._asked[instance.id, False] = asked
+            if lists:
+                self._asked[instance.id, True] = asked
+
+    def _by_key(self) -> dict[str, KnownModel]:
+        entries: dict[str, Mapping[str, Any]] = {}
+        instances: defaultdict[str, list[str]] = defaultdict(list)
+        loaded_on: defaultdict[str, list[str]] = defaultdict(list)
+        for instance in self._fleet.instances():
+            for key, entry in self._lists.entries(volume_of(instance.spec)).items():
+                entries.setdefault(key, entry)
+                instances[key].append(instance.id)
+        for id_, entry in self.loaded():
+            loaded_on[model_key(name_of(entry))].append(id_)
+        return {
+            key: KnownModel(entry, tuple(instances[key]), tuple(loaded_on[key]))
+            for key, entry in entries.items()
+        }
+
+    def _aliases(self, models: Mapping[str, KnownModel]) -> tuple[Alias, ...]:
+        return tuple(
+            Alias(role.name, role.model, role.kind, models.get(model_key(role.model)))
+            for role in self._settings.routing.roles.values()
+            if role.model is not None and model_key(role.name) not in models
+        )
+
+
+def _is_well(instance: Instance) -> bool:
+    return instance.usable_endpoint() is not None and instance.view().health is not Health.UNHEALTHY
+
+
+def _last_seen_s(instance: Instance) -> float:
+    seen = instance.view().last_seen_at
+    return seen.timestamp() if seen is not None else 0.0

@@ -1,0 +1,122 @@
+"""Lists of models in the shapes of Ollama and OpenAI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from manager.wire.ollama import name_of, read_time
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from manager.domain.roles import RequestKind
+
+# What Go's encoder writes where nothing is known, in the order of Ollama's `api.ListModelResponse`.
+_NO_TIME = "0001-01-01T00:00:00Z"
+_BLANK: Mapping[str, Any] = {"name": "", "model": "", "modified_at": _NO_TIME, "size": 0, "digest": ""}
+_BLANK_DETAILS: Mapping[str, Any] = {
+    "parent_model": "",
+    "format": "",
+    "family": "",
+    "families": None,
+    "parameter_size": "",
+    "quantization_level": "",
+}
+_DEFAULT_NAMESPACE = "library"
+_OWNER_OF_ROLES = "ollama-manager"
+
+
+@dataclass(frozen=True, slots=True)
+class KnownModel:
+    """A model, the instances that have it, and those of them that hold it in memory.
+
+    `entry` is what a server last said of it in `/api/tags`.
+    """
+
+    entry: Mapping[str, Any]
+    instances: tuple[str, ...]
+    loaded_on: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """A name that stands for a model; `of` is None where no instance has that model."""
+
+    name: str
+    model: str
+    kind: RequestKind
+    of: KnownModel | None
+
+
+def tags_document(models: Iterable[KnownModel]) -> dict[str, Any]:
+    """The answer of `/api/tags`: newest first, as Ollama has it."""
+    return {"models": [_whole(model.entry) for model in sorted(models, key=_modified_s, reverse=True)]}
+
+
+def ps_document(loaded: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """The answer of `/api/ps`, with the instance that holds each model.
+
+    Args:
+        loaded: instances, and what their servers say of one model each.
+    """
+    return {"models": [{**entry, "instance": instance} for instance, entry in loaded]}
+
+
+def models_document(models: Iterable[KnownModel], aliases: Iterable[Alias]) -> dict[str, Any]:
+    """The answer of `/v1/models`."""
+    entries = [
+        model_document(name_of(model.entry), model) for model in sorted(models, key=_modified_s, reverse=True)
+    ]
+    return {"object": "list", "data": [*entries, *map(alias_document, aliases)]}
+
+
+def model_document(called: str, model: KnownModel) -> dict[str, Any]:
+    """One entry of `/v1/models`, under the name by which it was asked for."""
+    return {
+        "id": called,
+        "object": "model",
+        "created": int(_modified_s(model)),
+        "owned_by": _namespace(name_of(model.entry)),
+        "loaded": bool(model.loaded_on),
+        "instances": list(model.instances),
+    }
+
+
+def alias_document(alias: Alias) -> dict[str, Any]:
+    model = alias.of
+    return {
+        "id": alias.name,
+        "object": "model",
+        "created": 0 if model is None else int(_modified_s(model)),
+        "owned_by": _OWNER_OF_ROLES,
+        "loaded": model is not None and bool(model.loaded_on),
+        "instances": [] if model is None else list(model.instances),
+        "model": alias.model,
+        "kind": alias.kind.value,
+    }
+
+
+def _whole(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """An entry with every key that clients rely on, whatever the server left out."""
+    details = entry.get("details")
+    name = name_of(entry)
+    return {
+        **_BLANK,
+        **entry,
+        "name": name,
+        "model": entry.get("model") or name,
+        "details": {**_BLANK_DETAILS, **(details if isinstance(details, dict) else {})},
+    }
+
+
+def _modified_s(model: KnownModel) -> float:
+    """Seconds since 1970, 0 where nobody knows."""
+    at = read_time(model.entry.get("modified_at"))
+    return max(0.0, at.timestamp()) if at is not None else 0.0
+
+
+def _namespace(name: str) -> str:
+    """Who a model belongs to: `user` of `user/model` and of `host/user/model`."""
+    parts = name.split("/")
+    return parts[-2] if len(parts) > 1 else _DEFAULT_NAMESPACE

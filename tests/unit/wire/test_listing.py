@@ -1,0 +1,102 @@
+"""Lists of models: nothing that a client relies on is missing, whatever a server left out."""
+
+from __future__ import annotations
+
+from manager.domain.roles import RequestKind
+from manager.wire.listing import (
+    Alias,
+    KnownModel,
+    alias_document,
+    model_document,
+    models_document,
+    ps_document,
+    tags_document,
+)
+
+TINY = {
+    "name": "tiny:latest",
+    "model": "tiny:latest",
+    "modified_at": "2026-11-21T08:00:05.374443553Z",
+    "size": 760257,
+    "digest": "aa77",
+    "details": {"family": "llama", "families": ["llama"], "capabilities": ["completion"]},
+    "remote_host": "https://ollama.com",
+}
+KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",))
+BARE = KnownModel({"name": "bare"}, ("nas",), ())
+
+
+def test_an_entry_keeps_every_key_that_its_server_gave() -> None:
+    (entry,) = tags_document([KNOWN])["models"]
+    assert entry == {
+        **TINY,
+        "details": {
+            "parent_model": "",
+            "format": "",
+            "family": "llama",
+            "families": ["llama"],
+            "parameter_size": "",
+            "quantization_level": "",
+            "capabilities": ["completion"],
+        },
+    }
+
+
+def test_an_entry_of_which_only_the_name_is_known_has_all_keys() -> None:
+    for known in (BARE, KnownModel({"model": "bare", "details": "none"}, (), ())):
+        (entry,) = tags_document([known])["models"]
+        assert list(entry) == ["name", "model", "modified_at", "size", "digest", "details"]
+        assert (entry["name"], entry["model"], entry["size"], entry["digest"]) == ("bare", "bare", 0, "")
+        assert entry["modified_at"] == "0001-01-01T00:00:00Z"
+        assert entry["details"]["families"] is None
+
+
+def test_the_newest_comes_first_and_what_has_no_time_last() -> None:
+    newer = KnownModel({"name": "newer", "modified_at": "2026-11-21T10:00:00+01:00"}, (), ())
+    document = tags_document([BARE, KNOWN, newer])
+    assert [entry["name"] for entry in document["models"]] == ["newer", "tiny:latest", "bare"]
+    listed = models_document([BARE, KNOWN, newer], [])
+    assert [entry["id"] for entry in listed["data"]] == ["newer", "tiny:latest", "bare"]
+
+
+def test_a_loaded_model_says_where() -> None:
+    assert ps_document([("gpu0", {"name": "tiny", "size_vram": 5})]) == {
+        "models": [{"name": "tiny", "size_vram": 5, "instance": "gpu0"}]
+    }
+
+
+def test_a_model_for_openai_is_called_as_it_was_asked_for() -> None:
+    assert model_document("tiny", KNOWN) == {
+        "id": "tiny",
+        "object": "model",
+        "created": 1795248005,
+        "owned_by": "library",
+        "loaded": True,
+        "instances": ["cpu", "gpu0"],
+    }
+
+
+def test_a_model_belongs_to_its_namespace() -> None:
+    for name, owner in (("tiny", "library"), ("me/tiny:1", "me"), ("host:5000/me/tiny", "me")):
+        assert model_document(name, KnownModel({"name": name}, (), ()))["owned_by"] == owner
+
+
+def test_a_role_is_an_entry_that_names_its_model() -> None:
+    alias = Alias("thinking", "tiny", RequestKind.GENERATE, KNOWN)
+    assert models_document([], [alias])["data"] == [
+        {
+            "id": "thinking",
+            "object": "model",
+            "created": 1795248005,
+            "owned_by": "ollama-manager",
+            "loaded": True,
+            "instances": ["cpu", "gpu0"],
+            "model": "tiny",
+            "kind": "generate",
+        }
+    ]
+
+
+def test_a_role_whose_model_nobody_has_says_so() -> None:
+    document = alias_document(Alias("embedding", "bge-m3", RequestKind.EMBED, None))
+    assert (document["loaded"], document["instances"], document["created"]) == (False, [], 0)
