@@ -188,7 +188,9 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
-        gateway = Gateway(fleet, model_settings, lists, traffic, journal, now=time.monotonic)
+        gateway = Gateway(
+            fleet, model_settings, lists, traffic, journal, changes=world.changes, now=time.monotonic
+        )
         backend = Backend(
             fleet=fleet,
             gpus=gpus,

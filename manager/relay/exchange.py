@@ -258,8 +258,6 @@ class Exchange:
             self._cancel_task()
         self._state = _State.STREAMING
         self._active = True
-        if self._body is not None:
-            self._body.forget()  # nothing is sent a second time from here on
         if not self._started:
             self._start_answer(head)
         else:
@@ -273,22 +271,29 @@ class Exchange:
         if self._state is not _State.STREAMING:
             return
         if data:
-            tail = self._tail
-            tail += data
-            if len(tail) > 4 * TAIL_BYTES:
-                del tail[:-TAIL_BYTES]
-            if self._chunks:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-        if self._swallow:
-            data = b""
+            data = self._framed(data)
         end = self._end_of_answer() if complete else None
         if end is not None and self._chunks and end.whole:
             data += b"0\r\n\r\n"
-        head, self._head = self._head, b""
-        if self._front is not None and (head or data):
-            self._front.write(head + data if head else data)
+        if self._head:
+            data = self._head + data
+            self._head = b""
+            if self._body is not None:
+                self._body.forget()  # nothing is sent a second time from here on
+        if data and self._front is not None:
+            self._front.write(data)
         if end is not None:
             self._end(end)
+
+    def _framed(self, data: bytes) -> bytes:
+        """What the caller is to get for a piece of the answer, whose end is kept for a look at it."""
+        tail = self._tail
+        tail += data
+        if len(tail) > 4 * TAIL_BYTES:
+            del tail[:-TAIL_BYTES]
+        if self._swallow:
+            return b""
+        return b"%x\r\n%b\r\n" % (len(data), data) if self._chunks else data
 
     def _end_of_answer(self) -> _End:
         """What has become of an answer whose last byte has come."""
@@ -320,6 +325,11 @@ class Exchange:
             self._finish("client_gone")
             return
         assert self._attempt is not None  # noqa: S101  (it was sent)
+        if self._head:
+            # It broke right behind its head, of which the caller has seen nothing yet.
+            self._head = b""
+            self._started = False
+            self._state = _State.WAITING
         if self._state is _State.WAITING and untouched and not self._retried:
             # The server closed a connection that it had kept, as it may: it has not seen this request.
             self._retried = True

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 _MOST_HEAD_BYTES = 64 * 1024
 # What callers send on while an answer is under way is held up to here; beyond it they have to wait.
 _MOST_HELD_BYTES = 64 * 1024
+_OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -103,10 +104,10 @@ class Front(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
+        if self.parser.should_upgrade():
+            return  # it is read again without the offer
         if self._head_bytes > _MOST_HEAD_BYTES:
-            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-            if size > _MOST_HEAD_BYTES:
-                raise httptools.HttpParserError("the head is too long")
+            self._refuse_long_head()
         self._head_bytes = 0
         path = self.url
         if b"?" in path:
@@ -132,13 +133,9 @@ class Front(HttpToolsProtocol):
             chunks=modern,
             expects_continue=self.expect_100_continue,
         )
-        if caller.ambiguity is not None:
-            exchange.refuse(400, caller.ambiguity)
-        elif not modern and any(name == b"transfer-encoding" for name, _ in headers):
-            exchange.refuse(400, "transfer-encoding needs HTTP/1.1")
-        elif caller.refusal is not None:
-            refusal = caller.refusal
-            exchange.refuse(refusal.status, refusal.message, refusal.headers)
+        problem = _problem(caller, modern=modern)
+        if problem is not None:
+            exchange.refuse(*problem)
         before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
         if before is None or before.response_complete:
             self._start(exchange)
@@ -146,6 +143,8 @@ class Front(HttpToolsProtocol):
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
 
     def on_body(self, body: bytes) -> None:
+        if self.parser.should_upgrade():
+            return
         if isinstance(self.cycle, Exchange):
             self.cycle.body_came(body)
         else:
@@ -153,6 +152,8 @@ class Front(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head = True
+        if self.parser.should_upgrade():
+            return
         if isinstance(self.cycle, Exchange):
             self.cycle.request_ended()
         else:
@@ -204,20 +205,39 @@ class Front(HttpToolsProtocol):
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.send_400_response(f"Invalid HTTP request received: {_plainly(error)}")
-        except httptools.HttpParserUpgrade:
-            self._ignore_upgrade()
+        except httptools.HttpParserUpgrade as offer:
+            self._feeding = False
+            self._feed_without_offer(data[offer.args[0] :])
+            return
         self._feeding = False
         if self._in_head and self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response("Invalid HTTP request received: the head is too long")
         elif self._held and self._running is None:
             self.loop.call_soon(self._feed_held)
 
-    def _ignore_upgrade(self) -> None:
-        """Go on with HTTP/1.1, as one may. What follows the request is not read as HTTP any more."""
-        if self._running is not None:
-            self._running.keep_alive = False
-        if self.cycle is not None:
-            self.cycle.keep_alive = False
+    def _refuse_long_head(self) -> None:
+        """The head came together with much else: what counts is its own length."""
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > _MOST_HEAD_BYTES:
+            raise httptools.HttpParserError("the head is too long")
+
+    def _feed_without_offer(self, rest: bytes) -> None:
+        """Read a request again that offers another protocol, without the offer: HTTP/1.1 goes on.
+
+        Some clients offer HTTP/2 with every request. The parser takes what follows such a head for the other
+        protocol already, where it is the body.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self.send_400_response("Invalid HTTP request received: this is no proxy")
+            return
+        lines = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        lines += [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name not in _OFFER]
+        if self._length:
+            lines.append(b"content-length: %b\r\n" % self._length)
+        self.parser = httptools.HttpRequestParser(self)
+        self._in_head = True
+        self._feed(b"".join(lines) + b"\r\n" + rest)
 
     def _rest_over(self) -> None:
         self._rest = None
@@ -262,6 +282,16 @@ class Front(HttpToolsProtocol):
         if exchange.expects_continue and not exchange.received:
             self.transport.write(_CONTINUE)
         exchange.turn_came()
+
+
+def _problem(caller: Caller, *, modern: bool) -> tuple[int, str, dict[str, str]] | None:
+    """Status, message and headers of the refusal that a head deserves; None when it is served."""
+    if caller.ambiguity is not None:
+        return 400, caller.ambiguity, {}
+    if not modern and any(name == b"transfer-encoding" for name, _ in caller.headers):
+        return 400, "transfer-encoding needs HTTP/1.1", {}
+    refusal = caller.refusal
+    return None if refusal is None else (refusal.status, refusal.message, refusal.headers)
 
 
 def _plainly(error: httptools.HttpParserError) -> str:

@@ -150,7 +150,11 @@ class UpstreamConnection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.abandon()
-            sink.answer_broke(f"the answer is no proper HTTP ({error})", untouched=False)
+            if self._complete:
+                # The answer is whole; what follows it is nobody's.
+                sink.answer_came(b"".join(self._pieces), complete=True)
+            else:
+                sink.answer_broke(f"the answer is no proper HTTP ({error})", untouched=False)
             return
         if self._in_head:
             self._head_bytes += len(data)

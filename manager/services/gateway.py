@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from manager.services.leases import Lease
     from manager.services.model_lists import ModelLists
     from manager.services.traffic import RequestRecord, Traffic
+    from manager.services.world import Changes
 
 # Whatever the counters of changes miss is seen after this long; a request that is sent to a place that has
 # gone meanwhile finds out when it asks for the lease.
@@ -83,6 +84,7 @@ class Gateway:
         traffic: Traffic,
         journal: Journal,
         *,
+        changes: Changes,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
@@ -90,11 +92,12 @@ class Gateway:
         self._lists = lists
         self._traffic = traffic
         self._journal = journal
+        self._changed = changes
         self._now = now
         self._load = _Load(fleet)
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
-        self._seen: tuple[int, int, int] = (-1, -1, -1)
+        self._seen: tuple[int, int, int, int] = (-1, -1, -1, -1)
         self._snapshot = Snapshot(())
         self._taken_at = float("-inf")
         self._told: dict[tuple[str, str | None], tuple[str, Reason | None]] = {}
@@ -128,12 +131,11 @@ class Gateway:
     def snapshot(self) -> Snapshot:
         """All instances as they are, or were less than a second ago."""
         now = self._now()
-        # Whatever happens to an instance is recorded as an event: their number tells that something did.
-        seen = (self._journal.last_id, self._lists.version, self._settings.version)
+        seen = self._counts()
         if seen != self._seen or now - self._taken_at > _OLDEST_SNAPSHOT_S:
             for instance in self._fleet.instances():
                 self._lists.take(instance)
-            self._seen = (self._journal.last_id, self._lists.version, self._settings.version)
+            self._seen = self._counts()
             self._taken_at = now
             self._snapshot = Snapshot(
                 tuple(self._candidate(instance) for instance in self._fleet.instances())
@@ -221,6 +223,10 @@ class Gateway:
         )
 
     # --- helpers ---
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        # Nearly all that happens to an instance is recorded as an event: their number tells that it did.
+        return self._journal.last_id, self._changed.count, self._lists.version, self._settings.version
 
     async def _read_models(self, instance: Instance, model: str) -> None:
         if instance.listed is None:

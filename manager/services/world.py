@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,6 +16,13 @@ if TYPE_CHECKING:
 
 async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
+
+
+@dataclass(slots=True)
+class Changes:
+    """Counts what changes without being an event; whoever remembers what depends on it looks at the count."""
+
+    count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +45,4 @@ class World:
     utcnow: Callable[[], datetime]
     on_step: Callable[[str, str], Awaitable[None]] = no_step
     resume_idle_clock: bool = False
+    changes: Changes = field(default_factory=Changes)

@@ -70,7 +70,9 @@ async def test_a_server_that_is_gone_is_left_for_another(tmp_path: Path) -> None
     one = Scripted()
     async with Scripted().serving() as other:
         async with one.serving():
-            gateway = relaying(tmp_path, {"a": one, "b": other}, config={"lifecycle": {"probe_interval_s": 30}})
+            gateway = relaying(
+                tmp_path, {"a": one, "b": other}, config={"lifecycle": {"probe_interval_s": 30}}
+            )
             front = await gateway.__aenter__()
         try:
             reply = await front.ask(TINY)
@@ -222,7 +224,9 @@ async def test_when_nothing_is_left_to_try_the_caller_is_told_why(tmp_path: Path
         server.answer = crashes
         reply = await front.ask(TINY)
         assert reply.status == 502
-        assert reply.json()["error"].startswith("a: the connection broke") or "closed" in reply.json()["error"]
+        assert (
+            reply.json()["error"].startswith("a: the connection broke") or "closed" in reply.json()["error"]
+        )
         reply = await front.ask(TINY, "/v1/chat/completions")
         assert reply.json()["error"]["type"] == "api_error"
         reply = await front.ask(TINY, "/v1/messages")

@@ -146,7 +146,13 @@ class Scripted:
             writer.close()
 
     async def _status(self, talk: Conversation) -> bool:
-        entry = {"size": 1, "digest": "d", "size_vram": 0, "expires_at": "2318-01-01T00:00:00Z", "details": {}}
+        entry = {
+            "size": 1,
+            "digest": "d",
+            "size_vram": 0,
+            "expires_at": "2318-01-01T00:00:00Z",
+            "details": {},
+        }
         match talk.seen.target:
             case "/api/version":
                 answer: Any = {"version": "0.24.0"}
@@ -256,9 +262,8 @@ class Caller:
     ) -> bytes:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         lines = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
-        return (
-            f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{lines}Content-Length: {len(raw)}\r\n\r\n"
-        ).encode() + raw
+        lines += f"Content-Length: {len(raw)}\r\n"
+        return f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{lines}\r\n".encode() + raw
 
     async def raw(self, data: bytes) -> None:
         self.writer.write(data)
@@ -307,7 +312,7 @@ class Caller:
 
 @asynccontextmanager
 async def _no_engine(path: Path) -> AsyncIterator[None]:
-    """An engine that refuses everything. (Where there is none the SDK leaves a socket open.)"""
+    """An engine that refuses everything; where there is none the SDK leaves a socket open."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError):
@@ -383,7 +388,7 @@ async def relaying(
             )
             port = server.servers[0].sockets[0].getsockname()[1]
             front = Front(daemon, relay, server, port)
-            daemon.gateway._traffic._write = front.records.append  # type: ignore[method-assign]
+            daemon.gateway._traffic._write = front.records.append
             yield front
             assert not running.done(), running.exception()
         finally:
