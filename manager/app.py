@@ -35,7 +35,7 @@ from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
 from manager.errors import ManagerError
 from manager.relay.front import listening_with
-from manager.relay.relay import HeaderNames, Limits, Relay
+from manager.relay.relay import Limits, Relay
 from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
@@ -56,6 +56,7 @@ from manager.settings import (
     written_roles,
 )
 from manager.wire.access import Access
+from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator

@@ -11,8 +11,8 @@ from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
-from manager.api.ollama import OllamaApi
 from manager.api.model_settings import model_settings_router
+from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
 from manager.wire.access import WITHOUT_KEY
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manager.wire.caller import shown
 from manager.wire.head import ambiguity, forwarded
 from manager.wire.trace import read_traceparent
 
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
     from manager.relay.upstream import Address
     from manager.wire.access import Refusal
     from manager.wire.head import Header
-
-_MOST_SHOWN = 256
 
 
 @dataclass(slots=True)
@@ -57,24 +56,9 @@ def read_caller(relay: Relay, path: str, headers: list[Header]) -> Caller:
         ambiguity=ambiguity(headers),
         refusal=relay.access.refusal(path, headers),
         lines=b"".join(forwarded(headers, names.all)),
-        instance=_text(given.get(names.instance)),
-        lane=_text(given.get(names.lane)),
-        project=_text(given.get(names.project)) or relay.default_project,
-        intent=_text(given.get(names.intent)),
+        instance=shown(given.get(names.instance)),
+        lane=shown(given.get(names.lane)),
+        project=shown(given.get(names.project)) or relay.default_project,
+        intent=shown(given.get(names.intent)),
         trace=read_traceparent(given.get(b"traceparent")),
     )
-
-
-def printable(text: str) -> str:
-    """Plain ASCII: nothing that ends a line or hides something gets into a header."""
-    if text.isascii() and text.isprintable():
-        return text
-    plain = text.encode("ascii", "replace").decode()
-    return "".join(character if character.isprintable() else "?" for character in plain)
-
-
-def _text(value: bytes | None) -> str | None:
-    """A header's value as text for logs and other headers; None when it says nothing."""
-    if value is None:
-        return None
-    return printable(value.decode("utf-8", "replace").strip())[:_MOST_SHOWN] or None

@@ -14,11 +14,11 @@ import structlog
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
-from manager.relay.caller import printable
 from manager.relay.upstream import AnswerHead
 from manager.services.gateway import reason_of
 from manager.services.traffic import RequestRecord
 from manager.wire.body import BadBodyError, body_for, read_body
+from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream, message_of
 from manager.wire.head import STATUS_LINES
 from manager.wire.routes import Dialect

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manager.relay.exchange import Exchange
     from manager.services.gateway import Gateway
     from manager.wire.access import Access
+    from manager.wire.caller import HeaderNames
 
 _log = structlog.get_logger("relay")
 
@@ -35,24 +36,6 @@ class Limits:
     total_timeout_s: float = 3600.0
     most_body_bytes: int = 256 * 2**20
     keep_alive_s: float = 15.0
-
-
-@dataclass(frozen=True, slots=True)
-class HeaderNames:
-    """Names of the headers in which callers say where they belong and want to go; in lower case."""
-
-    instance: bytes = b"x-instance"
-    lane: bytes = b"x-lane"
-    project: bytes = b"x-project-id"
-    intent: bytes = b"x-intent"
-    local_only: bytes = b"x-local-only"
-    all: frozenset[bytes] = field(init=False)
-
-    def __post_init__(self) -> None:
-        names = frozenset({self.instance, self.lane, self.project, self.intent, self.local_only})
-        # The usual names never reach a server either: another manager there would take them for its own.
-        usual = {b"x-instance", b"x-lane", b"x-project-id", b"x-intent", b"x-local-only"}
-        object.__setattr__(self, "all", names | usual)
 
 
 class Relay:

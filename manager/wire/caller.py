@@ -1,0 +1,40 @@
+"""What callers say in headers: under which names, and as text that may be shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_MOST_SHOWN = 256
+
+
+@dataclass(frozen=True, slots=True)
+class HeaderNames:
+    """Names of the headers in which callers say where they belong and want to go; in lower case."""
+
+    instance: bytes = b"x-instance"
+    lane: bytes = b"x-lane"
+    project: bytes = b"x-project-id"
+    intent: bytes = b"x-intent"
+    local_only: bytes = b"x-local-only"
+    all: frozenset[bytes] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = frozenset({self.instance, self.lane, self.project, self.intent, self.local_only})
+        # The usual names never reach a server either: another manager there would take them for its own.
+        usual = {b"x-instance", b"x-lane", b"x-project-id", b"x-intent", b"x-local-only"}
+        object.__setattr__(self, "all", names | usual)
+
+
+def printable(text: str) -> str:
+    """Plain ASCII: nothing that ends a line or hides something gets into a header."""
+    if text.isascii() and text.isprintable():
+        return text
+    plain = text.encode("ascii", "replace").decode()
+    return "".join(character if character.isprintable() else "?" for character in plain)
+
+
+def shown(value: bytes | None) -> str | None:
+    """A header's value as text for logs and other headers; None when it says nothing."""
+    if value is None:
+        return None
+    return printable(value.decode("utf-8", "replace").strip())[:_MOST_SHOWN] or None
