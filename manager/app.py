@@ -210,8 +210,14 @@ async def serve(
     loaded: LoadedSettings,
     *,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
+    stop_instances: bool = False,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
+
+    Args:
+        loaded: the configuration.
+        on_step: see `World`.
+        stop_instances: stop the containers too, once the last stream has ended.
 
     Raises:
         ManagerError: it could not be started.
@@ -245,7 +251,7 @@ async def serve(
             _be_quick_to_answer()
             _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
             try:
-                await _until_stopped(server, listener, daemon)
+                await _until_stopped(server, listener, daemon, stop_instances=stop_instances)
             finally:
                 await relay.close()
     _log.info("ended")
@@ -287,7 +293,9 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
                 await running
 
 
-async def _until_stopped(server: _Server, listener: socket.socket, daemon: Daemon) -> None:
+async def _until_stopped(
+    server: _Server, listener: socket.socket, daemon: Daemon, *, stop_instances: bool
+) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
@@ -301,6 +309,8 @@ async def _until_stopped(server: _Server, listener: socket.socket, daemon: Daemo
         await serving
         if running.done():
             running.result()
+        elif stop_instances:
+            await daemon.fleet.stop_all()
     finally:
         running.cancel()
         await asyncio.wait({running})

@@ -16,6 +16,7 @@ ManagerError
 │   │   ├── ContainerGoneError
 │   │   └── NetworkMissingError
 │   ├── StartFailedError
+│   │   └── BackingOffError   it is too soon after an earlier failure
 │   └── RegistryUnwritableError
 ├── DeadlineError
 ├── GpuQueryError             NVML did not answer, or said no
@@ -178,6 +179,10 @@ class StartFailedError(UnavailableError):
             message, reason=reason, instance=instance, details=details, retry_after_s=retry_after_s
         )
         self.log_tail = log_tail
+
+
+class BackingOffError(StartFailedError):
+    """Nothing was tried: the last start failed, or its run ended, too short a time ago."""
 
 
 class RegistryUnwritableError(UnavailableError):

@@ -61,18 +61,19 @@ def main() -> None:
 @program.command()
 @click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
 @click.option("--port", type=int, help="Port to listen on.")
+@click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
 @_CONFIG
-def serve(host: str | None, port: int | None, config: Path | None) -> int:
+def serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config)
+        return _serve(host, port, config, stop_instances=stop_instances)
     except KeyboardInterrupt:
         return DONE
 
 
-def _serve(host: str | None, port: int | None, config: Path | None) -> int:
+def _serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
     from manager.cli.locate import load  # noqa: PLC0415
     from manager.cli.logs import configure_logging  # noqa: PLC0415
     from manager.errors import ManagerError  # noqa: PLC0415
@@ -83,7 +84,7 @@ def _serve(host: str | None, port: int | None, config: Path | None) -> int:
     key_file = loaded.settings.server.key_file
     configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded)
+        _run_daemon(loaded, stop_instances=stop_instances)
     except (ManagerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the log has it all, the person one line)
@@ -98,7 +99,7 @@ def _serve(host: str | None, port: int | None, config: Path | None) -> int:
     return DONE
 
 
-def _run_daemon(loaded: LoadedSettings) -> None:
+def _run_daemon(loaded: LoadedSettings, *, stop_instances: bool) -> None:
     import asyncio  # noqa: PLC0415
 
     import uvloop  # noqa: PLC0415
@@ -106,7 +107,7 @@ def _run_daemon(loaded: LoadedSettings) -> None:
     from manager import app  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded))
+        runner.run(app.serve(loaded, stop_instances=stop_instances))
 
 
 @program.command()

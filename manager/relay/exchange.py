@@ -116,6 +116,7 @@ class Exchange:
     _task: asyncio.Task[None] | None = None
     _connection: UpstreamConnection | None = None
     _retried = False
+    _recovered = False
     _loading: tuple[str, str] | None = None
     _first_byte_at = 0.0
     _asking = False
@@ -411,7 +412,7 @@ class Exchange:
 
     async def _prepare(self, attempt: Attempt) -> None:
         try:
-            prepared = await self._relay.gateway.prepare(attempt)
+            prepared = await self._relay.gateway.prepare(attempt, patient=not self._more())
         except ManagerError as error:
             self._task = None
             reason = reason_of(error)
@@ -452,10 +453,24 @@ class Exchange:
             self._send(connection)
 
     def _unreachable(self, reason: Reason, why: str) -> None:
-        assert self._attempt is not None  # noqa: S101  (connections belong to an attempt)
-        name = self._attempt.instance
-        self._relay.gateway.failed(name, reason)
-        self._attempt_failed(reason, f"{name} {why}", None)
+        attempt = self._attempt
+        assert attempt is not None  # noqa: S101  (connections belong to an attempt)
+        if not self._recovered and not self._more():
+            # Its container may have ended a moment ago: then it is started again, as if it had been known.
+            self._recovered = True
+            self._give_lease_back()
+            self._state = _State.PREPARING
+            self._task = self._relay.spawn(self._recover(attempt, reason, why))
+        else:
+            self._relay.gateway.failed(attempt.instance, reason)
+            self._attempt_failed(reason, f"{attempt.instance} {why}", None)
+
+    async def _recover(self, attempt: Attempt, reason: Reason, why: str) -> None:
+        if await self._relay.gateway.has_gone(attempt.instance):
+            await self._prepare(attempt)
+        else:
+            self._task = None
+            self._unreachable(reason, why)
 
     def _send(self, connection: UpstreamConnection) -> None:
         attempt, body, lease, record = self._attempt, self._body, self._lease, self._record

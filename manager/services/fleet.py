@@ -212,6 +212,17 @@ class Fleet:
         while any(s.busy for s in self.supervisors()) and self._world.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_SETTLE_POLL_S)
 
+    async def stop_all(self) -> None:
+        """Stop every instance of ours; one that cannot be stopped is left to the next daemon."""
+        stops = (supervisor.stop() for supervisor in self.supervisors())
+        for supervisor, error in zip(
+            self.supervisors(), await asyncio.gather(*stops, return_exceptions=True), strict=True
+        ):
+            if isinstance(error, ManagerError):
+                self._world.journal.record("stop_failed", instance=supervisor.id, detail=error.message)
+            elif isinstance(error, BaseException):
+                raise error
+
     async def save(self) -> None:
         for supervisor in self.supervisors():
             await supervisor.save_use()

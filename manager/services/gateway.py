@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from manager.domain.instance import Health, Phase
 from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
-from manager.errors import LimitReachedError, ManagerError, Reason, UnavailableError
+from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
 from manager.services.model_lists import volume_of
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ _MOST_REMEMBERED = 4096
 # Between two looks at whether a server that says nothing does anything.
 _STILL_LOADING_S = 1.0
 _BUSY_CPU_S = 0.1
+# A first back-off is waited for; after several failures in a row callers are told at once.
+_PATIENCE_S = 2.5
 
 
 class SettingsSource(Protocol):
@@ -154,8 +156,12 @@ class Gateway:
         """A lease on an instance that can be used right now; None when it has to be waited for."""
         return self._fleet.get(instance_id).try_lease()
 
-    async def prepare(self, attempt: Attempt) -> Prepared:
+    async def prepare(self, attempt: Attempt, *, patient: bool = False) -> Prepared:
         """A lease for an attempt, whatever has to happen first: a start, a first look at the models, a pull.
+
+        Args:
+            attempt: what it is for.
+            patient: wait for the end of a short back-off, since there is no other way to answer.
 
         Raises:
             ManagerError: it cannot be had.
@@ -163,7 +169,13 @@ class Gateway:
         instance = self._fleet.get(attempt.instance)
         began = self._now()
         runs = instance.usable_endpoint() is not None
-        lease = await instance.lease()
+        try:
+            lease = await instance.lease()
+        except BackingOffError as error:
+            if not patient or (error.retry_after_s or 0.0) > _PATIENCE_S:
+                raise
+            await asyncio.sleep(error.retry_after_s or 0.0)
+            lease = await instance.lease()
         start_ms = None if runs else (self._now() - began) * 1000
         try:
             if attempt.because == "pull" and self.puller is not None:
@@ -174,6 +186,10 @@ class Gateway:
             lease.release()
             raise
         return Prepared(lease, start_ms)
+
+    async def has_gone(self, instance_id: str) -> bool:
+        """Look whether an instance that cannot be connected to is really there; waits for the answer."""
+        return await self._fleet.get(instance_id).has_gone()
 
     async def still_loads(self, instance_id: str) -> bool:
         """Whether an instance that has not answered for long is busy with something, as with a load."""

@@ -147,6 +147,10 @@ class Instance(ABC):
         """What the instance has done and holds, as far as that can be told from outside."""
         return None
 
+    async def has_gone(self) -> bool:
+        """Whether the server turns out to be gone on a closer look."""
+        return False
+
     def read_models_soon(self) -> None:
         """What is known of its models has turned out wrong: the next probe reads the list again."""
         self._tags_due = 0.0

@@ -21,6 +21,7 @@ from manager.domain.reconcile import Bury, Look, Recreate, Situation, Start, Sto
 from manager.domain.registry import Operation
 from manager.domain.shown import shown
 from manager.errors import (
+    BackingOffError,
     CancelledByStopError,
     EngineError,
     EngineUnreachableError,
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 # About what one probe moves, as long as none has been measured.
 _PROBE_BYTES = 4096
+# How long somebody waits to hear from the engine whether a container that refuses connections has ended.
+_LOOK_S = 2.0
+_LOOK_POLL_S = 0.02
 
 
 class Supervisor(Instance):
@@ -340,6 +344,14 @@ class Supervisor(Instance):
     def used(self) -> None:
         self._clock.used()
 
+    async def has_gone(self) -> bool:
+        self._is.look()
+        self._wake.set()
+        deadline = self._world.now() + _LOOK_S
+        while (there := self.usable_endpoint() is not None) and self._world.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_LOOK_POLL_S)
+        return not there
+
     async def effort(self) -> Effort | None:
         container = self.ready_container
         if container is None:
@@ -561,7 +573,7 @@ class Supervisor(Instance):
         retry, failure = self._is.start_retry, self._is.failure
         wait_s = retry.at - self._world.now()
         if not explicit and failure is not None and wait_s > 0:
-            raise StartFailedError(
+            raise BackingOffError(
                 f"{self.id} failed to start and is left alone for {wait_s:.0f} s: {failure.message}",
                 reason=failure.code,
                 instance=self.id,

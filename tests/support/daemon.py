@@ -18,7 +18,7 @@ import requests
 import yaml
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPUTE = "/api/runtime/compute"
@@ -107,17 +107,20 @@ class Daemon:
         text = yaml.safe_dump({**config, "server": server, "state": state}, sort_keys=False)
         self.config_file.write_text(text, encoding="utf-8")
 
-    def start(self, *, die_at: str | None = None, until_ready: bool = True) -> Self:
+    def start(
+        self, *, die_at: str | None = None, until_ready: bool = True, arguments: Sequence[str] = ()
+    ) -> Self:
         """Start the process.
 
         Args:
+            arguments: added to those of `serve`.
             die_at: `INSTANCE:STEP[:NTH]`, where it is to kill itself.
             until_ready: wait until it says so of itself.
         """
         program = (
             ["-m", "tests.support.launch", str(self.config_file), die_at]
             if die_at
-            else ["-m", "manager", "serve", "--config", str(self.config_file)]
+            else ["-m", "manager", "serve", "--config", str(self.config_file), *arguments]
         )
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(

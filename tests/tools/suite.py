@@ -38,7 +38,7 @@ STATIC = (
     (str(_BIN / "lint-imports"),),
 )
 _QUICK = ("tests/unit", "tests/contract")
-_REAL = ("tests/api", "tests/integration")
+_REAL = ("tests/api", "tests/relay", "tests/integration")
 _SIDE_BY_SIDE = 2
 _TESTS_FAILED = 1  # pytest.ExitCode.TESTS_FAILED
 # The pure parts have no excuse: every line and branch of them is tested.
