@@ -23,13 +23,15 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
+from manager.adapters.model_server import AiohttpModelServer
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.upstream import AiohttpUpstream
 from manager.api.app import control_api
-from manager.api.backend import Backend
+from manager.api.backend import Backend, Passing
+from manager.api.passage import PassageLimits
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
@@ -44,8 +46,11 @@ from manager.services.gpus import Gpus
 from manager.services.journal import Journal
 from manager.services.model_lists import ModelLists
 from manager.services.model_settings import ModelSettings
+from manager.services.pulls import Pulls
+from manager.services.requests import Requests
 from manager.services.supervisor import Supervisor
 from manager.services.traffic import Traffic
+from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
 from manager.settings import (
     auto_gpu_spec,
@@ -192,12 +197,34 @@ async def open_daemon(
         gateway = Gateway(
             fleet, model_settings, lists, traffic, journal, changes=world.changes, now=time.monotonic
         )
+        catalogue = Catalogue(fleet, lists, model_settings, now=time.monotonic)
+        volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)
+        server = AiohttpModelServer(
+            connect_timeout_s=settings.gateway.connect_timeout_s,
+            patience_s=settings.gateway.first_byte_timeout_s,
+        )
+        pulls = Pulls(volumes, await stack.enter_async_context(server), now=time.monotonic)
+        fleet.also_run("pulls", pulls.run)
+        gateway.puller = pulls
+        passing = Passing(
+            gateway=gateway,
+            catalogue=catalogue,
+            volumes=volumes,
+            pulls=pulls,
+            server=server,
+            requests=Requests(_header_names(settings), default_project=settings.gateway.default_project),
+            limits=PassageLimits(
+                most_body_bytes=settings.gateway.max_body,
+                most_upload_bytes=settings.gateway.max_upload,
+                stall_s=settings.gateway.idle_timeout_s,
+            ),
+        )
         backend = Backend(
             fleet=fleet,
             gpus=gpus,
             journal=journal,
             engine=engine,
-            catalogue=Catalogue(fleet, lists, model_settings, now=time.monotonic),
+            passing=passing,
             model_settings=model_settings,
             router=gateway,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
@@ -350,7 +377,6 @@ class _Server(uvicorn.Server):
 
 def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
     wanted = settings.gateway
-    names = wanted.headers
     return Relay(
         gateway,
         access=access,
@@ -362,14 +388,19 @@ def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
             most_body_bytes=wanted.max_body,
             keep_alive_s=wanted.keep_alive_s,
         ),
-        headers=HeaderNames(
-            instance=names.instance.lower().encode(),
-            lane=names.lane.lower().encode(),
-            project=names.project.lower().encode(),
-            intent=names.intent.lower().encode(),
-            local_only=names.local_only.lower().encode(),
-        ),
+        headers=_header_names(settings),
         default_project=wanted.default_project,
+    )
+
+
+def _header_names(settings: Settings) -> HeaderNames:
+    names = settings.gateway.headers
+    return HeaderNames(
+        instance=names.instance.lower().encode(),
+        lane=names.lane.lower().encode(),
+        project=names.project.lower().encode(),
+        intent=names.intent.lower().encode(),
+        local_only=names.local_only.lower().encode(),
     )
 
 

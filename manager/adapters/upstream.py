@@ -67,7 +67,7 @@ class AiohttpUpstream:
             ) from error
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise UnavailableError(
-                f"{endpoint} cannot be reached ({_plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
+                f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
             ) from error
 
     async def _probe(self, endpoint: str, *, models: bool, tags: bool) -> ProbeAnswer:
@@ -110,7 +110,7 @@ class AiohttpUpstream:
         return self._session
 
 
-def _plainly(error: Exception) -> str:
+def plainly(error: Exception) -> str:
     """What the system said, without the library's frame around it."""
     system = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     return getattr(system, "strerror", None) or str(system) or type(system).__name__

@@ -8,13 +8,18 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from manager.api.passage import PassageLimits
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
+    from manager.services.gateway import Gateway
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
     from manager.services.model_settings import ModelSettings
-    from manager.services.ports import Engine
+    from manager.services.ports import Engine, ModelServer
+    from manager.services.pulls import Pulls
+    from manager.services.requests import Requests
+    from manager.services.volumes import Volumes
 
 
 class Router(Protocol):
@@ -30,6 +35,19 @@ class Router(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Passing:
+    """What requests need that pass through to instances."""
+
+    gateway: Gateway
+    catalogue: Catalogue
+    volumes: Volumes
+    pulls: Pulls
+    server: ModelServer
+    requests: Requests
+    limits: PassageLimits
+
+
+@dataclass(frozen=True, slots=True)
 class Backend:
     """Handed to every router by `app.py`.
 
@@ -40,7 +58,7 @@ class Backend:
     gpus: Gpus
     journal: Journal
     engine: Engine
-    catalogue: Catalogue
+    passing: Passing
     model_settings: ModelSettings
     router: Router
     may_pull: Callable[[str], bool]

@@ -1,4 +1,4 @@
-"""The routes of Ollama and OpenAI that the relay leaves: what there is, told for all instances at once."""
+"""The routes of Ollama and OpenAI that the relay leaves; first of all what there is, for all instances."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
+from manager.api.management import Management
 from manager.wire.listing import (
     Alias,
     alias_document,
@@ -47,7 +48,8 @@ class OllamaApi:
 
     def __init__(self, app: ASGIApp, *, backend: Backend, routes: Sequence[BaseRoute]) -> None:
         self._app = app
-        self._catalogue = backend.catalogue
+        self._catalogue = backend.passing.catalogue
+        self._management = Management(backend.passing)
         self._routes = routes
         self._handlers: dict[str, Handler] = {
             "/": self._root,
@@ -79,6 +81,8 @@ class OllamaApi:
     def _handler(self, path: str) -> Handler | None:
         if path.startswith(MODEL_PREFIX):
             return self._model
+        if self._management.serves(path):
+            return self._management
         return self._handlers.get(path)
 
     async def _root(self, scope: Scope, _receive: Receive, send: Send) -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 
 _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
 _DEFAULT_TAG = "latest"
+_PIN = re.compile(r"(?P<model>.+)@(?P<instance>[a-z][a-z0-9-]{0,31})")
+
+
+def split_pin(name: str) -> tuple[str, str | None]:
+    """A model's name and the instance that it is pinned to (`NAME@INSTANCE`), None where it is to none."""
+    match = _PIN.fullmatch(name)
+    return (match["model"], match["instance"]) if match else (name, None)
 
 
 @lru_cache(maxsize=4096)

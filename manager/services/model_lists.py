@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from manager.domain.instance import InstanceSpec
+    from manager.domain.template import Volume
     from manager.services.instance import Instance
     from manager.services.journal import Journal
     from manager.services.ports import Registry
@@ -26,10 +27,16 @@ _RETRY_S = 5.0
 
 def volume_of(spec: InstanceSpec) -> str:
     """What instances share that see the same models: the volume they are on, else the instance alone."""
+    mount = models_mount(spec)
+    return f"instance:{spec.id}" if mount is None else mount.source
+
+
+def models_mount(spec: InstanceSpec) -> Volume | None:
+    """What an instance keeps its models on; None where that is a matter of its own."""
     for volume in spec.template.volumes if spec.template is not None else ():
         if volume.target == _MODELS_DIR or volume.target.startswith(f"{_MODELS_DIR}/"):
-            return volume.source
-    return f"instance:{spec.id}"
+            return volume
+    return None
 
 
 class ModelLists:

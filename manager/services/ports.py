@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize
+    from manager.wire.head import Header
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,52 @@ class Upstream(Protocol):
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request for one server.
+
+    `target` is path and query as they came; `headers` has neither Host nor anything that frames the message.
+    A body in pieces is sent as they come, with its length where that is known.
+    """
+
+    endpoint: str
+    method: str
+    target: str
+    headers: Sequence[Header] = ()
+    body: bytes | AsyncIterator[bytes] = b""
+    length: int | None = None
+
+
+class ServerAnswer(Protocol):
+    """The answer of a server whose head has come; `length` is that of its body, None where it says none."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Sequence[Header]: ...
+    @property
+    def length(self) -> int | None: ...
+    def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes; whoever takes no more holds the server up.
+
+        Raises:
+            UnavailableError: it broke off, or stood still for too long.
+        """
+        ...
+
+
+class ModelServer(Protocol):
+    """The HTTP side of instances for requests that pass through whole, of any size and length of time."""
+
+    def ask(self, question: Question) -> AbstractAsyncContextManager[ServerAnswer]:
+        """Send a request; on leaving, the connection ends, and with it what the server does for this request.
+
+        Raises:
+            UnavailableError: no answer; the reason says why not.
         """
         ...
 

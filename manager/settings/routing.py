@@ -199,6 +199,7 @@ def _each_header_once(headers: HeaderSettings) -> HeaderSettings:
 class GatewaySettings(Section):
     """Seconds throughout; `keep_alive_s` 0 sends nothing while a start is waited for.
 
+    `max_body` bounds what is held in memory, `max_upload` what only passes through; None is no bound.
     `access_log` is the share of successful requests that are logged; the others always are.
     """
 
@@ -208,6 +209,7 @@ class GatewaySettings(Section):
     total_timeout_s: Timeout = 3600.0
     drain_timeout_s: Wait = 30.0
     max_body: Size = 256 * 2**20
+    max_upload: Size | None = None
     keep_alive_s: Wait = 15.0
     default_project: Annotated[str, Field(min_length=1, max_length=128)] = "default"
     access_log: Annotated[Number, Field(ge=0, le=1)] = 1.0

@@ -51,7 +51,7 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
     """
     if not raw.strip():
         raise BadBodyError("missing request body")
-    document = _parsed(raw)
+    document = parsed(raw)
     if not isinstance(document, dict):
         raise BadBodyError("the request body must be a JSON object")
     model, exact = document.get("model", ""), True
@@ -91,10 +91,15 @@ def body_for(body: InferenceBody, route: Route, model: str, changes: BodyChanges
         document["model"] = model
         if changes.system is not None:
             _system(document, route, changes.system, changes.system_mode)
-    return _dumped(document)
+    return dumped(document)
 
 
-def _parsed(raw: bytes) -> Any:
+def parsed(raw: bytes) -> Any:
+    """The JSON value in a request's body, as leniently as a server reads it.
+
+    Raises:
+        BadBodyError: it is none.
+    """
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
@@ -113,7 +118,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
 
 
-def _dumped(document: dict[str, Any]) -> bytes:
+def dumped(document: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(document)
     except (TypeError, RecursionError):  # an integer of more than 64 bits, or half a surrogate pair

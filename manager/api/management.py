@@ -1,0 +1,187 @@
+"""The routes that change and describe models, passed on to the one instance that writes to their volume."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import orjson
+
+from manager.api.answers import PLAIN_JSON
+from manager.api.passage import NDJSON, Passage
+from manager.services.pulls import PullFailedError
+from manager.wire.listing import Alias
+from manager.wire.management import read_copy, read_named
+from manager.wire.ollama_routes import BLOB_PREFIX
+from manager.wire.progress import says_success
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from starlette.types import Receive, Scope, Send
+
+    from manager.api.backend import Passing
+    from manager.services.pulls import Waiter
+    from manager.wire.management import ManagementBody
+
+    Work = Callable[[Passage], Awaitable[None]]
+
+_LINES = ((b"Content-Type", NDJSON),)
+_DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
+_SUCCESS = orjson.dumps({"status": "success"})
+
+
+class Management:
+    """Serves requests that manage models. See `work_for` for which."""
+
+    def __init__(self, passing: Passing) -> None:
+        self._passing = passing
+        self._volumes = passing.volumes
+        self._server = passing.server
+        self._work: dict[str, Work] = {
+            "/api/show": self._show,
+            "/api/pull": self._pull,
+            "/api/push": self._push,
+            "/api/create": self._create,
+            "/api/copy": self._copy,
+            "/api/delete": self._delete,
+        }
+
+    def serves(self, path: str) -> bool:
+        return path in self._work or path.startswith(BLOB_PREFIX)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        is_blob = path.startswith(BLOB_PREFIX)
+        # Digests are not what anybody counts by.
+        route = BLOB_PREFIX.rstrip("/") if is_blob else path
+        begun = self._passing.requests.begin(route, scope["headers"])
+        passage = Passage(scope, receive, send, begun=begun, limits=self._passing.limits)
+        await passage.run(self._blob if is_blob else self._work[path], self._passing.gateway)
+
+    # --- what only looks ---
+
+    async def _show(self, passage: Passage) -> None:
+        body = await self._named(passage)
+        model = self._meant(body)
+        volume = await self._volumes.find(model, body.instance or passage.instance)
+        prepared = await self._volumes.reader(volume)
+        with prepared.lease:
+            passage.sent_to(prepared, model)
+            await passage.pass_on(self._server, passage.question(prepared, body.raw(model=model)))
+
+    async def _push(self, passage: Passage) -> None:
+        body = await self._named(passage)
+        volume = await self._volumes.find(body.model, body.instance or passage.instance)
+        prepared = await self._volumes.writer(volume)
+        with prepared.lease:
+            passage.sent_to(prepared, body.model)
+            await passage.pass_on(self._server, passage.question(prepared, body.raw()))
+
+    # --- what changes a volume, one after the other ---
+
+    async def _create(self, passage: Passage) -> None:
+        body = await self._named(passage)
+        volume = self._place_of_new(body, body.instance or passage.instance)
+        async with self._volumes.alone(volume, f"the creation of {body.model}"):
+            prepared = await self._volumes.writer(volume)
+            with prepared.lease as lease:
+                passage.sent_to(prepared, body.model)
+
+                async def before(piece: bytes) -> None:
+                    if says_success(piece):  # whoever reads this may use the model at once
+                        await self._volumes.changed(lease.instance)
+
+                question = passage.question(prepared, body.raw())
+                await passage.pass_on(self._server, question, before=before)
+
+    async def _copy(self, passage: Passage) -> None:
+        body = read_copy(await passage.body())
+        passage.record.model = body.model
+        await self._change(passage, body, f"the copy of {body.model}")
+
+    async def _delete(self, passage: Passage) -> None:
+        body = await self._named(passage)
+        await self._change(passage, body, f"the deletion of {body.model}")
+
+    async def _change(self, passage: Passage, body: ManagementBody, what: str) -> None:
+        volume = await self._volumes.find(body.model, body.instance or passage.instance)
+        async with self._volumes.alone(volume, what):
+            prepared = await self._volumes.writer(volume)
+            with prepared.lease as lease:
+                passage.sent_to(prepared, body.model)
+                await passage.pass_whole(
+                    self._server,
+                    passage.question(prepared, body.raw()),
+                    then=lambda: self._volumes.changed(lease.instance),
+                )
+
+    async def _pull(self, passage: Passage) -> None:
+        body = await self._named(passage)
+        passage.record.stream = body.stream
+        volume = self._volumes.default(body.instance or passage.instance)
+        with self._passing.pulls.join(volume, body) as waiter:
+            if body.stream:
+                await self._pass_lines_on(passage, body, waiter)
+            else:
+                await self._wait_for_end(passage, body, waiter)
+        await passage.end()
+
+    async def _pass_lines_on(self, passage: Passage, body: ManagementBody, waiter: Waiter) -> None:
+        started = False
+        async for line in waiter:
+            if not started:
+                started = True
+                if waiter.prepared is not None:
+                    passage.sent_to(waiter.prepared, body.model)
+                await passage.start(200, _LINES, None)
+            await passage.send(line)
+
+    async def _wait_for_end(self, passage: Passage, body: ManagementBody, waiter: Waiter) -> None:
+        status, content = 200, _SUCCESS
+        try:
+            async for _ in waiter:
+                pass
+        except PullFailedError as error:
+            if error.status is not None:
+                raise
+            # So Ollama tells it: not as it tells other errors, with a content type of its own.
+            status, content = 500, orjson.dumps({"error": error.message})
+        if waiter.prepared is not None:
+            passage.sent_to(waiter.prepared, body.model)
+        await passage.start(status, _DOCUMENT, len(content))
+        await passage.send(content)
+
+    # --- parts of models ---
+
+    async def _blob(self, passage: Passage) -> None:
+        volume = self._volumes.default(passage.instance)
+        prepared = await self._volumes.writer(volume)
+        with prepared.lease:
+            passage.sent_to(prepared, "")
+            if passage.scope["method"] == "HEAD":
+                body: bytes = await passage.body()
+                await passage.pass_on(self._server, passage.question(prepared, body))
+            else:
+                pieces = passage.pieces(passage.limits.most_upload_bytes)
+                await passage.pass_on(self._server, passage.question(prepared, pieces))
+
+    # --- helpers ---
+
+    async def _named(self, passage: Passage) -> ManagementBody:
+        body = read_named(await passage.body())
+        passage.record.model = body.model
+        return body
+
+    def _meant(self, body: ManagementBody) -> str:
+        """The model that is asked about: clients look up what they are going to use, which may be a role."""
+        found = self._passing.catalogue.find(body.model)
+        return found.model if isinstance(found, Alias) else body.model
+
+    def _place_of_new(self, body: ManagementBody, pin: str | None) -> str:
+        """Where a model is created: beside the one that it is made from, else where new ones go."""
+        source = body.text("from")
+        if pin is None and source and not body.document.get("files") and not body.document.get("adapters"):
+            having = self._volumes.having(source)
+            if having and self._volumes.default(None) not in having:
+                return having[0]
+        return self._volumes.default(pin)

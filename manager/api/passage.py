@@ -1,0 +1,366 @@
+"""A request that passes through to an instance, and its answer back, whatever their size."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.api.answers import answer_error
+from manager.errors import ManagerError, Reason, UnknownInstanceError
+from manager.services.gateway import reason_of
+from manager.services.ports import Question
+from manager.services.pulls import PullFailedError
+from manager.wire.body import BadBodyError
+from manager.wire.caller import printable
+from manager.wire.dialect import error_in_stream
+from manager.wire.head import NOT_RETURNED, without_named
+from manager.wire.ollama_routes import spoken_at
+from manager.wire.routes import Dialect
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+
+    from starlette.types import Message, Receive, Scope, Send
+
+    from manager.services.gateway import Gateway, Prepared
+    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.requests import Begun
+    from manager.services.traffic import Outcome
+    from manager.wire.head import Header
+
+_log = structlog.get_logger("gateway")
+
+_UPLOAD_STALL_S = 60.0
+NDJSON = b"application/x-ndjson"
+_NEWLINE = b"\n"
+_OK_BELOW = 400
+_SERVER_ERRORS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class PassageLimits:
+    """Bytes and seconds. `most_upload_bytes` None is no bound; a caller may take nothing for `stall_s`."""
+
+    most_body_bytes: int
+    most_upload_bytes: int | None
+    stall_s: float
+
+
+class CallerGoneError(Exception):
+    """The caller has left."""
+
+
+class RefusedError(Exception):
+    """The request is not passed on; the message is for the caller."""
+
+    def __init__(self, status: int, message: str, outcome: Outcome = "client_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.outcome = outcome
+
+
+class Passage:
+    """One request. Its work is cancelled as soon as the caller leaves."""
+
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, *, begun: Begun, limits: PassageLimits
+    ) -> None:
+        self.scope = scope
+        self.record = begun.record
+        self.instance = begun.instance
+        self.headers = begun.headers
+        self.limits = limits
+        self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
+        self._receive = receive
+        self._send = send
+        self._began_at = monotonic()
+        self._body_ended = asyncio.Event()
+        self._refused: RefusedError | None = None
+        self._gone = False
+        self._streams_lines = False
+        self._at_line_end = True
+        self._started = False
+        self._where: tuple[str, str] | None = None
+
+    # --- its one end ---
+
+    async def run(self, work: Callable[[Passage], Awaitable[None]], gateway: Gateway) -> None:
+        """Do `work` while the caller is there, tell it of whatever goes wrong, and end the record."""
+        record = self.record
+        try:
+            record.outcome = await self._while_there(work)
+        except CallerGoneError:
+            record.outcome = "client_gone"
+        except asyncio.CancelledError:
+            record.outcome = "cut"
+            raise
+        except Exception as error:  # noqa: BLE001  (sorted out there; a defect is logged, the others go on)
+            await self._sort_out(error)
+        finally:
+            record.duration_ms = (monotonic() - self._began_at) * 1000
+            gateway.ended(record)
+
+    # --- what the caller sends ---
+
+    async def body(self) -> bytes:
+        """The whole body, which is bounded.
+
+        Raises:
+            RefusedError: it is too large, or does not come.
+            CallerGoneError: the caller has left instead.
+        """
+        return b"".join([piece async for piece in self.pieces(self.limits.most_body_bytes)])
+
+    async def pieces(self, most_bytes: int | None) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises as `body`."""
+        seen, more = 0, True
+        while more:
+            message = await self._next_message()
+            piece = message.get("body", b"")
+            seen += len(piece)
+            if most_bytes is not None and seen > most_bytes:
+                raise self._refuse(
+                    413, f"the request body is too large: at most {most_bytes} bytes are taken"
+                )
+            more = message.get("more_body", False)
+            if not more:
+                self._body_ended.set()
+            if piece:
+                yield piece
+
+    @property
+    def body_length(self) -> int | None:
+        """How long the body is going to be, None where only its end tells."""
+        for name, value in self.scope["headers"]:
+            if name == b"content-length":
+                return int(value)
+        return None
+
+    @property
+    def target(self) -> str:
+        """Path and query, as they came."""
+        path: bytes = self.scope["raw_path"]
+        query: bytes = self.scope["query_string"]
+        return (path + b"?" + query if query else path).decode("latin-1")
+
+    # --- what it is answered ---
+
+    def sent_to(self, prepared: Prepared, model: str) -> None:
+        """From now on the answer says where it comes from."""
+        record = self.record
+        record.effective_target = prepared.lease.instance
+        record.attempts += 1
+        record.start_ms = prepared.start_ms
+        record.queue_ms = max(0.0, (monotonic() - self._began_at) * 1000 - (prepared.start_ms or 0.0))
+        self._where = (prepared.lease.instance, model)
+
+    def question(self, prepared: Prepared, body: bytes | AsyncIterator[bytes]) -> Question:
+        """This request, as the server is to get it."""
+        length = None if isinstance(body, bytes) else self.body_length
+        endpoint, method = prepared.lease.endpoint, self.scope["method"]
+        return Question(endpoint, method, self.target, self.headers, body, length)
+
+    async def pass_on(
+        self,
+        server: ModelServer,
+        question: Question,
+        *,
+        before: Callable[[bytes], Awaitable[None]] | None = None,
+    ) -> None:
+        """Ask the server, and pass its answer on as it comes.
+
+        Args:
+            server: sends the request.
+            question: the request.
+            before: is given each piece before the caller is.
+        """
+        async with server.ask(question) as answer:
+            await self.start(answer.status, answer.headers, answer.length)
+            while piece := await answer.piece():
+                if before is not None:
+                    await before(piece)
+                await self.send(piece)
+        await self.end()
+
+    async def pass_whole(
+        self, server: ModelServer, question: Question, *, then: Callable[[], Awaitable[None]]
+    ) -> None:
+        """As `pass_on` for a short answer: `then` is done before the caller gets any of one that is good."""
+        async with server.ask(question) as answer:
+            content = await self._whole(answer)
+            if answer.status < _OK_BELOW:
+                await then()
+            await self.start(answer.status, answer.headers, len(content))
+            await self.send(content)
+        await self.end()
+
+    async def start(self, status: int, headers: Iterable[Header], length: int | None) -> None:
+        """Begin the answer; `headers` are those of a server, as they came."""
+        self.record.status = status
+        lines = _returned(headers)
+        kind = next((value for name, value in lines if name.lower() == b"content-type"), b"")
+        self._streams_lines = length is None and kind.startswith(NDJSON)
+        lines += self._stamp()
+        if length is not None:
+            lines.append((b"Content-Length", b"%d" % length))
+        self._started = True
+        await self._say({"type": "http.response.start", "status": status, "headers": lines})
+
+    async def send(self, piece: bytes) -> None:
+        if piece:
+            self._at_line_end = piece.endswith(_NEWLINE)
+            await self._say({"type": "http.response.body", "body": piece, "more_body": True})
+
+    async def end(self) -> None:
+        await self._say({"type": "http.response.body", "body": b"", "more_body": False})
+
+    # --- helpers ---
+
+    async def _sort_out(self, error: Exception) -> None:
+        if self._gone:
+            self.record.outcome = "client_gone"
+            return
+        failure = self._refused or _refusal_of(error, self.scope["path"])
+        self.record.outcome = failure.outcome
+        retry_after_s = None
+        if isinstance(error, ManagerError) and self._refused is None:
+            self.record.fallback_reason = reason_of(error)
+            retry_after_s = error.retry_after_s
+        with suppress(RefusedError):  # it takes nothing any more, not even this
+            await self._fail(failure, retry_after_s)
+
+    async def _while_there(self, work: Callable[[Passage], Awaitable[None]]) -> Outcome:
+        working = asyncio.ensure_future(work(self))
+        leaving = asyncio.ensure_future(self._left())
+        try:
+            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise CallerGoneError
+            working.result()
+        finally:
+            for task in (working, leaving):
+                task.cancel()
+            await asyncio.wait({working, leaving})
+        return _outcome_of(self.record.status)
+
+    async def _left(self) -> None:
+        await self._body_ended.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def _next_message(self) -> Message:
+        try:
+            async with asyncio.timeout(_UPLOAD_STALL_S):
+                message = await self._receive()
+        except TimeoutError:
+            raise self._refuse(408, "the request body did not arrive") from None
+        if message["type"] == "http.disconnect":
+            self._gone = True  # remembered for the same reason as a refusal
+            raise CallerGoneError
+        return message
+
+    def _refuse(self, status: int, message: str) -> RefusedError:
+        """Remembered, because whoever sends the body on would make another error of it."""
+        self._refused = RefusedError(status, message)
+        return self._refused
+
+    async def _whole(self, answer: ServerAnswer) -> bytes:
+        content = bytearray()
+        while piece := await answer.piece():
+            content += piece
+            if len(content) > self.limits.most_body_bytes:
+                raise RefusedError(502, "the server's answer has no end", "upstream_error")
+        return bytes(content)
+
+    async def _say(self, message: Message) -> None:
+        try:
+            async with asyncio.timeout(self.limits.stall_s):
+                await self._send(message)
+        except TimeoutError:
+            limit = f"{self.limits.stall_s:g} s"
+            raise RefusedError(504, f"the caller has taken nothing for {limit}", "timeout") from None
+
+    def _stamp(self) -> list[Header]:
+        """The headers that say where an answer comes from, as the relay's say it."""
+        record = self.record
+        lines = [(b"X-Request-Id", record.request_id.encode())]
+        if self._where is not None:
+            instance, model = self._where
+            lines.append((b"X-Instance", instance.encode()))
+            if model:
+                lines.append((b"X-Model", printable(model).encode()))
+            lines.append((b"X-Queue-Ms", b"%.0f" % record.queue_ms))
+        if record.fallback and record.fallback_reason is not None:
+            lines.append((b"X-Fallback-Reason", record.fallback_reason.value.encode()))
+        if record.start_ms is not None:
+            lines.append((b"X-Start-Ms", b"%.0f" % record.start_ms))
+        return lines
+
+    async def _fail(self, failure: RefusedError, retry_after_s: float | None) -> None:
+        """Tell the caller, as far as it can still be told."""
+        if not self._started:
+            self.record.status = failure.status
+            headers = {name.decode(): value.decode() for name, value in self._stamp()}
+            if failure.status == _UNAVAILABLE:
+                headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
+            if not self._body_ended.is_set():
+                headers["Connection"] = "close"  # what is left of the body is not waited for
+            await answer_error(self._send, self.dialect, failure.status, failure.message, headers)
+        elif self._streams_lines and failure.outcome != "timeout":
+            line = error_in_stream(self.dialect, failure.status, failure.message)
+            await self.send(line if self._at_line_end else _NEWLINE + line)
+            await self.end()
+        # Otherwise the answer is left without its end, which is how a caller sees that it is not whole.
+
+
+_UNAVAILABLE = 503
+_STATUS_OF = {
+    Reason.ATTEMPT_TIMEOUT: 504,
+    Reason.START_TIMEOUT: 504,
+    Reason.MODEL_MISSING: 404,
+    Reason.UPSTREAM_UNREACHABLE: 502,
+    Reason.UPSTREAM_ERROR: 502,
+}
+
+
+def _refusal_of(error: Exception, path: str) -> RefusedError:
+    """What a caller is told of an error."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, BadBodyError):
+        return RefusedError(400, str(error))
+    if isinstance(error, UnknownInstanceError):
+        return RefusedError(404, error.message, "refused")
+    if isinstance(error, PullFailedError):
+        # Ollama's own word for a download that fails is 500, whatever it was.
+        return RefusedError(error.status or 500, error.message, "upstream_error")
+    if isinstance(error, ManagerError):
+        status = _STATUS_OF.get(reason_of(error), _UNAVAILABLE)
+        outcomes: dict[int, Outcome] = {404: "refused", 504: "timeout"}
+        return RefusedError(status, error.message, outcomes.get(status, "upstream_error"))
+    _log.error("request_failed", path=path, exc_info=error)
+    return RefusedError(500, "the manager failed; its log says more", "refused")
+
+
+def _returned(headers: Iterable[Header]) -> list[Header]:
+    lines, named = [], b""
+    for name, value in headers:
+        low = name.lower()
+        if low == b"connection":
+            named += value + b","
+        elif low not in NOT_RETURNED:
+            lines.append(b"%b: %b" % (name, value))
+    kept = without_named(lines, named) if named else lines
+    return [(name, value) for name, _, value in (line.partition(b": ") for line in kept)]
+
+
+def _outcome_of(status: int) -> Outcome:
+    if status >= _SERVER_ERRORS:
+        return "upstream_error"
+    return "client_error" if status >= _OK_BELOW else "ok"

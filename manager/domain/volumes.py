@@ -1,0 +1,47 @@
+"""Who may write to a volume of models: one instance at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manager.domain.routing import State
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An instance on a volume. `writable` is whether its template mounts the volume for writing."""
+
+    id: str
+    state: State
+    priority: int = 0
+    writable: bool = True
+
+
+def writers(members: Sequence[Member], configured: str | None) -> tuple[str, ...]:
+    """Who is to write, in the order in which they are tried; the first that can be had is the one.
+
+    Servers that share a volume know nothing of each other: two that pull the same model write the same file.
+    So the operator's choice stands alone, and otherwise whoever runs comes before whoever would have to be
+    started.
+
+    Args:
+        members: all instances on the volume, in the configured order.
+        configured: the operator's choice, None where there is none.
+    """
+    if configured is not None:
+        return (configured,)
+    able = [member for member in members if member.writable and member.state is not State.OUT]
+    return tuple(member.id for member in sorted(able, key=_order))
+
+
+def readers(members: Sequence[Member]) -> tuple[str, ...]:
+    """Who is to be asked about a volume, in the order in which they are tried."""
+    return tuple(member.id for member in sorted(members, key=_order) if member.state is not State.OUT)
+
+
+def _order(member: Member) -> tuple[bool, int]:
+    return member.state is not State.READY, -member.priority

@@ -1,0 +1,260 @@
+"""Downloads of models: one at a time for each volume and model, whoever asks and however many do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING, Self
+
+import orjson
+import structlog
+
+from manager.domain.models import model_key
+from manager.errors import ManagerError, Reason, UnavailableError
+from manager.services.ports import Question
+from manager.wire.dialect import message_of
+from manager.wire.management import read_named
+from manager.wire.progress import Lines, LineTooLongError, error_of, progress, says_success, subject_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from manager.services.gateway import Prepared
+    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.volumes import Volumes
+    from manager.wire.management import ManagementBody
+
+_log = structlog.get_logger("pulls")
+
+_HEADERS = ((b"content-type", b"application/json"),)
+# Who falls further behind is told of each thing only the last.
+_MOST_WAITING = 256
+# A model that cannot be had is not asked for again at once, however many requests name it.
+_GIVEN_UP_FOR_S = 10.0
+_MOST_GIVEN_UP = 1024
+_MOST_REFUSAL_BYTES = 64 * 1024
+_OK = 200
+
+
+class PullFailedError(UnavailableError):
+    """The model could not be pulled. `status` is what the server answered instead of progress, if it did."""
+
+    def __init__(self, message: str, *, instance: str | None = None, status: int | None = None) -> None:
+        super().__init__(message, reason=Reason.MODEL_MISSING, instance=instance)
+        self.status = status
+
+
+class Pull:
+    """One download, and all who wait for it."""
+
+    def __init__(self, volume: str, body: ManagementBody) -> None:
+        self.volume = volume
+        self.body = body
+        self.prepared: Prepared | None = None
+        self.error: ManagerError | None = None
+        self.ended = False
+        self.waiting: set[Waiter] = set()
+        self._latest: dict[bytes, bytes] = {}
+
+    def told(self) -> list[bytes]:
+        """Of everything that was told so far the last line, for those who come later."""
+        return list(self._latest.values())
+
+    def tell(self, line: bytes) -> None:
+        self._latest[subject_of(line)] = line
+        for waiter in self.waiting:
+            waiter.take(line)
+
+    def end(self, error: ManagerError | None) -> None:
+        self.error = error
+        self.ended = True
+        for waiter in self.waiting:
+            waiter.wake()
+
+
+class Waiter:
+    """One of those who wait for a pull: an async iterator over its lines, and a context manager.
+
+    The last one to leave ends the pull. Iterating raises the error in which it ended.
+    """
+
+    def __init__(self, pull: Pull, left: Callable[[Pull], None]) -> None:
+        self._pull = pull
+        self._left = left
+        self._lines = deque(pull.told())
+        self._news = asyncio.Event()
+
+    @property
+    def prepared(self) -> Prepared | None:
+        """The lease that it is done under, None while it waits for its turn."""
+        return self._pull.prepared
+
+    def take(self, line: bytes) -> None:
+        self._lines.append(line)
+        if len(self._lines) > _MOST_WAITING:
+            self._lines = deque({subject_of(one): one for one in self._lines}.values())
+        self._news.set()
+
+    def wake(self) -> None:
+        self._news.set()
+
+    def __enter__(self) -> Self:
+        self._pull.waiting.add(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pull.waiting.discard(self)
+        self._left(self._pull)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while not self._lines:
+            if self._pull.ended:
+                if self._pull.error is not None:
+                    raise self._pull.error
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        return self._lines.popleft()
+
+
+class Pulls:
+    """Implements `services.gateway.ModelPuller`. `run` must go on while pulls are asked for.
+
+    Args:
+        volumes: which instance writes, and when it is its turn.
+        server: sends the requests.
+        now: seconds on a monotonic clock.
+    """
+
+    def __init__(self, volumes: Volumes, server: ModelServer, *, now: Callable[[], float]) -> None:
+        self._volumes = volumes
+        self._server = server
+        self._now = now
+        self._pulls: dict[tuple[str, str, bytes], Pull] = {}
+        self._tasks: dict[Pull, asyncio.Task[None]] = {}
+        self._begun: asyncio.Queue[Pull] = asyncio.Queue()
+        self._given_up: dict[tuple[str, str], tuple[float, str]] = {}
+
+    async def run(self) -> None:
+        """Do what is asked for, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                pull = await self._begun.get()
+                if pull.waiting:
+                    self._tasks[pull] = tasks.create_task(self._work(pull), name=f"pull {pull.body.model}")
+                else:
+                    self._forget(pull)
+
+    def join(self, volume: str, body: ManagementBody) -> Waiter:
+        """Wait for a pull to a volume, the one that is under way or a new one. To be entered at once."""
+        key = _key(volume, body)
+        pull = self._pulls.get(key)
+        if pull is None:
+            pull = self._pulls[key] = Pull(volume, body)
+            self._begun.put_nowait(pull)
+        return Waiter(pull, self._has_left)
+
+    async def pull(self, instance: str, model: str) -> None:
+        """Have the model on the instance's volume.
+
+        Raises:
+            ManagerError: it cannot be had.
+        """
+        volume = self._volumes.of(instance)
+        key = volume, model_key(model)
+        at, why = self._given_up.get(key, (float("-inf"), ""))
+        if self._now() - at < _GIVEN_UP_FOR_S:
+            raise PullFailedError(why, instance=instance)
+        try:
+            with self.join(volume, read_named(orjson.dumps({"model": model}))) as waiter:
+                async for _ in waiter:
+                    pass
+        except PullFailedError as error:
+            if len(self._given_up) >= _MOST_GIVEN_UP:
+                self._given_up.clear()
+            self._given_up[key] = (self._now(), error.message)
+            raise
+
+    # --- one pull ---
+
+    async def _work(self, pull: Pull) -> None:
+        error: ManagerError | None = PullFailedError(f"the pull of {pull.body.model!r} was given up")
+        try:
+            await self._do(pull)
+            error = None
+        except ManagerError as failed:
+            error = failed
+        except Exception as defect:  # noqa: BLE001  (those who wait get an answer, the others go on)
+            _log.error("pull_failed", model=pull.body.model, exc_info=defect)
+            error = PullFailedError("the manager failed; its log says more")
+        finally:
+            self._forget(pull)
+            pull.end(error)
+
+    async def _do(self, pull: Pull) -> None:
+        doing = self._volumes.doing(pull.volume)
+        if doing is not None:
+            pull.tell(progress(f"waiting for {doing}"))
+        async with self._volumes.alone(pull.volume, f"the pull of {pull.body.model}"):
+            prepared = await self._volumes.writer(pull.volume)
+            with prepared.lease as lease:
+                pull.prepared = prepared
+                raw = pull.body.raw(stream=True)
+                question = Question(lease.endpoint, "POST", "/api/pull", _HEADERS, raw)
+                async with self._server.ask(question) as answer:
+                    if answer.status != _OK:
+                        raise await _refusal(answer, lease.instance)
+                    await self._pass_on(pull, answer, lease.instance)
+
+    async def _pass_on(self, pull: Pull, answer: ServerAnswer, instance: str) -> None:
+        lines, more, done = Lines(), True, False
+        while more:
+            piece = await answer.piece()
+            more = bool(piece)
+            try:
+                found = lines.feed(piece) if more else lines.end()
+            except LineTooLongError as error:
+                raise PullFailedError("the server's progress has no lines", instance=instance) from error
+            for line in found:
+                failure = error_of(line)
+                if failure is not None:
+                    raise PullFailedError(failure, instance=instance)
+                if says_success(line):
+                    # Whoever reads this line may use the model at once.
+                    await self._volumes.changed(instance)
+                    done = True
+                pull.tell(line)
+        if not done:
+            raise PullFailedError("the server ended the pull before its end", instance=instance)
+
+    # --- who waits ---
+
+    def _has_left(self, pull: Pull) -> None:
+        task = self._tasks.get(pull)
+        if not pull.waiting and task is not None:
+            task.cancel()
+            self._forget(pull)  # who asks from now on gets a new one
+
+    def _forget(self, pull: Pull) -> None:
+        self._tasks.pop(pull, None)
+        key = _key(pull.volume, pull.body)
+        if self._pulls.get(key) is pull:
+            del self._pulls[key]
+
+
+async def _refusal(answer: ServerAnswer, instance: str) -> PullFailedError:
+    parts = bytearray()
+    while len(parts) < _MOST_REFUSAL_BYTES and (piece := await answer.piece()):
+        parts += piece
+    message = message_of(bytes(parts)) or f"{instance} answered with status {answer.status}"
+    return PullFailedError(message, instance=instance, status=answer.status)
+
+
+def _key(volume: str, body: ManagementBody) -> tuple[str, str, bytes]:
+    return volume, model_key(body.model), body.rest()

@@ -1,0 +1,186 @@
+"""Volumes of models: who writes to each, who does something there right now, and what there is afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from manager.domain.models import model_key
+from manager.domain.routing import Attempt
+from manager.domain.volumes import Member, readers, writers
+from manager.errors import ManagerError, Reason, UnavailableError
+from manager.services.model_lists import models_mount, volume_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+    from manager.domain.routing import Candidate
+    from manager.services.catalogue import Catalogue
+    from manager.services.fleet import Fleet
+    from manager.services.gateway import Gateway, Prepared
+    from manager.services.model_lists import ModelLists
+
+# So many names of models fit into an error message that somebody reads.
+_MOST_NAMES = 50
+
+
+class NoSuchModelError(UnavailableError):
+    """Every volume has been looked at, and none has the model."""
+
+    def __init__(self, model: str, there_is: Iterable[str]) -> None:
+        names = ", ".join(there_is) or "none"
+        super().__init__(f"model {model!r} not found; models: {names}", reason=Reason.MODEL_MISSING)
+
+
+class Volumes:
+    """Owns what is being done on each volume: of what would get in each other's way, one thing at a time.
+
+    Args:
+        fleet: its instances are on the volumes.
+        gateway: starts them and gives leases on them.
+        catalogue: has them asked what they have.
+        lists: what there is on each volume.
+        chosen: volume -> the instance that alone writes to it, where the operator has chosen one.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        gateway: Gateway,
+        catalogue: Catalogue,
+        lists: ModelLists,
+        *,
+        chosen: Mapping[str, str],
+    ) -> None:
+        self._fleet = fleet
+        self._gateway = gateway
+        self._catalogue = catalogue
+        self._lists = lists
+        self._chosen = chosen
+        self._turns: dict[str, asyncio.Lock] = {}
+        self._doing: dict[str, str] = {}
+
+    # --- which volume ---
+
+    def names(self) -> tuple[str, ...]:
+        """All volumes, in the order of the configuration; the first one is where new models go."""
+        return tuple(dict.fromkeys(volume_of(one.spec) for one in self._fleet.instances()))
+
+    def of(self, instance_id: str) -> str:
+        """The volume of an instance.
+
+        Raises:
+            UnknownInstanceError: there is none of that id.
+        """
+        return volume_of(self._fleet.get(instance_id).spec)
+
+    def default(self, pin: str | None) -> str:
+        """Where something new goes.
+
+        Raises:
+            UnknownInstanceError: there is no instance of that id.
+            UnavailableError: there is no instance at all.
+        """
+        if pin is not None:
+            return self.of(pin)
+        names = self.names()
+        if not names:
+            raise UnavailableError("there is no instance", reason=Reason.INSTANCE_UNAVAILABLE)
+        return names[0]
+
+    def having(self, model: str) -> tuple[str, ...]:
+        """The volumes that have a model, as far as is known, in the order of the configuration."""
+        key = model_key(model)
+        return tuple(name for name in self.names() if key in self._lists.entries(name))
+
+    async def find(self, model: str, pin: str | None) -> str:
+        """The volume that has a model, or one that may have it because nobody has ever looked.
+
+        Raises:
+            UnknownInstanceError: there is no instance of that id.
+            NoSuchModelError: no volume has it.
+        """
+        if pin is not None:
+            return self.of(pin)
+        self._gateway.snapshot()  # takes in what instances have listed since
+        if having := self.having(model):
+            return having[0]
+        await self._catalogue.refresh(lists=True)
+        if having := self.having(model):
+            return having[0]
+        unread = [name for name in self.names() if self._lists.of(name) is None]
+        if not unread:
+            raise NoSuchModelError(model, self._there_is())
+        return unread[0]
+
+    # --- who ---
+
+    async def writer(self, volume: str) -> Prepared:
+        """A lease on whoever writes to a volume, started if need be.
+
+        Raises:
+            ManagerError: nobody can be had.
+        """
+        return await self._first(writers(self._members(volume), self._chosen.get(volume)), volume)
+
+    async def reader(self, volume: str) -> Prepared:
+        """A lease on an instance that sees a volume; one is started only if none runs.
+
+        Raises:
+            ManagerError: nobody can be had.
+        """
+        return await self._first(readers(self._members(volume)), volume)
+
+    # --- what is done there ---
+
+    def doing(self, volume: str) -> str | None:
+        """What goes on there that others have to wait for; None when nothing does."""
+        return self._doing.get(volume)
+
+    @asynccontextmanager
+    async def alone(self, volume: str, what: str) -> AsyncIterator[None]:
+        """Wait until nothing else that changes a volume goes on, and keep it so; first come, first served."""
+        async with self._turns.setdefault(volume, asyncio.Lock()):
+            self._doing[volume] = what
+            try:
+                yield
+            finally:
+                del self._doing[volume]
+
+    async def changed(self, instance_id: str) -> None:
+        """Something was changed through an instance: see what there is on its volume now."""
+        instance = self._fleet.get(instance_id)
+        await instance.probe(tags=True)
+        self._lists.take(instance)
+
+    # --- helpers ---
+
+    async def _first(self, ids: Sequence[str], volume: str) -> Prepared:
+        trouble: ManagerError | None = None
+        for id_ in ids:
+            try:
+                return await self._gateway.prepare(Attempt(id_, "", role=None, because="startable"))
+            except ManagerError as error:
+                trouble = trouble or error
+        if trouble is None:
+            outs = [f"{one.id} ({one.why_out})" for one in self._candidates(volume) if one.why_out]
+            message = f"no instance on {volume} can be used now: {', '.join(outs) or 'none writes to it'}"
+            trouble = UnavailableError(message, reason=Reason.INSTANCE_UNAVAILABLE, retry_after_s=5)
+        raise trouble
+
+    def _members(self, volume: str) -> list[Member]:
+        return [
+            Member(one.id, one.state, one.priority, writable=self._may_write(one.id))
+            for one in self._candidates(volume)
+        ]
+
+    def _candidates(self, volume: str) -> list[Candidate]:
+        return [one for one in self._gateway.snapshot().candidates if self.of(one.id) == volume]
+
+    def _may_write(self, instance_id: str) -> bool:
+        mount = models_mount(self._fleet.get(instance_id).spec)
+        return mount is None or not mount.read_only
+
+    def _there_is(self) -> list[str]:
+        return self._gateway.snapshot().names()[:_MOST_NAMES]
