@@ -148,8 +148,8 @@ class ServerAnswer(Protocol):
     def headers(self) -> Sequence[Header]: ...
     @property
     def length(self) -> int | None: ...
-    def pieces(self) -> AsyncIterator[bytes]:
-        """The body as it comes; whoever takes no more holds the server up.
+    async def piece(self) -> bytes:
+        """The next piece of the body, empty at its end; whoever takes no more holds the server up.
 
         Raises:
             UnavailableError: it broke off, or stood still for too long.
