@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from collections import defaultdict
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import groupby
-from operator import itemgetter
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
@@ -28,6 +28,12 @@ class State(StrEnum):
     READY = "ready"
     STARTABLE = "startable"
     OUT = "out"
+
+
+# Looked up once for every candidate.
+_STARTABLE = State.STARTABLE
+_CPU = DeviceKind.CPU
+_GPU = DeviceKind.GPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,34 +58,37 @@ class Snapshot:
     """All instances at one moment, in the configured order."""
 
     candidates: tuple[Candidate, ...]
-    _having: dict[str, tuple[Candidate, ...]] = field(init=False, repr=False, compare=False)
-    _by_id: dict[str, Candidate] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        having: dict[str, list[Candidate]] = {}
-        for candidate in self.candidates:
-            for key in candidate.models or ():
-                having.setdefault(key, []).append(candidate)
-        object.__setattr__(self, "_having", {key: tuple(found) for key, found in having.items()})
-        object.__setattr__(self, "_by_id", {candidate.id: candidate for candidate in self.candidates})
 
     def having(self, key: str) -> tuple[Candidate, ...]:
-        return self._having.get(key, ())
+        return tuple([one for one in self.candidates if one.models is not None and key in one.models])
 
     def get(self, instance: str) -> Candidate | None:
         return self._by_id.get(instance)
 
     def unread(self) -> tuple[Candidate, ...]:
-        return tuple(candidate for candidate in self.candidates if candidate.models is None)
+        return self._unread
 
     def names(self) -> list[str]:
         """The name of every model there is, each once."""
+        return self._names
+
+    # Worked out when they are first asked for: most snapshots are replaced before.
+
+    @cached_property
+    def _by_id(self) -> dict[str, Candidate]:
+        return {candidate.id: candidate for candidate in self.candidates}
+
+    @cached_property
+    def _unread(self) -> tuple[Candidate, ...]:
+        return tuple(candidate for candidate in self.candidates if candidate.models is None)
+
+    @cached_property
+    def _names(self) -> list[str]:
         named = (candidate.models or {} for candidate in self.candidates)
         return sorted({key: name for models in named for key, name in models.items()}.values())
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
+class RequestFacts(NamedTuple):
     """What a request says about where it should go.
 
     `instance` is a pin given beside the model's name, `lane` the name of a role.
@@ -94,8 +103,8 @@ class RequestFacts:
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+# Tuples: a decision has many of them, and a frozen dataclass takes three times as long to make.
+class Attempt(NamedTuple):
     """One way to answer. `fallback` says why it is not what was preferred; None when it is."""
 
     instance: str
@@ -105,8 +114,7 @@ class Attempt:
     fallback: Reason | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class PassedOver:
+class PassedOver(NamedTuple):
     instance: str
     model: str
     reason: Reason
@@ -125,7 +133,8 @@ class Refused:
 class Decision:
     """The attempts for one request. Those within a group are equal but for their load.
 
-    `refused` is set exactly when there is no attempt.
+    Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
+    never twice for one model. `refused` is set exactly when there is no attempt.
     """
 
     request: RequestFacts
@@ -148,7 +157,12 @@ class Decision:
                 continue
             waiting = list(group)
             while waiting:
-                best = min(waiting, key=lambda one: load[one.instance])
+                best, least = waiting[0], load[waiting[0].instance]
+                for attempt in waiting:
+                    if not least:
+                        break
+                    if (one := load[attempt.instance]) < least:
+                        best, least = attempt, one
                 waiting.remove(best)
                 yield best
 
@@ -157,27 +171,27 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     """Where `request` may go.
 
     Warm instances come first, then running ones, then those that can be started, each by priority; the last
-    are those whose models nobody has read yet. The policy of a role filters before its target counts.
+    are those whose models nobody has read yet. The policy of a role filters before its target counts, and
+    what its fallbacks may use as well. A target is held, unless the role merely prefers GPUs; a pin always.
     """
     match = _PIN.fullmatch(request.model)
     name = match["model"] if match else request.model
     pin = match["instance"] if match else request.instance
     lane = settings.roles.get(request.lane) if request.lane else None
     if pin is not None and snapshot.get(pin) is None:
-        there_is = ", ".join(candidate.id for candidate in snapshot.candidates) or "none"
-        message = f"there is no instance {pin!r}; there is: {there_is}"
-        return _refusal(request, None, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
+        message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
+        return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
     role = settings.roles.get(name)
     if role is not None and not snapshot.having(model_key(name)):
         if role.kind is not request.kind:
             message = f"the role {name!r} does {role.kind}, and this request wants to {request.kind}"
-            return _refusal(request, role, Refused("contradiction", Reason.POLICY, message))
+            return _refusal(request, role, pin, Refused("contradiction", Reason.POLICY, message))
         if role.model is None:
             message = f"the role {name!r} has no model; set one under roles.{name}.model"
-            return _refusal(request, role, Refused("unknown", Reason.MODEL_MISSING, message))
-        legs = list(_legs(role, settings))
+            return _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
+        legs = list(_legs(role, role.model, settings))
     else:
-        legs = [_Leg(name, lane, fallback=False)]
+        legs = [_Leg(name, lane)]
         role = lane
     return _Decider(request, settings, snapshot, role, pin).over(legs)
 
@@ -188,10 +202,15 @@ class _Leg:
 
     model: str
     role: Role | None
-    fallback: bool
+
+    def held(self, pin: str | None) -> str | None:
+        """The only instance that may be used, None when there may be others."""
+        if pin is not None or self.role is None or self.role.policy is Policy.PREFER_GPU:
+            return pin
+        return self.role.target
 
 
-def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
+def _legs(role: Role, model: str, settings: RoutingSettings) -> Iterator[_Leg]:
     """The role's own model, then those of the roles it falls back to, each role once."""
     seen: set[str] = set()
     waiting = [role]
@@ -201,14 +220,24 @@ def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
             continue
         seen.add(current.name)
         # Vectors of two models cannot be compared: an embedding role may change its place, not its model.
-        same = current.model is not None and role.model is not None
-        if same and (
-            role.kind is not RequestKind.EMBED
-            or model_key(current.model or "") == model_key(role.model or "")
+        if current.model is not None and (
+            role.kind is not RequestKind.EMBED or model_key(current.model) == model_key(model)
         ):
-            yield _Leg(current.model or "", current, fallback=current is not role)
+            yield _Leg(current.model, current)
         followers = (settings.roles.get(name) for name in current.fallbacks)
         waiting += [other for other in followers if other is not None and other.kind is role.kind]
+
+
+# By stage and tier: a model that is there goes before one that may be there, and that before one to pull.
+_WAYS: tuple[tuple[Because, ...], ...] = (
+    ("loaded", "running", "startable"),
+    ("unread", "unread", "unread"),
+    ("pull", "pull", "pull"),
+)
+_ANYBODY: Mapping[DeviceKind | None, int | None] = {_GPU: 0, _CPU: 0, None: 0}
+_NOBODY: Mapping[DeviceKind | None, int | None] = {_GPU: None, _CPU: None, None: None}
+_GPUS_FIRST: Mapping[DeviceKind | None, int | None] = {_GPU: 0, _CPU: 1, None: 1}
+_GPUS_SECOND: Mapping[DeviceKind | None, int | None] = {_GPU: 1, _CPU: 2, None: 2}
 
 
 class _Decider:
@@ -227,12 +256,19 @@ class _Decider:
         self._snapshot = snapshot
         self._role = role
         self._pin = pin
+        self._cpu_only = role is not None and role.policy is Policy.CPU_ONLY
+        self._tried: defaultdict[str, set[str]] = defaultdict(set)
         self._passed_over: list[PassedOver] = []
         self._groups: list[tuple[Attempt, ...]] = []
 
     def over(self, legs: list[_Leg]) -> Decision:
-        for leg in legs:
-            self._add(leg)
+        first, *others = legs
+        self._add(first, None)
+        if others:
+            # What is preferred is there and goes first, or this says why it is not.
+            why = Reason.INSTANCE_UNAVAILABLE if self._groups else self._why_none(first).reason
+            for leg in others:
+                self._add(leg, why)
         role = self._role
         return Decision(
             request=self._request,
@@ -240,122 +276,140 @@ class _Decider:
             policy=role.policy if role else Policy.AUTO,
             requested_target=self._pin or (role.target if role else None),
             groups=tuple(self._groups),
-            passed_over=tuple(self._passed_over),
-            refused=None if self._groups else self._why_none(legs),
+            passed_over=tuple(self._once_each() if others else self._passed_over),
+            refused=None if self._groups else self._why_none(first),
         )
 
-    def _add(self, leg: _Leg) -> None:
-        key = model_key(leg.model)
-        having = self._snapshot.having(key)
-        found = having + self._snapshot.unread()
-        pulls = not having and not found and self._settings.auto_pull
-        if pulls:
-            found = self._snapshot.candidates
-        allowed: list[tuple[tuple[int, int, int], Candidate, Because]] = []
-        preferred_out: Reason | None = None if having or pulls else Reason.MODEL_MISSING
-        for candidate in found:
-            rank = self._class_of(candidate, leg)
-            out = candidate.why_out if rank is not None else Reason.POLICY
-            if out is not None or rank is None:
-                reason = out or Reason.POLICY
-                self._passed_over.append(PassedOver(candidate.id, leg.model, reason))
-                if rank == 0 and preferred_out in (None, Reason.MODEL_MISSING):
-                    preferred_out = reason
-                continue
-            because = _because(candidate, key, pulls=pulls)
-            order = (rank + (10 if because == "unread" else 0), _TIER[because], -candidate.priority)
-            allowed.append((order, candidate, because))
-        best = min((order[0] % 10 for order, _, _ in allowed), default=0)
-        allowed.sort(key=itemgetter(0))
-        for order, group in groupby(allowed, key=itemgetter(0)):
-            fallback = self._fallback(leg, order[0] % 10, best, preferred_out)
-            self._groups.append(
-                tuple(
-                    Attempt(
-                        instance=candidate.id,
-                        model=leg.model,
-                        role=leg.role.name if leg.role else None,
-                        because=because,
-                        fallback=fallback,
-                    )
-                    for _, candidate, because in group
-                )
-            )
+    def _add(self, leg: _Leg, fallback: Reason | None) -> None:
+        """The attempts of one leg; `fallback` is why it is not the preferred one."""
+        model, key = leg.model, model_key(leg.model)
+        chosen, rank_of, cpu_only = self._ranking(leg)
+        tried = self._tried[key]
+        found: dict[tuple[int, int, int, int], list[str]] = {}
+        preferred_out: Reason | None = None
+        for stage, candidates in enumerate(self._found(key)):
+            for candidate in candidates:
+                id_, device, reason = candidate.id, candidate.device, candidate.why_out
+                rank = 0 if id_ == chosen else rank_of[device]
+                if rank is None or (cpu_only and device is not _CPU):
+                    self._passed_over.append(PassedOver(id_, model, Reason.POLICY))
+                elif reason is not None:
+                    self._passed_over.append(PassedOver(id_, model, reason))
+                    if rank == 0:
+                        preferred_out = preferred_out or reason
+                elif id_ not in tried:
+                    tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
+                    order = (stage, rank, tier, -candidate.priority)
+                    group = found.get(order)
+                    if group is None:
+                        found[order] = [id_]
+                    else:
+                        group.append(id_)
+        role = leg.role.name if leg.role else None
+        preferred_there = any(stage == rank == 0 for stage, rank, _, _ in found)
+        for (stage, rank, tier, _), ids in sorted(found.items()):
+            reason = fallback
+            if reason is None and rank:
+                reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
+            because = _WAYS[stage][tier]
+            self._groups.append(tuple([Attempt(id_, model, role, because, reason) for id_ in ids]))
+            tried.update(ids)
 
-    def _class_of(self, candidate: Candidate, leg: _Leg) -> int | None:
-        """0 for what is preferred, more for what is permitted after it, None for what is not permitted."""
-        policy = leg.role.policy if leg.role else Policy.AUTO
-        if policy is Policy.CPU_ONLY and candidate.device is not DeviceKind.CPU:
-            return None
-        if self._pin is not None:
-            return 0 if candidate.id == self._pin else None
+    def _found(self, key: str) -> tuple[tuple[Candidate, ...], ...]:
+        """Instances that have the model, those that may have it, and those that may pull it."""
+        having, unread = self._snapshot.having(key), self._snapshot.unread()
+        if having or not self._settings.auto_pull:
+            return having, unread
+        return having, unread, tuple(one for one in self._snapshot.candidates if one.models is not None)
+
+    def _ranking(self, leg: _Leg) -> tuple[str | None, Mapping[DeviceKind | None, int | None], bool]:
+        """Who is chosen before all others, how these rank by device, and whether only the CPU is permitted.
+
+        0 is what is preferred, more what is permitted after it, None what is not permitted.
+        """
         target = leg.role.target if leg.role else None
-        if target is not None and candidate.id == target:
-            return 0
-        if policy is Policy.PREFER_GPU:
-            away = 0 if target is None else 1
-            return away if candidate.device is DeviceKind.GPU else away + 1
-        return 0 if target is None else None
+        held = leg.held(self._pin)
+        if held is not None:
+            return held, _NOBODY, self._is_cpu_only(leg)
+        if leg.role is None or leg.role.policy is not Policy.PREFER_GPU:
+            return None, _ANYBODY, self._is_cpu_only(leg)
+        return target, _GPUS_FIRST if target is None else _GPUS_SECOND, self._is_cpu_only(leg)
 
-    def _fallback(self, leg: _Leg, rank: int, best: int, preferred_out: Reason | None) -> Reason | None:
-        if leg.fallback:
-            first = self._passed_over[0].reason if self._passed_over else None
-            return first or Reason.MODEL_MISSING
-        if rank == 0:
-            return None
-        # What is preferred is there, or it is not: then this says why.
-        if best == 0:
-            return Reason.INSTANCE_UNAVAILABLE
-        if preferred_out is not None:
-            return preferred_out
-        return Reason.MODEL_MISSING if leg.role and leg.role.target else Reason.GPU_MISSING
+    def _is_cpu_only(self, leg: _Leg) -> bool:
+        return self._cpu_only or (leg.role is not None and leg.role.policy is Policy.CPU_ONLY)
 
-    def _why_none(self, legs: list[_Leg]) -> Refused:
-        model = legs[0].model
-        pin = self._pin or (legs[0].role.target if legs[0].role else None)
+    def _once_each(self) -> Iterator[PassedOver]:
+        """What is not attempted under another role, each with what says most about it."""
+        found: dict[tuple[str, str], PassedOver] = {}
+        for one in self._passed_over:
+            place = one.instance, model_key(one.model)
+            if place not in found or found[place].reason is Reason.POLICY:
+                found[place] = one
+        return (one for (instance, key), one in found.items() if instance not in self._tried[key])
+
+    def _why_not_preferred(self, leg: _Leg, out: Reason | None, *, is_there: bool) -> Reason:
+        """Why a GPU, or the one that is the target, is not what answers."""
+        if is_there:
+            return Reason.INSTANCE_UNAVAILABLE  # when it comes to this attempt
+        if out is not None:
+            return out
+        target = leg.role.target if leg.role else None
+        if target is not None:
+            known = self._snapshot.get(target) is not None
+            return Reason.MODEL_MISSING if known else Reason.INSTANCE_UNAVAILABLE
+        gpus = any(candidate.device is _GPU for candidate in self._snapshot.candidates)
+        return Reason.MODEL_MISSING if gpus else Reason.GPU_MISSING
+
+    def _why_none(self, leg: _Leg) -> Refused:
+        """Why there is no attempt, told by the leg that is preferred."""
         outs = [one for one in self._passed_over if one.reason is not Reason.POLICY]
         if outs:
-            first = next((one for one in outs if one.instance == pin), outs[0])
-            where = f"{first.instance} has {model!r} and cannot be used now ({first.reason})"
-            return Refused("unavailable", first.reason, where)
-        has = self._snapshot.having(model_key(model))
-        if has and pin is not None and all(candidate.id != pin for candidate in has):
-            others = ", ".join(candidate.id for candidate in has)
-            message = f"model {model!r} is not on {pin}; it is on: {others}"
+            target = leg.role.target if leg.role else None
+            return self._unavailable(next((one for one in outs if one.instance == target), outs[0]))
+        having = self._snapshot.having(model_key(leg.model))
+        held = leg.held(self._pin)
+        place = self._snapshot.get(held) if held is not None else None
+        if held is not None and place is None:
+            there_is = _listed(self._snapshot.candidates)
+            message = f"there is no instance {held!r}, which the role's target is; there is: {there_is}"
+            return Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, message)
+        barred = having if place is None else (place,)
+        if self._is_cpu_only(leg) and barred and all(one.device is not _CPU for one in barred):
+            rule = f"policy cpu_only permits none of: {_listed(barred)}"
+            return Refused("contradiction", Reason.POLICY, rule)
+        if having:
+            message = f"model {leg.model!r} is not on {held}; it is on: {_listed(having)}"
             return Refused("unknown", Reason.MODEL_MISSING, message)
-        if self._passed_over:
-            names = ", ".join(one.instance for one in self._passed_over)
-            rule = f"the policy of role {self._role.name!r}" if self._role else "the pin"
-            return Refused("contradiction", Reason.POLICY, f"{rule} permits none of: {names}")
-        names_there = self._snapshot.names()
-        more = f" and {len(names_there) - _MOST_NAMES} more" if len(names_there) > _MOST_NAMES else ""
-        listed = ", ".join(names_there[:_MOST_NAMES]) or "none"
+        return self._not_found(leg.model)
+
+    def _unavailable(self, one: PassedOver) -> Refused:
+        place = self._snapshot.get(one.instance)
+        models = place.models if place else None
+        has = "may have" if models is None else "has" if model_key(one.model) in models else "could pull"
+        message = f"{one.instance} {has} {one.model!r} and cannot be used now ({one.reason})"
+        return Refused("unavailable", one.reason, message)
+
+    def _not_found(self, model: str) -> Refused:
+        names = self._snapshot.names()
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        listed = ", ".join(names[:_MOST_NAMES]) or "none"
         roles = ", ".join(name for name, role in self._settings.roles.items() if role.model is not None)
         also = f"; roles: {roles}" if roles else ""
         message = f"model {model!r} not found; models: {listed}{more}{also}"
         return Refused("unknown", Reason.MODEL_MISSING, message)
 
 
-_TIER: dict[Because, int] = {"loaded": 0, "running": 1, "startable": 2, "unread": 3, "pull": 4}
-
-
-def _because(candidate: Candidate, key: str, *, pulls: bool) -> Because:
-    if pulls:
-        return "pull"
-    if candidate.models is None:
-        return "unread"
-    if candidate.state is State.STARTABLE:
-        return "startable"
-    return "loaded" if key in candidate.loaded else "running"
-
-
-def _refusal(request: RequestFacts, role: Role | None, refused: Refused) -> Decision:
+def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused: Refused) -> Decision:
     return Decision(
         request=request,
         role=role.name if role else None,
         policy=role.policy if role else Policy.AUTO,
-        requested_target=request.instance or (role.target if role else None),
+        requested_target=pin or (role.target if role else None),
         groups=(),
         passed_over=(),
         refused=refused,
     )
+
+
+def _listed(candidates: tuple[Candidate, ...]) -> str:
+    return ", ".join(candidate.id for candidate in candidates) or "none"

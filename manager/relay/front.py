@@ -40,6 +40,7 @@ class Front(HttpToolsProtocol):
         self._held_bytes = 0
         self._running: Exchange | None = None
         self._feeding = False
+        self._offered = False
         self._length = b""
         self._caller: Caller | None = None
         self._resting_since = 0.0
@@ -104,7 +105,8 @@ class Front(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_head = False
-        if self.parser.should_upgrade():
+        self._offered = self.parser.should_upgrade()
+        if self._offered:
             return  # it is read again without the offer
         if self._head_bytes > _MOST_HEAD_BYTES:
             self._refuse_long_head()
@@ -143,7 +145,7 @@ class Front(HttpToolsProtocol):
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
 
     def on_body(self, body: bytes) -> None:
-        if self.parser.should_upgrade():
+        if self._offered:
             return
         if isinstance(self.cycle, Exchange):
             self.cycle.body_came(body)
@@ -152,7 +154,7 @@ class Front(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._in_head = True
-        if self.parser.should_upgrade():
+        if self._offered:
             return
         if isinstance(self.cycle, Exchange):
             self.cycle.request_ended()

@@ -6,7 +6,7 @@ import asyncio
 import ssl
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import httptools
@@ -20,8 +20,7 @@ _FIRST_FINAL_STATUS = 200
 _WITHOUT_BODY = (204, 304)
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(NamedTuple):
     """The head of an answer.
 
     `lines` are those that the caller is to see, without what frames the message; `length` is that of the body

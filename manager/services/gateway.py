@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from manager.services.fleet import Fleet
     from manager.services.instance import Instance
     from manager.services.journal import Journal
-    from manager.services.leases import Lease
+    from manager.services.leases import Lease, LeaseBook
     from manager.services.model_lists import ModelLists
     from manager.services.traffic import RequestRecord, Traffic
     from manager.services.world import Changes
@@ -285,9 +285,13 @@ class _Load(Mapping[str, int]):
 
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
+        self._books: dict[str, LeaseBook] = {}
 
     def __getitem__(self, instance_id: str) -> int:
-        return self._fleet.get(instance_id).in_flight
+        book = self._books.get(instance_id)
+        if book is None:
+            book = self._books[instance_id] = self._fleet.get(instance_id).leases
+        return book.in_flight
 
     def __iter__(self) -> Iterator[str]:
         return (instance.id for instance in self._fleet.instances())

@@ -242,6 +242,10 @@ class Instance(ABC):
         return self._available
 
     @property
+    def leases(self) -> LeaseBook:
+        return self._leases
+
+    @property
     def in_flight(self) -> int:
         return self._leases.in_flight
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tests.bench.crash import crash_detection
 from tests.bench.idle import RUNNING, idle_cost
+from tests.bench.relay import relay_cost
 from tests.bench.rig import INSTANCES, MeasurementError, open_rig
 from tests.bench.starts import start_many, start_to_ready
 from tests.bench.status import calls_that_change_nothing, frozen_engine, list_latency
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 _MOST_TOLD = 160
 
+# These bring their own surroundings, and no engine.
+ALONE: dict[str, Callable[[], Iterable[Row]]] = {"relay": relay_cost}
 # Idle cost is that of as many instances as run; everything else is measured with many.
 WITH_FEW: dict[str, Callable[[Rig], Iterable[Row]]] = {"idle": idle_cost}
 WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {
@@ -40,18 +43,22 @@ WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {
 
 
 def main(wanted: list[str]) -> int:
-    known = [*WITH_FEW, *WITH_MANY]
+    known = [*ALONE, *WITH_FEW, *WITH_MANY]
     unknown = set(wanted) - set(known)
     if unknown:
         print(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(known)}", file=sys.stderr)
         return 2
-    obstacles = private_engine_obstacles()
+    with_engine = not wanted or bool(set(wanted) - set(ALONE))
+    obstacles = private_engine_obstacles() if with_engine else []
     if obstacles:
         print(f"nothing was measured: {'; '.join(obstacles)}", file=sys.stderr)
         return 1
     began = time.monotonic()
     rows: list[Row] = []
     try:
+        for name in ALONE:
+            if not wanted or name in wanted:
+                rows += _alone(name)
         for parts, instances in ((WITH_FEW, RUNNING), (WITH_MANY, INSTANCES)):
             names = [name for name in parts if not wanted or name in wanted]
             rows += _measured({name: parts[name] for name in names}, instances)
@@ -63,6 +70,16 @@ def main(wanted: list[str]) -> int:
     print(rendered(rows))
     print(f"\n{os.cpu_count()} cores, Python {platform.python_version()}, load {load}, {spent_s:.0f} s")
     return int(any(row.verdict == "FAILED" for row in rows))
+
+
+def _alone(name: str) -> list[Row]:
+    rows: list[Row] = []
+    print(f"measuring: {name} …", file=sys.stderr, flush=True)
+    try:
+        rows.extend(ALONE[name]())
+    except MeasurementError as error:
+        rows.append(Row(f"{name}: could not be measured", str(error)[:_MOST_TOLD], "", "FAILED"))
+    return rows
 
 
 def _measured(parts: dict[str, Callable[[Rig], Iterable[Row]]], instances: int) -> list[Row]:

@@ -1,4 +1,4 @@
-"""`python -m tests.bench.canned PORT [PORT…]`: as much of an Ollama as a relay needs, as fast as Python can be.
+"""`python -m tests.bench.canned PORT…`: as much of an Ollama as a relay needs, as fast as Python can be.
 
 Answers to `/api/chat` are canned: about 1 KB at once, or with `"stream":true` a line every 20 ms, as many as
 `num_predict` says. What is measured in front of it pays for nothing but the relaying.
@@ -40,9 +40,9 @@ _EVERY_S = 0.02
 
 
 def _document(content: bytes) -> bytes:
-    return (
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-        % (len(content), content)
+    return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (
+        len(content),
+        content,
     )
 
 

@@ -22,10 +22,10 @@ def idle_cost(rig: Rig) -> list[Row]:
     """Processor time over half a minute and resident memory at its end, children included."""
     rig.start(ids(RUNNING))
     time.sleep(_SETTLE_S)
-    before_s, began = _cpu_s(rig.pid), time.monotonic()
+    before_s, began = cpu_s(rig.pid), time.monotonic()
     time.sleep(_WATCHED_S)
-    share = (_cpu_s(rig.pid) - before_s) / (time.monotonic() - began)
-    resident = sum(_resident_bytes(pid) for pid in _family(rig.pid))
+    share = (cpu_s(rig.pid) - before_s) / (time.monotonic() - began)
+    resident = sum(resident_bytes(pid) for pid in _family(rig.pid))
     threads = len(list(Path(f"/proc/{rig.pid}/task").iterdir()))
     rig.stop(ids(RUNNING))
     return [
@@ -41,7 +41,7 @@ def idle_cost(rig: Rig) -> list[Row]:
     ]
 
 
-def _cpu_s(pid: int) -> float:
+def cpu_s(pid: int) -> float:
     """User and system time of a process, its threads and its children, dead and alive (proc(5), stat)."""
     ticks = 0
     for one in _family(pid):
@@ -50,7 +50,7 @@ def _cpu_s(pid: int) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
 

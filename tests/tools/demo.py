@@ -30,7 +30,7 @@ from tests.tools.console import ToolError, say
 from tests.tools.system import COMPILER, DOCKERD, IP, IPTABLES, lacking, provide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     import docker
 
@@ -40,6 +40,7 @@ _CARD = standin.Card("GPU-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90", vram_used=2 * 2
 _TTL_S = 5
 _WORDS_PER_S = 24.0
 _MANAGER_ID = "demo"
+_TOLD = ("X-Instance", "X-Model", "X-Start-Ms", "X-Fallback-Reason")
 _START_LIMIT_S = 60.0  # of the daemon, on a machine that has other things to do
 
 
@@ -126,14 +127,15 @@ def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with
     _command(show, daemon, "status")
     _expect(_containers(client) == [], "no container runs yet")
 
-    show.step("Start the CPU instance, and wait until it is ready")
-    _command(show, daemon, "start", "cpu")
-    body = daemon.instance("cpu")
-    _expect(body["phase"] == "ready", "cpu is ready")
-    show.result(f"container {body['container']['name']}, endpoint {body['endpoint']}")
+    show.step("A client asks for an answer all the same: what it needs is started for it")
+    came_from = _chat(show, daemon.url, "tiny")
+    _expect(came_from.get("X-Instance") == "cpu", "the answer says that it comes from cpu")
+    _expect("X-Start-Ms" in came_from, "the answer says how long cpu had to be started for it")
+    _expect(daemon.instance("cpu")["phase"] == "ready", "cpu is ready")
 
-    show.step("Use it: any Ollama client works with that endpoint")
-    _chat(show, body["endpoint"])
+    show.step("The next one finds it warm, through the OpenAI API as well")
+    _expect("X-Start-Ms" not in _chat(show, daemon.url, "tiny"), "nothing had to be started")
+    _openai_chat(show, daemon.url)
 
     if with_gpu:
         _graphics_tour(show, daemon, client)
@@ -175,7 +177,8 @@ def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient
         f"card {card['index']}: {card['name']}, {_gib(card['vram_free_bytes'])} of "
         f"{_gib(card['vram_total_bytes'])} GiB free, {card['uuid']}"
     )
-    _command(show, daemon, "start", "gpu0")
+    came_from = _chat(show, daemon.url, "tiny@gpu0")
+    _expect(came_from.get("X-Instance") == "gpu0", "the answer says that it comes from gpu0")
     body = daemon.instance("gpu0")
     _expect(body["phase"] == "ready", "gpu0 is ready")
     container = client.containers.get(body["container"]["id"])
@@ -188,16 +191,19 @@ def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient
     show.result(f"Docker was asked for the card {requested[0]}, by UUID and for no other")
 
 
-def _chat(show: Transcript, endpoint: str) -> None:
+def _chat(show: Transcript, address: str, model: str) -> Mapping[str, str]:
+    """A streamed answer; the headers that say where it came from."""
     question = "Why is the sky blue?"
-    message = json.dumps({"model": "tiny", "messages": [{"role": "user", "content": question}]})
-    show.command(f"curl {endpoint}/api/chat -d '{message}'")
+    message = json.dumps({"model": model, "messages": [{"role": "user", "content": question}]})
+    show.command(f"curl -i {address}/api/chat -d '{message}'")
     began = time.monotonic()
     first_s: float | None = None
     last: dict[str, Any] = {}
-    show.piece("   ")
-    with requests.post(f"{endpoint}/api/chat", data=message, stream=True, timeout=30) as answer:
+    with requests.post(f"{address}/api/chat", data=message, stream=True, timeout=60) as answer:
         _expect(answer.status_code == requests.codes.ok, "the chat is answered")
+        came_from = {name: value for name, value in answer.headers.items() if name in _TOLD}
+        show.result("  ".join(f"{name}: {value}" for name, value in came_from.items()))
+        show.piece("   ")
         for line in answer.iter_lines():
             last = json.loads(line)
             if first_s is None:
@@ -209,6 +215,17 @@ def _chat(show: Transcript, endpoint: str) -> None:
         f"(simulated: {last['eval_count']} tokens, the first after {first_s:.2f} s, the last after "
         f"{time.monotonic() - began:.1f} s)"
     )
+    return came_from
+
+
+def _openai_chat(show: Transcript, address: str) -> None:
+    message = json.dumps({"model": "thinking", "messages": [{"role": "user", "content": "Hello"}]})
+    show.command(f"curl {address}/v1/chat/completions -d '{message}'     # a role, not a model")
+    answer = requests.post(f"{address}/v1/chat/completions", data=message, timeout=60)
+    _expect(answer.status_code == requests.codes.ok, "the OpenAI API answers")
+    body = answer.json()
+    content = body["choices"][0]["message"]["content"]
+    show.result(f"{content[:60]}…  (model {body['model']}, {body['usage']['completion_tokens']} tokens)")
 
 
 def _command(show: Transcript, daemon: Daemon, *arguments: str) -> None:
@@ -254,6 +271,7 @@ def _configuration(home: Path, *, with_gpu: bool) -> dict[str, Any]:
         "templates": {"dir": str(directory)},
         "instances": {"cpu": {"template": "ollama-cpu", "ttl_s": _TTL_S}, **gpu},
         "gpus": "none",
+        "roles": {"thinking": {"model": "tiny", "policy": "cpu_only"}},
         "lifecycle": {"probe_interval_s": 0.5, "stop_timeout_s": 10, "start_timeout_s": 60},
     }
 
