@@ -1,0 +1,808 @@
+"""Where a request may go, in which order, and why: every policy and every fallback, and what always holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manager.domain.instance import DeviceKind
+from manager.domain.models import model_key
+from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
+from manager.domain.routing import (
+    Attempt,
+    Candidate,
+    Decision,
+    PassedOver,
+    RequestFacts,
+    Snapshot,
+    State,
+    decide,
+)
+from manager.errors import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CPU, GPU = DeviceKind.CPU, DeviceKind.GPU
+GENERATE, EMBED = RequestKind.GENERATE, RequestKind.EMBED
+UNREAD = None
+Way = tuple[str, str, Reason | None]
+
+
+def instance(
+    id_: str,
+    device: DeviceKind | None = CPU,
+    *models: str | None,
+    state: State = State.READY,
+    loaded: str = "",
+    priority: int = 0,
+    out: Reason | None = None,
+) -> Candidate:
+    """One that has the model `m`, unless it is said otherwise; UNREAD for a list that nobody has read."""
+    names = models or ("m",)
+    return Candidate(
+        id=id_,
+        device=device,
+        state=State.OUT if out else state,
+        priority=priority,
+        models=None if names == (UNREAD,) else {model_key(name): name for name in names if name},
+        loaded=frozenset({model_key(loaded)} if loaded else ()),
+        why_out=out,
+    )
+
+
+def role(name: str, model: str | None = "m", **values: Any) -> Role:
+    return Role(name, values.pop("kind", GENERATE), model, **values)
+
+
+def routed(
+    model: str,
+    *instances: Candidate,
+    roles: tuple[Role, ...] = (),
+    kind: RequestKind = GENERATE,
+    pin: str | None = None,
+    lane: str | None = None,
+    auto_pull: bool = False,
+) -> Decision:
+    settings = RoutingSettings({one.name: one for one in roles}, auto_pull=auto_pull)
+    return decide(RequestFacts(model, kind, pin, lane), settings, Snapshot(instances))
+
+
+def attempts(decision: Decision) -> list[Attempt]:
+    return [attempt for group in decision.groups for attempt in group]
+
+
+def ways(decision: Decision) -> list[Way]:
+    assert decision.refused is None
+    return [(one.instance, one.because, one.fallback) for one in attempts(decision)]
+
+
+def where(decision: Decision) -> list[str]:
+    return [way[0] for way in ways(decision)]
+
+
+def passed_over(decision: Decision) -> dict[str, Reason]:
+    return {one.instance: one.reason for one in decision.passed_over}
+
+
+def refusal(decision: Decision) -> tuple[str, Reason, str]:
+    assert decision.refused is not None
+    assert attempts(decision) == []
+    return decision.refused.what, decision.refused.reason, decision.refused.message
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_who_holds_the_model_wins_over_who_runs_and_that_over_who_would_have_to_be_started() -> None:
+    decision = routed(
+        "m",
+        instance("stopped", state=State.STARTABLE, priority=9),
+        instance("runs", priority=5),
+        instance("warm", loaded="m"),
+    )
+    assert ways(decision) == [
+        ("warm", "loaded", None),
+        ("runs", "running", None),
+        ("stopped", "startable", None),
+    ]
+
+
+def test_another_model_in_memory_makes_no_instance_warm() -> None:
+    decision = routed("m", instance("a", CPU, "m", "n", loaded="n"), instance("b", priority=1))
+    assert ways(decision) == [("b", "running", None), ("a", "running", None)]
+
+
+def test_of_equals_the_higher_priority_goes_first() -> None:
+    decision = routed("m", instance("a"), instance("b", priority=2), instance("c", priority=1))
+    assert where(decision) == ["b", "c", "a"]
+    assert [len(group) for group in decision.groups] == [1, 1, 1]
+
+
+def test_of_full_equals_the_one_with_the_fewest_requests_in_flight_goes_first() -> None:
+    decision = routed("m", instance("a"), instance("b"), instance("c", priority=-1))
+    assert [one.instance for one in decision.in_order({"a": 2, "b": 1, "c": 0})] == ["b", "a", "c"]
+    assert [one.instance for one in decision.in_order({"a": 1, "b": 1, "c": 0})] == ["a", "b", "c"]
+
+
+def test_the_load_is_looked_at_anew_for_each_attempt() -> None:
+    load = {"a": 0, "b": 1, "c": 2}
+    order = routed("m", instance("a"), instance("b"), instance("c")).in_order(load)
+    assert next(order).instance == "a"
+    load["b"] = 3
+    assert [one.instance for one in order] == ["c", "b"]
+
+
+def test_whose_models_nobody_has_read_comes_last_and_those_that_run_before_the_others() -> None:
+    decision = routed(
+        "m",
+        instance("stopped-unread", CPU, UNREAD, state=State.STARTABLE, priority=9),
+        instance("unread", CPU, UNREAD),
+        instance("has-it", state=State.STARTABLE, priority=-9),
+        instance("has-it-not", CPU, "n"),
+    )
+    assert ways(decision) == [
+        ("has-it", "startable", None),
+        ("unread", "unread", None),
+        ("stopped-unread", "unread", None),
+    ]
+    assert decision.passed_over == ()
+
+
+def test_a_model_is_found_by_any_of_its_spellings() -> None:
+    decision = routed("library/M", instance("a", CPU, "m:latest"))
+    assert attempts(decision) == [Attempt("a", "library/M", None, "running")]
+
+
+# --- what cannot be used now ----------------------------------------------------------------------
+
+
+def test_who_is_not_well_is_passed_over_with_the_reason() -> None:
+    decision = routed("m", instance("a", out=Reason.INSTANCE_UNHEALTHY), instance("b"))
+    assert ways(decision) == [("b", "running", None)]
+    assert decision.passed_over == (PassedOver("a", "m", Reason.INSTANCE_UNHEALTHY),)
+
+
+def test_where_none_can_be_used_now_it_says_so_and_why() -> None:
+    decision = routed(
+        "m", instance("a", out=Reason.GPU_MISSING), instance("b", out=Reason.INSTANCE_UNHEALTHY)
+    )
+    assert refusal(decision) == (
+        "unavailable",
+        Reason.GPU_MISSING,
+        "a has 'm' and cannot be used now (gpu_missing)",
+    )
+
+
+def test_what_is_only_supposed_of_an_instance_that_is_away_is_told_as_that() -> None:
+    away = instance("a", CPU, UNREAD, out=Reason.INSTANCE_UNAVAILABLE)
+    assert refusal(routed("m", away))[2].startswith("a may have 'm' and cannot be used now")
+
+
+# --- unknown names --------------------------------------------------------------------------------
+
+
+def test_for_an_unknown_name_it_is_said_what_there_is() -> None:
+    decision = routed(
+        "nope",
+        instance("a", CPU, "n", "m:8b"),
+        instance("b", CPU, "n"),
+        roles=(role("output"), role("r", None)),
+    )
+    text = "model 'nope' not found; models: m:8b, n; roles: output"
+    assert refusal(decision) == ("unknown", Reason.MODEL_MISSING, text)
+
+
+def test_where_there_is_nothing_it_says_that_too() -> None:
+    assert refusal(routed("nope"))[2] == "model 'nope' not found; models: none"
+    assert refusal(routed("nope@a"))[2] == "there is no instance 'a'; there is: none"
+
+
+def test_no_more_names_are_listed_than_somebody_reads() -> None:
+    many = instance("a", CPU, *(f"m{number:03}" for number in range(60)))
+    text = refusal(routed("nope", many))[2]
+    assert "m049 and 10 more" in text
+    assert "m050" not in text
+
+
+# --- pins -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("model", "pin"), [("m@b", None), ("m", "b"), ("m@b", "a")])
+def test_a_pin_beside_the_name_or_in_it_is_held_and_that_in_it_counts(model: str, pin: str | None) -> None:
+    decision = routed(model, instance("a", loaded="m"), instance("b"), instance("c", CPU, UNREAD), pin=pin)
+    assert ways(decision) == [("b", "running", None)]
+    assert passed_over(decision) == {"a": Reason.POLICY, "c": Reason.POLICY}
+    assert decision.requested_target == "b"
+    assert attempts(decision)[0].model == "m"
+
+
+def test_a_pinned_instance_that_is_not_well_is_not_left_for_another() -> None:
+    decision = routed("m@b", instance("a"), instance("b", out=Reason.INSTANCE_UNHEALTHY))
+    assert refusal(decision)[:2] == ("unavailable", Reason.INSTANCE_UNHEALTHY)
+    assert refusal(decision)[2].startswith("b has 'm'")
+
+
+def test_a_pinned_instance_without_the_model_is_told_from_one_that_is_away() -> None:
+    decision = routed("m@b", instance("a"), instance("b", CPU, "n"), instance("c", CPU, UNREAD))
+    text = "model 'm' is not on b; it is on: a"
+    assert refusal(decision) == ("unknown", Reason.MODEL_MISSING, text)
+
+
+def test_a_model_that_nobody_has_is_unknown_wherever_it_is_pinned_to() -> None:
+    decision = routed("nope@a", instance("a"), instance("b", CPU, UNREAD))
+    assert refusal(decision)[:2] == ("unknown", Reason.MODEL_MISSING)
+
+
+@pytest.mark.parametrize(("model", "pin"), [("m@nowhere", None), ("m", "nowhere"), ("output@nowhere", None)])
+def test_a_pin_to_no_instance_is_refused_and_says_which_there_are(model: str, pin: str | None) -> None:
+    decision = routed(model, instance("a"), instance("b"), roles=(role("output"),), pin=pin)
+    text = "there is no instance 'nowhere'; there is: a, b"
+    assert refusal(decision) == ("unknown", Reason.INSTANCE_UNAVAILABLE, text)
+    assert decision.requested_target == "nowhere"
+
+
+@pytest.mark.parametrize("model", ["m@B", "m@", "@a", "m@a@", "m@1a", "m@" + "a" * 33])
+def test_what_is_no_id_of_an_instance_is_part_of_the_name(model: str) -> None:
+    assert refusal(routed(model, instance("a")))[2].startswith(f"model {model!r} not found")
+
+
+def test_a_role_can_be_pinned_and_its_target_gives_way() -> None:
+    asked = role("output", target="a")
+    decision = routed("output@b", instance("a"), instance("b"), roles=(asked,))
+    assert ways(decision) == [("b", "running", None)]
+    assert (decision.role, decision.requested_target) == ("output", "b")
+
+
+def test_a_pin_is_held_by_every_role_that_is_fallen_back_to() -> None:
+    roles = (role("output", "n", fallbacks=("control",)), role("control", "m", target="a"))
+    decision = routed("output@b", instance("a"), instance("b"), roles=roles)
+    assert ways(decision) == [("b", "running", Reason.MODEL_MISSING)]
+
+
+@pytest.mark.parametrize("policy", Policy)
+def test_a_pin_does_not_outweigh_cpu_only(policy: Policy) -> None:
+    decision = routed("output@g", instance("g", GPU), instance("c"), roles=(role("output", policy=policy),))
+    if policy is Policy.CPU_ONLY:
+        text = "policy cpu_only permits none of: g"
+        assert refusal(decision) == ("contradiction", Reason.POLICY, text)
+    else:
+        assert ways(decision) == [("g", "running", None)]
+
+
+# --- roles ----------------------------------------------------------------------------------------
+
+
+def test_a_role_stands_for_its_model() -> None:
+    decision = routed("output", instance("a"), roles=(role("output"),))
+    assert attempts(decision) == [Attempt("a", "m", "output", "running")]
+    assert (decision.role, decision.policy, decision.requested_target) == ("output", Policy.AUTO, None)
+
+
+def test_a_model_wins_over_a_role_of_its_name() -> None:
+    decision = routed("output", instance("a", CPU, "output", "m"), roles=(role("output"),))
+    assert attempts(decision) == [Attempt("a", "output", None, "running")]
+    assert decision.role is None
+
+
+def test_a_role_without_a_model_is_unknown_and_says_where_to_name_one() -> None:
+    decision = routed("output", instance("a"), roles=(role("output", None, policy=Policy.PREFER_GPU),))
+    text = "the role 'output' has no model; set one under roles.output.model"
+    assert refusal(decision) == ("unknown", Reason.MODEL_MISSING, text)
+    assert (decision.role, decision.policy) == ("output", Policy.PREFER_GPU)
+
+
+def test_a_role_does_only_what_it_is_for() -> None:
+    decision = routed("embedding", instance("a"), roles=(role("embedding", kind=EMBED, target="a"),))
+    text = "the role 'embedding' does embed, and this request wants to generate"
+    assert refusal(decision) == ("contradiction", Reason.POLICY, text)
+    assert decision.requested_target == "a"
+
+
+def test_a_lane_puts_the_rules_of_a_role_on_a_model_but_not_its_fallbacks() -> None:
+    lane = role("output", "other", policy=Policy.CPU_ONLY, fallbacks=("control",))
+    decision = routed("m", instance("g", GPU), instance("c"), roles=(lane, role("control")), lane="output")
+    assert attempts(decision) == [Attempt("c", "m", "output", "running")]
+    assert (decision.role, decision.policy) == ("output", Policy.CPU_ONLY)
+
+
+def test_a_lane_that_is_no_role_changes_nothing() -> None:
+    decision = routed("m", instance("g", GPU), lane="nowhere")
+    assert attempts(decision) == [Attempt("g", "m", None, "running")]
+
+
+def test_a_role_that_is_asked_for_by_its_name_counts_more_than_the_lane() -> None:
+    roles = (role("output"), role("control", policy=Policy.CPU_ONLY))
+    assert where(routed("output", instance("g", GPU), roles=roles, lane="control")) == ["g"]
+
+
+# --- policy auto ----------------------------------------------------------------------------------
+
+
+def test_auto_takes_any_device() -> None:
+    everywhere = (instance("c"), instance("g", GPU), instance("x", None))
+    decision = routed("output", *everywhere, roles=(role("output"),))
+    assert ways(decision) == [(id_, "running", None) for id_ in ("c", "g", "x")]
+
+
+@pytest.mark.parametrize("policy", [Policy.AUTO, Policy.CPU_ONLY])
+def test_a_target_is_held(policy: Policy) -> None:
+    asked = role("output", target="b", policy=policy)
+    decision = routed("output", instance("a", loaded="m"), instance("b"), roles=(asked,))
+    assert ways(decision) == [("b", "running", None)]
+    assert passed_over(decision) == {"a": Reason.POLICY}
+    away = routed("output", instance("a"), instance("b", out=Reason.START_FAILED), roles=(asked,))
+    assert refusal(away)[:2] == ("unavailable", Reason.START_FAILED)
+    lacks = routed("output", instance("a"), instance("b", CPU, "n"), roles=(asked,))
+    assert refusal(lacks) == ("unknown", Reason.MODEL_MISSING, "model 'm' is not on b; it is on: a")
+    gone = routed("output", instance("a"), roles=(asked,))
+    assert refusal(gone)[:2] == ("unavailable", Reason.INSTANCE_UNAVAILABLE)
+    assert "there is no instance 'b'" in refusal(gone)[2]
+
+
+# --- policy cpu_only ------------------------------------------------------------------------------
+
+
+def test_cpu_only_takes_what_is_declared_to_be_on_the_cpu_and_nothing_else() -> None:
+    everywhere = (instance("g", GPU, loaded="m"), instance("x", None), instance("c", state=State.STARTABLE))
+    decision = routed("output", *everywhere, roles=(role("output", policy=Policy.CPU_ONLY),))
+    assert ways(decision) == [("c", "startable", None)]
+    assert passed_over(decision) == {"g": Reason.POLICY, "x": Reason.POLICY}
+
+
+def test_cpu_only_is_refused_where_only_others_have_the_model() -> None:
+    everywhere = (instance("g", GPU), instance("x", None), instance("c", CPU, "n"))
+    decision = routed("output", *everywhere, roles=(role("output", policy=Policy.CPU_ONLY),))
+    text = "policy cpu_only permits none of: g, x"
+    assert refusal(decision) == ("contradiction", Reason.POLICY, text)
+
+
+def test_cpu_only_is_no_contradiction_where_nobody_has_the_model() -> None:
+    asked = role("output", policy=Policy.CPU_ONLY)
+    decision = routed("output", instance("x", None, UNREAD), instance("c", CPU, "n"), roles=(asked,))
+    assert refusal(decision)[:2] == ("unknown", Reason.MODEL_MISSING)
+
+
+def test_cpu_only_reaches_as_far_as_the_fallbacks() -> None:
+    roles = (
+        role("output", "n", policy=Policy.CPU_ONLY, fallbacks=("control",)),
+        role("control", "m", policy=Policy.PREFER_GPU, target="g"),
+    )
+    decision = routed("output", instance("g", GPU), instance("c"), roles=roles)
+    assert ways(decision) == [("c", "running", Reason.MODEL_MISSING)]
+    only_gpus = routed("output", instance("g", GPU), roles=roles)
+    assert refusal(only_gpus)[0] == "unknown"
+    assert passed_over(only_gpus) == {"g": Reason.POLICY}
+
+
+# --- policy prefer_gpu ----------------------------------------------------------------------------
+
+PREFERS = role("output", policy=Policy.PREFER_GPU)
+
+
+def test_prefer_gpu_starts_a_gpu_before_it_takes_a_warm_cpu() -> None:
+    decision = routed(
+        "output", instance("c", loaded="m"), instance("g", GPU, state=State.STARTABLE), roles=(PREFERS,)
+    )
+    assert ways(decision) == [("g", "startable", None), ("c", "loaded", Reason.INSTANCE_UNAVAILABLE)]
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ((), Reason.GPU_MISSING),
+        ((instance("g", GPU, "n"),), Reason.MODEL_MISSING),
+        ((instance("g", GPU, out=Reason.VRAM_INSUFFICIENT),), Reason.VRAM_INSUFFICIENT),
+        ((instance("g", GPU, UNREAD, out=Reason.INSTANCE_UNAVAILABLE),), Reason.INSTANCE_UNAVAILABLE),
+        ((instance("x", None, out=Reason.INSTANCE_UNHEALTHY),), Reason.GPU_MISSING),
+    ],
+)
+def test_prefer_gpu_falls_back_to_the_cpu_and_says_why(others: tuple[Candidate, ...], reason: Reason) -> None:
+    decision = routed("output", instance("c"), *others, roles=(PREFERS,))
+    assert ways(decision) == [("c", "running", reason)]
+
+
+def test_the_first_reason_why_no_gpu_answers_is_told() -> None:
+    outs = (instance("g", GPU, out=Reason.GPU_MISSING), instance("h", GPU, out=Reason.INSTANCE_UNHEALTHY))
+    assert ways(routed("output", *outs, instance("c"), roles=(PREFERS,))) == [
+        ("c", "running", Reason.GPU_MISSING)
+    ]
+
+
+def test_a_cpu_that_has_the_model_comes_before_a_gpu_that_may_have_it() -> None:
+    decision = routed("output", instance("g", GPU, UNREAD), instance("c"), roles=(PREFERS,))
+    assert ways(decision) == [("c", "running", Reason.MODEL_MISSING), ("g", "unread", None)]
+
+
+def test_the_target_of_one_that_prefers_gpus_is_left_for_other_gpus_and_then_for_the_cpu() -> None:
+    asked = replace(PREFERS, target="h")
+    everywhere = [
+        instance("c", loaded="m"),
+        instance("x", None),
+        instance("g", GPU, loaded="m"),
+        instance("h", GPU, state=State.STARTABLE),
+    ]
+    decision = routed("output", *everywhere, roles=(asked,))
+    then = Reason.INSTANCE_UNAVAILABLE
+    assert ways(decision) == [
+        ("h", "startable", None),
+        ("g", "loaded", then),
+        ("c", "loaded", then),
+        ("x", "running", then),
+    ]
+    everywhere[3] = instance("h", GPU, out=Reason.START_FAILED)
+    decision = routed("output", *everywhere, roles=(asked,))
+    assert [way[0::2] for way in ways(decision)] == [(id_, Reason.START_FAILED) for id_ in ("g", "c", "x")]
+    everywhere[3] = instance("h", GPU, "n")
+    assert ways(routed("output", *everywhere, roles=(asked,)))[0] == ("g", "loaded", Reason.MODEL_MISSING)
+    everywhere.pop()
+    assert ways(routed("output", *everywhere, roles=(asked,)))[0] == (
+        "g",
+        "loaded",
+        Reason.INSTANCE_UNAVAILABLE,
+    )
+
+
+def test_one_that_prefers_gpus_may_have_the_cpu_for_its_target() -> None:
+    decision = routed("output", instance("c"), instance("g", GPU), roles=(replace(PREFERS, target="c"),))
+    assert where(decision) == ["c", "g"]
+
+
+def test_where_neither_gpu_nor_cpu_can_be_used_the_target_is_told_of() -> None:
+    outs = (instance("c", out=Reason.ENGINE_UNAVAILABLE), instance("g", GPU, out=Reason.GPU_MISSING))
+    decision = routed("output", *outs, roles=(replace(PREFERS, target="g"),))
+    assert refusal(decision)[:2] == ("unavailable", Reason.GPU_MISSING)
+
+
+# --- fallbacks of roles ---------------------------------------------------------------------------
+
+
+def test_a_role_falls_back_to_others_in_order_and_through_them() -> None:
+    roles = (
+        role("one", "m", fallbacks=("two", "three")),
+        role("two", "n", fallbacks=("four",)),
+        role("three", "o"),
+        role("four", "p"),
+    )
+    decision = routed("one", instance("a", CPU, "m", "n", "o", "p"), roles=roles)
+    then = Reason.INSTANCE_UNAVAILABLE
+    assert attempts(decision) == [
+        Attempt("a", "m", "one", "running"),
+        Attempt("a", "n", "two", "running", then),
+        Attempt("a", "o", "three", "running", then),
+        Attempt("a", "p", "four", "running", then),
+    ]
+    assert decision.role == "one"
+
+
+def test_roles_that_fall_back_to_each_other_are_gone_through_once() -> None:
+    roles = (role("one", "m", fallbacks=("one", "two")), role("two", "n", fallbacks=("one", "two")))
+    decision = routed("two", instance("a", CPU, "m", "n"), roles=roles)
+    assert [one.model for one in attempts(decision)] == ["n", "m"]
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        (instance("b", CPU, "x"), Reason.MODEL_MISSING),
+        (instance("b", CPU, "n", out=Reason.INSTANCE_UNHEALTHY), Reason.INSTANCE_UNHEALTHY),
+        (instance("b", GPU, "n"), Reason.POLICY),
+    ],
+)
+def test_what_a_role_falls_back_for_is_why_it_has_no_place_itself(first: Candidate, reason: Reason) -> None:
+    roles = (role("one", "n", policy=Policy.CPU_ONLY, fallbacks=("two",)), role("two", "m"))
+    others = (instance("away", CPU, out=Reason.GPU_FALLBACK), instance("a"))
+    assert ways(routed("one", first, *others, roles=roles)) == [("a", "running", reason)]
+
+
+def test_a_role_that_is_fallen_back_to_without_a_model_hands_on_to_its_own() -> None:
+    roles = (
+        role("one", "x", fallbacks=("two",)),
+        role("two", None, fallbacks=("three",)),
+        role("three", "m"),
+    )
+    assert where(routed("one", instance("a"), roles=roles)) == ["a"]
+
+
+def test_no_role_falls_back_to_one_that_does_something_else_or_is_none() -> None:
+    roles = (role("one", "x", fallbacks=("embedding", "gone")), role("embedding", "m", kind=EMBED))
+    assert refusal(routed("one", instance("a"), roles=roles))[0] == "unknown"
+
+
+def test_an_embedding_may_change_its_place_but_not_its_model() -> None:
+    roles = (
+        role("embedding", "m", kind=EMBED, target="b", fallbacks=("other", "same")),
+        role("other", "n", kind=EMBED),
+        role("same", "library/M:latest", kind=EMBED),
+    )
+    decision = routed("embedding", instance("a", CPU, "m", "n"), instance("b"), roles=roles, kind=EMBED)
+    assert attempts(decision) == [
+        Attempt("b", "m", "embedding", "running"),
+        Attempt("a", "library/M:latest", "same", "running", Reason.INSTANCE_UNAVAILABLE),
+    ]
+    assert decision.passed_over == ()
+
+
+@pytest.mark.parametrize("targets", [("a", None), (None, "b")])
+def test_what_two_roles_pass_over_is_told_once_with_the_reason_that_says_most(
+    targets: tuple[str | None, str | None],
+) -> None:
+    roles = (role("one", target=targets[0], fallbacks=("two",)), role("two", target=targets[1]))
+    outs = (instance("a", out=Reason.INSTANCE_UNHEALTHY), instance("b", out=Reason.START_FAILED))
+    decision = routed("one", *outs, roles=roles)
+    assert sorted(decision.passed_over) == [
+        ("a", "m", Reason.INSTANCE_UNHEALTHY),
+        ("b", "m", Reason.START_FAILED),
+    ]
+
+
+# --- pulls ----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_nobody_has_is_pulled_only_where_that_is_wanted() -> None:
+    here = (
+        instance("a", state=State.STARTABLE, priority=1),
+        instance("b"),
+        instance("c", out=Reason.GPU_MISSING),
+    )
+    assert refusal(routed("n", *here))[0] == "unknown"
+    decision = routed("n", *here, auto_pull=True)
+    assert ways(decision) == [("b", "pull", None), ("a", "pull", None)]
+    assert passed_over(decision) == {"c": Reason.GPU_MISSING}
+
+
+def test_who_may_have_a_model_is_asked_before_it_is_pulled() -> None:
+    decision = routed("n", instance("a"), instance("b", CPU, UNREAD), auto_pull=True)
+    assert ways(decision) == [("b", "unread", None), ("a", "pull", None)]
+
+
+def test_a_model_that_somebody_has_is_not_pulled_to_others() -> None:
+    decision = routed("m", instance("a", out=Reason.START_FAILED), instance("b", CPU, "n"), auto_pull=True)
+    assert refusal(decision)[:2] == ("unavailable", Reason.START_FAILED)
+
+
+def test_a_pull_keeps_to_pins_and_policies() -> None:
+    here = (instance("c"), instance("g", GPU), instance("x", None))
+    assert where(routed("n@g", *here, auto_pull=True)) == ["g"]
+    only = role("output", "n", policy=Policy.CPU_ONLY)
+    assert where(routed("output", *here, roles=(only,), auto_pull=True)) == ["c"]
+    away = (instance("c", out=Reason.INSTANCE_UNHEALTHY),)
+    assert refusal(routed("n", *away, auto_pull=True))[2].startswith("c could pull 'n'")
+
+
+# --- what always holds ----------------------------------------------------------------------------
+
+IDS = ["a", "b", "c", "d"]
+ROLES = ["r", "s", "t", "u"]
+
+
+STATES = [
+    (State.READY, None),
+    (State.STARTABLE, None),
+    (State.OUT, Reason.INSTANCE_UNHEALTHY),
+    (State.OUT, Reason.GPU_MISSING),
+]
+LISTS: list[tuple[tuple[str, ...] | None, str | None]] = [
+    (("m",), None),
+    (("m",), "m"),
+    (None, None),
+    ((), None),
+    (("n", "o"), "o"),
+    (("m", "n", "o"), "n"),
+]
+# Every draw takes its time: whole candidates, roles and requests are drawn, not their parts.
+CANDIDATES = [
+    Candidate(
+        id="",
+        device=device,
+        state=state,
+        priority=priority,
+        models=None if names is None else {model_key(name): name for name in names},
+        loaded=frozenset({model_key(loaded)} if loaded and state is State.READY else ()),
+        why_out=out,
+    )
+    for device, (state, out), priority, (names, loaded) in product([CPU, GPU, None], STATES, [0, 1], LISTS)
+]
+FALLBACKS = [(), *([name] for name in ROLES), ["s", "t"], ["u", "r", "nobody"]]
+WISHES = [
+    Role("", kind, model, target, policy, tuple(fallbacks))
+    for kind, model, target, policy, fallbacks in product(
+        [GENERATE, EMBED], ["m", "n", "library/M", None], [None, "a", "d"], Policy, FALLBACKS
+    )
+]
+REQUESTS = [
+    RequestFacts(f"{name}@{place}" if place else name, kind, pin, lane)
+    for name, kind, place, pin, lane in product(
+        [*ROLES, "m", "nope"], [GENERATE, EMBED], [None, None, "b"], [None, None, "c"], [None, "r", "s"]
+    )
+]
+
+snapshots = st.lists(st.none() | st.sampled_from(CANDIDATES), max_size=len(IDS)).map(
+    lambda drawn: Snapshot(
+        tuple(replace(one, id=id_) for id_, one in zip(IDS, drawn, strict=False) if one is not None)
+    )
+)
+settings = st.builds(
+    lambda drawn, auto_pull: RoutingSettings(
+        {name: replace(one, name=name) for name, one in zip(ROLES, drawn, strict=False)}, auto_pull=auto_pull
+    ),
+    st.lists(st.sampled_from(WISHES), max_size=len(ROLES)),
+    st.booleans(),
+)
+requests = st.sampled_from(REQUESTS)
+anything = given(requests, settings, snapshots)
+
+
+def pin_of(request: RequestFacts) -> str | None:
+    return request.model.partition("@")[2] or request.instance
+
+
+@anything
+def test_cpu_only_never_yields_a_gpu_nor_what_does_not_say_what_it_is(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    for attempt in attempts(decision):
+        rules = {decision.policy, *([settings.roles[attempt.role].policy] if attempt.role else [])}
+        found = snapshot.get(attempt.instance)
+        assert found is not None
+        assert Policy.CPU_ONLY not in rules or found.device is CPU
+
+
+@anything
+def test_a_pin_is_never_left_and_a_target_only_by_those_that_prefer_gpus(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    for attempt in attempts(decision):
+        pin = pin_of(request)
+        if pin is not None:
+            assert attempt.instance == pin == decision.requested_target
+        elif attempt.role is not None and settings.roles[attempt.role].policy is not Policy.PREFER_GPU:
+            assert settings.roles[attempt.role].target in (None, attempt.instance)
+
+
+@anything
+def test_the_same_question_gets_the_same_decision(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    first = decide(request, settings, snapshot)
+    again = Snapshot(tuple(replace(candidate) for candidate in snapshot.candidates))
+    assert (
+        decide(request._replace(), replace(settings), again) == first == decide(request, settings, snapshot)
+    )
+
+
+@anything
+def test_every_instance_that_has_the_model_or_may_have_it_is_tried_or_passed_over_and_only_once(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    told = [(one.instance, model_key(one.model)) for one in attempts(decision)]
+    told += [(one.instance, model_key(one.model)) for one in decision.passed_over]
+    assert len(told) == len(set(told))
+    asked_for = request.model.partition("@")[0]
+    keys = {key for _, key in told}
+    if asked_for == "m" and (pin_of(request) is None or snapshot.get(pin_of(request) or "")):
+        keys.add(model_key("m"))
+    for key in keys:
+        expected = {one.id for one in (*snapshot.having(key), *snapshot.unread())}
+        if settings.auto_pull and not snapshot.having(key):
+            expected = {one.id for one in snapshot.candidates}
+        assert {instance for instance, model in told if model == key} == expected
+    for one in decision.passed_over:
+        candidate = snapshot.get(one.instance)
+        assert candidate is not None
+        assert one.reason in (Reason.POLICY, candidate.why_out)
+
+
+@anything
+def test_it_is_refused_exactly_where_there_is_no_attempt(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    assert (decision.refused is None) == bool(attempts(decision))
+    assert all(decision.groups)
+
+
+@anything
+def test_only_what_can_be_used_is_attempted_and_for_the_reason_given(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    for attempt in attempts(decide(request, settings, snapshot)):
+        found = snapshot.get(attempt.instance)
+        assert found is not None
+        key = model_key(attempt.model)
+        assert found.why_out is None
+        assert attempt.because == because(found, key)
+        assert attempt.because != "pull" or (settings.auto_pull and not snapshot.having(key))
+
+
+def because(candidate: Candidate, key: str) -> str:
+    if candidate.models is None:
+        return "unread"
+    if key not in candidate.models:
+        return "pull"
+    if candidate.state is State.STARTABLE:
+        return "startable"
+    return "loaded" if key in candidate.loaded else "running"
+
+
+@anything
+def test_a_reason_for_a_fallback_is_given_exactly_where_an_attempt_is_not_what_was_preferred(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    for attempt in attempts(decision):
+        found = snapshot.get(attempt.instance)
+        assert found is not None
+        preferred = attempt.role == decision.role
+        rules = settings.roles.get(attempt.role or "")
+        if preferred and rules and rules.policy is Policy.PREFER_GPU and pin_of(request) is None:
+            preferred = found.device is GPU if rules.target is None else found.id == rules.target
+        assert (attempt.fallback is None) == preferred
+
+
+@anything
+def test_an_embedding_never_changes_its_model(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    request = request._replace(kind=EMBED)
+    assert len({model_key(one.model) for one in attempts(decide(request, settings, snapshot))}) <= 1
+
+
+@anything
+def test_an_answer_comes_only_from_roles_of_the_kind_that_was_asked_for(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    for attempt in attempts(decision):
+        if attempt.role is not None and attempt.role != request.lane:
+            assert settings.roles[attempt.role].kind is request.kind
+
+
+@given(requests, settings, snapshots, st.dictionaries(st.sampled_from(IDS), st.integers(0, 3)))
+def test_in_order_is_each_attempt_once_group_by_group_and_the_least_loaded_first(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot, load: Mapping[str, int]
+) -> None:
+    load = dict.fromkeys(IDS, 0) | dict(load)
+    decision = decide(request, settings, snapshot)
+    order = list(decision.in_order(load))
+    for group in decision.groups:
+        part, order = order[: len(group)], order[len(group) :]
+        assert sorted(part) == sorted(group)
+        assert [load[one.instance] for one in part] == sorted(load[one.instance] for one in group)
+    assert order == []
+
+
+@anything
+def test_the_groups_of_one_role_go_by_what_is_there_then_preference_then_warmth_then_priority(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> None:
+    decision = decide(request, settings, snapshot)
+    for group in decision.groups:
+        assert len({rank(one, request, settings, snapshot) for one in group}) == 1
+    for one, then in pairwise(group[0] for group in decision.groups):
+        if (one.role, one.model) == (then.role, then.model):
+            assert rank(one, request, settings, snapshot) < rank(then, request, settings, snapshot)
+
+
+def rank(
+    attempt: Attempt, request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot
+) -> tuple[int, ...]:
+    found = snapshot.get(attempt.instance)
+    assert found is not None
+    rules = settings.roles.get(attempt.role or "")
+    preference = 0
+    if rules and rules.policy is Policy.PREFER_GPU and pin_of(request) is None and found.id != rules.target:
+        preference = int(rules.target is not None) + int(found.device is not GPU)
+    there = {"unread": 1, "pull": 2}.get(attempt.because, 0)
+    warmth = (
+        ["loaded", "running", "startable"].index(because(found, model_key(attempt.model))) if not there else 0
+    )
+    return there, preference, warmth or int(found.state is State.STARTABLE), -found.priority
