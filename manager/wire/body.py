@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +14,14 @@ from manager.domain.roles import merged
 from manager.wire.routes import Dialect
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from manager.domain.roles import BodyChanges
     from manager.wire.routes import Route
 
-
-_MODEL_LENGTH = len("model")
+# Longer than any name is. It goes into headers, and is remembered in several places.
+_MOST_MODEL_LENGTH = 1024
+_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
 
 
 class BadBodyError(ValueError):
@@ -27,7 +30,10 @@ class BadBodyError(ValueError):
 
 @dataclass(slots=True)
 class InferenceBody:
-    """A request as it came. `exact` is whether the server reads the same model from `raw` as is read here."""
+    """A request as it came, the names of its fields in lower case.
+
+    `exact` is whether every server reads the same model from `raw` as is read here.
+    """
 
     raw: bytes
     document: dict[str, Any]
@@ -54,17 +60,19 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
     document = parsed(raw)
     if not isinstance(document, dict):
         raise BadBodyError("the request body must be a JSON object")
-    model, exact = document.get("model", ""), True
     # The server takes a field's name in any case, and the last one counts.
-    for key in document:
-        if len(key) == _MODEL_LENGTH and key != "model" and key.lower() == "model":
-            exact = False
-    if not exact:
-        model = next(value for key, value in reversed(document.items()) if key.lower() == "model")
+    exact = True
+    if not all(map(str.islower, document)):
+        exact = [key for key in document if key.lower() == "model"] in ([], ["model"])
+        document = _in_lower_case(document)
+    model = document.get("model")
     if model is None:
         model = ""
     if not isinstance(model, str):
         raise BadBodyError("model must be a string")
+    if len(model) > _MOST_MODEL_LENGTH:
+        raise BadBodyError(f"model must be the name of one, of at most {_MOST_MODEL_LENGTH} characters")
+    model = _HALF_A_PAIR.sub("\ufffd", model)  # as the server reads it
     stream = document.get("stream")
     if stream is None:
         stream = route.streams
@@ -83,11 +91,12 @@ def body_for(body: InferenceBody, route: Route, model: str, changes: BodyChanges
     """The bytes to send for `model`: those that came, wherever nothing has to be changed in them."""
     if body.exact and body.model == model and changes.empty:
         return body.raw
-    document: dict[str, Any] = {key: value for key, value in body.document.items() if key.lower() != "model"}
-    document = {"model": model, **document}
+    document = {"model": model, **body.document}
+    document["model"] = model
     if not changes.empty:
+        document = merged(_in_lower_case(changes.defaults), document)
         _think(document, route, changes.think)
-        document = merged(merged(changes.defaults, document), changes.overrides)
+        document = merged(document, _in_lower_case(changes.overrides))
         document["model"] = model
         if changes.system is not None:
             _system(document, route, changes.system, changes.system_mode)
@@ -106,7 +115,8 @@ def parsed(raw: bytes) -> Any:
         pass
     # The server is more lenient: broken UTF-8 becomes U+FFFD, and numbers have no end.
     try:
-        return json.loads(raw.decode("utf-8", "replace"), parse_constant=_no_constant)
+        text = raw.decode("utf-8", "replace")
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except RecursionError:
         raise BadBodyError("the request body is nested too deeply") from None
     except ValueError as error:
@@ -118,11 +128,47 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON value")
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError("a number is beyond any")
+    return value
+
+
 def dumped(document: dict[str, Any]) -> bytes:
     try:
         return orjson.dumps(document)
-    except (TypeError, RecursionError):  # an integer of more than 64 bits, or half a surrogate pair
+    except TypeError:  # an integer of more than 64 bits, half a surrogate pair, or more than 254 levels
+        pass
+    try:
         return json.dumps(document, separators=(",", ":")).encode()
+    except RecursionError:
+        return b"".join(_flat(document))
+
+
+def _flat(document: Any) -> Iterator[bytes]:
+    """The parts of its JSON, however deep it is."""
+    waiting = [document]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, bytes):  # a part already
+            yield value
+        elif isinstance(value, dict):
+            parts = [part for key, one in value.items() for part in (b",", _key(key), one)]
+            waiting += [b"}", *reversed(parts[1:]), b"{"]
+        elif isinstance(value, list):
+            parts = [part for one in value for part in (b",", one)]
+            waiting += [b"]", *reversed(parts[1:]), b"["]
+        else:
+            yield json.dumps(value).encode()
+
+
+def _key(name: str) -> bytes:
+    return json.dumps(name).encode() + b":"
+
+
+def _in_lower_case(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.lower(): value for key, value in fields.items()}
 
 
 def _think(document: dict[str, Any], route: Route, think: bool | None) -> None:
@@ -170,7 +216,9 @@ def _joined(old: Any, text: str, mode: str) -> Any:
     """The old prompt, a string or a list of blocks, with `text` put into it."""
     if mode == "replace" or not old:
         return text
+    if isinstance(old, str):
+        return f"{text}\n\n{old}" if mode == "prepend" else f"{old}\n\n{text}"
     if isinstance(old, list):
         block = {"type": "text", "text": text}
         return [block, *old] if mode == "prepend" else [*old, block]
-    return f"{text}\n\n{old}" if mode == "prepend" else f"{old}\n\n{text}"
+    return old  # which the server refuses
