@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from manager.domain.models import model_key
+from manager.domain.models import model_key, split_pin
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,20 @@ def test_all_spellings_of_a_model_are_one(name: str) -> None:
 )
 def test_what_differs_stays_apart(name: str, key: str) -> None:
     assert model_key(name) == key
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("tiny", ("tiny", None)),
+        ("tiny@gpu0", ("tiny", "gpu0")),
+        ("me/tiny:8b@cpu", ("me/tiny:8b", "cpu")),
+        ("a@b@cpu", ("a@b", "cpu")),
+        ("@cpu", ("@cpu", None)),
+        ("tiny@", ("tiny@", None)),
+        ("tiny@GPU0", ("tiny@GPU0", None)),
+        ("tiny@sha256:00", ("tiny@sha256:00", None)),
+    ],
+)
+def test_a_pin_is_what_follows_the_last_at(name: str, split: tuple[str, str | None]) -> None:
+    assert split_pin(name) == split
