@@ -399,9 +399,7 @@ class Exchange:
             self._fallback_reason = attempt.fallback
         record.fallback = self._fallback_reason is not None
         record.fallback_reason = self._fallback_reason
-        lease = None
-        if attempt.because not in ("unread", "pull"):
-            lease = gateway.try_lease(attempt.instance)
+        lease = gateway.try_lease(attempt)
         if lease is not None:
             self._leased(lease)
         else:

@@ -152,9 +152,14 @@ class Gateway:
 
     # --- leases ---
 
-    def try_lease(self, instance_id: str) -> Lease | None:
-        """A lease on an instance that can be used right now; None when it has to be waited for."""
-        return self._fleet.get(instance_id).try_lease()
+    def try_lease(self, attempt: Attempt) -> Lease | None:
+        """A lease for an attempt that can be made right now; None when something has to be waited for."""
+        if attempt.because in ("unread", "pull"):
+            return None
+        instance = self._fleet.get(attempt.instance)
+        if attempt.because != "loaded" and not instance.has_room_for(attempt.model):
+            return None
+        return instance.try_lease()
 
     async def prepare(self, attempt: Attempt, *, patient: bool = False) -> Prepared:
         """A lease for an attempt, whatever has to happen first: a start, a first look at the models, a pull.
@@ -182,6 +187,8 @@ class Gateway:
                 await self.puller.pull(instance.id, attempt.model)
             elif attempt.because == "unread":
                 await self._read_models(instance, attempt.model)
+            if attempt.because != "loaded":
+                await instance.make_room_for(attempt.model)
         except BaseException:
             lease.release()
             raise

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from manager.domain.gpu import Claim, Gpu, bind_gpus, find_gpu, missing_bytes
+from manager.domain.models import model_key
 from manager.domain.registry import LearnedSize
 from manager.errors import GpuQueryError, Reason, RegistryUnwritableError, UnavailableError
 
@@ -168,12 +170,48 @@ class Gpus:
         """
         if needed_bytes == 0:
             return
+        await self._wait_for_room(
+            instance, needed_bytes, lambda: self._lacking(instance, needed_bytes), wait_s
+        )
+        self.claim(instance, needed_bytes)
+
+    def load_lacks(self, instance: str, model: str) -> int:
+        """Bytes that are missing to load a model on an instance that runs; 0 where nobody can tell.
+
+        What the instance holds itself is no obstacle: its server unloads models to make room for others.
+        """
+        needed = self._learned_need(instance, model)
+        if needed == 0:
+            return 0
+        return self._lacking(instance, max(0, needed - (self.holding(instance).used_bytes or 0)))
+
+    async def admit_load(self, instance: str, model: str, *, wait_s: float) -> None:
+        """Wait up to `wait_s` until a model can be loaded on an instance that runs.
+
+        Raises:
+            UnavailableError: it cannot, with reason `vram_insufficient`.
+        """
+        needed = self._learned_need(instance, model)
+        if needed:
+            await self._wait_for_room(instance, needed, partial(self.load_lacks, instance, model), wait_s)
+
+    def _learned_need(self, instance: str, model: str) -> int:
+        key = model_key(model)
+        sizes = [
+            size
+            for size in self._learned.values()
+            if size.instance == instance and model_key(size.model) == key
+        ]
+        return max(sizes, key=lambda size: size.measured_at).vram_bytes if sizes else 0
+
+    async def _wait_for_room(
+        self, instance: str, needed_bytes: int, lacks: Callable[[], int], wait_s: float
+    ) -> None:
         deadline = self._now() + wait_s
         while True:
             await self.refresh()
-            lacking = self._lacking(instance, needed_bytes)
+            lacking = lacks()
             if lacking == 0:
-                self._claims[instance] = needed_bytes
                 return
             remaining = deadline - self._now()
             if remaining <= 0:

@@ -135,6 +135,18 @@ class Instance(ABC):
         self.used()
         return self._leases.grant(endpoint)
 
+    def has_room_for(self, model: str) -> bool:
+        """Whether a model that is not loaded can be, as far as is known; only a card's memory has an end."""
+        del model
+        return True
+
+    async def make_room_for(self, model: str) -> None:  # noqa: B027  (there is room wherever there is no card)
+        """Wait, bounded, until a model that is not loaded can be.
+
+        Raises:
+            UnavailableError: it cannot, with reason `vram_insufficient`.
+        """
+
     def try_lease(self) -> Lease | None:
         """A lease on the instance as it is, without waiting; None where it would have to be started."""
         endpoint = self.usable_endpoint()

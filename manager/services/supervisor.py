@@ -344,6 +344,13 @@ class Supervisor(Instance):
     def used(self) -> None:
         self._clock.used()
 
+    def has_room_for(self, model: str) -> bool:
+        return not self.is_gpu or self._world.gpus.load_lacks(self.id, model) == 0
+
+    async def make_room_for(self, model: str) -> None:
+        if self.is_gpu:
+            await self._world.gpus.admit_load(self.id, model, wait_s=self.spec.limits.vram_wait_s)
+
     async def has_gone(self) -> bool:
         self._is.look()
         self._wake.set()

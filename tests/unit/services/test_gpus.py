@@ -225,3 +225,40 @@ async def test_a_selector_that_names_no_card_says_which(machine: Machine) -> Non
     machine.refusal = GpuQueryError("the driver is gone")
     await gpus.refresh()
     assert gpus.why_missing("second") == "no free GPU was found: the driver is gone"
+
+
+async def learned(machine: Machine, model: str, size: int) -> Gpus:
+    """Cards that know what a model took on `gpu0`, and are as they were again."""
+    gpus = await machine.gpus(gpu0=A)
+    await gpus.refresh()
+    machine.containers[7] = CONTAINER
+    gpus.note_container(CONTAINER, "gpu0")
+    before = machine.cards
+    machine.cards = (card(processes=(GpuProcess(7, size),)),)
+    await gpus.refresh()
+    await gpus.learn("gpu0", (Model(model, "d", size, size, None),))
+    machine.cards = before
+    await gpus.refresh()
+    return gpus
+
+
+async def test_a_load_needs_what_the_model_took_before() -> None:
+    machine = Machine()
+    machine.cards = (card(free=3 * GIB),)
+    gpus = await learned(machine, "qwen3:latest", 5 * GIB)
+    assert gpus.load_lacks("gpu0", "qwen3") == 2 * GIB
+    assert gpus.load_lacks("gpu0", "unknown") == 0
+    assert gpus.load_lacks("gpu1", "qwen3") == 0
+    with pytest.raises(UnavailableError, match="2147483648 more than are free") as caught:
+        await gpus.admit_load("gpu0", "qwen3", wait_s=0)
+    assert caught.value.reason == "vram_insufficient"
+    machine.cards = (card(free=5 * GIB),)
+    await gpus.admit_load("gpu0", "qwen3", wait_s=0)
+    await gpus.admit_load("gpu0", "unknown", wait_s=0)
+
+
+async def test_what_an_instance_holds_itself_makes_room_for_its_next_model() -> None:
+    machine = Machine()
+    machine.cards = (card(free=1 * GIB, processes=(GpuProcess(7, 4 * GIB),)),)
+    gpus = await learned(machine, "qwen3", 5 * GIB)
+    assert gpus.load_lacks("gpu0", "qwen3") == 0
