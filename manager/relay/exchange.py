@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from enum import Enum, auto
 from functools import lru_cache
+from random import getrandbits
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,7 +22,7 @@ from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream, message_of
 from manager.wire.head import STATUS_LINES
 from manager.wire.routes import Dialect
-from manager.wire.trace import traceparent
+from manager.wire.trace import is_sampled, traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
@@ -230,10 +231,20 @@ class Exchange:
                 self.keep_alive = False
                 self._fail(408, "the request body did not arrive", "client_error")
         else:
-            if self._state is _State.WAITING and now >= self._first_byte_at and not self._asking:
-                self._asking = True
-                self._task = self._relay.spawn(self._ask_for_patience())
+            if self._state is _State.WAITING:
+                self._check_waiting(now)
             self._comment(now)
+
+    def _check_waiting(self, now: float) -> None:
+        attempt = self._attempt
+        assert attempt is not None  # noqa: S101  (it was sent)
+        if now >= self._first_byte_at and not self._asking:
+            self._asking = True
+            self._task = self._relay.spawn(self._ask_for_patience())
+        elif not self._started and self._relay.gateway.is_silent(attempt.instance) and self._more():
+            self._relay.gateway.failed(attempt.instance, Reason.INSTANCE_UNHEALTHY)
+            why = f"{attempt.instance} has stopped answering"
+            self._attempt_failed(Reason.INSTANCE_UNHEALTHY, why, None)
 
     # --- what the server's side calls ---
 
@@ -393,6 +404,7 @@ class Exchange:
         self._retried = False
         record.attempts += 1
         record.effective_target = attempt.instance
+        record.endpoint = None
         record.model = attempt.model
         record.role = attempt.role or record.role
         if self._fallback_reason is None:
@@ -475,16 +487,16 @@ class Exchange:
         assert lease is not None  # noqa: S101
         assert record is not None  # noqa: S101
         now = monotonic()
+        record.endpoint = lease.endpoint
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self._start_ms or 0.0))
         record.start_ms = self._start_ms
         changes = self._relay.gateway.changes_for(attempt)
         raw = body_for(body, self._route, attempt.model, changes)
         address = self._relay.pool(lease.endpoint).address
-        trace = self._caller.trace
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
             self._caller.head_for(address, self._target),
             record.request_id.encode(),
-            traceparent(record.trace_id, record.span_id, trace[2] if trace else "00"),
+            traceparent(record.trace_id, record.span_id, sampled=record.sampled),
             len(raw),
         )
         self._state = _State.WAITING
@@ -688,14 +700,17 @@ class Exchange:
     def _new_record(self) -> RequestRecord:
         caller = self._caller
         number = self._relay.next_number()
+        trace = caller.trace
+        trace_id = trace[0] if trace else f"{getrandbits(128):032x}"
         return RequestRecord(
             ts=self._relay.wall_clock(),
             request_id=f"{self._relay.id_prefix}{number:08x}",
-            trace_id=caller.trace[0] if caller.trace else f"{self._relay.trace_prefix}{number:016x}",
+            trace_id=trace_id,
             span_id=f"{self._relay.span_prefix}{number:08x}",
-            parent_span_id=caller.trace[1] if caller.trace else None,
+            parent_span_id=trace[1] if trace else None,
             project_id=caller.project,
             path=self._route.path,
+            sampled=is_sampled(trace[2]) if trace else self._relay.samples(trace_id),
             lane=caller.lane,
             intent=caller.intent,
         )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from manager.domain.instance import Health, Phase
+from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
 from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
@@ -198,6 +198,10 @@ class Gateway:
         """Look whether an instance that cannot be connected to is really there; waits for the answer."""
         return await self._fleet.get(instance_id).has_gone()
 
+    def is_silent(self, instance_id: str) -> bool:
+        """Whether an instance has stopped answering its probes."""
+        return self._fleet.get(instance_id).is_silent
+
     async def still_loads(self, instance_id: str) -> bool:
         """Whether an instance that has not answered for long is busy with something, as with a load."""
         instance = self._fleet.get(instance_id)
@@ -269,7 +273,7 @@ class Gateway:
         view = instance.view()
         ready = instance.usable_endpoint() is not None
         state, why_out = State.STARTABLE, None
-        if ready and view.health is not Health.UNHEALTHY:
+        if ready and not instance.is_silent:
             state = State.READY
         elif ready:
             state, why_out = State.OUT, Reason.INSTANCE_UNHEALTHY

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
 _UNANSWERED_BYTES = 1500
 
+_GRACE_PROBES = 3
+_GRACE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class View:
@@ -159,6 +162,15 @@ class Instance(ABC):
         """What the instance has done and holds, as far as that can be told from outside."""
         return None
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether probes have gone unanswered for so long that requests should go elsewhere.
+
+        One that is missed says little: the machine may have been busy with what the instance does.
+        """
+        grace_s = max(_GRACE_PROBES * self.spec.limits.probe_interval_s, _GRACE_S)
+        return self._health is Health.UNHEALTHY and self._world.now() - self._answered_at > grace_s
+
     async def has_gone(self) -> bool:
         """Whether the server turns out to be gone on a closer look."""
         return False
@@ -201,6 +213,7 @@ class Instance(ABC):
         if self.probed_endpoint != endpoint:
             return  # it went away meanwhile: the answer is of the past
         self._last_seen_at = self._world.utcnow()
+        self._answered_at = now
         self.version = answer.version
         if answer.loaded is not None:
             if [model.name for model in answer.loaded] != [model.name for model in self._models]:

@@ -241,3 +241,19 @@ def test_a_container_that_dies_in_mid_stream_is_told_and_leaves_no_lease(
         assert "error" in json.loads(stream.result().text.splitlines()[-1])
     wait_for(lambda: daemon.instance("cpu")["in_flight"] == 0)
     assert chat(daemon, {"stream": False, "options": {"num_predict": 1}}).status_code == 200
+
+
+def test_a_server_that_hangs_is_left_for_another_while_its_callers_wait(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(
+        instances={"best": {"template": "hangs", "priority": 10}, "cpu": {"template": "sim"}},
+        templates={"hangs": {"env": {"OLLAMA_SIM_LOAD_S": "600"}}},
+    ).start()
+    endpoint = daemon.started("best")["endpoint"]
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(chat, daemon, {"stream": False})
+        wait_for(lambda: daemon.instance("best")["in_flight"] == 1)
+        requests.post(f"{endpoint}/_sim/knobs", json={"hang": "all"}, timeout=10)
+        answer = waits.result()
+    assert answer.headers["X-Instance"] == "cpu"
+    assert answer.headers["X-Fallback-Reason"] == "instance_unhealthy"
+    wait_for(lambda: daemon.instance("best")["in_flight"] == 0)
