@@ -351,6 +351,10 @@ class Supervisor(Instance):
         if self.is_gpu:
             await self._world.gpus.admit_load(self.id, model, wait_s=self.spec.limits.vram_wait_s)
 
+    @property
+    def is_silent(self) -> bool:
+        return self._is.watch.paused or super().is_silent
+
     async def has_gone(self) -> bool:
         self._is.look()
         self._wake.set()
