@@ -35,7 +35,7 @@ from manager.api.passage import PassageLimits
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
-from manager.errors import ManagerError
+from manager.errors import ConfigurationError, ManagerError
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
 from manager.services.catalogue import Catalogue
@@ -49,7 +49,7 @@ from manager.services.model_settings import ModelSettings
 from manager.services.pulls import Pulls
 from manager.services.requests import Requests
 from manager.services.supervisor import Supervisor
-from manager.services.traffic import Traffic
+from manager.services.traffic import Traffic, never
 from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
 from manager.settings import (
@@ -66,6 +66,7 @@ from manager.wire.caller import HeaderNames
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+    from manager.adapters.otel import Spans
     from manager.domain.template import Template
     from manager.services.instance import Instance
     from manager.services.traffic import RequestRecord
@@ -91,6 +92,7 @@ class Daemon:
     gateway: Gateway
     backend: Backend
     state_lock: StateDirLock
+    samples: Callable[[str], bool]
 
     async def run(self) -> None:
         scheduler = ApScheduler()
@@ -182,7 +184,15 @@ async def open_daemon(
         request_log = RequestLog(asyncio.get_running_loop(), readable=_is_readable(settings.log))
         stack.callback(request_log.flush)
         told = settings.log.level in ("debug", "info")
-        traffic = Traffic(request_log.write if told else _not_told, share_logged=settings.gateway.access_log)
+        spans = _spans() if settings.gateway.tracing else None
+        if spans is not None:
+            stack.push_async_callback(spans.close)
+        samples = spans.samples if spans is not None else never
+        traffic = Traffic(
+            request_log.write if told else _not_told,
+            share_logged=settings.gateway.access_log,
+            trace=spans.write if spans is not None else None,
+        )
         lists = ModelLists(registry, journal, await registry.model_lists())
         fleet.also_run("model lists", lists.run)
         model_settings = ModelSettings(
@@ -212,7 +222,9 @@ async def open_daemon(
             volumes=volumes,
             pulls=pulls,
             server=server,
-            requests=Requests(_header_names(settings), default_project=settings.gateway.default_project),
+            requests=Requests(
+                _header_names(settings), default_project=settings.gateway.default_project, samples=samples
+            ),
             limits=PassageLimits(
                 most_body_bytes=settings.gateway.max_body,
                 most_upload_bytes=settings.gateway.max_upload,
@@ -230,7 +242,7 @@ async def open_daemon(
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(fleet, gpus, traffic).render,
         )
-        yield Daemon(settings, fleet, gateway, backend, state_lock)
+        yield Daemon(settings, fleet, gateway, backend, state_lock, samples)
 
 
 async def serve(
@@ -262,7 +274,7 @@ async def serve(
             daemon.state_lock.describe(url=url)
             access = Access(allowed_hosts=_allowed_hosts(settings), key=key)
             app = control_api(daemon.backend, access=access)
-            relay = _relay(daemon.gateway, settings, access)
+            relay = _relay(daemon, settings, access)
             config = uvicorn.Config(
                 app,
                 http=listening_with(relay),
@@ -375,10 +387,10 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
+def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
     wanted = settings.gateway
     return Relay(
-        gateway,
+        daemon.gateway,
         access=access,
         limits=Limits(
             connect_timeout_s=wanted.connect_timeout_s,
@@ -390,6 +402,7 @@ def _relay(gateway: Gateway, settings: Settings, access: Access) -> Relay:
         ),
         headers=_header_names(settings),
         default_project=wanted.default_project,
+        samples=daemon.samples,
     )
 
 
@@ -481,6 +494,18 @@ def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
 
 def _is_readable(log: LogSettings) -> bool:
     return log.format == "console" or (log.format == "auto" and sys.stderr.isatty())
+
+
+def _spans() -> Spans:
+    try:
+        from manager.adapters.otel import Spans  # noqa: PLC0415  (an optional extra)
+    except ModuleNotFoundError as error:
+        message = (
+            "gateway.tracing: OpenTelemetry is not installed; "
+            "run: pip install 'ollama-endpoint-manager[otel]'"
+        )
+        raise ConfigurationError(message) from error
+    return Spans()
 
 
 def _not_told(_record: RequestRecord) -> None:

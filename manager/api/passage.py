@@ -155,6 +155,7 @@ class Passage:
         """From now on the answer says where it comes from."""
         record = self.record
         record.effective_target = prepared.lease.instance
+        record.endpoint = prepared.lease.endpoint
         record.attempts += 1
         record.start_ms = prepared.start_ms
         record.queue_ms = max(0.0, (monotonic() - self._began_at) * 1000 - (prepared.start_ms or 0.0))

@@ -14,9 +14,10 @@ import structlog
 
 from manager.relay.timers import Timers
 from manager.relay.upstream import Address, UpstreamPool
+from manager.services.traffic import never
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from manager.relay.exchange import Exchange
     from manager.services.gateway import Gateway
@@ -49,12 +50,14 @@ class Relay:
         limits: Limits,
         headers: HeaderNames,
         default_project: str,
+        samples: Callable[[str], bool] = never,
     ) -> None:
         self.gateway = gateway
         self.access = access
         self.limits = limits
         self.headers = headers
         self.default_project = default_project
+        self.samples = samples
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Exchange] = Timers(self.loop)
         self._loading: defaultdict[tuple[str, str], set[Exchange]] = defaultdict(set)
@@ -64,7 +67,6 @@ class Relay:
         self._draining = False
         # Random to tell one daemon from another, and a counter behind it: an id for the price of an addition.
         self.id_prefix = os.urandom(6).hex()
-        self.trace_prefix = os.urandom(8).hex()
         self.span_prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
 

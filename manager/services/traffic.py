@@ -23,7 +23,10 @@ Outcome: TypeAlias = Literal[
 
 @dataclass(slots=True)
 class RequestRecord:
-    """One request, as it is logged. Times are milliseconds, None where a phase was not reached."""
+    """One request, as it is logged. Times are milliseconds, None where a phase was not reached.
+
+    `sampled` is whether whoever began the trace wants to see it; `endpoint` is that of the effective target.
+    """
 
     ts: datetime
     request_id: str
@@ -32,12 +35,15 @@ class RequestRecord:
     parent_span_id: str | None
     project_id: str
     path: str
+    sampled: bool = False
     lane: str | None = None
     intent: str | None = None
     role: str | None = None
     model: str | None = None
     requested_target: str | None = None
     effective_target: str | None = None
+    provider: Literal["local"] = "local"
+    endpoint: str | None = None
     policy: str | None = None
     fallback: bool = False
     fallback_reason: Reason | None = None
@@ -52,6 +58,11 @@ class RequestRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_usd: float = 0.0
+
+
+def never(_trace_id: str) -> bool:
+    """Which traces that begin here are sampled while nothing records them."""
+    return False
 
 
 # Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
@@ -76,10 +87,18 @@ class Traffic:
     Args:
         write: takes records in order, soon after they ended.
         share_logged: of requests that ended well, how many are written, 0 to 1; all others always are.
+        trace: takes the records of those whose trace is sampled, whether they are written or not.
     """
 
-    def __init__(self, write: Callable[[RequestRecord], None], *, share_logged: float = 1.0) -> None:
+    def __init__(
+        self,
+        write: Callable[[RequestRecord], None],
+        *,
+        share_logged: float = 1.0,
+        trace: Callable[[RequestRecord], None] | None = None,
+    ) -> None:
         self._write = write
+        self._trace = trace
         self._share_logged = share_logged
         self.requests: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.fallbacks: defaultdict[tuple[str, str, str], int] = defaultdict(int)
@@ -100,6 +119,8 @@ class Traffic:
             self.durations[target].observe(record.duration_ms / 1000)
             if record.ttfb_ms is not None:
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
+        if self._trace is not None and record.sampled:
+            self._trace(record)
         if (
             record.outcome != "ok" or self._share_logged >= 1 or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
         ):

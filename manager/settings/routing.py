@@ -200,7 +200,8 @@ class GatewaySettings(Section):
     """Seconds throughout; `keep_alive_s` 0 sends nothing while a start is waited for.
 
     `max_body` bounds what is held in memory, `max_upload` what only passes through; None is no bound.
-    `access_log` is the share of successful requests that are logged; the others always are.
+    `access_log` is the share of successful requests that are logged; the others always are. `tracing` needs
+    what `pip install 'ollama-endpoint-manager[otel]'` brings.
     """
 
     connect_timeout_s: Timeout = 5.0
@@ -213,6 +214,7 @@ class GatewaySettings(Section):
     keep_alive_s: Wait = 15.0
     default_project: Annotated[str, Field(min_length=1, max_length=128)] = "default"
     access_log: Annotated[Number, Field(ge=0, le=1)] = 1.0
+    tracing: StrictBool = False
     headers: Annotated[HeaderSettings, AfterValidator(_each_header_once)] = Field(
         default_factory=HeaderSettings
     )

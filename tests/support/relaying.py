@@ -180,13 +180,14 @@ async def _read(reader: asyncio.StreamReader) -> Seen | None:
 
 @dataclass(slots=True)
 class Front:
-    """The gateway as a caller sees it, with what it holds inside."""
+    """The gateway as a caller sees it, with what it holds inside; `to_the_log` is where records else go."""
 
     daemon: manager.app.Daemon
     relay: Relay
     server: Any
     port: int
     records: list[RequestRecord] = field(default_factory=list)
+    to_the_log: Any = None
 
     @property
     def base_url(self) -> str:
@@ -360,7 +361,7 @@ async def relaying(
     loaded = load_settings(file)
     async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded) as daemon:
         access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
-        relay = manager.app._relay(daemon.gateway, loaded.settings, access)
+        relay = manager.app._relay(daemon, loaded.settings, access)
         server = manager.app._Server(
             uvicorn.Config(
                 control_api(daemon.backend, access=access),
@@ -387,8 +388,9 @@ async def relaying(
                 within_s=20,
             )
             port = server.servers[0].sockets[0].getsockname()[1]
-            front = Front(daemon, relay, server, port)
-            daemon.gateway._traffic._write = front.records.append
+            traffic = daemon.gateway._traffic
+            front = Front(daemon, relay, server, port, to_the_log=traffic._write)
+            traffic._write = front.records.append
             yield front
             assert not running.done(), running.exception()
         finally:
