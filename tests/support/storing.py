@@ -82,6 +82,49 @@ class Store(Scripted):
             writer.close()
 
 
+class Held:
+    """What a server does only when it is told to; `began` and `left` say how far it is."""
+
+    def __init__(self, *lines: bytes) -> None:
+        self.lines = lines or (line("working"),)
+        self.began = asyncio.Semaphore(0)
+        self.go = asyncio.Event()
+        self.left = asyncio.Event()
+        self.running = 0
+        self.most = 0
+
+    async def __call__(self, talk: Conversation) -> None:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        leaving = asyncio.ensure_future(talk.left())
+        going = asyncio.ensure_future(self.go.wait())
+        try:
+            await talk.begin()
+            for one in self.lines:
+                await talk.chunk(one)
+            self.began.release()
+            await asyncio.wait({leaving, going}, return_when=asyncio.FIRST_COMPLETED)
+            if leaving.done():
+                self.left.set()
+                return
+            await talk.chunk(line("success"))
+            await talk.end()
+        finally:
+            self.running -= 1
+            leaving.cancel()
+            going.cancel()
+
+
+async def begun(held: Held) -> None:
+    async with asyncio.timeout(20):
+        await held.began.acquire()
+
+
+async def happens(event: asyncio.Event) -> None:
+    async with asyncio.timeout(20):
+        await event.wait()
+
+
 def line(status: str, **more: object) -> bytes:
     return json.dumps({"status": status, **more}).encode() + b"\n"
 
