@@ -66,7 +66,7 @@ class Access:
             if name == b"origin" and not self._allows_origin(value):
                 origin = value.decode("latin-1")
                 return Refusal(403, "origin_not_allowed", f"Origin {origin!r} is not in server.allowed_hosts")
-        if self._key is not None and path not in WITHOUT_KEY and not self._has_key(headers):
+        if self._key is not None and path not in WITHOUT_KEY and not _has_key(headers, self._key):
             return Refusal(
                 401,
                 "key_required",
@@ -89,13 +89,12 @@ class Access:
             self._seen.add(host)
         return True
 
-    def _has_key(self, headers: list[Header]) -> bool:
-        if self._key is None:
-            return True
-        presented = next((value for name, value in headers if name == b"x-api-key"), b"")
-        for name, value in headers:
-            scheme, _, bearer = value.partition(b" ")
-            if name == b"authorization" and scheme.lower() == b"bearer":
-                presented = bearer.strip()
-        # Its time must not tell how much of a guess was right.
-        return hmac.compare_digest(presented, self._key)
+
+def _has_key(headers: list[Header], key: bytes) -> bool:
+    presented = next((value for name, value in headers if name == b"x-api-key"), b"")
+    for name, value in headers:
+        scheme, _, bearer = value.partition(b" ")
+        if name == b"authorization" and scheme.lower() == b"bearer":
+            presented = bearer.strip()
+    # Its time must not tell how much of a guess was right.
+    return hmac.compare_digest(presented, key)

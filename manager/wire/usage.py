@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 TAIL_BYTES = 16 * 1024
 
 # Within a JSON string the quotes would carry a backslash, so that nothing a model says is taken for these.
+# What it calls a tool with is no string in the native dialect, but comes before these: the last one counts.
 _COUNTS = {
     Dialect.NATIVE: ((b'"prompt_eval_count"',), (b'"eval_count"',)),
     Dialect.OPENAI: ((b'"prompt_tokens"', b'"input_tokens"'), (b'"completion_tokens"', b'"output_tokens"')),
     Dialect.ANTHROPIC: ((b'"input_tokens"',), (b'"output_tokens"',)),
 }
 _COUNT = re.compile(rb"\s*:\s*(\d{1,15})")
-_DONE = re.compile(rb'"done"\s*:\s*true')
+_DONE = b'"done"'
+_TRUE = re.compile(rb"\s*:\s*true")
 _RESPONSE_DONE = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
+_MESSAGE_DONE = re.compile(rb'"type"\s*:\s*"message_stop"')
 
 
 def token_counts(dialect: Dialect, tail: bytes | bytearray) -> tuple[int | None, int | None]:
@@ -36,14 +39,22 @@ def token_counts(dialect: Dialect, tail: bytes | bytearray) -> tuple[int | None,
 
 
 def is_ended(route: Route, tail: bytes) -> bool:
-    """Whether a stream of this route has come to the end that its dialect marks."""
+    """Whether a stream of this route has come to the end that its dialect marks.
+
+    Where the last line is longer than `tail`, the figures at its end tell that it is the last: of a native
+    answer behind its long `context`, of a response behind the whole text once more.
+    """
     if route.dialect is Dialect.NATIVE:
-        return _DONE.search(tail) is not None
+        at = tail.rfind(_DONE)
+        if at >= 0:
+            return _TRUE.match(tail, at + len(_DONE)) is not None
+        return _last((b'"total_duration"',), tail) is not None
     if route.dialect is Dialect.ANTHROPIC:
-        return b"message_stop" in tail
+        return _MESSAGE_DONE.search(tail) is not None
     if route.path == "/v1/responses":
-        return _RESPONSE_DONE.search(tail) is not None
-    return b"[DONE]" in tail
+        return _RESPONSE_DONE.search(tail) is not None or _last((b'"output_tokens"',), tail) is not None
+    at = tail.rfind(b"[DONE]")
+    return at >= 0 and tail[tail.rfind(b"\n", 0, at) + 1 : at].strip() == b"data:"
 
 
 def _last(names: tuple[bytes, ...], tail: bytes | bytearray) -> int | None:

@@ -1,0 +1,99 @@
+"""A head is read once for all requests that say the same, and nothing of it gets into another's line."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from manager.relay.caller import read_caller
+from manager.relay.exchange import _where
+from manager.relay.upstream import Address
+from manager.wire.access import Access
+from manager.wire.caller import HeaderNames
+
+if TYPE_CHECKING:
+    from manager.relay.caller import Caller
+    from manager.relay.relay import Relay
+    from manager.wire.head import Header
+
+HERE: Header = (b"host", b"localhost")
+PARENT = (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01")
+
+
+def read(*headers: Header, names: HeaderNames | None = None, key: str | None = None) -> Caller:
+    relay = SimpleNamespace(
+        headers=names or HeaderNames(),
+        access=Access(allowed_hosts=["localhost"], key=key),
+        default_project="default",
+    )
+    return read_caller(cast("Relay", relay), "/api/chat", [HERE, *headers])
+
+
+def test_a_caller_that_says_nothing_belongs_to_the_default_project() -> None:
+    caller = read()
+    assert (caller.instance, caller.lane, caller.project, caller.intent) == (None, None, "default", None)
+    assert (caller.trace, caller.refusal, caller.ambiguity, caller.lines) == (None, None, None, b"")
+
+
+def test_what_a_caller_says_of_itself_is_read_and_kept_from_the_server() -> None:
+    caller = read(
+        (b"x-instance", b"gpu0"),
+        (b"x-lane", b"output"),
+        (b"x-project-id", b"shop"),
+        (b"x-intent", b"summary"),
+        (b"x-local-only", b"true"),
+        PARENT,
+        (b"user-agent", b"curl"),
+    )
+    assert (caller.instance, caller.lane, caller.project, caller.intent) == (
+        "gpu0",
+        "output",
+        "shop",
+        "summary",
+    )
+    assert caller.trace == ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "01")
+    assert caller.lines == b"user-agent: curl\r\n"
+
+
+def test_other_names_count_where_others_are_configured_and_the_usual_ones_no_more() -> None:
+    names = HeaderNames(instance=b"x-where", project=b"x-awooop-project")
+    caller = read((b"x-where", b"gpu1"), (b"x-instance", b"gpu0"), (b"x-awooop-project", b"p"), names=names)
+    assert (caller.instance, caller.project, caller.lines) == ("gpu1", "p", b"")
+
+
+def test_what_is_ambiguous_or_not_allowed_is_told() -> None:
+    assert read(HERE).ambiguity == "host is given more than once"
+    refusal = read(key="secret").refusal
+    assert refusal is not None
+    assert refusal.code == "key_required"
+
+
+def test_the_head_for_a_server_is_made_once_and_anew_for_another() -> None:
+    caller = read((b"accept", b"*/*"))
+    one, other = Address.of("http://127.0.0.1:1"), Address.of("http://127.0.0.1:2/prefix")
+    head = caller.head_for(one, b"/api/chat")
+    assert head == b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:1\r\naccept: */*\r\n"
+    assert caller.head_for(one, b"/api/chat") is head
+    assert caller.head_for(one, b"/api/chat?x=1").startswith(b"POST /api/chat?x=1 HTTP/1.1\r\n")
+    assert caller.head_for(other, b"/api/chat").startswith(
+        b"POST /prefix/api/chat HTTP/1.1\r\nHost: 127.0.0.1:2"
+    )
+
+
+@given(st.binary(max_size=300))
+def test_no_value_of_a_header_can_end_a_line_of_a_log_or_of_an_answer(value: bytes) -> None:
+    caller = read(*((name, value) for name in (b"x-instance", b"x-lane", b"x-project-id", b"x-intent")))
+    for text in (caller.instance, caller.lane, caller.project, caller.intent):
+        assert text is None or (text.isascii() and text.isprintable())
+
+
+@pytest.mark.parametrize("model", ["m\r\nSet-Cookie: a=b", "m\n", "m\x00", "m\u2028", "m\ud800", "é"])
+def test_no_name_of_a_model_can_end_the_line_that_tells_it(model: str) -> None:
+    lines = _where("gpu0", model)
+    assert lines.count(b"\r\n") == 2
+    assert lines.count(b"\n") == lines.count(b"\r") == 2
+    assert lines.isascii()
