@@ -28,7 +28,7 @@ from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
-from manager.adapters.upstream import AiohttpUpstream
+from manager.adapters.upstream import HttpUpstream
 from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits
@@ -157,7 +157,7 @@ async def open_daemon(
             engine=engine,
             registry=registry,
             locks=FileLocks(state_dir / "locks", _LOCK_WAIT_S),
-            upstream=await stack.enter_async_context(AiohttpUpstream()),
+            upstream=await stack.enter_async_context(HttpUpstream()),
             gpus=gpus,
             journal=journal,
             now=time.monotonic,

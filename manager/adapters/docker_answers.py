@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,16 @@ _REFUSALS: tuple[tuple[str, Reason, str], ...] = (
     ("unresolvable cdi devices", Reason.GPU_MISSING, "check the CDI specification of the NVIDIA driver"),
     ("no space left on device", Reason.START_FAILED, "free some disk space for the engine"),
 )
+
+
+def said(body: bytes) -> str:
+    """The message of a refusal, which is in JSON where an engine wrote it."""
+    try:
+        told: Any = json.loads(body)
+    except ValueError:
+        told = None
+    message = told.get("message") if isinstance(told, dict) else None
+    return message if isinstance(message, str) else body.decode("utf-8", "replace")
 
 
 def refusal(status: int | None, said: str) -> EngineError:

@@ -19,6 +19,7 @@ from docker.types import DeviceRequest, LogConfig, Mount
 from docker.utils import parse_repository_tag
 
 from manager.adapters import docker_answers as answers
+from manager.adapters.http_get import HttpGet, plainly
 from manager.domain.container import LABEL_MANAGER
 from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_MOST_PING_BYTES = 2**20
 # Kept log lines are read over the API; without a bound they would fill the engine's disk.
 _LOG_CONFIG = LogConfig(type=LogConfig.types.JSON, config={"max-size": "10m", "max-file": "2"})
 
@@ -39,7 +41,7 @@ class DockerEngine:
     """Implements `services.ports.Engine`. Raises `EngineError` and its kin only.
 
     Args:
-        url: `unix:///…`, `tcp://host:port` or `http://host:port`.
+        url: `unix:///…`, `tcp://host:port`, `http://host:port` or `https://host:port`.
         timeout_s: the deadline of every call that names none of its own.
     """
 
@@ -49,14 +51,28 @@ class DockerEngine:
         self._idle: list[docker.APIClient] = []
         self._api_version: str | None = None
         self._networks = asyncio.Lock()
+        self._pings = HttpGet(url, most_bytes=_MOST_PING_BYTES)
 
     def close(self) -> None:
         """Drop the idle connections; calls that are under way end by themselves."""
+        self._pings.close()
         while self._idle:
             self._idle.pop().close()
 
     async def ping(self, timeout_s: float) -> None:
-        await self._call(lambda client: client.ping(), timeout_s)
+        if self.url.startswith("https:"):  # its certificates are the SDK's business
+            await self._call(lambda client: client.ping(), timeout_s)
+            return
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._pings.get("/_ping")
+        except OSError as error:
+            self._api_version = None  # another engine may answer next time
+            if isinstance(error, TimeoutError):
+                raise self._late(timeout_s) from error
+            raise self._unreachable(plainly(error)) from error
+        if answer.status != requests.codes.ok:
+            raise answers.refusal(answer.status, answers.said(answer.body))
 
     async def info(self) -> EngineInfo:
         return await self._call(lambda client: answers.engine_info(client.info()))
@@ -197,9 +213,7 @@ class DockerEngine:
                 return answer.result()
         except Exception as error:
             raise self._translated(error) from error
-        raise EngineUnreachableError(
-            f"the container engine at {self.url} did not answer within {deadline_s:g} s"
-        )
+        raise self._late(deadline_s)
 
     def _take(self, timeout_s: float) -> docker.APIClient:
         try:
@@ -227,12 +241,18 @@ class DockerEngine:
         if isinstance(error, requests.Timeout):
             return EngineUnreachableError(f"the container engine at {self.url} does not answer")
         if isinstance(error, requests.RequestException | DockerException | OSError):
-            return EngineUnreachableError(
-                f"the container engine at {self.url} cannot be reached ({_innermost(error)})"
-            )
+            return self._unreachable(_innermost(error))
         return EngineError(
             f"unexpected answer of the container engine: {error!r}", reason=Reason.START_FAILED
         )
+
+    def _late(self, deadline_s: float) -> EngineUnreachableError:
+        return EngineUnreachableError(
+            f"the container engine at {self.url} did not answer within {deadline_s:g} s"
+        )
+
+    def _unreachable(self, why: str) -> EngineUnreachableError:
+        return EngineUnreachableError(f"the container engine at {self.url} cannot be reached ({why})")
 
 
 class _Stream(Generic[T]):

@@ -332,7 +332,7 @@ class Fleet:
             while True:
                 tick = await self._ticks.get()
                 if tick is None or tick.action == "reap":
-                    for supervisor in self.supervisors():
+                    for supervisor in (one for one in self.supervisors() if one.idle):
                         # A stop that hangs must not delay the others, nor be asked for twice.
                         if supervisor.id not in sweeping or sweeping[supervisor.id].done():
                             sweeping[supervisor.id] = tasks.create_task(self._sweep(supervisor, False))

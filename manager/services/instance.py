@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from manager.domain.instance import (
     Target,
 )
 from manager.errors import UnavailableError
+from manager.services.container_run import happens
 from manager.services.leases import Lease, LeaseBook
 from manager.wire.ollama import name_of
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
 _UNANSWERED_BYTES = 1500
+# About what one probe moves, as long as none has been measured.
+PROBE_BYTES = 4096
 
 _GRACE_PROBES = 3
 _GRACE_S = 5.0
@@ -96,6 +100,8 @@ class Instance(ABC):
         self._last_probe_bytes = 0
         self._tags_due = 0.0
         self._probing = asyncio.Lock()
+        self._to_probe = asyncio.Event()
+        self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
     @abstractmethod
     async def run(self) -> None:
@@ -195,10 +201,10 @@ class Instance(ABC):
     async def _ask(self, endpoint: str) -> None:
         now = self._world.now()
         tags = now >= self._tags_due
-        self.probe_bytes = self._last_probe_bytes
+        self.probe_bytes = self._last_probe_bytes or PROBE_BYTES
         try:
             answer = await self._world.upstream.probe(
-                endpoint, timeout_s=self.spec.limits.probe_interval_s, models=True, tags=tags
+                endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
             )
         except UnavailableError as error:
             # A question without an answer moves bytes too, and again when the system repeats it.
@@ -214,7 +220,7 @@ class Instance(ABC):
             return  # it went away meanwhile: the answer is of the past
         self._last_seen_at = self._world.utcnow()
         self._answered_at = now
-        self.version = answer.version
+        self.version = answer.version or self.version
         if answer.loaded is not None:
             if [model.name for model in answer.loaded] != [model.name for model in self._models]:
                 self._world.changes.count += 1
@@ -231,11 +237,22 @@ class Instance(ABC):
         """Called after each probe that was answered."""
 
     async def _probe_forever(self) -> None:
-        interval_s = self.spec.limits.probe_interval_s
+        """Probe once as soon as there is something to probe, and then in every interval."""
         while True:
-            began = self._world.now()
             await self.probe()
-            await asyncio.sleep(max(0.0, began + interval_s - self._world.now()))
+            self._to_probe.clear()
+            if self.probed_endpoint is None:
+                await self._to_probe.wait()
+            else:
+                await happens(self._to_probe, self._until_beat_s(self.spec.limits.probe_interval_s))
+
+    def _until_beat_s(self, interval_s: float) -> float:
+        """Seconds until about the next of the moments that come once in every interval.
+
+        Each instance has its own: many that were started together are not asked together for ever after.
+        """
+        left_s = (self._beat * interval_s - self._world.now()) % interval_s
+        return left_s if left_s > interval_s / 4 else left_s + interval_s
 
     def _set_health(self, health: Health, issue: Explanation | None) -> None:
         if health is not self._health and not (self._health is Health.UNKNOWN and issue is None):

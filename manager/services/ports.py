@@ -97,11 +97,11 @@ class Engine(Protocol):
 class ProbeAnswer:
     """What a server said to one probe and about how many bytes that moved on the wire, both ways.
 
-    `loaded` and `available` are None when they were not asked for or the server would not say. What it lists
+    All but the last are None when they were not asked for or the server would not say. What it lists
     is kept as it came: whoever asks the manager gets to see every key of it.
     """
 
-    version: str
+    version: str | None
     loaded: tuple[Model, ...] | None
     available: tuple[Mapping[str, Any], ...] | None
     wire_bytes: int
@@ -114,8 +114,13 @@ class Upstream(Protocol):
         """Whether `url` is answered with 2xx in time. Never raises."""
         ...
 
-    async def probe(self, endpoint: str, *, timeout_s: float, models: bool, tags: bool) -> ProbeAnswer:
-        """Ask `/api/version`, then `/api/ps` and `/api/tags` as wanted.
+    async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
+        """Ask `/api/ps`; with `tags`, or where that is not answered as Ollama does, what else tells a server.
+
+        Args:
+            endpoint: the server's URL.
+            timeout_s: the deadline of everything together.
+            tags: ask `/api/version` and `/api/tags` too.
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.

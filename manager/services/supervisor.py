@@ -35,7 +35,7 @@ from manager.errors import (
 from manager.services.condition import Condition, Retry
 from manager.services.container_run import ContainerRun, Started, Watch, happens
 from manager.services.idle_clock import IdleClock
-from manager.services.instance import Effort, Instance, View
+from manager.services.instance import PROBE_BYTES, Effort, Instance, View
 from manager.services.staleness import Staleness
 from manager.services.usage import UsageWatch
 from manager.services.waiters import Waiters
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
     from manager.services.ports import EngineEvent
     from manager.services.world import World
 
-# About what one probe moves, as long as none has been measured.
-_PROBE_BYTES = 4096
 # How long somebody waits to hear from the engine whether a container that refuses connections has ended.
 _LOOK_S = 2.0
 _LOOK_POLL_S = 0.02
@@ -323,16 +321,17 @@ class Supervisor(Instance):
         return self._is.container if self._is.phase is Phase.READY else None
 
     @property
-    def sampling_interval_s(self) -> float:
+    def until_sample_s(self) -> float:
         """Often enough to date a use well within the TTL; asking more often would only cost."""
         limits = self.spec.limits
         wanted = self.ttl_s / 4 if self.ttl_s > 0 else limits.resync_interval_s
-        return min(limits.resync_interval_s, max(limits.probe_interval_s / 4, wanted))
+        interval_s = min(limits.resync_interval_s, max(limits.probe_interval_s / 4, wanted))
+        return self._until_beat_s(interval_s)
 
     @property
     def coming_probe_bytes(self) -> int:
         probes = self.spec.limits.resync_interval_s / self.spec.limits.probe_interval_s + 2
-        return int(probes * max(_PROBE_BYTES, self._last_probe_bytes))
+        return int(probes * max(PROBE_BYTES, self._last_probe_bytes))
 
     @property
     def probed_endpoint(self) -> str | None:
@@ -528,6 +527,7 @@ class Supervisor(Instance):
         self._is.start_retry.at = 0.0
         self._ready_at = self._world.utcnow()
         self._reset_health()
+        self._to_probe.set()
         if started.adopted and self._world.resume_idle_clock:
             begun_at = started.container.started_at
             self._clock.resume(begun_at)

@@ -21,7 +21,10 @@ class Watched(Protocol):
     @property
     def ready_container(self) -> ContainerFacts | None: ...
     @property
-    def sampling_interval_s(self) -> float: ...
+    def until_sample_s(self) -> float:
+        """Seconds until the next sample is to be taken."""
+        ...
+
     @property
     def models(self) -> tuple[Model, ...]: ...
     @property
@@ -102,7 +105,7 @@ class UsageWatch:
                 await self._restarted.wait()
                 continue
             try:
-                async with asyncio.timeout(self._watched.sampling_interval_s):
+                async with asyncio.timeout(self._watched.until_sample_s):
                     await self._restarted.wait()
             except TimeoutError:
                 pass

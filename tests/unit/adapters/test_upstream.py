@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socketserver
 import time
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from manager.adapters.upstream import AiohttpUpstream
+from manager.adapters.upstream import HttpUpstream
 from manager.errors import Reason, UnavailableError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.pieces: dict[str, list[bytes]] = {"/api/version": answer(VERSION)}
         self.hang_up = False
         self.asked: list[str] = []
+        self.connections = 0
 
 
 class _Connection(socketserver.StreamRequestHandler):
@@ -52,6 +54,7 @@ class _Connection(socketserver.StreamRequestHandler):
     server: Server
 
     def handle(self) -> None:
+        self.server.connections += 1
         with suppress(OSError):
             while request := self.rfile.readline():
                 path = request.split()[1].decode()
@@ -66,12 +69,12 @@ class _Connection(socketserver.StreamRequestHandler):
 
 
 @asynccontextmanager
-async def probing() -> AsyncIterator[tuple[AiohttpUpstream, Server]]:
+async def probing() -> AsyncIterator[tuple[HttpUpstream, Server]]:
     with Server() as server:
         serving = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         serving.start()
         try:
-            async with AiohttpUpstream() as upstream:
+            async with HttpUpstream() as upstream:
                 yield upstream, server
         finally:
             server.shutdown()
@@ -85,18 +88,26 @@ async def test_a_body_in_many_pieces_is_read_to_its_end() -> None:
         pieces = [body[start : start + 4096] for start in range(0, len(body), 4096)]
         server.pieces["/api/tags"] = [head(len(body)), *pieces]
         server.pieces["/api/ps"] = [head(len(body)), body[:1], body[1:]]
-        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=True)
     assert told.available == tuple(models)
     assert told.loaded is not None
     assert len(told.loaded) == 500
     assert told.wire_bytes > 2 * len(body)
 
 
-async def test_only_what_was_asked_for_is_asked_of_the_server() -> None:
+async def test_only_what_is_needed_is_asked_of_the_server() -> None:
     async with probing() as (upstream, server):
-        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
-        assert server.asked == ["/api/version"]
-    assert (told.version, told.loaded, told.available) == ("0.24.0", None, None)
+        server.pieces["/api/ps"] = answer(b'{"models": []}')
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
+        assert server.asked == ["/api/ps"]
+        assert (told.version, told.loaded, told.available) == (None, (), None)
+
+
+async def test_a_server_that_does_not_say_what_it_has_loaded_is_asked_who_it_is() -> None:
+    async with probing() as (upstream, server):
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
+        assert server.asked == ["/api/ps", "/api/version"]
+        assert (told.version, told.loaded, told.available) == ("0.24.0", None, None)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +116,7 @@ async def test_only_what_was_asked_for_is_asked_of_the_server() -> None:
 async def test_an_odd_list_is_no_list_and_no_error(body: bytes) -> None:
     async with probing() as (upstream, server):
         server.pieces["/api/ps"] = server.pieces["/api/tags"] = answer(body)
-        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=True)
     assert told.loaded in (None, ())
     assert told.available in (None, ())
 
@@ -124,8 +135,8 @@ async def test_a_server_that_does_not_answer_as_ollama_does_is_unhealthy(pieces:
         server.pieces["/api/version"] = pieces
         server.pieces["/elsewhere"] = answer(VERSION)
         with pytest.raises(UnavailableError) as caught:
-            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=True, tags=True)
-        assert server.asked == ["/api/version"]  # a redirect is not followed
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=True)
+        assert server.asked == ["/api/ps", "/api/version"]  # a redirect is not followed
     assert caught.value.reason is Reason.INSTANCE_UNHEALTHY
 
 
@@ -136,7 +147,7 @@ async def test_a_server_that_stalls_at_any_point_is_unhealthy_at_the_deadline(pi
     async with probing() as (upstream, server):
         server.pieces["/api/version"] = pieces
         with pytest.raises(UnavailableError, match=r"did not answer within 0\.2 s") as caught:
-            await upstream.probe(server.url, timeout_s=SHORT_S, models=False, tags=False)
+            await upstream.probe(server.url, timeout_s=SHORT_S, tags=False)
         assert caught.value.reason is Reason.INSTANCE_UNHEALTHY
         assert not await upstream.answers(f"{server.url}/api/version", SHORT_S)
 
@@ -155,7 +166,7 @@ async def test_a_server_that_breaks_off_or_never_ends_is_unreachable(pieces: lis
         server.pieces["/api/version"] = pieces
         server.hang_up = True
         with pytest.raises(UnavailableError, match="cannot be reached") as caught:
-            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
         assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
         assert not await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
 
@@ -163,9 +174,9 @@ async def test_a_server_that_breaks_off_or_never_ends_is_unreachable(pieces: lis
 async def test_nobody_there_is_unreachable() -> None:
     async with probing() as (upstream, server):
         pass
-    async with AiohttpUpstream() as upstream:
+    async with HttpUpstream() as upstream:
         with pytest.raises(UnavailableError) as caught:
-            await upstream.probe(server.url, timeout_s=TIMEOUT_S, models=False, tags=False)
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
         assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
         assert not await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
 
@@ -186,11 +197,76 @@ async def test_only_a_complete_2xx_is_an_answer(pieces: list[bytes], expected: b
         assert await upstream.answers(f"{server.url}/ready", TIMEOUT_S) is expected
 
 
+async def test_a_url_is_asked_as_it_is_written() -> None:
+    async with probing() as (upstream, server):
+        await upstream.answers(f"{server.url}/ready?deep=yes", TIMEOUT_S)
+        assert server.asked == ["/ready?deep=yes"]
+
+
 async def test_a_url_that_is_none_is_no_answer() -> None:
-    async with AiohttpUpstream() as upstream:
+    async with HttpUpstream() as upstream:
         assert not await upstream.answers("http://[::1/", SHORT_S)
 
 
-async def test_outside_its_context_it_is_a_defect_to_use_it() -> None:
-    with pytest.raises(RuntimeError, match="outside its context"):
-        await AiohttpUpstream().probe("http://127.0.0.1", timeout_s=SHORT_S, models=False, tags=False)
+# --- connections ---
+
+
+async def counted(server: Server, paths: int) -> int:
+    """Ask so many times; how many connections that took."""
+    before = server.connections
+    async with HttpUpstream() as upstream:
+        for _ in range(paths):
+            assert await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
+    return server.connections - before
+
+
+@pytest.mark.parametrize(
+    ("pieces", "connections"),
+    [
+        (answer(VERSION), 1),
+        ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n", b"{}\r\n0\r\n", b"\r\n"], 1),
+        (answer(VERSION, "200 OK", "Connection: close"), 3),
+        ([b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\n{}"], 3),
+        ([answer(VERSION)[0] + b"and more"], 3),
+    ],
+)
+async def test_a_connection_is_kept_as_long_as_both_sides_keep_it(
+    pieces: list[bytes], connections: int
+) -> None:
+    async with probing() as (_, server):
+        server.pieces["/api/version"] = pieces
+        assert await counted(server, 3) == connections
+
+
+async def test_a_connection_that_the_server_has_closed_meanwhile_is_made_anew() -> None:
+    async with probing() as (_, server):
+        server.hang_up = True
+        assert await counted(server, 3) == 3
+
+
+async def test_a_body_that_ends_with_its_connection_is_read_to_its_end() -> None:
+    async with probing() as (upstream, server):
+        server.hang_up = True
+        server.pieces["/api/ps"] = [b"HTTP/1.1 200 OK\r\n\r\n", b'{"models": ', b"[]}"]
+        told = await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
+        assert told.loaded == ()
+
+
+async def test_a_head_without_an_end_is_given_up() -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/ps"] = [b"HTTP/1.1 200 OK\r\n"] + [b"X: " + b"x" * 1000 + b"\r\n"] * 100
+        with pytest.raises(UnavailableError, match="a head of more than") as caught:
+            await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
+        assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
+
+
+async def test_questions_at_once_do_not_wait_for_each_other() -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/slow"] = []
+        slow = asyncio.ensure_future(upstream.answers(f"{server.url}/slow", TIMEOUT_S))
+        while not server.asked:  # noqa: ASYNC110  (the server is a thread)
+            await asyncio.sleep(0.001)
+        assert await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
+        slow.cancel()
+        await asyncio.wait({slow})
+        assert server.asked == ["/slow", "/api/version"]
