@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
@@ -10,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from manager.domain.instance import DeviceKind
-from manager.domain.models import model_key
+from manager.domain.models import model_key, split_pin
 from manager.domain.roles import Policy, RequestKind
 from manager.errors import Reason
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
     from manager.domain.roles import Role, RoutingSettings
 
-_PIN = re.compile(r"(?P<model>.+)@(?P<instance>[a-z][a-z0-9-]{0,31})")
 # So many names of models fit into an error message that somebody reads.
 _MOST_NAMES = 50
 
@@ -103,7 +101,6 @@ class RequestFacts(NamedTuple):
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
 
 
-# Tuples: a decision has many of them, and a frozen dataclass takes three times as long to make.
 class Attempt(NamedTuple):
     """One way to answer. `fallback` says why it is not what was preferred; None when it is."""
 
@@ -114,6 +111,20 @@ class Attempt(NamedTuple):
     fallback: Reason | None = None
 
 
+class Group(NamedTuple):
+    """Attempts that are equal but for the load of their instances."""
+
+    instances: tuple[str, ...]
+    model: str
+    role: str | None
+    because: Because
+    fallback: Reason | None = None
+
+    def attempt(self, instance: str) -> Attempt:
+        return Attempt(instance, *self[1:])
+
+
+# A tuple: a decision has many of them, and a frozen dataclass takes three times as long to make.
 class PassedOver(NamedTuple):
     instance: str
     model: str
@@ -131,7 +142,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The attempts for one request. Those within a group are equal but for their load.
+    """Where one request may go, the first group first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
     never twice for one model. `refused` is set exactly when there is no attempt.
@@ -141,7 +152,7 @@ class Decision:
     role: str | None
     policy: Policy
     requested_target: str | None
-    groups: tuple[tuple[Attempt, ...], ...]
+    groups: tuple[Group, ...]
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
 
@@ -152,19 +163,12 @@ class Decision:
             load: requests in flight by instance, looked at each time the next attempt is asked for.
         """
         for group in self.groups:
-            if len(group) == 1:
-                yield group[0]
-                continue
-            waiting = list(group)
-            while waiting:
-                best, least = waiting[0], load[waiting[0].instance]
-                for attempt in waiting:
-                    if not least:
-                        break
-                    if (one := load[attempt.instance]) < least:
-                        best, least = attempt, one
+            waiting = list(group.instances)
+            while len(waiting) > 1:
+                best = min(waiting, key=load.__getitem__)
                 waiting.remove(best)
-                yield best
+                yield group.attempt(best)
+            yield group.attempt(waiting[0])
 
 
 def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot) -> Decision:
@@ -174,9 +178,8 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     are those whose models nobody has read yet. The policy of a role filters before its target counts, and
     what its fallbacks may use as well. A target is held, unless the role merely prefers GPUs; a pin always.
     """
-    match = _PIN.fullmatch(request.model)
-    name = match["model"] if match else request.model
-    pin = match["instance"] if match else request.instance
+    name, pin = split_pin(request.model)
+    pin = pin or request.instance
     lane = settings.roles.get(request.lane) if request.lane else None
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
@@ -259,7 +262,7 @@ class _Decider:
         self._cpu_only = role is not None and role.policy is Policy.CPU_ONLY
         self._tried: defaultdict[str, set[str]] = defaultdict(set)
         self._passed_over: list[PassedOver] = []
-        self._groups: list[tuple[Attempt, ...]] = []
+        self._groups: list[Group] = []
 
     def over(self, legs: list[_Leg]) -> Decision:
         first, *others = legs
@@ -311,8 +314,7 @@ class _Decider:
             reason = fallback
             if reason is None and rank:
                 reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
-            because = _WAYS[stage][tier]
-            self._groups.append(tuple([Attempt(id_, model, role, because, reason) for id_ in ids]))
+            self._groups.append(Group(tuple(ids), model, role, _WAYS[stage][tier], reason))
             tried.update(ids)
 
     def _found(self, key: str) -> tuple[tuple[Candidate, ...], ...]:

@@ -74,7 +74,7 @@ def routed(
 
 
 def attempts(decision: Decision) -> list[Attempt]:
-    return [attempt for group in decision.groups for attempt in group]
+    return [group.attempt(instance) for group in decision.groups for instance in group.instances]
 
 
 def ways(decision: Decision) -> list[Way]:
@@ -121,7 +121,7 @@ def test_another_model_in_memory_makes_no_instance_warm() -> None:
 def test_of_equals_the_higher_priority_goes_first() -> None:
     decision = routed("m", instance("a"), instance("b", priority=2), instance("c", priority=1))
     assert where(decision) == ["b", "c", "a"]
-    assert [len(group) for group in decision.groups] == [1, 1, 1]
+    assert [group.instances for group in decision.groups] == [("b",), ("c",), ("a",)]
 
 
 def test_of_full_equals_the_one_with_the_fewest_requests_in_flight_goes_first() -> None:
@@ -707,7 +707,7 @@ def test_it_is_refused_exactly_where_there_is_no_attempt(
 ) -> None:
     decision = decide(request, settings, snapshot)
     assert (decision.refused is None) == bool(attempts(decision))
-    assert all(decision.groups)
+    assert all(group.instances for group in decision.groups)
 
 
 @anything
@@ -774,9 +774,9 @@ def test_in_order_is_each_attempt_once_group_by_group_and_the_least_loaded_first
     decision = decide(request, settings, snapshot)
     order = list(decision.in_order(load))
     for group in decision.groups:
-        part, order = order[: len(group)], order[len(group) :]
-        assert sorted(part) == sorted(group)
-        assert [load[one.instance] for one in part] == sorted(load[one.instance] for one in group)
+        part, order = order[: len(group.instances)], order[len(group.instances) :]
+        assert sorted(part) == sorted(map(group.attempt, group.instances))
+        assert [load[one.instance] for one in part] == sorted(load[id_] for id_ in group.instances)
     assert order == []
 
 
@@ -786,8 +786,9 @@ def test_the_groups_of_one_role_go_by_what_is_there_then_preference_then_warmth_
 ) -> None:
     decision = decide(request, settings, snapshot)
     for group in decision.groups:
-        assert len({rank(one, request, settings, snapshot) for one in group}) == 1
-    for one, then in pairwise(group[0] for group in decision.groups):
+        attempts = map(group.attempt, group.instances)
+        assert len({rank(one, request, settings, snapshot) for one in attempts}) == 1
+    for one, then in pairwise(group.attempt(group.instances[0]) for group in decision.groups):
         if (one.role, one.model) == (then.role, then.model):
             assert rank(one, request, settings, snapshot) < rank(then, request, settings, snapshot)
 
