@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import orjson
@@ -13,7 +14,8 @@ if TYPE_CHECKING:
 
     from manager.services.traffic import RequestRecord
 
-_log = structlog.get_logger("requests")
+# Not "requests": a library of that name has to be quiet.
+_log = structlog.get_logger("traffic")
 
 _EVERY_S = 0.1
 _OPTIONS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
@@ -44,8 +46,9 @@ class RequestLog:
                 said = ((name, getattr(record, name)) for name in _READABLE)
                 _log.info("request", **{name: value for name, value in said if value is not None})
         elif waiting:
-            sys.stderr.buffer.write(b"".join(map(line, waiting)))
-            sys.stderr.buffer.flush()
+            with suppress(OSError):  # as with the daemon's log, a full disk under it is no reason to fail
+                sys.stderr.buffer.write(b"".join(map(line, waiting)))
+                sys.stderr.buffer.flush()
 
 
 # What somebody who watches wants to see; the JSON lines have everything.
