@@ -1,0 +1,135 @@
+"""The metrics by their documented names, as Prometheus reads them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from manager.adapters.metrics import FleetMetrics
+from manager.domain.instance import Phase
+from manager.errors import Reason
+from manager.services.traffic import BUCKETS_S, Traffic
+from tests.support.records import a_record
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from prometheus_client import Metric
+
+LABELS = {
+    "ollama_manager_requests": ("target", "role", "outcome"),
+    "ollama_manager_fallbacks": ("from", "to", "reason"),
+    "ollama_manager_target_errors": ("target", "reason"),
+    "ollama_manager_request_duration_seconds": ("target",),
+    "ollama_manager_time_to_first_token_seconds": ("target",),
+    "ollama_manager_in_flight": ("target",),
+    "ollama_manager_instance_phase": ("instance", "phase"),
+    "ollama_manager_gpu_memory_used_bytes": ("uuid",),
+    "ollama_manager_starts": ("instance", "result"),
+    "ollama_manager_engine_up": (),
+}
+TYPES = {
+    "ollama_manager_requests": "counter",
+    "ollama_manager_fallbacks": "counter",
+    "ollama_manager_target_errors": "counter",
+    "ollama_manager_starts": "counter",
+    "ollama_manager_request_duration_seconds": "histogram",
+    "ollama_manager_time_to_first_token_seconds": "histogram",
+}
+
+
+def scraped(traffic: Traffic) -> Mapping[str, Metric]:
+    spec = SimpleNamespace(id="gpu0")
+    fleet = SimpleNamespace(
+        views=lambda: [SimpleNamespace(spec=spec, phase=Phase.READY, in_flight=3)],
+        supervisors=lambda: [SimpleNamespace(id="gpu0", starts_done=4, starts_failed=1)],
+        engine=SimpleNamespace(up=True),
+    )
+    cards = [
+        SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30),
+        SimpleNamespace(uuid="GPU-2", vram_used_bytes=None),
+    ]
+    gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
+    text = FleetMetrics(cast("Any", fleet), cast("Any", gpus), traffic).render().decode()
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def busy() -> Traffic:
+    traffic = Traffic(lambda record: None)
+    traffic.ended(a_record(ttfb_ms=5.0, duration_ms=70.0))
+    traffic.ended(a_record(ttfb_ms=5.1, duration_ms=700_000.0))
+    traffic.ended(
+        a_record(
+            requested_target="gpu1", fallback=True, fallback_reason=Reason.INSTANCE_UNAVAILABLE, ttfb_ms=None
+        )
+    )
+    traffic.ended(a_record(outcome="refused", effective_target=None, role=None))
+    traffic.failed("gpu1", Reason.UPSTREAM_UNREACHABLE)
+    return traffic
+
+
+def values(family: Metric, **labels: str) -> list[float]:
+    return [one.value for one in family.samples if labels.items() <= one.labels.items()]
+
+
+def test_every_metric_has_its_documented_name_type_and_labels() -> None:
+    families = scraped(busy())
+    assert set(families) == set(LABELS)
+    for name, family in families.items():
+        assert family.type == TYPES.get(name, "gauge"), name
+        assert family.documentation
+        for one in family.samples:
+            assert set(one.labels) - {"le"} == set(LABELS[name]), name
+    samples = {one.name for family in families.values() for one in family.samples}
+    for counter in ("requests", "fallbacks", "target_errors", "starts"):
+        assert f"ollama_manager_{counter}_total" in samples
+
+
+def test_counts_are_those_of_the_traffic() -> None:
+    families = scraped(busy())
+    requests = families["ollama_manager_requests"]
+    assert values(requests, target="gpu0", role="thinking", outcome="ok") == [3]
+    assert values(requests, target="", role="", outcome="refused") == [1]
+    fallbacks = families["ollama_manager_fallbacks"]
+    assert values(fallbacks, **{"from": "gpu1", "to": "gpu0", "reason": "instance_unavailable"}) == [1]
+    assert values(families["ollama_manager_target_errors"], target="gpu1", reason="upstream_unreachable") == [
+        1
+    ]
+
+
+def test_histograms_count_up_over_the_documented_buckets() -> None:
+    families = scraped(busy())
+    for name, expected, total_s in (
+        ("request_duration", {0.05: 0, 0.1: 1, 1.0: 1, 2.5: 2, 600.0: 2, float("inf"): 3}, 701.5705),
+        ("time_to_first_token", {0.005: 1, 0.01: 2, float("inf"): 2}, 0.0101),
+    ):
+        family = families[f"ollama_manager_{name}_seconds"]
+        buckets = {float(one.labels["le"]): one.value for one in family.samples if "le" in one.labels}
+        assert list(buckets) == [*BUCKETS_S, float("inf")]
+        assert expected.items() <= buckets.items()
+        assert sorted(buckets.values()) == list(buckets.values())
+        count = next(one.value for one in family.samples if one.name.endswith("_count"))
+        total = next(one.value for one in family.samples if one.name.endswith("_sum"))
+        assert count == buckets[float("inf")]
+        assert abs(total - total_s) < 1e-6
+
+
+def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
+    families = scraped(Traffic(lambda record: None))
+    phases = families["ollama_manager_instance_phase"]
+    assert {one.labels["phase"] for one in phases.samples} == {phase.value for phase in Phase}
+    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready"]
+    assert values(families["ollama_manager_in_flight"], target="gpu0") == [3]
+    starts = families["ollama_manager_starts"]
+    assert (values(starts, result="ok"), values(starts, result="failed")) == ([4], [1])
+    memory = families["ollama_manager_gpu_memory_used_bytes"]
+    assert [(one.labels["uuid"], one.value) for one in memory.samples] == [("GPU-1", 2**30)]
+    assert values(families["ollama_manager_engine_up"]) == [1]
+
+
+def test_names_of_models_roles_and_instances_cannot_break_the_text() -> None:
+    traffic = Traffic(lambda record: None)
+    traffic.ended(a_record(role='a"\\\nb'))
+    assert values(scraped(traffic)["ollama_manager_requests"], role='a"\\\nb') == [1]
