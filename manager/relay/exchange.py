@@ -26,7 +26,7 @@ from manager.wire.trace import is_sampled, traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Coroutine, Iterator
 
     from manager.domain.routing import Attempt
     from manager.relay.caller import Caller
@@ -240,7 +240,7 @@ class Exchange:
         assert attempt is not None  # noqa: S101  (it was sent)
         if now >= self._first_byte_at and not self._asking:
             self._asking = True
-            self._task = self._relay.spawn(self._ask_for_patience())
+            self._task = self._relay.spawn(self._guarded(self._ask_for_patience()))
         elif not self._started and self._relay.gateway.is_silent(attempt.instance) and self._more():
             self._relay.gateway.failed(attempt.instance, Reason.INSTANCE_UNHEALTHY)
             why = f"{attempt.instance} has stopped answering"
@@ -361,8 +361,17 @@ class Exchange:
         except BadBodyError as error:
             self._fail(400, str(error), "client_error")
         except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
-            _log.error("request_failed", path=self._route.path, exc_info=error)
-            self._fail(500, "the manager failed; its log says more", "refused")
+            self._defect(error)
+
+    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001  (as in `_begin`)
+            self._defect(error)
+
+    def _defect(self, error: Exception) -> None:
+        _log.error("request_failed", path=self._route.path, exc_info=error)
+        self._fail(500, "the manager failed; its log says more", "refused")
 
     def _decide(self) -> None:
         raw = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
@@ -416,7 +425,7 @@ class Exchange:
             self._leased(lease)
         else:
             self._state = _State.PREPARING
-            self._task = self._relay.spawn(self._prepare(attempt))
+            self._task = self._relay.spawn(self._guarded(self._prepare(attempt)))
 
     async def _prepare(self, attempt: Attempt) -> None:
         try:
@@ -443,7 +452,7 @@ class Exchange:
     def _connect(self) -> None:
         assert self._lease is not None  # noqa: S101  (a lease comes first)
         self._state = _State.CONNECTING
-        self._task = self._relay.spawn(self._open(self._relay.pool(self._lease.endpoint)))
+        self._task = self._relay.spawn(self._guarded(self._open(self._relay.pool(self._lease.endpoint))))
 
     async def _open(self, pool: UpstreamPool) -> None:
         timeout_s = self._relay.limits.connect_timeout_s
@@ -468,7 +477,7 @@ class Exchange:
             self._recovered = True
             self._give_lease_back()
             self._state = _State.PREPARING
-            self._task = self._relay.spawn(self._recover(attempt, reason, why))
+            self._task = self._relay.spawn(self._guarded(self._recover(attempt, reason, why)))
         else:
             self._relay.gateway.failed(attempt.instance, reason)
             self._attempt_failed(reason, f"{attempt.instance} {why}", None)

@@ -44,6 +44,10 @@ _TAKEN_HEADERS = re.compile(
     r"|traceparent|tracestate|trailer|transfer-encoding|upgrade|user-agent|via|x-api-key|x-request-id"
 )
 _DEEPEST = 32
+_DECIDED_ELSEWHERE = {
+    "model": "which model answers is decided by the role",
+    "stream": "whether an answer is streamed is the caller's to say",
+}
 
 
 def _model_name(name: str) -> str:
@@ -64,9 +68,10 @@ def _auto_is_null(value: object) -> object:
 
 def _json_object(body: dict[str, Any]) -> dict[str, Any]:
     refuse(_not_json(body, ()))
-    if "model" in body:
-        message = "which model answers is decided by the role; expected other keys of the request"
-        refuse([Refusal(key=("model",), message=message)])
+    for key in body:
+        # A server takes the name of a field in any case.
+        if (why := _DECIDED_ELSEWHERE.get(key.lower())) is not None:
+            refuse([Refusal(key=(key,), message=f"{why}; expected other keys of the request")])
     return body
 
 

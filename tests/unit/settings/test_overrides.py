@@ -114,6 +114,7 @@ def test_a_role_of_its_own_is_there_because_of_its_kind(written: Written) -> Non
         ("roles.new.kind", "chat", "'chat'; expected 'generate', 'embed' or 'transcribe'"),
         ("roles.output.policy", 1, "1; expected 'auto', 'prefer_gpu' or 'cpu_only'"),
         ("roles.output.model", "a@cpu", "'a@cpu'; expected the name of a model alone"),
+        ("roles.output.body.overrides", {"Stream": True}, "body.overrides.Stream: whether an answer"),
         ("roles.output.body.defaults", {"model": "x"}, "body.defaults.model: which model answers is decided"),
         ("roles.output.colour", "red", "there is no such setting"),
         ("roles.output", "red", "there is no such setting"),
