@@ -443,6 +443,8 @@ class Exchange:
 
     def _leased(self, lease: Lease) -> None:
         self._lease = lease
+        if self._record is not None:
+            self._record.endpoint = lease.endpoint
         connection = self._relay.pool(lease.endpoint).idle()
         if connection is not None:
             self._send(connection)
@@ -496,7 +498,6 @@ class Exchange:
         assert lease is not None  # noqa: S101
         assert record is not None  # noqa: S101
         now = monotonic()
-        record.endpoint = lease.endpoint
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self._start_ms or 0.0))
         record.start_ms = self._start_ms
         changes = self._relay.gateway.changes_for(attempt)
