@@ -89,8 +89,7 @@ def _rows(ours: Measured, nginx: Measured, resident_mib: float) -> Iterator[Row]
     yield _times(f"first byte at {_STREAMS} streams, p99", ours.first_p99_ms, nginx.first_p99_ms, 2, "ms")
     yield _limit("added latency, one connection, p50", ours.single_p50_ms, nginx.single_p50_ms, 0.2)
     yield _limit("added latency, one connection, p99", ours.single_p99_ms, nginx.single_p99_ms, 1.0)
-    verdict = "ok" if resident_mib <= 150 else "OVER"
-    yield Row(f"resident after {_STREAMS} streams", f"{resident_mib:.1f} MiB", "<= 150 MiB", verdict)
+    yield at_most(f"resident after {_STREAMS} streams", resident_mib, 150, " MiB")
 
 
 def _times(what: str, ours: float, nginx: float, limit: float, unit: str) -> Row:

@@ -16,7 +16,7 @@ import tempfile
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest.mock import Mock
 
 import pytest
@@ -114,7 +114,13 @@ def the_api_has(line: str) -> None:
     if method == "POST" and (found[1].encode() in INFERENCE or found[1] == "/api/pull"):
         return  # Ollama's own, which the contract suite looks at
     app = control_api(Mock(), access=Access(allowed_hosts=(), key=None))  # only asked for its paths
-    scope = {"type": "http", "path": found[1], "method": method, "headers": [], "root_path": ""}
+    scope: dict[str, Any] = {
+        "type": "http",
+        "path": found[1],
+        "method": method,
+        "headers": [],
+        "root_path": "",
+    }
     assert any(route.matches(scope)[0] is Match.FULL for route in app.routes)
 
 
