@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 _NOT_FOUND = 404
+_FRAME_HEAD_BYTES = 8
+_STDERR = 2
 
 # The engine's words for a container's state -> what it means for us. `restarting` cannot last, because our
 # containers have no restart policy; a state we do not know is treated as ended, which is looked into.
@@ -156,6 +158,23 @@ _REFUSALS: tuple[tuple[str, Reason, str], ...] = (
     ("unresolvable cdi devices", Reason.GPU_MISSING, "check the CDI specification of the NVIDIA driver"),
     ("no space left on device", Reason.START_FAILED, "free some disk space for the engine"),
 )
+
+
+def demultiplexed(raw: bytes) -> bytes:
+    """Both outputs of a container without a terminal, out of the frames that they come in.
+
+    A frame begins with eight bytes: which output, three zeros and the length (Docker's API, attach).
+    """
+    text = bytearray()
+    at = 0
+    while at + _FRAME_HEAD_BYTES <= len(raw):
+        if raw[at] > _STDERR or raw[at + 1 : at + 4] != b"\0\0\0":
+            return bytes(text) + raw[at:]  # one with a terminal writes as it comes
+        begin = at + _FRAME_HEAD_BYTES
+        end = begin + int.from_bytes(raw[at + 4 : begin], "big")
+        text += raw[begin:end]
+        at = end
+    return bytes(text)
 
 
 def said(body: bytes) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 from yarl import URL
 
-from manager.adapters.http_get import plainly
+from manager.adapters.http_client import plainly
 from manager.errors import Reason, UnavailableError
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from manager.adapters.http_get import HttpGet, plainly
+from manager.adapters.http_client import HttpClient, plainly
 from manager.errors import Reason, UnavailableError
 from manager.services.ports import ProbeAnswer
 from manager.wire.ollama import read_available, read_loaded, read_version
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from manager.adapters.http_get import Answer
+    from manager.adapters.http_client import Answer
 
 # An answer beyond this is not one of Ollama's status routes: thousands of models fit.
 _MOST_BYTES = 8 * 2**20
@@ -35,7 +35,7 @@ class HttpUpstream:
     """Implements `services.ports.Upstream`; leaving its context closes the connections that it keeps."""
 
     def __init__(self) -> None:
-        self._servers: dict[str, HttpGet] = {}
+        self._servers: dict[str, HttpClient] = {}
 
     async def __aenter__(self) -> Self:
         return self
@@ -105,8 +105,8 @@ class HttpUpstream:
         if server is None:
             if len(self._servers) >= _MOST_SERVERS:
                 self._servers.pop(next(iter(self._servers))).close()
-            server = self._servers[origin] = HttpGet(origin, most_bytes=_MOST_BYTES)
-        return await server.get(parts.path + (f"?{parts.query}" if parts.query else ""))
+            server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES)
+        return await server.ask("GET", parts.path + (f"?{parts.query}" if parts.query else ""))
 
 
 def _is_success(answer: Answer) -> bool:

@@ -267,3 +267,35 @@ def test_a_pull_that_failed_is_a_missing_image_whatever_was_said() -> None:
     with pytest.raises(EngineError, match=r"a:b could not be pulled: dial tcp: lookup nowhere") as caught:
         answers.pull_progress("a:b", {"error": "dial tcp: lookup nowhere", "errorDetail": {}})
     assert caught.value.reason is Reason.IMAGE_MISSING
+
+
+def frame(output: int, text: bytes) -> bytes:
+    return bytes([output, 0, 0, 0]) + len(text).to_bytes(4, "big") + text
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (b"", b""),
+        (frame(1, b"one\n") + frame(2, b"two\n"), b"one\ntwo\n"),
+        (frame(1, b"") + frame(1, b"after nothing\n"), b"after nothing\n"),
+        (frame(1, "geöffnet".encode()[:4]) + frame(1, "geöffnet".encode()[4:]), "geöffnet".encode()),
+        (frame(1, b"cut off")[:-3], b"cut "),
+        (b"of a terminal\n", b"of a terminal\n"),
+    ],
+)
+def test_logs_are_read_whatever_they_come_in(raw: bytes, text: bytes) -> None:
+    assert answers.demultiplexed(raw) == text
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"message": "No such image"}', "No such image"),
+        (b'{"message": 7}', '{"message": 7}'),
+        (b"[]", "[]"),
+        (b"a proxy's own words \xff", "a proxy's own words \ufffd"),
+    ],
+)
+def test_a_refusal_is_told_in_the_words_it_came_in(body: bytes, said: str) -> None:
+    assert answers.said(body) == said

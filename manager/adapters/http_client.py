@@ -1,7 +1,7 @@
-"""GET over HTTP/1.1 on connections that are kept, framed by llhttp (httptools).
+"""Short questions over HTTP/1.1 on connections that are kept, framed by llhttp (httptools).
 
-Probes and the engine's ping are asked for as long as the daemon runs. A client library with everything cost
-three times as much for each, and the Docker SDK with a thread for each call ten times.
+Servers are probed and the engine is asked for as long as the daemon runs. A client library with everything
+cost three times as much for each question, and the Docker SDK with a thread for each call ten times.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import httptools
 
 _UNIX = "unix://"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 2375}
-_MOST_KEPT = 2
 _MOST_HEAD_BYTES = 64 * 1024
 
 
@@ -28,37 +27,52 @@ class Answer(NamedTuple):
     http_bytes: int
 
 
-class HttpGet:
+class HttpClient:
     """One server. For any number of questions at a time, each on a connection of its own.
 
     Args:
         url: `unix:///SOCKET`, or `http://`, `https://` or `tcp://` with host, port and perhaps a path, which
             goes before that of each question.
         most_bytes: an answer with a longer body is none.
+        most_kept: connections beyond these are closed after their answer.
+        tls: whom to trust behind `https://`; the system's authorities by default.
 
     Raises:
         ValueError: the URL is none.
     """
 
-    def __init__(self, url: str, *, most_bytes: int) -> None:
+    def __init__(
+        self, url: str, *, most_bytes: int, most_kept: int = 2, tls: ssl.SSLContext | None = None
+    ) -> None:
         parts = urlsplit(url)
         self._socket = url.removeprefix(_UNIX) if url.startswith(_UNIX) else None
         self._name = parts.hostname or ""
         self._port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 80)
-        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._prefix = "" if self._socket else parts.path.rstrip("/")
-        self._head = f" HTTP/1.1\r\nHost: {parts.netloc or 'localhost'}\r\nUser-Agent: ollama-manager\r\n\r\n"
+        self._head = f" HTTP/1.1\r\nHost: {parts.netloc or 'localhost'}\r\nUser-Agent: ollama-manager\r\n"
         self._most_bytes = most_bytes
+        self._most_kept = most_kept
         self._kept: list[_Connection] = []
 
-    async def get(self, path: str) -> Answer:
+    async def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
         """The whole answer, whatever it is; redirects are not followed. Sets no deadline.
 
+        Args:
+            method: GET, or another one, which is never sent twice.
+            path: with the query, if there is one.
+            body: a JSON document.
+
         Raises:
-            OSError: there is none, or it is not HTTP.
+            OSError: there is no answer, or it is not HTTP.
             ValueError: the path is none.
         """
-        request = f"GET {self._prefix}{path}{self._head}".encode("ascii")
+        head = f"{method} {self._prefix}{path}{self._head}"
+        if body is not None:
+            head += "Content-Type: application/json\r\n"
+        if method != "GET":
+            head += f"Content-Length: {len(body or b'')}\r\n"
+        request = f"{head}\r\n".encode("ascii") + (body or b"")
         while self._kept:
             connection = self._kept.pop()
             if connection.usable:
@@ -66,7 +80,7 @@ class HttpGet:
                     return await self._asked(connection, request)
                 except OSError:
                     # The server may have closed it while it was idle. Whatever came back is an answer.
-                    if connection.touched:
+                    if connection.touched or method != "GET":
                         raise
         return await self._asked(await self._connect(), request)
 
@@ -93,7 +107,7 @@ class HttpGet:
         except BaseException:
             connection.close()
             raise
-        if connection.usable and len(self._kept) < _MOST_KEPT:
+        if connection.usable and len(self._kept) < self._most_kept:
             self._kept.append(connection)
         else:
             connection.close()
