@@ -156,17 +156,21 @@ class Exchange:
         """Answer with this error when the turn comes, whatever the body says."""
         self._refusal = (status, message, headers or {})
 
+    def refuse_now(self, status: int, message: str) -> None:
+        """As `refuse`, and without waiting for the rest of the body."""
+        if self._refusal is None:
+            self._parts.clear()
+            self.refuse(status, message)
+            self._answer_refusal()
+
     def body_came(self, body: bytes) -> None:
         self._active = True
         self._size += len(body)
-        if self._size > self._relay.limits.most_body_bytes:
-            if self._refusal is None:
-                self._parts.clear()
-                most = self._relay.limits.most_body_bytes
-                self.refuse(413, f"the request body is too large: at most {most} bytes are taken")
-                self._answer_refusal()
-            return
-        self._parts.append(body)
+        most = self._relay.limits.most_body_bytes
+        if self._size > most:
+            self.refuse_now(413, f"the request body is too large: at most {most} bytes are taken")
+        elif self._refusal is None:
+            self._parts.append(body)
 
     def request_ended(self) -> None:
         self.received = True
@@ -177,6 +181,7 @@ class Exchange:
         """Requests before this one on its connection have been answered."""
         self._relay.begun(self)
         self._record = self._new_record()
+        self._active = True  # what it has waited for others is not its own delay
         if self._refusal is not None:
             self._answer_refusal()
         elif self.received:
@@ -272,6 +277,9 @@ class Exchange:
             self._start_answer(head)
         else:
             # The caller has been given a head already, so that only a stream of events can follow it.
+            record = self._record
+            assert record is not None  # noqa: S101  (its turn has come)
+            record.ttfb_ms = (monotonic() - self._began_at) * 1000  # signs of life do not count
             self._swallow = head.status != 200 or not head.content_type.startswith(_EVENT_STREAM)  # noqa: PLR2004
 
     def answer_came(self, data: bytes, *, complete: bool) -> None:
@@ -311,7 +319,7 @@ class Exchange:
             message = message_of(bytes(self._tail)) or f"the server answered with status {self._status}"
             return _End("upstream_error", self._status, message)
         outcome = _outcome_of(self._status)
-        if outcome == "ok" and self._body is not None and self._body.stream:
+        if self._status == 200 and self._body is not None and self._body.stream:  # noqa: PLR2004
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
                 if message_of(_last_line(tail)) is None:
@@ -343,6 +351,7 @@ class Exchange:
         if self._state is _State.WAITING and untouched and not self._retried:
             # The server closed a connection that it had kept, as it may: it has not seen this request.
             self._retried = True
+            self._cancel_task()
             self._connect()
             return
         name = self._attempt.instance
@@ -540,6 +549,7 @@ class Exchange:
 
     def _attempt_failed(self, reason: Reason, message: str, retry_after_s: float | None) -> None:
         """This attempt brings no answer: try the next, unless the caller has been told something already."""
+        self._cancel_task()
         self._stop_waiting_for_load()
         self._drop_connection()
         self._give_lease_back()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _MOST_HEAD_BYTES = 64 * 1024
 # What callers send on while an answer is under way is held up to here; beyond it they have to wait.
 _MOST_HELD_BYTES = 64 * 1024
-_OFFER = frozenset({b"connection", b"upgrade", b"http2-settings"})
+_OFFER = frozenset({b"upgrade", b"http2-settings"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -35,10 +35,13 @@ class Front(HttpToolsProtocol):
         super().__init__(**uvicorn)
         self._relay = relay
         self._in_head = True
+        # What has come since the last piece of a body: a head, or what frames a body in chunks.
         self._head_bytes = 0
         self._held: list[bytes] = []
         self._held_bytes = 0
         self._running: Exchange | None = None
+        self._asgi: Any = None
+        self._next_waits = False
         self._feeding = False
         self._offered = False
         self._length = b""
@@ -49,7 +52,7 @@ class Front(HttpToolsProtocol):
     # --- what the transport calls ---
 
     def data_received(self, data: bytes) -> None:
-        if self._held or (self._running is not None and self._running.received):
+        if self._held or self._must_wait():
             # Reading goes on, so that a caller who leaves is noticed; parsing waits for its turn.
             self._held.append(data)
             self._held_bytes += len(data)
@@ -60,11 +63,16 @@ class Front(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         running, self._running = self._running, None
+        asgi, self._asgi = self._asgi, None
         self._held.clear()
         self.pipeline.clear()
         if self._rest is not None:
             self._rest.cancel()
         super().connection_lost(exc)
+        if asgi is not None and not asgi.response_complete:
+            # uvicorn tells only the request that came last, which may be one behind this in the pipe.
+            asgi.disconnected = True
+            asgi.message_event.set()
         if running is not None:
             running.caller_left()
         elif isinstance(self.cycle, Exchange):
@@ -79,6 +87,11 @@ class Front(HttpToolsProtocol):
         super().resume_writing()
         if self._running is not None:
             self._running.resume()
+        if self._next_waits:
+            self._next_waits = False
+            self._start_next()
+        if self._held:
+            self.loop.call_soon(self._feed_held)
 
     def shutdown(self) -> None:
         if self._running is not None:
@@ -133,7 +146,7 @@ class Front(HttpToolsProtocol):
             target=self.url,
             keep_alive=modern and parser.should_keep_alive(),
             chunks=modern,
-            expects_continue=self.expect_100_continue,
+            expects_continue=modern and self.expect_100_continue,
         )
         problem = _problem(caller, modern=modern)
         if problem is not None:
@@ -145,6 +158,7 @@ class Front(HttpToolsProtocol):
             self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
 
     def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0
         if self._offered:
             return
         if isinstance(self.cycle, Exchange):
@@ -188,8 +202,7 @@ class Front(HttpToolsProtocol):
             return
         self.flow.resume_reading()
         if self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
+            self._start_next()
             return
         # One timer that looks when the rest began costs less than one that is set and cancelled each time.
         self._resting_since = self.loop.time()
@@ -198,24 +211,43 @@ class Front(HttpToolsProtocol):
 
     # --- helpers ---
 
+    def _must_wait(self) -> bool:
+        """Whether what comes now is not to be read yet: it would pile up here, whatever it is."""
+        running, latest = self._running, self.cycle
+        if running is not None and running.received:
+            return True
+        if isinstance(latest, Exchange) and latest.received and not latest.response_complete:
+            return True  # it waits for its turn
+        return self._in_head and self.flow.write_paused  # the caller has not taken the answers so far
+
     def _feed(self, data: bytes) -> None:
         self._resting_since = 0.0
-        if self._in_head:
-            self._head_bytes += len(data)
+        self._head_bytes += len(data)
         self._feeding = True
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self.send_400_response(f"Invalid HTTP request received: {_plainly(error)}")
+            self._refuse_unreadable(_plainly(error))
         except httptools.HttpParserUpgrade as offer:
             self._feeding = False
             self._feed_without_offer(data[offer.args[0] :])
             return
         self._feeding = False
-        if self._in_head and self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response("Invalid HTTP request received: the head is too long")
+        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self._refuse_unreadable("the head is too long" if self._in_head else "the trailers are too long")
         elif self._held and self._running is None:
             self.loop.call_soon(self._feed_held)
+
+    def _refuse_unreadable(self, why: str) -> None:
+        """Nothing that follows can be understood; what was understood before is still answered."""
+        message = f"Invalid HTTP request received: {why}"
+        latest = self.cycle
+        if not isinstance(latest, Exchange) or latest.response_complete:
+            self.send_400_response(message)
+        elif latest.received:
+            latest.keep_alive = False
+        else:
+            latest.refuse_now(400, message)
 
     def _refuse_long_head(self) -> None:
         """The head came together with much else: what counts is its own length."""
@@ -233,11 +265,13 @@ class Front(HttpToolsProtocol):
         if method == b"CONNECT":
             self.send_400_response("Invalid HTTP request received: this is no proxy")
             return
-        lines = [b"%b %b HTTP/1.1\r\n" % (method, self.url)]
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
         lines += [b"%b: %b\r\n" % (name, value) for name, value in self.headers if name not in _OFFER]
         if self._length:
             lines.append(b"content-length: %b\r\n" % self._length)
         self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._in_head = True
         self._feed(b"".join(lines) + b"\r\n" + rest)
 
@@ -252,7 +286,7 @@ class Front(HttpToolsProtocol):
             self._rest = self.loop.call_later(left_s, self._rest_over)
 
     def _feed_held(self) -> None:
-        if self._running is not None or not self._held or self.transport.is_closing():
+        if not self._held or self.transport.is_closing() or self._must_wait():
             return
         data = b"".join(self._held)
         self._held.clear()
@@ -271,19 +305,29 @@ class Front(HttpToolsProtocol):
         if self._running is not None:
             self.flow.resume_reading()  # or nobody would notice that the caller leaves
 
+    def _start_next(self) -> None:
+        if self.flow.write_paused:
+            self._next_waits = True  # or answers that nobody takes would pile up
+        elif self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._resting_since = 0.0
         if isinstance(cycle, Exchange):
             self.loop.call_soon(self._start, cycle)
         else:
+            self._asgi = cycle
             super()._start_asgi_task(cycle, app)
 
     def _start(self, exchange: Exchange) -> None:
         if self.transport.is_closing():
             return
+        self._resting_since = 0.0
         self._running = exchange
-        if exchange.expects_continue and not exchange.received:
-            self.transport.write(_CONTINUE)
         exchange.turn_came()
+        if exchange.expects_continue and not exchange.received and self._running is exchange:
+            self.transport.write(_CONTINUE)
 
 
 def _problem(caller: Caller, *, modern: bool) -> tuple[int, str, dict[str, str]] | None:

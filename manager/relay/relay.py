@@ -144,6 +144,8 @@ class Relay:
 
     async def close(self) -> None:
         self.timers.close()
+        for exchange in tuple(self.exchanges):
+            exchange.cut("the manager has been stopped")  # it came while the others were let end
         for pool in self._pools.values():
             pool.close()
         for task in tuple(self._tasks):

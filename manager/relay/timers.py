@@ -5,8 +5,12 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+import structlog
+
 if TYPE_CHECKING:
     import asyncio
+
+_log = structlog.get_logger("relay")
 
 TICK_S = 0.25
 
@@ -46,5 +50,8 @@ class Timers(Generic[T]):
     def _tick(self) -> None:
         now = monotonic()
         for timed in tuple(self.timed):
-            timed.check(now)
+            try:
+                timed.check(now)
+            except Exception as error:  # noqa: BLE001  (a defect: time goes on for all the others)
+                _log.error("deadline_failed", exc_info=error)
         self._handle = self._loop.call_later(TICK_S, self._tick) if self.timed else None

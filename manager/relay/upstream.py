@@ -148,6 +148,8 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if self._sink is not sink:
+                return  # it was abandoned at its head: whoever asked may be asking elsewhere by now
             self.abandon()
             if self._complete:
                 # The answer is whole; what follows it is nobody's.
