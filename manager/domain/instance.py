@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from manager.domain.roles import USUAL_KINDS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
+    from manager.domain.roles import RequestKind
     from manager.domain.template import Template
     from manager.errors import Reason
 
@@ -78,7 +81,8 @@ class InstanceSpec:
     """One configured instance with every default resolved.
 
     `device` is what the operator wrote for a GPU instance (`auto`, a UUID or a PCI bus id) and None for
-    the CPU. `device_kind` is None only for an external instance whose device was not declared.
+    the CPU. `device_kind` is None only for an external instance whose device was not declared. `serves` are
+    the kinds of requests that it is there for.
     """
 
     id: str
@@ -92,6 +96,7 @@ class InstanceSpec:
     pinned: bool = False
     priority: int = 0
     prewarm: bool = False
+    serves: frozenset[RequestKind] = USUAL_KINDS
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,10 @@ class RequestKind(StrEnum):
     TRANSCRIBE = "transcribe"
 
 
+# What an instance does unless it says otherwise: what every Ollama does.
+USUAL_KINDS = frozenset({RequestKind.GENERATE, RequestKind.EMBED})
+
+
 class Policy(StrEnum):
     """Which devices a role may run on."""
 

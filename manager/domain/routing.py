@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key, split_pin
-from manager.domain.roles import Policy, RequestKind
+from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
 from manager.errors import Reason
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class Candidate:
 
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
     its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`.
+    `serves` are the kinds of requests that it is there for.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Candidate:
     models: Mapping[str, str] | None = None
     loaded: frozenset[str] = frozenset()
     why_out: Reason | None = None
+    serves: frozenset[RequestKind] = USUAL_KINDS
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,19 @@ class Snapshot:
         """The name of every model there is, each once."""
         return self._names
 
+    def serving(self, kind: RequestKind) -> Snapshot:
+        """Those that are there for such requests."""
+        found = self._serving.get(kind)
+        if found is None:
+            able = tuple([one for one in self.candidates if kind in one.serves])
+            found = self._serving[kind] = self if len(able) == len(self.candidates) else Snapshot(able)
+        return found
+
     # Worked out when they are first asked for: most snapshots are replaced before.
+
+    @cached_property
+    def _serving(self) -> dict[RequestKind, Snapshot]:
+        return {}
 
     @cached_property
     def _by_id(self) -> dict[str, Candidate]:
@@ -184,8 +198,13 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
+    able = snapshot.serving(request.kind)
+    if (snapshot.candidates and not able.candidates) or (pin is not None and able.get(pin) is None):
+        who = f"{pin} does not" if pin else "no instance does"
+        message = f"this request wants to {request.kind}, and {who}; one that does says so in its `serves`"
+        return _refusal(request, None, pin, Refused("contradiction", Reason.POLICY, message))
     role = settings.roles.get(name)
-    if role is not None and not snapshot.having(model_key(name)):
+    if role is not None and not able.having(model_key(name)):
         if role.kind is not request.kind:
             message = f"the role {name!r} does {role.kind}, and this request wants to {request.kind}"
             return _refusal(request, role, pin, Refused("contradiction", Reason.POLICY, message))
@@ -196,7 +215,7 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     else:
         legs = [_Leg(name, lane)]
         role = lane
-    return _Decider(request, settings, snapshot, role, pin).over(legs)
+    return _Decider(request, settings, able, role, pin, everybody=snapshot).over(legs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +272,10 @@ class _Decider:
         snapshot: Snapshot,
         role: Role | None,
         pin: str | None,
+        *,
+        everybody: Snapshot,
     ) -> None:
+        self._everybody = everybody
         self._request = request
         self._settings = settings
         self._snapshot = snapshot
@@ -371,6 +393,9 @@ class _Decider:
         having = self._snapshot.having(model_key(leg.model))
         held = leg.held(self._pin)
         place = self._snapshot.get(held) if held is not None else None
+        if held is not None and self._everybody.get(held) is not place:
+            message = f"{held!r}, which the role's target is, does not {self._request.kind}"
+            return Refused("contradiction", Reason.POLICY, message)
         if held is not None and place is None:
             there_is = _listed(self._snapshot.candidates)
             message = f"there is no instance {held!r}, which the role's target is; there is: {there_is}"

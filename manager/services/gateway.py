@@ -288,6 +288,7 @@ class Gateway:
             models=self.models_of(instance),
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,
+            serves=instance.spec.serves,
         )
 
 

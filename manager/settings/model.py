@@ -17,6 +17,7 @@ from manager.domain import cron
 from manager.domain.container import container_name
 from manager.domain.gpu import normal_pci
 from manager.domain.instance import DeviceKind, Driver
+from manager.domain.roles import USUAL_KINDS, RequestKind
 from manager.domain.template import Refusal
 from manager.settings.addresses import engine_url, host_header, http_url, is_loopback, listen_host
 from manager.settings.routing import (
@@ -110,6 +111,13 @@ def _timezone(name: str) -> str:
     return name
 
 
+def _kinds(kinds: tuple[RequestKind, ...]) -> tuple[RequestKind, ...]:
+    """Each once and in order, so that two ways to say the same are the same."""
+    if not kinds:
+        raise ValueError("expected at least one of generate, embed, transcribe")
+    return tuple(sorted(set(kinds)))
+
+
 Port = Annotated[WholeNumber, AfterValidator(_port)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
 
@@ -175,6 +183,7 @@ class InstanceSettings(Section):
     pinned: StrictBool = False
     priority: Annotated[WholeNumber, Field(ge=-1000, le=1000)] = 0
     prewarm: StrictBool = False
+    serves: Annotated[tuple[RequestKind, ...], AfterValidator(_kinds)] = tuple(sorted(USUAL_KINDS))
 
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:

@@ -218,6 +218,7 @@ def _spec(
         pinned=instance.pinned,
         priority=instance.priority,
         prewarm=instance.prewarm,
+        serves=frozenset(instance.serves),
     )
 
 

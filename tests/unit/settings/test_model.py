@@ -47,6 +47,9 @@ REFUSED: list[tuple[str, str]] = [
     ("templates: {dir: 1}", "templates.dir: 1; expected a path"),
     ("templates: {dir: ''}", "templates.dir: ''; expected a path"),
     ("instances: {cpu: {template: a, pinned: yes}}", "instances.cpu.pinned: 'yes'; expected true or false"),
+    ("instances: {cpu: {template: a, serves: []}}", "instances.cpu.serves: a list; expected at least one of"),
+    ("instances: {cpu: {template: a, serves: [hear]}}", "instances.cpu.serves.0: 'hear'; expected"),
+    ("gateway: {max_upload: lots}", "gateway.max_upload: 'lots'; expected a size such as"),
     ("lifecycle: {ttl_s: 15m}", "lifecycle.ttl_s: '15m'; expected a number"),
     ("lifecycle: {ttl_s: true}", "lifecycle.ttl_s: true; expected a number"),
     # bounds
