@@ -187,6 +187,11 @@ class ContainerRun:
             if now is not None:
                 await self._world.engine.remove(now.id)
                 self._on_container(None)
+        async with self._world.starting:
+            return await self._begun(request)
+
+    async def _begun(self, request: ContainerRequest) -> tuple[ContainerFacts, bool]:
+        """A container that was made and started, or one that somebody else has started meanwhile."""
         try:
             container_id = await _finish(self._create(request))
         except EngineError as error:

@@ -12,16 +12,19 @@ import pytest
 from tests.support.daemon import wait_for
 from tests.support.inside import until
 from tests.support.ollama import running_ollama, set_knobs
+from tests.support.proxy import EngineProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from tests.support.daemon import Daemon
+    from tests.support.engine import Engine
     from tests.support.fixtures import NewDaemon
     from tests.support.inside import NewInside
 
 COUNT = 64
 CHANGING = 6
+AT_ONCE = 8
 
 
 def assert_consistent(body: dict[str, Any]) -> None:
@@ -68,6 +71,32 @@ def test_the_list_of_many_instances_is_right_while_they_change(new_daemon: NewDa
         assert {"stopped", "starting", "ready"} <= set(reader.result())
     phases = Counter(body["phase"] for body in daemon.get("instances")["instances"])
     assert phases == {"ready": CHANGING, "stopped": COUNT - CHANGING}
+
+
+def test_an_engine_gets_a_few_starts_at_a_time_and_stops_never_wait_for_them(
+    engine: Engine, new_daemon: NewDaemon
+) -> None:
+    ids = [f"cpu{number:02}" for number in range(AT_ONCE + 2)]
+    instances = {id_: {"template": "sim"} for id_ in (*ids, "other")}
+    with EngineProxy(engine.url) as proxy:
+        daemon = new_daemon(instances=instances, engine_url=proxy.url).start()
+        daemon.started("other")
+        before = proxy.count("/containers/create")
+        proxy.held = "/start"
+        for id_ in ids:
+            assert daemon.begin(id_, "start", wait="false").status_code == 202
+        wait_for(lambda: proxy.count("/start") == 1 + AT_ONCE)
+        assert daemon.stopped("other")["phase"] == "stopped"
+        waiting = [body["id"] for body in daemon.get("instances")["instances"] if not body["container"]]
+        assert len(waiting) == 3  # the one that was stopped, and those that wait for their turn
+        waiting.remove("other")
+        assert daemon.stopped(waiting[0])["phase"] == "stopped"
+        assert proxy.count("/containers/create") - before == AT_ONCE
+        proxy.release()
+        for id_ in ids:
+            if id_ != waiting[0]:
+                daemon.wait_for_phase(id_, "ready")
+        assert proxy.count("/containers/create") - before == AT_ONCE + 1
 
 
 def test_no_more_instances_run_than_may_however_many_are_asked_for_at_once(new_daemon: NewDaemon) -> None:

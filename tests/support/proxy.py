@@ -1,4 +1,4 @@
-"""Between a daemon and its engine: notes every request, and can keep events back."""
+"""Between a daemon and its engine: notes every request, and can keep some back."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class EngineProxy:
         requests: `METHOD /path` of every request so far, without the version of the API.
         events: what becomes of requests for events from now on: `passed` on, `silent` (the connection stays
             open and nothing comes), or `refused`, as by a proxy that forbids them.
+        held: requests whose path ends so are kept back from now on, until `release`.
     """
 
     def __init__(self, engine_url: str) -> None:
@@ -36,10 +37,21 @@ class EngineProxy:
         self._open: list[socket.socket] = []
         self.requests: list[str] = []
         self.events: Literal["passed", "silent", "refused"] = "passed"
+        self.held: str | None = None
+        self._released = threading.Event()
 
     @property
     def url(self) -> str:
         return f"unix://{self._directory}/docker.sock"
+
+    def release(self) -> None:
+        """Pass on what was kept back, and everything from now on."""
+        self.held = None
+        self._released.set()
+
+    def count(self, ending: str) -> int:
+        """How many requests so far had a path that ends so."""
+        return sum(request.partition("?")[0].endswith(ending) for request in self.requests)
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -48,6 +60,7 @@ class EngineProxy:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.release()
         for connection in (self._listener, *self._open):
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
@@ -77,6 +90,8 @@ class EngineProxy:
                         if self.events == "refused":
                             source.sendall(_FORBIDDEN)
                         continue
+                    if self.held is not None and line.partition("?")[0].endswith(self.held):
+                        self._released.wait()
                 sink.sendall(chunk)
         with suppress(OSError):
             sink.shutdown(socket.SHUT_WR)
