@@ -229,6 +229,12 @@ class Exchange:
             self._fail(504, f"no end within {limit_s:g} s", "timeout")
         elif self._state is _State.STREAMING:
             if now - self._last_active > self._relay.limits.idle_timeout_s:
+                if self._front is not None and self._front.flow.write_paused:
+                    # It is the caller that takes nothing: a line behind all the others would keep it here.
+                    self.keep_alive = False
+                    self._front.abort()
+                    self._finish("timeout")
+                    return
                 limit_s = self._relay.limits.idle_timeout_s
                 self._fail(504, f"nothing moved for {limit_s:g} s", "timeout")
         elif self._state is _State.READING:
@@ -424,7 +430,6 @@ class Exchange:
         record.effective_target = attempt.instance
         record.endpoint = None
         record.model = attempt.model
-        record.role = attempt.role or record.role
         if self._fallback_reason is None:
             self._fallback_reason = attempt.fallback
         record.fallback = self._fallback_reason is not None

@@ -136,7 +136,6 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         sink = self._sink
@@ -274,6 +273,10 @@ class UpstreamPool:
         _, connection = await self._loop.create_connection(
             lambda: UpstreamConnection(self), self.address.name, self.address.port, ssl=self._ssl
         )
+        if not connection.usable:
+            raise ConnectionResetError("the server closed the connection at once")
+        # Not before: when whoever wants it is cancelled meanwhile, uvloop closes it and tells it nothing.
+        self._all.add(connection)
         return connection
 
     @property
@@ -285,9 +288,6 @@ class UpstreamPool:
             connection.abandon()
 
     # --- what connections call ---
-
-    def opened(self, connection: UpstreamConnection) -> None:
-        self._all.add(connection)
 
     def kept(self, connection: UpstreamConnection) -> None:
         if len(self._idle) < _MOST_IDLE:

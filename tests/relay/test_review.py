@@ -8,11 +8,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
+from manager.relay.upstream import Address, UpstreamPool
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, a_word, relaying
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from manager.relay.front import Front as Connection
@@ -319,3 +322,92 @@ async def test_what_comes_while_the_others_end_is_cut_too(tmp_path: Path) -> Non
         assert "stopped" in json.loads(body.splitlines()[-1])["error"]
         assert front.at_rest
         caller.leave()
+
+
+async def test_a_caller_that_takes_nothing_does_not_keep_its_connection(tmp_path: Path) -> None:
+    async def floods(talk: Conversation) -> None:
+        await talk.begin()
+        while not talk.writer.is_closing():
+            await talk.chunk(LINE * 1000)
+
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"idle_timeout_s": 0.5}, config=QUIET) as front,
+    ):
+        server.answer = floods
+        caller = await front.connect()
+        caller.reader._transport.pause_reading()  # type: ignore[attr-defined]
+        await caller.send(TINY)
+        assert (await front.record()).outcome == "timeout"
+        await until(lambda: not front.server.server_state.connections, within_s=10)
+        caller.leave()
+
+
+async def test_the_role_that_is_told_is_the_one_that_was_asked_for(tmp_path: Path) -> None:
+    """Whatever role the answer comes from: the end of a fallback is told of the role that fell back."""
+    roles = {"thinking": {"model": "big", "fallbacks": ["control"]}, "control": {"model": "tiny"}}
+    broken = {"big"}
+
+    async def answers(talk: Conversation) -> None:
+        if talk.seen.json()["model"] in broken:
+            await talk.whole(500, b'{"error":"no"}')
+        else:
+            await a_word(talk)
+
+    def told(front: Front) -> list[str]:
+        events = front.daemon.backend.journal._recent
+        return [event.detail.partition(" ")[0] for event in events if event.kind.startswith("fallback")]
+
+    async with (
+        Scripted(models=("tiny", "big")).serving() as server,
+        relaying(tmp_path, {"a": server}, config={**QUIET, "roles": roles}) as front,
+    ):
+        server.answer = answers
+        assert (await front.ask({**TINY, "model": "thinking"})).headers["x-model"] == "tiny"
+        assert (await front.ask({**TINY, "model": "control"})).status == 200
+        assert told(front) == ["thinking"]
+        broken.clear()
+        assert (await front.ask({**TINY, "model": "thinking"})).headers["x-model"] == "big"
+        assert told(front) == ["thinking", "thinking"]
+        assert [record.role for record in front.records] == ["thinking", "control", "thinking"]
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_connection_that_nobody_waits_for_any_more_is_forgotten(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """Whoever wants it is cancelled at each moment on the way to it."""
+
+    async def at_each_moment() -> None:
+        open_ = 0
+
+        async def listens(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal open_
+            open_ += 1
+            with suppress(ConnectionError):
+                await reader.read()
+            open_ -= 1
+            writer.close()
+
+        server = await asyncio.start_server(listens, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        pool = UpstreamPool(Address.of(f"http://127.0.0.1:{port}"), asyncio.get_running_loop())
+        for moments in range(10):
+            connecting = asyncio.ensure_future(pool.connect())
+            for _ in range(moments):
+                await asyncio.sleep(0)
+            connecting.cancel()
+            await asyncio.wait([connecting])
+            if not connecting.cancelled():
+                connecting.result().abandon()
+            for _ in range(100):
+                if pool.open_connections == open_ == 0:
+                    break
+                await asyncio.sleep(0.01)
+            left.append(pool.open_connections + open_)
+        server.close()
+
+    left: list[int] = []
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(at_each_moment())
+    assert left == [0] * 10
