@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
 
 _OURS_TO_ADD = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_PIECE_BYTES = 256 * 1024
 
 
 class AiohttpModelServer:
@@ -69,10 +70,14 @@ class AiohttpModelServer:
         headers = [(_text(name), _text(value)) for name, value in question.headers]
         waiting = _Waiting(self._patience_s)
         body: bytes | AsyncIterator[bytes] | None = question.body or None
+        length = question.length
+        if isinstance(body, bytes) and len(body) > _PIECE_BYTES:
+            length = len(body)
+            body = _cut(body)
         if body is not None and not isinstance(body, bytes):
             body = waiting.watched(body)
-            if question.length is not None:
-                headers.append(("Content-Length", str(question.length)))
+            if length is not None:
+                headers.append(("Content-Length", str(length)))
         try:
             async with waiting:
                 return await self._session.request(
@@ -150,6 +155,12 @@ class _Answer:
         except (aiohttp.ClientError, OSError) as error:
             why = f"broke off before its answer ended ({plainly(error)})"
             raise _unavailable(self._endpoint, why, Reason.UPSTREAM_ERROR) from error
+
+
+async def _cut(body: bytes) -> AsyncIterator[bytes]:
+    """A long body in pieces: sent as a whole it would hold the event loop up."""
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]
 
 
 def _unavailable(endpoint: str, why: str, reason: Reason) -> UnavailableError:

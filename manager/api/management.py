@@ -163,7 +163,8 @@ class Management:
                 await passage.pass_on(self._server, passage.question(prepared, body))
             else:
                 pieces = passage.pieces(passage.limits.most_upload_bytes)
-                await passage.pass_on(self._server, passage.question(prepared, pieces))
+                question = passage.question(prepared, pieces, passage.body_length)
+                await passage.pass_on(self._server, question)
 
     # --- helpers ---
 

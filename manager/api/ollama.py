@@ -8,6 +8,7 @@ import structlog
 
 from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
 from manager.api.management import Management
+from manager.api.transcription import Transcription
 from manager.wire.listing import (
     Alias,
     alias_document,
@@ -17,7 +18,7 @@ from manager.wire.listing import (
     tags_document,
 )
 from manager.wire.ollama import name_of
-from manager.wire.ollama_routes import MODEL_PREFIX, methods_of, spoken_at
+from manager.wire.ollama_routes import MODEL_PREFIX, TRANSCRIPTIONS, methods_of, spoken_at
 from manager.wire.routes import Dialect
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class OllamaApi:
         self._app = app
         self._catalogue = backend.passing.catalogue
         self._management = Management(backend.passing)
+        transcription = Transcription(backend.passing)
         self._routes = routes
         self._handlers: dict[str, Handler] = {
             "/": self._root,
@@ -57,6 +59,7 @@ class OllamaApi:
             "/api/tags": self._tags,
             "/api/ps": self._ps,
             "/v1/models": self._models,
+            TRANSCRIPTIONS: transcription,
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.api.answers import answer_error
-from manager.errors import ManagerError, Reason, UnknownInstanceError
+from manager.errors import ManagerError, UnknownInstanceError
 from manager.services.gateway import reason_of
 from manager.services.ports import Question
 from manager.services.pulls import PullFailedError
@@ -21,6 +21,7 @@ from manager.wire.dialect import error_in_stream
 from manager.wire.head import NOT_RETURNED, without_named
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
+from manager.wire.statuses import BAD_REQUEST, UNAVAILABLE, outcome_of, outcome_without_answer, told_as
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -38,8 +39,6 @@ _log = structlog.get_logger("gateway")
 _UPLOAD_STALL_S = 60.0
 NDJSON = b"application/x-ndjson"
 _NEWLINE = b"\n"
-_OK_BELOW = 400
-_SERVER_ERRORS = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +65,27 @@ class RefusedError(Exception):
 
 
 class Passage:
-    """One request. Its work is cancelled as soon as the caller leaves."""
+    """One request. Its work is cancelled as soon as the caller leaves.
+
+    Args:
+        scope, receive, send: of ASGI.
+        begun: its record, and what the server is to see of it.
+        limits: what it may take.
+        by_model: whether a model answers, whose first byte is worth a record; managing one is another matter.
+    """
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, *, begun: Begun, limits: PassageLimits
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        *,
+        begun: Begun,
+        limits: PassageLimits,
+        by_model: bool = False,
     ) -> None:
         self.scope = scope
+        self._by_model = by_model
         self.record = begun.record
         self.instance = begun.instance
         self.headers = begun.headers
@@ -135,6 +149,11 @@ class Passage:
                 yield piece
 
     @property
+    def is_body_read(self) -> bool:
+        """Whether all of the body has come and been taken."""
+        return self._body_ended.is_set()
+
+    @property
     def body_length(self) -> int | None:
         """How long the body is going to be, None where only its end tells."""
         for name, value in self.scope["headers"]:
@@ -161,9 +180,10 @@ class Passage:
         record.queue_ms = max(0.0, (monotonic() - self._began_at) * 1000 - (prepared.start_ms or 0.0))
         self._where = (prepared.lease.instance, model)
 
-    def question(self, prepared: Prepared, body: bytes | AsyncIterator[bytes]) -> Question:
-        """This request, as the server is to get it."""
-        length = None if isinstance(body, bytes) else self.body_length
+    def question(
+        self, prepared: Prepared, body: bytes | AsyncIterator[bytes], length: int | None = None
+    ) -> Question:
+        """This request, as the server is to get it; `length` is that of a body in pieces."""
         endpoint, method = prepared.lease.endpoint, self.scope["method"]
         return Question(endpoint, method, self.target, self.headers, body, length)
 
@@ -182,11 +202,17 @@ class Passage:
             before: is given each piece before the caller is.
         """
         async with server.ask(question) as answer:
-            await self.start(answer.status, answer.headers, answer.length)
-            while piece := await answer.piece():
-                if before is not None:
-                    await before(piece)
-                await self.send(piece)
+            await self.pass_answer(answer, before=before)
+
+    async def pass_answer(
+        self, answer: ServerAnswer, *, before: Callable[[bytes], Awaitable[None]] | None = None
+    ) -> None:
+        """The second half of `pass_on`."""
+        await self.start(answer.status, answer.headers, answer.length)
+        while piece := await answer.piece():
+            if before is not None:
+                await before(piece)
+            await self.send(piece)
         await self.end()
 
     async def pass_whole(
@@ -195,7 +221,7 @@ class Passage:
         """As `pass_on` for a short answer: `then` is done before the caller gets any of one that is good."""
         async with server.ask(question) as answer:
             content = await self._whole(answer)
-            if answer.status < _OK_BELOW:
+            if answer.status < BAD_REQUEST:
                 await then()
             await self.start(answer.status, answer.headers, len(content))
             await self.send(content)
@@ -204,6 +230,8 @@ class Passage:
     async def start(self, status: int, headers: Iterable[Header], length: int | None) -> None:
         """Begin the answer; `headers` are those of a server, as they came."""
         self.record.status = status
+        if self._by_model:
+            self.record.ttfb_ms = (monotonic() - self._began_at) * 1000
         lines = _returned(headers)
         kind = next((value for name, value in lines if name.lower() == b"content-type"), b"")
         self._streams_lines = length is None and kind.startswith(NDJSON)
@@ -248,7 +276,7 @@ class Passage:
             for task in (working, leaving):
                 task.cancel()
             await asyncio.wait({working, leaving})
-        return _outcome_of(self.record.status)
+        return outcome_of(self.record.status)
 
     async def _left(self) -> None:
         await self._body_ended.wait()
@@ -308,7 +336,7 @@ class Passage:
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
-            if failure.status == _UNAVAILABLE:
+            if failure.status == UNAVAILABLE:
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
@@ -318,16 +346,6 @@ class Passage:
             await self.send(line if self._at_line_end else _NEWLINE + line)
             await self.end()
         # Otherwise the answer is left without its end, which is how a caller sees that it is not whole.
-
-
-_UNAVAILABLE = 503
-_STATUS_OF = {
-    Reason.ATTEMPT_TIMEOUT: 504,
-    Reason.START_TIMEOUT: 504,
-    Reason.MODEL_MISSING: 404,
-    Reason.UPSTREAM_UNREACHABLE: 502,
-    Reason.UPSTREAM_ERROR: 502,
-}
 
 
 def _refusal_of(error: Exception, path: str) -> RefusedError:
@@ -342,9 +360,8 @@ def _refusal_of(error: Exception, path: str) -> RefusedError:
         # Ollama's own word for a download that fails is 500, whatever it was.
         return RefusedError(error.status or 500, error.message, "upstream_error")
     if isinstance(error, ManagerError):
-        status = _STATUS_OF.get(reason_of(error), _UNAVAILABLE)
-        outcomes: dict[int, Outcome] = {404: "refused", 504: "timeout"}
-        return RefusedError(status, error.message, outcomes.get(status, "upstream_error"))
+        status = told_as(reason_of(error))
+        return RefusedError(status, error.message, outcome_without_answer(status))
     _log.error("request_failed", path=path, exc_info=error)
     return RefusedError(500, "the manager failed; its log says more", "refused")
 
@@ -359,9 +376,3 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
             lines.append(b"%b: %b" % (name, value))
     kept = without_named(lines, named) if named else lines
     return [(name, value) for name, _, value in (line.partition(b": ") for line in kept)]
-
-
-def _outcome_of(status: int) -> Outcome:
-    if status >= _SERVER_ERRORS:
-        return "upstream_error"
-    return "client_error" if status >= _OK_BELOW else "ok"

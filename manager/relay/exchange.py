@@ -22,6 +22,15 @@ from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream, message_of
 from manager.wire.head import STATUS_LINES
 from manager.wire.routes import Dialect
+from manager.wire.statuses import (
+    BAD_REQUEST,
+    REFUSED,
+    UNAVAILABLE,
+    failure_of,
+    outcome_of,
+    outcome_without_answer,
+    told_as,
+)
 from manager.wire.trace import is_sampled, traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
@@ -46,15 +55,6 @@ _GRACE_S = 10.0
 _EVENT_STREAM = b"text/event-stream"
 _NO_BUFFERING = b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
 _WITHOUT_BODY = (204, 304)
-_STATUS_OF = {
-    Reason.ATTEMPT_TIMEOUT: 504,
-    Reason.START_TIMEOUT: 504,
-    Reason.MODEL_MISSING: 404,
-    Reason.UPSTREAM_UNREACHABLE: 502,
-    Reason.UPSTREAM_ERROR: 502,
-}
-_UNAVAILABLE = 503
-_REFUSED_STATUS = {"unknown": 404, "unavailable": 503, "contradiction": 422}
 
 
 class _State(Enum):
@@ -267,7 +267,7 @@ class Exchange:
             self._finish("client_gone")
             return
         self._status = head.status
-        reason = _failure_of(head.status) if head.status >= 400 else None  # noqa: PLR2004
+        reason = failure_of(head.status) if head.status >= BAD_REQUEST else None
         if reason is not None and self._attempt is not None:
             self._relay.gateway.failed(self._attempt.instance, reason)
             if not self._started and self._more():
@@ -324,7 +324,7 @@ class Exchange:
         if self._swallow:
             message = message_of(bytes(self._tail)) or f"the server answered with status {self._status}"
             return _End("upstream_error", self._status, message)
-        outcome = _outcome_of(self._status)
+        outcome: Outcome = outcome_of(self._status)
         if self._status == 200 and self._body is not None and self._body.stream:  # noqa: PLR2004
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
@@ -412,7 +412,7 @@ class Exchange:
         if decision.refused is not None:
             refused = decision.refused
             record.fallback_reason = refused.reason
-            self._fail(_REFUSED_STATUS[refused.what], refused.message, "refused")
+            self._fail(REFUSED[refused.what], refused.message, "refused")
             return
         self._attempts = decision.in_order(self._relay.gateway.load())
         self._try_next()
@@ -577,13 +577,11 @@ class Exchange:
         assert record is not None  # noqa: S101  (its turn has come)
         record.fallback_reason = reason
         record.fallback = False
-        status = _STATUS_OF.get(reason, _UNAVAILABLE)
-        outcomes: dict[int, Outcome] = {404: "refused", 504: "timeout"}
-        outcome = outcomes.get(status, "upstream_error")
+        status = told_as(reason)
         headers = {}
-        if status == _UNAVAILABLE:
+        if status == UNAVAILABLE:
             headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
-        self._fail(status, message, outcome, headers)
+        self._fail(status, message, outcome_without_answer(status), headers)
 
     def _more(self) -> bool:
         """Whether another attempt could follow."""
@@ -764,21 +762,6 @@ class Exchange:
 @lru_cache(maxsize=1024)
 def _where(instance: str, model: str) -> bytes:
     return f"X-Instance: {instance}\r\nX-Model: {printable(model)}\r\n".encode()
-
-
-def _failure_of(status: int) -> Reason | None:
-    """What an answer of this status says about the instance; None when it is about the request."""
-    if status == 404:  # noqa: PLR2004
-        return Reason.MODEL_MISSING
-    if status in (429, 503):
-        return Reason.OVERLOADED
-    return Reason.UPSTREAM_ERROR if status >= 500 else None  # noqa: PLR2004
-
-
-def _outcome_of(status: int) -> Outcome:
-    if status >= 500:  # noqa: PLR2004
-        return "upstream_error"
-    return "client_error" if status >= 400 else "ok"  # noqa: PLR2004
 
 
 def _last_line(tail: bytes) -> bytes:

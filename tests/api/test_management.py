@@ -65,6 +65,13 @@ async def test_a_request_passes_without_what_is_ours_and_its_answer_says_where_i
         assert front.at_rest
 
 
+async def test_a_long_request_passes_whole(tmp_path: Path) -> None:
+    body = {"model": "new", "template": "x" * 3_000_000}
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        assert (await ask(front, "POST", "/api/create", body)).status == 200
+        assert server.asked("/api/create") == [body]
+
+
 async def test_a_servers_own_error_is_the_callers(tmp_path: Path) -> None:
     async def refuse(talk: Conversation) -> None:
         await talk.whole(400, b'{"error":"no such thing"}')

@@ -106,6 +106,23 @@ async def chat_completions(inference: Inference, exchange: Exchange) -> None:
         await _send(exchange, {**head, "choices": [choice], "usage": _usage(last)})
 
 
+async def transcriptions(inference: Inference, exchange: Exchange) -> None:
+    """What it hears is how much there was; nobody has recorded the real one's answers yet."""
+    kind, _, boundary = exchange.headers.get("content-type", "").partition("boundary=")
+    if not kind.startswith("multipart/form-data") or not boundary:
+        raise EarlyError(400, "request Content-Type isn't multipart/form-data")
+    fields: dict[str, bytes] = {}
+    body = b"\r\n" + await exchange.body()
+    for part in body.split(b"\r\n--" + boundary.strip('"').encode())[1:-1]:
+        head, _, content = part.partition(b"\r\n\r\n")
+        fields[head.partition(b'name="')[2].partition(b'"')[0].decode()] = content
+    if "file" not in fields:
+        raise EarlyError(400, "file is required")
+    model = find_model(inference, fields.get("model", b"").decode())
+    async with inference.running(model, None):
+        await _send(exchange, {"text": f"{len(fields['file'])} bytes heard by {model.name}"})
+
+
 def _chat_events(request: dict[str, Any], head: dict[str, Any], piece: Piece) -> Iterator[bytes]:
     head = {**head, "object": "chat.completion.chunk"}
     delta = {"role": "assistant", "content": piece.text}

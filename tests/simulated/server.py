@@ -90,6 +90,7 @@ ROUTES: dict[str, dict[str, Route]] = {
     MODEL_PREFIX: {"GET": compatible.model},
     "/v1/responses": {"POST": compatible.responses},
     "/v1/messages": {"POST": compatible.messages},
+    "/v1/audio/transcriptions": {"POST": compatible.transcriptions},
 }
 
 

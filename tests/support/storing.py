@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 class Store(Scripted):
     """Answers requests about models at once, unless `on` has something else for their path.
 
-    A blob is left unread: what is done with it is up to the test.
+    Bodies below the paths in `unread`, of blobs at first, are left unread: what is done with them is up to
+    the test.
     """
 
     def __init__(self, models: tuple[str, ...] = ("tiny",)) -> None:
         super().__init__(models)
+        self.unread = ("/api/blobs/",)
         self.on: dict[str, Callable[[Conversation], Awaitable[None]]] = {}
         self.answer = self._manage
 
@@ -66,14 +68,14 @@ class Store(Scripted):
         self.connections += 1
         try:
             while (seen := await _head(reader)) is not None:
-                is_blob = seen.target.startswith("/api/blobs/")
-                if not is_blob:
+                is_unread = seen.target.startswith(self.unread)
+                if not is_unread:
                     seen = Seen(seen.method, seen.target, seen.headers, await _body(reader, seen))
                 talk = Conversation(seen, reader, writer)
                 if not await self._status(talk):
                     self.seen.append(seen)
                     await self.answer(talk)
-                if writer.is_closing() or is_blob:
+                if writer.is_closing() or is_unread:
                     return
         except (ConnectionError, asyncio.IncompleteReadError):
             pass
