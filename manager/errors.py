@@ -18,7 +18,6 @@ ManagerError
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
 │   └── RegistryUnwritableError
-├── DeadlineError
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
 """
@@ -191,10 +190,6 @@ class RegistryUnwritableError(UnavailableError):
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
         self.code = "registry_unwritable"
-
-
-class DeadlineError(ManagerError):
-    code = "deadline_exceeded"
 
 
 class GpuQueryError(ManagerError):

@@ -34,20 +34,11 @@ _CLOCK_CHECK_S = 5.0
 _CLOCK_STEP_S = 1.0
 
 
-def check_cron(line: str, timezone: str | None) -> None:
-    """Whether `ApScheduler.cron` would take the line.
-
-    Raises:
-        ValueError: not a line as in crontab(5), one that never fires, or an unknown time zone.
-    """
-    cron_trigger(line, timezone)
-
-
 def cron_trigger(line: str, timezone: str | None) -> BaseTrigger:
     """The trigger for a line of crontab(5); `timezone` None is local time.
 
     Raises:
-        ValueError: as `check_cron`.
+        ValueError: not a line as in crontab(5), one that never fires, or an unknown time zone.
     """
     when = cron.parse(line)
     zone = _zone(timezone)
@@ -109,7 +100,7 @@ class ApScheduler:
         """Run `tick` by a line of crontab(5).
 
         Raises:
-            ValueError: as `check_cron`.
+            ValueError: as `cron_trigger`.
         """
         trigger = cron_trigger(line, timezone)
         self._add(name, lambda: trigger, tick)

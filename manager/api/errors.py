@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response
 from manager.api.schemas import ErrorBody
 from manager.errors import (
     ConflictError,
-    DeadlineError,
     InvalidRequestError,
     ManagerError,
     Reason,
@@ -38,7 +37,6 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
     (ConflictError, 409),
     (InvalidRequestError, 422),
-    (DeadlineError, 504),
     (UnavailableError, 503),
     (ManagerError, 500),
 )

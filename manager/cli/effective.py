@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 import yaml
+
+from manager.settings.addresses import without_credentials
+from manager.settings.model import NOT_EXTERNAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -14,9 +16,6 @@ if TYPE_CHECKING:
     from manager.settings.schema import KeyPath
 
 _COMMENT_COLUMN = 56
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]*@")
-# What an external instance may not say, because somebody else starts and stops its server.
-_NOT_EXTERNAL = frozenset({"template", "ttl_s", "start_timeout_s", "pinned", "prewarm"})
 
 
 class _OneLine(yaml.SafeDumper):
@@ -59,12 +58,12 @@ def _left_out(path: KeyPath, value: Any, values: dict[str, Any]) -> bool:
     """A key that says nothing, or must not be written, in the description of an instance."""
     if len(path) != 3 or path[0] != "instances":  # noqa: PLR2004  (instances.ID.KEY)
         return False
-    return value is None or (values["driver"] == "external" and path[-1] in _NOT_EXTERNAL)
+    return value is None or (values["driver"] == "external" and path[-1] in NOT_EXTERNAL)
 
 
 def _scalar(value: Any) -> str:
     """A value, lists and lists of mappings included, on one line."""
-    shown = _CREDENTIALS.sub("…@", value) if isinstance(value, str) else value
+    shown = without_credentials(value) if isinstance(value, str) else value
     if isinstance(value, float) and value.is_integer():
         shown = int(value)
     text = yaml.dump(

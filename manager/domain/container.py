@@ -122,19 +122,22 @@ def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str) -> bool
     return labels.get(LABEL_MANAGER) == manager_id and labels.get(LABEL_INSTANCE) == instance_id
 
 
-def choose_reach(wanted: str, *, in_container: bool, direct: bool) -> Reach:
-    """How to get to containers.
+def choose_reach(wanted: str, *, in_container: bool, direct: bool, elsewhere: bool) -> Reach | None:
+    """How to get to containers, None when only somebody who knows the network could tell.
 
     Args:
         wanted: the template's `auto`, `network` or `loopback`.
         in_container: the daemon itself runs in a container, so names on a shared network resolve.
         direct: container addresses are reachable from here: a local engine that shares our network stack.
+        elsewhere: the engine is on another machine, whose loopback nobody reaches from here.
     """
     if wanted == "loopback":
         return Reach.LOOPBACK
     if in_container:
         return Reach.NAME
-    return Reach.ADDRESS if direct or wanted == "network" else Reach.LOOPBACK
+    if direct or wanted == "network":
+        return Reach.ADDRESS
+    return None if elsewhere else Reach.LOOPBACK
 
 
 def endpoint_of(container: ContainerFacts, wanted: ContainerRequest, *, by_name: bool) -> str | None:

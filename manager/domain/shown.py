@@ -11,7 +11,7 @@ def shown(
     health: Health,
     *,
     engine_trouble: str | None,
-    gpu_trouble: str | None,
+    unusable: Explanation | None,
     explanations: tuple[Explanation | None, ...],
 ) -> tuple[Phase, Explanation | None]:
     """The phase and the reason to tell.
@@ -20,7 +20,7 @@ def shown(
         phase: what the instance was last known to be.
         health: what its own server last said.
         engine_trouble: why the engine cannot be asked, None when it can.
-        gpu_trouble: why the instance's card cannot be used, None when it can or there is none.
+        unusable: why it could not be started whatever is tried, None when it could.
         explanations: what else there is to say, the most important first.
     """
     if engine_trouble is not None:
@@ -29,6 +29,6 @@ def shown(
         answers = phase in (Phase.READY, Phase.DRAINING) and health is not Health.UNHEALTHY
         moving = phase in (Phase.STARTING, Phase.STOPPING)
         return (phase if answers or moving else Phase.UNAVAILABLE), away
-    if gpu_trouble is not None and phase in (Phase.STOPPED, Phase.FAILED):
-        return Phase.UNAVAILABLE, Explanation(Reason.GPU_MISSING, gpu_trouble)
+    if unusable is not None and phase in (Phase.STOPPED, Phase.FAILED):
+        return Phase.UNAVAILABLE, unusable
     return phase, next((explanation for explanation in explanations if explanation is not None), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
 
 from manager.domain.container import LABEL_INSTANCE, choose_reach, container_name
 from manager.domain.instance import Phase
@@ -18,6 +19,7 @@ from manager.errors import (
 )
 from manager.services.engine_watch import EngineWatch
 from manager.services.supervisor import Supervisor
+from manager.settings.addresses import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -81,6 +83,7 @@ class Fleet:
         self._probe_interval_s = probe_interval_s
         self._resync_interval_s = resync_interval_s
         self._direct = True
+        self._elsewhere = False
         self._containers: dict[str, ContainerFacts] = {}
         self._strangers: set[str] = set()
         self._unusable: set[str] = set()
@@ -234,7 +237,9 @@ class Fleet:
     ) -> None:
         self._in_container = in_container
         url = self._world.engine.url
-        self._direct = url.startswith("unix://") and not info.desktop and not info.rootless
+        local = url.startswith("unix://")
+        self._direct = local and not info.desktop and not info.rootless
+        self._elsewhere = not local and not is_loopback(urlsplit(url).hostname or "")
         self._containers = self._by_instance(containers)
         # Where not all may run, those of higher priority are the first to be started.
         for supervisor in sorted(self.supervisors(), key=lambda s: -s.spec.priority):
@@ -270,7 +275,9 @@ class Fleet:
     def _introduce(self, supervisor: Supervisor) -> None:
         template = supervisor.spec.template
         wanted = template.reach if template else "auto"
-        supervisor.reach = choose_reach(wanted, in_container=self._in_container, direct=self._direct)
+        supervisor.reach = choose_reach(
+            wanted, in_container=self._in_container, direct=self._direct, elsewhere=self._elsewhere
+        )
         supervisor.first_listing(self._containers.get(supervisor.id))
         if supervisor.spec.prewarm:
             supervisor.prewarm()

@@ -105,7 +105,7 @@ class Supervisor(Instance):
         self._wake = asyncio.Event()
         self._drain_news = asyncio.Event()
 
-        self.reach = Reach.ADDRESS
+        self.reach: Reach | None = Reach.ADDRESS
         self.starts_done = 0
         self.starts_failed = 0
 
@@ -379,7 +379,7 @@ class Supervisor(Instance):
             self._is.phase,
             self._health,
             engine_trouble=None if self._engine_up else self._engine_away().message,
-            gpu_trouble=self._world.gpus.why_missing(self.id) if self.is_gpu else None,
+            unusable=self._unusable(),
             explanations=(self._stop_trouble, self._is.failure, self._health_issue, self._stale.why),
         )
         container = self._is.container
@@ -505,11 +505,12 @@ class Supervisor(Instance):
         need = self._world.gpus.need_of(self.id, self._template.limits.vram) if self.is_gpu else 0
         if not self._start_is_fresh:
             self._world.gpus.claim(self.id, need)
-        elif self.is_gpu:
-            self._refuse_without_gpu()
-            wait_s = self.spec.limits.vram_wait_s
-            await self._world.gpus.admit(self.id, needed_bytes=need, wait_s=wait_s)
-            self._refuse_without_gpu()  # admission takes new readings: the card may have gone meanwhile
+        else:
+            self._refuse_unusable()
+            if self.is_gpu:
+                wait_s = self.spec.limits.vram_wait_s
+                await self._world.gpus.admit(self.id, needed_bytes=need, wait_s=wait_s)
+                self._refuse_unusable()  # admission takes new readings: the card may have gone meanwhile
         return await self._run.up(
             self._request(),
             known=self._is.container,
@@ -544,7 +545,7 @@ class Supervisor(Instance):
             self.starts_done += 1
         self._stale.fresh(
             started.container,
-            wanted_hash=self._request().labels[LABEL_HASH],
+            wanted_hash=self._request().labels[LABEL_HASH] if self.reach else None,
             on_gpu=self.is_gpu,
         )
         self._world.journal.record(
@@ -580,7 +581,7 @@ class Supervisor(Instance):
             raise self._engine_away()
         if self._is.intent is Operation.START:
             return  # it goes on already: one more caller waits for its outcome
-        self._refuse_without_gpu()
+        self._refuse_unusable()
         retry, failure = self._is.start_retry, self._is.failure
         wait_s = retry.at - self._world.now()
         if not explicit and failure is not None and wait_s > 0:
@@ -594,10 +595,24 @@ class Supervisor(Instance):
         if not self.occupies:
             self._may_run(self.id)
 
-    def _refuse_without_gpu(self) -> None:
+    def _refuse_unusable(self) -> None:
+        why = self._unusable()
+        if why is not None:
+            raise UnavailableError(why.message, reason=why.code, instance=self.id)
+
+    def _unusable(self) -> Explanation | None:
+        """Why it could not be started whatever is tried, None when it could."""
         missing = self._world.gpus.why_missing(self.id) if self.is_gpu else None
         if missing is not None:
-            raise UnavailableError(missing, reason=Reason.GPU_MISSING, instance=self.id)
+            return Explanation(Reason.GPU_MISSING, missing)
+        if self.reach is None:
+            return Explanation(
+                Reason.INSTANCE_UNAVAILABLE,
+                f"the engine at {self._world.engine.url} is on another machine, whose containers are not "
+                f"reached by themselves: set `reach: network` in the template {self.spec.template_name!r} "
+                "if their addresses are routed to here, or run the daemon in a container beside them",
+            )
+        return None
 
     # --- stop ---
 

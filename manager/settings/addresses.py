@@ -6,6 +6,8 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
+_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine reaches a server that listens on `host`; an unknown name is taken as open."""
@@ -57,6 +59,11 @@ def listen_host(host: str) -> str:
         except ValueError as error:
             raise ValueError("expected an address or a host name, without a port") from error
     return name
+
+
+def without_credentials(text: str) -> str:
+    """The text with what stands before the @ of an address left out, whatever characters that has."""
+    return _CREDENTIALS.sub("…@", text)
 
 
 def host_header(host: str) -> str:

@@ -278,6 +278,10 @@ class Settings(BaseSettings):
 COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models"})
 
 
+# What an external instance may not say, because somebody else starts and stops its server.
+NOT_EXTERNAL = ("template", "ttl_s", "start_timeout_s", "pinned", "prewarm")
+
+
 def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.template is None:
         yield Refusal(key=("template",), message="missing; an instance of driver docker needs a template")
@@ -296,7 +300,7 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver external needs a url")
-    for key in ("template", "ttl_s", "start_timeout_s", "pinned", "prewarm"):
+    for key in NOT_EXTERNAL:
         if key in instance.model_fields_set:
             message = "not for driver external, whose server is started and stopped by somebody else"
             yield Refusal(key=(key,), message=message)

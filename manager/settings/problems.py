@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from manager.errors import ConfigurationError
+from manager.settings.addresses import without_credentials
 from manager.settings.schema import KeyPath, at, fields_of
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
     from pydantic_core import ErrorDetails
 
-_CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 _LONGEST_SHOWN = 60
 
 # pydantic's error types -> what would have been right; `ctx` fills the braces.
@@ -97,7 +96,7 @@ def shown(value: object) -> str:
         return "nothing"
     if isinstance(value, bool):
         return str(value).lower()
-    text = repr(_CREDENTIALS.sub("…@", value) if isinstance(value, str) else value)
+    text = repr(without_credentials(value) if isinstance(value, str) else value)
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 

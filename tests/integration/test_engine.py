@@ -17,6 +17,7 @@ from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.daemon import Daemon, free_port, wait_for
 from tests.support.engine import PrivateEngine, private_engine_obstacles
 from tests.support.fixtures import making_daemons, new_manager_id, write_templates
+from tests.support.host import interface_addresses
 from tests.support.proxy import EngineProxy
 from tests.support.state import store_instance
 
@@ -175,6 +176,29 @@ def test_without_events_the_listing_finds_what_was_done_by_hand(
         assert daemon.started("cpu")["phase"] == "ready"
         told = [event["detail"] for event in daemon.events() if event["kind"] == "events_refused"]
         assert told == (["Forbidden"] if events == "refused" else [])
+
+
+def an_address_of_this_machine() -> str:
+    return next(str(address) for _, address in interface_addresses() if not address.is_loopback)
+
+
+def test_instances_of_an_engine_on_another_machine_say_what_they_need_to_be_reached(
+    engine: Engine, new_daemon: NewDaemon, docker_client: docker.DockerClient, manager_id: str
+) -> None:
+    with EngineProxy(engine.url, address=an_address_of_this_machine()) as proxy:
+        daemon = new_daemon(
+            instances={"lost": {"template": "sim"}, "routed": {"template": "routed"}},
+            templates={"routed": {"reach": "network"}},
+            engine_url=proxy.url,
+        ).start()
+        body = daemon.instance("lost")
+        assert (body["phase"], body["reason"]["code"]) == ("unavailable", "instance_unavailable")
+        answer = daemon.begin("lost", "start")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "instance_unavailable")
+        for part in (proxy.url, "another machine", "`reach: network`", "'sim'"):
+            assert part in answer.json()["error"]["message"]
+        assert docker_client.containers.list(all=True, filters={"name": f"{manager_id}-ollama-lost"}) == []
+        assert daemon.started("routed")["phase"] == "ready"
 
 
 # --- what is asked for ---

@@ -21,6 +21,10 @@ _REQUEST = re.compile(rb"([A-Z]+) (?:/v[0-9.]+)?(/\S+) HTTP/1\.1\r\n")
 class EngineProxy:
     """A context manager that listens on a Unix socket and passes everything on to an engine's.
 
+    Args:
+        engine_url: where the engine is.
+        address: listen there instead, on a port of TCP, as an engine on another machine does.
+
     Attributes:
         requests: `METHOD /path` of every request so far, without the version of the API.
         events: what becomes of requests for events from now on: `passed` on, `silent` (the connection stays
@@ -28,21 +32,22 @@ class EngineProxy:
         held: requests whose path ends so are kept back from now on, until `release`.
     """
 
-    def __init__(self, engine_url: str) -> None:
+    def __init__(self, engine_url: str, *, address: str | None = None) -> None:
         self._engine = engine_url.removeprefix("unix://")
         self._directory = Path(tempfile.mkdtemp(prefix="oem-proxy-"))
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(self._directory / "docker.sock"))
-        self._listener.listen(64)
+        if address is None:
+            self._listener = socket.socket(socket.AF_UNIX)
+            self._listener.bind(str(self._directory / "docker.sock"))
+            self._listener.listen(64)
+            self.url = f"unix://{self._directory}/docker.sock"
+        else:
+            self._listener = socket.create_server((address, 0))
+            self.url = f"tcp://{address}:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
         self.requests: list[str] = []
         self.events: Literal["passed", "silent", "refused"] = "passed"
         self.held: str | None = None
         self._released = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"unix://{self._directory}/docker.sock"
 
     def release(self) -> None:
         """Pass on what was kept back, and everything from now on."""

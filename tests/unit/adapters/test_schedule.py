@@ -14,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.adapters.schedule import ApScheduler, check_cron, cron_trigger
+from manager.adapters.schedule import ApScheduler, cron_trigger
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -97,7 +97,7 @@ def test_a_time_that_the_clocks_skip_still_fires_that_day() -> None:
 @pytest.mark.parametrize("line", ["0 0 8 * * *", "0 8 * *", "0 0 last * *", "0 0 * jan/2x *", "nonsense"])
 def test_a_line_that_is_not_one_of_crontab_is_refused(line: str) -> None:
     with pytest.raises(ValueError, match=r"fields|is not a"):
-        check_cron(line, None)
+        cron_trigger(line, None)
     with pytest.raises(ValueError, match=r"fields|is not a"):
         ApScheduler().cron("x", line, None, lambda: None)
 
@@ -105,12 +105,12 @@ def test_a_line_that_is_not_one_of_crontab_is_refused(line: str) -> None:
 @pytest.mark.parametrize("timezone", ["Mars/Olympus", "../../etc/passwd", "", "Europe"])
 def test_an_unknown_time_zone_is_refused(timezone: str) -> None:
     with pytest.raises(ValueError, match=r"time zone .* is unknown"):
-        check_cron("0 8 * * *", timezone)
+        cron_trigger("0 8 * * *", timezone)
 
 
 def test_a_good_line_is_accepted() -> None:
-    check_cron("0 8 * * mon-fri", "Europe/Berlin")
-    check_cron("@daily", None)
+    cron_trigger("0 8 * * mon-fri", "Europe/Berlin")
+    cron_trigger("@daily", None)
 
 
 FIELD = st.sampled_from(["*", "*/2", "*/5", "1", "13", "5-9", "1,15", "28-31", "30"])

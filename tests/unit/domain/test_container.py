@@ -163,20 +163,25 @@ def test_only_both_labels_make_a_container_ours(labels: dict[str, str], ours: bo
 
 
 @pytest.mark.parametrize(
-    ("wanted", "in_container", "direct", "reach"),
+    ("wanted", "in_container", "direct", "elsewhere", "reach"),
     [
-        ("auto", False, True, Reach.ADDRESS),
-        ("auto", False, False, Reach.LOOPBACK),
-        ("auto", True, False, Reach.NAME),
-        ("network", False, False, Reach.ADDRESS),
-        ("network", True, True, Reach.NAME),
-        ("loopback", True, True, Reach.LOOPBACK),
+        ("auto", False, True, False, Reach.ADDRESS),
+        ("auto", False, False, False, Reach.LOOPBACK),
+        ("auto", True, False, False, Reach.NAME),
+        ("network", False, False, False, Reach.ADDRESS),
+        ("network", True, True, False, Reach.NAME),
+        ("loopback", True, True, False, Reach.LOOPBACK),
+        ("auto", False, False, True, None),
+        ("auto", True, False, True, Reach.NAME),
+        ("network", False, False, True, Reach.ADDRESS),
+        ("loopback", False, False, True, Reach.LOOPBACK),
     ],
 )
 def test_the_way_to_a_container_follows_from_where_the_daemon_runs(
-    wanted: str, in_container: bool, direct: bool, reach: Reach
+    wanted: str, in_container: bool, direct: bool, elsewhere: bool, reach: Reach | None
 ) -> None:
-    assert choose_reach(wanted, in_container=in_container, direct=direct) is reach
+    found = choose_reach(wanted, in_container=in_container, direct=direct, elsewhere=elsewhere)
+    assert found is reach
 
 
 def found(labels: dict[str, str]) -> ContainerFacts:

@@ -20,7 +20,8 @@ def seen(
     gpu: str | None = None,
     explanations: tuple[Explanation | None, ...] = (None, None),
 ) -> tuple[Phase, Explanation | None]:
-    return shown(phase, health, engine_trouble=engine, gpu_trouble=gpu, explanations=explanations)
+    unusable = None if gpu is None else Explanation(Reason.GPU_MISSING, gpu)
+    return shown(phase, health, engine_trouble=engine, unusable=unusable, explanations=explanations)
 
 
 @pytest.mark.parametrize("phase", list(Phase))
