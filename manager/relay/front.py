@@ -21,6 +21,8 @@ _MOST_HEAD_BYTES = 64 * 1024
 # What callers send on while an answer is under way is held up to here; beyond it they have to wait.
 _MOST_HELD_BYTES = 64 * 1024
 _OFFER = frozenset({b"upgrade", b"http2-settings"})
+# How long the head of the first request may take; between requests uvicorn's own limit holds.
+_FIRST_HEAD_S = 60.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -44,12 +46,17 @@ class Front(HttpToolsProtocol):
         self._next_waits = False
         self._feeding = False
         self._offered = False
+        self._speechless: asyncio.TimerHandle | None = None
         self._length = b""
         self._caller: Caller | None = None
         self._resting_since = 0.0
         self._rest: asyncio.TimerHandle | None = None
 
     # --- what the transport calls ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._speechless = self.loop.call_later(_FIRST_HEAD_S, self._no_head_came)
 
     def data_received(self, data: bytes) -> None:
         if self._held or self._must_wait():
@@ -68,6 +75,8 @@ class Front(HttpToolsProtocol):
         self.pipeline.clear()
         if self._rest is not None:
             self._rest.cancel()
+        if self._speechless is not None:
+            self._speechless.cancel()
         super().connection_lost(exc)
         if asgi is not None and not asgi.response_complete:
             # uvicorn tells only the request that came last, which may be one behind this in the pipe.
@@ -274,6 +283,11 @@ class Front(HttpToolsProtocol):
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
         self._in_head = True
         self._feed(b"".join(lines) + b"\r\n" + rest)
+
+    def _no_head_came(self) -> None:
+        """Who connects and never asks for anything holds a socket for nothing."""
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.abort()
 
     def _rest_over(self) -> None:
         self._rest = None

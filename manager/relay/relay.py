@@ -73,6 +73,9 @@ class Relay:
     def pool(self, endpoint: str) -> UpstreamPool:
         found = self._pools.get(endpoint)
         if found is None:
+            # Containers get new addresses: those of before are never asked for again.
+            for old in [name for name, pool in self._pools.items() if pool.is_empty]:
+                del self._pools[old]
             found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self.loop)
         return found
 

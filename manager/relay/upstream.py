@@ -15,6 +15,7 @@ from manager.wire.head import NOT_RETURNED, without_named
 
 _MOST_HEAD_BYTES = 64 * 1024
 _MOST_IDLE = 1024
+_OLDEST_IDLE_S = 60.0
 _SMALL_BYTES = 64 * 1024
 _FIRST_FINAL_STATUS = 200
 _WITHOUT_BODY = (204, 304)
@@ -95,6 +96,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._kept = False
         self._paused = False
         self._requests = 0
+        self.idle_since = 0.0
 
     # --- what the one who asks calls ---
 
@@ -255,6 +257,8 @@ class UpstreamPool:
         self._idle: deque[UpstreamConnection] = deque()
         self._all: set[UpstreamConnection] = set()
         self._ssl = ssl.create_default_context() if address.tls else None
+        self._connecting = 0
+        self._ageing: asyncio.TimerHandle | None = None
 
     def idle(self) -> UpstreamConnection | None:
         """A connection that is open and free, without waiting."""
@@ -270,9 +274,13 @@ class UpstreamPool:
         Raises:
             OSError: there is none to be had.
         """
-        _, connection = await self._loop.create_connection(
-            lambda: UpstreamConnection(self), self.address.name, self.address.port, ssl=self._ssl
-        )
+        self._connecting += 1
+        try:
+            _, connection = await self._loop.create_connection(
+                lambda: UpstreamConnection(self), self.address.name, self.address.port, ssl=self._ssl
+            )
+        finally:
+            self._connecting -= 1
         if not connection.usable:
             raise ConnectionResetError("the server closed the connection at once")
         # Not before: when whoever wants it is cancelled meanwhile, uvloop closes it and tells it nothing.
@@ -283,17 +291,37 @@ class UpstreamPool:
     def open_connections(self) -> int:
         return len(self._all)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no connection, and none on its way."""
+        return not self._all and not self._connecting
+
     def close(self) -> None:
+        if self._ageing is not None:
+            self._ageing.cancel()
         for connection in tuple(self._all):
             connection.abandon()
 
     # --- what connections call ---
 
     def kept(self, connection: UpstreamConnection) -> None:
-        if len(self._idle) < _MOST_IDLE:
-            self._idle.append(connection)
-        else:
+        if len(self._idle) >= _MOST_IDLE:
             connection.abandon()
+            return
+        connection.idle_since = self._loop.time()
+        self._idle.append(connection)
+        if self._ageing is None:
+            self._ageing = self._loop.call_later(_OLDEST_IDLE_S, self._close_old)
+
+    def _close_old(self) -> None:
+        """Let go of what a burst of requests has left; the oldest are in front."""
+        self._ageing = None
+        now = self._loop.time()
+        while self._idle and now - self._idle[0].idle_since >= _OLDEST_IDLE_S:
+            self._idle.popleft().abandon()
+        if self._idle:
+            left_s = self._idle[0].idle_since + _OLDEST_IDLE_S - now
+            self._ageing = self._loop.call_later(left_s, self._close_old)
 
     def lost(self, connection: UpstreamConnection) -> None:
         self._all.discard(connection)
