@@ -13,7 +13,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 import uvicorn
@@ -31,7 +31,7 @@ from manager.adapters.schedule import ApScheduler
 from manager.adapters.upstream import HttpUpstream
 from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
-from manager.api.passage import PassageLimits
+from manager.api.passage import PassageLimits, Passages
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
@@ -64,7 +64,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
     from manager.adapters.otel import Spans
     from manager.domain.template import Template
@@ -230,6 +230,7 @@ async def open_daemon(
                 most_upload_bytes=settings.gateway.max_upload,
                 stall_s=settings.gateway.idle_timeout_s,
             ),
+            passages=Passages(),
         )
         backend = Backend(
             fleet=fleet,
@@ -286,7 +287,8 @@ async def serve(
                 proxy_headers=False,
                 timeout_graceful_shutdown=_GOODBYE_S,
             )
-            server = _Server(config, relay, settings.gateway.drain_timeout_s)
+            drains = (relay.drain, daemon.backend.passing.passages.drain)
+            server = _Server(config, drains, settings.gateway.drain_timeout_s)
             _be_quick_to_answer()
             _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
             try:
@@ -355,15 +357,21 @@ async def _until_stopped(
         await asyncio.wait({running})
 
 
+class _Drain(Protocol):
+    """Lets what is under way come to its end, for so long or until `cut` is set; then cuts it."""
+
+    async def __call__(self, timeout_s: float, *, cut: asyncio.Event) -> None: ...
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process before our own clean-up.
 
     Streams are let come to their end first; a second signal cuts them.
     """
 
-    def __init__(self, config: uvicorn.Config, relay: Relay, drain_timeout_s: float) -> None:
+    def __init__(self, config: uvicorn.Config, drains: Sequence[_Drain], drain_timeout_s: float) -> None:
         super().__init__(config)
-        self._relay = relay
+        self._drains = drains
         self._drain_timeout_s = drain_timeout_s
         self._cut = asyncio.Event()
 
@@ -383,7 +391,7 @@ class _Server(uvicorn.Server):
             listener.close()
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
-        await self._relay.drain(self._drain_timeout_s, cut=self._cut)
+        await asyncio.gather(*(drain(self._drain_timeout_s, cut=self._cut) for drain in self._drains))
         await super().shutdown(sockets)
 
 

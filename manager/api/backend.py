@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from manager.api.passage import PassageLimits
+    from manager.api.passage import PassageLimits, Passages
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
@@ -45,6 +45,7 @@ class Passing:
     server: ModelServer
     requests: Requests
     limits: PassageLimits
+    passages: Passages
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ class Management:
         route = BLOB_PREFIX.rstrip("/") if is_blob else path
         begun = self._passing.requests.begin(route, scope["headers"])
         passage = Passage(scope, receive, send, begun=begun, limits=self._passing.limits)
-        await passage.run(self._blob if is_blob else self._work[path], self._passing.gateway)
+        work = self._blob if is_blob else self._work[path]
+        await self._passing.passages.run(passage, work, self._passing.gateway)
 
     # --- what only looks ---
 

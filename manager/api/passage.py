@@ -38,6 +38,9 @@ _log = structlog.get_logger("gateway")
 
 _UPLOAD_STALL_S = 60.0
 NDJSON = b"application/x-ndjson"
+_EVENT_STREAM = b"text/event-stream"
+# For the proxies on the way: what comes is to be passed on as it comes.
+_NO_BUFFERING = ((b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no"))
 _NEWLINE = b"\n"
 
 
@@ -48,6 +51,38 @@ class PassageLimits:
     most_body_bytes: int
     most_upload_bytes: int | None
     stall_s: float
+
+
+class Passages:
+    """All requests that are under way, so that they can be let come to their end."""
+
+    def __init__(self) -> None:
+        self._open: set[Passage] = set()
+        self._none_open = asyncio.Event()
+
+    async def run(
+        self, passage: Passage, work: Callable[[Passage], Awaitable[None]], gateway: Gateway
+    ) -> None:
+        """As `Passage.run`."""
+        self._open.add(passage)
+        try:
+            await passage.run(work, gateway)
+        finally:
+            self._open.discard(passage)
+            if not self._open:
+                self._none_open.set()
+
+    async def drain(self, timeout_s: float, *, cut: asyncio.Event) -> None:
+        """Let what is under way come to its end, for so long or until `cut` is set; then cut it."""
+        if not self._open:
+            return
+        self._none_open.clear()
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._none_open, cut)]
+        await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        for passage in self._open:
+            passage.cut.set()
 
 
 class CallerGoneError(Exception):
@@ -91,6 +126,7 @@ class Passage:
         self.headers = begun.headers
         self.limits = limits
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
+        self.cut = asyncio.Event()
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -235,6 +271,9 @@ class Passage:
         lines = _returned(headers)
         kind = next((value for name, value in lines if name.lower() == b"content-type"), b"")
         self._streams_lines = length is None and kind.startswith(NDJSON)
+        if self._streams_lines or kind.startswith(_EVENT_STREAM):
+            lines = [(name, value) for name, value in lines if name.lower() != b"cache-control"]
+            lines += _NO_BUFFERING
         lines += self._stamp()
         if length is not None:
             lines.append((b"Content-Length", b"%d" % length))
@@ -267,15 +306,19 @@ class Passage:
     async def _while_there(self, work: Callable[[Passage], Awaitable[None]]) -> Outcome:
         working = asyncio.ensure_future(work(self))
         leaving = asyncio.ensure_future(self._left())
+        cutting = asyncio.ensure_future(self.cut.wait())
         try:
-            await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
+            await asyncio.wait({working, leaving, cutting}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+            elif leaving.done():
                 raise CallerGoneError
-            working.result()
+            else:
+                raise RefusedError(503, "cut off: the manager is being stopped", "cut")
         finally:
-            for task in (working, leaving):
+            for task in (working, leaving, cutting):
                 task.cancel()
-            await asyncio.wait({working, leaving})
+            await asyncio.wait({working, leaving, cutting})
         return outcome_of(self.record.status)
 
     async def _left(self) -> None:

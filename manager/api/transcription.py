@@ -37,7 +37,7 @@ class Transcription:
         begun = self._passing.requests.begin(scope["path"], scope["headers"])
         limits = self._passing.limits
         passage = Passage(scope, receive, send, begun=begun, limits=limits, by_model=True)
-        await passage.run(self._transcribe, self._gateway)
+        await self._passing.passages.run(passage, self._transcribe, self._gateway)
 
     async def _transcribe(self, passage: Passage) -> None:
         form = await _Form.read(passage)

@@ -366,3 +366,41 @@ async def test_a_server_that_is_gone_is_503_with_a_hint_when_to_come_back(tmp_pa
         for kind in ("show", "pull", "create"):
             reply = await ask(front, "POST", f"/api/{kind}", TINY)
             assert (reply.status, int(reply.headers["retry-after"]) >= 1) == (503, True), kind
+
+
+# --- the end of the daemon ------------------------------------------------------------------------
+
+
+async def test_what_is_under_way_may_come_to_its_end(tmp_path: Path) -> None:
+    held = Held()
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.on["/api/create"] = held
+        creating = asyncio.ensure_future(ask(front, "POST", "/api/create", TINY))
+        await begun(held)
+        front.server.should_exit = True
+        await until(lambda: front.server.servers[0].sockets == ())
+        held.go.set()
+        reply = await creating
+        assert (reply.whole, reply.lines()[-1]) == (True, {"status": "success"})
+        assert (await front.record()).outcome == "ok"
+
+
+async def test_what_does_not_end_in_time_is_cut_and_says_so(tmp_path: Path) -> None:
+    held = Held()
+    gateway = {"drain_timeout_s": 0.1}
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}, gateway=gateway) as front:
+        server.on["/api/create"] = server.on["/api/pull"] = held
+        server.on["/api/show"] = lambda talk: talk.left()
+        waiting = [
+            asyncio.ensure_future(ask(front, "POST", "/api/create", TINY)),
+            asyncio.ensure_future(ask(front, "POST", "/api/show", TINY)),
+        ]
+        await begun(held)
+        await until(lambda: server.asked("/api/show"))
+        front.server.should_exit = True
+        created, shown = await asyncio.gather(*waiting)
+        why = {"error": "cut off: the manager is being stopped"}
+        assert (created.status, created.whole, created.lines()[-1]) == (200, True, why)
+        assert (shown.status, shown.json()) == (503, why)
+        await until(lambda: len(front.records) == 2)
+        assert {record.outcome for record in front.records} == {"cut"}

@@ -373,7 +373,7 @@ async def relaying(
                 access_log=False,
                 timeout_graceful_shutdown=1,
             ),
-            relay,
+            (relay.drain, daemon.backend.passing.passages.drain),
             loaded.settings.gateway.drain_timeout_s,
         )
         running = asyncio.ensure_future(daemon.run())
