@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import MagicMock
 
 import pytest
 import requests
 
+from manager.api.ollama import OllamaApi
 from tests.api.raw_http import request, say
 from tests.support.daemon import COMPUTE, wait_for
 from tests.support.gateway import Gateway, gateway_over
@@ -17,6 +20,8 @@ from tests.support.state import stored
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from starlette.types import Message
 
     from tests.support.daemon import Daemon
 
@@ -58,6 +63,30 @@ def test_the_root_says_what_an_ollama_says(gateway: Gateway) -> None:
         assert (answer.status_code, answer.text) == (200, "Ollama is running")
     answer = gateway.call("HEAD", "/")
     assert (answer.headers["content-length"], answer.content) == ("17", b"")
+
+
+@pytest.mark.parametrize(
+    ("accept", "status"),
+    [("text/html,*/*", 307), ("TEXT/HTML;q=0.9", 307), ("*/*", 200), ("application/json,text/html", 200)],
+)
+async def test_a_browser_is_sent_to_the_pages_once_there_are_any(accept: str, status: int) -> None:
+    said: list[Message] = []
+
+    async def app(*_: object) -> None: ...
+
+    async def receive() -> Message:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        said.append(message)
+
+    backend: Any = SimpleNamespace(passing=MagicMock())
+    routes: Any = [SimpleNamespace(path="/docs"), SimpleNamespace(path="/ui")]
+    api = OllamaApi(app, backend=backend, routes=routes)
+    headers = [(b"accept", accept.encode())]
+    await api({"type": "http", "method": "GET", "path": "/", "headers": headers}, receive, send)
+    assert said[0]["status"] == status
+    assert ((b"Location", b"/ui") in said[0]["headers"]) is (status == 307)
 
 
 def test_the_version_is_that_of_the_first_instance_that_is_ready(gateway: Gateway) -> None:

@@ -1,0 +1,185 @@
+"""What all instances know of themselves: who is asked, how often, and what is told of the others."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manager.domain.instance import Driver, Health, InstanceSpec, Limits, Model
+from manager.domain.roles import RequestKind, Role, RoutingSettings
+from manager.services.catalogue import Catalogue
+from manager.services.model_lists import ModelLists
+from manager.wire.listing import Alias, KnownModel
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LIMITS = Limits(900, 300, 30, 60, 2, 15, 20)
+NOON = datetime(2026, 8, 1, 12, tzinfo=UTC)
+TINY = {"name": "tiny:latest", "size": 1}
+
+
+class Instance:
+    """One that answers when it is told to."""
+
+    def __init__(
+        self, id_: str, *, ready: bool = True, healthy: bool = True, version: str | None = None, seen: int = 0
+    ) -> None:
+        self.id = id_
+        self.spec = InstanceSpec(id_, Driver.EXTERNAL, None, LIMITS, url="http://x")
+        self.ready = ready
+        self.version = version
+        self.models: tuple[Model, ...] = ()
+        self.listed: tuple[Mapping[str, Any], ...] | None = None
+        self.listed_at = 0.0
+        self.in_flight = 0
+        self.last_used_at = NOON
+        self.health = Health.HEALTHY if healthy else Health.UNHEALTHY
+        self.last_seen_at = NOON + timedelta(seconds=seen)
+        self.asked: list[bool] = []
+        self.answer = asyncio.Event()
+        self.answer.set()
+
+    def usable_endpoint(self) -> str | None:
+        return "http://x" if self.ready else None
+
+    def view(self) -> Instance:
+        return self
+
+    async def probe(self, *, tags: bool) -> None:
+        self.asked.append(tags)
+        await self.answer.wait()
+
+
+async def is_asked(one: Instance) -> None:
+    while not one.asked:  # noqa: ASYNC110  (nobody tells)
+        await asyncio.sleep(0)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        Clock.now += 0.001  # no two moments are the same
+        return Clock.now
+
+
+def catalogue(*instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = ()) -> Catalogue:
+    fleet: Any = SimpleNamespace(instances=lambda: instances, images=lambda: images)
+    settings: Any = SimpleNamespace(routing=RoutingSettings({role.name: role for role in roles}))
+    nothing: Any = None
+    stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
+    return Catalogue(fleet, ModelLists(nothing, nothing, stored), settings, now=Clock())
+
+
+# --- the version ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("instances", "images", "version"),
+    [
+        ([Instance("a", version="0.31.0"), Instance("b", version="0.32.0")], ("x:0.1.0",), "0.31.0"),
+        ([Instance("a", ready=False, version="0.31.0"), Instance("b", version="0.32.0")], (), "0.32.0"),
+        (
+            [
+                Instance("a", ready=False, version="0.31.0", seen=9),
+                Instance("b", ready=False, version="0.32.0"),
+            ],
+            ("ollama/ollama:0.30.0",),
+            "0.31.0",
+        ),
+        ([Instance("a")], ("ollama/ollama:latest", "ollama/ollama:0.30.1-rocm"), "0.30.1"),
+        ([], ("registry:5000/ollama:0.30.1-rc2", "ollama:0.1.0"), "0.30.1-rc2"),
+        ([], ("ollama/ollama@sha256:0123", "ollama-manager/simulated:abc"), "0.32.15"),
+    ],
+)
+def test_the_version_is_the_best_that_is_known(
+    instances: list[Instance], images: tuple[str, ...], version: str
+) -> None:
+    assert catalogue(*instances, images=images).version() == version
+
+
+# --- who is asked ---------------------------------------------------------------------------------
+
+
+async def test_only_who_is_ready_and_well_is_asked() -> None:
+    well, ill, away = Instance("a"), Instance("b", healthy=False), Instance("c", ready=False)
+    await catalogue(well, ill, away).refresh(lists=True)
+    assert (well.asked, ill.asked, away.asked) == ([True], [], [])
+
+
+async def test_those_who_ask_during_a_question_share_the_next_one() -> None:
+    one = Instance("a")
+    known = catalogue(one)
+    one.answer.clear()
+    first = asyncio.ensure_future(known.refresh(lists=True))
+    await is_asked(one)
+    one.in_flight = 1  # it is used: what it says may be old as soon as it is said
+    others = [asyncio.ensure_future(known.refresh(lists=True)) for _ in range(20)]
+    await asyncio.sleep(0)
+    one.answer.set()
+    await asyncio.gather(first, *others)
+    assert one.asked == [True, True]
+
+
+async def test_one_that_leaves_leaves_the_question_to_the_next() -> None:
+    one = Instance("a")
+    known = catalogue(one)
+    one.answer.clear()
+    first = asyncio.ensure_future(known.refresh(lists=False))
+    second = asyncio.ensure_future(known.refresh(lists=False))
+    await is_asked(one)
+    first.cancel()
+    one.answer.set()
+    await second
+    assert one.asked == [False, False]
+
+
+async def test_who_was_asked_just_now_and_not_used_since_is_left_alone() -> None:
+    one = Instance("a")
+    known = catalogue(one)
+    await known.refresh(lists=True)
+    await known.refresh(lists=False)
+    assert one.asked == [True]
+    one.last_used_at = NOON + timedelta(seconds=1)
+    await known.refresh(lists=False)
+    await known.refresh(lists=False)
+    assert one.asked == [True, False], "used since"
+    await known.refresh(lists=True)
+    assert one.asked == [True, False, True], "the models on its volume are another question"
+    Clock.now += 1.0
+    await known.refresh(lists=True)
+    assert len(one.asked) == 4, "long ago"
+
+
+# --- what is known --------------------------------------------------------------------------------
+
+
+def test_a_model_is_told_once_with_all_who_have_it_and_hold_it() -> None:
+    one, two, away = Instance("one"), Instance("two"), Instance("away", ready=False)
+    one.listed = two.listed = away.listed = (TINY,)
+    two.models = away.models = (Model("Tiny", "d", 1, 0, None, entry={"name": "Tiny"}),)
+    known = catalogue(one, two, away)
+    assert known.models() == (KnownModel(TINY, ("one", "two", "away"), ("two",)),)
+    assert known.loaded() == (("two", {"name": "Tiny"}),)
+
+
+def test_a_name_means_a_model_before_a_role() -> None:
+    one = Instance("one")
+    one.listed = (TINY,)
+    roles = (
+        Role("tiny", RequestKind.GENERATE, "other"),
+        Role("thinking", RequestKind.GENERATE, "TINY"),
+        Role("control", RequestKind.GENERATE, None),
+    )
+    known = catalogue(one, roles=roles)
+    assert isinstance(known.find("tiny"), KnownModel)
+    found = known.find("thinking")
+    assert isinstance(found, Alias)
+    assert (found.model, found.of) == ("TINY", KnownModel(TINY, ("one",), ()))
+    assert known.find("control") is known.find("nope") is None
+    assert [alias.name for alias in known.aliases()] == ["thinking"]
