@@ -95,6 +95,7 @@ class Instance(ABC):
         self.listed_at = float("-inf")
         self.version: str | None = None
         self._last_seen_at: datetime | None = None
+        self._answered_at = float("-inf")
         self.own_bytes = 0
         self.probe_bytes = 0
         self._last_probe_bytes = 0
@@ -270,6 +271,7 @@ class Instance(ABC):
         self._health_issue = None
         self._models = ()
         self._tags_due = 0.0
+        self._answered_at = self._world.now()
 
     def _on_release(self) -> None:
         self.used()
