@@ -87,6 +87,9 @@ def explain(error: BaseException) -> int:
     if isinstance(error, CommandError):
         complain(error.message, error.next_step, error.lines)
         return error.exit_code
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()  # nothing was asked for: what there is to ask for is all that can be said
+        return error.exit_code
     if isinstance(error, click.ClickException):
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)

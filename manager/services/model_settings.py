@@ -122,7 +122,7 @@ class ModelSettings:
         self.routing = routing_settings(self._overlay.roles, self._models)
         for one in self.ignored:
             if one.key not in told:
-                _log.warning("override_ignored", key=one.key, reason=one.reason)
+                _log.warning("override_ignored", override=one.key, reason=one.reason)
 
     def _overlaid(self, overrides: Mapping[str, Any], preferred: Collection[str] = ()) -> Overlay:
         return overlaid(

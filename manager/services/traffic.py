@@ -111,6 +111,12 @@ class Traffic:
         self.target_errors[instance, reason.value] += 1
 
     def ended(self, record: RequestRecord) -> None:
+        record.queue_ms = round(record.queue_ms, 3)
+        record.duration_ms = round(record.duration_ms, 3)
+        if record.ttfb_ms is not None:
+            record.ttfb_ms = round(record.ttfb_ms, 3)
+        if record.start_ms is not None:
+            record.start_ms = round(record.start_ms, 3)
         target = record.effective_target or ""
         self.requests[target, record.role or "", record.outcome] += 1
         if record.fallback and record.fallback_reason is not None:

@@ -74,7 +74,9 @@ def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
         "SIMULATED OLLAMA",
         "",
         "The image of Ollama cannot be pulled from here, so a stand-in serves in its",
-        "place. Everything works, but no model thinks: answers are filler text.",
+        "place. It has the models `tiny` and `minilm`; answers are filler text, and",
+        "what is pulled or copied is gone when an instance stops. Try it with",
+        '  curl 127.0.0.1:11435/api/generate -d \'{"model": "tiny", "prompt": "hi"}\'',
         "",
         "Once a registry can be reached, end this and say `make run` again.",
     )

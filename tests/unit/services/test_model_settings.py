@@ -176,7 +176,7 @@ async def test_an_override_whose_instance_is_gone_is_ignored_with_a_warning(rig:
     assert ignored.reason.startswith("'nas' is no instance; expected cpu")
     assert opened.values["output"]["target"] == Sourced("auto", "default")
     assert opened.routing.roles["output"].model == "kept"
-    assert [(one["event"], one["log_level"], one["key"]) for one in logs] == [
+    assert [(one["event"], one["log_level"], one["override"]) for one in logs] == [
         ("override_ignored", "warning", "roles.output.target")
     ]
     await opened.change({"control": {"model": "x"}})
