@@ -8,6 +8,7 @@ import orjson
 
 from manager.api.answers import PLAIN_JSON
 from manager.api.passage import NDJSON, Passage
+from manager.errors import Reason
 from manager.services.pulls import PullFailedError
 from manager.wire.listing import Alias
 from manager.wire.management import read_copy, read_named
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from manager.api.backend import Passing
+    from manager.services.gateway import Prepared
     from manager.services.pulls import Waiter
     from manager.wire.management import ManagementBody
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
+_NOT_FOUND = 404
 _SUCCESS = orjson.dumps({"status": "success"})
 
 
@@ -69,6 +72,7 @@ class Management:
         with prepared.lease:
             passage.sent_to(prepared, model)
             await passage.pass_on(self._server, passage.question(prepared, body.raw(model=model)))
+            self._doubt(passage, prepared)
 
     async def _push(self, passage: Passage) -> None:
         body = await self._named(passage)
@@ -115,10 +119,10 @@ class Management:
                     passage.question(prepared, body.raw()),
                     then=lambda: self._volumes.changed(lease.instance),
                 )
+                self._doubt(passage, prepared)
 
     async def _pull(self, passage: Passage) -> None:
         body = await self._named(passage)
-        passage.record.stream = body.stream
         volume = self._volumes.default(body.instance or passage.instance)
         with self._passing.pulls.join(volume, body) as waiter:
             if body.stream:
@@ -173,6 +177,11 @@ class Management:
         body = read_named(await passage.body())
         passage.record.model = body.model
         return body
+
+    def _doubt(self, passage: Passage, prepared: Prepared) -> None:
+        """What is not there where it should be has been taken away behind our back."""
+        if passage.record.status == _NOT_FOUND:
+            self._passing.gateway.failed(prepared.lease.instance, Reason.MODEL_MISSING)
 
     def _meant(self, body: ManagementBody) -> str:
         """The model that is asked about: clients look up what they are going to use, which may be a role."""

@@ -272,6 +272,7 @@ class Passage:
         kind = next((value for name, value in lines if name.lower() == b"content-type"), b"")
         self._streams_lines = length is None and kind.startswith(NDJSON)
         if self._streams_lines or kind.startswith(_EVENT_STREAM):
+            self.record.stream = True
             lines = [(name, value) for name, value in lines if name.lower() != b"cache-control"]
             lines += _NO_BUFFERING
         lines += self._stamp()

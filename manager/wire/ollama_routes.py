@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ BLOB_PREFIX = "/api/blobs/"
 MODEL_PREFIX = "/v1/models/"
 TRANSCRIPTIONS = "/v1/audio/transcriptions"
 _OPENAI_PREFIX = "/v1/"
+# Nothing that a server could take for a way to another route: these paths are passed on as they came.
+_DIGEST = re.compile(r"[A-Za-z0-9:_-]+")
 
 # In the order in which `Allow` names them.
 _READ = ("GET", "HEAD")
@@ -42,7 +45,7 @@ def methods_of(path: str) -> tuple[str, ...] | None:
     Source: Ollama 0.33, `server/routes.go` GenerateRoutes.
     """
     if path.startswith(BLOB_PREFIX):
-        return ("POST", "HEAD") if path != BLOB_PREFIX else None
+        return ("POST", "HEAD") if _DIGEST.fullmatch(path, len(BLOB_PREFIX)) else None
     if path.startswith(MODEL_PREFIX):
         return ("GET",) if path != MODEL_PREFIX else None
     return _METHODS.get(path)

@@ -227,6 +227,22 @@ async def test_a_change_is_seen_before_its_answer_ends(tmp_path: Path) -> None:
         assert sorted(model["name"] for model in listed) == ["create:latest", "pull:latest", "tiny:latest"]
 
 
+async def test_what_was_taken_away_behind_our_back_is_found_out(tmp_path: Path) -> None:
+    async def missing(talk: Conversation) -> None:
+        await talk.whole(404, b'{"error":"not found"}')
+
+    lifecycle = {"probe_interval_s": 0.2, "resync_interval_s": 60}
+    async with (
+        Store().serving() as server,
+        relaying(tmp_path, {"a": server}, config={"lifecycle": lifecycle}) as front,
+    ):
+        server.models = ("other",)
+        server.on["/api/show"] = missing
+        assert (await ask(front, "POST", "/api/show", TINY)).status == 404
+        instance = front.daemon.fleet.get("a")
+        await until(lambda: instance.available_models == ("other:latest",))
+
+
 # --- one after the other --------------------------------------------------------------------------
 
 

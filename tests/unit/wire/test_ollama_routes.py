@@ -25,7 +25,19 @@ def test_a_path_of_ollamas_has_its_methods(path: str, methods: tuple[str, ...]) 
 
 
 @pytest.mark.parametrize(
-    "path", ["/api/nope", "/api/blobs/", "/v1/models/", "/api/tags/", "/API/tags", "", "/api/runtime/compute"]
+    "path",
+    [
+        "/api/nope",
+        "/api/blobs/",
+        "/api/blobs/..",
+        "/api/blobs/../pull",
+        "/api/blobs/sha256:00/x",
+        "/v1/models/",
+        "/api/tags/",
+        "/API/tags",
+        "",
+        "/api/runtime/compute",
+    ],
 )
 def test_another_path_has_none(path: str) -> None:
     assert methods_of(path) is None
