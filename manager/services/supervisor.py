@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 # How long somebody waits to hear from the engine whether a container that refuses connections has ended.
-_LOOK_S = 2.0
+_LOOK_S = 10.0
 _LOOK_POLL_S = 0.02
 
 
