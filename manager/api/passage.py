@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-import structlog
-
 from manager.api.answers import answer_error
-from manager.errors import ManagerError, UnknownInstanceError
+from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
+from manager.errors import ManagerError
 from manager.services.gateway import reason_of
 from manager.services.ports import Question
-from manager.services.pulls import PullFailedError
-from manager.wire.body import BadBodyError
 from manager.wire.caller import printable
 from manager.wire.dialect import error_in_stream
 from manager.wire.head import NOT_RETURNED, without_named
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
-from manager.wire.statuses import BAD_REQUEST, UNAVAILABLE, outcome_of, outcome_without_answer, told_as
+from manager.wire.statuses import BAD_REQUEST, UNAVAILABLE, outcome_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -33,8 +30,6 @@ if TYPE_CHECKING:
     from manager.services.requests import Begun
     from manager.services.traffic import Outcome
     from manager.wire.head import Header
-
-_log = structlog.get_logger("gateway")
 
 _UPLOAD_STALL_S = 60.0
 NDJSON = b"application/x-ndjson"
@@ -85,20 +80,6 @@ class Passages:
             passage.cut.set()
 
 
-class CallerGoneError(Exception):
-    """The caller has left."""
-
-
-class RefusedError(Exception):
-    """The request is not passed on; the message is for the caller."""
-
-    def __init__(self, status: int, message: str, outcome: Outcome = "client_error") -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.outcome = outcome
-
-
 class Passage:
     """One request. Its work is cancelled as soon as the caller leaves.
 
@@ -133,6 +114,7 @@ class Passage:
         self._body_ended = asyncio.Event()
         self._refused: RefusedError | None = None
         self._gone = False
+        self._takes_nothing = False
         self._streams_lines = False
         self._at_line_end = True
         self._started = False
@@ -295,11 +277,12 @@ class Passage:
         if self._gone:
             self.record.outcome = "client_gone"
             return
-        failure = self._refused or _refusal_of(error, self.scope["path"])
+        failure = self._refused or refusal_of(error, self.scope["path"])
         self.record.outcome = failure.outcome
         retry_after_s = None
         if isinstance(error, ManagerError) and self._refused is None:
             self.record.fallback_reason = reason_of(error)
+            self.record.fallback = False  # nothing answered
             retry_after_s = error.retry_after_s
         with suppress(RefusedError):  # it takes nothing any more, not even this
             await self._fail(failure, retry_after_s)
@@ -356,6 +339,7 @@ class Passage:
             async with asyncio.timeout(self.limits.stall_s):
                 await self._send(message)
         except TimeoutError:
+            self._takes_nothing = True
             limit = f"{self.limits.stall_s:g} s"
             raise RefusedError(504, f"the caller has taken nothing for {limit}", "timeout") from None
 
@@ -384,30 +368,12 @@ class Passage:
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
-            await answer_error(self._send, self.dialect, failure.status, failure.message, headers)
-        elif self._streams_lines and failure.outcome != "timeout":
+            await answer_error(self._say, self.dialect, failure.status, failure.message, headers)
+        elif self._streams_lines and not self._takes_nothing:
             line = error_in_stream(self.dialect, failure.status, failure.message)
             await self.send(line if self._at_line_end else _NEWLINE + line)
             await self.end()
         # Otherwise the answer is left without its end, which is how a caller sees that it is not whole.
-
-
-def _refusal_of(error: Exception, path: str) -> RefusedError:
-    """What a caller is told of an error."""
-    if isinstance(error, RefusedError):
-        return error
-    if isinstance(error, BadBodyError):
-        return RefusedError(400, str(error))
-    if isinstance(error, UnknownInstanceError):
-        return RefusedError(404, error.message, "refused")
-    if isinstance(error, PullFailedError):
-        # Ollama's own word for a download that fails is 500, whatever it was.
-        return RefusedError(error.status or 500, error.message, "upstream_error")
-    if isinstance(error, ManagerError):
-        status = told_as(reason_of(error))
-        return RefusedError(status, error.message, outcome_without_answer(status))
-    _log.error("request_failed", path=path, exc_info=error)
-    return RefusedError(500, "the manager failed; its log says more", "refused")
 
 
 def _returned(headers: Iterable[Header]) -> list[Header]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from manager.api.passage import Passage, RefusedError
+from manager.api.passage import Passage
+from manager.api.refusal import RefusedError
 from manager.domain.roles import RequestKind
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
@@ -53,8 +54,11 @@ class Transcription:
             except ManagerError as error:
                 if form.passed_on:
                     raise
-                self._gateway.failed(attempt.instance, reason_of(error))
-                trouble = error if trouble is None or reason_of(trouble) is Reason.MODEL_MISSING else trouble
+                reason = reason_of(error)
+                self._gateway.failed(attempt.instance, reason)
+                passage.record.fallback_reason = passage.record.fallback_reason or reason
+                if trouble is None or reason_of(trouble) is Reason.MODEL_MISSING:
+                    trouble = error
         assert trouble is not None  # noqa: S101  (a decision without attempts was refused)
         raise trouble
 

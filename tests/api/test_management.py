@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.api import passage
+from tests.support.gateway import gateway_over
 from tests.support.inside import until
 from tests.support.relaying import Conversation, Front, relaying
 from tests.support.storing import Held, Progress, Store, ask, begun, happens, line, request
@@ -369,6 +371,45 @@ async def test_a_server_that_says_nothing_is_504_when_its_time_is_over(tmp_path:
         reply = await ask(front, "POST", "/api/show", TINY)
         assert (reply.status, "did not answer within 0.3 s" in reply.json()["error"]) == (504, True)
         assert (await front.record()).outcome == "timeout"
+
+
+async def test_a_server_that_stops_in_the_middle_is_told_as_an_error(tmp_path: Path) -> None:
+    async def stall(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(line("working"))
+        await talk.left()
+
+    async with (
+        Store().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"first_byte_timeout_s": 0.3}) as front,
+    ):
+        server.on["/api/create"] = server.on["/api/pull"] = stall
+        for path in ("/api/create", "/api/pull"):
+            reply = await ask(front, "POST", path, TINY)
+            assert reply.lines()[0] == {"status": "working"}
+            assert "said nothing for 0.3 s" in reply.lines()[-1]["error"]
+        await until(lambda: front.at_rest)
+
+
+async def test_a_body_that_does_not_arrive_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passage, "_UPLOAD_STALL_S", 0.1)
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        caller = await front.connect()
+        await caller.raw(request(front, "POST", "/api/show", None, {"Content-Length": "100"}))
+        reply = await caller.reply()
+        assert (reply.status, reply.headers["connection"]) == (408, "close")
+        assert await caller.ended() == b""
+        caller.leave()
+
+
+def test_without_any_instance_nothing_can_be_pulled(tmp_path: Path) -> None:
+    with gateway_over(tmp_path, (), config={"instances": {}}) as gateway:
+        answer = gateway.call("POST", "/api/pull", json=TINY)
+        assert (answer.status_code, answer.json()) == (503, {"error": "there is no instance"})
+        assert gateway.call("POST", "/api/show", json=TINY).status_code == 404
+        assert gateway.get("/api/tags") == {"models": []}
 
 
 async def test_a_server_that_is_gone_is_503_with_a_hint_when_to_come_back(tmp_path: Path) -> None:

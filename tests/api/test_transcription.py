@@ -157,6 +157,26 @@ async def test_another_is_tried_as_long_as_nothing_was_passed_on(tmp_path: Path)
     assert {record.outcome for record in front.records} == {"ok"}
 
 
+async def test_another_is_tried_where_one_cannot_be_reached(tmp_path: Path) -> None:
+    one, two = Ears(), Ears()
+    async with AsyncExitStack() as until_gone, two.serving():
+        await until_gone.enter_async_context(one.serving())
+        instances = {
+            name: {"driver": "external", "url": server.url, "serves": ["transcribe"], "priority": priority}
+            for name, server, priority in (("a", one, 1), ("b", two, 0))
+        }
+        config = {"instances": instances, "lifecycle": {"probe_interval_s": 30}}
+        async with relaying(tmp_path, {"a": one, "b": two}, config=config) as front:
+            await until_gone.aclose()
+            reply = await transcribe(front, form(audio=bytes(4 * MIB)))
+            assert (reply.status, reply.headers["x-instance"]) == (200, "b")
+            assert reply.headers["x-fallback-reason"] == "upstream_unreachable"
+            record = await front.record()
+            assert (record.attempts, record.fallback, record.outcome) == (2, True, "ok")
+            pinned = await transcribe(front, form("whisper@a"))
+            assert (pinned.status, "cannot be reached" in pinned.json()["error"]["message"]) == (502, True)
+
+
 async def test_who_does_not_transcribe_is_not_asked(tmp_path: Path) -> None:
     deaf = Ears(("whisper", "tiny"))
     async with hearing(tmp_path, Ears(), deaf=deaf) as front:

@@ -144,6 +144,18 @@ def test_looking_at_a_model_starts_one_only_if_none_runs(new_daemon: NewDaemon, 
     assert daemon.instance("low")["phase"] == daemon.instance("high")["phase"] == "stopped"
 
 
+def test_one_that_cannot_be_started_leaves_it_to_the_next(new_daemon: NewDaemon, volume: str) -> None:
+    templates = sharing(volume, pullable="big")
+    daemon = new_daemon(
+        instances={"broken": {"template": "none", "priority": 9}, "works": {"template": "sim"}},
+        templates={**templates, "none": {**templates["sim"], "image": "ollama-manager/simulated:none"}},
+        config={"allow": {"volumes": [volume]}},
+    ).start()
+    assert pull(daemon, "big")[-1] == {"status": "success"}
+    assert daemon.instance("works")["phase"] == "ready"
+    assert daemon.instance("broken")["reason"]["code"] == "image_missing"
+
+
 def test_pulls_to_two_volumes_do_not_wait_for_each_other(new_daemon: NewDaemon, volume: str) -> None:
     daemon = new_daemon(
         instances={"shared": {"template": "sim"}, "alone": {"template": "own"}},

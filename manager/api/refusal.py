@@ -1,0 +1,50 @@
+"""Why a request is not passed on, or not to its end, and what its caller is told."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.errors import ManagerError, UnknownInstanceError
+from manager.services.gateway import reason_of
+from manager.services.pulls import PullFailedError
+from manager.wire.body import BadBodyError
+from manager.wire.statuses import outcome_without_answer, told_as
+
+if TYPE_CHECKING:
+    from manager.services.traffic import Outcome
+
+_log = structlog.get_logger("gateway")
+
+
+class CallerGoneError(Exception):
+    """The caller has left."""
+
+
+class RefusedError(Exception):
+    """The request is not passed on; the message is for the caller."""
+
+    def __init__(self, status: int, message: str, outcome: Outcome = "client_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.outcome = outcome
+
+
+def refusal_of(error: Exception, path: str) -> RefusedError:
+    """What a caller is told of an error."""
+    if isinstance(error, RefusedError):
+        return error
+    if isinstance(error, BadBodyError):
+        return RefusedError(400, str(error))
+    if isinstance(error, UnknownInstanceError):
+        return RefusedError(404, error.message, "refused")
+    if isinstance(error, PullFailedError):
+        # Ollama's own word for a download that fails is 500, whatever it was.
+        return RefusedError(error.status or 500, error.message, "upstream_error")
+    if isinstance(error, ManagerError):
+        status = told_as(reason_of(error))
+        return RefusedError(status, error.message, outcome_without_answer(status))
+    _log.error("request_failed", path=path, exc_info=error)
+    return RefusedError(500, "the manager failed; its log says more", "refused")
