@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from tests.nvml import standin
 from tests.simulated.image import ensure_simulated_image
 from tests.support.daemon import COMPUTE, ROOT, free_port, wait_for
 from tests.support.engine import PrivateEngine
+from tests.support.host import in_outer_network
 from tests.tools.base import PYTHON, ensure_python_image
-from tests.tools.image import build_image
 
 if TYPE_CHECKING:
     import docker
@@ -107,8 +108,13 @@ def private_engine() -> Iterator[PrivateEngine]:
 def image(private_engine: PrivateEngine) -> str:
     """The daemon's image, by compose/Dockerfile on a base that no registry is needed for."""
     client = private_engine.client()
-    base = ensure_python_image(client)
-    return build_image(client, base=base, python=PYTHON, tag="ollama-endpoint-manager:test")
+    tag = "ollama-endpoint-manager:test"
+    # The wheels come from where the machine has its packages from.
+    in_outer_network(
+        *("env", f"DOCKER_HOST={private_engine.url}", sys.executable, "-m", "tests.tools.image"),
+        *("--base", ensure_python_image(client), "--python", PYTHON, "--tag", tag),
+    )
+    return tag
 
 
 @contextmanager

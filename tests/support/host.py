@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import ipaddress
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -13,6 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
+
+_CLONE_NEWNET = 0x40000000  # linux/sched.h
+_OUTER_NETWORK = "OLLAMA_MANAGER_TEST_OUTER_NETWORK"
 
 
 class HostError(RuntimeError):
@@ -30,6 +35,30 @@ def command_line(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return "(gone)"
+
+
+def leave_network() -> None:
+    """Give this process, and those that it starts from now on, a network namespace of their own.
+
+    The firewall of the machine (a Docker Engine of the user's drops what one container sends to another), its
+    interfaces and its ports are then none of the tests' business, and what the tests make ends with them.
+    Does nothing without root. Raises HostError.
+    """
+    if os.geteuid():
+        return
+    if _OUTER_NETWORK not in os.environ:
+        descriptor = os.open("/proc/self/ns/net", os.O_RDONLY)  # stays open as long as the tests run
+        os.environ[_OUTER_NETWORK] = f"/proc/{os.getpid()}/fd/{descriptor}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNET):
+        raise HostError(f"a network namespace: {os.strerror(ctypes.get_errno())}")
+    command("ip", "link", "set", "lo", "up")
+
+
+def in_outer_network(*arguments: str) -> str:
+    """As `command`, with the network that the tests were started in."""
+    outer = os.environ.get(_OUTER_NETWORK)
+    return command(*(("nsenter", f"--net={outer}") if outer else ()), *arguments)
 
 
 def interface_addresses() -> list[tuple[str, ipaddress.IPv4Address]]:
