@@ -17,7 +17,7 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
-_OUTER_NETWORK = "OLLAMA_MANAGER_TEST_OUTER_NETWORK"
+_OUTER_NETWORK = "OEM_TEST_OUTER_NETWORK"
 
 
 class HostError(RuntimeError):
