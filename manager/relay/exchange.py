@@ -107,6 +107,9 @@ class Exchange:
     _attempts: Iterator[Attempt] | None = None
     _peeked: Attempt | None = None
     _attempt: Attempt | None = None
+    _tried: tuple[tuple[str, str], ...] = ()
+    _facts: RequestFacts | None = None
+    _decided_by = 0
     _body: InferenceBody | None = None
     _fallback_reason: Reason | None = None
     _trouble: tuple[Reason, str, float | None] | None = None
@@ -405,6 +408,8 @@ class Exchange:
             instance=self._caller.instance,
             lane=record.lane,
         )
+        self._facts = facts
+        self._decided_by = self._relay.gateway.settings_version
         decision = self._relay.gateway.decide(facts)
         record.role = decision.role
         record.policy = decision.policy
@@ -567,8 +572,11 @@ class Exchange:
             self._fallback_reason = reason
         if self._started:
             self._give_up_trying()
-        else:
-            self._try_next()
+            return
+        if self._attempt is not None:
+            self._tried = (*self._tried, (self._attempt.instance, self._attempt.model))
+        self._decide_again()
+        self._try_next()
 
     def _give_up_trying(self) -> None:
         assert self._trouble is not None  # noqa: S101  (a decision without attempts was refused)
@@ -582,6 +590,15 @@ class Exchange:
         if status == UNAVAILABLE:
             headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
         self._fail(status, message, outcome_without_answer(status), headers)
+
+    def _decide_again(self) -> None:
+        """What follows a failed attempt obeys the settings as they are by now."""
+        gateway = self._relay.gateway
+        if self._facts is not None and self._decided_by != gateway.settings_version:
+            self._decided_by = gateway.settings_version
+            attempts = gateway.decide(self._facts).in_order(gateway.load())
+            self._attempts = (one for one in attempts if (one.instance, one.model) not in self._tried)
+            self._peeked = None
 
     def _more(self) -> bool:
         """Whether another attempt could follow."""
@@ -669,7 +686,7 @@ class Exchange:
         self._cancel_task()
         self._drop_connection()
         if front is None or record is None:
-            self._finish(outcome)
+            self._finish("client_gone")
             return
         if not self._started:
             if not self.received:

@@ -212,7 +212,8 @@ class Front(HttpToolsProtocol):
         self.flow.resume_reading()
         if self.pipeline:
             self._start_next()
-            return
+            if not self._next_waits:
+                return
         # One timer that looks when the rest began costs less than one that is set and cancelled each time.
         self._resting_since = self.loop.time()
         if self._rest is None:
@@ -227,6 +228,8 @@ class Front(HttpToolsProtocol):
             return True
         if isinstance(latest, Exchange) and latest.received and not latest.response_complete:
             return True  # it waits for its turn
+        if self.pipeline and getattr(self.pipeline[-1][0], "received", False):
+            return True  # the next waits, and perhaps a part of one behind it
         return self._in_head and self.flow.write_paused  # the caller has not taken the answers so far
 
     def _feed(self, data: bytes) -> None:
@@ -293,11 +296,18 @@ class Front(HttpToolsProtocol):
         self._rest = None
         if self.transport.is_closing() or not self._resting_since:
             return  # a request has begun: its end sets the timer again
-        left_s = self._resting_since + self.timeout_keep_alive - self.loop.time()
-        if left_s <= 0:
-            self.transport.close()
+        rest_s = self.loop.time() - self._resting_since
+        if self.transport.get_write_buffer_size():
+            # The answer has not been taken yet; who never takes it holds the connection only so long.
+            left_s = self._relay.limits.idle_timeout_s - rest_s
+            end = self.transport.abort
         else:
-            self._rest = self.loop.call_later(left_s, self._rest_over)
+            left_s = self.timeout_keep_alive - rest_s
+            end = self.transport.close
+        if left_s <= 0:
+            end()
+        else:
+            self._rest = self.loop.call_later(min(left_s, self.timeout_keep_alive), self._rest_over)
 
     def _feed_held(self) -> None:
         if not self._held or self.transport.is_closing() or self._must_wait():

@@ -241,7 +241,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._in_head = True
         self._head_bytes = 0
         self._status = 0
-        if self._keeps and self.usable:
+        # An answer to a request that is still being sent: the rest would come before the next one.
+        sent = self._transport is not None and not self._transport.get_write_buffer_size()
+        if self._keeps and sent and self.usable:
             self.resume()
             self._pool.kept(self)
         elif self._transport is not None:

@@ -105,6 +105,11 @@ class Gateway:
         self._told: dict[tuple[str, str | None], tuple[str, Reason | None]] = {}
         self.puller: ModelPuller | None = None
 
+    @property
+    def settings_version(self) -> int:
+        """Grows with each change of the settings."""
+        return self._settings.version
+
     def changes_for(self, attempt: Attempt) -> BodyChanges:
         """What is changed in the body of a request for this attempt."""
         key = attempt.model, attempt.role
@@ -175,6 +180,10 @@ class Gateway:
         began = self._now()
         runs = instance.usable_endpoint() is not None
         try:
+            lease = await instance.lease()
+        except LimitReachedError:
+            if not await self._fleet.make_way(instance.id):
+                raise
             lease = await instance.lease()
         except BackingOffError as error:
             if not patient or (error.retry_after_s or 0.0) > _PATIENCE_S:

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.relay.upstream import Address, UpstreamPool
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, relaying
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from manager.relay.upstream import AnswerHead
+
+JSON = {"Content-Type": "application/json"}
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -232,3 +236,74 @@ async def test_when_nothing_is_left_to_try_the_caller_is_told_why(tmp_path: Path
         reply = await front.ask(TINY, "/v1/messages")
         assert reply.json()["type"] == "error"
         assert {record.outcome for record in front.records} == {"upstream_error"}
+
+
+async def test_what_follows_a_failed_attempt_obeys_the_settings_as_they_are_by_then(tmp_path: Path) -> None:
+    reached = asyncio.Event()
+    go_on = asyncio.Event()
+
+    async def crashes_later(talk: Conversation) -> None:
+        reached.set()
+        await go_on.wait()
+        talk.crash()
+
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as other,
+        Scripted().serving() as third,
+        relaying(
+            tmp_path,
+            {"a": one, "b": other, "c": third},
+            devices={"a": "cpu", "b": "gpu", "c": "cpu"},
+            config={"roles": {"thinking": {"model": "tiny"}}},
+        ) as front,
+    ):
+        one.answer = crashes_later
+        asking = asyncio.ensure_future(front.ask({**TINY, "model": "thinking"}))
+        await reached.wait()
+        changed = await front.ask(
+            {"roles": {"thinking": {"policy": "cpu_only"}}}, "/api/settings/models", JSON
+        )
+        assert changed.status == 200
+        go_on.set()
+        reply = await asking
+        assert (reply.status, reply.headers["x-instance"]) == (200, "c")
+        assert not other.seen
+
+
+async def test_a_connection_whose_request_is_still_being_sent_is_not_used_again() -> None:
+    async def answers_at_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")  # and nothing of the body
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await ended.wait()
+        writer.close()
+
+    ended = asyncio.Event()
+    server = await asyncio.start_server(answers_at_once, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    pool = UpstreamPool(Address.of(f"http://127.0.0.1:{port}"), asyncio.get_running_loop())
+    sink = Collected()
+    (await pool.connect()).send(sink, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 2**24)
+    await sink.complete.wait()
+    assert pool.idle() is None
+    pool.close()
+    ended.set()
+    await until(lambda: pool.is_empty)
+    server.close()
+
+
+class Collected:
+    """Takes an answer."""
+
+    def __init__(self) -> None:
+        self.complete = asyncio.Event()
+
+    def head_came(self, head: AnswerHead) -> None:
+        pass
+
+    def answer_came(self, data: bytes, *, complete: bool) -> None:
+        if complete:
+            self.complete.set()
+
+    def answer_broke(self, why: str, *, untouched: bool) -> None:
+        raise AssertionError(why)
