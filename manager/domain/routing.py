@@ -208,10 +208,10 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         if role.kind is not request.kind:
             message = f"the role {name!r} does {role.kind}, and this request wants to {request.kind}"
             return _refusal(request, role, pin, Refused("contradiction", Reason.POLICY, message))
-        if role.model is None:
+        legs = list(_legs(role, settings))
+        if not legs:
             message = f"the role {name!r} has no model; set one under roles.{name}.model"
             return _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
-        legs = list(_legs(role, role.model, settings))
     else:
         legs = [_Leg(name, lane)]
         role = lane
@@ -232,8 +232,9 @@ class _Leg:
         return self.role.target
 
 
-def _legs(role: Role, model: str, settings: RoutingSettings) -> Iterator[_Leg]:
-    """The role's own model, then those of the roles it falls back to, each role once."""
+def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
+    """The role's own model, if it has one, then those of the roles it falls back to, each role once."""
+    own = None if role.model is None else model_key(role.model)
     seen: set[str] = set()
     waiting = [role]
     while waiting:
@@ -243,7 +244,7 @@ def _legs(role: Role, model: str, settings: RoutingSettings) -> Iterator[_Leg]:
         seen.add(current.name)
         # Vectors of two models cannot be compared: an embedding role may change its place, not its model.
         if current.model is not None and (
-            role.kind is not RequestKind.EMBED or model_key(current.model) == model_key(model)
+            role.kind is not RequestKind.EMBED or model_key(current.model) == own
         ):
             yield _Leg(current.model, current)
         followers = (settings.roles.get(name) for name in current.fallbacks)
@@ -288,10 +289,13 @@ class _Decider:
 
     def over(self, legs: list[_Leg]) -> Decision:
         first, *others = legs
-        self._add(first, None)
+        own = first.role is self._role
+        self._add(first, None if own else Reason.MODEL_MISSING)
         if others:
             # What is preferred is there and goes first, or this says why it is not.
             why = Reason.INSTANCE_UNAVAILABLE if self._groups else self._why_none(first).reason
+            if not own:
+                why = Reason.MODEL_MISSING
             for leg in others:
                 self._add(leg, why)
         role = self._role
@@ -420,9 +424,15 @@ class _Decider:
         names = self._snapshot.names()
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         listed = ", ".join(names[:_MOST_NAMES]) or "none"
-        roles = ", ".join(name for name, role in self._settings.roles.items() if role.model is not None)
+        name, _ = split_pin(self._request.model)
+        roles = ", ".join(
+            role.name
+            for role in self._settings.roles.values()
+            if role.model is not None and role.name != name
+        )
         also = f"; roles: {roles}" if roles else ""
-        message = f"model {model!r} not found; models: {listed}{more}{also}"
+        of_role = f" of the role {name!r}" if self._role is not None and self._role.name == name else ""
+        message = f"model {model!r}{of_role} not found; models: {listed}{more}{also}"
         return Refused("unknown", Reason.MODEL_MISSING, message)
 
 

@@ -297,6 +297,27 @@ def test_a_role_without_a_model_is_unknown_and_says_where_to_name_one() -> None:
     assert (decision.role, decision.policy) == ("output", Policy.PREFER_GPU)
 
 
+def test_a_role_without_a_model_has_those_that_it_falls_back_to() -> None:
+    roles = (role("output", None, fallbacks=("other",)), role("other", "m"), role("third", "m"))
+    decision = routed("output", instance("a"), roles=roles)
+    assert attempts(decision) == [Attempt("a", "m", "other", "running", Reason.MODEL_MISSING)]
+    roles = (role("output", None, fallbacks=("other", "third")), role("other", "x"), role("third", "m"))
+    decision = routed("output", instance("a"), roles=roles)
+    assert attempts(decision) == [Attempt("a", "m", "third", "running", Reason.MODEL_MISSING)]
+
+
+def test_an_embedding_without_a_model_gets_none_from_others() -> None:
+    roles = (role("embedding", None, kind=EMBED, fallbacks=("other",)), role("other", "m", kind=EMBED))
+    assert refusal(routed("embedding", instance("a"), roles=roles, kind=EMBED))[0] == "unknown"
+
+
+def test_a_role_whose_model_is_missing_is_not_offered_in_its_place() -> None:
+    roles = (role("output", "x"), role("other", "m"))
+    text = "model 'x' of the role 'output' not found; models: m; roles: other"
+    assert refusal(routed("output", instance("a"), roles=roles))[2] == text
+    assert refusal(routed("output@a", instance("a"), roles=roles))[2] == text
+
+
 def test_a_role_does_only_what_it_is_for() -> None:
     decision = routed("embedding", instance("a"), roles=(role("embedding", kind=EMBED, target="a"),))
     text = "the role 'embedding' does embed, and this request wants to generate"
