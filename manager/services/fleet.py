@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -91,6 +92,7 @@ class Fleet:
         self._ticks: asyncio.Queue[Schedule | None] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
+        self._making_way = asyncio.Lock()
         self.engine = EngineWatch(
             world,
             self,
@@ -149,9 +151,32 @@ class Fleet:
         running = [s.id for s in self.supervisors() if s.occupies and s.id != instance_id]
         if self._max_running is not None and len(running) >= self._max_running:
             raise LimitReachedError(
-                f"lifecycle.max_running is {self._max_running}, and {', '.join(running)} run already",
+                f"lifecycle.max_running is {self._max_running}; running already: {', '.join(running)}",
                 instance=instance_id,
             )
+
+    async def make_way(self, instance_id: str) -> bool:
+        """Where `max_running` is reached, stop an instance that nobody uses; whether another may run now.
+
+        Of those, the one of the lowest priority goes, and then the one that was used least recently.
+
+        Raises:
+            ManagerError: the stop failed.
+        """
+        async with self._making_way:  # many may want the same instance: one other goes for it, not one each
+            with contextlib.suppress(LimitReachedError):
+                if not self.managed(instance_id).occupies:
+                    self.may_run(instance_id)
+                return True
+            spare = [
+                (one.spec.priority, since, one)
+                for one in self.supervisors()
+                if (since := one.unused_since) is not None and one.id != instance_id
+            ]
+            for _, _, one in sorted(spare, key=lambda entry: entry[:2]):
+                if await one.make_way(f"to make way for {instance_id}"):
+                    return True
+            return False
 
     def refuse_without_engine(self) -> None:
         """Raise EngineUnreachableError unless the engine can be asked."""

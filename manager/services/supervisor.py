@@ -196,6 +196,23 @@ class Supervisor(Instance):
                 return False
             return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
 
+    async def make_way(self, detail: str) -> bool:
+        """Stop the instance although its TTL has not run out, unless somebody uses it; whether it stopped.
+
+        Raises:
+            ManagerError: the stop failed.
+        """
+        async with self._last_look:
+            since = self.unused_since
+            await self.probe()
+            await self._usage.sample()
+            # As in `stop_if_idle`: no lease can be taken from here on.
+            if since is None or self.unused_since != since or not self._engine_up:
+                return False
+            self.begin_stop(detail=detail)
+        await self.stopped()
+        return True
+
     async def logs(self, tail: int) -> tuple[str, ...]:
         """The last lines of the container, or of the one that was, as far as they were kept.
 
@@ -315,6 +332,13 @@ class Supervisor(Instance):
     @property
     def idle(self) -> bool:
         return self.usable_endpoint() is not None and self._ttl_remaining_s() == 0
+
+    @property
+    def unused_since(self) -> float | None:
+        """The monotonic time of the last use; None while it is used, pinned, or does not run."""
+        if self.usable_endpoint() is None or self.pinned:
+            return None
+        return self._clock.quiet_at(0.0, self.in_flight)
 
     @property
     def ready_container(self) -> ContainerFacts | None:

@@ -257,3 +257,42 @@ def test_a_server_that_hangs_is_left_for_another_while_its_callers_wait(new_daem
     assert answer.headers["X-Instance"] == "cpu"
     assert answer.headers["X-Fallback-Reason"] == "instance_unhealthy"
     wait_for(lambda: daemon.instance("best")["in_flight"] == 0)
+
+
+def test_where_no_more_may_run_what_nobody_uses_makes_way(new_daemon: NewDaemon) -> None:
+    instances = {
+        "one": {"template": "sim"},
+        "two": {"template": "sim", "priority": 1},
+        "three": {"template": "sim"},
+    }
+    daemon = new_daemon(instances=instances, lifecycle={"max_running": 2}).start()
+
+    def runs() -> set[str]:
+        return {body["id"] for body in daemon.get("instances")["instances"] if body["phase"] != "stopped"}
+
+    for instance in ("two", "one"):
+        assert chat(daemon, {"model": f"tiny@{instance}", "stream": False}).status_code == 200
+    assert runs() == {"one", "two"}
+    # `two` was used longer ago, but has the higher priority. Many that want the same cost one instance.
+    with ThreadPoolExecutor(8) as pool:
+        asked = {"model": "tiny@three", "stream": False}
+        answers = list(pool.map(lambda _: chat(daemon, asked), range(8)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert runs() == {"two", "three"}
+    assert "to make way for three" in daemon.log()
+
+
+def test_what_is_used_or_pinned_does_not_make_way(new_daemon: NewDaemon) -> None:
+    instances = {"one": {"template": "sim"}, "two": {"template": "sim"}}
+    daemon = new_daemon(instances=instances, lifecycle={"max_running": 1}, templates=slowly(5)).start()
+    other = {"model": "tiny@two", "stream": False}
+    with ThreadPoolExecutor(1) as pool:
+        used = pool.submit(chat, daemon, {"model": "tiny@one"})
+        wait_for(lambda: daemon.instance("one")["in_flight"] == 1 and daemon.instance("one")["ready_at"])
+        refused = chat(daemon, other)
+        assert refused.status_code == 503
+        assert "max_running is 1; running already: one" in refused.json()["error"]
+        assert used.result().text.splitlines()[-1].find('"done":true') > 0
+    daemon.call("PATCH", "instances/one", json={"pinned": True})
+    assert chat(daemon, other).status_code == 503
+    assert daemon.instance("one")["phase"] == "ready"
