@@ -382,6 +382,8 @@ class _Server(uvicorn.Server):
     def stop(self) -> None:
         if self.should_exit:
             self._cut.set()
+        else:
+            _log.info("ending", drains_s=self._drain_timeout_s, hint="a second signal cuts what is under way")
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

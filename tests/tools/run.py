@@ -6,6 +6,7 @@ Where the Ollama image cannot be had, the simulated Ollama serves in its place, 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -69,18 +70,20 @@ def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
             return {}
         say("building the simulated Ollama ...")
         ensure_simulated_image(client)
-    directory = _simulated_templates(settings.templates.dir or packaged_templates())
+    environment = _simulated(settings)
     banner(
         "SIMULATED OLLAMA",
         "",
         "The image of Ollama cannot be pulled from here, so a stand-in serves in its",
-        "place. It has the models `tiny` and `minilm`; answers are filler text, and",
-        "what is pulled or copied is gone when an instance stops. Try it with",
+        "place. It has the models `tiny` and `minilm`, and answers are filler text.",
+        "Try it with",
         '  curl 127.0.0.1:11435/api/generate -d \'{"model": "tiny", "prompt": "hi"}\'',
+        "`ollama-manager doctor` and `config show` see what this daemon sees after",
+        *(f"  export {name}='{value}'" for name, value in environment.items()),
         "",
         "Once a registry can be reached, end this and say `make run` again.",
     )
-    return {"OLLAMA_MANAGER_TEMPLATES__DIR": str(directory)}
+    return environment
 
 
 def _has(client: docker.DockerClient, image: str) -> bool:
@@ -128,20 +131,29 @@ def _read_pull(url: str, image: str, put: Callable[[dict[str, Any] | None], None
     put(None)
 
 
-def _simulated_templates(source: Path) -> Path:
-    """The same templates with the simulated Ollama in them.
+def _simulated(settings: Settings) -> dict[str, str]:
+    """The environment of a daemon that has the simulated Ollama in its templates.
 
-    They mount no volume: the stand-in has its own models, and must not write among the real ones.
+    Models are on volumes of its own: the stand-in must not write among the real ones.
     """
     target = BUILD / "templates"
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
+    source = settings.templates.dir or packaged_templates()
+    volumes = set(settings.allow.volumes)
     for file in sorted(source.glob("*.y*ml")):
         template = yaml.safe_load(file.read_text(encoding="utf-8"))
         if parse_repository_tag(template["image"])[0] == _OLLAMA:
-            template |= {"image": IMAGE, "volumes": []}
+            template["image"] = IMAGE
+            # A directory of the user's has no counterpart.
+            named = [volume for volume in template.get("volumes", []) if "/" not in volume["source"]]
+            template["volumes"] = [{**volume, "source": f"{volume['source']}-simulated"} for volume in named]
+            volumes |= {volume["source"] for volume in template["volumes"]}
         (target / file.name).write_text(yaml.safe_dump(template, sort_keys=False), encoding="utf-8")
-    return target
+    return {
+        "OLLAMA_MANAGER_TEMPLATES__DIR": str(target),
+        "OLLAMA_MANAGER_ALLOW__VOLUMES": json.dumps(sorted(volumes)),
+    }
 
 
 if __name__ == "__main__":
