@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 URL_VARIABLE = "SETTINGS_API_URL"
+_DEFAULT_URL = "http://127.0.0.1:11435"
 _PATH = "/api/settings/models/effective"
 # After a failure the daemon is left alone for so long, or for the TTL if that is shorter.
 _RETRY_S = 5.0
@@ -37,14 +38,15 @@ class ModelSettingsClient:
     known values are used on, and `stale` says so.
 
     Args:
-        url: where the daemon is, `http://HOST:PORT`; None for what `$SETTINGS_API_URL` says.
+        url: where the daemon is, `http://HOST:PORT`; None for what `$SETTINGS_API_URL` says, or else
+            `http://127.0.0.1:11435`.
         key: its operator key, if it has one.
         ttl_s: how old values may be before they are read anew; 0 reads them each time.
         timeout_s: how long one question may take, for the connection and for each part of the answer.
         now: a monotonic clock in seconds.
 
     Raises:
-        ValueError: there is no url.
+        ValueError: that is no url.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class ModelSettingsClient:
         timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        base = (url or os.environ.get(URL_VARIABLE, "")).strip().rstrip("/")
+        base = (url or os.environ.get(URL_VARIABLE, "").strip() or _DEFAULT_URL).strip().rstrip("/")
         if not base.startswith(("http://", "https://")):
             raise ValueError(
                 f"{base!r} is no url; expected http://HOST:PORT, given here or in ${URL_VARIABLE}"

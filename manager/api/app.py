@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from manager import __version__
 from manager.api.compute import compute_router
@@ -17,6 +17,8 @@ from manager.api.routing import routing_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from manager.api.backend import Backend
     from manager.wire.access import Access
 
@@ -27,13 +29,16 @@ _SECURITY_SCHEMES = {
 
 
 def control_api(backend: Backend, *, access: Access) -> FastAPI:
-    app = _ControlApi(
+    # Its pages load nothing from elsewhere: /docs is there without a network too.
+    app = FastAPIOffline(
         title="Ollama Endpoint Manager",
         version=__version__,
         description="Starts, stops and watches Ollama instances.",
         redirect_slashes=False,
-        wants_key=access.wants_key,
+        redoc_url=None,
     )
+    if access.wants_key:
+        _describe_key(app)
     routers = (
         compute_router(backend),
         routing_router(backend),
@@ -48,18 +53,16 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     return app
 
 
-class _ControlApi(FastAPI):
-    """Describes the key, which the gate asks for before any route is looked at."""
+def _describe_key(app: FastAPI) -> None:
+    """Have the description say that a key is wanted: the gate asks for it before any route is looked at."""
+    without_key = app.openapi
 
-    def __init__(self, *, wants_key: bool, **options: Any) -> None:
-        super().__init__(**options)
-        self._wants_key = wants_key
-
-    def openapi(self) -> dict[str, Any]:
-        document = super().openapi()
-        if self._wants_key:
-            document["components"]["securitySchemes"] = _SECURITY_SCHEMES
-            document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
-            for path in WITHOUT_KEY:
-                document["paths"][path]["get"]["security"] = []
+    def openapi() -> dict[str, Any]:
+        document = without_key()
+        document["components"]["securitySchemes"] = _SECURITY_SCHEMES
+        document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
+        for path in WITHOUT_KEY:
+            document["paths"][path]["get"]["security"] = []
         return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says

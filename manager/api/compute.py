@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
@@ -210,6 +211,9 @@ async def _pull_lines(backend: Backend, images: tuple[str, ...]) -> AsyncIterato
                 ).line()
                 begun = True
     except ManagerError as error:
+        with contextlib.suppress(ManagerError):
+            if await backend.engine.has_image(image):
+                error.message += "; the one that the engine has is used on"
         if not begun:
             raise
         yield bytes(manager_error_response(error).body) + b"\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from manager.wire.dialect import error_body
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.routing import BaseRoute
@@ -32,6 +35,7 @@ _log = structlog.get_logger("api")
 
 # Below these all errors have the control API's shape, those of paths that do not exist too.
 _OWN_PREFIXES = ("/api/runtime", "/api/settings")
+_MOST_SHOWN = 80
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
@@ -92,6 +96,19 @@ def manager_error_response(error: ManagerError) -> JSONResponse:
     )
 
 
+def _plainly(problem: Mapping[str, Any]) -> str:
+    """What is wrong with a value, and which one was given where that is short enough to show."""
+    given = problem.get("input")
+    if problem["type"] in ("missing", "extra_forbidden") or not isinstance(given, str | int | float | None):
+        return str(problem["msg"])
+    return f"{problem['msg']}; given: {json.dumps(given)[:_MOST_SHOWN]}"
+
+
+def _is_json(request: Request) -> bool:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    return kind == "application/json" or kind.endswith("+json")
+
+
 def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
     """Every error becomes the documented shape; a traceback goes to the log only.
 
@@ -105,11 +122,13 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
         return manager_error_response(error)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = [
-            {"field": ".".join(str(part) for part in problem["loc"]), "message": problem["msg"]}
+            {"field": ".".join(str(part) for part in problem["loc"]), "message": _plainly(problem)}
             for problem in error.errors()
         ]
+        if problems[0]["field"] == "body" and not _is_json(request):
+            problems[0]["message"] = "expected JSON, with the header `Content-Type: application/json`"
         first = problems[0]
         return error_response(
             422, "invalid_request", f"{first['field']}: {first['message']}", details={"fields": problems}

@@ -587,6 +587,24 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
     page = daemon.call("GET", "/docs")
     assert page.status_code == 200
     assert page.headers["content-type"].startswith("text/html")
+    # It works without a network: all that it loads is here.
+    loaded = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(loaded) >= 3
+    for path in loaded:
+        assert path.startswith("/")
+        assert daemon.call("GET", path).status_code == 200
+
+
+def test_a_wrong_value_is_told_with_the_one_that_was_given(daemon: Daemon) -> None:
+    error = error_of(daemon.call("PATCH", "instances/cpu", json={"ttl_s": "soon"}), 422)
+    assert error["message"].startswith("body.ttl_s: ")
+    assert error["message"].endswith('; given: "soon"')
+
+
+def test_a_body_that_does_not_say_that_it_is_json_is_told_what_to_say(daemon: Daemon) -> None:
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    error = error_of(daemon.call("PATCH", "instances/cpu", data='{"ttl_s": 5}', headers=headers), 422)
+    assert error["message"] == "body: expected JSON, with the header `Content-Type: application/json`"
 
 
 # --- external instances ---------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.client import ModelSettingsClient, SettingsUnavailableError
+from manager.settings.model import ServerSettings
 from tests.unit.cli.stand_in import Answer, StandInDaemon
 
 if TYPE_CHECKING:
@@ -235,9 +236,16 @@ def test_the_key_is_sent_and_the_url_may_come_from_the_environment(
     assert headers["authorization"] == "Bearer a-key"
 
 
-@pytest.mark.parametrize("url", [None, "", "127.0.0.1:11435", "ftp://x"])
-def test_without_a_url_it_says_what_it_expects(url: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("url", [None, "", "http://127.0.0.1:11435"])
+def test_without_a_url_it_asks_the_daemon_of_this_machine(
+    url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("SETTINGS_API_URL", raising=False)
+    assert ModelSettingsClient(url).url == f"http://127.0.0.1:{ServerSettings().port}"
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:11435", "ftp://x"])
+def test_of_what_is_no_url_it_says_what_it_expects(url: str) -> None:
     with pytest.raises(ValueError, match=r"expected http://HOST:PORT, given here or in \$SETTINGS_API_URL"):
         ModelSettingsClient(url)
 
