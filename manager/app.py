@@ -205,7 +205,14 @@ async def open_daemon(
         )
         await model_settings.load()
         gateway = Gateway(
-            fleet, model_settings, lists, traffic, journal, changes=world.changes, now=time.monotonic
+            fleet,
+            model_settings,
+            lists,
+            traffic,
+            journal,
+            in_flight=world.in_flight,
+            changes=world.changes,
+            now=time.monotonic,
         )
         catalogue = Catalogue(fleet, lists, model_settings, now=time.monotonic)
         volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)

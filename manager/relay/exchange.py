@@ -78,6 +78,10 @@ class _End(NamedTuple):
         return not self.message
 
 
+# Nearly all answers end so.
+_ENDED_WELL = _End("ok")
+
+
 class _NobodyListens:
     """Stands where uvicorn keeps the event that wakes its ASGI application."""
 
@@ -335,7 +339,7 @@ class Exchange:
                     message = "the server ended the stream before its end"
                     return _End("upstream_error", 502, message)
                 outcome = "upstream_error"  # it said so itself, in its last line
-        return _End(outcome)
+        return _ENDED_WELL if outcome == "ok" else _End(outcome)
 
     def _end(self, end: _End) -> None:
         if end.whole:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,14 +13,14 @@ from manager.errors import BackingOffError, LimitReachedError, ManagerError, Rea
 from manager.services.model_lists import volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
     from manager.services.fleet import Fleet
     from manager.services.instance import Instance
     from manager.services.journal import Journal
-    from manager.services.leases import Lease, LeaseBook
+    from manager.services.leases import Lease
     from manager.services.model_lists import ModelLists
     from manager.services.traffic import RequestRecord, Traffic
     from manager.services.world import Changes
@@ -86,6 +85,7 @@ class Gateway:
         traffic: Traffic,
         journal: Journal,
         *,
+        in_flight: Mapping[str, int],
         changes: Changes,
         now: Callable[[], float],
     ) -> None:
@@ -96,7 +96,7 @@ class Gateway:
         self._journal = journal
         self._changed = changes
         self._now = now
-        self._load = _Load(fleet)
+        self._in_flight = in_flight
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._seen: tuple[int, int, int, int] = (-1, -1, -1, -1)
@@ -133,7 +133,7 @@ class Gateway:
 
     def load(self) -> Mapping[str, int]:
         """Requests in flight by instance, as they are whenever it is looked at."""
-        return self._load
+        return self._in_flight
 
     def snapshot(self) -> Snapshot:
         """All instances as they are, or were less than a second ago."""
@@ -299,26 +299,6 @@ class Gateway:
             why_out=why_out,
             serves=instance.spec.serves,
         )
-
-
-class _Load(Mapping[str, int]):
-    """Requests in flight by instance, live."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-        self._books: dict[str, LeaseBook] = {}
-
-    def __getitem__(self, instance_id: str) -> int:
-        book = self._books.get(instance_id)
-        if book is None:
-            book = self._books[instance_id] = self._fleet.get(instance_id).leases
-        return book.in_flight
-
-    def __iter__(self) -> Iterator[str]:
-        return (instance.id for instance in self._fleet.instances())
-
-    def __len__(self) -> int:
-        return len(self._fleet.instances())
 
 
 def reason_of(error: ManagerError) -> Reason:

@@ -86,7 +86,7 @@ class Instance(ABC):
         self.spec = spec
         self.id = spec.id
         self._world = world
-        self._leases = LeaseBook(spec.id, self._on_release)
+        self._leases = LeaseBook(spec.id, self._on_release, world.in_flight)
         self._health = Health.UNKNOWN
         self._health_issue: Explanation | None = None
         self._models: tuple[Model, ...] = ()
@@ -284,10 +284,6 @@ class Instance(ABC):
     def available_models(self) -> tuple[str, ...] | None:
         """The names of the models on its volume as it last listed them, None while it never did."""
         return self._available
-
-    @property
-    def leases(self) -> LeaseBook:
-        return self._leases
 
     @property
     def in_flight(self) -> int:

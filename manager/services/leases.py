@@ -34,17 +34,28 @@ class Lease:
 
 
 class LeaseBook:
-    """Counts the open leases of one instance."""
+    """Counts the open leases of one instance.
 
-    def __init__(self, instance: str, on_release: Callable[[], None]) -> None:
+    Args:
+        instance: whose they are.
+        on_release: told of each that was given back.
+        counts: where the count is kept, by instance: whoever compares many of them reads them there.
+    """
+
+    def __init__(self, instance: str, on_release: Callable[[], None], counts: dict[str, int]) -> None:
         self._instance = instance
         self._on_release = on_release
-        self.in_flight = 0
+        self._counts = counts
+        counts[instance] = 0
+
+    @property
+    def in_flight(self) -> int:
+        return self._counts[self._instance]
 
     def grant(self, endpoint: str) -> Lease:
-        self.in_flight += 1
+        self._counts[self._instance] += 1
         return Lease(self._instance, endpoint, self._take_back)
 
     def _take_back(self) -> None:
-        self.in_flight -= 1
+        self._counts[self._instance] -= 1
         self._on_release()

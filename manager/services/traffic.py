@@ -111,12 +111,12 @@ class Traffic:
         self.target_errors[instance, reason.value] += 1
 
     def ended(self, record: RequestRecord) -> None:
-        record.queue_ms = round(record.queue_ms, 3)
-        record.duration_ms = round(record.duration_ms, 3)
+        record.queue_ms = _to_microseconds(record.queue_ms)
+        record.duration_ms = _to_microseconds(record.duration_ms)
         if record.ttfb_ms is not None:
-            record.ttfb_ms = round(record.ttfb_ms, 3)
+            record.ttfb_ms = _to_microseconds(record.ttfb_ms)
         if record.start_ms is not None:
-            record.start_ms = round(record.start_ms, 3)
+            record.start_ms = _to_microseconds(record.start_ms)
         target = record.effective_target or ""
         self.requests[target, record.role or "", record.outcome] += 1
         if record.fallback and record.fallback_reason is not None:
@@ -131,3 +131,8 @@ class Traffic:
             record.outcome != "ok" or self._share_logged >= 1 or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
         ):
             self._write(record)
+
+
+def _to_microseconds(value_ms: float) -> float:
+    """Rounded to 0.001; `round` goes by way of the decimal digits, which takes four times as long."""
+    return int(value_ms * 1000 + 0.5) / 1000

@@ -36,8 +36,9 @@ class World:
 
     `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
     that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
-    containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `starting` is
-    held while a container is created and started, and by nothing else.
+    containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `in_flight`
+    has the number of open leases by instance. `starting` is held while a container is created and started,
+    and by nothing else.
     """
 
     manager_id: str
@@ -51,5 +52,6 @@ class World:
     utcnow: Callable[[], datetime]
     on_step: Callable[[str, str], Awaitable[None]] = no_step
     resume_idle_clock: bool = False
+    in_flight: dict[str, int] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

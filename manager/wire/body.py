@@ -55,7 +55,7 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
     Raises:
         BadBodyError: it is no JSON object, or a field that is needed here has another type.
     """
-    if not raw.strip():
+    if not raw or raw.isspace():
         raise BadBodyError("missing request body")
     document = parsed(raw)
     if not isinstance(document, dict):
@@ -72,7 +72,8 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
         raise BadBodyError("model must be a string")
     if len(model) > _MOST_MODEL_LENGTH:
         raise BadBodyError(f"model must be the name of one, of at most {_MOST_MODEL_LENGTH} characters")
-    model = _HALF_A_PAIR.sub("\ufffd", model)  # as the server reads it
+    if not model.isascii():
+        model = _HALF_A_PAIR.sub("\ufffd", model)  # as the server reads it
     stream = document.get("stream")
     if stream is None:
         stream = route.streams

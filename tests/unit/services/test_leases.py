@@ -12,7 +12,8 @@ class Book:
 
     def __init__(self) -> None:
         self.told = 0
-        self.book = LeaseBook("cpu", self._tell)
+        self.counts: dict[str, int] = {}
+        self.book = LeaseBook("cpu", self._tell, self.counts)
 
     def _tell(self) -> None:
         self.told += 1
@@ -25,6 +26,15 @@ def test_a_lease_says_where_it_leads_and_counts_until_it_is_released() -> None:
     assert (held.book.in_flight, held.told) == (1, 0)
     lease.release()
     assert (held.book.in_flight, held.told) == (0, 1)
+
+
+def test_books_share_where_they_count() -> None:
+    counts: dict[str, int] = {}
+    one, two = (LeaseBook(name, lambda: None, counts) for name in ("one", "two"))
+    one.grant("a")
+    with two.grant("b"):
+        assert counts == {"one": 1, "two": 1}
+    assert counts == {"one": 1, "two": 0}
 
 
 def test_a_lease_that_is_released_twice_counts_once() -> None:
@@ -50,7 +60,7 @@ def test_leaving_the_context_releases_however_it_is_left() -> None:
 
 def test_the_count_is_right_by_the_time_a_release_is_told() -> None:
     seen: list[int] = []
-    book = LeaseBook("cpu", lambda: seen.append(book.in_flight))
+    book = LeaseBook("cpu", lambda: seen.append(book.in_flight), {})
     leases = [book.grant("a") for _ in range(3)]
     for lease in leases:
         lease.release()
