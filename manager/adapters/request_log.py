@@ -69,4 +69,4 @@ _READABLE = (
 
 def line(record: RequestRecord) -> bytes:
     """One JSON line for a record, under the names of its fields; `ts` is RFC 3339 in UTC."""
-    return orjson.dumps(record, option=_OPTIONS)
+    return orjson.dumps(record.as_dict(), option=_OPTIONS)

@@ -624,21 +624,27 @@ class Exchange:
         self._started = True
         record.status = head.status
         record.ttfb_ms = (monotonic() - self._began_at) * 1000
-        lines = [STATUS_LINES.get(head.status) or STATUS_LINES[502], *head.lines, self._stamp()]
+        lines, framing = head.lines, b""
         if body is not None and body.stream:
             lines = [line for line in lines if line[:14].lower() != b"cache-control:"]
             lines.append(_NO_BUFFERING)
         if head.status in _WITHOUT_BODY:
             self._chunks = False
         elif head.length is not None:
-            lines.append(b"Content-Length: %d\r\n" % head.length)
+            framing = b"Content-Length: %d\r\n" % head.length
             self._chunks = False
         elif self._chunks:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
+            framing = b"Transfer-Encoding: chunked\r\n"
         else:
             self.keep_alive = False  # such an answer ends with its connection
-        lines.append(b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n")
-        self._head = b"".join(lines)  # it is written with what follows
+        # It is written with what follows.
+        self._head = b"%b%b%b%b%b" % (
+            STATUS_LINES.get(head.status) or STATUS_LINES[502],
+            b"".join(lines),
+            self._stamp(),
+            framing,
+            b"\r\n" if self.keep_alive else b"Connection: close\r\n\r\n",
+        )
 
     def _stamp(self) -> bytes:
         """The headers that say where an answer comes from, and why from there."""
@@ -746,7 +752,7 @@ class Exchange:
         number = self._relay.next_number()
         trace = caller.trace
         trace_id = trace[0] if trace else f"{getrandbits(128):032x}"
-        return RequestRecord(
+        return RequestRecord.begun(
             ts=self._relay.wall_clock(),
             request_id=f"{self._relay.id_prefix}{number:08x}",
             trace_id=trace_id,

@@ -67,7 +67,7 @@ class ExternalInstance(Instance):
             ttl_remaining_s=None,
             started_at=None,
             ready_at=self._ready_at,
-            last_used_at=self._last_used_at,
+            last_used_at=self._world.utcnow() if self.in_flight else self._last_used_at,
             last_seen_at=self._last_seen_at,
             starts=0,
             container=None,

@@ -142,7 +142,6 @@ class Instance(ABC):
         """
         while (endpoint := self.usable_endpoint()) is None:
             await self.start(explicit=False)
-        self.used()
         return self._leases.grant(endpoint)
 
     def has_room_for(self, model: str) -> bool:
@@ -162,7 +161,6 @@ class Instance(ABC):
         endpoint = self.usable_endpoint()
         if endpoint is None:
             return None
-        self.used()
         return self._leases.grant(endpoint)
 
     async def effort(self) -> Effort | None:
@@ -274,7 +272,9 @@ class Instance(ABC):
         self._answered_at = self._world.now()
 
     def _on_release(self) -> None:
-        self.used()
+        # As long as there are leases it is in use; their end is what an idle time begins with.
+        if not self._leases.in_flight:
+            self.used()
 
     @property
     def models(self) -> tuple[Model, ...]:

@@ -421,7 +421,7 @@ class Supervisor(Instance):
             ttl_remaining_s=self._ttl_remaining_s() if self._is.phase is Phase.READY else None,
             started_at=container.started_at if container and container.status in ALIVE else None,
             ready_at=self._ready_at,
-            last_used_at=self._clock.last_used_at,
+            last_used_at=self._last_used_at(),
             last_seen_at=self._last_seen_at,
             starts=self._row.starts,
             container=container,
@@ -759,7 +759,7 @@ class Supervisor(Instance):
         super()._set_health(health, issue)
 
     def _on_release(self) -> None:
-        self._clock.used()
+        super()._on_release()
         self._usage.leased()
         self._drain_news.set()
 
@@ -820,6 +820,9 @@ class Supervisor(Instance):
         ours = facts is not None and is_ours(facts, manager_id=self._world.manager_id, instance_id=self.id)
         return facts if ours else None
 
+    def _last_used_at(self) -> datetime | None:
+        return self._world.utcnow() if self.in_flight else self._clock.last_used_at
+
     def _ttl_remaining_s(self) -> float | None:
         return self._clock.remaining_s(self.ttl_s, pinned=self.pinned, in_flight=self.in_flight)
 
@@ -839,7 +842,7 @@ class Supervisor(Instance):
             self._row,
             target=self._is.target,
             operation=self._is.intent,
-            last_used_at=self._clock.last_used_at,
+            last_used_at=self._last_used_at(),
             usage=self._usage.stored(),
         )
         if row != self._saved_row:

