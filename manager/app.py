@@ -280,7 +280,11 @@ async def serve(
         with _listening(settings.server.host, settings.server.port) as listener:
             url = _url(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            access = Access(allowed_hosts=_allowed_hosts(settings), key=key)
+            access = Access(
+                allowed_hosts=_allowed_hosts(settings),
+                allowed_origins=settings.server.allowed_origins,
+                key=key,
+            )
             app = control_api(daemon.backend, access=access)
             relay = _relay(daemon, settings, access)
             config = uvicorn.Config(

@@ -8,12 +8,15 @@ from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
 from manager.api.errors import error_response
+from manager.wire.access import for_pages, permission
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from manager.wire.access import Access
+    from manager.wire.head import Header
+    from manager.wire.routes import Dialect
 
 MOST_BODY_BYTES = 2**20
 _MOST_DIGITS = 18
@@ -31,14 +34,11 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = self._access.refusal(scope["path"], scope["headers"])
         dialect = spoken_at(scope["path"])
         if dialect is not None:
-            if refusal is None:
-                await self._app(scope, receive, send)
-            else:
-                await answer_error(send, dialect, refusal.status, refusal.message, refusal.headers)
+            await self._for_models(dialect, scope, receive, send)
             return
+        refusal = self._access.refusal(scope["path"], scope["headers"])
         if refusal is not None:
             answer = error_response(
                 refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers)
@@ -50,6 +50,33 @@ class Gate:
             await error_response(413, "body_too_large", _TOO_LARGE)(scope, receive, send)
             return
         await self._app(scope, _bounded(receive), send)
+
+    async def _for_models(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is Ollama's: pages may ask for it too, and read the answers."""
+        headers = scope["headers"]
+        granted = permission(headers) if scope["method"] == "OPTIONS" else None
+        refusal = self._access.refusal(scope["path"], headers, asks_first=granted is not None)
+        send = _with(send, for_pages(headers, refusal))
+        if refusal is not None:
+            await answer_error(send, dialect, refusal.status, refusal.message, refusal.headers)
+        elif granted is not None:
+            await send({"type": "http.response.start", "status": 204, "headers": granted})
+            await send({"type": "http.response.body"})
+        else:
+            await self._app(scope, receive, send)
+
+
+def _with(send: Send, headers: list[Header]) -> Send:
+    """`send` that adds these headers to the answer."""
+    if not headers:
+        return send
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *headers]}
+        await send(message)
+
+    return sending
 
 
 def _is_too_large(length: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manager.wire.access import for_pages
 from manager.wire.caller import shown
 from manager.wire.head import ambiguity, forwarded
 from manager.wire.trace import read_traceparent
@@ -18,12 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Caller:
-    """`lines` are those of the head that the server is to see; `trace` is id, span and flags as they came."""
+    """What is the same for all requests with one head.
+
+    `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it;
+    `trace` is id, span and flags as they came.
+    """
 
     headers: list[Header]
     ambiguity: str | None
     refusal: Refusal | None
     lines: bytes
+    for_page: bytes
     instance: str | None
     lane: str | None
     project: str
@@ -50,12 +56,14 @@ def read_caller(relay: Relay, path: str, headers: list[Header]) -> Caller:
         headers: names in lower case.
     """
     given = dict(headers)
+    refusal = relay.access.refusal(path, headers)
     names = relay.headers
     return Caller(
         headers=headers,
         ambiguity=ambiguity(headers),
-        refusal=relay.access.refusal(path, headers),
+        refusal=refusal,
         lines=b"".join(forwarded(headers, names.all)),
+        for_page=b"".join(b"%b: %b\r\n" % line for line in for_pages(headers, refusal)),
         instance=shown(given.get(names.instance)),
         lane=shown(given.get(names.lane)),
         project=shown(given.get(names.project)) or relay.default_project,

@@ -650,7 +650,7 @@ class Exchange:
         """The headers that say where an answer comes from, and why from there."""
         record = self._record
         assert record is not None  # noqa: S101  (its turn has come)
-        stamp = b"X-Request-Id: %b\r\n" % record.request_id.encode()
+        stamp = b"%bX-Request-Id: %b\r\n" % (self._caller.for_page, record.request_id.encode())
         if self._attempt is not None:
             where = _where(self._attempt.instance, self._attempt.model)
             stamp = b"%b%bX-Queue-Ms: %d\r\n" % (stamp, where, record.queue_ms)

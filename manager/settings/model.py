@@ -19,7 +19,14 @@ from manager.domain.gpu import normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.roles import USUAL_KINDS, RequestKind
 from manager.domain.template import Refusal
-from manager.settings.addresses import engine_url, host_header, http_url, is_loopback, listen_host
+from manager.settings.addresses import (
+    engine_url,
+    host_header,
+    http_url,
+    is_loopback,
+    listen_host,
+    page_origin,
+)
 from manager.settings.routing import (
     ANY_INSTANCE,
     GatewaySettings,
@@ -131,6 +138,7 @@ class ServerSettings(Section):
         "127.0.0.1",
         "[::1]",
     )
+    allowed_origins: tuple[Annotated[str, AfterValidator(page_origin)], ...] = ()
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> Self:

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from manager.wire.ollama_routes import spoken_at
+
 if TYPE_CHECKING:
     from collections.abc import Collection
 
@@ -16,6 +18,9 @@ WITHOUT_KEY = ("/healthz",)
 # A name or a bracketed address, perhaps with the dot of the root, perhaps with a port.
 _HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s\[\]:@/]+?)\.?(?::[0-9]{1,5})?")
 _MOST_REMEMBERED = 256
+_FORBIDDEN = 403
+_METHODS = b"GET, HEAD, POST, DELETE"
+_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +35,20 @@ class Access:
     """The one check of every request, whichever way it is served.
 
     A page in a browser can send requests to this machine: under a name of its own that resolves to it
-    (hence the Host check), or across origins (hence the Origin check).
+    (hence the Host check), or across origins (hence the Origin check). Pages of this machine may use models
+    and read the answers, as with Ollama itself; no page may read what the control API says.
 
     Args:
         allowed_hosts: names without a port, IPv6 in brackets, in lower case.
         key: what an operator must present, None when none is configured.
+        allowed_origins: of other pages that may use models; a `*` at the end stands for anything.
     """
 
-    def __init__(self, *, allowed_hosts: Collection[str], key: str | None) -> None:
+    def __init__(
+        self, *, allowed_hosts: Collection[str], key: str | None, allowed_origins: Collection[str] = ()
+    ) -> None:
         self._allowed_hosts = frozenset(allowed_hosts)
+        self._allowed_origins = tuple(origin.encode() for origin in allowed_origins)
         self._key = key.encode() if key is not None else None
         self._seen: set[bytes] = set()
 
@@ -46,26 +56,30 @@ class Access:
     def wants_key(self) -> bool:
         return self._key is not None
 
-    def refusal(self, path: str, headers: list[Header]) -> Refusal | None:
+    def refusal(self, path: str, headers: list[Header], *, asks_first: bool = False) -> Refusal | None:
         """Why a request must not be served; None when it may.
 
         Args:
             path: without the query.
             headers: names in lower case.
+            asks_first: a browser asks whether a page may send a request; it never shows a key for that.
         """
         hosts = [value for name, value in headers if name == b"host"]
         # The parser lets a missing and a doubled Host pass.
         if len(hosts) != 1 or not self._allows(hosts[0]):
             named = ", ".join(host.decode("latin-1") for host in hosts)
             return Refusal(
-                403,
+                _FORBIDDEN,
                 "host_not_allowed",
                 f"Host {named!r} is not in server.allowed_hosts of the configuration",
             )
         for name, value in headers:
-            if name == b"origin" and not self._allows_origin(value):
+            if name == b"origin" and not self._allows_origin(value, path):
                 origin = value.decode("latin-1")
-                return Refusal(403, "origin_not_allowed", f"Origin {origin!r} is not in server.allowed_hosts")
+                where = "server.allowed_hosts" + (" or server.allowed_origins" if spoken_at(path) else "")
+                return Refusal(_FORBIDDEN, "origin_not_allowed", f"Origin {origin!r} is not in {where}")
+        if asks_first:
+            return None
         if self._key is not None and path not in WITHOUT_KEY and not _has_key(headers, self._key):
             return Refusal(
                 401,
@@ -75,9 +89,14 @@ class Access:
             )
         return None
 
-    def _allows_origin(self, origin: bytes) -> bool:
+    def _allows_origin(self, origin: bytes, path: str) -> bool:
         scheme, separator, name = origin.partition(b"://")
-        return scheme in (b"http", b"https") and bool(separator) and self._allows(name)
+        if scheme in (b"http", b"https") and separator and self._allows(name):
+            return True
+        return spoken_at(path) is not None and any(
+            origin.startswith(allowed[:-1]) if allowed.endswith(b"*") else origin == allowed
+            for allowed in self._allowed_origins
+        )
 
     def _allows(self, host: bytes) -> bool:
         if host in self._seen:
@@ -88,6 +107,41 @@ class Access:
         if len(self._seen) < _MOST_REMEMBERED:
             self._seen.add(host)
         return True
+
+
+def for_pages(headers: list[Header], refusal: Refusal | None) -> list[Header]:
+    """What lets a page in a browser read an answer; nothing for others, and for pages that must not.
+
+    Args:
+        headers: of the request, names in lower case.
+        refusal: what came of the check.
+    """
+    origin = next((value for name, value in headers if name == b"origin"), None)
+    if origin is None or (refusal is not None and refusal.status == _FORBIDDEN):
+        return []
+    return [
+        (b"Access-Control-Allow-Origin", origin),
+        (b"Access-Control-Expose-Headers", _READABLE),
+        (b"Vary", b"Origin"),
+    ]
+
+
+def permission(headers: list[Header]) -> list[Header] | None:
+    """What a browser is told that asks whether a page may send a request, beside `for_pages`.
+
+    None where none asks.
+
+    Args:
+        headers: of the request with the method OPTIONS, names in lower case.
+    """
+    given = dict(headers)
+    if b"origin" not in given or b"access-control-request-method" not in given:
+        return None
+    return [
+        (b"Access-Control-Allow-Methods", _METHODS),
+        (b"Access-Control-Allow-Headers", given.get(b"access-control-request-headers", b"")),
+        (b"Access-Control-Max-Age", b"600"),
+    ]
 
 
 def _has_key(headers: list[Header], key: bytes) -> bool:

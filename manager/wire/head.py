@@ -47,6 +47,8 @@ _OURS = frozenset(
 )
 # Of an answer: what frames the message, and what is said anew here whatever a server says.
 NOT_RETURNED = HOP_BY_HOP | {
+    b"access-control-allow-origin",
+    b"access-control-expose-headers",
     b"content-length",
     b"x-accel-buffering",
     b"x-fallback-reason",

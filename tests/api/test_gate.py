@@ -257,6 +257,33 @@ def test_no_answer_lets_other_origins_read_it(daemon: Daemon) -> None:
     assert not [name for name in answer.headers if name.lower().startswith("access-control-")]
 
 
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/api/tags", "/api/delete"])
+def test_a_browser_learns_that_a_page_of_this_machine_may_use_models(daemon: Daemon, path: str) -> None:
+    asking = {"Origin": "http://localhost:3000", "Access-Control-Request-Method": "POST"}
+    asking |= {"Access-Control-Request-Headers": "x-api-key,content-type"}
+    granted = daemon.call("OPTIONS", path, headers=asking)
+    assert (granted.status_code, granted.content) == (204, b"")
+    assert granted.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
+    assert granted.headers["Access-Control-Allow-Headers"] == "x-api-key,content-type"
+    refused = daemon.call("OPTIONS", path, headers={**asking, "Origin": "http://evil.example"})
+    assert refused.status_code == 403
+    assert "Access-Control-Allow-Origin" not in refused.headers
+
+
+@pytest.mark.parametrize("headers", [{}, {"X-API-Key": KEY}], ids=["without the key", "with it"])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/api/tags"), ("POST", "/api/chat")])
+def test_a_page_of_this_machine_can_read_what_models_say(
+    daemon: Daemon, method: str, path: str, headers: dict[str, str]
+) -> None:
+    body: dict[str, str] | None = None if method == "GET" else {}  # which starts nothing
+    answer = daemon.call(method, path, json=body, headers={**headers, "Origin": "http://localhost:3000"})
+    assert answer.status_code in ((200, 404) if headers else (401,))
+    assert answer.headers["Access-Control-Allow-Origin"] == "http://localhost:3000"
+    assert "X-Instance" in answer.headers["Access-Control-Expose-Headers"]
+    quiet = daemon.call(method, path, json=body, headers=headers)
+    assert not [name for name in quiet.headers if name.lower().startswith("access-control-")]
+
+
 # --- the size of a body ---------------------------------------------------------------------------
 
 

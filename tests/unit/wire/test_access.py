@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.access import Access
+from manager.wire.access import Access, for_pages, permission
 
 if TYPE_CHECKING:
     from manager.wire.head import Header
@@ -156,3 +156,58 @@ def test_only_healthz_is_open_without_a_key_and_only_to_allowed_hosts(keyed: Acc
 
 def test_the_right_key_does_not_open_to_another_host(keyed: Access) -> None:
     assert code(keyed, (b"host", b"evil.example"), (b"x-api-key", KEY.encode())) == "host_not_allowed"
+
+
+# --- pages ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("allowed", "origin", "lets"),
+    [
+        ("https://chat.example", b"https://chat.example", True),
+        ("https://chat.example", b"https://chat.example.evil", False),
+        ("https://chat.example", b"http://chat.example", False),
+        ("chrome-extension://*", b"chrome-extension://abcdef", True),
+        ("chrome-extension://*", b"moz-extension://abcdef", False),
+        ("*", b"https://anything.example", True),
+        ("*", b"null", True),
+    ],
+)
+def test_pages_of_other_origins_may_use_models_where_that_is_configured_and_nothing_else(
+    allowed: str, origin: bytes, lets: bool
+) -> None:
+    access = Access(allowed_hosts=ALLOWED, allowed_origins=(allowed,), key=None)
+    expected = None if lets else "origin_not_allowed"
+    for path in ("/api/chat", "/v1/chat/completions", "/api/tags"):
+        assert code(access, HERE, (b"origin", origin), path=path) == expected
+    for path in ("/api/runtime/compute/reap", "/api/settings/models", "/metrics"):
+        assert code(access, HERE, (b"origin", origin), path=path) == "origin_not_allowed"
+
+
+def test_an_answer_can_be_read_by_the_page_that_asked_and_no_other(keyed: Access) -> None:
+    page: Header = (b"origin", b"http://localhost:3000")
+    assert for_pages([HERE], None) == []
+    told = dict(for_pages([HERE, page], keyed.refusal("/api/chat", [HERE, page])))
+    assert told[b"Access-Control-Allow-Origin"] == page[1]
+    assert told[b"Vary"] == b"Origin"
+    assert b"X-Instance" in told[b"Access-Control-Expose-Headers"]
+    evil: Header = (b"origin", b"http://evil.example")
+    assert for_pages([HERE, evil], keyed.refusal("/api/chat", [HERE, evil])) == []
+
+
+def test_a_browser_that_asks_first_needs_no_key(keyed: Access) -> None:
+    asks = [
+        HERE,
+        (b"origin", b"http://localhost:3000"),
+        (b"access-control-request-method", b"POST"),
+        (b"access-control-request-headers", b"authorization, content-type"),
+    ]
+    assert keyed.refusal("/api/chat", asks, asks_first=True) is None
+    granted = permission(asks)
+    assert granted is not None
+    assert dict(granted)[b"Access-Control-Allow-Headers"] == b"authorization, content-type"
+    assert permission(asks[:2]) is None
+    evil = [HERE, (b"origin", b"http://evil.example"), *asks[2:]]
+    refusal = keyed.refusal("/api/chat", evil, asks_first=True)
+    assert refusal is not None
+    assert refusal.code == "origin_not_allowed"
