@@ -17,7 +17,7 @@ from tests.bench.decide import decisions
 from tests.bench.idle import RUNNING, idle_cost
 from tests.bench.relay import relay_cost
 from tests.bench.rig import INSTANCES, MeasurementError, open_rig
-from tests.bench.starts import start_many, start_to_ready
+from tests.bench.starts import cold_first_reply, start_many, start_to_ready
 from tests.bench.status import calls_that_change_nothing, frozen_engine, list_latency
 from tests.bench.table import Row, rendered
 from tests.support.engine import EngineError, private_engine_obstacles
@@ -35,6 +35,7 @@ ALONE: dict[str, Callable[[], Iterable[Row]]] = {"decide": decisions, "relay": r
 WITH_FEW: dict[str, Callable[[Rig], Iterable[Row]]] = {"idle": idle_cost}
 WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {
     "start": start_to_ready,
+    "cold": cold_first_reply,
     "crash": crash_detection,
     "calls": calls_that_change_nothing,
     "frozen": frozen_engine,

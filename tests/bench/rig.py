@@ -102,8 +102,9 @@ class Client:
     def get(self, path: str) -> tuple[int, bytes]:
         return self._ask("GET", path)
 
-    def post(self, path: str) -> tuple[int, bytes]:
-        return self._ask("POST", path)
+    def post(self, path: str, body: Any = None) -> tuple[int, bytes]:
+        """`body` is what becomes a JSON document; None sends none."""
+        return self._ask("POST", path, None if body is None else json.dumps(body).encode())
 
     def json(self, path: str) -> Any:
         status, body = self.get(path)
@@ -111,8 +112,8 @@ class Client:
             raise MeasurementError(f"{path} was answered with {status}")
         return json.loads(body)
 
-    def _ask(self, method: str, path: str) -> tuple[int, bytes]:
-        self._connection.request(method, path)
+    def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+        self._connection.request(method, path, body)
         answer = self._connection.getresponse()
         return answer.status, answer.read()
 

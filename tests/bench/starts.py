@@ -6,7 +6,7 @@ import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tests.bench.rig import INSTANCES, Client, MeasurementError, bare_run, ids
 from tests.bench.table import Row, at_most
@@ -20,24 +20,59 @@ if TYPE_CHECKING:
 _PAIRS = 11
 _COUNTS = (1, 8, 16, 32, INSTANCES)
 _MOST_GROWTH = 1.25
+_CHAT = {"messages": [{"role": "user", "content": "hi"}], "stream": False, "options": {"num_predict": 1}}
 
 
 def start_to_ready(rig: Rig) -> list[Row]:
-    """Pairs, one of each kind after the other and in turns first, so that both meet the same machine."""
+    def managed(client: Client) -> None:
+        _asked(client, f"{COMPUTE}/instances/i00/start")
+
+    return [_beside_docker(rig, "start to ready, over docker run -d + poll", 1.10, lambda: None, managed)]
+
+
+def cold_first_reply(rig: Rig) -> list[Row]:
+    def bare() -> None:
+        with Client(11434, rig.bare_address) as client:
+            _asked(client, "/api/chat", {**_CHAT, "model": "tiny"})
+
+    def managed(client: Client) -> None:
+        _asked(client, "/api/chat", {**_CHAT, "model": "tiny@i00"})
+
+    what = "cold first reply, over docker run -d + poll + request"
+    return [_beside_docker(rig, what, 1.15, bare, managed)]
+
+
+def _asked(client: Client, path: str, body: dict[str, Any] | None = None) -> None:
+    status, answer = client.post(path, body)
+    if status != 200:
+        raise MeasurementError(f"{path} was answered with {status}: {answer.decode()}")
+
+
+def _beside_docker(
+    rig: Rig, what: str, limit: float, bare_too: Callable[[], None], managed_one: Callable[[Client], None]
+) -> Row:
+    """Pairs, one of each kind after the other and in turns first, so that both meet the same machine.
+
+    Args:
+        rig: what is measured.
+        what: the figure's name.
+        limit: the ratio that is to be kept.
+        bare_too: what is done by hand once the container answers.
+        managed_one: what has the daemon start it.
+    """
     bare: list[float] = []
     managed: list[float] = []
 
     def once_bare() -> None:
-        bare.append(_timed(lambda: bare_run(rig, "bare")))
+        def by_hand() -> None:
+            bare_run(rig, "bare")
+            bare_too()
+
+        bare.append(_timed(by_hand))
         rig.docker.containers.get("bare").remove(force=True)
 
     def once_managed(client: Client) -> None:
-        def start() -> None:
-            status, body = client.post(f"{COMPUTE}/instances/i00/start")
-            if status != 200:
-                raise MeasurementError(f"the start failed: {body.decode()}")
-
-        managed.append(_timed(start))
+        managed.append(_timed(lambda: managed_one(client)))
         rig.stop(["i00"])
 
     with Client(rig.daemon.port) as client:
@@ -58,7 +93,7 @@ def start_to_ready(rig: Rig) -> list[Row]:
         f"{statistics.median(managed) * 1e3:.0f} / {statistics.median(bare) * 1e3:.0f} ms, "
         f"{_PAIRS} pairs, median of the pairs' ratios {pairs:.2f}"
     )
-    return [at_most("start to ready, over docker run -d + poll", ratio, 1.10, " x", digits=2, beside=beside)]
+    return at_most(what, ratio, limit, " x", digits=2, beside=beside)
 
 
 def start_many(rig: Rig) -> list[Row]:
