@@ -9,12 +9,12 @@ from manager.api.refusal import RefusedError
 from manager.domain.roles import RequestKind
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
-from manager.services.gateway import reason_of
+from manager.services.gateway import Attempts, reason_of
 from manager.wire.multipart import BadFormError, FormHead, Found, boundary_of
 from manager.wire.statuses import REFUSED, failure_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
 
     from starlette.types import Receive, Scope, Send
 
@@ -47,9 +47,9 @@ class Transcription:
             raise RefusedError(400, "model is required")
         attempts = self._attempts(passage, model)
         trouble: ManagerError | None = None
-        for attempt in attempts:
+        while (attempt := attempts.next()) is not None:
             try:
-                if await self._try(passage, form, attempt, is_last=attempts.is_last):
+                if await self._try(passage, form, attempt, attempts):
                     return
             except ManagerError as error:
                 if form.passed_on:
@@ -62,11 +62,12 @@ class Transcription:
         assert trouble is not None  # noqa: S101  (a decision without attempts was refused)
         raise trouble
 
-    def _attempts(self, passage: Passage, model: str) -> _Attempts:
+    def _attempts(self, passage: Passage, model: str) -> Attempts:
         record = passage.record
         record.model = model
         facts = RequestFacts(model, RequestKind.TRANSCRIBE, passage.instance, record.lane)
-        decision = self._gateway.decide(facts)
+        attempts = Attempts(self._gateway, facts)
+        decision = attempts.decision
         record.role = decision.role
         record.policy = decision.policy.value
         record.requested_target = decision.requested_target
@@ -74,9 +75,9 @@ class Transcription:
         if refused is not None:
             record.fallback_reason = refused.reason
             raise RefusedError(REFUSED[refused.what], refused.message, "refused")
-        return _Attempts(decision.in_order(self._gateway.load()))
+        return attempts
 
-    async def _try(self, passage: Passage, form: _Form, attempt: Attempt, *, is_last: bool) -> bool:
+    async def _try(self, passage: Passage, form: _Form, attempt: Attempt, attempts: Attempts) -> bool:
         """Have one instance answer; whether that is the answer.
 
         Raises:
@@ -86,35 +87,20 @@ class Transcription:
         record.model, record.role = attempt.model, attempt.role or record.role
         record.fallback_reason = record.fallback_reason or attempt.fallback
         record.fallback = record.fallback_reason is not None
-        prepared = await self._gateway.prepare(attempt)
+        prepared = await self._gateway.prepare(
+            attempt, patient=not attempts.more, failed_on=attempts.failed_on
+        )
         with prepared.lease:
             passage.sent_to(prepared, attempt.model)
             async with self._passing.server.ask(form.question(passage, prepared, attempt.model)) as answer:
                 reason = failure_of(answer.status)
                 if reason is not None:
                     self._gateway.failed(attempt.instance, reason)
-                    if not is_last and not form.passed_on:
+                    if attempts.more and not form.passed_on:
                         record.fallback_reason = record.fallback_reason or reason
                         return False
                 await passage.pass_answer(answer)
         return True
-
-
-class _Attempts:
-    """The attempts one after the other, looked at one ahead."""
-
-    def __init__(self, attempts: Iterator[Attempt]) -> None:
-        self._attempts = attempts
-        self._next = next(attempts, None)
-
-    @property
-    def is_last(self) -> bool:
-        return self._next is None
-
-    def __iter__(self) -> Iterator[Attempt]:
-        while self._next is not None:
-            attempt, self._next = self._next, next(self._attempts, None)
-            yield attempt
 
 
 class _Form:

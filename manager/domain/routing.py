@@ -195,6 +195,8 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     name, pin = split_pin(request.model)
     pin = pin or request.instance
     lane = settings.roles.get(request.lane) if request.lane else None
+    if lane is not None and lane.kind is not request.kind:
+        lane = None  # its rules are for something else
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))

@@ -15,7 +15,7 @@ from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
 from manager.relay.upstream import AnswerHead
-from manager.services.gateway import reason_of
+from manager.services.gateway import Attempts, reason_of
 from manager.services.traffic import RequestRecord
 from manager.wire.body import BadBodyError, body_for, read_body
 from manager.wire.caller import printable
@@ -35,7 +35,7 @@ from manager.wire.trace import is_sampled, traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Coroutine
 
     from manager.domain.routing import Attempt
     from manager.relay.caller import Caller
@@ -108,12 +108,8 @@ class Exchange:
     _size = 0
     _refusal: tuple[int, str, dict[str, str]] | None = None
     _record: RequestRecord | None = None
-    _attempts: Iterator[Attempt] | None = None
-    _peeked: Attempt | None = None
+    _attempts: Attempts | None = None
     _attempt: Attempt | None = None
-    _tried: tuple[tuple[str, str], ...] = ()
-    _facts: RequestFacts | None = None
-    _decided_by = 0
     _body: InferenceBody | None = None
     _fallback_reason: Reason | None = None
     _trouble: tuple[Reason, str, float | None] | None = None
@@ -412,9 +408,8 @@ class Exchange:
             instance=self._caller.instance,
             lane=record.lane,
         )
-        self._facts = facts
-        self._decided_by = self._relay.gateway.settings_version
-        decision = self._relay.gateway.decide(facts)
+        self._attempts = Attempts(self._relay.gateway, facts)
+        decision = self._attempts.decision
         record.role = decision.role
         record.policy = decision.policy
         record.requested_target = decision.requested_target
@@ -423,11 +418,10 @@ class Exchange:
             record.fallback_reason = refused.reason
             self._fail(REFUSED[refused.what], refused.message, "refused")
             return
-        self._attempts = decision.in_order(self._relay.gateway.load())
         self._try_next()
 
     def _try_next(self) -> None:
-        attempt = self._next()
+        attempt = self._attempts.next() if self._attempts is not None else None
         if attempt is None:
             self._give_up_trying()
             return
@@ -451,8 +445,11 @@ class Exchange:
             self._task = self._relay.spawn(self._guarded(self._prepare(attempt)))
 
     async def _prepare(self, attempt: Attempt) -> None:
+        assert self._attempts is not None  # noqa: S101  (it is one of them)
         try:
-            prepared = await self._relay.gateway.prepare(attempt, patient=not self._more())
+            prepared = await self._relay.gateway.prepare(
+                attempt, patient=not self._more(), failed_on=self._attempts.failed_on
+            )
         except ManagerError as error:
             self._task = None
             reason = reason_of(error)
@@ -577,9 +574,6 @@ class Exchange:
         if self._started:
             self._give_up_trying()
             return
-        if self._attempt is not None:
-            self._tried = (*self._tried, (self._attempt.instance, self._attempt.model))
-        self._decide_again()
         self._try_next()
 
     def _give_up_trying(self) -> None:
@@ -595,26 +589,9 @@ class Exchange:
             headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
         self._fail(status, message, outcome_without_answer(status), headers)
 
-    def _decide_again(self) -> None:
-        """What follows a failed attempt obeys the settings as they are by now."""
-        gateway = self._relay.gateway
-        if self._facts is not None and self._decided_by != gateway.settings_version:
-            self._decided_by = gateway.settings_version
-            attempts = gateway.decide(self._facts).in_order(gateway.load())
-            self._attempts = (one for one in attempts if (one.instance, one.model) not in self._tried)
-            self._peeked = None
-
     def _more(self) -> bool:
         """Whether another attempt could follow."""
-        if self._peeked is None and self._attempts is not None:
-            self._peeked = next(self._attempts, None)
-        return self._peeked is not None
-
-    def _next(self) -> Attempt | None:
-        if self._more():
-            attempt, self._peeked = self._peeked, None
-            return attempt
-        return None
+        return self._attempts is not None and self._attempts.more
 
     # --- the answer ---
 

@@ -241,12 +241,15 @@ class UpstreamConnection(asyncio.Protocol):
         self._in_head = True
         self._head_bytes = 0
         self._status = 0
-        # An answer to a request that is still being sent: the rest would come before the next one.
-        sent = self._transport is not None and not self._transport.get_write_buffer_size()
-        if self._keeps and sent and self.usable:
+        if self._transport is None:
+            return
+        if self._transport.get_write_buffer_size():
+            # It answered before it had the whole request: whether it ever takes the rest is not waited for.
+            self._transport.abort()
+        elif self._keeps and self.usable:
             self.resume()
             self._pool.kept(self)
-        elif self._transport is not None:
+        else:
             self._transport.close()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import Counter
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
@@ -23,7 +24,7 @@ from manager.services.supervisor import Supervisor
 from manager.settings.addresses import is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
 
     from manager.domain.instance import ContainerFacts
     from manager.services.instance import Instance, View
@@ -93,6 +94,7 @@ class Fleet:
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
         self._making_way = asyncio.Lock()
+        self._promised: Counter[str] = Counter()
         self.engine = EngineWatch(
             world,
             self,
@@ -149,34 +151,70 @@ class Fleet:
     def may_run(self, instance_id: str) -> None:
         """Raise LimitReachedError unless one more instance may run."""
         running = [s.id for s in self.supervisors() if s.occupies and s.id != instance_id]
+        running += [id_ for id_ in self._promised if id_ != instance_id and id_ not in running]
         if self._max_running is not None and len(running) >= self._max_running:
             raise LimitReachedError(
                 f"lifecycle.max_running is {self._max_running}; running already: {', '.join(running)}",
                 instance=instance_id,
             )
 
-    async def make_way(self, instance_id: str) -> bool:
-        """Where `max_running` is reached, stop an instance that nobody uses; whether another may run now.
+    @asynccontextmanager
+    async def place_for(self, instance_id: str, *, keep: Collection[str] = ()) -> AsyncIterator[None]:
+        """Where `max_running` is reached, stop another instance; nobody else gets its place meanwhile.
 
-        Of those, the one of the lowest priority goes, and then the one that was used least recently.
+        One that ends anyway is waited for. Otherwise, of those that nobody uses and that are not pinned, the
+        one of the lowest priority goes, and of these the one that was used least recently.
+
+        Args:
+            instance_id: what is to be started while this is held.
+            keep: instances that are not to be stopped.
 
         Raises:
+            LimitReachedError: all others are used.
             ManagerError: the stop failed.
         """
-        async with self._making_way:  # many may want the same instance: one other goes for it, not one each
-            with contextlib.suppress(LimitReachedError):
-                if not self.managed(instance_id).occupies:
-                    self.may_run(instance_id)
-                return True
-            spare = [
-                (one.spec.priority, since, one)
-                for one in self.supervisors()
-                if (since := one.unused_since) is not None and one.id != instance_id
-            ]
-            for _, _, one in sorted(spare, key=lambda entry: entry[:2]):
-                if await one.make_way(f"to make way for {instance_id}"):
-                    return True
+        with ExitStack() as stack:
+            async with self._making_way:  # in their turn: many may want a place, and the same one
+                stack.enter_context(self._promise(instance_id))
+                while not self._has_place(instance_id):
+                    await self._stop_another(instance_id, keep)
+            yield
+
+    @contextmanager
+    def _promise(self, instance_id: str) -> Iterator[None]:
+        """Whoever else would be started has to count this one as running already."""
+        self._promised[instance_id] += 1
+        try:
+            yield
+        finally:
+            self._promised[instance_id] -= 1
+            if not self._promised[instance_id]:
+                del self._promised[instance_id]
+
+    def _has_place(self, instance_id: str) -> bool:
+        if self.managed(instance_id).occupies:
+            return True
+        try:
+            self.may_run(instance_id)
+        except LimitReachedError:
             return False
+        return True
+
+    async def _stop_another(self, instance_id: str, keep: Collection[str]) -> None:
+        others = [one for one in self.supervisors() if one.id != instance_id]
+        for one in others:
+            if one.ends and not one.in_flight:
+                await one.stopped()
+                return
+        unused = [
+            (one.spec.priority, since, one)
+            for one in others
+            if (since := one.unused_since) is not None and one.id not in keep
+        ]
+        for _, _, one in sorted(unused, key=lambda entry: entry[:2]):
+            if await one.make_way(f"to make way for {instance_id}"):
+                return
+        self.may_run(instance_id)
 
     def refuse_without_engine(self) -> None:
         """Raise EngineUnreachableError unless the engine can be asked."""

@@ -13,7 +13,7 @@ from manager.errors import BackingOffError, LimitReachedError, ManagerError, Rea
 from manager.services.model_lists import volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
@@ -72,6 +72,54 @@ class ModelMissingError(UnavailableError):
             reason=Reason.MODEL_MISSING,
             instance=instance,
         )
+
+
+class Attempts:
+    """The attempts for one request, one after the other.
+
+    Those that follow a failed one obey the settings as they are by then.
+    """
+
+    __slots__ = ("_ahead", "_coming", "_decided_by", "_facts", "_gateway", "_made", "decision")
+
+    def __init__(self, gateway: Gateway, facts: RequestFacts) -> None:
+        self._gateway = gateway
+        self._facts = facts
+        self._made: tuple[Attempt, ...] = ()
+        self._ahead: Attempt | None = None
+        self._decided_by = gateway.settings_version
+        self.decision = gateway.decide(facts)
+        self._coming = self.decision.in_order(gateway.load())
+
+    @property
+    def more(self) -> bool:
+        """Whether another one could follow."""
+        if self._ahead is None:
+            self._ahead = next(self._coming, None)
+        return self._ahead is not None
+
+    def next(self) -> Attempt | None:
+        """The next one; None when there is no other."""
+        if self._made and self._decided_by != self._gateway.settings_version:
+            self._decide_again()
+        attempt, self._ahead = self._ahead or next(self._coming, None), None
+        if attempt is not None:
+            self._made = (*self._made, attempt)
+        return attempt
+
+    @property
+    def failed_on(self) -> frozenset[str]:
+        """The instances of those before the latest one."""
+        return frozenset(attempt.instance for attempt in self._made[:-1])
+
+    def _decide_again(self) -> None:
+        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
+        self._decided_by = self._gateway.settings_version
+        attempts = self._gateway.decide(self._facts).in_order(self._gateway.load())
+        self._coming = (
+            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
+        )
+        self._ahead = None
 
 
 class Gateway:
@@ -166,12 +214,16 @@ class Gateway:
             return None
         return instance.try_lease()
 
-    async def prepare(self, attempt: Attempt, *, patient: bool = False) -> Prepared:
+    async def prepare(
+        self, attempt: Attempt, *, patient: bool = False, failed_on: Collection[str] = ()
+    ) -> Prepared:
         """A lease for an attempt, whatever has to happen first: a start, a first look at the models, a pull.
 
         Args:
             attempt: what it is for.
-            patient: wait for the end of a short back-off, since there is no other way to answer.
+            patient: there is no other way to answer: wait for the end of a short back-off, and have an
+                instance that turns out not to have the model pull it, where that is permitted.
+            failed_on: instances that this request has been to; none of them is stopped to make way for it.
 
         Raises:
             ManagerError: it cannot be had.
@@ -180,28 +232,32 @@ class Gateway:
         began = self._now()
         runs = instance.usable_endpoint() is not None
         try:
-            lease = await instance.lease()
-        except LimitReachedError:
-            if not await self._fleet.make_way(instance.id):
-                raise
-            lease = await instance.lease()
+            lease = await self._lease(instance, failed_on)
         except BackingOffError as error:
             if not patient or (error.retry_after_s or 0.0) > _PATIENCE_S:
                 raise
             await asyncio.sleep(error.retry_after_s or 0.0)
-            lease = await instance.lease()
+            lease = await self._lease(instance, failed_on)
         start_ms = None if runs else (self._now() - began) * 1000
         try:
-            if attempt.because == "pull" and self.puller is not None:
+            pulls = attempt.because == "pull"
+            if attempt.because == "unread":
+                pulls = not await self._has(instance, attempt.model, may_pull=patient)
+            if pulls and self.puller is not None:
                 await self.puller.pull(instance.id, attempt.model)
-            elif attempt.because == "unread":
-                await self._read_models(instance, attempt.model)
             if attempt.because != "loaded":
                 await instance.make_room_for(attempt.model)
         except BaseException:
             lease.release()
             raise
         return Prepared(lease, start_ms)
+
+    async def _lease(self, instance: Instance, failed_on: Collection[str]) -> Lease:
+        try:
+            return await instance.lease()
+        except LimitReachedError:
+            async with self._fleet.place_for(instance.id, keep=failed_on):
+                return await instance.lease()
 
     async def has_gone(self, instance_id: str) -> bool:
         """Look whether an instance that cannot be connected to is really there; waits for the answer."""
@@ -264,7 +320,13 @@ class Gateway:
         # Nearly all that happens to an instance is recorded as an event: their number tells that it did.
         return self._journal.last_id, self._changed.count, self._lists.version, self._settings.version
 
-    async def _read_models(self, instance: Instance, model: str) -> None:
+    async def _has(self, instance: Instance, model: str, *, may_pull: bool) -> bool:
+        """Read the models of an instance; whether it has this one.
+
+        Raises:
+            ModelMissingError: it has not, and must not pull it.
+            UnavailableError: it does not say.
+        """
         if instance.listed is None:
             await instance.probe(tags=True)
         self._lists.take(instance)
@@ -275,8 +337,10 @@ class Gateway:
                 reason=Reason.INSTANCE_UNHEALTHY,
                 instance=instance.id,
             )
-        if model_key(model) not in models:
+        has = model_key(model) in models
+        if not has and not (may_pull and self._settings.routing.auto_pull):
             raise ModelMissingError(instance.id, model, models)
+        return has
 
     def _candidate(self, instance: Instance) -> Candidate:
         view = instance.view()

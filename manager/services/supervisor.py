@@ -334,6 +334,11 @@ class Supervisor(Instance):
         return self.usable_endpoint() is not None and self._ttl_remaining_s() == 0
 
     @property
+    def ends(self) -> bool:
+        """Whether a stop goes on, or is asked for."""
+        return self._is.intent is Operation.STOP
+
+    @property
     def unused_since(self) -> float | None:
         """The monotonic time of the last use; None while it is used, pinned, or does not run."""
         if self.usable_endpoint() is None or self.pinned:
@@ -683,7 +688,9 @@ class Supervisor(Instance):
 
     def _ended(self) -> None:
         self._is.move(Fact.REMOVED)
-        self._is.intent = Operation.START if self._is.target is Target.RUNNING else None
+        self._is.intent = None
+        if self._is.target is Target.RUNNING:
+            self._start_after_stop()
         self._is.bury_at = None
         self._force = False
         self._kill_at_once = False
@@ -692,6 +699,16 @@ class Supervisor(Instance):
         self._world.gpus.drop_claim(self.id)
         self._world.journal.record("stopped", instance=self.id, detail=self._stop_detail)
         self._stoppers.settle()
+
+    def _start_after_stop(self) -> None:
+        """Begin the start that was asked for during the stop, unless its place has gone to another."""
+        try:
+            self._may_run(self.id)
+        except LimitReachedError as error:
+            self._is.target = Target.STOPPED
+            self._is.starters.settle(error)
+        else:
+            self._is.intent = Operation.START
 
     def _stop_failed(self, error: ManagerError) -> None:
         """The stop stays asked for and is tried again. Those who wait are told why it did not work yet.

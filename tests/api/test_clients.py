@@ -236,6 +236,8 @@ async def test_openai_does_the_same_asynchronously_and_may_stop_reading(slow: Ga
         assert (await anext(stream)).choices
         await stream.close()
         await asyncio.to_thread(wait_for, lambda: at_rest(slow))
+        vectors = (await client.embeddings.create(model="minilm", input=["a", "b"])).data
+        assert [len(one.embedding) for one in vectors] == [DIMENSIONS] * 2
 
 
 async def test_openai_calls_tools(tmp_path: Path) -> None:
@@ -273,6 +275,16 @@ def test_litellm_reaches_both_dialects(gateway: Gateway, litellm: Any) -> None:
     assert [len(one["embedding"]) for one in vectors] == [DIMENSIONS] * 2
     with pytest.raises(litellm.NotFoundError, match="not found; models: minilm:latest"):
         litellm.completion(**{**native, "model": "ollama_chat/nope"})
+
+
+async def test_litellm_does_the_same_asynchronously_and_may_stop_reading(slow: Gateway, litellm: Any) -> None:
+    where = {"api_base": f"{slow.url}/v1", "api_key": "unused"}
+    stream = await litellm.acompletion(model="openai/tiny", messages=MESSAGES, stream=True, **where)
+    assert (await anext(stream)).choices
+    await stream.aclose()
+    await asyncio.to_thread(wait_for, lambda: at_rest(slow))
+    vectors = (await litellm.aembedding(model="ollama/minilm", api_base=slow.url, input=["a"])).data
+    assert [len(one["embedding"]) for one in vectors] == [DIMENSIONS]
 
 
 async def test_litellm_calls_tools(tmp_path: Path, litellm: Any) -> None:
@@ -313,6 +325,16 @@ def test_langchain_may_stop_reading_in_the_middle(slow: Gateway) -> None:
     assert next(parts).content
     parts.close()
     wait_for(lambda: at_rest(slow))
+
+
+async def test_langchain_does_the_same_asynchronously(slow: Gateway) -> None:
+    langchain = import_module("langchain_ollama")
+    parts = langchain.ChatOllama(model="tiny", base_url=slow.url).astream("hello")
+    assert (await anext(parts)).content
+    await parts.aclose()
+    await asyncio.to_thread(wait_for, lambda: at_rest(slow))
+    embeddings = langchain.OllamaEmbeddings(model="minilm", base_url=slow.url)
+    assert [len(one) for one in await embeddings.aembed_documents(["a", "b"])] == [DIMENSIONS] * 2
 
 
 async def test_langchain_calls_tools(tmp_path: Path) -> None:

@@ -296,3 +296,67 @@ def test_what_is_used_or_pinned_does_not_make_way(new_daemon: NewDaemon) -> None
     daemon.call("PATCH", "instances/one", json={"pinned": True})
     assert chat(daemon, other).status_code == 503
     assert daemon.instance("one")["phase"] == "ready"
+
+
+TWO = {"one": {"template": "sim"}, "two": {"template": "sim"}}
+
+
+def one_of_two(new_daemon: NewDaemon, **env: str) -> Daemon:
+    """A daemon that lets one instance run at a time; `one` runs, and both are known to have the model."""
+    templates = {"sim": {"env": {f"OLLAMA_SIM_{name}": value for name, value in env.items()}}}
+    daemon = new_daemon(instances=TWO, lifecycle={"max_running": 1}, templates=templates).start()
+    for instance in ("two", "one"):
+        assert chat(daemon, {"model": f"tiny@{instance}", "stream": False}).status_code == 200
+    return daemon
+
+
+def test_who_gives_up_while_another_makes_way_leaves_it_to_the_others(new_daemon: NewDaemon) -> None:
+    daemon = one_of_two(new_daemon, SHUTDOWN_S="2")
+    wanted = {"model": "tiny@two", "stream": False}
+    with ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(hasty, daemon, wanted)
+        daemon.wait_for_phase("one", "stopping")
+        answer = chat(daemon, wanted)
+        assert patient.result() is None
+    assert answer.status_code == 200
+    assert daemon.instance("two")["starts"] == 2
+
+
+def hasty(daemon: Daemon, body: dict[str, Any]) -> None:
+    with pytest.raises(requests.ReadTimeout):
+        chat(daemon, body, timeout_s=1)
+
+
+def test_what_makes_way_does_not_take_its_place_back(new_daemon: NewDaemon) -> None:
+    daemon = one_of_two(new_daemon, SHUTDOWN_S="2")
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(chat, daemon, {"model": "tiny@two", "stream": False})
+        daemon.wait_for_phase("one", "stopping")
+        second = chat(daemon, {"model": "tiny@one", "stream": False})
+        assert first.result().status_code == 200
+    assert second.status_code in (200, 503)  # its turn may come, behind the other
+    assert daemon.instance("two")["starts"] == 2
+
+
+def test_a_place_that_becomes_free_anyway_is_waited_for(new_daemon: NewDaemon) -> None:
+    daemon = one_of_two(new_daemon, SHUTDOWN_S="2")
+    assert daemon.begin("one", "stop", wait="false").status_code == 202
+    assert chat(daemon, {"model": "tiny@two", "stream": False}).status_code == 200
+
+
+def test_what_a_request_has_failed_on_does_not_make_way_for_it(new_daemon: NewDaemon) -> None:
+    daemon = one_of_two(new_daemon)
+    endpoint = daemon.instance("one")["endpoint"]
+    assert requests.post(f"{endpoint}/_sim/knobs", json={"queue_full": True}, timeout=10).ok
+    answer = chat(daemon, {"stream": False})
+    assert answer.status_code == 503
+    assert "server busy" in answer.json()["error"] or "status 503" in answer.json()["error"]
+    assert daemon.instance("one")["phase"] == "ready"
+
+
+def test_the_first_request_ever_may_pull_its_model(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon(
+        templates={"sim": {"env": {"OLLAMA_SIM_PULLABLE": "big"}}}, config={"models": {"auto_pull": True}}
+    ).start()
+    answer = chat(daemon, {"model": "big", "stream": False})
+    assert (answer.status_code, answer.headers["X-Model"]) == (200, "big")

@@ -285,10 +285,9 @@ async def test_a_connection_whose_request_is_still_being_sent_is_not_used_again(
     sink = Collected()
     (await pool.connect()).send(sink, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 2**24)
     await sink.complete.wait()
-    assert pool.idle() is None
-    pool.close()
-    ended.set()
+    # Nor is it waited for until the server takes the rest, which it may never do.
     await until(lambda: pool.is_empty)
+    ended.set()
     server.close()
 
 

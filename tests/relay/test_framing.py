@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.support.inside import until
-from tests.support.relaying import LAST, LINE, Conversation, Front, Scripted, a_word, relaying
+from tests.support.relaying import CHAT, LAST, LINE, Conversation, Front, Scripted, a_word, relaying
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -102,6 +102,26 @@ async def test_what_follows_an_answer_is_not_taken_for_the_next(tmp_path: Path) 
         assert b"forged" not in first.body
         server.answer = a_word
         assert (await front.ask({**TINY, "stream": False})).body == LAST.strip()
+
+
+TWICE = {
+    "two lengths": b"Content-Length: 2\r\nContent-Length: 3\r\n",
+    "a length and chunks": b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n",
+    "a folded line": b"X-A: b\r\n c\r\nContent-Length: 2\r\n",
+}
+
+
+@pytest.mark.parametrize("lines", TWICE.values(), ids=TWICE.keys())
+async def test_an_answer_that_two_could_read_differently_is_no_answer(tmp_path: Path, lines: bytes) -> None:
+    async def says_both(talk: Conversation) -> None:
+        await talk.send(b"HTTP/1.1 200 OK\r\n" + lines + b"\r\n{}")
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = says_both
+        reply = await front.ask({**TINY, "stream": False})
+        assert reply.status == 502
+        server.answer = a_word
+        assert (await front.ask({**TINY, "stream": False})).status == 200
 
 
 async def test_one_connection_carries_requests_of_both_kinds_one_after_the_other(tmp_path: Path) -> None:
@@ -240,27 +260,37 @@ async def test_a_key_is_asked_for_in_the_words_of_the_caller(tmp_path: Path, pat
         assert len(server.seen) == 1
 
 
-STREAM = (
+NATIVE = (
     '{"message":{"content":"grün \N{PILE OF POO} \\r\\n data: [DONE]"},"done":false}\r\n'.encode() * 3 + LAST
 )
+# With comments, empty lines of both kinds, and `data:` with and without a space behind it.
+EVENTS = (
+    ": a comment\r\n\r\n"
+    'data: {"choices":[{"delta":{"content":"grün \N{PILE OF POO} \\n data: [DONE]"}}]}\n\n'
+    'event: message\r\ndata:{"choices":[{"delta":{"content":"x"}}]}\r\n\r\n'
+    'data: {"choices":[],"usage":{"prompt_tokens":12,"completion_tokens":34}}\n\n'
+    "data: [DONE]\n\n"
+).encode()
+STREAMS = {CHAT: NATIVE, "/v1/chat/completions": EVENTS}
 
 
-def test_a_stream_arrives_whole_in_whatever_pieces_it_comes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", STREAMS)
+def test_a_stream_arrives_whole_in_whatever_pieces_it_comes(tmp_path: Path, path: str) -> None:
     """The pieces are cut both as chunks and as writes, which need not be the same."""
     server = Scripted()
+    stream = STREAMS[path]
     with asyncio.Runner() as runner:
         stack = AsyncExitStack()
         runner.run(stack.enter_async_context(server.serving()))
         front = runner.run(stack.enter_async_context(relaying(tmp_path, {"a": server})))
-        cuts = st.lists(st.integers(1, len(STREAM) - 1), max_size=12, unique=True)
+        cuts = st.lists(st.integers(1, len(stream) - 1), max_size=12, unique=True)
 
         @given(cuts=cuts, data=st.data())
         @settings(max_examples=100, deadline=None)
         def holds(cuts: list[int], data: st.DataObject) -> None:
-            body = b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in cut(STREAM, cuts))
-            wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + body + b"0\r\n\r\n"
+            wire = answer_of(path, cut(stream, cuts))
             edges = st.lists(st.integers(1, len(wire) - 1), max_size=12, unique=True)
-            runner.run(arrives(front, server, cut(wire, data.draw(edges))))
+            runner.run(arrives(front, server, path, cut(wire, data.draw(edges))))
 
         try:
             holds()
@@ -268,12 +298,19 @@ def test_a_stream_arrives_whole_in_whatever_pieces_it_comes(tmp_path: Path) -> N
             runner.run(stack.aclose())
 
 
+def answer_of(path: str, pieces: list[bytes]) -> bytes:
+    """The whole answer, with a chunk for each piece of its body."""
+    kind = b"application/x-ndjson" if path == CHAT else b"text/event-stream"
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nTransfer-Encoding: chunked\r\n\r\n" % kind
+    return head + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n"
+
+
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     edges = [0, *sorted(at), len(data)]
     return [data[start:end] for start, end in pairwise(edges)]
 
 
-async def arrives(front: Front, server: Scripted, pieces: list[bytes]) -> None:
+async def arrives(front: Front, server: Scripted, path: str, pieces: list[bytes]) -> None:
     async def answers(talk: Conversation) -> None:
         for piece in pieces:
             await talk.send(piece)
@@ -281,15 +318,17 @@ async def arrives(front: Front, server: Scripted, pieces: list[bytes]) -> None:
 
     server.answer = answers
     before = len(front.records)
-    reply = await front.ask(TINY)
-    assert (reply.whole, reply.body) == (True, STREAM)
+    reply = await front.ask({**TINY, "stream": True}, path)
+    assert (reply.whole, reply.body) == (True, STREAMS[path])
     record = await front.record(before)
     assert (record.outcome, record.input_tokens, record.output_tokens) == ("ok", 12, 34)
 
 
-async def test_a_stream_cut_at_every_byte_arrives_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", STREAMS)
+async def test_a_stream_cut_at_every_byte_arrives_whole(tmp_path: Path, path: str) -> None:
     """Requests and answers alike, a byte a write."""
-    wire = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(STREAM[:90], STREAM[90:])
+    stream = STREAMS[path]
+    wire = answer_of(path, [stream[:90], stream[90:]])
 
     async def drips(talk: Conversation) -> None:
         for at in range(len(wire)):
@@ -299,10 +338,10 @@ async def test_a_stream_cut_at_every_byte_arrives_whole(tmp_path: Path) -> None:
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
         server.answer = drips
         caller = await front.connect()
-        request = caller.request(TINY)
+        request = caller.request({**TINY, "stream": True}, path)
         for at in range(len(request)):
             await caller.raw(request[at : at + 1])
             await asyncio.sleep(0)
         reply = await caller.reply()
-        assert (reply.whole, reply.body) == (True, STREAM)
+        assert (reply.whole, reply.body) == (True, stream)
         caller.leave()

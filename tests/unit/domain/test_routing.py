@@ -332,6 +332,14 @@ def test_a_lane_puts_the_rules_of_a_role_on_a_model_but_not_its_fallbacks() -> N
     assert (decision.role, decision.policy) == ("output", Policy.CPU_ONLY)
 
 
+def test_a_lane_for_something_else_changes_nothing() -> None:
+    roles = (role("thinking", "x", policy=Policy.CPU_ONLY), role("embedding", "y", kind=EMBED, target="b"))
+    decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="thinking")
+    assert (where(decision), decision.role) == (["a", "b"], None)
+    decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="embedding")
+    assert (where(decision), decision.role) == (["b"], "embedding")
+
+
 def test_a_lane_that_is_no_role_changes_nothing() -> None:
     decision = routed("m", instance("g", GPU), lane="nowhere")
     assert attempts(decision) == [Attempt("g", "m", None, "running")]
