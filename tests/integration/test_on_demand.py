@@ -240,7 +240,8 @@ def test_a_container_that_dies_in_mid_stream_is_told_and_leaves_no_lease(
         threading.Timer(0.5, container.kill).start()
         assert "error" in json.loads(stream.result().text.splitlines()[-1])
     wait_for(lambda: daemon.instance("cpu")["in_flight"] == 0)
-    assert chat(daemon, {"stream": False, "options": {"num_predict": 1}}).status_code == 200
+    answer = chat(daemon, {"stream": False, "options": {"num_predict": 1}})
+    assert answer.status_code == 200, answer.text
 
 
 def test_a_server_that_hangs_is_left_for_another_while_its_callers_wait(new_daemon: NewDaemon) -> None:
