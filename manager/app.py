@@ -214,7 +214,7 @@ async def open_daemon(
             changes=world.changes,
             now=time.monotonic,
         )
-        catalogue = Catalogue(fleet, lists, model_settings, now=time.monotonic)
+        catalogue = Catalogue(fleet, gateway, lists, model_settings, now=time.monotonic)
         volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)
         server = AiohttpModelServer(
             connect_timeout_s=settings.gateway.connect_timeout_s,

@@ -213,6 +213,13 @@ class Exchange:
 
     # --- what the relay calls ---
 
+    @property
+    def model_at_work(self) -> tuple[str, bool] | None:
+        """The model that a server has been asked for, and whether it is being loaded; None before that."""
+        if self._attempt is None or self._connection is None:
+            return None
+        return self._attempt.model, self._loading is not None
+
     def cut(self, why: str) -> None:
         """End it now, and say so as far as the dialect allows."""
         self._fail(503, f"cut off: {why}", "cut")
@@ -272,7 +279,7 @@ class Exchange:
         self._status = head.status
         reason = failure_of(head.status) if head.status >= BAD_REQUEST else None
         if reason is not None and self._attempt is not None:
-            self._relay.gateway.failed(self._attempt.instance, reason)
+            self._relay.gateway.failed(self._attempt.instance, reason, self._attempt.model)
             if not self._started and self._more():
                 self._drop_connection()
                 why = f"{self._attempt.instance} answered with status {head.status}"
@@ -552,7 +559,7 @@ class Exchange:
             self._asking = False
             return
         reason = Reason.ATTEMPT_TIMEOUT
-        self._relay.gateway.failed(attempt.instance, reason)
+        self._relay.gateway.failed(attempt.instance, reason, attempt.model)
         limit_s = self._relay.limits.first_byte_timeout_s
         self._attempt_failed(reason, f"{attempt.instance} did not answer within {limit_s:g} s", None)
 

@@ -69,6 +69,7 @@ class Relay:
         self.id_prefix = os.urandom(6).hex()
         self.span_prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
+        gateway.under_way = self._models_at_work
 
     def pool(self, endpoint: str) -> UpstreamPool:
         found = self._pools.get(endpoint)
@@ -155,6 +156,9 @@ class Relay:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    def _models_at_work(self) -> list[tuple[str, bool]]:
+        return [at_work for exchange in self.exchanges if (at_work := exchange.model_at_work) is not None]
 
     def _task_ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

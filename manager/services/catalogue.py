@@ -12,14 +12,14 @@ from manager.domain.instance import Health
 from manager.domain.models import model_key
 from manager.services.model_lists import volume_of
 from manager.wire.listing import Alias, KnownModel
-from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
+    from manager.domain.instance import Model
     from manager.services.fleet import Fleet
-    from manager.services.gateway import SettingsSource
+    from manager.services.gateway import Gateway, SettingsSource
     from manager.services.instance import Instance
     from manager.services.model_lists import ModelLists
 
@@ -43,9 +43,16 @@ class Catalogue:
     """Reads what instances know of themselves; `refresh` has those that are ready look again."""
 
     def __init__(
-        self, fleet: Fleet, lists: ModelLists, settings: SettingsSource, *, now: Callable[[], float]
+        self,
+        fleet: Fleet,
+        gateway: Gateway,
+        lists: ModelLists,
+        settings: SettingsSource,
+        *,
+        now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._gateway = gateway
         self._lists = lists
         self._settings = settings
         self._now = now
@@ -126,15 +133,24 @@ class Catalogue:
     def _by_key(self) -> dict[str, KnownModel]:
         entries: dict[str, Mapping[str, Any]] = {}
         instances: defaultdict[str, list[str]] = defaultdict(list)
-        loaded_on: defaultdict[str, list[str]] = defaultdict(list)
+        loaded: defaultdict[str, list[tuple[str, Model]]] = defaultdict(list)
         for instance in self._fleet.instances():
             for key, entry in self._lists.entries(volume_of(instance.spec)).items():
                 entries.setdefault(key, entry)
                 instances[key].append(instance.id)
-        for id_, entry in self.loaded():
-            loaded_on[model_key(name_of(entry))].append(id_)
+            if instance.usable_endpoint() is not None:
+                for model in instance.models:
+                    loaded[model_key(model.name)].append((instance.id, model))
+        doing = self._gateway.models_at_work()
         return {
-            key: KnownModel(entry, tuple(instances[key]), tuple(loaded_on[key]))
+            key: KnownModel(
+                entry,
+                tuple(instances[key]),
+                tuple(id_ for id_, _ in loaded[key]),
+                doing.get(key) or ("ready" if loaded[key] else self._gateway.idle_status(key)),
+                max((_offload(model) for _, model in loaded[key]), default=None),
+                min(filter(None, map(self._gateway.first_token_ms, instances[key])), default=None),
+            )
             for key, entry in entries.items()
         }
 
@@ -144,6 +160,10 @@ class Catalogue:
             for role in self._settings.routing.roles.values()
             if role.model is not None and model_key(role.name) not in models
         )
+
+
+def _offload(model: Model) -> float:
+    return round(model.vram_bytes / model.size_bytes, 3) if model.size_bytes else 0.0
 
 
 def _is_well(instance: Instance) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from manager.domain.instance import Phase
 from manager.domain.models import model_key
@@ -13,7 +13,7 @@ from manager.errors import BackingOffError, LimitReachedError, ManagerError, Rea
 from manager.services.model_lists import volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 # gone meanwhile finds out when it asks for the lease.
 _OLDEST_SNAPSHOT_S = 1.0
 _MOST_REMEMBERED = 4096
+# What a server does wrong with one model; all else is the instance's trouble.
+_OF_MODELS = (Reason.UPSTREAM_ERROR, Reason.ATTEMPT_TIMEOUT)
 # Between two looks at whether a server that says nothing does anything.
 _STILL_LOADING_S = 1.0
 _BUSY_CPU_S = 0.1
@@ -151,7 +153,9 @@ class Gateway:
         self._snapshot = Snapshot(())
         self._taken_at = float("-inf")
         self._told: dict[tuple[str, str | None], tuple[str, Reason | None]] = {}
+        self._broken: set[str] = set()
         self.puller: ModelPuller | None = None
+        self.under_way: Callable[[], Iterable[tuple[str, bool]]] = tuple
 
     @property
     def settings_version(self) -> int:
@@ -279,14 +283,19 @@ class Gateway:
 
     # --- what became of it ---
 
-    def failed(self, instance_id: str, reason: Reason) -> None:
+    def failed(self, instance_id: str, reason: Reason, model: str | None = None) -> None:
+        """An attempt has failed, for `model` if its server was asked for one."""
         self._traffic.failed(instance_id, reason)
+        if model is not None and reason in _OF_MODELS and len(self._broken) < _MOST_REMEMBERED:
+            self._broken.add(model_key(model))
         if reason is Reason.MODEL_MISSING:
             self._fleet.get(instance_id).read_models_soon()
 
     def ended(self, record: RequestRecord) -> None:
         """A request has ended: count it, write it down, and tell when where it went has changed."""
         self._traffic.ended(record)
+        if self._broken and record.outcome == "ok" and record.model is not None:
+            self._broken.discard(model_key(record.model))
         if not record.fallback and not self._told:
             return
         if record.effective_target is None or record.outcome != "ok":
@@ -313,6 +322,25 @@ class Gateway:
             reason=reason,
             detail=f"{asked_for[0]} (wanted: {wanted}) is answered by {record.effective_target}",
         )
+
+    # --- what is known of models ---
+
+    def models_at_work(self) -> Mapping[str, Literal["in_use", "loading"]]:
+        """What requests that are under way do with models, by their keys."""
+        doing: dict[str, Literal["in_use", "loading"]] = {}
+        for model, loading in self.under_way():
+            key = model_key(model)
+            if not loading or key not in doing:
+                doing[key] = "loading" if loading else "in_use"
+        return doing
+
+    def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
+        """What there is to say of a model that is in no memory."""
+        return "error" if key in self._broken else "not_loaded"
+
+    def first_token_ms(self, instance_id: str) -> float | None:
+        """The mean time to the first token on an instance; None where it has answered nothing yet."""
+        return self._traffic.first_token_ms(instance_id)
 
     # --- helpers ---
 

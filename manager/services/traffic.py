@@ -149,6 +149,11 @@ class Traffic:
         """An attempt on an instance failed, whatever became of the request."""
         self.target_errors[instance, reason.value] += 1
 
+    def first_token_ms(self, instance: str) -> float | None:
+        """The mean over all requests so far; None where there was none."""
+        histogram = self.first_tokens.get(instance)
+        return None if histogram is None else round(histogram.total_s * 1000 / sum(histogram.counts), 1)
+
     def ended(self, record: RequestRecord) -> None:
         record.queue_ms = _to_microseconds(record.queue_ms)
         record.duration_ms = _to_microseconds(record.duration_ms)

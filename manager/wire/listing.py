@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from manager.wire.ollama import name_of, read_time
 
@@ -27,16 +27,25 @@ _DEFAULT_NAMESPACE = "library"
 _OWNER_OF_ROLES = "ollama-manager"
 
 
+# What becomes of a model. `error`: the last request for it failed, and it is not in memory.
+Status: TypeAlias = Literal["not_loaded", "loading", "ready", "in_use", "error"]
+
+
 @dataclass(frozen=True, slots=True)
 class KnownModel:
     """A model, the instances that have it, and those of them that hold it in memory.
 
-    `entry` is what a server last said of it in `/api/tags`.
+    `entry` is what a server last said of it in `/api/tags`. `offload` is the share of it that is in a card's
+    memory, where it is loaded; `latency_ms` the mean time to the first token on the fastest of its instances,
+    whichever model that was for.
     """
 
     entry: Mapping[str, Any]
     instances: tuple[str, ...]
     loaded_on: tuple[str, ...]
+    status: Status = "not_loaded"
+    offload: float | None = None
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +87,7 @@ def model_document(called: str, model: KnownModel) -> dict[str, Any]:
         "object": "model",
         "created": int(_modified_s(model)),
         "owned_by": _namespace(name_of(model.entry)),
-        "loaded": bool(model.loaded_on),
-        "instances": list(model.instances),
+        **_hints(model),
     }
 
 
@@ -90,10 +98,20 @@ def alias_document(alias: Alias) -> dict[str, Any]:
         "object": "model",
         "created": 0 if model is None else int(_modified_s(model)),
         "owned_by": _OWNER_OF_ROLES,
-        "loaded": model is not None and bool(model.loaded_on),
-        "instances": [] if model is None else list(model.instances),
+        **_hints(model),
         "model": alias.model,
         "kind": alias.kind.value,
+    }
+
+
+def _hints(model: KnownModel | None) -> dict[str, Any]:
+    model = model or KnownModel({}, (), ())
+    return {
+        "loaded": bool(model.loaded_on),
+        "status": model.status,
+        "offload": model.offload,
+        "latency_ms": model.latency_ms,
+        "instances": list(model.instances),
     }
 
 

@@ -73,7 +73,12 @@ def catalogue(*instances: Instance, images: tuple[str, ...] = (), roles: tuple[R
     settings: Any = SimpleNamespace(routing=RoutingSettings({role.name: role for role in roles}))
     nothing: Any = None
     stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
-    return Catalogue(fleet, ModelLists(nothing, nothing, stored), settings, now=Clock())
+    gateway: Any = SimpleNamespace(
+        models_at_work=dict,
+        idle_status=lambda _key: "not_loaded",
+        first_token_ms={"one": 30.0, "two": 20.0}.get,
+    )
+    return Catalogue(fleet, gateway, ModelLists(nothing, nothing, stored), settings, now=Clock())
 
 
 # --- the version ----------------------------------------------------------------------------------
@@ -162,9 +167,9 @@ async def test_who_was_asked_just_now_and_not_used_since_is_left_alone() -> None
 def test_a_model_is_told_once_with_all_who_have_it_and_hold_it() -> None:
     one, two, away = Instance("one"), Instance("two"), Instance("away", ready=False)
     one.listed = two.listed = away.listed = (TINY,)
-    two.models = away.models = (Model("Tiny", "d", 1, 0, None, entry={"name": "Tiny"}),)
+    two.models = away.models = (Model("Tiny", "d", 4, 1, None, entry={"name": "Tiny"}),)
     known = catalogue(one, two, away)
-    assert known.models() == (KnownModel(TINY, ("one", "two", "away"), ("two",)),)
+    assert known.models() == (KnownModel(TINY, ("one", "two", "away"), ("two",), "ready", 0.25, 20.0),)
     assert known.loaded() == (("two", {"name": "Tiny"}),)
 
 
@@ -180,6 +185,6 @@ def test_a_name_means_a_model_before_a_role() -> None:
     assert isinstance(known.find("tiny"), KnownModel)
     found = known.find("thinking")
     assert isinstance(found, Alias)
-    assert (found.model, found.of) == ("TINY", KnownModel(TINY, ("one",), ()))
+    assert (found.model, found.of) == ("TINY", KnownModel(TINY, ("one",), (), latency_ms=30.0))
     assert known.find("control") is known.find("nope") is None
     assert [alias.name for alias in known.aliases()] == ["thinking"]

@@ -22,7 +22,7 @@ TINY = {
     "details": {"family": "llama", "families": ["llama"], "capabilities": ["completion"]},
     "remote_host": "https://ollama.com",
 }
-KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",))
+KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",), "ready", 0.5, 12.5)
 BARE = KnownModel({"name": "bare"}, ("nas",), ())
 
 
@@ -72,6 +72,9 @@ def test_a_model_for_openai_is_called_as_it_was_asked_for() -> None:
         "created": 1795248005,
         "owned_by": "library",
         "loaded": True,
+        "status": "ready",
+        "offload": 0.5,
+        "latency_ms": 12.5,
         "instances": ["cpu", "gpu0"],
     }
 
@@ -90,6 +93,9 @@ def test_a_role_is_an_entry_that_names_its_model() -> None:
             "created": 1795248005,
             "owned_by": "ollama-manager",
             "loaded": True,
+            "status": "ready",
+            "offload": 0.5,
+            "latency_ms": 12.5,
             "instances": ["cpu", "gpu0"],
             "model": "tiny",
             "kind": "generate",
@@ -100,3 +106,4 @@ def test_a_role_is_an_entry_that_names_its_model() -> None:
 def test_a_role_whose_model_nobody_has_says_so() -> None:
     document = alias_document(Alias("embedding", "bge-m3", RequestKind.EMBED, None))
     assert (document["loaded"], document["instances"], document["created"]) == (False, [], 0)
+    assert (document["status"], document["offload"], document["latency_ms"]) == ("not_loaded", None, None)
