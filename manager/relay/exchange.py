@@ -123,6 +123,7 @@ class Exchange:
     _first_byte_at = 0.0
     _asking = False
     _next_comment_at: float | None = None
+    _heard = ""
     _started = False
     _swallow = False
     _status = 0
@@ -435,6 +436,7 @@ class Exchange:
         record, gateway = self._record, self._relay.gateway
         assert record is not None  # noqa: S101  (its turn has come)
         self._attempt = attempt
+        self._heard = ""
         self._retried = False
         record.attempts += 1
         record.effective_target = attempt.instance
@@ -455,7 +457,10 @@ class Exchange:
         assert self._attempts is not None  # noqa: S101  (it is one of them)
         try:
             prepared = await self._relay.gateway.prepare(
-                attempt, patient=not self._more(), failed_on=self._attempts.failed_on
+                attempt,
+                patient=not self._more(),
+                failed_on=self._attempts.failed_on,
+                tell=self._hear,
             )
         except ManagerError as error:
             self._task = None
@@ -600,6 +605,10 @@ class Exchange:
         """Whether another attempt could follow."""
         return self._attempts is not None and self._attempts.more
 
+    def _hear(self, words: str) -> None:
+        """What is done for this request meanwhile."""
+        self._heard = words
+
     # --- the answer ---
 
     def _start_answer(self, head: AnswerHead) -> None:
@@ -660,7 +669,8 @@ class Exchange:
         if not self._started:
             kind = b"Content-Type: %b\r\n" % _EVENT_STREAM
             self._start_answer(AnswerHead(200, [kind], None, _EVENT_STREAM))
-        comment = b": waiting for %b\n\n" % self._attempt.instance.encode()
+        heard = f" ({printable(self._heard)})" if self._heard else ""
+        comment = f": waiting for {self._attempt.instance}{heard}\n\n".encode()
         head, self._head = self._head, b""
         front.write(b"%b%x\r\n%b\r\n" % (head, len(comment), comment))
 

@@ -48,8 +48,8 @@ class SettingsSource(Protocol):
 
 
 class ModelPuller(Protocol):
-    async def pull(self, instance: str, model: str) -> None:
-        """Have the model on the instance's volume.
+    async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
+        """Have the model on the instance's volume; what goes on is told in words.
 
         Raises:
             UnavailableError: it cannot be had, with reason `model_missing`.
@@ -74,6 +74,10 @@ class ModelMissingError(UnavailableError):
             reason=Reason.MODEL_MISSING,
             instance=instance,
         )
+
+
+def _nobody(_words: str) -> None:
+    """Takes what nobody wants to hear."""
 
 
 class Attempts:
@@ -219,7 +223,12 @@ class Gateway:
         return instance.try_lease()
 
     async def prepare(
-        self, attempt: Attempt, *, patient: bool = False, failed_on: Collection[str] = ()
+        self,
+        attempt: Attempt,
+        *,
+        patient: bool = False,
+        failed_on: Collection[str] = (),
+        tell: Callable[[str], None] = _nobody,
     ) -> Prepared:
         """A lease for an attempt, whatever has to happen first: a start, a first look at the models, a pull.
 
@@ -228,6 +237,7 @@ class Gateway:
             patient: there is no other way to answer: wait for the end of a short back-off, and have an
                 instance that turns out not to have the model pull it, where that is permitted.
             failed_on: instances that this request has been to; none of them is stopped to make way for it.
+            tell: takes the progress of a pull, in words.
 
         Raises:
             ManagerError: it cannot be had.
@@ -248,7 +258,7 @@ class Gateway:
             if attempt.because == "unread":
                 pulls = not await self._has(instance, attempt.model, may_pull=patient)
             if pulls and self.puller is not None:
-                await self.puller.pull(instance.id, attempt.model)
+                await self.puller.pull(instance.id, attempt.model, tell)
             if attempt.because != "loaded":
                 await instance.make_room_for(attempt.model)
         except BaseException:

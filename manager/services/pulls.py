@@ -14,7 +14,15 @@ from manager.errors import ManagerError, Reason, UnavailableError
 from manager.services.ports import Question
 from manager.wire.dialect import message_of
 from manager.wire.management import read_named
-from manager.wire.progress import Lines, LineTooLongError, error_of, progress, says_success, subject_of
+from manager.wire.progress import (
+    Lines,
+    LineTooLongError,
+    error_of,
+    in_words,
+    progress,
+    says_success,
+    subject_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -160,8 +168,13 @@ class Pulls:
             self._begun.put_nowait(pull)
         return Waiter(pull, self._has_left)
 
-    async def pull(self, instance: str, model: str) -> None:
+    async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
         """Have the model on the instance's volume.
+
+        Args:
+            instance: one of those that mount it.
+            model: its name.
+            tell: takes what goes on, in words.
 
         Raises:
             ManagerError: it cannot be had.
@@ -173,8 +186,8 @@ class Pulls:
             raise PullFailedError(why, instance=instance)
         try:
             with self.join(volume, read_named(orjson.dumps({"model": model}))) as waiter:
-                async for _ in waiter:
-                    pass
+                async for line in waiter:
+                    tell(in_words(line))
         except PullFailedError as error:
             if len(self._given_up) >= _MOST_GIVEN_UP:
                 self._given_up.clear()

@@ -60,6 +60,17 @@ def error_of(line: bytes) -> str | None:
     return error if isinstance(error, str) else None
 
 
+def in_words(line: bytes) -> str:
+    """What a line of progress says, with how far it is where it tells; empty where it says nothing."""
+    document = _object(line)
+    status, done, total = (document.get(name) for name in ("status", "completed", "total"))
+    if not isinstance(status, str):
+        return ""
+    if isinstance(done, int) and isinstance(total, int) and total > 0:
+        return f"{status} {100 * done // total} %"
+    return status
+
+
 def progress(status: str) -> bytes:
     return orjson.dumps({"status": status}) + b"\n"
 

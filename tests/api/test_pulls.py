@@ -210,3 +210,23 @@ async def test_a_caller_that_leaves_ends_the_pull_that_it_waited_for(tmp_path: P
         caller.leave()
         await happens(held.left)
         await until(lambda: front.at_rest)
+
+
+async def test_a_caller_of_events_hears_how_far_the_pull_for_it_is(tmp_path: Path) -> None:
+    held = Held(b'{"status":"pulling 6a0746a1ec1a","completed":43,"total":100}\n')
+    config = {"models": {"auto_pull": True}}
+    quick = {"keep_alive_s": 0.5}
+    async with (
+        Store().serving() as server,
+        relaying(tmp_path, {"a": server}, config=config, gateway=quick) as front,
+    ):
+        server.on["/api/pull"] = held
+        caller = await front.connect()
+        await caller.send({**CHAT, "model": "big", "stream": True}, "/v1/chat/completions")
+        await begun(held)
+        await caller.head()
+        heard = b": waiting for a (pulling 6a0746a1ec1a 43 %)\n\n"
+        while await caller.chunk() != heard:
+            pass
+        caller.leave()
+        await until(lambda: front.at_rest)

@@ -11,6 +11,7 @@ from manager.wire.progress import (
     Lines,
     LineTooLongError,
     error_of,
+    in_words,
     progress,
     says_success,
     subject_of,
@@ -55,3 +56,18 @@ def test_lines_about_the_same_part_are_about_the_same() -> None:
     assert subject_of(first) != subject_of(b'{"status":"pulling def","digest":"def"}')
     assert subject_of(b'{"status":"x","digest":5}') == subject_of(progress("x"))
     assert subject_of(b"no JSON") == subject_of(b"[]")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b'{"status":"pulling abc","completed":43,"total":100}', "pulling abc 43 %"),
+        (b'{"status":"pulling abc","total":100}', "pulling abc"),
+        (b'{"status":"pulling abc","completed":0,"total":0}', "pulling abc"),
+        (b'{"status":"verifying"}', "verifying"),
+        (b'{"error":"no"}', ""),
+        (b"nonsense", ""),
+    ],
+)
+def test_a_line_in_words_says_how_far_it_is_where_that_is_told(line: bytes, words: str) -> None:
+    assert in_words(line) == words
