@@ -133,7 +133,8 @@ class StateDirLock:
             self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             deadline = time.monotonic() + _GLANCE_S
             while not _try(self._lock):
-                if time.monotonic() >= deadline:
+                # Who merely looks whether somebody holds it holds it for a moment too, but shared.
+                if time.monotonic() >= deadline and _is_held(self._state_dir / _LOCK):
                     raise self._held()
                 time.sleep(_POLL_S)
         except OSError as exc:

@@ -14,6 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
+from tests.support.daemon import wait_for
 from tests.support.ollama import RunningOllama, running_ollama
 
 if TYPE_CHECKING:
@@ -241,9 +242,16 @@ def test_a_busy_server_burns_a_core_and_still_answers(ollama: RunningOllama) -> 
 
 def test_an_idle_server_does_nothing(ollama: RunningOllama) -> None:
     ask(ollama, "/api/version")
-    before = context_switches(ollama.process.pid)
-    time.sleep(0.5)
-    assert context_switches(ollama.process.pid) == before
+    seen = [-1]
+
+    def is_done_with_the_question() -> bool:
+        seen.append(context_switches(ollama.process.pid))
+        time.sleep(0.05)
+        return seen[-1] == seen[-2]
+
+    wait_for(is_done_with_the_question)
+    time.sleep(0.5)  # nothing happens in all that time
+    assert context_switches(ollama.process.pid) == seen[-1]
 
 
 def test_a_pull_of_an_offered_model_makes_it_listed(ollama: RunningOllama) -> None:
