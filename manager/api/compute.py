@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
@@ -25,7 +24,7 @@ from manager.api.schemas import (
     instance_json,
     swept_body,
 )
-from manager.errors import InvalidRequestError, ManagerError
+from manager.errors import EngineError, InvalidRequestError, ManagerError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -162,7 +161,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
             if not backend.may_pull(image):
                 raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
         fleet.refuse_without_engine()
-        lines = _pull_lines(backend, images)
+        lines = _pull_lines(backend, images, keep=request.image is None)
         first = await anext(lines)  # what fails at once is an error status, not a stream
 
         async def stream() -> AsyncIterator[bytes]:
@@ -197,23 +196,33 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     return router
 
 
-async def _pull_lines(backend: Backend, images: tuple[str, ...]) -> AsyncIterator[bytes]:
+async def _pull_lines(backend: Backend, images: tuple[str, ...], *, keep: bool) -> AsyncIterator[bytes]:
+    """Progress of one image after the other.
+
+    Args:
+        backend: whose engine pulls.
+        images: their names.
+        keep: one that the engine has and cannot pull is no error: it is used on.
+    """
     begun = False
     try:
         for image in images:
-            async for progress in backend.engine.pull(image):
-                yield PullLine(
-                    image=image,
-                    status=progress.status,
-                    layer=progress.layer,
-                    current_bytes=progress.current_bytes,
-                    total_bytes=progress.total_bytes,
-                ).line()
+            try:
+                async for progress in backend.engine.pull(image):
+                    yield PullLine(
+                        image=image,
+                        status=progress.status,
+                        layer=progress.layer,
+                        current_bytes=progress.current_bytes,
+                        total_bytes=progress.total_bytes,
+                    ).line()
+                    begun = True
+            except EngineError as error:
+                if not keep or not await backend.engine.has_image(image):
+                    raise
+                yield PullLine(image=image, status=f"kept: {error.message}").line()
                 begun = True
     except ManagerError as error:
-        with contextlib.suppress(ManagerError):
-            if await backend.engine.has_image(image):
-                error.message += "; the one that the engine has is used on"
         if not begun:
             raise
         yield bytes(manager_error_response(error).body) + b"\n"

@@ -127,7 +127,9 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
             {"field": ".".join(str(part) for part in problem["loc"]), "message": _plainly(problem)}
             for problem in error.errors()
         ]
-        if problems[0]["field"] == "body" and not _is_json(request):
+        if error.errors()[0]["type"] == "json_invalid":
+            problems = [{"field": "body", "message": "it is not JSON"}]
+        elif problems[0]["field"] == "body" and not _is_json(request):
             problems[0]["message"] = "expected JSON, with the header `Content-Type: application/json`"
         first = problems[0]
         return error_response(

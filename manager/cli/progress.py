@@ -59,6 +59,8 @@ def pull_images(endpoint: Endpoint, image: str | None) -> None:
                 outcomes.setdefault(line.image, "pulled")
                 if "up to date" in line.status:
                     outcomes[line.image] = "is up to date"
+                elif line.status.startswith("kept"):
+                    outcomes[line.image] = "is there and could not be pulled anew"
                 shown.show(line)
             elif line.status == "done":
                 break

@@ -36,7 +36,7 @@ class Access:
 
     A page in a browser can send requests to this machine: under a name of its own that resolves to it
     (hence the Host check), or across origins (hence the Origin check). Pages of this machine may use models
-    and read the answers, as with Ollama itself; no page may read what the control API says.
+    and read the answers, as with Ollama itself; the control API is for pages that come from it.
 
     Args:
         allowed_hosts: names without a port, IPv6 in brackets, in lower case.
@@ -74,10 +74,14 @@ class Access:
                 f"Host {named!r} is not in server.allowed_hosts of the configuration",
             )
         for name, value in headers:
-            if name == b"origin" and not self._allows_origin(value, path):
+            if name == b"origin" and not self._allows_origin(value, path, hosts[0]):
                 origin = value.decode("latin-1")
-                where = "server.allowed_hosts" + (" or server.allowed_origins" if spoken_at(path) else "")
-                return Refusal(_FORBIDDEN, "origin_not_allowed", f"Origin {origin!r} is not in {where}")
+                why = (
+                    "is not in server.allowed_hosts or server.allowed_origins"
+                    if spoken_at(path)
+                    else "is not this server itself, whose control is open to no other page"
+                )
+                return Refusal(_FORBIDDEN, "origin_not_allowed", f"Origin {origin!r} {why}")
         if asks_first:
             return None
         if self._key is not None and path not in WITHOUT_KEY and not _has_key(headers, self._key):
@@ -89,11 +93,12 @@ class Access:
             )
         return None
 
-    def _allows_origin(self, origin: bytes, path: str) -> bool:
+    def _allows_origin(self, origin: bytes, path: str, host: bytes) -> bool:
         scheme, separator, name = origin.partition(b"://")
-        if scheme in (b"http", b"https") and separator and self._allows(name):
-            return True
-        return spoken_at(path) is not None and any(
+        of_web = scheme in (b"http", b"https") and bool(separator)
+        if spoken_at(path) is None:
+            return of_web and name.lower() == host.strip().lower()
+        return (of_web and self._allows(name)) or any(
             origin.startswith(allowed[:-1]) if allowed.endswith(b"*") else origin == allowed
             for allowed in self._allowed_origins
         )

@@ -12,6 +12,7 @@ import requests
 
 from manager.api.schemas import InstanceBody
 from tests.api.registry import Registry
+from tests.simulated.image import IMAGE
 from tests.support.daemon import COMPUTE, wait_for
 from tests.support.engine import PrivateEngine
 
@@ -395,6 +396,14 @@ def test_an_image_that_is_not_allowed_is_never_pulled(daemon: Daemon, image: obj
 def test_a_pull_that_fails_before_it_began_is_an_error_status(daemon: Daemon) -> None:
     answer = daemon.call("POST", "pull", json={"image": "ollama-manager/simulated:none"})
     assert error_of(answer, 503)["code"] in {"image_missing", "start_failed", "engine_unavailable"}
+
+
+def test_of_all_images_one_that_is_there_and_in_no_registry_is_kept(daemon: Daemon) -> None:
+    answer = daemon.call("POST", "pull", json={})
+    assert answer.status_code == 200
+    kept, done = [json.loads(line) for line in answer.text.splitlines()]
+    assert (kept["image"], done) == (IMAGE, {"status": "done"})
+    assert kept["status"].startswith("kept: ")
 
 
 def test_a_pull_tells_its_progress_as_ndjson_and_ends_with_done(

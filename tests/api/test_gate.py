@@ -218,10 +218,21 @@ def test_a_second_host_is_refused_in_whatever_order(daemon: Daemon) -> None:
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://localhost:11435", "http://127.0.0.1:3000", "https://localhost", "http://[::1]:1"]
+    "origin", ["http://localhost:3000", "http://127.0.0.1", "https://localhost:8443", "http://[::1]:1"]
 )
-def test_a_page_of_this_machine_may_ask(daemon: Daemon, origin: str) -> None:
-    assert say(daemon.port, request("/healthz", f"Origin: {origin}")).status == 200
+def test_a_page_of_this_machine_may_use_models_and_control_nothing(daemon: Daemon, origin: str) -> None:
+    headers = (f"Origin: {origin}", f"X-API-Key: {KEY}")
+    assert say(daemon.port, request("/api/version", *headers)).status == 200
+    answer = say(daemon.port, request(f"{COMPUTE}/instances/cpu/stop", *headers, method="POST"))
+    assert (answer.status, answer.error["code"]) == (403, "origin_not_allowed")
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_page_that_comes_from_the_daemon_may_control_it(daemon: Daemon, scheme: str) -> None:
+    here = f"LocalHost:{daemon.port}"
+    headers = (f"Origin: {scheme}://{here.lower()}", f"X-API-Key: {KEY}")
+    asked = request(f"{COMPUTE}/reap?dry_run=true", *headers, "Content-Length: 0", method="POST", host=here)
+    assert say(daemon.port, asked, end=False).status == 200
 
 
 @pytest.mark.parametrize(
@@ -251,7 +262,11 @@ def test_no_answer_lets_other_origins_read_it(daemon: Daemon) -> None:
     answer = daemon.call(
         "OPTIONS",
         "instances",
-        headers={"X-API-Key": KEY, "Origin": "http://localhost", "Access-Control-Request-Method": "POST"},
+        headers={
+            "X-API-Key": KEY,
+            "Origin": f"http://127.0.0.1:{daemon.port}",
+            "Access-Control-Request-Method": "POST",
+        },
     )
     assert answer.status_code == 405
     assert not [name for name in answer.headers if name.lower().startswith("access-control-")]

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.tools.console import ToolError, say
@@ -52,12 +53,20 @@ def main() -> int:
     began = time.monotonic()
     if options.what == "test":
         _provide_for_tests()
-    failed = [step for command in STATIC if (step := _failed(*command))]
+    failed: list[str] = []
     if options.what == "check":
+        failed += [step for command in STATIC if (step := _failed(*command))]
         failed += filter(None, [_failed(sys.executable, *_PYTEST, "-q", "tests/unit", *pytest_arguments)])
         summary = ""
     else:
-        summary = _test(pytest_arguments, failed)
+        # Types take a minute of one core, and the first tests another.
+        with ThreadPoolExecutor(1) as beside:
+            static = beside.submit(lambda: [_quietly(*command) for command in STATIC])
+            summary = _test(pytest_arguments, failed)
+            for command, (status, output) in zip(STATIC, static.result(), strict=True):
+                say(f"== {_shown(command)}")
+                print(output, end="", flush=True)
+                failed += [_shown(command)] if status else []
     say("")
     for step in failed:
         say(f"FAILED: {step}")
@@ -127,6 +136,17 @@ def _streamed(command: list[str]) -> tuple[int, str]:
             if _SUMMARY.fullmatch(_COLOUR.sub("", line).strip()):
                 summary = line.rstrip("\n")
     return process.returncode, summary
+
+
+def _quietly(*command: str) -> tuple[int, str]:
+    """Run a command beside others; its exit status and what it said."""
+    try:
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+    except FileNotFoundError as error:
+        return 127, f"{error}\n"
+    return done.returncode, done.stdout
 
 
 def _failed(*command: str) -> str | None:
