@@ -203,7 +203,7 @@ class Fleet:
     async def _stop_another(self, instance_id: str, keep: Collection[str]) -> None:
         others = [one for one in self.supervisors() if one.id != instance_id]
         for one in others:
-            if one.ends and not one.in_flight:
+            if one.ends and not one.in_flight and not one.pinned:
                 await one.stopped()
                 return
         unused = [

@@ -703,7 +703,8 @@ class Supervisor(Instance):
     def _start_after_stop(self) -> None:
         """Begin the start that was asked for during the stop, unless its place has gone to another."""
         try:
-            self._may_run(self.id)
+            if not self.pinned:
+                self._may_run(self.id)
         except LimitReachedError as error:
             self._is.target = Target.STOPPED
             self._is.starters.settle(error)

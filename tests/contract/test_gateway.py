@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 RECORDINGS = load_recordings()
 
 # Keys that only the gateway has, by path.
+OF_A_MODEL = {"loaded", "status", "offload", "latency_ms", "instances"}
 OWN_KEYS = {
     "/api/ps": {"instance"},
-    "/v1/models": {"loaded", "instances"},
-    "/v1/models/tiny": {"loaded", "instances"},
+    "/v1/models": OF_A_MODEL,
+    "/v1/models/tiny": OF_A_MODEL,
 }
 # Errors that the gateway finds before any server is asked, and a part that each must have.
 OWN_ERRORS = {
