@@ -36,6 +36,7 @@ _STILL_LOADING_S = 1.0
 _BUSY_CPU_S = 0.1
 # A first back-off is waited for; after several failures in a row callers are told at once.
 _PATIENCE_S = 2.5
+_MOMENT_S = 0.01
 
 
 class SettingsSource(Protocol):
@@ -245,13 +246,16 @@ class Gateway:
         instance = self._fleet.get(attempt.instance)
         began = self._now()
         runs = instance.usable_endpoint() is not None
-        try:
-            lease = await self._lease(instance, failed_on)
-        except BackingOffError as error:
-            if not patient or (error.retry_after_s or 0.0) > _PATIENCE_S:
-                raise
-            await asyncio.sleep(error.retry_after_s or 0.0)
-            lease = await self._lease(instance, failed_on)
+        while True:
+            try:
+                lease = await self._lease(instance, failed_on)
+                break
+            except BackingOffError as error:
+                wait_s = error.retry_after_s or 0.0
+                if not patient or self._now() + wait_s > began + _PATIENCE_S:
+                    raise
+                # A sleep may end a moment too soon.
+                await asyncio.sleep(wait_s + _MOMENT_S)
         start_ms = None if runs else (self._now() - began) * 1000
         try:
             pulls = attempt.because == "pull"

@@ -53,6 +53,8 @@ if TYPE_CHECKING:
 # How long somebody waits to hear from the engine whether a container that refuses connections has ended.
 _LOOK_S = 10.0
 _LOOK_POLL_S = 0.02
+# Whoever streams from an instance shows within this time.
+_GLANCE_S = 0.5
 
 
 class Supervisor(Instance):
@@ -203,15 +205,24 @@ class Supervisor(Instance):
             ManagerError: the stop failed.
         """
         async with self._last_look:
-            since = self.unused_since
-            await self.probe()
-            await self._usage.sample()
+            if not await self._rests():
+                # What was seen may be over, or be what it takes to start: it is the present that counts.
+                await asyncio.sleep(_GLANCE_S)
+                if not await self._rests():
+                    return False
             # As in `stop_if_idle`: no lease can be taken from here on.
-            if since is None or self.unused_since != since or not self._engine_up:
+            if not self._engine_up:
                 return False
             self.begin_stop(detail=detail)
         await self.stopped()
         return True
+
+    async def _rests(self) -> bool:
+        """Whether nobody uses it, and nobody has since it was looked at last."""
+        since = self.unused_since
+        await self.probe()
+        await self._usage.sample()
+        return since is not None and self.unused_since == since
 
     async def logs(self, tail: int) -> tuple[str, ...]:
         """The last lines of the container, or of the one that was, as far as they were kept.
