@@ -291,13 +291,11 @@ class _Decider:
 
     def over(self, legs: list[_Leg]) -> Decision:
         first, *others = legs
-        own = first.role is self._role
-        self._add(first, None if own else Reason.MODEL_MISSING)
+        why = None if first.role is self._role else Reason.MODEL_MISSING  # the role has no model of its own
+        self._add(first, why)
         if others:
             # What is preferred is there and goes first, or this says why it is not.
-            why = Reason.INSTANCE_UNAVAILABLE if self._groups else self._why_none(first).reason
-            if not own:
-                why = Reason.MODEL_MISSING
+            why = why or (Reason.INSTANCE_UNAVAILABLE if self._groups else self._why_none(first).reason)
             for leg in others:
                 self._add(leg, why)
         role = self._role

@@ -585,8 +585,8 @@ class Exchange:
             self._fallback_reason = reason
         if self._started:
             self._give_up_trying()
-            return
-        self._try_next()
+        else:
+            self._try_next()
 
     def _give_up_trying(self) -> None:
         assert self._trouble is not None  # noqa: S101  (a decision without attempts was refused)

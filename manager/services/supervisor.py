@@ -191,8 +191,7 @@ class Supervisor(Instance):
         async with self._last_look:
             if not self.idle:
                 return False
-            await self.probe()
-            await self._usage.sample()
+            await self._look_for_use()
             # From here to the end nothing is awaited: no lease can be taken in between.
             if not self.idle or not self._engine_up:
                 return False
@@ -220,9 +219,13 @@ class Supervisor(Instance):
     async def _rests(self) -> bool:
         """Whether nobody uses it, and nobody has since it was looked at last."""
         since = self.unused_since
+        await self._look_for_use()
+        return since is not None and self.unused_since == since
+
+    async def _look_for_use(self) -> None:
+        """Take in what somebody who talks to the endpoint directly has done by now."""
         await self.probe()
         await self._usage.sample()
-        return since is not None and self.unused_since == since
 
     async def logs(self, tail: int) -> tuple[str, ...]:
         """The last lines of the container, or of the one that was, as far as they were kept.
@@ -818,8 +821,7 @@ class Supervisor(Instance):
             self._stale.postpone(self._template.image, backoff.CAP_S)
             return
         # One last look at whether somebody uses it, as before an idle stop.
-        await self.probe()
-        await self._usage.sample()
+        await self._look_for_use()
         why = self._stale.why
         if not isinstance(next_action(self._situation()), Recreate) or why is None:
             return

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 from tests.support.inside import until
-from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, relaying
+from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, floods, relaying
 
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -67,11 +67,6 @@ async def test_a_slow_reader_slows_the_server_and_fills_no_memory(tmp_path: Path
 
 
 async def test_a_reader_that_takes_nothing_does_not_hold_its_lease_for_ever(tmp_path: Path) -> None:
-    async def floods(talk: Conversation) -> None:
-        await talk.begin()
-        while not talk.writer.is_closing():
-            await talk.chunk(LINE * 1000)
-
     async with (
         Scripted().serving() as server,
         relaying(tmp_path, {"a": server}, gateway={"idle_timeout_s": 1}) as front,

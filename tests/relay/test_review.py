@@ -12,7 +12,17 @@ import uvloop
 
 from manager.relay.upstream import Address, UpstreamPool
 from tests.support.inside import until
-from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, a_word, relaying
+from tests.support.relaying import (
+    LAST,
+    LINE,
+    Caller,
+    Conversation,
+    Front,
+    Scripted,
+    a_word,
+    floods,
+    relaying,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -325,11 +335,6 @@ async def test_what_comes_while_the_others_end_is_cut_too(tmp_path: Path) -> Non
 
 
 async def test_a_caller_that_takes_nothing_does_not_keep_its_connection(tmp_path: Path) -> None:
-    async def floods(talk: Conversation) -> None:
-        await talk.begin()
-        while not talk.writer.is_closing():
-            await talk.chunk(LINE * 1000)
-
     async with (
         Scripted().serving() as server,
         relaying(tmp_path, {"a": server}, gateway={"idle_timeout_s": 0.5}, config=QUIET) as front,

@@ -105,6 +105,13 @@ async def a_word(talk: Conversation) -> None:
         await talk.whole(200, LAST.strip())
 
 
+async def floods(talk: Conversation) -> None:
+    """An answer that never ends, as fast as it is taken."""
+    await talk.begin()
+    while not talk.writer.is_closing():
+        await talk.chunk(LINE * 1000)
+
+
 class Scripted:
     """A server with Ollama's status routes, whose inference is what `answer` does."""
 
