@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
-import signal
 import socket
 import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import structlog
-import uvicorn
 
 from manager import __version__
 from manager.adapters.cgroups import ProcCgroups
@@ -35,7 +32,7 @@ from manager.api.passage import PassageLimits, Passages
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
-from manager.errors import ConfigurationError, ManagerError
+from manager.errors import ConfigurationError
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
 from manager.services.catalogue import Catalogue
@@ -52,6 +49,14 @@ from manager.services.supervisor import Supervisor
 from manager.services.traffic import Traffic, never
 from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
+from manager.serving import (
+    Server,
+    listening,
+    serve_until_stopped,
+    server_config,
+    tune_interpreter,
+    url_of,
+)
 from manager.settings import (
     auto_gpu_spec,
     key_weaknesses,
@@ -64,7 +69,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
     from manager.adapters.otel import Spans
     from manager.domain.template import Template
@@ -79,8 +84,6 @@ _log = structlog.get_logger("daemon")
 _LOCK_WAIT_S = 10.0
 # The first of the fixed loopback ports; each instance keeps the one it got first.
 _FIRST_LOOPBACK_PORT = 11500
-# Streams of events have no end of their own; nothing else takes as long.
-_GOODBYE_S = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,48 +280,32 @@ async def serve(
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
     async with open_daemon(loaded, on_step=on_step) as daemon:
-        with _listening(settings.server.host, settings.server.port) as listener:
-            url = _url(settings.server.host, settings.server.port)
+        with listening(settings.server.host, settings.server.port) as listener:
+            url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
             access = Access(
                 allowed_hosts=_allowed_hosts(settings),
                 allowed_origins=settings.server.allowed_origins,
                 key=key,
             )
-            app = control_api(daemon.backend, access=access)
             relay = _relay(daemon, settings, access)
-            config = uvicorn.Config(
-                app,
-                http=listening_with(relay),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                timeout_graceful_shutdown=_GOODBYE_S,
+            server = Server(
+                server_config(control_api(daemon.backend, access=access), listening_with(relay)),
+                (relay.drain, daemon.backend.passing.passages.drain),
+                settings.gateway.drain_timeout_s,
             )
-            drains = (relay.drain, daemon.backend.passing.passages.drain)
-            server = _Server(config, drains, settings.gateway.drain_timeout_s)
-            _be_quick_to_answer()
+            tune_interpreter()
             _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
             try:
-                await _until_stopped(server, listener, daemon, stop_instances=stop_instances)
+                await serve_until_stopped(
+                    server,
+                    listener,
+                    daemon.run(),
+                    before_end=daemon.fleet.stop_all if stop_instances else None,
+                )
             finally:
                 await relay.close()
     _log.info("ended")
-
-
-def _be_quick_to_answer() -> None:
-    """Keep what the interpreter does by itself out of the way of requests.
-
-    What was built by now lives as long as the daemon: collecting it again and again took 80 ms at a time.
-    Threads that talk to the engine give the event loop its turn ten times as soon as they would by default.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)  # requests leave no cycles behind: there is little to look for
-    sys.setswitchinterval(0.0005)
 
 
 async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
@@ -343,69 +330,6 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
-
-
-async def _until_stopped(
-    server: _Server, listener: socket.socket, daemon: Daemon, *, stop_instances: bool
-) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, server.stop)
-    running = asyncio.ensure_future(daemon.run())
-    serving = asyncio.ensure_future(server.serve(sockets=[listener]))
-    try:
-        await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            _log.critical("a background loop ended; the daemon stops")
-        server.stop()
-        await serving
-        if running.done():
-            running.result()
-        elif stop_instances:
-            await daemon.fleet.stop_all()
-    finally:
-        running.cancel()
-        await asyncio.wait({running})
-
-
-class _Drain(Protocol):
-    """Lets what is under way come to its end, for so long or until `cut` is set; then cuts it."""
-
-    async def __call__(self, timeout_s: float, *, cut: asyncio.Event) -> None: ...
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers, which would end the process before our own clean-up.
-
-    Streams are let come to their end first; a second signal cuts them.
-    """
-
-    def __init__(self, config: uvicorn.Config, drains: Sequence[_Drain], drain_timeout_s: float) -> None:
-        super().__init__(config)
-        self._drains = drains
-        self._drain_timeout_s = drain_timeout_s
-        self._cut = asyncio.Event()
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-    def stop(self) -> None:
-        if self.should_exit:
-            self._cut.set()
-        else:
-            _log.info("ending", drains_s=self._drain_timeout_s, hint="a second signal cuts what is under way")
-        self.should_exit = True
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for server in self.servers:
-            server.close()
-        for listener in sockets or []:
-            listener.close()
-        for connection in tuple(self.server_state.connections):
-            connection.shutdown()
-        await asyncio.gather(*(drain(self._drain_timeout_s, cut=self._cut) for drain in self._drains))
-        await super().shutdown(sockets)
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
@@ -471,22 +395,6 @@ class _Maker:
             port += 1
         self._ports.add(port)
         return replace(row, loopback_port=port)
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=2048)
-    except OSError as error:
-        message = f"cannot listen on {_url(host, port)}: {os.strerror(error.errno or 0)}"
-        raise ManagerError(message) from error
-    with listener:
-        yield listener
-
-
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _allowed_hosts(settings: Settings) -> set[str]:

@@ -14,6 +14,7 @@ import yaml
 import manager.app
 from manager.api.app import control_api
 from manager.relay.front import listening_with
+from manager.serving import Server
 from manager.settings import load_settings
 from manager.wire.access import Access
 from tests.support.inside import until
@@ -369,7 +370,7 @@ async def relaying(
     async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded) as daemon:
         access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
         relay = manager.app._relay(daemon, loaded.settings, access)
-        server = manager.app._Server(
+        server = Server(
             uvicorn.Config(
                 control_api(daemon.backend, access=access),
                 port=0,
