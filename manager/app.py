@@ -30,23 +30,29 @@ from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.record import never
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
+from manager.services.bodies import BodyBudget
 from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
 from manager.services.fleet import Fleet, Schedule, Swept
-from manager.services.gateway import Gateway
 from manager.services.gpus import Gpus
 from manager.services.journal import Journal
 from manager.services.model_lists import ModelLists
 from manager.services.model_settings import ModelSettings
 from manager.services.pulls import Pulls
 from manager.services.requests import Requests
+from manager.services.routing.attempting import Deadlines, Routing
+from manager.services.routing.fallback_events import FallbackEvents
+from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.placement import Placement
+from manager.services.routing.router import Router
 from manager.services.supervisor import Supervisor
-from manager.services.traffic import Traffic, never
+from manager.services.traffic import Traffic
 from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
 from manager.serving import (
@@ -72,9 +78,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from manager.adapters.otel import Spans
+    from manager.domain.record import RequestRecord
     from manager.domain.template import Template
     from manager.services.instance import Instance
-    from manager.services.traffic import RequestRecord
     from manager.settings import LoadedSettings, Settings
     from manager.settings.model import LogSettings
 
@@ -92,10 +98,8 @@ class Daemon:
 
     settings: Settings
     fleet: Fleet
-    gateway: Gateway
     backend: Backend
     state_lock: StateDirLock
-    samples: Callable[[str], bool]
 
     async def run(self) -> None:
         scheduler = ApScheduler()
@@ -207,27 +211,35 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
-        gateway = Gateway(
+        router = Router(
             fleet,
             model_settings,
             lists,
-            traffic,
-            journal,
+            revision=world.revision,
             in_flight=world.in_flight,
-            changes=world.changes,
             now=time.monotonic,
         )
-        catalogue = Catalogue(fleet, gateway, lists, model_settings, now=time.monotonic)
-        volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)
+        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic)
+        status = ModelStatus(fleet)
+        catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
+        volumes = Volumes(fleet, router, placement, catalogue, lists, chosen=settings.models.writers)
         server = AiohttpModelServer(
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
         )
         pulls = Pulls(volumes, await stack.enter_async_context(server), now=time.monotonic)
         fleet.also_run("pulls", pulls.run)
-        gateway.puller = pulls
+        routing = Routing(
+            router,
+            placement,
+            status,
+            FallbackEvents(journal, now=time.monotonic),
+            traffic,
+            pulls,
+            Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+        )
         passing = Passing(
-            gateway=gateway,
+            routing=routing,
             catalogue=catalogue,
             volumes=volumes,
             pulls=pulls,
@@ -235,6 +247,7 @@ async def open_daemon(
             requests=Requests(
                 _header_names(settings), default_project=settings.gateway.default_project, samples=samples
             ),
+            bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
                 most_body_bytes=settings.gateway.max_body,
                 most_upload_bytes=settings.gateway.max_upload,
@@ -249,11 +262,11 @@ async def open_daemon(
             engine=engine,
             passing=passing,
             model_settings=model_settings,
-            router=gateway,
+            router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(fleet, gpus, traffic).render,
         )
-        yield Daemon(settings, fleet, gateway, backend, state_lock, samples)
+        yield Daemon(settings, fleet, backend, state_lock)
 
 
 async def serve(
@@ -333,21 +346,18 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
-    wanted = settings.gateway
+    wanted, passing = settings.gateway, daemon.backend.passing
     return Relay(
-        daemon.gateway,
+        passing.routing,
         access=access,
         limits=Limits(
             connect_timeout_s=wanted.connect_timeout_s,
-            first_byte_timeout_s=wanted.first_byte_timeout_s,
             idle_timeout_s=wanted.idle_timeout_s,
-            total_timeout_s=wanted.total_timeout_s,
             most_body_bytes=wanted.max_body,
             keep_alive_s=wanted.keep_alive_s,
         ),
-        headers=_header_names(settings),
-        default_project=wanted.default_project,
-        samples=daemon.samples,
+        bodies=passing.bodies,
+        requests=passing.requests,
     )
 
 

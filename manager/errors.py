@@ -15,6 +15,7 @@ ManagerError
 │   │   ├── EngineUnreachableError
 │   │   ├── ContainerGoneError
 │   │   └── NetworkMissingError
+│   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
 │   └── RegistryUnwritableError
@@ -182,6 +183,26 @@ class StartFailedError(UnavailableError):
 
 class BackingOffError(StartFailedError):
     """Nothing was tried: the last start failed, or its run ended, too short a time ago."""
+
+
+class AskFailedError(UnavailableError):
+    """A server did not answer a request.
+
+    `begun` is whether it may have begun with the request, `ours` whether the cause lies with the daemon.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: Reason,
+        begun: bool,
+        ours: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
+        self.begun = begun
+        self.ours = ours
 
 
 class RegistryUnwritableError(UnavailableError):

@@ -164,8 +164,5 @@ async def _cut(body: bytes) -> AsyncIterator[bytes]:
 
 
 def _unavailable(endpoint: str, why: str, reason: Reason) -> UnavailableError:
-    return UnavailableError(f"{endpoint} {why}", reason=reason)
-
-
-def _text(value: bytes) -> str:
-    return value.decode("utf-8", "replace")
+    from manager.errors import AskFailedError
+    return AskFailedError(f"{endpoint} {why}", reason=reason, begun="connect" not in why and "reached" not in why)

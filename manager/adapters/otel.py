@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.util.types import AttributeValue
 
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 _log = structlog.get_logger("traces")
 

@@ -12,7 +12,7 @@ import structlog
 if TYPE_CHECKING:
     import asyncio
 
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 # Not "requests": a library of that name has to be quiet.
 _log = structlog.get_logger("traffic")

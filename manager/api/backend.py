@@ -5,20 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from manager.api.passage import Passage
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from starlette.types import Receive, Scope, Send
+
     from manager.api.passage import PassageLimits, Passages
+    from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts
+    from manager.services.bodies import BodyBudget
     from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
-    from manager.services.gateway import Gateway
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
     from manager.services.model_settings import ModelSettings
     from manager.services.ports import Engine, ModelServer
     from manager.services.pulls import Pulls
     from manager.services.requests import Requests
+    from manager.services.routing.attempting import Routing
     from manager.services.volumes import Volumes
 
 
@@ -38,14 +44,36 @@ class Router(Protocol):
 class Passing:
     """What requests need that pass through to instances."""
 
-    gateway: Gateway
+    routing: Routing
     catalogue: Catalogue
     volumes: Volumes
     pulls: Pulls
     server: ModelServer
     requests: Requests
+    bodies: BodyBudget
     limits: PassageLimits
     passages: Passages
+
+    def passage(
+        self, scope: Scope, receive: Receive, send: Send, route: str, kind: RequestKind | None
+    ) -> Passage:
+        """Begin a request that is served on ASGI.
+
+        Args:
+            scope, receive, send: of ASGI.
+            route: as it is logged.
+            kind: None for requests that manage models.
+        """
+        return Passage(
+            scope,
+            receive,
+            send,
+            begun=self.requests.begin(route, kind, scope["headers"]),
+            routing=self.routing,
+            bodies=self.bodies,
+            limits=self.limits,
+            by_model=kind is not None,
+        )
 
 
 @dataclass(frozen=True, slots=True)

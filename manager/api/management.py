@@ -7,29 +7,30 @@ from typing import TYPE_CHECKING
 import orjson
 
 from manager.api.answers import PLAIN_JSON
-from manager.api.passage import NDJSON, Passage
-from manager.errors import Reason
+from manager.api.passage import NDJSON
 from manager.services.pulls import PullFailedError
+from manager.services.routing.attempting import Trouble
 from manager.wire.listing import Alias
 from manager.wire.management import read_copy, read_named
 from manager.wire.ollama_routes import BLOB_PREFIX
 from manager.wire.progress import says_success
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
     from starlette.types import Receive, Scope, Send
 
     from manager.api.backend import Passing
-    from manager.services.gateway import Prepared
+    from manager.api.passage import Passage
+    from manager.domain.routing import Attempt
     from manager.services.pulls import Waiter
+    from manager.services.routing.attempting import Step
     from manager.wire.management import ManagementBody
 
     Work = Callable[[Passage], Awaitable[None]]
 
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
-_NOT_FOUND = 404
 _SUCCESS = orjson.dumps({"status": "success"})
 
 
@@ -57,10 +58,9 @@ class Management:
         is_blob = path.startswith(BLOB_PREFIX)
         # Digests are not what anybody counts by.
         route = BLOB_PREFIX.rstrip("/") if is_blob else path
-        begun = self._passing.requests.begin(route, scope["headers"])
-        passage = Passage(scope, receive, send, begun=begun, limits=self._passing.limits)
+        passage = self._passing.passage(scope, receive, send, route, None)
         work = self._blob if is_blob else self._work[path]
-        await self._passing.passages.run(passage, work, self._passing.gateway)
+        await self._passing.passages.run(passage, work)
 
     # --- what only looks ---
 
@@ -68,19 +68,15 @@ class Management:
         body = await self._named(passage)
         model = self._meant(body)
         volume = await self._volumes.find(model, body.instance or passage.instance)
-        prepared = await self._volumes.reader(volume)
-        with prepared.lease:
-            passage.sent_to(prepared, model)
-            await passage.pass_on(self._server, passage.question(prepared, body.raw(model=model)))
-            self._doubt(passage, prepared)
+        step = self._enter(passage, volume, self._volumes.readers(volume, model))
+        raw = body.raw(model=model)
+        await passage.pass_on(self._server, step, lambda target: passage.question(target, raw))
 
     async def _push(self, passage: Passage) -> None:
         body = await self._named(passage)
         volume = await self._volumes.find(body.model, body.instance or passage.instance)
-        prepared = await self._volumes.writer(volume)
-        with prepared.lease:
-            passage.sent_to(prepared, body.model)
-            await passage.pass_on(self._server, passage.question(prepared, body.raw()))
+        step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
+        await passage.pass_on(self._server, step, lambda target: passage.question(target, body.raw()))
 
     # --- what changes a volume, one after the other ---
 
@@ -88,16 +84,15 @@ class Management:
         body = await self._named(passage)
         volume = self._place_of_new(body, body.instance or passage.instance)
         async with self._volumes.alone(volume, f"the creation of {body.model}"):
-            prepared = await self._volumes.writer(volume)
-            with prepared.lease as lease:
-                passage.sent_to(prepared, body.model)
+            step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
 
-                async def before(piece: bytes) -> None:
-                    if says_success(piece):  # whoever reads this may use the model at once
-                        await self._volumes.changed(lease.instance)
+            async def before(piece: bytes) -> None:
+                if says_success(piece):  # a client that reads this may use the model at once
+                    await self._volumes.changed(passage.attempting.work.instance)
 
-                question = passage.question(prepared, body.raw())
-                await passage.pass_on(self._server, question, before=before)
+            await passage.pass_on(
+                self._server, step, lambda target: passage.question(target, body.raw()), before=before
+            )
 
     async def _copy(self, passage: Passage) -> None:
         body = read_copy(await passage.body())
@@ -111,15 +106,13 @@ class Management:
     async def _change(self, passage: Passage, body: ManagementBody, what: str) -> None:
         volume = await self._volumes.find(body.model, body.instance or passage.instance)
         async with self._volumes.alone(volume, what):
-            prepared = await self._volumes.writer(volume)
-            with prepared.lease as lease:
-                passage.sent_to(prepared, body.model)
-                await passage.pass_whole(
-                    self._server,
-                    passage.question(prepared, body.raw()),
-                    then=lambda: self._volumes.changed(lease.instance),
-                )
-                self._doubt(passage, prepared)
+            step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
+            await passage.pass_whole(
+                self._server,
+                step,
+                lambda target: passage.question(target, body.raw()),
+                then=lambda: self._volumes.changed(passage.attempting.work.instance),
+            )
 
     async def _pull(self, passage: Passage) -> None:
         body = await self._named(passage)
@@ -137,7 +130,7 @@ class Management:
             if not started:
                 started = True
                 if waiter.prepared is not None:
-                    passage.sent_to(waiter.prepared, body.model)
+                    passage.answered_by(waiter.prepared, body.model)
                 await passage.start(200, _LINES, None)
             await passage.send(line)
 
@@ -152,7 +145,7 @@ class Management:
             # So Ollama tells it: not as it tells other errors, with a content type of its own.
             status, content = 500, orjson.dumps({"error": error.message})
         if waiter.prepared is not None:
-            passage.sent_to(waiter.prepared, body.model)
+            passage.answered_by(waiter.prepared, body.model)
         await passage.start(status, _DOCUMENT, len(content))
         await passage.send(content)
 
@@ -160,16 +153,16 @@ class Management:
 
     async def _blob(self, passage: Passage) -> None:
         volume = self._volumes.default(passage.instance)
-        prepared = await self._volumes.writer(volume)
-        with prepared.lease:
-            passage.sent_to(prepared, "")
-            if passage.scope["method"] == "HEAD":
-                body: bytes = await passage.body()
-                await passage.pass_on(self._server, passage.question(prepared, body))
-            else:
-                pieces = passage.pieces(passage.limits.most_upload_bytes)
-                question = passage.question(prepared, pieces, passage.body_length)
-                await passage.pass_on(self._server, question)
+        step = self._enter(passage, volume, self._volumes.writers(volume))
+        if passage.scope["method"] == "HEAD":
+            body = await passage.body()
+            await passage.pass_on(self._server, step, lambda target: passage.question(target, body))
+        else:
+            pieces = passage.uploaded()
+            length = passage.body_length
+            await passage.pass_on(
+                self._server, step, lambda target: passage.question(target, pieces, length)
+            )
 
     # --- helpers ---
 
@@ -178,10 +171,10 @@ class Management:
         passage.record.model = body.model
         return body
 
-    def _doubt(self, passage: Passage, prepared: Prepared) -> None:
-        """What is not there where it should be has been taken away behind our back."""
-        if passage.record.status == _NOT_FOUND:
-            self._passing.gateway.failed(prepared.lease.instance, Reason.MODEL_MISSING)
+    def _enter(self, passage: Passage, volume: str, attempts: Sequence[Attempt]) -> Step:
+        none = self._volumes.none_left(volume)
+        trouble = Trouble(none.reason, none.message, none.retry_after_s)
+        return passage.attempting.enter_fixed(attempts, trouble)
 
     def _meant(self, body: ManagementBody) -> str:
         """The model that is asked about: clients look up what they are going to use, which may be a role."""

@@ -1,34 +1,46 @@
-"""A request that passes through to an instance, and its answer back, whatever their size."""
+"""A request that is served on ASGI and answered by an instance, whatever the size of either."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
-from manager.errors import ManagerError
-from manager.services.gateway import reason_of
+from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.errors import AskFailedError, ManagerError, UnavailableError
 from manager.services.ports import Question
+from manager.services.routing.attempting import Attempting, Trouble, first_target
+from manager.services.routing.placement import reason_of
 from manager.wire.caller import printable
-from manager.wire.dialect import error_in_stream
+from manager.wire.dialect import error_in_stream, message_of
 from manager.wire.head import NOT_RETURNED, without_named
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
-from manager.wire.statuses import BAD_REQUEST, UNAVAILABLE, outcome_of
+from manager.wire.statuses import (
+    BAD_REQUEST,
+    UNAVAILABLE,
+    judge,
+    outcome_of,
+    outcome_without_answer,
+    status_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from starlette.types import Message, Receive, Scope, Send
 
-    from manager.services.gateway import Gateway, Prepared
+    from manager.domain.record import Outcome
+    from manager.domain.target import Target
+    from manager.services.bodies import BodyBudget
     from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.requests import Begun
-    from manager.services.traffic import Outcome
+    from manager.services.routing.attempting import Routing, Step
+    from manager.services.routing.placement import Prepared
     from manager.wire.head import Header
 
 _UPLOAD_STALL_S = 60.0
@@ -37,6 +49,16 @@ _EVENT_STREAM = b"text/event-stream"
 # For the proxies on the way: what comes is to be passed on as it comes.
 _NO_BUFFERING = ((b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no"))
 _NEWLINE = b"\n"
+# An answer with an error is held up to this size, to be read before another attempt is made.
+_MAX_HELD_BYTES = 64 * 1024
+
+
+class WholeAnswer(NamedTuple):
+    """The answer of a server, read to its end or to the bound of what is held."""
+
+    status: int
+    headers: Sequence[Header]
+    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +77,11 @@ class Passages:
         self._open: set[Passage] = set()
         self._none_open = asyncio.Event()
 
-    async def run(
-        self, passage: Passage, work: Callable[[Passage], Awaitable[None]], gateway: Gateway
-    ) -> None:
+    async def run(self, passage: Passage, work: Callable[[Passage], Awaitable[None]]) -> None:
         """As `Passage.run`."""
         self._open.add(passage)
         try:
-            await passage.run(work, gateway)
+            await passage.run(work)
         finally:
             self._open.discard(passage)
             if not self._open:
@@ -86,8 +106,10 @@ class Passage:
     Args:
         scope, receive, send: of ASGI.
         begun: its record, and what the server is to see of it.
+        routing: what all requests share.
+        bodies: the bound for all bodies together.
         limits: what it may take.
-        by_model: whether a model answers, whose first byte is worth a record; managing one is another matter.
+        by_model: whether a model answers: its first byte is recorded, and the total deadline holds.
     """
 
     def __init__(
@@ -97,6 +119,8 @@ class Passage:
         send: Send,
         *,
         begun: Begun,
+        routing: Routing,
+        bodies: BodyBudget,
         limits: PassageLimits,
         by_model: bool = False,
     ) -> None:
@@ -111,6 +135,10 @@ class Passage:
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
+        self.attempting = Attempting(routing, begun.record, self._began_at)
+        self._where: tuple[str, str] | None = None
+        self._bodies = bodies
+        self._held_bytes = 0
         self._body_ended = asyncio.Event()
         self._refused: RefusedError | None = None
         self._gone = False
@@ -118,25 +146,22 @@ class Passage:
         self._streams_lines = False
         self._at_line_end = True
         self._started = False
-        self._where: tuple[str, str] | None = None
 
     # --- its one end ---
 
-    async def run(self, work: Callable[[Passage], Awaitable[None]], gateway: Gateway) -> None:
-        """Do `work` while the caller is there, tell it of whatever goes wrong, and end the record."""
-        record = self.record
+    async def run(self, work: Callable[[Passage], Awaitable[None]]) -> None:
+        """Do `work` while the client is there, tell it of whatever goes wrong, and end the record."""
+        outcome: Outcome = "cut"
         try:
-            record.outcome = await self._while_there(work)
+            outcome = await self._while_there(work)
         except CallerGoneError:
-            record.outcome = "client_gone"
-        except asyncio.CancelledError:
-            record.outcome = "cut"
-            raise
+            outcome = "client_gone"
         except Exception as error:  # noqa: BLE001  (sorted out there; a defect is logged, the others go on)
-            await self._sort_out(error)
+            outcome = await self._sort_out(error)
         finally:
-            record.duration_ms = (monotonic() - self._began_at) * 1000
-            gateway.ended(record)
+            self._bodies.give_back(self._held_bytes)
+            self._held_bytes = 0
+            self.attempting.close(outcome)
 
     # --- what the caller sends ---
 
@@ -147,7 +172,22 @@ class Passage:
             RefusedError: it is too large, or does not come.
             CallerGoneError: the caller has left instead.
         """
-        return b"".join([piece async for piece in self.pieces(self.limits.most_body_bytes)])
+        pieces = []
+        async for piece in self.pieces(self.limits.most_body_bytes):
+            self.hold(len(piece))
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def hold(self, count: int) -> None:
+        """Count bytes of the body that stay in memory until the end.
+
+        Raises:
+            RefusedError: the bodies of all requests together have reached their bound.
+        """
+        if not self._bodies.take(count):
+            message = "the bodies of all requests together reach gateway.max_buffered; try again later"
+            raise self._refuse(UNAVAILABLE, message)
+        self._held_bytes += count
 
     async def pieces(self, most_bytes: int | None) -> AsyncIterator[bytes]:
         """The body as it comes. Raises as `body`."""
@@ -166,6 +206,12 @@ class Passage:
             if piece:
                 yield piece
 
+    async def uploaded(self) -> AsyncIterator[bytes]:
+        """The body as it comes, passed on to a server: it cannot be sent a second time."""
+        async for piece in self.pieces(self.limits.most_upload_bytes):
+            self.attempting.spend()
+            yield piece
+
     @property
     def is_body_read(self) -> bool:
         """Whether all of the body has come and been taken."""
@@ -180,7 +226,7 @@ class Passage:
         return None
 
     @property
-    def target(self) -> str:
+    def target_path(self) -> str:
         """Path and query, as they came."""
         path: bytes = self.scope["raw_path"]
         query: bytes = self.scope["query_string"]
@@ -188,59 +234,140 @@ class Passage:
 
     # --- what it is answered ---
 
-    def sent_to(self, prepared: Prepared, model: str) -> None:
-        """From now on the answer says where it comes from."""
-        record = self.record
-        record.effective_target = prepared.lease.instance
-        record.endpoint = prepared.lease.endpoint
+    async def target(self, step: Step) -> Target:
+        """Follow steps to a target.
+
+        Raises:
+            RefusedError: there is none.
+        """
+        found = await first_target(self.attempting, step)
+        if isinstance(found, Trouble):
+            raise _refused(found)
+        return found
+
+    def answered_by(self, prepared: Prepared, model: str) -> None:
+        """The answer comes from work that several clients wait for, under its own lease."""
+        record, target = self.record, prepared.lease.target
+        record.effective_target = target.instance
+        record.endpoint = target.endpoint
         record.attempts += 1
         record.start_ms = prepared.start_ms
         record.queue_ms = max(0.0, (monotonic() - self._began_at) * 1000 - (prepared.start_ms or 0.0))
-        self._where = (prepared.lease.instance, model)
+        self._where = (target.instance, model)
 
     def question(
-        self, prepared: Prepared, body: bytes | AsyncIterator[bytes], length: int | None = None
+        self, target: Target, body: bytes | AsyncIterator[bytes], length: int | None = None
     ) -> Question:
-        """This request, as the server is to get it; `length` is that of a body in pieces."""
-        endpoint, method = prepared.lease.endpoint, self.scope["method"]
-        return Question(endpoint, method, self.target, self.headers, body, length)
+        """Return this request, as the server is to get it; `length` is that of a body in pieces."""
+        headers = [*self.headers, *target.headers] if target.headers else self.headers
+        return Question(target.endpoint, self.scope["method"], self.target_path, headers, body, length)
+
+    @asynccontextmanager
+    async def answered(
+        self, server: ModelServer, step: Step, question: Callable[[Target], Question]
+    ) -> AsyncIterator[ServerAnswer | WholeAnswer]:
+        """Ask one target after the other, as `Attempting` says, until one answers.
+
+        Args:
+            server: sends requests.
+            step: the first one.
+            question: makes the request for a target.
+
+        Raises:
+            RefusedError: none has answered.
+        """
+        attempting = self.attempting
+        while True:
+            found = await first_target(attempting, step)
+            if isinstance(found, Trouble):
+                if isinstance(found.answer, WholeAnswer):
+                    yield found.answer
+                    return
+                raise _refused(found)
+            async with AsyncExitStack() as stack:
+                attempting.sent()
+                try:
+                    answer = await stack.enter_async_context(server.ask(question(found)))
+                except AskFailedError as error:
+                    step = attempting.failed(
+                        error.reason, error.message, sent=error.begun, ours=error.ours
+                    )
+                    continue
+                judged, following = await self._judge(answer)
+                if following is None:
+                    yield judged
+                    return
+                step = following
+
+    async def _judge(self, answer: ServerAnswer) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
+        """Return an answer for the client, or the step that follows an answer with an error."""
+        attempting = self.attempting
+        judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        if not attempting.might_follow(judgement):
+            attempting.answered(judgement)
+            return answer, None
+        message = f"{attempting.work.instance} answered with status {answer.status}"
+        content = bytearray()
+        try:
+            while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
+                content += piece
+        except UnavailableError:
+            following = attempting.answered(judgement, message)
+            if following is None:
+                raise
+            return answer, following
+        whole = WholeAnswer(answer.status, answer.headers, bytes(content))
+        message = message_of(whole.content) or message
+        return whole, attempting.answered(judge(answer.status, message), message, whole)
 
     async def pass_on(
         self,
         server: ModelServer,
-        question: Question,
+        step: Step,
+        question: Callable[[Target], Question],
         *,
         before: Callable[[bytes], Awaitable[None]] | None = None,
     ) -> None:
-        """Ask the server, and pass its answer on as it comes.
+        """Pass the answer of a server on as it comes; `before` is given each piece before the client is.
 
-        Args:
-            server: sends the request.
-            question: the request.
-            before: is given each piece before the caller is.
+        The other arguments are those of `answered`.
         """
-        async with server.ask(question) as answer:
+        async with self.answered(server, step, question) as answer:
             await self.pass_answer(answer, before=before)
 
     async def pass_answer(
-        self, answer: ServerAnswer, *, before: Callable[[bytes], Awaitable[None]] | None = None
+        self,
+        answer: ServerAnswer | WholeAnswer,
+        *,
+        before: Callable[[bytes], Awaitable[None]] | None = None,
     ) -> None:
         """The second half of `pass_on`."""
-        await self.start(answer.status, answer.headers, answer.length)
-        while piece := await answer.piece():
-            if before is not None:
-                await before(piece)
-            await self.send(piece)
+        self.attempting.delivered()
+        if isinstance(answer, WholeAnswer):
+            await self.start(answer.status, answer.headers, len(answer.content))
+            await self.send(answer.content)
+        else:
+            await self.start(answer.status, answer.headers, answer.length)
+            while piece := await answer.piece():
+                if before is not None:
+                    await before(piece)
+                await self.send(piece)
         await self.end()
 
     async def pass_whole(
-        self, server: ModelServer, question: Question, *, then: Callable[[], Awaitable[None]]
+        self,
+        server: ModelServer,
+        step: Step,
+        question: Callable[[Target], Question],
+        *,
+        then: Callable[[], Awaitable[None]],
     ) -> None:
-        """As `pass_on` for a short answer: `then` is done before the caller gets any of one that is good."""
-        async with server.ask(question) as answer:
-            content = await self._whole(answer)
+        """As `pass_on` for a short answer: `then` is done before the client gets any of one that is good."""
+        async with self.answered(server, step, question) as answer:
+            content = answer.content if isinstance(answer, WholeAnswer) else await self._whole(answer)
             if answer.status < BAD_REQUEST:
                 await then()
+            self.attempting.delivered()
             await self.start(answer.status, answer.headers, len(content))
             await self.send(content)
         await self.end()
@@ -273,30 +400,35 @@ class Passage:
 
     # --- helpers ---
 
-    async def _sort_out(self, error: Exception) -> None:
+    async def _sort_out(self, error: Exception) -> Outcome:
         if self._gone:
-            self.record.outcome = "client_gone"
-            return
+            return "client_gone"
         failure = self._refused or refusal_of(error, self.scope["path"])
-        self.record.outcome = failure.outcome
-        retry_after_s = None
+        retry_after_s = failure.retry_after_s
         if isinstance(error, ManagerError) and self._refused is None:
             self.record.fallback_reason = reason_of(error)
             self.record.fallback = False  # nothing answered
             retry_after_s = error.retry_after_s
-        with suppress(RefusedError):  # it takes nothing any more, not even this
+        with suppress(RefusedError):  # the client does not read: not even this reaches it
             await self._fail(failure, retry_after_s)
+        return failure.outcome
 
     async def _while_there(self, work: Callable[[Passage], Awaitable[None]]) -> Outcome:
         working = asyncio.ensure_future(work(self))
         leaving = asyncio.ensure_future(self._left())
         cutting = asyncio.ensure_future(self.cut.wait())
         try:
-            await asyncio.wait({working, leaving, cutting}, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
+            left_s = self.attempting.total_deadline - monotonic() if self._by_model else None
+            done, _ = await asyncio.wait(
+                {working, leaving, cutting}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if working in done:
                 working.result()
-            elif leaving.done():
+            elif leaving in done:
                 raise CallerGoneError
+            elif not done:
+                limit_s = self.attempting.total_deadline - self._began_at
+                raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
                 raise RefusedError(503, "cut off: the manager is being stopped", "cut")
         finally:
@@ -347,8 +479,11 @@ class Passage:
         """The headers that say where an answer comes from, as the relay's say it."""
         record = self.record
         lines = [(b"X-Request-Id", record.request_id.encode())]
-        if self._where is not None:
-            instance, model = self._where
+        attempt, where = self.attempting.attempt, self._where
+        if attempt is not None and self.attempting.target is not None:
+            where = attempt.instance, attempt.model
+        if where is not None:
+            instance, model = where
             lines.append((b"X-Instance", instance.encode()))
             if model:
                 lines.append((b"X-Model", printable(model).encode()))
@@ -386,3 +521,9 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
             lines.append(b"%b: %b" % (name, value))
     kept = without_named(lines, named) if named else lines
     return [(name, value) for name, _, value in (line.partition(b": ") for line in kept)]
+
+
+def _refused(trouble: Trouble) -> RefusedError:
+    status = status_of(trouble.reason, trouble.refused)
+    outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
+    return RefusedError(status, trouble.message, outcome, retry_after_s=trouble.retry_after_s)

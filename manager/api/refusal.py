@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.errors import ManagerError, UnknownInstanceError
-from manager.services.gateway import reason_of
+from manager.services.routing.placement import reason_of
 from manager.services.pulls import PullFailedError
 from manager.wire.body import BadBodyError
-from manager.wire.statuses import outcome_without_answer, told_as
+from manager.wire.statuses import outcome_without_answer, status_of
 
 if TYPE_CHECKING:
-    from manager.services.traffic import Outcome
+    from manager.domain.record import Outcome
 
 _log = structlog.get_logger("gateway")
 
@@ -25,11 +25,19 @@ class CallerGoneError(Exception):
 class RefusedError(Exception):
     """The request is not passed on; the message is for the caller."""
 
-    def __init__(self, status: int, message: str, outcome: Outcome = "client_error") -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        outcome: Outcome = "client_error",
+        *,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.outcome = outcome
+        self.retry_after_s = retry_after_s
 
 
 def refusal_of(error: Exception, path: str) -> RefusedError:
@@ -44,7 +52,7 @@ def refusal_of(error: Exception, path: str) -> RefusedError:
         # Ollama's own word for a download that fails is 500, whatever it was.
         return RefusedError(error.status or 500, error.message, "upstream_error")
     if isinstance(error, ManagerError):
-        status = told_as(reason_of(error))
+        status = status_of(reason_of(error))
         return RefusedError(status, error.message, outcome_without_answer(status))
     _log.error("request_failed", path=path, exc_info=error)
     return RefusedError(500, "the manager failed; its log says more", "refused")

@@ -1,4 +1,4 @@
-"""What the head of a request says of its caller, worked out once for all requests that say the same."""
+"""What the head of a request says of its client, read once for all requests with the same head."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manager.wire.access import for_pages
-from manager.wire.caller import shown
+from manager.wire.encoding import WITHHELD_IF_DECODED, encoding_of
 from manager.wire.head import ambiguity, forwarded
-from manager.wire.trace import read_traceparent
 
 if TYPE_CHECKING:
     from manager.relay.relay import Relay
     from manager.relay.upstream import Address
+    from manager.services.requests import Origin
     from manager.wire.access import Refusal
+    from manager.wire.encoding import Encoding
     from manager.wire.head import Header
+    from manager.wire.routes import Route
 
 
 @dataclass(slots=True)
 class Caller:
-    """What is the same for all requests with one head.
+    """What all requests with one head share.
 
-    `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it;
-    `trace` is id, span and flags as they came.
+    `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.
+    `encoding` is that of the body where it is decoded here.
     """
 
     headers: list[Header]
@@ -30,43 +32,46 @@ class Caller:
     refusal: Refusal | None
     lines: bytes
     for_page: bytes
-    instance: str | None
-    lane: str | None
-    project: str
-    intent: str | None
-    trace: tuple[str, str, str] | None
+    origin: Origin
+    encoding: Encoding | None
     _begun: tuple[Address, bytes, bytes] | None = None
 
-    def head_for(self, address: Address, target: bytes) -> bytes:
-        """The head of a request to that server, but for the lines that differ from one to the next."""
+    def head_for(self, address: Address, target: bytes, added: tuple[Header, ...] = ()) -> bytes:
+        """Return the head of a request to that server, but for the lines that differ from one to the next."""
         begun = self._begun
         if begun is not None and begun[0] is address and begun[1] == target:
             return begun[2]
-        head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b" % (address.prefix, target, address.host, self.lines)
+        more = b"".join(b"%b: %b\r\n" % header for header in added)
+        head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b%b" % (
+            address.prefix,
+            target,
+            address.host,
+            self.lines,
+            more,
+        )
         self._begun = (address, target, head)
         return head
 
 
-def read_caller(relay: Relay, path: str, headers: list[Header]) -> Caller:
+def read_caller(relay: Relay, route: Route, headers: list[Header]) -> Caller:
     """Read a head.
 
     Args:
-        relay: whose names of headers and whose check of access count.
-        path: without the query.
+        relay: has the names of headers and the check of access.
+        route: that was asked for.
         headers: names in lower case.
     """
-    given = dict(headers)
-    refusal = relay.access.refusal(path, headers)
-    names = relay.headers
+    refusal = relay.access.refusal(route.path, headers)
+    encoding = encoding_of(route, headers)
+    withheld = relay.requests.names.all
+    if encoding is not None:
+        withheld = withheld | {WITHHELD_IF_DECODED}
     return Caller(
         headers=headers,
         ambiguity=ambiguity(headers),
         refusal=refusal,
-        lines=b"".join(forwarded(headers, names.all)),
+        lines=b"".join(forwarded(headers, withheld)),
         for_page=b"".join(b"%b: %b\r\n" % line for line in for_pages(headers, refusal)),
-        instance=shown(given.get(names.instance)),
-        lane=shown(given.get(names.lane)),
-        project=shown(given.get(names.project)) or relay.default_project,
-        intent=shown(given.get(names.intent)),
-        trace=read_traceparent(given.get(b"traceparent")),
+        origin=relay.requests.origin(headers),
+        encoding=encoding,
     )

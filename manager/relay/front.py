@@ -145,7 +145,7 @@ class Front(HttpToolsProtocol):
         headers, self.headers = self.headers, []
         caller = self._caller
         if caller is None or caller.headers != headers:
-            caller = self._caller = read_caller(self._relay, route.path, headers)
+            caller = self._caller = read_caller(self._relay, route, headers)
         modern = parser.get_http_version() != "1.0"
         exchange = Exchange(
             self._relay,

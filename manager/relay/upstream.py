@@ -21,6 +21,10 @@ _FIRST_FINAL_STATUS = 200
 _WITHOUT_BODY = (204, 304)
 
 
+class OwnLimitError(OSError):
+    pass
+
+
 class AnswerHead(NamedTuple):
     """The head of an answer.
 
@@ -42,7 +46,7 @@ class ResponseSink(Protocol):
     def answer_came(self, data: bytes, *, complete: bool) -> None:
         """What came of the body, perhaps nothing; the first call follows the head at once."""
 
-    def answer_broke(self, why: str, *, untouched: bool) -> None:
+    def answer_broke(self, why: str, *, begun: bool) -> None:
         """The connection ended before the answer did.
 
         `untouched`: it had been kept from an earlier request and not a byte came back, as when the server had
@@ -100,13 +104,14 @@ class UpstreamConnection(asyncio.Protocol):
 
     # --- what the one who asks calls ---
 
-    def send(self, sink: ResponseSink, head: bytes, body: bytes) -> None:
+    def send(self, sink: ResponseSink, head: bytes, pieces) -> None:
         """Send one request; the answer goes to `sink`."""
         assert self._transport is not None  # noqa: S101  (set before anybody gets to see it)
         self._sink = sink
         self._requests += 1
         self._kept = self._requests > 1
         self._touched = False
+        body = b"".join(pieces)
         # To copy what is small costs less than a second write.
         if len(body) <= _SMALL_BYTES:
             self._transport.write(head + body)
@@ -156,13 +161,13 @@ class UpstreamConnection(asyncio.Protocol):
                 # The answer is whole; what follows it is nobody's.
                 sink.answer_came(b"".join(self._pieces), complete=True)
             else:
-                sink.answer_broke(f"the answer is no proper HTTP ({error})", untouched=False)
+                sink.answer_broke(f"the answer is no proper HTTP ({error})", begun=True)
             return
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > _MOST_HEAD_BYTES:
                 self.abandon()
-                sink.answer_broke("the head of the answer has no end", untouched=False)
+                sink.answer_broke("the head of the answer has no end", begun=True)
             return
         if self._sink is not sink:
             return  # it was abandoned at its head
@@ -185,7 +190,7 @@ class UpstreamConnection(asyncio.Protocol):
             sink.answer_came(b"", complete=True)  # such an answer ends with its connection
         else:
             why = "the server closed the connection" if exc is None else f"the connection broke ({exc})"
-            sink.answer_broke(why, untouched=self._kept and not self._touched)
+            sink.answer_broke(why, begun=self._touched or not self._kept or exc is None)
 
     # --- what the parser calls ---
 

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
     from manager.domain.instance import Model
     from manager.services.fleet import Fleet
-    from manager.services.gateway import Gateway, SettingsSource
     from manager.services.instance import Instance
     from manager.services.model_lists import ModelLists
+    from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.router import SettingsSource
+    from manager.services.traffic import Traffic
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:-rc[0-9]+)?")
 # What the packaged templates run. Some clients refuse servers that are older than something.
@@ -45,14 +47,16 @@ class Catalogue:
     def __init__(
         self,
         fleet: Fleet,
-        gateway: Gateway,
+        status: ModelStatus,
+        traffic: Traffic,
         lists: ModelLists,
         settings: SettingsSource,
         *,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
-        self._gateway = gateway
+        self._status = status
+        self._traffic = traffic
         self._lists = lists
         self._settings = settings
         self._now = now
@@ -141,15 +145,15 @@ class Catalogue:
             if instance.usable_endpoint() is not None:
                 for model in instance.models:
                     loaded[model_key(model.name)].append((instance.id, model))
-        doing = self._gateway.models_at_work()
+        doing = self._status.at_work()
         return {
             key: KnownModel(
                 entry,
                 tuple(instances[key]),
                 tuple(id_ for id_, _ in loaded[key]),
-                doing.get(key) or ("ready" if loaded[key] else self._gateway.idle_status(key)),
+                doing.get(key) or ("ready" if loaded[key] else self._status.idle_status(key)),
                 max((_offload(model) for _, model in loaded[key]), default=None),
-                min(filter(None, map(self._gateway.first_token_ms, instances[key])), default=None),
+                min(filter(None, map(self._traffic.first_token_ms, instances[key])), default=None),
             )
             for key, entry in entries.items()
         }

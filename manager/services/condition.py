@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 
 _OOM_OVER_S = 0.5
+# The fields that routing reads.
+_ROUTED = frozenset({"phase", "intent", "endpoint", "failure"})
 
 
 @dataclass(slots=True)
@@ -65,6 +67,12 @@ class Condition:
     watch: Watch = field(default_factory=Watch)
     starters: Waiters = field(default_factory=Waiters)
 
+    def __setattr__(self, name: str, value: object) -> None:
+        """Every assignment to a field that routing reads advances the fleet's revision: none can be missed."""
+        object.__setattr__(self, name, value)
+        if name in _ROUTED:
+            self.world.revision.advance()
+
     @property
     def alive(self) -> bool:
         """Whether there is a container whose process has not ended, as far as is known."""
@@ -105,6 +113,7 @@ class Condition:
         known = self.container
         self.set_container(facts)
         self.watch.paused = facts is not None and facts.status == "paused"
+        self.world.revision.advance()
         if facts is None or facts.status not in ALIVE:
             if self.phase is Phase.READY:
                 self.died()
@@ -131,6 +140,7 @@ class Condition:
         if known is not None and event.container_id == known.id:
             if event.action in ("pause", "unpause"):
                 self.watch.paused = event.action == "pause"
+                self.world.revision.advance()  # a paused container is silent
             elif event.action == "die":
                 self.watch.ended.set()
                 self.container = replace(known, status="exited", exit_code=event.exit_code)

@@ -55,6 +55,7 @@ class EngineWatch:
         self._resync = asyncio.Event()
         self._following: asyncio.Future[None] | None = None
         self._refusal = ""
+        self.asked = False
         self.found = False
         self.up = False
         self.trouble = f"the container engine at {world.engine.url} has not answered yet"
@@ -81,6 +82,7 @@ class EngineWatch:
             self._went_down(error.message)
         else:
             self._is_up()
+        self.asked = True
 
     async def _find(self) -> None:
         engine = self._world.engine

@@ -93,6 +93,7 @@ class Fleet:
         self._ticks: asyncio.Queue[Schedule | None] = asyncio.Queue()
         self._tasks: asyncio.TaskGroup | None = None
         self._instances: dict[str, Instance] = {}
+        self._is_known = False
         self._making_way = asyncio.Lock()
         self._promised: Counter[str] = Counter()
         self.engine = EngineWatch(
@@ -232,6 +233,21 @@ class Fleet:
             reasons.append(f"registry: {trouble}")
         return tuple(reasons)
 
+    @property
+    def is_known(self) -> bool:
+        """Whether every instance was looked at once: the engine and each external server answered or failed."""
+        if not self._is_known:
+            waiting = (one for one in self._instances.values() if not isinstance(one, Supervisor))
+            engine = self.engine.asked or not self.supervisors()
+            self._is_known = engine and all(one.is_probed for one in waiting)
+        return self._is_known
+
+    async def known(self, *, within_s: float) -> None:
+        """Wait until `is_known`, at most for `within_s`."""
+        deadline = self._world.now() + within_s
+        while not self.is_known and self._world.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_SETTLE_POLL_S)
+
     # --- what goes on by itself ---
 
     async def run(self) -> None:
@@ -363,6 +379,7 @@ class Fleet:
             self._world.journal.record("found_unusable", instance=instance_id, detail=error.message)
             return
         self._instances[instance.id] = instance
+        self._world.revision.advance()
         self._world.journal.record("found", instance=instance.id, detail=str(instance.view().gpu_uuid))
         if isinstance(instance, Supervisor) and self.engine.found:
             self._introduce(instance)

@@ -17,6 +17,7 @@ from manager.domain.instance import (
     Phase,
     Target,
 )
+from manager.domain.target import Target as Place
 from manager.errors import UnavailableError
 from manager.services.container_run import happens
 from manager.services.leases import Lease, LeaseBook
@@ -87,6 +88,7 @@ class Instance(ABC):
         self.id = spec.id
         self._world = world
         self._leases = LeaseBook(spec.id, self._on_release, world.in_flight)
+        self._place: Place | None = None
         self._health = Health.UNKNOWN
         self._health_issue: Explanation | None = None
         self._models: tuple[Model, ...] = ()
@@ -142,7 +144,7 @@ class Instance(ABC):
         """
         while (endpoint := self.usable_endpoint()) is None:
             await self.start(explicit=False)
-        return self._leases.grant(endpoint)
+        return self._grant(endpoint)
 
     def has_room_for(self, model: str) -> bool:
         """Whether a model that is not loaded can be, as far as is known; only a card's memory has an end."""
@@ -161,7 +163,13 @@ class Instance(ABC):
         endpoint = self.usable_endpoint()
         if endpoint is None:
             return None
-        return self._leases.grant(endpoint)
+        return self._grant(endpoint)
+
+    def _grant(self, endpoint: str) -> Lease:
+        place = self._place
+        if place is None or place.endpoint != endpoint:
+            place = self._place = Place(self.id, endpoint)
+        return self._leases.grant(place)
 
     async def effort(self) -> Effort | None:
         """What the instance has done and holds, as far as that can be told from outside."""
@@ -175,6 +183,11 @@ class Instance(ABC):
         """
         grace_s = max(_GRACE_PROBES * self.spec.limits.probe_interval_s, _GRACE_S)
         return self._health is Health.UNHEALTHY and self._world.now() - self._answered_at > grace_s
+
+    @property
+    def is_probed(self) -> bool:
+        """Whether a probe was answered or has failed since the last reset."""
+        return self._health is not Health.UNKNOWN
 
     async def has_gone(self) -> bool:
         """Whether the server turns out to be gone on a closer look."""
@@ -222,7 +235,7 @@ class Instance(ABC):
         self.version = answer.version or self.version
         if answer.loaded is not None:
             if [model.name for model in answer.loaded] != [model.name for model in self._models]:
-                self._world.changes.count += 1
+                self._world.revision.advance()
             self._models = answer.loaded
         if answer.available is not None:
             self._available = tuple(map(name_of, answer.available))
@@ -261,10 +274,13 @@ class Instance(ABC):
                 reason=issue.code if issue else None,
                 detail=issue.message if issue else "",
             )
+        if health is not self._health:
+            self._world.revision.advance()
         self._health = health
         self._health_issue = issue
 
     def _reset_health(self) -> None:
+        self._world.revision.advance()
         self._health = Health.UNKNOWN
         self._health_issue = None
         self._models = ()

@@ -1,4 +1,4 @@
-"""Leases: the proof that an instance is in use. Given out and taken back on the event loop, so atomically."""
+"""Leases: the proof that an instance is in use. Granted and released on the event loop, hence atomically."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager.domain.target import Target
+
 
 class Lease:
     """The right to use an instance until `release`, which counts once however often it is called.
@@ -14,12 +16,19 @@ class Lease:
     Also a context manager: leaving it releases.
     """
 
-    __slots__ = ("_give_back", "endpoint", "instance")
+    __slots__ = ("_give_back", "target")
 
-    def __init__(self, instance: str, endpoint: str, give_back: Callable[[], None]) -> None:
-        self.instance = instance
-        self.endpoint = endpoint
+    def __init__(self, target: Target, give_back: Callable[[], None]) -> None:
+        self.target = target
         self._give_back: Callable[[], None] | None = give_back
+
+    @property
+    def instance(self) -> str:
+        return self.target.instance
+
+    @property
+    def endpoint(self) -> str:
+        return self.target.endpoint
 
     def release(self) -> None:
         give_back, self._give_back = self._give_back, None
@@ -37,9 +46,9 @@ class LeaseBook:
     """Counts the open leases of one instance.
 
     Args:
-        instance: whose they are.
-        on_release: told of each that was given back.
-        counts: where the count is kept, by instance: whoever compares many of them reads them there.
+        instance: its id.
+        on_release: called after each release.
+        counts: open leases by instance; the count of this one is kept there, for readers that compare many.
     """
 
     def __init__(self, instance: str, on_release: Callable[[], None], counts: dict[str, int]) -> None:
@@ -52,9 +61,9 @@ class LeaseBook:
     def in_flight(self) -> int:
         return self._counts[self._instance]
 
-    def grant(self, endpoint: str) -> Lease:
+    def grant(self, target: Target) -> Lease:
         self._counts[self._instance] += 1
-        return Lease(self._instance, endpoint, self._take_back)
+        return Lease(target, self._take_back)
 
     def _take_back(self) -> None:
         self._counts[self._instance] -= 1

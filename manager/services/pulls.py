@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from manager.services.gateway import Prepared
     from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.routing.placement import Prepared
     from manager.services.volumes import Volumes
     from manager.wire.management import ManagementBody
 
@@ -132,7 +132,7 @@ class Waiter:
 
 
 class Pulls:
-    """Implements `services.gateway.ModelPuller`. `run` must go on while pulls are asked for.
+    """Implements `services.routing.placement.ModelPuller`. `run` must go on while pulls are asked for.
 
     Args:
         volumes: which instance writes, and when it is its turn.

@@ -1,4 +1,4 @@
-"""The records of requests that do not go through the relay: begun here, ended in the gateway."""
+"""Begins the record of each request."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from random import getrandbits
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from manager.services.traffic import RequestRecord, never
+from manager.domain.record import RequestRecord, never
 from manager.wire.caller import shown
 from manager.wire.head import forwarded
 from manager.wire.trace import is_sampled, read_traceparent, traceparent
@@ -17,13 +17,25 @@ from manager.wire.trace import is_sampled, read_traceparent, traceparent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from manager.domain.roles import RequestKind
     from manager.wire.caller import HeaderNames
     from manager.wire.head import Header
 
 
+class Origin(NamedTuple):
+    """What the head of a request says of its client. `trace` is trace id, span id and flags."""
+
+    instance: str | None
+    lane: str | None
+    project: str
+    intent: str | None
+    local_only: bool
+    trace: tuple[str, str, str] | None
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request that has come: its record, the instance it is pinned to, and what a server is to see."""
+    """A request that does not go through the relay: its record, its pin, and what a server is to see of it."""
 
     record: RequestRecord
     instance: str | None
@@ -31,53 +43,74 @@ class Begun:
 
 
 class Requests:
-    """Begins records.
+    """Begins records. Ids are random for each daemon, with a counter behind: cheap, and hard to guess.
 
     Args:
-        names: under which headers callers say where they belong and want to go.
-        default_project: where requests belong that do not say.
+        names: of the headers in which clients say where they belong and want to go.
+        default_project: of clients that name none.
         samples: whether a trace that begins here is sampled.
     """
 
     def __init__(
         self, names: HeaderNames, *, default_project: str, samples: Callable[[str], bool] = never
     ) -> None:
-        self._names = names
+        self.names = names
         self._default_project = default_project
         self._samples = samples
-        # Ids that nobody can guess from another daemon's, at the price of a counter.
         self._prefix = os.urandom(6).hex()
         self._span_prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
 
-    def begin(self, path: str, headers: list[Header]) -> Begun:
-        """Begin a record.
+    def origin(self, headers: list[Header]) -> Origin:
+        """Read the head of a request; names in lower case."""
+        given = dict(headers)
+        names = self.names
+        local_only = shown(given.get(names.local_only)) or ""
+        return Origin(
+            instance=shown(given.get(names.instance)),
+            lane=shown(given.get(names.lane)),
+            project=shown(given.get(names.project)) or self._default_project,
+            intent=shown(given.get(names.intent)),
+            local_only=local_only.lower() in ("true", "1", "yes"),
+            trace=read_traceparent(given.get(b"traceparent")),
+        )
+
+    def record(self, path: str, kind: RequestKind | None, origin: Origin) -> RequestRecord:
+        """Begin the record of a request.
 
         Args:
             path: the route, as it is logged.
-            headers: names in lower case.
+            kind: None for requests that manage models.
+            origin: its client.
         """
-        given = dict(headers)
-        names = self._names
         number = next(self._numbers)
-        trace = read_traceparent(given.get(b"traceparent"))
+        trace = origin.trace
         trace_id = trace[0] if trace else f"{getrandbits(128):032x}"
-        record = RequestRecord(
+        record = RequestRecord.begun(
             ts=datetime.now(UTC),
             request_id=f"{self._prefix}{number:08x}",
             trace_id=trace_id,
             span_id=f"{self._span_prefix}{number:08x}",
             parent_span_id=trace[1] if trace else None,
-            project_id=shown(given.get(names.project)) or self._default_project,
+            project_id=origin.project,
             path=path,
             sampled=is_sampled(trace[2]) if trace else self._samples(trace_id),
-            lane=shown(given.get(names.lane)),
-            intent=shown(given.get(names.intent)),
+            kind=kind,
+            lane=origin.lane,
+            intent=origin.intent,
         )
-        lines = forwarded(headers, names.all)
+        if origin.local_only:
+            record.local_only = True
+        return record
+
+    def begin(self, path: str, kind: RequestKind | None, headers: list[Header]) -> Begun:
+        """Begin a request that does not go through the relay; arguments as for `record` and `origin`."""
+        origin = self.origin(headers)
+        record = self.record(path, kind, origin)
+        lines = forwarded(headers, self.names.all)
         pairs = [(name, value) for name, _, value in (line[:-2].partition(b": ") for line in lines)]
         pairs += [
             (b"x-request-id", record.request_id.encode()),
             (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
         ]
-        return Begun(record, shown(given.get(names.instance)), pairs)
+        return Begun(record, origin.instance, pairs)

@@ -5,103 +5,16 @@ from __future__ import annotations
 import random
 from bisect import bisect_left
 from collections import defaultdict
-from dataclasses import MISSING, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from datetime import datetime
 
+    from manager.domain.record import RequestRecord
     from manager.errors import Reason
-
-
-# How a request ended. Each ends in exactly one of these.
-Outcome: TypeAlias = Literal[
-    "ok", "client_error", "client_gone", "refused", "upstream_error", "timeout", "cut"
-]
-
-
-@dataclass
-class RequestRecord:
-    """One request, as it is logged. Times are milliseconds, None where a phase was not reached.
-
-    `sampled` is whether whoever began the trace wants to see it; `endpoint` is that of the effective target.
-    It has no slots: what `begun` leaves out is read from the class.
-    """
-
-    ts: datetime
-    request_id: str
-    trace_id: str
-    span_id: str
-    parent_span_id: str | None
-    project_id: str
-    path: str
-    sampled: bool = False
-    lane: str | None = None
-    intent: str | None = None
-    role: str | None = None
-    model: str | None = None
-    requested_target: str | None = None
-    effective_target: str | None = None
-    provider: Literal["local"] = "local"
-    endpoint: str | None = None
-    policy: str | None = None
-    fallback: bool = False
-    fallback_reason: Reason | None = None
-    attempts: int = 0
-    status: int = 0
-    outcome: Outcome = "ok"
-    stream: bool = False
-    queue_ms: float = 0.0
-    start_ms: float | None = None
-    ttfb_ms: float | None = None
-    duration_ms: float = 0.0
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cost_usd: float = 0.0
-
-    @classmethod
-    def begun(
-        cls,
-        *,
-        ts: datetime,
-        request_id: str,
-        trace_id: str,
-        span_id: str,
-        parent_span_id: str | None,
-        project_id: str,
-        path: str,
-        sampled: bool,
-        lane: str | None,
-        intent: str | None,
-    ) -> Self:
-        """What is known when a request begins, in a third of the time that the constructor takes."""
-        record = cls.__new__(cls)
-        record.ts = ts
-        record.request_id = request_id
-        record.trace_id = trace_id
-        record.span_id = span_id
-        record.parent_span_id = parent_span_id
-        record.project_id = project_id
-        record.path = path
-        record.sampled = sampled
-        record.lane = lane
-        record.intent = intent
-        return record
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every field, in order."""
-        return {**_UNSET, **self.__dict__}
-
-
-_UNSET: dict[str, Any] = {
-    entry.name: None if entry.default is MISSING else entry.default for entry in fields(RequestRecord)
-}
-
-
-def never(_trace_id: str) -> bool:
-    """Which traces that begin here are sampled while nothing records them."""
-    return False
 
 
 # Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
@@ -164,10 +77,10 @@ class Traffic:
         target = record.effective_target or ""
         self.requests[target, record.role or "", record.outcome] += 1
         if record.fallback and record.fallback_reason is not None:
-            self.fallbacks[record.requested_target or "", target, record.fallback_reason.value] += 1
+            self.fallbacks[record.fallback_from or "", target, record.fallback_reason.value] += 1
         if target:
             self.durations[target].observe(record.duration_ms / 1000)
-            if record.ttfb_ms is not None:
+            if record.ttfb_ms is not None and _has_first_token(record):
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
         if self._trace is not None and record.sampled:
             self._trace(record)
@@ -175,6 +88,11 @@ class Traffic:
             record.outcome != "ok" or self._share_logged >= 1 or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
         ):
             self._write(record)
+
+
+def _has_first_token(record: RequestRecord) -> bool:
+    """Whether the first byte was a token: of a stream that ended well, not of a whole answer or of vectors."""
+    return record.stream and record.outcome == "ok" and record.kind is RequestKind.GENERATE
 
 
 def _to_microseconds(value_ms: float) -> float:

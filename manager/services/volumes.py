@@ -13,13 +13,14 @@ from manager.errors import ManagerError, Reason, UnavailableError
 from manager.services.model_lists import models_mount, volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterable, Mapping
 
     from manager.domain.routing import Candidate
     from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
-    from manager.services.gateway import Gateway, Prepared
     from manager.services.model_lists import ModelLists
+    from manager.services.routing.placement import Placement, Prepared
+    from manager.services.routing.router import Router
 
 # So many names of models fit into an error message that somebody reads.
 _MOST_NAMES = 50
@@ -38,7 +39,8 @@ class Volumes:
 
     Args:
         fleet: its instances are on the volumes.
-        gateway: starts them and gives leases on them.
+        router: has the snapshot of them.
+        placement: starts them and gives leases on them.
         catalogue: has them asked what they have.
         lists: what there is on each volume.
         chosen: volume -> the instance that alone writes to it, where the operator has chosen one.
@@ -47,14 +49,16 @@ class Volumes:
     def __init__(
         self,
         fleet: Fleet,
-        gateway: Gateway,
+        router: Router,
+        placement: Placement,
         catalogue: Catalogue,
         lists: ModelLists,
         *,
         chosen: Mapping[str, str],
     ) -> None:
         self._fleet = fleet
-        self._gateway = gateway
+        self._router = router
+        self._placement = placement
         self._catalogue = catalogue
         self._lists = lists
         self._chosen = chosen
@@ -103,7 +107,7 @@ class Volumes:
         """
         if pin is not None:
             return self.of(pin)
-        self._gateway.snapshot()  # takes in what instances have listed since
+        self._router.snapshot()  # takes in what instances have listed since
         if having := self.having(model):
             return having[0]
         await self._catalogue.refresh(lists=True)
@@ -116,21 +120,33 @@ class Volumes:
 
     # --- who ---
 
+    def writers(self, volume: str, model: str = "") -> tuple[Attempt, ...]:
+        """Return the attempts for a request that changes a volume, in order."""
+        return _attempts(writers(self._members(volume), self._chosen.get(volume)), model)
+
+    def readers(self, volume: str, model: str = "") -> tuple[Attempt, ...]:
+        """Return the attempts for a request that reads a volume; an instance is started only if none runs."""
+        return _attempts(readers(self._members(volume)), model)
+
+    def none_left(self, volume: str) -> UnavailableError:
+        """Return the error of a volume that no instance can be used on."""
+        outs = [f"{one.id} ({one.why_out})" for one in self._candidates(volume) if one.why_out]
+        message = f"no instance on {volume} can be used now: {', '.join(outs) or 'none writes to it'}"
+        return UnavailableError(message, reason=Reason.INSTANCE_UNAVAILABLE, retry_after_s=5)
+
     async def writer(self, volume: str) -> Prepared:
-        """A lease on whoever writes to a volume, started if need be.
+        """Return a lease on the instance that writes to a volume, started if need be.
 
         Raises:
-            ManagerError: nobody can be had.
+            ManagerError: there is none.
         """
-        return await self._first(writers(self._members(volume), self._chosen.get(volume)), volume)
-
-    async def reader(self, volume: str) -> Prepared:
-        """A lease on an instance that sees a volume; one is started only if none runs.
-
-        Raises:
-            ManagerError: nobody can be had.
-        """
-        return await self._first(readers(self._members(volume)), volume)
+        trouble: ManagerError | None = None
+        for attempt in self.writers(volume):
+            try:
+                return await self._placement.prepare(attempt)
+            except ManagerError as error:
+                trouble = trouble or error
+        raise trouble or self.none_left(volume)
 
     # --- what is done there ---
 
@@ -156,19 +172,6 @@ class Volumes:
 
     # --- helpers ---
 
-    async def _first(self, ids: Sequence[str], volume: str) -> Prepared:
-        trouble: ManagerError | None = None
-        for id_ in ids:
-            try:
-                return await self._gateway.prepare(Attempt(id_, "", role=None, because="startable"))
-            except ManagerError as error:
-                trouble = trouble or error
-        if trouble is None:
-            outs = [f"{one.id} ({one.why_out})" for one in self._candidates(volume) if one.why_out]
-            message = f"no instance on {volume} can be used now: {', '.join(outs) or 'none writes to it'}"
-            trouble = UnavailableError(message, reason=Reason.INSTANCE_UNAVAILABLE, retry_after_s=5)
-        raise trouble
-
     def _members(self, volume: str) -> list[Member]:
         return [
             Member(one.id, one.state, one.priority, writable=self._may_write(one.id))
@@ -176,11 +179,15 @@ class Volumes:
         ]
 
     def _candidates(self, volume: str) -> list[Candidate]:
-        return [one for one in self._gateway.snapshot().candidates if self.of(one.id) == volume]
+        return [one for one in self._router.snapshot().candidates if self.of(one.id) == volume]
 
     def _may_write(self, instance_id: str) -> bool:
         mount = models_mount(self._fleet.get(instance_id).spec)
         return mount is None or not mount.read_only
 
     def _there_is(self) -> list[str]:
-        return self._gateway.snapshot().names()[:_MOST_NAMES]
+        return self._router.snapshot().names()[:_MOST_NAMES]
+
+
+def _attempts(ids: Iterable[str], model: str) -> tuple[Attempt, ...]:
+    return tuple(Attempt(id_, model, role=None, because="startable") for id_ in ids)

@@ -24,10 +24,13 @@ async def no_step(_instance: str, _step: str) -> None:
 
 
 @dataclass(slots=True)
-class Changes:
-    """Counts what changes without being an event; whoever remembers what depends on it looks at the count."""
+class Revision:
+    """Grows with every change of the fleet that routing reads. A snapshot of an older revision is out of date."""
 
-    count: int = 0
+    number: int = 0
+
+    def advance(self) -> None:
+        self.number += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class World:
     `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
     that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
     containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `in_flight`
-    has the number of open leases by instance. `starting` is held while a container is created and started,
+    has the number of open leases by instance. `revision` is that of the fleet. `starting` is held while a container is created and started,
     and by nothing else.
     """
 
@@ -53,5 +56,5 @@ class World:
     on_step: Callable[[str, str], Awaitable[None]] = no_step
     resume_idle_clock: bool = False
     in_flight: dict[str, int] = field(default_factory=dict)
-    changes: Changes = field(default_factory=Changes)
+    revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

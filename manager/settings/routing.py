@@ -204,7 +204,8 @@ def _each_header_once(headers: HeaderSettings) -> HeaderSettings:
 class GatewaySettings(Section):
     """Seconds throughout; `keep_alive_s` 0 sends nothing while a start is waited for.
 
-    `max_body` bounds what is held in memory, `max_upload` what only passes through; None is no bound.
+    `max_body` bounds a body that is held in memory, `max_buffered` all of them together, and `max_upload` a body
+    that only passes through; None is no bound.
     `access_log` is the share of successful requests that are logged; the others always are. `tracing` needs
     what `pip install 'ollama-endpoint-manager[otel]'` brings.
     """
@@ -216,6 +217,7 @@ class GatewaySettings(Section):
     drain_timeout_s: Wait = 30.0
     max_body: Size = 256 * 2**20
     max_upload: Size | None = None
+    max_buffered: Size = 512 * 2**20
     keep_alive_s: Wait = 15.0
     default_project: Annotated[str, Field(min_length=1, max_length=128)] = "default"
     access_log: Annotated[Number, Field(ge=0, le=1)] = 1.0

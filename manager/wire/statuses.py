@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from manager.domain.judgement import ABOUT_THE_REQUEST, Judgement
 from manager.errors import Reason
 
 if TYPE_CHECKING:
@@ -23,21 +25,58 @@ _TOLD: Mapping[Reason, int] = MappingProxyType(
         Reason.MODEL_MISSING: 404,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
+        Reason.MODEL_LOAD_FAILED: 502,
     }
 )
-_FAILURES: Mapping[int, Reason] = MappingProxyType(
-    {404: Reason.MODEL_MISSING, 429: Reason.OVERLOADED, 503: Reason.OVERLOADED}
+_FAILURES: Mapping[int, Judgement] = MappingProxyType(
+    {
+        404: Judgement(Reason.MODEL_MISSING),
+        429: Judgement(Reason.OVERLOADED),
+        503: Judgement(Reason.OVERLOADED),
+    }
+)
+# Ollama answers 500 for some errors of the request (0.24 to 0.33: `server/routes.go` scheduleRunner and
+# `api/types.go` FromMap for options, `llm/server.go` for formats and inputs).
+_OF_REQUEST = re.compile(
+    r"option \"|must be of type|invalid (?:format|option|image|duration)|unknown format|does not support"
+    r"|unsupported image|decode image|input length exceeds|context length|prompt is too long|grammar"
+)
+# The words of a load that failed (`llm/server.go`, `server/sched.go`): another device may have room.
+_OF_LOAD = re.compile(
+    r"(?:unable|failed|error|time(?:d)? ?out)[a-z ]* (?:load|loading|start|starting|waiting)"
+    r"|failed to load|runner process|cudamalloc|out of memory|more system memory|unable to allocate"
 )
 
 
-def told_as(reason: Reason) -> int:
-    """The status in which a caller is told that no instance answered, for that reason."""
-    return _TOLD.get(reason, UNAVAILABLE)
+def status_of(reason: Reason, refused: str | None = None) -> int:
+    """Return the status in which a client is told of a reason, in every dialect.
+
+    Args:
+        reason: why there is no answer.
+        refused: what a decision without attempts says of the request; None where an attempt has failed.
+    """
+    return _TOLD.get(reason, UNAVAILABLE) if refused is None else REFUSED[refused]
 
 
-def failure_of(status: int) -> Reason | None:
-    """What an answer of this status says about the instance; None when it is about the request."""
-    return _FAILURES.get(status) or (Reason.UPSTREAM_ERROR if status >= _SERVER_ERROR else None)
+def judge(status: int, message: str = "") -> Judgement:
+    """Return what an answer of this status says of its server.
+
+    Args:
+        status: of HTTP.
+        message: the error in the answer. An internal error (500) without a known meaning starts no instance:
+            it is more likely the request's than the server's.
+    """
+    known = _FAILURES.get(status)
+    if known is not None:
+        return known
+    if status < _SERVER_ERROR:
+        return ABOUT_THE_REQUEST
+    words = message.lower()
+    if _OF_REQUEST.search(words):
+        return ABOUT_THE_REQUEST
+    if _OF_LOAD.search(words):
+        return Judgement(Reason.MODEL_LOAD_FAILED)
+    return Judgement(Reason.UPSTREAM_ERROR, may_start=status != _SERVER_ERROR)
 
 
 def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:

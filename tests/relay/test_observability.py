@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import manager.adapters
 from manager.errors import ConfigurationError
-from manager.services.traffic import Outcome
+from manager.domain.record import Outcome
 from tests.support.inside import until
 from tests.support.relaying import LINE, Conversation, Front, Scripted, a_word, relaying
 from tests.unit.adapters.test_otel import Collector
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 WHOLE = {**TINY, "stream": False}
@@ -51,7 +51,7 @@ async def one_of_each(home: Path, **more: Any) -> AsyncIterator[Front]:
     """A gateway that has answered one request for each outcome."""
     limits = {"total_timeout_s": 3, **more}
     async with Scripted().serving() as server, relaying(home, {"a": server}, gateway=limits) as front:
-        traffic = front.daemon.gateway._traffic
+        traffic = front.daemon.backend.passing.routing.traffic
 
         def write(record: RequestRecord) -> None:
             front.records.append(record)
@@ -159,7 +159,7 @@ async def test_metrics_agree_with_the_lines(tmp_path: Path) -> None:
 async def test_of_what_went_well_only_a_share_is_logged_but_all_is_counted(tmp_path: Path) -> None:
     async with one_of_each(tmp_path, access_log=0) as front:
         assert sorted(record.outcome for record in front.records) == sorted(set(OUTCOMES) - {"ok"})
-        counts = front.daemon.gateway._traffic.requests
+        counts = front.daemon.backend.passing.routing.traffic.requests
         assert sum(count for (_, _, outcome), count in counts.items() if outcome == "ok") == 1
 
 
@@ -200,7 +200,7 @@ async def test_a_fallback_is_an_event_when_it_begins_and_when_it_ends_not_for_ea
         one.answer = fails
         await front.ask(ask)
         assert fallbacks(front)[2:] == [began]
-        counts = front.daemon.gateway._traffic.fallbacks
+        counts = front.daemon.backend.passing.routing.traffic.fallbacks
         assert counts == {("a", "b", "upstream_error"): 4}
         lines = [record for record in front.records if record.fallback]
         assert {record.endpoint for record in lines} == {other.url}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from manager.relay.relay import Relay
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 CHAT = "/api/chat"
 LINE = b'{"model":"tiny","message":{"role":"assistant","content":"word"},"done":false}\n'
@@ -396,7 +396,7 @@ async def relaying(
                 within_s=20,
             )
             port = server.servers[0].sockets[0].getsockname()[1]
-            traffic = daemon.gateway._traffic
+            traffic = daemon.backend.passing.routing.traffic
             front = Front(daemon, relay, server, port, to_the_log=traffic._write)
             traffic._write = front.records.append
             yield front

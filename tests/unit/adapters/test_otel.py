@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 
 @pytest.fixture(autouse=True)

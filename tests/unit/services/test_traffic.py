@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, get_args
 import pytest
 
 from manager.errors import Reason
-from manager.services.traffic import BUCKETS_S, Histogram, Outcome, Traffic
+from manager.domain.record import Outcome
+from manager.services.traffic import BUCKETS_S, Histogram, Traffic
 from tests.support.records import a_record
 
 if TYPE_CHECKING:
-    from manager.services.traffic import RequestRecord
+    from manager.domain.record import RequestRecord
 
 OUTCOMES = get_args(Outcome)
 

@@ -1,0 +1,21 @@
+"""What an answer with an error says of its server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from manager.errors import Reason
+
+
+class Judgement(NamedTuple):
+    """`reason` is None where the error is about the request: every server would answer the same.
+
+    `may_start` is whether another instance is worth starting for this request.
+    """
+
+    reason: Reason | None
+    may_start: bool = True
+
+
+ABOUT_THE_REQUEST = Judgement(None)

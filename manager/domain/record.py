@@ -1,0 +1,129 @@
+"""The record of one request: what it asked for, what answered, and how it ended."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+
+    from manager.domain.roles import RequestKind
+    from manager.errors import Reason
+
+# How a request ended. Every request ends in exactly one of these.
+Outcome: TypeAlias = Literal[
+    "ok", "client_error", "client_gone", "refused", "upstream_error", "timeout", "cut"
+]
+
+# A record names at most so many failed attempts; `attempts` counts all of them.
+_MAX_FAILED_ATTEMPTS = 16
+
+
+class FailedAttempt(NamedTuple):
+    """One attempt that brought no answer."""
+
+    target: str
+    reason: Reason
+
+
+@dataclass
+class RequestRecord:
+    """One request, as it is logged. Times are milliseconds, None where a phase was not reached.
+
+    `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None for
+    requests that manage models. `attempts` counts every time that a request was put to an instance or that an
+    instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
+    `fallback_from` is the instance or policy that was preferred, None without a fallback.
+
+    The class has no slots: `begun` reads the defaults from the class.
+    """
+
+    ts: datetime
+    request_id: str
+    trace_id: str
+    span_id: str
+    parent_span_id: str | None
+    project_id: str
+    path: str
+    sampled: bool = False
+    kind: RequestKind | None = None
+    lane: str | None = None
+    intent: str | None = None
+    local_only: bool = False
+    role: str | None = None
+    model: str | None = None
+    requested_target: str | None = None
+    effective_target: str | None = None
+    provider: Literal["local"] = "local"
+    endpoint: str | None = None
+    policy: str | None = None
+    fallback: bool = False
+    fallback_reason: Reason | None = None
+    fallback_from: str | None = None
+    attempts: int = 0
+    failed_attempts: tuple[FailedAttempt, ...] = ()
+    status: int = 0
+    outcome: Outcome = "ok"
+    stream: bool = False
+    queue_ms: float = 0.0
+    start_ms: float | None = None
+    ttfb_ms: float | None = None
+    duration_ms: float = 0.0
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cost_usd: float = 0.0
+
+    @classmethod
+    def begun(
+        cls,
+        *,
+        ts: datetime,
+        request_id: str,
+        trace_id: str,
+        span_id: str,
+        parent_span_id: str | None,
+        project_id: str,
+        path: str,
+        sampled: bool,
+        kind: RequestKind | None,
+        lane: str | None,
+        intent: str | None,
+    ) -> Self:
+        """Return a record with what is known at the beginning, in a third of the constructor's time."""
+        record = cls.__new__(cls)
+        record.ts = ts
+        record.request_id = request_id
+        record.trace_id = trace_id
+        record.span_id = span_id
+        record.parent_span_id = parent_span_id
+        record.project_id = project_id
+        record.path = path
+        record.sampled = sampled
+        record.kind = kind
+        record.lane = lane
+        record.intent = intent
+        return record
+
+    def attempt_failed(self, target: str, reason: Reason) -> None:
+        """Note an attempt that brought no answer."""
+        if len(self.failed_attempts) < _MAX_FAILED_ATTEMPTS:
+            self.failed_attempts = (*self.failed_attempts, FailedAttempt(target, reason))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every field, in order."""
+        return {**_UNSET, **self.__dict__}
+
+
+_UNSET: dict[str, Any] = {
+    entry.name: None if entry.default is MISSING else entry.default for entry in fields(RequestRecord)
+}
+
+
+def never(_trace_id: str) -> bool:
+    """Sample no trace. The default while nothing records traces."""
+    return False
+
+
+Samples: TypeAlias = "Callable[[str], bool]"

@@ -1,0 +1,31 @@
+"""The place that a request is sent to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Protocol(StrEnum):
+    """The API that a server speaks."""
+
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One server, as a lease on its instance leads to it.
+
+    `endpoint` is the base URL. `headers` are added to each request, such as the credentials of a server that
+    somebody else runs. `paid` servers cost money for each request. A request to a target that is not
+    `repeatable` is sent once, whatever becomes of it.
+    """
+
+    instance: str
+    endpoint: str
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    protocol: Protocol = Protocol.OLLAMA
+    paid: bool = False
+    repeatable: bool = True

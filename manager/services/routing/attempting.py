@@ -1,0 +1,537 @@
+"""The life of one request: its decision, its attempts and leases, and what follows a failure. Knows no HTTP.
+
+Failover, repeats, recovery of an instance that has just ended, patience with a load and the total deadline are
+decided here and nowhere else:
+
+- An attempt that fails before its request was sent is followed by the next one.
+- A request that a server may have begun is neither repeated nor sent elsewhere when that server dies: the
+  request may be the cause, and would take the next server down as well.
+- A server that answered with an error, or that ran out of time and was abandoned, is followed by the next one.
+- Nothing follows once the client has got a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+
+from manager.errors import ManagerError, Reason
+from manager.services.routing.model_status import Work
+from manager.services.routing.placement import reason_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from manager.domain.judgement import Judgement
+    from manager.domain.record import Outcome, RequestRecord
+    from manager.domain.roles import BodyChanges
+    from manager.domain.routing import Attempt, Refused, RequestFacts
+    from manager.domain.target import Target
+    from manager.services.leases import Lease
+    from manager.services.routing.fallback_events import FallbackEvents
+    from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.placement import ModelPuller, Placement
+    from manager.services.routing.router import Attempts, Router
+    from manager.services.traffic import Traffic
+
+# How long a request waits for the first look at the fleet after the daemon's start.
+_MAX_STARTUP_WAIT_S = 15.0
+# How much longer a load that makes progress may take, each time that it is looked at.
+_LOAD_GRACE_S = 10.0
+
+
+class Wait:
+    """The type of `WAIT`."""
+
+
+# Await `Attempting.wait`: something has to happen first.
+WAIT: Final = Wait()
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a request has no answer. No attempt is left.
+
+    `refused` is set where no attempt was possible. `answer` is the answer of a server that failed, as the
+    caller of `answered` gave it: the client gets that one.
+    """
+
+    reason: Reason
+    message: str
+    retry_after_s: float | None = None
+    refused: Literal["unknown", "unavailable", "contradiction", "unknown_lane"] | None = None
+    attempt: Attempt | None = None
+    answer: object = None
+
+
+# A target: send the request there. `WAIT`: await `wait`. A trouble: report it.
+Step: TypeAlias = "Target | Wait | Trouble"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """Seconds: for the first byte of each attempt, and for all of a request together."""
+
+    first_byte_timeout_s: float = 600.0
+    total_timeout_s: float = 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """What all requests share. Built once by the composition root."""
+
+    router: Router
+    placement: Placement
+    status: ModelStatus
+    fallbacks: FallbackEvents
+    traffic: Traffic
+    puller: ModelPuller
+    deadlines: Deadlines
+
+    def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
+        """Count an attempt that has failed; `sent` is whether its server was asked."""
+        self.traffic.failed(attempt.instance, reason)
+        if sent:
+            self.status.failed(attempt.model, reason)
+        if reason is Reason.MODEL_MISSING:
+            self.placement.reread_models(attempt.instance)
+
+    def ended(self, record: RequestRecord) -> None:
+        """Take in a request that has ended."""
+        self.traffic.ended(record)
+        if record.outcome == "ok" and record.model is not None:
+            self.status.answered(record.model)
+        self.fallbacks.ended(record)
+
+
+class FixedAttempts:
+    """Attempts that no decision was made for, such as the writers of a volume."""
+
+    def __init__(self, attempts: Sequence[Attempt]) -> None:
+        self._coming = list(attempts)
+        self._made: list[str] = []
+
+    @property
+    def more(self) -> bool:
+        return bool(self._coming)
+
+    @property
+    def failed_on(self) -> frozenset[str]:
+        return frozenset(self._made[:-1])
+
+    def next(self) -> Attempt | None:
+        if not self._coming:
+            return None
+        attempt = self._coming.pop(0)
+        self._made.append(attempt.instance)
+        return attempt
+
+    def start_no_other(self) -> None:
+        self._coming = [one for one in self._coming if one.because in ("loaded", "running")]
+
+
+class Attempting:
+    """One request between its arrival and its outcome. Lives on the event loop.
+
+    `enter` gives the first step. A target means: send the request there, say so with `sent`, then report
+    `answered` or `failed`, each of which gives the next step. `delivered` ends all attempts: the client has got
+    a byte. `close` gives everything back, exactly once, and ends the record.
+
+    Args:
+        routing: what all requests share.
+        record: the record of the request; ended by `close`.
+        began_at: the monotonic time of the request's beginning.
+    """
+
+    # Most requests keep these values.
+    attempt: Attempt | None = None
+    target: Target | None = None
+    heard = ""
+    start_ms: float | None = None
+    _attempts: Attempts | FixedAttempts | None = None
+    _lease: Lease | None = None
+    _facts: RequestFacts | None = None
+    _pending: Callable[[], Awaitable[Step | None]] | None = None
+    _fallback_reason: Reason | None = None
+    _trouble: Trouble | None = None
+    _first_byte_at = 0.0
+    _is_waiting = False
+    _looks_closer = False
+    _is_delivered = False
+    _is_spent = False
+    _has_repeated = False
+    _has_recovered = False
+    _is_closed = False
+
+    def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
+        self._routing = routing
+        self.record = record
+        self._began_at = began_at
+
+    # --- from the request to a target ---
+
+    def enter(self, facts: RequestFacts) -> Step:
+        """Decide, and begin the first attempt. Waits for nothing."""
+        self._facts = facts
+        return self._decide()
+
+    def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble) -> Step:
+        """Begin the first of these attempts; `none` is the trouble where there is none."""
+        self._attempts = FixedAttempts(attempts)
+        self._trouble = none
+        step = self._next()
+        if not isinstance(step, Trouble):
+            self._trouble = None
+        return step
+
+    async def wait(self) -> Step | None:
+        """Do what the last `WAIT` was for; None where the request goes on as before.
+
+        A caller that is cancelled here calls `close` as always.
+        """
+        pending, self._pending = self._pending, None
+        return None if pending is None else await pending()
+
+    def sent(self) -> None:
+        """The request has been sent to the target: the time for its first byte begins."""
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101  (a target belongs to an attempt)
+        now = monotonic()
+        record = self.record
+        record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
+        record.start_ms = self.start_ms
+        self._first_byte_at = now + self._routing.deadlines.first_byte_timeout_s
+        self._is_waiting = True
+        self._looks_closer = False
+        self._routing.status.sent(self)
+
+    def uploads(self) -> None:
+        """A piece of the request was passed on: the time for the first byte begins anew."""
+        self._first_byte_at = monotonic() + self._routing.deadlines.first_byte_timeout_s
+
+    def spend(self) -> None:
+        """The body cannot be sent a second time: no other attempt follows."""
+        self._is_spent = True
+
+    @property
+    def changes(self) -> BodyChanges:
+        """The changes to the body of the request for the current attempt."""
+        assert self.attempt is not None  # noqa: S101
+        return self._routing.router.changes_for(self.attempt)
+
+    @property
+    def work(self) -> Work:
+        """What the server works on."""
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101
+        return Work(attempt.instance, attempt.model, attempt.because != "loaded")
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a server was asked and has not answered."""
+        return self._is_waiting
+
+    @property
+    def may_load(self) -> bool:
+        """Whether the server may have to load the model first."""
+        return self.attempt is not None and self.attempt.because != "loaded"
+
+    # --- what became of an attempt ---
+
+    def failed(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        sent: bool,
+        stale: bool = False,
+        ours: bool = False,
+        retry_after_s: float | None = None,
+    ) -> Step:
+        """The attempt brings no answer. Return the next step.
+
+        Args:
+            reason: why.
+            message: for the client, should no other attempt follow.
+            sent: the server may have begun with the request.
+            stale: a kept connection had been closed, and the server cannot have begun.
+            ours: the cause lies with the daemon, not with the instance.
+            retry_after_s: when another request is worth a try.
+        """
+        attempt, target = self.attempt, self.target
+        assert attempt is not None  # noqa: S101  (something was attempted)
+        self._stop_waiting()
+        if self._is_delivered:
+            self._note(attempt, reason, sent=sent, ours=ours)
+            return Trouble(reason, message, retry_after_s, attempt=attempt)
+        if not sent and not self._is_spent and target is not None and not ours:
+            if stale and not self._has_repeated:
+                self._has_repeated = True
+                self.record.attempts += 1
+                return target
+            if not self._has_recovered and not self._may_follow():
+                # The container may have ended a moment ago. It is started again, as a stopped one would be.
+                self._has_recovered = True
+                self._release()
+                self._pending = lambda: self._recover(attempt, reason, message)
+                return WAIT
+        self._note(attempt, reason, sent=sent, ours=ours)
+        self._keep_trouble(Trouble(reason, message, retry_after_s, attempt=attempt))
+        self._release()
+        if ours or (sent and reason not in _ABANDONED) or self._is_spent:
+            return self._give_up()
+        return self._next()
+
+    def might_follow(self, judgement: Judgement) -> bool:
+        """Whether an answer with an error could be followed by another attempt."""
+        return judgement.reason is not None and not self._is_delivered and self._may_follow()
+
+    def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
+        """The server has answered. Return None where the client gets that answer, else the next step.
+
+        Args:
+            judgement: what the answer says; without a reason it is the client's.
+            message: the error in the answer.
+            answer: kept for the client, should no later attempt answer.
+        """
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101  (a server that answers was asked)
+        self._stop_waiting()
+        reason = judgement.reason
+        if reason is None:
+            return None
+        self._routing.failed(attempt, reason, sent=True)
+        if not judgement.may_start and self._attempts is not None:
+            self._attempts.start_no_other()
+        if self._is_delivered or not self._may_follow():
+            return None
+        self.record.attempt_failed(attempt.instance, reason)
+        self._keep_trouble(Trouble(reason, message, attempt=attempt, answer=answer))
+        self._release()
+        return self._next()
+
+    def delivered(self) -> None:
+        """The client has got a byte of the answer: no other attempt follows."""
+        self._is_delivered = True
+
+    def look(self, now: float) -> Step | None:
+        """Look at the deadlines; None while none has passed. Called a few times a second."""
+        deadlines = self._routing.deadlines
+        if now - self._began_at >= deadlines.total_timeout_s:
+            self._stop_waiting()
+            return Trouble(Reason.ATTEMPT_TIMEOUT, f"no end within {deadlines.total_timeout_s:g} s")
+        if not self._is_waiting or self.attempt is None:
+            return None
+        if now >= self._first_byte_at and not self._looks_closer:
+            self._looks_closer = True
+            self._pending = self._be_patient
+            return WAIT
+        if self._may_follow() and self._routing.placement.is_silent(self.attempt.instance):
+            why = f"{self.attempt.instance} has stopped answering"
+            return self.failed(Reason.INSTANCE_UNHEALTHY, why, sent=True)
+        return None
+
+    @property
+    def total_deadline(self) -> float:
+        """The monotonic time by which the request must have ended."""
+        return self._began_at + self._routing.deadlines.total_timeout_s
+
+    def hear(self, words: str) -> None:
+        """Take progress of what the request waits for."""
+        self.heard = words
+
+    def close(self, outcome: Outcome) -> None:
+        """Give everything back and end the record. Counts once however often it is called."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._pending = None
+        self._release()
+        record = self.record
+        record.outcome = outcome
+        record.duration_ms = (monotonic() - self._began_at) * 1000
+        self._routing.ended(record)
+
+    # --- helpers, in call order ---
+
+    def _decide(self) -> Step:
+        assert self._facts is not None  # noqa: S101  (given to `enter`)
+        router, record = self._routing.router, self.record
+        attempts = router.attempts(self._facts)
+        self._attempts = attempts
+        decision = attempts.decision
+        record.role = decision.role
+        record.policy = decision.policy
+        record.requested_target = decision.requested_target
+        refused = decision.refused
+        if refused is None:
+            return self._next()
+        if not router.is_known and refused.what in ("unknown", "unavailable"):
+            self._pending = self._wait_for_first_look
+            return WAIT
+        return self._refuse(refused)
+
+    async def _wait_for_first_look(self) -> Step:
+        """Wait until the fleet was looked at once, then decide: a daemon that has just started knows nothing."""
+        left_s = max(0.0, self.total_deadline - monotonic())
+        await self._routing.router.known(within_s=min(_MAX_STARTUP_WAIT_S, left_s))
+        assert self._facts is not None  # noqa: S101
+        attempts = self._routing.router.attempts(self._facts)
+        if attempts.decision.refused is not None:
+            return self._refuse(attempts.decision.refused)
+        return self._decide()
+
+    def _refuse(self, refused: Refused) -> Trouble:
+        self.record.fallback_reason = refused.reason
+        return Trouble(refused.reason, refused.message, refused=refused.what)
+
+    def _next(self) -> Step:
+        """Begin the next attempt, or give up."""
+        attempts = self._attempts
+        attempt = attempts.next() if attempts is not None else None
+        if attempt is None:
+            return self._give_up()
+        record = self.record
+        self.attempt = attempt
+        self.target = None
+        self.heard = ""
+        self._has_repeated = False
+        record.attempts += 1
+        record.effective_target = attempt.instance
+        record.endpoint = None
+        record.model = attempt.model
+        reason = self._fallback_reason
+        if reason is None:
+            reason = self._fallback_reason = attempt.fallback
+        if reason is not None:
+            record.fallback = True
+            record.fallback_reason = reason
+            if record.fallback_from is None:
+                record.fallback_from = self._preferred(reason)
+        lease = self._routing.placement.try_lease(attempt)
+        if lease is not None:
+            return self._leased(lease)
+        self._pending = self._prepare
+        return WAIT
+
+    def _preferred(self, reason: Reason) -> str | None:
+        """Return what the request would rather have been answered by."""
+        record = self.record
+        if record.requested_target is not None:
+            return record.requested_target
+        if record.failed_attempts:
+            return record.failed_attempts[0].target
+        decision = getattr(self._attempts, "decision", None)
+        if decision is None:
+            return None
+        passed = next((one.instance for one in decision.passed_over if one.reason is reason), None)
+        return passed or str(decision.policy)
+
+    def _leased(self, lease: Lease) -> Target:
+        self._lease = lease
+        target = self.target = lease.target
+        self.record.endpoint = target.endpoint
+        return target
+
+    async def _prepare(self) -> Step:
+        attempt, attempts = self.attempt, self._attempts
+        assert attempt is not None  # noqa: S101  (it is what is prepared)
+        assert attempts is not None  # noqa: S101
+        try:
+            prepared = await self._routing.placement.prepare(
+                attempt,
+                puller=self._routing.puller,
+                patient=not attempts.more,
+                failed_on=attempts.failed_on,
+                tell=self.hear,
+            )
+        except ManagerError as error:
+            self.target = None
+            return self.failed(
+                reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s
+            )
+        if prepared.start_ms is not None:
+            self.start_ms = (self.start_ms or 0.0) + prepared.start_ms
+        return self._leased(prepared.lease)
+
+    async def _recover(self, attempt: Attempt, reason: Reason, message: str) -> Step:
+        """Look whether the instance is there; start it again where it is not."""
+        self.target = None
+        if await self._routing.placement.has_gone(attempt.instance):
+            self.record.attempts += 1
+            return await self._prepare()
+        return self.failed(reason, message, sent=False)
+
+    async def _be_patient(self) -> Step | None:
+        """The time for the first byte is over: go on waiting while the server loads the model."""
+        attempt, limit_s = self.attempt, self._routing.deadlines.first_byte_timeout_s
+        assert attempt is not None  # noqa: S101  (it waits for an answer)
+        loads = self.may_load and await self._routing.placement.still_loads(attempt.instance)
+        if not self._is_waiting:
+            return None
+        if loads:
+            self._first_byte_at = monotonic() + min(limit_s, _LOAD_GRACE_S)
+            self._looks_closer = False
+            return None
+        why = f"{attempt.instance} did not answer within {limit_s:g} s"
+        return self.failed(Reason.ATTEMPT_TIMEOUT, why, sent=True)
+
+    def _may_follow(self) -> bool:
+        target = self.target
+        if self._is_spent or (target is not None and not target.repeatable):
+            return False
+        return self._attempts is not None and self._attempts.more
+
+    def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
+        self.record.attempt_failed(attempt.instance, reason)
+        if not ours:
+            self._routing.failed(attempt, reason, sent=sent)
+
+    def _keep_trouble(self, trouble: Trouble) -> None:
+        """Keep the first trouble, unless it only says that a model is missing."""
+        if self._trouble is None or self._trouble.reason is Reason.MODEL_MISSING:
+            self._trouble = trouble
+        if self._fallback_reason is None:
+            self._fallback_reason = trouble.reason
+
+    def _give_up(self) -> Trouble:
+        trouble = self._trouble
+        assert trouble is not None  # noqa: S101  (a decision without attempts was refused)
+        record = self.record
+        record.fallback_reason = trouble.reason
+        record.fallback = False
+        record.fallback_from = None
+        if trouble.attempt is not None:
+            # The client is told of this attempt, whichever came after it.
+            self.attempt = trouble.attempt
+            record.effective_target = trouble.attempt.instance
+            record.model = trouble.attempt.model
+        return trouble
+
+    def _stop_waiting(self) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            self._pending = None
+
+    def _release(self) -> None:
+        self._is_waiting = False
+        lease, self._lease = self._lease, None
+        if lease is not None:
+            self._routing.status.ended(self)
+            lease.release()
+
+
+# The attempt was abandoned by us: its server was told to stop, and has not died of the request.
+_ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY)
+
+
+async def first_target(attempting: Attempting, step: Step) -> Target | Trouble:
+    """Follow steps until there is a target or a trouble."""
+    while isinstance(step, Wait):
+        following = await attempting.wait()
+        assert following is not None  # noqa: S101  (nothing was sent that could go on as before)
+        step = following
+    return step
+
+

@@ -1,0 +1,213 @@
+"""Decides where requests may go, over an immutable snapshot of the fleet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from manager.domain.instance import Phase
+from manager.domain.models import model_key
+from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.errors import Reason
+from manager.services.model_lists import volume_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from manager.domain.roles import BodyChanges, RoutingSettings
+    from manager.domain.routing import Attempt
+    from manager.services.fleet import Fleet
+    from manager.services.instance import Instance
+    from manager.services.model_lists import ModelLists
+    from manager.services.world import Revision
+
+# Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A
+# stale snapshot costs one failed attempt, because the lease decides.
+_MAX_SNAPSHOT_AGE_S = 1.0
+_MAX_DECISIONS = 4096
+
+
+class SettingsSource(Protocol):
+    """The current routing settings; `version` grows with each change."""
+
+    @property
+    def routing(self) -> RoutingSettings: ...
+    @property
+    def version(self) -> int: ...
+
+
+class Router:
+    """Owns the snapshot and the decisions made over it. A snapshot never gates a change; the lease does.
+
+    Args:
+        fleet: the instances.
+        settings: the routing settings.
+        lists: the models of each volume.
+        revision: the revision of the fleet.
+        in_flight: open leases by instance, read live.
+        now: seconds on a monotonic clock.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        settings: SettingsSource,
+        lists: ModelLists,
+        *,
+        revision: Revision,
+        in_flight: Mapping[str, int],
+        now: Callable[[], float],
+    ) -> None:
+        self._fleet = fleet
+        self._settings = settings
+        self._lists = lists
+        self._revision = revision
+        self._in_flight = in_flight
+        self._now = now
+        self._decisions: dict[RequestFacts, Decision] = {}
+        self._changes: dict[tuple[str, str | None], BodyChanges] = {}
+        self._taken_of: tuple[int, int, int] = (-1, -1, -1)
+        self._taken_at = float("-inf")
+        self._snapshot = Snapshot(())
+
+    @property
+    def settings_version(self) -> int:
+        """Grows with each change of the settings."""
+        return self._settings.version
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the fleet was looked at once since the daemon started."""
+        return self._fleet.is_known
+
+    async def known(self, *, within_s: float) -> None:
+        """Wait until `is_known`, at most for `within_s`."""
+        await self._fleet.known(within_s=within_s)
+
+    def decide(self, facts: RequestFacts) -> Decision:
+        """Return where a request may go. The decision is kept until something that it depends on changes."""
+        self.snapshot()
+        decision = self._decisions.get(facts)
+        if decision is None:
+            if len(self._decisions) >= _MAX_DECISIONS:
+                self._decisions.clear()
+                self._changes.clear()
+            decision = self._decisions[facts] = decide(facts, self._settings.routing, self._snapshot)
+        return decision
+
+    def attempts(self, facts: RequestFacts) -> Attempts:
+        """Return the attempts for one request, in order."""
+        return Attempts(self, facts)
+
+    def load(self) -> Mapping[str, int]:
+        """Return the requests in flight by instance, read live."""
+        return self._in_flight
+
+    def changes_for(self, attempt: Attempt) -> BodyChanges:
+        """Return the changes to the body of a request for this attempt."""
+        key = attempt.model, attempt.role
+        changes = self._changes.get(key)
+        if changes is None:
+            changes = self._changes[key] = self._settings.routing.changes_for(attempt.model, attempt.role)
+        return changes
+
+    def snapshot(self) -> Snapshot:
+        """Return all instances as they are, or were less than a second ago."""
+        now = self._now()
+        revisions = self._revisions()
+        if revisions != self._taken_of or now - self._taken_at > _MAX_SNAPSHOT_AGE_S:
+            for instance in self._fleet.instances():
+                self._lists.take(instance)
+            self._taken_of = self._revisions()
+            self._taken_at = now
+            self._snapshot = Snapshot(tuple(self._candidate(one) for one in self._fleet.instances()))
+            self._decisions.clear()
+            self._changes.clear()
+        return self._snapshot
+
+    def models_of(self, instance: Instance) -> Mapping[str, str] | None:
+        """Return the name of each model on the instance's volume by its key; None before the first reading."""
+        return self._lists.of(volume_of(instance.spec))
+
+    def _revisions(self) -> tuple[int, int, int]:
+        return self._revision.number, self._lists.version, self._settings.version
+
+    def _candidate(self, instance: Instance) -> Candidate:
+        view = instance.view()
+        ready = instance.usable_endpoint() is not None
+        state, why_out = State.STARTABLE, None
+        if ready and not instance.is_silent:
+            state = State.READY
+        elif ready:
+            state, why_out = State.OUT, Reason.INSTANCE_UNHEALTHY
+        elif view.phase is Phase.UNAVAILABLE:
+            code = view.explanation.code if view.explanation else None
+            state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+        return Candidate(
+            id=instance.id,
+            device=instance.spec.device_kind,
+            state=state,
+            priority=instance.spec.priority,
+            models=self.models_of(instance),
+            loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
+            why_out=why_out,
+            serves=instance.spec.serves,
+        )
+
+
+class Attempts:
+    """The attempts for one request, one after the other.
+
+    An attempt that follows a failed one obeys the settings of that moment.
+    """
+
+    __slots__ = ("_ahead", "_coming", "_decided_by", "_facts", "_made", "_router", "decision")
+
+    def __init__(self, router: Router, facts: RequestFacts) -> None:
+        self._router = router
+        self._facts = facts
+        self._made: tuple[Attempt, ...] = ()
+        self._ahead: Attempt | None = None
+        self._decided_by = router.settings_version
+        self.decision = router.decide(facts)
+        self._coming = self.decision.in_order(router.load())
+
+    @property
+    def more(self) -> bool:
+        """Whether another attempt could follow."""
+        if self._ahead is None:
+            self._ahead = next(self._coming, None)
+        return self._ahead is not None
+
+    def next(self) -> Attempt | None:
+        """Return the next attempt; None when there is no other."""
+        if self._made and self._decided_by != self._router.settings_version:
+            self._decide_again()
+        attempt, self._ahead = self._ahead or next(self._coming, None), None
+        if attempt is not None:
+            self._made = (*self._made, attempt)
+        return attempt
+
+    def start_no_other(self) -> None:
+        """Keep only those attempts whose instances run already."""
+        coming = self._coming if self._ahead is None else self._with(self._ahead, self._coming)
+        self._ahead = None
+        self._coming = (one for one in coming if one.because in ("loaded", "running"))
+
+    @property
+    def failed_on(self) -> frozenset[str]:
+        """The instances of the attempts before the latest one."""
+        return frozenset(attempt.instance for attempt in self._made[:-1])
+
+    def _decide_again(self) -> None:
+        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
+        self._decided_by = self._router.settings_version
+        attempts = self._router.decide(self._facts).in_order(self._router.load())
+        self._coming = (
+            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
+        )
+        self._ahead = None
+
+    @staticmethod
+    def _with(first: Attempt, others: Iterator[Attempt]) -> Iterator[Attempt]:
+        yield first
+        yield from others
