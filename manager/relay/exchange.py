@@ -17,7 +17,8 @@ from manager.errors import ManagerError, Reason
 from manager.relay.upstream import AnswerHead
 from manager.services.gateway import Attempts, reason_of
 from manager.services.traffic import RequestRecord
-from manager.wire.body import BadBodyError, body_for, read_body
+from manager.wire.body import BadBodyError, read_body
+from manager.wire.rewriting import body_for
 from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream, message_of
 from manager.wire.head import STATUS_LINES
