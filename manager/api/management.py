@@ -184,7 +184,7 @@ class Management:
     def _place_of_new(self, body: ManagementBody, pin: str | None) -> str:
         """Where a model is created: beside the one that it is made from, else where new ones go."""
         source = body.text("from")
-        if pin is None and source and not body.document.get("files") and not body.document.get("adapters"):
+        if pin is None and source and not body.has("files") and not body.has("adapters"):
             having = self._volumes.having(source)
             if having and self._volumes.default(None) not in having:
                 return having[0]

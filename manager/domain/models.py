@@ -1,14 +1,41 @@
-"""Names of models: one key for all spellings that a server takes for the same model."""
+"""Names of models: which are possible, and one key for all spellings that name the same model."""
 
 from __future__ import annotations
 
 import re
 from functools import lru_cache
 
+# Longer than any name is, with its host and a pin. It goes into headers, logs and maps.
+MOST_NAME_LENGTH = 1024
+INVALID_NAME = "invalid model name"
+
 _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
 _DEFAULT_TAG = "latest"
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
+_NAME = re.compile(
+    r"(?:(?:(?:(?:(?!://).)*://)?[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}/)?[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?"
+    rf"{_PART}(?::{_PART})?",
+    re.DOTALL,
+)
 _PIN = re.compile(r"(?P<model>.+)@(?P<instance>[a-z][a-z0-9-]{0,31})")
+
+
+def is_possible(name: str) -> bool:
+    """Whether a model can have this name, without a pin. To any other Ollama answers 400 INVALID_NAME.
+
+    Source: Ollama `types/model/name.go` IsValid, and `internal/modelref` ParseRef for the suffixes.
+    """
+    if len(name) > MOST_NAME_LENGTH:
+        return False
+    name = name.strip()
+    base, colon, tag = name.rpartition(":")
+    # `:cloud` and `:local` behind a whole name say where it runs.
+    if colon and tag.strip().lower() in ("cloud", "local"):
+        name = base
+    elif colon and "/" not in tag and tag.strip().lower().endswith("-cloud"):
+        name = f"{base}:{tag.strip()[: -len('-cloud')]}"
+    return _NAME.fullmatch(name) is not None
 
 
 def split_pin(name: str) -> tuple[str, str | None]:

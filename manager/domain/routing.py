@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from manager.domain.instance import DeviceKind
-from manager.domain.models import model_key, split_pin
+from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
 from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
 from manager.errors import Reason
 
@@ -147,9 +147,9 @@ class PassedOver(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why there is no attempt. `what` tells an unknown name from one that cannot be had now."""
+    """Why there is no attempt. `what` tells an unknown name from one that is impossible or cannot be had now."""
 
-    what: Literal["unknown", "unavailable", "contradiction"]
+    what: Literal["unknown", "impossible", "unavailable", "contradiction"]
     reason: Reason
     message: str
 
@@ -421,6 +421,8 @@ class _Decider:
         return Refused("unavailable", one.reason, message)
 
     def _not_found(self, model: str) -> Refused:
+        if not is_possible(model):
+            return Refused("impossible", Reason.MODEL_MISSING, INVALID_NAME)
         names = self._snapshot.names()
         more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         listed = ", ".join(names[:_MOST_NAMES]) or "none"

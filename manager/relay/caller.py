@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manager.wire.access import for_pages
-from manager.wire.encoding import WITHHELD_IF_DECODED, encoding_of
+from manager.wire.encoding import CONTENT_ENCODING, encoding_of
 from manager.wire.head import ambiguity, forwarded
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def read_caller(relay: Relay, route: Route, headers: list[Header]) -> Caller:
     encoding = encoding_of(route, headers)
     withheld = relay.requests.names.all
     if encoding is not None:
-        withheld = withheld | {WITHHELD_IF_DECODED}
+        withheld = withheld | {CONTENT_ENCODING}
     return Caller(
         headers=headers,
         ambiguity=ambiguity(headers),

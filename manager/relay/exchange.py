@@ -17,8 +17,10 @@ from manager.errors import Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
 from manager.relay.upstream import AnswerHead, OwnLimitError
 from manager.services.routing.attempting import Attempting, Wait
-from manager.wire.body import SMALL_BYTES, BadBodyError, BodyTooLargeError, body_for, read_body, reading, rewriting
+from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
+from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
     UNAVAILABLE,
@@ -31,7 +33,7 @@ from manager.wire.trace import traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Generator, Sequence
+    from collections.abc import Coroutine, Sequence
     from typing import TypeVar
 
     from manager.domain.record import Outcome, RequestRecord
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from manager.services.routing.attempting import Step, Trouble
     from manager.wire.body import Buffer, InferenceBody
     from manager.wire.routes import Route
+    from manager.wire.steps import Steps
 
     T = TypeVar("T")
 
@@ -711,7 +714,7 @@ class Exchange:
             self._relay.loads.remove(self, load)
 
 
-async def in_steps(steps: Generator[None, None, T]) -> T:
+async def in_steps(steps: Steps[T]) -> T:
     """Run work that is cut into short steps; others have their turn in between."""
     while True:
         try:

@@ -1,225 +1,266 @@
-"""The body of an inference request: what is read from it, and what is changed in it."""
+"""The body of an inference request: what is read from it. `wire/rewriting.py` changes it.
+
+msgspec reads small bodies at once. Large ones are read in steps, so that a request of any size and shape holds
+the event loop for a few milliseconds at a time, and costs its own size in memory.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import msgspec
 import orjson
 
-from manager.domain.roles import merged
-from manager.wire.routes import Dialect
+from manager.domain.models import MOST_NAME_LENGTH
+from manager.wire.encoding import gathered
+from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.scan import NotJsonError, Scan, folded, string_in
+from manager.wire.steps import STEP_BYTES, run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from manager.domain.roles import BodyChanges
+    from manager.wire.encoding import Encoding
     from manager.wire.routes import Route
+    from manager.wire.steps import Steps
 
-# Longer than any name is. It goes into headers, and is remembered in several places.
-_MOST_MODEL_LENGTH = 1024
-_HALF_A_PAIR = re.compile("[\ud800-\udfff]")
+__all__ = [
+    "SMALL_BYTES",
+    "BadBodyError",
+    "BodyTooLargeError",
+    "Buffer",
+    "Fields",
+    "InferenceBody",
+    "dumped",
+    "fields_of",
+    "flag_in",
+    "name_in",
+    "read_body",
+    "read_fields",
+    "reading",
+    "text_of",
+]
 
+Buffer: TypeAlias = bytes | bytearray | memoryview | msgspec.Raw
+# Names to JSON values as they came. A later field comes later, also where it replaces an earlier one.
+Fields: TypeAlias = dict[str, Buffer]
 
-class BadBodyError(ValueError):
-    """The body cannot be understood; the message is for the caller."""
+# What is read in one step.
+SMALL_BYTES = STEP_BYTES
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT = msgspec.json.Decoder(str | None)
+_FLAGS = {b"true": True, b"false": False, b"null": None}
+# A character may be written as two escapes of six characters.
+_MOST_NAME_BYTES = 12 * MOST_NAME_LENGTH + 2
+_OBJECT, _QUOTE, _NULL = b'{"n'
 
 
 @dataclass(slots=True)
 class InferenceBody:
-    """A request as it came, the names of its fields in lower case.
+    """A request as it came.
 
-    `exact` is whether every server reads the same model from `raw` as is read here.
+    `raw` is the first JSON value alone: a server ignores what follows it. `fields` are those of the object,
+    their names as `folded` spells them. `exact` is whether every server reads the same model from `raw` as is
+    read here.
     """
 
-    raw: bytes
-    document: dict[str, Any]
+    raw: bytes | bytearray | memoryview
+    fields: Fields
     model: str
     stream: bool
     exact: bool
 
+    @property
+    def size(self) -> int:
+        return len(self.raw)
+
+    @property
+    def is_small(self) -> bool:
+        """Whether the body may be rewritten at once."""
+        return len(self.raw) <= SMALL_BYTES
+
     def forget(self) -> None:
-        """Let go of what may be many megabytes, once it was sent for good."""
+        """Release what may be many megabytes, once it was sent for good."""
         self.raw = b""
-        self.document = {}
+        self.fields = {}
 
 
 def read_body(raw: bytes, route: Route) -> InferenceBody:
-    """Read an inference request. Only what routing needs is checked; the rest is the server's to judge.
+    """Read an inference request of at most SMALL_BYTES.
 
-    An empty `model` is returned where none is named: a lane may still name one.
+    Only what routing needs is checked; the rest is the server's to judge. The model is empty where none is
+    named: a lane may still name one.
 
     Raises:
         BadBodyError: it is no JSON object, or a field that is needed here has another type.
     """
-    if not raw or raw.isspace():
-        raise BadBodyError("missing request body")
-    document = parsed(raw)
-    if not isinstance(document, dict):
-        raise BadBodyError("the request body must be a JSON object")
-    # The server takes a field's name in any case, and the last one counts.
-    exact = True
-    if not all(map(str.islower, document)):
-        exact = [key for key in document if key.lower() == "model"] in ([], ["model"])
-        document = _in_lower_case(document)
-    model = document.get("model")
-    if model is None:
-        model = ""
-    if not isinstance(model, str):
-        raise BadBodyError("model must be a string")
-    if len(model) > _MOST_MODEL_LENGTH:
-        raise BadBodyError(f"model must be the name of one, of at most {_MOST_MODEL_LENGTH} characters")
-    if not model.isascii():
-        model = _HALF_A_PAIR.sub("\ufffd", model)  # as the server reads it
-    stream = document.get("stream")
-    if stream is None:
-        stream = route.streams
-    if not isinstance(stream, bool):
-        raise BadBodyError("stream must be true or false")
-    return InferenceBody(
-        raw=raw,
-        document=document,
-        model=model.strip(),
-        stream=stream and route.can_stream,
-        exact=exact and model == model.strip(),
-    )
+    fields = _small_fields(raw)
+    if fields is None:
+        return run(_scanned(raw, route))
+    return _body(raw, fields, route, exact=True)
 
 
-def body_for(body: InferenceBody, route: Route, model: str, changes: BodyChanges) -> bytes:
-    """The bytes to send for `model`: those that came, wherever nothing has to be changed in them."""
-    if body.exact and body.model == model and changes.empty:
-        return body.raw
-    document = {"model": model, **body.document}
-    document["model"] = model
-    if not changes.empty:
-        document = merged(_in_lower_case(changes.defaults), document)
-        _think(document, route, changes.think)
-        document = merged(document, _in_lower_case(changes.overrides))
-        document["model"] = model
-        if changes.system is not None:
-            _system(document, route, changes.system, changes.system_mode)
-    return dumped(document)
+def reading(
+    parts: list[bytes], route: Route, most_bytes: int, encoding: Encoding | None = None
+) -> Steps[InferenceBody]:
+    """Read an inference request of any size, in steps.
 
-
-def parsed(raw: bytes) -> Any:
-    """The JSON value in a request's body, as leniently as a server reads it.
+    Args:
+        parts: the body as it was received; the list is emptied.
+        route: where the request goes.
+        most_bytes: how large the decoded body may be.
+        encoding: what the parts are decoded from.
 
     Raises:
-        BadBodyError: it is none.
+        BadBodyError: as `read_body`, or it cannot be decoded.
+        BodyTooLargeError: the decoded body is too large.
     """
+    raw = yield from gathered(parts, encoding, most_bytes)
+    if len(raw) <= SMALL_BYTES:
+        return read_body(bytes(raw), route)
+    return (yield from _scanned(raw, route))
+
+
+def read_fields(parts: list[bytes]) -> Steps[Fields]:
+    """Read the fields of a request of any other kind, in steps. The list is emptied.
+
+    Raises:
+        BadBodyError: it is no JSON object.
+    """
+    raw = yield from gathered(parts, None, 0)
+    found, _, _ = yield from _object(raw)
+    return found
+
+
+def fields_of(value: Buffer) -> Steps[Fields | None]:
+    """Read the fields of a nested object, with their names as they came; None for any other value."""
+    if len(value) <= SMALL_BYTES:
+        fields = _small_fields(value)
+        if fields is not None:
+            return fields
+    view = memoryview(value)
+    if not view or view[0] != _OBJECT:
+        return None
+    found: Fields = {}
     try:
-        return orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        pass
-    # The server is more lenient: broken UTF-8 becomes U+FFFD, and numbers have no end.
+        for name, start, end in (yield from Scan(view).fields()):
+            found.pop(name, None)
+            found[name] = view[start:end]
+    except NotJsonError:
+        return None  # the server refuses the document for it
+    return found
+
+
+def name_in(fields: Fields, key: str) -> str:
+    """Return the name in a field, with the white space around it; empty if there is none.
+
+    Raises:
+        BadBodyError: it is no string, or longer than any name.
+    """
+    value = fields.get(key)
+    if value is None:
+        return ""
     try:
-        text = raw.decode("utf-8", "replace")
-        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
-    except RecursionError:
-        raise BadBodyError("the request body is nested too deeply") from None
-    except ValueError as error:
-        reason = str(error).partition(": line")[0]
-        raise BadBodyError(f"the request body is not JSON: {reason}") from None
+        name: str | None = _TEXT.decode(value) if len(value) <= _MOST_NAME_BYTES else None
+    except ValueError:
+        name = None
+    if name is not None and len(name) <= MOST_NAME_LENGTH:
+        return name
+    begins = memoryview(value)[0]
+    if begins == _NULL:
+        return ""
+    if begins != _QUOTE:
+        raise BadBodyError(f"{key} must be a string")
+    if name is None and len(value) <= _MOST_NAME_BYTES:
+        try:
+            name = string_in(bytes(value))
+        except NotJsonError as error:
+            raise BadBodyError(f"the request body is not JSON: {error}") from None
+    if name is None or len(name) > MOST_NAME_LENGTH:
+        raise BadBodyError(f"{key} must be a name of at most {MOST_NAME_LENGTH} characters")
+    return name
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+def flag_in(fields: Fields, key: str) -> bool | None:
+    """Return the value of a field that is true, false or null; None if there is none.
+
+    Raises:
+        BadBodyError: it is neither.
+    """
+    value = fields.get(key)
+    if value is None:
+        return None
+    literal = bytes(value) if len(value) <= len(b"false") else b""
+    if literal not in _FLAGS:
+        raise BadBodyError(f"{key} must be true or false")
+    return _FLAGS[literal]
 
 
-def _finite(text: str) -> float:
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError("a number is beyond any")
-    return value
-
-
-def dumped(document: dict[str, Any]) -> bytes:
+def text_of(value: Buffer | None, most_length: int = MOST_NAME_LENGTH) -> str | None:
+    """Return the text in a JSON string as a server reads it, None for any other value or a longer text."""
+    if value is None or len(value) > 12 * most_length + 2:
+        return None
     try:
-        return orjson.dumps(document)
-    except TypeError:  # an integer of more than 64 bits, half a surrogate pair, or more than 254 levels
-        pass
+        text = _TEXT.decode(value)
+    except ValueError:
+        try:
+            text = string_in(bytes(value))
+        except NotJsonError:
+            return None
+    return None if text is None or len(text) > most_length else text
+
+
+def dumped(value: Any) -> bytes:
     try:
-        return json.dumps(document, separators=(",", ":")).encode()
-    except RecursionError:
-        return b"".join(_flat(document))
+        return orjson.dumps(value)
+    except TypeError:  # an integer of more than 64 bits, or half a surrogate pair
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
-def _flat(document: Any) -> Iterator[bytes]:
-    """The parts of its JSON, however deep it is."""
-    waiting = [document]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, bytes):  # a part already
-            yield value
-        elif isinstance(value, dict):
-            parts = [part for key, one in value.items() for part in (b",", _key(key), one)]
-            waiting += [b"}", *reversed(parts[1:]), b"{"]
-        elif isinstance(value, list):
-            parts = [part for one in value for part in (b",", one)]
-            waiting += [b"]", *reversed(parts[1:]), b"["]
-        else:
-            yield json.dumps(value).encode()
+# --- helpers --------------------------------------------------------------------------------------
 
 
-def _key(name: str) -> bytes:
-    return json.dumps(name).encode() + b":"
+def _small_fields(value: Buffer) -> Fields | None:
+    """The fields of an object, None where a longer look is needed: their names are not all alike spelled."""
+    try:
+        fields: Any = _FIELDS.decode(value)
+    except (ValueError, RecursionError):
+        return None
+    names = "".join(fields)
+    return fields if names.isascii() and names.islower() else None
 
 
-def _in_lower_case(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {key.lower(): value for key, value in fields.items()}
+def _scanned(raw: bytes | bytearray, route: Route) -> Steps[InferenceBody]:
+    fields, names, end = yield from _object(raw)
+    whole = raw if end == len(raw) else bytes(raw[:end]) if end <= SMALL_BYTES else memoryview(raw)[:end]
+    exact = [name for name in names if folded(name) == "model"] == ["model"]
+    return _body(whole, fields, route, exact=exact)
 
 
-def _think(document: dict[str, Any], route: Route, think: bool | None) -> None:
-    """Say whether the model is to think, where the caller does not."""
-    if think is None:
-        return
-    if route.dialect is Dialect.NATIVE:
-        if route.path in ("/api/chat", "/api/generate"):
-            document.setdefault("think", think)
-    elif route.path == "/v1/chat/completions":
-        if not think and "reasoning" not in document:
-            document.setdefault("reasoning_effort", "none")
-    elif route.path == "/v1/messages" and not think:
-        document.setdefault("thinking", {"type": "disabled"})
+def _object(raw: bytes | bytearray) -> Steps[tuple[Fields, list[str], int]]:
+    """Read the object that a body is: its fields, all names as they came, and where it ends."""
+    view = memoryview(raw)
+    scan = Scan(view)
+    first = yield from scan.space()
+    if first < 0:
+        raise BadBodyError("missing request body")
+    try:
+        if first != _OBJECT:
+            yield from scan.value()
+            raise BadBodyError("the request body must be a JSON object")
+        found = yield from scan.fields()
+    except NotJsonError as error:
+        raise BadBodyError(f"the request body is not JSON: {error}") from None
+    # The server takes a field's name in any case, and the last one counts.
+    fields: Fields = {folded(name): view[start:end] for name, start, end in found}
+    return fields, [field.name for field in found], scan.at
 
 
-def _system(document: dict[str, Any], route: Route, text: str, mode: str) -> None:
-    """Put `text` into the system prompt of the request, wherever its dialect has one."""
-    field = {"/api/generate": "system", "/v1/responses": "instructions", "/v1/messages": "system"}.get(
-        route.path
-    )
-    if field is not None:
-        document[field] = _joined(document.get(field), text, mode)
-    elif isinstance(messages := document.get("messages"), list):
-        document["messages"] = _with_system(messages, text, mode)
-
-
-def _with_system(messages: list[Any], text: str, mode: str) -> list[Any]:
-    def is_system(message: Any) -> bool:
-        return isinstance(message, dict) and message.get("role") in ("system", "developer")
-
-    first = next((index for index, message in enumerate(messages) if is_system(message)), None)
-    if mode == "replace":
-        return [{"role": "system", "content": text}, *(one for one in messages if not is_system(one))]
-    if first is None:
-        return [{"role": "system", "content": text}, *messages]
-    changed: Mapping[str, Any] = {
-        **messages[first],
-        "content": _joined(messages[first].get("content"), text, mode),
-    }
-    return [*messages[:first], changed, *messages[first + 1 :]]
-
-
-def _joined(old: Any, text: str, mode: str) -> Any:
-    """The old prompt, a string or a list of blocks, with `text` put into it."""
-    if mode == "replace" or not old:
-        return text
-    if isinstance(old, str):
-        return f"{text}\n\n{old}" if mode == "prepend" else f"{old}\n\n{text}"
-    if isinstance(old, list):
-        block = {"type": "text", "text": text}
-        return [block, *old] if mode == "prepend" else [*old, block]
-    return old  # which the server refuses
+def _body(raw: bytes | bytearray | memoryview, fields: Fields, route: Route, *, exact: bool) -> InferenceBody:
+    named = name_in(fields, "model")
+    model = named.strip()
+    stream = flag_in(fields, "stream")
+    if stream is None:
+        stream = route.streams
+    return InferenceBody(raw, fields, model, stream and route.can_stream, exact and model == named)

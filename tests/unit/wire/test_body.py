@@ -1,18 +1,27 @@
-"""Bodies of inference requests: what is read from them, and what is changed in them."""
+"""Bodies of inference requests: what is read from them."""
 
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
-from typing import Any
+from statistics import median
+from time import process_time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.roles import BodyChanges
-from manager.wire.body import BadBodyError, body_for, dumped, parsed, read_body
+from manager.wire.body import SMALL_BYTES, BadBodyError, BodyTooLargeError, read_body, reading
+from manager.wire.encoding import Encoding, zstd
+from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import INFERENCE, Route
+from manager.wire.steps import run
+
+if TYPE_CHECKING:
+    from manager.wire.steps import Steps
 
 RECORDINGS = Path(__file__).parents[2] / "contract" / "recordings"
 GENERATE, CHAT, EMBED = INFERENCE[b"/api/generate"], INFERENCE[b"/api/chat"], INFERENCE[b"/api/embed"]
@@ -79,18 +88,33 @@ def test_an_empty_body_is_missing(raw: bytes) -> None:
         (b"[]", "must be a JSON object"),
         (b'"m"', "must be a JSON object"),
         (b"null", "must be a JSON object"),
-        (b"{", "is not JSON: Expecting property name"),
-        (b'{"model": "tiny",', "is not JSON: "),
-        (b'{"model": "m"} x', "is not JSON: Extra data"),
-        (b'\xef\xbb\xbf{"model": "m"}', "is not JSON: Unexpected UTF-8 BOM"),
-        (b'{"model": "m", "x": NaN}', "is not JSON: NaN is no JSON value"),
-        (b'{"model": "m", "x": -Infinity}', "is not JSON: -Infinity is no JSON value"),
-        (b'{"model": "m", "x": 1e400}', "is not JSON: a number is beyond any"),
-        (b'{"model": "m\nn"}', "is not JSON: Invalid control character"),
+        (b"nothing", "is not JSON: a value is expected at byte 0"),
+        (b"{", "is not JSON: it ends where the name of a field is expected"),
+        (b'{"model"', "is not JSON: it ends where a colon is expected"),
+        (b'{"model":', "is not JSON: it ends where a value is expected"),
+        (b'{"model": "tiny",', "is not JSON: it ends where the name of a field is expected"),
+        (b'{"model": "tiny"', "is not JSON: it ends where a comma or the end of the object is expected"),
+        (b'{"model": "m",}', "is not JSON: the name of a field is expected at byte 14"),
+        (b'{model: "m"}', "is not JSON: the name of a field is expected at byte 1"),
+        (b'{"model" "m"}', "is not JSON: a colon is expected at byte 9"),
+        (b'{"a": 1 "model": "m"}', "is not JSON: a comma or the end of the object is expected at byte 8"),
+        (b'\xef\xbb\xbf{"model": "m"}', "is not JSON: a value is expected at byte 0"),
+        (b'{"model": "m", "x": NaN}', "is not JSON: a value is expected at byte 20"),
+        (b'{"model": "m", "x": -Infinity}', "is not JSON: a value is expected at byte 20"),
+        (b'{"model": "m", "x": 012}', "is not JSON: a value is expected at byte 20"),
+        (b'{"model": "m", "x": nulls}', "is not JSON: a value is expected at byte 20"),
+        (b'{"model": "m", "x": [1, [2}', "is not JSON: an object or an array has no end"),
+        (b'{"model": "m', "is not JSON: a string has no end"),
+        (b'{"model": "m\\"}', "is not JSON: a string has no end"),
+        (b'{"model": "m\nn"}', "is not JSON: a string is not well-formed"),
+        (b'{"mod\nel": "m"}', "is not JSON: a string is not well-formed"),
         (b'{"model": 5}', "model must be a string"),
         (b'{"model": ["m"]}', "model must be a string"),
+        (b'{"model": {}}', "model must be a string"),
+        (b'{"model": [' + b"1," * 20_000 + b"1]}", "model must be a string"),
         (b'{"model": "m", "stream": "yes"}', "stream must be true or false"),
         (b'{"model": "m", "stream": 1}', "stream must be true or false"),
+        (b'{"model": "m", "stream": "true"}', "stream must be true or false"),
     ],
 )
 def test_what_cannot_be_understood_is_refused_with_what_is_wrong(raw: bytes, text: str) -> None:
@@ -98,12 +122,37 @@ def test_what_cannot_be_understood_is_refused_with_what_is_wrong(raw: bytes, tex
         read_body(raw, CHAT)
 
 
-def test_what_is_too_long_for_a_name_or_too_deep_to_be_read_is_refused() -> None:
-    assert read_body(bytes_of({"model": "m" * 1024}), CHAT).model == "m" * 1024
-    with pytest.raises(BadBodyError, match="at most 1024 characters"):
-        read_body(bytes_of({"model": "m" * 1025}), CHAT)
-    with pytest.raises(BadBodyError, match="nested too deeply"):
-        read_body(b'{"x": ' + b"[" * 100_000, CHAT)
+@pytest.mark.parametrize("letter", ["m", "\u00e9", "\U0001f600", "\\"])
+def test_a_name_has_at_most_1024_characters_however_they_are_written(letter: str) -> None:
+    assert read_body(bytes_of({"model": letter * 1024}), CHAT).model == letter * 1024
+    for length in (1025, 20_000):
+        with pytest.raises(BadBodyError, match=r"^model must be a name of at most 1024 characters$"):
+            run(reading([bytes_of({"model": letter * length})], CHAT, 10**9))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [b'{"model": "m", "x": [1, {"y": "}"}]}', b' {"model": "m"}', b'{"Model":"m"}', b'{"model": "m"}'],
+)
+@pytest.mark.parametrize(
+    "rest", [b"x", b"{}", b'\n{"model": "other"}', b"]", b"\x00", b'"', b'}, "model": "o"}']
+)
+def test_what_follows_the_first_value_is_neither_read_nor_sent_on(first: bytes, rest: bytes) -> None:
+    for read in (read_body, lambda raw, route: run(reading([raw], route, 10**9))):
+        body = read(first + rest, CHAT)
+        assert body.model == "m"
+        assert json.loads(body_for(body, CHAT, "m", UNCHANGED)) == {
+            key.lower(): value for key, value in json.loads(first).items()
+        }
+
+
+def test_an_error_inside_a_value_is_left_to_the_server() -> None:
+    for value in (b"[1,,2]", b"[}", b'{"a" 1}', b"1e400", b'"\n"', b'"\\x"', b"[" * 90_000 + b"]" * 90_000):
+        raw = b'{"model": "m", "x": %b, "stream": false}' % value
+        for body in (read_body(raw, CHAT), run(reading([raw], CHAT, 10**9))):
+            assert (body.model, body.stream) == ("m", False)
+            assert body_for(body, CHAT, "m", UNCHANGED) == raw
+            assert body_for(body, CHAT, "n", UNCHANGED) == b'{"model":"n","x":%b,"stream":false}' % value
 
 
 def test_nothing_of_a_bad_body_is_repeated_in_the_message() -> None:
@@ -128,6 +177,10 @@ def test_a_request_may_leave_the_model_to_its_lane(raw: bytes) -> None:
         (b'{"model": "a", "model": "b"}', "b"),
         (b'{"mOdEl": "a", "model": "b", "MODEL": "c"}', "c"),
         (b'{"model ": "a", "model": "b", "models": "c"}', "b"),
+        (b'{"model": "a", "Model": "b", "model": "c"}', "c"),
+        (b'{"mode\\u006c": "a"}', "a"),
+        (b'{"model": "a", "mode\\u006c": "b"}', "b"),
+        (b'{"\\u004dODEL": "a"}', "a"),
     ],
 )
 def test_a_name_counts_in_any_case_and_the_last_one_does(raw: bytes, model: str) -> None:
@@ -145,6 +198,10 @@ def test_a_name_counts_in_any_case_and_the_last_one_does(raw: bytes, model: str)
         (b'{"stream": false}', False),
         (b'{"Stream": false}', False),
         (b'{"STREAM": false, "stream": true}', True),
+        (b'{"stream": true, "STREAM": false}', False),
+        ('{"\u017ftream": false}'.encode(), False),
+        ('{"stream": true, "\u017fTREAM": false}'.encode(), False),
+        (b'{"\\u017ftream": false}', False),
     ],
 )
 def test_a_stream_is_what_the_server_takes_for_one(raw: bytes, stream: bool) -> None:
@@ -169,7 +226,7 @@ def test_broken_utf8_is_read_as_the_server_reads_it_and_sent_on_as_it_came() -> 
     body = read_body(raw, GENERATE)
     assert body.model == "m\ufffd"
     assert body_for(body, GENERATE, body.model, UNCHANGED) is raw
-    changed = json.loads(body_for(body, GENERATE, "n", UNCHANGED))
+    changed = json.loads(body_for(body, GENERATE, "n", UNCHANGED).decode("utf-8", "replace"))
     assert changed == {"model": "n", "prompt": "\ufffd(", "x": [123456789012345678901234567890, 0.5]}
 
 
@@ -188,7 +245,7 @@ def test_half_a_surrogate_pair_is_read_as_the_server_reads_it() -> None:
 def test_what_was_sent_for_good_is_let_go_of() -> None:
     body = read_body(b'{"model": "m"}', CHAT)
     body.forget()
-    assert (body.raw, body.document, body.model) == (b"", {}, "m")
+    assert (body.raw, body.fields, body.model, body.size) == (b"", {}, "m", 0)
 
 
 @given(st.binary(max_size=40) | st.text(max_size=40).map(str.encode) | values.map(bytes_of))
@@ -201,204 +258,116 @@ def test_nothing_a_caller_can_send_is_another_error(raw: bytes) -> None:
         json.loads(body_for(body, route, "other", BodyChanges({"a": 1}, {"b": 2}, "c", think=False)))
 
 
-# --- changing -------------------------------------------------------------------------------------
+# --- of any size ----------------------------------------------------------------------------------
 
 
-@given(objects, st.sampled_from(list(INFERENCE.values())))
-def test_a_request_for_another_model_is_the_same_but_for_the_name(
-    document: dict[str, Any], route: Route
-) -> None:
-    assert sent(document, route=route, model="other") == document
+def cut(raw: bytes, *at: int) -> list[bytes]:
+    return [raw[start:end] for start, end in zip([0, *at], [*at, len(raw)], strict=True)]
 
 
-@given(objects)
-def test_a_request_keeps_every_byte_where_nothing_is_changed(document: dict[str, Any]) -> None:
-    raw = json.dumps({**document, "model": "m"}, indent=2, ensure_ascii=False).encode("utf-8", "replace")
-    body = read_body(raw, CHAT)
-    assert body_for(body, CHAT, "m", UNCHANGED) is raw
-
-
-@pytest.mark.parametrize("number", [2**53 + 1, 2**63 - 1, 2**64 - 1, -(2**63), 0.1, 1e300, -0.0])
-def test_numbers_are_passed_on_exactly(number: float) -> None:
-    result = sent({"options": {"seed": number}}, BodyChanges({"x": 1}))
-    assert repr(result["options"]["seed"]) == repr(number)
-
-
-@pytest.mark.parametrize("depth", [200, 300, 600, 900])
-def test_a_deep_body_can_be_changed_like_any_other(depth: int) -> None:
-    raw = b'{"model": "m", "x": ' + b'[{"y": [' * (depth // 3) + b"1" + b"]}]" * (depth // 3) + b"}"
-    body = read_body(raw, CHAT)
-    changed = body_for(body, CHAT, "n", UNCHANGED)
-    assert changed.replace(b" ", b"") == raw.replace(b'"m"', b'"n"').replace(b" ", b"")
-
-
-def test_a_body_is_written_however_deep_it_is() -> None:
-    deep: Any = {"": [], "a": {}, "b": [None, True, "\ud800\u00e9", 2**70]}
-    for level in range(5000):
-        deep = {"x": deep, "y": level} if level % 2 else [deep, 0.5]
-    text = dumped({"d": deep}).decode()
-    assert text.count("[") == text.count("]") == 2502
-    assert text.count("{") == text.count("}") == 2503
-    assert r'{"":[],"a":{},"b":[null,true,"\ud800\u00e9",1180591620717411303424]}' in text.replace(" ", "")
-
-
-def test_what_the_caller_says_comes_before_defaults_and_overrides_before_what_the_caller_says() -> None:
-    changes = BodyChanges(
-        defaults={"keep_alive": "1h", "options": {"seed": 1, "top_k": 1, "stop": ["a"]}},
-        overrides={"options": {"num_ctx": 4096, "stop": ["b", "c"]}, "format": None},
-    )
-    said = {"options": {"seed": 2, "num_ctx": 1, "stop": []}, "format": "json", "prompt": "p"}
-    assert sent(said, changes) == {
-        "keep_alive": "1h",
-        "options": {"seed": 2, "top_k": 1, "num_ctx": 4096, "stop": ["b", "c"]},
-        "format": None,
-        "prompt": "p",
+@given(objects, st.data())
+def test_a_body_reads_the_same_in_steps(document: dict[str, Any], data: st.DataObject) -> None:
+    raw = json.dumps({**document, "Model": "m", "z": "x" * SMALL_BYTES}, indent=1).encode()
+    at = data.draw(st.integers(0, len(raw)))
+    parts = cut(raw, at)
+    body = run(reading(parts, CHAT, 10**9))
+    assert parts == []
+    assert not body.is_small
+    assert (body.model, body.exact, body.size) == ("m", False, len(raw))
+    assert {name: json.loads(bytes(value)) for name, value in body.fields.items()} == {
+        **{key.lower(): value for key, value in document.items()},
+        "model": "m",
+        "z": "x" * SMALL_BYTES,
     }
 
 
-def test_a_mapping_and_what_is_none_are_not_merged() -> None:
-    assert sent({"a": 1}, BodyChanges({"a": {"x": 1}})) == {"a": 1}
-    assert sent({"a": {"x": 1}}, BodyChanges({}, {"a": 1})) == {"a": 1}
-    assert sent({"a": None}, BodyChanges({"a": 1})) == {"a": None}
+def test_a_large_body_is_sent_on_as_it_came() -> None:
+    raw = bytes_of({"model": "m", "prompt": "x" * SMALL_BYTES})
+    for parts in ([raw], cut(raw, 10_000, 20_000)):
+        body = run(reading(parts, GENERATE, 10**9))
+        assert run(rewriting(body, GENERATE, "m", UNCHANGED)) == [raw]
+        assert body_for(body, GENERATE, "m", UNCHANGED) == raw
 
 
-def test_no_change_names_another_model() -> None:
-    sly = {"model": "sly", "Model": "sly"}
-    assert sent({}, BodyChanges(sly, sly), model="n") == {}
+def test_a_large_body_is_sent_on_without_what_follows_it() -> None:
+    raw = bytes_of({"model": "m", "prompt": "x" * SMALL_BYTES})
+    body = run(reading(cut(raw + b'{"model": "other"}' + b" " * SMALL_BYTES, 10_000), GENERATE, 10**9))
+    assert b"".join(run(rewriting(body, GENERATE, "m", UNCHANGED))) == raw
 
 
-def test_a_change_meets_a_field_in_whatever_case_the_caller_writes_it() -> None:
-    assert sent({"Options": {"seed": 2}}, BodyChanges({"options": {"seed": 1, "top_k": 1}})) == {
-        "options": {"seed": 2, "top_k": 1}
-    }
-    assert sent({"Think": True}, BodyChanges(think=False)) == {"think": True}
+LARGE = 2**21
+SHAPES = {
+    "numbers": b"[" + b"1," * (LARGE // 2) + b"1]",
+    "floats": b"[" + b"-1.5e-7," * (LARGE // 8) + b"1]",
+    "empty arrays": b"[" + b"[]," * (LARGE // 3) + b"1]",
+    "deep": b"[" * (LARGE // 2) + b"]" * (LARGE // 2),
+    "deep again and again": b"[" + (b"[" * 2000 + b"]" * 2000 + b",") * (LARGE // 4000) + b"1]",
+    "a little deep": b"[" + b"[[[[[[]]]]]]," * (LARGE // 13) + b"1]",
+    "objects": b"[" + b'{"a":{"b":{"c":[1,"x",{}]}}},' * (LARGE // 29) + b"1]",
+    "empty strings": b"[" + b'"",' * (LARGE // 3) + b"1]",
+    "one string": b'"' + b"x" * LARGE + b'"',
+    "quotes in a string": b'"' + b'\\"' * (LARGE // 2) + b'"',
+    "backslashes": b'["' + b"\\\\" * (LARGE // 2) + b'"]',
+    "space": b" " * LARGE + b"1",
+    "many members": b"{" + b'"a":1,' * (LARGE // 6) + b'"a":1}',
+}
 
 
-def test_changes_stay_as_they_were_whatever_is_merged_with_them() -> None:
-    changes = BodyChanges({"options": {"a": 1}, "messages": [1]}, {"options": {"b": 1}}, "s", think=False)
-    before = repr(changes)
-    sent({"options": {"c": 1}, "messages": [{"role": "user"}]}, changes)
-    sent({}, changes)
-    assert repr(changes) == before
+def steps_of(steps: Steps[Any]) -> tuple[int, float]:
+    """How many steps there are, and the CPU time that the median of them takes."""
+    times: list[float] = []
+    while True:
+        began = process_time()
+        try:
+            next(steps)
+        except StopIteration:
+            return len(times) + 1, median([*times, process_time() - began])
+        times.append(process_time() - began)
 
 
-# --- thinking -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_no_shape_of_a_body_makes_a_step_long_or_takes_much_memory(shape: bytes) -> None:
+    raw = b'{"model":"m","x":%b}' % shape
+    parts = [raw[at : at + 2**16] for at in range(0, len(raw), 2**16)]
+    tracemalloc.start()
+    try:
+        body = run(reading(parts, CHAT, 10**9))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert body.model == "m"
+    assert bytes(body.fields["x"]) == shape.lstrip()
+    assert peak < 1.3 * len(raw) + 3 * 2**20  # what one step takes meanwhile
+    count, typical_s = steps_of(reading([raw], CHAT, 10**9))
+    assert count > len(raw) / SMALL_BYTES * 0.9
+    assert typical_s < 0.02
 
 
-@pytest.mark.parametrize(
-    ("route", "off", "on"),
-    [
-        (CHAT, {"think": False}, {"think": True}),
-        (GENERATE, {"think": False}, {"think": True}),
-        (EMBED, {}, {}),
-        (INFERENCE[b"/api/embeddings"], {}, {}),
-        (V1_CHAT, {"reasoning_effort": "none"}, {}),
-        (V1_MESSAGES, {"thinking": {"type": "disabled"}}, {}),
-        (V1_COMPLETIONS, {}, {}),
-        (V1_RESPONSES, {}, {}),
-    ],
-)
-def test_thinking_is_switched_in_the_words_of_each_dialect(
-    route: Route, off: dict[str, Any], on: dict[str, Any]
-) -> None:
-    assert sent({}, BodyChanges(think=False), route=route) == off
-    assert sent({}, BodyChanges(think=True), route=route) == on
-    assert sent({}, BodyChanges({"x": 1}), route=route) == {"x": 1}
+def test_an_object_has_a_bounded_number_of_fields() -> None:
+    most = b"{" + b",".join(b'"%d":1' % number for number in range(1024)) + b"}"
+    assert len(read_body(most, CHAT).fields) == 1024
+    many = b'{"model":"m"' + b',"a":[]' * 100_000 + b"}"
+    with pytest.raises(BadBodyError, match="an object has more than 1024 fields"):
+        run(reading([many], CHAT, 10**9))
 
 
-@pytest.mark.parametrize(
-    ("route", "said"),
-    [
-        (CHAT, {"think": "high"}),
-        (GENERATE, {"think": True}),
-        (V1_CHAT, {"reasoning_effort": "high"}),
-        (V1_CHAT, {"reasoning": {"effort": "high"}}),
-        (V1_MESSAGES, {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
-    ],
-)
-def test_who_says_how_to_think_is_listened_to(route: Route, said: dict[str, Any]) -> None:
-    changes = BodyChanges(think=False)
-    assert sent(said, changes, route=route) == said
-    assert sent({}, BodyChanges(said, think=False), route=route) == said
-    assert sent({}, BodyChanges({}, said, think=False), route=route).items() >= said.items()
+def test_the_name_of_a_field_has_a_bounded_length() -> None:
+    assert read_body(b'{"%b":1}' % (b"A" * 4000), CHAT).model == ""
+    with pytest.raises(BadBodyError, match="the name of a field has more than 4096 bytes"):
+        run(reading([b'{"A%b":1}' % (b"a" * 10**6)], CHAT, 10**9))
 
 
-# --- the system prompt ----------------------------------------------------------------------------
-
-USER = {"role": "user", "content": "hello"}
-BLOCK = {"type": "text", "text": "old"}
+# --- encoded --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("route", "field"), [(GENERATE, "system"), (V1_MESSAGES, "system"), (V1_RESPONSES, "instructions")]
-)
-@pytest.mark.parametrize("mode", ["prepend", "append", "replace"])
-def test_a_system_prompt_is_there_where_the_caller_had_none(route: Route, field: str, mode: Any) -> None:
-    changes = BodyChanges(system="new", system_mode=mode)
-    absent: list[dict[str, Any]] = [{}, {field: None}, {field: ""}, {field: []}]
-    for said in absent:
-        assert sent(said, changes, route=route) == {field: "new"}
+def test_an_encoded_body_is_read_decoded() -> None:
+    for raw in (bytes_of({"model": "m"}), bytes_of({"model": "m", "prompt": "x" * 10**6})):
+        encoded = zstd.compress(raw)
+        body = run(reading(cut(encoded, 5), V1_CHAT, 10**7, Encoding.ZSTD))
+        assert (body.model, bytes(body.raw)) == ("m", raw)
 
 
-@pytest.mark.parametrize(
-    ("mode", "text", "blocks"),
-    [
-        ("prepend", "new\n\nold", [{"type": "text", "text": "new"}, BLOCK]),
-        ("append", "old\n\nnew", [BLOCK, {"type": "text", "text": "new"}]),
-        ("replace", "new", "new"),
-    ],
-)
-def test_a_system_prompt_is_put_before_after_or_in_the_place_of_the_callers(
-    mode: Any, text: str, blocks: Any
-) -> None:
-    changes = BodyChanges(system="new", system_mode=mode)
-    assert sent({"system": "old"}, changes, route=GENERATE) == {"system": text}
-    assert sent({"instructions": "old"}, changes, route=V1_RESPONSES) == {"instructions": text}
-    assert sent({"system": [BLOCK]}, changes, route=V1_MESSAGES) == {"system": blocks}
-    for route, role in ((CHAT, "system"), (V1_CHAT, "system"), (V1_CHAT, "developer")):
-        was: list[dict[str, Any]] = [USER, {"role": role, "content": "old", "name": "n"}]
-        now = {"role": role, "content": text, "name": "n"}
-        expected = [{"role": "system", "content": text}, USER] if mode == "replace" else [USER, now]
-        assert sent({"messages": was}, changes, route=route) == {"messages": expected}
-    was = [{"role": "system", "content": [BLOCK]}, USER]
-    assert sent({"messages": was}, changes, route=V1_CHAT)["messages"][0]["content"] == blocks
-
-
-@pytest.mark.parametrize("mode", ["prepend", "append", "replace"])
-def test_messages_without_a_system_prompt_begin_with_it(mode: Any) -> None:
-    changes = BodyChanges(system="new", system_mode=mode)
-    for messages in ([], [USER], ["no message", USER]):
-        expected = [{"role": "system", "content": "new"}, *messages]
-        assert sent({"messages": messages}, changes) == {"messages": expected}
-
-
-def test_of_several_system_prompts_the_first_is_added_to_and_all_are_replaced() -> None:
-    prompts = [{"role": "system", "content": text} for text in ("a", "b")]
-    messages = [prompts[0], USER, prompts[1]]
-    added = sent({"messages": messages}, BodyChanges(system="new"))["messages"]
-    assert [one["content"] for one in added] == ["new\n\na", "hello", "b"]
-    replaced = sent({"messages": messages}, BodyChanges(system="new", system_mode="replace"))["messages"]
-    assert [one["content"] for one in replaced] == ["new", "hello"]
-
-
-@pytest.mark.parametrize("odd", [5, True, {"a": 1}])
-def test_a_system_prompt_that_is_none_is_left_for_the_server_to_refuse(odd: object) -> None:
-    assert sent({"system": odd}, BodyChanges(system="new"), route=GENERATE) == {"system": odd}
-
-
-@pytest.mark.parametrize(
-    ("route", "said"),
-    [
-        (EMBED, {"input": "x"}),
-        (V1_COMPLETIONS, {"prompt": "x"}),
-        (CHAT, {}),
-        (CHAT, {"messages": "x"}),
-    ],
-)
-def test_where_there_is_no_system_prompt_nothing_is_changed(route: Route, said: dict[str, Any]) -> None:
-    assert sent(said, BodyChanges(system="new"), route=route) == said
-
-
-@given(values)
-def test_what_is_written_reads_the_same(value: Any) -> None:
-    assert parsed(dumped({"x": value})) == {"x": value}
+def test_the_decoded_size_counts() -> None:
+    encoded = zstd.compress(bytes_of({"model": "m", "prompt": "x" * 10**6}))
+    with pytest.raises(BodyTooLargeError, match="at most 1000 bytes"):
+        run(reading([encoded], V1_CHAT, 1000, Encoding.ZSTD))
