@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import os
 import socket
-import sys
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -77,6 +76,7 @@ from manager.wire.caller import HeaderNames
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
     from manager.domain.record import RequestRecord
     from manager.domain.template import Template
@@ -115,6 +115,7 @@ class Daemon:
 async def open_daemon(
     loaded: LoadedSettings,
     *,
+    log: LogWriter | None = None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     resume_idle_clock: bool = False,
 ) -> AsyncIterator[Daemon]:
@@ -122,6 +123,7 @@ async def open_daemon(
 
     Args:
         loaded: the configuration.
+        log: takes one line a request; None: requests are not logged.
         on_step: see `World`.
         resume_idle_clock: see `World`.
 
@@ -188,15 +190,12 @@ async def open_daemon(
             resync_interval_s=settings.lifecycle.resync_interval_s,
         )
         stack.push_async_callback(fleet.save)
-        request_log = RequestLog(asyncio.get_running_loop(), readable=_is_readable(settings.log))
-        stack.callback(request_log.flush)
-        told = settings.log.level in ("debug", "info")
         spans = _spans() if settings.gateway.tracing else None
         if spans is not None:
             stack.push_async_callback(spans.close)
         samples = spans.samples if spans is not None else never
         traffic = Traffic(
-            request_log.write if told else _not_told,
+            _record_sink(log, settings.log),
             share_logged=settings.gateway.access_log,
             trace=spans.write if spans is not None else None,
         )
@@ -264,7 +263,9 @@ async def open_daemon(
             model_settings=model_settings,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
-            render_metrics=FleetMetrics(fleet, gpus, traffic).render,
+            render_metrics=FleetMetrics(
+                fleet, gpus, traffic, log_lines_dropped=lambda: 0 if log is None else log.dropped
+            ).render,
         )
         yield Daemon(settings, fleet, backend, state_lock)
 
@@ -272,6 +273,7 @@ async def open_daemon(
 async def serve(
     loaded: LoadedSettings,
     *,
+    log: LogWriter | None = None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
 ) -> None:
@@ -279,6 +281,7 @@ async def serve(
 
     Args:
         loaded: the configuration.
+        log: takes one line a request; None: requests are not logged.
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
 
@@ -292,7 +295,7 @@ async def serve(
         key = read_key(settings.server.key_file)
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
-    async with open_daemon(loaded, on_step=on_step) as daemon:
+    async with open_daemon(loaded, log=log, on_step=on_step) as daemon:
         with listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
@@ -431,10 +434,6 @@ def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 
-def _is_readable(log: LogSettings) -> bool:
-    return log.format == "console" or (log.format == "auto" and sys.stderr.isatty())
-
-
 def _spans() -> Spans:
     try:
         from manager.adapters.otel import Spans  # noqa: PLC0415  (an optional extra)
@@ -447,8 +446,12 @@ def _spans() -> Spans:
     return Spans()
 
 
-def _not_told(_record: RequestRecord) -> None:
-    """Requests are told at level info."""
+def _record_sink(log: LogWriter | None, settings: LogSettings) -> Callable[[RequestRecord], None]:
+    """Requests are logged at level info."""
+    if log is None or settings.level not in ("debug", "info"):
+        return lambda _record: None
+    readable = settings.format == "console" or (settings.format == "auto" and log.is_terminal)
+    return RequestLog(log.write, readable=readable).write
 
 
 def _utcnow() -> datetime:

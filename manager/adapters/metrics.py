@@ -12,7 +12,7 @@ from manager.domain.instance import Phase
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from prometheus_client import Metric
 
@@ -26,10 +26,13 @@ _PREFIX = "ollama_manager"
 class FleetMetrics:
     """A collector over live state; `render` gives the text."""
 
-    def __init__(self, fleet: Fleet, gpus: Gpus, traffic: Traffic) -> None:
+    def __init__(
+        self, fleet: Fleet, gpus: Gpus, traffic: Traffic, *, log_lines_dropped: Callable[[], int]
+    ) -> None:
         self._fleet = fleet
         self._traffic = traffic
         self._gpus = gpus
+        self._log_lines_dropped = log_lines_dropped
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -63,7 +66,11 @@ class FleetMetrics:
                 memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
         engine.add_metric([], float(self._fleet.engine.up))
-        yield from (phases, in_flight, starts, memory, engine)
+        dropped = CounterMetricFamily(
+            f"{_PREFIX}_log_lines_dropped", "Lines of the log that could not be written"
+        )
+        dropped.add_metric([], self._log_lines_dropped())
+        yield from (phases, in_flight, starts, memory, engine, dropped)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

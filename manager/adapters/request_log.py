@@ -1,60 +1,29 @@
-"""The log of requests: one JSON line each, formatted by orjson and written in batches off their path."""
+"""The log of requests: one JSON line each, or a readable one on a terminal."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import structlog
 
 if TYPE_CHECKING:
-    import asyncio
+    from collections.abc import Callable
 
     from manager.domain.record import RequestRecord
 
-# Not "requests": a library of that name has to be quiet.
+# Not "requests": the level of the library of that name is raised.
 _log = structlog.get_logger("traffic")
 
-_EVERY_S = 0.1
+# Longer texts are cut. A client chooses the length of its model, project, lane and intent.
+MOST_CHARACTERS = 1024
+_CUT = "…"
 _OPTIONS = orjson.OPT_APPEND_NEWLINE | orjson.OPT_UTC_Z
-
-
-class RequestLog:
-    """Collects records and writes their lines soon after, to where the daemon's log goes.
-
-    Args:
-        loop: the event loop that records are written on.
-        readable: for people at a terminal, in the words of the daemon's log.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, readable: bool) -> None:
-        self._loop = loop
-        self._readable = readable
-        self._waiting: list[RequestRecord] = []
-
-    def write(self, record: RequestRecord) -> None:
-        if not self._waiting:
-            self._loop.call_later(_EVERY_S, self.flush)
-        self._waiting.append(record)
-
-    def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        if self._readable:
-            for record in waiting:
-                said = ((name, getattr(record, name)) for name in _READABLE)
-                _log.info("request", **{name: value for name, value in said if value is not None})
-        elif waiting:
-            with suppress(OSError):  # as with the daemon's log, a full disk under it is no reason to fail
-                sys.stderr.buffer.write(b"".join(map(line, waiting)))
-                sys.stderr.buffer.flush()
-
-
-# What somebody who watches wants to see; the JSON lines have everything.
+# The fields shown to people, in this order. The JSON lines have all fields.
 _READABLE = (
-    "outcome",
+    "path",
     "status",
+    "outcome",
     "model",
     "role",
     "effective_target",
@@ -64,9 +33,68 @@ _READABLE = (
     "duration_ms",
     "input_tokens",
     "output_tokens",
+    "project_id",
+    "request_id",
 )
 
 
+class RequestLog:
+    """Writes one line a record.
+
+    Args:
+        write: takes a finished line; must not block.
+        readable: log readable lines through the daemon's own log instead.
+    """
+
+    def __init__(self, write: Callable[[bytes], None], *, readable: bool) -> None:
+        self._write = write
+        self._readable = readable
+
+    def write(self, record: RequestRecord) -> None:
+        if self._readable:
+            values = _bounded(record)
+            shown = {name: values[name] for name in _READABLE if values[name] is not None}
+            _log.info("request", **shown)
+        else:
+            self._write(line(record))
+
+
 def line(record: RequestRecord) -> bytes:
-    """One JSON line for a record, under the names of its fields; `ts` is RFC 3339 in UTC."""
-    return orjson.dumps(record.as_dict(), option=_OPTIONS)
+    """One JSON line for a record, under the names of its fields; `ts` is RFC 3339 in UTC.
+
+    Texts are cut at `MOST_CHARACTERS`. Any record can be written: values that JSON has no form for, such as a
+    lone surrogate, are written as text.
+    """
+    model = record.model
+    try:
+        # Every other text comes from a header, whose length is bounded, or from the configuration.
+        if not isinstance(model, str) or len(model) <= MOST_CHARACTERS:
+            data = orjson.dumps(record.as_dict(), option=_OPTIONS)
+            if len(data) <= MOST_CHARACTERS:  # so no text in it is longer
+                return data
+        return orjson.dumps(_bounded(record), option=_OPTIONS)
+    except TypeError:
+        values = {name: _encodable(value) for name, value in _bounded(record).items()}
+        return orjson.dumps(values, option=_OPTIONS)
+
+
+def _bounded(record: RequestRecord) -> dict[str, Any]:
+    return {
+        name: value[:MOST_CHARACTERS] + _CUT
+        if isinstance(value, str) and len(value) > MOST_CHARACTERS
+        else value
+        for name, value in record.as_dict().items()
+    }
+
+
+def _encodable(value: Any) -> Any:
+    """The value, or its text where orjson refuses it."""
+    try:
+        orjson.dumps(value)
+    except TypeError:
+        try:
+            text = value if isinstance(value, str) else str(value)[:MOST_CHARACTERS]
+        except Exception:  # noqa: BLE001  (a foreign value may raise anything)
+            text = f"<{type(value).__name__}>"
+        return text.encode("utf-8", "backslashreplace").decode()
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from manager.cli.failures import DONE, FAILED, Program, complain, innermost
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager.adapters.log_writer import LogWriter
     from manager.settings import LoadedSettings
 
     Command = TypeVar("Command", bound=Callable[..., Any])
@@ -82,24 +84,35 @@ def _serve(host: str | None, port: int | None, config: Path | None, *, stop_inst
     from manager.settings import read_key  # noqa: PLC0415
 
     key_file = loaded.settings.server.key_file
-    configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
+    log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded, stop_instances=stop_instances)
+        _run_daemon(loaded, log, stop_instances=stop_instances)
     except (ManagerError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # noqa: BLE001  (the log has it all, the person one line)
+    except BaseException as error:  # noqa: BLE001  (the log has the traceback, the person gets one line)
         import structlog  # noqa: PLC0415
 
         structlog.get_logger("daemon").critical("died", exc_info=error)
-        complain(
-            f"the daemon ended because of a defect: {innermost(error)}",
-            "its log has the details; containers keep running, and a new daemon takes them over",
-        )
-        return FAILED
-    return DONE
+        defect = error
+    else:
+        return DONE
+    finally:
+        _end_log(log)
+    complain(
+        f"the daemon ended because of a defect: {innermost(defect)}",
+        "its log has the details; containers keep running, and a new daemon takes them over",
+    )
+    return FAILED
 
 
-def _run_daemon(loaded: LoadedSettings, *, stop_instances: bool) -> None:
+def _end_log(log: LogWriter) -> None:
+    """Flush the log. Where stderr blocks, nothing that follows may be written to it: the process must end."""
+    if not log.close():
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), sys.stderr.fileno())
+
+
+def _run_daemon(loaded: LoadedSettings, log: LogWriter, *, stop_instances: bool) -> None:
     import asyncio  # noqa: PLC0415
 
     import uvloop  # noqa: PLC0415
@@ -107,7 +120,7 @@ def _run_daemon(loaded: LoadedSettings, *, stop_instances: bool) -> None:
     from manager import app  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded, stop_instances=stop_instances))
+        runner.run(app.serve(loaded, log=log, stop_instances=stop_instances))
 
 
 @program.command()

@@ -12,22 +12,28 @@ import logging
 import re
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, TextIO
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from manager.cli.failures import coloured, printable
 
 if TYPE_CHECKING:
     from collections.abc import Collection, MutableMapping
 
+    from manager.adapters.log_writer import LogWriter
     from manager.settings.model import LogSettings
 
     Entry = MutableMapping[str, Any]
 
 HIDDEN = "…"
+# A shorter secret is not looked for in finished lines.
+SHORTEST_SECRET = 8
 
 _FIRST_KEYS = ("ts", "level", "logger", "event")
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token|secret|password|authorization|cookie)s?$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"']+|(?<=://)[^/\s@\"']+(?=@)")
+# A longer line is replaced by one that says so. A deep traceback has 20 KiB.
+_MOST_LINE_CHARACTERS = 256 * 1024
 # They tell of every connection and every tick at `info`; below `warning` only somebody who debugs wants them.
 _CHATTY = ("apscheduler", "uvicorn", "aiohttp", "tzlocal")
 # They tell even more, and what they tell at `debug` contains headers.
@@ -55,26 +61,26 @@ def silence() -> None:
 def configure_logging(
     settings: LogSettings,
     *,
-    stream: TextIO | None = None,
     secrets: Collection[str] = (),
     least: str | None = None,
-) -> None:
-    """Send everything that is logged from now on to `stream` (stderr).
+) -> LogWriter:
+    """Send everything that is logged from now on to stderr, through the returned writer.
 
     Args:
         settings: format and level.
-        stream: where to.
-        secrets: texts that are hidden wherever they appear.
+        secrets: texts that are hidden wherever they appear, unless they are shorter than `SHORTEST_SECRET`.
         least: a level that overrides a lower one of the settings.
     """
     silence()
     import structlog  # noqa: PLC0415  (see above)
 
-    stream = stream or sys.stderr
+    from manager.adapters.log_writer import LogWriter  # noqa: PLC0415
+
+    writer = LogWriter(_stderr_descriptor())
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     if least is not None:
         level = max(level, logging.getLevelNamesMapping()[least.upper()])
-    console = settings.format == "console" or (settings.format == "auto" and stream.isatty())
+    console = settings.format == "console" or (settings.format == "auto" and writer.is_terminal)
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -92,7 +98,9 @@ def configure_logging(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
-    render = _console_renderer(colours=coloured(stream)) if console else _json_renderer
+    render = (
+        _console_renderer(colours=writer.is_terminal and coloured(sys.stderr)) if console else _json_renderer
+    )
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[
@@ -104,12 +112,47 @@ def configure_logging(
             _Censor(secrets),
         ],
     )
-    _route_standard_logging(formatter, stream, level)
+    _route_standard_logging(_WriterHandler(writer, formatter), level)
+    return writer
 
 
-def _route_standard_logging(formatter: logging.Formatter, stream: TextIO, level: int) -> None:
-    handler = logging.StreamHandler(stream)
-    handler.setFormatter(formatter)
+def _stderr_descriptor() -> int | None:
+    """None where stderr was closed before the start: its number may belong to another file by now."""
+    try:
+        return sys.stderr.fileno()
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+class _WriterHandler(logging.Handler):
+    """Renders each entry to a line and queues it. An entry that cannot be rendered costs its fields only."""
+
+    def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
+        super().__init__()
+        self._writer = writer
+        self.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+            problem = f"{len(line)} characters" if len(line) > _MOST_LINE_CHARACTERS else None
+        except Exception as error:  # noqa: BLE001  (a foreign value may raise anything)
+            problem = type(error).__name__
+        if problem is not None:
+            line = json.dumps(
+                {
+                    "ts": datetime.fromtimestamp(record.created, UTC).isoformat(),
+                    "level": record.levelname.lower(),
+                    "logger": record.name,
+                    "event": "log_entry_not_rendered",
+                    "place": f"{record.pathname}:{record.lineno}",
+                    "problem": problem,
+                }
+            )
+        self._writer.write(line.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def _route_standard_logging(handler: logging.Handler, level: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
@@ -118,7 +161,7 @@ def _route_standard_logging(formatter: logging.Formatter, stream: TextIO, level:
     for name in _QUIET:
         logging.getLogger(name).setLevel(max(level, logging.WARNING))
     logging.captureWarnings(capture=True)
-    logging.raiseExceptions = False  # a full disk under the log must not fill it with tracebacks
+    logging.raiseExceptions = False
     threading.excepthook = _log_thread_error
     sys.unraisablehook = _log_unraisable
 
@@ -157,10 +200,15 @@ class _Redactor:
 
 
 class _Censor:
-    """Hides known secrets in a finished line, however they came to be in it."""
+    """Hides known secrets in a finished line, wherever they are in it.
+
+    A short one is part of many words. To replace it everywhere would garble the line, and show the secret to
+    everyone who compares two lines. It is hidden by name only (`_Redactor`).
+    """
 
     def __init__(self, secrets: Collection[str]) -> None:
-        spellings = {spelt for one in secrets if one for spelt in (one, json.dumps(one)[1:-1])}
+        long = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+        spellings = {spelt for secret in long for spelt in (secret, json.dumps(secret)[1:-1])}
         self._spellings = sorted(spellings, key=len, reverse=True)
 
     def __call__(self, _logger: Any, _method: str, line: Any) -> str:
@@ -184,6 +232,7 @@ def _console_renderer(*, colours: bool) -> Any:
         timestamp_key="ts",
         pad_event_to=24,
         exception_formatter=structlog.dev.plain_traceback,
+        sort_keys=False,
     )
 
     def readable(logger: Any, method: str, entry: Entry) -> str:

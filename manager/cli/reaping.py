@@ -58,10 +58,13 @@ def _ask(endpoint: Endpoint, *, dry_run: bool) -> int:
 def _sweep(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
     from manager.cli.logs import configure_logging  # noqa: PLC0415
 
-    configure_logging(loaded.settings.log, least="error")
+    log = configure_logging(loaded.settings.log, least="error")
     from manager.app import sweep_once  # noqa: PLC0415  (brings the whole daemon along)
 
-    swept = asyncio.run(sweep_once(loaded, dry_run=dry_run))
+    try:
+        swept = asyncio.run(sweep_once(loaded, dry_run=dry_run))
+    finally:
+        log.close()
     return tuple(Swept(one.instance, one.action, one.detail) for one in swept)
 
 

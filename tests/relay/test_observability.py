@@ -87,7 +87,7 @@ def logged(errors: bytes) -> list[dict[str, Any]]:
 
 async def test_each_request_is_one_line_with_the_documented_keys(tmp_path: Path, capfdbinary: Any) -> None:
     async with one_of_each(tmp_path) as front:
-        await asyncio.sleep(0.2)
+        assert front.log.close(10)
         lines = logged(capfdbinary.readouterr().err)
         assert sorted(line["outcome"] for line in lines) == sorted(OUTCOMES)
         assert len({line["request_id"] for line in lines}) == len({line["trace_id"] for line in lines}) == 7

@@ -12,6 +12,7 @@ import uvicorn
 import yaml
 
 import manager.app
+from manager.adapters.log_writer import LogWriter
 from manager.api.app import control_api
 from manager.relay.front import listening_with
 from manager.serving import Server
@@ -196,6 +197,7 @@ class Front:
     port: int
     records: list[RequestRecord] = field(default_factory=list)
     to_the_log: Any = None
+    log: Any = None
 
     @property
     def base_url(self) -> str:
@@ -367,7 +369,8 @@ async def relaying(
         )
     )
     loaded = load_settings(file)
-    async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded) as daemon:
+    log = LogWriter(2)
+    async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded, log=log) as daemon:
         access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
         relay = manager.app._relay(daemon, loaded.settings, access)
         server = Server(
@@ -397,7 +400,7 @@ async def relaying(
             )
             port = server.servers[0].sockets[0].getsockname()[1]
             traffic = daemon.backend.passing.routing.traffic
-            front = Front(daemon, relay, server, port, to_the_log=traffic._write)
+            front = Front(daemon, relay, server, port, to_the_log=traffic._write, log=log)
             traffic._write = front.records.append
             yield front
             assert not running.done(), running.exception()
@@ -409,3 +412,4 @@ async def relaying(
             running.cancel()
             with suppress(asyncio.CancelledError):
                 await running
+            log.close()

@@ -29,12 +29,14 @@ LABELS = {
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
+    "ollama_manager_log_lines_dropped": (),
 }
 TYPES = {
     "ollama_manager_requests": "counter",
     "ollama_manager_fallbacks": "counter",
     "ollama_manager_target_errors": "counter",
     "ollama_manager_starts": "counter",
+    "ollama_manager_log_lines_dropped": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
@@ -52,7 +54,8 @@ def scraped(traffic: Traffic) -> Mapping[str, Metric]:
         SimpleNamespace(uuid="GPU-2", vram_used_bytes=None),
     ]
     gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
-    text = FleetMetrics(cast("Any", fleet), cast("Any", gpus), traffic).render().decode()
+    metrics = FleetMetrics(cast("Any", fleet), cast("Any", gpus), traffic, log_lines_dropped=lambda: 7)
+    text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
-from manager.adapters.request_log import RequestLog, line
+import pytest
+
+from manager.adapters.request_log import MOST_CHARACTERS, RequestLog, line
 from manager.errors import Reason
 from tests.support.records import CALLER, SPAN, TRACE, a_record
 
@@ -90,66 +89,78 @@ def test_whatever_callers_say_a_record_is_one_line() -> None:
         assert json.loads(written)[name] == 'a"\n\r\u2028\x00{"outcome":"ok"}'
 
 
-async def test_records_are_written_in_order_and_together(capfdbinary: Any) -> None:
-    log = RequestLog(asyncio.get_running_loop(), readable=False)
+class Hostile:
+    """A value that JSON has no form for and that has no text either."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("model", "\ud800", "\\ud800"),
+        ("model", "a\udcffb", "a\\udcffb"),
+        ("model", 5, 5),
+        ("model", ["a", "\ud800"], "['a', '\\ud800']"),
+        ("role", b"bytes", "b'bytes'"),
+        ("project_id", {1: {2}}, "{1: {2}}"),
+        ("input_tokens", 2**70, str(2**70)),
+        ("output_tokens", float("inf"), None),
+        ("lane", Hostile(), "<Hostile>"),
+    ],
+)
+def test_a_record_with_any_value_is_one_line_and_keeps_its_other_fields(
+    name: str, value: object, expected: object
+) -> None:
+    written = json.loads(line(a_record(**{name: value})))
+    assert written == json.loads(line(a_record())) | {name: expected}
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "lane", "project_id", "intent", "role", "requested_target", "path"]
+)
+@pytest.mark.parametrize("character", ["a", "é", "\U0001f600", "\ud800"])
+def test_a_long_text_is_cut(name: str, character: str) -> None:
+    written = line(a_record(**{name: character * 1_000_000}))
+    assert len(json.loads(written)[name].replace("\\ud800", "s")) == MOST_CHARACTERS + 1
+    assert len(written) < 16 * 1024
+    at_the_bound = json.loads(line(a_record(**{name: "a" * MOST_CHARACTERS})))
+    assert at_the_bound[name] == "a" * MOST_CHARACTERS
+
+
+def test_each_record_is_one_line_in_order() -> None:
+    lines: list[bytes] = []
+    log = RequestLog(lines.append, readable=False)
     for number in range(3):
-        log.write(a_record(attempts=number))
-    assert not capfdbinary.readouterr().err
-    log.flush()
-    written = capfdbinary.readouterr().err.splitlines()
-    assert [json.loads(one)["attempts"] for one in written] == [0, 1, 2]
-    log.flush()
-    assert not capfdbinary.readouterr().err
+        log.write(a_record(attempts=number, model="\ud800" if number == 1 else "tiny"))
+    assert [json.loads(one)["attempts"] for one in lines] == [0, 1, 2]
 
 
-# Logging is set up for a process, so these have one of their own.
-PREAMBLE = """
-import asyncio
+# Logging is set up for a process, so this has one of its own.
+READABLE = """
 from manager.cli.logs import configure_logging, silence
 silence()
 from manager.adapters.request_log import RequestLog
 from manager.settings.model import LogSettings
 from tests.support.records import a_record
+log = RequestLog(configure_logging(LogSettings(format="console")).write, readable=True)
+log.write(a_record(model="new\\nline\\x1b[31m", project_id="lab"))
+log.write(a_record(outcome="refused", status=404, effective_target=None, ttfb_ms=None))
+log.write(a_record(model="\\ud800", project_id="p" * 100_000))
 """
 
 
-def run(program: str, stderr: Path) -> str:
-    with stderr.open("w") as sink:
-        argv = [sys.executable, "-c", PREAMBLE + program]
-        return subprocess.run(
-            argv, check=False, stdout=subprocess.PIPE, stderr=sink, text=True, timeout=60
-        ).stdout
-
-
-def test_a_disk_that_is_full_costs_lines_and_nothing_else() -> None:
-    program = """
-async def main():
-    log = RequestLog(asyncio.get_running_loop(), readable=False)
-    for _ in range(50):
-        for _ in range(100):
-            log.write(a_record())
-        log.flush()
-    print("goes on")
-asyncio.run(main())
-"""
-    assert run(program, Path("/dev/full")) == "goes on\n"
-
-
-def test_people_read_what_matters_in_the_words_of_the_daemons_log(tmp_path: Path) -> None:
-    program = """
-configure_logging(LogSettings(format="console"))
-async def main():
-    log = RequestLog(asyncio.get_running_loop(), readable=True)
-    log.write(a_record(model="new\\nline\\x1b[31m"))
-    log.write(a_record(outcome="refused", status=404, effective_target=None, ttfb_ms=None))
-    await asyncio.sleep(0.3)
-asyncio.run(main())
-"""
-    run(program, tmp_path / "log")
-    text = (tmp_path / "log").read_text()
-    first, second = text.splitlines()
-    for said in ("request", "outcome=ok", "status=200", "effective_target=gpu0", "output_tokens=34"):
-        assert said in first
+def test_people_read_what_matters_in_the_words_of_the_daemons_log() -> None:
+    argv = [sys.executable, "-c", READABLE]
+    text = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=60).stderr
+    first, second, third = text.splitlines()
+    fields = ("path=/api/chat", "status=200", "outcome=ok", "effective_target=gpu0", "output_tokens=34",
+              "project_id=lab", "request_id=0badc0ffee0000000001")  # fmt: skip
+    assert "request" in first
+    assert [first.index(field) for field in fields] == sorted(first.index(field) for field in fields)
     assert "\x1b" not in text
     assert "outcome=refused" in second
     assert not any(name in second for name in ("effective_target", "ttfb_ms"))
+    assert "\\ud800" in third
+    assert len(third) < 2 * MOST_CHARACTERS

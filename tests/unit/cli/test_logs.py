@@ -6,7 +6,12 @@ import json
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 KEY = 'an-operator-key-with-"quotes"'
 
@@ -140,3 +145,69 @@ def test_a_log_that_cannot_be_written_stops_nobody() -> None:
             timeout=60, env=os.environ,
         )  # fmt: skip
     assert done.stdout == "done\n"
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "'\\ud800'",
+        "b'\\xff'",
+        "{(1, 2): 3}",
+        "Hostile()",
+        "circle",
+        "deep",
+        "object()",
+        "2**70",
+        "{'\\ud800': 1}",
+    ],
+)
+def test_no_value_costs_the_line_of_another(form: str, value: str) -> None:
+    done = logged(
+        "class Hostile:\n"
+        "    def __str__(self): raise RuntimeError('no text')\n"
+        "    __repr__ = __str__\n"
+        "circle = []; circle.append(circle)\n"
+        "deep = []\n"
+        "for _ in range(100_000): deep = [deep]\n"
+        f"configure(format='{form}'); log.info('first')\n"
+        f"log.info('this', value={value}); logging.getLogger('lib').info('that %s', {value})\n"
+        "logging.getLogger('lib').info('%d', 'no number'); log.info('last')\n"
+    )
+    lines = done.stderr.splitlines()
+    assert len(lines) == 5
+    assert "first" in lines[0]
+    assert "last" in lines[-1]
+    assert "log_entry_not_rendered" in lines[3]
+    if form == "json":
+        assert all(json.loads(line)["level"] == "info" for line in lines)
+
+
+def test_a_huge_entry_is_one_bounded_line() -> None:
+    before, huge, after = entries(
+        "configure(); log.info('a'); log.info('b', text='x' * 10_000_000); log.info('c')"
+    )
+    assert (before["event"], after["event"]) == ("a", "c")
+    assert huge["event"] in ("b", "log_entry_not_rendered")
+    assert len(json.dumps(huge)) < 256 * 1024
+
+
+@pytest.mark.parametrize("key", ["e", "ts", "info", "7-chars"])
+def test_a_short_key_is_hidden_by_name_and_leaves_the_rest_of_the_log_alone(key: str) -> None:
+    (entry,) = entries(
+        f"configure_logging(LogSettings(), secrets=[{key!r}])\n"
+        f"log.info('the e info of 7-chars', api_key={key!r}, header='X-API-Key: {key}',"
+        f" other='Authorization: Bearer {key}')"
+    )
+    assert (entry["level"], entry["logger"]) == ("info", "daemon")
+    assert entry["event"] == "the e info of 7-chars"
+    assert (entry["api_key"], entry["header"]) == ("…", "X-API-Key: …")
+    assert entry["other"] == "Authorization: Bearer …"
+
+
+def test_without_stderr_nothing_is_written_into_the_file_that_has_its_number(tmp_path: Path) -> None:
+    source = f"KEY = {KEY!r}\n{PREAMBLE}\nother = open(sys.argv[1], 'wb')\n"
+    source += "assert other.fileno() == 2, other.fileno()\nconfigure(); log.error('x')"
+    argv = [sys.executable, "-c", source, str(tmp_path / "other")]
+    subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *argv], check=True, timeout=60)
+    assert (tmp_path / "other").read_bytes() == b""
