@@ -7,12 +7,14 @@ two processes hold "the same" lock. They need a local file system that has flock
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,20 @@ from typing import TYPE_CHECKING, Any
 import structlog
 from filelock import FileLock, Timeout
 
-from manager.errors import ConfigurationError, LockedError, Reason, StateDirHeldError, UnavailableError
+from manager.errors import (
+    ConfigurationError,
+    LockedError,
+    ManagerError,
+    Reason,
+    StateDirHeldError,
+    UnavailableError,
+)
+from manager.settings.ownership import (
+    directory_problem,
+    make_private_directory,
+    open_regular,
+    state_file_problem,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,6 +45,9 @@ _log = structlog.get_logger("locks")
 _POLL_S = 0.05
 # A command that only looks whether a daemon runs holds the lock for an instant.
 _GLANCE_S = 0.25
+_LONGEST_DESCRIPTION = 4096
+# What is wrong with the disk, not with what the operator wrote.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE})
 
 
 class FileLocks:
@@ -68,7 +86,13 @@ class FileLocks:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._wait_s
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private_directory(self._directory)
+            if problem := directory_problem(self._directory) or state_file_problem(path):
+                raise UnavailableError(
+                    f"the lock of instance {instance_id} cannot be taken: {problem}",
+                    reason=Reason.START_FAILED,
+                    instance=instance_id,
+                )
             lock = _lock(path)
             while not _try(lock):
                 left_s = deadline - loop.time()
@@ -93,12 +117,18 @@ class FileLocks:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a state directory, as far as it is known. `started_at` is UTC."""
+    """Who holds a state directory, as far as it is known.
+
+    `started_at` is UTC. `owner_uid` is the user that the directory, its lock and the description belong to,
+    None where they belong to several, or where others may write to the directory: then anybody may have
+    written the description.
+    """
 
     pid: int | None = None
     url: str | None = None
     started_at: datetime | None = None
     manager_id: str | None = None
+    owner_uid: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         parts = [_named(self.pid)]
@@ -127,18 +157,25 @@ class StateDirLock:
 
         Raises:
             StateDirHeldError: another process holds it; the message says who.
-            ConfigurationError: the directory cannot be used.
+            ConfigurationError: the directory cannot be used, or others could change what is in it.
+            ManagerError: the disk is full or broken.
         """
         try:
-            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Before anything is created: a parent that others can write to could lead anywhere.
+            self._refuse(directory_problem(self._state_dir))
+            make_private_directory(self._state_dir)
+            self._refuse(directory_problem(self._state_dir) or state_file_problem(self._state_dir / _LOCK))
             deadline = time.monotonic() + _GLANCE_S
             while not _try(self._lock):
-                # Who merely looks whether somebody holds it holds it for a moment too, but shared.
-                if time.monotonic() >= deadline and _is_held(self._state_dir / _LOCK):
+                # A command that looks whether somebody holds it also holds it for a moment, but shared.
+                if time.monotonic() >= deadline and _owner_if_held(self._state_dir / _LOCK) is not None:
                     raise self._held()
                 time.sleep(_POLL_S)
         except OSError as exc:
-            raise ConfigurationError(f"the state directory {self._state_dir} cannot be used: {exc}") from exc
+            error = ManagerError if exc.errno in _DISK_ERRORS else ConfigurationError
+            raise error(
+                f"the state directory {self._state_dir} cannot be used: {exc.strerror or exc}"
+            ) from exc
         self._holder = replace(self._holder, pid=os.getpid(), started_at=datetime.now(UTC))
         self._publish()
 
@@ -154,6 +191,10 @@ class StateDirLock:
                 (self._state_dir / _DESCRIPTION).unlink(missing_ok=True)
             self._lock.release()
 
+    def _refuse(self, problem: str | None) -> None:
+        if problem is not None:
+            raise ConfigurationError(f"the state directory {self._state_dir} cannot be used: {problem}")
+
     def _held(self) -> StateDirHeldError:
         holder = read_holder(self._state_dir) or Holder()
         return StateDirHeldError(
@@ -167,8 +208,10 @@ class StateDirLock:
         try:
             # First of all: what a dead daemon said of itself is worse than nothing.
             path.unlink(missing_ok=True)
-            new.touch(mode=0o600)
-            new.write_text(json.dumps(_described(self._holder)) + "\n", encoding="utf-8")
+            new.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(new, flags, 0o600), "w", encoding="utf-8") as stream:  # noqa: PTH123
+                stream.write(json.dumps(_described(self._holder)) + "\n")
             new.replace(path)
         except OSError as exc:
             _log.warning("daemon_not_described", path=str(path), error=str(exc))
@@ -186,14 +229,29 @@ def read_holder(state_dir: Path) -> Holder | None:
     Raises:
         ConfigurationError: the directory cannot be read.
     """
-    path = state_dir / _LOCK
     try:
-        if not _is_held(path):
-            return None
-        holder = _read_description(state_dir / _DESCRIPTION)
+        # A descriptor: lock, description and owner are then of one directory, whatever the path leads to.
+        directory = os.open(state_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
     except OSError as exc:
-        raise ConfigurationError(f"the state directory {state_dir} cannot be read: {exc}") from exc
-    return holder or Holder(pid=holder_pid(path))
+        raise _unreadable(state_dir, exc) from exc
+    try:
+        lock_owner = _owner_if_held(Path(_LOCK), directory)
+        if lock_owner is None:
+            return None
+        found = _read_description(directory)
+        status = os.fstat(directory)
+    except OSError as exc:
+        raise _unreadable(state_dir, exc) from exc
+    finally:
+        os.close(directory)
+    if found is None:
+        return Holder(pid=holder_pid(state_dir / _LOCK))
+    holder, owner = found
+    same = owner == lock_owner == status.st_uid
+    private = not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return replace(holder, owner_uid=owner if same and private else None)
 
 
 def holder_pid(path: Path) -> int | None:
@@ -229,19 +287,22 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
-def _is_held(path: Path) -> bool:
-    """Look with a shared lock: two that look at once do not take each other for the holder."""
+def _owner_if_held(path: Path, directory: int | None = None) -> int | None:
+    """The owner of the lock file while the lock is held, else None.
+
+    Looks with a shared lock: two that look at once do not take each other for the holder.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = open_regular(path, follow=False, dir_fd=directory)
     except FileNotFoundError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        return os.fstat(descriptor).st_uid
     finally:
         os.close(descriptor)
-    return False
+    return None
 
 
 def _described(holder: Holder) -> dict[str, Any]:
@@ -253,17 +314,32 @@ def _described(holder: Holder) -> dict[str, Any]:
     }
 
 
-def _read_description(path: Path) -> Holder | None:
+def _read_description(directory: int) -> tuple[Holder, int] | None:
+    """What the holder says of itself, and whose file that is; None where nothing useful is there."""
     try:
-        read = json.loads(path.read_bytes())
-        return Holder(
+        descriptor = open_regular(Path(_DESCRIPTION), follow=False, dir_fd=directory)
+    except OSError as exc:
+        if exc.errno == errno.EACCES:
+            raise
+        return None
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        owner = os.fstat(descriptor).st_uid
+        text = stream.read(_LONGEST_DESCRIPTION + 1)
+    try:
+        read = json.loads(text) if len(text) <= _LONGEST_DESCRIPTION else None
+        holder = Holder(
             pid=int(read["pid"]),
             url=None if read["url"] is None else str(read["url"]),
             started_at=datetime.fromisoformat(read["started_at"]).astimezone(UTC),
             manager_id=str(read["manager_id"]),
         )
-    except (FileNotFoundError, ValueError, TypeError, LookupError):
+    except (ValueError, TypeError, LookupError, RecursionError):
         return None
+    return holder, owner
+
+
+def _unreadable(state_dir: Path, exc: OSError) -> ConfigurationError:
+    return ConfigurationError(f"the state directory {state_dir} cannot be read: {exc.strerror or exc}")
 
 
 def _named(pid: int | None) -> str:

@@ -28,6 +28,7 @@ from manager.settings import (
     resolve_instances,
 )
 from manager.settings.model import GPU_TEMPLATE
+from manager.settings.ownership import directory_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -146,6 +147,12 @@ def _directory(state_dir: Path) -> Finding:
     if not os.access(existing, os.W_OK | os.X_OK):
         remedy = f"make it writable for the daemon's user (now: {os.geteuid()}), or set state.dir"
         return broken("state directory", f"{existing} is not writable", remedy)
+    if problem := directory_problem(state_dir):
+        return broken(
+            "state directory",
+            problem,
+            "or set state.dir to a directory of the daemon's user, closed to others",
+        )
     kind = _file_system(existing)
     if kind in _REMOTE:
         remedy = "set state.dir to a local disk"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -23,6 +24,8 @@ _log = structlog.get_logger("events")
 _IN_MEMORY = 1000
 _PAGE = 500
 _RETRY_S = 1.0
+# How long it may stay unseen that the registry's files were deleted or replaced.
+_LOOK_S = 2.0
 
 
 class Journal:
@@ -79,12 +82,29 @@ class Journal:
             while True:
                 news = self._news
                 await self.flush()
+                await self._look()
                 if self.trouble is not None:
                     await asyncio.sleep(_RETRY_S)
                 elif not self._unsaved:
-                    await news.wait()
+                    with suppress(TimeoutError):
+                        # Not wait_for: until Python 3.12 it swallows a cancellation that comes with the news.
+                        async with asyncio.timeout(_LOOK_S):
+                            await news.wait()
         finally:
             await self.flush()
+
+    async def _look(self) -> None:
+        """Find out that nothing can be written before anything has to be."""
+        if self._unsaved:
+            return  # the last write says more
+        try:
+            await self._registry.check()
+        except RegistryUnwritableError as error:
+            if self.trouble != error.message:
+                _log.warning("registry_unwritable", error=error.message)
+            self.trouble = error.message
+        else:
+            self.trouble = None
 
     async def flush(self) -> None:
         """Store what waits. A cancelled flush still ends its write: no batch is lost or doubled."""

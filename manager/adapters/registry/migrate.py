@@ -53,7 +53,7 @@ def main() -> None:
     try:
         migrate(Path(path))
     except SQLAlchemyError as exc:
-        sys.exit(str(exc).splitlines()[0])
+        sys.exit(str(getattr(exc, "orig", None) or exc).splitlines()[0])  # never the statement
 
 
 if __name__ == "__main__":

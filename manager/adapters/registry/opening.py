@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from sqlalchemy import NullPool, create_engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError
 
+from manager.adapters.registry.log import wal_gap, wal_problem
 from manager.adapters.registry.tables import HEAD, REVISIONS, metadata
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
+from manager.settings.ownership import state_file_problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# https://www.sqlite.org/fileformat2.html: the first bytes of a database, and of its write-ahead log.
+# https://www.sqlite.org/fileformat2.html: the first bytes of a database.
 _HEADER = b"SQLite format 3\x00"
-_WAL_HEADERS = (b"\x37\x7f\x06\x82", b"\x37\x7f\x06\x83", b"\x00\x00\x00\x00", b"")
 _COMPANIONS = ("-wal", "-shm", "-journal")
 _MIGRATION_TIMEOUT_S = 120
 
@@ -43,13 +44,15 @@ def prepare(path: Path) -> None:
         RegistryUnwritableError: it could not be read, created or brought up to date.
     """
     try:
-        if path.exists():
+        if os.path.lexists(path):
             if verify(path) != HEAD:
                 _migrate(path)
         else:
             _create(path)
-    except (OSError, SQLAlchemyError) as exc:
-        raise RegistryUnwritableError(f"the registry {path} cannot be opened: {exc}") from exc
+    except DBAPIError as exc:
+        raise translated(path, exc.orig, "created") from exc
+    except OSError as exc:
+        raise RegistryUnwritableError(f"the registry {path} cannot be opened: {exc.strerror or exc}") from exc
 
 
 def connect_existing(path: Path, busy_timeout_s: float = 5.0) -> sqlite3.Connection:
@@ -63,7 +66,7 @@ def refusal(path: Path, problem: str) -> RegistryCorruptError:
     moves = [
         shlex.join(["mv", "-n", f"{path}{suffix}", f"{aside}{suffix}"])
         for suffix in ("", *_COMPANIONS)
-        if Path(f"{path}{suffix}").exists()
+        if os.path.lexists(f"{path}{suffix}")
     ]
     command = " && ".join(moves)
     return RegistryCorruptError(
@@ -103,21 +106,26 @@ def translated(
 
 
 def verify(path: Path) -> str:
-    """Check the file and return the revision of its schema."""
+    """Check the file and return the revision of its schema.
+
+    Raises:
+        RegistryCorruptError: it cannot be used.
+        RegistryUnwritableError, OSError: it cannot be read.
+    """
+    _refuse_odd_files(path)
     with path.open("rb") as file:
         header = file.read(len(_HEADER))
     if not header:
         raise refusal(path, "it is empty")
     if header != _HEADER:
         raise refusal(path, "it is not an SQLite database")
-    wal = Path(f"{path}-wal")
-    if wal.exists():
-        with wal.open("rb") as file:
-            if file.read(4) not in _WAL_HEADERS:
-                # SQLite would drop it without a word, and the last writes with it.
-                raise refusal(path, f"its write-ahead log {wal} is not one")
+    wal = Path(f"{path}-wal") if _size(f"{path}-wal") else None
+    if wal is not None and (problem := wal_problem(wal)):
+        raise refusal(path, problem)
     try:
         with _readable(path) as connection:
+            if wal is not None and (problem := wal_gap(connection, wal)):
+                raise refusal(path, problem)
             problems = [str(row[0]) for row in connection.execute("PRAGMA quick_check(3)")]
             if problems != ["ok"]:
                 raise refusal(path, "; ".join(problems))
@@ -139,12 +147,19 @@ def verify(path: Path) -> str:
     return revisions[0]
 
 
+def _refuse_odd_files(path: Path) -> None:
+    """Refuse what SQLite would follow, wait for or share: links, FIFOs, second names, files of others."""
+    for suffix in ("", *_COMPANIONS):
+        if problem := state_file_problem(Path(f"{path}{suffix}")):
+            raise refusal(path, problem)
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[sqlite3.Connection]:
     """The content, without a byte of the file or its companions being changed.
 
     Reading a write-ahead log makes SQLite write: into the index beside it, and on closing into the file.
-    So whoever died without closing is read from a copy; otherwise the file itself is declared immutable.
+    So a file that was not closed is read from a copy; otherwise the file itself is declared immutable.
     """
     left = [suffix for suffix in ("-wal", "-journal") if _size(f"{path}{suffix}")]
     if not left:
@@ -172,6 +187,7 @@ def _size(path: str) -> int:
 
 def _create(path: Path) -> None:
     """Build the file under another name, then rename it: it is there whole or not at all."""
+    _refuse_odd_files(path)
     for suffix in ("-wal", "-journal"):
         if _size(f"{path}{suffix}"):
             # SQLite would play it back into the new file.

@@ -6,6 +6,7 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, select
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
-    from pathlib import Path
 
     from sqlalchemy import Connection, Table
 
@@ -72,7 +72,7 @@ class SqlRegistry:
 
     def __init__(self, path: Path, *, busy_timeout_s: float) -> None:
         self._path = path.absolute()
-        self._identity: tuple[int, int] | None = None
+        self._identities: dict[Path, tuple[int, int]] = {}
         self._reads = _engine(self._path, busy_timeout_s)
         self._writes = self._reads.execution_options(begin="BEGIN IMMEDIATE")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
@@ -198,6 +198,14 @@ class SqlRegistry:
         values = tables.from_model_list(volume, entries, datetime.now(UTC))
         await self._write(lambda connection: connection.execute(_SAVE_MODEL_LIST, values))
 
+    async def check(self) -> None:
+        """Look whether the files are still those that were opened.
+
+        Raises:
+            RegistryUnwritableError: one was deleted, moved or replaced; nothing can be written.
+        """
+        await self._call(self._refuse_if_moved)
+
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""
         if not self._closed:
@@ -217,8 +225,7 @@ class SqlRegistry:
                 connection.execute(select(func.count()).select_from(tables.instances))
         except DBAPIError as exc:
             raise translated(self._path, exc.orig, "opened") from exc
-        status = self._path.stat()
-        self._identity = (status.st_dev, status.st_ino)
+        self._identities = {path: _identity(path) for path in (self._path, Path(f"{self._path}-wal"))}
 
     async def _read(self, work: Callable[[Connection], T]) -> T:
         def run() -> T:
@@ -246,21 +253,30 @@ class SqlRegistry:
         await self._call(run)
 
     def _refuse_if_moved(self) -> None:
-        """SQLite goes on writing into a file that has no name any more."""
-        try:
-            status = self._path.stat()
-        except OSError as exc:
-            raise RegistryUnwritableError(f"the registry {self._path} could not be written: {exc}") from exc
-        if (status.st_dev, status.st_ino) != self._identity:
-            raise RegistryUnwritableError(
-                f"the registry {self._path} could not be written: it was replaced by another file; "
-                "restart the daemon"
-            )
+        """SQLite goes on writing into files that have no name any more; a restart would lose all of it."""
+        for path, identity in self._identities.items():
+            try:
+                now = _identity(path)
+            except OSError as exc:
+                raise RegistryUnwritableError(
+                    f"the registry {self._path} could not be written: {path.name} is gone ({exc.strerror}); "
+                    "put it back, or restart the daemon to begin with what is there"
+                ) from exc
+            if now != identity:
+                raise RegistryUnwritableError(
+                    f"the registry {self._path} could not be written: {path.name} was replaced by another "
+                    "file; restart the daemon"
+                )
 
     async def _call(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise RegistryUnwritableError(f"the registry {self._path} is closed")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def _engine(path: Path, busy_timeout_s: float) -> Engine:

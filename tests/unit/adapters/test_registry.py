@@ -3,12 +3,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
@@ -24,13 +28,14 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine
 
-from manager.adapters.registry import SqlRegistry, open_registry, opening, tables
+from manager.adapters.registry import SqlRegistry, log, open_registry, opening, tables
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
+from tests.support.users import give
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -106,6 +111,21 @@ def path(fresh: Path, tmp_path: Path) -> Path:
     path.parent.mkdir()
     shutil.copy(fresh, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def killed(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a registry whose writer was killed; its log has at least 100 transactions."""
+    path = tmp_path_factory.mktemp("killed") / "registry.sqlite3"
+    shutil.copy(fresh, path)
+    kill_in_write_loop(path)
+    return path.parent
+
+
+@pytest.fixture
+def left(killed: Path, tmp_path: Path) -> Path:
+    """A registry that was left by a writer that was killed."""
+    return shutil.copytree(killed, tmp_path / "left") / "registry.sqlite3"
 
 
 @pytest.fixture
@@ -486,6 +506,100 @@ async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
     assert "mv -n " in caught.value.message
 
 
+def flip(path: Path, at: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x40]))
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, size)
+
+
+_PAGE = 4096
+_FRAME = _PAGE + 24
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        *(
+            (functools.partial(flip, at=at), "the header of its write-ahead log")
+            for at in (0, 3, 4, 7, 9, 13, 16, 22, 24, 31)
+        ),
+        (functools.partial(cut, size=31), "the header of its write-ahead log"),
+        (functools.partial(cut, size=5), "the header of its write-ahead log"),
+        (lambda wal: wal.write_bytes(bytes(32) + wal.read_bytes()[32:]), "the header of its write-ahead log"),
+        (lambda wal: wal.write_bytes(bytes(_FRAME) + wal.read_bytes()[_FRAME:]), "the header of its"),
+        (functools.partial(flip, at=32 + 24 + 100), "is damaged behind 0 pages, and goes on after that"),
+        (functools.partial(flip, at=32 + 5 * _FRAME + 1000), "is damaged behind "),
+        (functools.partial(flip, at=32 + 5 * _FRAME + 20), "is damaged behind "),
+    ],
+)
+async def test_a_log_that_sqlite_would_drop_without_a_word_is_refused_and_left(
+    left: Path, damage: Callable[[Path], None], problem: str
+) -> None:
+    damage(Path(f"{left}-wal"))
+    before = digests(left.parent)
+    with pytest.raises(RegistryCorruptError, match=problem):
+        await open_registry(left)
+    assert digests(left.parent) == before
+
+
+@pytest.mark.parametrize("page_size", [0, 100, 4097, 2**17])
+async def test_a_page_size_that_cannot_be_is_refused_although_its_checksum_fits(
+    left: Path, page_size: int
+) -> None:
+    wal = Path(f"{left}-wal")
+    start = struct.pack(">6I", 0x377F0683, 3007000, page_size, 0, 1, 2)
+    end = struct.pack(">2I", *log._checksum(start, big_endian=True))
+    wal.write_bytes(start + end + wal.read_bytes()[32:])
+    with pytest.raises(RegistryCorruptError, match="the header of its write-ahead log"):
+        await open_registry(left)
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        lambda wal: cut(wal, 0),
+        lambda wal: wal.write_bytes(bytes(32)),
+        lambda wal: wal.write_bytes(bytes(5 * _FRAME)),
+        lambda wal: cut(wal, 32),
+        lambda wal: cut(wal, wal.stat().st_size - 1),
+        lambda wal: cut(wal, 32 + 5 * _FRAME + 100),
+        lambda wal: flip(wal, -10),
+    ],
+)
+async def test_a_log_that_was_never_finished_is_no_damage(
+    left: Path, harmless: Callable[[Path], None]
+) -> None:
+    harmless(Path(f"{left}-wal"))
+    registry = await open_registry(left)
+    await registry.save_instance(FULL_ROW)
+    await registry.close()
+
+
+async def test_frames_of_an_older_generation_behind_the_newest_are_no_damage(
+    registry: SqlRegistry, path: Path, tmp_path: Path
+) -> None:
+    for number in range(1, 30):
+        await registry.append_events([event(number)])
+    wal = Path(f"{path}-wal")
+    before = wal.read_bytes()
+    with closing(sqlite3.connect(path)) as other:
+        other.execute("PRAGMA wal_checkpoint(RESTART)")
+    await registry.append_events([event(30)])
+    after = wal.read_bytes()
+    assert after[16:24] != before[16:24]
+    assert len(after) == len(before)
+    copy = shutil.copytree(path.parent, tmp_path / "copy") / path.name
+    opened = await open_registry(copy)
+    assert await opened.last_event_id() == 30
+    await opened.close()
+
+
 async def test_a_damaged_registry_with_a_log_is_left_byte_for_byte(path: Path) -> None:
     kill_in_write_loop(path)
     assert Path(f"{path}-wal").stat().st_size > 0
@@ -537,9 +651,60 @@ async def test_a_missing_table_is_corruption(registry: SqlRegistry, path: Path) 
         await registry.append_events([event(1)])
 
 
-async def test_a_directory_in_its_place_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RegistryUnwritableError, match="cannot be opened"):
-        await open_registry(tmp_path)
+def link(path: Path, elsewhere: Path) -> None:
+    path.symlink_to(elsewhere)
+
+
+def dangling_link(path: Path, elsewhere: Path) -> None:
+    path.symlink_to(elsewhere.with_name("made"))
+
+
+def second_name(path: Path, elsewhere: Path) -> None:
+    path.hardlink_to(elsewhere)
+
+
+def fifo(path: Path, _elsewhere: Path) -> None:
+    os.mkfifo(path)
+
+
+def a_socket(path: Path, _elsewhere: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+
+
+def a_directory(path: Path, _elsewhere: Path) -> None:
+    path.mkdir()
+
+
+def of_somebody_else(path: Path, elsewhere: Path) -> None:
+    shutil.copy(elsewhere, path)
+    give(path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("first_start", [True, False])
+@pytest.mark.parametrize("suffix", ["", "-wal", "-shm", "-journal"])
+@pytest.mark.parametrize(
+    "plant", [link, dangling_link, second_name, fifo, a_socket, a_directory, of_somebody_else]
+)
+async def test_an_odd_file_in_its_place_is_refused_and_left(
+    path: Path, tmp_path: Path, plant: Callable[[Path, Path], None], suffix: str, first_start: bool
+) -> None:
+    content = path.read_bytes()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copy(path, elsewhere)
+    if first_start or not suffix:
+        path.unlink()
+    planted = Path(f"{path}{suffix}")
+    plant(planted, elsewhere)
+    before = planted.lstat()
+    with pytest.raises(RegistryCorruptError, match=re.escape(f"cannot be used: {planted} ")) as caught:
+        await open_registry(path)
+    assert planted.lstat() == before
+    assert elsewhere.read_bytes() == content
+    assert not (tmp_path / "made").exists()
+    subprocess.run(["/bin/sh", "-c", str(caught.value.details["command"])], check=True, timeout=60)
+    await (await open_registry(path)).close()
 
 
 # What cannot be written
@@ -603,11 +768,28 @@ async def test_a_full_disk_fails_the_write_and_nothing_else(small_disk: Path, fr
 
 
 async def test_a_registry_that_fits_nowhere_leaves_nothing_behind(small_disk: Path) -> None:
-    fill(small_disk)
+    filler = fill(small_disk)
     path = small_disk / "registry.sqlite3"
-    with pytest.raises(RegistryUnwritableError):
+    size = filler.stat().st_size
+    for left in (0, 4096, 8192, 20480):  # room for the empty file, for some of its pages, for the journal
+        os.truncate(filler, size - left)
+        with pytest.raises(RegistryUnwritableError) as caught:
+            await open_registry(path)
+        assert caught.value.message == (
+            f"the registry {path} could not be created: the disk is full (database or disk is full)"
+        )
+        assert [each.name for each in small_disk.iterdir()] == ["filler"]
+
+
+async def test_a_disk_without_room_for_one_more_file_is_named(small_disk: Path) -> None:
+    subprocess.run(
+        ["mount", "-o", "remount,nr_inodes=2", str(small_disk)], check=True, timeout=60, capture_output=True
+    )
+    (small_disk / "filler").touch()
+    path = small_disk / "registry.sqlite3"
+    with pytest.raises(RegistryUnwritableError) as caught:
         await open_registry(path)
-    assert [each.name for each in small_disk.iterdir()] == ["filler"]
+    assert caught.value.message == f"the registry {path} cannot be opened: No space left on device"
 
 
 async def test_a_read_only_disk_is_named_when_opening(small_disk: Path, fresh: Path) -> None:
@@ -644,9 +826,31 @@ async def test_a_file_that_was_taken_away_fails_the_write(registry: SqlRegistry,
     with pytest.raises(RegistryUnwritableError, match="No such file"):
         await registry.save_instance(FULL_ROW)
     shutil.copy(aside, path)
-    with pytest.raises(RegistryUnwritableError, match="it was replaced by another file"):
+    with pytest.raises(RegistryUnwritableError, match="was replaced by another file"):
         await registry.save_instance(FULL_ROW)
     aside.rename(path)
+    await registry.save_instance(FULL_ROW)
+
+
+@pytest.mark.parametrize("suffix", ["", "-wal"])
+async def test_a_check_finds_what_was_deleted_replaced_or_linked_without_a_write(
+    registry: SqlRegistry, path: Path, suffix: str
+) -> None:
+    await registry.check()
+    file = Path(f"{path}{suffix}")
+    aside = file.with_name("aside")
+    file.rename(aside)
+    with pytest.raises(RegistryUnwritableError, match=rf"{file.name} is gone \(No such file"):
+        await registry.check()
+    file.symlink_to(aside)
+    with pytest.raises(RegistryUnwritableError, match=f"{file.name} was replaced by another file"):
+        await registry.check()
+    file.unlink()
+    shutil.copy(aside, file)
+    with pytest.raises(RegistryUnwritableError, match=f"{file.name} was replaced by another file"):
+        await registry.save_instance(FULL_ROW)
+    aside.rename(file)
+    await registry.check()
     await registry.save_instance(FULL_ROW)
 
 

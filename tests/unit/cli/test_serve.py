@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
 import requests
 
 from manager.adapters.locks import StateDirLock
+from tests.support.daemon import wait_for
+from tests.support.users import need_root
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +108,70 @@ def test_a_corrupt_registry_is_exit_1_with_the_command_that_sets_it_aside(
     (line,) = [line for line in err if line.startswith("error: ")]
     assert "mv -n" in line
     assert (tmp_path / "state" / "registry.sqlite3").read_bytes() == b"this is no database"
+
+
+@pytest.mark.timeout(60)
+def test_a_registry_that_is_a_fifo_is_exit_1_at_once(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    os.mkfifo(tmp_path / "state" / "registry.sqlite3")
+    code, _, err = ended("-m", "manager", "serve", "--config", str(config))
+    assert code == 1
+    (line,) = [line for line in err if line.startswith("error: ")]
+    assert "registry.sqlite3 is a FIFO; expected a regular file" in line
+    assert "mv -n" in line
+
+
+def test_a_first_start_on_a_full_disk_is_exit_1_with_a_plain_sentence(config: Path, tmp_path: Path) -> None:
+    need_root()
+    disk = tmp_path / "state"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "tmpfs", str(disk)], check=True)
+    try:
+        with suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+            while True:
+                filler.write(bytes(4096))
+        code, out, err = ended("-m", "manager", "serve", "--config", str(config))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    assert (code, out) == (1, "")
+    (line,) = [line for line in err if not line.startswith("{")]
+    assert line == (
+        f"error: the registry {disk}/registry.sqlite3 could not be created: "
+        "the disk is full (database or disk is full)"
+    )
+
+
+def test_a_state_directory_that_others_can_write_to_is_exit_2(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o777)
+    code, out, err = ended("-m", "manager", "serve", "--config", str(config))
+    assert (code, out) == (2, "")
+    assert err[-1].startswith(f"error: the state directory {tmp_path}/state cannot be used: others may write")
+    assert list((tmp_path / "state").iterdir()) == []
+
+
+def test_readyz_turns_503_when_the_registry_is_deleted_and_back_when_it_is_restored(
+    config: Path, tmp_path: Path
+) -> None:
+    registry = tmp_path / "state" / "registry.sqlite3"
+    with process("-m", "manager", "serve", "--config", str(config)) as running:
+        assert running.stderr is not None
+        while json.loads(line := running.stderr.readline())["event"] != "serving":
+            pass
+        url = json.loads(line)["url"]
+
+        def registry_reasons() -> list[str]:
+            answer = requests.get(f"{url}/readyz", headers={"X-API-Key": KEY}, timeout=LIMIT_S).json()
+            return [reason for reason in answer["reasons"] if reason.startswith("registry: ")]
+
+        assert registry_reasons() == []
+        aside = registry.rename(tmp_path / "aside")
+        (reason,) = wait_for(registry_reasons)
+        assert "registry.sqlite3 is gone" in reason
+        shutil.copy(aside, registry)
+        wait_for(registry_reasons, lambda reasons: "was replaced by another file" in "".join(reasons))
+        aside.rename(registry)
+        wait_for(registry_reasons, lambda reasons: reasons == [])
 
 
 def test_listening_for_others_without_a_key_is_exit_2(tmp_path: Path) -> None:

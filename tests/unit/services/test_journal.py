@@ -185,3 +185,26 @@ async def test_events_that_could_not_be_stored_are_shown_and_tried_again(
     running.cancel()
     await asyncio.wait({running})
     assert journal.trouble is None
+
+
+async def test_a_registry_that_was_taken_away_is_found_out_without_any_event(
+    registry: SqlRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manager.services.journal._RETRY_S", 0.01)
+    monkeypatch.setattr("manager.services.journal._LOOK_S", 0.01)
+    journal = new_journal(registry)
+    running = asyncio.ensure_future(journal.run())
+    file = tmp_path / "registry.sqlite3"
+    aside = file.rename(tmp_path / "aside")
+    async with asyncio.timeout(10):
+        while journal.trouble is None:  # noqa: ASYNC110  (it is told to no one)
+            await asyncio.sleep(0.005)
+    assert "registry.sqlite3 is gone" in journal.trouble
+    aside.rename(file)
+    async with asyncio.timeout(10):
+        while journal.trouble is not None:  # noqa: ASYNC110  (it is told to no one)
+            await asyncio.sleep(0.005)
+    journal.record("one")
+    await stored(registry, 1)
+    running.cancel()
+    await asyncio.wait({running})
