@@ -1,14 +1,19 @@
-"""The callers' side: uvicorn's own protocol, which keeps the inference requests for the relay."""
+"""The client side of connections: uvicorn's protocol, which keeps inference requests for the relay."""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from manager.relay.caller import read_caller
+from manager.relay.deadlines import Deadlines, Phase, Stopwatch
 from manager.relay.exchange import Exchange
+from manager.relay.timers import Timers
+from manager.wire.head import STATUS_LINES
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -18,74 +23,104 @@ if TYPE_CHECKING:
     from manager.relay.relay import Relay
 
 _MOST_HEAD_BYTES = 64 * 1024
-# What callers send on while an answer is under way is held up to here; beyond it they have to wait.
+# Reading pauses once a client has sent this much behind a request that is not answered yet.
 _MOST_HELD_BYTES = 64 * 1024
+# Every head ends with this, and every body in chunks: the parser takes no other line ends.
+_END = b"\r\n\r\n"
+_READ_HERE = frozenset({b"content-length", b"expect"})
 _OFFER = frozenset({b"upgrade", b"http2-settings"})
-# How long the head of the first request may take; between requests uvicorn's own limit holds.
-_FIRST_HEAD_S = 60.0
+_TOO_LONG = "the head or the trailers are too long"
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# struct tcp_info of linux/tcp.h: the state is its first byte, tcpi_bytes_acked the eight bytes from 120 on.
+_TCP_INFO_BYTES = 128
+_TCP_ACKED_AT = 120
+_TCP_ESTABLISHED = 1
+_PROBES = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+
+
+class _Trailers(list[tuple[bytes, bytes]]):
+    """Takes the place of a request's headers once its head is complete, and keeps nothing."""
+
+    def append(self, trailer: tuple[bytes, bytes]) -> None:
+        pass
+
+
+_TRAILERS = _Trailers()
+
+
+class _Flow(FlowControl):
+    """uvicorn's own, but an application that asks for more does not overfill what is held."""
+
+    is_full = False
+
+    def resume_reading(self) -> None:
+        if not self.is_full:
+            super().resume_reading()
 
 
 class Front(HttpToolsProtocol):
-    """One connection of a caller. Its requests come in any mixture, one after the other.
+    """One connection of a client. Its requests come in any mixture, one after the other.
 
     An `Exchange` takes the place of uvicorn's cycle for the requests of the relay, so that keep-alive and
     pipelining are the same for both. Written against uvicorn 0.54.
+
+    At most one request exists at a time: parsing stops at the end of a request until its answer has been
+    written and the client reads. What comes meanwhile is held, up to `_MOST_HELD_BYTES` and one piece. The
+    rest stays in the kernel.
     """
 
-    def __init__(self, relay: Relay, **uvicorn: Any) -> None:
+    flow: _Flow
+
+    def __init__(self, relay: Relay, timers: Timers[Front], deadlines: Deadlines, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._relay = relay
+        self._timers = timers
+        self._deadlines = deadlines
+        self._stopwatch = Stopwatch()
+        # Whether the next byte belongs to a head: the request before it has been received.
         self._in_head = True
-        # What has come since the last piece of a body: a head, or what frames a body in chunks.
+        # Bytes since the last piece of a body: of a head, or of what frames a body in chunks.
         self._head_bytes = 0
-        self._held: list[bytes] = []
-        self._held_bytes = 0
+        # Bytes that are left of a body whose length is declared.
+        self._body_left = 0
+        # The last bytes parsed, which may be the beginning of `_END`.
+        self._tail = b""
+        self._held = bytearray()
         self._running: Exchange | None = None
-        self._asgi: Any = None
-        self._next_waits = False
-        self._feeding = False
+        self._parsing_held = False
+        self._unreadable = False
         self._offered = False
-        self._speechless: asyncio.TimerHandle | None = None
         self._length = b""
         self._caller: Caller | None = None
-        self._resting_since = 0.0
-        self._rest: asyncio.TimerHandle | None = None
+        self._requests = 0
+        self._body_bytes = 0
+        self._ending = False
+        self._probes = False
 
     # --- what the transport calls ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
-        self._speechless = self.loop.call_later(_FIRST_HEAD_S, self._no_head_came)
+        self.flow = _Flow(self.transport)
+        self._timers.add(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._held or self._must_wait():
-            # Reading goes on, so that a caller who leaves is noticed; parsing waits for its turn.
-            self._held.append(data)
-            self._held_bytes += len(data)
-            if self._held_bytes > _MOST_HELD_BYTES:
-                self.flow.pause_reading()
-            return
-        self._feed(data)
+        parsed = 0 if self._held else self._parse(data)
+        if parsed < len(data):
+            self._hold(data[parsed:])
+
+    def eof_received(self) -> None:
+        # The transport closes after this. Unsent bytes of an answer that cannot end would delay that.
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        running, self._running = self._running, None
-        asgi, self._asgi = self._asgi, None
+        self._timers.discard(self)
         self._held.clear()
-        self.pipeline.clear()
-        if self._rest is not None:
-            self._rest.cancel()
-        if self._speechless is not None:
-            self._speechless.cancel()
+        running, self._running = self._running, None
         super().connection_lost(exc)
-        if asgi is not None and not asgi.response_complete:
-            # uvicorn tells only the request that came last, which may be one behind this in the pipe.
-            asgi.disconnected = True
-            asgi.message_event.set()
         if running is not None:
             running.caller_left()
-        elif isinstance(self.cycle, Exchange):
-            self.cycle.caller_left()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -96,16 +131,44 @@ class Front(HttpToolsProtocol):
         super().resume_writing()
         if self._running is not None:
             self._running.resume()
-        if self._next_waits:
-            self._next_waits = False
-            self._start_next()
         if self._held:
-            self.loop.call_soon(self._feed_held)
+            self.loop.call_soon(self._parse_held)
 
     def shutdown(self) -> None:
-        if self._running is not None:
-            self._running.keep_alive = False
-        super().shutdown()
+        """End after the current answer. The second call ends a stream of the control API at once.
+
+        The first call comes before the requests under way are drained, the second one after it. What still
+        streams then has no end of its own, as `/events`.
+        """
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete:
+            self.transport.close()
+            return
+        cycle.keep_alive = False
+        if self._ending and self._running is None and cycle.response_started:
+            self._disconnect()
+            self.transport.close()
+        self._ending = True
+
+    # --- what the timer calls ---
+
+    def check(self, now: float) -> None:
+        """Close the connection if its phase has lasted too long."""
+        phase = self._phase()
+        transferred = 0
+        if phase is Phase.BODY:
+            transferred = self._body_bytes
+        elif phase is Phase.UNREAD:
+            transferred = self._bytes_taken()
+        age_s = self._stopwatch.age_s(phase, self._requests, transferred, now)
+        limit_s = self._limit_s(phase)
+        if limit_s is not None and age_s >= limit_s:
+            self._too_late(phase)
+        elif self.flow.read_paused and _tcp_info(self.transport)[0] != _TCP_ESTABLISHED:
+            self.eof_received()  # which nothing else reports while reading is paused
+        elif phase is Phase.ANSWERING and not self._probes and age_s >= self._deadlines.probe_after_s:
+            self._probes = True
+            _probe_peer(self.transport)
 
     # --- what the parser calls ---
 
@@ -117,22 +180,23 @@ class Front(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
-        if name == b"content-length":
-            # The parser has checked it, and frames by it; without it the heads of a connection are alike.
-            self._length = value
-            return
-        if name == b"expect" and value.lower() == b"100-continue":
-            self.expect_100_continue = True
+        if name in _READ_HERE:
+            if name == b"content-length":
+                # The parser checks it and frames by it. Without it the heads of a connection are alike.
+                self._length = value
+                return
+            if value.lower() == b"100-continue":
+                self.expect_100_continue = True
         self.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
         self._offered = self.parser.should_upgrade()
         if self._offered:
             return  # it is read again without the offer
         if self._head_bytes > _MOST_HEAD_BYTES:
-            self._refuse_long_head()
+            raise httptools.HttpParserError(_TOO_LONG)
         self._head_bytes = 0
+        self._body_left = int(self._length) if self._length else 0
         path = self.url
         if b"?" in path:
             path = path.partition(b"?")[0]
@@ -141,8 +205,7 @@ class Front(HttpToolsProtocol):
         if route is None or parser.get_method() != b"POST":
             self._on_other_headers_complete()
             return
-        # Trailers come as headers too: they must not be taken for what the head said.
-        headers, self.headers = self.headers, []
+        headers, self.headers = self.headers, _TRAILERS
         caller = self._caller
         if caller is None or caller.headers != headers:
             caller = self._caller = read_caller(self._relay, route, headers)
@@ -157,32 +220,37 @@ class Front(HttpToolsProtocol):
             chunks=modern,
             expects_continue=modern and self.expect_100_continue,
         )
-        problem = _problem(caller, modern=modern)
-        if problem is not None:
-            exchange.refuse(*problem)
-        before, self.cycle = self.cycle, exchange  # type: ignore[assignment]
-        if before is None or before.response_complete:
-            self._start(exchange)
-        else:
-            self.pipeline.appendleft((exchange, self.app))  # type: ignore[arg-type]
+        if not (modern and caller.ambiguity is None and caller.refusal is None):
+            problem = _problem(caller, modern=modern)
+            if problem is not None:
+                exchange.refuse(*problem)
+        self.cycle = exchange  # type: ignore[assignment]
+        self._in_head = False
+        self._start(exchange)
 
     def on_body(self, body: bytes) -> None:
         self._head_bytes = 0
-        if self._offered:
-            return
-        if isinstance(self.cycle, Exchange):
-            self.cycle.body_came(body)
-        else:
+        cycle = self.cycle
+        if not isinstance(cycle, Exchange):
+            self._body_bytes += len(body)
             super().on_body(body)
+        else:
+            cycle.body_came(body)
 
     def on_message_complete(self) -> None:
-        self._in_head = True
         if self._offered:
             return
-        if isinstance(self.cycle, Exchange):
-            self.cycle.request_ended()
-        else:
+        if self._head_bytes:
+            if self._head_bytes > _MOST_HEAD_BYTES:
+                raise httptools.HttpParserError(_TOO_LONG)
+            self._head_bytes = 0
+        self._in_head = True
+        self._requests += 1
+        cycle = self.cycle
+        if not isinstance(cycle, Exchange):
             super().on_message_complete()
+        else:
+            cycle.request_ended()
 
     # --- what exchanges call ---
 
@@ -191,7 +259,7 @@ class Front(HttpToolsProtocol):
             self.transport.write(data)
 
     def abort(self) -> None:
-        """End the connection at once: the caller must not take what came for the whole."""
+        """End the connection at once: the client must not take what came for the whole."""
         self.transport.abort()
 
     def exchange_ended(self, exchange: Exchange) -> None:
@@ -200,82 +268,100 @@ class Front(HttpToolsProtocol):
         if not exchange.keep_alive and not self.transport.is_closing():
             self.transport.close()
         self.on_response_complete()
-        if self._running is None and self._held and not self._feeding:
-            # Not at once: requests that end as soon as they begin would pile up on the stack.
-            self.loop.call_soon(self._feed_held)
 
     def on_response_complete(self) -> None:
         """An answer has ended, of whichever kind: the next request may begin, or the connection rests."""
         self.server_state.total_requests += 1
         if self.transport.is_closing():
             return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_next()
-            if not self._next_waits:
-                return
-        # One timer that looks when the rest began costs less than one that is set and cancelled each time.
-        self._resting_since = self.loop.time()
-        if self._rest is None:
-            self._rest = self.loop.call_later(self.timeout_keep_alive, self._rest_over)
-
-    # --- helpers ---
-
-    def _must_wait(self) -> bool:
-        """Whether what comes now is not to be read yet: it would pile up here, whatever it is."""
-        running, latest = self._running, self.cycle
-        if running is not None and running.received:
-            return True
-        if isinstance(latest, Exchange) and latest.received and not latest.response_complete:
-            return True  # it waits for its turn
-        if self.pipeline and getattr(self.pipeline[-1][0], "received", False):
-            return True  # the next waits, and perhaps a part of one behind it
-        return self._in_head and self.flow.write_paused  # the caller has not taken the answers so far
-
-    def _feed(self, data: bytes) -> None:
-        self._resting_since = 0.0
-        self._head_bytes += len(data)
-        self._feeding = True
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserError as error:
-            self._refuse_unreadable(_plainly(error))
-        except httptools.HttpParserUpgrade as offer:
-            self._feeding = False
-            self._feed_without_offer(data[offer.args[0] :])
+        if not self._in_head and self.expect_100_continue:
+            self.transport.close()  # whether the body still follows is up to the client
             return
-        self._feeding = False
-        if self._head_bytes > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self._refuse_unreadable("the head is too long" if self._in_head else "the trailers are too long")
-        elif self._held and self._running is None:
-            self.loop.call_soon(self._feed_held)
+        if self.flow.read_paused:
+            self.flow.resume_reading()
+        if self._held and not self._parsing_held:
+            # Not at once: requests that end as soon as they begin would pile up on the stack.
+            self.loop.call_soon(self._parse_held)
 
-    def _refuse_unreadable(self, why: str) -> None:
-        """Nothing that follows can be understood; what was understood before is still answered."""
-        message = f"Invalid HTTP request received: {why}"
-        latest = self.cycle
-        if not isinstance(latest, Exchange) or latest.response_complete:
-            self.send_400_response(message)
-        elif latest.received:
-            latest.keep_alive = False
-        else:
-            latest.refuse_now(400, message)
+    # --- parsing, up to the end of one request ---
 
-    def _refuse_long_head(self) -> None:
-        """The head came together with much else: what counts is its own length."""
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
-        if size > _MOST_HEAD_BYTES:
-            raise httptools.HttpParserError("the head is too long")
+    def _is_busy(self) -> bool:
+        """Whether the next head has to wait: for the answer before it, or for a client that reads."""
+        cycle = self.cycle
+        answering = cycle is not None and not cycle.response_complete
+        return self._in_head and (answering or self.flow.write_paused)
 
-    def _feed_without_offer(self, rest: bytes) -> None:
-        """Read a request again that offers another protocol, without the offer: HTTP/1.1 goes on.
+    def _hold(self, data: bytes) -> None:
+        # Reading goes on up to the limit, so that a client that leaves is noticed.
+        self._held += data
+        if len(self._held) > _MOST_HELD_BYTES:
+            self.flow.is_full = True
+            self.flow.pause_reading()
 
-        Some clients offer HTTP/2 with every request. The parser takes what follows such a head for the other
-        protocol already, where it is the body.
+    def _parse_held(self) -> None:
+        if not self._held or self.transport.is_closing() or self._is_busy():
+            return
+        self.flow.is_full = False
+        self.flow.resume_reading()  # before the application gets a body, at which it may pause again
+        self._parsing_held = True
+        del self._held[: self._parse(self._held)]
+        self._parsing_held = False
+        self._hold(b"")
+
+    def _parse(self, data: bytes | bytearray) -> int:
+        """Parse as far as possible for now; return how many bytes that was.
+
+        The parser is fed up to where one message may end: after its declared length or with `_END`. An `_END`
+        within a body in chunks is harmless, parsing goes on from there.
+        """
+        at, size = 0, len(data)
+        while at < size:
+            if self._body_left:
+                stop = min(at + self._body_left, size)
+                self._body_left -= stop - at
+            elif self._is_busy():
+                break
+            else:
+                stop = self._next_end(data, at)
+                self._head_bytes += stop - at
+            try:
+                self.parser.feed_data(data[at:stop] if stop - at < size else data)
+            except httptools.HttpParserError as error:
+                self._refuse_unreadable(_plainly(error))
+            except httptools.HttpParserUpgrade:
+                self._feed_without_offer()
+            else:
+                if self._head_bytes > _MOST_HEAD_BYTES:
+                    self._refuse_unreadable(_TOO_LONG)
+            at = stop
+            if at < size and (self._unreadable or self.transport.is_closing()):
+                return size
+        return at
+
+    def _next_end(self, data: bytes | bytearray, at: int) -> int:
+        """Return where the next `_END` ends in the data, or else the end of the data."""
+        tail = self._tail
+        if tail:
+            end = (tail + data[at : at + len(_END) - 1]).find(_END)
+            if end >= 0:
+                self._tail = b""
+                return at + end + len(_END) - len(tail)
+        end = data.find(_END, at)
+        if end >= 0:
+            self._tail = b""
+            return end + len(_END)
+        self._tail = (tail + data[max(at, len(data) - len(_END) + 1) :])[1 - len(_END) :]
+        return len(data)
+
+    def _feed_without_offer(self) -> None:
+        """Read a head again that offers another protocol, without the offer: HTTP/1.1 goes on.
+
+        Some clients offer HTTP/2 with every request. The parser would take what follows such a head for the
+        other protocol, where it is the body.
         """
         method = self.parser.get_method()
         if method == b"CONNECT":
-            self.send_400_response("Invalid HTTP request received: this is no proxy")
+            self._refuse_unreadable("this is no proxy")
             return
         version = self.parser.get_http_version().encode()
         lines = [b"%b %b HTTP/%b\r\n" % (method, self.url, version)]
@@ -284,39 +370,84 @@ class Front(HttpToolsProtocol):
             lines.append(b"content-length: %b\r\n" % self._length)
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
-        self._in_head = True
-        self._feed(b"".join(lines) + b"\r\n" + rest)
+        try:
+            self.parser.feed_data(b"".join(lines) + b"\r\n")
+        except httptools.HttpParserError as error:
+            self._refuse_unreadable(_plainly(error))
 
-    def _no_head_came(self) -> None:
-        """Who connects and never asks for anything holds a socket for nothing."""
-        if self.cycle is None and not self.transport.is_closing():
+    def _refuse_unreadable(self, why: str) -> None:
+        """Answer that nothing from here on can be parsed, as far as an answer is still possible."""
+        self._unreadable = True
+        message = f"Invalid HTTP request received: {why}"
+        if self._running is not None:
+            self._running.keep_alive = False
+            self._running.refuse_now(400, message)
+        else:
+            self._refuse(400, message)
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answer with an error and close, unless the current request of the control API has its answer."""
+        if not self._in_head:
+            if self.cycle.response_complete:
+                self.transport.close()
+                return
+            self._disconnect()
+            if self.cycle.response_started:
+                self.transport.abort()
+                return
+        content = message.encode()
+        head = f"Content-Type: text/plain\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINES[status] + head.encode() + content)
+        self.transport.close()
+
+    def _disconnect(self) -> None:
+        """Tell the application that serves the current request that its client has left."""
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+
+    # --- deadlines ---
+
+    def _phase(self) -> Phase:
+        cycle, closing = self.cycle, self.transport.is_closing()
+        answering = cycle is not None and not cycle.response_complete
+        if self._running is not None and not closing:
+            return Phase.ANSWERING  # the exchange looks after its client itself
+        if closing or self.transport.get_write_buffer_size():
+            return Phase.UNREAD
+        if answering:
+            if self._in_head or self.flow.read_paused or cycle.waiting_for_100_continue:
+                return Phase.ANSWERING
+            return Phase.BODY
+        if not self._in_head:
+            return Phase.SURPLUS
+        return Phase.HEAD if cycle is None or self._head_bytes else Phase.IDLE
+
+    def _limit_s(self, phase: Phase) -> float | None:
+        match phase:
+            case Phase.HEAD:
+                return self._deadlines.head_s
+            case Phase.BODY | Phase.SURPLUS:
+                return self._deadlines.body_s
+            case Phase.UNREAD:
+                return self._relay.limits.idle_timeout_s
+            case Phase.IDLE:
+                return self.timeout_keep_alive
+            case Phase.ANSWERING:
+                return None
+
+    def _bytes_taken(self) -> int:
+        """Return a number that grows or shrinks as the client takes what was written."""
+        return _tcp_info(self.transport)[1] or self.transport.get_write_buffer_size()
+
+    def _too_late(self, phase: Phase) -> None:
+        if phase is Phase.BODY:
+            self._refuse(408, "the request body did not arrive")
+        elif phase is Phase.UNREAD:
             self.transport.abort()
-
-    def _rest_over(self) -> None:
-        self._rest = None
-        if self.transport.is_closing() or not self._resting_since:
-            return  # a request has begun: its end sets the timer again
-        rest_s = self.loop.time() - self._resting_since
-        if self.transport.get_write_buffer_size():
-            # The answer has not been taken yet; who never takes it holds the connection only so long.
-            left_s = self._relay.limits.idle_timeout_s - rest_s
-            end = self.transport.abort
         else:
-            left_s = self.timeout_keep_alive - rest_s
-            end = self.transport.close
-        if left_s <= 0:
-            end()
-        else:
-            self._rest = self.loop.call_later(min(left_s, self.timeout_keep_alive), self._rest_over)
+            self.transport.close()
 
-    def _feed_held(self) -> None:
-        if not self._held or self.transport.is_closing() or self._must_wait():
-            return
-        data = b"".join(self._held)
-        self._held.clear()
-        self._held_bytes = 0
-        self.flow.resume_reading()
-        self._feed(data)
+    # --- helpers ---
 
     def _on_other_headers_complete(self) -> None:
         url, headers, expect = self.url, self.headers, self.expect_100_continue
@@ -326,28 +457,10 @@ class Front(HttpToolsProtocol):
         if self._length:
             self.headers.append((b"content-length", self._length))
         super().on_headers_complete()
-        if self._running is not None:
-            self.flow.resume_reading()  # or nobody would notice that the caller leaves
-
-    def _start_next(self) -> None:
-        if self.flow.write_paused:
-            self._next_waits = True  # or answers that nobody takes would pile up
-        elif self.pipeline:
-            cycle, app = self.pipeline.pop()
-            self._start_asgi_task(cycle, app)
-
-    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
-        self._resting_since = 0.0
-        if isinstance(cycle, Exchange):
-            self.loop.call_soon(self._start, cycle)
-        else:
-            self._asgi = cycle
-            super()._start_asgi_task(cycle, app)
+        self._in_head = False
+        self.headers = _TRAILERS
 
     def _start(self, exchange: Exchange) -> None:
-        if self.transport.is_closing():
-            return
-        self._resting_since = 0.0
         self._running = exchange
         exchange.turn_came()
         if exchange.expects_continue and not exchange.received and self._running is exchange:
@@ -369,10 +482,33 @@ def _plainly(error: httptools.HttpParserError) -> str:
     return str(error.__context__ or error).encode("ascii", "replace").decode()
 
 
-def listening_with(relay: Relay) -> Any:
-    """What uvicorn's `http` setting takes: makes the protocol of each connection."""
+def _tcp_info(transport: asyncio.Transport) -> tuple[int, int]:
+    """Return the state of a TCP connection, and how many bytes its peer has acknowledged."""
+    peer = transport.get_extra_info("socket")
+    if peer is None:
+        return _TCP_ESTABLISHED, 0
+    try:
+        info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    except OSError:  # it is being closed
+        return _TCP_ESTABLISHED, 0
+    return info[0], int.from_bytes(info[_TCP_ACKED_AT:], "little")
+
+
+def _probe_peer(transport: asyncio.Transport) -> None:
+    """Let TCP find out within minutes when a quiet peer is gone without a word."""
+    peer = transport.get_extra_info("socket")
+    if peer is not None:
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _PROBES:
+            peer.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def listening_with(relay: Relay, deadlines: Deadlines | None = None) -> Any:
+    """Return what uvicorn's `http` setting takes: it makes the protocol of each connection."""
+    limits = deadlines or Deadlines()
+    timers: Timers[Front] = Timers(relay.loop, limits.tick_s)
 
     def make(**uvicorn: Any) -> asyncio.Protocol:
-        return Front(relay, **uvicorn)
+        return Front(relay, timers, limits, **uvicorn)
 
     return make

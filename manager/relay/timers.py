@@ -1,4 +1,4 @@
-"""Deadlines of everything that is under way, looked at by one coarse timer."""
+"""One coarse timer that checks the deadlines of many objects."""
 
 from __future__ import annotations
 
@@ -17,27 +17,28 @@ TICK_S = 0.25
 
 class Timed(Protocol):
     def check(self, now: float) -> None:
-        """Called about every `TICK_S`; `now` is monotonic."""
+        """Called once a tick; `now` is monotonic."""
 
 
 T = TypeVar("T", bound=Timed)
 
 
 class Timers(Generic[T]):
-    """One timer for all: a look at each costs less than a timer of its own would to set and cancel.
+    """One timer for all: a look at each costs less than to set and cancel a timer of its own.
 
     It ticks only while there is something to look at.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, tick_s: float = TICK_S) -> None:
         self._loop = loop
+        self._tick_s = tick_s
         self.timed: set[T] = set()
         self._handle: asyncio.TimerHandle | None = None
 
     def add(self, timed: T) -> None:
         self.timed.add(timed)
         if self._handle is None:
-            self._handle = self._loop.call_later(TICK_S, self._tick)
+            self._handle = self._loop.call_later(self._tick_s, self._tick)
 
     def discard(self, timed: T) -> None:
         self.timed.discard(timed)
@@ -52,6 +53,6 @@ class Timers(Generic[T]):
         for timed in tuple(self.timed):
             try:
                 timed.check(now)
-            except Exception as error:  # noqa: BLE001  (a defect: time goes on for all the others)
+            except Exception as error:  # noqa: BLE001  (a defect must not stop the others' deadlines)
                 _log.error("deadline_failed", exc_info=error)
-        self._handle = self._loop.call_later(TICK_S, self._tick) if self.timed else None
+        self._handle = self._loop.call_later(self._tick_s, self._tick) if self.timed else None

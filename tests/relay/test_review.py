@@ -89,7 +89,9 @@ async def test_a_request_in_front_of_nonsense_is_answered(tmp_path: Path) -> Non
         caller = await front.connect()
         await caller.raw(caller.request({**TINY, "stream": False}) + b"nonsense\r\n\r\n")
         reply = await caller.reply()
-        assert (reply.status, reply.body, reply.headers["connection"]) == (200, LAST.strip(), "close")
+        assert (reply.status, reply.body) == (200, LAST.strip())
+        reply = await caller.reply()
+        assert (reply.status, reply.headers["connection"]) == (400, "close")
         assert await caller.ended() == b""
         caller.leave()
         assert [record.outcome for record in front.records] == ["ok"]
@@ -125,8 +127,8 @@ async def test_nothing_piles_up_behind_a_stream_of_events(tmp_path: Path) -> Non
         connection = only_connection(front)
         await until(lambda: connection.flow.read_paused)
         await asyncio.sleep(0.3)  # as long as nothing moves, nothing can be awaited
-        assert len(connection.pipeline) <= 2  # one that is whole, and a part of one behind it
-        assert connection._held_bytes < 2**20
+        assert not connection.pipeline
+        assert len(connection._held) < 2**20
         filling.cancel()
         caller.leave()
 
@@ -137,7 +139,7 @@ async def test_a_stream_of_events_ends_with_its_reader_whatever_is_in_the_pipe(t
         await caller.raw(EVENTS)
         await caller.head()
         await caller.send(TINY)
-        await until(lambda: only_connection(front).pipeline)
+        await until(lambda: only_connection(front)._held)
         caller.leave()
         await until(lambda: not front.server.server_state.tasks, within_s=10)
 
