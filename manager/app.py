@@ -232,7 +232,7 @@ async def open_daemon(
             router,
             placement,
             status,
-            FallbackEvents(journal, now=time.monotonic),
+            FallbackEvents(journal),
             traffic,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),

@@ -166,3 +166,12 @@ async def _cut(body: bytes) -> AsyncIterator[bytes]:
 def _unavailable(endpoint: str, why: str, reason: Reason) -> UnavailableError:
     from manager.errors import AskFailedError
     return AskFailedError(f"{endpoint} {why}", reason=reason, begun="connect" not in why and "reached" not in why)
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
+
+async def _cut(body: bytes) -> AsyncIterator[bytes]:
+    """A long body in pieces: sent as a whole it would hold the event loop up."""
+    for start in range(0, len(body), _PIECE_BYTES):
+        yield body[start : start + _PIECE_BYTES]

@@ -20,12 +20,17 @@ JSON = {"Content-Type": "application/json"}
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 
-async def crashes(talk: Conversation) -> None:
+async def dies(talk: Conversation) -> None:
+    """The server has read the request, and ends without a byte."""
     talk.crash()
 
 
 async def fails(talk: Conversation) -> None:
     await talk.whole(500, b'{"error":"model failed to load"}')
+
+
+async def is_broken(talk: Conversation) -> None:
+    await talk.whole(500, b'{"error":"something went wrong"}')
 
 
 async def is_full(talk: Conversation) -> None:
@@ -43,11 +48,10 @@ async def babbles(talk: Conversation) -> None:
 @pytest.mark.parametrize(
     ("first", "reason"),
     [
-        (crashes, "upstream_unreachable"),
-        (fails, "upstream_error"),
+        (fails, "model_load_failed"),
+        (is_broken, "upstream_error"),
         (is_full, "overloaded"),
         (lacks_the_model, "model_missing"),
-        (babbles, "upstream_unreachable"),
     ],
 )
 async def test_what_fails_before_the_first_byte_is_tried_elsewhere_and_told(
@@ -68,6 +72,28 @@ async def test_what_fails_before_the_first_byte_is_tried_elsewhere_and_told(
         assert (record.fallback, record.fallback_reason) == (True, reason)
         await until(lambda: front.at_rest)
         assert "fallback" in front.kinds()
+
+
+@pytest.mark.parametrize("first", [dies, babbles])
+async def test_a_request_that_a_server_may_have_begun_is_sent_to_no_other_when_that_server_dies(
+    tmp_path: Path, first: object
+) -> None:
+    """The request may be what killed it, and would take the next server down as well."""
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        for _ in range(2):  # on a new connection, and on one that was kept
+            one.answer = a_word
+            assert (await front.ask(TINY)).headers["x-instance"] == "a"
+            one.answer = first  # type: ignore[assignment]
+            reply = await front.ask(TINY)
+            assert (reply.status, reply.headers["x-instance"]) == (502, "a")
+            assert (await front.record()).attempts == 1
+        assert len(one.seen) == 4
+        assert other.seen == []
+        await until(lambda: front.at_rest)
 
 
 async def test_a_server_that_is_gone_is_left_for_another(tmp_path: Path) -> None:
@@ -128,8 +154,8 @@ async def test_a_document_that_breaks_off_is_not_passed_off_as_whole(tmp_path: P
         assert (await front.record()).outcome == "upstream_error"
 
 
-async def test_a_kept_connection_that_the_server_closed_meanwhile_costs_nothing(tmp_path: Path) -> None:
-    """Whether the server saw the request cannot be known once a byte came back; before that it can."""
+async def test_a_request_that_meets_a_closed_connection_is_sent_once_more(tmp_path: Path) -> None:
+    """The server has closed the connection with the request unread: it cannot have begun."""
 
     async def answers_once(talk: Conversation) -> None:
         await a_word(talk)
@@ -143,7 +169,7 @@ async def test_a_kept_connection_that_the_server_closed_meanwhile_costs_nothing(
         assert (await front.ask(TINY)).status == 200
         reply = await front.ask(TINY)
         assert (reply.status, reply.headers.get("x-fallback-reason")) == (200, None)
-        assert (await front.record(1)).attempts == 1
+        assert (await front.record(1)).attempts == 2
 
 
 async def test_a_stream_without_its_terminator_is_a_failure(tmp_path: Path) -> None:
@@ -225,7 +251,7 @@ async def test_all_attempts_together_have_one_deadline(tmp_path: Path) -> None:
 
 async def test_when_nothing_is_left_to_try_the_caller_is_told_why(tmp_path: Path) -> None:
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
-        server.answer = crashes
+        server.answer = dies
         reply = await front.ask(TINY)
         assert reply.status == 502
         assert (
@@ -242,10 +268,10 @@ async def test_what_follows_a_failed_attempt_obeys_the_settings_as_they_are_by_t
     reached = asyncio.Event()
     go_on = asyncio.Event()
 
-    async def crashes_later(talk: Conversation) -> None:
+    async def fails_later(talk: Conversation) -> None:
         reached.set()
         await go_on.wait()
-        talk.crash()
+        await fails(talk)
 
     async with (
         Scripted().serving() as one,
@@ -258,7 +284,7 @@ async def test_what_follows_a_failed_attempt_obeys_the_settings_as_they_are_by_t
             config={"roles": {"thinking": {"model": "tiny"}}},
         ) as front,
     ):
-        one.answer = crashes_later
+        one.answer = fails_later
         asking = asyncio.ensure_future(front.ask({**TINY, "model": "thinking"}))
         await reached.wait()
         changed = await front.ask(

@@ -42,7 +42,7 @@ async def test_a_model_is_loading_in_use_and_ready_in_turn(tmp_path: Path) -> No
         await until(lambda: server.seen)
         assert (await told(front))["status"] == "loading"
         loads.set()
-        await until(lambda: front.relay.exchanges and not front.relay._loading)
+        await until(lambda: front.relay.exchanges and not front.relay.loads._waiting)
         assert (await told(front))["status"] == "in_use"
         streams.set()
         assert (await asking).status == 200

@@ -149,9 +149,10 @@ async def test_metrics_agree_with_the_lines(tmp_path: Path) -> None:
         assert metrics[f"{name}_count[('target', 'a')]"] == len(there) == 5
         total_s = sum(record.duration_ms for record in there) / 1000
         assert metrics[f"{name}_sum[('target', 'a')]"] == pytest.approx(total_s)
-        answered = [record for record in there if record.ttfb_ms is not None]
-        assert metrics["ollama_manager_time_to_first_token_seconds_count[('target', 'a')]"] == len(answered)
-        labels_of_error = "[('reason', 'upstream_error'), ('target', 'a')]"
+        # Of errors, whole answers and streams that broke off the first byte is no token.
+        streamed = [record for record in there if record.stream and record.outcome == "ok"]
+        assert metrics["ollama_manager_time_to_first_token_seconds_count[('target', 'a')]"] == len(streamed)
+        labels_of_error = "[('reason', 'model_load_failed'), ('target', 'a')]"
         assert metrics[f"ollama_manager_target_errors_total{labels_of_error}"] == 1
         assert metrics["ollama_manager_in_flight[('target', 'a')]"] == 0
 
@@ -191,7 +192,7 @@ async def test_a_fallback_is_an_event_when_it_begins_and_when_it_ends_not_for_ea
         one.answer = fails
         for _ in range(3):
             assert (await front.ask(ask)).headers["x-instance"] == "b"
-        began = ("fallback", "b", "upstream_error")
+        began = ("fallback", "b", "model_load_failed")
         assert fallbacks(front) == [began]
         one.answer = a_word
         for _ in range(3):
@@ -201,23 +202,28 @@ async def test_a_fallback_is_an_event_when_it_begins_and_when_it_ends_not_for_ea
         await front.ask(ask)
         assert fallbacks(front)[2:] == [began]
         counts = front.daemon.backend.passing.routing.traffic.fallbacks
-        assert counts == {("a", "b", "upstream_error"): 4}
+        assert counts == {("a", "b", "model_load_failed"): 4}
         lines = [record for record in front.records if record.fallback]
         assert {record.endpoint for record in lines} == {other.url}
         assert {record.attempts for record in lines} == {2}
 
 
-async def test_the_endpoint_is_that_of_the_last_attempt(tmp_path: Path) -> None:
+async def test_the_endpoint_is_that_of_the_attempt_whose_answer_the_client_gets(tmp_path: Path) -> None:
     one, other = Scripted(), Scripted()
     slowly = {"lifecycle": {"probe_interval_s": 30}}
     async with one.serving(), AsyncExitStack() as stack:
         async with other.serving():
             front = await stack.enter_async_context(relaying(tmp_path, {"a": one, "b": other}, config=slowly))
         one.answer = fails
-        assert (await front.ask(WHOLE)).status == 502
+        reply = await front.ask(WHOLE)
+        assert (reply.status, reply.json()) == (500, {"error": "model failed to load"})
         record = await front.record()
-        assert (record.attempts, record.effective_target) == (2, "b")
-        assert record.endpoint == other.url
+        assert (record.attempts, record.effective_target) == (2, "a")
+        assert record.endpoint == one.url
+        assert [tuple(one) for one in record.failed_attempts] == [
+            ("a", "model_load_failed"),
+            ("b", "upstream_unreachable"),
+        ]
 
 
 @pytest.mark.parametrize(

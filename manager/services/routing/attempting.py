@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.errors import ManagerError, Reason
 from manager.services.routing.model_status import Work
@@ -53,15 +53,16 @@ WAIT: Final = Wait()
 class Trouble:
     """Why a request has no answer. No attempt is left.
 
-    `refused` is set where no attempt was possible. `answer` is the answer of a server that failed, as the
+    `refused` is set where no attempt was possible (`Refused.what`). `answer` is the answer of a server that failed, as the
     caller of `answered` gave it: the client gets that one.
     """
 
     reason: Reason
     message: str
     retry_after_s: float | None = None
-    refused: Literal["unknown", "unavailable", "contradiction", "unknown_lane"] | None = None
+    refused: str | None = None
     attempt: Attempt | None = None
+    endpoint: str | None = None
     answer: object = None
 
 
@@ -277,7 +278,9 @@ class Attempting:
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
         self._note(attempt, reason, sent=sent, ours=ours)
-        self._keep_trouble(Trouble(reason, message, retry_after_s, attempt=attempt))
+        self._keep_trouble(
+            Trouble(reason, message, retry_after_s, attempt=attempt, endpoint=self.record.endpoint)
+        )
         self._release()
         if ours or (sent and reason not in _ABANDONED) or self._is_spent:
             return self._give_up()
@@ -307,7 +310,10 @@ class Attempting:
         if self._is_delivered or not self._may_follow():
             return None
         self.record.attempt_failed(attempt.instance, reason)
-        self._keep_trouble(Trouble(reason, message, attempt=attempt, answer=answer))
+        endpoint = self.record.endpoint
+        self._keep_trouble(
+            Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer)
+        )
         self._release()
         return self._next()
 
@@ -507,6 +513,7 @@ class Attempting:
             self.attempt = trouble.attempt
             record.effective_target = trouble.attempt.instance
             record.model = trouble.attempt.model
+            record.endpoint = trouble.endpoint
         return trouble
 
     def _stop_waiting(self) -> None:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from manager.domain.record import RequestRecord
     from manager.errors import Reason
     from manager.services.journal import Journal
 
-# A fallback has ended once no request fell back for so long: instances that take turns make no events.
-_QUIET_S = 30.0
+# A fallback has ended after so many requests in a row that did not fall back. Instances that take turns make no
+# events, and one that comes and goes makes fewer each time: the number doubles with each new beginning.
+_FIRST_GOOD = 3
+_MAX_GOOD = 1024
 # The oldest entry makes room for a new one.
 _MAX_ENTRIES = 1024
 # One event for each target and reason of a fallback, up to this many.
@@ -22,8 +22,12 @@ _MAX_TARGETS = 16
 
 @dataclass(slots=True)
 class _Fallback:
-    targets: set[tuple[str, Reason]]
-    last_at: float
+    """`good` requests in a row did not fall back, of the `needed` ones."""
+
+    needed: int = _FIRST_GOOD
+    good: int = 0
+    is_active: bool = False
+    targets: set[tuple[str, Reason]] = field(default_factory=set)
 
 
 class FallbackEvents:
@@ -31,17 +35,15 @@ class FallbackEvents:
 
     Args:
         journal: takes the events.
-        now: seconds on a monotonic clock.
     """
 
-    def __init__(self, journal: Journal, *, now: Callable[[], float]) -> None:
+    def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._now = now
-        self._active: dict[tuple[str, str | None], _Fallback] = {}
+        self._entries: dict[tuple[str, str | None], _Fallback] = {}
 
     def ended(self, record: RequestRecord) -> None:
         """Take in a request that has ended."""
-        if not record.fallback and not self._active:
+        if not record.fallback and not self._entries:
             return
         if record.effective_target is None or record.outcome != "ok":
             return
@@ -49,19 +51,23 @@ class FallbackEvents:
         if record.fallback and record.fallback_reason is not None:
             self._fell_back(key, record, record.fallback_reason)
         else:
-            self._is_back(key, record)
+            self._did_not(key, record)
 
     def _fell_back(self, key: tuple[str, str | None], record: RequestRecord, reason: Reason) -> None:
         target = record.effective_target or ""
-        known = self._active.get(key)
-        if known is None:
-            if len(self._active) >= _MAX_ENTRIES:
-                del self._active[next(iter(self._active))]
-            known = self._active[key] = _Fallback(set(), 0.0)
-        known.last_at = self._now()
-        if (target, reason) in known.targets or len(known.targets) >= _MAX_TARGETS:
+        entry = self._entries.get(key)
+        if entry is None:
+            if len(self._entries) >= _MAX_ENTRIES:
+                del self._entries[next(iter(self._entries))]
+            entry = self._entries[key] = _Fallback()
+        elif not entry.is_active:
+            entry.needed = min(2 * entry.needed, _MAX_GOOD)
+            entry.targets.clear()
+        entry.is_active = True
+        entry.good = 0
+        if (target, reason) in entry.targets or len(entry.targets) >= _MAX_TARGETS:
             return
-        known.targets.add((target, reason))
+        entry.targets.add((target, reason))
         wanted = record.requested_target or record.policy or "auto"
         self._journal.record(
             "fallback",
@@ -70,9 +76,12 @@ class FallbackEvents:
             detail=f"{key[0]} (wanted: {wanted}) is answered by {target}",
         )
 
-    def _is_back(self, key: tuple[str, str | None], record: RequestRecord) -> None:
-        known = self._active.get(key)
-        if known is None or self._now() - known.last_at < _QUIET_S:
+    def _did_not(self, key: tuple[str, str | None], record: RequestRecord) -> None:
+        entry = self._entries.get(key)
+        if entry is None or not entry.is_active:
             return
-        del self._active[key]
+        entry.good += 1
+        if entry.good < entry.needed:
+            return
+        entry.is_active = False
         self._journal.record("fallback_ended", instance=record.effective_target, detail=f"{key[0]} is back")

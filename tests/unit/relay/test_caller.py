@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.relay.caller import read_caller
-from manager.relay.exchange import _where
+from manager.relay.answer import _where
 from manager.relay.upstream import Address
+from manager.services.requests import Requests
 from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
+from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
     from manager.relay.caller import Caller
@@ -26,17 +28,16 @@ PARENT = (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7
 
 def read(*headers: Header, names: HeaderNames | None = None, key: str | None = None) -> Caller:
     relay = SimpleNamespace(
-        headers=names or HeaderNames(),
+        requests=Requests(names or HeaderNames(), default_project="default"),
         access=Access(allowed_hosts=["localhost"], key=key),
-        default_project="default",
     )
-    return read_caller(cast("Relay", relay), "/api/chat", [HERE, *headers])
+    return read_caller(cast("Relay", relay), INFERENCE[b"/api/chat"], [HERE, *headers])
 
 
 def test_a_caller_that_says_nothing_belongs_to_the_default_project() -> None:
     caller = read()
-    assert (caller.instance, caller.lane, caller.project, caller.intent) == (None, None, "default", None)
-    assert (caller.trace, caller.refusal, caller.ambiguity, caller.lines) == (None, None, None, b"")
+    assert (caller.origin.instance, caller.origin.lane, caller.origin.project, caller.origin.intent) == (None, None, "default", None)
+    assert (caller.origin.trace, caller.refusal, caller.ambiguity, caller.lines) == (None, None, None, b"")
 
 
 def test_what_a_caller_says_of_itself_is_read_and_kept_from_the_server() -> None:
@@ -49,20 +50,20 @@ def test_what_a_caller_says_of_itself_is_read_and_kept_from_the_server() -> None
         PARENT,
         (b"user-agent", b"curl"),
     )
-    assert (caller.instance, caller.lane, caller.project, caller.intent) == (
+    assert (caller.origin.instance, caller.origin.lane, caller.origin.project, caller.origin.intent) == (
         "gpu0",
         "output",
         "shop",
         "summary",
     )
-    assert caller.trace == ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "01")
+    assert caller.origin.trace == ("4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "01")
     assert caller.lines == b"user-agent: curl\r\n"
 
 
 def test_other_names_count_where_others_are_configured_and_the_usual_ones_no_more() -> None:
     names = HeaderNames(instance=b"x-where", project=b"x-awooop-project")
     caller = read((b"x-where", b"gpu1"), (b"x-instance", b"gpu0"), (b"x-awooop-project", b"p"), names=names)
-    assert (caller.instance, caller.project, caller.lines) == ("gpu1", "p", b"")
+    assert (caller.origin.instance, caller.origin.project, caller.lines) == ("gpu1", "p", b"")
 
 
 def test_what_is_ambiguous_or_not_allowed_is_told() -> None:
@@ -87,7 +88,7 @@ def test_the_head_for_a_server_is_made_once_and_anew_for_another() -> None:
 @given(st.binary(max_size=300))
 def test_no_value_of_a_header_can_end_a_line_of_a_log_or_of_an_answer(value: bytes) -> None:
     caller = read(*((name, value) for name in (b"x-instance", b"x-lane", b"x-project-id", b"x-intent")))
-    for text in (caller.instance, caller.lane, caller.project, caller.intent):
+    for text in (caller.origin.instance, caller.origin.lane, caller.origin.project, caller.origin.intent):
         assert text is None or (text.isascii() and text.isprintable())
 
 
