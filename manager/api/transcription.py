@@ -10,7 +10,7 @@ from manager.domain.roles import RequestKind
 from manager.domain.routing import RequestFacts
 from manager.errors import ManagerError, Reason
 from manager.services.gateway import Attempts, reason_of
-from manager.wire.multipart import BadFormError, FormHead, Found, boundary_of
+from manager.wire.multipart import BadFormError, FormHead, Found, boundary_of, is_named_in
 from manager.wire.statuses import REFUSED, failure_of
 
 if TYPE_CHECKING:
@@ -119,6 +119,8 @@ class _Form:
         Raises:
             RefusedError: it is no form, or its model comes too late.
         """
+        if is_named_in(passage.scope["query_string"]):
+            raise RefusedError(400, "the model belongs in the form, not in the query")
         most = min(MOST_BEFORE_MODEL_BYTES, passage.limits.most_body_bytes)
         rest = passage.pieces(passage.limits.most_upload_bytes)
         content_type = dict(passage.headers).get(b"content-type", b"").decode("latin-1")

@@ -18,10 +18,10 @@ from manager.relay.upstream import AnswerHead
 from manager.services.gateway import Attempts, reason_of
 from manager.services.traffic import RequestRecord
 from manager.wire.body import BadBodyError, read_body
-from manager.wire.rewriting import body_for
 from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream, message_of
 from manager.wire.head import STATUS_LINES
+from manager.wire.rewriting import body_for
 from manager.wire.routes import Dialect
 from manager.wire.statuses import (
     BAD_REQUEST,
