@@ -8,7 +8,7 @@ from manager.api.passage import Passage
 from manager.api.refusal import RefusedError
 from manager.domain.roles import RequestKind
 from manager.domain.routing import RequestFacts
-from manager.wire.multipart import BadFormError, FormHead, Found, boundary_of
+from manager.wire.multipart import BadFormError, FormHead, Found, boundary_of, is_named_in
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -63,6 +63,8 @@ class _Form:
         Raises:
             RefusedError: it is no form, or its model comes too late.
         """
+        if is_named_in(passage.scope["query_string"]):
+            raise RefusedError(400, "the model belongs in the form, not in the query")
         most = min(MAX_BEFORE_MODEL_BYTES, passage.limits.most_body_bytes)
         rest = passage.pieces(passage.limits.most_upload_bytes)
         content_type = dict(passage.headers).get(b"content-type", b"").decode("latin-1")

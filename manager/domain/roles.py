@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from manager.domain.models import model_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 
@@ -23,8 +24,8 @@ class RequestKind(StrEnum):
     TRANSCRIBE = "transcribe"
 
 
-# What an instance does unless it says otherwise: what every Ollama does.
-USUAL_KINDS = frozenset({RequestKind.GENERATE, RequestKind.EMBED})
+# What an instance serves by default: everything that a current Ollama does.
+USUAL_KINDS = frozenset(RequestKind)
 
 
 class Policy(StrEnum):
@@ -87,27 +88,55 @@ class RoutingSettings:
     models: Mapping[str, BodyChanges] = field(default_factory=dict)
     auto_pull: bool = False
 
-    def changes_for(self, model: str, role: str | None) -> BodyChanges:
-        """What is changed in a request for `model` under `role`; the role wins, key by key."""
+    def changes_for(
+        self, model: str, role: str | None, capabilities: Collection[str] | None = None
+    ) -> BodyChanges:
+        """Return the changes in a request for `model` under `role`; the role wins, key by key.
+
+        Args:
+            model: its name.
+            role: the name of a role, if any.
+            capabilities: what the server lists for the model (`/api/show`); None where that is unknown.
+        """
         found = self.models.get(model_key(model), _UNCHANGED)
         mine = self.roles[role].changes if role is not None and role in self.roles else _UNCHANGED
-        if found is _UNCHANGED and mine is _UNCHANGED and not thinks_unasked(model):
+        quiet = has_optional_thinking(model) and (capabilities is None or "thinking" in capabilities)
+        if found is _UNCHANGED and mine is _UNCHANGED and not quiet:
             return _UNCHANGED
         return BodyChanges(
             defaults=merged(found.defaults, mine.defaults),
             overrides=merged(found.overrides, mine.overrides),
             system=found.system if mine.system is None else mine.system,
             system_mode=found.system_mode if mine.system is None else mine.system_mode,
-            think=_first(mine.think, found.think, False if thinks_unasked(model) else None),
+            think=_first(mine.think, found.think, False if quiet else None),
         )
 
 
 _UNCHANGED = BodyChanges()
 
 
-def thinks_unasked(model: str) -> bool:
-    """Whether a model of this name thinks at length unless told not to: the Qwen3 family does."""
-    return model_key(model).rpartition("/")[2].startswith("qwen3")
+# Builds of Qwen3 that think unless they are told not to. Those of July 2025 ("2507") always think or never do,
+# and Ollama's library moved the bare tags 4b, 30b and 235b to builds that always do: of these sizes only
+# quantised tags still name the first builds. Any other name is left alone.
+_QUANTISED = r"(?:(?:i?q[0-9]|b?f(?:p)?16|f32)[a-z0-9_]*)"
+_IN_LIBRARY = re.compile(
+    r"qwen3:(?:latest|(?:0\.6b|1\.7b|8b|14b|32b)"
+    rf"|(?:0\.6b|1\.7b|4b|8b|14b|32b|30b-a3b|235b-a22b)-{_QUANTISED})"
+)
+_ON_HUGGING_FACE = re.compile(
+    r"qwen3-[0-9]+(?:\.[0-9]+)?b(?:-a[0-9]+b)?(?:-128k)?(?:-unsloth)?(?:-gguf)?"
+    rf":(?:latest|(?:ud-)?{_QUANTISED})"
+)
+
+
+def has_optional_thinking(model: str) -> bool:
+    """Whether a model of this name thinks at length unless it is told not to, and can be told so.
+
+    A build that always thinks writes its thoughts into the answer when thinking is switched off: see
+    https://ollama.com/library/qwen3/tags and https://github.com/ollama/ollama/issues/12917.
+    """
+    name = model_key(model).rpartition("/")[2]
+    return (_IN_LIBRARY.fullmatch(name) or _ON_HUGGING_FACE.fullmatch(name)) is not None
 
 
 def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class PassedOver(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why there is no attempt. `what` tells an unknown name from one that is impossible or cannot be had now."""
+    """Why there is no attempt. `what` tells an unknown name from an impossible one, or one out of reach."""
 
     what: Literal["unknown", "impossible", "unavailable", "contradiction"]
     reason: Reason

@@ -1,7 +1,7 @@
 """The body of an inference request: what is read from it. `wire/rewriting.py` changes it.
 
-msgspec reads small bodies at once. Large ones are read in steps, so that a request of any size and shape holds
-the event loop for a few milliseconds at a time, and costs its own size in memory.
+msgspec reads small bodies at once. Large ones are read in steps: a request of any size and shape holds the
+event loop for a few milliseconds at a time, and costs its own size in memory.
 """
 
 from __future__ import annotations

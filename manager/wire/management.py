@@ -37,7 +37,8 @@ class ManagementBody:
     def raw(self, **changes: Any) -> bytes:
         """Return the bytes to send, with these fields changed."""
         fields = {**self.fields, **{name: dumped(value) for name, value in changes.items()}}
-        return b"{%b}" % b",".join(b"%b:%b" % (dumped(name), bytes(value)) for name, value in fields.items())
+        pieces = [piece for name, value in fields.items() for piece in (b",", dumped(name), b":", value)]
+        return b"".join([b"{", *pieces[1:], b"}"])
 
     def rest(self) -> bytes:
         """Return what else a server reads in a pull: alike for two pulls that are the same."""
@@ -74,7 +75,8 @@ def reading_named(parts: list[bytes]) -> Steps[ManagementBody]:
         BadBodyError: it is no JSON object, or names no model.
     """
     fields = yield from read_fields(parts)
-    full = next((name for key in _NAMING if (name := name_in(fields, key).strip())), "")
+    names = [name_in(fields, key).strip() for key in _NAMING]
+    full = next(filter(None, names), "")
     if not full:
         raise BadBodyError("model is required")
     model, instance = split_pin(full)

@@ -1,21 +1,31 @@
-"""Forms in parts (RFC 7578), as far as the name of a model has to be found and put into them."""
+"""Forms in parts (RFC 7578): the name of the model is found in them, and can be replaced."""
 
 from __future__ import annotations
 
-import re
 from enum import Enum, auto
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl
 
-_BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
-_NAME = re.compile(rb'[;\s]name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE)
-_DISPOSITION = b"content-disposition:"
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from manager.domain.models import MOST_NAME_LENGTH
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
 _FIELD = b"model"
+_DISPOSITION = b"content-disposition"
+_TRANSFER_ENCODING = b"content-transfer-encoding"
+# Between the value of a part's last header and its content.
 _END_OF_HEAD = b"\r\n\r\n"
-_MOST_HEAD_BYTES = 16 * 1024
-_MOST_NAME_BYTES = 1024
+_MOST_NAME_BYTES = 4 * MOST_NAME_LENGTH
+_MOST_BOUNDARY_BYTES = 70
+_MOST_PARTS = 1000  # as Go takes at most
 
 
 class BadFormError(ValueError):
-    """It is no such form; the message is for the caller."""
+    """It is no such form; the message is for the client."""
 
 
 class Found(Enum):
@@ -27,114 +37,145 @@ class Found(Enum):
 
 
 def boundary_of(content_type: str) -> bytes:
-    """What separates the parts.
+    """Return what separates the parts.
 
     Raises:
-        BadFormError: the type is another one, or does not say.
+        BadFormError: the type is another one, or names no boundary.
     """
-    if not content_type.lower().startswith("multipart/form-data"):
+    kind, parameters = parse_options_header(content_type)
+    if kind != b"multipart/form-data":
         raise BadFormError("the request must be multipart/form-data")
-    match = _BOUNDARY.search(content_type)
-    if match is None:
+    boundary = parameters.get(b"boundary", b"")
+    if not 0 < len(boundary) <= _MOST_BOUNDARY_BYTES or "boundary*" in content_type.lower():
         raise BadFormError("the content type names no boundary")
-    return (match[1] or match[2]).encode("latin-1")
+    return boundary
+
+
+def is_named_in(query: bytes) -> bool:
+    """Whether the query of the request names a model, which a server reads before that of the form."""
+    pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True)
+    return any(name == _FIELD.decode() for name, _ in pairs)
 
 
 class FormHead:
     """The beginning of a form, which is held until the field `model` has come.
 
-    Feed it until `found` is something else than NOT_YET. Nothing is looked at twice.
+    Feed it until `found` is something else than NOT_YET. Its reader has to find the model that the server
+    finds, so it refuses what the two could understand differently.
+
+    Source: Go mime/multipart, as Ollama's `middleware/openai.go` TranscriptionMiddleware calls it: the first
+    part of that name counts which is no file.
     """
 
     def __init__(self, boundary: bytes) -> None:
-        self._delimiter = b"\r\n--" + boundary
-        # The first delimiter needs no line before it.
-        self._data = bytearray(b"\r\n")
-        self._at = 0
-        self._in_head = False
-        self._head_at = 0
-        self._value_at: int | None = None
-        self._value: tuple[int, int] | None = None
+        self._delimiter = b"--" + boundary
+        self._data = bytearray()
+        self._piece = b""
+        self._name = self._header = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._parts = 0
+        self._content_at = self._value_at = 0
+        self._in_model = False
+        self._value = bytearray()
         self.found = Found.NOT_YET
+        callbacks: MultipartCallbacks = {
+            "on_part_begin": self._part_began,
+            "on_header_field": self._header_name,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_ended,
+            "on_headers_finished": self._head_ended,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_ended,
+            "on_end": self._form_ended,
+        }
+        self._parser = MultipartParser(boundary, callbacks)
 
     @property
     def size(self) -> int:
-        return len(self._data) - 2
+        return len(self._data)
 
     @property
     def model(self) -> str:
         """The name as it came; empty unless it is named."""
-        if self._value is None:
-            return ""
-        start, end = self._value
-        return bytes(self._data[start:end]).decode("utf-8", "replace").strip()
+        return self._value.decode("utf-8", "replace").strip()
 
     def feed(self, piece: bytes) -> None:
         """Take more of the form.
 
         Raises:
-            BadFormError: it is none.
+            BadFormError: it is none, or its model is no name.
         """
-        self._data += piece
-        while self.found is Found.NOT_YET and self._step():
-            pass
+        self._piece = piece
+        try:
+            self._parser.write(piece)
+        except FormParserError as error:
+            why = f"cannot be read: {error}" if self._parts else "does not begin with its boundary"
+            raise BadFormError(f"the form {why}") from None
+        finally:
+            self._data += piece
+            self._piece = b""
 
     def with_model(self, model: str) -> bytes:
-        """All that came, naming that model instead."""
-        value = model.encode()
-        if self._value is not None:
-            start, end = self._value
-            return bytes(self._data[2:start]) + value + bytes(self._data[end:])
-        part = b'%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b'
-        first = self._data.find(self._delimiter)
-        new = part % (self._delimiter, _FIELD, value)
-        return bytes(self._data[:first] + new + self._data[first:])[2:]
+        """Return all that came, naming that model instead."""
+        data = self._data
+        if self.found is Found.NAMED:
+            end = self._value_at + len(self._value)
+            return bytes(data[: self._value_at]) + model.encode() + bytes(data[end:])
+        first = data.find(self._delimiter)
+        part = b'%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
+        return bytes(data[:first]) + part % (self._delimiter, _FIELD, model.encode()) + bytes(data[first:])
 
-    def _step(self) -> bool:
-        """Take in one delimiter or one head of a part; whether there was one."""
-        if self._in_head:
-            return self._read_head()
-        position = self._data.find(self._delimiter, self._at)
-        if position < 0:
-            self._at = max(self._at, len(self._data) - len(self._delimiter))
-            if self._value_at is not None and len(self._data) - self._value_at > _MOST_NAME_BYTES:
-                raise BadFormError("the form's model is no name")
-            if self._value_at is None and self._head_at == 0 and len(self._data) > _MOST_HEAD_BYTES:
-                raise BadFormError("the form does not begin with its boundary")
-            return False
-        if self._value_at is not None:
-            self._value = (self._value_at, position)
+    # --- what the parser calls ---
+
+    def _part_began(self) -> None:
+        self._headers = {}
+        self._parts += 1
+        if self._parts > _MOST_PARTS:
+            raise BadFormError(f"the form has more than {_MOST_PARTS} parts")
+
+    def _header_name(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+        # The data of headers is always that of the piece which is being written.
+        self._content_at = len(self._data) + end + len(_END_OF_HEAD)
+
+    def _header_ended(self) -> None:
+        name = self._name.lower()
+        if not self._header or name in self._headers:
+            raise BadFormError("a part of the form has an empty header, or one twice")
+        self._headers[name] = self._header
+        self._name = self._header = b""
+
+    def _head_ended(self) -> None:
+        disposition = self._headers.get(_DISPOSITION, b"").decode("latin-1")
+        kind, parameters = parse_options_header(disposition)
+        names = [name.partition("=")[0].strip().lower() for name in disposition.split(";")]
+        if '\\\\"' in disposition or any(name.startswith("name*") for name in names):
+            raise BadFormError("the name of a part can be understood in two ways")
+        is_model = kind == b"form-data" and parameters.get(b"name") == _FIELD and self.found is Found.NOT_YET
+        self._in_model = is_model and not parameters.get(b"filename")
+        if is_model and any(name.startswith("filename*") for name in names):
+            raise BadFormError("the form's model can be understood as a file")
+        if self._in_model:
+            self._value_at = self._content_at
+            if _TRANSFER_ENCODING in self._headers:
+                raise BadFormError("the form's model is encoded")
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._in_model:
+            self._value += data[start:end]
+            if len(self._value) > _MOST_NAME_BYTES:
+                raise BadFormError(f"model must be a name of at most {MOST_NAME_LENGTH} characters")
+
+    def _part_ended(self) -> None:
+        if self._in_model:
+            self._in_model = False
+            if len(self.model) > MOST_NAME_LENGTH:
+                raise BadFormError(f"model must be a name of at most {MOST_NAME_LENGTH} characters")
             self.found = Found.NAMED
-            return False
-        after = position + len(self._delimiter)
-        if len(self._data) < after + 2:
-            self._at = position
-            return False
-        if self._data[after : after + 2] == b"--":
+
+    def _form_ended(self) -> None:
+        if self.found is Found.NOT_YET:
             self.found = Found.NEVER
-            return False
-        self._in_head = True
-        self._head_at = self._at = after
-        return True
-
-    def _read_head(self) -> bool:
-        end = self._data.find(_END_OF_HEAD, self._at)
-        if end < 0:
-            self._at = max(self._at, len(self._data) - len(_END_OF_HEAD))
-            if len(self._data) - self._head_at > _MOST_HEAD_BYTES:
-                raise BadFormError("the head of a part of the form has no end")
-            return False
-        head = bytes(self._data[self._head_at : end])
-        self._in_head = False
-        self._at = end + len(_END_OF_HEAD)
-        if _name_of(head) == _FIELD:
-            self._value_at = self._at
-        return True
-
-
-def _name_of(head: bytes) -> bytes | None:
-    for line in head.split(b"\r\n"):
-        if line.lower().startswith(_DISPOSITION):
-            match = _NAME.search(line)
-            return None if match is None else match[1] if match[1] is not None else match[2]
-    return None

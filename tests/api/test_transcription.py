@@ -141,6 +141,14 @@ async def test_a_form_in_chunks_passes_too(tmp_path: Path) -> None:
         assert heard == form("large", audio=b"x" * 1000)
 
 
+async def test_a_model_in_the_query_is_refused_because_a_server_would_prefer_it(tmp_path: Path) -> None:
+    ears = Ears()
+    async with hearing(tmp_path, ears) as front:
+        reply = await transcribe(front, form(), path=f"{PATH}?model=other")
+        assert (reply.status, ears.heard) == (400, [])
+        assert (await transcribe(front, form(), path=f"{PATH}?language=en")).status == 200
+
+
 # --- who hears ------------------------------------------------------------------------------------
 
 
@@ -263,7 +271,7 @@ def test_the_openai_client_transcribes(tmp_path: Path) -> None:
         tmp_path,
         ("chat", "ears"),
         knobs={"ears": {"models": "whisper"}},
-        instances={"ears": {"serves": ["transcribe"]}},
+        instances={"chat": {"serves": ["generate", "embed"]}, "ears": {"serves": ["transcribe"]}},
     ) as gateway:
         openai = import_module("openai")
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="unused", max_retries=0) as client:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from manager.domain.models import model_key, split_pin
+from manager.domain.models import MOST_NAME_LENGTH, is_possible, model_key, split_pin
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,71 @@ def test_what_differs_stays_apart(name: str, key: str) -> None:
 )
 def test_a_pin_is_what_follows_the_last_at(name: str, split: tuple[str, str | None]) -> None:
     assert split_pin(name) == split
+
+
+PART = "a" + "b-_.9" * 15 + "cdef"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tiny",
+        " tiny ",
+        "_",
+        "9",
+        "tiny:8b",
+        "me/tiny",
+        "me/tiny:8b",
+        "host/me/tiny:8b",
+        "host:5000/me/tiny:8b",
+        "https://host.example:5000/me/tiny",
+        "://host/me/tiny",
+        "hf.co/someone/Model-GGUF:Q4_K_M",
+        f"{'h' * 350}/{'n' * 80}/{PART}:{PART}",
+        "tiny:cloud",
+        "tiny:8b:cloud",
+        "tiny:8b: Local ",
+        "tiny:8b-cloud",
+        "tiny:LATEST-CLOUD",
+        "host:5000/me/tiny-cloud",
+    ],
+)
+def test_a_model_can_have_such_a_name(name: str) -> None:
+    assert is_possible(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        " ",
+        "a b",
+        "a\nb",
+        "tiny:",
+        ":8b",
+        "tiny:8b:9b",
+        "tiny:8b:cloud:cloud",
+        "tiny:-cloud",
+        "/tiny",
+        "me/",
+        "me//tiny",
+        "a/b/c/d",
+        "m.e/tiny",
+        "-tiny",
+        ".tiny",
+        "tiny:.8b",
+        "ti\u00e9ny",
+        "tiny@sha256:00",
+        "tiny@gpu0",
+        "../tiny",
+        "https://me/tiny",
+        "x" * 81,
+        "tiny:" + "x" * 81,
+        "n" * 81 + "/tiny",
+        "h" * 351 + "/me/tiny",
+        "s" * MOST_NAME_LENGTH + "://host/me/tiny",
+        "a" * 20_000_000,
+    ],
+)
+def test_no_model_can_have_such_a_name(name: str) -> None:
+    assert not is_possible(name)

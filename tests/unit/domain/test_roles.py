@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manager.domain.models import model_key
 from manager.domain.roles import (
     BUILT_IN_ROLES,
     BodyChanges,
@@ -13,9 +14,9 @@ from manager.domain.roles import (
     RequestKind,
     Role,
     RoutingSettings,
+    has_optional_thinking,
     merged,
     role_contradictions,
-    thinks_unasked,
 )
 
 GPU_OF: dict[str, bool | None] = {"cpu": False, "gpu0": True, "nas": None}
@@ -115,6 +116,34 @@ def test_the_role_wins_over_the_model_key_by_key() -> None:
     assert settings.changes_for("other", "output") == settings.roles["output"].changes
 
 
+@pytest.mark.parametrize("mine", [True, False, None])
+@pytest.mark.parametrize("other", [True, False, None])
+@pytest.mark.parametrize(("model", "usual"), [("qwen3:8b", False), ("tiny", None)])
+def test_the_role_decides_about_thinking_before_the_model_and_the_model_before_its_name(
+    mine: bool | None, other: bool | None, model: str, usual: bool | None
+) -> None:
+    settings = RoutingSettings(
+        roles={"output": role(changes=BodyChanges(think=mine))},
+        models={model_key(model): BodyChanges(think=other)},
+    )
+    expected = mine if mine is not None else other if other is not None else usual
+    assert settings.changes_for(model, "output").think is expected
+    assert settings.changes_for(model, None).think is (other if other is not None else usual)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "think"),
+    [(None, False), (["completion", "thinking"], False), (["completion"], None), ([], None)],
+)
+def test_what_cannot_think_is_not_told_to_be_quiet(
+    capabilities: list[str] | None, think: bool | None
+) -> None:
+    settings = RoutingSettings(roles={"output": role(changes=BodyChanges(think=True))})
+    assert settings.changes_for("qwen3:8b", None, capabilities).think is think
+    assert settings.changes_for("qwen3:8b", "output", capabilities).think is True
+    assert settings.changes_for("tiny", None, ["thinking"]).think is None
+
+
 def test_nothing_is_changed_unless_somebody_said_so() -> None:
     settings = RoutingSettings(roles={"output": role()})
     for name in ("output", "gone", None):
@@ -128,14 +157,50 @@ def test_nothing_is_changed_unless_somebody_said_so() -> None:
     [
         ("qwen3", True),
         ("Qwen3:8b", True),
+        ("qwen3:0.6b", True),
+        ("qwen3:14b-q8_0", True),
+        ("qwen3:32b-fp16", True),
+        ("qwen3:4b-q4_K_M", True),
+        ("qwen3:30b-a3b-q4_K_M", True),
+        ("qwen3:235b-a22b-fp16", True),
+        ("someone/qwen3:8b", True),
         ("hf.co/someone/Qwen3-8B-GGUF", True),
+        ("hf.co/Qwen/Qwen3-4B-GGUF:Q4_K_M", True),
+        ("hf.co/unsloth/Qwen3-30B-A3B-128K-GGUF:UD-Q4_K_XL", True),
+        ("hf.co/unsloth/Qwen3-1.7B-GGUF:BF16", True),
         ("registry.ollama.ai/library/qwen3:latest", True),
+        # Always think.
+        ("qwen3:4b", False),
+        ("qwen3:30b", False),
+        ("qwen3:30b-a3b", False),
+        ("qwen3:235b", False),
+        ("qwen3:4b-thinking", False),
+        ("qwen3:4b-thinking-2507", False),
+        ("qwen3:4b-thinking-2507-q4_K_M", False),
+        ("qwen3:30b-a3b-thinking-2507-q8_0", False),
+        ("qwen3:235b-a22b-thinking-2507", False),
+        ("hf.co/unsloth/Qwen3-4B-Thinking-2507-GGUF:Q4_K_M", False),
+        ("qwen3-vl:8b-thinking", False),
+        ("qwen3-next:80b-a3b-thinking", False),
+        # Never think.
+        ("qwen3:4b-instruct", False),
+        ("qwen3:4b-instruct-2507-fp16", False),
+        ("hf.co/Qwen/Qwen3-30B-A3B-Instruct-2507-GGUF", False),
+        ("hf.co/Qwen/Qwen3-8B-Base-GGUF", False),
+        ("qwen3-coder:30b", False),
+        ("qwen3-embedding:8b", False),
+        ("hf.co/Qwen/Qwen3-Embedding-8B-GGUF", False),
+        ("qwen3-vl:8b", False),
+        # Nobody knows.
+        ("qwen3:mine", False),
+        ("qwen3.5:9b", False),
+        ("my-qwen3:8b", False),
         ("qwen2.5-coder:7b", False),
         ("qwen3-like/llama3", False),
     ],
 )
-def test_only_the_qwen3_family_is_kept_from_thinking_unasked(model: str, thinks: bool) -> None:
-    assert thinks_unasked(model) is thinks
+def test_only_builds_of_qwen3_that_can_be_quiet_are_kept_from_thinking(model: str, thinks: bool) -> None:
+    assert has_optional_thinking(model) is thinks
     settings = RoutingSettings(roles={"output": role(changes=BodyChanges(think=True))})
     assert settings.changes_for(model, None).think is (False if thinks else None)
     assert settings.changes_for(model, "output").think is True

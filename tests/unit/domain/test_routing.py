@@ -249,7 +249,7 @@ def test_a_pin_to_no_instance_is_refused_and_says_which_there_are(model: str, pi
 
 @pytest.mark.parametrize("model", ["m@B", "m@", "@a", "m@a@", "m@1a", "m@" + "a" * 33])
 def test_what_is_no_id_of_an_instance_is_part_of_the_name(model: str) -> None:
-    assert refusal(routed(model, instance("a")))[2].startswith(f"model {model!r} not found")
+    assert refusal(routed(model, instance("a"))) == ("impossible", Reason.MODEL_MISSING, "invalid model name")
 
 
 def test_a_role_can_be_pinned_and_its_target_gives_way() -> None:

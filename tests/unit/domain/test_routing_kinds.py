@@ -9,13 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.instance import DeviceKind
-from manager.domain.roles import USUAL_KINDS, RequestKind, Role, RoutingSettings
+from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.domain.routing import Candidate, RequestFacts, Snapshot, State, decide
 from manager.errors import Reason
 
 TRANSCRIBE, GENERATE = RequestKind.TRANSCRIBE, RequestKind.GENERATE
 BOTH = {"whisper:latest": "whisper", "tiny:latest": "tiny"}
-USUAL = Candidate("cpu", DeviceKind.CPU, State.READY, models=BOTH)
+USUAL = Candidate(
+    "cpu", DeviceKind.CPU, State.READY, models=BOTH, serves=frozenset({GENERATE, RequestKind.EMBED})
+)
 HEARS = Candidate("hears", DeviceKind.CPU, State.READY, models=BOTH, serves=frozenset({TRANSCRIBE}))
 UNREAD = replace(HEARS, id="unread", models=None)
 
@@ -91,5 +93,5 @@ def test_an_attempt_is_always_one_of_those_that_serve(
 
 def test_what_everybody_does_is_decided_over_all_as_they_are() -> None:
     snapshot = Snapshot((USUAL, replace(USUAL, id="other")))
-    assert all(snapshot.serving(kind) is snapshot for kind in USUAL_KINDS)
+    assert all(snapshot.serving(kind) is snapshot for kind in USUAL.serves)
     assert snapshot.serving(TRANSCRIBE).candidates == ()
