@@ -8,7 +8,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from manager.relay.caller import read_caller
+from manager.relay.connections import ConnectionLimit, Place
 from manager.relay.exchange import Exchange
+from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -24,6 +26,16 @@ _OFFER = frozenset({b"upgrade", b"http2-settings"})
 # How long the head of the first request may take; between requests uvicorn's own limit holds.
 _FIRST_HEAD_S = 60.0
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_HEALTH = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_FULL_BODY = b'{"error":"the server has too many connections; try later"}'
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
+)
+
+
+class _NoPlaceError(httptools.HttpParserError):
+    """The connection has a spare place, which is not for this request. Raised to end the parsing."""
 
 
 class Front(HttpToolsProtocol):
@@ -33,9 +45,11 @@ class Front(HttpToolsProtocol):
     pipelining are the same for both. Written against uvicorn 0.54.
     """
 
-    def __init__(self, relay: Relay, **uvicorn: Any) -> None:
+    def __init__(self, relay: Relay, connections: ConnectionLimit, **uvicorn: Any) -> None:
         super().__init__(**uvicorn)
         self._relay = relay
+        self._places = connections
+        self._received_at = self.loop.time()
         self._in_head = True
         # What has come since the last piece of a body: a head, or what frames a body in chunks.
         self._head_bytes = 0
@@ -57,8 +71,10 @@ class Front(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
         self._speechless = self.loop.call_later(_FIRST_HEAD_S, self._no_head_came)
+        self._places.opened(self)
 
     def data_received(self, data: bytes) -> None:
+        self._received_at = self.loop.time()
         if self._held or self._must_wait():
             # Reading goes on, so that a caller who leaves is noticed; parsing waits for its turn.
             self._held.append(data)
@@ -69,6 +85,7 @@ class Front(HttpToolsProtocol):
         self._feed(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._places.closed(self)
         running, self._running = self._running, None
         asgi, self._asgi = self._asgi, None
         self._held.clear()
@@ -136,6 +153,10 @@ class Front(HttpToolsProtocol):
         path = self.url
         if b"?" in path:
             path = path.partition(b"?")[0]
+        place = self._places.place_of(self)
+        if place is not Place.ANY and not self._may_take(place, path):
+            self._places.refused()
+            raise _NoPlaceError
         route = INFERENCE.get(path)
         parser = self.parser
         if route is None or parser.get_method() != b"POST":
@@ -183,6 +204,19 @@ class Front(HttpToolsProtocol):
             self.cycle.request_ended()
         else:
             super().on_message_complete()
+
+    # --- what the limit of connections calls ---
+
+    def quiet_since(self) -> float | None:
+        running, asgi = self._running, self._asgi
+        if running is not None and running.received:
+            return None
+        if asgi is not None and not asgi.response_complete and not asgi.more_body:
+            return None
+        return None if self.flow.read_paused else self._received_at
+
+    def drop(self) -> None:
+        self.transport.abort()
 
     # --- what exchanges call ---
 
@@ -239,7 +273,10 @@ class Front(HttpToolsProtocol):
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._refuse_unreadable(_plainly(error))
+            if isinstance(error.__context__, _NoPlaceError):
+                self._refuse_for_lack_of_places()
+            else:
+                self._refuse_unreadable(_plainly(error))
         except httptools.HttpParserUpgrade as offer:
             self._feeding = False
             self._feed_without_offer(data[offer.args[0] :])
@@ -249,6 +286,23 @@ class Front(HttpToolsProtocol):
             self._refuse_unreadable("the head is too long" if self._in_head else "the trailers are too long")
         elif self._held and self._running is None:
             self.loop.call_soon(self._feed_held)
+
+    def _may_take(self, place: Place, path: bytes) -> bool:
+        """Whether a request may have a spare place. Without a key, the whole control API is privileged."""
+        if path in _HEALTH or place is Place.HEALTH:
+            return path in _HEALTH
+        access, text = self._relay.access, path.decode("ascii", "replace")
+        if access.wants_key:
+            return access.refusal(text, self.headers) is None
+        return spoken_at(text) is None
+
+    def _refuse_for_lack_of_places(self) -> None:
+        latest = self.cycle
+        if latest is None or latest.response_complete:
+            self.transport.write(_FULL)
+            self.transport.close()
+        else:
+            latest.keep_alive = False  # the request before this one is still being answered
 
     def _refuse_unreadable(self, why: str) -> None:
         """Nothing that follows can be understood; what was understood before is still answered."""
@@ -369,10 +423,16 @@ def _plainly(error: httptools.HttpParserError) -> str:
     return str(error.__context__ or error).encode("ascii", "replace").decode()
 
 
-def listening_with(relay: Relay) -> Any:
-    """What uvicorn's `http` setting takes: makes the protocol of each connection."""
+def listening_with(relay: Relay, connections: ConnectionLimit | None = None) -> Any:
+    """What uvicorn's `http` setting takes: makes the protocol of each connection.
+
+    Args:
+        relay: serves the inference requests.
+        connections: their limit; None: as many as there are descriptors for.
+    """
+    places = ConnectionLimit() if connections is None else connections
 
     def make(**uvicorn: Any) -> asyncio.Protocol:
-        return Front(relay, **uvicorn)
+        return Front(relay, places, **uvicorn)
 
     return make
