@@ -33,6 +33,7 @@ from manager.domain.record import never
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
+from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
 from manager.services.bodies import BodyBudget
@@ -55,8 +56,11 @@ from manager.services.traffic import Traffic
 from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
 from manager.serving import (
+    DescriptorWatch,
     Server,
+    connection_budget,
     listening,
+    raise_descriptor_limit,
     serve_until_stopped,
     server_config,
     tune_interpreter,
@@ -295,6 +299,7 @@ async def serve(
         key = read_key(settings.server.key_file)
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
+    descriptors = raise_descriptor_limit()
     async with open_daemon(loaded, log=log, on_step=on_step) as daemon:
         with listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
@@ -305,13 +310,22 @@ async def serve(
                 key=key,
             )
             relay = _relay(daemon, settings, access)
+            budget = connection_budget(descriptors, len(settings.instances))
+            connections = ConnectionLimit(budget.most, budget.spare)
+            watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
             server = Server(
-                server_config(control_api(daemon.backend, access=access), listening_with(relay)),
+                server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
                 (relay.drain, daemon.backend.passing.passages.drain),
                 settings.gateway.drain_timeout_s,
             )
             tune_interpreter()
-            _log.info("serving", url=url, version=__version__, state_dir=str(settings.state.dir))
+            _log.info(
+                "serving",
+                url=url,
+                version=__version__,
+                state_dir=str(settings.state.dir),
+                most_connections=budget.most,
+            )
             try:
                 await serve_until_stopped(
                     server,
@@ -320,6 +334,7 @@ async def serve(
                     before_end=daemon.fleet.stop_all if stop_instances else None,
                 )
             finally:
+                watch.stop()
                 await relay.close()
     _log.info("ended")
 

@@ -6,10 +6,11 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import structlog
 import uvicorn
@@ -25,6 +26,19 @@ _log = structlog.get_logger("daemon")
 _BACKLOG = 2048
 # Event streams never end by themselves; every other answer of the control API is shorter than this.
 _ASGI_SHUTDOWN_S = 2
+# Descriptors beside the client connections and one upstream connection for each. The interpreter, the
+# registry, the log and the engine take about 30; an instance takes its lock, its probes and its log.
+_OWN_DESCRIPTORS = 64
+_DESCRIPTORS_AN_INSTANCE = 4
+_FEWEST_CONNECTIONS = 8
+# Of all client connections so many are spare, but at least a quarter of the fewest.
+_SPARE_SHARE = 32
+_LEAST_SPARE = 4
+# A limit of "infinity", or that of some container runtimes, is no measure of what one process can serve.
+_MOST_DESCRIPTORS = 2**20
+_RESERVE = 8
+_WATCH_EVERY_S = 1.0
+_LOG_EVERY_S = 10.0
 
 
 class Drain(Protocol):
@@ -123,6 +137,84 @@ async def serve_until_stopped(
     finally:
         running.cancel()
         await asyncio.wait({running})
+
+
+def raise_descriptor_limit() -> int:
+    """Raise the soft limit of open descriptors to the hard one; return the limit that holds.
+
+    The usual soft limit of 1,024 only protects programs that call select(2).
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _MOST_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _log.info("descriptor_limit_raised", soft=soft, raised_to=wanted)
+    return wanted
+
+
+class ConnectionBudget(NamedTuple):
+    """How many client connections there may be: `most` of any kind, and `spare` for privileged requests."""
+
+    most: int
+    spare: int
+
+
+def connection_budget(descriptors: int, instances: int) -> ConnectionBudget:
+    """Share out the descriptors: each client connection may need an upstream connection."""
+    own = _OWN_DESCRIPTORS + _DESCRIPTORS_AN_INSTANCE * instances
+    total = max((descriptors - own) // 2, _FEWEST_CONNECTIONS)
+    spare = max(total // _SPARE_SHARE, _LEAST_SPARE)
+    return ConnectionBudget(total - spare, spare)
+
+
+class DescriptorWatch:
+    """Notices that no descriptor is left, and holds some in reserve for that case.
+
+    Nothing else reports it: at EMFILE and ENFILE libuv accepts and closes the new connection (seen with
+    uvloop 0.23; `uv__emfile_trick` in libuv's src/unix/stream.c). The watch opens a file every second. If
+    that fails it logs, closes the reserve, so that a few connections can be accepted, and calls `release`.
+
+    Args:
+        release: closes what is idle; returns how many descriptors that frees.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, release: Callable[[], int]) -> None:
+        self._loop = loop
+        self._release = release
+        self._reserve: list[int] = []
+        self._logged_at: float | None = None
+        self._look()
+
+    def stop(self) -> None:
+        self._timer.cancel()
+        self._close_reserve()
+
+    def _look(self) -> None:
+        self._timer = self._loop.call_later(_WATCH_EVERY_S, self._look)
+        try:
+            while len(self._reserve) <= _RESERVE:
+                self._reserve.append(os.open(os.devnull, os.O_RDONLY))
+            os.close(self._reserve.pop())
+        except OSError as error:
+            self._close_reserve()
+            self._report(error, self._release())
+
+    def _close_reserve(self) -> None:
+        while self._reserve:
+            os.close(self._reserve.pop())
+
+    def _report(self, error: OSError, released: int) -> None:
+        now = self._loop.time()
+        if self._logged_at is None or now - self._logged_at >= _LOG_EVERY_S:
+            self._logged_at = now
+            _log.error(
+                "descriptors_exhausted",
+                problem=error.strerror,
+                limit=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+                released=released,
+                hint="new connections are closed at once; raise the limit of open files (ulimit -n)",
+            )
 
 
 @contextlib.contextmanager

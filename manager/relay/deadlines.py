@@ -48,14 +48,18 @@ LEAST_PROGRESS_BYTES = 1024
 
 
 class Stopwatch:
-    """How long a connection has been in its phase without progress."""
+    """How long a connection has been in its phase without progress.
 
-    __slots__ = ("_phase", "_progress", "_since")
+    Attributes:
+        since: the monotonic time of the first look that found the current phase and progress.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_phase", "_progress", "since")
+
+    def __init__(self, now: float = 0.0) -> None:
         self._phase: Phase | None = None
         self._progress = (0, 0)
-        self._since = 0.0
+        self.since = now
 
     def age_s(self, phase: Phase, request: int, transferred: int, now: float) -> float:
         """Return the seconds since the first look that found this phase and this progress.
@@ -68,5 +72,5 @@ class Stopwatch:
         """
         progress = (request, transferred // LEAST_PROGRESS_BYTES)
         if phase is not self._phase or progress != self._progress:
-            self._phase, self._progress, self._since = phase, progress, now
-        return now - self._since
+            self._phase, self._progress, self.since = phase, progress, now
+        return now - self.since

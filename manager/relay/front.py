@@ -10,10 +10,12 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from manager.relay.caller import read_caller
+from manager.relay.connections import ConnectionLimit, Place
 from manager.relay.deadlines import Deadlines, Phase, Stopwatch
 from manager.relay.exchange import Exchange
 from manager.relay.timers import Timers
 from manager.wire.head import STATUS_LINES
+from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -30,12 +32,22 @@ _END = b"\r\n\r\n"
 _READ_HERE = frozenset({b"content-length", b"expect"})
 _OFFER = frozenset({b"upgrade", b"http2-settings"})
 _TOO_LONG = "the head or the trailers are too long"
+_HEALTH = frozenset({b"/healthz", b"/readyz", b"/metrics"})
+_FULL_BODY = b'{"error":"the server has too many connections; try later"}'
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
+)
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # struct tcp_info of linux/tcp.h: the state is its first byte, tcpi_bytes_acked the eight bytes from 120 on.
 _TCP_INFO_BYTES = 128
 _TCP_ACKED_AT = 120
 _TCP_ESTABLISHED = 1
 _PROBES = ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 15), (socket.TCP_KEEPCNT, 4))
+
+
+class _NoPlaceError(httptools.HttpParserError):
+    """The connection has a spare place, which is not for this request. Raised to end the parsing."""
 
 
 class _Trailers(list[tuple[bytes, bytes]]):
@@ -71,12 +83,20 @@ class Front(HttpToolsProtocol):
 
     flow: _Flow
 
-    def __init__(self, relay: Relay, timers: Timers[Front], deadlines: Deadlines, **uvicorn: Any) -> None:
+    def __init__(
+        self,
+        relay: Relay,
+        timers: Timers[Front],
+        deadlines: Deadlines,
+        places: ConnectionLimit,
+        **uvicorn: Any,
+    ) -> None:
         super().__init__(**uvicorn)
         self._relay = relay
+        self._places = places
         self._timers = timers
         self._deadlines = deadlines
-        self._stopwatch = Stopwatch()
+        self._stopwatch = Stopwatch(self.loop.time())
         # Whether the next byte belongs to a head: the request before it has been received.
         self._in_head = True
         # Bytes since the last piece of a body: of a head, or of what frames a body in chunks.
@@ -103,6 +123,7 @@ class Front(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type]
         self.flow = _Flow(self.transport)
         self._timers.add(self)
+        self._places.opened(self)
 
     def data_received(self, data: bytes) -> None:
         parsed = 0 if self._held else self._parse(data)
@@ -116,6 +137,7 @@ class Front(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._timers.discard(self)
+        self._places.closed(self)
         self._held.clear()
         running, self._running = self._running, None
         super().connection_lost(exc)
@@ -200,6 +222,10 @@ class Front(HttpToolsProtocol):
         path = self.url
         if b"?" in path:
             path = path.partition(b"?")[0]
+        place = self._places.place_of(self)
+        if place is not Place.ANY and not self._may_take(place, path):
+            self._places.refused()
+            raise _NoPlaceError
         route = INFERENCE.get(path)
         parser = self.parser
         if route is None or parser.get_method() != b"POST":
@@ -251,6 +277,15 @@ class Front(HttpToolsProtocol):
             super().on_message_complete()
         else:
             cycle.request_ended()
+
+    # --- what the limit of connections calls ---
+
+    def quiet_since(self) -> float | None:
+        """Return since when the client has sent and taken nothing; None while it waits for an answer."""
+        return None if self._phase() is Phase.ANSWERING else self._stopwatch.since
+
+    def drop(self) -> None:
+        self.transport.abort()
 
     # --- what exchanges call ---
 
@@ -327,7 +362,10 @@ class Front(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data[at:stop] if stop - at < size else data)
             except httptools.HttpParserError as error:
-                self._refuse_unreadable(_plainly(error))
+                if isinstance(error.__context__, _NoPlaceError):
+                    self._refuse_for_lack_of_places()
+                else:
+                    self._refuse_unreadable(_plainly(error))
             except httptools.HttpParserUpgrade:
                 self._feed_without_offer()
             else:
@@ -374,6 +412,20 @@ class Front(HttpToolsProtocol):
             self.parser.feed_data(b"".join(lines) + b"\r\n")
         except httptools.HttpParserError as error:
             self._refuse_unreadable(_plainly(error))
+
+    def _may_take(self, place: Place, path: bytes) -> bool:
+        """Whether a request may have a spare place. Without a key, the whole control API is privileged."""
+        if path in _HEALTH or place is Place.HEALTH:
+            return path in _HEALTH
+        access, text = self._relay.access, path.decode("ascii", "replace")
+        if access.wants_key:
+            return access.refusal(text, self.headers) is None
+        return spoken_at(text) is None
+
+    def _refuse_for_lack_of_places(self) -> None:
+        self._unreadable = True
+        self.transport.write(_FULL)
+        self.transport.close()
 
     def _refuse_unreadable(self, why: str) -> None:
         """Answer that nothing from here on can be parsed, as far as an answer is still possible."""
@@ -503,12 +555,21 @@ def _probe_peer(transport: asyncio.Transport) -> None:
             peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def listening_with(relay: Relay, deadlines: Deadlines | None = None) -> Any:
-    """Return what uvicorn's `http` setting takes: it makes the protocol of each connection."""
+def listening_with(
+    relay: Relay, connections: ConnectionLimit | None = None, deadlines: Deadlines | None = None
+) -> Any:
+    """Return what uvicorn's `http` setting takes: it makes the protocol of each connection.
+
+    Args:
+        relay: serves the inference requests.
+        connections: their limit; None: as many as there are descriptors for.
+        deadlines: of the phases of a connection.
+    """
     limits = deadlines or Deadlines()
+    places = ConnectionLimit() if connections is None else connections
     timers: Timers[Front] = Timers(relay.loop, limits.tick_s)
 
     def make(**uvicorn: Any) -> asyncio.Protocol:
-        return Front(relay, timers, limits, **uvicorn)
+        return Front(relay, timers, limits, places, **uvicorn)
 
     return make

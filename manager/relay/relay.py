@@ -74,6 +74,10 @@ class Relay:
             found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self.loop)
         return found
 
+    def close_idle(self) -> int:
+        """Close all idle connections to servers; return how many."""
+        return sum(pool.close_idle() for pool in self._pools.values())
+
     @property
     def upstream_connections(self) -> int:
         return sum(pool.open_connections for pool in self._pools.values())

@@ -312,6 +312,14 @@ class UpstreamPool:
         for connection in tuple(self._all):
             connection.abandon()
 
+    def close_idle(self) -> int:
+        """Close the idle connections; return how many."""
+        idle = tuple(self._idle)
+        self._idle.clear()
+        for connection in idle:
+            connection.abandon()
+        return len(idle)
+
     # --- what connections call ---
 
     def kept(self, connection: UpstreamConnection) -> None:

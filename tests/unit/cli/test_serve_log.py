@@ -3,79 +3,22 @@
 from __future__ import annotations
 
 import json
-import re
-import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import requests
 
-from tests.support.daemon import free_port, wait_for
+from tests.support.daemon import wait_for
+from tests.support.serving import LIMIT_S, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
-LIMIT_S = 60
-UNKNOWN = b'{"model":"unknown"}'
-BATCH = 500
 # The pipe holds 64 KiB and the queue 10,000 lines.
 MORE_THAN_FITS = 12_000
-
-
-class Serving:
-    def __init__(self, process: subprocess.Popen[bytes], port: int) -> None:
-        self.process = process
-        self.port = port
-        self.url = f"http://127.0.0.1:{port}"
-
-    def is_alive(self) -> bool:
-        try:
-            return requests.get(f"{self.url}/healthz", timeout=5).ok
-        except requests.ConnectionError:
-            assert self.process.poll() is None
-            return False
-
-    def chat(self, count: int, body: bytes = UNKNOWN) -> None:
-        """So many requests for a model that there is not, each of which is a line of the log."""
-        head = f"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", self.port), timeout=LIMIT_S) as client:
-            for done in range(0, count, BATCH):
-                wanted = min(BATCH, count - done)
-                client.sendall((head.encode() + body) * wanted)
-                answers = b""
-                while answers.count(b"HTTP/1.1 4") < wanted or not answers.endswith(b"}"):
-                    answers += (piece := client.recv(2**20))
-                    assert piece
-
-    def lines_dropped(self) -> int:
-        text = requests.get(f"{self.url}/metrics", timeout=LIMIT_S).text
-        (found,) = re.findall(r"^ollama_manager_log_lines_dropped_total ([0-9.e+]+)$", text, re.MULTILINE)
-        return int(float(found))
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(LIMIT_S)
-
-
-@contextmanager
-def serving(tmp_path: Path, stderr: Any) -> Iterator[Serving]:
-    port = free_port()
-    file = tmp_path / "c.yaml"
-    file.write_text(f"server: {{port: {port}}}\nstate: {{dir: state}}\ngpus: none\ninstances: {{}}\n")
-    argv = [sys.executable, "-m", "manager", "serve", "--config", str(file)]
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=stderr) as process:
-        try:
-            running = Serving(process, port)
-            wait_for(running.is_alive, within_s=LIMIT_S)
-            yield running
-        finally:
-            process.kill()
 
 
 def requests_in(lines: list[bytes]) -> list[str]:
@@ -84,7 +27,7 @@ def requests_in(lines: list[bytes]) -> list[str]:
 
 
 def test_a_stderr_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path, subprocess.PIPE) as daemon:
+    with serving(tmp_path, stderr=subprocess.PIPE) as daemon:
         daemon.chat(MORE_THAN_FITS)
         assert daemon.is_alive()
         dropped = daemon.lines_dropped()
@@ -105,7 +48,7 @@ def test_a_stderr_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
 
 
 def test_a_signal_ends_it_while_stderr_is_stuck(tmp_path: Path) -> None:
-    with serving(tmp_path, subprocess.PIPE) as daemon:
+    with serving(tmp_path, stderr=subprocess.PIPE) as daemon:
         daemon.chat(2500)
         began_at = time.monotonic()
         assert daemon.end() == 0
@@ -116,7 +59,7 @@ def test_a_signal_ends_it_while_stderr_is_stuck(tmp_path: Path) -> None:
 def test_a_stderr_that_fails_costs_counted_lines(tmp_path: Path, broken: str) -> None:
     with (
         open("/dev/full", "wb") as full,  # noqa: PTH123
-        serving(tmp_path, full if broken == "full disk" else subprocess.PIPE) as daemon,
+        serving(tmp_path, stderr=full if broken == "full disk" else subprocess.PIPE) as daemon,
     ):
         if daemon.process.stderr is not None:
             daemon.process.stderr.close()
@@ -129,7 +72,7 @@ def test_a_stderr_that_fails_costs_counted_lines(tmp_path: Path, broken: str) ->
 def test_no_model_name_costs_the_lines_of_others(tmp_path: Path) -> None:
     log = tmp_path / "log"
     names = (rb'"\ud800"', rb'"a\udfffb"', b"5", b'["a"]', b'{"a":1}', b'"%b"' % (b"m" * 10**6))
-    with log.open("wb") as stderr, serving(tmp_path, stderr) as daemon:
+    with log.open("wb") as stderr, serving(tmp_path, stderr=stderr) as daemon:
         for name in names:
             for path in ("/api/show", "/api/chat", "/v1/chat/completions"):
                 daemon.chat(20)
