@@ -57,7 +57,9 @@ from manager.settings import (
     key_weaknesses,
     load_templates,
     read_key,
+    real_writers,
     resolve_instances,
+    template_warnings,
     written_roles,
 )
 from manager.wire.access import Access
@@ -215,7 +217,7 @@ async def open_daemon(
             now=time.monotonic,
         )
         catalogue = Catalogue(fleet, gateway, lists, model_settings, now=time.monotonic)
-        volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)
+        volumes = Volumes(fleet, gateway, catalogue, lists, chosen=real_writers(settings))
         server = AiohttpModelServer(
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
@@ -277,6 +279,8 @@ async def serve(
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
     async with open_daemon(loaded, on_step=on_step) as daemon:
+        for danger in template_warnings(loaded):
+            _log.warning("dangerous_template_setting", detail=danger)
         with _listening(settings.server.host, settings.server.port) as listener:
             url = _url(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
