@@ -183,7 +183,7 @@ def _refuse_untrusted(file: Path) -> None:
         f"{problem}. A configuration in the current directory counts only if file and directory belong to "
         f"{users} and nobody else can write to them; to read it all the same, name it: --config {file}"
     )
-    raise configuration_error([Problem(str(file), "", expected)])
+    raise configuration_error([Problem("", "", expected)])
 
 
 def _named_document(file: Path, asked_by: str) -> Document:
