@@ -71,7 +71,9 @@ from manager.settings import (
     key_weaknesses,
     load_templates,
     read_key,
+    real_writers,
     resolve_instances,
+    template_warnings,
     written_roles,
 )
 from manager.wire.access import Access
@@ -225,7 +227,7 @@ async def open_daemon(
         placement = Placement(fleet, router, lists, model_settings, now=time.monotonic)
         status = ModelStatus(fleet)
         catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
-        volumes = Volumes(fleet, router, placement, catalogue, lists, chosen=settings.models.writers)
+        volumes = Volumes(fleet, router, placement, catalogue, lists, chosen=real_writers(settings))
         server = AiohttpModelServer(
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
@@ -301,6 +303,8 @@ async def serve(
             _log.warning("weak_key", detail=weakness)
     descriptors = raise_descriptor_limit()
     async with open_daemon(loaded, log=log, on_step=on_step) as daemon:
+        for danger in template_warnings(loaded):
+            _log.warning("dangerous_template_setting", detail=danger)
         with listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)

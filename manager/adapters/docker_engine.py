@@ -7,6 +7,7 @@ at once kept the loop from its turn for a tenth of a second.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
@@ -78,6 +79,8 @@ class DockerEngine:
         return self._read(answers.inspected, raw)
 
     async def create(self, request: ContainerRequest) -> str:
+        if self.url.startswith("unix:") and any(mount.bind for mount in request.mounts):
+            await asyncio.to_thread(_refuse_moved_binds, request)
         path = f"/containers/create?{_query(name=request.name)}"
         raw = await self._call("POST", path, body=orjson.dumps(create_body(request)))
         return self._read(lambda answer: str(answer["Id"]), raw)
@@ -192,6 +195,20 @@ class DockerEngine:
                 f"unexpected answer of the container engine at {self.url}: {error!r}",
                 reason=Reason.START_FAILED,
             ) from error
+
+
+def _refuse_moved_binds(request: ContainerRequest) -> None:
+    """Refuse a bind whose path has become a symbolic link since it was checked against what is allowed.
+
+    Templates name what their paths lead to, so a path that leads elsewhere now was changed after that.
+    """
+    for mount in request.mounts:
+        if mount.bind and (found := os.path.realpath(mount.source)) != mount.source:
+            raise EngineError(
+                f"{mount.source} leads to {found} now; templates are checked when the daemon starts: "
+                "restart it to have the new place checked",
+                reason=Reason.START_FAILED,
+            )
 
 
 def _query(**values: str) -> str:

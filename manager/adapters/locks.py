@@ -326,7 +326,7 @@ def _read_description(directory: int) -> tuple[Holder, int] | None:
         owner = os.fstat(descriptor).st_uid
         text = stream.read(_LONGEST_DESCRIPTION + 1)
     try:
-        read = json.loads(text) if len(text) <= _LONGEST_DESCRIPTION else None
+        read: Any = json.loads(text) if len(text) <= _LONGEST_DESCRIPTION else None
         holder = Holder(
             pid=int(read["pid"]),
             url=None if read["url"] is None else str(read["url"]),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from manager import __version__
-from manager.cli.failures import DONE, FAILED, Program, complain, innermost
+from manager.cli.failures import DONE, FAILED, Program, complain, innermost, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -232,10 +232,12 @@ def templates_check(config: Path | None) -> None:
     from manager.cli.locate import load  # noqa: PLC0415
 
     loaded = load(config)
-    from manager.settings import load_templates, resolve_instances  # noqa: PLC0415
+    from manager.settings import load_templates, resolve_instances, template_warnings  # noqa: PLC0415
 
     templates = load_templates(loaded.settings)
     resolve_instances(loaded, templates)
+    for danger in template_warnings(loaded):
+        warn(danger)
     for name, template in templates.items():
         click.echo(f"{name}: ok ({template.device.value}, {template.image})")
 

@@ -26,6 +26,7 @@ from manager.settings import (
     packaged_templates,
     read_key,
     resolve_instances,
+    template_warnings,
 )
 from manager.settings.model import GPU_TEMPLATE
 from manager.settings.ownership import directory_problem
@@ -121,6 +122,9 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
             f"{directory} has no template {GPU_TEMPLATE} with device: gpu, and there are GPUs for gpus: auto",
             f"add {GPU_TEMPLATE}.yaml, or set gpus: none",
         )
+    if dangers := template_warnings(loaded):
+        remedy = "allow only directories with models, and keep templates to the daemon's user or root"
+        return needs, warning("templates", "\n".join(dangers), remedy)
     return needs, fine("templates", f"{', '.join(templates) or 'none'} in {directory}")
 
 

@@ -120,6 +120,13 @@ def complain(message: str, next_step: str | None = None, lines: Sequence[str] = 
         click.echo(f"  {printable(next_step)}", err=True)
 
 
+def warn(message: str) -> None:
+    """One line on stderr about what works and should not stay as it is."""
+    word = "warning:"
+    word = click.style(word, fg="yellow", bold=True) if coloured(sys.stderr) else word
+    click.echo(f"{word} {printable(message)}", err=True)
+
+
 def printable(text: str) -> str:
     """Text from elsewhere, such as a container's log, without what would act on a terminal."""
     return _CONTROL.sub("", text)

@@ -55,13 +55,19 @@ def load(config: Path | None, *, overrides: Mapping[str, object] | None = None) 
 
 
 def configured_daemon(loaded: LoadedSettings) -> Endpoint:
+    """The daemon that holds the state directory of a configuration, else where it would listen.
+
+    An address in files that others may have written is not used: a key would go there.
+    """
     settings = loaded.settings
     try:
         holder = current_holder(settings.state.dir)
     except ConfigurationError:  # another user's: its address may still be the configured one
         holder = None
-    if holder is not None and holder.url is not None:
-        return Endpoint(_reachable(holder.url), _key() or _configured_key(loaded))
+    if holder is not None and holder.url is not None and holder.owner_uid is not None:
+        key = _configured_key(loaded, holder.owner_uid)
+        if key is not None or _is_trusted(holder.owner_uid):
+            return Endpoint(_reachable(holder.url), _key() or key)
     host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
     return Endpoint(_reachable(f"http://{host}:{settings.server.port}"), _key())
 
@@ -73,15 +79,21 @@ def current_holder(state_dir: Path) -> Holder | None:
     return read_holder(state_dir)
 
 
-def _configured_key(loaded: LoadedSettings) -> str | None:
-    """The key of the daemon whose lock we have just seen held: nobody else can be listening for it there."""
+def _is_trusted(uid: int) -> bool:
+    from manager.settings.ownership import is_trusted  # noqa: PLC0415
+
+    return is_trusted(uid)
+
+
+def _configured_key(loaded: LoadedSettings, daemon_uid: int) -> str | None:
+    """The key of the daemon whose lock we have just seen held, if that daemon may have it."""
     from manager.settings import read_key  # noqa: PLC0415
 
     file = loaded.settings.server.key_file
     if file is None:
         return None
     try:
-        return read_key(file)
+        return read_key(file, daemon_uid=daemon_uid)
     except ConfigurationError:
         return None  # it is not for everybody: the daemon will ask for the key
 

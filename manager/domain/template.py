@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
@@ -12,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from manager.domain.instance import DeviceKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _SIZE = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([bkmgt]?)(?:i?b)?", re.IGNORECASE)
 _UNIT = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -50,15 +51,32 @@ def _absolute(path: str) -> str:
     return str(PurePosixPath("/" + path.lstrip("/")))
 
 
-# Mounting over these would hide the image's own files, or hand a container what its kernel is told by.
-_RESERVED_TARGETS = ("dev", "proc", "sys")
+# Mounting over these would replace the image's programs and what they are started with, or hand a container
+# what its kernel is told by: as good as a key for a command, which a template does not have.
+_SYSTEM_TARGETS = frozenset(
+    "bin boot dev etc lib lib32 lib64 libx32 proc run sbin sys usr".split()  # noqa: SIM905
+)
+# An image may keep programs right in these; directories below them are free.
+_SHARED_TARGETS = frozenset({"/", "/app", "/home", "/opt", "/root", "/var"})
+_RUN = ("/var/run", "/var/lock")  # links to /run
+_TARGET_RULE = (
+    "expected a directory of its own, such as /root/.ollama, /models or /data: "
+    f"none in {', '.join(sorted(f'/{name}' for name in _SYSTEM_TARGETS))} or {', '.join(_RUN)}, "
+    f"and not {', '.join(sorted(_SHARED_TARGETS))} as a whole"
+)
 
 
 def _mount_target(path: str) -> str:
     first = PurePosixPath(path).parts[1:2]
-    if not first or first[0] in _RESERVED_TARGETS:
-        raise ValueError("expected a directory other than /, /dev, /proc and /sys")
+    in_system = bool(first) and first[0] in _SYSTEM_TARGETS
+    if in_system or path in _SHARED_TARGETS or any(_is_inside(path, directory) for directory in _RUN):
+        raise ValueError(_TARGET_RULE)
     return path
+
+
+def _is_inside(path: str, directory: str) -> bool:
+    """Whether a path is a directory or lies below it."""
+    return PurePosixPath(path).is_relative_to(directory)
 
 
 # Docker's own rule for the names of volumes and networks (moby `daemon/names`).
@@ -200,8 +218,12 @@ def refusals(
     networks: Sequence[str],
     volumes: Sequence[str],
     binds: Sequence[str],
+    real: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[Refusal]:
-    """Everything in `template` that the allow-lists (glob patterns; `binds` as `DIR` or `DIR:rw`) refuse."""
+    """Everything in `template` that the allow-lists (glob patterns; `binds` as `DIR` or `DIR:rw`) refuse.
+
+    `real` has what paths of the host lead to, where that is known: binds are compared by it.
+    """
     if not image_allowed(template.image, images):
         yield Refusal(key=("image",), message=_not_allowed(template.image, "allow.images", images))
     if not _matches(template.network, networks):
@@ -211,13 +233,13 @@ def refusals(
             yield Refusal(key=("env", name), message=_not_allowed(name, "allow.env", env))
         elif message := _contradiction(template.device, name, value):
             yield Refusal(key=("env", name), message=message)
-    yield from _volume_refusals(template.volumes, volumes=volumes, binds=binds)
+    yield from _volume_refusals(template.volumes, volumes=volumes, binds=binds, real=real)
     if template.limits.vram is not None and template.device is DeviceKind.CPU:
         yield Refusal(key=("limits", "vram"), message="a template for the CPU needs no GPU memory")
 
 
 def _volume_refusals(
-    mounts: Sequence[Volume], *, volumes: Sequence[str], binds: Sequence[str]
+    mounts: Sequence[Volume], *, volumes: Sequence[str], binds: Sequence[str], real: Mapping[str, str]
 ) -> Iterator[Refusal]:
     targets: set[str] = set()
     for index, volume in enumerate(mounts):
@@ -225,7 +247,7 @@ def _volume_refusals(
             yield Refusal(key=("volumes", index, "target"), message=f"{volume.target!r} is mounted twice")
         targets.add(volume.target)
         if volume.is_bind:
-            message = _bind_refusal(volume, binds)
+            message = _bind_refusal(volume, binds, real)
         elif _matches(volume.source, volumes):
             message = None
         else:
@@ -266,18 +288,75 @@ def _contradiction(device: DeviceKind, name: str, value: str) -> str | None:
     return None
 
 
-def _bind_refusal(volume: Volume, binds: Sequence[str]) -> str | None:
+def _bind_refusal(volume: Volume, binds: Sequence[str], real: Mapping[str, str]) -> str | None:
     """A bind is allowed inside an allowed directory, and for writing only where that says `:rw`."""
-    source = PurePosixPath(volume.source)
+    source = real.get(volume.source, volume.source)
     writable = False
     inside = False
     for entry in binds:
         directory, _, mode = entry.partition(":")
-        if source == PurePosixPath(directory) or PurePosixPath(directory) in source.parents:
+        if _is_inside(source, real.get(directory, directory)):
             inside = True
             writable = writable or mode == "rw"
     if not inside:
-        return _not_allowed(volume.source, "allow.binds", binds)
+        if source != volume.source:
+            allowed = ", ".join(binds) or "nothing"
+            return f"{volume.source!r} leads to {source!r}, which is not in allow.binds; allowed: {allowed}"
+        return _not_allowed(source, "allow.binds", binds)
     if not writable and not volume.read_only:
         return f"{volume.source!r} is allowed for reading only: set read_only: true, or allow it with ':rw'"
     return None
+
+
+# Directories of a host that no model lies in. A container that gets one can read what protects the host or,
+# with `:rw`, replace its programs.
+_HOST_DIRECTORIES = {
+    "/bin": "the host's programs",
+    "/boot": "the host's kernel",
+    "/dev": "the host's devices",
+    "/etc": "the host's configuration",
+    "/lib": "the host's libraries",
+    "/lib64": "the host's libraries",
+    "/proc": "the host's processes",
+    "/root": "the files of the host's root",
+    "/run": "the sockets of the host's services",
+    "/sbin": "the host's programs",
+    "/sys": "the host's kernel",
+    "/usr": "the host's programs",
+    "/var/lib/containerd": "the engine's own files",
+    "/var/lib/containers": "the engine's own files",
+    "/var/lib/docker": "the engine's own files",
+    "/var/run": "the sockets of the host's services",
+}
+# Of these, a part is as bad as the whole.
+_KERNEL = ("/dev", "/proc", "/sys")
+
+
+def bind_dangers(
+    binds: Sequence[str], *, private: Mapping[str, str], real: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[str]:
+    """A sentence for each entry of `allow.binds` that opens to templates what they should not have.
+
+    Args:
+        binds: the entries, `DIR` or `DIR:rw`.
+        private: paths of this installation that no container should have, with what each is.
+        real: as for `refusals`.
+    """
+    known = _HOST_DIRECTORIES | dict(private)
+    for entry in binds:
+        directory = str(PurePosixPath(entry.partition(":")[0]))
+        names = {directory, real.get(directory, directory)}
+        if any(set(PurePosixPath(name).parts) <= {"/", "//"} for name in names):
+            opened = ["the whole file system of the host"]
+        else:
+            opened = [
+                what
+                for path, what in known.items()
+                if any(
+                    _is_inside(each, name) or (path in _KERNEL and _is_inside(name, path))
+                    for name in names
+                    for each in (path, real.get(path, path))
+                )
+            ]
+        if opened:
+            yield f"allow.binds: {entry!r} lets templates mount {', '.join(dict.fromkeys(opened))}"

@@ -9,7 +9,14 @@ from manager.settings.routing import (
     RoleSettings,
     routing_settings,
 )
-from manager.settings.templates import auto_gpu_spec, load_templates, packaged_templates, resolve_instances
+from manager.settings.templates import (
+    auto_gpu_spec,
+    load_templates,
+    packaged_templates,
+    real_writers,
+    resolve_instances,
+    template_warnings,
+)
 
 __all__ = [
     "GatewaySettings",
@@ -25,7 +32,9 @@ __all__ = [
     "load_templates",
     "packaged_templates",
     "read_key",
+    "real_writers",
     "resolve_instances",
     "routing_settings",
+    "template_warnings",
     "written_roles",
 ]

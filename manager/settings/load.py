@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.settings import sources as source
 from manager.settings.model import COMPARED, Settings
+from manager.settings.ownership import can_read_as_owner, is_trusted, local_file_problem, open_regular, user
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation
 from manager.settings.yaml_file import Document, read_document
 
@@ -92,21 +93,28 @@ def load_settings(
     return LoadedSettings(settings, None if document is None else Path(document.file), sources)
 
 
-def read_key(path: Path) -> str:
+def read_key(path: Path, *, daemon_uid: int | None = None) -> str:
     """The key that clients must send.
 
+    Args:
+        path: the file.
+        daemon_uid: whose daemon the key is for, None for this process. A daemon of the caller's or of root's
+            may have it, and one that can read the file by itself: it learns nothing new.
+
     Raises:
-        ConfigurationError: unreadable, or not one line that can be a key. The message never shows what the
-            file contains.
+        ConfigurationError: unreadable, not one line that can be a key, or not for that daemon. The message
+            never shows what the file contains.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise _key_refused(path, "not a regular file")
-        with path.open("rb") as stream:
+        with open(open_regular(path), "rb") as stream:  # noqa: PTH123
+            status = os.fstat(stream.fileno())  # of what is read, whatever the path leads to by now
             raw = stream.read(_LONGEST_KEY + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a path"
+        why = "not a regular file" if isinstance(error, IsADirectoryError) else why
         raise _key_refused(path, f"{why}; expected a readable file") from error
+    if daemon_uid is not None and not (is_trusted(daemon_uid) or can_read_as_owner(daemon_uid, status)):
+        raise _key_refused(path, f"not a file of {user(daemon_uid)}, whose daemon would get it")
     lines = raw.rstrip(b"\r\n").split(b"\n")
     key = lines[0].strip()
     if not key:
@@ -149,12 +157,33 @@ def _find_document(config: Path | None, environ: Mapping[str, str]) -> Document 
         return _named_document(Path(name), variable)
     for candidate in (LOCAL_FILE, SYSTEM_FILE):
         try:
-            return read_document(candidate)
+            if candidate == LOCAL_FILE:
+                _refuse_untrusted(candidate)
+            return read_document(candidate, regular=True)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
             raise configuration_error([Problem(str(candidate), "", _cannot_read(error))]) from error
     return None
+
+
+def _refuse_untrusted(file: Path) -> None:
+    """A file that nobody named must not be somebody else's: it says where state and keys are.
+
+    It is not passed over either: the next file would then be read in its place without anybody noticing.
+
+    Raises:
+        OSError: there is none, or it cannot be looked at.
+        ConfigurationError: others may have written it.
+    """
+    if (problem := local_file_problem(file)) is None:
+        return
+    users = " or ".join(user(uid) for uid in sorted({os.geteuid(), 0}, reverse=True))
+    expected = (
+        f"{problem}. A configuration in the current directory counts only if file and directory belong to "
+        f"{users} and nobody else can write to them; to read it all the same, name it: --config {file}"
+    )
+    raise configuration_error([Problem("", "", expected)])
 
 
 def _named_document(file: Path, asked_by: str) -> Document:

@@ -126,9 +126,23 @@ def local_file_problem(path: Path) -> str | None:
         return f"others may write to {path}{_mode(status)}"
     if others_can_write(directory) and not directory.st_mode & stat.S_ISVTX:
         return f"others may write to {path.absolute().parent}{_mode(directory)}"
-    if not stat.S_ISREG(status.st_mode):
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         return f"{path} is {_kind(status)}"
     return None
+
+
+def weaknesses(path: Path) -> Iterator[str]:
+    """Who else could change a file or a directory that the operator has named: it is used all the same.
+
+    Raises:
+        OSError: it cannot be looked at.
+    """
+    status = path.stat()
+    if not is_trusted(status.st_uid):
+        yield f"it belongs to {user(status.st_uid)}"
+    sticky = stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    if status.st_mode & stat.S_IWOTH and not sticky:
+        yield f"every user may write to it{_mode(status)}; close it with: chmod o-w {path}"
 
 
 def others_can_write(status: os.stat_result) -> bool:
@@ -155,10 +169,13 @@ def open_regular(path: Path, *, follow: bool = True, dir_fd: int | None = None) 
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW)
     descriptor = os.open(path, flags, dir_fd=dir_fd)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return descriptor
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def can_read_as_owner(uid: int, status: os.stat_result) -> bool:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
-from manager.domain.template import Template, refusals
+from manager.domain.template import Template, bind_dangers, refusals
 from manager.settings.model import GPU_TEMPLATE, InstanceSettings
+from manager.settings.ownership import weaknesses
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
 from manager.settings.routing import role_refusals
 from manager.settings.yaml_file import read_document
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from manager.settings.load import LoadedSettings
-    from manager.settings.model import AllowSettings, Settings
+    from manager.settings.model import Settings
     from manager.settings.schema import KeyPath
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_LOCAL_ENGINE = "unix://"
 _FILE_NAME = re.compile(r"(?P<name>[a-z][a-z0-9-]*)\.ya?ml")
 
 
@@ -59,12 +63,40 @@ def load_templates(settings: Settings) -> dict[str, Template]:
             problems.append(Problem(str(file), "", text))
             continue
         seen[name] = file
-        template = _load_template(file, settings.allow, problems)
+        template = _load_template(file, settings, problems)
         if template is not None:
             templates[name] = template
     if problems:
         raise configuration_error(problems)
     return templates
+
+
+def template_warnings(loaded: LoadedSettings) -> tuple[str, ...]:
+    """What templates are allowed although it is dangerous, and who else can change them: a sentence each."""
+    settings = loaded.settings
+    private: dict[str, str] = {}
+    if settings.engine.url.startswith(_LOCAL_ENGINE):
+        engine_socket = settings.engine.url.removeprefix(_LOCAL_ENGINE)
+        private[engine_socket] = "the engine's socket, which makes a container root on the host"
+        private[str(settings.state.dir)] = "the daemon's state"
+        if settings.server.key_file is not None:
+            private[str(settings.server.key_file)] = "the key"
+        if loaded.file is not None:
+            private[str(loaded.file.absolute())] = "the configuration"
+    binds = settings.allow.binds
+    real = _real(settings, [*(entry.partition(":")[0] for entry in binds), *private])
+    found = list(bind_dangers(binds, private=private, real=real))
+    if settings.templates.dir is not None:
+        for path in (settings.templates.dir, *sorted(settings.templates.dir.glob("*.y*ml"))):
+            with suppress(OSError):
+                found += (f"{path}: {weakness}" for weakness in weaknesses(path))
+    return tuple(found)
+
+
+def real_writers(settings: Settings) -> dict[str, str]:
+    """`models.writers` with volumes as loaded templates name them: a bind by what its path leads to."""
+    real = _real(settings, settings.models.writers)
+    return {real.get(volume, volume): writer for volume, writer in settings.models.writers.items()}
 
 
 def resolve_instances(loaded: LoadedSettings, templates: Mapping[str, Template]) -> tuple[InstanceSpec, ...]:
@@ -108,9 +140,9 @@ def auto_gpu_spec(instance_id: str, settings: Settings, templates: Mapping[str, 
     return _spec(instance_id, InstanceSettings(template=GPU_TEMPLATE), template, settings)
 
 
-def _load_template(file: Path, allow: AllowSettings, problems: list[Problem]) -> Template | None:
+def _load_template(file: Path, settings: Settings, problems: list[Problem]) -> Template | None:
     try:
-        document = read_document(file)
+        document = read_document(file, regular=True)
     except OSError as error:
         problems.append(Problem(str(file), "", f"cannot be read ({error.strerror}); expected a YAML file"))
         return None
@@ -127,12 +159,34 @@ def _load_template(file: Path, allow: AllowSettings, problems: list[Problem]) ->
         template = _without_wrong_keys(values, error)
         if template is None:
             return None
+    allow = settings.allow
     lists = {name: getattr(allow, name) for name in ("images", "env", "networks", "volumes", "binds")}
+    sources = [volume.source for volume in template.volumes]
+    real = _real(settings, [*sources, *(entry.partition(":")[0] for entry in allow.binds)])
     problems += (
         Problem(document.place(refusal.key), dotted(refusal.key), refusal.message)
-        for refusal in refusals(template, **lists)
+        for refusal in refusals(template, **lists, real=real)
     )
-    return template
+    return _with_real_binds(template, real)
+
+
+def _real(settings: Settings, paths: Iterable[str]) -> dict[str, str]:
+    """What absolute paths of the engine's host lead to; nothing where that host is another one.
+
+    What does not exist from here (the daemon may run in a container) leads to itself.
+    """
+    if not settings.engine.url.startswith(_LOCAL_ENGINE):
+        return {}
+    return {path: os.path.realpath(path) for path in paths if path.startswith("/")}
+
+
+def _with_real_binds(template: Template, real: Mapping[str, str]) -> Template:
+    """The template with what its binds lead to: what was checked is what the engine is asked for."""
+    volumes = tuple(
+        volume.model_copy(update={"source": real.get(volume.source, volume.source)})
+        for volume in template.volumes
+    )
+    return template.model_copy(update={"volumes": volumes})
 
 
 def _with_spelling(values: dict[str, Any], texts: Mapping[KeyPath, str]) -> dict[str, Any]:
@@ -181,8 +235,9 @@ def _routing_contradictions(
         for spec in specs
         if spec.template is not None
     }
+    real = _real(settings, settings.models.writers)
     for volume, writer in settings.models.writers.items():
-        if volume not in volumes.get(writer, [volume]):
+        if real.get(volume, volume) not in volumes.get(writer, [real.get(volume, volume)]):
             those = ", ".join(volumes[writer]) or "none"
             yield ("models", "writers", volume), f"{writer!r} cannot write to it; it has: {those}"
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 import yaml.reader
 
+from manager.settings.ownership import open_regular
 from manager.settings.problems import Problem, dotted
 
 if TYPE_CHECKING:
@@ -58,14 +59,18 @@ class Document:
         self.problems.append(Problem(f"{self.file}:{line}", dotted(path), text))
 
 
-def read_document(file: Path) -> Document:
+def read_document(file: Path, *, regular: bool = False) -> Document:
     """Read a file. Whatever is wrong with its text is in the document's `problems`.
+
+    Args:
+        file: the file.
+        regular: refuse a FIFO, which a file that was only found might be, and for which reading waits.
 
     Raises:
         OSError: it cannot be read.
     """
     document = Document(str(file))
-    with file.open("rb") as stream:
+    with open(open_regular(file) if regular else file, "rb") as stream:  # noqa: PTH123
         raw = stream.read(_LARGEST_FILE + 1)
     if len(raw) > _LARGEST_FILE:
         document.refuse(1, (), f"too large; at most {_LARGEST_FILE} bytes are read")

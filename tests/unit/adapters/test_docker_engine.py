@@ -23,6 +23,7 @@ from manager.errors import EngineError, EngineUnreachableError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from pathlib import Path
 
 # What the SDK had open when an answer made no sense to it is closed when it is collected, not before.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -301,3 +302,37 @@ async def test_a_caller_who_gives_up_leaves_the_adapter_usable() -> None:
         server.silent = False
         server.body = b'{"ServerVersion": "28.2.2"}'
         assert (await engine.info()).version == "28.2.2"
+
+
+async def test_a_bind_that_was_moved_since_it_was_checked_is_not_created(tmp_path: Path) -> None:
+    directory = tmp_path / "models" / "real"
+    directory.mkdir(parents=True)
+    request = container_request(
+        Template.model_validate(
+            {
+                "image": "ollama/ollama:1",
+                "device": "cpu",
+                "volumes": [{"source": f"{directory}/below", "target": "/models"}],
+            }
+        ),
+        manager_id="m",
+        instance_id="cpu",
+        gpu=None,
+        loopback_port=None,
+    )
+    engine = DockerEngine(f"unix://{tmp_path}/none.sock", SHORT_S)
+    with pytest.raises(EngineUnreachableError):  # it was asked
+        await engine.create(request)
+    (directory / "below").mkdir()
+    with pytest.raises(EngineUnreachableError):
+        await engine.create(request)
+    (directory / "below").rmdir()
+    for planted in (directory / "below", directory):
+        if planted == directory:
+            (directory / "below").unlink()
+            directory.rmdir()
+        planted.symlink_to("/etc")
+        with pytest.raises(EngineError, match=r"below leads to /etc") as caught:
+            await engine.create(request)
+        assert not isinstance(caught.value, EngineUnreachableError)
+    engine.close()

@@ -47,6 +47,10 @@ BEYOND: dict[str, tuple[type, bool]] = {
     "intent": (TEXT, True),
     "provider": (TEXT, False),
     "endpoint": (TEXT, True),
+    "kind": (TEXT, True),
+    "local_only": (FLAG, False),
+    "fallback_from": (TEXT, True),
+    "failed_attempts": (list, False),
 }
 FULL = a_record(
     parent_span_id=CALLER,

@@ -77,6 +77,30 @@ def test_as_json_every_check_has_a_verdict_and_a_remedy(run: Run, port: int) -> 
     assert found["daemon"]["message"].startswith("not running")
 
 
+def test_a_state_directory_that_others_can_write_to_is_broken(run: Run, port: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state").chmod(0o775)
+    found = checks(run("doctor", "--json"))["state directory"]
+    assert found["verdict"] == "broken"
+    assert f"chmod go-w {tmp_path}/state" in found["message"]
+
+
+@pytest.mark.timeout(60)
+def test_a_registry_that_is_a_fifo_is_broken_and_not_waited_for(run: Run, port: int, tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    os.mkfifo(tmp_path / "state" / "registry.sqlite3")
+    found = checks(run("doctor", "--json"))["registry"]
+    assert found["verdict"] == "broken"
+    assert "is a FIFO; expected a regular file" in found["message"]
+
+
+def test_a_dangerous_bind_is_a_warning(run: Run, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLLAMA_MANAGER_ALLOW__BINDS", '["/proc"]')
+    found = checks(run("doctor", "--json"))["templates"]
+    assert found["verdict"] == "warning"
+    assert found["message"] == "allow.binds: '/proc' lets templates mount the host's processes"
+
+
 def test_a_wrong_configuration_is_told_with_its_place(run: Run, tmp_path: Path) -> None:
     (tmp_path / "ollama-manager.yaml").write_text("server:\n  prot: 1\n")
     result = run("doctor", "--json")

@@ -13,11 +13,12 @@ from manager import __version__
 from manager.adapters.locks import StateDirLock
 from manager.cli.locate import Endpoint, find_daemon
 from manager.settings import load_settings
+from tests.support.users import give
 from tests.unit.cli.conftest import NO_ENGINE
 from tests.unit.cli.stand_in import API, Answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from click.testing import Result
@@ -113,6 +114,17 @@ def test_templates_check_has_a_line_for_every_template(run: Run) -> None:
     assert gpu.startswith("ollama-gpu: ok (gpu, ollama/ollama:")
 
 
+def test_templates_check_warns_of_what_is_allowed_and_dangerous(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OLLAMA_MANAGER_ALLOW__BINDS", '["/", "/srv/models"]')
+    result = run("templates", "check")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "warning: allow.binds: '/' lets templates mount the whole file system of the host\n"
+    )
+
+
 def test_a_template_that_is_not_allowed_is_exit_2(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +165,64 @@ def test_with_no_daemon_running_the_configured_address_is_asked_without_the_key(
     (tmp_path / "key").chmod(0o600)
     (tmp_path / "ollama-manager.yaml").write_text("server: {key_file: key, port: 11600}\n")
     assert find_daemon(None, None) == Endpoint("http://127.0.0.1:11600", None)
+
+
+@pytest.fixture
+def planted(daemon: StandInDaemon, tmp_path: Path) -> Iterator[Path]:
+    """A state directory that names the stand-in as the daemon that holds it, with a key and another port."""
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o644)
+    (tmp_path / "ollama-manager.yaml").write_text(
+        "server: {key_file: key, port: 11600}\nstate: {dir: state}\n"
+    )
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    lock.describe(url=daemon.url)
+    yield tmp_path / "state"
+    lock.release()
+
+
+CONFIGURED = "http://127.0.0.1:11600"
+
+
+@pytest.mark.parametrize(
+    "names", [["", "daemon.lock", "daemon.json"], ["daemon.json"], ["daemon.lock"], [""]]
+)
+@pytest.mark.parametrize("variable", ["", "a-key-of-the-environment"])
+def test_no_key_goes_to_an_address_in_files_of_somebody_else(
+    daemon: StandInDaemon, planted: Path, monkeypatch: pytest.MonkeyPatch, names: list[str], variable: str
+) -> None:
+    for name in names:
+        give(planted / name)
+    monkeypatch.setenv("OLLAMA_MANAGER_KEY", variable)
+    assert find_daemon(None, None) == Endpoint(CONFIGURED, variable or None)
+    assert daemon.seen == []
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777, 0o770])
+def test_no_key_goes_to_an_address_that_others_can_have_written(planted: Path, mode: int) -> None:
+    planted.chmod(mode)
+    assert find_daemon(None, None) == Endpoint(CONFIGURED, None)
+
+
+def test_root_finds_the_daemon_of_a_user_whose_own_file_the_key_is(
+    daemon: StandInDaemon, planted: Path, tmp_path: Path
+) -> None:
+    for file in (planted, planted / "daemon.lock", planted / "daemon.json", tmp_path / "key"):
+        give(file)
+    assert find_daemon(None, None) == Endpoint(daemon.url, KEY)
+
+
+def test_the_configuration_of_a_user_in_whose_directory_root_stands_is_not_read(
+    daemon: StandInDaemon, planted: Path, run: Run, tmp_path: Path
+) -> None:
+    for file in (tmp_path, tmp_path / "ollama-manager.yaml", planted, *planted.iterdir()):
+        give(file)
+    for command in (("status",), ("reap",), ("start", "cpu"), ("config", "show"), ("serve",)):
+        result = run(*command)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ollama-manager.yaml belongs to nobody")
+    assert daemon.seen == []
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from manager.domain.container import container_request
 from manager.domain.instance import DeviceKind
-from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template, Volume, parse_size, refusals
+from manager.domain.template import (
+    CPU_ONLY_ENVIRONMENT,
+    Template,
+    Volume,
+    bind_dangers,
+    parse_size,
+    refusals,
+)
 
 ALLOW: dict[str, tuple[str, ...]] = {
     "images": ("ollama/ollama:*", "registry.example:5000/team/*:*"),
@@ -31,7 +38,7 @@ def template(**values: Any) -> Template:
 
 
 def refused(one: Template, **lists: tuple[str, ...]) -> list[tuple[str, str]]:
-    found = refusals(one, **(ALLOW | lists))
+    found = refusals(one, real={}, **(ALLOW | lists))
     return [(".".join(map(str, refusal.key)), refusal.message) for refusal in found]
 
 
@@ -143,6 +150,34 @@ def test_numbers_and_booleans_in_the_environment_become_text() -> None:
         ({"volumes": [mount("m", "/dev/dri")]}, "volumes.0.target"),
         ({"volumes": [mount("m", "//proc")]}, "volumes.0.target"),
         ({"volumes": [mount("m", "/./sys/fs")]}, "volumes.0.target"),
+        *(
+            ({"volumes": [mount("m", target)]}, "volumes.0.target")
+            for target in (
+                "/bin",
+                "/bin/",
+                "//bin",
+                "/usr",
+                "/usr/bin",
+                "/usr/lib/ollama",
+                "/lib",
+                "/lib64/x",
+                "/sbin",
+                "/etc",
+                "/etc/ld.so.preload",
+                "/boot",
+                "/run/secrets",
+                "/var/run/docker.sock",
+                "/var/run",
+                "/var/lock",
+                "/var",
+                "/opt",
+                "/home",
+                "/root",
+                "/app",
+                "/sys",
+                "/dev",
+            )
+        ),
         ({"volumes": [{"source": "m", "target": "/m", "read_only": "no"}]}, "volumes.0.read_only"),
         ({"limits": {"memory": "lots"}}, "limits.memory"),
         ({"limits": {"memory": "8"}}, "limits.memory"),
@@ -158,6 +193,110 @@ def test_the_schema_refuses(values: dict[str, Any], key: str) -> None:
     with pytest.raises(ValidationError) as caught:
         template(**values)
     assert [".".join(map(str, error["loc"])) for error in caught.value.errors()] == [key]
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/root/.ollama", "/root/.ollama/models", "/models", "/data", "/mnt", "/mnt/a", "/srv", "/opt/models",
+        "/home/ollama/.ollama", "/var/lib/ollama", "/var/cache", "/tmp", "/binaries", "/etcetera",
+        "/app/data",
+    ],
+)  # fmt: skip
+def test_a_directory_of_its_own_is_a_target(target: str) -> None:
+    assert Volume(source="m", target=target).target == target
+
+
+def test_a_refused_target_says_what_is_allowed() -> None:
+    with pytest.raises(
+        ValidationError, match=r"such as /root/\.ollama, /models or /data: none in /bin, /boot"
+    ):
+        Volume(source="m", target="/usr/bin")
+
+
+def binds_refused(
+    source: str, real: dict[str, str], *, binds: tuple[str, ...] = ("/srv/models",)
+) -> list[str]:
+    lists = {**ALLOW, "binds": binds}
+    one = template(volumes=[mount(source, read_only=True)])
+    return [refusal.message for refusal in refusals(one, **lists, real=real)]
+
+
+@pytest.mark.parametrize(
+    ("source", "leads_to"),
+    [
+        ("/srv/models/link", "/etc"),
+        ("/srv/models/link", "/"),
+        ("/srv/models/link", "/srv"),
+        ("/srv/models/link", "/srv/models2"),
+        ("/srv/models/a/b/c", "/home/x/c"),
+    ],
+)
+def test_a_bind_whose_path_leads_out_is_refused_with_both_names(source: str, leads_to: str) -> None:
+    assert binds_refused(source, {source: leads_to}) == [
+        f"{source!r} leads to {leads_to!r}, which is not in allow.binds; allowed: /srv/models"
+    ]
+
+
+def test_a_bind_is_compared_by_what_both_paths_lead_to() -> None:
+    real = {"/srv/models": "/disk1/models", "/srv/models/a": "/disk1/models/a", "/data": "/disk1/models/b"}
+    assert binds_refused("/srv/models/a", real) == []
+    assert binds_refused("/data", real) == []
+    assert binds_refused("/srv/models/unknown", real) != []
+
+
+def test_a_bind_that_leads_into_a_directory_for_reading_is_not_writable() -> None:
+    lists = {**ALLOW, "binds": ("/srv/models", "/srv/scratch:rw")}
+    one = template(volumes=[mount("/srv/scratch/link")])
+    (refusal,) = refusals(one, **lists, real={"/srv/scratch/link": "/srv/models/a"})
+    assert "is allowed for reading only" in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("entry", "opened"),
+    [
+        ("/", "the whole file system of the host"),
+        ("//:rw", "the whole file system of the host"),
+        ("/proc", "the host's processes"),
+        ("/proc/1", "the host's processes"),
+        ("/sys/fs/cgroup:rw", "the host's kernel"),
+        ("/dev/shm", "the host's devices"),
+        ("/etc", "the host's configuration"),
+        ("/etc/", "the host's configuration"),
+        ("/var/run/docker.sock", "the engine's socket"),
+        ("/var/run", "the sockets of the host's services, the engine's socket"),
+        ("/run", "the sockets of the host's services, the engine's socket"),
+        ("/run/docker.sock", "the engine's socket"),
+        ("/var", "the engine's own files, the sockets of the host's services, the engine's socket"),
+        ("/usr:rw", "the host's programs"),
+        ("/home", "the daemon's state"),
+        ("/home/me/state", "the daemon's state"),
+        ("/link", "the whole file system of the host"),
+        ("/to-etc", "the host's configuration"),
+    ],
+)
+def test_a_dangerous_entry_says_what_it_opens(entry: str, opened: str) -> None:
+    private = {"/var/run/docker.sock": "the engine's socket", "/home/me/state": "the daemon's state"}
+    real = {"/var/run/docker.sock": "/run/docker.sock", "/link": "/", "/to-etc": "/etc"}
+    assert list(bind_dangers([entry], private=private, real=real)) == [
+        f"allow.binds: {entry!r} lets templates mount {opened}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "/srv/models",
+        "/home/me/models:rw",
+        "/usr/share/ollama/.ollama",
+        "/var/lib/ollama",
+        "/etc/ollama",
+        "/data",
+    ],
+)
+def test_a_directory_with_models_is_no_danger(entry: str) -> None:
+    private = {"/var/run/docker.sock": "the engine's socket", "/home/me/state": "the daemon's state"}
+    assert list(bind_dangers([entry], private=private)) == []
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from manager.errors import ConfigurationError
 from manager.settings import key_weaknesses, read_key
+from tests.support.users import NOBODY, acting_as, give, need_root, open_directory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +79,64 @@ def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:
         read_key(tmp_path / "pipe")
     with pytest.raises(ConfigurationError, match="not a path; expected a readable file"):
         read_key(tmp_path / "a\0b")
+
+
+@pytest.mark.timeout(20)
+def test_a_link_leads_to_a_key_but_not_to_a_fifo(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(key_file(tmp_path, KEY.encode()))
+    assert read_key(tmp_path / "link") == KEY
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    with pytest.raises(ConfigurationError, match="not a regular file"):
+        read_key(tmp_path / "to-pipe")
+
+
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "may_have_it"),
+    [
+        (0, 0, 0o600, False),
+        (0, 0, 0o644, False),  # the directory on the way to it may be closed
+        (0, 0, 0o640, False),
+        (0, NOBODY, 0o640, True),
+        (0, NOBODY, 0o600, False),
+        (NOBODY, 0, 0o600, True),
+        (NOBODY, 0, 0o000, True),
+        (1234, 1234, 0o640, False),
+    ],
+)
+def test_a_key_is_for_a_daemon_of_ones_own_or_one_that_can_read_it_itself(
+    tmp_path: Path, owner: int, group: int, mode: int, may_have_it: bool
+) -> None:
+    file = key_file(tmp_path, KEY.encode(), mode)
+    need_root()
+    os.chown(file, owner, group)
+    assert read_key(file, daemon_uid=0) == KEY
+    if may_have_it:
+        assert read_key(file, daemon_uid=NOBODY) == KEY
+    else:
+        with pytest.raises(ConfigurationError, match="not a file of nobody") as caught:
+            read_key(file, daemon_uid=NOBODY)
+        assert KEY not in caught.value.message
+    (tmp_path / "link").symlink_to(file)
+    give(tmp_path / "link")  # whose link it is says nothing
+    if not may_have_it:
+        with pytest.raises(ConfigurationError, match="not a file of nobody"):
+            read_key(tmp_path / "link", daemon_uid=NOBODY)
+
+
+def test_a_user_without_an_account_is_in_no_group(tmp_path: Path) -> None:
+    file = key_file(tmp_path, KEY.encode(), 0o640)
+    need_root()
+    os.chown(file, 0, 54321)
+    with pytest.raises(ConfigurationError, match="not a file of uid 54321"):
+        read_key(file, daemon_uid=54321)
+
+
+def test_a_daemon_of_root_may_have_the_key_of_everybody_who_asks_it() -> None:
+    with open_directory() as place:
+        file = key_file(place, KEY.encode())
+        give(file)
+        with acting_as():
+            assert read_key(file, daemon_uid=0) == read_key(file, daemon_uid=NOBODY) == KEY
+            with pytest.raises(ConfigurationError):
+                read_key(file, daemon_uid=1234)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,12 @@ from manager.settings import (
     load_settings,
     load_templates,
     packaged_templates,
+    real_writers,
     resolve_instances,
+    template_warnings,
     templates,
 )
+from tests.support.users import NOBODY, give
 
 GOOD = "image: ollama/ollama:1\ndevice: cpu\n"
 
@@ -253,6 +257,153 @@ instances:
         f"{place}:5: instances.b.device: 'auto' contradicts the template 'ollama-cpu', {cpu}",
         f"{place}:6: instances.c.template: 'zzz' is no template; {known}",
     ]
+
+
+# Binds, and what their paths lead to
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """Some of a host: a directory that is allowed, beside one that is not, and links."""
+    host = tmp_path / "host"
+    for directory in ("models/real", "private", "disk/deep"):
+        (host / directory).mkdir(parents=True)
+    (host / "models" / "out").symlink_to(host / "private")
+    (host / "models" / "up").symlink_to("..")
+    (host / "models" / "real" / "far").symlink_to("../out")
+    (host / "models" / "in").symlink_to("real")
+    (host / "models" / "nowhere").symlink_to(host / "gone")
+    (host / "linked").symlink_to("disk")
+    (host / "disk" / "back").symlink_to(host / "models" / "real")
+    return host
+
+
+def bound(directory: Path, host: Path, source: str, *, engine: str = "unix:///engine.sock") -> str:
+    """The source of the bind that a template ends up with."""
+    mount = f"{{source: {host}/{source}, target: /models, read_only: true}}"
+    (directory / "a.yaml").write_text(f"{GOOD}volumes: [{mount}]\n")
+    settings = {
+        "templates": {"dir": directory},
+        "engine": {"url": engine},
+        "allow": {"binds": [f"{host}/models", f"{host}/linked"]},
+    }
+    (volume,) = load_templates(Settings.model_validate(settings))["a"].volumes
+    return volume.source.removeprefix(f"{host}/")
+
+
+@pytest.mark.parametrize(
+    ("source", "real"),
+    [
+        ("models", "models"),
+        ("models/real", "models/real"),
+        ("models/not-made-yet", "models/not-made-yet"),
+        ("models/in", "models/real"),
+        ("linked", "disk"),
+        ("linked/deep", "disk/deep"),
+        ("disk/deep", "disk/deep"),
+        ("disk/back", "models/real"),
+    ],
+)
+def test_a_bind_is_what_its_path_leads_to(directory: Path, host: Path, source: str, real: str) -> None:
+    assert bound(directory, host, source) == real
+
+
+@pytest.mark.parametrize(
+    ("source", "real"),
+    [
+        ("models/out", "/private"),
+        ("models/out/below", "/private/below"),
+        ("models/real/far", "/private"),
+        ("models/up", ""),
+        ("models/up/private", "/private"),
+        ("models/nowhere", "/gone"),
+    ],
+)
+def test_a_bind_that_leads_out_of_what_is_allowed_is_refused_with_both_names(
+    directory: Path, host: Path, source: str, real: str
+) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        bound(directory, host, source)
+    assert (
+        f"a.yaml:3: volumes.0.source: '{host}/{source}' leads to '{host}{real}', which is not in allow.binds"
+        in caught.value.message
+    )
+
+
+def test_links_of_this_machine_say_nothing_of_an_engine_elsewhere(directory: Path, host: Path) -> None:
+    assert bound(directory, host, "models/out", engine="tcp://elsewhere:2375") == "models/out"
+
+
+def test_the_writer_of_a_bind_may_be_named_by_either_path(
+    tmp_path: Path, directory: Path, host: Path
+) -> None:
+    mount = f"{{source: {host}/models/in, target: /models}}"
+    (directory / "a.yaml").write_text(f"{GOOD}volumes: [{mount}]\n")
+    for name in ("in", "real"):
+        loaded = configured(
+            tmp_path,
+            f"templates: {{dir: {directory}}}\nallow: {{binds: ['{host}/models:rw']}}\n"
+            f"instances: {{a: {{template: a}}}}\nmodels: {{writers: {{{host}/models/{name}: a}}}}\n",
+        )
+        resolve_instances(loaded, load_templates(loaded.settings))
+        assert real_writers(loaded.settings) == {f"{host}/models/real": "a"}
+
+
+@pytest.mark.timeout(20)
+def test_a_fifo_among_the_templates_is_refused_at_once(directory: Path) -> None:
+    os.mkfifo(directory / "a.yaml")
+    assert refused(directory) == ["a.yaml: cannot be read (not a regular file); expected a YAML file"]
+
+
+# What is allowed, and dangerous
+
+
+def test_without_binds_and_with_the_packaged_templates_there_is_no_warning(tmp_path: Path) -> None:
+    assert template_warnings(configured(tmp_path, "")) == ()
+
+
+def test_dangerous_binds_are_named(tmp_path: Path) -> None:
+    (tmp_path / "proc").symlink_to("/proc")
+    loaded = configured(
+        tmp_path,
+        f"allow: {{binds: [/, /srv/models, {tmp_path}/proc, /engine/sock, {tmp_path}/private:rw, /keys]}}\n"
+        "engine: {url: 'unix:///engine/sock/docker.sock'}\n"
+        f"state: {{dir: {tmp_path}/private/state}}\nserver: {{key_file: /keys/one}}\n",
+    )
+    start, socket = "allow.binds: ", "the engine's socket, which makes a container root on the host"
+    assert template_warnings(loaded) == (
+        f"{start}'/' lets templates mount the whole file system of the host",
+        f"{start}'{tmp_path}/proc' lets templates mount the host's processes",
+        f"{start}'/engine/sock' lets templates mount {socket}",
+        f"{start}'{tmp_path}/private:rw' lets templates mount the daemon's state",
+        f"{start}'/keys' lets templates mount the key",
+    )
+    loaded = configured(tmp_path, f"allow: {{binds: ['{tmp_path}']}}\nstate: {{dir: /var/x}}\n")
+    (warning,) = template_warnings(loaded)
+    assert warning.endswith("lets templates mount the configuration")
+
+
+def test_an_engine_elsewhere_has_no_socket_here(tmp_path: Path) -> None:
+    loaded = configured(tmp_path, "allow: {binds: [/engine]}\nengine: {url: 'tcp://engine:2375'}\n")
+    assert template_warnings(loaded) == ()
+
+
+def test_templates_that_others_can_change_are_named(tmp_path: Path, directory: Path) -> None:
+    loaded = configured(tmp_path, f"templates: {{dir: {directory}}}\n")
+    (directory / "a.yaml").write_text(GOOD)
+    (directory / "b.yaml").symlink_to("gone")
+    assert template_warnings(loaded) == ()
+    directory.chmod(0o777)
+    give(directory / "a.yaml")
+    (directory / "a.yaml").chmod(0o666)
+    file, open_to_all = f"{directory}/a.yaml", "every user may write to it (mode"
+    assert template_warnings(loaded) == (
+        f"{directory}: {open_to_all} 0777); close it with: chmod o-w {directory}",
+        f"{file}: it belongs to nobody (uid {NOBODY})",
+        f"{file}: {open_to_all} 0666); close it with: chmod o-w {file}",
+    )
+    directory.chmod(0o1777)
+    assert len(template_warnings(loaded)) == 2
 
 
 def test_without_any_template_none_is_known(tmp_path: Path) -> None:
