@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from manager.adapters.request_log import MOST_CHARACTERS, RequestLog, line
+from manager.domain.roles import RequestKind
 from manager.errors import Reason
 from tests.support.records import CALLER, SPAN, TRACE, a_record
 
@@ -59,6 +60,8 @@ FULL = a_record(
     requested_target="gpu1",
     fallback=True,
     fallback_reason=Reason.INSTANCE_UNAVAILABLE,
+    fallback_from="gpu1",
+    kind=RequestKind.GENERATE,
     start_ms=800.25,
 )
 BARE = a_record(
