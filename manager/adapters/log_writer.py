@@ -117,7 +117,8 @@ class LogWriter:
             self._closing.wait(_GATHER_S)
 
     def _write_some(self) -> None:
-        lines, size = [], 0
+        lines: list[bytes] = []
+        size = 0
         while self._lines and (not lines or size + len(self._lines[0]) <= _WRITE_BYTES):
             line = self._lines.popleft()
             lines.append(line)

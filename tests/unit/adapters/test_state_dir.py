@@ -314,6 +314,27 @@ def test_looking_at_an_odd_description_leaves_the_pid(
     lock.release()
 
 
+def test_a_link_to_the_description_or_the_lock_of_another_daemon_is_not_followed(
+    state: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    theirs = StateDirLock(other, "other")
+    theirs.acquire()
+    theirs.describe(url="http://127.0.0.1:1")
+    (state / "daemon.lock").symlink_to(other / "daemon.lock")
+    (state / "daemon.json").symlink_to(other / "daemon.json")
+    with pytest.raises(ConfigurationError, match="cannot be read: Too many levels of symbolic links"):
+        read_holder(state)
+    (state / "daemon.lock").unlink()
+    lock = StateDirLock(state, "default")
+    lock.acquire()
+    (state / "daemon.json").unlink()
+    (state / "daemon.json").symlink_to(other / "daemon.json")
+    assert read_holder(state) == Holder(pid=os.getpid())
+    lock.release()
+    theirs.release()
+
+
 def test_a_description_without_an_end_is_not_read(state: Path) -> None:
     lock = StateDirLock(state, "default")
     lock.acquire()
