@@ -125,27 +125,27 @@ async def asked(front: Front, servers: dict[str, Store], reply: Reply) -> str:
 
 
 async def test_a_request_goes_where_its_model_is_and_a_pin_decides(tmp_path: Path) -> None:
-    one, two = Store(("tiny", "both")), Store(("qwen3:8b", "both"))
+    one, two = Store(("tiny", "both")), Store(("qwen3", "both"))
     servers = {"one": one, "two": two}
-    roles = {"thinking": {"model": "qwen3:8b:latest"}}
+    roles = {"thinking": {"model": "qwen3:latest"}}
     async with (
         one.serving(),
         two.serving(),
         relaying(tmp_path, dict(servers), config={"roles": roles}) as front,
     ):
         for method, path, body, where in (
-            ("POST", "/api/show", {"model": "qwen3:8b:latest"}, "two"),
-            ("POST", "/api/show", {"name": "qwen3:8b:latest"}, "two"),
+            ("POST", "/api/show", {"model": "qwen3:latest"}, "two"),
+            ("POST", "/api/show", {"name": "qwen3:latest"}, "two"),
             ("POST", "/api/show", {"model": "thinking"}, "two"),
             ("POST", "/api/show", {"model": "both@two"}, "two"),
             ("POST", "/api/show", {"model": "both"}, "one"),
-            ("POST", "/api/push", {"model": "qwen3:8b:latest"}, "two"),
-            ("POST", "/api/copy", {"source": "qwen3:8b:latest", "destination": "mine"}, "two"),
+            ("POST", "/api/push", {"model": "qwen3:latest"}, "two"),
+            ("POST", "/api/copy", {"source": "qwen3:latest", "destination": "mine"}, "two"),
             ("POST", "/api/create", {"model": "new"}, "one"),
-            ("POST", "/api/create", {"model": "new", "from": "qwen3:8b:latest"}, "two"),
-            ("POST", "/api/create", {"model": "new", "from": "qwen3:8b:latest", "files": {"x": "y"}}, "one"),
+            ("POST", "/api/create", {"model": "new", "from": "qwen3:latest"}, "two"),
+            ("POST", "/api/create", {"model": "new", "from": "qwen3:latest", "files": {"x": "y"}}, "one"),
             ("POST", "/api/create", {"model": "new@two"}, "two"),
-            ("POST", "/api/pull", {"model": "qwen3:8b:latest"}, "one"),
+            ("POST", "/api/pull", {"model": "qwen3:latest"}, "one"),
             ("POST", "/api/pull", {"model": "other@two"}, "two"),
             ("DELETE", "/api/delete", {"model": "both"}, "one"),
             ("DELETE", "/api/delete", {"model": "both"}, "two"),
@@ -155,6 +155,49 @@ async def test_a_request_goes_where_its_model_is_and_a_pin_decides(tmp_path: Pat
             assert await asked(front, servers, reply) == where, (path, body)
         reply = await ask(front, "POST", "/api/show", {"model": "tiny"}, {"X-Instance": "two"})
         assert await asked(front, servers, reply) == "two"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "key"),
+    [
+        ("POST", "/api/show", "model"),
+        ("POST", "/api/pull", "name"),
+        ("POST", "/api/create", "from"),
+        ("POST", "/api/copy", "source"),
+        ("POST", "/api/copy", "destination"),
+        ("DELETE", "/api/delete", "model"),
+        ("POST", "/api/chat", "model"),
+        ("POST", "/v1/embeddings", "model"),
+    ],
+)
+async def test_a_name_of_any_length_costs_a_short_answer_and_a_short_record(
+    tmp_path: Path, method: str, path: str, key: str
+) -> None:
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        body = {"model": "tiny", "source": "tiny", "destination": "mine", key: "x" * 5_000_000}
+        reply = await ask(front, method, path, body)
+        assert (reply.status, len(reply.body) < 200) == (400, True)
+        assert b"at most 1024 characters" in reply.body
+        record = await front.record()
+        assert len(record.model or "") <= 1024
+        assert server.seen == []
+
+
+@pytest.mark.parametrize("name", ["a b", "a/b/c/d", "tiny:", "x" * 100])
+async def test_a_name_that_no_model_can_have_is_a_400_as_from_the_server(tmp_path: Path, name: str) -> None:
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for method, path in (
+            ("POST", "/api/show"),
+            ("POST", "/api/pull"),
+            ("DELETE", "/api/delete"),
+            ("POST", "/api/chat"),
+            ("POST", "/api/embed"),
+        ):
+            reply = await ask(front, method, path, {"model": name})
+            assert (reply.status, reply.json()) == (400, {"error": "invalid model name"}), path
+        reply = await ask(front, "POST", "/v1/chat/completions", {"model": name})
+        assert (reply.status, reply.json()["error"]["message"]) == (400, "invalid model name")
+        assert server.seen == []
 
 
 async def test_the_server_gets_the_name_without_the_pin_and_a_role_by_its_model(tmp_path: Path) -> None:
