@@ -17,6 +17,7 @@ ManagerError
 │   │   └── NetworkMissingError
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
+│   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   └── RegistryUnwritableError
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
@@ -182,6 +183,17 @@ class StartFailedError(UnavailableError):
 
 class BackingOffError(StartFailedError):
     """Nothing was tried: the last start failed, or its run ended, too short a time ago."""
+
+
+class OutOfDescriptorsError(UnavailableError):
+    """The process has no file descriptor left for a connection. No server is at fault: do not fail over."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the manager has no file descriptor left for a connection",
+            reason=Reason.OVERLOADED,
+            retry_after_s=1,
+        )
 
 
 class RegistryUnwritableError(UnavailableError):

@@ -29,7 +29,7 @@ _FIRST_KEYS = ("ts", "level", "logger", "event")
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token|secret|password|authorization|cookie)s?$", re.IGNORECASE)
 _SECRET_TEXT = re.compile(r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"']+|(?<=://)[^/\s@\"']+(?=@)")
 # They tell of every connection and every tick at `info`; below `warning` only somebody who debugs wants them.
-_CHATTY = ("apscheduler", "uvicorn", "aiohttp", "tzlocal")
+_CHATTY = ("apscheduler", "uvicorn", "tzlocal")
 # They tell even more, and what they tell at `debug` contains headers.
 _QUIET = ("urllib3", "docker", "requests", "asyncio", "filelock", "alembic", "sqlalchemy")
 

@@ -13,7 +13,7 @@ import structlog
 
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
-from manager.errors import ManagerError, Reason
+from manager.errors import ManagerError, OutOfDescriptorsError, Reason
 from manager.relay.upstream import AnswerHead
 from manager.services.gateway import Attempts, reason_of
 from manager.services.traffic import RequestRecord
@@ -351,7 +351,7 @@ class Exchange:
         else:
             self._fail(end.status, end.message, end.outcome)
 
-    def answer_broke(self, why: str, *, untouched: bool) -> None:
+    def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
         self._connection = None
         self._stop_waiting_for_load()
         if self._state is _State.DONE:
@@ -365,8 +365,8 @@ class Exchange:
             self._head = b""
             self._started = False
             self._state = _State.WAITING
-        if self._state is _State.WAITING and untouched and not self._retried:
-            # The server closed a connection that it had kept, as it may: it has not seen this request.
+        if self._state is _State.WAITING and not may_have_begun and not self._retried:
+            # For example, the server closed an idle connection: send the request again, on a new one.
             self._retried = True
             self._cancel_task()
             self._connect()
@@ -496,6 +496,10 @@ class Exchange:
         except TimeoutError:
             self._task = None
             self._unreachable(Reason.ATTEMPT_TIMEOUT, f"could not be connected to within {timeout_s:g} s")
+        except OutOfDescriptorsError as error:
+            self._task = None
+            headers = {"Retry-After": f"{error.retry_after_s:g}"}
+            self._fail(told_as(error.reason), error.message, "refused", headers)
         except OSError as error:
             self._task = None
             self._unreachable(Reason.UPSTREAM_UNREACHABLE, f"cannot be reached ({error.strerror or error})")

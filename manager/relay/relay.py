@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.relay.timers import Timers
-from manager.relay.upstream import Address, UpstreamPool
 from manager.services.traffic import never
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from manager.relay.exchange import Exchange
+    from manager.relay.upstream import UpstreamPool, UpstreamPools
     from manager.services.gateway import Gateway
     from manager.wire.access import Access
     from manager.wire.caller import HeaderNames
@@ -46,6 +46,7 @@ class Relay:
         self,
         gateway: Gateway,
         *,
+        pools: UpstreamPools,
         access: Access,
         limits: Limits,
         headers: HeaderNames,
@@ -61,7 +62,7 @@ class Relay:
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Exchange] = Timers(self.loop)
         self._loading: defaultdict[tuple[str, str], set[Exchange]] = defaultdict(set)
-        self._pools: dict[str, UpstreamPool] = {}
+        self.pools = pools
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_ended = asyncio.Event()
         self._draining = False
@@ -72,17 +73,11 @@ class Relay:
         gateway.under_way = self._models_at_work
 
     def pool(self, endpoint: str) -> UpstreamPool:
-        found = self._pools.get(endpoint)
-        if found is None:
-            # Containers get new addresses: those of before are never asked for again.
-            for old in [name for name, pool in self._pools.items() if pool.is_empty]:
-                del self._pools[old]
-            found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self.loop)
-        return found
+        return self.pools.pool(endpoint)
 
     @property
     def upstream_connections(self) -> int:
-        return sum(pool.open_connections for pool in self._pools.values())
+        return self.pools.open_connections
 
     @property
     def open_tasks(self) -> int:
@@ -150,8 +145,7 @@ class Relay:
         self.timers.close()
         for exchange in tuple(self.exchanges):
             exchange.cut("the manager has been stopped")  # it came while the others were let end
-        for pool in self._pools.values():
-            pool.close()
+        self.pools.close()
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:
