@@ -19,11 +19,11 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.model_server import AiohttpModelServer
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
+from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
 from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
@@ -35,7 +35,9 @@ from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
+from manager.relay.model_server import PooledModelServer
 from manager.relay.relay import Limits, Relay
+from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.catalogue import Catalogue
 from manager.services.external import ExternalInstance
@@ -105,6 +107,7 @@ class Daemon:
     settings: Settings
     fleet: Fleet
     backend: Backend
+    pools: UpstreamPools
     state_lock: StateDirLock
 
     async def run(self) -> None:
@@ -148,8 +151,7 @@ async def open_daemon(
         registry = await open_registry(state_dir / "registry.sqlite3")
         stack.push_async_callback(registry.close)
         rows = await registry.instances()
-        utcnow = _utcnow
-        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
+        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         stack.push_async_callback(journal.flush)
         reader = Nvml()
         stack.push_async_callback(reader.close)
@@ -162,9 +164,11 @@ async def open_daemon(
             taken_ids=[spec.id for spec in specs],
             auto=settings.gpus == "auto",
             now=time.monotonic,
-            utcnow=utcnow,
+            utcnow=_utcnow,
         )
         await gpus.load()
+        tls = SharedTls().context
+        pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
         engine = DockerEngine(settings.engine.url, settings.engine.timeout_s)
         stack.callback(engine.close)
         world = World(
@@ -172,11 +176,11 @@ async def open_daemon(
             engine=engine,
             registry=registry,
             locks=FileLocks(state_dir / "locks", _LOCK_WAIT_S),
-            upstream=await stack.enter_async_context(HttpUpstream()),
+            upstream=await stack.enter_async_context(HttpUpstream(tls)),
             gpus=gpus,
             journal=journal,
             now=time.monotonic,
-            utcnow=utcnow,
+            utcnow=_utcnow,
             on_step=on_step,
             resume_idle_clock=resume_idle_clock,
         )
@@ -228,11 +232,12 @@ async def open_daemon(
         status = ModelStatus(fleet)
         catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
         volumes = Volumes(fleet, router, placement, catalogue, lists, chosen=real_writers(settings))
-        server = AiohttpModelServer(
+        server = PooledModelServer(
+            pools,
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
         )
-        pulls = Pulls(volumes, await stack.enter_async_context(server), now=time.monotonic)
+        pulls = Pulls(volumes, server, now=time.monotonic)
         fleet.also_run("pulls", pulls.run)
         routing = Routing(
             router,
@@ -273,7 +278,7 @@ async def open_daemon(
                 fleet, gpus, traffic, log_lines_dropped=lambda: 0 if log is None else log.dropped
             ).render,
         )
-        yield Daemon(settings, fleet, backend, state_lock)
+        yield Daemon(settings, fleet, backend, pools, state_lock)
 
 
 async def serve(
@@ -371,6 +376,7 @@ def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
     wanted, passing = settings.gateway, daemon.backend.passing
     return Relay(
         passing.routing,
+        pools=daemon.pools,
         access=access,
         limits=Limits(
             connect_timeout_s=wanted.connect_timeout_s,

@@ -18,6 +18,7 @@ ManagerError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
+│   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   └── RegistryUnwritableError
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
@@ -186,10 +187,7 @@ class BackingOffError(StartFailedError):
 
 
 class AskFailedError(UnavailableError):
-    """A server did not answer a request.
-
-    `begun` is whether it may have begun with the request, `ours` whether the cause lies with the daemon.
-    """
+    """A server did not answer a request; `begun` is whether it may have begun with it."""
 
     def __init__(
         self,
@@ -197,12 +195,20 @@ class AskFailedError(UnavailableError):
         *,
         reason: Reason,
         begun: bool,
-        ours: bool = False,
-        retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
+        super().__init__(message, reason=reason)
         self.begun = begun
-        self.ours = ours
+
+
+class OutOfDescriptorsError(UnavailableError):
+    """The process has no file descriptor left for a connection. No server is at fault: do not fail over."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the manager has no file descriptor left for a connection",
+            reason=Reason.OVERLOADED,
+            retry_after_s=1,
+        )
 
 
 class RegistryUnwritableError(UnavailableError):

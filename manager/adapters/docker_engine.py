@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import ssl
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -19,6 +18,7 @@ from manager.adapters import docker_answers as answers
 from manager.adapters import docker_streams as streams
 from manager.adapters.docker_request import create_body
 from manager.adapters.http_client import HttpClient, plainly
+from manager.adapters.tls import SharedTls
 from manager.domain.container import LABEL_MANAGER
 from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
 
@@ -52,7 +52,7 @@ class DockerEngine:
         self.url = url
         self._timeout_s = timeout_s
         # The authorities that the SDK trusts, which talks to the same engine.
-        tls = ssl.create_default_context(cafile=DEFAULT_CA_BUNDLE_PATH) if url.startswith("https:") else None
+        tls = SharedTls(DEFAULT_CA_BUNDLE_PATH).context
         self._client = HttpClient(url, most_bytes=_MOST_BYTES, most_kept=_MOST_KEPT, tls=tls)
         self._networks = asyncio.Lock()
 

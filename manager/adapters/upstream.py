@@ -9,11 +9,14 @@ from urllib.parse import urlsplit
 import orjson
 
 from manager.adapters.http_client import HttpClient, plainly
-from manager.errors import Reason, UnavailableError
+from manager.descriptors import lacks_descriptors
+from manager.errors import OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.ports import ProbeAnswer
 from manager.wire.ollama import read_available, read_loaded, read_version
 
 if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
@@ -32,9 +35,14 @@ _SEGMENTS_PER_CONNECTION = 8
 
 
 class HttpUpstream:
-    """Implements `services.ports.Upstream`; leaving its context closes the connections that it keeps."""
+    """Implements `services.ports.Upstream`; leaving its context closes the kept connections.
 
-    def __init__(self) -> None:
+    Args:
+        tls: returns the TLS context that the process shares.
+    """
+
+    def __init__(self, tls: Callable[[], Awaitable[ssl.SSLContext]]) -> None:
+        self._tls = tls
         self._servers: dict[str, HttpClient] = {}
 
     async def __aenter__(self) -> Self:
@@ -51,7 +59,7 @@ class HttpUpstream:
             async with asyncio.timeout(timeout_s):
                 # To the end of its body: headers alone may come from a server that has stalled.
                 return _is_success(await self._asked(url))
-        except (OSError, ValueError):
+        except (OSError, ValueError, OutOfDescriptorsError):
             return False
 
     async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
@@ -63,6 +71,8 @@ class HttpUpstream:
                 f"{endpoint} did not answer within {timeout_s:g} s", reason=Reason.INSTANCE_UNHEALTHY
             ) from error
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and lacks_descriptors(error):
+                raise OutOfDescriptorsError from error
             raise UnavailableError(
                 f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
             ) from error
@@ -105,7 +115,7 @@ class HttpUpstream:
         if server is None:
             if len(self._servers) >= _MOST_SERVERS:
                 self._servers.pop(next(iter(self._servers))).close()
-            server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES)
+            server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES, tls=self._tls)
         return await server.ask("GET", parts.path + (f"?{parts.query}" if parts.query else ""))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
 from manager.domain.judgement import ABOUT_THE_REQUEST
-from manager.errors import AskFailedError, ManagerError, UnavailableError
+from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, UnavailableError
 from manager.services.ports import Question
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
@@ -289,8 +289,11 @@ class Passage:
                 try:
                     answer = await stack.enter_async_context(server.ask(question(found)))
                 except AskFailedError as error:
+                    step = attempting.failed(error.reason, error.message, sent=error.begun)
+                    continue
+                except OutOfDescriptorsError as error:
                     step = attempting.failed(
-                        error.reason, error.message, sent=error.begun, ours=error.ours
+                        error.reason, error.message, sent=False, ours=True, retry_after_s=error.retry_after_s
                     )
                     continue
                 judged, following = await self._judge(answer)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.errors import ManagerError, UnknownInstanceError
-from manager.services.routing.placement import reason_of
 from manager.services.pulls import PullFailedError
+from manager.services.routing.placement import reason_of
 from manager.wire.body import BadBodyError
 from manager.wire.statuses import outcome_without_answer, status_of
 

@@ -35,7 +35,7 @@ _SECRET_TEXT = re.compile(r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"
 # A longer line is replaced by one that says so. A deep traceback has 20 KiB.
 _MOST_LINE_CHARACTERS = 256 * 1024
 # They tell of every connection and every tick at `info`; below `warning` only somebody who debugs wants them.
-_CHATTY = ("apscheduler", "uvicorn", "aiohttp", "tzlocal")
+_CHATTY = ("apscheduler", "uvicorn", "tzlocal")
 # They tell even more, and what they tell at `debug` contains headers.
 _QUIET = ("urllib3", "docker", "requests", "asyncio", "filelock", "alembic", "sqlalchemy")
 

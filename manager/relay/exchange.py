@@ -13,9 +13,9 @@ from manager.domain.judgement import ABOUT_THE_REQUEST
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Target
-from manager.errors import Reason
+from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
-from manager.relay.upstream import AnswerHead, OwnLimitError
+from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import Attempting, Wait
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
@@ -392,7 +392,7 @@ class Exchange:
                 return _End("upstream_error")  # the server said so itself, in its last line
         return _ENDED_WELL if self._status == _OK else _End(outcome_of(self._status))
 
-    def answer_broke(self, why: str, *, begun: bool) -> None:
+    def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
         """See `relay.upstream.ResponseSink`."""
         self._connection = None
         self._end_load()
@@ -408,8 +408,11 @@ class Exchange:
             self._judge_held(None)
         elif self._state is _State.WAITING:
             self._cancel_task()
-            reason = Reason.UPSTREAM_ERROR if begun else Reason.UPSTREAM_UNREACHABLE
-            self._follow(attempting.failed(reason, f"{name}: {why}", sent=begun, stale=not begun))
+            reason = Reason.UPSTREAM_ERROR if may_have_begun else Reason.UPSTREAM_UNREACHABLE
+            message = f"{name}: {why}"
+            self._follow(
+                attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun)
+            )
         else:
             self._relay.routing.traffic.failed(name, Reason.UPSTREAM_ERROR)
             self._fail(502, f"{name}: {why} before the answer ended", "upstream_error")
@@ -488,12 +491,12 @@ class Exchange:
             self._end_load()
             self._drop_connection()
         if isinstance(step, Target):
-            connection = self._relay.pool(step.endpoint).idle()
+            connection = self._relay.pools.pool(step.endpoint).idle()
             if connection is not None:
                 self._send(connection)
             else:
                 self._state = _State.CONNECTING
-                self._spawn(self._open(self._relay.pool(step.endpoint)))
+                self._spawn(self._open(self._relay.pools.pool(step.endpoint)))
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
@@ -516,9 +519,14 @@ class Exchange:
         except TimeoutError:
             self._task = None
             self._unreachable(Reason.ATTEMPT_TIMEOUT, f"could not be connected to within {timeout_s:g} s")
-        except OwnLimitError as error:
+        except OutOfDescriptorsError as error:
             self._task = None
-            self._unreachable(Reason.OVERLOADED, str(error), ours=True)
+            assert self._attempting is not None  # noqa: S101  (connections belong to an attempt)
+            self._follow(
+                self._attempting.failed(
+                    error.reason, error.message, sent=False, ours=True, retry_after_s=error.retry_after_s
+                )
+            )
         except OSError as error:
             self._task = None
             self._unreachable(Reason.UPSTREAM_UNREACHABLE, f"cannot be reached ({error.strerror or error})")
@@ -526,11 +534,10 @@ class Exchange:
             self._task = None
             self._send(connection)
 
-    def _unreachable(self, reason: Reason, why: str, *, ours: bool = False) -> None:
+    def _unreachable(self, reason: Reason, why: str) -> None:
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (connections belong to an attempt)
-        message = why if ours else f"{attempting.work.instance} {why}"
-        self._follow(attempting.failed(reason, message, sent=False, ours=ours))
+        self._follow(attempting.failed(reason, f"{attempting.work.instance} {why}", sent=False))
 
     def _send(self, connection: UpstreamConnection) -> None:
         body, attempting = self._body, self._attempting
@@ -561,7 +568,7 @@ class Exchange:
         target = attempting.target
         assert target is not None  # noqa: S101  (a connection leads to it)
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
-            self._caller.head_for(self._relay.pool(target.endpoint).address, self._target, target.headers),
+            self._caller.head_for(self._relay.pools.pool(target.endpoint).address, self._target, target.headers),
             record.request_id.encode(),
             traceparent(record.trace_id, record.span_id, sampled=record.sampled),
             len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)),

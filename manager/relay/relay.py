@@ -10,14 +10,14 @@ import structlog
 
 from manager.relay.loads import LoadWaits
 from manager.relay.timers import Timed, Timers
-from manager.relay.upstream import Address, UpstreamPool
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
+    from manager.relay.upstream import UpstreamPools
     from manager.services.bodies import BodyBudget
-    from manager.services.routing.attempting import Routing
     from manager.services.requests import Requests
+    from manager.services.routing.attempting import Routing
     from manager.wire.access import Access
 
 _log = structlog.get_logger("relay")
@@ -47,6 +47,7 @@ class Relay:
         self,
         routing: Routing,
         *,
+        pools: UpstreamPools,
         access: Access,
         limits: Limits,
         bodies: BodyBudget,
@@ -60,27 +61,18 @@ class Relay:
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Running] = Timers(self.loop)
         self.loads = LoadWaits()
-        self._pools: dict[str, UpstreamPool] = {}
+        self.pools = pools
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_ended = asyncio.Event()
         self._draining = False
 
-    def pool(self, endpoint: str) -> UpstreamPool:
-        found = self._pools.get(endpoint)
-        if found is None:
-            # Containers get new addresses: those of before are never asked for again.
-            for old in [name for name, pool in self._pools.items() if pool.is_empty]:
-                del self._pools[old]
-            found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self.loop)
-        return found
-
     def close_idle(self) -> int:
         """Close all idle connections to servers; return how many."""
-        return sum(pool.close_idle() for pool in self._pools.values())
+        return self.pools.close_idle()
 
     @property
     def upstream_connections(self) -> int:
-        return sum(pool.open_connections for pool in self._pools.values())
+        return self.pools.open_connections
 
     @property
     def open_tasks(self) -> int:
@@ -122,8 +114,7 @@ class Relay:
         self.timers.close()
         for exchange in tuple(self.exchanges):
             exchange.cut("the manager has been stopped")  # it came while the others were let end
-        for pool in self._pools.values():
-            pool.close()
+        self.pools.close()
         for task in tuple(self._tasks):
             task.cancel()
         if self._tasks:

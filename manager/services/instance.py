@@ -18,7 +18,7 @@ from manager.domain.instance import (
     Target,
 )
 from manager.domain.target import Target as Place
-from manager.errors import UnavailableError
+from manager.errors import OutOfDescriptorsError, UnavailableError
 from manager.services.container_run import happens
 from manager.services.leases import Lease, LeaseBook
 from manager.wire.ollama import name_of
@@ -218,6 +218,8 @@ class Instance(ABC):
             answer = await self._world.upstream.probe(
                 endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
             )
+        except OutOfDescriptorsError:
+            return  # the process's own lack says nothing about the server
         except UnavailableError as error:
             # A question without an answer moves bytes too, and again when the system repeats it.
             self.own_bytes += self._last_probe_bytes + _UNANSWERED_BYTES

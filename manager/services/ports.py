@@ -166,10 +166,12 @@ class ModelServer(Protocol):
     """The HTTP side of instances for requests that pass through whole, of any size and length of time."""
 
     def ask(self, question: Question) -> AbstractAsyncContextManager[ServerAnswer]:
-        """Send a request; on leaving, the connection ends, and with it what the server does for this request.
+        """Send a request, once; on leaving, the connection ends, and with it the server's work for it.
 
         Raises:
-            UnavailableError: no answer; the reason says why not.
+            AskFailedError: no answer; the reason says why.
+            OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
+            InvalidRequestError: the request cannot be framed, or its body has another length than declared.
         """
         ...
 

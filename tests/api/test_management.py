@@ -430,7 +430,7 @@ async def test_a_server_that_stops_in_the_middle_is_told_as_an_error(tmp_path: P
         for path in ("/api/create", "/api/pull"):
             reply = await ask(front, "POST", path, TINY)
             assert reply.lines()[0] == {"status": "working"}
-            assert "said nothing for 0.3 s" in reply.lines()[-1]["error"]
+            assert "sent nothing for 0.3 s" in reply.lines()[-1]["error"]
         await until(lambda: front.at_rest)
 
 

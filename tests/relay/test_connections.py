@@ -19,7 +19,7 @@ TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 async def test_what_a_burst_of_requests_has_opened_is_closed_when_it_is_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manager.relay.upstream._OLDEST_IDLE_S", 0.3)
+    monkeypatch.setattr("manager.relay.upstream.pool._MOST_IDLE_S", 0.3)
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
         replies = await asyncio.gather(*(front.ask(TINY) for _ in range(20)))
         assert {reply.status for reply in replies} == {200}
@@ -30,12 +30,12 @@ async def test_what_a_burst_of_requests_has_opened_is_closed_when_it_is_old(
 async def test_pools_of_addresses_that_are_gone_are_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manager.relay.upstream._OLDEST_IDLE_S", 0.1)
+    monkeypatch.setattr("manager.relay.upstream.pool._MOST_IDLE_S", 0.1)
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
         await front.ask(TINY)
         await until(lambda: front.relay.upstream_connections == 0)
         front.relay.pool("http://127.0.0.1:9")
-        assert list(front.relay._pools) == ["http://127.0.0.1:9"]
+        assert list(front.relay.pools._pools) == ["http://127.0.0.1:9"]
 
 
 async def test_who_connects_and_says_nothing_is_let_go(

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from manager.relay.upstream import Address, UpstreamPool
+from manager.adapters.tls import SharedTls
+from manager.relay.upstream import UpstreamPools
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, relaying
 
@@ -307,7 +308,7 @@ async def test_a_connection_whose_request_is_still_being_sent_is_not_used_again(
     ended = asyncio.Event()
     server = await asyncio.start_server(answers_at_once, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    pool = UpstreamPool(Address.of(f"http://127.0.0.1:{port}"), asyncio.get_running_loop())
+    pool = UpstreamPools(SharedTls().context).pool(f"http://127.0.0.1:{port}")
     sink = Collected()
     (await pool.connect()).send(sink, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 2**24)
     await sink.complete.wait()
@@ -330,5 +331,5 @@ class Collected:
         if complete:
             self.complete.set()
 
-    def answer_broke(self, why: str, *, untouched: bool) -> None:
+    def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
         raise AssertionError(why)

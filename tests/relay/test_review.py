@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import uvloop
 
-from manager.relay.upstream import Address, UpstreamPool
+from manager.adapters.tls import SharedTls
+from manager.relay.upstream import UpstreamPools
 from tests.support.inside import until
 from tests.support.relaying import (
     LAST,
@@ -418,7 +419,7 @@ def test_a_connection_that_nobody_waits_for_any_more_is_forgotten(
 
         server = await asyncio.start_server(listens, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        pool = UpstreamPool(Address.of(f"http://127.0.0.1:{port}"), asyncio.get_running_loop())
+        pool = UpstreamPools(SharedTls().context).pool(f"http://127.0.0.1:{port}")
         for moments in range(10):
             connecting = asyncio.ensure_future(pool.connect())
             for _ in range(moments):

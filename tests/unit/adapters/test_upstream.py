@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
 from manager.errors import Reason, UnavailableError
 
@@ -74,7 +75,7 @@ async def probing() -> AsyncIterator[tuple[HttpUpstream, Server]]:
         serving = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         serving.start()
         try:
-            async with HttpUpstream() as upstream:
+            async with HttpUpstream(SharedTls().context) as upstream:
                 yield upstream, server
         finally:
             server.shutdown()
@@ -174,7 +175,7 @@ async def test_a_server_that_breaks_off_or_never_ends_is_unreachable(pieces: lis
 async def test_nobody_there_is_unreachable() -> None:
     async with probing() as (upstream, server):
         pass
-    async with HttpUpstream() as upstream:
+    async with HttpUpstream(SharedTls().context) as upstream:
         with pytest.raises(UnavailableError) as caught:
             await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
         assert caught.value.reason is Reason.UPSTREAM_UNREACHABLE
@@ -204,7 +205,7 @@ async def test_a_url_is_asked_as_it_is_written() -> None:
 
 
 async def test_a_url_that_is_none_is_no_answer() -> None:
-    async with HttpUpstream() as upstream:
+    async with HttpUpstream(SharedTls().context) as upstream:
         assert not await upstream.answers("http://[::1/", SHORT_S)
 
 
@@ -214,7 +215,7 @@ async def test_a_url_that_is_none_is_no_answer() -> None:
 async def counted(server: Server, paths: int) -> int:
     """Ask so many times; how many connections that took."""
     before = server.connections
-    async with HttpUpstream() as upstream:
+    async with HttpUpstream(SharedTls().context) as upstream:
         for _ in range(paths):
             assert await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
     return server.connections - before
