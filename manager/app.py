@@ -47,6 +47,7 @@ from manager.services.journal import Journal
 from manager.services.model_lists import ModelLists
 from manager.services.model_settings import ModelSettings
 from manager.services.pulls import Pulls
+from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.supervisor import Supervisor
 from manager.services.traffic import Traffic, never
@@ -60,6 +61,7 @@ from manager.settings import (
     resolve_instances,
     written_roles,
 )
+from manager.settings.addresses import is_loopback
 from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
@@ -239,6 +241,7 @@ async def open_daemon(
             ),
             passages=Passages(),
         )
+        refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
             gpus=gpus,
@@ -248,7 +251,8 @@ async def open_daemon(
             model_settings=model_settings,
             router=gateway,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
-            render_metrics=FleetMetrics(fleet, gpus, traffic).render,
+            render_metrics=FleetMetrics(fleet, gpus, traffic, refusals).render,
+            refusals=refusals,
         )
         yield Daemon(settings, fleet, gateway, backend, state_lock, samples)
 
@@ -280,11 +284,7 @@ async def serve(
         with _listening(settings.server.host, settings.server.port) as listener:
             url = _url(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            access = Access(
-                allowed_hosts=_allowed_hosts(settings),
-                allowed_origins=settings.server.allowed_origins,
-                key=key,
-            )
+            access = _access(settings, key)
             app = control_api(daemon.backend, access=access)
             relay = _relay(daemon, settings, access)
             config = uvicorn.Config(
@@ -489,11 +489,23 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _allowed_hosts(settings: Settings) -> set[str]:
-    """The configured names, and the address listened on where it is one that a client can name."""
-    host = settings.server.host.lower()
-    named = {f"[{host}]" if ":" in host else host} - {"0.0.0.0", "[::]"}  # noqa: S104  (taken out)
-    return {*settings.server.allowed_hosts, *named}
+def _access(settings: Settings, key: str | None) -> Access:
+    """Return the check of the settings.
+
+    Where other machines reach the daemon, a key is required and no name can be foreseen: every Host is
+    allowed there unless `server.allowed_hosts` was written.
+    """
+    server = settings.server
+    host = server.host.lower()
+    machine = socket.gethostname().lower()
+    short = machine.partition(".")[0]
+    return Access(
+        allowed_hosts=server.allowed_hosts,
+        allowed_origins=server.allowed_origins,
+        key=key,
+        own_names={f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
+        any_host=not is_loopback(host) and "allowed_hosts" not in server.model_fields_set,
+    )
 
 
 def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:

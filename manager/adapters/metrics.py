@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
+    from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
@@ -26,8 +27,9 @@ _PREFIX = "ollama_manager"
 class FleetMetrics:
     """A collector over live state; `render` gives the text."""
 
-    def __init__(self, fleet: Fleet, gpus: Gpus, traffic: Traffic) -> None:
+    def __init__(self, fleet: Fleet, gpus: Gpus, traffic: Traffic, refusals: Refusals) -> None:
         self._fleet = fleet
+        self._refusals = refusals
         self._traffic = traffic
         self._gpus = gpus
         self._registry = CollectorRegistry()
@@ -63,7 +65,12 @@ class FleetMetrics:
                 memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
         engine.add_metric([], float(self._fleet.engine.up))
-        yield from (phases, in_flight, starts, memory, engine)
+        refused = CounterMetricFamily(
+            f"{_PREFIX}_refusals", "Requests refused by access control", labels=["reason"]
+        )
+        for reason, count in self._refusals.counts.items():
+            refused.add_metric([reason], count)
+        yield from (phases, in_flight, starts, memory, engine, refused)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manager.services.model_settings import ModelSettings
     from manager.services.ports import Engine, ModelServer
     from manager.services.pulls import Pulls
+    from manager.services.refusals import Refusals
     from manager.services.requests import Requests
     from manager.services.volumes import Volumes
 
@@ -64,3 +65,4 @@ class Backend:
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
+    refusals: Refusals

@@ -47,16 +47,18 @@ class Caller:
         return head
 
 
-def read_caller(relay: Relay, path: str, headers: list[Header]) -> Caller:
+def read_caller(relay: Relay, path: str, headers: list[Header], *, modern: bool = True) -> Caller:
     """Read a head.
 
     Args:
         relay: whose names of headers and whose check of access count.
         path: without the query.
         headers: names in lower case.
+        modern: whether the request has HTTP/1.1. One with HTTP/1.0 may come without a Host; its connection
+            ends with its answer, so that no other version finds what was read of it.
     """
     given = dict(headers)
-    refusal = relay.access.refusal(path, headers)
+    refusal = relay.access.refusal(path, headers, needs_host=modern)
     names = relay.headers
     return Caller(
         headers=headers,

@@ -9,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from manager.relay.caller import read_caller
 from manager.relay.exchange import Exchange
+from manager.wire.paths import read_target
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
+    from manager.wire.routes import Route
 
 _MOST_HEAD_BYTES = 64 * 1024
 # What callers send on while an answer is under way is held up to here; beyond it they have to wait.
@@ -137,16 +139,18 @@ class Front(HttpToolsProtocol):
         if b"?" in path:
             path = path.partition(b"?")[0]
         route = INFERENCE.get(path)
+        if route is None:
+            route = self._route_of_normal_path()
         parser = self.parser
         if route is None or parser.get_method() != b"POST":
             self._on_other_headers_complete()
             return
         # Trailers come as headers too: they must not be taken for what the head said.
         headers, self.headers = self.headers, []
+        modern = parser.get_http_version() != "1.0"
         caller = self._caller
         if caller is None or caller.headers != headers:
-            caller = self._caller = read_caller(self._relay, route.path, headers)
-        modern = parser.get_http_version() != "1.0"
+            caller = self._caller = read_caller(self._relay, route.path, headers, modern=modern)
         exchange = Exchange(
             self._relay,
             self,
@@ -317,6 +321,17 @@ class Front(HttpToolsProtocol):
         self._held_bytes = 0
         self.flow.resume_reading()
         self._feed(data)
+
+    def _route_of_normal_path(self) -> Route | None:
+        """Bring the request target into its normal form; return the inference route that it then names."""
+        target = read_target(self.url)
+        if target is None:
+            raise httptools.HttpParserError("the request target names no path of this server")
+        self.url = target.raw
+        if target.authority is not None:
+            needs_host = self.parser.get_http_version() != "1.0"
+            self.headers = self._relay.access.addressed(self.headers, target.authority, needs_host=needs_host)
+        return INFERENCE.get(target.path)
 
     def _on_other_headers_complete(self) -> None:
         url, headers, expect = self.url, self.headers, self.expect_100_continue
