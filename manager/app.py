@@ -47,6 +47,7 @@ from manager.services.journal import Journal
 from manager.services.model_lists import ModelLists
 from manager.services.model_settings import ModelSettings
 from manager.services.pulls import Pulls
+from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.fallback_events import FallbackEvents
@@ -78,6 +79,7 @@ from manager.settings import (
     template_warnings,
     written_roles,
 )
+from manager.settings.addresses import is_loopback
 from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
@@ -265,6 +267,7 @@ async def open_daemon(
             ),
             passages=Passages(),
         )
+        refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
             gpus=gpus,
@@ -275,8 +278,9 @@ async def open_daemon(
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
-                fleet, gpus, traffic, log_lines_dropped=lambda: 0 if log is None else log.dropped
+                fleet, gpus, traffic, refusals, log_lines_dropped=lambda: 0 if log is None else log.dropped
             ).render,
+            refusals=refusals,
         )
         yield Daemon(settings, fleet, backend, pools, state_lock)
 
@@ -313,11 +317,7 @@ async def serve(
         with listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            access = Access(
-                allowed_hosts=_allowed_hosts(settings),
-                allowed_origins=settings.server.allowed_origins,
-                key=key,
-            )
+            access = _access(settings, key)
             relay = _relay(daemon, settings, access)
             budget = connection_budget(descriptors, len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
@@ -386,6 +386,7 @@ def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
         ),
         bodies=passing.bodies,
         requests=passing.requests,
+        refusals=daemon.backend.refusals,
     )
 
 
@@ -435,11 +436,23 @@ class _Maker:
         return replace(row, loopback_port=port)
 
 
-def _allowed_hosts(settings: Settings) -> set[str]:
-    """The configured names, and the address listened on where it is one that a client can name."""
-    host = settings.server.host.lower()
-    named = {f"[{host}]" if ":" in host else host} - {"0.0.0.0", "[::]"}  # noqa: S104  (taken out)
-    return {*settings.server.allowed_hosts, *named}
+def _access(settings: Settings, key: str | None) -> Access:
+    """Return the check of the settings.
+
+    Where other machines reach the daemon, a key is required and no name can be foreseen: every Host is
+    allowed there unless `server.allowed_hosts` was written.
+    """
+    server = settings.server
+    host = server.host.lower()
+    machine = socket.gethostname().lower()
+    short = machine.partition(".")[0]
+    return Access(
+        allowed_hosts=server.allowed_hosts,
+        allowed_origins=server.allowed_origins,
+        key=key,
+        own_names={f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
+        any_host=not is_loopback(host) and "allowed_hosts" not in server.model_fields_set,
+    )
 
 
 def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
+    from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
@@ -27,9 +28,16 @@ class FleetMetrics:
     """A collector over live state; `render` gives the text."""
 
     def __init__(
-        self, fleet: Fleet, gpus: Gpus, traffic: Traffic, *, log_lines_dropped: Callable[[], int]
+        self,
+        fleet: Fleet,
+        gpus: Gpus,
+        traffic: Traffic,
+        refusals: Refusals,
+        *,
+        log_lines_dropped: Callable[[], int],
     ) -> None:
         self._fleet = fleet
+        self._refusals = refusals
         self._traffic = traffic
         self._gpus = gpus
         self._log_lines_dropped = log_lines_dropped
@@ -70,7 +78,12 @@ class FleetMetrics:
             f"{_PREFIX}_log_lines_dropped", "Lines of the log that could not be written"
         )
         dropped.add_metric([], self._log_lines_dropped())
-        yield from (phases, in_flight, starts, memory, engine, dropped)
+        refused = CounterMetricFamily(
+            f"{_PREFIX}_refusals", "Requests refused by access control", labels=["reason"]
+        )
+        for reason, count in self._refusals.counts.items():
+            refused.add_metric([reason], count)
+        yield from (phases, in_flight, starts, memory, engine, dropped, refused)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

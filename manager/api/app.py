@@ -49,7 +49,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
-    app.add_middleware(Gate, access=access)
+    app.add_middleware(Gate, access=access, refused=backend.refusals.refused)
     return app
 
 

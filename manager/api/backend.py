@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from manager.services.model_settings import ModelSettings
     from manager.services.ports import Engine, ModelServer
     from manager.services.pulls import Pulls
+    from manager.services.refusals import Refusals
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
     from manager.services.volumes import Volumes
@@ -92,3 +93,4 @@ class Backend:
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
+    refusals: Refusals

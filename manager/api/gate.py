@@ -1,4 +1,4 @@
-"""What a request must pass before any route sees it: who may ask, and how much they may send."""
+"""The checks of every request before any route: its path, who may send it, and the size of its body."""
 
 from __future__ import annotations
 
@@ -8,37 +8,56 @@ from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
 from manager.api.errors import error_response
-from manager.wire.access import for_pages, permission
+from manager.wire.access import ambiguous, for_pages, permission
+from manager.wire.head import ambiguity
 from manager.wire.ollama_routes import spoken_at
+from manager.wire.paths import decoded, normalised
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from manager.wire.access import Access
+    from manager.wire.access import Access, Refusal
     from manager.wire.head import Header
     from manager.wire.routes import Dialect
 
 MOST_BODY_BYTES = 2**20
 _MOST_DIGITS = 18
 _TOO_LARGE = f"a body may have at most {MOST_BODY_BYTES} bytes"
+# A page of the daemon in a frame of another page could be clicked without being seen.
+_UNFRAMED: tuple[Header, ...] = (
+    (b"Content-Security-Policy", b"frame-ancestors 'none'"),
+    (b"X-Frame-Options", b"DENY"),
+)
 
 
 class Gate:
-    """ASGI middleware. Bodies for models are bounded by whoever takes them, all others here."""
+    """ASGI middleware: every route gets a path in its normal form, and only requests that may be served.
 
-    def __init__(self, app: ASGIApp, *, access: Access) -> None:
+    Bodies of requests to models are bounded where they are read, all others here.
+
+    Args:
+        app: the routes.
+        access: the check.
+        refused: is called with reason, address and path of each refused request.
+    """
+
+    def __init__(self, app: ASGIApp, *, access: Access, refused: Callable[[str, str, str], None]) -> None:
         self._app = app
         self._access = access
+        self._refused = refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope, send = _with_normal_path(scope), _unframed(send)
         dialect = spoken_at(scope["path"])
         if dialect is not None:
             await self._for_models(dialect, scope, receive, send)
             return
-        refusal = self._access.refusal(scope["path"], scope["headers"])
+        refusal = self._refusal(scope)
         if refusal is not None:
             answer = error_response(
                 refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers)
@@ -52,10 +71,10 @@ class Gate:
         await self._app(scope, _bounded(receive), send)
 
     async def _for_models(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
-        """What is Ollama's: pages may ask for it too, and read the answers."""
+        """Serve Ollama's routes, which pages of other origins may use as well."""
         headers = scope["headers"]
         granted = permission(headers) if scope["method"] == "OPTIONS" else None
-        refusal = self._access.refusal(scope["path"], headers, asks_first=granted is not None)
+        refusal = self._refusal(scope, preflight=granted is not None)
         send = _with(send, for_pages(headers, refusal))
         if refusal is not None:
             await answer_error(send, dialect, refusal.status, refusal.message, refusal.headers)
@@ -65,9 +84,48 @@ class Gate:
         else:
             await self._app(scope, receive, send)
 
+    def _refusal(self, scope: Scope, *, preflight: bool = False) -> Refusal | None:
+        path, headers = scope["path"], scope["headers"]
+        why = ambiguity(headers)
+        refusal = (
+            ambiguous(why)
+            if why
+            else self._access.refusal(
+                path, headers, preflight=preflight, needs_host=scope.get("http_version") != "1.0"
+            )
+        )
+        if refusal is not None:
+            client = scope.get("client")
+            self._refused(refusal.reason, client[0] if client else "", path)
+        return refusal
+
+
+def _with_normal_path(scope: Scope) -> Scope:
+    """Return the scope with its path in the normal form: access checks and routing see the same one."""
+    raw: bytes = scope["raw_path"]
+    if not raw.startswith(b"/"):
+        return scope
+    path = normalised(raw)
+    return {**scope, "raw_path": path, "path": decoded(path)}
+
+
+def _unframed(send: Send) -> Send:
+    """Return a `send` that forbids other pages to show an HTML page in a frame."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            headers = message.get("headers", ())
+            if any(
+                name.lower() == b"content-type" and value.startswith(b"text/html") for name, value in headers
+            ):
+                message = {**message, "headers": [*headers, *_UNFRAMED]}
+        await send(message)
+
+    return sending
+
 
 def _with(send: Send, headers: list[Header]) -> Send:
-    """`send` that adds these headers to the answer."""
+    """Return a `send` that adds these headers to the answer."""
     if not headers:
         return send
 

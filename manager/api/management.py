@@ -12,7 +12,7 @@ from manager.services.pulls import PullFailedError
 from manager.services.routing.attempting import Trouble
 from manager.wire.listing import Alias
 from manager.wire.management import read_copy, read_named
-from manager.wire.ollama_routes import BLOB_PREFIX
+from manager.wire.ollama_routes import ACCOUNT, BLOB_PREFIX, USER_KEY_PREFIX
 from manager.wire.progress import says_success
 
 if TYPE_CHECKING:
@@ -48,18 +48,20 @@ class Management:
             "/api/create": self._create,
             "/api/copy": self._copy,
             "/api/delete": self._delete,
+            **dict.fromkeys(ACCOUNT, self._account),
         }
+        # Routes below a prefix: what follows it is nothing to count requests by.
+        self._below: dict[str, Work] = {BLOB_PREFIX: self._blob, USER_KEY_PREFIX: self._account}
 
     def serves(self, path: str) -> bool:
-        return path in self._work or path.startswith(BLOB_PREFIX)
+        return path in self._work or path.startswith(tuple(self._below))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
-        is_blob = path.startswith(BLOB_PREFIX)
-        # Digests are not what anybody counts by.
-        route = BLOB_PREFIX.rstrip("/") if is_blob else path
+        prefix = next((prefix for prefix in self._below if path.startswith(prefix)), None)
+        route = path if prefix is None else prefix.rstrip("/")
+        work = self._work[path] if prefix is None else self._below[prefix]
         passage = self._passing.passage(scope, receive, send, route, None)
-        work = self._blob if is_blob else self._work[path]
         await self._passing.passages.run(passage, work)
 
     # --- what only looks ---
@@ -77,6 +79,13 @@ class Management:
         volume = await self._volumes.find(body.model, body.instance or passage.instance)
         step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
         await passage.pass_on(self._server, step, lambda target: passage.question(target, body.raw()))
+
+    async def _account(self, passage: Passage) -> None:
+        """Requests about the account of ollama.com: the key pair that signs them is on the volume."""
+        body = await passage.body()
+        volume = self._volumes.default(passage.instance)
+        step = self._enter(passage, volume, self._volumes.readers(volume))
+        await passage.pass_on(self._server, step, lambda target: passage.question(target, body))
 
     # --- what changes a volume, one after the other ---
 

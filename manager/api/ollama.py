@@ -1,8 +1,9 @@
-"""The routes of Ollama and OpenAI that the relay leaves; first of all what there is, for all instances."""
+"""The routes of Ollama and OpenAI beside inference, above all the lists of all instances."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import unquote
 
 import structlog
 
@@ -18,7 +19,14 @@ from manager.wire.listing import (
     tags_document,
 )
 from manager.wire.ollama import name_of
-from manager.wire.ollama_routes import MODEL_PREFIX, TRANSCRIPTIONS, methods_of, spoken_at
+from manager.wire.ollama_routes import (
+    MODEL_PREFIX,
+    RECOMMENDATIONS,
+    STATUS,
+    TRANSCRIPTIONS,
+    methods_of,
+    spoken_at,
+)
 from manager.wire.routes import Dialect
 
 if TYPE_CHECKING:
@@ -58,6 +66,8 @@ class OllamaApi:
             "/api/version": self._version,
             "/api/tags": self._tags,
             "/api/ps": self._ps,
+            STATUS: self._status,
+            RECOMMENDATIONS: self._recommendations,
             "/v1/models": self._models,
             TRANSCRIPTIONS: transcription,
         }
@@ -97,6 +107,16 @@ class OllamaApi:
     async def _version(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await answer_json(send, {"version": self._catalogue.version()}, Dialect.NATIVE)
 
+    async def _status(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """Whether models of ollama.com can be used; command lines and menus ask."""
+        disabled = self._catalogue.is_cloud_disabled()
+        cloud = {"disabled": disabled, "source": "env" if disabled else "none"}
+        await answer_json(send, {"cloud": cloud}, Dialect.NATIVE)
+
+    async def _recommendations(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+        """None: the ones of ollama.com are not asked for, and menus add the models that are installed."""
+        await answer_json(send, {"recommendations": []}, Dialect.NATIVE)
+
     async def _tags(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=True)
         await answer_json(send, tags_document(self._catalogue.models()), Dialect.NATIVE)
@@ -111,7 +131,8 @@ class OllamaApi:
         await answer_json(send, document, Dialect.OPENAI)
 
     async def _model(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        name = scope["path"].removeprefix(MODEL_PREFIX)
+        # Names hold slashes, which clients may escape.
+        name = unquote(scope["raw_path"].decode()).removeprefix(MODEL_PREFIX)
         await self._catalogue.refresh(lists=True)
         found = self._catalogue.find(name)
         if found is None:

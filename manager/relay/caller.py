@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Caller:
-    """What all requests with one head share.
+    """What all requests with one head to one route share.
 
     `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.
     `encoding` is that of the body where it is decoded here.
     """
 
+    route: Route
     headers: list[Header]
     ambiguity: str | None
     refusal: Refusal | None
@@ -53,20 +54,23 @@ class Caller:
         return head
 
 
-def read_caller(relay: Relay, route: Route, headers: list[Header]) -> Caller:
+def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bool = True) -> Caller:
     """Read a head.
 
     Args:
         relay: has the names of headers and the check of access.
         route: that was asked for.
         headers: names in lower case.
+        modern: whether the request has HTTP/1.1. One with HTTP/1.0 may come without a Host; its connection
+            ends with its answer, so that no other version finds what was read of it.
     """
-    refusal = relay.access.refusal(route.path, headers)
+    refusal = relay.access.refusal(route.path, headers, needs_host=modern)
     encoding = encoding_of(route, headers)
     withheld = relay.requests.names.all
     if encoding is not None:
         withheld = withheld | {CONTENT_ENCODING}
     return Caller(
+        route=route,
         headers=headers,
         ambiguity=ambiguity(headers),
         refusal=refusal,

@@ -16,6 +16,7 @@ from manager.relay.exchange import Exchange
 from manager.relay.timers import Timers
 from manager.wire.head import STATUS_LINES
 from manager.wire.ollama_routes import spoken_at
+from manager.wire.paths import read_target
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
+    from manager.wire.routes import Route
 
 _MOST_HEAD_BYTES = 64 * 1024
 # Reading pauses once a client has sent this much behind a request that is not answered yet.
@@ -227,15 +229,17 @@ class Front(HttpToolsProtocol):
             self._places.refused()
             raise _NoPlaceError
         route = INFERENCE.get(path)
+        if route is None:
+            route = self._route_of_normal_path()
         parser = self.parser
         if route is None or parser.get_method() != b"POST":
             self._on_other_headers_complete()
             return
         headers, self.headers = self.headers, _TRAILERS
-        caller = self._caller
-        if caller is None or caller.headers != headers:
-            caller = self._caller = read_caller(self._relay, route, headers)
         modern = parser.get_http_version() != "1.0"
+        caller = self._caller
+        if caller is None or caller.headers != headers or caller.route is not route:
+            caller = self._caller = read_caller(self._relay, route, headers, modern=modern)
         exchange = Exchange(
             self._relay,
             self,
@@ -248,6 +252,9 @@ class Front(HttpToolsProtocol):
         )
         if not (modern and caller.ambiguity is None and caller.refusal is None):
             problem = _problem(caller, modern=modern)
+            if caller.refusal is not None:
+                address = self.client[0] if self.client else ""
+                self._relay.refusals.refused(caller.refusal.reason, address, route.path)
             if problem is not None:
                 exchange.refuse(*problem)
         self.cycle = exchange  # type: ignore[assignment]
@@ -500,6 +507,17 @@ class Front(HttpToolsProtocol):
             self.transport.close()
 
     # --- helpers ---
+
+    def _route_of_normal_path(self) -> Route | None:
+        """Bring the request target into its normal form; return the inference route that it then names."""
+        target = read_target(self.url)
+        if target is None:
+            raise httptools.HttpParserError("the request target names no path of this server")
+        self.url = target.raw
+        if target.authority is not None:
+            needs_host = self.parser.get_http_version() != "1.0"
+            self.headers = self._relay.access.addressed(self.headers, target.authority, needs_host=needs_host)
+        return INFERENCE.get(target.path)
 
     def _on_other_headers_complete(self) -> None:
         url, headers, expect = self.url, self.headers, self.expect_100_continue

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from manager.relay.upstream import UpstreamPools
     from manager.services.bodies import BodyBudget
+    from manager.services.refusals import Refusals
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
     from manager.wire.access import Access
@@ -52,12 +53,14 @@ class Relay:
         limits: Limits,
         bodies: BodyBudget,
         requests: Requests,
+        refusals: Refusals,
     ) -> None:
         self.routing = routing
         self.access = access
         self.limits = limits
         self.bodies = bodies
         self.requests = requests
+        self.refusals = refusals
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Running] = Timers(self.loop)
         self.loads = LoadWaits()

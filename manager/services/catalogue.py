@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from manager.domain.instance import Model
+    from manager.domain.instance import InstanceSpec, Model
     from manager.services.fleet import Fleet
     from manager.services.instance import Instance
     from manager.services.model_lists import ModelLists
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:-rc[0-9]+)?")
 # What the packaged templates run. Some clients refuse servers that are older than something.
 _LIKELY_VERSION = "0.32.15"
+# Ollama reads every other value as true (`envconfig/config.go` BoolWithDefault).
+_FALSE = ("", "0", "f", "false")
 # Of an instance that nobody uses this is news enough. Asking it more often would look like use: it costs
 # processor time, by which direct use is told.
 _NEWS_S = 1.0
@@ -117,6 +119,10 @@ class Catalogue:
                 return match[0]
         return _LIKELY_VERSION
 
+    def is_cloud_disabled(self) -> bool:
+        """Whether every instance was made with OLLAMA_NO_CLOUD; what others say is unknown."""
+        return all(_has_no_cloud(instance.spec) for instance in self._fleet.instances())
+
     # --- helpers ---
 
     async def _ask(self, instance: Instance, since: float, *, lists: bool) -> None:
@@ -177,3 +183,8 @@ def _is_well(instance: Instance) -> bool:
 def _last_seen_s(instance: Instance) -> float:
     seen = instance.view().last_seen_at
     return seen.timestamp() if seen is not None else 0.0
+
+
+def _has_no_cloud(spec: InstanceSpec) -> bool:
+    value = "" if spec.template is None else spec.template.env.get("OLLAMA_NO_CLOUD", "")
+    return value.strip().lower() not in _FALSE

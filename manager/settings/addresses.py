@@ -6,7 +6,6 @@ import ipaddress
 import re
 from urllib.parse import urlsplit
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([A-Za-z0-9._:\[\]-]+\*?|\*)|\*")
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s]*@")
 
 
@@ -70,9 +69,3 @@ def without_credentials(text: str) -> str:
 def host_header(host: str) -> str:
     name = listen_host(host).lower()
     return f"[{name}]" if ":" in name else name
-
-
-def page_origin(origin: str) -> str:
-    if not _ORIGIN.fullmatch(origin):
-        raise ValueError("expected SCHEME://HOST[:PORT], a * at its end for any, or * alone")
-    return origin

@@ -25,7 +25,6 @@ from manager.settings.addresses import (
     http_url,
     is_loopback,
     listen_host,
-    page_origin,
 )
 from manager.settings.routing import (
     ANY_INSTANCE,
@@ -48,6 +47,7 @@ from manager.settings.section import (
     WholeNumber,
     refuse,
 )
+from manager.wire.origins import check_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -138,7 +138,7 @@ class ServerSettings(Section):
         "127.0.0.1",
         "[::1]",
     )
-    allowed_origins: tuple[Annotated[str, AfterValidator(page_origin)], ...] = ()
+    allowed_origins: tuple[Annotated[str, AfterValidator(check_pattern)], ...] = ()
 
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> Self:

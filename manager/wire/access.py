@@ -1,13 +1,14 @@
-"""Who may ask: the Host a request names, the page it comes from, the key it carries."""
+"""Access control: the Host a request names, the page it comes from, the key it presents."""
 
 from __future__ import annotations
 
 import hmac
-import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from manager.wire.hosts import host_name, is_fixed, is_local
 from manager.wire.ollama_routes import spoken_at
+from manager.wire.origins import Origins
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -15,9 +16,21 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
 
 WITHOUT_KEY = ("/healthz",)
-# A name or a bracketed address, perhaps with the dot of the root, perhaps with a port.
-_HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[^\s\[\]:@/]+?)\.?(?::[0-9]{1,5})?")
+# Every `Refusal.reason`: they are labels of a metric.
+REASONS = (
+    "ambiguous",
+    "host_missing",
+    "host_repeated",
+    "host_not_allowed",
+    "origin_not_allowed",
+    "key_missing",
+    "key_wrong",
+)
 _MOST_REMEMBERED = 256
+# A request may present so many keys: one guess in each of a thousand headers would be a thousand guesses.
+_MOST_KEYS = 8
+_BAD_REQUEST = 400
+_UNAUTHORIZED = 401
 _FORBIDDEN = 403
 _METHODS = b"GET, HEAD, POST, DELETE"
 _READABLE = b"X-Request-Id, X-Instance, X-Model, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
@@ -25,30 +38,45 @@ _READABLE = b"X-Request-Id, X-Instance, X-Model, X-Fallback-Reason, X-Queue-Ms, 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
+    """The answer to a request that is not served; `reason` is one of `REASONS`, for logs and metrics."""
+
     status: int
     code: str
     message: str
+    reason: str
     headers: dict[str, str] = field(default_factory=dict)
 
 
 class Access:
-    """The one check of every request, whichever way it is served.
+    """The one check of every request, on the relay and on all other routes.
 
-    A page in a browser can send requests to this machine: under a name of its own that resolves to it
-    (hence the Host check), or across origins (hence the Origin check). Pages of this machine may use models
-    and read the answers, as with Ollama itself; the control API is for pages that come from it.
+    A page in a browser can reach this machine in two ways: under a name of its own that it has resolved to
+    this machine (the Host check refuses that), and across origins (the Origin check). Pages of this machine,
+    and of the origins that Ollama allows, may use Ollama's routes and read the answers. The control API
+    serves only pages that come from the daemon itself.
 
     Args:
-        allowed_hosts: names without a port, IPv6 in brackets, in lower case.
-        key: what an operator must present, None when none is configured.
-        allowed_origins: of other pages that may use models; a `*` at the end stands for anything.
+        allowed_hosts: names without a port, IPv6 in brackets, in lower case. Names that only this machine or
+            its network can mean are allowed besides (`manager.wire.hosts`).
+        key: the operator's key; None when none is configured.
+        allowed_origins: patterns of other pages that may use Ollama's routes (`manager.wire.origins`).
+        own_names: names of this machine, allowed as hosts.
+        any_host: allow every Host. Safe where a key is required, since no page has the key.
     """
 
     def __init__(
-        self, *, allowed_hosts: Collection[str], key: str | None, allowed_origins: Collection[str] = ()
+        self,
+        *,
+        allowed_hosts: Collection[str],
+        key: str | None,
+        allowed_origins: Collection[str] = (),
+        own_names: Collection[str] = (),
+        any_host: bool = False,
     ) -> None:
-        self._allowed_hosts = frozenset(allowed_hosts)
-        self._allowed_origins = tuple(origin.encode() for origin in allowed_origins)
+        self._configured = frozenset(allowed_hosts)
+        self._named = self._configured | {name.lower() for name in own_names}
+        self._any_host = any_host and key is not None
+        self._origins = Origins(tuple(allowed_origins))
         self._key = key.encode() if key is not None else None
         self._seen: set[bytes] = set()
 
@@ -56,73 +84,135 @@ class Access:
     def wants_key(self) -> bool:
         return self._key is not None
 
-    def refusal(self, path: str, headers: list[Header], *, asks_first: bool = False) -> Refusal | None:
-        """Why a request must not be served; None when it may.
+    def refusal(
+        self, path: str, headers: list[Header], *, preflight: bool = False, needs_host: bool = True
+    ) -> Refusal | None:
+        """Return why a request must not be served, or None.
 
         Args:
-            path: without the query.
+            path: in its normal form, without the query.
             headers: names in lower case.
-            asks_first: a browser asks whether a page may send a request; it never shows a key for that.
+            preflight: a browser asks whether a page may send a request; it presents no key for that.
+            needs_host: False for HTTP/1.0, whose requests may come without a Host.
         """
         hosts = [value for name, value in headers if name == b"host"]
-        # The parser lets a missing and a doubled Host pass.
-        if len(hosts) != 1 or not self._allows(hosts[0]):
-            named = ", ".join(host.decode("latin-1") for host in hosts)
-            return Refusal(
-                _FORBIDDEN,
-                "host_not_allowed",
-                f"Host {named!r} is not in server.allowed_hosts of the configuration",
-            )
+        host = hosts[0] if hosts else b""
+        return (
+            self._host_refusal(hosts, needs_host=needs_host)
+            or self._origin_refusal(path, headers, host)
+            or (None if preflight or path in WITHOUT_KEY else self._key_refusal(headers))
+        )
+
+    def addressed(self, headers: list[Header], authority: bytes, *, needs_host: bool = True) -> list[Header]:
+        """Return the headers of a request with a target in absolute form, whose authority replaces Host.
+
+        A Host that is not allowed stays, and a missing one is not supplied where one is needed, so that
+        `refusal` finds them: both the Host and the authority have to be allowed.
+
+        Args:
+            headers: names in lower case.
+            authority: of the target.
+            needs_host: as for `refusal`.
+        """
+        if not needs_host and not any(name == b"host" for name, _ in headers):
+            return [(b"host", authority), *headers]
+        return [
+            (name, authority if name == b"host" and self._allows(value) else value) for name, value in headers
+        ]
+
+    def _host_refusal(self, hosts: list[bytes], *, needs_host: bool) -> Refusal | None:
+        if len(hosts) > 1:
+            return _bad_request("host_repeated", "host is given more than once")
+        if not hosts:
+            return _bad_request("host_missing", "a request needs a Host header") if needs_host else None
+        if self._allows(hosts[0]):
+            return None
+        named = hosts[0].decode("latin-1")
+        return _forbidden(
+            "host_not_allowed",
+            f"Host {named!r} is not in server.allowed_hosts of the configuration, and is no name that only "
+            "this machine can have",
+        )
+
+    def _origin_refusal(self, path: str, headers: list[Header], host: bytes) -> Refusal | None:
         for name, value in headers:
-            if name == b"origin" and not self._allows_origin(value, path, hosts[0]):
-                origin = value.decode("latin-1")
+            if name == b"origin" and not self._allows_origin(value, path, host):
                 why = (
                     "is not in server.allowed_hosts or server.allowed_origins"
                     if spoken_at(path)
                     else "is not this server itself, whose control is open to no other page"
                 )
-                return Refusal(_FORBIDDEN, "origin_not_allowed", f"Origin {origin!r} {why}")
-        if asks_first:
-            return None
-        if self._key is not None and path not in WITHOUT_KEY and not _has_key(headers, self._key):
-            return Refusal(
-                401,
-                "key_required",
-                "present the operator key as `Authorization: Bearer …` or `X-API-Key: …`",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
+                return _forbidden("origin_not_allowed", f"Origin {value.decode('latin-1')!r} {why}")
         return None
 
-    def _allows_origin(self, origin: bytes, path: str, host: bytes) -> bool:
-        scheme, separator, name = origin.partition(b"://")
-        of_web = scheme in (b"http", b"https") and bool(separator)
-        if spoken_at(path) is None:
-            return of_web and name.lower() == host.strip().lower()
-        return (of_web and self._allows(name)) or any(
-            origin.startswith(allowed[:-1]) if allowed.endswith(b"*") else origin == allowed
-            for allowed in self._allowed_origins
+    def _key_refusal(self, headers: list[Header]) -> Refusal | None:
+        if self._key is None:
+            return None
+        presented = presented_keys(headers)
+        # All are compared, and in constant time: the time must not tell how much of a guess was right.
+        if any([hmac.compare_digest(one, self._key) for one in presented]):  # noqa: C419
+            return None
+        what, reason = ("the key is wrong", "key_wrong") if any(presented) else ("no key", "key_missing")
+        return Refusal(
+            _UNAUTHORIZED,
+            "key_required",
+            f"{what}: present the operator key as `Authorization: Bearer …` or `X-API-Key: …`",
+            reason,
+            headers={"WWW-Authenticate": "Bearer"},
         )
+
+    def _allows_origin(self, origin: bytes, path: str, host: bytes) -> bool:
+        scheme, _, authority = origin.partition(b"://")
+        of_web = scheme in (b"http", b"https") and bool(authority)
+        is_here = of_web and authority.lower() == host.strip().lower()
+        name = host_name(authority.decode("latin-1")) if of_web else None
+        if spoken_at(path) is None:
+            # A page of `x.local` is not trusted with this: another machine of the network may have the name.
+            return is_here and name is not None and (self._any_host or self._is_certain(name))
+        return is_here or name in self._configured or self._origins.allow(origin)
 
     def _allows(self, host: bytes) -> bool:
         if host in self._seen:
             return True
-        match = _HOST.fullmatch(host.decode("latin-1").strip().lower())
-        if match is None or match["name"] not in self._allowed_hosts:
+        text = host.decode("latin-1").strip()
+        name = host_name(text)
+        # No Host and an empty one come from no browser.
+        if text and (name is None or not (self._any_host or self._is_certain(name) or is_local(name))):
             return False
         if len(self._seen) < _MOST_REMEMBERED:
             self._seen.add(host)
         return True
 
+    def _is_certain(self, name: str) -> bool:
+        return name in self._named or is_fixed(name)
+
+
+def presented_keys(headers: list[Header]) -> list[bytes]:
+    """Return the keys that a request presents, in the order of its headers; any of them may be the right one.
+
+    Args:
+        headers: names in lower case.
+    """
+    keys: list[bytes] = []
+    for name, value in headers:
+        if name == b"x-api-key":
+            keys.append(value)
+        elif name == b"authorization":
+            scheme, _, bearer = value.partition(b" ")
+            if scheme.lower() == b"bearer":
+                keys.append(bearer.strip())
+    return keys[:_MOST_KEYS]
+
 
 def for_pages(headers: list[Header], refusal: Refusal | None) -> list[Header]:
-    """What lets a page in a browser read an answer; nothing for others, and for pages that must not.
+    """Return the headers that let a page in a browser read an answer; none where no page may.
 
     Args:
         headers: of the request, names in lower case.
-        refusal: what came of the check.
+        refusal: the result of the check.
     """
     origin = next((value for name, value in headers if name == b"origin"), None)
-    if origin is None or (refusal is not None and refusal.status == _FORBIDDEN):
+    if origin is None or (refusal is not None and refusal.status != _UNAUTHORIZED):
         return []
     return [
         (b"Access-Control-Allow-Origin", origin),
@@ -132,9 +222,7 @@ def for_pages(headers: list[Header], refusal: Refusal | None) -> list[Header]:
 
 
 def permission(headers: list[Header]) -> list[Header] | None:
-    """What a browser is told that asks whether a page may send a request, beside `for_pages`.
-
-    None where none asks.
+    """Return the headers of the answer to a preflight request, beside `for_pages`; None if it is none.
 
     Args:
         headers: of the request with the method OPTIONS, names in lower case.
@@ -149,11 +237,14 @@ def permission(headers: list[Header]) -> list[Header] | None:
     ]
 
 
-def _has_key(headers: list[Header], key: bytes) -> bool:
-    presented = next((value for name, value in headers if name == b"x-api-key"), b"")
-    for name, value in headers:
-        scheme, _, bearer = value.partition(b" ")
-        if name == b"authorization" and scheme.lower() == b"bearer":
-            presented = bearer.strip()
-    # Its time must not tell how much of a guess was right.
-    return hmac.compare_digest(presented, key)
+def ambiguous(why: str) -> Refusal:
+    """Return the refusal of a request that two readers could frame differently (`manager.wire.head`)."""
+    return _bad_request("ambiguous", why)
+
+
+def _bad_request(reason: str, message: str) -> Refusal:
+    return Refusal(_BAD_REQUEST, "bad_request", message, reason)
+
+
+def _forbidden(code: str, message: str) -> Refusal:
+    return Refusal(_FORBIDDEN, code, message, code)

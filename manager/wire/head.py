@@ -59,7 +59,6 @@ NOT_RETURNED = HOP_BY_HOP | {
     b"x-start-ms",
 }
 _NEVER_FORWARDED = HOP_BY_HOP | _OURS
-_ONCE = (b"host", b"content-type", b"transfer-encoding", b"authorization", b"x-api-key")
 Header = tuple[bytes, bytes]
 
 
@@ -75,39 +74,41 @@ STATUS_LINES = {status: status_line(status) for status in range(100, 600)}
 
 
 def ambiguity(headers: list[Header]) -> str | None:
-    """Why two readers could understand this request differently; None when they cannot.
+    """Return why two readers could frame this request differently, or None.
 
-    The parser (llhttp, strict) refuses folded lines, a second or odd Content-Length, one beside a
-    Transfer-Encoding, bare line ends and bad chunks. This is what it lets pass.
+    The parser (llhttp, strict) refuses folded lines, a second or malformed Content-Length, one beside a
+    Transfer-Encoding, bare line ends and bad chunks. This is the rest. `Access` counts the Host headers; of
+    other repeated headers the first one counts, as for Go's `Header.Get`.
 
     Args:
         headers: names in lower case.
     """
-    names = [name for name, _ in headers]
-    if len(set(names)) != len(names):
-        for name in _ONCE:
-            if names.count(name) > 1:
-                return f"{name.decode()} is given more than once"
-    if b"transfer-encoding" in names:
-        coding = next(value for name, value in headers if name == b"transfer-encoding")
-        if coding.strip().lower() != b"chunked":
-            return "the only transfer-encoding that is understood is chunked"
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if len(codings) > 1:
+        return "transfer-encoding is given more than once"
+    if codings and codings[0].strip().lower() != b"chunked":
+        return "the only transfer-encoding that is understood is chunked"
     return None
 
 
 def forwarded(headers: Iterable[Header], withheld: Collection[bytes]) -> list[bytes]:
-    """The lines of a request that the server is to see.
+    """Return the lines of a request that go to the upstream; of several Content-Types only the first.
 
     Args:
         headers: as they came, names in lower case.
-        withheld: names beyond the usual that stay here.
+        withheld: names of further headers that do not go there.
     """
     lines: list[bytes] = []
     named = b""
+    has_type = False
     for name, value in headers:
         if name == b"connection":
             named += value + b","
         elif name not in _NEVER_FORWARDED and name not in withheld:
+            if name == b"content-type":
+                if has_type:
+                    continue
+                has_type = True
             lines.append(b"%b: %b\r\n" % (name, value))
     return without_named(lines, named) if named else lines
 

@@ -32,6 +32,8 @@ class Route:
     can_stream: bool = True
 
 
+_MESSAGES = "/v1/messages"
+
 _ROUTES = (
     Route("/api/generate", RequestKind.GENERATE, Dialect.NATIVE, streams=True),
     Route("/api/chat", RequestKind.GENERATE, Dialect.NATIVE, streams=True),
@@ -41,14 +43,14 @@ _ROUTES = (
     Route("/v1/completions", RequestKind.GENERATE, Dialect.OPENAI),
     Route("/v1/responses", RequestKind.GENERATE, Dialect.OPENAI),
     Route("/v1/embeddings", RequestKind.EMBED, Dialect.OPENAI, can_stream=False),
-    Route("/v1/messages", RequestKind.GENERATE, Dialect.ANTHROPIC),
+    Route(_MESSAGES, RequestKind.GENERATE, Dialect.ANTHROPIC),
 )
 
 INFERENCE: Mapping[bytes, Route] = MappingProxyType({route.path.encode(): route for route in _ROUTES})
 
 
 def dialect_of(path: str) -> Dialect:
-    """The dialect in which a caller of `path` expects its errors."""
-    if path == "/v1/messages":
+    """Return the dialect in which a client of `path` expects its errors."""
+    if path == _MESSAGES or path.startswith(f"{_MESSAGES}/"):
         return Dialect.ANTHROPIC
     return Dialect.OPENAI if path.startswith("/v1/") else Dialect.NATIVE

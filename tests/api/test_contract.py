@@ -176,7 +176,7 @@ def test_a_wrong_parameter_is_refused_and_nothing_happens(daemon: Daemon, path: 
 
 def test_routes_and_methods_that_do_not_exist_have_the_same_shape_of_error(daemon: Daemon) -> None:
     assert error_of(daemon.call("GET", "nothing"), 404)["code"] == "not_found"
-    assert error_of(daemon.call("GET", "instances/"), 404)["code"] == "not_found"
+    assert error_of(daemon.call("GET", "instances//cpu/x"), 404)["code"] == "not_found"
     answer = daemon.call("DELETE", "instances/cpu")
     assert error_of(answer, 405)["code"] == "method_not_allowed"
     assert answer.headers["allow"] == "GET, PATCH"

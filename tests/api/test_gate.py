@@ -1,9 +1,11 @@
-"""Who may ask: the key, the Host a request names, the origin it comes from, the size of its body."""
+"""Access control from outside: the key, the Host, the origin, and the size of a body."""
 
 from __future__ import annotations
 
 import hmac
 import json
+import re
+import socket
 import stat
 import subprocess
 import sys
@@ -79,6 +81,8 @@ def test_every_route_but_healthz_wants_the_key(daemon: Daemon) -> None:
         {"Authorization": f"bearer  {KEY} "},
         {"X-API-Key": KEY},
         {"Authorization": "Basic eDp5", "X-API-Key": KEY},
+        {"Authorization": "Bearer unused", "X-API-Key": KEY},
+        {"Authorization": f"Bearer {KEY}", "X-API-Key": "unused"},
     ],
 )
 def test_the_key_opens_as_bearer_and_as_x_api_key(daemon: Daemon, headers: dict[str, str]) -> None:
@@ -115,8 +119,22 @@ def test_the_key_in_the_query_does_not_open(daemon: Daemon) -> None:
 
 
 def test_nothing_gets_past_healthz_by_its_name(daemon: Daemon) -> None:
-    for path in ("/healthz/", "/healthz/../readyz", "//healthz", "/Healthz", "/healthz%2f..%2freadyz"):
+    for path in (
+        "/healthz/../readyz",
+        "/healthz/%2e%2e/readyz",
+        "/Healthz",
+        "/healthz%2f..%2freadyz",
+        "/healthz%2freadyz",
+        "/healthz/readyz",
+        "/healthz;/readyz",
+        "http://localhost/readyz",
+    ):
         assert say(daemon.port, request(path)).status == 401, path
+
+
+def test_every_spelling_of_healthz_is_healthz(daemon: Daemon) -> None:
+    for path in ("/healthz/", "//healthz", "/%68ealthz", "/x/../healthz", "http://localhost/healthz"):
+        assert say(daemon.port, request(path)).status == 200, path
 
 
 def test_neither_keys_nor_guesses_are_logged(daemon: Daemon) -> None:
@@ -143,10 +161,11 @@ async def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
 
     async def send(_message: Message) -> None: ...
 
-    gate = Gate(app, access=Access(allowed_hosts=["localhost"], key="right"))
+    access = Access(allowed_hosts=["localhost"], key="right")
+    gate = Gate(app, access=access, refused=lambda _reason, _address, _path: None)
     for presented in (b"", b"r", b"wrong", b"right"):
         headers = [(b"host", b"localhost"), (b"x-api-key", presented)]
-        await gate({"type": "http", "path": "/x", "headers": headers}, receive, send)
+        await gate({"type": "http", "raw_path": b"/x", "headers": headers}, receive, send)
     assert compared == [(b"", b"right"), (b"r", b"right"), (b"wrong", b"right"), (b"right", b"right")]
 
 
@@ -166,9 +185,19 @@ async def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatc
         "127.0.0.1:1",
         "[::1]",
         "[::1]:11435",
+        "",
+        "0.0.0.0",
+        "0.0.0.0:11435",
+        "127.0.0.2",
+        "[::2]",
+        "192.0.2.7:11435",
+        "box.local",
+        "host.docker.internal:11435",
+        "evil.example.localhost",
+        socket.gethostname(),
     ],
 )
-def test_the_daemons_own_names_are_served(daemon: Daemon, host: str) -> None:
+def test_names_that_only_this_machine_can_have_are_served(daemon: Daemon, host: str) -> None:
     assert say(daemon.port, request("/healthz", host=host)).status == 200
 
 
@@ -176,23 +205,18 @@ def test_the_daemons_own_names_are_served(daemon: Daemon, host: str) -> None:
     "host",
     [
         None,
-        "",
         "evil.example",
         "evil.example:11435",
         "localhost.evil.example",
-        "evil.example.localhost",
         "localhost:evil.example",
         "localhost@evil.example",
         "evil.example@localhost",
         "localhost:1:2",
         "localhost..",
         "127.0.0.1.evil.example",
-        "127.0.0.2",
-        "0.0.0.0",
         "::1",
         "[::1]evil.example",
         "[::1",
-        "[::2]",
         "local host",
         "localhost, evil.example",
         "locallhost",
@@ -207,14 +231,34 @@ def test_any_other_host_is_refused_even_on_healthz_and_with_the_key(daemon: Daem
             assert answer.error["code"] == "host_not_allowed"
 
 
-def test_a_second_host_is_refused_in_whatever_order(daemon: Daemon) -> None:
+@pytest.mark.parametrize("path", ["/healthz", "/api/tags", "/v1/messages/count_tokens", COMPUTE])
+def test_a_request_names_exactly_one_host(daemon: Daemon, path: str) -> None:
+    assert say(daemon.port, request(path, host=None)).status == 400
     for one, other in (
         ("localhost", "evil.example"),
         ("evil.example", "localhost"),
         ("localhost", "localhost"),
     ):
-        answer = say(daemon.port, request("/healthz", f"Host: {other}", host=one))
-        assert answer.status in {400, 403}
+        assert say(daemon.port, request(path, f"Host: {other}", host=one)).status == 400
+
+
+def test_a_load_balancer_may_ask_without_a_host(daemon: Daemon) -> None:
+    for headers in (b"", b"Host: localhost\r\n", b"Host: \r\n"):
+        assert say(daemon.port, b"GET /healthz HTTP/1.0\r\n" + headers + b"\r\n").status == 200
+    assert say(daemon.port, b"GET /healthz HTTP/1.0\r\nHost: evil.example\r\n\r\n").status == 403
+    assert say(daemon.port, b"GET /readyz HTTP/1.0\r\n\r\n").status == 401
+
+
+def test_the_target_in_absolute_form_and_the_host_are_both_checked(daemon: Daemon) -> None:
+    for target, host, status in (
+        ("http://127.0.0.1:1/healthz", "localhost", 200),
+        ("http://evil.example/healthz", "localhost", 403),
+        ("http://localhost/healthz", "evil.example", 403),
+        ("http://localhost/healthz", None, 400),
+        ("http://evil.example@localhost/healthz", "localhost", 400),
+        ("ftp://localhost/healthz", "localhost", 400),
+    ):
+        assert say(daemon.port, request(target, host=host)).status == status, (target, host)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +341,55 @@ def test_a_page_of_this_machine_can_read_what_models_say(
     assert "X-Instance" in answer.headers["Access-Control-Expose-Headers"]
     quiet = daemon.call(method, path, json=body, headers=headers)
     assert not [name for name in quiet.headers if name.lower().startswith("access-control-")]
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["app://obsidian.md", "tauri://localhost", "file://", "vscode-webview://0f4a", "vscode-file://vscode-app",
+     "http://0.0.0.0:3000"],
+)  # fmt: skip
+def test_the_origins_that_ollama_allows_may_use_models_and_control_nothing(
+    daemon: Daemon, origin: str
+) -> None:
+    page = {"Origin": origin, "X-API-Key": KEY}
+    asking = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    assert daemon.call("GET", "/api/version", headers=page).status_code == 200
+    granted = daemon.call("OPTIONS", "/api/chat", headers=asking)
+    assert (granted.status_code, granted.headers["Access-Control-Allow-Origin"]) == (204, origin)
+    assert daemon.call("GET", "instances", headers=page).status_code == 403
+
+
+def test_no_page_can_be_shown_in_a_frame(daemon: Daemon) -> None:
+    headers = {"X-API-Key": KEY}
+    page = daemon.call("GET", "/docs", headers=headers)
+    assert page.headers["Content-Type"].startswith("text/html")
+    assert page.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
+    assert page.headers["X-Frame-Options"] == "DENY"
+    assert "X-Frame-Options" not in daemon.call("GET", "/openapi.json", headers=headers).headers
+
+
+# --- what is written down of it -------------------------------------------------------------------
+
+
+def test_refusals_are_logged_with_the_address_and_counted(daemon: Daemon) -> None:
+    def counts() -> dict[str, float]:
+        text = daemon.call("GET", "/metrics", headers={"X-API-Key": KEY}).text
+        found = re.findall(r'^ollama_manager_refusals_total\{reason="(\w+)"\} (\S+)', text, re.MULTILINE)
+        return {reason: float(count) for reason, count in found}
+
+    before = counts()
+    for _ in range(20):
+        daemon.call("GET", "instances", headers={"X-API-Key": SECRET})
+        daemon.call("POST", "/api/pull", headers={"X-API-Key": SECRET})
+    daemon.call("GET", "/api/tags")
+    say(daemon.port, request("/healthz", host="evil.example"))
+    after = counts()
+    grown = {reason: after[reason] - before[reason] for reason in after if after[reason] != before[reason]}
+    assert grown == {"key_wrong": 40, "key_missing": 1, "host_not_allowed": 1}
+    lines = [line for line in daemon.log().splitlines() if '"refused"' in line]
+    assert lines
+    assert all("127.0.0.1" in line for line in lines)
+    assert SECRET not in daemon.log()
 
 
 # --- the size of a body ---------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def test_a_model_that_nobody_has_is_404_in_openais_words(gateway: Gateway) -> No
 
 
 def test_an_unknown_route_is_told_as_ollama_tells_it(gateway: Gateway) -> None:
-    for path in ("/nope", "/api/nope", "/api/tags/", "/api/blobs/", "/ui"):
+    for path in ("/nope", "/api/nope", "/api/tags/x", "/api/blobs/", "/ui"):
         answer = gateway.call("GET", path)
         assert (answer.status_code, answer.text) == (404, "404 page not found"), path
         assert answer.headers["content-type"] == "text/plain"

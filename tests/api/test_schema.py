@@ -22,6 +22,7 @@ import schemathesis
 from hypothesis import HealthCheck, settings
 
 from manager.api.app import control_api
+from manager.services.refusals import Refusals
 from manager.wire.access import Access
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.ollama import running_ollama
@@ -42,7 +43,7 @@ UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 def description() -> dict[str, Any]:
     """What the daemon says of itself; it does not depend on what is configured, but for the key."""
-    nothing = SimpleNamespace(fleet=None)
+    nothing = SimpleNamespace(fleet=None, refusals=Refusals(now=lambda: 0.0))
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
 
 

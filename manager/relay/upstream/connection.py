@@ -114,7 +114,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._has_head = False
         # Copying a small body costs less than a second write.
         if len(pieces) == 1 and len(pieces[0]) <= _SMALL_BYTES:
-            self._transport.write(b"%b%b" % (head, pieces[0]))
+            self._transport.write(b"".join((head, pieces[0])))
         else:
             self._transport.write(head)
             for piece in pieces:

@@ -10,7 +10,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from manager.adapters.metrics import FleetMetrics
 from manager.domain.instance import Phase
 from manager.errors import Reason
+from manager.services.refusals import Refusals
 from manager.services.traffic import BUCKETS_S, Traffic
+from manager.wire.access import REASONS
 from tests.support.records import a_record
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ LABELS = {
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
     "ollama_manager_log_lines_dropped": (),
+    "ollama_manager_refusals": ("reason",),
 }
 TYPES = {
     "ollama_manager_requests": "counter",
@@ -37,12 +40,13 @@ TYPES = {
     "ollama_manager_target_errors": "counter",
     "ollama_manager_starts": "counter",
     "ollama_manager_log_lines_dropped": "counter",
+    "ollama_manager_refusals": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
 
 
-def scraped(traffic: Traffic) -> Mapping[str, Metric]:
+def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
     spec = SimpleNamespace(id="gpu0")
     fleet = SimpleNamespace(
         views=lambda: [SimpleNamespace(spec=spec, phase=Phase.READY, in_flight=3)],
@@ -54,7 +58,13 @@ def scraped(traffic: Traffic) -> Mapping[str, Metric]:
         SimpleNamespace(uuid="GPU-2", vram_used_bytes=None),
     ]
     gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
-    metrics = FleetMetrics(cast("Any", fleet), cast("Any", gpus), traffic, log_lines_dropped=lambda: 7)
+    metrics = FleetMetrics(
+        cast("Any", fleet),
+        cast("Any", gpus),
+        traffic,
+        refusals or Refusals(now=lambda: 0.0),
+        log_lines_dropped=lambda: 7,
+    )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
 
@@ -100,6 +110,18 @@ def test_counts_are_those_of_the_traffic() -> None:
     assert values(families["ollama_manager_target_errors"], target="gpu1", reason="upstream_unreachable") == [
         1
     ]
+
+
+def test_refusals_are_counted_by_reason_from_zero() -> None:
+    refusals = Refusals(now=lambda: 0.0)
+    for reason in ("key_wrong", "key_wrong", "/made/up"):
+        refusals.refused(reason, "192.0.2.1", "/")
+    family = scraped(busy(), refusals)["ollama_manager_refusals"]
+    assert {one.labels["reason"]: one.value for one in family.samples} == {
+        **dict.fromkeys((*REASONS, "other"), 0),
+        "key_wrong": 2,
+        "other": 1,
+    }
 
 
 def test_histograms_count_up_over_the_documented_buckets() -> None:

@@ -67,10 +67,11 @@ def test_other_names_count_where_others_are_configured_and_the_usual_ones_no_mor
 
 
 def test_what_is_ambiguous_or_not_allowed_is_told() -> None:
-    assert read(HERE).ambiguity == "host is given more than once"
-    refusal = read(key="secret").refusal
-    assert refusal is not None
-    assert refusal.code == "key_required"
+    coding = (b"transfer-encoding", b"chunked")
+    assert read(coding, coding).ambiguity == "transfer-encoding is given more than once"
+    for caller, code in ((read(key="secret"), "key_required"), (read(HERE), "bad_request")):
+        assert caller.refusal is not None
+        assert caller.refusal.code == code
 
 
 def test_the_head_for_a_server_is_made_once_and_anew_for_another() -> None:

@@ -94,7 +94,11 @@ REFUSED: list[tuple[str, str]] = [
     ("server: {host: '127.0.0.1:80'}", "server.host: '127.0.0.1:80'; expected an address or a host name"),
     ("server: {allowed_hosts: ['a:80']}", "server.allowed_hosts.0: 'a:80'; expected an address or a host"),
     ("server: {allowed_origins: ['a.b']}", "server.allowed_origins.0: 'a.b'; expected SCHEME://HOST[:PORT]"),
-    ("server: {allowed_origins: ['http://*.b']}", "server.allowed_origins.0: 'http://*.b'; expected SCHEME"),
+    (
+        "server: {allowed_origins: ['http://a.b*']}",
+        "server.allowed_origins.0: 'http://a.b*'; expected SCHEME",
+    ),
+    ("server: {allowed_origins: ['https://a.*']}", "server.allowed_origins.0: 'https://a.*'; expected SCH"),
     ("server: {allowed_hosts: ['*']}", "server.allowed_hosts.0: '*'; expected an address or a host name"),
     (
         "server: {host: 0.0.0.0}",

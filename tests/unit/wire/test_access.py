@@ -1,4 +1,4 @@
-"""Who may ask, as far as it needs no daemon: what the rest is, tests/api/test_gate.py sees from outside."""
+"""Access control as a pure function; tests/api/test_gate.py sees it from outside."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.access import Access, for_pages, permission
+from manager.wire.access import REASONS, Access, ambiguous, for_pages, permission, presented_keys
+from manager.wire.hosts import host_name, is_local
 
 if TYPE_CHECKING:
     from manager.wire.head import Header
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 ALLOWED = ("localhost", "127.0.0.1", "[::1]", "gateway.example")
 HERE: Header = (b"host", b"localhost:11435")
 KEY = "correct-horse"
+CONTROL = "/api/runtime/compute/reap"
 
 
 def code(access: Access, *headers: Header, path: str = "/api/chat") -> str | None:
@@ -42,30 +44,107 @@ def test_a_host_is_allowed_under_its_name_with_any_port(open_access: Access, nam
 
 @pytest.mark.parametrize(
     "host",
-    ["", ".", ":80", "localhost:", "localhost:123456", "localhost:-1", "localhost..", "localhost/",
-     "a@localhost", "localhost localhost", "evil.example", "localhost.evil.example", "::1", "[::1", "[::1]x",
-     "[::2]", "[::1%lo]"],
+    [".", ":80", "localhost:", "localhost:123456", "localhost:-1", "localhost..", "localhost/", "a@localhost",
+     "localhost localhost", "evil.example", "localhost.evil.example", "evil.example,a.local", "local",
+     "internal", "a.local.evil.example", "alocal", "127.0.0.1.evil.example", "127.1", "0x7f000001",
+     "2130706433", "256.0.0.1", "::1", "[::1", "[::1]x", "[::g]", "[127.0.0.1]", "[::1%lo]", "\xe7.local"],
 )  # fmt: skip
 def test_any_other_host_is_refused_and_named(open_access: Access, host: str) -> None:
-    refusal = open_access.refusal("/healthz", [(b"host", host.encode())])
+    refusal = open_access.refusal("/healthz", [(b"host", host.encode("latin-1"))])
     assert refusal is not None
     assert (refusal.status, refusal.code) == (403, "host_not_allowed")
     assert repr(host) in refusal.message
 
 
-def test_a_host_is_given_exactly_once(open_access: Access) -> None:
-    assert code(open_access) == "host_not_allowed"
-    assert code(open_access, HERE, HERE) == "host_not_allowed"
+@pytest.mark.parametrize(
+    "host",
+    ["", "0.0.0.0", "127.0.0.2", "192.168.1.7", "203.0.113.9", "[::2]", "[2001:db8::1]", "localhost",
+     "app.localhost", "box.local", "Box.Local.", "host.docker.internal", "gpu.corp.internal", "thisbox"],
+)  # fmt: skip
+@pytest.mark.parametrize("port", ["", ":11435"])
+def test_a_host_that_no_public_name_server_can_point_here_is_allowed(host: str, port: str) -> None:
+    access = Access(allowed_hosts=(), key=None, own_names=["ThisBox"])
+    if host or not port:
+        assert code(access, (b"host", (host + port).encode())) is None
+
+
+def test_a_request_of_http_1_1_names_exactly_one_host(open_access: Access) -> None:
+    for hosts, reason in (([], "host_missing"), ([HERE, HERE], "host_repeated")):
+        refusal = open_access.refusal("/healthz", hosts)
+        assert refusal is not None
+        assert (refusal.status, refusal.reason) == (400, reason)
+
+
+def test_a_request_of_http_1_0_may_name_no_host_and_no_other_host(open_access: Access) -> None:
+    evil: Header = (b"host", b"evil.example")
+    for hosts, reason in (([], None), ([evil], "host_not_allowed"), ([HERE, evil], "host_repeated")):
+        refusal = open_access.refusal("/healthz", hosts, needs_host=False)
+        assert (refusal.reason if refusal else None) == reason
+
+
+def test_a_page_cannot_pass_for_one_of_the_daemon_where_no_host_is_named(open_access: Access) -> None:
+    for host in ([], [(b"host", b"")]):
+        for origin in (b"http://", b"https://", b"http", b""):
+            refusal = open_access.refusal(CONTROL, [*host, (b"origin", origin)], needs_host=False)
+            assert refusal is not None
+            assert refusal.code == "origin_not_allowed"
+
+
+def test_every_host_is_allowed_where_other_machines_need_a_key_anyway() -> None:
+    keyed = Access(allowed_hosts=(), key=KEY, any_host=True)
+    host: Header = (b"host", b"gpu.example.com:11435")
+    assert code(keyed, host) == "key_required"
+    assert code(keyed, host, (b"x-api-key", KEY.encode())) is None
+    assert code(keyed, (b"host", b"a b"), (b"x-api-key", KEY.encode())) == "host_not_allowed"
+    open_to_all = Access(allowed_hosts=(), key=None, any_host=True)
+    assert code(open_to_all, host) == "host_not_allowed", "without a key the Host is all that there is"
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=20))
-def test_whatever_host_is_named_only_those_allowed_are_let_in_and_no_line_is_broken(text: str) -> None:
+def test_no_public_name_is_let_in_and_no_line_is_broken_by_whatever_host_is_named(text: str) -> None:
     access = Access(allowed_hosts=ALLOWED, key=None)
     refusal = access.refusal("/", [(b"host", text.encode("latin-1"))])
-    if refusal is None:
-        assert text.strip().lower().rstrip("0123456789").removesuffix(":").removesuffix(".") in ALLOWED
-    else:
+    if refusal is None and text.strip():
+        name = host_name(text.strip())
+        assert name is not None
+        assert name in ALLOWED or is_local(name)
+        assert text.strip().lower().startswith(name)
+    elif refusal is not None:
         assert refusal.message.isprintable()
+
+
+# --- targets in absolute form ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("hosts", "authority", "expected"),
+    [
+        (["localhost"], b"127.0.0.1:11435", [b"127.0.0.1:11435"]),
+        (["localhost"], b"evil.example", [b"evil.example"]),
+        (["evil.example"], b"localhost", [b"evil.example"]),
+        ([], b"localhost", []),
+        (["localhost", "localhost"], b"localhost", [b"localhost", b"localhost"]),
+    ],
+)
+def test_an_authority_in_the_target_replaces_a_host_that_is_allowed(
+    open_access: Access, hosts: list[str], authority: bytes, expected: list[bytes]
+) -> None:
+    headers = [(b"accept", b"*/*"), *((b"host", host.encode()) for host in hosts)]
+    addressed = open_access.addressed(headers, authority)
+    assert [value for name, value in addressed if name == b"host"] == expected
+    assert (b"accept", b"*/*") in addressed
+
+
+def test_an_authority_in_the_target_is_the_host_of_a_request_of_http_1_0_without_one(
+    open_access: Access,
+) -> None:
+    other: Header = (b"host", b"x.y")
+    for headers, expected in (([], b"evil.example"), ([HERE], b"evil.example"), ([other], b"x.y")):
+        addressed = open_access.addressed(headers, b"evil.example", needs_host=False)
+        assert addressed == [(b"host", expected)]
+        refusal = open_access.refusal("/api/tags", addressed, needs_host=False)
+        assert refusal is not None
+        assert refusal.code == "host_not_allowed"
 
 
 def test_a_refusal_is_not_remembered_as_a_permission(open_access: Access) -> None:
@@ -90,7 +169,23 @@ def test_hosts_beyond_those_that_are_remembered_are_allowed_as_well(open_access:
         (b"localhost", True),
         (b"HTTP://localhost", True),
         (b"http:localhost", True),
-        (b"file://localhost", True),
+        (b"https://127.0.0.1", False),
+        (b"http://0.0.0.0:8080", False),
+        (b"http://[::1]:8080", False),
+        (b"app://obsidian.md", False),
+        (b"file://", False),
+        (b"tauri://localhost", False),
+        (b"vscode-webview://0f4a", False),
+        (b"vscode-file://vscode-app", False),
+        (b"chrome-extension://abcdef", True),
+        (b"myapp://obsidian.md", True),
+        (b"app:", True),
+        (b"http://127.0.0.2", True),
+        (b"http://192.168.1.7", True),
+        (b"http://box.local", True),
+        (b"http://localhost:123456", True),
+        (b"http://localhost.evil.example", True),
+        (b"app://" + b"a" * 600, True),
         (b"http://evil.example", True),
         (b"http://localhost/", True),
         (b"http://a@localhost", True),
@@ -131,7 +226,13 @@ def test_without_a_key_none_is_asked_for(open_access: Access, keyed: Access) -> 
         ([(b"authorization", b"Bearer")], False),
         ([(b"authorization", b"Basic eDp5"), (b"x-api-key", b"correct-horse")], True),
         ([(b"authorization", b"Bearer correct-horse"), (b"x-api-key", b"ollama")], True),
-        ([(b"authorization", b"Bearer ollama"), (b"x-api-key", b"correct-horse")], False),
+        ([(b"authorization", b"Bearer ollama"), (b"x-api-key", b"correct-horse")], True),
+        ([(b"x-api-key", b"correct-horse"), (b"authorization", b"Bearer ollama")], True),
+        ([(b"authorization", b"Bearer ollama"), (b"authorization", b"Bearer correct-horse")], True),
+        ([(b"authorization", b"Bearer correct-horse")] * 2, True),
+        ([(b"x-api-key", b"ollama"), (b"x-api-key", b"correct-horse")], True),
+        ([(b"authorization", b"Bearer ollama"), (b"x-api-key", b"unused")], False),
+        ([(b"x-api-key", b"guess")] * 8 + [(b"x-api-key", b"correct-horse")], False),
         ([(b"x-api-key", b"")], False),
         ([(b"x-api-key", b"\xff\x00")], False),
         ([(b"x-key", b"correct-horse")], False),
@@ -139,6 +240,31 @@ def test_without_a_key_none_is_asked_for(open_access: Access, keyed: Access) -> 
 )
 def test_the_key_opens_as_bearer_or_as_x_api_key(keyed: Access, headers: list[Header], opens: bool) -> None:
     assert (code(keyed, HERE, *headers) is None) is opens
+
+
+def test_a_wrong_key_and_none_are_told_apart_for_the_log(keyed: Access) -> None:
+    reasons = []
+    for presented in ([], [(b"x-api-key", b"")], [(b"authorization", b"Basic eDp5")], [(b"x-api-key", b"x")]):
+        refusal = keyed.refusal("/api/tags", [HERE, *presented])
+        assert refusal is not None
+        reasons.append(refusal.reason)
+    assert reasons == ["key_missing", "key_missing", "key_missing", "key_wrong"]
+
+
+def test_keys_are_presented_in_the_order_of_their_headers() -> None:
+    headers = [(b"x-api-key", b"a"), (b"authorization", b"Bearer b "), (b"authorization", b"Basic c")]
+    assert presented_keys([*headers, (b"x-api-key", b"d")]) == [b"a", b"b", b"d"]
+
+
+def test_every_reason_is_a_known_label(keyed: Access) -> None:
+    evil: Header = (b"host", b"evil.example")
+    page: Header = (b"origin", b"null")
+    found = {ambiguous("why").reason}
+    for headers in ([], [HERE, HERE], [evil], [HERE, page], [HERE], [HERE, (b"x-api-key", b"x")]):
+        refusal = keyed.refusal("/api/tags", headers)
+        assert refusal is not None
+        found.add(refusal.reason)
+    assert found == set(REASONS)
 
 
 def test_who_has_no_key_is_told_how_to_present_one(keyed: Access) -> None:
@@ -165,10 +291,33 @@ def test_the_right_key_does_not_open_to_another_host(keyed: Access) -> None:
     ("allowed", "origin", "lets"),
     [
         ("https://chat.example", b"https://chat.example", True),
+        ("https://Chat.Example", b"https://chat.example", True),
+        ("https://chat.example", b"https://chat.example:8443", False),
         ("https://chat.example", b"https://chat.example.evil", False),
+        ("https://chat.example", b"https://chatXexample", False),
         ("https://chat.example", b"http://chat.example", False),
+        ("https://chat.example:8443", b"https://chat.example:8443", True),
+        ("https://chat.example:8443", b"https://chat.example:84430", False),
+        ("https://chat.example:*", b"https://chat.example:8443", True),
+        ("https://chat.example:*", b"https://chat.example", True),
+        ("https://chat.example:*", b"https://chat.example:8443.evil.com", False),
+        ("https://*.chat.example", b"https://a.chat.example", True),
+        ("https://*.chat.example", b"https://chat.example", False),
+        ("https://*.chat.example", b"https://a.b.chat.example", False),
+        ("https://*.chat.example", b"https://evil.com/.chat.example", False),
+        ("https://*.chat.example", b"https://a.chat.example.evil.com", False),
+        ("https://app-*.chat.example", b"https://app-7.chat.example", True),
+        ("https://app-*.chat.example", b"https://app-.evil.chat.example", False),
+        ("https://[::2]:*", b"https://[::2]:3000", True),
+        ("https://*", b"https://anything.example:1", True),
+        ("https://*", b"http://anything.example", False),
+        ("https://*:8443", b"https://anything.example:8443", True),
+        ("https://*:8443", b"https://anything.example", False),
         ("chrome-extension://*", b"chrome-extension://abcdef", True),
         ("chrome-extension://*", b"moz-extension://abcdef", False),
+        ("null", b"null", True),
+        ("null", b"nullx", False),
+        ("https://*", b"null", False),
         ("*", b"https://anything.example", True),
         ("*", b"null", True),
     ],
@@ -182,6 +331,46 @@ def test_pages_of_other_origins_may_use_models_where_that_is_configured_and_noth
         assert code(access, HERE, (b"origin", origin), path=path) == expected
     for path in ("/api/runtime/compute/reap", "/api/settings/models", "/metrics"):
         assert code(access, HERE, (b"origin", origin), path=path) == "origin_not_allowed"
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost:11435", "127.0.0.1", "192.168.1.7:80", "gateway.example", "thisbox"]
+)
+def test_a_page_of_the_daemon_controls_it_under_a_name_that_is_certainly_this_machines(name: str) -> None:
+    access = Access(allowed_hosts=ALLOWED, key=None, own_names=["thisbox"])
+    for scheme in (b"http", b"https"):
+        page = [(b"host", name.upper().encode()), (b"origin", scheme + b"://" + name.encode())]
+        assert code(access, *page, path=CONTROL) is None
+
+
+@pytest.mark.parametrize("name", ["box.local", "gpu.corp.internal"])
+def test_a_page_under_a_name_that_another_machine_may_have_uses_models_and_controls_nothing(
+    open_access: Access, name: str
+) -> None:
+    page = [(b"host", name.encode()), (b"origin", b"http://" + name.encode())]
+    assert code(open_access, *page) is None
+    assert code(open_access, *page, path=CONTROL) == "origin_not_allowed"
+    assert code(open_access, page[0], path=CONTROL) is None, "that is no page"
+
+
+def test_only_a_page_of_the_same_port_controls_the_daemon(open_access: Access) -> None:
+    for origin in (b"http://localhost:1", b"http://localhost", b"app://localhost:11435", b"null"):
+        assert code(open_access, HERE, (b"origin", origin), path=CONTROL) == "origin_not_allowed"
+
+
+def test_a_page_of_the_daemon_controls_it_under_every_name_where_it_needs_a_key() -> None:
+    access = Access(allowed_hosts=(), key=KEY, any_host=True)
+    page = [(b"host", b"gpu.example.com"), (b"origin", b"https://gpu.example.com")]
+    assert code(access, *page, path=CONTROL) == "key_required"
+    assert code(access, *page, (b"x-api-key", KEY.encode()), path=CONTROL) is None
+
+
+def test_no_page_reads_an_answer_to_a_request_that_was_refused_before_its_origin_was_checked(
+    keyed: Access,
+) -> None:
+    page: Header = (b"origin", b"http://evil.example")
+    for headers in ([page], [HERE, HERE, page]):
+        assert for_pages(headers, keyed.refusal("/api/chat", headers)) == []
 
 
 def test_an_answer_can_be_read_by_the_page_that_asked_and_no_other(keyed: Access) -> None:
@@ -202,12 +391,12 @@ def test_a_browser_that_asks_first_needs_no_key(keyed: Access) -> None:
         (b"access-control-request-method", b"POST"),
         (b"access-control-request-headers", b"authorization, content-type"),
     ]
-    assert keyed.refusal("/api/chat", asks, asks_first=True) is None
+    assert keyed.refusal("/api/chat", asks, preflight=True) is None
     granted = permission(asks)
     assert granted is not None
     assert dict(granted)[b"Access-Control-Allow-Headers"] == b"authorization, content-type"
     assert permission(asks[:2]) is None
     evil = [HERE, (b"origin", b"http://evil.example"), *asks[2:]]
-    refusal = keyed.refusal("/api/chat", evil, asks_first=True)
+    refusal = keyed.refusal("/api/chat", evil, preflight=True)
     assert refusal is not None
     assert refusal.code == "origin_not_allowed"

@@ -28,7 +28,9 @@ def test_errors_are_told_in_the_dialect_of_the_route(route: Route) -> None:
     [
         ("/v1/models", Dialect.OPENAI),
         ("/v1/nothing", Dialect.OPENAI),
-        ("/v1/messages/count_tokens", Dialect.OPENAI),
+        ("/v1/messages/count_tokens", Dialect.ANTHROPIC),
+        ("/v1/messages/batches/x/results", Dialect.ANTHROPIC),
+        ("/v1/messagesx", Dialect.OPENAI),
         ("/v1", Dialect.NATIVE),
         ("/api/tags", Dialect.NATIVE),
         ("/", Dialect.NATIVE),
