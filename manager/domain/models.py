@@ -7,7 +7,7 @@ from functools import lru_cache
 
 _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
-_DEFAULT_TAG = "latest"
+DEFAULT_TAG = "latest"
 _PIN = re.compile(r"(?P<model>.+)@(?P<instance>[a-z][a-z0-9-]{0,31})")
 
 
@@ -26,4 +26,4 @@ def model_key(name: str) -> str:
     key = name.strip().lower().removeprefix("https://").removeprefix("http://")
     key = key.removeprefix(_DEFAULT_HOST).removeprefix(_DEFAULT_NAMESPACE)
     _, _, last = key.rpartition("/")
-    return key if ":" in last else f"{key}:{_DEFAULT_TAG}"
+    return key if ":" in last else f"{key}:{DEFAULT_TAG}"

@@ -15,7 +15,9 @@ BAD_REQUEST = 400
 _SERVER_ERROR = 500
 
 # Of a decision without attempts, by what it says of it.
-REFUSED: Mapping[str, int] = MappingProxyType({"unknown": 404, "unavailable": 503, "contradiction": 422})
+REFUSED: Mapping[str, int] = MappingProxyType(
+    {"unknown": 404, "unknown_lane": 400, "unavailable": 503, "contradiction": 422}
+)
 _TOLD: Mapping[Reason, int] = MappingProxyType(
     {
         Reason.ATTEMPT_TIMEOUT: 504,
