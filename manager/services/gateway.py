@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.domain.wording import listed, model_not_found
 from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
 from manager.services.model_lists import volume_of
 
@@ -69,9 +70,8 @@ class ModelMissingError(UnavailableError):
     """The instance was asked, and does not have the model."""
 
     def __init__(self, instance: str, model: str, there_is: Mapping[str, str]) -> None:
-        names = ", ".join(sorted(there_is.values())) or "none"
         super().__init__(
-            f"model {model!r} not found; models on {instance}: {names}",
+            f"{model_not_found(model)}; models on {instance}: {listed(sorted(there_is.values()))}",
             reason=Reason.MODEL_MISSING,
             instance=instance,
         )
@@ -352,9 +352,9 @@ class Gateway:
         """What there is to say of a model that is in no memory."""
         return "error" if key in self._broken else "not_loaded"
 
-    def first_token_ms(self, instance_id: str) -> float | None:
-        """The mean time to the first token on an instance; None where it has answered nothing yet."""
-        return self._traffic.first_token_ms(instance_id)
+    def first_token_ms(self, instance_id: str, key: str) -> float | None:
+        """The mean time to the first token of a model on an instance; None where it never answered there."""
+        return self._traffic.first_token_ms(instance_id, key)
 
     # --- helpers ---
 
