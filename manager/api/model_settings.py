@@ -12,8 +12,8 @@ from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotatio
 from manager.api.errors import refusals
 from manager.domain.roles import Policy, RequestKind, SystemMode
 from manager.errors import InvalidRequestError
-from manager.settings.overrides import Origin  # noqa: TC001  (pydantic reads annotations at run time)
-from manager.settings.routing import JsonObject, ModelName, RoleName
+from manager.settings.overrides import Origin, role_key, setting_key
+from manager.settings.routing import LONGEST_ROLE_NAME, ROLE_NAME, JsonObject, ModelName, RoleName
 from manager.settings.section import InstanceId
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ ModeWord = Annotated[
 Name = Annotated[
     RoleName,
     BeforeValidator(_stripped),
-    WithJsonSchema({"type": "string", "pattern": r"^\s*[a-z][a-z0-9_-]{0,31}\s*$"}),
+    WithJsonSchema({"type": "string", "pattern": rf"^\s*{ROLE_NAME}\s*$", "maxLength": LONGEST_ROLE_NAME}),
 ]
 SystemText = Annotated[str | None, BeforeValidator(_stripped)]
 Body = Annotated[
@@ -222,10 +222,10 @@ async def change_roles(settings: ModelSettings, sayings: Iterable[Saying]) -> No
     for where, role, field, value in sayings:
         values = change.setdefault(role, {})
         if field is None:
-            said[f"roles.{role}"] = (where, value)
+            said[role_key(role)] = (where, value)
             change[role] = value
             continue
-        key = f"roles.{role}.{field}" if values is not None else f"roles.{role}"
+        key = setting_key(role, field) if values is not None else role_key(role)
         if key in said and said[key][1] != value:
             raise _two_things(said[key][0], where)
         said[key] = (where, value)

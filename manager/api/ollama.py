@@ -10,6 +10,7 @@ import structlog
 from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
 from manager.api.management import Management
 from manager.api.transcription import Transcription
+from manager.domain.wording import model_not_found
 from manager.wire.listing import (
     Alias,
     alias_document,
@@ -18,7 +19,6 @@ from manager.wire.listing import (
     ps_document,
     tags_document,
 )
-from manager.wire.ollama import name_of
 from manager.wire.ollama_routes import (
     MODEL_PREFIX,
     RECOMMENDATIONS,
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("gateway")
 
 _PAGES = "/ui"
-# So many names of models fit into an error message that somebody reads.
-_MOST_NAMES = 50
 
 
 class OllamaApi:
@@ -119,7 +117,9 @@ class OllamaApi:
 
     async def _tags(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=True)
-        await answer_json(send, tags_document(self._catalogue.models()), Dialect.NATIVE)
+        await answer_json(
+            send, tags_document(self._catalogue.models(), self._catalogue.listed_aliases()), Dialect.NATIVE
+        )
 
     async def _ps(self, _scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=False)
@@ -136,10 +136,7 @@ class OllamaApi:
         await self._catalogue.refresh(lists=True)
         found = self._catalogue.find(name)
         if found is None:
-            names = sorted(name_of(model.entry) for model in self._catalogue.models())[:_MOST_NAMES]
-            names += [alias.name for alias in self._catalogue.aliases()]
-            message = f"model {name!r} not found; there is: {', '.join(names) or 'none'}"
-            await answer_error(send, Dialect.OPENAI, 404, message)
+            await answer_error(send, Dialect.OPENAI, 404, model_not_found(name))
         elif isinstance(found, Alias):
             await answer_json(send, alias_document(found), Dialect.OPENAI)
         else:

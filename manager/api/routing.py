@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +13,7 @@ from manager.api.errors import refusals
 from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, change_roles
 from manager.domain.instance import Health  # noqa: TC001
 from manager.domain.roles import Policy, RequestKind
-from manager.domain.routing import Because, RequestFacts
+from manager.domain.routing import Because, RequestFacts, What
 from manager.errors import Reason  # noqa: TC001
 from manager.settings.routing import ANY_INSTANCE, RoleName
 
@@ -87,7 +87,7 @@ class PassedOverBody(_Shape):
 
 
 class RefusedBody(_Shape):
-    what: Literal["unknown", "unavailable", "contradiction"]
+    what: What
     reason: Reason
     message: str
 

@@ -11,7 +11,7 @@ INVALID_NAME = "invalid model name"
 
 _DEFAULT_HOST = "registry.ollama.ai/"
 _DEFAULT_NAMESPACE = "library/"
-_DEFAULT_TAG = "latest"
+DEFAULT_TAG = "latest"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,79}"
 _NAME = re.compile(
     r"(?:(?:(?:(?:(?!://).)*://)?[A-Za-z0-9_][A-Za-z0-9_.:-]{0,349}/)?[A-Za-z0-9_][A-Za-z0-9_-]{0,79}/)?"
@@ -53,4 +53,4 @@ def model_key(name: str) -> str:
     key = name.strip().lower().removeprefix("https://").removeprefix("http://")
     key = key.removeprefix(_DEFAULT_HOST).removeprefix(_DEFAULT_NAMESPACE)
     _, _, last = key.rpartition("/")
-    return key if ":" in last else f"{key}:{_DEFAULT_TAG}"
+    return key if ":" in last else f"{key}:{DEFAULT_TAG}"

@@ -8,10 +8,10 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from manager.domain.models import model_key
+from manager.domain.models import DEFAULT_TAG, model_key
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 
@@ -82,11 +82,37 @@ class Role:
 
 @dataclass(frozen=True, slots=True)
 class RoutingSettings:
-    """All that the operator decides about routing. `models` maps keys of models (`model_key`) to changes."""
+    """All that the operator decides about routing.
+
+    `models` maps keys of models (`model_key`) to changes. `list_roles` puts roles into Ollama's own list of
+    models too.
+    """
 
     roles: Mapping[str, Role]
     models: Mapping[str, BodyChanges] = field(default_factory=dict)
     auto_pull: bool = False
+    list_roles: bool = True
+
+    def role(self, name: str) -> Role | None:
+        """The role of that name, in any case: names of models ignore case as well."""
+        return self.roles.get(name) or self.roles.get(name.strip().lower())
+
+    def role_meant(self, name: str, *, is_model: Callable[[str], bool]) -> Role | None:
+        """The role that a name in a request means; None where it means a model.
+
+        A bare name means the role, unless the role has no model and a model has that name. `NAME:latest`
+        means the model, unless there is none: lists name roles so, because clients add that tag to any
+        name without one.
+
+        Args:
+            name: as in the request, without a pin.
+            is_model: whether an instance has the model of that key.
+        """
+        role = self.role(name)
+        if role is not None and role.model is not None:
+            return role
+        role = role or self.role(name.strip().lower().removesuffix(f":{DEFAULT_TAG}"))
+        return None if role is None or is_model(model_key(name)) else role
 
     def changes_for(
         self, model: str, role: str | None, capabilities: Collection[str] | None = None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
 from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
+from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
     from manager.domain.roles import Role, RoutingSettings
 
-# So many names of models fit into an error message that somebody reads.
-_MOST_NAMES = 50
+# The role whose model every embedding request of that name obeys: vectors of two places must be comparable.
+_EMBEDDING = "embedding"
 
 
 class State(StrEnum):
@@ -113,6 +114,7 @@ class RequestFacts(NamedTuple):
 
 
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
+What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction"]
 
 
 class Attempt(NamedTuple):
@@ -149,7 +151,7 @@ class PassedOver(NamedTuple):
 class Refused:
     """Why there is no attempt. `what` tells an unknown name from an impossible one, or one out of reach."""
 
-    what: Literal["unknown", "impossible", "unavailable", "contradiction"]
+    what: What
     reason: Reason
     message: str
 
@@ -186,17 +188,22 @@ class Decision:
 
 
 def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot) -> Decision:
-    """Where `request` may go.
+    """Return where `request` may go.
 
-    Warm instances come first, then running ones, then those that can be started, each by priority; the last
-    are those whose models nobody has read yet. The policy of a role filters before its target counts, and
-    what its fallbacks may use as well. A target is held, unless the role merely prefers GPUs; a pin always.
+    A name means, in this order: a pin (`NAME@INSTANCE`), a role that has a model, a model that an instance
+    has, a role that could not be meant otherwise. Instances with the model loaded come first, then running
+    ones, then those that can be started, each by priority; the last are those with an unread list of models.
+    The policy of a role filters before its target counts, and filters its fallbacks as well. A target is
+    held, unless the role merely prefers GPUs; a pin always.
     """
     name, pin = split_pin(request.model)
     pin = pin or request.instance
-    lane = settings.roles.get(request.lane) if request.lane else None
+    lane = settings.role(request.lane) if request.lane else None
+    if request.lane and lane is None:
+        message = f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+        return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
     if lane is not None and lane.kind is not request.kind:
-        lane = None  # its rules are for something else
+        lane = None  # its rules are for another kind of request
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
@@ -205,19 +212,32 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         who = f"{pin} does not" if pin else "no instance does"
         message = f"this request wants to {request.kind}, and {who}; one that does says so in its `serves`"
         return _refusal(request, None, pin, Refused("contradiction", Reason.POLICY, message))
-    role = settings.roles.get(name)
-    if role is not None and not able.having(model_key(name)):
+    role = settings.role_meant(name, is_model=lambda key: bool(able.having(key)))
+    if role is not None:
         if role.kind is not request.kind:
-            message = f"the role {name!r} does {role.kind}, and this request wants to {request.kind}"
+            message = f"the role {role.name!r} does {role.kind}, and this request wants to {request.kind}"
             return _refusal(request, role, pin, Refused("contradiction", Reason.POLICY, message))
         legs = list(_legs(role, settings))
         if not legs:
-            message = f"the role {name!r} has no model; set one under roles.{name}.model"
+            message = f"the role {role.name!r} has no model; set one under roles.{role.name}.model"
             return _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
     else:
-        legs = [_Leg(name, lane)]
-        role = lane
+        role = lane or _embedding_role(name, request.kind, settings)
+        # A lane adds its rules, not its fallbacks: those have models of their own. Those of the role
+        # `embedding` have the same one.
+        if role is None or role is lane:
+            legs = [_Leg(name, lane)]
+        else:
+            legs = [_Leg(name, leg.role) for leg in _legs(role, settings)]
     return _Decider(request, settings, able, role, pin, everybody=snapshot).over(legs)
+
+
+def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> Role | None:
+    """The role `embedding`, if the request names its model; it then obeys that role."""
+    role = settings.roles.get(_EMBEDDING) if kind is RequestKind.EMBED else None
+    if role is None or role.model is None or role.kind is not kind:
+        return None
+    return role if model_key(role.model) == model_key(name) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,9 +429,9 @@ class _Decider:
             rule = f"policy cpu_only permits none of: {_listed(barred)}"
             return Refused("contradiction", Reason.POLICY, rule)
         if having:
-            message = f"model {leg.model!r} is not on {held}; it is on: {_listed(having)}"
+            message = f"{self._missing(leg.model)}; it is not on {held}, but on: {_listed(having)}"
             return Refused("unknown", Reason.MODEL_MISSING, message)
-        return self._not_found(leg.model)
+        return self._not_found(leg)
 
     def _unavailable(self, one: PassedOver) -> Refused:
         place = self._snapshot.get(one.instance)
@@ -420,22 +440,20 @@ class _Decider:
         message = f"{one.instance} {has} {one.model!r} and cannot be used now ({one.reason})"
         return Refused("unavailable", one.reason, message)
 
-    def _not_found(self, model: str) -> Refused:
-        if not is_possible(model):
+    def _not_found(self, leg: _Leg) -> Refused:
+        if not is_possible(leg.model):
             return Refused("impossible", Reason.MODEL_MISSING, INVALID_NAME)
-        names = self._snapshot.names()
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        listed = ", ".join(names[:_MOST_NAMES]) or "none"
-        name, _ = split_pin(self._request.model)
-        roles = ", ".join(
-            role.name
-            for role in self._settings.roles.values()
-            if role.model is not None and role.name != name
-        )
-        also = f"; roles: {roles}" if roles else ""
-        of_role = f" of the role {name!r}" if self._role is not None and self._role.name == name else ""
-        message = f"model {model!r}{of_role} not found; models: {listed}{more}{also}"
+        role, asked_for = self._role, split_pin(self._request.model)[0]
+        stands_for = role is not None and leg.role is role and model_key(asked_for) != model_key(leg.model)
+        of_role = f"; it is the model of the role {role.name!r}" if role is not None and stands_for else ""
+        roles = self._settings.roles.values()
+        others = [one.name for one in roles if one.model is not None and one is not role]
+        also = f"; roles: {listed(others)}" if others else ""
+        message = f"{self._missing(leg.model)}{of_role}; models: {listed(self._snapshot.names())}{also}"
         return Refused("unknown", Reason.MODEL_MISSING, message)
+
+    def _missing(self, model: str) -> str:
+        return model_not_found(model, embeds=self._request.kind is RequestKind.EMBED)
 
 
 def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused: Refused) -> Decision:
@@ -451,4 +469,4 @@ def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused:
 
 
 def _listed(candidates: tuple[Candidate, ...]) -> str:
-    return ", ".join(candidate.id for candidate in candidates) or "none"
+    return listed([candidate.id for candidate in candidates])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from manager.domain.instance import InstanceSpec, Model
+    from manager.domain.roles import Role
     from manager.services.fleet import Fleet
     from manager.services.instance import Instance
     from manager.services.model_lists import ModelLists
@@ -85,16 +86,24 @@ class Catalogue:
         return tuple(self._by_key().values())
 
     def find(self, name: str) -> KnownModel | Alias | None:
-        """What a caller means by a name: a model, else what a role stands for, else nothing."""
+        """What a client means by a name: a role that has a model, or a model; None where it is neither.
+
+        See `RoutingSettings.role_meant`.
+        """
         found = self._by_key()
-        model = found.get(model_key(name))
-        if model is not None:
-            return model
-        return next((alias for alias in self._aliases(found) if alias.name == name), None)
+        role = self._settings.routing.role_meant(name, is_model=found.__contains__)
+        alias = None if role is None else self._alias(role, found)
+        return found.get(model_key(name)) if alias is None else alias
 
     def aliases(self) -> tuple[Alias, ...]:
-        """The roles that have a model, but for those whose name is a model's: that wins."""
-        return self._aliases(self._by_key())
+        """The roles that have a model."""
+        found = self._by_key()
+        aliases = (self._alias(role, found) for role in self._settings.routing.roles.values())
+        return tuple(alias for alias in aliases if alias is not None)
+
+    def listed_aliases(self) -> tuple[Alias, ...]:
+        """The roles for Ollama's own list of models."""
+        return self.aliases() if self._settings.routing.list_roles else ()
 
     def loaded(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """The models in memory, each with the id of its instance, by instance in the configured order."""
@@ -159,17 +168,19 @@ class Catalogue:
                 tuple(id_ for id_, _ in loaded[key]),
                 doing.get(key) or ("ready" if loaded[key] else self._status.idle_status(key)),
                 max((_offload(model) for _, model in loaded[key]), default=None),
-                min(filter(None, map(self._traffic.first_token_ms, instances[key])), default=None),
+                min(
+                    filter(None, (self._traffic.first_token_ms(id_, key) for id_ in instances[key])),
+                    default=None,
+                ),
             )
             for key, entry in entries.items()
         }
 
-    def _aliases(self, models: Mapping[str, KnownModel]) -> tuple[Alias, ...]:
-        return tuple(
-            Alias(role.name, role.model, role.kind, models.get(model_key(role.model)))
-            for role in self._settings.routing.roles.values()
-            if role.model is not None and model_key(role.name) not in models
-        )
+    @staticmethod
+    def _alias(role: Role, models: Mapping[str, KnownModel]) -> Alias | None:
+        if role.model is None:
+            return None
+        return Alias(role.name, role.model, role.kind, models.get(model_key(role.model)))
 
 
 def _offload(model: Model) -> float:

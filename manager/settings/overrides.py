@@ -1,6 +1,7 @@
 """Values of roles that were changed at run time, above what was written in file, environment or command line.
 
-An override is kept under the key `roles.NAME.FIELD`, with the value as JSON has it.
+An override is kept under the key `roles.NAME.FIELD`, with the value as JSON has it. A name with a dot is
+quoted in it, as in TOML: `roles."gpt-4.1".model`.
 """
 
 from __future__ import annotations
@@ -12,8 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from pydantic import ValidationError
 
 from manager.domain.roles import RequestKind
+from manager.domain.wording import listed
 from manager.settings.problems import from_validation
-from manager.settings.routing import RoleSettings, read_role, role_refusals, role_values
+from manager.settings.routing import (
+    LONGEST_ROLE_NAME,
+    ROLE_NAME,
+    RoleSettings,
+    read_role,
+    role_refusals,
+    role_values,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -27,7 +36,8 @@ Change: TypeAlias = "Mapping[str, Mapping[str, Any] | None]"
 
 _DEFAULTS = role_values(RoleSettings())
 FIELDS = tuple(_DEFAULTS)
-_ROLE = re.compile(r"[a-z][a-z0-9_-]{0,31}")
+_ROLE = re.compile(ROLE_NAME)
+_KEY = re.compile(r'roles\.(?:"(?P<quoted>[^"]*\.[^"]*)"|(?P<name>[^".]*))\.(?P<field>.+)')
 _KINDS = ", ".join(RequestKind)
 
 
@@ -55,6 +65,22 @@ class Overlay:
     values: Mapping[str, Mapping[str, Sourced]]
     roles: Mapping[str, RoleSettings]
     ignored: tuple[Ignored, ...]
+
+
+def setting_key(role: str, field: str) -> str:
+    """The key of one value of a role."""
+    return f"{role_key(role)}.{field}"
+
+
+def role_key(role: str) -> str:
+    """The key of all that is said of a role."""
+    return f'roles."{role}"' if "." in role else f"roles.{role}"
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The role and the field that `setting_key` made a key of; None for any other text."""
+    match = _KEY.fullmatch(key)
+    return (match["quoted"] or match["name"], match["field"]) if match else None
 
 
 def written_roles(loaded: LoadedSettings) -> dict[str, dict[str, Sourced]]:
@@ -128,15 +154,16 @@ def with_change(
             problems += _take_back(role, written, after)
         else:
             problems += _put(role, values, written, after)
-    touched = {f"roles.{role}.{field}" for role, values in change.items() for field in values or ()}
+    touched = {setting_key(role, field) for role, values in change.items() for field in values or ()}
     candidate = {key: value for key, value in after.items() if key in touched or key not in ignored}
     there_is = _names(written, candidate)
     for role, values in change.items():
         if values is not None and role not in there_is:
-            problems.append((f"roles.{role}", _no_role(role, there_is)))
+            problems.append((role_key(role), _no_role(role, there_is)))
     if not problems:
         for refusal in role_refusals(_roles(written, candidate), gpu_of, auto_gpus=False):
-            problems.append((".".join(map(str, ("roles", *refusal.key))), refusal.message))
+            name, field = map(str, refusal.key)
+            problems.append((setting_key(name, field), refusal.message))
     return after, problems
 
 
@@ -144,9 +171,9 @@ def _take_back(
     role: str, written: Mapping[str, Mapping[str, Sourced]], overrides: dict[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Remove all overrides of a role; complain when there is no such role."""
-    gone = [key for key in overrides if key.startswith(f"roles.{role}.")]
+    gone = [key for key in overrides if key.startswith(f"{role_key(role)}.")]
     if not gone and role not in written:
-        yield f"roles.{role}", _no_role(role, _names(written, overrides))
+        yield role_key(role), _no_role(role, _names(written, overrides))
     for key in gone:
         del overrides[key]
 
@@ -158,15 +185,16 @@ def _put(
     overrides: dict[str, Any],
 ) -> Iterator[tuple[str, str]]:
     """Set and remove overrides of one role; complain about values that cannot be."""
-    if _ROLE.fullmatch(role) is None:
-        yield f"roles.{role}", f"{role!r} as a role; expected text that matches {_ROLE.pattern}"
+    if not _is_name(role):
+        expected = f"text that matches {_ROLE.pattern}, at most {LONGEST_ROLE_NAME} characters"
+        yield role_key(role), f"{role!r} as a role; expected {expected}"
     for field, given in values.items():
         value = given.strip() if isinstance(given, str) else given
-        key = f"roles.{role}.{field}"
+        key = setting_key(role, field)
         if value is None or value == "":
             overrides.pop(key, None)
         elif found := list(_complaints(field, value)):
-            yield from ((f"roles.{role}.{where}", text) for where, text in found)
+            yield from ((setting_key(role, where), text) for where, text in found)
         elif field != "kind" or role not in written:
             overrides[key] = role_values(read_role({field: value}))[field]
         elif value != (kind := written[role]["kind"].value):
@@ -177,9 +205,8 @@ def _why_unusable(
     key: str, value: Any, written: Mapping[str, Mapping[str, Sourced]], active: Mapping[str, Any]
 ) -> str | None:
     """Why an override means nothing here; None when it does."""
-    section, _, rest = key.partition(".")
-    role, _, field = rest.partition(".")
-    if section != "roles" or _ROLE.fullmatch(role) is None or field not in FIELDS or value is None:
+    role, field = split_key(key) or ("", "")
+    if not _is_name(role) or field not in FIELDS or value is None:
         return "there is no such setting"
     for where, text in _complaints(field, value):
         return text if where == field else f"{where}: {text}"
@@ -191,7 +218,11 @@ def _why_unusable(
 
 
 def _no_role(role: str, there_is: list[str]) -> str:
-    return f"there is no role {role!r} (there is: {', '.join(there_is)}); a new one needs its kind: {_KINDS}"
+    return f"there is no role {role!r} (there is: {listed(there_is)}); a new one needs its kind: {_KINDS}"
+
+
+def _is_name(role: str) -> bool:
+    return len(role) <= LONGEST_ROLE_NAME and _ROLE.fullmatch(role) is not None
 
 
 def _other_kind(role: str, kind: str) -> str:
@@ -208,8 +239,8 @@ def _complaints(field: str, value: Any) -> Iterator[tuple[str, str]]:
 
 def _names(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
     """All roles: those that are written, then those that an override gives a kind."""
-    own = [key.removeprefix("roles.").removesuffix(".kind") for key in overrides if key.endswith(".kind")]
-    return [*written, *sorted(set(own) - set(written))]
+    own = {role for role, field in filter(None, map(split_key, overrides)) if field == "kind"}
+    return [*written, *sorted(own - set(written))]
 
 
 def _roles(
@@ -224,7 +255,7 @@ def _roles(
 def _value(
     written: Mapping[str, Mapping[str, Sourced]], overrides: Mapping[str, Any], role: str, field: str
 ) -> Sourced:
-    key = f"roles.{role}.{field}"
+    key = setting_key(role, field)
     if key in overrides and not (role in written and field == "kind"):
         return Sourced(overrides[key], "override")
     if role in written:
@@ -237,10 +268,10 @@ def _culprit(
 ) -> str | None:
     """The override to leave out because of `refusal`; None when it is not about overrides."""
     role, field = map(str, refusal.key)
-    others = [f"roles.{name}.model" for name in roles[role].fallbacks]
+    others = [setting_key(name, "model") for name in roles[role].fallbacks]
     concerned = {
-        "target": [f"roles.{role}.target", f"roles.{role}.policy"],
-        "fallbacks": [f"roles.{role}.fallbacks", f"roles.{role}.model", *others],
+        "target": [setting_key(role, "target"), setting_key(role, "policy")],
+        "fallbacks": [setting_key(role, "fallbacks"), setting_key(role, "model"), *others],
     }[field]
     there = [key for key in concerned if key in active]
     return min(there, key=lambda key: key in preferred, default=None)

@@ -112,7 +112,9 @@ def _size_text(size: int) -> str:
     return f"{size // 2 ** (10 * unit)}{('', 'k', 'm', 'g', 't')[unit]}"
 
 
-RoleName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+ROLE_NAME = r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*"
+LONGEST_ROLE_NAME = 64
+RoleName = Annotated[str, Field(pattern=f"^{ROLE_NAME}$", max_length=LONGEST_ROLE_NAME)]
 ModelName = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_model_name)]
 OptionalModel = Annotated[ModelName | None, BeforeValidator(_empty_is_null)]
 OptionalTarget = Annotated[
@@ -172,9 +174,13 @@ def _each_model_once(settings: dict[str, ModelEntrySettings]) -> dict[str, Model
 
 
 class ModelsSettings(Section):
-    """`writers` says which instance alone pulls and deletes in a volume that several have."""
+    """`writers` says which instance alone pulls and deletes in a volume that several have.
+
+    `list_roles` puts roles into `/api/tags` too, so that clients offer them.
+    """
 
     auto_pull: StrictBool = False
+    list_roles: StrictBool = True
     writers: dict[Text, InstanceId] = Field(default_factory=dict)
     settings: Annotated[dict[ModelName, ModelEntrySettings], AfterValidator(_each_model_once)] = Field(
         default_factory=dict
@@ -308,6 +314,7 @@ def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) 
         roles={name: to_role(name, role) for name, role in roles.items()},
         models={model_key(name): to_changes(one) for name, one in models.settings.items()},
         auto_pull=models.auto_pull,
+        list_roles=models.list_roles,
     )
 
 

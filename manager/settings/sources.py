@@ -197,7 +197,8 @@ def _path(name: str, names: Mapping[str, Any]) -> KeyPath | None:
 
 
 def _named(word: str, names: Any, stands_for: str) -> str:
-    there = [name for name in names or () if isinstance(names, dict) and name.replace("-", "_") == word]
+    spelled = str.maketrans("-.", "__")
+    there = [name for name in names or () if isinstance(names, dict) and name.translate(spelled) == word]
     return there[0] if len(there) == 1 else word.replace("_", stands_for)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from manager.domain.models import DEFAULT_TAG, model_key
 from manager.wire.ollama import name_of, read_time
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class KnownModel:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it in `/api/tags`. `offload` is the share of it that is in a card's
-    memory, where it is loaded; `latency_ms` the mean time to the first token on the fastest of its instances,
-    whichever model that was for.
+    memory, where it is loaded; `latency_ms` its mean time to the first token on the fastest of its instances,
+    None while it has answered nothing.
     """
 
     entry: Mapping[str, Any]
@@ -58,9 +59,33 @@ class Alias:
     of: KnownModel | None
 
 
-def tags_document(models: Iterable[KnownModel]) -> dict[str, Any]:
-    """The answer of `/api/tags`: newest first, as Ollama has it."""
-    return {"models": [_whole(model.entry) for model in sorted(models, key=_modified_s, reverse=True)]}
+def tags_document(models: Iterable[KnownModel], aliases: Iterable[Alias] = ()) -> dict[str, Any]:
+    """The answer of `/api/tags`: models newest first, as Ollama has it, then roles.
+
+    A role is an entry of its model under the name `ROLE:latest`, with the model's name as its
+    `details.parent_model`: every name in Ollama's own lists has a tag, and clients add that one to a name
+    without. A role whose model no instance has is left out, for clients offer what they find here; so is one
+    whose name is that of a model.
+    """
+    found = sorted(models, key=_modified_s, reverse=True)
+    names = {model_key(name_of(model.entry)) for model in found}
+    roles = [
+        _alias_entry(alias.name, alias.of)
+        for alias in aliases
+        if alias.of is not None and model_key(alias.name) not in names
+    ]
+    return {"models": [*(_whole(model.entry) for model in found), *roles]}
+
+
+def _alias_entry(role: str, model: KnownModel) -> dict[str, Any]:
+    entry = _whole(model.entry)
+    name = f"{role}:{DEFAULT_TAG}"
+    return {
+        **entry,
+        "name": name,
+        "model": name,
+        "details": {**entry["details"], "parent_model": entry["name"]},
+    }
 
 
 def ps_document(loaded: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:

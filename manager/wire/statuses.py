@@ -18,7 +18,7 @@ _SERVER_ERROR = 500
 
 # Of a decision without attempts, by what it says of it.
 REFUSED: Mapping[str, int] = MappingProxyType(
-    {"unknown": 404, "impossible": 400, "unavailable": 503, "contradiction": 422}
+    {"unknown": 404, "unknown_lane": 400, "impossible": 400, "unavailable": 503, "contradiction": 422}
 )
 _TOLD: Mapping[Reason, int] = MappingProxyType(
     {

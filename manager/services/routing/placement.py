@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.models import model_key
+from manager.domain.wording import listed, model_not_found
 from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
 
 if TYPE_CHECKING:
@@ -49,9 +50,8 @@ class ModelMissingError(UnavailableError):
     """The instance was asked, and does not have the model."""
 
     def __init__(self, instance: str, model: str, models: Mapping[str, str]) -> None:
-        names = ", ".join(sorted(models.values())) or "none"
         super().__init__(
-            f"model {model!r} not found; models on {instance}: {names}",
+            f"{model_not_found(model)}; models on {instance}: {listed(sorted(models.values()))}",
             reason=Reason.MODEL_MISSING,
             instance=instance,
         )

@@ -206,8 +206,39 @@ def test_where_there_is_nothing_it_says_that_too() -> None:
 def test_no_more_names_are_listed_than_somebody_reads() -> None:
     many = instance("a", CPU, *(f"m{number:03}" for number in range(60)))
     text = refusal(routed("nope", many))[2]
-    assert "m049 and 10 more" in text
-    assert "m050" not in text
+    assert (
+        text
+        == "model 'nope' not found; models: "
+        + ", ".join(f"m{number:03}" for number in range(10))
+        + " and 50 more"
+    )
+
+
+def test_every_text_that_names_instances_roles_or_lanes_names_ten_at_most() -> None:
+    crowd = [instance(f"a{number}") for number in range(30)]
+    roles = tuple(role(f"r{number}", "x") for number in range(30))
+    texts = [
+        refusal(routed("nope", instance("a"), roles=roles))[2],
+        refusal(routed("m@nowhere", *crowd))[2],
+        refusal(routed("m@b", *crowd, instance("b", CPU, "n")))[2],
+        refusal(routed("m", *crowd, roles=roles, lane="nowhere"))[2],
+        refusal(routed("r", *crowd, roles=(role("r", target="gone"),)))[2],
+        refusal(
+            routed(
+                "r", *(instance(f"g{n}", GPU) for n in range(30)), roles=(role("r", policy=Policy.CPU_ONLY),)
+            )
+        )[2],
+    ]
+    for text in texts:
+        assert "and 20 more" in text, text
+        assert len(text) < 200, text
+
+
+def test_a_request_for_vectors_is_told_in_the_words_that_ollama_has_for_those() -> None:
+    text = 'model "nope" not found, try pulling it first; models: m'
+    assert refusal(routed("nope", instance("a"), kind=EMBED))[2] == text
+    away = routed("m@b", instance("a"), instance("b", CPU, "n"), kind=EMBED)
+    assert refusal(away)[2] == 'model "m" not found, try pulling it first; it is not on b, but on: a'
 
 
 # --- pins -----------------------------------------------------------------------------------------
@@ -230,7 +261,7 @@ def test_a_pinned_instance_that_is_not_well_is_not_left_for_another() -> None:
 
 def test_a_pinned_instance_without_the_model_is_told_from_one_that_is_away() -> None:
     decision = routed("m@b", instance("a"), instance("b", CPU, "n"), instance("c", CPU, UNREAD))
-    text = "model 'm' is not on b; it is on: a"
+    text = "model 'm' not found; it is not on b, but on: a"
     assert refusal(decision) == ("unknown", Reason.MODEL_MISSING, text)
 
 
@@ -284,10 +315,72 @@ def test_a_role_stands_for_its_model() -> None:
     assert (decision.role, decision.policy, decision.requested_target) == ("output", Policy.AUTO, None)
 
 
-def test_a_model_wins_over_a_role_of_its_name() -> None:
-    decision = routed("output", instance("a", CPU, "output", "m"), roles=(role("output"),))
+@pytest.mark.parametrize("name", ["output", "Output", " OUTPUT "])
+def test_a_role_with_a_model_wins_over_a_model_of_its_name(name: str) -> None:
+    decision = routed(name, instance("a", CPU, "output", "m"), roles=(role("output"),))
+    assert attempts(decision) == [Attempt("a", "m", "output", "running")]
+
+
+def test_a_copy_of_a_model_under_a_roles_name_changes_nothing_for_the_role() -> None:
+    """As found: an embedding role for the CPU alone was answered on a GPU after such a copy (S1)."""
+    asked = role("embedding", "minilm", kind=EMBED, policy=Policy.CPU_ONLY, target="c")
+    here = (instance("c", CPU, "minilm", "embedding"), instance("g", GPU, "minilm", "embedding"))
+    assert attempts(routed("embedding", *here, roles=(asked,), kind=EMBED)) == [
+        Attempt("c", "minilm", "embedding", "running")
+    ]
+
+
+@pytest.mark.parametrize("name", ["output:latest", "OUTPUT:latest", "library/output", "output:8b"])
+def test_a_model_under_a_roles_name_is_reached_by_name_and_tag(name: str) -> None:
+    decision = routed(name, instance("a", CPU, "output", "output:8b", "m"), roles=(role("output"),))
+    assert [(one.model, one.role) for one in attempts(decision)] == [(name, None)]
+
+
+def test_name_and_tag_mean_the_role_where_no_model_has_that_name() -> None:
+    """Lists name roles so, and clients (Open WebUI) add that tag to any name without one."""
+    decision = routed("gpt-4.1:latest", instance("a"), roles=(role("gpt-4.1"),))
+    assert attempts(decision) == [Attempt("a", "m", "gpt-4.1", "running")]
+    assert refusal(routed("gpt-4.1:8b", instance("a"), roles=(role("gpt-4.1"),)))[0] == "unknown"
+    pulls = routed("gpt-4.1:latest", instance("a"), roles=(role("gpt-4.1"),), auto_pull=True)
+    assert [one.because for one in attempts(pulls)] == ["running"]
+
+
+def test_a_role_without_a_model_does_not_hide_a_model_of_its_name() -> None:
+    decision = routed("output", instance("a", CPU, "output"), roles=(role("output", None),))
     assert attempts(decision) == [Attempt("a", "output", None, "running")]
-    assert decision.role is None
+
+
+def test_a_request_for_vectors_that_names_the_model_of_the_role_embedding_obeys_that_role() -> None:
+    here = (instance("c", CPU, "minilm", "m"), instance("g", GPU, "minilm", "m"))
+    only = role("embedding", "minilm", kind=EMBED, policy=Policy.CPU_ONLY)
+    decision = routed("MiniLM:latest", *here, roles=(only,), kind=EMBED)
+    assert attempts(decision) == [Attempt("c", "MiniLM:latest", "embedding", "running")]
+    assert (decision.role, decision.policy) == ("embedding", Policy.CPU_ONLY)
+    assert refusal(routed("minilm@g", *here, roles=(only,), kind=EMBED))[0] == "contradiction"
+    placed = role("embedding", "minilm", kind=EMBED, target="g", fallbacks=("other",))
+    other = role("other", "library/minilm", kind=EMBED, target="c")
+    decision = routed("minilm", *here, roles=(placed, other), kind=EMBED)
+    assert [(one.instance, one.model, one.role) for one in attempts(decision)] == [
+        ("g", "minilm", "embedding"),
+        ("c", "minilm", "other"),
+    ]
+    assert decision.requested_target == "g"
+
+
+def test_only_requests_for_vectors_of_that_model_obey_the_role_embedding() -> None:
+    here = (instance("c", CPU, "minilm", "m"), instance("g", GPU, "minilm", "m"))
+    rules = role("embedding", "minilm", kind=EMBED, target="c")
+    assert where(routed("m", *here, roles=(rules,), kind=EMBED)) == ["c", "g"]
+    assert where(routed("minilm", *here, roles=(rules,))) == ["c", "g"]
+    assert where(routed("minilm", *here, roles=(role("other", "minilm", kind=EMBED, target="c"),))) == [
+        "c",
+        "g",
+    ]
+    lane = role("fast", "x", kind=EMBED, target="g")
+    decision = routed("minilm", *here, roles=(rules, lane), kind=EMBED, lane="fast")
+    assert (where(decision), decision.role) == (["g"], "fast")
+    none = role("embedding", None, kind=EMBED, target="c")
+    assert where(routed("minilm", *here, roles=(none,), kind=EMBED)) == ["c", "g"]
 
 
 def test_a_role_without_a_model_is_unknown_and_says_where_to_name_one() -> None:
@@ -313,7 +406,7 @@ def test_an_embedding_without_a_model_gets_none_from_others() -> None:
 
 def test_a_role_whose_model_is_missing_is_not_offered_in_its_place() -> None:
     roles = (role("output", "x"), role("other", "m"))
-    text = "model 'x' of the role 'output' not found; models: m; roles: other"
+    text = "model 'x' not found; it is the model of the role 'output'; models: m; roles: other"
     assert refusal(routed("output", instance("a"), roles=roles))[2] == text
     assert refusal(routed("output@a", instance("a"), roles=roles))[2] == text
 
@@ -340,9 +433,18 @@ def test_a_lane_for_something_else_changes_nothing() -> None:
     assert (where(decision), decision.role) == (["b"], "embedding")
 
 
-def test_a_lane_that_is_no_role_changes_nothing() -> None:
-    decision = routed("m", instance("g", GPU), lane="nowhere")
-    assert attempts(decision) == [Attempt("g", "m", None, "running")]
+@pytest.mark.parametrize("model", ["m", "nope", "output", "m@g", "m@nowhere", "nowhere"])
+def test_a_lane_that_is_no_role_is_refused_and_names_the_lanes(model: str) -> None:
+    roles = (role("output"), role("control", None))
+    text = "there is no lane 'nowhere'; lanes: output, control"
+    decision = routed(model, instance("g", GPU), roles=roles, lane="nowhere")
+    assert refusal(decision) == ("unknown_lane", Reason.POLICY, text)
+
+
+def test_a_lane_is_named_in_any_case_and_an_empty_one_is_none() -> None:
+    roles = (role("output", policy=Policy.CPU_ONLY),)
+    assert routed("m", instance("c"), roles=roles, lane="Output").role == "output"
+    assert routed("m", instance("c"), roles=roles, lane="").role is None
 
 
 def test_a_role_that_is_asked_for_by_its_name_counts_more_than_the_lane() -> None:
@@ -368,7 +470,11 @@ def test_a_target_is_held(policy: Policy) -> None:
     away = routed("output", instance("a"), instance("b", out=Reason.START_FAILED), roles=(asked,))
     assert refusal(away)[:2] == ("unavailable", Reason.START_FAILED)
     lacks = routed("output", instance("a"), instance("b", CPU, "n"), roles=(asked,))
-    assert refusal(lacks) == ("unknown", Reason.MODEL_MISSING, "model 'm' is not on b; it is on: a")
+    assert refusal(lacks) == (
+        "unknown",
+        Reason.MODEL_MISSING,
+        "model 'm' not found; it is not on b, but on: a",
+    )
     gone = routed("output", instance("a"), roles=(asked,))
     assert refusal(gone)[:2] == ("unavailable", Reason.INSTANCE_UNAVAILABLE)
     assert "there is no instance 'b'" in refusal(gone)[2]
@@ -607,7 +713,7 @@ def test_a_pull_keeps_to_pins_and_policies() -> None:
 # --- what always holds ----------------------------------------------------------------------------
 
 IDS = ["a", "b", "c", "d"]
-ROLES = ["r", "s", "t", "u"]
+ROLES = ["r", "s", "t", "embedding"]
 
 
 STATES = [
@@ -637,7 +743,7 @@ CANDIDATES = [
     )
     for device, (state, out), priority, (names, loaded) in product([CPU, GPU, None], STATES, [0, 1], LISTS)
 ]
-FALLBACKS = [(), *([name] for name in ROLES), ["s", "t"], ["u", "r", "nobody"]]
+FALLBACKS = [(), *([name] for name in ROLES), ["s", "t"], ["embedding", "r", "nobody"]]
 WISHES = [
     Role("", kind, model, target, policy, tuple(fallbacks))
     for kind, model, target, policy, fallbacks in product(
@@ -717,7 +823,9 @@ def test_every_instance_that_has_the_model_or_may_have_it_is_tried_or_passed_ove
     assert len(told) == len(set(told))
     asked_for = request.model.partition("@")[0]
     keys = {key for _, key in told}
-    if asked_for == "m" and (pin_of(request) is None or snapshot.get(pin_of(request) or "")):
+    lane_known = request.lane is None or request.lane in settings.roles
+    pin_known = pin_of(request) is None or snapshot.get(pin_of(request) or "")
+    if asked_for == "m" and lane_known and pin_known:
         keys.add(model_key("m"))
     for key in keys:
         expected = {one.id for one in (*snapshot.having(key), *snapshot.unread())}

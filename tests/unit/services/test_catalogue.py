@@ -60,6 +60,9 @@ async def is_asked(one: Instance) -> None:
         await asyncio.sleep(0)
 
 
+LATENCIES_MS = {("one", "tiny:latest"): 30.0, ("two", "tiny:latest"): 20.0, ("one", "other:latest"): 1.0}
+
+
 class Clock:
     now = 0.0
 
@@ -68,15 +71,19 @@ class Clock:
         return Clock.now
 
 
-def catalogue(*instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = ()) -> Catalogue:
+def catalogue(
+    *instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = (), list_roles: bool = True
+) -> Catalogue:
     fleet: Any = SimpleNamespace(instances=lambda: instances, images=lambda: images)
-    settings: Any = SimpleNamespace(routing=RoutingSettings({role.name: role for role in roles}))
+    settings: Any = SimpleNamespace(
+        routing=RoutingSettings({role.name: role for role in roles}, list_roles=list_roles)
+    )
     nothing: Any = None
     stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
     gateway: Any = SimpleNamespace(
         models_at_work=dict,
         idle_status=lambda _key: "not_loaded",
-        first_token_ms={"one": 30.0, "two": 20.0}.get,
+        first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)),
     )
     return Catalogue(fleet, gateway, ModelLists(nothing, nothing, stored), settings, now=Clock())
 
@@ -173,18 +180,39 @@ def test_a_model_is_told_once_with_all_who_have_it_and_hold_it() -> None:
     assert known.loaded() == (("two", {"name": "Tiny"}),)
 
 
-def test_a_name_means_a_model_before_a_role() -> None:
+def test_a_model_that_answered_nothing_has_no_latency_whatever_its_instance_did() -> None:
     one = Instance("one")
-    one.listed = (TINY,)
+    one.listed = (TINY, {"name": "fresh:latest"})
+    assert [model.latency_ms for model in catalogue(one).models()] == [30.0, None]
+
+
+def test_a_name_means_a_role_that_has_a_model_before_a_model() -> None:
+    one = Instance("one")
+    one.listed = (TINY, {"name": "control:latest"}, {"name": "output:latest"})
     roles = (
         Role("tiny", RequestKind.GENERATE, "other"),
         Role("thinking", RequestKind.GENERATE, "TINY"),
         Role("control", RequestKind.GENERATE, None),
     )
-    known = catalogue(one, roles=roles)
-    assert isinstance(known.find("tiny"), KnownModel)
+    known = catalogue(one, roles=(*roles, Role("output", RequestKind.GENERATE, "tiny")))
+    assert isinstance(known.find("tiny"), Alias)
+    assert isinstance(known.find("tiny:latest"), KnownModel)
+    assert isinstance(known.find("control"), KnownModel), "the role has no model"
+    assert isinstance(known.find("Output"), Alias)
+    assert isinstance(known.find("output:latest"), KnownModel)
+    assert isinstance(known.find("thinking:latest"), Alias), "no model has that name"
     found = known.find("thinking")
     assert isinstance(found, Alias)
     assert (found.model, found.of) == ("TINY", KnownModel(TINY, ("one",), (), latency_ms=30.0))
-    assert known.find("control") is known.find("nope") is None
-    assert [alias.name for alias in known.aliases()] == ["thinking"]
+    assert known.find("thinking:8b") is known.find("nope") is None
+    assert [alias.name for alias in known.aliases()] == ["tiny", "thinking", "output"]
+
+
+def test_roles_are_kept_out_of_ollamas_list_where_that_is_wanted() -> None:
+    one = Instance("one")
+    one.listed = (TINY,)
+    roles = (Role("thinking", RequestKind.GENERATE, "tiny"),)
+    known = catalogue(one, roles=roles)
+    assert [alias.name for alias in known.listed_aliases()] == ["thinking"]
+    known = catalogue(one, roles=roles, list_roles=False)
+    assert (known.listed_aliases(), len(known.aliases())) == ((), 1)

@@ -8,7 +8,16 @@ import pytest
 
 from manager.domain.roles import BUILT_IN_ROLES, Policy, RequestKind
 from manager.settings import load_settings
-from manager.settings.overrides import FIELDS, Overlay, Sourced, overlaid, with_change, written_roles
+from manager.settings.overrides import (
+    FIELDS,
+    Overlay,
+    Sourced,
+    overlaid,
+    setting_key,
+    split_key,
+    with_change,
+    written_roles,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -197,6 +206,79 @@ def test_the_kind_of_a_configured_role_may_be_said_but_is_not_saved(written: Wri
 def test_the_kind_of_a_role_of_ones_own_may_change(written: Written) -> None:
     after, problems = changed(written, {"roles.new.kind": "embed"}, {"new": {"kind": "generate"}})
     assert (after, problems) == ({"roles.new.kind": "generate"}, [])
+
+
+# A dot in a role's name is the trap: a field may have one as well.
+DOTTED = "gpt-4.1"
+TRICKY = ["gpt-4.1", "x.system", "x.body", "output.model", "roles.output", "a.b.c.kind", "output.kind"]
+
+
+@pytest.mark.parametrize("name", TRICKY)
+def test_a_role_with_a_dot_in_its_name_is_changed_read_and_removed_like_any_other(
+    written: Written, name: str
+) -> None:
+    change = {
+        name: {"kind": "generate", "model": "qwen3:8b", "system.mode": "append", "body.defaults": {"a": 1}}
+    }
+    after, problems = changed(written, {"roles.output.model": "kept"}, change)
+    assert problems == []
+    found = over(written, after)
+    assert found.ignored == ()
+    assert set(found.roles) == {*BUILT_IN_ROLES, "own", name}
+    role = found.roles[name]
+    assert (role.model, role.system.mode, role.body.defaults) == ("qwen3:8b", "append", {"a": 1})
+    assert found.values[name]["model"] == Sourced("qwen3:8b", "override")
+    assert found.roles["output"].model == "kept"
+    assert changed(written, after, {name: None}) == ({"roles.output.model": "kept"}, [])
+
+
+def test_roles_whose_names_begin_alike_keep_to_themselves(written: Written) -> None:
+    names = ["gpt-4", "gpt-4.1", "gpt-4.1.x", "gpt"]
+    saved, problems = changed(written, {}, {name: {"kind": "generate", "model": name} for name in names})
+    assert problems == []
+    after, _ = changed(written, saved, {"gpt-4": None, "gpt-4.1": {"model": None}})
+    found = over(written, after)
+    assert {name: found.roles[name].model for name in found.roles if name.startswith("gpt")} == {
+        "gpt": "gpt",
+        "gpt-4.1": None,
+        "gpt-4.1.x": "gpt-4.1.x",
+    }
+
+
+def test_a_key_says_which_role_and_which_field() -> None:
+    for role in ("output", "tool_selector", *TRICKY):
+        for field in FIELDS:
+            assert split_key(setting_key(role, field)) == (role, field)
+    assert setting_key("output", "model") == "roles.output.model"
+    assert setting_key(DOTTED, "model") == 'roles."gpt-4.1".model'
+    for text in ("roles.output", "output.model", 'roles."output".model', 'roles."a.b.model', "roles..model"):
+        key = split_key(text)
+        assert key is None or key[0] in ("", '"a'), text
+
+
+def test_what_is_wrong_with_a_role_with_a_dot_names_its_key(written: Written) -> None:
+    saved = {'roles."gpt-4.1".kind': "generate"}
+    _, problems = changed(written, saved, {DOTTED: {"target": "gone", "policy": "no"}})
+    assert [key for key, _ in problems] == ['roles."gpt-4.1".policy']
+    _, problems = changed(written, saved, {DOTTED: {"target": "gone"}})
+    assert [key for key, _ in problems] == ['roles."gpt-4.1".target']
+    (ignored,) = over(written, {**saved, 'roles."gpt-4.1".target': "gone"}).ignored
+    assert ignored.key == 'roles."gpt-4.1".target'
+
+
+@pytest.mark.parametrize(
+    "name", [".a", "a.", "a..b", "A", "1a", "a" * 65, "a/b", "a:b", "a@b", 'a"b', "a b", ""]
+)
+def test_a_name_that_could_be_mistaken_is_no_role(written: Written, name: str) -> None:
+    _, problems = changed(written, {}, {name: {"kind": "generate"}})
+    assert "as a role; expected text that matches" in problems[0][1]
+    assert not set(over(written, {setting_key(name, "kind"): "generate"}).roles) - {*BUILT_IN_ROLES, "own"}
+
+
+def test_a_long_list_of_roles_is_cut_where_one_is_unknown(written: Written) -> None:
+    many = {f"roles.r{number:03}.kind": "generate" for number in range(100)}
+    _, problems = changed(written, many, {"nope": {"model": "x"}})
+    assert "and 96 more" in problems[0][1]
 
 
 NO_ROLE = "there is no role 'nope' (there is: thinking, control, output, tool_selector, embedding, own"

@@ -111,6 +111,7 @@ roles:
     think: true
 models:
   auto_pull: true
+  list_roles: false
   settings: {Qwen3: {think: true, system: {text: s}}}
 """
     settings = load(tmp_path, text).settings
@@ -125,7 +126,19 @@ models:
     assert (role.policy, role.fallbacks) == (Policy.CPU_ONLY, ("thinking",))
     assert role.changes == BodyChanges({"a": 1}, {"b": 2}, "t", "replace", think=True)
     assert routing.models == {model_key("qwen3"): BodyChanges(system="s", think=True)}
-    assert routing.auto_pull is True
+    assert (routing.auto_pull, routing.list_roles) == (True, False)
+    assert load(tmp_path, "").settings.models.list_roles is True
+
+
+@pytest.mark.parametrize("variable", ["GPT_4_1", "GPT-4.1"])
+def test_a_variable_sets_a_role_with_a_dot_in_its_name(tmp_path: Path, variable: str) -> None:
+    found = load(
+        tmp_path, "roles: {gpt-4.1: {policy: auto}}", {f"OLLAMA_MANAGER_ROLES__{variable}__MODEL": "x"}
+    )
+    role = found.settings.roles["gpt-4.1"]
+    assert (role.model, role.kind) == ("x", RequestKind.GENERATE)
+    assert found.kind_of_source(("roles", "gpt-4.1", "model")) == "environment"
+    assert found.kind_of_source(("roles", "gpt-4.1", "policy")) == "file"
 
 
 @pytest.mark.parametrize(

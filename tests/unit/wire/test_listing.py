@@ -59,6 +59,28 @@ def test_the_newest_comes_first_and_what_has_no_time_last() -> None:
     assert [entry["id"] for entry in listed["data"]] == ["newer", "tiny:latest", "bare"]
 
 
+def test_a_role_is_an_entry_of_its_model_under_its_own_name() -> None:
+    roles = [Alias("gpt-4.1", RequestKind.GENERATE.value, RequestKind.GENERATE, KNOWN)]
+    model, role = tags_document([KNOWN], roles)["models"]
+    assert model["details"]["parent_model"] == ""
+    assert role == {
+        **model,
+        "name": "gpt-4.1:latest",
+        "model": "gpt-4.1:latest",
+        "details": {**model["details"], "parent_model": "tiny:latest"},
+    }
+
+
+def test_a_role_is_not_offered_where_its_name_would_get_something_else_or_nothing() -> None:
+    roles = [
+        Alias("thinking", "tiny", RequestKind.GENERATE, KNOWN),
+        Alias("tiny", "bare", RequestKind.GENERATE, BARE),
+        Alias("embedding", "nowhere", RequestKind.EMBED, None),
+    ]
+    names = [entry["name"] for entry in tags_document([BARE, KNOWN], roles)["models"]]
+    assert names == ["tiny:latest", "bare", "thinking:latest"]
+
+
 def test_a_loaded_model_says_where() -> None:
     assert ps_document([("gpu0", {"name": "tiny", "size_vram": 5})]) == {
         "models": [{"name": "tiny", "size_vram": 5, "instance": "gpu0"}]

@@ -1,0 +1,31 @@
+"""Texts that name things: bounded, and in Ollama's words where clients match on them."""
+
+from __future__ import annotations
+
+import pytest
+
+from manager.domain.wording import MOST_NAMES, listed, model_not_found
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        ([], "none"),
+        (["a"], "a"),
+        (("a", "b", "c"), "a, b, c"),
+        (["a", "b", "c", "d"], "a, b, c and 1 more"),
+        ({"a": 1, "b": 2, "c": 3, "d": 4, "e": 5}, "a, b, c and 2 more"),
+    ],
+)
+def test_names_beyond_the_bound_are_counted(names: list[str], text: str) -> None:
+    assert listed(names, 3) == text
+
+
+def test_no_more_than_ten_are_named() -> None:
+    assert MOST_NAMES == 10
+    assert listed([str(number) for number in range(1000)]).endswith("8, 9 and 990 more")
+
+
+def test_a_missing_model_is_told_as_ollama_tells_it() -> None:
+    assert model_not_found("nope") == "model 'nope' not found"
+    assert model_not_found("nope", embeds=True) == 'model "nope" not found, try pulling it first'
