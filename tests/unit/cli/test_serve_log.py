@@ -80,7 +80,7 @@ def test_no_model_name_costs_the_lines_of_others(tmp_path: Path) -> None:
         assert daemon.lines_dropped() == 0
         assert daemon.end() == 0
     lines = log.read_bytes().splitlines()
-    assert len(requests_in(lines)) >= len(names) * 3 * 20
+    assert len(requests_in(lines)) == len(names) * 3 * (20 + 1)
     assert max(map(len, lines)) < 16 * 1024
 
 
