@@ -61,7 +61,9 @@ class Passing:
         """Begin a request that is served on ASGI.
 
         Args:
-            scope, receive, send: of ASGI.
+            scope: of ASGI.
+            receive: of ASGI.
+            send: of ASGI.
             route: as it is logged.
             kind: None for requests that manage models.
         """

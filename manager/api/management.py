@@ -169,9 +169,7 @@ class Management:
         else:
             pieces = passage.uploaded()
             length = passage.body_length
-            await passage.pass_on(
-                self._server, step, lambda target: passage.question(target, pieces, length)
-            )
+            await passage.pass_on(self._server, step, lambda target: passage.question(target, pieces, length))
 
     # --- helpers ---
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from manager.api.passage import Passage
 from manager.api.refusal import RefusedError
 from manager.domain.roles import RequestKind
 from manager.domain.routing import RequestFacts
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from manager.api.backend import Passing
+    from manager.api.passage import Passage
     from manager.domain.target import Target
     from manager.services.ports import Question
 

@@ -32,9 +32,9 @@ class FailedAttempt(NamedTuple):
 class RequestRecord:
     """One request, as it is logged. Times are milliseconds, None where a phase was not reached.
 
-    `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None for
-    requests that manage models. `attempts` counts every time that a request was put to an instance or that an
-    instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
+    `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None
+    for requests that manage models. `attempts` counts every time that the request was put to an instance, or
+    that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
     `fallback_from` is the instance or policy that was preferred, None without a fallback.
 
     The class has no slots: `begun` reads the defaults from the class.

@@ -55,6 +55,9 @@ class ConnectionLimit:
         most: connections that may carry any request.
         spare: places beyond them.
         now: monotonic seconds, as in `Connection.quiet_since`.
+
+    Attributes:
+        extra: the connections that have a spare place.
     """
 
     def __init__(
@@ -64,7 +67,7 @@ class ConnectionLimit:
         self.spare = spare
         self._now = now
         self._open: set[Connection] = set()
-        self._extra: set[Connection] = set()
+        self.extra: set[Connection] = set()
         self._closed = 0
         self._refused = 0
         self._logged_at: float | None = None
@@ -80,21 +83,21 @@ class ConnectionLimit:
                 self._report()
                 connection.drop()
                 return
-            self._extra.add(connection)
+            self.extra.add(connection)
             self._report()
         self._open.add(connection)
 
     def closed(self, connection: Connection) -> None:
         self._open.discard(connection)
-        self._extra.discard(connection)
+        self.extra.discard(connection)
 
     def place_of(self, connection: Connection) -> Place:
         """Which requests the connection may carry now; a spare place becomes an ordinary one in time."""
-        if connection not in self._extra:
+        if connection not in self.extra:
             return Place.ANY
         beyond = len(self._open) - self.most
         if beyond <= 0:
-            self._extra.discard(connection)
+            self.extra.discard(connection)
             return Place.ANY
         return Place.PRIVILEGED if beyond <= self.spare // 2 else Place.HEALTH
 
@@ -114,7 +117,7 @@ class ConnectionLimit:
         return len(victims)
 
     def _close_quiet_extra(self) -> bool:
-        quiet = self._quiet(self._extra)
+        quiet = self._quiet(self.extra)
         if quiet:
             self._close(min(quiet, key=itemgetter(0))[1])
         return bool(quiet)

@@ -15,7 +15,6 @@ from manager.domain.routing import RequestFacts
 from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
-from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import Attempting, Wait
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from manager.domain.record import Outcome, RequestRecord
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
-    from manager.relay.upstream import UpstreamConnection, UpstreamPool
+    from manager.relay.upstream import AnswerHead, UpstreamConnection, UpstreamPool
     from manager.services.routing.attempting import Step, Trouble
     from manager.wire.body import Buffer, InferenceBody
     from manager.wire.routes import Route
@@ -197,7 +196,9 @@ class Exchange:
     def turn_came(self) -> None:
         """All earlier requests of the connection have been answered."""
         self._relay.begun(self)
-        record = self._record = self._relay.requests.record(self._route.path, self._route.kind, self._caller.origin)
+        record = self._record = self._relay.requests.record(
+            self._route.path, self._route.kind, self._caller.origin
+        )
         self._attempting = Attempting(self._relay.routing, record, self._began_at)
         self._is_active = True  # the time it waited for others is not its own delay
         if self._refusal is not None:
@@ -410,9 +411,7 @@ class Exchange:
             self._cancel_task()
             reason = Reason.UPSTREAM_ERROR if may_have_begun else Reason.UPSTREAM_UNREACHABLE
             message = f"{name}: {why}"
-            self._follow(
-                attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun)
-            )
+            self._follow(attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun))
         else:
             self._relay.routing.traffic.failed(name, Reason.UPSTREAM_ERROR)
             self._fail(502, f"{name}: {why} before the answer ended", "upstream_error")
@@ -449,7 +448,9 @@ class Exchange:
         else:
             self._task = None
             if not self._hold_decoded(body):
-                self._fail(UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused")
+                self._fail(
+                    UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused"
+                )
                 return
             self._decide(body)
 
@@ -476,7 +477,10 @@ class Exchange:
         self._follow(
             attempting.enter(
                 RequestFacts(
-                    model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
+                    model=model,
+                    kind=self._route.kind,
+                    instance=self._caller.origin.instance,
+                    lane=record.lane,
                 )
             )
         )
@@ -568,7 +572,9 @@ class Exchange:
         target = attempting.target
         assert target is not None  # noqa: S101  (a connection leads to it)
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
-            self._caller.head_for(self._relay.pools.pool(target.endpoint).address, self._target, target.headers),
+            self._caller.head_for(
+                self._relay.pools.pool(target.endpoint).address, self._target, target.headers
+            ),
             record.request_id.encode(),
             traceparent(record.trace_id, record.span_id, sampled=record.sampled),
             len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)),

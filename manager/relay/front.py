@@ -224,10 +224,8 @@ class Front(HttpToolsProtocol):
         path = self.url
         if b"?" in path:
             path = path.partition(b"?")[0]
-        place = self._places.place_of(self)
-        if place is not Place.ANY and not self._may_take(place, path):
-            self._places.refused()
-            raise _NoPlaceError
+        if self._places.extra:
+            self._check_place(path)
         route = INFERENCE.get(path)
         if route is None:
             route = self._route_of_normal_path()
@@ -251,12 +249,7 @@ class Front(HttpToolsProtocol):
             expects_continue=modern and self.expect_100_continue,
         )
         if not (modern and caller.ambiguity is None and caller.refusal is None):
-            problem = _problem(caller, modern=modern)
-            if caller.refusal is not None:
-                address = self.client[0] if self.client else ""
-                self._relay.refusals.refused(caller.refusal.reason, address, route.path)
-            if problem is not None:
-                exchange.refuse(*problem)
+            self._refuse_head(exchange, caller, modern=modern)
         self.cycle = exchange  # type: ignore[assignment]
         self._in_head = False
         self._start(exchange)
@@ -419,6 +412,20 @@ class Front(HttpToolsProtocol):
             self.parser.feed_data(b"".join(lines) + b"\r\n")
         except httptools.HttpParserError as error:
             self._refuse_unreadable(_plainly(error))
+
+    def _refuse_head(self, exchange: Exchange, caller: Caller, *, modern: bool) -> None:
+        problem = _problem(caller, modern=modern)
+        if caller.refusal is not None:
+            address = self.client[0] if self.client else ""
+            self._relay.refusals.refused(caller.refusal.reason, address, caller.route.path)
+        if problem is not None:
+            exchange.refuse(*problem)
+
+    def _check_place(self, path: bytes) -> None:
+        place = self._places.place_of(self)
+        if place is not Place.ANY and not self._may_take(place, path):
+            self._places.refused()
+            raise _NoPlaceError
 
     def _may_take(self, place: Place, path: bytes) -> bool:
         """Whether a request may have a spare place. Without a key, the whole control API is privileged."""

@@ -18,8 +18,8 @@ class Waiting(Protocol):
 class LoadWaits:
     """Owns which requests wait for which load, by instance and model.
 
-    To cancel a request can cancel the load that others wait for. A request whose client has left goes on while
-    another client waits for the same load.
+    To cancel a request can cancel the load that others wait for. A request whose client has left goes on
+    while another client waits for the same load.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class LoadWaits:
         self._waiting[load].add(request)
 
     def remove(self, request: Waiting, load: tuple[str, str]) -> None:
-        """The request waits no longer. End the others where only clients that left would get their answers."""
+        """The request waits no longer. End the others where all their clients have left."""
         waiting = self._waiting.get(load)
         if waiting is None:
             return

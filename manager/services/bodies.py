@@ -7,7 +7,7 @@ class BodyBudget:
     """Counts the bytes of request bodies that are held in memory.
 
     Args:
-        most_bytes: the bound. A request that would go beyond it is refused; no body waits for another, because
+        most_bytes: the bound. A request that would go beyond it is refused. No body waits for another:
             bodies that wait for each other would wait for ever.
     """
 

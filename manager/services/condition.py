@@ -68,7 +68,7 @@ class Condition:
     starters: Waiters = field(default_factory=Waiters)
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Every assignment to a field that routing reads advances the fleet's revision: none can be missed."""
+        """Advance the fleet's revision with every assignment to a field that routing reads."""
         object.__setattr__(self, name, value)
         if name in _ROUTED:
             self.world.revision.advance()

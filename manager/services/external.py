@@ -77,7 +77,9 @@ class ExternalInstance(Instance):
         )
 
     def _set_health(self, health: Health, issue: Explanation | None) -> None:
-        super()._set_health(health, issue)  # a change of health advances the revision, and the phase follows it
+        super()._set_health(
+            health, issue
+        )  # a change of health advances the revision, and the phase follows it
         if health is Health.HEALTHY and self._phase is Phase.UNAVAILABLE:
             self._phase = advance(self._phase, Fact.BECAME_READY)
             self._ready_at = self._world.utcnow()

@@ -235,7 +235,7 @@ class Fleet:
 
     @property
     def is_known(self) -> bool:
-        """Whether every instance was looked at once: the engine and each external server answered or failed."""
+        """Whether the engine and each external server have answered or failed once."""
         if not self._is_known:
             waiting = (one for one in self._instances.values() if not isinstance(one, Supervisor))
             engine = self.engine.asked or not self.supervisors()

@@ -35,7 +35,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request that does not go through the relay: its record, its pin, and what a server is to see of it."""
+    """A request beside the relay: its record, its pin, and the headers for the server."""
 
     record: RequestRecord
     instance: str | None

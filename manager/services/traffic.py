@@ -117,7 +117,7 @@ class Traffic:
 
 
 def _has_first_token(record: RequestRecord) -> bool:
-    """Whether the first byte was a token: of a stream that ended well, not of a whole answer or of vectors."""
+    """Whether the first byte was a token: of a stream that ended well, of no whole answer or vectors."""
     return record.stream and record.outcome == "ok" and record.kind is RequestKind.GENERATE
 
 

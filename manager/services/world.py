@@ -25,7 +25,7 @@ async def no_step(_instance: str, _step: str) -> None:
 
 @dataclass(slots=True)
 class Revision:
-    """Grows with every change of the fleet that routing reads. A snapshot of an older revision is out of date."""
+    """Grows with every change of the fleet that routing reads. A snapshot of an older one is out of date."""
 
     number: int = 0
 
@@ -40,8 +40,8 @@ class World:
     `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
     that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
     containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `in_flight`
-    has the number of open leases by instance. `revision` is that of the fleet. `starting` is held while a container is created and started,
-    and by nothing else.
+    has the number of open leases by instance. `revision` is that of the fleet. `starting` is held while a
+    container is created and started, and by nothing else.
     """
 
     manager_id: str

@@ -210,8 +210,8 @@ def _each_header_once(headers: HeaderSettings) -> HeaderSettings:
 class GatewaySettings(Section):
     """Seconds throughout; `keep_alive_s` 0 sends nothing while a start is waited for.
 
-    `max_body` bounds a body that is held in memory, `max_buffered` all of them together, and `max_upload` a body
-    that only passes through; None is no bound.
+    `max_body` bounds a body that is held in memory, `max_buffered` all of them together, and `max_upload` a
+    body that only passes through; None is no bound.
     `access_log` is the share of successful requests that are logged; the others always are. `tracing` needs
     what `pip install 'ollama-endpoint-manager[otel]'` brings.
     """

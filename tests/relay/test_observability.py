@@ -12,8 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import manager.adapters
-from manager.errors import ConfigurationError
 from manager.domain.record import Outcome
+from manager.errors import ConfigurationError
 from tests.support.inside import until
 from tests.support.relaying import LINE, Conversation, Front, Scripted, a_word, relaying
 from tests.unit.adapters.test_otel import Collector

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
-    from manager.relay.relay import Relay
     from manager.domain.record import RequestRecord
+    from manager.relay.relay import Relay
 
 CHAT = "/api/chat"
 LINE = b'{"model":"tiny","message":{"role":"assistant","content":"word"},"done":false}\n'

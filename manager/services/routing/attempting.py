@@ -1,12 +1,12 @@
 """The life of one request: its decision, its attempts and leases, and what follows a failure. Knows no HTTP.
 
-Failover, repeats, recovery of an instance that has just ended, patience with a load and the total deadline are
-decided here and nowhere else:
+Failover, repeats, recovery of an instance that has just ended, patience with a load and the total deadline
+are decided here and nowhere else:
 
 - An attempt that fails before its request was sent is followed by the next one.
 - A request that a server may have begun is neither repeated nor sent elsewhere when that server dies: the
   request may be the cause, and would take the next server down as well.
-- A server that answered with an error, or that ran out of time and was abandoned, is followed by the next one.
+- A server that answered with an error, or that ran out of time and was abandoned, is followed by the next.
 - Nothing follows once the client has got a byte.
 """
 
@@ -53,8 +53,8 @@ WAIT: Final = Wait()
 class Trouble:
     """Why a request has no answer. No attempt is left.
 
-    `refused` is set where no attempt was possible (`Refused.what`). `answer` is the answer of a server that failed, as the
-    caller of `answered` gave it: the client gets that one.
+    `refused` is set where no attempt was possible (`Refused.what`). `answer` is the answer of a server that
+    failed, as the caller of `answered` gave it: the client gets that one.
     """
 
     reason: Reason
@@ -136,8 +136,8 @@ class Attempting:
     """One request between its arrival and its outcome. Lives on the event loop.
 
     `enter` gives the first step. A target means: send the request there, say so with `sent`, then report
-    `answered` or `failed`, each of which gives the next step. `delivered` ends all attempts: the client has got
-    a byte. `close` gives everything back, exactly once, and ends the record.
+    `answered` or `failed`, each of which gives the next step. `delivered` ends all attempts: the client has
+    got a byte. `close` gives everything back, exactly once, and ends the record.
 
     Args:
         routing: what all requests share.
@@ -311,9 +311,7 @@ class Attempting:
             return None
         self.record.attempt_failed(attempt.instance, reason)
         endpoint = self.record.endpoint
-        self._keep_trouble(
-            Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer)
-        )
+        self._keep_trouble(Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer))
         self._release()
         return self._next()
 
@@ -379,7 +377,7 @@ class Attempting:
         return self._refuse(refused)
 
     async def _wait_for_first_look(self) -> Step:
-        """Wait until the fleet was looked at once, then decide: a daemon that has just started knows nothing."""
+        """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
         left_s = max(0.0, self.total_deadline - monotonic())
         await self._routing.router.known(within_s=min(_MAX_STARTUP_WAIT_S, left_s))
         assert self._facts is not None  # noqa: S101
@@ -454,9 +452,7 @@ class Attempting:
             )
         except ManagerError as error:
             self.target = None
-            return self.failed(
-                reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s
-            )
+            return self.failed(reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s)
         if prepared.start_ms is not None:
             self.start_ms = (self.start_ms or 0.0) + prepared.start_ms
         return self._leased(prepared.lease)
@@ -540,5 +536,3 @@ async def first_target(attempting: Attempting, step: Step) -> Target | Trouble:
         assert following is not None  # noqa: S101  (nothing was sent that could go on as before)
         step = following
     return step
-
-

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from manager.errors import Reason
     from manager.services.journal import Journal
 
-# A fallback has ended after so many requests in a row that did not fall back. Instances that take turns make no
-# events, and one that comes and goes makes fewer each time: the number doubles with each new beginning.
+# A fallback has ended after so many requests in a row that did not fall back. Instances that take turns make
+# no events, and one that comes and goes makes fewer each time: the number doubles with each new beginning.
 _FIRST_GOOD = 3
 _MAX_GOOD = 1024
 # The oldest entry makes room for a new one.

@@ -125,7 +125,7 @@ class Router:
         return self._snapshot
 
     def models_of(self, instance: Instance) -> Mapping[str, str] | None:
-        """Return the name of each model on the instance's volume by its key; None before the first reading."""
+        """Return the names of the models on the instance's volume by key; None before the first reading."""
         return self._lists.of(volume_of(instance.spec))
 
     def _revisions(self) -> tuple[int, int, int]:

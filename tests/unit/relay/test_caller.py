@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.relay.caller import read_caller
 from manager.relay.answer import _where
+from manager.relay.caller import read_caller
 from manager.relay.upstream import Address
 from manager.services.requests import Requests
 from manager.wire.access import Access
@@ -36,7 +36,12 @@ def read(*headers: Header, names: HeaderNames | None = None, key: str | None = N
 
 def test_a_caller_that_says_nothing_belongs_to_the_default_project() -> None:
     caller = read()
-    assert (caller.origin.instance, caller.origin.lane, caller.origin.project, caller.origin.intent) == (None, None, "default", None)
+    assert (caller.origin.instance, caller.origin.lane, caller.origin.project, caller.origin.intent) == (
+        None,
+        None,
+        "default",
+        None,
+    )
     assert (caller.origin.trace, caller.refusal, caller.ambiguity, caller.lines) == (None, None, None, b"")
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, get_args
 
 import pytest
 
-from manager.errors import Reason
 from manager.domain.record import Outcome
+from manager.errors import Reason
 from manager.services.traffic import BUCKETS_S, Histogram, Traffic
 from tests.support.records import a_record
 
