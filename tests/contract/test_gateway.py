@@ -35,7 +35,6 @@ OWN_ERRORS = {
     "show-unknown": "tiny:latest",
     "copy-unknown": "tiny:latest",
     "delete-unknown": "tiny:latest",
-    "v1-model-unknown": "tiny:latest",
     "v1-chat-unknown": "tiny:latest",
     "v1-chat-bad-json": "not JSON",
     "v1-embeddings-unknown": "tiny:latest",

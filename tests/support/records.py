@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from manager.domain.record import RequestRecord
+from manager.domain.roles import RequestKind
 
 TRACE, SPAN, CALLER = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7", "b7ad6b7169203331"
 
@@ -21,6 +22,7 @@ def a_record(**values: Any) -> RequestRecord:
         "project_id": "default",
         "path": "/api/chat",
         "sampled": True,
+        "kind": RequestKind.GENERATE,
         "role": "thinking",
         "model": "qwen3:8b",
         "effective_target": "gpu0",

@@ -75,7 +75,7 @@ def busy() -> Traffic:
     traffic.ended(a_record(ttfb_ms=5.1, duration_ms=700_000.0))
     traffic.ended(
         a_record(
-            requested_target="gpu1", fallback=True, fallback_reason=Reason.INSTANCE_UNAVAILABLE, ttfb_ms=None
+            fallback_from="gpu1", fallback=True, fallback_reason=Reason.INSTANCE_UNAVAILABLE, ttfb_ms=None
         )
     )
     traffic.ended(a_record(outcome="refused", effective_target=None, role=None))

@@ -80,12 +80,10 @@ def catalogue(
     )
     nothing: Any = None
     stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
-    gateway: Any = SimpleNamespace(
-        models_at_work=dict,
-        idle_status=lambda _key: "not_loaded",
-        first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)),
-    )
-    return Catalogue(fleet, gateway, ModelLists(nothing, nothing, stored), settings, now=Clock())
+    status: Any = SimpleNamespace(at_work=dict, idle_status=lambda _key: "not_loaded")
+    traffic: Any = SimpleNamespace(first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
+    lists = ModelLists(nothing, nothing, stored)
+    return Catalogue(fleet, status, traffic, lists, settings, now=Clock())
 
 
 # --- the version ----------------------------------------------------------------------------------

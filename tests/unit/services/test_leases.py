@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manager.domain.target import Target
 from manager.services.leases import Lease, LeaseBook
 
 
@@ -21,7 +22,7 @@ class Book:
 
 def test_a_lease_says_where_it_leads_and_counts_until_it_is_released() -> None:
     held = Book()
-    lease = held.book.grant("http://there")
+    lease = held.book.grant(Target("cpu", "http://there"))
     assert (lease.instance, lease.endpoint) == ("cpu", "http://there")
     assert (held.book.in_flight, held.told) == (1, 0)
     lease.release()
@@ -31,15 +32,15 @@ def test_a_lease_says_where_it_leads_and_counts_until_it_is_released() -> None:
 def test_books_share_where_they_count() -> None:
     counts: dict[str, int] = {}
     one, two = (LeaseBook(name, lambda: None, counts) for name in ("one", "two"))
-    one.grant("a")
-    with two.grant("b"):
+    one.grant(Target("cpu", "a"))
+    with two.grant(Target("cpu", "b")):
         assert counts == {"one": 1, "two": 1}
     assert counts == {"one": 1, "two": 0}
 
 
 def test_a_lease_that_is_released_twice_counts_once() -> None:
     held = Book()
-    first, second = held.book.grant("a"), held.book.grant("b")
+    first, second = held.book.grant(Target("cpu", "a")), held.book.grant(Target("cpu", "b"))
     first.release()
     first.release()
     assert (held.book.in_flight, held.told) == (1, 1)
@@ -49,11 +50,11 @@ def test_a_lease_that_is_released_twice_counts_once() -> None:
 
 def test_leaving_the_context_releases_however_it_is_left() -> None:
     held = Book()
-    with pytest.raises(ZeroDivisionError), held.book.grant("a"):  # noqa: PT012  (the body is the point)
+    with pytest.raises(ZeroDivisionError), held.book.grant(Target("cpu", "a")):  # noqa: PT012  (the body is the point)
         assert held.book.in_flight == 1
         raise ZeroDivisionError
     assert held.book.in_flight == 0
-    with held.book.grant("a") as lease:
+    with held.book.grant(Target("cpu", "a")) as lease:
         lease.release()
     assert (held.book.in_flight, held.told) == (0, 2)
 
@@ -61,7 +62,7 @@ def test_leaving_the_context_releases_however_it_is_left() -> None:
 def test_the_count_is_right_by_the_time_a_release_is_told() -> None:
     seen: list[int] = []
     book = LeaseBook("cpu", lambda: seen.append(book.in_flight), {})
-    leases = [book.grant("a") for _ in range(3)]
+    leases = [book.grant(Target("cpu", "a")) for _ in range(3)]
     for lease in leases:
         lease.release()
     assert seen == [2, 1, 0]
@@ -77,7 +78,7 @@ def test_whatever_the_order_the_count_is_that_of_the_leases_not_yet_released(num
             leases[number].release()
             released.add(number)
         else:
-            leases[number] = held.book.grant("a")
+            leases[number] = held.book.grant(Target("cpu", "a"))
         assert held.book.in_flight == len(leases) - len(released)
     for lease in leases.values():
         lease.release()
