@@ -215,11 +215,11 @@ async def open_daemon(
             now=time.monotonic,
         )
         catalogue = Catalogue(fleet, gateway, lists, model_settings, now=time.monotonic)
-        volumes = Volumes(fleet, gateway, catalogue, lists, chosen=settings.models.writers)
         server = AiohttpModelServer(
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
         )
+        volumes = Volumes(fleet, gateway, catalogue, lists, server, chosen=settings.models.writers)
         pulls = Pulls(volumes, await stack.enter_async_context(server), now=time.monotonic)
         fleet.also_run("pulls", pulls.run)
         gateway.puller = pulls

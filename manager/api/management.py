@@ -8,12 +8,16 @@ import orjson
 
 from manager.api.answers import PLAIN_JSON
 from manager.api.passage import NDJSON, Passage
+from manager.api.refusal import RefusedError
+from manager.domain.models import DEFAULT_TAG
 from manager.errors import Reason
 from manager.services.pulls import PullFailedError
+from manager.services.volumes import NoSuchModelError
 from manager.wire.listing import Alias
 from manager.wire.management import read_copy, read_named
 from manager.wire.ollama_routes import BLOB_PREFIX
-from manager.wire.progress import says_success
+from manager.wire.progress import SuccessWatch
+from manager.wire.statuses import BAD_REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -86,14 +90,17 @@ class Management:
 
     async def _create(self, passage: Passage) -> None:
         body = await self._named(passage)
+        self._refuse_role(body.model)
         volume = self._place_of_new(body, body.instance or passage.instance)
         async with self._volumes.alone(volume, f"the creation of {body.model}"):
             prepared = await self._volumes.writer(volume)
             with prepared.lease as lease:
                 passage.sent_to(prepared, body.model)
+                await self._volumes.unload_elsewhere(volume, body.model, except_on=lease.instance)
+                watch = SuccessWatch()
 
                 async def before(piece: bytes) -> None:
-                    if says_success(piece):  # whoever reads this may use the model at once
+                    if watch.feed(piece):  # a client that reads this may use the model at once
                         await self._volumes.changed(lease.instance)
 
                 question = passage.question(prepared, body.raw())
@@ -102,18 +109,26 @@ class Management:
     async def _copy(self, passage: Passage) -> None:
         body = read_copy(await passage.body())
         passage.record.model = body.model
-        await self._change(passage, body, f"the copy of {body.model}")
+        destination = body.text("destination")
+        self._refuse_role(destination)
+        try:
+            await self._change(passage, body, f"the copy of {body.model}", replaces=destination)
+        except NoSuchModelError as error:
+            # Ollama's text for this route alone.
+            raise NoSuchModelError(f'model "{body.model}" not found') from error
 
     async def _delete(self, passage: Passage) -> None:
         body = await self._named(passage)
-        await self._change(passage, body, f"the deletion of {body.model}")
+        await self._change(passage, body, f"the deletion of {body.model}", replaces=body.model)
 
-    async def _change(self, passage: Passage, body: ManagementBody, what: str) -> None:
+    async def _change(self, passage: Passage, body: ManagementBody, what: str, *, replaces: str) -> None:
+        """A change of one model; `replaces` names the model that is another one afterwards, or none."""
         volume = await self._volumes.find(body.model, body.instance or passage.instance)
         async with self._volumes.alone(volume, what):
             prepared = await self._volumes.writer(volume)
             with prepared.lease as lease:
                 passage.sent_to(prepared, body.model)
+                await self._volumes.unload_elsewhere(volume, replaces, except_on=lease.instance)
                 await passage.pass_whole(
                     self._server,
                     passage.question(prepared, body.raw()),
@@ -123,6 +138,7 @@ class Management:
 
     async def _pull(self, passage: Passage) -> None:
         body = await self._named(passage)
+        self._refuse_role(body.model)
         volume = self._volumes.default(body.instance or passage.instance)
         with self._passing.pulls.join(volume, body) as waiter:
             if body.stream:
@@ -160,16 +176,26 @@ class Management:
 
     async def _blob(self, passage: Passage) -> None:
         volume = self._volumes.default(passage.instance)
+        if passage.scope["method"] == "HEAD":
+            await self._look_for_blob(passage, volume)
+            return
         prepared = await self._volumes.writer(volume)
         with prepared.lease:
             passage.sent_to(prepared, "")
-            if passage.scope["method"] == "HEAD":
-                body: bytes = await passage.body()
-                await passage.pass_on(self._server, passage.question(prepared, body))
-            else:
-                pieces = passage.pieces(passage.limits.most_upload_bytes)
-                question = passage.question(prepared, pieces, passage.body_length)
-                await passage.pass_on(self._server, question)
+            pieces = passage.pieces(passage.limits.most_upload_bytes)
+            question = passage.question(prepared, pieces, passage.body_length)
+            await passage.pass_on(self._server, question)
+
+    async def _look_for_blob(self, passage: Passage, volume: str) -> None:
+        """Ask an instance that runs. Where none does the answer is no: the client then uploads the blob."""
+        body: bytes = await passage.body()
+        prepared = self._volumes.running(volume)
+        if prepared is None:
+            digest = passage.scope["path"].removeprefix(BLOB_PREFIX)
+            raise RefusedError(_NOT_FOUND, f'blob "{digest}" not found')
+        with prepared.lease:
+            passage.sent_to(prepared, "")
+            await passage.pass_on(self._server, passage.question(prepared, body))
 
     # --- helpers ---
 
@@ -177,6 +203,19 @@ class Management:
         body = read_named(await passage.body())
         passage.record.model = body.model
         return body
+
+    def _refuse_role(self, name: str) -> None:
+        """Refuse to make a model that requests could not name.
+
+        Raises:
+            RefusedError: it is the name of a role.
+        """
+        if self._passing.catalogue.is_role(name):
+            message = (
+                f"'{name}' is a role here: requests that name it are answered by the role's model. "
+                f"Name the model {name}:{DEFAULT_TAG}, or choose another name"
+            )
+            raise RefusedError(BAD_REQUEST, message)
 
     def _doubt(self, passage: Passage, prepared: Prepared) -> None:
         """What is not there where it should be has been taken away behind our back."""
