@@ -233,12 +233,12 @@ async def open_daemon(
         placement = Placement(fleet, router, lists, model_settings, now=time.monotonic)
         status = ModelStatus(fleet)
         catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
-        volumes = Volumes(fleet, router, placement, catalogue, lists, chosen=real_writers(settings))
         server = PooledModelServer(
             pools,
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
         )
+        volumes = Volumes(fleet, router, placement, catalogue, lists, server, chosen=real_writers(settings))
         pulls = Pulls(volumes, server, now=time.monotonic)
         fleet.also_run("pulls", pulls.run)
         routing = Routing(

@@ -8,12 +8,17 @@ import orjson
 
 from manager.api.answers import PLAIN_JSON
 from manager.api.passage import NDJSON
+from manager.api.refusal import RefusedError
+from manager.domain.models import DEFAULT_TAG
 from manager.services.pulls import PullFailedError
 from manager.services.routing.attempting import Trouble
+from manager.services.steps import in_steps
+from manager.services.volumes import NoSuchModelError
 from manager.wire.listing import Alias
-from manager.wire.management import read_copy, read_named
+from manager.wire.management import reading_copy, reading_named
 from manager.wire.ollama_routes import ACCOUNT, BLOB_PREFIX, USER_KEY_PREFIX
-from manager.wire.progress import says_success
+from manager.wire.progress import SuccessWatch
+from manager.wire.statuses import BAD_REQUEST
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
+_NOT_FOUND = 404
 _SUCCESS = orjson.dumps({"status": "success"})
 
 
@@ -91,40 +97,56 @@ class Management:
 
     async def _create(self, passage: Passage) -> None:
         body = await self._named(passage)
+        self._refuse_role(body.model)
         volume = self._place_of_new(body, body.instance or passage.instance)
         async with self._volumes.alone(volume, f"the creation of {body.model}"):
             step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
+            target = await passage.target(step)
+            await self._volumes.unload_elsewhere(volume, body.model, except_on=target.instance)
+            watch = SuccessWatch()
 
             async def before(piece: bytes) -> None:
-                if says_success(piece):  # a client that reads this may use the model at once
+                if watch.feed(piece):  # a client that reads this may use the model at once
                     await self._volumes.changed(passage.attempting.work.instance)
+
+            step = target
 
             await passage.pass_on(
                 self._server, step, lambda target: passage.question(target, body.raw()), before=before
             )
 
     async def _copy(self, passage: Passage) -> None:
-        body = read_copy(await passage.body())
+        body = await in_steps(reading_copy(await passage.parts()))
         passage.record.model = body.model
-        await self._change(passage, body, f"the copy of {body.model}")
+        destination = body.text("destination")
+        self._refuse_role(destination)
+        try:
+            await self._change(passage, body, f"the copy of {body.model}", replaces=destination)
+        except NoSuchModelError as error:
+            # Ollama's text for this route alone.
+            raise NoSuchModelError(f'model "{body.model}" not found') from error
 
     async def _delete(self, passage: Passage) -> None:
         body = await self._named(passage)
-        await self._change(passage, body, f"the deletion of {body.model}")
+        await self._change(passage, body, f"the deletion of {body.model}", replaces=body.model)
 
-    async def _change(self, passage: Passage, body: ManagementBody, what: str) -> None:
+    async def _change(self, passage: Passage, body: ManagementBody, what: str, *, replaces: str) -> None:
+        """A change of one model; `replaces` names the model that is another one afterwards, or none."""
         volume = await self._volumes.find(body.model, body.instance or passage.instance)
         async with self._volumes.alone(volume, what):
             step = self._enter(passage, volume, self._volumes.writers(volume, body.model))
+            target = await passage.target(step)
+            await self._volumes.unload_elsewhere(volume, replaces, except_on=target.instance)
             await passage.pass_whole(
                 self._server,
-                step,
+                target,
                 lambda target: passage.question(target, body.raw()),
                 then=lambda: self._volumes.changed(passage.attempting.work.instance),
             )
 
     async def _pull(self, passage: Passage) -> None:
         body = await self._named(passage)
+        self._refuse_role(body.model)
         volume = self._volumes.default(body.instance or passage.instance)
         with self._passing.pulls.join(volume, body) as waiter:
             if body.stream:
@@ -162,19 +184,28 @@ class Management:
 
     async def _blob(self, passage: Passage) -> None:
         volume = self._volumes.default(passage.instance)
-        step = self._enter(passage, volume, self._volumes.writers(volume))
         if passage.scope["method"] == "HEAD":
-            body = await passage.body()
-            await passage.pass_on(self._server, step, lambda target: passage.question(target, body))
-        else:
-            pieces = passage.uploaded()
-            length = passage.body_length
-            await passage.pass_on(self._server, step, lambda target: passage.question(target, pieces, length))
+            await self._look_for_blob(passage, volume)
+            return
+        step = self._enter(passage, volume, self._volumes.writers(volume))
+        pieces = passage.uploaded()
+        length = passage.body_length
+        await passage.pass_on(self._server, step, lambda target: passage.question(target, pieces, length))
+
+    async def _look_for_blob(self, passage: Passage, volume: str) -> None:
+        """Ask an instance that runs. Where none does the answer is no: the client then uploads the blob."""
+        body = await passage.body()
+        running = self._volumes.running(volume)
+        if not running:
+            digest = passage.scope["path"].removeprefix(BLOB_PREFIX)
+            raise RefusedError(_NOT_FOUND, f'blob "{digest}" not found')
+        step = self._enter(passage, volume, running)
+        await passage.pass_on(self._server, step, lambda target: passage.question(target, body))
 
     # --- helpers ---
 
     async def _named(self, passage: Passage) -> ManagementBody:
-        body = read_named(await passage.body())
+        body = await in_steps(reading_named(await passage.parts()))
         passage.record.model = body.model
         return body
 
@@ -182,6 +213,19 @@ class Management:
         none = self._volumes.none_left(volume)
         trouble = Trouble(none.reason, none.message, none.retry_after_s)
         return passage.attempting.enter_fixed(attempts, trouble)
+
+    def _refuse_role(self, name: str) -> None:
+        """Refuse to make a model that requests could not name.
+
+        Raises:
+            RefusedError: it is the name of a role.
+        """
+        if self._passing.catalogue.is_role(name):
+            message = (
+                f"'{name}' is a role here: requests that name it are answered by the role's model. "
+                f"Name the model {name}:{DEFAULT_TAG}, or choose another name"
+            )
+            raise RefusedError(BAD_REQUEST, message)
 
     def _meant(self, body: ManagementBody) -> str:
         """The model that is asked about: clients look up what they are going to use, which may be a role."""

@@ -172,11 +172,15 @@ class Passage:
             RefusedError: it is too large, or does not come.
             CallerGoneError: the caller has left instead.
         """
-        pieces = []
+        return b"".join(await self.parts())
+
+    async def parts(self) -> list[bytes]:
+        """The whole body in the pieces that came. Raises as `body`."""
+        parts = []
         async for piece in self.pieces(self.limits.most_body_bytes):
             self.hold(len(piece))
-            pieces.append(piece)
-        return b"".join(pieces)
+            parts.append(piece)
+        return parts
 
     def hold(self, count: int) -> None:
         """Count bytes of the body that stay in memory until the end.

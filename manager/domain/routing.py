@@ -222,13 +222,12 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
             message = f"the role {role.name!r} has no model; set one under roles.{role.name}.model"
             return _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
     else:
-        role = lane or _embedding_role(name, request.kind, settings)
         # A lane adds its rules, not its fallbacks: those have models of their own. Those of the role
         # `embedding` have the same one.
-        if role is None or role is lane:
-            legs = [_Leg(name, lane)]
-        else:
-            legs = [_Leg(name, leg.role) for leg in _legs(role, settings)]
+        role, legs = lane, [_Leg(name, lane)]
+        embedding = _embedding_role(name, request.kind, settings)
+        if lane is None and embedding is not None:
+            role, legs = embedding, [_Leg(name, leg.role) for leg in _legs(embedding, settings)]
     return _Decider(request, settings, able, role, pin, everybody=snapshot).over(legs)
 
 

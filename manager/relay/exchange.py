@@ -16,6 +16,7 @@ from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
 from manager.services.routing.attempting import Attempting, Wait
+from manager.services.steps import in_steps
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError, BodyTooLargeError
@@ -33,7 +34,6 @@ from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
-    from typing import TypeVar
 
     from manager.domain.record import Outcome, RequestRecord
     from manager.relay.caller import Caller
@@ -42,9 +42,6 @@ if TYPE_CHECKING:
     from manager.services.routing.attempting import Step, Trouble
     from manager.wire.body import Buffer, InferenceBody
     from manager.wire.routes import Route
-    from manager.wire.steps import Steps
-
-    T = TypeVar("T")
 
 _log = structlog.get_logger("relay")
 
@@ -548,7 +545,13 @@ class Exchange:
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
         if body.is_small:
-            self._put(connection, (body_for(body, self._route, attempting.work.model, attempting.changes),))
+            try:
+                raw = body_for(body, self._route, attempting.work.model, attempting.changes)
+            except BadBodyError as error:
+                connection.abandon()
+                self._fail(400, str(error), "client_error")
+                return
+            self._put(connection, (raw,))
         else:
             self._state = _State.CONNECTING
             self._connection = connection
@@ -557,7 +560,12 @@ class Exchange:
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
     ) -> None:
-        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
+        try:
+            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
+        except BadBodyError as error:
+            self._task = None
+            self._fail(400, str(error), "client_error")
+            return
         self._task = None
         if connection.usable:
             self._put(connection, pieces)
@@ -725,17 +733,6 @@ class Exchange:
         load, self._load = self._load, None
         if load is not None:
             self._relay.loads.remove(self, load)
-
-
-async def in_steps(steps: Steps[T]) -> T:
-    """Run work that is cut into short steps; others have their turn in between."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        await asyncio.sleep(0)
 
 
 def _last_line(tail: bytes) -> bytes:

@@ -95,6 +95,10 @@ class Catalogue:
         alias = None if role is None else self._alias(role, found)
         return found.get(model_key(name)) if alias is None else alias
 
+    def is_role(self, name: str) -> bool:
+        """Whether a name, as it stands, is that of a role; with a tag it is that of a model."""
+        return self._settings.routing.role(name) is not None
+
     def aliases(self) -> tuple[Alias, ...]:
         """The roles that have a model."""
         found = self._by_key()

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from manager.domain.container import LABEL_INSTANCE, choose_reach, container_name
 from manager.domain.instance import Phase
+from manager.domain.wording import listed
 from manager.errors import (
     ConfigurationError,
     ConflictError,
@@ -117,10 +118,8 @@ class Fleet:
         try:
             return self._instances[instance_id]
         except KeyError:
-            known = ", ".join(self._instances)
-            raise UnknownInstanceError(
-                f"there is no instance {instance_id!r}; there is: {known}", instance=instance_id
-            ) from None
+            message = f"there is no instance {instance_id!r}; there is: {listed(self._instances)}"
+            raise UnknownInstanceError(message, instance=instance_id) from None
 
     def managed(self, instance_id: str) -> Supervisor:
         """The instance of that id, which must be one with a container.

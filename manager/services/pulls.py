@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Self
 
 import orjson
@@ -17,11 +18,8 @@ from manager.wire.management import read_named
 from manager.wire.progress import (
     Lines,
     LineTooLongError,
-    error_of,
-    in_words,
     progress,
-    says_success,
-    subject_of,
+    read_progress,
 )
 
 if TYPE_CHECKING:
@@ -36,13 +34,18 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("pulls")
 
 _HEADERS = ((b"content-type", b"application/json"),)
-# Who falls further behind is told of each thing only the last.
-_MOST_WAITING = 256
+# Of a pull so many lines are kept, and the last line about so many subjects: what a late or slow client gets.
+_MOST_LINES = 256
+_MOST_SUBJECTS = 256
+# So many lines are read before the event loop gets a turn: about a millisecond.
+_LINES_A_TURN = 64
 # A model that cannot be had is not asked for again at once, however many requests name it.
 _GIVEN_UP_FOR_S = 10.0
 _MOST_GIVEN_UP = 1024
 _MOST_REFUSAL_BYTES = 64 * 1024
 _OK = 200
+# Lines of Ollama that come once all layers are here and before the name means the new ones.
+_BEFORE_REPLACING = ("verifying sha256 digest", "writing manifest")
 
 
 class PullFailedError(UnavailableError):
@@ -54,7 +57,11 @@ class PullFailedError(UnavailableError):
 
 
 class Pull:
-    """One download, and all who wait for it."""
+    """One download, and all clients that wait for it.
+
+    Lines are kept once for all waiters, in `_MOST_LINES` places; a line costs the same whatever came before
+    it and however many clients wait.
+    """
 
     def __init__(self, volume: str, body: ManagementBody) -> None:
         self.volume = volume
@@ -63,49 +70,70 @@ class Pull:
         self.error: ManagerError | None = None
         self.ended = False
         self.waiting: set[Waiter] = set()
-        self._latest: dict[bytes, bytes] = {}
+        self.count = 0
+        self._recent: deque[bytes] = deque(maxlen=_MOST_LINES)
+        # The subjects with the newest lines, in the order of those lines.
+        self._latest: dict[tuple[str | None, str | None], bytes] = {}
+        self._news = asyncio.Event()
 
-    def told(self) -> list[bytes]:
-        """Of everything that was told so far the last line, for those who come later."""
-        return list(self._latest.values())
+    def tell(self, line: bytes, subject: tuple[str | None, str | None]) -> None:
+        """Hand a line to all waiters.
 
-    def tell(self, line: bytes) -> None:
-        self._latest[subject_of(line)] = line
-        for waiter in self.waiting:
-            waiter.take(line)
+        Args:
+            line: as the server sent it.
+            subject: what it is about.
+        """
+        self._latest.pop(subject, None)
+        if len(self._latest) >= _MOST_SUBJECTS:
+            del self._latest[next(iter(self._latest))]
+        self._latest[subject] = line
+        self._recent.append(line)
+        self.count += 1
+        self._wake()
 
     def end(self, error: ManagerError | None) -> None:
         self.error = error
         self.ended = True
-        for waiter in self.waiting:
-            waiter.wake()
+        self._wake()
+
+    def lines_since(self, place: int) -> list[bytes]:
+        """The lines after the first `place`, or the last about each subject where those are not kept."""
+        missed = self.count - place
+        if missed > len(self._recent):
+            return self.summary()
+        return list(islice(self._recent, len(self._recent) - missed, None))
+
+    def summary(self) -> list[bytes]:
+        """The last line about each subject, for clients that come later."""
+        return list(self._latest.values())
+
+    async def news(self) -> None:
+        """Wait for the next line, or the end."""
+        await self._news.wait()
+
+    def _wake(self) -> None:
+        # Those who wait hold the old event; those who come later wait for the next line.
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
 
 class Waiter:
-    """One of those who wait for a pull: an async iterator over its lines, and a context manager.
+    """A client of a pull: an async iterator over its lines, and a context manager.
 
-    The last one to leave ends the pull. Iterating raises the error in which it ended.
+    A client that falls behind gets the last line about each subject in place of those it missed. The last
+    waiter to leave ends the pull. Iterating raises the error in which the pull ended.
     """
 
     def __init__(self, pull: Pull, left: Callable[[Pull], None]) -> None:
         self._pull = pull
         self._left = left
-        self._lines = deque(pull.told())
-        self._news = asyncio.Event()
+        self._lines = deque(pull.summary())
+        self._place = pull.count
 
     @property
     def prepared(self) -> Prepared | None:
         """The lease that it is done under, None while it waits for its turn."""
         return self._pull.prepared
-
-    def take(self, line: bytes) -> None:
-        self._lines.append(line)
-        if len(self._lines) > _MOST_WAITING:
-            self._lines = deque({subject_of(one): one for one in self._lines}.values())
-        self._news.set()
-
-    def wake(self) -> None:
-        self._news.set()
 
     def __enter__(self) -> Self:
         self._pull.waiting.add(self)
@@ -122,12 +150,15 @@ class Waiter:
 
     async def __anext__(self) -> bytes:
         while not self._lines:
-            if self._pull.ended:
-                if self._pull.error is not None:
-                    raise self._pull.error
+            if self._place < self._pull.count:
+                self._lines.extend(self._pull.lines_since(self._place))
+                self._place = self._pull.count
+            elif not self._pull.ended:
+                await self._pull.news()
+            elif self._pull.error is not None:
+                raise self._pull.error
+            else:
                 raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
         return self._lines.popleft()
 
 
@@ -187,7 +218,7 @@ class Pulls:
         try:
             with self.join(volume, read_named(orjson.dumps({"model": model}))) as waiter:
                 async for line in waiter:
-                    tell(in_words(line))
+                    tell(read_progress(line).in_words())
         except PullFailedError as error:
             if len(self._given_up) >= _MOST_GIVEN_UP:
                 self._given_up.clear()
@@ -213,7 +244,8 @@ class Pulls:
     async def _do(self, pull: Pull) -> None:
         doing = self._volumes.doing(pull.volume)
         if doing is not None:
-            pull.tell(progress(f"waiting for {doing}"))
+            waiting = f"waiting for {doing}"
+            pull.tell(progress(waiting), (waiting, None))
         async with self._volumes.alone(pull.volume, f"the pull of {pull.body.model}"):
             prepared = await self._volumes.writer(pull.volume)
             with prepared.lease as lease:
@@ -226,7 +258,8 @@ class Pulls:
                     await self._pass_on(pull, answer, lease.instance)
 
     async def _pass_on(self, pull: Pull, answer: ServerAnswer, instance: str) -> None:
-        lines, more, done = Lines(), True, False
+        lines, more, succeeded, turn = Lines(), True, False, 0
+        is_new = False
         while more:
             piece = await answer.piece()
             more = bool(piece)
@@ -235,15 +268,22 @@ class Pulls:
             except LineTooLongError as error:
                 raise PullFailedError("the server's progress has no lines", instance=instance) from error
             for line in found:
-                failure = error_of(line)
-                if failure is not None:
-                    raise PullFailedError(failure, instance=instance)
-                if says_success(line):
-                    # Whoever reads this line may use the model at once.
+                step = read_progress(line)
+                if step.error is not None:
+                    raise PullFailedError(step.error, instance=instance)
+                is_new = is_new or step.is_download
+                if is_new and step.status in _BEFORE_REPLACING:
+                    is_new = False
+                    await self._volumes.unload_elsewhere(pull.volume, pull.body.model, except_on=instance)
+                if step.is_success:
+                    # A client that reads this line may use the model at once.
                     await self._volumes.changed(instance)
-                    done = True
-                pull.tell(line)
-        if not done:
+                    succeeded = True
+                pull.tell(line, step.subject)
+                turn += 1
+                if turn % _LINES_A_TURN == 0:
+                    await asyncio.sleep(0)
+        if not succeeded:
             raise PullFailedError("the server ended the pull before its end", instance=instance)
 
     # --- who waits ---

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING
+
+import orjson
+import structlog
 
 from manager.domain.models import model_key
 from manager.domain.routing import Attempt
 from manager.domain.volumes import Member, readers, writers
+from manager.domain.wording import listed, model_not_found
 from manager.errors import ManagerError, Reason, UnavailableError
 from manager.services.model_lists import models_mount, volume_of
+from manager.services.ports import Question
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
@@ -18,20 +23,25 @@ if TYPE_CHECKING:
     from manager.domain.routing import Candidate
     from manager.services.catalogue import Catalogue
     from manager.services.fleet import Fleet
+    from manager.services.instance import Instance
     from manager.services.model_lists import ModelLists
+    from manager.services.ports import ModelServer
     from manager.services.routing.placement import Placement, Prepared
     from manager.services.routing.router import Router
 
-# So many names of models fit into an error message that somebody reads.
-_MOST_NAMES = 50
+_log = structlog.get_logger("volumes")
+
+# An unload is answered at once; the server frees the memory when the requests that use the model have ended.
+_UNLOAD_S = 5.0
+_JSON = ((b"content-type", b"application/json"),)
+_OK = 200
 
 
 class NoSuchModelError(UnavailableError):
-    """Every volume has been looked at, and none has the model."""
+    """Every volume was looked at, and none has the model."""
 
-    def __init__(self, model: str, there_is: Iterable[str]) -> None:
-        names = ", ".join(there_is) or "none"
-        super().__init__(f"model {model!r} not found; models: {names}", reason=Reason.MODEL_MISSING)
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.MODEL_MISSING)
 
 
 class Volumes:
@@ -43,6 +53,7 @@ class Volumes:
         placement: starts them and gives leases on them.
         catalogue: has them asked what they have.
         lists: what there is on each volume.
+        server: sends the requests to unload.
         chosen: volume -> the instance that alone writes to it, where the operator has chosen one.
     """
 
@@ -53,6 +64,7 @@ class Volumes:
         placement: Placement,
         catalogue: Catalogue,
         lists: ModelLists,
+        server: ModelServer,
         *,
         chosen: Mapping[str, str],
     ) -> None:
@@ -61,6 +73,7 @@ class Volumes:
         self._placement = placement
         self._catalogue = catalogue
         self._lists = lists
+        self._server = server
         self._chosen = chosen
         self._turns: dict[str, asyncio.Lock] = {}
         self._doing: dict[str, str] = {}
@@ -115,7 +128,7 @@ class Volumes:
             return having[0]
         unread = [name for name in self.names() if self._lists.of(name) is None]
         if not unread:
-            raise NoSuchModelError(model, self._there_is())
+            raise NoSuchModelError(model_not_found(model))
         return unread[0]
 
     # --- who ---
@@ -131,7 +144,8 @@ class Volumes:
     def none_left(self, volume: str) -> UnavailableError:
         """Return the error of a volume that no instance can be used on."""
         outs = [f"{one.id} ({one.why_out})" for one in self._candidates(volume) if one.why_out]
-        message = f"no instance on {volume} can be used now: {', '.join(outs) or 'none writes to it'}"
+        why = listed(outs) if outs else "none writes to it"
+        message = f"no instance on {volume} can be used now: {why}"
         return UnavailableError(message, reason=Reason.INSTANCE_UNAVAILABLE, retry_after_s=5)
 
     async def writer(self, volume: str) -> Prepared:
@@ -147,6 +161,11 @@ class Volumes:
             except ManagerError as error:
                 trouble = trouble or error
         raise trouble or self.none_left(volume)
+
+    def running(self, volume: str) -> tuple[Attempt, ...]:
+        """Return the attempts on instances that see a volume and run. None of them starts anything."""
+        running = (id_ for id_ in readers(self._members(volume)) if self._fleet.get(id_).usable_endpoint())
+        return _attempts(running, "")
 
     # --- what is done there ---
 
@@ -164,6 +183,32 @@ class Volumes:
             finally:
                 del self._doing[volume]
 
+    async def unload_elsewhere(self, volume: str, model: str, *, except_on: str) -> None:
+        """Unload a model from all running instances of a volume but one, before it is deleted or replaced.
+
+        A server that did not make the change goes on with the old model. It has to be told before: Ollama
+        finds what to unload through the name's manifest (0.24 `server/sched.go` expireRunner), and answers
+        404 afterwards. Requests that use the model come to their end first. Takes at most 2 x `_UNLOAD_S`; a
+        failure is logged only.
+
+        Args:
+            volume: where the model is.
+            model: its name.
+            except_on: the instance that makes the change.
+        """
+        others = [
+            instance
+            for instance in self._fleet.instances()
+            if instance.id != except_on
+            and volume_of(instance.spec) == volume
+            and instance.usable_endpoint() is not None
+        ]
+        await asyncio.gather(*(self._unload(instance, model) for instance in others))
+
+    async def unload(self, instance_id: str, model: str) -> None:
+        """Unload a model from one instance, if it runs and holds it; bounds and failures as above."""
+        await self._unload(self._fleet.get(instance_id), model)
+
     async def changed(self, instance_id: str) -> None:
         """Something was changed through an instance: see what there is on its volume now."""
         instance = self._fleet.get(instance_id)
@@ -171,6 +216,30 @@ class Volumes:
         self._lists.take(instance)
 
     # --- helpers ---
+
+    async def _unload(self, instance: Instance, model: str) -> None:
+        key = model_key(model)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_UNLOAD_S):
+                await instance.probe()
+        endpoint = instance.usable_endpoint()
+        if endpoint is None or all(model_key(loaded.name) != key for loaded in instance.models):
+            return
+        body = orjson.dumps({"model": model, "keep_alive": 0})
+        trouble = ""
+        try:
+            async with (
+                asyncio.timeout(_UNLOAD_S),
+                self._server.ask(Question(endpoint, "POST", "/api/generate", _JSON, body)) as answer,
+            ):
+                if answer.status != _OK:
+                    trouble = f"status {answer.status}"
+        except TimeoutError:
+            trouble = f"no answer within {_UNLOAD_S:g} s"
+        except ManagerError as error:
+            trouble = error.message
+        if trouble:
+            _log.warning("model_not_unloaded", instance=instance.id, model=model, detail=trouble)
 
     def _members(self, volume: str) -> list[Member]:
         return [
@@ -184,9 +253,6 @@ class Volumes:
     def _may_write(self, instance_id: str) -> bool:
         mount = models_mount(self._fleet.get(instance_id).spec)
         return mount is None or not mount.read_only
-
-    def _there_is(self) -> list[str]:
-        return self._router.snapshot().names()[:_MOST_NAMES]
 
 
 def _attempts(ids: Iterable[str], model: str) -> tuple[Attempt, ...]:

@@ -13,6 +13,8 @@ from tests.support.storing import Store, ask, happens, line, request
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.daemon import Daemon
+
 TINY = {"model": "tiny"}
 BLOB = "/api/blobs/sha256:2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 MIB = 2**20
@@ -78,6 +80,32 @@ async def test_a_blob_in_chunks_stays_in_chunks_and_heads_pass(tmp_path: Path) -
         caller.leave()
         reply = await ask(front, "HEAD", BLOB)
         assert (reply.status, reply.headers["content-length"]) == (404, "20")
+
+
+async def test_a_look_for_a_blob_is_answered_by_whoever_runs_and_starts_nobody(tmp_path: Path) -> None:
+    async def gone(talk: Conversation) -> bool:
+        talk.crash()
+        return True
+
+    async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.on["/api/blobs"] = lambda talk: talk.send(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        assert (await ask(front, "HEAD", BLOB)).status == 200
+        server._status = gone  # type: ignore[method-assign]
+        await until(lambda: front.daemon.fleet.get("a").usable_endpoint() is None, within_s=20)
+        reply = await ask(front, "HEAD", BLOB)
+        assert (reply.status, reply.headers["content-type"]) == (404, "application/json; charset=utf-8")
+        assert "x-instance" not in reply.headers
+        assert len(server.seen) == 1
+        await until(lambda: len(front.records) == 2)
+        assert front.records[-1].outcome == "client_error"
+
+
+async def test_a_look_for_a_blob_leaves_a_stopped_container_stopped(daemon: Daemon) -> None:
+    answer = daemon.call("HEAD", BLOB)
+    assert answer.status_code == 404
+    assert {daemon.instance(name)["phase"] for name in ("cpu", "second")} == {"stopped"}
+    daemon.started("cpu")
+    assert daemon.call("HEAD", BLOB).headers["x-instance"] == "cpu"
 
 
 async def test_a_server_that_does_not_read_holds_the_upload_up(tmp_path: Path) -> None:

@@ -99,11 +99,27 @@ def test_the_version_is_that_of_the_first_instance_that_is_ready(gateway: Gatewa
 
 def test_each_model_is_listed_once_with_all_that_its_server_says(gateway: Gateway) -> None:
     answer = gateway.get("/api/tags")
-    assert sorted(names(gateway)) == ["minilm:latest", "qwen3:8b", "tiny:latest"]
+    assert sorted(names(gateway)) == ["minilm:latest", "qwen3:8b", "thinking:latest", "tiny:latest"]
     own = requests.get(f"{gateway.servers['one'].url}/api/tags", timeout=10).json()["models"]
-    assert [model for model in answer["models"] if model["name"] != "qwen3:8b"] == own
+    others = ("qwen3:8b", "thinking:latest")
+    assert [model for model in answer["models"] if model["name"] not in others] == own
     head = gateway.call("HEAD", "/api/tags")
     assert int(head.headers["content-length"]) == len(gateway.call("GET", "/api/tags").content)
+
+
+def test_a_role_is_listed_as_its_model_is_so_that_clients_offer_it(gateway: Gateway) -> None:
+    found = {model["name"]: model for model in gateway.get("/api/tags")["models"]}
+    role, model = found["thinking:latest"], found["qwen3:8b"]
+    assert role["details"]["parent_model"] == "qwen3:8b"
+    for key in ("digest", "size", "modified_at"):
+        assert role[key] == model[key]
+    assert "embedding:latest" not in found, "no instance has its model"
+    assert found["tiny:latest"]["details"]["parent_model"] == "", "this is the model"
+    for name in ("thinking", "thinking:latest"):  # the second one is what Open WebUI sends
+        shown = gateway.call("POST", "/api/show", json={"model": name})
+        assert (shown.status_code, shown.headers["x-model"]) == (200, "qwen3:8b")
+        answer = gateway.call("POST", "/api/chat", json={"model": name, "messages": [], "stream": False})
+        assert (answer.status_code, answer.headers["x-model"]) == (200, "qwen3:8b"), answer.text
 
 
 def test_what_was_made_behind_our_back_is_listed_soon(gateway: Gateway) -> None:
@@ -178,22 +194,21 @@ def test_openai_clients_see_where_a_model_is_and_whether_it_is_loaded(gateway: G
     assert gateway.get("/v1/models/MiniLM") == {**entry(gateway, "minilm:latest"), "id": "MiniLM"}
 
 
-def test_roles_are_entries_unless_a_model_has_their_name(gateway: Gateway) -> None:
+def test_roles_are_entries_beside_models_of_their_name(gateway: Gateway) -> None:
     role = entry(gateway, "thinking")
     assert (role["model"], role["instances"], role["kind"]) == ("qwen3:8b", ["two"], "generate")
     assert gateway.get("/v1/models/thinking") == role
     assert entry(gateway, "embedding")["instances"] == []
-    assert [one["id"] for one in gateway.get("/v1/models")["data"] if one["id"] == "tiny"] == []
-    assert "model" not in gateway.get("/v1/models/tiny")
+    assert gateway.get("/v1/models/tiny") == entry(gateway, "tiny")
+    assert (entry(gateway, "tiny")["model"], "model" in entry(gateway, "tiny:latest")) == ("qwen3:8b", False)
+    assert gateway.get("/v1/models/tiny:latest") == entry(gateway, "tiny:latest")
 
 
 def test_a_model_that_nobody_has_is_404_in_openais_words(gateway: Gateway) -> None:
     answer = gateway.call("GET", "/v1/models/me/nope:1")
     assert answer.status_code == 404
     error = answer.json()["error"]
-    assert error["message"] == (
-        "model 'me/nope:1' not found; there is: minilm:latest, qwen3:8b, tiny:latest, thinking, embedding"
-    )
+    assert error["message"] == "model 'me/nope:1' not found"
     assert error["type"] == "not_found_error"
 
 

@@ -213,7 +213,7 @@ async def test_the_server_gets_the_name_without_the_pin_and_a_role_by_its_model(
         assert server.asked("/api/copy") == [{"source": "tiny", "destination": "mine"}]
 
 
-async def test_what_nobody_has_is_404_and_names_what_there_is(tmp_path: Path) -> None:
+async def test_what_nobody_has_is_404_in_ollamas_own_words(tmp_path: Path) -> None:
     async with Store().serving() as server, relaying(tmp_path, {"a": server}) as front:
         for method, path, body in (
             ("POST", "/api/show", {"model": "nope"}),
@@ -224,7 +224,7 @@ async def test_what_nobody_has_is_404_and_names_what_there_is(tmp_path: Path) ->
             reply = await ask(front, method, path, body)
             assert (reply.status, reply.json()) == (
                 404,
-                {"error": "model 'nope' not found; models: tiny:latest"},
+                {"error": 'model "nope" not found' if path == "/api/copy" else "model 'nope' not found"},
             )
         assert not server.seen
         reply = await ask(front, "POST", "/api/pull", {"model": "x@nowhere"})
@@ -272,6 +272,42 @@ async def test_a_change_is_seen_before_its_answer_ends(tmp_path: Path) -> None:
         assert sorted(model["name"] for model in listed) == ["create:latest", "pull:latest", "tiny:latest"]
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"status":"writing manifest"}\n{"status":"success"}\n', b'{"status":"success"}']
+)
+async def test_a_created_model_is_there_when_its_client_has_read_success_wherever_that_is_cut(
+    tmp_path: Path, body: bytes
+) -> None:
+    lifecycle = {"probe_interval_s": 30, "resync_interval_s": 30}
+    cut = 0
+
+    async def create(talk: Conversation) -> None:
+        model = talk.seen.json()["model"]
+        if body.endswith(b"\n"):
+            await talk.begin()
+        else:  # so Ollama answers without streaming
+            await talk.send(
+                b"HTTP/1.1 200 OK\r\nContent-Type: application/json; charset=utf-8\r\n"
+                b"Content-Length: %d\r\n\r\n" % len(body)
+            )
+        server.add(model)
+        for piece in filter(None, (body[:cut], body[cut:])):
+            await (talk.chunk(piece) if body.endswith(b"\n") else talk.send(piece))
+            await asyncio.sleep(0.01)  # two pieces are two reads
+        if body.endswith(b"\n"):
+            await talk.end()
+
+    async with (
+        Store().serving() as server,
+        relaying(tmp_path, {"a": server}, config={"lifecycle": lifecycle}) as front,
+    ):
+        server.on["/api/create"] = create
+        for cut in range(0, len(body), 3):
+            reply = await ask(front, "POST", "/api/create", {"model": f"new{cut}"})
+            assert (reply.status, reply.body) == (200, body)
+            assert (await front.ask({**CHAT, "model": f"new{cut}"})).status == 200, cut
+
+
 async def test_what_was_taken_away_behind_our_back_is_found_out(tmp_path: Path) -> None:
     async def missing(talk: Conversation) -> None:
         await talk.whole(404, b'{"error":"not found"}')
@@ -286,6 +322,146 @@ async def test_what_was_taken_away_behind_our_back_is_found_out(tmp_path: Path) 
         assert (await ask(front, "POST", "/api/show", TINY)).status == 404
         instance = front.daemon.fleet.get("a")
         await until(lambda: instance.available_models == ("other:latest",))
+
+
+# --- names of roles -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["embedding", "Embedding", "thinking", "gpt-4.1", "embedding@a"])
+async def test_no_model_is_made_under_the_name_of_a_role(tmp_path: Path, name: str) -> None:
+    roles = {"embedding": {"model": "tiny"}, "gpt-4.1": {"model": "tiny"}}
+    async with (
+        Store().serving() as server,
+        relaying(tmp_path, {"a": server}, config={"roles": roles}) as front,
+    ):
+        for path, body in (
+            ("/api/pull", {"model": name}),
+            ("/api/pull", {"name": name, "stream": False}),
+            ("/api/create", {"model": name, "from": "tiny"}),
+            ("/api/copy", {"source": "tiny", "destination": name}),
+        ):
+            reply = await ask(front, "POST", path, body)
+            bare = name.partition("@")[0]
+            assert reply.status == 400, (path, body)
+            assert f"'{bare}' is a role here" in reply.json()["error"]
+            assert f"{bare}:latest" in reply.json()["error"]
+        assert not server.seen
+
+
+async def test_a_model_under_a_roles_name_is_made_and_reached_with_its_tag(tmp_path: Path) -> None:
+    roles = {"embedding": {"model": "tiny", "policy": "cpu_only"}}
+    async with (
+        Store(("tiny", "embedding")).serving() as server,
+        relaying(tmp_path, {"a": server}, config={"roles": roles}) as front,
+    ):
+        for path, body in (
+            ("/api/pull", {"model": "embedding:8b"}),
+            ("/api/copy", {"source": "tiny", "destination": "embedding:latest"}),
+            ("/api/create", {"model": "me/embedding"}),
+        ):
+            assert (await ask(front, "POST", path, body)).status == 200, path
+        await ask(front, "POST", "/api/show", {"model": "embedding"})
+        await ask(front, "POST", "/api/show", {"model": "embedding:latest"})
+        assert [one["model"] for one in server.asked("/api/show")] == ["tiny", "embedding:latest"]
+
+
+# --- what others have loaded ----------------------------------------------------------------------
+
+
+class Loaded(Store):
+    """Unloads as Ollama does: it finds the model through its name, so the name must still be there."""
+
+    def __init__(self, names: set[str], *models: str) -> None:
+        super().__init__(models)
+        self.names = names
+        self.loaded = models
+        self.on["/api/generate"] = self.unload
+
+    async def unload(self, talk: Conversation) -> None:
+        model = talk.seen.json()["model"]
+        assert talk.seen.json() == {"model": model, "keep_alive": 0}
+        if model not in self.names:
+            await talk.whole(404, b'{"error":"not found"}')
+            return
+        self.loaded = tuple(name for name in self.loaded if name != model)
+        await talk.whole(200, b'{"done":true,"done_reason":"unload"}')
+
+
+@pytest.fixture
+def one_volume(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All instances are on one volume; those without a container have none of ours otherwise."""
+    for module in ("volumes", "gateway", "catalogue", "model_lists"):
+        monkeypatch.setattr(f"manager.services.{module}.volume_of", lambda _spec: "shared")
+
+
+@pytest.mark.usefixtures("one_volume")
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("DELETE", "/api/delete", {"model": "tiny"}),
+        ("POST", "/api/copy", {"source": "other", "destination": "tiny"}),
+        ("POST", "/api/create", {"model": "tiny", "from": "other"}),
+        ("POST", "/api/pull", {"model": "tiny"}),
+    ],
+)
+async def test_a_model_that_is_deleted_or_replaced_is_unloaded_everywhere_else(
+    tmp_path: Path, method: str, path: str, body: dict[str, str]
+) -> None:
+    names = {"tiny", "other"}
+    one, two, three = Loaded(names, "tiny", "other"), Loaded(names, "tiny", "other"), Loaded(names, "other")
+
+    async def change(talk: Conversation) -> None:
+        if path == "/api/pull":
+            await talk.begin()
+            await talk.chunk(line("pulling abc", digest="abc", total=10, completed=5))
+            await talk.chunk(line("verifying sha256 digest"))
+            await until(lambda: two.loaded == ("other",))
+        names.discard("tiny")  # from here on the old one cannot be found by its name
+        if path == "/api/pull":
+            await talk.chunk(line("success"))
+            await talk.end()
+        else:
+            await talk.whole(200, b'{"status":"success"}')
+
+    async with (
+        one.serving(),
+        two.serving(),
+        three.serving(),
+        relaying(tmp_path, {"one": one, "two": two, "three": three}) as front,
+    ):
+        one.on[path] = change
+        await until(lambda: all(front.daemon.fleet.get(name).models for name in ("one", "two", "three")))
+        reply = await ask(front, method, path, body, {"X-Instance": "one"})
+        assert (reply.status, reply.headers["x-instance"]) == (200, "one")
+        assert two.loaded == ("other",)
+        assert one.loaded == ("tiny", "other"), "its own server sees to that"
+        assert not three.asked("/api/generate"), "it does not hold the model"
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.usefixtures("one_volume")
+async def test_an_instance_that_does_not_unload_keeps_nobody_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manager.services.volumes._UNLOAD_S", 0.2)
+    one, two, three = (Loaded({"tiny"}, "tiny") for _ in range(3))
+    two.on["/api/generate"] = lambda talk: talk.left()
+
+    async def crash(talk: Conversation) -> None:
+        talk.crash()
+
+    three.on["/api/generate"] = crash
+    async with (
+        one.serving(),
+        two.serving(),
+        three.serving(),
+        relaying(tmp_path, {"one": one, "two": two, "three": three}) as front,
+    ):
+        await until(lambda: all(front.daemon.fleet.get(name).models for name in ("one", "two", "three")))
+        reply = await ask(front, "DELETE", "/api/delete", {"model": "tiny"}, {"X-Instance": "one"})
+        assert reply.status == 200
+        assert len(two.asked("/api/generate")) == len(three.asked("/api/generate")) == 1
+        assert one.models == ()
 
 
 # --- one after the other --------------------------------------------------------------------------

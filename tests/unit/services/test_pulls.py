@@ -1,0 +1,213 @@
+"""Downloads of models: what a line costs, who gets which, and when the old model is unloaded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from contextlib import asynccontextmanager, suppress
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from manager.services.leases import Lease
+from manager.services.pulls import Pull, PullFailedError, Pulls, Waiter
+from manager.wire.management import read_named
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+BODY = read_named(b'{"model":"big"}')
+SUCCESS = b'{"status":"success"}\n'
+
+
+def layer(number: int, completed: int = 0, total: int = 10) -> bytes:
+    status, digest = f"pulling {number:012}", f"sha256:{number:064}"
+    return (
+        json.dumps({"status": status, "digest": digest, "total": total, "completed": completed}).encode()
+        + b"\n"
+    )
+
+
+class Rig:
+    """A server that answers a pull with `pieces`, and a volume that notes what is done to it."""
+
+    def __init__(self, pieces: list[bytes]) -> None:
+        self.pieces = pieces
+        self.done: list[str] = []
+        self.pulls = Pulls(self, self, now=lambda: 0.0)  # type: ignore[arg-type]
+
+    # --- volumes ---
+
+    def doing(self, _volume: str) -> None:
+        return None
+
+    @asynccontextmanager
+    async def alone(self, _volume: str, _what: str) -> AsyncIterator[None]:
+        yield
+
+    async def writer(self, _volume: str) -> Any:
+        return SimpleNamespace(lease=Lease("a", "http://a", lambda: None), start_ms=None)
+
+    async def changed(self, instance: str) -> None:
+        self.done.append(f"read {instance}")
+
+    async def unload_elsewhere(self, volume: str, model: str, *, except_on: str) -> None:
+        self.done.append(f"unload {model} on {volume} but {except_on}")
+
+    # --- the server ---
+
+    @asynccontextmanager
+    async def ask(self, _question: object) -> AsyncIterator[Any]:
+        pieces = iter([*self.pieces, b""])
+
+        async def piece() -> bytes:
+            return next(pieces)
+
+        yield SimpleNamespace(status=200, piece=piece)
+
+    # --- clients ---
+
+    async def lines(self, *, pause: Callable[[], Any] | None = None) -> list[bytes]:
+        found = []
+        with self.pulls.join("v", BODY) as waiter:
+            async for line in waiter:
+                found.append(line)
+                if pause is not None:
+                    await pause()
+        return found
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        task = asyncio.ensure_future(self.pulls.run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+
+def pieces_of(body: bytes, size: int) -> list[bytes]:
+    return [body[start : start + size] for start in range(0, len(body), size)]
+
+
+# --- what a line costs ----------------------------------------------------------------------------
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize("waiters", [1, 20])
+@pytest.mark.parametrize("piece", [1000, 256 * 1024])
+async def test_a_pull_of_twenty_thousand_parts_takes_linear_time_and_gives_others_their_turn(
+    waiters: int, piece: int
+) -> None:
+    rig = Rig(pieces_of(b"".join(map(layer, range(MANY))) + SUCCESS, piece))
+    turns, longest, ended = 0, 0.0, False
+
+    async def others() -> None:
+        nonlocal turns, longest
+        last = time.perf_counter()
+        while not ended:
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            turns, longest, last = turns + 1, max(longest, now - last), now
+
+    async with rig.running():
+        other = asyncio.ensure_future(others())
+        began = time.perf_counter()
+        found = await asyncio.gather(*(rig.lines() for _ in range(waiters)))
+        took = time.perf_counter() - began
+        ended = True
+        await other
+    assert {lines[-1] for lines in found} == {SUCCESS}
+    assert turns > MANY / 100
+    assert longest < 0.5
+    assert took < 10, "quadratic work took minutes"
+
+
+async def test_a_client_that_keeps_up_gets_every_line() -> None:
+    rig = Rig([layer(number) for number in range(1000)] + [SUCCESS])
+    async with rig.running():
+        assert await rig.lines() == [*map(layer, range(1000)), SUCCESS]
+
+
+async def test_a_client_that_is_slow_gets_the_newest_line_about_each_part_and_the_last_of_all() -> None:
+    pull = Pull("v", BODY)
+    with Waiter(pull, lambda _: None) as slow:
+        for number in range(10_000):
+            pull.tell(layer(number % 3, number), (f"{number % 3}", None))
+        pull.tell(SUCCESS, ("success", None))
+        pull.end(None)
+        assert [line async for line in slow] == [layer(1, 9997), layer(2, 9998), layer(0, 9999), SUCCESS]
+
+
+async def test_what_is_kept_of_a_pull_is_bounded_for_all_clients_together() -> None:
+    pull = Pull("v", BODY)
+    with Waiter(pull, lambda _: None) as slow:
+        for number in range(10_000):
+            pull.tell(layer(number), (f"{number}", None))
+        pull.tell(SUCCESS, ("success", None))
+        assert len(pull.summary()) == len(pull.lines_since(0)) == 256
+        pull.end(None)
+        lines = [line async for line in slow]
+    assert lines == [*map(layer, range(10_000 - 255, 10_000)), SUCCESS]
+    assert [line async for line in Waiter(pull, lambda _: None)] == lines, "one that comes later"
+
+
+async def test_a_client_that_comes_later_gets_the_last_line_about_each_part_once() -> None:
+    pull = Pull("v", BODY)
+    for number in range(5):
+        pull.tell(layer(0, number), ("0", None))
+    late = Waiter(pull, lambda _: None)
+    pull.tell(layer(1), ("1", None))
+    pull.end(None)
+    assert [line async for line in late] == [layer(0, 4), layer(1)]
+
+
+async def test_a_pull_without_lines_or_without_success_fails() -> None:
+    for pieces, message in (
+        ([b"x" * 100_000], "no lines"),
+        ([layer(0)], "before its end"),
+        ([b'{"error":"no such host"}'], "no such host"),
+        ([layer(0)[:-5]], "before its end"),
+    ):
+        rig = Rig(pieces)
+        async with rig.running():
+            with pytest.raises(PullFailedError, match=message):
+                await rig.lines()
+
+
+# --- what is done to the volume -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+async def test_the_list_is_read_before_a_client_has_the_line_success(piece: int) -> None:
+    rig = Rig(pieces_of(b'{"status":"pulling manifest"}\n' + SUCCESS, piece))
+    async with rig.running():
+        with rig.pulls.join("v", BODY) as waiter:
+            async for line in waiter:
+                assert line != SUCCESS or rig.done == ["read a"]
+    assert rig.done == ["read a"]
+
+
+async def test_a_model_that_is_replaced_is_unloaded_elsewhere_once_all_of_the_new_one_is_here() -> None:
+    lines = [
+        layer(1),
+        layer(1, 10),
+        b'{"status":"verifying sha256 digest"}\n',
+        b'{"status":"writing manifest"}\n',
+    ]
+    rig = Rig([*lines, SUCCESS])
+    async with rig.running():
+        await rig.lines()
+    assert rig.done == ["unload big on v but a", "read a"]
+
+
+async def test_a_model_that_is_here_already_stays_loaded() -> None:
+    lines = [layer(1, 10), layer(2, 10), b'{"status":"verifying sha256 digest"}\n']
+    rig = Rig([*lines, b'{"status":"writing manifest"}\n', SUCCESS])
+    async with rig.running():
+        await rig.lines()
+    assert rig.done == ["read a"]
