@@ -141,8 +141,8 @@ class RoutingSettings:
 _UNCHANGED = BodyChanges()
 
 
-# Builds of Qwen3 that think unless they are told not to. Those of July 2025 ("2507") always or never think,
-# and Ollama's library moved the bare tags 4b, 30b and 235b to builds that always do: of these sizes only
+# Builds of Qwen3 that think unless they are told not to. Those of July 2025 ("2507") always think or never
+# do, and Ollama's library moved the bare tags 4b, 30b and 235b to builds that always do: of these sizes only
 # quantised tags still name the first builds. Any other name is left alone.
 _QUANTISED = r"(?:(?:i?q[0-9]|b?f(?:p)?16|f32)[a-z0-9_]*)"
 _IN_LIBRARY = re.compile(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
+from functools import lru_cache
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from manager.wire.body import BadBodyError, Buffer, dumped, fields_of, text_of
@@ -12,7 +14,7 @@ from manager.wire.scan import NotJsonError, Scan, folded
 from manager.wire.steps import run
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from manager.domain.roles import BodyChanges
     from manager.wire.body import InferenceBody
@@ -46,6 +48,8 @@ def body_for(body: InferenceBody, route: Route, model: str, changes: BodyChanges
     """
     if body.exact and body.model == model and changes.empty:
         return body.raw if type(body.raw) is bytes else bytes(body.raw)
+    if changes.empty:
+        return b"".join(_renamed(body, model))
     return b"".join(run(_pieces(body, route, model, changes)))
 
 
@@ -57,6 +61,8 @@ def rewriting(body: InferenceBody, route: Route, model: str, changes: BodyChange
     """
     if body.exact and body.model == model and changes.empty:
         return [body.raw]
+    if changes.empty:
+        return _larger(_renamed(body, model))
     pieces = yield from _pieces(body, route, model, changes)
     return _larger(pieces)
 
@@ -64,17 +70,24 @@ def rewriting(body: InferenceBody, route: Route, model: str, changes: BodyChange
 # --- helpers --------------------------------------------------------------------------------------
 
 
+def _renamed(body: InferenceBody, model: str) -> list[Buffer]:
+    """The body for another model, and otherwise as it came."""
+    rest = [piece for name, value in body.fields.items() if name != "model" for piece in (_key(name), value)]
+    return [b'{"model":', dumped(model), *rest, b"}"]
+
+
 def _pieces(body: InferenceBody, route: Route, model: str, changes: BodyChanges) -> Steps[list[Buffer]]:
     fields: dict[str, Node] = {"model": b"", **body.fields}
-    if not changes.empty:
+    if changes.defaults:
         yield from _merge(fields, _folded(changes.defaults), over=False)
-        if changes.think is not None:
-            yield from _think(fields, route, think=changes.think)
+    if changes.think is not None:
+        yield from _think(fields, route, think=changes.think)
+    if changes.overrides:
         yield from _merge(fields, _folded(changes.overrides), over=True)
-        if changes.system is not None:
-            yield from _system(fields, route, changes.system, changes.system_mode)
+    if changes.system is not None:
+        yield from _system(fields, route, changes.system, changes.system_mode)
     fields["model"] = dumped(model)
-    return list(_written(fields))
+    return _written(fields)
 
 
 def _folded(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,9 +98,11 @@ def _merge(
     node: dict[str, Node], changes: Mapping[str, Any], *, over: bool, exact: bool = False
 ) -> Steps[None]:
     """Merge `changes` into the object, deeply: over what is there, or only where nothing is."""
+    names = "".join(node)
+    exact_here = exact or (names.isascii() and names.islower())  # nothing to fold
     for name, value in changes.items():
         key = name if exact else folded(name)
-        same = [one for one in node if one == key or (not exact and folded(one) == key)]
+        same = [key] * (key in node) if exact_here else [one for one in node if folded(one) == key]
         if not same:
             node[name] = dumped(value)
             continue
@@ -106,10 +121,8 @@ def _merge(
 
 def _opened(node: Node) -> Steps[dict[str, Node] | None]:
     """The fields of an object, which may be changed; None for any other value."""
-    if isinstance(node, dict):
-        return node
-    if isinstance(node, list):
-        return None
+    if not isinstance(node, Buffer):
+        return node if isinstance(node, dict) else None
     fields = yield from fields_of(node)
     return None if fields is None else {**fields}
 
@@ -240,32 +253,32 @@ def _is_empty(value: Buffer) -> bool:
 # --- writing --------------------------------------------------------------------------------------
 
 
-def _written(node: Node) -> Iterator[Buffer]:
-    if isinstance(node, dict):
-        before = b"{"
-        for name, value in node.items():
-            yield b"%b%b:" % (before, dumped(name))
-            yield from _written(value)
-            before = b","
-        yield b"{}" if before == b"{" else b"}"
-    elif isinstance(node, list):
-        yield from node
-    else:
-        yield node
+def _written(node: dict[str, Node]) -> list[Buffer]:
+    pieces: list[Buffer] = []
+    for name, value in node.items():
+        pieces.append(_key(name))
+        if isinstance(value, dict):
+            pieces += _written(value)
+        elif isinstance(value, list):
+            pieces += value
+        else:
+            pieces.append(value)
+    if not pieces:
+        return [b"{}"]
+    pieces[0] = b"{%b" % bytes(pieces[0])[1:]
+    pieces.append(b"}")
+    return pieces
+
+
+@lru_cache(maxsize=256)
+def _key(name: str) -> bytes:
+    return b",%b:" % dumped(name)
 
 
 def _larger(pieces: list[Buffer]) -> list[Buffer]:
     """The same bytes in fewer pieces: small ones are joined."""
     result: list[Buffer] = []
-    small: list[Buffer] = []
-    for piece in pieces:
-        if len(piece) < _JOINED_BYTES:
-            small.append(piece)
-            continue
-        if small:
-            result.append(b"".join(small))
-            small = []
-        result.append(piece)
-    if small:
-        result.append(b"".join(small))
+    for is_small, some in groupby(pieces, lambda piece: len(piece) < _JOINED_BYTES):
+        found = list(some)
+        result += [b"".join(found)] if is_small else found
     return result

@@ -271,7 +271,7 @@ def test_the_openai_client_transcribes(tmp_path: Path) -> None:
         tmp_path,
         ("chat", "ears"),
         knobs={"ears": {"models": "whisper"}},
-        instances={"chat": {"serves": ["generate", "embed"]}, "ears": {"serves": ["transcribe"]}},
+        instances={"chat": {"serves": ["generate", "embed"]}},
     ) as gateway:
         openai = import_module("openai")
         with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="unused", max_retries=0) as client:

@@ -38,6 +38,12 @@ def test_each_kind_goes_where_it_is_served() -> None:
     assert where(RequestFacts("tiny", GENERATE), replace(HEARS, serves=frozenset(RequestKind))) == ["hears"]
 
 
+@pytest.mark.parametrize("kind", RequestKind)
+def test_an_instance_serves_every_kind_unless_it_says_otherwise(kind: RequestKind) -> None:
+    plain = Candidate("plain", DeviceKind.CPU, State.READY, models=BOTH)
+    assert where(RequestFacts("tiny", kind), plain) == ["plain"]
+
+
 def test_nobody_is_started_or_pulls_for_what_it_does_not_do() -> None:
     assert where(RequestFacts("nope", GENERATE), UNREAD, USUAL) == []
     assert where(RequestFacts("whisper", TRANSCRIBE), USUAL, UNREAD) == ["unread"]

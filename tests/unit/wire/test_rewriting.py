@@ -91,6 +91,22 @@ def test_what_the_caller_says_comes_before_defaults_and_overrides_before_what_th
     }
 
 
+def test_a_change_may_hold_every_number_that_the_configuration_can() -> None:
+    assert sent({}, BodyChanges({"seed": 2**70})) == {"seed": 2**70}
+
+
+def test_an_empty_object_stays_one() -> None:
+    assert sent({"options": {}}, BodyChanges({"options": {}})) == {"options": {}}
+
+
+def test_a_large_body_for_another_model_is_the_same_but_for_the_name() -> None:
+    document = {"prompt": "x" * SMALL_BYTES, "suffix": "y" * SMALL_BYTES, "raw": True}
+    body = run(reading([bytes_of({"model": "m", **document})], GENERATE, 10**9))
+    pieces = run(rewriting(body, GENERATE, "n", UNCHANGED))
+    assert len(pieces) == 5
+    assert json.loads(b"".join(pieces)) == {"model": "n", **document}
+
+
 def test_a_mapping_and_what_is_none_are_not_merged() -> None:
     assert sent({"a": 1}, BodyChanges({"a": {"x": 1}})) == {"a": 1}
     assert sent({"a": {"x": 1}}, BodyChanges({}, {"a": 1})) == {"a": 1}
