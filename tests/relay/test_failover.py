@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import socket
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from manager.adapters.tls import SharedTls
-from manager.relay.upstream import UpstreamPools
+from manager.relay.upstream import UpstreamConnection, UpstreamPools
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, relaying
+from tests.support.sockets import no_descriptors
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -155,22 +157,95 @@ async def test_a_document_that_breaks_off_is_not_passed_off_as_whole(tmp_path: P
         assert (await front.record()).outcome == "upstream_error"
 
 
-async def test_a_request_that_meets_a_closed_connection_is_sent_once_more(tmp_path: Path) -> None:
-    """The server has closed the connection with the request unread: it cannot have begun."""
+async def test_a_request_that_meets_a_closed_connection_is_sent_once_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server closes it at the last moment: the gateway's event loop gets no turn to see that."""
 
-    async def answers_once(talk: Conversation) -> None:
+    async def answers(talk: Conversation) -> None:
+        kept.append(talk)
         await a_word(talk)
-        if len(server.seen) == 1:
-            # The next request on this connection is met by its end, not by an answer.
-            await talk.reader.read(1)
-            talk.crash()
 
+    def closed_just_before(connection: UpstreamConnection, *args: Any, **options: Any) -> None:
+        while kept:
+            kept.pop().writer.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        send(connection, *args, **options)
+
+    kept: list[Conversation] = []
+    send = UpstreamConnection.send
+    monkeypatch.setattr(UpstreamConnection, "send", closed_just_before)
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
-        server.answer = answers_once
+        server.answer = answers
         assert (await front.ask(TINY)).status == 200
         reply = await front.ask(TINY)
         assert (reply.status, reply.headers.get("x-fallback-reason")) == (200, None)
         assert (await front.record(1)).attempts == 2
+        assert len(server.seen) == 2
+
+
+async def test_a_request_that_its_server_may_have_begun_is_not_sent_to_it_again(tmp_path: Path) -> None:
+    async def dies_at_the_second(talk: Conversation) -> None:
+        if len(server.seen) == 2:
+            talk.crash()
+        else:
+            await a_word(talk)
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = dies_at_the_second
+        assert (await front.ask(TINY)).status == 200
+        assert (await front.ask(TINY)).status == 502
+        assert len(server.seen) == 2
+
+
+async def test_a_lack_of_descriptors_is_told_and_blames_no_instance(tmp_path: Path) -> None:
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        caller = await front.connect()
+        await until(lambda: len(front.server.server_state.connections) == 1)
+        with no_descriptors():
+            await caller.send(TINY)
+            reply = await caller.reply()
+            # Probes fail for the same reason, which says nothing of the instances either.
+            for instance in front.daemon.fleet.instances():
+                await instance.probe()
+                assert instance.usable_endpoint() is not None
+                assert instance.view().health == "healthy"
+        caller.leave()
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert not one.seen
+        assert not other.seen
+        record = await front.record()
+        assert (record.attempts, record.fallback, record.outcome) == (1, False, "refused")
+        assert (await front.ask(TINY)).status == 200
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 000 X\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 99 X\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 999 X\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nbad name: x\r\nContent-Length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\na: \x01\r\nContent-Length: 0\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("path", ["/api/chat", "/api/show"])
+async def test_what_is_no_proper_answer_is_not_passed_on(
+    tmp_path: Path, raw: bytes, path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def odd(talk: Conversation) -> None:
+        await talk.send(raw)
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = odd
+        reply = await front.ask({**TINY, "stream": False}, path)
+        assert reply.status == 502
+        assert "no proper HTTP" in reply.json()["error"]
+    assert not caplog.records, "no traceback"
 
 
 async def test_a_stream_without_its_terminator_is_a_failure(tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ WAIT: Final = Wait()
 class Trouble:
     """Why a request has no answer. No attempt is left.
 
-    `refused` is set where no attempt was possible (`Refused.what`). `answer` is the answer of a server that
+    `refused` is set where no server is at fault (`Refused.what`). `answer` is the answer of a server that
     failed, as the caller of `answered` gave it: the client gets that one.
     """
 
@@ -279,7 +279,14 @@ class Attempting:
                 return WAIT
         self._note(attempt, reason, sent=sent, ours=ours)
         self._keep_trouble(
-            Trouble(reason, message, retry_after_s, attempt=attempt, endpoint=self.record.endpoint)
+            Trouble(
+                reason,
+                message,
+                retry_after_s,
+                refused="unavailable" if ours else None,
+                attempt=attempt,
+                endpoint=self.record.endpoint,
+            )
         )
         self._release()
         if ours or (sent and reason not in _ABANDONED) or self._is_spent:

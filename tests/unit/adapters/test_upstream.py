@@ -14,7 +14,8 @@ import pytest
 
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
-from manager.errors import Reason, UnavailableError
+from manager.errors import OutOfDescriptorsError, Reason, UnavailableError
+from tests.support.sockets import no_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -157,6 +158,17 @@ async def test_a_server_that_stalls_at_any_point_is_unhealthy_at_the_deadline(pi
     "pieces",
     [
         [b"SSH-2.0-OpenSSH_9.2\r\n"],
+        [b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"],
+        answer(VERSION, "000 X"),
+        answer(VERSION, "99 X"),
+        answer(VERSION, "999 X"),
+        answer(VERSION, "200 OK", "bad name: x"),
+        answer(VERSION, "200 OK", ": x"),
+        answer(VERSION, "200 OK", "a: \x01"),
+        answer(VERSION, "200 OK", "Content-Length: 3"),
+        answer(VERSION, "200 OK", "Transfer-Encoding: chunked"),
+        [b"HTTP/1.1 102 Processing\r\n\r\n" * 20, *answer(VERSION)],
+        [b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n" + b"T: x\r\n" * 1000 + b"\r\n"],
         [b""],
         [head(len(VERSION)), VERSION[:5]],
         [head(9 * 2**20), bytes(9 * 2**20)],
@@ -187,6 +199,10 @@ async def test_nobody_there_is_unreachable() -> None:
     [
         (answer(VERSION), True),
         (answer(b"anything", "201 Created"), True),
+        ([b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n", *answer(VERSION)], True),
+        ([b"HTTP/1.1 103 Early Hints\r\n\r\n", *answer(b"", "503 Service Unavailable")], False),
+        ([b"HTTP/1.1 100 Continue\r\n\r\n" + answer(VERSION)[0]], True),
+        ([b"HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n"], True),
         (answer(b"", "302 Found", "Location: /api/version"), False),
         (answer(b"", "404 Not Found"), False),
         (answer(b"", "503 Service Unavailable"), False),
@@ -207,6 +223,15 @@ async def test_a_url_is_asked_as_it_is_written() -> None:
 async def test_a_url_that_is_none_is_no_answer() -> None:
     async with HttpUpstream(SharedTls().context) as upstream:
         assert not await upstream.answers("http://[::1/", SHORT_S)
+
+
+async def test_a_lack_of_descriptors_is_not_the_servers_fault() -> None:
+    async with probing() as (upstream, server):
+        with no_descriptors():
+            with pytest.raises(OutOfDescriptorsError):
+                await upstream.probe(server.url, timeout_s=TIMEOUT_S, tags=False)
+            assert not await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
+        assert await upstream.answers(f"{server.url}/api/version", TIMEOUT_S)
 
 
 # --- connections ---
