@@ -439,10 +439,11 @@ class _Maker:
 def _access(settings: Settings, key: str | None) -> Access:
     """Return the check of the settings.
 
-    Where other machines reach the daemon, a key is required and no name can be foreseen: every Host is
-    allowed there unless `server.allowed_hosts` was written.
+    Where other machines reach the daemon, a key is required and clients use names that are not known here:
+    every Host is allowed, unless `server.allowed_hosts` differs from its default.
     """
     server = settings.server
+    usual = type(server).model_fields["allowed_hosts"].default
     host = server.host.lower()
     machine = socket.gethostname().lower()
     short = machine.partition(".")[0]
@@ -451,7 +452,7 @@ def _access(settings: Settings, key: str | None) -> Access:
         allowed_origins=server.allowed_origins,
         key=key,
         own_names={f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
-        any_host=not is_loopback(host) and "allowed_hosts" not in server.model_fields_set,
+        any_host=not is_loopback(host) and server.allowed_hosts == usual,
     )
 
 
