@@ -266,7 +266,11 @@ class Attempting:
         if self._is_delivered:
             self._note(attempt, reason, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
-        if not sent and not self._is_spent and target is not None and not ours:
+        # A target that is not repeatable is sent a request once, whatever becomes of it.
+        is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
+        if target is not None and not target.repeatable and (sent or stale):
+            is_final = True
+        if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
                 self.record.attempts += 1
@@ -282,9 +286,7 @@ class Attempting:
             Trouble(reason, message, retry_after_s, attempt=attempt, endpoint=self.record.endpoint)
         )
         self._release()
-        if ours or (sent and reason not in _ABANDONED) or self._is_spent:
-            return self._give_up()
-        return self._next()
+        return self._give_up() if is_final else self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
         """Whether an answer with an error could be followed by another attempt."""
