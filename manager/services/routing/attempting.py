@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.errors import ManagerError, Reason
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
+from manager.services.routing.router import RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, Refused, RequestFacts
+    from manager.domain.routing import Attempt, RequestFacts
     from manager.domain.target import Target
     from manager.services.leases import Lease
     from manager.services.routing.fallback_events import FallbackEvents
@@ -129,7 +130,7 @@ class FixedAttempts:
         return attempt
 
     def start_no_other(self) -> None:
-        self._coming = [one for one in self._coming if one.because in ("loaded", "running")]
+        self._coming = [one for one in self._coming if one.because in RUNNING]
 
 
 class Attempting:
@@ -175,7 +176,7 @@ class Attempting:
     def enter(self, facts: RequestFacts) -> Step:
         """Decide, and begin the first attempt. Waits for nothing."""
         self._facts = facts
-        return self._decide()
+        return self._decide(waits=True)
 
     def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble) -> Step:
         """Begin the first of these attempts; `none` is the trouble where there is none."""
@@ -363,7 +364,8 @@ class Attempting:
 
     # --- helpers, in call order ---
 
-    def _decide(self) -> Step:
+    def _decide(self, *, waits: bool) -> Step:
+        """Decide; `waits` is whether a fleet that was never looked at may be waited for."""
         assert self._facts is not None  # noqa: S101  (given to `enter`)
         router, record = self._routing.router, self.record
         attempts = router.attempts(self._facts)
@@ -375,24 +377,17 @@ class Attempting:
         refused = decision.refused
         if refused is None:
             return self._next()
-        if not router.is_known and refused.what in ("unknown", "unavailable"):
+        if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
             self._pending = self._wait_for_first_look
             return WAIT
-        return self._refuse(refused)
+        record.fallback_reason = refused.reason
+        return Trouble(refused.reason, refused.message, refused=refused.what)
 
     async def _wait_for_first_look(self) -> Step:
         """Wait until the fleet was looked at once, then decide: a daemon that has just started knows nothing."""
         left_s = max(0.0, self.total_deadline - monotonic())
         await self._routing.router.known(within_s=min(_MAX_STARTUP_WAIT_S, left_s))
-        assert self._facts is not None  # noqa: S101
-        attempts = self._routing.router.attempts(self._facts)
-        if attempts.decision.refused is not None:
-            return self._refuse(attempts.decision.refused)
-        return self._decide()
-
-    def _refuse(self, refused: Refused) -> Trouble:
-        self.record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return self._decide(waits=False)
 
     def _next(self) -> Step:
         """Begin the next attempt, or give up."""
