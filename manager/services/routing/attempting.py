@@ -290,8 +290,14 @@ class Attempting:
         return self._give_up() if is_final else self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
-        """Whether an answer with an error could be followed by another attempt."""
-        return judgement.reason is not None and not self._is_delivered and self._may_follow()
+        """Whether something else than this answer with an error may be what the client gets.
+
+        Another attempt may follow. A model that turns out to be missing does not outweigh an earlier trouble.
+        """
+        reason = judgement.reason
+        if reason is None or self._is_delivered or self._is_spent:
+            return False
+        return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
     def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
@@ -310,7 +316,7 @@ class Attempting:
         self._routing.failed(attempt, reason, sent=True)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
-        if self._is_delivered or not self._may_follow():
+        if not self.might_follow(judgement):
             return None
         self.record.attempt_failed(attempt.instance, reason)
         endpoint = self.record.endpoint
@@ -318,7 +324,7 @@ class Attempting:
             Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer)
         )
         self._release()
-        return self._next()
+        return self._next() if self._may_follow() else self._give_up()
 
     def delivered(self) -> None:
         """The client has got a byte of the answer: no other attempt follows."""
