@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.errors import ManagerError, Reason
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
+from manager.services.routing.router import RUNNING
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, Refused, RequestFacts
+    from manager.domain.routing import Attempt, RequestFacts
     from manager.domain.target import Target
     from manager.services.leases import Lease
     from manager.services.routing.fallback_events import FallbackEvents
@@ -129,7 +130,7 @@ class FixedAttempts:
         return attempt
 
     def start_no_other(self) -> None:
-        self._coming = [one for one in self._coming if one.because in ("loaded", "running")]
+        self._coming = [one for one in self._coming if one.because in RUNNING]
 
 
 class Attempting:
@@ -175,7 +176,7 @@ class Attempting:
     def enter(self, facts: RequestFacts) -> Step:
         """Decide, and begin the first attempt. Waits for nothing."""
         self._facts = facts
-        return self._decide()
+        return self._decide(waits=True)
 
     def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble) -> Step:
         """Begin the first of these attempts; `none` is the trouble where there is none."""
@@ -266,7 +267,11 @@ class Attempting:
         if self._is_delivered:
             self._note(attempt, reason, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
-        if not sent and not self._is_spent and target is not None and not ours:
+        # A target that is not repeatable is sent a request once, whatever becomes of it.
+        is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
+        if target is not None and not target.repeatable and (sent or stale):
+            is_final = True
+        if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
                 self.record.attempts += 1
@@ -289,13 +294,17 @@ class Attempting:
             )
         )
         self._release()
-        if ours or (sent and reason not in _ABANDONED) or self._is_spent:
-            return self._give_up()
-        return self._next()
+        return self._give_up() if is_final else self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
-        """Whether an answer with an error could be followed by another attempt."""
-        return judgement.reason is not None and not self._is_delivered and self._may_follow()
+        """Whether something else than this answer with an error may be what the client gets.
+
+        Another attempt may follow. A model that turns out to be missing does not outweigh an earlier trouble.
+        """
+        reason = judgement.reason
+        if reason is None or self._is_delivered or self._is_spent:
+            return False
+        return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
     def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
@@ -314,13 +323,13 @@ class Attempting:
         self._routing.failed(attempt, reason, sent=True)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
-        if self._is_delivered or not self._may_follow():
+        if not self.might_follow(judgement):
             return None
         self.record.attempt_failed(attempt.instance, reason)
         endpoint = self.record.endpoint
         self._keep_trouble(Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer))
         self._release()
-        return self._next()
+        return self._next() if self._may_follow() else self._give_up()
 
     def delivered(self) -> None:
         """The client has got a byte of the answer: no other attempt follows."""
@@ -366,7 +375,8 @@ class Attempting:
 
     # --- helpers, in call order ---
 
-    def _decide(self) -> Step:
+    def _decide(self, *, waits: bool) -> Step:
+        """Decide; `waits` is whether a fleet that was never looked at may be waited for."""
         assert self._facts is not None  # noqa: S101  (given to `enter`)
         router, record = self._routing.router, self.record
         attempts = router.attempts(self._facts)
@@ -378,24 +388,17 @@ class Attempting:
         refused = decision.refused
         if refused is None:
             return self._next()
-        if not router.is_known and refused.what in ("unknown", "unavailable"):
+        if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
             self._pending = self._wait_for_first_look
             return WAIT
-        return self._refuse(refused)
+        record.fallback_reason = refused.reason
+        return Trouble(refused.reason, refused.message, refused=refused.what)
 
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
         left_s = max(0.0, self.total_deadline - monotonic())
         await self._routing.router.known(within_s=min(_MAX_STARTUP_WAIT_S, left_s))
-        assert self._facts is not None  # noqa: S101
-        attempts = self._routing.router.attempts(self._facts)
-        if attempts.decision.refused is not None:
-            return self._refuse(attempts.decision.refused)
-        return self._decide()
-
-    def _refuse(self, refused: Refused) -> Trouble:
-        self.record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return self._decide(waits=False)
 
     def _next(self) -> Step:
         """Begin the next attempt, or give up."""

@@ -11,7 +11,7 @@ from manager.errors import Reason
 from manager.services.model_lists import volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # stale snapshot costs one failed attempt, because the lease decides.
 _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
+# Why an attempt is made on an instance that runs already.
+RUNNING = ("loaded", "running")
 
 
 class SettingsSource(Protocol):
@@ -160,13 +162,14 @@ class Attempts:
     An attempt that follows a failed one obeys the settings of that moment.
     """
 
-    __slots__ = ("_ahead", "_coming", "_decided_by", "_facts", "_made", "_router", "decision")
+    __slots__ = ("_ahead", "_coming", "_decided_by", "_facts", "_made", "_may_start", "_router", "decision")
 
     def __init__(self, router: Router, facts: RequestFacts) -> None:
         self._router = router
         self._facts = facts
         self._made: tuple[Attempt, ...] = ()
         self._ahead: Attempt | None = None
+        self._may_start = True
         self._decided_by = router.settings_version
         self.decision = router.decide(facts)
         self._coming = self.decision.in_order(router.load())
@@ -175,23 +178,23 @@ class Attempts:
     def more(self) -> bool:
         """Whether another attempt could follow."""
         if self._ahead is None:
-            self._ahead = next(self._coming, None)
+            self._ahead = self._following()
         return self._ahead is not None
 
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
         if self._made and self._decided_by != self._router.settings_version:
             self._decide_again()
-        attempt, self._ahead = self._ahead or next(self._coming, None), None
+        attempt, self._ahead = self._ahead or self._following(), None
         if attempt is not None:
             self._made = (*self._made, attempt)
         return attempt
 
     def start_no_other(self) -> None:
-        """Keep only those attempts whose instances run already."""
-        coming = self._coming if self._ahead is None else self._with(self._ahead, self._coming)
-        self._ahead = None
-        self._coming = (one for one in coming if one.because in ("loaded", "running"))
+        """Keep only those attempts whose instances run already, whatever the settings become."""
+        self._may_start = False
+        if self._ahead is not None and self._ahead.because not in RUNNING:
+            self._ahead = None
 
     @property
     def failed_on(self) -> frozenset[str]:
@@ -207,7 +210,5 @@ class Attempts:
         )
         self._ahead = None
 
-    @staticmethod
-    def _with(first: Attempt, others: Iterator[Attempt]) -> Iterator[Attempt]:
-        yield first
-        yield from others
+    def _following(self) -> Attempt | None:
+        return next((one for one in self._coming if self._may_start or one.because in RUNNING), None)
