@@ -387,6 +387,7 @@ def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
         bodies=passing.bodies,
         requests=passing.requests,
         refusals=daemon.backend.refusals,
+        unload=passing.volumes.unload,
     )
 
 

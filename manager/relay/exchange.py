@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from enum import Enum, auto
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -15,7 +16,8 @@ from manager.domain.routing import RequestFacts
 from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
-from manager.services.routing.attempting import Attempting, Wait
+from manager.relay.upstream import AnswerHead
+from manager.services.routing.attempting import Attempting, Trouble, Wait
 from manager.services.steps import in_steps
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
@@ -30,6 +32,7 @@ from manager.wire.statuses import (
     status_of,
 )
 from manager.wire.trace import traceparent
+from manager.wire.unload import unloaded, unloads
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
@@ -38,8 +41,8 @@ if TYPE_CHECKING:
     from manager.domain.record import Outcome, RequestRecord
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
-    from manager.relay.upstream import AnswerHead, UpstreamConnection, UpstreamPool
-    from manager.services.routing.attempting import Step, Trouble
+    from manager.relay.upstream import UpstreamConnection, UpstreamPool
+    from manager.services.routing.attempting import Step
     from manager.wire.body import Buffer, InferenceBody
     from manager.wire.routes import Route
 
@@ -471,16 +474,33 @@ class Exchange:
             return
         record.stream = body.stream
         record.model = model
-        self._follow(
-            attempting.enter(
-                RequestFacts(
-                    model=model,
-                    kind=self._route.kind,
-                    instance=self._caller.origin.instance,
-                    lane=record.lane,
-                )
-            )
+        facts = RequestFacts(
+            model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
         )
+        if unloads(body, self._route):
+            self._state = _State.PREPARING
+            self._spawn(self._unload(facts))
+        else:
+            self._follow(attempting.enter(facts))
+
+    async def _unload(self, facts: RequestFacts) -> None:
+        """Unload the model from every instance that runs; start none for it."""
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (its turn has come)
+        step: Step | None = attempting.enter_running(facts)
+        while isinstance(step, Wait):
+            step = await attempting.wait()
+        others = attempting.others
+        if others:
+            await asyncio.gather(*(self._relay.unload(one.instance, one.model) for one in others))
+        self._task = None
+        if isinstance(step, Trouble) and step.reason is Reason.INSTANCE_STOPPED:
+            content = unloaded(self._route, facts.model, datetime.now(UTC))
+            kind = b"application/json; charset=utf-8"
+            head = AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind)
+            self._deliver_held(_Held(head, content))
+        elif step is not None:
+            self._follow(step)
 
     def _follow(self, step: Step) -> None:
         """Do what `Attempting` says."""

@@ -12,7 +12,7 @@ from manager.relay.loads import LoadWaits
 from manager.relay.timers import Timed, Timers
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from manager.relay.upstream import UpstreamPools
     from manager.services.bodies import BodyBudget
@@ -54,6 +54,7 @@ class Relay:
         bodies: BodyBudget,
         requests: Requests,
         refusals: Refusals,
+        unload: Callable[[str, str], Awaitable[None]],
     ) -> None:
         self.routing = routing
         self.access = access
@@ -61,6 +62,7 @@ class Relay:
         self.bodies = bodies
         self.requests = requests
         self.refusals = refusals
+        self.unload = unload
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Running] = Timers(self.loop)
         self.loads = LoadWaits()

@@ -34,7 +34,7 @@ async def test_pools_of_addresses_that_are_gone_are_forgotten(
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
         await front.ask(TINY)
         await until(lambda: front.relay.upstream_connections == 0)
-        front.relay.pool("http://127.0.0.1:9")
+        front.relay.pools.pool("http://127.0.0.1:9")
         assert list(front.relay.pools._pools) == ["http://127.0.0.1:9"]
 
 

@@ -385,7 +385,7 @@ async def test_a_connection_whose_request_is_still_being_sent_is_not_used_again(
     port = server.sockets[0].getsockname()[1]
     pool = UpstreamPools(SharedTls().context).pool(f"http://127.0.0.1:{port}")
     sink = Collected()
-    (await pool.connect()).send(sink, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", b"x" * 2**24)
+    (await pool.connect()).send(sink, b"POST / HTTP/1.1\r\nHost: x\r\n\r\n", (b"x" * 2**24,))
     await sink.complete.wait()
     # Nor is it waited for until the server takes the rest, which it may never do.
     await until(lambda: pool.is_empty)

@@ -165,6 +165,7 @@ class Attempting:
     _has_repeated = False
     _has_recovered = False
     _is_closed = False
+    _only_running = False
 
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
@@ -177,6 +178,22 @@ class Attempting:
         """Decide, and begin the first attempt. Waits for nothing."""
         self._facts = facts
         return self._decide(waits=True)
+
+    def enter_running(self, facts: RequestFacts) -> Step:
+        """As `enter`, for a request that concerns running instances only, such as an unload.
+
+        Where no instance runs the trouble has the reason `instance_stopped`.
+        """
+        self._only_running = True
+        return self.enter(facts)
+
+    @property
+    def others(self) -> tuple[Attempt, ...]:
+        """The attempts that could follow, once each; none of them follows afterwards."""
+        attempts, found = self._attempts, []
+        while attempts is not None and (attempt := attempts.next()) is not None:
+            found.append(attempt)
+        return tuple(found)
 
     def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble) -> Step:
         """Begin the first of these attempts; `none` is the trouble where there is none."""
@@ -387,6 +404,10 @@ class Attempting:
         record.requested_target = decision.requested_target
         refused = decision.refused
         if refused is None:
+            if self._only_running:
+                attempts.start_no_other()
+                if not attempts.more:
+                    return Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
             return self._next()
         if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
             self._pending = self._wait_for_first_look
@@ -406,6 +427,8 @@ class Attempting:
         attempt = attempts.next() if attempts is not None else None
         if attempt is None:
             return self._give_up()
+        if self._only_running:
+            attempt = attempt._replace(because="loaded")  # nothing has to be loaded for it
         record = self.record
         self.attempt = attempt
         self.target = None

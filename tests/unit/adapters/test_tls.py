@@ -101,7 +101,7 @@ def test_the_relay_and_the_probes_trust_what_the_system_trusts_through_one_conte
             for path in ("", "/other"):
                 connection = await pools.pool(url + path).connect()
                 sink = Collected()
-                connection.send(sink, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"")
+                connection.send(sink, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", ())
                 await sink.ended.wait()
                 assert (sink.body, sink.why) == (b"{}", "")
                 assert pools.pool(url + path).idle() is connection
@@ -137,7 +137,7 @@ def test_a_tls_server_that_read_the_request_and_closed_may_have_begun(
         connection = await pool.connect()
         for broken in (False, True):
             sink = Collected()
-            connection.send(sink, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"")
+            connection.send(sink, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", ())
             await sink.ended.wait()
             assert sink.may_have_begun is (True if broken else None)
         listener.close()

@@ -33,9 +33,9 @@ def pools() -> UpstreamPools:
     return UpstreamPools(SharedTls().context)
 
 
-def request(size: int = 0) -> tuple[bytes, bytes]:
+def request(size: int = 0) -> tuple[bytes, tuple[bytes]]:
     """A request with a body of so many bytes and `end`."""
-    return b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (size + 3), b"x" * size + b"end"
+    return b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (size + 3), (b"x" * size + b"end",)
 
 
 async def answered(connection: UpstreamConnection, peer: socket.socket, raw: bytes = EMPTY) -> Collected:

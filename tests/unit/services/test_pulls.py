@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.domain.target import Target
 from manager.services.leases import Lease
 from manager.services.pulls import Pull, PullFailedError, Pulls, Waiter
 from manager.wire.management import read_named
@@ -48,7 +49,7 @@ class Rig:
         yield
 
     async def writer(self, _volume: str) -> Any:
-        return SimpleNamespace(lease=Lease("a", "http://a", lambda: None), start_ms=None)
+        return SimpleNamespace(lease=Lease(Target("a", "http://a"), lambda: None), start_ms=None)
 
     async def changed(self, instance: str) -> None:
         self.done.append(f"read {instance}")
