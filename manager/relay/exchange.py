@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from enum import Enum, auto
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -33,7 +34,7 @@ from manager.wire.trace import traceparent
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
     from typing import TypeVar
 
     from manager.domain.record import Outcome, RequestRecord
@@ -244,7 +245,9 @@ class Exchange:
             self._last_active = now
         attempting, state = self._attempting, self._state
         assert attempting is not None  # noqa: S101  (its turn has come)
-        step = attempting.look(now) if self._task is None or now >= attempting.total_deadline else None
+        # A server that is being heard has deadlines of its own, below.
+        is_looked_at = self._task is None and state is not _State.HOLDING
+        step = attempting.look(now) if is_looked_at or now >= attempting.total_deadline else None
         if step is not None:
             self._follow(step)
         elif state is _State.STREAMING:
@@ -425,30 +428,20 @@ class Exchange:
                 self._decide(read_body(raw, self._route))
             else:
                 self._state = _State.PREPARING
-                self._spawn(self._read_in_steps())
-        except BadBodyError as error:
-            self._fail(400, str(error), "client_error")
-        except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
-            self._defect(error)
+                self._spawn(self._read_in_steps)
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
 
     async def _read_in_steps(self) -> None:
         limits = self._relay.limits
-        try:
-            body = await in_steps(
-                reading(self._parts, self._route, limits.most_body_bytes, self._caller.encoding)
-            )
-        except BodyTooLargeError as error:
-            self._task = None
-            self._fail(413, str(error), "client_error")
-        except BadBodyError as error:
-            self._task = None
-            self._fail(400, str(error), "client_error")
-        else:
-            self._task = None
-            if not self._hold_decoded(body):
-                self._fail(UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused")
-                return
-            self._decide(body)
+        body = await in_steps(
+            reading(self._parts, self._route, limits.most_body_bytes, self._caller.encoding)
+        )
+        self._task = None
+        if not self._hold_decoded(body):
+            self._fail(UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused")
+            return
+        self._decide(body)
 
     def _hold_decoded(self, body: InferenceBody) -> bool:
         """Count a body at its decoded size."""
@@ -479,7 +472,13 @@ class Exchange:
         )
 
     def _follow(self, step: Step) -> None:
-        """Do what `Attempting` says."""
+        """Do what `Attempting` says. A defect ends the request: no callback that comes here could."""
+        try:
+            self._take(step)
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
+
+    def _take(self, step: Step) -> None:
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it gave the step)
         if not attempting.is_waiting:
@@ -487,17 +486,20 @@ class Exchange:
             self._cancel_task()
             self._end_load()
             self._drop_connection()
+            if self._front is None:
+                self._finish("client_gone")  # the load that others wait for was this server's
+                return
         if isinstance(step, Target):
             connection = self._relay.pool(step.endpoint).idle()
             if connection is not None:
                 self._send(connection)
             else:
                 self._state = _State.CONNECTING
-                self._spawn(self._open(self._relay.pool(step.endpoint)))
+                self._spawn(partial(self._open, self._relay.pool(step.endpoint)))
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
-            self._spawn(self._wait())
+            self._spawn(self._wait)
         else:
             self._report(step)
 
@@ -541,7 +543,7 @@ class Exchange:
         else:
             self._state = _State.CONNECTING
             self._connection = connection
-            self._spawn(self._rewrite_and_put(connection, body, attempting))
+            self._spawn(partial(self._rewrite_and_put, connection, body, attempting))
 
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
@@ -579,9 +581,6 @@ class Exchange:
 
     def _report(self, trouble: Trouble) -> None:
         """No attempt is left: tell the client."""
-        if self._front is None:
-            self._finish("client_gone")
-            return
         if isinstance(trouble.answer, _Held) and not self._answer.is_begun:
             self._deliver_held(trouble.answer)
             return
@@ -618,7 +617,7 @@ class Exchange:
         status, message, headers = self._refusal
         if not self.received:
             self.keep_alive = False  # the rest of its body would be taken for the next request
-        self._fail(status, message, "client_error", headers)
+        self._fail(status, message, "refused" if status == UNAVAILABLE else "client_error", headers)
 
     def _fail(
         self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
@@ -652,7 +651,7 @@ class Exchange:
         self._cancel_task()
         self._end_load()
         self._drop_connection()
-        self._drop_body()
+        self._forget_body()  # the connection keeps its last exchange
         self._relay.ended(self)
         self.response_complete = True
         record, attempting = self._record, self._attempting
@@ -666,18 +665,27 @@ class Exchange:
 
     # --- helpers ---
 
-    def _defect(self, error: Exception) -> None:
-        _log.error("request_failed", path=self._route.path, exc_info=error)
-        self._fail(500, "the manager failed; its log says more", "refused")
+    def _end_for(self, error: Exception) -> None:
+        """End this request for an error in the body, or for a defect; the others go on."""
+        if isinstance(error, BodyTooLargeError):
+            self._fail(413, str(error), "client_error")
+        elif isinstance(error, BadBodyError):
+            self._fail(400, str(error), "client_error")
+        else:
+            _log.error("request_failed", path=self._route.path, exc_info=error)
+            try:
+                self._fail(500, "the manager failed; its log says more", "refused")
+            finally:
+                self._finish("refused")  # also where the client cannot even be told
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         self._task = self._relay.spawn(self._guarded(work))
 
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         try:
-            await work
-        except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
-            self._defect(error)
+            await work()
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
 
     def _stamp(self) -> bytes:
         record, attempting = self._record, self._attempting
