@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from datetime import UTC, datetime
 from enum import Enum, auto
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -21,7 +22,7 @@ from manager.services.routing.attempting import Attempting, Trouble, Wait
 from manager.services.steps import in_steps
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
-from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
@@ -36,7 +37,7 @@ from manager.wire.unload import unloaded, unloads
 from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Sequence
 
     from manager.domain.record import Outcome, RequestRecord
     from manager.relay.caller import Caller
@@ -53,6 +54,8 @@ _UPLOAD_STALL_S = 60.0
 _MAX_HELD_BYTES = 64 * 1024
 _MAX_HOLDING_S = 5.0
 _OK = 200
+_NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
+_LATER = {"Retry-After": "1"}
 
 
 class _State(Enum):
@@ -181,11 +184,9 @@ class Exchange:
         most = self._relay.limits.most_body_bytes
         if self._size + len(body) > most:
             self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
-        elif not self._relay.bodies.take(len(body)):
-            message = "the bodies of all requests together reach gateway.max_buffered; try again later"
-            self.refuse_now(UNAVAILABLE, message, {"Retry-After": "1"})
+        elif not self._take_bytes(len(body)):
+            self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
         else:
-            self._size += len(body)
             self._parts.append(body)
 
     def request_ended(self) -> None:
@@ -245,7 +246,9 @@ class Exchange:
             self._last_active = now
         attempting, state = self._attempting, self._state
         assert attempting is not None  # noqa: S101  (its turn has come)
-        step = attempting.look(now) if self._task is None or now >= attempting.total_deadline else None
+        # A server that is being heard has deadlines of its own, below.
+        is_looked_at = self._task is None and state is not _State.HOLDING
+        step = attempting.look(now) if is_looked_at or now >= attempting.total_deadline else None
         if step is not None:
             self._follow(step)
         elif state is _State.STREAMING:
@@ -427,40 +430,29 @@ class Exchange:
                 self._decide(read_body(raw, self._route))
             else:
                 self._state = _State.PREPARING
-                self._spawn(self._read_in_steps())
-        except BadBodyError as error:
-            self._fail(400, str(error), "client_error")
-        except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
-            self._defect(error)
+                self._spawn(self._read_in_steps)
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
 
     async def _read_in_steps(self) -> None:
-        limits = self._relay.limits
+        most, encoding, encoded_bytes = self._relay.limits.most_body_bytes, self._caller.encoding, self._size
+        steps = reading(self._parts, self._route, most, encoding, self._take_bytes)
         try:
-            body = await in_steps(
-                reading(self._parts, self._route, limits.most_body_bytes, self._caller.encoding)
-            )
-        except BodyTooLargeError as error:
-            self._task = None
-            self._fail(413, str(error), "client_error")
-        except BadBodyError as error:
-            self._task = None
-            self._fail(400, str(error), "client_error")
-        else:
-            self._task = None
-            if not self._hold_decoded(body):
-                self._fail(
-                    UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused"
-                )
-                return
-            self._decide(body)
+            body = await in_steps(steps)
+        except NoRoomError:
+            self._fail(UNAVAILABLE, _NO_ROOM, "refused", _LATER)
+            return
+        if encoding is not None:
+            self._size -= encoded_bytes
+            self._relay.bodies.give_back(encoded_bytes)
+        self._task = None
+        self._decide(body)
 
-    def _hold_decoded(self, body: InferenceBody) -> bool:
-        """Count a body at its decoded size."""
-        more = body.size - self._size
-        if more > 0:
-            if not self._relay.bodies.take(more):
-                return False
-            self._size += more
+    def _take_bytes(self, count: int) -> bool:
+        """Count bytes of the body that are held; False where all bodies together have reached their bound."""
+        if not self._relay.bodies.take(count):
+            return False
+        self._size += count
         return True
 
     def _decide(self, body: InferenceBody) -> None:
@@ -479,7 +471,7 @@ class Exchange:
         )
         if unloads(body, self._route):
             self._state = _State.PREPARING
-            self._spawn(self._unload(facts))
+            self._spawn(partial(self._unload, facts))
         else:
             self._follow(attempting.enter(facts))
 
@@ -503,7 +495,13 @@ class Exchange:
             self._follow(step)
 
     def _follow(self, step: Step) -> None:
-        """Do what `Attempting` says."""
+        """Do what `Attempting` says. A defect ends the request: no callback that comes here could."""
+        try:
+            self._take(step)
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
+
+    def _take(self, step: Step) -> None:
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it gave the step)
         if not attempting.is_waiting:
@@ -511,17 +509,20 @@ class Exchange:
             self._cancel_task()
             self._end_load()
             self._drop_connection()
+            if self._front is None:
+                self._finish("client_gone")  # the load that others wait for was this server's
+                return
         if isinstance(step, Target):
             connection = self._relay.pools.pool(step.endpoint).idle()
             if connection is not None:
                 self._send(connection)
             else:
                 self._state = _State.CONNECTING
-                self._spawn(self._open(self._relay.pools.pool(step.endpoint)))
+                self._spawn(partial(self._open, self._relay.pools.pool(step.endpoint)))
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
-            self._spawn(self._wait())
+            self._spawn(self._wait)
         else:
             self._report(step)
 
@@ -575,7 +576,7 @@ class Exchange:
         else:
             self._state = _State.CONNECTING
             self._connection = connection
-            self._spawn(self._rewrite_and_put(connection, body, attempting))
+            self._spawn(partial(self._rewrite_and_put, connection, body, attempting))
 
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
@@ -620,9 +621,6 @@ class Exchange:
 
     def _report(self, trouble: Trouble) -> None:
         """No attempt is left: tell the client."""
-        if self._front is None:
-            self._finish("client_gone")
-            return
         if isinstance(trouble.answer, _Held) and not self._answer.is_begun:
             self._deliver_held(trouble.answer)
             return
@@ -659,7 +657,7 @@ class Exchange:
         status, message, headers = self._refusal
         if not self.received:
             self.keep_alive = False  # the rest of its body would be taken for the next request
-        self._fail(status, message, "client_error", headers)
+        self._fail(status, message, "refused" if status == UNAVAILABLE else "client_error", headers)
 
     def _fail(
         self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
@@ -693,7 +691,7 @@ class Exchange:
         self._cancel_task()
         self._end_load()
         self._drop_connection()
-        self._drop_body()
+        self._forget_body()  # the connection keeps its last exchange
         self._relay.ended(self)
         self.response_complete = True
         record, attempting = self._record, self._attempting
@@ -707,18 +705,27 @@ class Exchange:
 
     # --- helpers ---
 
-    def _defect(self, error: Exception) -> None:
-        _log.error("request_failed", path=self._route.path, exc_info=error)
-        self._fail(500, "the manager failed; its log says more", "refused")
+    def _end_for(self, error: Exception) -> None:
+        """End this request for an error in the body, or for a defect; the others go on."""
+        if isinstance(error, BodyTooLargeError):
+            self._fail(413, str(error), "client_error")
+        elif isinstance(error, BadBodyError):
+            self._fail(400, str(error), "client_error")
+        else:
+            _log.error("request_failed", path=self._route.path, exc_info=error)
+            try:
+                self._fail(500, "the manager failed; its log says more", "refused")
+            finally:
+                self._finish("refused")  # also where the client cannot even be told
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+    def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         self._task = self._relay.spawn(self._guarded(work))
 
-    async def _guarded(self, work: Coroutine[None, None, None]) -> None:
+    async def _guarded(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         try:
-            await work
-        except Exception as error:  # noqa: BLE001  (a defect: this request gets an answer, the others go on)
-            self._defect(error)
+            await work()
+        except Exception as error:  # noqa: BLE001  (see `_end_for`)
+            self._end_for(error)
 
     def _stamp(self) -> bytes:
         record, attempting = self._record, self._attempting
