@@ -412,7 +412,7 @@ class Exchange:
             self._judge_held(None)
         elif self._state is _State.WAITING:
             self._cancel_task()
-            reason = Reason.UPSTREAM_ERROR if may_have_begun else Reason.UPSTREAM_UNREACHABLE
+            reason = Reason.UPSTREAM_UNREACHABLE
             message = f"{name}: {why}"
             self._follow(attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun))
         else:

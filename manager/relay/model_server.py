@@ -138,11 +138,9 @@ class _Call:
         if self._head is not None:
             text = f"{self._endpoint} broke off before its answer ended ({why})"
             self._fail(UnavailableError(text, reason=Reason.UPSTREAM_ERROR))
-        elif may_have_begun:
-            text = f"{self._endpoint} ended before it answered ({why})"
-            self._fail(AskFailedError(text, reason=Reason.UPSTREAM_ERROR, begun=True))
         else:
-            self._fail(_not_asked(self._endpoint, f"cannot be reached ({why})", Reason.UPSTREAM_UNREACHABLE))
+            text = f"{self._endpoint} cannot be reached ({why})"
+            self._fail(AskFailedError(text, reason=Reason.UPSTREAM_UNREACHABLE, begun=may_have_begun))
 
     # --- what `ask` calls ---
 

@@ -165,6 +165,10 @@ class UpstreamConnection(asyncio.Protocol):
         try:
             reader.feed(data)
         except BadAnswerError as error:
+            if reader.status and not self._has_head:
+                sink.head_came(self._answer_head())  # the head was proper, and says what the server thinks
+                if self._sink is not sink:
+                    return
             self.abandon()
             sink.answer_broke(str(error), may_have_begun=True)
             return
