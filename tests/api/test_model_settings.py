@@ -421,6 +421,33 @@ def test_explain_says_where_a_request_would_go(daemon: Daemon) -> None:
     assert explain(daemon, model="tiny", lane="output")["role"] == "output"
 
 
+def test_a_role_with_a_dot_in_its_name_is_made_used_and_removed(daemon: Daemon) -> None:
+    name = "gpt-4.1"
+    body = changed(
+        daemon, {"roles": {name: {"kind": "generate", "model": "tiny", "system": {"mode": "append"}}}}
+    )
+    assert (body["roles"][name]["model"], body["roles"][name]["system"]["mode"]) == ("tiny", "append")
+    assert changed(daemon, {"layer_routing": {name: "nas"}})["roles"][name]["target"] == "nas"
+    assert (
+        changed(daemon, {"roles": {name: {"policy": "cpu_only"}}}, ROUTING)["roles"][name]["policy"]
+        == "cpu_only"
+    )
+    effective = daemon.get(f"{SETTINGS}/effective")
+    assert effective["roles"][name]["model"] == {"value": "tiny", "source": "override"}
+    assert effective["ignored"] == []
+    found = explain(daemon, model=name)
+    assert (found["role"], [one["instance"] for one in found["attempts"]]) == (name, ["nas"])
+    refused = change(daemon, {"roles": {name: {"target": "nowhere"}}})
+    assert fields_of(refused) == [f"body.roles.{name}.target"]
+    assert name not in changed(daemon, {"roles": {name: None}})["roles"]
+
+
+def test_explain_names_the_lanes_there_are(daemon: Daemon) -> None:
+    refused = explain(daemon, model="tiny", lane="nowhere")["refused"]
+    assert refused["what"] == "unknown_lane"
+    assert refused["message"].startswith("there is no lane 'nowhere'; lanes: thinking, control, output")
+
+
 def test_explain_says_why_nothing_would_be_done(daemon: Daemon) -> None:
     found = explain(daemon, model="nope@nas")
     assert found["attempts"] == []

@@ -210,7 +210,7 @@ async def test_what_is_between_caller_and_gateway_stays_there(tmp_path: Path) ->
         "X-API-Key": "the-key-of-all",
         "Cookie": "c=1",
         "X-Instance": "a",
-        "X-Lane": "none",
+        "X-Lane": "thinking",
         "X-Project-ID": "p",
         "X-Forwarded-For": "1.2.3.4",
         "Accept-Encoding": "gzip",

@@ -57,7 +57,7 @@ async def one_of_each(home: Path, **more: Any) -> AsyncIterator[Front]:
             front.to_the_log(record)
 
         traffic._write = write
-        await front.ask(TINY, headers={"X-Lane": "fast", "X-Project-ID": "lab", "X-Intent": "test"})
+        await front.ask(TINY, headers={"X-Lane": "output", "X-Project-ID": "lab", "X-Intent": "test"})
         await front.ask(b"{no json")
         await front.ask({**TINY, "model": "unknown"})
         server.answer = fails
@@ -105,7 +105,7 @@ async def test_each_request_is_one_line_with_the_documented_keys(tmp_path: Path,
             "cut": 200,
         }
         ok = by_outcome["ok"]
-        assert (ok["project_id"], ok["lane"], ok["intent"]) == ("lab", "fast", "test")
+        assert (ok["project_id"], ok["lane"], ok["intent"]) == ("lab", "output", "test")
         assert (ok["provider"], ok["effective_target"], ok["model"]) == ("local", "a", "tiny")
         assert ok["endpoint"] == front.daemon.fleet.get("a").usable_endpoint()
         assert (ok["input_tokens"], ok["output_tokens"], ok["cost_usd"]) == (12, 34, 0.0)

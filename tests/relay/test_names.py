@@ -1,0 +1,101 @@
+"""What a name in a request means, and what is said where it means nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support.inside import until
+from tests.support.relaying import Scripted, relaying
+from tests.support.storing import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "stream": False}
+MESSAGES = {**CHAT, "max_tokens": 4}
+
+
+async def test_a_copy_under_a_roles_name_does_not_take_the_role_over(tmp_path: Path) -> None:
+    roles = {"embedding": {"model": "minilm", "policy": "cpu_only", "target": "cpu"}}
+    cpu, gpu = Scripted(("minilm", "embedding")), Scripted(("minilm", "embedding"), loaded=("embedding",))
+    async with (
+        cpu.serving(),
+        gpu.serving(),
+        relaying(
+            tmp_path,
+            {"gpu": gpu, "cpu": cpu},
+            config={"roles": roles},
+            devices={"gpu": "gpu", "cpu": "cpu"},
+        ) as front,
+    ):
+        for path, model, sent in (
+            ("/api/embed", "embedding", "minilm"),
+            ("/v1/embeddings", "Embedding", "minilm"),
+            ("/api/embeddings", "minilm", "minilm"),
+            ("/api/embed", "MiniLM:latest", "MiniLM:latest"),
+        ):
+            body = {"model": model, "input": "x", "prompt": "x"}
+            reply = await ask(front, "POST", path, body)
+            assert (reply.status, reply.headers["x-instance"]) == (200, "cpu"), (path, model)
+            assert cpu.seen.pop().json()["model"] == sent
+        assert not gpu.seen
+        reply = await ask(front, "POST", "/api/embed", {"model": "embedding:latest", "input": "x"})
+        assert reply.headers["x-instance"] == "gpu"
+        await until(lambda: len(front.records) == 5)
+        assert [record.role for record in front.records] == ["embedding"] * 4 + [None]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/api/chat", CHAT), ("/v1/chat/completions", CHAT), ("/v1/messages", MESSAGES), ("/api/embed", CHAT)],
+)
+async def test_an_unknown_lane_is_refused_in_the_words_of_the_client(
+    tmp_path: Path, path: str, body: dict[str, object]
+) -> None:
+    roles = {f"own-{number:02}": {"model": "tiny"} for number in range(20)}
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, config={"roles": roles}) as front,
+    ):
+        reply = await front.ask(body, path, {"X-Lane": "fast"})
+        error = reply.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert reply.status == 400
+        assert message.startswith("there is no lane 'fast'; lanes: thinking, control,")
+        assert message.endswith("own-04 and 15 more")
+        assert isinstance(error, str) or error["type"] == "invalid_request_error"
+        assert not server.seen
+        nameless = {key: value for key, value in body.items() if key != "model"}
+        assert (await front.ask(nameless, path, {"X-Lane": "fast"})).status == 400
+
+
+async def test_what_nobody_has_is_told_as_ollama_tells_it_and_names_ten_things_at_most(
+    tmp_path: Path,
+) -> None:
+    models = tuple(f"m{number:03}" for number in range(40))
+    async with Scripted(models).serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for path, body, beginning in (
+            ("/api/chat", CHAT, "model 'nope' not found; models: m000:latest, "),
+            ("/v1/messages", MESSAGES, "model 'nope' not found; models: "),
+            ("/api/embed", {"input": "x"}, 'model "nope" not found, try pulling it first; models: '),
+            ("/v1/embeddings", {"input": "x"}, 'model "nope" not found, try pulling it first; models: '),
+        ):
+            reply = await front.ask({**body, "model": "nope"}, path)
+            error = reply.json()["error"]
+            message = error if isinstance(error, str) else error["message"]
+            assert reply.status == 404, path
+            assert message.startswith(beginning), message
+            assert message.endswith("m009:latest and 30 more"), message
+
+
+async def test_a_model_that_never_answered_has_no_latency(tmp_path: Path) -> None:
+    async with Scripted(("tiny", "other")).serving() as server, relaying(tmp_path, {"a": server}) as front:
+        await front.ask({**CHAT, "stream": True})
+        await until(lambda: len(front.records) == 1)
+        listed = json.loads((await ask(front, "GET", "/v1/models")).body)["data"]
+        latencies = {entry["id"]: entry["latency_ms"] for entry in listed}
+        assert latencies["tiny:latest"] > 0
+        assert latencies["other:latest"] is None
