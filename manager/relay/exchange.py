@@ -20,7 +20,7 @@ from manager.relay.upstream import AnswerHead, OwnLimitError
 from manager.services.routing.attempting import Attempting, Wait
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
-from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
@@ -55,6 +55,8 @@ _UPLOAD_STALL_S = 60.0
 _MAX_HELD_BYTES = 64 * 1024
 _MAX_HOLDING_S = 5.0
 _OK = 200
+_NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
+_LATER = {"Retry-After": "1"}
 
 
 class _State(Enum):
@@ -183,11 +185,9 @@ class Exchange:
         most = self._relay.limits.most_body_bytes
         if self._size + len(body) > most:
             self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
-        elif not self._relay.bodies.take(len(body)):
-            message = "the bodies of all requests together reach gateway.max_buffered; try again later"
-            self.refuse_now(UNAVAILABLE, message, {"Retry-After": "1"})
+        elif not self._take_bytes(len(body)):
+            self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
         else:
-            self._size += len(body)
             self._parts.append(body)
 
     def request_ended(self) -> None:
@@ -433,23 +433,24 @@ class Exchange:
             self._end_for(error)
 
     async def _read_in_steps(self) -> None:
-        limits = self._relay.limits
-        body = await in_steps(
-            reading(self._parts, self._route, limits.most_body_bytes, self._caller.encoding)
-        )
-        self._task = None
-        if not self._hold_decoded(body):
-            self._fail(UNAVAILABLE, "the bodies of all requests together reach gateway.max_buffered", "refused")
+        most, encoding, encoded_bytes = self._relay.limits.most_body_bytes, self._caller.encoding, self._size
+        steps = reading(self._parts, self._route, most, encoding, self._take_bytes)
+        try:
+            body = await in_steps(steps)
+        except NoRoomError:
+            self._fail(UNAVAILABLE, _NO_ROOM, "refused", _LATER)
             return
+        if encoding is not None:
+            self._size -= encoded_bytes
+            self._relay.bodies.give_back(encoded_bytes)
+        self._task = None
         self._decide(body)
 
-    def _hold_decoded(self, body: InferenceBody) -> bool:
-        """Count a body at its decoded size."""
-        more = body.size - self._size
-        if more > 0:
-            if not self._relay.bodies.take(more):
-                return False
-            self._size += more
+    def _take_bytes(self, count: int) -> bool:
+        """Count bytes of the body that are held; False where all bodies together have reached their bound."""
+        if not self._relay.bodies.take(count):
+            return False
+        self._size += count
         return True
 
     def _decide(self, body: InferenceBody) -> None:

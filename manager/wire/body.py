@@ -14,12 +14,14 @@ import msgspec
 import orjson
 
 from manager.domain.models import MOST_NAME_LENGTH
-from manager.wire.encoding import gathered
+from manager.wire.encoding import gathered, holds_any
 from manager.wire.errors import BadBodyError, BodyTooLargeError
 from manager.wire.scan import NotJsonError, Scan, folded, string_in
 from manager.wire.steps import STEP_BYTES, run
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manager.wire.encoding import Encoding
     from manager.wire.routes import Route
     from manager.wire.steps import Steps
@@ -102,7 +104,11 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
 
 
 def reading(
-    parts: list[bytes], route: Route, most_bytes: int, encoding: Encoding | None = None
+    parts: list[bytes],
+    route: Route,
+    most_bytes: int,
+    encoding: Encoding | None = None,
+    holds: Callable[[int], bool] = holds_any,
 ) -> Steps[InferenceBody]:
     """Read an inference request of any size, in steps.
 
@@ -111,12 +117,14 @@ def reading(
         route: where the request goes.
         most_bytes: how large the decoded body may be.
         encoding: what the parts are decoded from.
+        holds: as for `gathered`.
 
     Raises:
         BadBodyError: as `read_body`, or it cannot be decoded.
         BodyTooLargeError: the decoded body is too large.
+        NoRoomError: `holds` has said no.
     """
-    raw = yield from gathered(parts, encoding, most_bytes)
+    raw = yield from gathered(parts, encoding, most_bytes, holds)
     if len(raw) <= SMALL_BYTES:
         return read_body(bytes(raw), route)
     return (yield from _scanned(raw, route))

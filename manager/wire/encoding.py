@@ -6,7 +6,7 @@ import sys
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.routes import Dialect
 from manager.wire.steps import STEP_BYTES
 
@@ -15,10 +15,10 @@ if sys.version_info >= (3, 14):  # pragma: no cover
 else:
     from backports import zstd
 
-__all__ = ["CONTENT_ENCODING", "Encoding", "encoding_of", "gathered", "zstd"]
+__all__ = ["CONTENT_ENCODING", "Encoding", "encoding_of", "gathered", "holds_any", "zstd"]
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from manager.wire.head import Header
     from manager.wire.routes import Route
@@ -56,15 +56,32 @@ def encoding_of(route: Route, headers: Iterable[Header]) -> Encoding | None:
     return None
 
 
-def gathered(parts: list[bytes], encoding: Encoding | None, most_bytes: int) -> Steps[bytes | bytearray]:
+def holds_any(_count: int) -> bool:
+    """Hold whatever a body decodes to."""
+    return True
+
+
+def gathered(
+    parts: list[bytes],
+    encoding: Encoding | None,
+    most_bytes: int,
+    holds: Callable[[int], bool] = holds_any,
+) -> Steps[bytes | bytearray]:
     """Join the parts of a body, decoded, and empty the list meanwhile.
+
+    Args:
+        parts: the body as it was received.
+        encoding: what the parts are decoded from.
+        most_bytes: how large the decoded body may be.
+        holds: counts further bytes that decoding adds; whether they may be held.
 
     Raises:
         BodyTooLargeError: the decoded body has more than `most_bytes`.
+        NoRoomError: `holds` has said no.
         BadBodyError: it cannot be decoded.
     """
     if encoding is not None:
-        return (yield from _decoded(parts, most_bytes))
+        return (yield from _decoded(parts, most_bytes, holds))
     if len(parts) == 1:
         return parts.pop()
     # It grows in place (mremap); a buffer of the whole size would be zeroed in one long step.
@@ -79,7 +96,7 @@ def gathered(parts: list[bytes], encoding: Encoding | None, most_bytes: int) -> 
     return data
 
 
-def _decoded(parts: list[bytes], most_bytes: int) -> Steps[bytearray]:
+def _decoded(parts: list[bytes], most_bytes: int, holds: Callable[[int], bool]) -> Steps[bytearray]:
     data = bytearray()
     frames, decoder = 1, zstd.ZstdDecompressor(options=_OPTIONS)
     parts.reverse()
@@ -92,11 +109,14 @@ def _decoded(parts: list[bytes], most_bytes: int) -> Steps[bytearray]:
         more = True
         while more:
             try:
-                data += decoder.decompress(piece, max_length=STEP_BYTES)
+                decoded = decoder.decompress(piece, max_length=STEP_BYTES)
             except zstd.ZstdError:
                 raise _undecodable() from None
-            if len(data) > most_bytes:
+            if len(data) + len(decoded) > most_bytes:
                 raise BodyTooLargeError(most_bytes)
+            if not holds(len(decoded)):
+                raise NoRoomError
+            data += decoded
             piece = b""
             more = not (decoder.needs_input or decoder.eof)
             yield

@@ -12,3 +12,7 @@ class BodyTooLargeError(BadBodyError):
 
     def __init__(self, most_bytes: int) -> None:
         super().__init__(f"the request body is too large: at most {most_bytes} bytes are taken")
+
+
+class NoRoomError(Exception):
+    """The bytes of a body, decoded, do not fit beside those of all other requests."""

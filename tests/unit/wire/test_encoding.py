@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.wire.encoding import Encoding, encoding_of, gathered, zstd
-from manager.wire.errors import BadBodyError, BodyTooLargeError
+from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.routes import INFERENCE
 from manager.wire.steps import run
 
@@ -109,3 +109,20 @@ def test_the_number_of_frames_is_bounded() -> None:
     assert decoded([zstd.compress(b"x") * 64]) == b"x" * 64
     with pytest.raises(BadBodyError, match="more than 64 frames"):
         decoded([zstd.compress(b"x") * 65])
+
+
+def test_a_body_that_does_not_fit_beside_the_others_is_given_up_as_soon_as_it_does_not() -> None:
+    """Each step asks first: many small bodies that decode to large ones are bounded together."""
+    held: list[int] = []
+
+    def holds(count: int) -> bool:
+        if sum(held) + count > 2**20:
+            return False
+        held.append(count)
+        return True
+
+    with pytest.raises(NoRoomError):
+        run(gathered([zstd.compress(bytes(2**24))], Encoding.ZSTD, 2**30, holds))
+    assert 2**20 - 2**16 <= sum(held) <= 2**20
+    held.clear()
+    assert len(run(gathered([zstd.compress(bytes(2**19))], Encoding.ZSTD, 2**30, holds))) == sum(held)
