@@ -34,13 +34,13 @@ class Caller:
     for_page: bytes
     origin: Origin
     encoding: Encoding | None
-    _begun: tuple[Address, bytes, bytes] | None = None
+    _begun: tuple[Address, bytes, tuple[Header, ...], bytes] | None = None
 
     def head_for(self, address: Address, target: bytes, added: tuple[Header, ...] = ()) -> bytes:
         """Return the head of a request to that server, but for the lines that differ from one to the next."""
         begun = self._begun
-        if begun is not None and begun[0] is address and begun[1] == target:
-            return begun[2]
+        if begun is not None and begun[0] is address and begun[1] == target and begun[2] == added:
+            return begun[3]
         more = b"".join(b"%b: %b\r\n" % header for header in added)
         head = b"POST %b%b HTTP/1.1\r\nHost: %b\r\n%b%b" % (
             address.prefix,
@@ -49,7 +49,7 @@ class Caller:
             self.lines,
             more,
         )
-        self._begun = (address, target, head)
+        self._begun = (address, target, added, head)
         return head
 
 
