@@ -639,7 +639,7 @@ class Exchange:
             stamp=self._stamp(),
             headers=headers,
             request_id=record.request_id,
-            partial_line=bool(self._tail) and not self._swallow and not self._tail.endswith(b"\n"),
+            tail=b"" if self._swallow else self._tail,
         )
         if told:
             record.status = status
