@@ -134,7 +134,7 @@ class AnswerWriter:
         stamp: bytes = b"",
         headers: Mapping[str, str] | None = None,
         request_id: str = "",
-        partial_line: bool = False,
+        tail: bytes | bytearray = b"",
     ) -> bool:
         """Tell the client of an error, as far as it can still be told.
 
@@ -148,7 +148,7 @@ class AnswerWriter:
             stamp: lines that are added to a whole answer.
             headers: further headers of a whole answer.
             request_id: for dialects that name it.
-            partial_line: whether the stream stands in the middle of a line.
+            tail: the last bytes of the stream so far; a line or an event that is not complete is ended first.
 
         Returns:
             Whether `status` is what the client got.
@@ -164,9 +164,7 @@ class AnswerWriter:
             client.write(b"".join((STATUS_LINES[status], stamp, head.encode(), content)))
             return True
         if self._is_stream and not self._has_length:
-            line = error_in_stream(self._dialect, status, message)
-            if partial_line:
-                line = (b"\n" if self._dialect is Dialect.NATIVE else b"\n\n") + line
+            line = self._missing_end(tail) + error_in_stream(self._dialect, status, message)
             if not self._chunked:
                 self.keep_alive = False
             self.write(client, line, last=True)
@@ -174,6 +172,14 @@ class AnswerWriter:
             self.keep_alive = False
             client.abort()
         return False
+
+    def _missing_end(self, tail: bytes | bytearray) -> bytes:
+        """Return what ends the last line of a stream, or its last event."""
+        ends = b"\n" if self._dialect is Dialect.NATIVE else b"\n\n"
+        last = bytes(tail[-2 * len(ends) :]).replace(b"\r", b"")
+        if not last or last.endswith(ends):
+            return b""
+        return b"\n" if last.endswith(b"\n") else ends
 
 
 def stamp(record: RequestRecord, for_page: bytes, attempt: tuple[str, str] | None) -> bytes:

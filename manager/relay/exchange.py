@@ -26,6 +26,7 @@ from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
+    INTERNAL_ERROR,
     UNAVAILABLE,
     judge,
     outcome_of,
@@ -288,15 +289,16 @@ class Exchange:
         self._is_active = True
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
-        if head.status >= BAD_REQUEST and attempting.might_follow(judge(head.status)):
+        judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        # Only the words of an internal error say whether it is about the request or the server.
+        if attempting.might_follow(judgement) or (
+            head.status == INTERNAL_ERROR and not attempting.is_delivered
+        ):
             self._state = _State.HOLDING
             self._held_head = head
             self._held_since = monotonic()
             return
-        if head.status >= BAD_REQUEST:
-            attempting.answered(judge(head.status))
-        else:
-            attempting.answered(ABOUT_THE_REQUEST)
+        attempting.answered(judgement)
         self._deliver(head)
 
     def _deliver(self, head: AnswerHead) -> None:
@@ -678,7 +680,7 @@ class Exchange:
             stamp=self._stamp(),
             headers=headers,
             request_id=record.request_id,
-            partial_line=bool(self._tail) and not self._swallow and not self._tail.endswith(b"\n"),
+            tail=b"" if self._swallow else self._tail,
         )
         if told:
             record.status = status

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 UNAVAILABLE = 503
 BAD_REQUEST = 400
-_SERVER_ERROR = 500
+INTERNAL_ERROR = 500
 
 # Of a decision without attempts, by what it says of it.
 REFUSED: Mapping[str, int] = MappingProxyType(
@@ -71,19 +71,19 @@ def judge(status: int, message: str = "") -> Judgement:
     known = _FAILURES.get(status)
     if known is not None:
         return known
-    if status < _SERVER_ERROR:
+    if status < INTERNAL_ERROR:
         return ABOUT_THE_REQUEST
     words = message.lower()
     if _OF_REQUEST.search(words):
         return ABOUT_THE_REQUEST
     if _OF_LOAD.search(words):
         return Judgement(Reason.MODEL_LOAD_FAILED)
-    return Judgement(Reason.UPSTREAM_ERROR, may_start=status != _SERVER_ERROR)
+    return Judgement(Reason.UPSTREAM_ERROR, may_start=status != INTERNAL_ERROR)
 
 
 def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:
     """How a request has ended that was answered with this status."""
-    if status >= _SERVER_ERROR:
+    if status >= INTERNAL_ERROR:
         return "upstream_error"
     return "client_error" if status >= BAD_REQUEST else "ok"
 

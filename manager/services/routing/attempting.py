@@ -252,6 +252,11 @@ class Attempting:
         return self._is_waiting
 
     @property
+    def is_delivered(self) -> bool:
+        """Whether the client has got a byte of an answer."""
+        return self._is_delivered
+
+    @property
     def may_load(self) -> bool:
         """Whether the server may have to load the model first."""
         return self.attempt is not None and self.attempt.because != "loaded"

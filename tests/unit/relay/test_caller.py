@@ -86,6 +86,10 @@ def test_the_head_for_a_server_is_made_once_and_anew_for_another() -> None:
     assert head == b"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:1\r\naccept: */*\r\n"
     assert caller.head_for(one, b"/api/chat") is head
     assert caller.head_for(one, b"/api/chat?x=1").startswith(b"POST /api/chat?x=1 HTTP/1.1\r\n")
+    for key in (b"first", b"second"):  # two instances of one server, each with a key of its own
+        head = caller.head_for(one, b"/api/chat", ((b"x-api-key", key),))
+        assert head.endswith(b"x-api-key: " + key + b"\r\n")
+    assert b"x-api-key" not in caller.head_for(one, b"/api/chat")
     assert caller.head_for(other, b"/api/chat").startswith(
         b"POST /prefix/api/chat HTTP/1.1\r\nHost: 127.0.0.1:2"
     )
