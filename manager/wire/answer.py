@@ -17,7 +17,6 @@ _CONTINUE = 100
 _SWITCHING_PROTOCOLS = 101
 _FIRST_FINAL_STATUS = 200
 _LAST_STATUS = 599
-_WITHOUT_BODY = (204, 304)
 _VERSIONS = ("1.1", "1.0")
 
 
@@ -169,9 +168,7 @@ class AnswerReader:
             self._refuse(f"status {status:03}")
         self.status = status
         self._has_progress = True
-        if self._is_head or status in _WITHOUT_BODY:
-            self._is_chunked = False
-            self.is_complete = self._is_head
+        self.is_complete = self._is_head
 
     def on_body(self, body: bytes) -> None:
         if not self.is_complete:  # otherwise it answers HEAD

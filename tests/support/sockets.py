@@ -8,7 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Self
 
 import uvloop
@@ -121,18 +121,21 @@ sys.stdin.read()
 
 
 @contextmanager
-def no_descriptors() -> Iterator[None]:
-    """Use up the descriptors of this process."""
+def no_descriptors() -> Iterator[Callable[[], None]]:
+    """Use up the descriptors of this process; what is yielded uses up those that were freed meanwhile."""
+
+    def fill() -> None:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(source))
+
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     taken: list[int] = []
     source = os.open(os.devnull, os.O_RDONLY)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (_DESCRIPTORS, limits[1]))
-        try:
-            while True:
-                taken.append(os.dup(source))
-        except OSError:
-            yield
+        fill()
+        yield fill
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         for descriptor in (source, *taken):

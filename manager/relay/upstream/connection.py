@@ -261,14 +261,11 @@ class UpstreamConnection(asyncio.Protocol):
         return not (was_kept and isinstance(exc, (ConnectionResetError, BrokenPipeError)))
 
     def _is_unsent(self) -> bool:
-        """Whether some of the request never reached the peer: it is here, or was never acknowledged."""
-        transport = self._transport
-        if transport is None or self._sink is None:
+        """Whether the peer's kernel never acknowledged some of the request."""
+        if self._transport is None or self._sink is None:
             return False
-        if transport.get_write_buffer_size():
-            return True
         try:
-            raw = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+            raw = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
         except (OSError, ValueError):
             return False  # unknown
         unacknowledged: int = struct.unpack("i", raw)[0]

@@ -58,8 +58,8 @@ class UpstreamPools:
     def open_connections(self) -> int:
         return sum(pool.open_connections for pool in self._pools.values())
 
-    async def make_way(self) -> bool:
-        """Close the oldest idle connections to free their descriptors; return whether there were any."""
+    async def make_way(self) -> None:
+        """Close the oldest idle connections to free their descriptors."""
         idle = sorted(
             (connection for pool in self._pools.values() for connection in pool.idle_connections),
             key=lambda connection: connection.idle_since,
@@ -68,7 +68,6 @@ class UpstreamPools:
             connection.abandon()
         for _ in range(_TURNS_TO_CLOSE):
             await asyncio.sleep(0)
-        return bool(idle)
 
     def close_idle(self) -> int:
         """Close all idle connections; return how many."""
@@ -122,8 +121,7 @@ class UpstreamPool:
             except OSError as error:
                 if not lacks_descriptors(error):
                     raise
-                if not await self._pools.make_way():
-                    raise OutOfDescriptorsError from error
+                await self._pools.make_way()
                 connection = await self._connected_at_last()
         finally:
             self._connecting -= 1

@@ -354,6 +354,28 @@ def test_a_server_may_answer_before_it_has_the_whole_request(loop: Loop, closes:
     on(loop, work())
 
 
+async def test_the_source_is_not_read_on_for_a_server_that_has_answered() -> None:
+    async def talk(server: Server) -> None:
+        await server.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
+        await server.rest()
+
+    async def source() -> AsyncIterator[bytes]:
+        nonlocal given
+        while True:
+            given += 1
+            yield b"x"
+            await go.wait()
+
+    given = 0
+    go = asyncio.Event()
+    async with serving(talk) as found, found.asks(source()) as answer:
+        assert await whole(answer) == b"no"
+        go.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert given == 2
+
+
 @both_loops
 def test_a_server_may_answer_while_it_reads(loop: Loop) -> None:
     async def talk(server: Server) -> None:
@@ -395,6 +417,7 @@ def test_a_failing_source_ends_the_request_with_its_error(loop: Loop, head: byte
             await server.send(head)
         rest = await server.rest()
         assert not rest.endswith(b"0\r\n\r\n"), "the body must not look whole"
+        gone.set()
 
     async def source() -> AsyncIterator[bytes]:
         yield b"x"
@@ -404,6 +427,7 @@ def test_a_failing_source_ends_the_request_with_its_error(loop: Loop, head: byte
     async def ask(found: Serving) -> None:
         async with found.asks(source()) as answer:
             go.set()
+            await gone.wait()  # at once, not when the client of the answer looks
             await whole(answer)
 
     async def work() -> None:
@@ -413,7 +437,7 @@ def test_a_failing_source_ends_the_request_with_its_error(loop: Loop, head: byte
             with pytest.raises(SourceError):
                 await ask(found)
 
-    go = asyncio.Event()
+    go, gone = asyncio.Event(), asyncio.Event()
     on(loop, work())
 
 

@@ -179,6 +179,27 @@ def test_a_connection_to_which_the_server_takes_nothing_more_is_not_waited_for(l
     on(loop, work())
 
 
+@both_loops
+@pytest.mark.parametrize("end", ["the server closes", "the request is abandoned"])
+def test_waiting_until_the_server_takes_more_ends_with_the_request(loop: Loop, end: str) -> None:
+    async def work() -> None:
+        with Listener() as listener:
+            connection, peer = await connected(pools().pool(listener.url), listener, kept=False)
+            connection.send(Collected(), *request(BIG))
+            draining = asyncio.ensure_future(connection.drain())
+            await asyncio.sleep(0)
+            assert not draining.done()
+            if end == "the server closes":
+                peer.close()
+            else:
+                connection.abandon()
+            await draining
+            await connection.drain()
+            connection.write(b"more")  # belongs to no request, and goes nowhere
+
+    on(loop, work())
+
+
 # --- what comes back ---
 
 
@@ -329,6 +350,7 @@ async def test_pools_are_bounded_and_the_oldest_one_keeps_nothing(monkeypatch: p
         assert len(all_of_them._pools) == 2
         await until(lambda: first.open_connections == 1)
         await answered(busy, busy_peer)  # a request that was open is answered, then nothing is kept
+        assert first.idle() is None
         await until(lambda: first.is_empty)
         assert third.is_empty
         other.abandon()

@@ -196,6 +196,12 @@ def test_a_body_has_no_bound_here_and_slow_pieces_of_it_none_either() -> None:
     assert (len(body), reader.is_complete) == (30_000, True)
 
 
+def test_a_head_that_arrives_at_once_is_bounded_too() -> None:
+    head = OK + (b"a: " + b"b" * 1000 + b"\r\n") * 70 + b"Content-Length: 0\r\n\r\n"
+    with pytest.raises(BadAnswerError, match="bytes"):
+        read(head)
+
+
 @given(st.binary(max_size=200), st.integers(0, 200))
 def test_nothing_a_server_can_send_is_another_error(noise: bytes, at: int) -> None:
     for raw in (noise, TWO[:at] + noise, CHUNKED[:at] + noise, CHUNKED + noise):
