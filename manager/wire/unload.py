@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _PROMPTS = {"/api/generate": "prompt", "/api/chat": "messages"}
 # A number of seconds, or a duration as Go's time.ParseDuration reads it.
 _ZERO = re.compile(
-    rb'[ \t\r\n]*(?:-?0(?:\.0+)?(?:[eE][+-]?[0-9]+)?'
+    rb"[ \t\r\n]*(?:-?0(?:\.0+)?(?:[eE][+-]?[0-9]+)?"
     rb'|"[+-]?(?:0|(?:0+(?:\.0*)?(?:ns|us|\xc2\xb5s|ms|s|m|h))+)")[ \t\r\n]*\Z'
 )
 _EMPTY = re.compile(rb'[ \t\r\n]*(?:null|""|\[[ \t\r\n]*\])[ \t\r\n]*\Z')

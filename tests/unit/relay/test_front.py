@@ -23,6 +23,8 @@ from uvicorn.server import ServerState
 from manager.relay.deadlines import Deadlines
 from manager.relay.front import _TCP_ESTABLISHED, _tcp_info, listening_with
 from manager.relay.relay import Limits
+from manager.services.refusals import Refusals
+from manager.services.requests import Requests
 from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 from tests.support.inside import until
@@ -101,7 +103,7 @@ async def whole(send: Any, content: bytes) -> None:
 
 
 async def body(receive: Any, app: App) -> bytes:
-    content = b""
+    content: bytes = b""
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
@@ -196,12 +198,12 @@ async def listening() -> AsyncIterator[Listening]:
     relay: Any = SimpleNamespace(
         limits=Limits(idle_timeout_s=UNREAD_S),
         access=Access(allowed_hosts=["localhost"], key=None),
-        headers=HeaderNames(),
-        default_project="default",
+        requests=Requests(HeaderNames(), default_project="default"),
+        refusals=Refusals(now=lambda: 0.0),
         loop=loop,
     )
     never = 3600.0
-    make = listening_with(relay, Deadlines(HEAD_S, BODY_S, PROBE_S, tick_s=never))
+    make = listening_with(relay, deadlines=Deadlines(HEAD_S, BODY_S, PROBE_S, tick_s=never))
     config = uvicorn.Config(
         app,
         ws="none",
@@ -224,7 +226,7 @@ async def listening() -> AsyncIterator[Listening]:
             client.leave()
         app.go.set()
         for connection in tuple(state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         await here.closed()
 
 

@@ -359,6 +359,8 @@ async def test_the_source_is_not_read_on_for_a_server_that_has_answered() -> Non
         await server.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
         await server.rest()
 
+    given = 0
+
     async def source() -> AsyncIterator[bytes]:
         nonlocal given
         while True:
@@ -366,7 +368,6 @@ async def test_the_source_is_not_read_on_for_a_server_that_has_answered() -> Non
             yield b"x"
             await go.wait()
 
-    given = 0
     go = asyncio.Event()
     async with serving(talk) as found, found.asks(source()) as answer:
         assert await whole(answer) == b"no"

@@ -34,7 +34,7 @@ def test_fallbacks_are_counted_from_where_to_where_and_why() -> None:
     traffic = Traffic(lambda record: None)
     reason = Reason.INSTANCE_UNAVAILABLE
     for _ in range(2):
-        traffic.ended(a_record(requested_target="gpu1", fallback=True, fallback_reason=reason))
+        traffic.ended(a_record(fallback_from="gpu1", fallback=True, fallback_reason=reason))
     traffic.ended(a_record(fallback=True, fallback_reason=reason))
     traffic.ended(a_record(outcome="refused", fallback_reason=Reason.POLICY))
     assert traffic.fallbacks == {("gpu1", "gpu0", reason): 2, ("", "gpu0", reason): 1}

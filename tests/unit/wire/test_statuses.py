@@ -1,11 +1,11 @@
-"""Statuses say the same of a server and to a caller, whichever way a request goes."""
+"""Statuses say the same of a server and to a client, whichever way a request goes."""
 
 from __future__ import annotations
 
 import pytest
 
 from manager.errors import Reason
-from manager.wire.statuses import failure_of, outcome_of, outcome_without_answer, told_as
+from manager.wire.statuses import REFUSED, judge, outcome_of, outcome_without_answer, status_of
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,17 @@ from manager.wire.statuses import failure_of, outcome_of, outcome_without_answer
         (Reason.ATTEMPT_TIMEOUT, 504, "timeout"),
         (Reason.START_TIMEOUT, 504, "timeout"),
         (Reason.UPSTREAM_UNREACHABLE, 502, "upstream_error"),
+        (Reason.MODEL_LOAD_FAILED, 502, "upstream_error"),
         (Reason.VRAM_INSUFFICIENT, 503, "upstream_error"),
     ],
 )
-def test_why_nobody_answered_is_told_with_a_status(reason: Reason, status: int, outcome: str) -> None:
-    assert told_as(reason) == status
+def test_a_reason_has_one_status_and_one_outcome(reason: Reason, status: int, outcome: str) -> None:
+    assert status_of(reason) == status
     assert outcome_without_answer(status) == outcome
+
+
+def test_what_a_refused_decision_says_outweighs_its_reason() -> None:
+    assert {what: status_of(Reason.POLICY, what) for what in REFUSED} == dict(REFUSED)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +40,41 @@ def test_why_nobody_answered_is_told_with_a_status(reason: Reason, status: int, 
         (503, Reason.OVERLOADED, "upstream_error"),
     ],
 )
-def test_an_answer_says_something_of_its_server(status: int, reason: Reason | None, outcome: str) -> None:
-    assert failure_of(status) is reason
+def test_the_status_of_an_answer_says_something_of_its_server(
+    status: int, reason: Reason | None, outcome: str
+) -> None:
+    assert judge(status).reason is reason
     assert outcome_of(status) == outcome
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        'option "num_ctx" must be of type integer',
+        "invalid format: expected json",
+        "this model does not support images",
+        "failed to decode image",
+        "the input length exceeds the context length",
+    ],
+)
+def test_an_internal_error_about_the_request_says_nothing_of_its_server(message: str) -> None:
+    assert judge(500, message).reason is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "llama runner process has terminated: cudaMalloc failed: out of memory",
+        "model failed to load, this may be due to resource limitations",
+        "unable to load model: /root/.ollama/models/blobs/sha256-x",
+        "timed out waiting for llama runner to start",
+        "model requires more system memory (8 GiB) than is available",
+    ],
+)
+def test_a_load_that_failed_may_be_worth_a_start_elsewhere(message: str) -> None:
+    assert judge(500, message) == (Reason.MODEL_LOAD_FAILED, True)
+
+
+def test_an_internal_error_without_a_known_meaning_starts_nobody() -> None:
+    assert judge(500, "something went wrong") == (Reason.UPSTREAM_ERROR, False)
+    assert judge(502, "bad gateway") == (Reason.UPSTREAM_ERROR, True)

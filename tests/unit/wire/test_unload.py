@@ -27,7 +27,9 @@ def test_no_prompt_and_no_time_in_memory_is_an_unload(zero: str) -> None:
     assert asks(b"/api/chat", f'{{"model":"tiny","messages":null,"keep_alive":{zero}}}')
 
 
-@pytest.mark.parametrize("time", ["1", "-1", "0.5", '"5m"', '"1s"', '"-1"', '""', "null", '"0x"', "[]", '"10s"'])
+@pytest.mark.parametrize(
+    "time", ["1", "-1", "0.5", '"5m"', '"1s"', '"-1"', '""', "null", '"0x"', "[]", '"10s"']
+)
 def test_any_other_time_is_none(time: str) -> None:
     assert not asks(b"/api/generate", f'{{"model":"tiny","keep_alive":{time}}}')
 
