@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from manager.errors import ManagerError, UnknownInstanceError
+from manager.errors import InvalidRequestError, ManagerError, UnknownInstanceError
 from manager.services.pulls import PullFailedError
 from manager.services.routing.placement import reason_of
 from manager.wire.body import BadBodyError
@@ -46,6 +46,8 @@ def refusal_of(error: Exception, path: str) -> RefusedError:
         return error
     if isinstance(error, BadBodyError):
         return RefusedError(400, str(error))
+    if isinstance(error, InvalidRequestError):
+        return RefusedError(400, error.message)
     if isinstance(error, UnknownInstanceError):
         return RefusedError(404, error.message, "refused")
     if isinstance(error, PullFailedError):

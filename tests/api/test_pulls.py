@@ -225,7 +225,7 @@ async def test_a_caller_of_events_hears_how_far_the_pull_for_it_is(tmp_path: Pat
         await caller.send({**CHAT, "model": "big", "stream": True}, "/v1/chat/completions")
         await begun(held)
         await caller.head()
-        heard = b": waiting for a (pulling 6a0746a1ec1a 43 %)\n\n"
+        heard = b": waiting for a (pulling 6a0746a1ec1a 43 %)\n"
         while await caller.chunk() != heard:
             pass
         caller.leave()

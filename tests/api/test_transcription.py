@@ -227,7 +227,7 @@ async def test_a_form_without_a_model_is_refused(
 
 
 async def test_a_model_that_comes_too_late_is_413(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transcription, "MOST_BEFORE_MODEL_BYTES", MIB)
+    monkeypatch.setattr(transcription, "MAX_BEFORE_MODEL_BYTES", MIB)
     async with hearing(tmp_path, Ears()) as front:
         assert (await transcribe(front, form(audio=bytes(MIB - 2000), model_last=True))).status == 200
         reply = await transcribe(front, form(audio=bytes(3 * MIB), model_last=True))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.inside import until
 from tests.support.relaying import Scripted, relaying
 from tests.support.storing import Store, ask
 
@@ -134,7 +135,7 @@ async def test_requests_about_an_account_are_answered_by_an_instance(
         assert (await ask(front, method, path, b"", {"X-Instance": "two"})).headers["x-instance"] == "two"
         assert (one.seen[0].method, one.seen[0].target) == (method, path)
         assert "AAAA" not in (await front.record()).path
-        assert front.at_rest
+        await until(lambda: front.at_rest)
 
 
 async def test_what_no_instance_is_needed_for_starts_and_asks_none(tmp_path: Path) -> None:
