@@ -124,6 +124,7 @@ class Upstream(Protocol):
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
+            OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
         """
         ...
 

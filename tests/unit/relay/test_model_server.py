@@ -355,6 +355,9 @@ def test_a_server_may_answer_before_it_has_the_whole_request(loop: Loop, closes:
 
 
 async def test_the_source_is_not_read_on_for_a_server_that_has_answered() -> None:
+    given = 0
+    go = asyncio.Event()
+
     async def talk(server: Server) -> None:
         await server.send(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\nno")
         await server.rest()
@@ -368,7 +371,6 @@ async def test_the_source_is_not_read_on_for_a_server_that_has_answered() -> Non
             yield b"x"
             await go.wait()
 
-    go = asyncio.Event()
     async with serving(talk) as found, found.asks(source()) as answer:
         assert await whole(answer) == b"no"
         go.set()
