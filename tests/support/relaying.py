@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
     from pathlib import Path
 
+    from manager.relay.deadlines import Deadlines
     from manager.relay.relay import Relay
     from manager.services.traffic import RequestRecord
 
@@ -345,6 +346,7 @@ async def relaying(
     config: Mapping[str, Any] | None = None,
     devices: Mapping[str, str] | None = None,
     key: str | None = None,
+    deadlines: Deadlines | None = None,
 ) -> AsyncIterator[Front]:
     """A gateway whose instances are these servers, all of them read and healthy."""
     file = home / "config.yaml"
@@ -373,7 +375,7 @@ async def relaying(
             uvicorn.Config(
                 control_api(daemon.backend, access=access),
                 port=0,
-                http=listening_with(relay),
+                http=listening_with(relay, deadlines),
                 ws="none",
                 lifespan="off",
                 log_config=None,
