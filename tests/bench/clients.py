@@ -65,7 +65,7 @@ class _Sink:
     async def ask(self) -> None:
         self._done = asyncio.get_running_loop().create_future()
         connection = self._pool.idle() or await self._pool.connect()
-        connection.send(self, self._head, _BODY)
+        connection.send(self, self._head, (_BODY,))
         await self._done
 
     def head_came(self, head: AnswerHead) -> None:

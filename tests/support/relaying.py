@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from manager.domain.record import RequestRecord
+    from manager.relay.deadlines import Deadlines
     from manager.relay.relay import Relay
 
 CHAT = "/api/chat"
@@ -348,6 +349,7 @@ async def relaying(
     config: Mapping[str, Any] | None = None,
     devices: Mapping[str, str] | None = None,
     key: str | None = None,
+    deadlines: Deadlines | None = None,
 ) -> AsyncIterator[Front]:
     """A gateway whose instances are these servers, all of them read and healthy."""
     file = home / "config.yaml"
@@ -377,7 +379,7 @@ async def relaying(
             uvicorn.Config(
                 control_api(daemon.backend, access=access),
                 port=0,
-                http=listening_with(relay),
+                http=listening_with(relay, deadlines=deadlines),
                 ws="none",
                 lifespan="off",
                 log_config=None,
