@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
 
 _UPLOAD_STALL_S = 60.0
+# How long a request that is cut has to tell its client.
+_GOODBYE_S = 1.0
 NDJSON = b"application/x-ndjson"
 _EVENT_STREAM = b"text/event-stream"
 # For the proxies on the way: what comes is to be passed on as it comes.
@@ -98,6 +100,10 @@ class Passages:
             wait.cancel()
         for passage in self._open:
             passage.cut.set()
+        if self._open:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_GOODBYE_S):  # for the last line of each
+                    await self._none_open.wait()
 
 
 class Passage:

@@ -279,13 +279,15 @@ class Exchange:
     # --- what the server's side calls ---
 
     def head_came(self, head: AnswerHead) -> None:
-        self._end_load()
+        if self._load is not None:
+            self._end_load()
         if self._state is _State.DONE:
             return
         if self._front is None:
             self._finish("client_gone")
             return
-        self._cancel_task()
+        if self._task is not None:
+            self._cancel_task()
         self._is_active = True
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
@@ -471,7 +473,7 @@ class Exchange:
         facts = RequestFacts(
             model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
         )
-        if unloads(body, self._route):
+        if "keep_alive" in body.fields and unloads(body, self._route):
             self._state = _State.PREPARING
             self._spawn(partial(self._unload, facts))
         else:
@@ -508,9 +510,12 @@ class Exchange:
         assert attempting is not None  # noqa: S101  (it gave the step)
         if not attempting.is_waiting:
             # The server that was asked, if one was, is out of it.
-            self._cancel_task()
-            self._end_load()
-            self._drop_connection()
+            if self._task is not None:
+                self._cancel_task()
+            if self._load is not None:
+                self._end_load()
+            if self._connection is not None:
+                self._drop_connection()
             if self._front is None:
                 self._finish("client_gone")  # the load that others wait for was this server's
                 return
@@ -568,8 +573,10 @@ class Exchange:
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
         if body.is_small:
+            attempt = attempting.attempt
+            assert attempt is not None  # noqa: S101
             try:
-                raw = body_for(body, self._route, attempting.work.model, attempting.changes)
+                raw = body_for(body, self._route, attempt.model, attempting.changes)
             except BadBodyError as error:
                 connection.abandon()
                 self._fail(400, str(error), "client_error")
@@ -603,9 +610,7 @@ class Exchange:
         target = attempting.target
         assert target is not None  # noqa: S101  (a connection leads to it)
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
-            self._caller.head_for(
-                self._relay.pools.pool(target.endpoint).address, self._target, target.headers
-            ),
+            self._caller.head_for(connection.address, self._target, target.headers),
             record.request_id.encode(),
             traceparent(record.trace_id, record.span_id, sampled=record.sampled),
             len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)),
@@ -690,10 +695,14 @@ class Exchange:
         if self._state is _State.DONE:
             return
         self._state = _State.DONE
-        self._cancel_task()
-        self._end_load()
-        self._drop_connection()
-        self._forget_body()  # the connection keeps its last exchange
+        if self._task is not None:
+            self._cancel_task()
+        if self._load is not None:
+            self._end_load()
+        if self._connection is not None:
+            self._drop_connection()
+        if self._size or self._parts:
+            self._forget_body()  # the connection keeps its last exchange
         self._relay.ended(self)
         self.response_complete = True
         record, attempting = self._record, self._attempting

@@ -282,7 +282,8 @@ class Front(HttpToolsProtocol):
 
     def quiet_since(self) -> float | None:
         """Return since when the client has sent and taken nothing; None while it waits for an answer."""
-        return None if self._phase() is Phase.ANSWERING else self._stopwatch.since
+        waits_for_body = self._running is not None and not self._running.received
+        return None if self._phase() is Phase.ANSWERING and not waits_for_body else self._stopwatch.since
 
     def drop(self) -> None:
         self.transport.abort()

@@ -390,7 +390,7 @@ class Loaded(Store):
 @pytest.fixture
 def one_volume(monkeypatch: pytest.MonkeyPatch) -> None:
     """All instances are on one volume; those without a container have none of ours otherwise."""
-    for module in ("volumes", "gateway", "catalogue", "model_lists"):
+    for module in ("volumes", "routing.router", "catalogue", "model_lists"):
         monkeypatch.setattr(f"manager.services.{module}.volume_of", lambda _spec: "shared")
 
 

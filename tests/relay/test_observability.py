@@ -151,7 +151,7 @@ async def test_metrics_agree_with_the_lines(tmp_path: Path) -> None:
         # Of errors, whole answers and streams that broke off the first byte is no token.
         streamed = [record for record in there if record.stream and record.outcome == "ok"]
         assert metrics["ollama_manager_time_to_first_token_seconds_count[('target', 'a')]"] == len(streamed)
-        labels_of_error = "[('reason', 'upstream_error'), ('target', 'a')]"
+        labels_of_error = "[('reason', 'model_load_failed'), ('target', 'a')]"
         assert metrics[f"ollama_manager_target_errors_total{labels_of_error}"] == 1
         assert metrics["ollama_manager_in_flight[('target', 'a')]"] == 0
 

@@ -14,6 +14,7 @@ from manager.wire.head import NOT_RETURNED, without_named
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from manager.relay.upstream.address import Address
     from manager.wire.body import Buffer
 
 _SMALL_BYTES = 64 * 1024
@@ -66,6 +67,8 @@ class ResponseSink(Protocol):
 class Owner(Protocol):
     """The pool, as a connection sees it."""
 
+    address: Address
+
     def kept(self, connection: UpstreamConnection) -> None: ...
     def lost(self, connection: UpstreamConnection) -> None: ...
 
@@ -75,6 +78,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def __init__(self, pool: Owner) -> None:
         self._pool = pool
+        self.address = pool.address
         self._sink: ResponseSink | None = None
         self._transport: asyncio.Transport | None = None
         self._reader = AnswerReader()

@@ -211,4 +211,7 @@ class Attempts:
         self._ahead = None
 
     def _following(self) -> Attempt | None:
-        return next((one for one in self._coming if self._may_start or one.because in RUNNING), None)
+        for attempt in self._coming:
+            if self._may_start or attempt.because in RUNNING:
+                return attempt
+        return None
