@@ -199,7 +199,9 @@ class Exchange:
     def turn_came(self) -> None:
         """All earlier requests of the connection have been answered."""
         self._relay.begun(self)
-        record = self._record = self._relay.requests.record(self._route.path, self._route.kind, self._caller.origin)
+        record = self._record = self._relay.requests.record(
+            self._route.path, self._route.kind, self._caller.origin
+        )
         self._attempting = Attempting(self._relay.routing, record, self._began_at)
         self._is_active = True  # the time it waited for others is not its own delay
         if self._refusal is not None:
@@ -469,7 +471,10 @@ class Exchange:
         self._follow(
             attempting.enter(
                 RequestFacts(
-                    model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
+                    model=model,
+                    kind=self._route.kind,
+                    instance=self._caller.origin.instance,
+                    lane=record.lane,
                 )
             )
         )

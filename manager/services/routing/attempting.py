@@ -325,9 +325,7 @@ class Attempting:
             return None
         self.record.attempt_failed(attempt.instance, reason)
         endpoint = self.record.endpoint
-        self._keep_trouble(
-            Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer)
-        )
+        self._keep_trouble(Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer))
         self._release()
         return self._next() if self._may_follow() else self._give_up()
 
@@ -461,10 +459,7 @@ class Attempting:
                 tell=self.hear,
             )
         except ManagerError as error:
-            self.target = None
-            return self.failed(
-                reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s
-            )
+            return self.failed(reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s)
         if prepared.start_ms is not None:
             self.start_ms = (self.start_ms or 0.0) + prepared.start_ms
         return self._leased(prepared.lease)
@@ -548,5 +543,3 @@ async def first_target(attempting: Attempting, step: Step) -> Target | Trouble:
         assert following is not None  # noqa: S101  (nothing was sent that could go on as before)
         step = following
     return step
-
-
