@@ -489,7 +489,6 @@ class Attempting:
                 tell=self.hear,
             )
         except ManagerError as error:
-            self.target = None
             return self.failed(reason_of(error), error.message, sent=False, retry_after_s=error.retry_after_s)
         if prepared.start_ms is not None:
             self.start_ms = (self.start_ms or 0.0) + prepared.start_ms

@@ -1,0 +1,303 @@
+"""A lease comes after whatever has to happen first, and none is left behind where that fails."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from manager.errors import (
+    BackingOffError,
+    ConfigurationError,
+    LimitReachedError,
+    LockedError,
+    ManagerError,
+    Reason,
+    StartFailedError,
+    UnavailableError,
+    UnknownInstanceError,
+)
+from manager.services.instance import Effort
+from manager.services.routing import placement as module
+from manager.services.routing.placement import ModelMissingError, reason_of
+from tests.support.attempts import attempt
+from tests.support.instances import Ground
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Puller:
+    """Pulls, or does not, as the test says."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.pulled: list[tuple[str, str]] = []
+        self._error = error
+
+    async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
+        tell("pulling 5 %")
+        if self._error is not None:
+            raise self._error
+        self.pulled.append((instance, model))
+
+
+@pytest.fixture
+def ground(monkeypatch: pytest.MonkeyPatch) -> Ground:
+    made = Ground("a", "b")
+
+    async def passes(seconds: float) -> None:
+        made.fleet.clock.advance(seconds)
+
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=passes))
+    return made
+
+
+# --- without waiting ---
+
+
+def test_an_instance_that_runs_gives_a_lease_at_once(ground: Ground) -> None:
+    for because in ("loaded", "running"):
+        lease = ground.placement.try_lease(attempt("a", because))  # type: ignore[arg-type]
+        assert lease is not None
+        assert lease.instance == "a"
+    assert ground["a"].in_flight == 2
+
+
+def test_what_has_to_be_waited_for_gives_none(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    assert ground.placement.try_lease(attempt("a", "startable")) is None
+    for because in ("unread", "pull"):
+        assert ground.placement.try_lease(attempt("b", because)) is None  # type: ignore[arg-type]
+    assert ground.fleet.in_flight == {"a": 0, "b": 0}
+
+
+def test_room_is_asked_for_only_where_a_model_is_to_be_loaded(ground: Ground) -> None:
+    ground["a"].has_room = False
+    assert ground.placement.try_lease(attempt("a", "running")) is None
+    assert ground.placement.try_lease(attempt("a", "loaded")) is not None
+
+
+def test_an_instance_that_is_gone_from_the_fleet_is_an_error(ground: Ground) -> None:
+    with pytest.raises(UnknownInstanceError):
+        ground.placement.try_lease(attempt("z"))
+
+
+# --- starts ---
+
+
+async def test_a_start_is_timed_and_what_runs_already_was_not_started(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    prepared = await ground.placement.prepare(attempt("a", "startable"))
+    assert (prepared.lease.instance, prepared.start_ms) == ("a", pytest.approx(3000.0))
+    prepared = await ground.placement.prepare(attempt("b", "running"))
+    assert prepared.start_ms is None
+    assert ground.fleet.in_flight == {"a": 1, "b": 1}
+
+
+async def test_room_is_made_for_a_model_that_is_not_loaded(ground: Ground) -> None:
+    await ground.placement.prepare(attempt("a", "running"))
+    await ground.placement.prepare(attempt("a", "loaded"))
+    assert ground["a"].made_room == ["tiny"]
+
+
+@pytest.mark.parametrize("error", [UnavailableError("full", reason=Reason.VRAM_INSUFFICIENT), KeyError()])
+async def test_no_lease_is_left_where_there_is_no_room(ground: Ground, error: Exception) -> None:
+    ground["a"].no_room = error
+    with pytest.raises(type(error)):
+        await ground.placement.prepare(attempt("a", "running"))
+    assert ground["a"].in_flight == 0
+
+
+async def test_no_lease_is_left_where_the_request_is_cancelled_meanwhile(ground: Ground) -> None:
+    pulling = asyncio.Event()
+
+    class Slow:
+        async def pull(self, *_: object) -> None:
+            pulling.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.ensure_future(ground.placement.prepare(attempt("a", "pull"), puller=Slow()))
+    await pulling.wait()
+    assert ground["a"].in_flight == 1
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ground["a"].in_flight == 0
+
+
+async def test_a_place_is_made_where_too_many_run_and_not_of_what_the_request_has_failed_on(
+    ground: Ground,
+) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [LimitReachedError("max_running is 1")]
+    prepared = await ground.placement.prepare(attempt("a", "startable"), failed_on={"b"})
+    assert prepared.lease.instance == "a"
+    assert ground.fleet.places == [("a", frozenset({"b"}))]
+
+
+async def test_a_failed_start_is_reported_and_not_repeated(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [StartFailedError("exit 1", reason=Reason.START_FAILED)] * 2
+    with pytest.raises(StartFailedError):
+        await ground.placement.prepare(attempt("a", "startable"), patient=True)
+    assert len(ground["a"].starts) == 1
+
+
+def backing_off(retry_after_s: float | None) -> BackingOffError:
+    return BackingOffError("too soon", reason=Reason.START_FAILED, retry_after_s=retry_after_s)
+
+
+async def test_the_last_attempt_waits_for_the_end_of_a_short_back_off(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [backing_off(2.0), backing_off(None)]
+    before = ground.fleet.clock()
+    prepared = await ground.placement.prepare(attempt("a", "startable"), patient=True)
+    assert prepared.start_ms == pytest.approx((2.0 + 0.01 + 0.01 + 3.0) * 1000)
+    assert ground.fleet.clock() - before == pytest.approx(5.02)
+
+
+@pytest.mark.parametrize(("patient", "waits_s"), [(False, 1.0), (True, 2.6)])
+async def test_nobody_waits_for_a_long_back_off_or_where_another_attempt_follows(
+    ground: Ground, waits_s: float, *, patient: bool
+) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [backing_off(waits_s)]
+    with pytest.raises(BackingOffError):
+        await ground.placement.prepare(attempt("a", "startable"), patient=patient)
+
+
+async def test_back_offs_that_follow_each_other_are_waited_for_no_longer_than_one(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [backing_off(2.0), backing_off(2.0)]
+    with pytest.raises(BackingOffError):
+        await ground.placement.prepare(attempt("a", "startable"), patient=True)
+    assert ground["a"].starts == []
+
+
+# --- models that may not be there ---
+
+
+async def test_models_that_nobody_has_read_are_read_before_the_server_is_asked(ground: Ground) -> None:
+    one = ground.fleet.add("new")
+    prepared = await ground.placement.prepare(attempt("new", "unread"))
+    assert (prepared.lease.instance, one.probes, one.made_room) == ("new", 1, ["tiny"])
+    await ground.placement.prepare(attempt("new", "unread"))
+    assert one.probes == 1, "they have been read by now"
+
+
+async def test_a_model_that_is_not_there_is_named_with_those_that_are(ground: Ground) -> None:
+    ground.fleet.add("new").on_volume = ("qwen3:8b", "llama3:latest")
+    with pytest.raises(ModelMissingError, match=r"tiny.*llama3:latest, qwen3:8b") as caught:
+        await ground.placement.prepare(attempt("new", "unread"))
+    assert (caught.value.reason, caught.value.instance) == (Reason.MODEL_MISSING, "new")
+    assert ground["new"].in_flight == 0
+    ground.fleet.add("empty").on_volume = ()
+    with pytest.raises(ModelMissingError, match="none"):
+        await ground.placement.prepare(attempt("empty", "unread"))
+
+
+async def test_a_server_that_does_not_list_its_models_is_not_asked(ground: Ground) -> None:
+    ground.fleet.add("new").on_volume = None
+    with pytest.raises(UnavailableError) as caught:
+        await ground.placement.prepare(attempt("new", "unread"))
+    assert caught.value.reason is Reason.INSTANCE_UNHEALTHY
+    assert ground["new"].in_flight == 0
+
+
+@pytest.mark.parametrize(
+    ("patient", "permitted", "pulls"), [(True, True, True), (False, True, False), (True, False, False)]
+)
+async def test_a_model_that_turns_out_to_be_missing_is_pulled_by_the_last_attempt_where_that_is_permitted(
+    ground: Ground, *, patient: bool, permitted: bool, pulls: bool
+) -> None:
+    ground.fleet.add("new").on_volume = ()
+    ground.settings.change(auto_pull=permitted)
+    puller, heard = Puller(), list[str]()
+    preparing = ground.placement.prepare(
+        attempt("new", "unread"), puller=puller, patient=patient, tell=heard.append
+    )
+    if pulls:
+        assert (await preparing).lease.instance == "new"
+        assert (puller.pulled, heard) == ([("new", "tiny")], ["pulling 5 %"])
+    else:
+        with pytest.raises(ModelMissingError):
+            await preparing
+        assert puller.pulled == []
+    assert ground["new"].in_flight == pulls
+
+
+async def test_a_pull_is_made_in_front_of_the_attempt_that_is_one(ground: Ground) -> None:
+    puller = Puller()
+    await ground.placement.prepare(attempt("a", "pull"), puller=puller)
+    assert puller.pulled == [("a", "tiny")]
+    assert ground["a"].made_room == ["tiny"]
+
+
+async def test_no_lease_is_left_where_a_pull_failed(ground: Ground) -> None:
+    error = UnavailableError("no such model", reason=Reason.MODEL_MISSING)
+    with pytest.raises(UnavailableError):
+        await ground.placement.prepare(attempt("a", "pull"), puller=Puller(error))
+    assert ground["a"].in_flight == 0
+
+
+async def test_a_request_without_a_puller_pulls_nothing(ground: Ground) -> None:
+    prepared = await ground.placement.prepare(attempt("a", "pull"))
+    assert prepared.lease.instance == "a"
+
+
+# --- how an instance is ---
+
+
+async def test_whether_an_instance_is_gone_or_silent_is_its_own_to_say(ground: Ground) -> None:
+    ground["a"].gone = ground["b"].is_silent = True
+    assert [await ground.placement.has_gone(name) for name in ("a", "b")] == [True, False]
+    assert [ground.placement.is_silent(name) for name in ("a", "b")] == [False, True]
+    ground.placement.reread_models("b")
+    assert (ground["a"].rereads, ground["b"].rereads) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "loads"),
+    [
+        (Effort(0.0, 5), Effort(0.1, 5), True),
+        (Effort(0.0, 5), Effort(0.09, 5), False),
+        (Effort(10.0, 5), Effort(10.0, 6), True),
+        (Effort(10.0, 5), Effort(10.0, 4), False),
+        (None, Effort(10.0, 5), False),
+        (Effort(10.0, 5), None, False),
+    ],
+)
+async def test_an_instance_that_computes_or_fills_its_memory_loads(
+    ground: Ground, before: Effort | None, after: Effort | None, *, loads: bool
+) -> None:
+    ground["a"].efforts = [before, after]
+    began = ground.fleet.clock()
+    assert await ground.placement.still_loads("a") is loads
+    assert ground.fleet.clock() == began + 1.0
+
+
+# --- reasons ---
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UnavailableError("", reason=Reason.IMAGE_MISSING), Reason.IMAGE_MISSING),
+        (BackingOffError("", reason=Reason.CONTAINER_EXITED), Reason.CONTAINER_EXITED),
+        (LimitReachedError(""), Reason.OVERLOADED),
+        (LockedError(""), Reason.INSTANCE_UNAVAILABLE),
+        (ConfigurationError(""), Reason.INSTANCE_UNAVAILABLE),
+        (ManagerError(""), Reason.INSTANCE_UNAVAILABLE),
+    ],
+)
+def test_every_error_has_an_entry_in_the_list_of_reasons(error: ManagerError, reason: Reason) -> None:
+    assert reason_of(error) is reason
+
+
+@pytest.mark.parametrize("code", [*Reason])
+def test_an_error_whose_code_is_a_reason_is_that_reason(code: Reason) -> None:
+    error = ManagerError("")
+    error.code = code.value  # type: ignore[misc]
+    assert reason_of(error) is code
