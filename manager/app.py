@@ -238,7 +238,9 @@ async def open_daemon(
             connect_timeout_s=settings.gateway.connect_timeout_s,
             patience_s=settings.gateway.first_byte_timeout_s,
         )
-        volumes = Volumes(fleet, router, placement, catalogue, lists, server, chosen=real_writers(settings))
+        volumes = Volumes(
+            fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
+        )
         pulls = Pulls(volumes, server, now=time.monotonic)
         fleet.also_run("pulls", pulls.run)
         routing = Routing(

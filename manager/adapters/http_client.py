@@ -1,6 +1,6 @@
 """Short requests over HTTP/1.1 on kept connections, with whole answers: for probes and for the engine.
 
-Why it is hand-written, with measurements: docs/decisions/0016-short-requests.md.
+Why it is hand-written, with measurements: docs/decisions/0012-short-requests.md.
 """
 
 from __future__ import annotations

@@ -44,10 +44,8 @@ def refusal_of(error: Exception, path: str) -> RefusedError:
     """What a caller is told of an error."""
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, BadBodyError):
+    if isinstance(error, BadBodyError | InvalidRequestError):
         return RefusedError(400, str(error))
-    if isinstance(error, InvalidRequestError):
-        return RefusedError(400, error.message)
     if isinstance(error, UnknownInstanceError):
         return RefusedError(404, error.message, "refused")
     if isinstance(error, PullFailedError):

@@ -64,8 +64,8 @@ class Volumes:
         placement: Placement,
         catalogue: Catalogue,
         lists: ModelLists,
-        server: ModelServer,
         *,
+        server: ModelServer,
         chosen: Mapping[str, str],
     ) -> None:
         self._fleet = fleet

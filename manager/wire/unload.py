@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from manager.wire.body import InferenceBody
     from manager.wire.routes import Route
 
-# The field that has to be empty, by route. Source: Ollama 0.24 to 0.33, `server/routes.go`, GenerateHandler and
-# ChatHandler: "expire the runner if unload is requested".
+# The field that has to be empty, by route. Source: Ollama 0.24 to 0.33, `server/routes.go`, GenerateHandler
+# and ChatHandler: "expire the runner if unload is requested".
 _PROMPTS = {"/api/generate": "prompt", "/api/chat": "messages"}
 # A number of seconds, or a duration as Go's time.ParseDuration reads it.
 _ZERO = re.compile(

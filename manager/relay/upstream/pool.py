@@ -19,7 +19,7 @@ _MOST_IDLE = 1024
 _MOST_POOLS = 1024
 # Servers close idle connections after 2 s (gunicorn) or 5 s (uvicorn, Node.js, cpp-httplib); a connection is
 # given up before that. A new one takes 0.2 ms on the same machine. Behind TLS it takes two round trips and a
-# handshake, and proxies that end TLS wait for a minute. See docs/decisions/0015-upstream-connections.md.
+# handshake, and proxies that end TLS wait for a minute. See docs/decisions/0011-upstream-connections.md.
 _MOST_IDLE_S = 1.5
 _MOST_IDLE_TLS_S = 15.0
 # So many idle connections make room when descriptors run out.
