@@ -146,8 +146,7 @@ class Front(HttpToolsProtocol):
             return
         cycle.keep_alive = False
         if self._ending and self._running is None and cycle.response_started:
-            self._disconnect()
-            self.transport.close()
+            self.transport.abort()
         self._ending = True
 
     # --- what the timer calls ---

@@ -101,9 +101,9 @@ async def whole(send: Any, content: bytes) -> None:
 
 
 async def body(receive: Any, app: App) -> bytes:
-    content = b""
+    content: bytes = b""
     while True:
-        message = await receive()
+        message: dict[str, Any] = await receive()
         if message["type"] == "http.disconnect":
             app.disconnected += 1
             return content
@@ -224,7 +224,7 @@ async def listening() -> AsyncIterator[Listening]:
             client.leave()
         app.go.set()
         for connection in tuple(state.connections):
-            connection.transport.abort()  # type: ignore[union-attr]
+            connection.transport.abort()
         await here.closed()
 
 
@@ -778,6 +778,16 @@ async def test_a_request_under_way_gets_its_answer_and_no_other_follows() -> Non
         status, headers = await client.head()
         assert (status, headers[b"connection"]) == (200, b"close")
         assert await client.rest() == b"2"
+
+
+async def test_an_answer_that_is_not_read_does_not_hold_up_the_end() -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        await client.send(LARGE)
+        await until(lambda: connection.flow.write_paused)
+        connection.shutdown()
+        connection.shutdown()
+        await here.closed()
 
 
 async def test_a_stream_without_an_end_ends_after_the_others(caplog: pytest.LogCaptureFixture) -> None:
