@@ -723,6 +723,18 @@ REQUESTS = {
 EACH = [(raw, content) for content, raws in REQUESTS.items() for raw in raws]
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+@pytest.mark.parametrize("first", [OK, HEAD + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n"], ids=["head", "chunks"])
+async def test_the_end_of_a_message_may_come_in_two_pieces(first: bytes, missing: int) -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        for _ in range(2):
+            await client.send(first[:-missing])
+            await until(lambda: connection._tail == first[-missing - 3 : -missing])
+            await client.send(first[-missing:] + OK + OK)
+            assert [(await client.reply())[0] for _ in range(3)] == [200] * 3
+
+
 def test_any_mixture_in_any_pieces_is_answered_in_order_and_one_at_a_time() -> None:
     with asyncio.Runner() as runner:
 
