@@ -170,8 +170,7 @@ class Front(HttpToolsProtocol):
             return
         cycle.keep_alive = False
         if self._ending and self._running is None and cycle.response_started:
-            self._disconnect()
-            self.transport.close()
+            self.transport.abort()
         self._ending = True
 
     # --- what the timer calls ---
@@ -353,12 +352,14 @@ class Front(HttpToolsProtocol):
         at, size = 0, len(data)
         while at < size:
             if self._body_left:
-                stop = min(at + self._body_left, size)
-                self._body_left -= stop - at
+                beyond = size - at - self._body_left
+                stop = size if beyond <= 0 else size - beyond
+                self._body_left = 0 if beyond >= 0 else -beyond
             elif self._is_busy():
                 break
             else:
-                stop = self._next_end(data, at)
+                end = -1 if self._tail else data.find(_END, at)
+                stop = end + len(_END) if end >= 0 else self._end_with_tail(data, at)
                 self._head_bytes += stop - at
             try:
                 self.parser.feed_data(data[at:stop] if stop - at < size else data)
@@ -377,18 +378,13 @@ class Front(HttpToolsProtocol):
                 return size
         return at
 
-    def _next_end(self, data: bytes | bytearray, at: int) -> int:
-        """Return where the next `_END` ends in the data, or else the end of the data."""
+    def _end_with_tail(self, data: bytes | bytearray, at: int) -> int:
+        """Return where the next `_END` ends, which may have begun before the data, or else its end."""
         tail = self._tail
-        if tail:
-            end = (tail + data[at : at + len(_END) - 1]).find(_END)
-            if end >= 0:
-                self._tail = b""
-                return at + end + len(_END) - len(tail)
-        end = data.find(_END, at)
-        if end >= 0:
+        found = (tail + data[at:]).find(_END)
+        if found >= 0:
             self._tail = b""
-            return end + len(_END)
+            return at + found + len(_END) - len(tail)
         self._tail = (tail + data[max(at, len(data) - len(_END) + 1) :])[1 - len(_END) :]
         return len(data)
 

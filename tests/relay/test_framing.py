@@ -167,6 +167,40 @@ async def test_a_thousand_refused_requests_in_a_pipe_are_all_answered(tmp_path: 
         caller.leave()
 
 
+async def test_nothing_is_done_of_what_follows_a_refusal_that_ends_the_connection(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        caller = await front.connect()
+        request = caller.request(TINY)
+        await caller.raw(request.replace(b"127.0.0.1", b"evil.example") + request * 3)
+        assert (await caller.reply()).status == 403
+        assert await caller.ended() == b""
+        await until(lambda: front.at_rest)
+        assert server.seen == []
+        assert [record.status for record in front.records] == [403]
+        caller.leave()
+
+
+async def test_a_body_of_megabytes_in_a_pipe_arrives_whole(tmp_path: Path) -> None:
+    go = asyncio.Event()
+
+    async def late(talk: Conversation) -> None:
+        await go.wait()
+        await a_word(talk)
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        server.answer = late
+        caller = await front.connect()
+        large = {**TINY, "x": "y" * 3_000_000}
+        sending = asyncio.ensure_future(caller.raw(caller.request(TINY) + caller.request(large)))
+        (connection,) = front.server.server_state.connections
+        await until(lambda: connection.flow.read_paused)
+        go.set()
+        assert [(await caller.reply()).status for _ in range(2)] == [200, 200]
+        assert server.seen[1].json() == large
+        await sending
+        caller.leave()
+
+
 async def test_http_1_0_gets_a_body_that_ends_with_the_connection(tmp_path: Path) -> None:
     async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
         caller = await front.connect()

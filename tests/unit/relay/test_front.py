@@ -105,7 +105,7 @@ async def whole(send: Any, content: bytes) -> None:
 async def body(receive: Any, app: App) -> bytes:
     content: bytes = b""
     while True:
-        message = await receive()
+        message: dict[str, Any] = await receive()
         if message["type"] == "http.disconnect":
             app.disconnected += 1
             return content
@@ -725,6 +725,18 @@ REQUESTS = {
 EACH = [(raw, content) for content, raws in REQUESTS.items() for raw in raws]
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+@pytest.mark.parametrize("first", [OK, HEAD + CHUNKED + b"2\r\nhi\r\n0\r\n\r\n"], ids=["head", "chunks"])
+async def test_the_end_of_a_message_may_come_in_two_pieces(first: bytes, missing: int) -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        for _ in range(2):
+            await client.send(first[:-missing])
+            await until(lambda: connection._tail == first[-missing - 3 : -missing])
+            await client.send(first[-missing:] + OK + OK)
+            assert [(await client.reply())[0] for _ in range(3)] == [200] * 3
+
+
 def test_any_mixture_in_any_pieces_is_answered_in_order_and_one_at_a_time() -> None:
     with asyncio.Runner() as runner:
 
@@ -780,6 +792,16 @@ async def test_a_request_under_way_gets_its_answer_and_no_other_follows() -> Non
         status, headers = await client.head()
         assert (status, headers[b"connection"]) == (200, b"close")
         assert await client.rest() == b"2"
+
+
+async def test_an_answer_that_is_not_read_does_not_hold_up_the_end() -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        await client.send(LARGE)
+        await until(lambda: connection.flow.write_paused)
+        connection.shutdown()
+        connection.shutdown()
+        await here.closed()
 
 
 async def test_a_stream_without_an_end_ends_after_the_others(caplog: pytest.LogCaptureFixture) -> None:
