@@ -22,9 +22,13 @@ if TYPE_CHECKING:
 OVERLOADED = Judgement(Reason.OVERLOADED)
 MISSING = Judgement(Reason.MODEL_MISSING)
 UNKNOWN = Judgement(Reason.UPSTREAM_ERROR, may_start=False)
-DIED = {"reason": Reason.UPSTREAM_ERROR, "message": "a: the connection broke", "sent": True}
-REFUSED = {"reason": Reason.UPSTREAM_UNREACHABLE, "message": "a cannot be reached", "sent": False}
-STALE = {**REFUSED, "stale": True}
+DIED: dict[str, Any] = {"reason": Reason.UPSTREAM_ERROR, "message": "a: the connection broke", "sent": True}
+REFUSED: dict[str, Any] = {
+    "reason": Reason.UPSTREAM_UNREACHABLE,
+    "message": "a cannot be reached",
+    "sent": False,
+}
+STALE: dict[str, Any] = {**REFUSED, "stale": True}
 FIRST_BYTE_S, TOTAL_S = 60.0, 600.0
 
 
@@ -94,7 +98,8 @@ async def test_a_start_is_waited_for_and_its_time_is_not_counted_as_waiting_in_a
     assert await one.wait() is None, "it is waited for once"
     assert stage.placement.held == {"a": 1}
     one.sent()
-    assert (one.record.start_ms, one.record.queue_ms) == (2000.0, pytest.approx(500.0))
+    assert one.record.start_ms == 2000.0
+    assert one.record.queue_ms == pytest.approx(500.0)
     (said,) = stage.placement.prepared
     assert (said["patient"], said["failed_on"], said["puller"]) == (True, frozenset(), stage.routing.puller)
 
@@ -397,7 +402,7 @@ def test_a_body_that_is_spent_is_sent_nowhere_else(stage: Stage) -> None:
         one = stage.sent()
         one.spend()
         assert not one.might_follow(OVERLOADED)
-        assert trouble(one.failed(**failure)).reason is failure["reason"]  # type: ignore[arg-type]
+        assert trouble(one.failed(**failure)).reason is failure["reason"]
         one.close("upstream_error")
     assert set(stage.placement.granted) == {"a"}
     assert stage.placement.looked_for == []
@@ -609,7 +614,7 @@ def test_nothing_follows_once_the_client_has_a_byte(stage: Stage) -> None:
         one.delivered()
         assert one.is_delivered
         assert not one.might_follow(OVERLOADED)
-        assert trouble(one.failed(**failure, retry_after_s=3.0)).retry_after_s == 3.0  # type: ignore[arg-type]
+        assert trouble(one.failed(**failure, retry_after_s=3.0)).retry_after_s == 3.0
         assert one.record.failed_attempts == (("a", failure["reason"]),)
         one.close("upstream_error")
     assert set(stage.placement.granted) == {"a"}
@@ -861,7 +866,7 @@ def test_fixed_attempts_of_stopped_instances_fall_away_where_none_is_started() -
     fixed.start_no_other()
     assert (fixed.more, fixed.failed_on) == (True, frozenset())
     assert fixed.next() == attempt("c", "running")
-    assert (fixed.more, fixed.next(), fixed.failed_on) == (False, None, {"a"})
+    assert (fixed.more, fixed.next(), fixed.failed_on) == (False, None, frozenset({"a"}))
 
 
 # --- the model's status (P15) ---
