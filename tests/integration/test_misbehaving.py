@@ -210,7 +210,7 @@ def test_a_port_that_is_taken_is_named_and_used_once_it_is_free(
 @contextmanager
 def small_disk(path: Path, size: int) -> Iterator[None]:
     path.mkdir(parents=True)
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "oem-test", str(path)]
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size},mode=0700", "oem-test", str(path)]
     subprocess.run(mount, check=True)
     try:
         yield
