@@ -569,6 +569,7 @@ class Exchange:
         self._follow(attempting.failed(reason, f"{attempting.work.instance} {why}", sent=False))
 
     def _send(self, connection: UpstreamConnection) -> None:
+        self._connection = connection
         body, attempting = self._body, self._attempting
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
@@ -718,16 +719,16 @@ class Exchange:
 
     def _end_for(self, error: Exception) -> None:
         """End this request for an error in the body, or for a defect; the others go on."""
-        if isinstance(error, BodyTooLargeError):
-            self._fail(413, str(error), "client_error")
-        elif isinstance(error, BadBodyError):
-            self._fail(400, str(error), "client_error")
-        else:
-            _log.error("request_failed", path=self._route.path, exc_info=error)
-            try:
+        try:
+            if isinstance(error, BodyTooLargeError):
+                self._fail(413, str(error), "client_error")
+            elif isinstance(error, BadBodyError):
+                self._fail(400, str(error), "client_error")
+            else:
+                _log.error("request_failed", path=self._route.path, exc_info=error)
                 self._fail(500, "the manager failed; its log says more", "refused")
-            finally:
-                self._finish("refused")  # also where the client cannot even be told
+        finally:
+            self._finish("refused")  # also where the client cannot even be told
 
     def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         self._task = self._relay.spawn(self._guarded(work))
