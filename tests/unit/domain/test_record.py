@@ -37,7 +37,7 @@ def test_a_record_that_has_begun_equals_one_that_was_constructed() -> None:
 
 def test_the_first_failed_attempts_are_named_and_no_more() -> None:
     record = begun()
-    assert record.failed_attempts == ()
+    assert not record.failed_attempts
     for number in range(20):
         record.attempt_failed(f"i{number}", Reason.OVERLOADED)
     assert [one.target for one in record.failed_attempts] == [f"i{number}" for number in range(16)]
