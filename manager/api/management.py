@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
 _NOT_FOUND = 404
+# How long a request waits for the first look at the fleet after the daemon's start.
+_MAX_STARTUP_WAIT_S = 15.0
 _SUCCESS = orjson.dumps({"status": "success"})
 
 
@@ -68,6 +70,7 @@ class Management:
         route = path if prefix is None else prefix.rstrip("/")
         work = self._work[path] if prefix is None else self._below[prefix]
         passage = self._passing.passage(scope, receive, send, route, None)
+        await self._passing.routing.router.known(within_s=_MAX_STARTUP_WAIT_S)
         await self._passing.passages.run(passage, work)
 
     # --- what only looks ---
@@ -199,7 +202,7 @@ class Management:
         if not running:
             digest = passage.scope["path"].removeprefix(BLOB_PREFIX)
             raise RefusedError(_NOT_FOUND, f'blob "{digest}" not found')
-        step = self._enter(passage, volume, running)
+        step = self._enter(passage, volume, running, starts=False)
         await passage.pass_on(self._server, step, lambda target: passage.question(target, body))
 
     # --- helpers ---
@@ -209,10 +212,12 @@ class Management:
         passage.record.model = body.model
         return body
 
-    def _enter(self, passage: Passage, volume: str, attempts: Sequence[Attempt]) -> Step:
+    def _enter(
+        self, passage: Passage, volume: str, attempts: Sequence[Attempt], *, starts: bool = True
+    ) -> Step:
         none = self._volumes.none_left(volume)
         trouble = Trouble(none.reason, none.message, none.retry_after_s)
-        return passage.attempting.enter_fixed(attempts, trouble)
+        return passage.attempting.enter_fixed(attempts, trouble, starts=starts)
 
     def _refuse_role(self, name: str) -> None:
         """Refuse to make a model that requests could not name.

@@ -218,8 +218,8 @@ class Passage:
 
     async def uploaded(self) -> AsyncIterator[bytes]:
         """The body as it comes, passed on to a server: it cannot be sent a second time."""
+        self.attempting.spend()
         async for piece in self.pieces(self.limits.most_upload_bytes):
-            self.attempting.spend()
             yield piece
 
     @property
@@ -493,7 +493,7 @@ class Passage:
         record = self.record
         lines = [(b"X-Request-Id", record.request_id.encode())]
         attempt, where = self.attempting.attempt, self._where
-        if attempt is not None and self.attempting.target is not None:
+        if attempt is not None:
             where = attempt.instance, attempt.model
         if where is not None:
             instance, model = where

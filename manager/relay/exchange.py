@@ -128,6 +128,7 @@ class Exchange:
     _load: tuple[str, str] | None = None
     _next_comment_at: float | None = None
     _swallow = False
+    _unloads = False
     _status = 0
     _held_head: AnswerHead | None = None
     _held_since = 0.0
@@ -474,6 +475,7 @@ class Exchange:
             model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
         )
         if "keep_alive" in body.fields and unloads(body, self._route):
+            self._unloads = True
             self._state = _State.PREPARING
             self._spawn(partial(self._unload, facts))
         else:
@@ -490,12 +492,7 @@ class Exchange:
         if others:
             await asyncio.gather(*(self._relay.unload(one.instance, one.model) for one in others))
         self._task = None
-        if isinstance(step, Trouble) and step.reason is Reason.INSTANCE_STOPPED:
-            content = unloaded(self._route, facts.model, datetime.now(UTC))
-            kind = b"application/json; charset=utf-8"
-            head = AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind)
-            self._deliver_held(_Held(head, content))
-        elif step is not None:
+        if step is not None:
             self._follow(step)
 
     def _follow(self, step: Step) -> None:
@@ -629,6 +626,9 @@ class Exchange:
 
     def _report(self, trouble: Trouble) -> None:
         """No attempt is left: tell the client."""
+        if self._unloads and trouble.reason is Reason.INSTANCE_STOPPED:
+            self._deliver_held(self._unloaded())
+            return
         if isinstance(trouble.answer, _Held) and not self._answer.is_begun:
             self._deliver_held(trouble.answer)
             return
@@ -638,6 +638,13 @@ class Exchange:
             headers["Retry-After"] = str(max(1, round(trouble.retry_after_s or 1)))
         outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
         self._fail(status, trouble.message, outcome, headers)
+
+    def _unloaded(self) -> _Held:
+        """Return the answer to an unload where no instance runs."""
+        assert self._record is not None  # noqa: S101  (its turn has come)
+        content = unloaded(self._route, self._record.model or "", datetime.now(UTC))
+        kind = b"application/json; charset=utf-8"
+        return _Held(AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind), content)
 
     def _comment(self, now: float) -> None:
         """Tell a client who waits for a stream of events that its request is alive."""
@@ -710,7 +717,14 @@ class Exchange:
         if record is not None and attempting is not None:
             if self._tail:
                 record.input_tokens, record.output_tokens = token_counts(self._route.dialect, self._tail)
-            attempting.close(outcome)
+            try:
+                attempting.close(outcome)
+            finally:
+                self._let_go()
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
         front, self._front = self._front, None
         if front is not None:
             front.exchange_ended(self)

@@ -135,11 +135,11 @@ class Volumes:
 
     def writers(self, volume: str, model: str = "") -> tuple[Attempt, ...]:
         """Return the attempts for a request that changes a volume, in order."""
-        return _attempts(writers(self._members(volume), self._chosen.get(volume)), model)
+        return self._attempts(writers(self._members(volume), self._chosen.get(volume)), model)
 
     def readers(self, volume: str, model: str = "") -> tuple[Attempt, ...]:
         """Return the attempts for a request that reads a volume; an instance is started only if none runs."""
-        return _attempts(readers(self._members(volume)), model)
+        return self._attempts(readers(self._members(volume)), model)
 
     def none_left(self, volume: str) -> UnavailableError:
         """Return the error of a volume that no instance can be used on."""
@@ -165,7 +165,7 @@ class Volumes:
     def running(self, volume: str) -> tuple[Attempt, ...]:
         """Return the attempts on instances that see a volume and run. None of them starts anything."""
         running = (id_ for id_ in readers(self._members(volume)) if self._fleet.get(id_).usable_endpoint())
-        return _attempts(running, "")
+        return self._attempts(running, "")
 
     # --- what is done there ---
 
@@ -254,6 +254,11 @@ class Volumes:
         mount = models_mount(self._fleet.get(instance_id).spec)
         return mount is None or not mount.read_only
 
+    def _attempts(self, ids: Iterable[str], model: str) -> tuple[Attempt, ...]:
+        return tuple(
+            Attempt(id_, model, role=None, because="running" if self._runs(id_) else "startable")
+            for id_ in ids
+        )
 
-def _attempts(ids: Iterable[str], model: str) -> tuple[Attempt, ...]:
-    return tuple(Attempt(id_, model, role=None, because="startable") for id_ in ids)
+    def _runs(self, instance_id: str) -> bool:
+        return self._fleet.get(instance_id).usable_endpoint() is not None

@@ -165,7 +165,8 @@ class Attempting:
     _has_repeated = False
     _has_recovered = False
     _is_closed = False
-    _only_running = False
+    _starts_nothing = False
+    _is_fixed = False
 
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
@@ -184,7 +185,7 @@ class Attempting:
 
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
-        self._only_running = True
+        self._starts_nothing = True
         return self.enter(facts)
 
     @property
@@ -195,8 +196,16 @@ class Attempting:
             found.append(attempt)
         return tuple(found)
 
-    def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble) -> Step:
-        """Begin the first of these attempts; `none` is the trouble where there is none."""
+    def enter_fixed(self, attempts: Sequence[Attempt], none: Trouble, *, starts: bool = True) -> Step:
+        """Begin the first of attempts for which nothing has to be loaded, such as the writers of a volume.
+
+        Args:
+            attempts: in order. Their instances have the same models: a missing one is missing on all of them.
+            none: the trouble where there is no attempt.
+            starts: whether an instance may be started for the request.
+        """
+        self._is_fixed = True
+        self._starts_nothing = not starts
         self._attempts = FixedAttempts(attempts)
         self._trouble = none
         step = self._next()
@@ -223,11 +232,8 @@ class Attempting:
         self._first_byte_at = now + self._routing.deadlines.first_byte_timeout_s
         self._is_waiting = True
         self._looks_closer = False
-        self._routing.status.sent(self)
-
-    def uploads(self) -> None:
-        """A piece of the request was passed on: the time for the first byte begins anew."""
-        self._first_byte_at = monotonic() + self._routing.deadlines.first_byte_timeout_s
+        if record.kind is not None:  # a request that manages models does not use them
+            self._routing.status.sent(self)
 
     def spend(self) -> None:
         """The body cannot be sent a second time: no other attempt follows."""
@@ -298,7 +304,9 @@ class Attempting:
                 self._has_repeated = True
                 self.record.attempts += 1
                 return target
-            if not self._has_recovered and not self._may_follow():
+            if self._starts_nothing:
+                reason = Reason.INSTANCE_STOPPED
+            elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
                 self._release()
@@ -324,6 +332,8 @@ class Attempting:
         Another attempt may follow. A model that turns out to be missing does not outweigh an earlier trouble.
         """
         reason = judgement.reason
+        if self._is_fixed and reason is Reason.MODEL_MISSING:
+            return False
         if reason is None or self._is_delivered or self._is_spent:
             return False
         return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
@@ -342,7 +352,11 @@ class Attempting:
         reason = judgement.reason
         if reason is None:
             return None
-        self._routing.failed(attempt, reason, sent=True)
+        if self._is_fixed and reason is Reason.MODEL_MISSING:
+            if attempt.model:
+                self._routing.placement.reread_models(attempt.instance)
+            return None
+        self._routing.failed(attempt, reason, sent=self.record.kind is not None)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
@@ -361,7 +375,11 @@ class Attempting:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
         if now - self._began_at >= deadlines.total_timeout_s:
+            if self._is_waiting and self.attempt is not None:
+                self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, sent=True, ours=False)
             self._stop_waiting()
+            if not self._is_delivered:
+                self.record.fallback, self.record.fallback_from = False, None  # nothing answered
             return Trouble(Reason.ATTEMPT_TIMEOUT, f"no end within {deadlines.total_timeout_s:g} s")
         if not self._is_waiting or self.attempt is None:
             return None
@@ -369,7 +387,11 @@ class Attempting:
             self._looks_closer = True
             self._pending = self._be_patient
             return WAIT
-        if self._may_follow() and self._routing.placement.is_silent(self.attempt.instance):
+        if (
+            not self._is_delivered
+            and self._may_follow()
+            and self._routing.placement.is_silent(self.attempt.instance)
+        ):
             why = f"{self.attempt.instance} has stopped answering"
             return self.failed(Reason.INSTANCE_UNHEALTHY, why, sent=True)
         return None
@@ -409,10 +431,11 @@ class Attempting:
         record.requested_target = decision.requested_target
         refused = decision.refused
         if refused is None:
-            if self._only_running:
+            if self._starts_nothing:
                 attempts.start_no_other()
+                attempts.leave_role()
                 if not attempts.more:
-                    return Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
+                    return _STOPPED
             return self._next()
         if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
             self._pending = self._wait_for_first_look
@@ -432,8 +455,8 @@ class Attempting:
         attempt = attempts.next() if attempts is not None else None
         if attempt is None:
             return self._give_up()
-        if self._only_running:
-            attempt = attempt._replace(because="loaded")  # nothing has to be loaded for it
+        if self._starts_nothing or self._is_fixed:
+            attempt = attempt._replace(because="loaded", fallback=None)  # nothing has to be loaded for it
         record = self.record
         self.attempt = attempt
         self.target = None
@@ -442,7 +465,7 @@ class Attempting:
         record.attempts += 1
         record.effective_target = attempt.instance
         record.endpoint = None
-        record.model = attempt.model
+        record.model = attempt.model or record.model
         reason = self._fallback_reason
         if reason is None:
             reason = self._fallback_reason = attempt.fallback
@@ -454,6 +477,9 @@ class Attempting:
         lease = self._routing.placement.try_lease(attempt)
         if lease is not None:
             return self._leased(lease)
+        if self._starts_nothing:
+            self._keep_trouble(_STOPPED)
+            return self._next()
         self._pending = self._prepare
         return WAIT
 
@@ -525,7 +551,7 @@ class Attempting:
     def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
         self.record.attempt_failed(attempt.instance, reason)
         if not ours:
-            self._routing.failed(attempt, reason, sent=sent)
+            self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
 
     def _keep_trouble(self, trouble: Trouble) -> None:
         """Keep the first trouble, unless it only says that a model is missing."""
@@ -562,6 +588,7 @@ class Attempting:
             lease.release()
 
 
+_STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # The attempt was abandoned by us: its server was told to stop, and has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY)
 

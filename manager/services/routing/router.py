@@ -196,6 +196,13 @@ class Attempts:
         if self._ahead is not None and self._ahead.because not in RUNNING:
             self._ahead = None
 
+    def leave_role(self) -> None:
+        """Drop the attempts under other roles than the one that was asked for: those have other models."""
+        role, coming = self.decision.role, self._coming
+        if self._ahead is not None and self._ahead.role != role:
+            self._ahead = None
+        self._coming = (attempt for attempt in coming if attempt.role == role)
+
     @property
     def failed_on(self) -> frozenset[str]:
         """The instances of the attempts before the latest one."""

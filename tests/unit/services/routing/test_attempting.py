@@ -705,14 +705,6 @@ async def test_an_answer_before_the_look_at_a_load_takes_it_back(monkeypatch: py
     assert await one.wait() is None
 
 
-def test_the_time_for_the_first_byte_begins_anew_with_each_piece_that_is_uploaded(stage: Stage) -> None:
-    one = stage.sent()
-    stage.clock.advance(FIRST_BYTE_S - 1)
-    one.uploads()
-    assert one.look(stage.clock.advance(FIRST_BYTE_S - 1)) is None
-    assert one.look(stage.clock.advance(1)) is WAIT
-
-
 def test_a_server_that_has_stopped_answering_is_left_for_another(stage: Stage) -> None:
     one = stage.sent()
     assert one.look(stage.clock.advance(1)) is None
@@ -844,12 +836,6 @@ def test_fixed_attempts_are_made_in_order(stage: Stage) -> None:
     assert found.answer == "503 of a"
 
 
-def test_a_fixed_attempt_that_is_a_fallback_has_nothing_it_falls_back_from(stage: Stage) -> None:
-    one = stage.request()
-    one.enter_fixed([attempt("a", fallback=Reason.POLICY)], Trouble(Reason.POLICY, "none"))
-    assert (one.record.fallback, one.record.fallback_from) == (True, None)
-
-
 async def test_the_trouble_that_there_is_no_attempt_is_told_only_where_there_is_none(stage: Stage) -> None:
     none = Trouble(Reason.INSTANCE_UNAVAILABLE, "no instance may write")
     one = stage.request()
@@ -974,3 +960,27 @@ async def test_first_target_follows_waits_to_a_target_or_a_trouble(stage: Stage)
     assert isinstance(found, Target)
     assert found.instance == "b"
     assert isinstance(WAIT, Wait)
+
+
+# --- requests that start nothing ------------------------------------------------------------------
+
+
+def test_an_unload_goes_to_instances_that_run_and_starts_none(stage: Stage) -> None:
+    one = stage.request()
+    step = one.enter_running(FACTS)
+    assert (shown(step), one.may_load) == ("a", False)
+    assert all(other.instance != "a" for other in one.others)
+    one.close("ok")
+    assert stage.placement.held == {}
+
+
+def test_a_missing_model_on_one_of_the_instances_of_a_volume_asks_no_other(stage: Stage) -> None:
+    one = stage.request()
+    one.enter_fixed((attempt("a", "running"), attempt("b", "running")), Trouble(Reason.OVERLOADED, "none"))
+    one.sent()
+    missing = Judgement(Reason.MODEL_MISSING)
+    assert not one.might_follow(missing)
+    assert one.answered(missing) is None
+    assert one.record.failed_attempts == ()
+    one.close("client_error")
+    assert stage.placement.held == {}
