@@ -103,11 +103,14 @@ class _Stream(Generic[T]):
                 yield item
         finally:
             self._closed.set()
-            # Shutting the socket down is what wakes the reading thread. A generator has no socket to close.
-            close = getattr(self._source, "close", None)
-            if close is not None and not isinstance(self._source, _Generator):
-                with contextlib.suppress(Exception):
-                    close()
+            self._close_source()
+
+    def _close_source(self) -> None:
+        """Shut the socket down, which wakes the reading thread. A generator has no socket to close."""
+        close = getattr(self._source, "close", None)
+        if close is not None and not isinstance(self._source, _Generator):
+            with contextlib.suppress(Exception):
+                close()
 
     def _read(self) -> None:
         end: Exception | None = None
@@ -115,6 +118,8 @@ class _Stream(Generic[T]):
             client = _connect(self._url)
             try:
                 self._source = self._begin(client)
+                if self._closed.is_set():  # the reader left meanwhile, when there was nothing to close yet
+                    self._close_source()
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._opened)
                 for entry in self._source:
