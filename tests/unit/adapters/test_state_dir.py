@@ -165,10 +165,10 @@ def test_a_link_of_another_user_is_refused(state: Path, tmp_path: Path, rest: st
 
 
 def test_what_a_link_leads_through_counts_too(tmp_path: Path) -> None:
-    shared = tmp_path / "shared"
+    shared = tmp_path / "open"
     (shared / "state").mkdir(mode=0o700, parents=True)
     shared.chmod(0o777)
-    (tmp_path / "link").symlink_to("shared/../shared/state")
+    (tmp_path / "link").symlink_to("open/../open/state")
     assert f"every user may write to {shared} (mode 0777)" in refused(tmp_path / "link")
 
 
