@@ -624,8 +624,6 @@ class Exchange:
         if self._refusal is None or self._record is None or self._state is _State.DONE:
             return
         status, message, headers = self._refusal
-        if not self.received:
-            self.keep_alive = False  # the rest of its body would be taken for the next request
         self._fail(status, message, "refused" if status == UNAVAILABLE else "client_error", headers)
 
     def _fail(
@@ -639,7 +637,7 @@ class Exchange:
             self._finish("client_gone")
             return
         if not self.received:
-            self.keep_alive = False
+            self.keep_alive = False  # the rest of its body would be taken for the next request
         told = self._answer.fail(
             front,
             status,
