@@ -82,8 +82,12 @@ def test_whether_a_trace_is_sampled_is_up_to_the_client_that_began_it(flags: str
 
 
 def test_a_trace_that_begins_here_is_sampled_as_is_said() -> None:
+    def samples(trace: str) -> bool:
+        seen.append(trace)
+        return True
+
     seen: list[str] = []
-    one = requests(samples=lambda trace: not seen.append(trace))
+    one = requests(samples=samples)
     record = one.record("/api/chat", None, one.origin([]))
     assert (record.sampled, seen) == (True, [record.trace_id])
     assert not requests().record("/api/chat", None, one.origin([])).sampled
