@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
 from manager.domain.judgement import ABOUT_THE_REQUEST
-from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, UnavailableError
+from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.ports import Question
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
@@ -328,6 +328,12 @@ class Passage:
             following = attempting.answered(judgement, message)
             if following is None:
                 raise
+            return answer, following
+        if len(content) > _MAX_HELD_BYTES:
+            # A part must not be taken for the whole: the next attempt follows without this answer.
+            following = attempting.answered(judgement, message)
+            if following is None:
+                raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
             return answer, following
         whole = WholeAnswer(answer.status, answer.headers, bytes(content))
         message = message_of(whole.content) or message
