@@ -112,8 +112,11 @@ class RequestRecord:
             self.failed_attempts = (*self.failed_attempts, FailedAttempt(target, reason))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return every field, in order."""
-        return {**_UNSET, **self.__dict__}
+        """Return every field, in order, as JSON can say it."""
+        document = {**_UNSET, **self.__dict__}
+        if self.failed_attempts:
+            document["failed_attempts"] = [attempt._asdict() for attempt in self.failed_attempts]
+        return document
 
 
 _UNSET: dict[str, Any] = {

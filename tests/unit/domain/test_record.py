@@ -42,6 +42,7 @@ def test_the_first_failed_attempts_are_named_and_no_more() -> None:
         record.attempt_failed(f"i{number}", Reason.OVERLOADED)
     assert [one.target for one in record.failed_attempts] == [f"i{number}" for number in range(16)]
     assert {one.reason for one in record.failed_attempts} == {Reason.OVERLOADED}
+    assert record.as_dict()["failed_attempts"][0] == {"target": "i0", "reason": "overloaded"}
 
 
 def test_no_trace_is_sampled_while_nothing_records_traces() -> None:
