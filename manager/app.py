@@ -39,14 +39,16 @@ from manager.relay.model_server import PooledModelServer
 from manager.relay.relay import Limits, Relay
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
-from manager.services.catalogue import Catalogue
-from manager.services.external import ExternalInstance
-from manager.services.fleet import Fleet, Schedule, Swept
 from manager.services.gpus import Gpus
+from manager.services.instances.external import ExternalInstance
+from manager.services.instances.fleet import Fleet, Schedule, Swept
+from manager.services.instances.supervisor import Supervisor
 from manager.services.journal import Journal
-from manager.services.model_lists import ModelLists
-from manager.services.model_settings import ModelSettings
-from manager.services.pulls import Pulls
+from manager.services.models.catalogue import Catalogue
+from manager.services.models.model_lists import ModelLists
+from manager.services.models.model_settings import ModelSettings
+from manager.services.models.pulls import Pulls
+from manager.services.models.volumes import Volumes
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
@@ -54,9 +56,7 @@ from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
-from manager.services.supervisor import Supervisor
 from manager.services.traffic import Traffic
-from manager.services.volumes import Volumes
 from manager.services.world import World, no_step
 from manager.serving import (
     DescriptorWatch,
@@ -90,7 +90,7 @@ if TYPE_CHECKING:
     from manager.adapters.otel import Spans
     from manager.domain.record import RequestRecord
     from manager.domain.template import Template
-    from manager.services.instance import Instance
+    from manager.services.instances.instance import Instance
     from manager.settings import LoadedSettings, Settings
     from manager.settings.model import LogSettings
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
+    from manager.services.instances.fleet import Fleet
     from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
 

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.bodies import BodyBudget
-    from manager.services.catalogue import Catalogue
-    from manager.services.fleet import Fleet
     from manager.services.gpus import Gpus
+    from manager.services.instances.fleet import Fleet
     from manager.services.journal import Journal
-    from manager.services.model_settings import ModelSettings
+    from manager.services.models.catalogue import Catalogue
+    from manager.services.models.model_settings import ModelSettings
+    from manager.services.models.pulls import Pulls
+    from manager.services.models.volumes import Volumes
     from manager.services.ports import Engine, ModelServer
-    from manager.services.pulls import Pulls
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
-    from manager.services.volumes import Volumes
 
 
 class Router(Protocol):

@@ -10,10 +10,10 @@ from manager.api.answers import PLAIN_JSON
 from manager.api.passage import NDJSON
 from manager.api.refusal import RefusedError
 from manager.domain.models import DEFAULT_TAG
-from manager.services.pulls import PullFailedError
+from manager.services.models.pulls import PullFailedError
+from manager.services.models.volumes import NoSuchModelError
 from manager.services.routing.attempting import Trouble
 from manager.services.steps import in_steps
-from manager.services.volumes import NoSuchModelError
 from manager.wire.listing import Alias
 from manager.wire.management import reading_copy, reading_named
 from manager.wire.ollama_routes import ACCOUNT, BLOB_PREFIX, USER_KEY_PREFIX
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from manager.api.backend import Passing
     from manager.api.passage import Passage
     from manager.domain.routing import Attempt
-    from manager.services.pulls import Waiter
+    from manager.services.models.pulls import Waiter
     from manager.services.routing.attempting import Step
     from manager.wire.management import ManagementBody
 

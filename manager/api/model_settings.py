@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from manager.api.backend import Backend
-    from manager.services.model_settings import ModelSettings
+    from manager.services.models.model_settings import ModelSettings
     from manager.settings.overrides import Sourced
 
 _EMBEDDING = "embedding"

@@ -18,9 +18,9 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
 
 if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
-    from manager.services.fleet import Swept
     from manager.services.gpus import Gpus
-    from manager.services.instance import View
+    from manager.services.instances.fleet import Swept
+    from manager.services.instances.instance import View
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next

@@ -443,7 +443,7 @@ async def test_a_model_that_is_deleted_or_replaced_is_unloaded_everywhere_else(
 async def test_an_instance_that_does_not_unload_keeps_nobody_waiting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("manager.services.volumes._UNLOAD_S", 0.2)
+    monkeypatch.setattr("manager.services.models.volumes._UNLOAD_S", 0.2)
     one, two, three = (Loaded({"tiny"}, "tiny") for _ in range(3))
     two.on["/api/generate"] = lambda talk: talk.left()
 

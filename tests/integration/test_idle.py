@@ -12,7 +12,7 @@ from tests.support.inside import EngineEvents, Inside, NewInside, until
 from tests.support.talk import answers, get, patch, post
 
 if TYPE_CHECKING:
-    from manager.services.leases import Lease
+    from manager.services.instances.leases import Lease
 
 
 def lived_s(inside: Inside, instance: str) -> float:

@@ -17,7 +17,7 @@ from tests.support.talk import answers, post
 if TYPE_CHECKING:
     import docker
 
-    from manager.services.leases import Lease
+    from manager.services.instances.leases import Lease
 
 CRASH = {"env": {"OLLAMA_SIM_CRASH": "start"}}
 NEVER_READY = {"env": {"OLLAMA_SIM_START_PORT": "never"}}

@@ -10,7 +10,7 @@ from manager.domain.roles import BodyChanges, Policy, RequestKind
 from manager.domain.routing import Attempt, Decision, Group, Refused, RequestFacts
 from manager.domain.target import Target
 from manager.errors import Reason, UnavailableError
-from manager.services.leases import LeaseBook
+from manager.services.instances.leases import LeaseBook
 from manager.services.routing.attempting import Attempting, Deadlines, Routing
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from manager.domain.record import RequestRecord
     from manager.domain.routing import Because, PassedOver
-    from manager.services.leases import Lease
+    from manager.services.instances.leases import Lease
     from manager.services.routing.attempting import Step
 
 FACTS = RequestFacts("tiny", RequestKind.GENERATE)

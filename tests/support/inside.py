@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     import docker
 
-    from manager.services.fleet import Fleet
-    from manager.services.supervisor import Supervisor
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.supervisor import Supervisor
     from tests.support.engine import Engine
 
 T = TypeVar("T")

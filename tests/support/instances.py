@@ -11,8 +11,8 @@ from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits, Ph
 from manager.domain.roles import RequestKind, RoutingSettings
 from manager.domain.target import Target
 from manager.errors import UnknownInstanceError
-from manager.services.leases import LeaseBook
-from manager.services.model_lists import ModelLists
+from manager.services.instances.leases import LeaseBook
+from manager.services.models.model_lists import ModelLists
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.world import Revision
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
 
     from manager.domain.instance import Explanation
-    from manager.services.instance import Effort
-    from manager.services.leases import Lease
+    from manager.services.instances.instance import Effort
+    from manager.services.instances.leases import Lease
 
 LIMITS = Limits(900, 300, 30, 60, 2, 15, 20)
 

@@ -32,7 +32,7 @@ from tests.support.daemon import COMPUTE, free_port, wait_for
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerProcess
 
-    from manager.services.leases import Lease
+    from manager.services.instances.leases import Lease
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload([__name__])

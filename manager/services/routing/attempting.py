@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, RequestFacts
     from manager.domain.target import Target
-    from manager.services.leases import Lease
+    from manager.services.instances.leases import Lease
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.placement import ModelPuller, Placement

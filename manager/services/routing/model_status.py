@@ -10,7 +10,7 @@ from manager.errors import Reason
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from manager.services.fleet import Fleet
+    from manager.services.instances.fleet import Fleet
 
 # Failures of a server with one model. Every other reason is about the instance.
 _OF_MODELS = (Reason.UPSTREAM_ERROR, Reason.MODEL_LOAD_FAILED, Reason.ATTEMPT_TIMEOUT)

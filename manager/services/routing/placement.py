@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from manager.domain.routing import Attempt
-    from manager.services.fleet import Fleet
-    from manager.services.instance import Instance
-    from manager.services.leases import Lease
-    from manager.services.model_lists import ModelLists
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance
+    from manager.services.instances.leases import Lease
+    from manager.services.models.model_lists import ModelLists
     from manager.services.routing.router import Router, SettingsSource
 
 # The pause between two looks at the effort of a server that does not answer.

@@ -8,16 +8,16 @@ from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
 from manager.errors import Reason
-from manager.services.model_lists import volume_of
+from manager.services.models.model_lists import volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
-    from manager.services.fleet import Fleet
-    from manager.services.instance import Instance
-    from manager.services.model_lists import ModelLists
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance
+    from manager.services.models.model_lists import ModelLists
     from manager.services.world import Revision
 
 # Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A

@@ -19,7 +19,7 @@ from manager.errors import (
     UnavailableError,
     UnknownInstanceError,
 )
-from manager.services.instance import Effort
+from manager.services.instances.instance import Effort
 from manager.services.routing import placement as module
 from manager.services.routing.placement import ModelMissingError, reason_of
 from tests.support.attempts import attempt

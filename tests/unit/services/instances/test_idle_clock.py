@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from manager.services.idle_clock import IdleClock
+from manager.services.instances.idle_clock import IdleClock
 
 if TYPE_CHECKING:
     from manager.services.world import World

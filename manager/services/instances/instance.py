@@ -19,8 +19,8 @@ from manager.domain.instance import (
 )
 from manager.domain.target import Target as Place
 from manager.errors import OutOfDescriptorsError, UnavailableError
-from manager.services.container_run import happens
-from manager.services.leases import Lease, LeaseBook
+from manager.services.instances.container_run import happens
+from manager.services.instances.leases import Lease, LeaseBook
 from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from manager.domain.instance import Driver, InstanceSpec, Limits
 from manager.domain.template import Template
 from manager.errors import RegistryUnwritableError
-from manager.services import model_lists
-from manager.services.model_lists import ModelLists, volume_of
+from manager.services.models import model_lists
+from manager.services.models.model_lists import ModelLists, volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

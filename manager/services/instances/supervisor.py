@@ -32,12 +32,12 @@ from manager.errors import (
     StartFailedError,
     UnavailableError,
 )
-from manager.services.condition import Condition, Retry
-from manager.services.container_run import ContainerRun, Started, Watch, happens
-from manager.services.idle_clock import IdleClock
-from manager.services.instance import PROBE_BYTES, Effort, Instance, View
-from manager.services.staleness import Staleness
-from manager.services.usage import UsageWatch
+from manager.services.instances.condition import Condition, Retry
+from manager.services.instances.container_run import ContainerRun, Started, Watch, happens
+from manager.services.instances.idle_clock import IdleClock
+from manager.services.instances.instance import PROBE_BYTES, Effort, Instance, View
+from manager.services.instances.staleness import Staleness
+from manager.services.instances.usage import UsageWatch
 from manager.services.waiters import Waiters
 
 if TYPE_CHECKING:

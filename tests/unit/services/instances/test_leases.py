@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.target import Target
-from manager.services.leases import Lease, LeaseBook
+from manager.services.instances.leases import Lease, LeaseBook
 
 
 class Book:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from manager.domain.instance import Explanation, Health, Phase, Target
 from manager.domain.lifecycle import Fact, advance
 from manager.errors import ConflictError, Reason, UnavailableError
-from manager.services.instance import Instance, View
+from manager.services.instances.instance import Instance, View
 
 if TYPE_CHECKING:
     from datetime import datetime

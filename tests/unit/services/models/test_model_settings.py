@@ -17,7 +17,7 @@ from manager.adapters.registry import SqlRegistry, open_registry
 from manager.domain.roles import Policy
 from manager.errors import InvalidRequestError, RegistryUnwritableError
 from manager.services.journal import Journal
-from manager.services.model_settings import ModelSettings
+from manager.services.models.model_settings import ModelSettings
 from manager.settings import Settings
 from manager.settings.load import LoadedSettings
 from manager.settings.overrides import Sourced, overlaid, written_roles

@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING, Protocol
 
 from manager.errors import EngineError, EngineUnreachableError, Reason
-from manager.services.container_run import happens
+from manager.services.instances.container_run import happens
 
 if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts

@@ -10,7 +10,7 @@ from manager.domain.instance import ALIVE, Explanation, Phase, Target
 from manager.domain.lifecycle import Fact, advance
 from manager.domain.registry import Operation
 from manager.errors import Reason, StartFailedError
-from manager.services.container_run import Watch, explain_end
+from manager.services.instances.container_run import Watch, explain_end
 from manager.services.waiters import Waiters
 
 if TYPE_CHECKING:

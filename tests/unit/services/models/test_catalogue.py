@@ -11,8 +11,8 @@ import pytest
 
 from manager.domain.instance import Driver, Health, InstanceSpec, Limits, Model
 from manager.domain.roles import RequestKind, Role, RoutingSettings
-from manager.services.catalogue import Catalogue
-from manager.services.model_lists import ModelLists
+from manager.services.models.catalogue import Catalogue
+from manager.services.models.model_lists import ModelLists
 from manager.wire.listing import Alias, KnownModel
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from manager.services.models.volumes import Volumes
     from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.routing.placement import Prepared
-    from manager.services.volumes import Volumes
     from manager.wire.management import ManagementBody
 
 _log = structlog.get_logger("pulls")

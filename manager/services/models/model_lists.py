@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from manager.domain.instance import InstanceSpec
     from manager.domain.template import Volume
-    from manager.services.instance import Instance
+    from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.ports import Registry
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Health
 from manager.domain.models import model_key
-from manager.services.model_lists import volume_of
+from manager.services.models.model_lists import volume_of
 from manager.wire.listing import Alias, KnownModel
 
 if TYPE_CHECKING:
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from manager.domain.instance import InstanceSpec, Model
     from manager.domain.roles import Role
-    from manager.services.fleet import Fleet
-    from manager.services.instance import Instance
-    from manager.services.model_lists import ModelLists
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance
+    from manager.services.models.model_lists import ModelLists
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.router import SettingsSource
     from manager.services.traffic import Traffic

@@ -14,17 +14,17 @@ from manager.domain.routing import Attempt
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
 from manager.errors import ManagerError, Reason, UnavailableError
-from manager.services.model_lists import models_mount, volume_of
+from manager.services.models.model_lists import models_mount, volume_of
 from manager.services.ports import Question
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
 
     from manager.domain.routing import Candidate
-    from manager.services.catalogue import Catalogue
-    from manager.services.fleet import Fleet
-    from manager.services.instance import Instance
-    from manager.services.model_lists import ModelLists
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance
+    from manager.services.models.catalogue import Catalogue
+    from manager.services.models.model_lists import ModelLists
     from manager.services.ports import ModelServer
     from manager.services.routing.placement import Placement, Prepared
     from manager.services.routing.router import Router

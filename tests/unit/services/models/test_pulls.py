@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.target import Target
-from manager.services.leases import Lease
-from manager.services.pulls import Pull, PullFailedError, Pulls, Waiter
+from manager.services.instances.leases import Lease
+from manager.services.models.pulls import Pull, PullFailedError, Pulls, Waiter
 from manager.wire.management import read_named
 
 if TYPE_CHECKING:

@@ -20,15 +20,15 @@ from manager.errors import (
     ManagerError,
     UnknownInstanceError,
 )
-from manager.services.engine_watch import EngineWatch
-from manager.services.supervisor import Supervisor
+from manager.services.instances.engine_watch import EngineWatch
+from manager.services.instances.supervisor import Supervisor
 from manager.settings.addresses import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
 
     from manager.domain.instance import ContainerFacts
-    from manager.services.instance import Instance, View
+    from manager.services.instances.instance import Instance, View
     from manager.services.ports import EngineEvent, EngineInfo, Scheduler
     from manager.services.world import World
 
