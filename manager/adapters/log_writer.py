@@ -96,13 +96,14 @@ class LogWriter:
         return not self._thread.is_alive()
 
     def _fits(self, line: bytes) -> bool:
-        if threading.current_thread() is self._thread:
-            return True  # the report of dropped lines, one at a time
-        return (
-            not self._closing.is_set()
-            and self._count < self._most_lines
+        if (
+            self._count < self._most_lines
             and self._bytes + len(line) <= self._most_bytes
-        )
+            and not self._closing.is_set()
+        ):
+            return True
+        # The report of dropped lines, one at a time, always fits.
+        return threading.current_thread() is self._thread
 
     def _run(self) -> None:
         while True:

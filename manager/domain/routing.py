@@ -137,7 +137,7 @@ class Group(NamedTuple):
     fallback: Reason | None = None
 
     def attempt(self, instance: str) -> Attempt:
-        return Attempt(instance, *self[1:])
+        return Attempt(instance, self.model, self.role, self.because, self.fallback)
 
 
 # A tuple: a decision has many of them, and a frozen dataclass takes three times as long to make.
@@ -171,6 +171,14 @@ class Decision:
     groups: tuple[Group, ...]
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
+
+    def first(self, load: Mapping[str, int]) -> Attempt | None:
+        """Return the first attempt of `in_order`; None where there is none."""
+        if not self.groups:
+            return None
+        group = self.groups[0]
+        instances = group.instances
+        return group.attempt(instances[0] if len(instances) == 1 else min(instances, key=load.__getitem__))
 
     def in_order(self, load: Mapping[str, int]) -> Iterator[Attempt]:
         """The attempts in order; of a group always the one whose instance has the fewest requests in flight.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
@@ -31,6 +32,9 @@ _MOST_HEAD_BYTES = 64 * 1024
 _MOST_HELD_BYTES = 64 * 1024
 # Every head ends with this, and every body in chunks: the parser takes no other line ends.
 _END = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)\r\n", re.IGNORECASE)
+# Digits of a Content-Length, the longest that is looked at.
+_MOST_DIGITS = 15
 _READ_HERE = frozenset({b"content-length", b"expect"})
 _OFFER = frozenset({b"upgrade", b"http2-settings"})
 _TOO_LONG = "the head or the trailers are too long"
@@ -60,6 +64,15 @@ class _Trailers(list[tuple[bytes, bytes]]):
 
 
 _TRAILERS = _Trailers()
+
+
+class _KnownHead(NamedTuple):
+    """A head that was parsed on this connection: all bytes before the digits of its length and after them."""
+
+    before: bytes
+    after: bytes
+    caller: Caller
+    target: bytes
 
 
 class _Flow(FlowControl):
@@ -114,6 +127,9 @@ class Front(HttpToolsProtocol):
         self._offered = False
         self._length = b""
         self._caller: Caller | None = None
+        # The head of the last two requests, where they differ in nothing but their length.
+        self._known: _KnownHead | None = None
+        self._is_alike = False
         self._requests = 0
         self._body_bytes = 0
         self._ending = False
@@ -200,6 +216,7 @@ class Front(HttpToolsProtocol):
         self.expect_100_continue = False
         self.headers = []
         self._length = b""
+        self._is_alike = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -235,7 +252,8 @@ class Front(HttpToolsProtocol):
         headers, self.headers = self.headers, _TRAILERS
         modern = parser.get_http_version() != "1.0"
         caller = self._caller
-        if caller is None or caller.headers != headers or caller.route is not route:
+        self._is_alike = caller is not None and caller.headers == headers and caller.route is route
+        if caller is None or not self._is_alike:
             caller = self._caller = read_caller(self._relay, route, headers, modern=modern)
         exchange = Exchange(
             self._relay,
@@ -355,28 +373,95 @@ class Front(HttpToolsProtocol):
                 beyond = size - at - self._body_left
                 stop = size if beyond <= 0 else size - beyond
                 self._body_left = 0 if beyond >= 0 else -beyond
+                self._feed(data, at, stop)
             elif self._is_busy():
                 break
-            else:
+            elif self._known is None or not (stop := self._begin_alike(data, at, self._known)):
                 end = -1 if self._tail else data.find(_END, at)
                 stop = end + len(_END) if end >= 0 else self._end_with_tail(data, at)
+                is_whole = end >= 0 and self._in_head and not self._head_bytes
                 self._head_bytes += stop - at
-            try:
-                self.parser.feed_data(data[at:stop] if stop - at < size else data)
-            except httptools.HttpParserError as error:
-                if isinstance(error.__context__, _NoPlaceError):
-                    self._refuse_for_lack_of_places()
-                else:
-                    self._refuse_unreadable(_plainly(error))
-            except httptools.HttpParserUpgrade:
-                self._feed_without_offer()
-            else:
-                if self._head_bytes > _MOST_HEAD_BYTES:
-                    self._refuse_unreadable(_TOO_LONG)
+                self._known = None
+                self._feed(data, at, stop)
+                if self._is_alike:
+                    self._is_alike = False
+                    if is_whole:
+                        self._know_head(bytes(data[at:stop]))
             at = stop
             if at < size and (self._unreadable or self.transport.is_closing()):
                 return size
         return at
+
+    def _feed(self, data: bytes | bytearray, at: int, stop: int) -> None:
+        try:
+            self.parser.feed_data(data[at:stop] if stop - at < len(data) else data)
+        except httptools.HttpParserError as error:
+            if isinstance(error.__context__, _NoPlaceError):
+                self._refuse_for_lack_of_places()
+            else:
+                self._refuse_unreadable(_plainly(error))
+        except httptools.HttpParserUpgrade:
+            self._feed_without_offer()
+        else:
+            if self._head_bytes > _MOST_HEAD_BYTES:
+                self._refuse_unreadable(_TOO_LONG)
+
+    def _know_head(self, head: bytes) -> None:
+        """Keep a head that was parsed twice: the next one like it is not parsed again."""
+        exchange, caller = self._running, self._caller
+        if exchange is None or caller is None or not exchange.keep_alive or exchange.expects_continue:
+            return
+        length = _LENGTH.search(head)
+        if length is not None and caller.ambiguity is None and caller.refusal is None:
+            self._known = _KnownHead(head[: length.start(1)], head[length.end(1) :], caller, self.url)
+
+    def _begin_alike(self, data: bytes | bytearray, at: int, known: _KnownHead) -> int:
+        """Begin and end a request whose head is a known one but for its length, and whose body is here whole.
+
+        Clients send such heads on a kept connection. To parse one again, header by header, takes a tenth of
+        the time of a request.
+
+        Returns:
+            Where the request ends; 0 where it is not like that, and the parser has to read it.
+        """
+        digits_at = at + len(known.before)
+        digits_end = data.find(b"\r", digits_at, digits_at + _MOST_DIGITS)
+        if (
+            digits_end < 0
+            or self._head_bytes
+            or not self._in_head
+            or self._places.extra
+            or not data.startswith(known.before, at)
+            or not data.startswith(known.after, digits_end)
+        ):
+            return 0
+        digits = data[digits_at:digits_end]
+        body_at = digits_end + len(known.after)
+        stop = body_at + int(digits) if digits.isdigit() else 0
+        if not body_at <= stop <= len(data):
+            return 0
+        self.url = known.target
+        self.expect_100_continue = False
+        exchange = Exchange(
+            self._relay,
+            self,
+            known.caller.route,
+            known.caller,
+            target=known.target,
+            keep_alive=True,
+            chunks=True,
+            expects_continue=False,
+        )
+        self.cycle = exchange  # type: ignore[assignment]
+        self._running = exchange
+        self._in_head = False
+        exchange.turn_came()
+        if stop > body_at:
+            exchange.body_came(bytes(data[body_at:stop]))
+        self._in_head = True
+        self._requests += 1
+        exchange.request_ended()
+        return stop
 
     def _end_with_tail(self, data: bytes | bytearray, at: int) -> int:
         """Return where the next `_END` ends, which may have begun before the data, or else its end."""

@@ -11,7 +11,7 @@ from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
@@ -172,7 +172,8 @@ class Attempts:
         self._may_start = True
         self._decided_by = router.settings_version
         self.decision = router.decide(facts)
-        self._coming = self.decision.in_order(router.load())
+        # Most requests need the first attempt only, and never ask for the others.
+        self._coming: Iterator[Attempt] | None = None
 
     @property
     def more(self) -> bool:
@@ -183,9 +184,12 @@ class Attempts:
 
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
-        if self._made and self._decided_by != self._router.settings_version:
-            self._decide_again()
-        attempt, self._ahead = self._ahead or self._following(), None
+        if not self._made and self._coming is None:
+            attempt = self.decision.first(self._router.load())
+        else:
+            if self._made and self._decided_by != self._router.settings_version:
+                self._decide_again()
+            attempt, self._ahead = self._ahead or self._following(), None
         if attempt is not None:
             self._made = (*self._made, attempt)
         return attempt
@@ -193,12 +197,13 @@ class Attempts:
     def start_no_other(self) -> None:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
+        self._coming = self._others()
         if self._ahead is not None and self._ahead.because not in RUNNING:
             self._ahead = None
 
     def leave_role(self) -> None:
         """Drop the attempts under other roles than the one that was asked for: those have other models."""
-        role, coming = self.decision.role, self._coming
+        role, coming = self.decision.role, self._others()
         if self._ahead is not None and self._ahead.role != role:
             self._ahead = None
         self._coming = (attempt for attempt in coming if attempt.role == role)
@@ -217,8 +222,16 @@ class Attempts:
         )
         self._ahead = None
 
+    def _others(self) -> Iterator[Attempt]:
+        """Return the attempts that follow those that were made."""
+        if self._coming is None:
+            made = self._made
+            in_order = self.decision.in_order(self._router.load())
+            self._coming = (one for one in in_order if one not in made) if made else in_order
+        return self._coming
+
     def _following(self) -> Attempt | None:
-        for attempt in self._coming:
+        for attempt in self._others():
             if self._may_start or attempt.because in RUNNING:
                 return attempt
         return None
