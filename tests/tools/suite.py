@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.tools.console import ToolError, say
 from tests.tools.system import (
@@ -42,6 +43,9 @@ _QUICK = ("tests/unit", "tests/contract")
 _REAL = ("tests/api", "tests/relay", "tests/integration")
 _SIDE_BY_SIDE = 2
 _TESTS_FAILED = 1  # pytest.ExitCode.TESTS_FAILED
+_FAILURE = re.compile(r"(?:FAILED|ERROR) (tests/[^ ]+?\.py(?:::.+?)?)(?: - .*)?")
+# A test that fails and then passes is flaky, which is a defect. More of them than this fail the run.
+_MOST_FLAKY = 2
 # The pure parts have no excuse: every line and branch of them is tested.
 _PURE = ("manager/domain/*", "manager/wire/*")
 
@@ -97,45 +101,63 @@ def _provide_for_tests() -> None:
 
 
 def _test(arguments: list[str], failed: list[str]) -> str:
-    """All tests; adds what failed to `failed` and returns pytest's last summary line.
+    """Run all tests; add what failed to `failed`, and return pytest's summary lines and the flaky tests.
 
     The pure and quick ones run in one process under coverage. The others wait for daemons and engines most
     of the time, so several of them go on side by side, those of one file in order.
     """
     quick = [sys.executable, "-m", "coverage", "run", *_PYTEST, *_QUICK]
     real = [sys.executable, *_PYTEST, "-n", str(_SIDE_BY_SIDE), "--dist", "loadfile", *_REAL]
-    summaries = []
+    summaries: list[str] = []
+    flaky: list[str] = []
     for command, paths in ((quick, _QUICK), (real, _REAL)):
-        status, summary = _streamed([*command, *arguments])
-        summaries.append(summary)
+        first = _streamed([*command, *arguments])
+        summaries.append(first.summary)
+        status = first.status
         if status == _TESTS_FAILED:
-            # Real engines on a machine that is busy with other things miss deadlines. What fails again by
-            # itself, one test at a time, is a failure; both runs are shown.
-            say("== what failed is run once more, by itself")
-            status, summary = _streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
-            summaries.append(summary)
+            say("== failures are run once more, to tell defects of the product from flaky tests")
+            again = _streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
+            summaries.append(again.summary)
+            status = again.status
+            flaky += sorted(first.failures - again.failures)
         if status:
             failed.append(f"pytest {command[-1]} (exit status {status})")
+    for test in flaky:
+        say(f"FLAKY: {test}")
+    if len(flaky) > _MOST_FLAKY:
+        failed.append(f"{len(flaky)} flaky tests; at most {_MOST_FLAKY} are let pass")
     for report in (
         ["report"],
         ["report", f"--include={','.join(_PURE)}", "--fail-under=100"],
     ):
         failed += filter(None, [_failed(sys.executable, "-m", "coverage", *report)])
+    summaries += [f"FLAKY: {test}" for test in flaky]
     return "\n".join(filter(None, summaries))
 
 
-def _streamed(command: list[str]) -> tuple[int, str]:
-    """Run pytest and show what it says; its exit status and its summary line."""
+class _Run(NamedTuple):
+    """One run of pytest. `failures` are the ids of the tests that failed."""
+
+    status: int
+    summary: str
+    failures: frozenset[str]
+
+
+def _streamed(command: list[str]) -> _Run:
+    """Run pytest and print its output."""
     say(f"== {_shown(command)}")
-    summary = ""
+    summary, failures = "", set()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:
             print(line, end="", flush=True)
-            if _SUMMARY.fullmatch(_COLOUR.sub("", line).strip()):
+            plain = _COLOUR.sub("", line).strip()
+            if _SUMMARY.fullmatch(plain):
                 summary = line.rstrip("\n")
-    return process.returncode, summary
+            if failure := _FAILURE.fullmatch(plain):
+                failures.add(failure[1])
+    return _Run(process.returncode, summary, frozenset(failures))
 
 
 def _quietly(*command: str) -> tuple[int, str]:
