@@ -1,4 +1,4 @@
-# Ollama Endpoint Manager. `make` lists what can be made; the work itself is in tests/tools/.
+# Ollama Endpoint Manager. `make` lists what can be made; programs of the tests are in tests/tools/.
 #
 #   PYTHON=…   the interpreter to build the environment with, 3.11 or newer
 #   UV=…       the uv to use; without one on the PATH it is installed into .build/
@@ -54,7 +54,7 @@ bench: setup ## Measure, and print a table.
 
 .PHONY: image
 image: setup ## Build the daemon's own container image (compose/README.md).
-	@exec $(BIN)/python -m tests.tools.image $(ARGS)
+	@exec $(BIN)/python compose/build.py $(ARGS)
 
 .PHONY: lock
 lock: supported-python $(filter $(OWN_UV),$(UV)) ## Write requirements.lock anew; ARGS=--upgrade for newer versions.

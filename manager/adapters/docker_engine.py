@@ -139,6 +139,17 @@ class DockerEngine:
             raise
         return self._read(lambda answer: bool(answer["Id"]), raw)
 
+    async def has_volume(self, name: str) -> bool:
+        raw = await self._call("GET", f"/volumes?{_query(filters=_filters(name=name))}")
+        # The engine's name filter matches parts of names.
+        return self._read(
+            lambda answer: any(volume["Name"] == name for volume in answer["Volumes"] or ()), raw
+        )
+
+    async def ensure_volume(self, name: str) -> None:
+        """Create the volume `name` unless there is one; the engine does nothing then."""
+        await self._call("POST", "/volumes/create", body=orjson.dumps({"Name": name}))
+
     async def events(self, manager_id: str, opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
         filters = {"type": "container", "label": f"{LABEL_MANAGER}={manager_id}"}
         async for event in streams.events(self.url, filters, opened):

@@ -48,8 +48,10 @@ def _talks(command: Command) -> Command:
 def program(url: str | None) -> None:
     """Start, stop and watch Ollama containers on this machine's CPU and GPUs.
 
-    `serve` runs the daemon; most other commands talk to it. Exit codes: 0 done, 1 failed, 2 usage or
-    configuration, 3 daemon unreachable, 4 refused by the state. A key goes into $OLLAMA_MANAGER_KEY.
+    `up` prepares everything and runs the daemon, `serve` only runs it; most other commands talk to it.
+
+    Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 daemon unreachable, 4 refused by the state.
+    A key goes into $OLLAMA_MANAGER_KEY.
     """
     click.get_current_context().obj = url
 
@@ -68,6 +70,28 @@ def main() -> None:
 def serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        return _serve(host, port, config, stop_instances=stop_instances)
+    except KeyboardInterrupt:
+        return DONE
+
+
+@program.command()
+@click.option("--yes", "-y", is_flag=True, help="Do not ask before something is changed.")
+@click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
+@click.option("--port", type=int, help="Port to listen on.")
+@click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
+@_CONFIG
+def up(host: str | None, port: int | None, config: Path | None, *, yes: bool, stop_instances: bool) -> int:
+    """Prepare the Docker Engine, the images and the volumes, then serve.
+
+    Lists what is missing and asks before it changes anything. Where nothing is missing it is `serve`.
+    """
+    from manager.cli.locate import load  # noqa: PLC0415
+    from manager.cli.up import prepare  # noqa: PLC0415
+
+    prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return _serve(host, port, config, stop_instances=stop_instances)

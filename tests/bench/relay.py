@@ -16,12 +16,13 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manager.cli.machine import Need, which
 from tests.bench.idle import cpu_s, resident_bytes
 from tests.bench.rig import MeasurementError
 from tests.bench.table import Row, at_most, percentile
 from tests.support.daemon import ROOT, Daemon, free_port, wait_for
 from tests.tools.console import ToolError
-from tests.tools.system import Need, provide, which
+from tests.tools.system import provide
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

@@ -111,7 +111,7 @@ def image(private_engine: PrivateEngine) -> str:
     tag = "ollama-endpoint-manager:test"
     # The wheels come from where the machine has its packages from.
     in_outer_network(
-        *("env", f"DOCKER_HOST={private_engine.url}", sys.executable, "-m", "tests.tools.image"),
+        *("env", f"DOCKER_HOST={private_engine.url}", sys.executable, "compose/build.py"),
         *("--base", ensure_python_image(client), "--python", PYTHON, "--tag", tag),
     )
     return tag

@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Protocol, Self
 
 import docker
 
+from manager.cli.machine import prepare_cgroup_v2
 from tests.support.host import (
     CGROUPS,
     claim_network,
     command,
     command_line,
     interface_addresses,
-    prepare_cgroup_v2,
     remove_cgroup,
     storage_driver,
 )

@@ -112,23 +112,6 @@ def storage_driver(folder: Path) -> str:
     return "overlay2" if mounted.returncode == 0 else "vfs"
 
 
-def prepare_cgroup_v2() -> None:
-    """Let cgroups be made below the root of a container's own cgroup v2.
-
-    Such a root must have no processes of its own then: they move into a cgroup of theirs.
-    """
-    wanted = CGROUPS / "cgroup.subtree_control"
-    if not wanted.exists() or "memory" in wanted.read_text().split():
-        return
-    controllers = (CGROUPS / "cgroup.controllers").read_text().split()
-    inner = CGROUPS / "oem-processes"
-    inner.mkdir(exist_ok=True)
-    for pid in (CGROUPS / "cgroup.procs").read_text().split():
-        with suppress(OSError):  # kernel threads stay, others have ended
-            (inner / "cgroup.procs").write_text(pid)
-    wanted.write_text(" ".join(f"+{controller}" for controller in controllers))
-
-
 def remove_cgroup(path: Path) -> bool:
     """Remove a cgroup and those below it; False while it is still in use."""
     for folder in sorted(

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manager.cli.machine import which
 from tests.simulated.image import _add, _add_folder, _libraries
 from tests.tools.console import ToolError
-from tests.tools.system import which
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING, Any
 import requests
 import yaml
 
+from manager.cli.machine import DOCKERD, IPTABLES, lacking
 from manager.settings import packaged_templates
 from tests.nvml import standin
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.daemon import Daemon, wait_for
 from tests.support.engine import NoEngineError, PrivateEngine, acquire_engine
 from tests.tools.console import ToolError, say
-from tests.tools.system import COMPILER, DOCKERD, IP, IPTABLES, lacking, provide
+from tests.tools.system import COMPILER, IP, provide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -1,7 +1,4 @@
-"""`make run`: has an engine and the images ready, then becomes `ollama-manager serve`.
-
-Where the Ollama image cannot be had, the simulated Ollama serves in its place, and that is said loudly.
-"""
+"""`make run`: `ollama-manager up --yes`, with the simulated Ollama where Ollama's image is out of reach."""
 
 from __future__ import annotations
 
@@ -10,67 +7,55 @@ import json
 import os
 import shutil
 import sys
-import threading
-import time
 from contextlib import closing
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import docker
-import requests
 import yaml
-from docker.errors import DockerException, ImageNotFound
 from docker.utils import parse_repository_tag
-from urllib3.exceptions import HTTPError
 
-from manager.errors import ConfigurationError
-from manager.settings import Settings, load_settings, load_templates, packaged_templates
+from manager.cli.failures import CommandError
+from manager.cli.up import ImagesMissingError, prepare
+from manager.errors import ManagerError
+from manager.settings import load_settings, packaged_templates
 from tests.simulated.image import IMAGE, ensure_simulated_image
-from tests.tools.console import ToolError, banner, say
-from tests.tools.system import provide_engine
+from tests.tools.console import banner, say
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from manager.settings import LoadedSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / ".build" / "run"
 
-# A pull that stands still for so long is given up: a registry that cannot be reached may never say so.
-_NO_PROGRESS_S = 20
 _OLLAMA = "ollama/ollama"
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="make run", add_help=False)
     parser.add_argument("--config", type=Path)
     known, _ = parser.parse_known_args()
     environment = dict(os.environ)
     try:
-        settings = load_settings(known.config).settings
-        images = {template.image for template in load_templates(settings).values()}
-    except ConfigurationError:
-        pass  # `serve` says what is wrong with it, and ends
-    else:
-        provide_engine(settings.engine.url, BUILD)
-        environment |= _provide_images(settings, images)
-    command = [sys.executable, "-m", "manager", "serve", *sys.argv[1:]]
+        loaded = load_settings(known.config)
+        prepare(loaded, yes=True)
+    except ImagesMissingError as error:
+        if any(parse_repository_tag(image)[0] == _OLLAMA for image in error.troubles):
+            for image, why in error.troubles.items():
+                say(f"{image} cannot be had: {why}")
+            environment |= _with_the_simulated_ollama(loaded)
+    except (CommandError, ManagerError):
+        pass  # `up` says what is wrong, and ends
+    command = [sys.executable, "-m", "manager", "up", "--yes", *sys.argv[1:]]
     os.execve(sys.executable, command, environment)
 
 
-def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
-    """Have the images in the engine; returns what the daemon's environment needs to get along without."""
-    url = settings.engine.url
-    with closing(docker.DockerClient(base_url=url)) as client:
-        missing = [image for image in sorted(images) if not _has(client, image)]
-        trouble = {image: why for image in missing if (why := _pull(url, image)) is not None}
-        for image, why in trouble.items():
-            say(f"{image} cannot be had: {why}")
-        if not any(parse_repository_tag(image)[0] == _OLLAMA for image in trouble):
-            return {}
-        say("building the simulated Ollama ...")
+def _with_the_simulated_ollama(loaded: LoadedSettings) -> dict[str, str]:
+    """Return the environment of a daemon that uses the simulated Ollama."""
+    say("building the simulated Ollama ...")
+    with closing(docker.DockerClient(base_url=loaded.settings.engine.url)) as client:
         ensure_simulated_image(client)
-    environment = _simulated(settings)
+    environment = _simulated(loaded.settings)
     banner(
         "SIMULATED OLLAMA",
         "",
@@ -84,51 +69,6 @@ def _provide_images(settings: Settings, images: set[str]) -> dict[str, str]:
         "Once a registry can be reached, end this and say `make run` again.",
     )
     return environment
-
-
-def _has(client: docker.DockerClient, image: str) -> bool:
-    try:
-        client.images.get(image)
-    except ImageNotFound:
-        return False
-    return True
-
-
-def _pull(url: str, image: str) -> str | None:
-    """Pull an image; why that did not work, None when it did."""
-    say(f"pulling {image} ...")
-    lines: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
-    # The SDK has no deadline for a pull; a thread that still waits ends when this program becomes the daemon.
-    threading.Thread(target=_read_pull, args=(url, image, lines.put), daemon=True).start()
-    layers: dict[str, tuple[int, int]] = {}
-    said_at = time.monotonic()
-    try:
-        while (line := lines.get(timeout=_NO_PROGRESS_S)) is not None:
-            if "error" in line:
-                return str(line["error"])
-            detail = line.get("progressDetail") or {}
-            if line.get("status") == "Downloading" and detail.get("total"):
-                layers[line["id"]] = (detail["current"], detail["total"])
-            if layers and time.monotonic() - said_at > 1:
-                done, total = (sum(column) for column in zip(*layers.values(), strict=True))
-                say(f"  {done / 2**20:,.0f} of {total / 2**20:,.0f} MiB")
-                said_at = time.monotonic()
-    except Empty:
-        return f"no progress for {_NO_PROGRESS_S} s"
-    return None
-
-
-def _read_pull(url: str, image: str, put: Callable[[dict[str, Any] | None], None]) -> None:
-    """Put every line of a pull, then None; an error is a line with the key `error`."""
-    repository, tag = parse_repository_tag(image)
-    try:
-        with closing(docker.DockerClient(base_url=url)) as client:
-            for line in client.api.pull(repository, tag or "latest", stream=True, decode=True):
-                put(line)
-            client.images.get(image)  # a pull that ends early says nothing
-    except (DockerException, requests.RequestException, HTTPError) as error:
-        put({"error": getattr(error, "explanation", None) or error})
-    put(None)
 
 
 def _simulated(settings: Settings) -> dict[str, str]:
@@ -158,9 +98,6 @@ def _simulated(settings: Settings) -> dict[str, str]:
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
-    except ToolError as error:
-        say(f"make run: {error}")
-        sys.exit(1)
+        main()
     except KeyboardInterrupt:
         sys.exit(130)

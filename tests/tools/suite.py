@@ -15,18 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from manager.cli.machine import DOCKERD, IPTABLES, SYSTEM_SOCKET, lacking, why_no_engine
 from tests.tools.console import ToolError, say
-from tests.tools.system import (
-    COMPILER,
-    COMPOSE,
-    DOCKERD,
-    IP,
-    IPTABLES,
-    SYSTEM_SOCKET,
-    lacking,
-    provide,
-    why_no_engine,
-)
+from tests.tools.system import COMPILER, COMPOSE, IP, provide
 
 _BIN = Path(sys.executable).parent
 _PYTEST = ["-m", "pytest", f"--color={'yes' if sys.stdout.isatty() else 'no'}"]

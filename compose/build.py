@@ -1,7 +1,7 @@
-"""`make image`: the daemon's container image, out of compose/Dockerfile and pinned wheels.
+"""Builds the daemon's container image out of compose/Dockerfile and the pinned wheels: `make image`.
 
-The build context (.build/image/) gets everything that is installed, so that the build itself needs no
-network. Packages are those of requirements.lock without what only development needs.
+The build context (.build/image/) gets all wheels, so that the build itself needs no network. Packages are
+those of requirements.lock without the ones for development.
 """
 
 from __future__ import annotations
@@ -18,10 +18,8 @@ import docker
 from docker.errors import BuildError, DockerException
 
 from manager import __version__
-from tests.tools.base import PYTHON, ensure_python_image
-from tests.tools.console import ToolError, say
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = ROOT / ".build" / "image"
 REPOSITORY = "ollama-endpoint-manager"
 
@@ -30,24 +28,26 @@ _ARCHITECTURES = {"amd64": "x86_64", "arm64": "aarch64"}
 _GLIBC_MINORS = range(17, 37)
 
 
+class BuildFailedError(Exception):
+    """The image cannot be built; the message says why."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="make image", description=__doc__)
     parser.add_argument(
         "--base",
         default="python:3.13-slim",
-        help="the image to build on (%(default)s); `local`: one made of this machine's Python",
+        help="the image to build on (%(default)s); it has Python, pip and a shell",
     )
     parser.add_argument("--python", default="3.13", help="the version of Python in it (%(default)s)")
     parser.add_argument("--tag", default=f"{REPOSITORY}:latest", help="the image's name (%(default)s)")
     options = parser.parse_args()
     try:
         with closing(docker.from_env(use_context=False, timeout=600)) as client:
-            if options.base == "local":
-                options.base, options.python = ensure_python_image(client), PYTHON
             built = build_image(client, base=options.base, python=options.python, tag=options.tag)
             client.images.get(built).tag(REPOSITORY, __version__)
     except DockerException as error:
-        raise ToolError(f"the Docker Engine said: {error}") from error
+        raise BuildFailedError(f"the Docker Engine said: {error}") from error
     print(built)
     return 0
 
@@ -62,16 +62,16 @@ def build_image(client: docker.DockerClient, *, base: str, python: str, tag: str
         tag: what the image is to be called.
 
     Raises:
-        ToolError: it could not be built; the message has the end of the output.
+        BuildFailedError: it could not be built; the message has the end of the output.
     """
     fill_context(python, str(client.version()["Arch"]))
-    say(f"building {tag} on {base} ...")
+    _say(f"building {tag} on {base} ...")
     try:
         client.images.build(path=str(CONTEXT), tag=tag, buildargs={"BASE": base}, rm=True, forcerm=True)
     except BuildError as error:
         output = "".join(str(line.get("stream", line.get("error", ""))) for line in error.build_log)
         tail = "\n".join(output.splitlines()[-25:])
-        raise ToolError(f"the image could not be built: {error}\n{tail}") from error
+        raise BuildFailedError(f"the image could not be built: {error}\n{tail}") from error
     return tag
 
 
@@ -83,10 +83,10 @@ def fill_context(python: str, architecture: str) -> None:
     shutil.copy(ROOT / "compose" / "Dockerfile", CONTEXT)
     machine = _ARCHITECTURES.get(architecture)
     if machine is None:
-        raise ToolError(f"no wheels for {architecture}; known: {', '.join(_ARCHITECTURES)}")
+        raise BuildFailedError(f"no wheels for {architecture}; known: {', '.join(_ARCHITECTURES)}")
     uv = _uv()
     lock = CONTEXT / "requirements.txt"
-    say("collecting wheels ...")
+    _say("collecting wheels ...")
     _run(
         *(uv, "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--no-emit-index-url"),
         *(
@@ -117,7 +117,7 @@ def _uv() -> str:
     for candidate in (os.environ.get("UV", ""), "uv", str(ROOT / ".build" / "uv" / "bin" / "uv")):
         if candidate and shutil.which(candidate, path=f"{os.environ.get('PATH', '')}:{ROOT}"):
             return candidate
-    raise ToolError("there is no uv; `make setup` brings one")
+    raise BuildFailedError("there is no uv; `make setup` brings one")
 
 
 def _pip(uv: str) -> Path:
@@ -129,20 +129,24 @@ def _pip(uv: str) -> Path:
     return python
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _run(*command: str) -> None:
     result = subprocess.run(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
     )
     if result.returncode:
         tail = "\n".join((result.stdout + result.stderr).splitlines()[-25:])
-        raise ToolError(f"{' '.join(command[:4])} ... failed:\n{tail}")
+        raise BuildFailedError(f"{' '.join(command[:4])} ... failed:\n{tail}")
 
 
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except ToolError as error:
-        say(f"make image: {error}")
+    except BuildFailedError as error:
+        _say(f"make image: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

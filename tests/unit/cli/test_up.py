@@ -1,0 +1,109 @@
+"""`up` names what it is going to do, asks, and says what it cannot do."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from manager.adapters.docker_engine import DockerEngine
+from manager.cli import machine, up
+from manager.cli.failures import MISUSED, CommandError
+from manager.settings import load_settings
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_without_an_engine_that_can_be_started_it_says_so_and_serves_nothing(tmp_path: Path) -> None:
+    environment = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/none.sock", "HOME": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "manager", "up", "--yes"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert f"the Docker Engine at unix://{tmp_path}/none.sock does not answer" in result.stderr
+    assert "check DOCKER_HOST or engine.url" in result.stderr
+
+
+def test_a_mistake_in_the_configuration_ends_it_before_anything_is_changed(tmp_path: Path) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text("instances: {cpu: {template: none-such}}\n")
+    result = subprocess.run(
+        [sys.executable, "-m", "manager", "up", "--yes"],
+        cwd=tmp_path, env={**os.environ, "HOME": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == MISUSED
+    assert "none-such" in result.stderr
+
+
+def test_it_needs_each_image_and_each_named_volume_once(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("instances: {cpu: {template: ollama-cpu}, two: {template: ollama-cpu}}\ngpus: none\n")
+    need = up.needed(load_settings(file))
+    assert len(need.images) == 1
+    assert need.images[0].startswith("ollama/ollama:")
+    assert need.volumes == ("ollama-models",)
+
+
+def test_without_a_terminal_nothing_is_asked_and_nothing_changed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    with pytest.raises(CommandError, match="no terminal") as caught:
+        up._ask(["pull the image x"], yes=False)
+    assert caught.value.exit_code == MISUSED
+    assert "pull the image x" in capsys.readouterr().err
+    up._ask(["pull the image x"], yes=True)
+
+
+@pytest.mark.parametrize(("answer", "goes_on"), [(True, True), (False, False)])
+def test_the_answer_counts(monkeypatch: pytest.MonkeyPatch, *, answer: bool, goes_on: bool) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(click, "confirm", lambda *_, **__: answer)
+    if goes_on:
+        up._ask(["pull the image x"], yes=False)
+    else:
+        with pytest.raises(CommandError, match="nothing was changed"):
+            up._ask(["pull the image x"], yes=False)
+
+
+async def test_a_pull_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(up, "NO_PROGRESS_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        engine = DockerEngine(f"tcp://127.0.0.1:{silent.getsockname()[1]}", 5)
+        why = await up.pull(engine, "ollama/ollama:latest")
+        engine.close()
+    assert why == "no progress for 0.2 s"
+    await asyncio.sleep(0)
+
+
+def test_programs_that_are_not_installed_are_named_with_their_packages(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "which", lambda _program: None)
+    with pytest.raises(CommandError) as caught:
+        machine.install([machine.DOCKERD, machine.IPTABLES])
+    assert caught.value.message == "not installed: dockerd, iptables"
+    assert any("apt-get install docker.io iptables" in line for line in caught.value.lines)
+
+
+def test_the_engine_of_this_machine_is_started_by_root_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(CommandError):
+        machine.how_to_start(machine.SYSTEM_SOCKET, "refused")
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert machine.how_to_start(machine.SYSTEM_SOCKET, "refused") == (
+        "start the Docker Engine of this machine",
+    )
+    monkeypatch.setattr(machine, "which", {"apt-get": "/usr/bin/apt-get"}.get)
+    assert machine.how_to_start(machine.SYSTEM_SOCKET, "refused")[0] == (
+        "install docker.io iptables (apt-get)"
+    )
