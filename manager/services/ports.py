@@ -24,6 +24,7 @@ class EngineInfo:
     desktop: bool
     rootless: bool
     runtimes: tuple[str, ...]
+    podman: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,15 @@ class Engine(Protocol):
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]: ...
     async def counters(self, container_id: str) -> ContainerCounters: ...
     async def ensure_network(self, name: str) -> None: ...
+    async def connect_network(self, container_id: str, network: str) -> None:
+        """Connect a container to a network; one that is connected already is no error.
+
+        Raises:
+            NetworkMissingError: there is no such network.
+            ContainerGoneError: there is no such container.
+        """
+        ...
+
     async def has_image(self, image: str) -> bool: ...
     def events(self, manager_id: str, opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
         """Events from when `opened` is called until the connection ends (the iterator ends) or fails."""
