@@ -32,14 +32,16 @@ _STATUS: dict[str, ContainerStatus] = {
 }
 
 
-def engine_info(info: dict[str, Any], *, podman: bool) -> EngineInfo:
+def engine_info(info: dict[str, Any], podman: tuple[int, int] | None) -> EngineInfo:
+    """Read `GET /info`; `podman` is what `podman_version` says."""
     security = " ".join(info.get("SecurityOptions") or ())
     return EngineInfo(
         version=str(info.get("ServerVersion", "")),
         desktop="Docker Desktop" in str(info.get("OperatingSystem", "")),
         rootless="name=rootless" in security,
         runtimes=tuple(info.get("Runtimes") or ()),
-        podman=podman,
+        podman=podman is not None,
+        gives_cards=podman is None or podman_gives_cards(podman),
     )
 
 
@@ -50,6 +52,14 @@ def podman_version(version: dict[str, Any]) -> tuple[int, int] | None:
             match = re.match(r"(\d+)\.(\d+)", str(component.get("Version")))
             return (int(match[1]), int(match[2])) if match else (0, 0)
     return None
+
+
+def podman_gives_cards(version: tuple[int, int]) -> bool:
+    """Whether its Docker-compatible API gives cards; an older one ignores that a card is asked for.
+
+    Since 5.4, and by the Container Device Interface only: github.com/containers/podman/pull/25171.
+    """
+    return version >= (5, 4)
 
 
 def listed(entry: dict[str, Any]) -> ContainerFacts:
@@ -115,6 +125,10 @@ def counters(stats: dict[str, Any]) -> ContainerCounters:
     )
 
 
+# What Podman calls differently.
+_PODMAN_ACTIONS = {"remove": "destroy"}
+
+
 def event(entry: dict[str, Any]) -> EngineEvent | None:
     """None for one that is not about a container of an instance."""
     actor = entry.get("Actor") or {}
@@ -123,8 +137,9 @@ def event(entry: dict[str, Any]) -> EngineEvent | None:
     if instance is None or entry.get("Type") != "container":
         return None
     exit_code = str(attributes.get("exitCode", ""))
+    action = str(entry.get("Action", ""))
     return EngineEvent(
-        action=str(entry.get("Action", "")),
+        action=_PODMAN_ACTIONS.get(action, action),
         container_id=str(actor.get("ID", "")),
         instance=instance,
         exit_code=int(exit_code) if exit_code.isdigit() else None,

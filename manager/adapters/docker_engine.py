@@ -42,8 +42,6 @@ T = TypeVar("T")
 _MOST_BYTES = 64 * 2**20
 _MOST_KEPT = 8
 _NOT_MODIFIED = 304
-# The first Podman whose Docker-compatible API gives a card (github.com/containers/podman/pull/25171).
-_PODMAN_WITH_CDI = (5, 4)
 
 
 class DockerEngine:
@@ -74,7 +72,7 @@ class DockerEngine:
     async def info(self) -> EngineInfo:
         info = await self._call("GET", "/info")
         podman = await self._podman()
-        return self._read(lambda read: answers.engine_info(read, podman=podman is not None), info)
+        return self._read(lambda read: answers.engine_info(read, podman), info)
 
     async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]:
         query = _query(all="1", filters=_filters(label=f"{LABEL_MANAGER}={manager_id}"))
@@ -188,14 +186,15 @@ class DockerEngine:
             EngineError: it gives none, and would start the container without one.
         """
         podman = await self._podman()
-        if podman is not None and podman < _PODMAN_WITH_CDI:
-            wanted = ".".join(map(str, _PODMAN_WITH_CDI))
+        if podman is None:
+            return False
+        if not answers.podman_gives_cards(podman):
             raise EngineError(
                 f"Podman {podman[0]}.{podman[1]} gives no GPU to a container that is created over its "
-                f"Docker-compatible API: Podman {wanted} or newer does",
+                "Docker-compatible API: Podman 5.4 or newer does",
                 reason=Reason.GPU_MISSING,
             )
-        return podman is not None
+        return True
 
     async def _call(
         self,

@@ -106,13 +106,13 @@ def _test(arguments: list[str], failed: list[str]) -> str:
     real = [sys.executable, *_PYTEST, "-n", str(_SIDE_BY_SIDE), "--dist", "loadfile", *_REAL]
     summaries = []
     for command, paths in ((quick, _QUICK), (real, _REAL)):
-        status, summary = _streamed([*command, *arguments])
+        status, summary = streamed([*command, *arguments])
         summaries.append(summary)
         if status == _TESTS_FAILED:
             # Real engines on a machine that is busy with other things miss deadlines. What fails again by
             # itself, one test at a time, is a failure; both runs are shown.
             say("== what failed is run once more, by itself")
-            status, summary = _streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
+            status, summary = streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
             summaries.append(summary)
         if status:
             failed.append(f"pytest {command[-1]} (exit status {status})")
@@ -124,7 +124,7 @@ def _test(arguments: list[str], failed: list[str]) -> str:
     return "\n".join(filter(None, summaries))
 
 
-def _streamed(command: list[str]) -> tuple[int, str]:
+def streamed(command: list[str]) -> tuple[int, str]:
     """Run pytest and show what it says; its exit status and its summary line."""
     say(f"== {_shown(command)}")
     summary = ""

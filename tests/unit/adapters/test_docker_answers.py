@@ -255,6 +255,10 @@ def test_an_event_names_instance_container_action_and_exit_code() -> None:
     assert answers.event(EVENT) == EngineEvent("die", ID, "cpu", 137)
 
 
+def test_podman_s_word_for_a_removal_means_the_same() -> None:
+    assert answers.event({**EVENT, "Action": "remove"}) == EngineEvent("destroy", ID, "cpu", 137)
+
+
 @pytest.mark.parametrize("exit_code", [None, "", "none"])
 def test_an_event_without_an_exit_code_has_none(exit_code: object) -> None:
     actor = {"ID": ID, "Attributes": {LABEL_INSTANCE: "cpu", "exitCode": exit_code}}
@@ -282,9 +286,15 @@ def test_the_engine_is_described_by_what_decides_something() -> None:
             "SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"],
             "Runtimes": {"runc": {}, "nvidia": {}},
         },
-        podman=False,
+        None,
     ) == EngineInfo(version="28.2.2", desktop=True, rootless=True, runtimes=("runc", "nvidia"))
-    assert answers.engine_info({"SecurityOptions": None}, podman=True) == EngineInfo("", False, False, (), True)
+    assert answers.engine_info({"SecurityOptions": None}, None) == EngineInfo("", False, False, ())
+
+
+@pytest.mark.parametrize(("version", "gives_cards"), [((4, 3), False), ((5, 3), False), ((5, 4), True), ((6, 0), True)])
+def test_podman_gives_cards_since_its_api_knows_cdi(version: tuple[int, int], gives_cards: bool) -> None:
+    info = answers.engine_info({"ServerVersion": "x"}, version)
+    assert (info.podman, info.gives_cards) == (True, gives_cards)
 
 
 @pytest.mark.parametrize(
