@@ -72,7 +72,6 @@ def listed(entry: dict[str, Any]) -> ContainerFacts:
         status=_STATUS.get(str(entry.get("State", "")).lower(), "exited"),
         labels=dict(entry.get("Labels") or {}),
         address=_address(networks),
-        networks=tuple(networks),
         exit_code=_exit_code(str(entry.get("Status", ""))),
     )
 
@@ -89,7 +88,6 @@ def inspected(entry: dict[str, Any]) -> ContainerFacts:
         status=status,
         labels=dict(config.get("Labels") or {}),
         address=_address(networks),
-        networks=tuple(networks),
         exit_code=state.get("ExitCode") if status == "exited" else None,
         out_of_memory=bool(state.get("OOMKilled")),
         error=str(state.get("Error") or ""),
@@ -240,5 +238,5 @@ def is_being_removed(error: EngineError) -> bool:
 
 
 def exists_already(error: EngineError) -> bool:
-    """Whether a network, or a container's connection to it, was not made because there is one."""
-    return any(words in error.message for words in ("already exists", "already connected"))
+    """Whether a network was not created because there is one of that name."""
+    return "already exists" in error.message

@@ -143,14 +143,6 @@ class DockerEngine:
                     if not answers.exists_already(error):
                         raise
 
-    async def connect_network(self, container_id: str, network: str) -> None:
-        body = orjson.dumps({"Container": container_id})
-        try:
-            await self._call("POST", f"/networks/{quote(network)}/connect", body=body)
-        except EngineError as error:
-            if not answers.exists_already(error):
-                raise
-
     async def has_image(self, image: str) -> bool:
         try:
             raw = await self._call("GET", f"/images/{quote(image, safe='/:@')}/json")

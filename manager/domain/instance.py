@@ -123,8 +123,7 @@ class ContainerFacts:
     """One container as the engine last described it.
 
     `status` is the engine's word mapped onto four: what it means for us, not how the engine spells it.
-    `address` is the container's address on its first network, None while it has none; `networks` are the names
-    of all networks that it is connected to.
+    `address` is the container's address on its first network, None while it has none.
     """
 
     id: str
@@ -133,7 +132,6 @@ class ContainerFacts:
     status: ContainerStatus
     labels: dict[str, str] = field(default_factory=dict)
     address: str | None = None
-    networks: tuple[str, ...] = ()
     exit_code: int | None = None
     out_of_memory: bool = False
     error: str = ""

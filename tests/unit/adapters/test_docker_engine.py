@@ -22,7 +22,6 @@ from manager.domain.template import Template
 from manager.errors import (
     EngineError,
     EngineUnreachableError,
-    NetworkMissingError,
     NoDescriptorForEngineError,
     Reason,
 )
@@ -74,7 +73,6 @@ CALLS: Calls = {
     "counters": lambda engine: engine.counters(ID),
     "has_network": lambda engine: engine.has_network("net"),
     "ensure_network": lambda engine: engine.ensure_network("net"),
-    "connect_network": lambda engine: engine.connect_network(ID, "net"),
     "has_image": lambda engine: engine.has_image("ollama/ollama:1"),
     "events": lambda engine: _drained(engine.events("m", lambda: None)),
     "pull": lambda engine: _drained(engine.pull("ollama/ollama:1")),
@@ -291,16 +289,6 @@ async def test_a_network_that_somebody_else_was_quicker_to_create_is_there(statu
 def podman(version: str) -> bytes:
     components = [{"Name": "Podman Engine", "Version": version}]
     return json.dumps({"ApiVersion": "1.41", "Components": components}).encode()
-
-
-async def test_a_container_that_is_connected_already_was_connected() -> None:
-    async with talking() as (engine, server):
-        server.status, server.body = refused(403, "endpoint with name x already exists in network net")
-        await engine.connect_network(ID, "net")
-        assert json.loads(server.bodies[-1]) == {"Container": ID}
-        server.status, server.body = refused(404, "network net not found")
-        with pytest.raises(NetworkMissingError):
-            await engine.connect_network(ID, "net")
 
 
 async def test_podman_is_asked_for_a_card_by_its_cdi_name_and_docker_by_its_id() -> None:
