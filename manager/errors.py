@@ -13,6 +13,7 @@ ManagerError
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
+│   │   │   └── NoDescriptorForEngineError
 │   │   ├── ContainerGoneError
 │   │   └── NetworkMissingError
 │   ├── AskFailedError        a server did not answer a request
@@ -145,8 +146,21 @@ class EngineError(UnavailableError):
 class EngineUnreachableError(EngineError):
     """The engine is down, hung or cannot be connected to."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, reason=Reason.ENGINE_UNAVAILABLE, retry_after_s=5)
+    def __init__(
+        self, message: str, *, reason: Reason = Reason.ENGINE_UNAVAILABLE, retry_after_s: float = 5
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
+
+
+class NoDescriptorForEngineError(EngineUnreachableError):
+    """The process has no file descriptor left for a connection to the engine, which is not at fault."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the manager has no file descriptor left for a connection to the container engine",
+            reason=Reason.OVERLOADED,
+            retry_after_s=1,
+        )
 
 
 class ContainerGoneError(EngineError):

@@ -1,4 +1,4 @@
-"""What the answers of a Docker Engine mean for us. No SDK and no I/O in here."""
+"""Reads the answers of Docker Engine and of Podman's Docker-compatible API. No SDK and no I/O in here."""
 
 from __future__ import annotations
 
@@ -32,14 +32,34 @@ _STATUS: dict[str, ContainerStatus] = {
 }
 
 
-def engine_info(info: dict[str, Any]) -> EngineInfo:
+def engine_info(info: dict[str, Any], podman: tuple[int, int] | None) -> EngineInfo:
+    """Read `GET /info`; `podman` is what `podman_version` says."""
     security = " ".join(info.get("SecurityOptions") or ())
     return EngineInfo(
         version=str(info.get("ServerVersion", "")),
         desktop="Docker Desktop" in str(info.get("OperatingSystem", "")),
         rootless="name=rootless" in security,
         runtimes=tuple(info.get("Runtimes") or ()),
+        podman=podman is not None,
+        gives_cards=podman is None or podman_gives_cards(podman),
     )
+
+
+def podman_version(version: dict[str, Any]) -> tuple[int, int] | None:
+    """Return Podman's major and minor version out of `GET /version`, None for any other engine."""
+    for component in version.get("Components") or ():
+        if component.get("Name") == "Podman Engine":
+            match = re.match(r"(\d+)\.(\d+)", str(component.get("Version")))
+            return (int(match[1]), int(match[2])) if match else (0, 0)
+    return None
+
+
+def podman_gives_cards(version: tuple[int, int]) -> bool:
+    """Whether its Docker-compatible API gives cards; an older one ignores that a card is asked for.
+
+    Since 5.4, and by the Container Device Interface only: github.com/containers/podman/pull/25171.
+    """
+    return version >= (5, 4)
 
 
 def listed(entry: dict[str, Any]) -> ContainerFacts:
@@ -103,6 +123,10 @@ def counters(stats: dict[str, Any]) -> ContainerCounters:
     )
 
 
+# What Podman calls differently.
+_PODMAN_ACTIONS = {"remove": "destroy"}
+
+
 def event(entry: dict[str, Any]) -> EngineEvent | None:
     """None for one that is not about a container of an instance."""
     actor = entry.get("Actor") or {}
@@ -111,8 +135,9 @@ def event(entry: dict[str, Any]) -> EngineEvent | None:
     if instance is None or entry.get("Type") != "container":
         return None
     exit_code = str(attributes.get("exitCode", ""))
+    action = str(entry.get("Action", ""))
     return EngineEvent(
-        action=str(entry.get("Action", "")),
+        action=_PODMAN_ACTIONS.get(action, action),
         container_id=str(actor.get("ID", "")),
         instance=instance,
         exit_code=int(exit_code) if exit_code.isdigit() else None,
@@ -142,13 +167,13 @@ def not_pulled(image: str, said: str) -> EngineError:
     return EngineError(f"{image} could not be pulled: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
 
 
-# What an engine says, in the order in which it is looked for -> the reason and what to do about it. The
-# wording was read in moby and in the NVIDIA container toolkit; none of it has an error code of its own.
+# Words of a refusal, in the order in which they are looked for -> the reason and the remedy. The wording was
+# read in moby, in the NVIDIA container toolkit and in Podman's answers (4.3, 5.8); none has an error code.
 _REFUSALS: tuple[tuple[str, Reason, str], ...] = (
     ("no such image", Reason.IMAGE_MISSING, "pull it with `ollama-manager pull`"),
     ("manifest unknown", Reason.IMAGE_MISSING, "check the image's name and tag"),
     ("pull access denied", Reason.IMAGE_MISSING, "check the image's name and tag"),
-    ("is already in use by container", Reason.NAME_CONFLICT, "remove or rename that container"),
+    ("is already in use by", Reason.NAME_CONFLICT, "remove or rename that container"),
     ("port is already allocated", Reason.PORT_TAKEN, "another container holds the port"),
     ("address already in use", Reason.PORT_TAKEN, "another program holds the port"),
     ("ports are not available", Reason.PORT_TAKEN, "another program holds the port"),
@@ -194,9 +219,24 @@ def refusal(status: int | None, said: str) -> EngineError:
     for words, reason, remedy in _REFUSALS:
         if words in lowered:
             return EngineError(f"{said}: {remedy}", reason=reason)
-    if status == _NOT_FOUND:
-        if "network" in lowered:
-            return NetworkMissingError(said)
-        if "no such container" in lowered:
-            return ContainerGoneError(said)
+    if status == _NOT_FOUND and "no such container" in lowered:
+        return ContainerGoneError(said)
+    # Docker refuses a start with 404, Podman a create with 500.
+    if "unable to find network" in lowered or (status == _NOT_FOUND and "network" in lowered):
+        return NetworkMissingError(said)
     return EngineError(said, reason=Reason.START_FAILED)
+
+
+def is_not_running(error: EngineError) -> bool:
+    """Whether a signal was refused because the container has ended or never ran."""
+    return "is not running" in error.message or "can only kill running containers" in error.message
+
+
+def is_being_removed(error: EngineError) -> bool:
+    """Whether a removal was refused because another one is under way."""
+    return "is already in progress" in error.message
+
+
+def exists_already(error: EngineError) -> bool:
+    """Whether a network was not created because there is one of that name."""
+    return "already exists" in error.message

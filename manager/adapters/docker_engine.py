@@ -1,7 +1,7 @@
-"""Docker Engine over its HTTP API; events and pulls are in `docker_streams`.
+"""Docker Engine, or Podman's Docker-compatible API, over HTTP; events and pulls are in `docker_streams`.
 
-Calls go over a few kept connections on the event loop: through the SDK each took a thread, and sixty of those
-at once kept the loop from its turn for a tenth of a second.
+Calls go over a few kept connections on the event loop. Measured against the SDK and aiodocker:
+docs/decisions/0014-docker-types.md.
 """
 
 from __future__ import annotations
@@ -19,8 +19,15 @@ from manager.adapters import docker_streams as streams
 from manager.adapters.docker_request import create_body
 from manager.adapters.http_client import HttpClient, plainly
 from manager.adapters.tls import SharedTls
+from manager.descriptors import lacks_descriptors
 from manager.domain.container import LABEL_MANAGER
-from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
+from manager.errors import (
+    ContainerGoneError,
+    EngineError,
+    EngineUnreachableError,
+    NoDescriptorForEngineError,
+    Reason,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -35,7 +42,6 @@ T = TypeVar("T")
 _MOST_BYTES = 64 * 2**20
 _MOST_KEPT = 8
 _NOT_MODIFIED = 304
-_CONFLICT = 409
 
 
 class DockerEngine:
@@ -64,7 +70,9 @@ class DockerEngine:
         await self._call("GET", "/_ping", timeout_s=timeout_s)
 
     async def info(self) -> EngineInfo:
-        return self._read(answers.engine_info, await self._call("GET", "/info"))
+        info = await self._call("GET", "/info")
+        podman = await self._podman()
+        return self._read(lambda read: answers.engine_info(read, podman), info)
 
     async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]:
         query = _query(all="1", filters=_filters(label=f"{LABEL_MANAGER}={manager_id}"))
@@ -81,8 +89,9 @@ class DockerEngine:
     async def create(self, request: ContainerRequest) -> str:
         if self.url.startswith("unix:") and any(mount.bind for mount in request.mounts):
             await asyncio.to_thread(_refuse_moved_binds, request)
+        by_cdi = request.gpu is not None and await self._gives_cards_by_cdi()
         path = f"/containers/create?{_query(name=request.name)}"
-        raw = await self._call("POST", path, body=orjson.dumps(create_body(request)))
+        raw = await self._call("POST", path, body=orjson.dumps(create_body(request, by_cdi=by_cdi)))
         return self._read(lambda answer: str(answer["Id"]), raw)
 
     async def start(self, container_id: str) -> None:
@@ -94,7 +103,7 @@ class DockerEngine:
         except ContainerGoneError:
             pass
         except EngineError as error:
-            if "is not running" not in error.message:
+            if not answers.is_not_running(error):
                 raise
 
     async def remove(self, container_id: str) -> None:
@@ -103,7 +112,7 @@ class DockerEngine:
         except ContainerGoneError:
             pass
         except EngineError as error:
-            if "is already in progress" not in error.message:
+            if not answers.is_being_removed(error):
                 raise
 
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]:
@@ -128,7 +137,11 @@ class DockerEngine:
         # One at a time: the engine's own check and its creating are two steps, and two at once make two.
         async with self._networks:
             if not await self.has_network(name):
-                await self._call("POST", "/networks/create", body=body, fine=_CONFLICT)
+                try:
+                    await self._call("POST", "/networks/create", body=body)
+                except EngineError as error:
+                    if not answers.exists_already(error):
+                        raise
 
     async def has_image(self, image: str) -> bool:
         try:
@@ -159,6 +172,33 @@ class DockerEngine:
         async for progress in streams.pull(self.url, image):
             yield progress
 
+    async def _podman(self) -> tuple[int, int] | None:
+        """Return Podman's version, None for Docker and for an engine behind a proxy that forbids the question."""
+        try:
+            raw = await self._call("GET", "/version")
+        except EngineUnreachableError:
+            raise
+        except EngineError:
+            return None
+        return self._read(answers.podman_version, raw)
+
+    async def _gives_cards_by_cdi(self) -> bool:
+        """Whether the engine gives cards by the Container Device Interface only.
+
+        Raises:
+            EngineError: it gives none, and would start the container without one.
+        """
+        podman = await self._podman()
+        if podman is None:
+            return False
+        if not answers.podman_gives_cards(podman):
+            raise EngineError(
+                f"Podman {podman[0]}.{podman[1]} gives no GPU to a container that is created over its "
+                "Docker-compatible API: Podman 5.4 or newer does",
+                reason=Reason.GPU_MISSING,
+            )
+        return True
+
     async def _call(
         self,
         method: str,
@@ -166,16 +206,17 @@ class DockerEngine:
         *,
         body: bytes | None = None,
         timeout_s: float | None = None,
-        fine: int = _NOT_MODIFIED,
     ) -> bytes:
-        """The body of the answer.
+        """Return the body of the answer.
 
         Args:
             method: of HTTP.
             path: with the query.
             body: a JSON document.
-            timeout_s: the deadline of all of it.
-            fine: a status that says that it was so already.
+            timeout_s: the deadline of the whole call.
+
+        Raises:
+            EngineError: the engine refused, or cannot be reached.
         """
         deadline_s = timeout_s or self._timeout_s
         try:
@@ -186,10 +227,12 @@ class DockerEngine:
                 f"the container engine at {self.url} did not answer within {deadline_s:g} s"
             ) from error
         except OSError as error:
+            if lacks_descriptors(error):
+                raise NoDescriptorForEngineError from error
             raise EngineUnreachableError(
                 f"the container engine at {self.url} cannot be reached ({plainly(error)})"
             ) from error
-        if not 200 <= answer.status < 300 and answer.status != fine:  # noqa: PLR2004
+        if not 200 <= answer.status < 300 and answer.status != _NOT_MODIFIED:  # noqa: PLR2004
             raise answers.refusal(answer.status, answers.said(answer.body))
         return answer.body
 

@@ -1,52 +1,73 @@
-"""What a Docker Engine is asked to create, as the JSON of its API. No I/O in here."""
+"""The body of `POST /containers/create`, built with `docker.types`. No I/O in here.
+
+Why `docker.types` and not a client of the SDK: docs/decisions/0014-docker-types.md.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from docker.types import ContainerConfig, DeviceRequest, HostConfig, LogConfig, Mount
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manager.domain.container import ContainerRequest
 
+# The arguments that `docker.types` allows. The calls name no version; Docker 20.10 and Podman 4.3 know this one.
+_API_VERSION = "1.41"
 # Kept log lines are read over the API; without a bound they would fill the engine's disk.
-_LOG_CONFIG = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
+_LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
 
 
-def create_body(request: ContainerRequest) -> dict[str, Any]:
-    """The body of `POST /containers/create`; nothing in it but the request and what always holds."""
-    port = f"{request.port}/tcp"
-    host: dict[str, Any] = {
-        "NetworkMode": request.network,
-        "Mounts": [
-            {
-                "Target": mount.target,
-                "Source": mount.source,
-                "Type": "bind" if mount.bind else "volume",
-                "ReadOnly": mount.read_only,
-            }
+def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str, Any]:
+    """Return the body that asks for exactly this container.
+
+    Args:
+        request: what the container is.
+        by_cdi: ask for the card by the Container Device Interface, as Podman wants it.
+    """
+    bindings = {f"{request.port}/tcp": ("127.0.0.1", request.loopback_port)}
+    host = HostConfig(
+        _API_VERSION,
+        network_mode=request.network,
+        mounts=[
+            Mount(
+                mount.target,
+                mount.source,
+                type="bind" if mount.bind else "volume",
+                read_only=mount.read_only,
+            )
             for mount in request.mounts
         ],
-        "Tmpfs": request.tmpfs,
-        "ReadonlyRootfs": True,
-        "CapDrop": ["ALL"],
-        "SecurityOpt": ["no-new-privileges"],
-        "RestartPolicy": {"Name": "no"},
-        "LogConfig": _LOG_CONFIG,
-        "PidsLimit": request.pids,
-        "Memory": request.memory_bytes,
-        "MemorySwap": request.memory_bytes,
-        "ShmSize": request.shm_bytes,
-        "Runtime": request.runtime,
-    }
-    body: dict[str, Any] = {
-        "Image": request.image,
-        "Env": [f"{name}={value}" for name, value in request.env.items()],
-        "Labels": request.labels,
-        "HostConfig": host,
-    }
-    if request.loopback_port:
-        body["ExposedPorts"] = {port: {}}
-        host["PortBindings"] = {port: [{"HostIp": "127.0.0.1", "HostPort": str(request.loopback_port)}]}
-    if request.gpu:
-        # By id alone: a count means the first so many cards.
-        host["DeviceRequests"] = [{"Driver": "nvidia", "DeviceIDs": [request.gpu], "Capabilities": [["gpu"]]}]
-    return body
+        tmpfs=request.tmpfs,
+        read_only=True,
+        cap_drop=["ALL"],
+        security_opt=["no-new-privileges"],
+        restart_policy={"Name": "no"},
+        log_config=LogConfig(type=LogConfig.types.JSON, config=_LOG_OPTIONS),
+        pids_limit=request.pids,
+        mem_limit=request.memory_bytes,
+        memswap_limit=request.memory_bytes,
+        shm_size=request.shm_bytes,
+        runtime=request.runtime,
+        port_bindings=bindings if request.loopback_port else None,
+        device_requests=_device_requests(request.gpu, by_cdi=by_cdi),
+    )
+    return ContainerConfig(
+        _API_VERSION,
+        request.image,
+        None,  # the image's own command
+        environment=request.env,
+        labels=request.labels,
+        ports=[(request.port, "tcp")] if request.loopback_port else None,
+        host_config=host,
+    )
+
+
+def _device_requests(gpu: str | None, *, by_cdi: bool) -> Sequence[DeviceRequest] | None:
+    """By id alone: a count means the first so many cards."""
+    if gpu is None:
+        return None
+    driver, device = ("cdi", f"nvidia.com/gpu={gpu}") if by_cdi else ("nvidia", gpu)
+    return [DeviceRequest(driver=driver, device_ids=[device], capabilities=[["gpu"]])]

@@ -101,8 +101,8 @@ async def _engine(engine: DockerEngine, needs: Needs, cards: tuple[Gpu, ...]) ->
             yield skipped(check, "not looked at: the engine does not answer")
         return
     kind = " (Docker Desktop)" if info.desktop else " (rootless)" if info.rootless else ""
-    yield fine("engine", f"Docker {info.version}{kind} at {engine.url}")
-    yield _runtime(info, needs, cards)
+    yield fine("engine", f"{'Podman' if info.podman else 'Docker'} {info.version}{kind} at {engine.url}")
+    yield runtime_finding(info, needs, cards)
     for image in needs.images:
         yield await _image(engine, image)
     for network in needs.networks:
@@ -114,15 +114,30 @@ def _engine_remedy(url: str, message: str) -> str:
     if "permission denied" in lowered:
         return "add the user to the group that owns the socket: usermod -aG docker USER, then log in again"
     if url.startswith("unix://") and ("no such file" in lowered or "refused" in lowered):
-        return "start it (`systemctl start docker`), install it, or set DOCKER_HOST or engine.url"
+        unit = "podman.socket" if "podman" in url else "docker"
+        return f"start it (`systemctl start {unit}`), install it, or set DOCKER_HOST or engine.url"
     return "check DOCKER_HOST or engine.url, and that the engine runs"
 
 
-def _runtime(info: EngineInfo, needs: Needs, cards: tuple[Gpu, ...]) -> Finding:
-    if any("nvidia" in runtime for runtime in info.runtimes):
+def runtime_finding(info: EngineInfo, needs: Needs, cards: tuple[Gpu, ...]) -> Finding:
+    """Whether the engine can give cards to containers, as far as it says so."""
+    if not info.podman and any("nvidia" in runtime for runtime in info.runtimes):
         return fine("NVIDIA runtime", "the engine has it")
     if not cards and not needs.gpu_instances:
         return fine("NVIDIA runtime", "not needed: there is no GPU to use")
+    if not info.gives_cards:
+        return (broken if needs.gpu_instances else warning)(
+            "NVIDIA runtime",
+            f"the Docker-compatible API of Podman {info.version} gives no GPU to containers",
+            "install Podman 5.4 or newer, or use Docker",
+        )
+    if info.podman:
+        return warning(
+            "NVIDIA runtime",
+            "Podman gives GPUs by CDI; whether there is a specification is not visible from here",
+            "`nvidia-ctk cdi list` must name each card by its UUID: "
+            "`nvidia-ctk cdi generate --device-name-strategy=uuid --output=/etc/cdi/nvidia.yaml`",
+        )
     return warning(
         "NVIDIA runtime",
         "the engine names none; it may still give GPUs to containers by a hook or by CDI",

@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine says of itself, as far as it decides something."""
+    """What the engine says of itself, as far as it decides something.
+
+    `gives_cards` is False where a request for a card is ignored.
+    """
 
     version: str
     desktop: bool
     rootless: bool
     runtimes: tuple[str, ...]
+    podman: bool = False
+    gives_cards: bool = True
 
 
 @dataclass(frozen=True, slots=True)

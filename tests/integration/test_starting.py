@@ -360,7 +360,7 @@ async def test_a_missing_image_is_named_with_its_remedy_and_never_pulled_until_i
     assert inside.get("late").view().explanation is not None
     assert own_containers(docker_client, manager_id) == []
     assert engine_events.pulls() == []
-    docker_client.images.get(IMAGE).tag(image)
+    docker_client.images.get(IMAGE).tag(*image.split(":"))
     try:
         status, body = await post(inside, "instances/late/start")
         assert (status, body["instance"]["phase"], body["instance"]["reason"]) == (200, "ready", None)

@@ -95,7 +95,10 @@ def ensure_simulated_image(client: docker.DockerClient) -> str:
         tag=TAG,
         changes=[*_CHANGES, f"LABEL {CONTENT_LABEL}={content}"],
     )
-    client.images.get(IMAGE)  # an import that failed says so in its output alone
+    try:
+        client.images.get(IMAGE)  # an import that failed says so in its output alone
+    except ImageNotFound:
+        client.images.get(f"{REPOSITORY}:latest").tag(REPOSITORY, TAG)  # Podman 4.3 leaves the tag out
     return IMAGE
 
 

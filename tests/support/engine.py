@@ -1,8 +1,8 @@
-"""Docker engines for tests, which nobody else's containers live in.
+"""Container engines for tests, which nobody else's containers live in.
 
-`PrivateEngine` starts a `dockerd` with a directory, a containerd, a bridge and a cgroup of its own; it can be
-killed, stopped in its tracks and restarted, and leaves nothing behind. `acquire_engine` yields the best
-engine to be had.
+`PrivateEngine` starts an engine of the chosen kind (`engine_kinds`) with a directory, a bridge and a cgroup
+of its own; it can be killed, stopped in its tracks and restarted, and leaves nothing behind. `acquire_engine`
+yields the best engine to be had.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Protocol, Self
 import docker
 
 from manager.cli.machine import prepare_cgroup_v2
+from tests.support import engine_kinds
+from tests.support.engine_kinds import Place
 from tests.support.host import (
     CGROUPS,
     claim_network,
@@ -29,11 +31,9 @@ from tests.support.host import (
     command_line,
     interface_addresses,
     remove_cgroup,
-    storage_driver,
 )
 
 if TYPE_CHECKING:
-    import ipaddress
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
@@ -44,16 +44,6 @@ _END_LIMIT_S = 15.0
 _POLL_S = 0.01
 _LOG_TAIL_LINES = 40
 _MARK = "OLLAMA_MANAGER_TEST_ENGINE"
-_CONTAINERD_CONFIG = """\
-version = 2
-root = "{root}/containerd"
-state = "{root}/containerd-state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.snapshotter.v1.aufs",
-  "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
-  "io.containerd.snapshotter.v1.zfs"]
-[grpc]
-  address = "{root}/containerd.sock"
-"""
 
 
 class EngineError(RuntimeError):
@@ -76,20 +66,19 @@ class Engine(Protocol):
 
 
 class PrivateEngine:
-    """A `dockerd` of its own, as a context manager. `private_engine_obstacles` says what it needs.
+    """An engine of its own, as a context manager. `private_engine_obstacles` says what it needs.
 
     The engine touches no firewall rule (`--iptables=false`), so that any number of engines, the user's
     included, get on with each other: the host reaches containers by their addresses on any network,
     containers reach the host by the gateway's, and published ports are served by docker-proxy. Containers
     have no way to the outside.
 
-    It takes device requests for the driver `nvidia` (engines up to 28): containers see
-    NVIDIA_VISIBLE_DEVICES.
+    Docker (up to 28) takes device requests for the driver `nvidia`: containers see NVIDIA_VISIBLE_DEVICES.
 
     Args:
-        extra_arguments: more of the command line of dockerd.
+        extra_arguments: more of the command line of the engine.
         data_limit_bytes: keep all data on a tmpfs of this size, so that a disk can be full.
-        live_restore: containers outlive the daemon.
+        live_restore: containers outlive the engine; on Podman they always do.
     """
 
     def __init__(
@@ -101,13 +90,15 @@ class PrivateEngine:
     ) -> None:
         self._extra_arguments = list(extra_arguments)
         self._data_limit_bytes = data_limit_bytes
-        self._live_restore = live_restore
+        self._kind = engine_kinds.make_kind(live_restore=live_restore)
         self._name = f"oem{secrets.token_hex(4)}"  # of the bridge (15 characters at most) and of the cgroup
         # A socket's path has 107 characters at most: the default directory may be too deep for that.
         self._root = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 40 else "/tmp", self._name)
-        self._network: ipaddress.IPv4Network | None = None
-        self._containerd: subprocess.Popen[bytes] | None = None
-        self._dockerd: subprocess.Popen[bytes] | None = None
+        self._place: Place | None = None
+        self._holder: subprocess.Popen[bytes] | None = None
+        self._beside: subprocess.Popen[bytes] | None = None
+        self._engine: subprocess.Popen[bytes] | None = None
+        self._cgroup_names: tuple[str, ...] = ()
         self._clients: list[docker.DockerClient] = []
 
     @property
@@ -125,7 +116,7 @@ class PrivateEngine:
 
     @property
     def pid(self) -> int:
-        """Process id of dockerd."""
+        """Process id of the engine."""
         return self._running().pid
 
     def __enter__(self) -> Self:
@@ -148,9 +139,11 @@ class PrivateEngine:
         return client
 
     def start(self) -> None:
-        """Start dockerd and wait until it answers. Raises EngineError when it ends or stays silent."""
+        """Start the engine and wait until it answers. Raises EngineError when it ends or stays silent."""
+        assert self._place is not None
         (self._root / "docker.pid").unlink(missing_ok=True)  # it may be that of another process by now
-        self._dockerd = self._run("dockerd", self._arguments())
+        (self._root / "docker.sock").unlink(missing_ok=True)
+        self._engine = self._run([*self._kind.command(self._place), *self._extra_arguments])
         self.wait_until_ready()
 
     def wait_until_ready(self, limit_s: float = _START_LIMIT_S) -> None:
@@ -158,31 +151,31 @@ class PrivateEngine:
         deadline = time.monotonic() + limit_s
         while not self._answers():
             if self._running().poll() is not None:
-                raise EngineError(f"dockerd ended with {self._running().returncode}\n{self.log_tail()}")
+                raise EngineError(f"the engine ended with {self._running().returncode}\n{self.log_tail()}")
             if time.monotonic() > deadline:
-                raise EngineError(f"dockerd does not answer after {limit_s} s\n{self.log_tail()}")
+                raise EngineError(f"the engine does not answer after {limit_s} s\n{self.log_tail()}")
             time.sleep(_POLL_S)
 
     def kill(self) -> None:
-        """SIGKILL dockerd. Its containers run on; without `live_restore` the next start ends them."""
+        """SIGKILL the engine. Its containers run on; without `live_restore` the next start ends them."""
         self._running().kill()
         self._running().wait()
 
     def restart(self) -> None:
-        """End dockerd in order, if it runs, and start it again."""
+        """End the engine in order, if it runs, and start it again."""
         self._running().terminate()
         self._running().wait(_END_LIMIT_S)
         self.start()
 
     def pause(self) -> None:
-        """Stop dockerd in its tracks: connections are accepted and nothing answers."""
+        """Stop the engine in its tracks: connections are accepted and nothing answers."""
         self._running().send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
         self._running().send_signal(signal.SIGCONT)
 
     def log_tail(self) -> str:
-        """The last lines of the log of dockerd and its containerd."""
+        """The last lines of the log of the engine and what runs beside it."""
         log = self._root / "log"
         lines = log.read_text(errors="replace").splitlines() if log.exists() else ["(no log)"]
         return "\n".join(lines[-_LOG_TAIL_LINES:])
@@ -195,7 +188,7 @@ class PrivateEngine:
         for client in self._clients:
             client.close()
         self._clients.clear()
-        for process in (self._dockerd, self._containerd):
+        for process in (self._engine, self._beside, self._holder):
             if process is not None:
                 process.kill()
                 process.wait()
@@ -228,51 +221,52 @@ class PrivateEngine:
         hook.parent.mkdir()
         hook.write_text("#!/bin/sh\nexit 0\n")
         hook.chmod(0o755)
-        (self._root / "daemon.json").write_text("{}")  # not the user's, which would contradict the arguments
-        (self._root / "containerd.toml").write_text(_CONTAINERD_CONFIG.format(root=self._root))
         prepare_cgroup_v2()
-        self._network = claim_network(self._name)
-        # Its own containerd, as dockerd would share a running one and with it the names of all containers.
-        self._containerd = self._run("containerd", ["--config", str(self._root / "containerd.toml")])
+        self._place = Place(self._root, self._name, claim_network(self._name))
+        if self._kind.is_apart:
+            self._holder = self._held(engine_kinds.apart(self._kind.tree))
+        if (beside := self._kind.prepare(self._place)) is not None:
+            self._beside = self._run(beside)
 
-    def _arguments(self) -> list[str]:
-        assert self._network is not None
-        pool = list(self._network.subnets(prefixlen_diff=1))[1]  # the other half has the bridge
-        return [
-            *("--config-file", f"{self._root}/daemon.json"),
-            *("--host", self.url),
-            *("--data-root", str(self.data_root)),
-            *("--exec-root", f"{self._root}/exec"),
-            *("--pidfile", f"{self._root}/docker.pid"),
-            *("--containerd", f"{self._root}/containerd.sock"),
-            *("--bridge", self._name),
-            *("--default-address-pool", f"base={pool},size=27"),
-            *("--cgroup-parent", f"/{self._name}"),
-            *("--exec-opt", "native.cgroupdriver=cgroupfs"),  # the same with and without systemd
-            *("--storage-driver", storage_driver(self.data_root)),
-            *("--shutdown-timeout", "1"),
-            "--iptables=false",
-            "--ip-forward=false",
-            *(["--live-restore"] if self._live_restore else []),
-            *self._extra_arguments,
-        ]
+    def _held(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        """Start the process that holds the mount namespace, and wait until it has made it."""
+        with (self._root / "log").open("ab") as log:
+            holder = subprocess.Popen(
+                arguments,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert holder.stdout is not None
+        with holder.stdout as output:
+            if output.readline() != b"ready\n":
+                raise EngineError(f"no mount namespace for the engine\n{self.log_tail()}")
+        return holder
 
-    def _run(self, program: str, arguments: list[str]) -> subprocess.Popen[bytes]:
-        # The mark is inherited by every shim and docker-proxy, which is how they are found at the end.
-        environment = {
-            **os.environ,
-            _MARK: self._name,
-            "PATH": f"{self._root}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        }
+    def _run(self, arguments: list[str]) -> subprocess.Popen[bytes]:
+        inside = ["nsenter", "--target", str(self._holder.pid), "--mount", "--"] if self._holder else []
         with (self._root / "log").open("ab") as log:
             return subprocess.Popen(
-                [program, *arguments], env=environment, stdout=log, stderr=log, start_new_session=True
+                [*inside, *arguments],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
+    def _environment(self) -> dict[str, str]:
+        # The mark is inherited by every shim and docker-proxy, which is how they are found at the end.
+        more = self._kind.environment(self._place) if self._place is not None else {}
+        path = f"{self._root}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+        return {**os.environ, **more, _MARK: self._name, "PATH": path}
+
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._dockerd is None:
-            raise EngineError("dockerd has not been started")
-        return self._dockerd
+        if self._engine is None:
+            raise EngineError("the engine has not been started")
+        return self._engine
 
     def _answers(self) -> bool:
         with socket.socket(socket.AF_UNIX) as connection, suppress(OSError):
@@ -294,12 +288,14 @@ class PrivateEngine:
     def _processes(self) -> list[int]:
         """Helpers of the engine, by the mark in their environment, and containers', by their cgroup."""
         mark = f"{_MARK}={self._name}".encode()
+        cgroups = [f"/{name}" for name in self._container_cgroups()]
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
                 marked = mark in (folder / "environ").read_bytes().split(b"\0")
-                if state != "Z" and (marked or f"/{self._name}/" in (folder / "cgroup").read_text()):
+                inside = (folder / "cgroup").read_text()
+                if state != "Z" and (marked or any(cgroup in inside for cgroup in cgroups)):
                     found.append(int(folder.name))
         return found
 
@@ -312,12 +308,25 @@ class PrivateEngine:
 
     def _interfaces(self) -> list[str]:
         """Interfaces with an address of the engine's network: bridges, its own and of other networks."""
-        if self._network is None:
+        if self._place is None:
             return []
-        return [name for name, address in interface_addresses() if address in self._network]
+        network = self._place.network
+        return [name for name, address in interface_addresses() if address in network]
 
     def _cgroups(self) -> list[Path]:
-        return [path for pattern in (self._name, f"*/{self._name}") for path in CGROUPS.glob(pattern)]
+        return [
+            path
+            for name in self._container_cgroups()
+            for pattern in (name, f"*/{name}", f"*/*/{name}")
+            for path in CGROUPS.glob(pattern)
+        ]
+
+    def _container_cgroups(self) -> tuple[str, ...]:
+        """Those of all containers that were seen so far: what lists them is removed at the end."""
+        if self._place is not None:
+            self._cgroup_names = (*self._cgroup_names, *self._kind.container_cgroups(self._place))
+            self._cgroup_names = tuple(dict.fromkeys(self._cgroup_names))
+        return self._cgroup_names
 
 
 class NestedEngine:
@@ -369,11 +378,7 @@ def acquire_engine() -> Iterator[Engine]:
 
 def private_engine_obstacles() -> list[str]:
     """Why a PrivateEngine cannot run here; nothing when it can."""
-    missing = [
-        name for name in ("dockerd", "containerd", "runc", "docker-proxy", "ip", "mount") if not _which(name)
-    ]
-    found = ["a private engine needs root"] if os.geteuid() else []
-    return found + ([f"not installed: {', '.join(missing)}"] if missing else [])
+    return engine_kinds.obstacles()
 
 
 @contextmanager
@@ -396,10 +401,6 @@ def _nested_engine() -> Iterator[NestedEngine]:
             yield engine
         finally:
             engine.close()
-
-
-def _which(program: str) -> str | None:
-    return shutil.which(program, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 
 
 def _await(condition: Callable[[], bool], limit_s: float) -> None:

@@ -15,6 +15,7 @@ import manager.app
 from manager.api.app import control_api
 from manager.settings import load_settings
 from manager.wire.access import Access
+from tests.support import engine_kinds
 from tests.support.daemon import Daemon
 from tests.support.fixtures import FAST, write_templates
 
@@ -254,14 +255,16 @@ class EngineEvents:
     def __init__(self, client: docker.DockerClient, manager_id: str) -> None:
         self._client = client
         self._manager_id = manager_id
-        self._since = f"{time.time():.6f}"
+        self._since = time.time()
 
     def all(self, instance: str) -> list[dict[str, Any]]:
         labels = [f"{LABEL_MANAGER}={self._manager_id}", f"{LABEL_INSTANCE}={instance}"]
         return self._read({"type": "container", "label": labels})
 
     def actions(self, instance: str) -> list[str]:
-        return [event["Action"] for event in self.all(instance)]
+        podman = {"remove": "destroy", "init": None, "cleanup": None}
+        actions = (podman.get(event["Action"], event["Action"]) for event in self.all(instance))
+        return [action for action in actions if action is not None]
 
     def count(self, instance: str, action: str) -> int:
         return self.actions(instance).count(action)
@@ -274,8 +277,19 @@ class EngineEvents:
         return self._read({"type": "image", "event": "pull"})
 
     def _read(self, filters: dict[str, Any]) -> list[dict[str, Any]]:
-        window: Any = {"since": self._since, "until": f"{time.time():.6f}"}  # stubs know whole seconds only
-        return list(self._client.events(decode=True, filters=filters, **window))
+        # Podman knows whole seconds only, and answers when the last one is over.
+        seconds = engine_kinds.is_podman()
+        since, until = int(self._since), int(time.time()) + 1
+        window: Any = (
+            {"since": since, "until": until}
+            if seconds
+            else {
+                "since": f"{self._since:.6f}",
+                "until": f"{time.time():.6f}",
+            }  # stubs know whole seconds only
+        )
+        events = self._client.events(decode=True, filters=filters, **window)
+        return [event for event in events if event["timeNano"] >= self._since * 1e9]
 
 
 @contextmanager

@@ -102,12 +102,12 @@ def _test(arguments: list[str], failed: list[str]) -> str:
     summaries: list[str] = []
     flaky: list[str] = []
     for command, paths in ((quick, _QUICK), (real, _REAL)):
-        first = _streamed([*command, *arguments])
+        first = streamed([*command, *arguments])
         summaries.append(first.summary)
         status = first.status
         if status == _TESTS_FAILED:
             say("== failures are run once more, to tell defects of the product from flaky tests")
-            again = _streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
+            again = streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
             summaries.append(again.summary)
             status = again.status
             flaky += sorted(first.failures - again.failures)
@@ -134,7 +134,7 @@ class _Run(NamedTuple):
     failures: frozenset[str]
 
 
-def _streamed(command: list[str]) -> _Run:
+def streamed(command: list[str]) -> _Run:
     """Run pytest and print its output."""
     say(f"== {_shown(command)}")
     summary, failures = "", set()

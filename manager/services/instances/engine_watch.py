@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from manager.errors import EngineError, EngineUnreachableError, Reason
+from manager.errors import EngineError, EngineUnreachableError, NoDescriptorForEngineError, Reason
 from manager.services.instances.container_run import happens
 
 if TYPE_CHECKING:
@@ -78,6 +78,10 @@ class EngineWatch:
             await self._world.engine.ping(self._probe_interval_s)
             if not self.found:
                 await self._find()
+        except NoDescriptorForEngineError as error:
+            # The process's own lack says nothing about the engine.
+            if not self.up:
+                self.trouble = error.message
         except EngineError as error:
             self._went_down(error.message)
         else:

@@ -1,4 +1,4 @@
-"""What a Docker Engine says, in the words of real engines, and what it means for us."""
+"""The words of real engines, Docker and Podman, and what they mean."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ _HOOK_FAILED = (
     "process: error during container init: error running hook #0: error running hook: exit status 1, "
     "stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: "
 )
+_PODMAN_IN_USE = (
+    f'container create: creating container storage: the container name "m-ollama-cpu" is already in use by {ID}. '
+    "You have to remove that container to be able to reuse that name: that name is already in use"
+)
 _LISTEN = "listen tcp4 127.0.0.1:11500: bind: address already in use"
 
 # As engines from 20.10 to 29 and the NVIDIA container toolkit say it.
@@ -52,6 +56,12 @@ REFUSALS = [
     (409, "Container 0123 is not running", Reason.START_FAILED),
     (500, "network ollama-manager not found", Reason.START_FAILED),
     (503, "", Reason.START_FAILED),
+    (500, _PODMAN_IN_USE, Reason.NAME_CONFLICT),
+    (404, "no such image: docker.io/nope/nope:1: image not known", Reason.IMAGE_MISSING),
+    (404, "failed to find image nope/nope:1: docker.io/nope/nope:1: No such image", Reason.IMAGE_MISSING),
+    (500, f"cannot listen on the TCP port: {_LISTEN}", Reason.PORT_TAKEN),
+    (500, "setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=GPU-1", Reason.GPU_MISSING),
+    (500, "network name net already used: network already exists", Reason.START_FAILED),
     (None, "  \n", Reason.START_FAILED),
 ]
 
@@ -66,16 +76,52 @@ def test_a_refusal_has_the_nearest_reason_and_the_engine_s_words(
     assert error.message.startswith(said.strip() or "the engine refused without a word")
 
 
+_PODMAN_NO_NETWORK = "container create: unable to find network with name or ID net: network not found"
+
+
 @pytest.mark.parametrize(
-    ("said", "kind"),
+    ("status", "said", "kind"),
     [
-        ("network ollama-manager not found", NetworkMissingError),
-        ("could not find a network matching network mode x: network x not found", NetworkMissingError),
-        (f"No such container: {ID}", ContainerGoneError),
+        (404, "network ollama-manager not found", NetworkMissingError),
+        (404, "could not find a network matching network mode x: network x not found", NetworkMissingError),
+        (500, _PODMAN_NO_NETWORK, NetworkMissingError),
+        (404, _PODMAN_NO_NETWORK, NetworkMissingError),
+        (404, f"No such container: {ID}", ContainerGoneError),
+        (404, 'no container with name or ID "m-ollama-cpu" found: no such container', ContainerGoneError),
+        (404, 'no container with name or ID "network-1" found: no such container', ContainerGoneError),
+        (404, f"container {ID} does not exist in database: no such container", ContainerGoneError),
     ],
 )
-def test_what_is_not_found_is_told_apart(said: str, kind: type[EngineError]) -> None:
-    assert type(answers.refusal(404, said)) is kind
+def test_a_missing_network_and_a_missing_container_are_told_apart(
+    status: int, said: str, kind: type[EngineError]
+) -> None:
+    assert type(answers.refusal(status, said)) is kind
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (409, f"Cannot kill container: {ID}: Container {ID} is not running"),
+        (409, f"can only kill running containers. {ID} is in state exited: container state improper"),
+        (500, f"can only kill running containers. {ID} is in state created: container state improper"),
+    ],
+)
+def test_a_signal_to_a_container_that_does_not_run_is_recognised(status: int, said: str) -> None:
+    assert answers.is_not_running(answers.refusal(status, said))
+    assert not answers.is_not_running(answers.refusal(status, "the runtime failed"))
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (409, "network with name net already exists"),
+        (500, "network name net already used: network already exists"),  # Podman 4.3
+        (409, "network name net already used: network already exists"),  # Podman 5.8
+    ],
+)
+def test_a_network_that_exists_is_recognised(status: int, said: str) -> None:
+    assert answers.exists_already(answers.refusal(status, said))
+    assert not answers.exists_already(answers.refusal(status, "no free address"))
 
 
 @pytest.mark.parametrize(
@@ -206,6 +252,10 @@ def test_an_event_names_instance_container_action_and_exit_code() -> None:
     assert answers.event(EVENT) == EngineEvent("die", ID, "cpu", 137)
 
 
+def test_podman_s_word_for_a_removal_means_the_same() -> None:
+    assert answers.event({**EVENT, "Action": "remove"}) == EngineEvent("destroy", ID, "cpu", 137)
+
+
 @pytest.mark.parametrize("exit_code", [None, "", "none"])
 def test_an_event_without_an_exit_code_has_none(exit_code: object) -> None:
     actor = {"ID": ID, "Attributes": {LABEL_INSTANCE: "cpu", "exitCode": exit_code}}
@@ -232,9 +282,33 @@ def test_the_engine_is_described_by_what_decides_something() -> None:
             "OperatingSystem": "Docker Desktop",
             "SecurityOptions": ["name=seccomp,profile=builtin", "name=rootless"],
             "Runtimes": {"runc": {}, "nvidia": {}},
-        }
+        },
+        None,
     ) == EngineInfo(version="28.2.2", desktop=True, rootless=True, runtimes=("runc", "nvidia"))
-    assert answers.engine_info({"SecurityOptions": None}) == EngineInfo("", False, False, ())
+    assert answers.engine_info({"SecurityOptions": None}, None) == EngineInfo("", False, False, ())
+
+
+@pytest.mark.parametrize(
+    ("version", "gives_cards"), [((4, 3), False), ((5, 3), False), ((5, 4), True), ((6, 0), True)]
+)
+def test_podman_gives_cards_since_its_api_knows_cdi(version: tuple[int, int], gives_cards: bool) -> None:
+    info = answers.engine_info({"ServerVersion": "x"}, version)
+    assert (info.podman, info.gives_cards) == (True, gives_cards)
+
+
+@pytest.mark.parametrize(
+    ("components", "expected"),
+    [
+        ([{"Name": "Podman Engine", "Version": "4.3.1"}, {"Name": "Conmon", "Version": "2.1.6"}], (4, 3)),
+        ([{"Name": "Podman Engine", "Version": "5.10.0-dev"}], (5, 10)),
+        ([{"Name": "Podman Engine", "Version": None}], (0, 0)),
+        ([{"Name": "Engine", "Version": "28.5.2"}, {"Name": "containerd", "Version": "2.1.9"}], None),
+        ([], None),
+        (None, None),
+    ],
+)
+def test_podman_is_recognised_by_its_component(components: object, expected: object) -> None:
+    assert answers.podman_version({"Version": "9.9", "Components": components}) == expected
 
 
 def test_counters_are_sums_over_networks_and_seconds_of_a_processor() -> None:

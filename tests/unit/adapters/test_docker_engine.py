@@ -19,7 +19,13 @@ from manager.adapters.docker_engine import DockerEngine
 from manager.domain.container import LABEL_INSTANCE, container_request
 from manager.domain.instance import DeviceKind
 from manager.domain.template import Template
-from manager.errors import EngineError, EngineUnreachableError, Reason
+from manager.errors import (
+    EngineError,
+    EngineUnreachableError,
+    NoDescriptorForEngineError,
+    Reason,
+)
+from tests.support.sockets import no_descriptors
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -38,6 +44,13 @@ REQUEST = container_request(
     gpu=None,
     loopback_port=None,
 )
+GPU_REQUEST = container_request(
+    Template(image="ollama/ollama:1", device=DeviceKind.GPU),
+    manager_id="m",
+    instance_id="gpu0",
+    gpu="GPU-1",
+    loopback_port=None,
+)
 
 Calls = dict[str, "Callable[[DockerEngine], Awaitable[Any]]"]
 
@@ -52,6 +65,7 @@ CALLS: Calls = {
     "list": lambda engine: engine.list_containers("m"),
     "inspect": lambda engine: engine.inspect(ID),
     "create": lambda engine: engine.create(REQUEST),
+    "create with a card": lambda engine: engine.create(GPU_REQUEST),
     "start": lambda engine: engine.start(ID),
     "signal": lambda engine: engine.signal(ID, "SIGTERM"),
     "remove": lambda engine: engine.remove(ID),
@@ -80,6 +94,7 @@ class Answers(ThreadingHTTPServer):
         self.body = b""
         self.silent = False
         self.asked: list[str] = []
+        self.bodies: list[bytes] = []
         self.done = Event()
 
 
@@ -89,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Answers
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         self.server.asked.append(f"{self.command} {self.path.partition('?')[0]}")
         if self.path == "/version":
             self._send(200, self.server.version)
@@ -246,14 +261,21 @@ async def test_a_network_of_a_similar_name_is_another_one() -> None:
         assert not any(asked.startswith("POST") for asked in server.asked)
 
 
-async def test_a_network_that_somebody_else_was_quicker_to_create_is_there() -> None:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (409, "network with name net already exists"),
+        (500, "network name net already used: network already exists"),  # Podman 4.3
+    ],
+)
+async def test_a_network_that_somebody_else_was_quicker_to_create_is_there(status: int, said: str) -> None:
     async with talking() as (engine, server):
         server.body = b"[]"
         handler = _Handler.do_GET
 
         def conflict(self: _Handler) -> None:
             if self.command == "POST":
-                server.status, server.body = refused(409, "network with name net already exists")
+                server.status, server.body = refused(status, said)
             handler(self)
 
         _Handler.do_POST = conflict
@@ -262,6 +284,54 @@ async def test_a_network_that_somebody_else_was_quicker_to_create_is_there() -> 
         finally:
             _Handler.do_POST = handler
         assert server.asked[-1].endswith("/networks/create")
+
+
+def podman(version: str) -> bytes:
+    components = [{"Name": "Podman Engine", "Version": version}]
+    return json.dumps({"ApiVersion": "1.41", "Components": components}).encode()
+
+
+async def test_podman_is_asked_for_a_card_by_its_cdi_name_and_docker_by_its_id() -> None:
+    async with talking() as (engine, server):
+        server.body = b'{"Id": "1"}'
+        for version, device in (
+            (podman("5.4.0"), ("cdi", ["nvidia.com/gpu=GPU-1"])),
+            (b'{"ApiVersion": "1.41"}', ("nvidia", ["GPU-1"])),
+        ):
+            server.version = version
+            await engine.create(GPU_REQUEST)
+            (request,) = json.loads(server.bodies[-1])["HostConfig"]["DeviceRequests"]
+            assert (request["Driver"], request["DeviceIDs"]) == device
+
+
+@pytest.mark.parametrize("version", ["4.3.1", "5.3.2"])
+async def test_a_podman_that_would_start_a_container_without_its_card_is_not_asked_to(version: str) -> None:
+    async with talking() as (engine, server):
+        server.version, server.body = podman(version), b'{"Id": "1"}'
+        with pytest.raises(EngineError, match=r"gives no GPU .* Podman 5\.4 or newer") as caught:
+            await engine.create(GPU_REQUEST)
+        assert caught.value.reason is Reason.GPU_MISSING
+        assert not any(asked.startswith("POST") for asked in server.asked)
+        await engine.create(REQUEST)  # one on the CPU needs no card
+
+
+async def test_the_engine_s_kind_is_told() -> None:
+    async with talking() as (engine, server):
+        server.body = b'{"ServerVersion": "5.8.6"}'
+        assert (await engine.info()).podman is False
+        server.version = podman("5.8.6")
+        assert (await engine.info()).podman is True
+        server.version = b"[]"
+        with pytest.raises(EngineError):
+            await engine.info()
+
+
+async def test_the_lack_of_a_descriptor_is_no_fault_of_the_engine() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        engine = DockerEngine(f"http://127.0.0.1:{listener.getsockname()[1]}", TIMEOUT_S)
+        with no_descriptors(), pytest.raises(NoDescriptorForEngineError) as caught:
+            await engine.ping(TIMEOUT_S)
+    assert (caught.value.reason, caught.value.retry_after_s) == (Reason.OVERLOADED, 1)
 
 
 async def test_events_of_instances_are_passed_on_and_others_left_out() -> None:

@@ -40,17 +40,45 @@ def test_a_container_gets_what_was_asked_for_and_is_confined_always() -> None:
         {"Target": "/x", "Source": "/srv", "Type": "bind", "ReadOnly": True},
     ]
     assert (host["NetworkMode"], host["Runtime"]) == ("ollama-manager", "runc")
+    assert host["Tmpfs"] == {"/tmp": "rw,size=1g"}
+    assert host["LogConfig"] == {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "2"}}
 
 
 def test_a_container_on_the_cpu_without_a_port_asks_for_neither_card_nor_port() -> None:
     body = create_body(CPU)
     assert not {"DeviceRequests", "PortBindings", "Privileged", "Devices"} & set(body["HostConfig"])
-    assert not {"ExposedPorts", "Cmd", "Entrypoint"} & set(body)
+    assert {body[key] for key in ("ExposedPorts", "Cmd", "Entrypoint", "Volumes", "User", "Hostname")} == {
+        None
+    }
+
+
+def test_a_body_says_nothing_about_what_a_template_cannot_say() -> None:
+    """Whatever a newer SDK adds by itself shows here."""
+    body = create_body(replace(CPU, gpu="GPU-1", runtime=None, loopback_port=11500, shm_bytes=2**20))
+    said = {key for key, value in body.items() if value not in (None, False)}
+    assert said == {"Image", "Env", "Labels", "ExposedPorts", "HostConfig", "AttachStdout", "AttachStderr"}
+    assert set(body["HostConfig"]) == {
+        *("Memory", "MemorySwap", "PidsLimit", "ShmSize", "ReadonlyRootfs", "CapDrop", "SecurityOpt"),
+        *("NetworkMode", "PortBindings", "RestartPolicy", "LogConfig", "Mounts", "Tmpfs", "DeviceRequests"),
+    }
+
+
+def test_a_container_without_limits_asks_for_none() -> None:
+    host = create_body(replace(CPU, memory_bytes=None, pids=None))["HostConfig"]
+    assert not {"Memory", "MemorySwap", "PidsLimit", "ShmSize"} & set(host)
 
 
 def test_a_card_is_asked_for_by_its_id_and_never_by_a_number_of_cards() -> None:
     (device,) = create_body(replace(CPU, gpu="GPU-1", runtime=None))["HostConfig"]["DeviceRequests"]
-    assert device == {"Driver": "nvidia", "DeviceIDs": ["GPU-1"], "Capabilities": [["gpu"]]}
+    assert (device["Driver"], device["DeviceIDs"], device["Count"]) == ("nvidia", ["GPU-1"], 0)
+    assert device["Capabilities"] == [["gpu"]]
+
+
+def test_a_card_is_asked_for_by_the_container_device_interface_where_the_engine_wants_that() -> None:
+    gpu = replace(CPU, gpu="GPU-1", runtime=None)
+    (device,) = create_body(gpu, by_cdi=True)["HostConfig"]["DeviceRequests"]
+    assert (device["Driver"], device["DeviceIDs"], device["Count"]) == ("cdi", ["nvidia.com/gpu=GPU-1"], 0)
+    assert "DeviceRequests" not in create_body(CPU, by_cdi=True)["HostConfig"]
 
 
 def test_a_port_is_published_on_loopback_only() -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.adapters.locks import StateDirLock
-from manager.cli.doctor_engine import Needs, card_finding
+from manager.cli.doctor_engine import Needs, card_finding, runtime_finding
 from manager.cli.findings import Verdict
 from manager.domain.gpu import Gpu
 from manager.errors import GpuQueryError
+from manager.services.ports import EngineInfo
 from tests.unit.cli.stand_in import Answer
 
 if TYPE_CHECKING:
@@ -200,3 +201,35 @@ def test_cards_are_judged_by_what_the_instances_need(
     finding = card_finding(cards, refused, needs)
     assert finding.verdict is verdict
     assert bool(finding.remedy) is (verdict is not Verdict.FINE)
+
+
+@pytest.mark.parametrize(
+    ("info", "verdict", "words"),
+    [
+        (EngineInfo("28.5.2", False, False, ("runc", "nvidia")), Verdict.FINE, "has it"),
+        (EngineInfo("28.5.2", False, False, ("runc",)), Verdict.WARNING, "names none"),
+        (
+            EngineInfo("4.3.1", False, False, ("runc", "nvidia"), True, False),
+            Verdict.BROKEN,
+            "Podman 4.3.1 gives no GPU",
+        ),
+        (EngineInfo("5.8.6", False, False, ("runc",), True), Verdict.WARNING, "CDI"),
+    ],
+)
+def test_whether_the_engine_can_give_cards_is_told_where_a_card_is_wanted(
+    info: EngineInfo, verdict: Verdict, words: str
+) -> None:
+    finding = runtime_finding(info, Needs(gpu_instances=("gpu0",)), ())
+    assert (finding.verdict, words in finding.message) == (verdict, True)
+    only_a_card = runtime_finding(info, Needs(), (CARD,))
+    assert only_a_card.verdict is (Verdict.FINE if verdict is Verdict.FINE else Verdict.WARNING)
+    unneeded = runtime_finding(info, Needs(), ())
+    assert unneeded.verdict is Verdict.FINE
+
+
+def test_the_remedy_for_a_podman_that_does_not_run_names_its_unit(
+    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
+    result = run("doctor", "--json")
+    assert "systemctl start podman.socket" in checks(result)["engine"]["remedy"]
