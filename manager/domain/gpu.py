@@ -197,14 +197,18 @@ def promised_bytes(claimed_bytes: int, loads: Iterable[Load]) -> int:
     return max(claimed_bytes, loading)
 
 
-def least_need(*, file_bytes: int, free_bytes: int | None, used_bytes: int | None) -> int:
-    """A lower bound for the memory of a model that was never measured; 0 where there is none.
+def least_need(*, likely_bytes: int, free_bytes: int | None, used_bytes: int | None) -> int:
+    """A lower bound for the memory of a model that was never measured on a card; 0 where there is none.
 
-    The weights have to fit, unless the card is too small for them in any case: Ollama splits such a model.
+    Args:
+        likely_bytes: what it took elsewhere, or the size of its file: the weights have to fit. A model that
+            is too large for the card in any case has no bound, as Ollama splits it.
+        free_bytes: on the card.
+        used_bytes: on the card, by anyone.
     """
     if free_bytes is None or used_bytes is None:
         return 0
-    return file_bytes if file_bytes <= _WHOLE_SHARE * (free_bytes + used_bytes) else 0
+    return likely_bytes if likely_bytes <= _WHOLE_SHARE * (free_bytes + used_bytes) else 0
 
 
 def _outstanding(claims: Iterable[Claim]) -> int:
