@@ -167,6 +167,7 @@ async def open_daemon(
             auto=settings.gpus == "auto",
             now=time.monotonic,
             utcnow=_utcnow,
+            journal=journal,
         )
         await gpus.load()
         tls = SharedTls().context

@@ -41,6 +41,10 @@ class ProcCgroups:
                 return match[1]
         return None
 
+    def name_of(self, pid: int) -> str | None:
+        """The name of a process, as `ps` shows it without arguments; None when it is gone."""
+        return next(_lines(self._proc / str(pid) / "comm"), None)
+
 
 def _lines(path: Path) -> Iterator[str]:
     try:

@@ -72,6 +72,9 @@ class FleetMetrics:
         for gpu in self._gpus.snapshot.gpus:
             if gpu.vram_used_bytes is not None:
                 memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
+        lost = GaugeMetricFamily(f"{_PREFIX}_gpu_lost", "1 for a card that cannot be used", labels=["uuid"])
+        for gpu in self._gpus.snapshot.gpus:
+            lost.add_metric([gpu.uuid], float(gpu.lost is not None))
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
         engine.add_metric([], float(self._fleet.engine.up))
         dropped = CounterMetricFamily(
@@ -83,7 +86,7 @@ class FleetMetrics:
         )
         for reason, count in self._refusals.counts.items():
             refused.add_metric([reason], count)
-        yield from (phases, in_flight, starts, memory, engine, dropped, refused)
+        yield from (phases, in_flight, starts, memory, lost, engine, dropped, refused)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

@@ -1,8 +1,8 @@
 """Graphics cards as NVML describes them, read in one thread of its own.
 
 A driver can hang inside a call, sometimes for good, and Python cannot interrupt it. So NVML is loaded,
-initialised and called in one daemon thread; whoever reads waits for that thread with a deadline, and while
-a call is overdue nobody else is queued behind it.
+initialised and called in one daemon thread. Readers wait for that thread with a deadline; while a call is
+overdue, no other one is queued behind it.
 
 Every refusal is a `GpuQueryError` whose `details["nvml"]` is one of: driver_not_loaded, library_missing,
 gpu_lost, reset_required, version_mismatch, not_supported, unknown, timeout, closed.
@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from manager.domain.gpu import Gpu, GpuProcess
+from manager.domain.gpu import Gpu, GpuProcess, unmeasured
 from manager.errors import GpuQueryError
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ _LIBRARY: Final = "libnvidia-ml.so.1"
 # card is asked every few seconds, and initialising can fork nvidia-modprobe.
 _FIRST_WAIT_S: Final = 1.0
 _LONGEST_WAIT_S: Final = 60.0
+# Slices that are made and removed again have a new UUID each time.
+_MOST_SEEN: Final = 256
 
 # nvmlReturn_t, https://docs.nvidia.com/deploy/nvml-api/group__nvmlDeviceEnumvs.html
 _UNINITIALIZED: Final = 1
@@ -48,7 +50,18 @@ _RESET_REQUIRED: Final = 16
 _VERSION_MISMATCH: Final = 18
 _ARGUMENT_VERSION_MISMATCH: Final = 25
 
-# These speak of the driver as a whole, whichever card was asked.
+# These are about one card, which cannot be used any more.
+_LOST: Final = {
+    _GPU_IS_LOST: (
+        "it has fallen off the bus (NVML error 15); look for `Xid 79` in the kernel log, check power and "
+        "cooling, and reboot the host"
+    ),
+    _RESET_REQUIRED: (
+        "it has to be reset (NVML error 16); stop everything that uses it and run `nvidia-smi --gpu-reset`, "
+        "or reboot the host"
+    ),
+}
+# These are about the driver as a whole, whichever card was asked.
 _OF_THE_DRIVER: Final = frozenset(
     {_UNINITIALIZED, _DRIVER_NOT_LOADED, _LIBRARY_NOT_FOUND, _VERSION_MISMATCH},
 )
@@ -123,7 +136,9 @@ class Nvml:
     async def read(self) -> tuple[Gpu, ...]:
         """All cards; where MIG is on, the slices in place of their card.
 
-        A card that answers with an error is still there, with unknown memory, if it could ever be identified.
+        A card that answers with an error is listed with unknown memory, if it could ever be identified, and
+        as lost where the error says so. NVML lists cards as they were when it was initialised: while a card
+        is lost, or missing, NVML is initialised again from time to time, and lists the card once it is back.
         The index of a slice is that of its card.
 
         Raises:
@@ -193,13 +208,16 @@ def _refusal(name: str, cause: str = "") -> GpuQueryError:
 
 
 class _Driver:
-    """NVML as it was initialised, with all that is remembered of it. Only the one thread comes here."""
+    """NVML as it was initialised, with all that is remembered of it. Used by its one thread only."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._nvml: Any = None  # the module pynvml, once the library is known to load
         self._initialised = False
         self._known: dict[int, tuple[Gpu, ...]] = {}  # by index, which is stable until NVML is shut down
+        self._seen: frozenset[str] = frozenset()  # every card that ever answered, by UUID
+        self._renew_at: float | None = None  # when to initialise NVML again for a card that is missing
+        self._renewal_wait_s = _FIRST_WAIT_S
         self._refused: tuple[str, str] | None = None
         self._wait_s = _FIRST_WAIT_S
         self._retry_at = 0.0
@@ -211,6 +229,8 @@ class _Driver:
             nvml = self._library()
         except OSError as error:
             raise self._refuse("library_missing", str(error)) from error
+        if self._renew_at is not None and self._clock() >= self._renew_at:
+            self.shut_down()
         try:
             if not self._initialised:
                 nvml.nvmlInit()
@@ -222,7 +242,20 @@ class _Driver:
             raise self._refuse(name, f"NVML error {error.value}: {error}") from error
         self._refused = None
         self._wait_s = _FIRST_WAIT_S
+        self._plan_renewal(gpus)
         return gpus
+
+    def _plan_renewal(self, gpus: tuple[Gpu, ...]) -> None:
+        """Initialise NVML again later where a card is missing that had answered before."""
+        there = frozenset(gpu.uuid for gpu in gpus if gpu.lost is None)
+        self._seen |= there
+        if len(self._seen) > _MOST_SEEN:
+            self._seen = there
+        if self._seen == there:
+            self._renew_at, self._renewal_wait_s = None, _FIRST_WAIT_S
+        elif self._renew_at is None or self._clock() >= self._renew_at:
+            self._renew_at = self._clock() + self._renewal_wait_s
+            self._renewal_wait_s = min(self._renewal_wait_s * 2, _LONGEST_WAIT_S)
 
     def shut_down(self) -> None:
         self._known.clear()
@@ -247,21 +280,24 @@ class _Driver:
         return _refusal(name, cause)
 
     def _cards(self, nvml: Any) -> tuple[Gpu, ...]:
-        """All cards. One that cannot be asked hides no other: it is told from memory, or left out.
+        """All cards. One that cannot be asked hides no other: it is listed from memory, or left out.
 
         Raises:
             NVMLError: the driver as a whole failed, or no card at all could be identified.
         """
         gpus: list[Gpu] = []
         unidentified = None
-        for index in range(nvml.nvmlDeviceGetCount()):
+        count = nvml.nvmlDeviceGetCount()
+        self._known = {index: known for index, known in self._known.items() if index < count}
+        for index in range(count):
             try:
                 gpus += self._card(nvml, index)
             except nvml.NVMLError as error:
                 if error.value in _OF_THE_DRIVER:
                     raise
                 if index in self._known:
-                    gpus += [_unmeasured(gpu) for gpu in self._known[index]]
+                    why = _LOST.get(error.value)
+                    gpus += [replace(unmeasured(gpu), lost=why) for gpu in self._known[index]]
                 else:
                     unidentified = error
         if unidentified is not None and not gpus:
@@ -287,10 +323,6 @@ class _Driver:
             found = (_measured(nvml, handle, card),)
         self._known[index] = found
         return found
-
-
-def _unmeasured(gpu: Gpu) -> Gpu:
-    return replace(gpu, vram_total_bytes=None, vram_used_bytes=None, vram_free_bytes=None, processes=())
 
 
 def _ask(nvml: Any, default: _T, function: Callable[..., _T], *arguments: object) -> _T:
@@ -360,13 +392,26 @@ def _slices(nvml: Any, handle: Any) -> list[Any]:
 
 
 def _measured(nvml: Any, handle: Any, gpu: Gpu) -> Gpu:
-    memory = _ask(nvml, None, _memory, nvml, handle)
+    """The card with its memory and processes, as far as it tells them.
+
+    Raises:
+        NVMLError: the driver as a whole failed.
+    """
+    try:
+        memory = _memory(nvml, handle)
+    except nvml.NVMLError as error:
+        if error.value in _OF_THE_DRIVER:
+            raise
+        memory = None
+        gpu = replace(gpu, lost=_LOST.get(error.value))
+    processes = _processes(nvml, handle)
     return replace(
         gpu,
         vram_total_bytes=memory.total if memory is not None else None,
         vram_used_bytes=memory.used if memory is not None else None,
         vram_free_bytes=memory.free if memory is not None else None,
-        processes=_processes(nvml, handle),
+        processes=processes or (),
+        lists_processes=processes is not None,
     )
 
 
@@ -380,8 +425,8 @@ def _memory(nvml: Any, handle: Any) -> Any:
         return nvml.nvmlDeviceGetMemoryInfo(handle)
 
 
-def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
-    """Every process with memory on the card, once, in the order of the pids.
+def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...] | None:
+    """Every process with memory on the card, once, in the order of the pids; None where it lists none ever.
 
     A process that both computes and draws is in two lists with the same figure: the larger one counts.
     """
@@ -391,15 +436,17 @@ def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...]:
         (nvml.nvmlDeviceGetMPSComputeRunningProcesses_v3, nvml.nvmlDeviceGetMPSComputeRunningProcesses_v2),
     )
     used_bytes: dict[int, int | None] = {}
+    lists_any = False
     for newer, older in kinds:
         found = _ask(nvml, None, newer, handle)
         if found is None:
-            found = _ask(nvml, [], older, handle)
-        for process in found:
+            found = _ask(nvml, None, older, handle)
+        lists_any = lists_any or found is not None
+        for process in found or ():
             used = _known_bytes(nvml, process.usedGpuMemory)
             before = used_bytes.get(process.pid)
             used_bytes[process.pid] = used if before is None else max(before, used or 0)
-    return tuple(GpuProcess(pid, used) for pid, used in sorted(used_bytes.items()))
+    return tuple(GpuProcess(pid, used) for pid, used in sorted(used_bytes.items())) if lists_any else None
 
 
 def _known_bytes(nvml: Any, used: int | None) -> int | None:

@@ -133,6 +133,7 @@ class PullRequest(_Body):
 
 class ProcessBody(_Body):
     pid: int
+    name: str | None
     used_bytes: int | None
     instance: str | None
 
@@ -145,6 +146,7 @@ class GpuBody(_Body):
     vram_total_bytes: int | None
     vram_used_bytes: int | None
     vram_free_bytes: int | None
+    lost: str | None
     processes: list[ProcessBody]
 
 
@@ -260,7 +262,7 @@ def _time(time: datetime | None) -> str | None:
 
 
 def gpus_body(gpus: Gpus) -> GpusBody:
-    snapshot = gpus.snapshot
+    trouble = gpus.trouble
     return GpusBody(
         gpus=[
             GpuBody(
@@ -271,22 +273,20 @@ def gpus_body(gpus: Gpus) -> GpusBody:
                 vram_total_bytes=gpu.vram_total_bytes,
                 vram_used_bytes=gpu.vram_used_bytes,
                 vram_free_bytes=gpu.vram_free_bytes,
+                lost=gpu.lost,
                 processes=[
                     ProcessBody(
-                        pid=process.pid,
-                        used_bytes=process.used_bytes,
-                        instance=gpus.instance_of(process.pid),
+                        pid=holder.pid,
+                        name=holder.name,
+                        used_bytes=holder.used_bytes,
+                        instance=holder.instance,
                     )
-                    for process in gpu.processes
+                    for holder in gpus.holders(gpu)
                 ],
             )
-            for gpu in snapshot.gpus
+            for gpu in gpus.snapshot.gpus
         ],
-        error=GpuErrorBody(
-            code=str(snapshot.error.details.get("nvml", snapshot.error.code)), message=snapshot.error.message
-        )
-        if snapshot.error
-        else None,
+        error=GpuErrorBody(code=trouble.code, message=trouble.message) if trouble else None,
     )
 
 

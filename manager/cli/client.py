@@ -36,7 +36,7 @@ _NEXT_STEPS = {
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
     "gpu_missing": "`ollama-manager doctor` says more",
-    "vram_insufficient": "`ollama-manager status` shows who holds the memory",
+    "vram_insufficient": "`ollama-manager doctor` shows who holds the memory",
     "start_timeout": "if it only is slow, raise start_timeout_s",
 }
 
@@ -191,6 +191,14 @@ class Daemon:
     def why_not_ready(self) -> tuple[str, ...]:
         with self._answer("GET", "/readyz", also=503) as answer:
             return self._read(lambda body: tuple(map(str, body["reasons"])), _document(answer))
+
+    def lost_cards(self) -> tuple[str, ...]:
+        """Why each card that is lost cannot be used."""
+        with self._answer("GET", f"{_API}/gpus") as answer:
+            return self._read(
+                lambda body: tuple(str(it["lost"]) for it in body["gpus"] if it.get("lost")),
+                _document(answer),
+            )
 
     def pull(self, image: str | None) -> Iterator[PullLine]:
         """Progress until the image, or every image of the configured instances, is there."""

@@ -194,8 +194,10 @@ def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
             f"the state directory is held by {holder}, which does not listen",
             "a daemon that just starts, or a clean-up; look again in a moment",
         )
+    asked = Daemon(configured_daemon(loaded))
     try:
-        reasons = Daemon(configured_daemon(loaded)).why_not_ready()
+        reasons = asked.why_not_ready()
+        lost = () if reasons else asked.lost_cards()
     except RefusalError as error:
         return warning(
             "daemon", f"running, {holder}; it does not talk to us: {error.message}", str(error.next_step)
@@ -206,8 +208,19 @@ def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
             f"{holder} holds the state directory: {error.message}",
             "look at its log; if it hangs, end that process: instances keep running",
         )
+    return _state_of_daemon(holder, reasons, lost)
+
+
+def _state_of_daemon(holder: Holder, reasons: tuple[str, ...], lost: tuple[str, ...]) -> Finding:
     if reasons:
         return warning("daemon", f"running, {holder}; not ready:\n" + "\n".join(reasons), "look at its log")
+    if lost:
+        # Of a card that has left the bus the driver tells nothing: the daemon still has its name.
+        return broken(
+            "daemon",
+            f"running, {holder}; cards of its instances are lost:\n" + "\n".join(lost),
+            "bring the card back: `nvidia-smi`, the kernel log and `ollama-manager status` say more",
+        )
     return fine("daemon", f"running and ready, {holder}")
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manager.adapters.cgroups import ProcCgroups
 from manager.cli.findings import Finding, broken, fine, skipped, warning
-from manager.domain.gpu import Gpu, find_gpu
+from manager.domain.gpu import Gpu, Holder, find_gpu, gib, held_by
 from manager.errors import EngineError, GpuQueryError
 
 if TYPE_CHECKING:
@@ -51,16 +52,17 @@ def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
 
 
 def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: Needs) -> Finding:
-    wanted = ", ".join(needs.gpu_instances)
     if refused is not None:
-        message, _, remedy = refused.message.partition("; ")
-        if wanted:
-            return broken("GPUs", f"{message}, but {wanted} needs one", remedy)
-        if refused.details.get("nvml") in _NO_DRIVER:
-            return fine("GPUs", f"none usable ({message}); instances run on the CPU")
-        return warning("GPUs", message, remedy)
-    lines = [f"{card.index}: {card.name}, {_memory(card)}, {card.uuid}, {card.pci_bus_id}" for card in cards]
-    lines.insert(0, f"{len(cards)} seen, driver {_driver_version()}")
+        return _refusal_finding(refused, ", ".join(needs.gpu_instances))
+    lines = [f"{len(cards)} seen, driver {_driver_version()}"]
+    for card in cards:
+        lines.append(f"{card.index}: {card.name}, {_memory(card)}, {card.uuid}, {card.pci_bus_id}")
+        if card.processes:
+            lines.append(f"   held by {held_by(_holders(card))}")
+    if lost := [card for card in cards if card.lost is not None]:
+        whys = [(card.uuid, *str(card.lost).partition("; ")[::2]) for card in lost]
+        lines += [f"{uuid} is lost: {why}" for uuid, why, _ in whys]
+        return broken("GPUs", "\n".join(lines), "\n".join(dict.fromkeys(remedy for *_, remedy in whys)))
     missing = [
         f"{instance} wants {selector}, which is not there"
         for instance, selector in needs.selectors
@@ -77,6 +79,15 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
             "GPUs", "\n".join(lines), "name a card as `device` to share it, or take an instance out"
         )
     return fine("GPUs", "\n".join(lines))
+
+
+def _refusal_finding(refused: GpuQueryError, wanted: str) -> Finding:
+    message, _, remedy = refused.message.partition("; ")
+    if wanted:
+        return broken("GPUs", f"{message}, but {wanted} needs one", remedy)
+    if refused.details.get("nvml") in _NO_DRIVER:
+        return fine("GPUs", f"none usable ({message}); instances run on the CPU")
+    return warning("GPUs", message, remedy)
 
 
 def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) -> Iterator[Finding]:
@@ -166,7 +177,14 @@ async def _network(engine: DockerEngine, name: str) -> Finding:
 def _memory(card: Gpu) -> str:
     if card.vram_total_bytes is None:
         return "memory unknown"
-    return f"{card.vram_total_bytes / 2**30:.1f} GiB"
+    if card.vram_free_bytes is None:
+        return gib(card.vram_total_bytes)
+    return f"{gib(card.vram_free_bytes)} of {gib(card.vram_total_bytes)} free"
+
+
+def _holders(card: Gpu) -> list[Holder]:
+    names = ProcCgroups()
+    return [Holder(it.pid, names.name_of(it.pid), None, it.used_bytes) for it in card.processes]
 
 
 def _driver_version() -> str:

@@ -23,6 +23,7 @@ from manager.services.steps import in_steps
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
+from manager.wire.offload import asks_for_cpu
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
@@ -615,6 +616,9 @@ class Exchange:
         )
         self._state = _State.WAITING
         attempting.sent()
+        fields, changes = self._body.fields if self._body is not None else {}, attempting.changes
+        if ("options" in fields or not changes.empty) and asks_for_cpu(fields, self._route, changes):
+            attempting.expect_on_cpu()
         if attempting.may_load:
             work = attempting.work
             load = self._load = (work.instance, model_key(work.model))

@@ -249,6 +249,10 @@ class ContainerPids(Protocol):
         """The full id of the container a host process runs in, None when it runs in none."""
         ...
 
+    def name_of(self, pid: int) -> str | None:
+        """The name of a host process, None when it is gone."""
+        ...
+
 
 class Scheduler(Protocol):
     def every(self, name: str, interval_s: float, tick: Callable[[], None]) -> None: ...

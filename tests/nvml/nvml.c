@@ -28,6 +28,7 @@ enum {
     NOT_SUPPORTED = 3,
     NOT_FOUND = 6,
     INSUFFICIENT_SIZE = 7,
+    GPU_IS_LOST = 15,
     ARGUMENT_VERSION_MISMATCH = 25,
     UNKNOWN = 999
 };
@@ -63,12 +64,15 @@ struct card {
 };
 
 struct machine {
-    int init_error, count_error, count;
+    int init_error, count_error, at_init, count;
     long hang_ms;
     struct card cards[MAX_CARDS];
 };
 
 static int users; /* nvmlInit less nvmlShutdown */
+
+/* The cards at nvmlInit. With `at_init` the driver lists these until the next one, as the real one does. */
+static struct machine listed;
 
 static int parse_card(const char *text, struct machine *machine) {
     if (machine->count == MAX_CARDS) return 0;
@@ -106,6 +110,8 @@ static int parse(FILE *file, struct machine *machine) {
             ok = sscanf(line + 6, "%d", &machine->count_error) == 1;
         } else if (strncmp(line, "hang_ms ", 8) == 0) {
             ok = sscanf(line + 8, "%ld", &machine->hang_ms) == 1;
+        } else if (strncmp(line, "at_init ", 8) == 0) {
+            ok = sscanf(line + 8, "%d", &machine->at_init) == 1;
         } else if (strncmp(line, "card ", 5) == 0) {
             ok = parse_card(line + 5, machine);
             owner = &machine->cards[machine->count - 1].self;
@@ -140,6 +146,19 @@ static struct machine *load(void) {
     return machine;
 }
 
+/* A card that was taken out keeps its index and answers that it is lost; one that was put in is not listed. */
+static void keep_the_list(struct machine *machine) {
+    struct machine now = *machine;
+    machine->count = listed.count;
+    for (int i = 0; i < listed.count; i++) {
+        memset(&machine->cards[i], 0, sizeof machine->cards[i]);
+        machine->cards[i].self.handle_error = GPU_IS_LOST;
+        machine->cards[i].self.error = GPU_IS_LOST;
+        for (int j = 0; j < now.count; j++)
+            if (strcmp(now.cards[j].self.uuid, listed.cards[i].self.uuid) == 0) machine->cards[i] = now.cards[j];
+    }
+}
+
 static long now_ms(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -160,6 +179,7 @@ static struct machine *enter(const char *function) {
     long begun = now_ms();
     for (;;) {
         struct machine *machine = load();
+        if (machine != NULL && machine->at_init && users > 0) keep_the_list(machine);
         if (machine == NULL || now_ms() - begun >= machine->hang_ms) return machine;
         free(machine);
         usleep(2000);
@@ -206,7 +226,7 @@ EXPORT int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
     struct machine *machine = enter(__func__);
     int result = machine == NULL ? UNKNOWN : machine->init_error;
-    if (result == SUCCESS) users++;
+    if (result == SUCCESS && users++ == 0) listed = *machine;
     free(machine);
     return result;
 }

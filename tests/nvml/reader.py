@@ -65,6 +65,9 @@ class Reader:
         self._now_s += float(seconds)
         return {}
 
+    async def seen(self) -> Answer:
+        return {"seen": len(self._nvml._driver._seen)}
+
     async def imported(self) -> Answer:
         return {"pynvml": "pynvml" in sys.modules}
 

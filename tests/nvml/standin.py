@@ -138,6 +138,7 @@ def write(
     init_error: int = 0,
     count_error: int = 0,
     hang_s: float = 0.0,
+    at_init: bool = False,
 ) -> None:
     """Replace the machine's description, in one step.
 
@@ -147,8 +148,15 @@ def write(
         init_error: what nvmlInit fails with: 9 for a driver that is not loaded, 18 for a mismatch, …
         count_error: what counting the cards fails with, the first question after nvmlInit.
         hang_s: how long every call hangs; one that hangs already ends when this is written anew as 0.
+        at_init: the driver lists the cards as they were at nvmlInit: one that was taken out since answers
+            GPU_IS_LOST, one that was put in is not listed before the next nvmlInit.
     """
-    lines = [f"init {init_error}", f"count {count_error}", f"hang_ms {round(hang_s * 1000)}"]
+    lines = [
+        f"init {init_error}",
+        f"count {count_error}",
+        f"hang_ms {round(hang_s * 1000)}",
+        f"at_init {at_init:d}",
+    ]
     for card in cards:
         lines += _card_lines(card)
     fresh = path.with_name(f"{path.name}.new")

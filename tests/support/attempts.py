@@ -127,6 +127,7 @@ class Placement:
         self.loading: dict[str, Any] = {}
         self.targets: dict[str, Target] = {}
         self.progress: tuple[str, ...] = ()
+        self.on_cpu: list[tuple[str, str]] = []
 
     @property
     def held(self) -> dict[str, int]:
@@ -148,6 +149,9 @@ class Placement:
         if isinstance(outcome, Exception):
             raise outcome
         return Prepared(self._grant(one.instance), outcome)
+
+    def expect_on_cpu(self, one: Attempt) -> None:
+        self.on_cpu.append((one.instance, one.model))
 
     async def has_gone(self, instance: str) -> bool:
         self.looked_for.append(instance)

@@ -46,6 +46,7 @@ class FakeInstance:
         self.has_room = True
         self.no_room: Exception | None = None
         self.made_room: list[str] = []
+        self.on_cpu: list[str] = []
         self.starts: list[Exception] = []
         self.probes = 0
         self.gone = False
@@ -68,13 +69,16 @@ class FakeInstance:
     def usable_endpoint(self) -> str | None:
         return self.endpoint
 
-    def has_room_for(self, _model: str) -> bool:
+    def take_room_for(self, _model: str) -> bool:
         return self.has_room
 
     async def make_room_for(self, model: str) -> None:
         if self.no_room is not None:
             raise self.no_room
         self.made_room.append(model)
+
+    def expect_on_cpu(self, model: str) -> None:
+        self.on_cpu.append(model)
 
     def try_lease(self) -> Lease | None:
         return None if self.endpoint is None else self._book.grant(Target(self.id, self.endpoint))

@@ -86,7 +86,7 @@ class Condition:
             self.world.gpus.forget_container(self.container.id)
         self.container = facts
         if facts is not None:
-            self.world.gpus.note_container(facts.id, self.id)
+            self.world.gpus.note_container(facts.id, self.id, facts.pid)
 
     def first_listing(self, facts: ContainerFacts | None, unfinished: Operation | None) -> None:
         """Take in what the engine listed when the daemon began.

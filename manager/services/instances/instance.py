@@ -146,17 +146,20 @@ class Instance(ABC):
             await self.start(explicit=False)
         return self._grant(endpoint)
 
-    def has_room_for(self, model: str) -> bool:
-        """Whether a model that is not loaded can be, as far as is known; only a card's memory has an end."""
+    def take_room_for(self, model: str) -> bool:
+        """Reserve memory for a model that is to be loaded; False where a card lacks it."""
         del model
         return True
 
     async def make_room_for(self, model: str) -> None:  # noqa: B027  (there is room wherever there is no card)
-        """Wait, bounded, until a model that is not loaded can be.
+        """As `take_room_for`, with a bounded wait.
 
         Raises:
             UnavailableError: it cannot, with reason `vram_insufficient`.
         """
+
+    def expect_on_cpu(self, model: str) -> None:  # noqa: B027  (only a GPU instance is judged by that)
+        """A request asks for a model to be computed by the processor."""
 
     def try_lease(self) -> Lease | None:
         """A lease on the instance as it is, without waiting; None where it would have to be started."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from manager.domain.container import LABEL_HASH
 from manager.domain.instance import Explanation
+from manager.domain.models import model_key
 from manager.domain.reconcile import RECREATE_PAUSE_S
 from manager.errors import EngineError, Reason
 from manager.wire.ollama_log import fell_back_to_cpu
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 _LOG_LINES = 200
+# A model may be listed before its process has memory, and for a moment after that has gone.
+_WITHOUT_MEMORY_S = 5.0
+# A request for the CPU is remembered while its model is listed, and for this time, as it may yet be loaded.
+_LOAD_S = 300.0
+_MOST_CPU_REQUESTS = 64
 
 
 class Staleness:
@@ -29,7 +35,17 @@ class Staleness:
         self._instance = instance
         self._device_unproven = False
         self._not_before = 0.0
+        self._without_memory_since: float | None = None
+        self._cpu_requests: dict[str, float] = {}
         self.why: Explanation | None = None
+
+    def expect_on_cpu(self, model: str) -> None:
+        """A request asks for a model to be computed by the processor: that is no fault of the container."""
+        key = model_key(model)
+        self._cpu_requests.pop(key, None)
+        if len(self._cpu_requests) >= _MOST_CPU_REQUESTS:
+            del self._cpu_requests[next(iter(self._cpu_requests))]
+        self._cpu_requests[key] = self._world.now()
 
     def fresh(self, container: ContainerFacts, *, wanted_hash: str | None, on_gpu: bool) -> None:
         """A container has become ready.
@@ -39,7 +55,7 @@ class Staleness:
             wanted_hash: the template hash it would have if it were made now, None when nobody can tell.
             on_gpu: it is bound to a card, which is to be proven.
         """
-        self.why = None
+        self.clear()
         self._not_before = 0.0
         self._device_unproven = on_gpu
         if wanted_hash is not None and container.labels.get(LABEL_HASH) != wanted_hash:
@@ -51,12 +67,17 @@ class Staleness:
     def clear(self) -> None:
         self.why = None
         self._device_unproven = False
+        self._without_memory_since = None
+        self._cpu_requests.clear()
 
     async def prove_device(self, container: ContainerFacts, models: Sequence[Model]) -> bool:
         """Look for signs that a GPU container computes on the CPU; True when one was found just now."""
         how = None
-        if any(model.size_bytes > 0 and model.vram_bytes == 0 for model in models):
+        if self._has_model_on_cpu(models):
             how = "a loaded model has no byte in GPU memory"
+        elif await self._is_without_memory(models):
+            # The server may go on to report what it allocated once (seen with Ollama 0.24).
+            how = "a model is loaded, and no process of the container holds memory on the card"
         elif self._device_unproven:
             try:
                 verdict = fell_back_to_cpu(await self._world.engine.logs(container.id, _LOG_LINES))
@@ -88,3 +109,35 @@ class Staleness:
             return self._not_before
         ago_s = (self._world.utcnow() - recreated_at).total_seconds()
         return max(self._not_before, self._world.now() - ago_s + RECREATE_PAUSE_S)
+
+    # --- helpers ---
+
+    def _has_model_on_cpu(self, models: Sequence[Model]) -> bool:
+        """Whether a model is computed by the processor although no request has asked for that.
+
+        Where another model of the container holds memory on the card, the container has its card.
+        """
+        listed = {model_key(model.name): model for model in models}
+        oldest = self._world.now() - _LOAD_S
+        self._cpu_requests = {
+            key: at for key, at in self._cpu_requests.items() if key in listed or at >= oldest
+        }
+        on_cpu = [key for key, model in listed.items() if model.size_bytes > 0 and model.vram_bytes == 0]
+        if all(key in self._cpu_requests for key in on_cpu):
+            return False
+        return self._world.gpus.holds_memory(self._instance) is not True
+
+    async def _is_without_memory(self, models: Sequence[Model]) -> bool:
+        """Whether no process has held memory on the card for a while, with a model that should."""
+        if not any(model.vram_bytes > 0 for model in models):
+            self._without_memory_since = None
+            return False
+        if self._world.gpus.holds_memory(self._instance) is False:
+            await self._world.gpus.refresh()  # the last reading may be older than the load
+        if self._world.gpus.holds_memory(self._instance) is not False:
+            self._without_memory_since = None
+            return False
+        now = self._world.now()
+        if self._without_memory_since is None:
+            self._without_memory_since = now
+        return now - self._without_memory_since >= _WITHOUT_MEMORY_S

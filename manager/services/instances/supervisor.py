@@ -386,12 +386,16 @@ class Supervisor(Instance):
     def used(self) -> None:
         self._clock.used()
 
-    def has_room_for(self, model: str) -> bool:
-        return not self.is_gpu or self._world.gpus.load_lacks(self.id, model) == 0
+    def take_room_for(self, model: str) -> bool:
+        return not self.is_gpu or self._world.gpus.take_room(self.id, model, self.listed)
 
     async def make_room_for(self, model: str) -> None:
         if self.is_gpu:
-            await self._world.gpus.admit_load(self.id, model, wait_s=self.spec.limits.vram_wait_s)
+            wait_s = self.spec.limits.vram_wait_s
+            await self._world.gpus.admit_load(self.id, model, self.listed, wait_s=wait_s)
+
+    def expect_on_cpu(self, model: str) -> None:
+        self._stale.expect_on_cpu(model)
 
     @property
     def is_silent(self) -> bool:
@@ -423,7 +427,13 @@ class Supervisor(Instance):
             self._health,
             engine_trouble=None if self._engine_up else self._engine_away().message,
             unusable=self._unusable(),
-            explanations=(self._stop_trouble, self._is.failure, self._health_issue, self._stale.why),
+            explanations=(
+                self._stop_trouble,
+                self._is.failure,
+                self._health_issue,
+                self._stale.why,
+                self._world.gpus.shortage(self.id),
+            ),
         )
         container = self._is.container
         return View(
@@ -675,7 +685,7 @@ class Supervisor(Instance):
             self._is.run_ended()
             if gpu is not None:
                 wait_s = self.spec.limits.vram_wait_s
-                if not await self._world.gpus.given_back(self.id, held, gpu.vram_used_bytes, wait_s):
+                if not await self._world.gpus.given_back(self.id, held, wait_s):
                     self._world.journal.record("vram_not_given_back", instance=self.id, detail=gpu.uuid)
         except ManagerError as error:
             self._stop_failed(error)
@@ -793,6 +803,8 @@ class Supervisor(Instance):
     def _on_release(self) -> None:
         super()._on_release()
         self._usage.leased()
+        if not self.in_flight:
+            self._world.gpus.end_loads(self.id)
         self._drain_news.set()
 
     # --- better containers ---

@@ -235,6 +235,11 @@ class Attempting:
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
 
+    def expect_on_cpu(self) -> None:
+        """The request asks for the model to be computed by the processor."""
+        if self.attempt is not None:
+            self._routing.placement.expect_on_cpu(self.attempt)
+
     def spend(self) -> None:
         """The body cannot be sent a second time: no other attempt follows."""
         self._is_spent = True

@@ -92,7 +92,9 @@ class Placement:
         if attempt.because in ("unread", "pull"):
             return None
         instance = self._fleet.get(attempt.instance)
-        if attempt.because != "loaded" and not instance.has_room_for(attempt.model):
+        if instance.usable_endpoint() is None:
+            return None
+        if attempt.because != "loaded" and not instance.take_room_for(attempt.model):
             return None
         return instance.try_lease()
 
@@ -143,6 +145,10 @@ class Placement:
             lease.release()
             raise
         return Prepared(lease, start_ms)
+
+    def expect_on_cpu(self, attempt: Attempt) -> None:
+        """The request of an attempt asks for its model to be computed by the processor."""
+        self._fleet.get(attempt.instance).expect_on_cpu(attempt.model)
 
     async def has_gone(self, instance_id: str) -> bool:
         """Look whether an instance that cannot be connected to is really there; waits for the answer."""

@@ -162,3 +162,11 @@ def test_a_number_that_is_no_pid_is_in_no_container(pid: int) -> None:
 def test_this_process_and_its_parent_are_where_the_kernel_says() -> None:
     pids = ProcCgroups()
     assert pids.container_of(os.getpid()) == pids.container_of(os.getppid())
+
+
+def test_the_name_of_a_process_is_the_one_that_ps_shows(tmp_path: Path) -> None:
+    (tmp_path / "42").mkdir()
+    (tmp_path / "42" / "comm").write_text("ollama runner\n")
+    proc = ProcCgroups(tmp_path)
+    assert proc.name_of(42) == "ollama runner"
+    assert proc.name_of(43) is None

@@ -29,6 +29,7 @@ LABELS = {
     "ollama_manager_in_flight": ("target",),
     "ollama_manager_instance_phase": ("instance", "phase"),
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
+    "ollama_manager_gpu_lost": ("uuid",),
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
     "ollama_manager_log_lines_dropped": (),
@@ -54,8 +55,8 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         engine=SimpleNamespace(up=True),
     )
     cards = [
-        SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30),
-        SimpleNamespace(uuid="GPU-2", vram_used_bytes=None),
+        SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None),
+        SimpleNamespace(uuid="GPU-2", vram_used_bytes=None, lost="it is lost"),
     ]
     gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
     metrics = FleetMetrics(
@@ -151,6 +152,8 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     assert (values(starts, result="ok"), values(starts, result="failed")) == ([4], [1])
     memory = families["ollama_manager_gpu_memory_used_bytes"]
     assert [(one.labels["uuid"], one.value) for one in memory.samples] == [("GPU-1", 2**30)]
+    lost = families["ollama_manager_gpu_lost"]
+    assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
 
 

@@ -33,8 +33,8 @@ class Machine:
         self.calls_file = folder / "calls"
         self.process: subprocess.Popen[str] | None = None
 
-    def cards(self, *cards: Card, init_error: int = 0, count_error: int = 0, hang_s: float = 0.0) -> None:
-        write(self.state, cards, init_error=init_error, count_error=count_error, hang_s=hang_s)
+    def cards(self, *cards: Card, **knobs: Any) -> None:
+        write(self.state, cards, **knobs)
 
     def ask(self, *command: str | float) -> dict[str, Any]:
         process = self.process or self.start()
@@ -123,6 +123,8 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "vram_used_bytes": 0,
             "vram_free_bytes": 140 * GIB,
             "processes": [],
+            "lists_processes": True,
+            "lost": None,
         },
         {
             "uuid": "GPU-b",
@@ -133,6 +135,8 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "vram_used_bytes": 3 * GIB,
             "vram_free_bytes": 45 * GIB,
             "processes": [{"pid": 77, "used_bytes": GIB}],
+            "lists_processes": True,
+            "lost": None,
         },
     ]
 
@@ -234,6 +238,8 @@ def test_slices_are_reported_in_place_of_their_card(machine: Machine) -> None:
         "vram_used_bytes": GIB,
         "vram_free_bytes": 19 * GIB,
         "processes": [{"pid": 5, "used_bytes": GIB}],
+        "lists_processes": True,
+        "lost": None,
     }
     assert (seventh["uuid"], seventh["index"], seventh["vram_total_bytes"]) == ("MIG-2", 1, 5 * GIB)
 
@@ -341,6 +347,103 @@ def test_a_driver_that_goes_away_under_a_card_is_not_taken_for_a_bad_card(
     machine.library = libraries(age)
     machine.cards(card, Card("GPU-b"))
     assert machine.refusal() == "driver_not_loaded"
+
+
+# A card that is lost, and comes back
+
+
+@pytest.mark.parametrize(("error", "why"), [(15, "Xid 79"), (16, "--gpu-reset"), (999, None)])
+@pytest.mark.parametrize("where", ["handle_error", "error"])
+def test_a_card_is_lost_where_its_error_says_so(
+    machine: Machine, where: str, error: int, why: str | None
+) -> None:
+    machine.cards(Card("GPU-a"), Card("GPU-b"))
+    assert [gpu["lost"] for gpu in machine.read()] == [None, None]
+    machine.cards(replace(Card("GPU-a"), **{where: error}), Card("GPU-b"))  # type: ignore[arg-type]
+    bad, fine = machine.read()
+    assert bad["uuid"] == "GPU-a"
+    assert (bad["lost"] is None) == (why is None)
+    assert why is None or why in bad["lost"]
+    assert not bad["lists_processes"]
+    assert (fine["lost"], fine["lists_processes"]) == (None, True)
+
+
+def test_the_slices_of_a_lost_card_are_lost(machine: Machine) -> None:
+    machine.cards(SLICED)
+    machine.read()
+    machine.cards(replace(SLICED, error=15))
+    assert all("Xid 79" in gpu["lost"] for gpu in machine.read())
+
+
+def test_a_library_that_lists_no_processes_does_not_claim_that_there_are_none(
+    libraries: Callable[[Age], Path], machine: Machine
+) -> None:
+    machine.library = libraries(Age.MINIMAL)
+    machine.cards(Card("GPU-a"))
+    assert not machine.read()[0]["lists_processes"]
+
+
+def test_a_card_that_was_taken_out_is_lost_then_left_out_and_comes_back(machine: Machine) -> None:
+    both = (Card("GPU-a"), Card("GPU-b"))
+    machine.cards(*both, at_init=True)
+    machine.read()
+    machine.cards(both[1], at_init=True)
+    lost, fine = machine.read()
+    assert (lost["uuid"], fine["uuid"], fine["lost"]) == ("GPU-a", "GPU-b", None)
+    assert "Xid 79" in lost["lost"]
+    machine.ask("advance", 1)
+    assert uuids(machine.read()) == ["GPU-b"]  # NVML was initialised again and lists it no more
+    machine.cards(*both, at_init=True)
+    assert uuids(machine.read()) == ["GPU-b"]
+    machine.ask("advance", 2)
+    assert [(gpu["uuid"], gpu["lost"]) for gpu in machine.read()] == [("GPU-a", None), ("GPU-b", None)]
+
+
+def test_nvml_is_initialised_again_for_a_missing_card_less_and_less_often_and_then_no_more(
+    machine: Machine,
+) -> None:
+    both = (Card("GPU-a"), Card("GPU-b"))
+    machine.cards(*both)
+    machine.read()
+    machine.cards(both[0])
+    machine.read()
+    waits_s: list[int] = []
+    while len(waits_s) < 8:
+        before, waited_s = machine.calls().count("nvmlInitWithFlags"), 0
+        while machine.calls().count("nvmlInitWithFlags") == before:
+            machine.ask("advance", 1)
+            waited_s += 1
+            machine.read()
+        waits_s.append(waited_s)
+    assert waits_s == [1, 2, 4, 8, 16, 32, 60, 60]
+    machine.cards(*both)
+    machine.read()
+    before = machine.calls().count("nvmlInitWithFlags")
+    for _ in range(3):
+        machine.ask("advance", 60)
+        machine.read()
+    assert machine.calls().count("nvmlInitWithFlags") == before
+
+
+def test_a_card_that_moves_to_another_index_is_not_taken_for_the_one_that_is_gone(machine: Machine) -> None:
+    machine.cards(Card("GPU-a"), Card("GPU-b"))
+    machine.read()
+    machine.cards(Card("GPU-b"))
+    assert uuids(machine.read()) == ["GPU-b"]
+    machine.cards(Card("GPU-b"), Card("GPU-c", handle_error=15))
+    assert uuids(machine.read()) == ["GPU-b"]  # what had that index before is forgotten
+
+
+def test_slices_that_come_and_go_for_ever_are_not_remembered_for_ever(machine: Machine) -> None:
+    machine.cards(Card("GPU-a"))
+    machine.read()
+    for first in range(0, 300, 8):
+        part = tuple(Slice(f"MIG-{number}") for number in range(first, first + 8))
+        machine.cards(Card("GPU-a", mig=part))
+        machine.read()
+    machine.cards(Card("GPU-a", mig=part))
+    machine.read()
+    assert machine.ask("seen")["seen"] <= 256
 
 
 # No driver, no library

@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,14 +16,13 @@ import pytest
 from manager.adapters.locks import StateDirLock
 from manager.cli.doctor_engine import Needs, card_finding, runtime_finding
 from manager.cli.findings import Verdict
-from manager.domain.gpu import Gpu
+from manager.domain.gpu import Gpu, GpuProcess, unmeasured
 from manager.errors import GpuQueryError
 from manager.services.ports import EngineInfo
 from tests.unit.cli.stand_in import Answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from click.testing import Result
 
@@ -155,6 +156,31 @@ def test_a_running_daemon_is_named_and_asked_whether_it_is_ready(
     assert found["registry"]["verdict"] == "skipped"
 
 
+def test_a_card_that_a_running_daemon_has_lost_is_a_fault(
+    run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{port: {daemon.port}}}\nstate: {{dir: state}}\n")
+    daemon.answers["GET /readyz"] = Answer({"status": "ready", "reasons": []})
+    cards: list[dict[str, Any]] = [
+        {"uuid": "GPU-a", "lost": None},
+        {"uuid": "GPU-b", "lost": "GPU GPU-b is lost: Xid 79"},
+    ]
+    daemon.answers["GET /api/runtime/compute/gpus"] = Answer({"gpus": cards, "error": None})
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        broken = checks(run("doctor", "--json"))["daemon"]
+        cards[1]["lost"] = None
+        fine = checks(run("doctor", "--json"))["daemon"]
+    finally:
+        lock.release()
+    assert broken["verdict"] == "broken"
+    assert "GPU GPU-b is lost: Xid 79" in broken["message"]
+    assert broken["remedy"]
+    assert fine["verdict"] == "ok"
+
+
 def test_a_key_file_that_others_can_read_is_a_warning(run: Run, tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text("a-key-that-nobody-may-see")
@@ -233,3 +259,22 @@ def test_the_remedy_for_a_podman_that_does_not_run_names_its_unit(
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/podman.sock")
     result = run("doctor", "--json")
     assert "systemctl start podman.socket" in checks(result)["engine"]["remedy"]
+
+
+def test_a_lost_card_is_a_fault_with_its_remedy() -> None:
+    lost = replace(CARD, lost="it has fallen off the bus; reboot the host")
+    finding = card_finding((lost,), None, Needs())
+    assert finding.verdict is Verdict.BROKEN
+    assert f"{UUID} is lost: it has fallen off the bus" in finding.message
+    assert finding.remedy == "reboot the host"
+
+
+def test_cards_are_shown_with_what_is_free_and_who_holds_the_rest() -> None:
+    me = GpuProcess(os.getpid(), 2**30)
+    full = replace(CARD, vram_total_bytes=3 * 2**30, vram_free_bytes=2 * 2**30, processes=(me,))
+    message = card_finding((full,), None, Needs()).message
+    assert "2.0 GiB of 3.0 GiB free" in message
+    name = Path("/proc/self/comm").read_text().strip()
+    assert f"held by {name} (pid {me.pid}) 1.0 GiB" in message
+    assert "memory unknown" in card_finding((unmeasured(CARD),), None, Needs()).message
+    assert "3.0 GiB, " in card_finding((replace(full, vram_free_bytes=None),), None, Needs()).message

@@ -3,13 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.domain.gpu import Claim, Gpu, bind_gpus, find_gpu, missing_bytes, normal_pci
+from manager.domain.gpu import (
+    Claim,
+    Gpu,
+    GpuProcess,
+    Holder,
+    Holding,
+    Load,
+    admitted_load,
+    agree,
+    bind_gpus,
+    find_gpu,
+    gib,
+    held_by,
+    is_given_back,
+    is_news,
+    least_need,
+    missing_bytes,
+    normal_pci,
+    promised_bytes,
+    unattributed_bytes,
+    unmeasured,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -321,3 +343,160 @@ def test_memory_that_moves_from_promise_to_use_changes_nothing(
     assert missing_bytes(free_bytes=free + promised, needed_bytes=needed, claims=before) == missing_bytes(
         free_bytes=free, needed_bytes=needed, claims=after
     )
+
+
+# What a load may come to hold
+
+
+@pytest.mark.parametrize(
+    ("free", "needed", "held", "claims", "reserved"),
+    [
+        (12, 8, 0, [], 8),
+        (12, 8, 3, [], 8),  # beside what is loaded already
+        (6, 8, 3, [], 6),  # what is loaded makes room for some of it
+        (6, 8, 3, [Claim(needed_bytes=4, used_bytes=3)], 5),
+        (2, 8, 7, [], 2),
+        (0, 8, 9, [], 0),
+        (0, 8, 6, [Claim(needed_bytes=4, used_bytes=0)], 2),
+        (None, 8, 3, [], 8),
+    ],
+)
+def test_a_load_reserves_what_its_server_will_take(
+    free: int | None, needed: int, held: int, claims: list[Claim], reserved: int
+) -> None:
+    load = admitted_load(free_bytes=free, needed_bytes=needed, held_bytes=held, claims=claims)
+    assert load == Load(held_bytes=held, bytes=reserved)
+
+
+@pytest.mark.parametrize(
+    ("claimed", "loads", "promised"),
+    [
+        (5, [], 5),
+        (5, [Load(0, 3)], 5),
+        (5, [Load(3, 4)], 7),
+        (0, [Load(3, 4), Load(5, 2)], 9),  # the second was admitted while the first was being loaded
+    ],
+)
+def test_an_instance_may_come_to_hold_its_claim_or_what_it_loads(
+    claimed: int, loads: list[Load], promised: int
+) -> None:
+    assert promised_bytes(claimed, loads) == promised
+
+
+load_lists = st.lists(st.builds(Load, held_bytes=st.just(0), bytes=amounts), max_size=4)
+
+
+@given(amounts, amounts, load_lists, claim_lists)
+def test_loads_that_are_let_in_one_after_the_other_fit_together(
+    free: int, needed: int, loads: list[Load], claims: list[Claim]
+) -> None:
+    """A load fits beside all that were let in before exactly when the sum does."""
+    before = [*claims, Claim(needed_bytes=promised_bytes(0, loads), used_bytes=0)]
+    if missing_bytes(free_bytes=free, needed_bytes=needed, claims=before) == 0 and needed:
+        admitted = admitted_load(free_bytes=free, needed_bytes=needed, held_bytes=0, claims=before)
+        assert admitted.bytes == needed
+        assert sum(load.bytes for load in loads) + needed <= free
+
+
+@pytest.mark.parametrize(
+    ("likely", "free", "used", "least"),
+    [(9, 1, 9, 9), (10, 1, 9, 0), (9, None, 9, 0), (9, 9, None, 0), (0, 5, 5, 0)],
+)
+def test_what_was_never_measured_needs_its_weights_unless_they_cannot_fit(
+    likely: int, free: int | None, used: int | None, least: int
+) -> None:
+    assert least_need(likely_bytes=likely, free_bytes=free, used_bytes=used) == least
+
+
+# What is measured
+
+NOW = datetime(2026, 1, 8, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("measured", "known", "days", "news"),
+    [
+        (100, None, 0, True),
+        (100, 100, 30, False),
+        (104, 100, 30, False),
+        (106, 100, 0, True),
+        (94, 100, 0, False),
+        (94, 100, 6.9, False),
+        (94, 100, 7.1, True),
+    ],
+)
+def test_the_largest_measurement_of_the_last_days_counts(
+    measured: int, known: int | None, days: float, news: bool
+) -> None:
+    at = None if known is None else NOW - timedelta(days=days)
+    assert is_news(measured, NOW, known, at) is news
+
+
+@given(amounts, amounts)
+def test_measurements_agree_both_ways(one: int, other: int) -> None:
+    assert agree(one, other) is agree(other, one)
+    assert agree(one, one)
+
+
+def in_use(used: int | None, *processes: tuple[int, int | None]) -> Gpu:
+    return replace(gpu(1), vram_used_bytes=used, processes=tuple(GpuProcess(*one) for one in processes))
+
+
+def test_what_belongs_to_no_process_is_the_rest() -> None:
+    assert unattributed_bytes(in_use(100, (1, 30), (2, 50))) == 20
+    assert unattributed_bytes(in_use(100)) == 100
+    assert unattributed_bytes(in_use(None, (1, 30))) is None
+    assert unattributed_bytes(in_use(100, (1, 30), (2, None))) is None
+
+
+@pytest.mark.parametrize(
+    ("now", "held", "given_back"),
+    [
+        (in_use(100, (7, 60)), Holding(frozenset({7}), 60, 40), False),
+        (in_use(100), Holding(frozenset({7}), 60, 40), False),  # the process has gone, its memory has not
+        (in_use(46), Holding(frozenset({7}), 60, 40), True),
+        (in_use(47), Holding(frozenset({7}), 60, 40), False),
+        (in_use(140, (8, 100)), Holding(frozenset({7}), 60, 40), True),  # it is somebody else's by now
+        (in_use(100), Holding(frozenset({7}), None, 40), True),
+        (in_use(100), Holding(frozenset({7}), 60, None), True),
+        (in_use(100, (8, None)), Holding(frozenset({7}), 60, 40), True),
+        (in_use(100), Holding(frozenset({7}), 0, 40), True),
+    ],
+)
+def test_memory_is_given_back_when_it_belongs_to_its_processes_no_more_and_is_free(
+    now: Gpu, held: Holding, given_back: bool
+) -> None:
+    assert is_given_back(now, held) is given_back
+
+
+def test_of_a_card_that_is_not_measured_only_its_identity_is_known() -> None:
+    full = replace(in_use(1, (1, 1)), vram_total_bytes=2, vram_free_bytes=1, lost="why")
+    assert unmeasured(full) == replace(gpu(1), lists_processes=False, lost="why")
+
+
+# Words
+
+
+def test_who_holds_memory_is_said_with_the_most_first() -> None:
+    holders = [
+        Holder(1, "python3", None, 3 * 2**30),
+        Holder(2, None, None, 2**30),
+        Holder(3, "ollama", "gpu1", 2 * 2**30),
+        Holder(4, "ollama", "gpu1", 2 * 2**30),
+        Holder(5, "ollama", "gpu2", None),
+        Holder(6, "ollama", "gpu2", 5 * 2**30),
+    ]
+    assert held_by(holders) == (
+        "gpu1 4.0 GiB, python3 (pid 1) 3.0 GiB, a process (pid 2) 1.0 GiB, gpu2 unknown"
+    )
+
+
+def test_of_many_who_hold_memory_five_are_named() -> None:
+    holders = [Holder(pid, "x", None, pid * 2**30) for pid in range(1, 8)]
+    assert held_by(holders).startswith("x (pid 7) 7.0 GiB, x (pid 6) 6.0 GiB")
+    assert held_by(holders).endswith("x (pid 3) 3.0 GiB, 2 more")
+    assert held_by([]) == ""
+
+
+def test_memory_is_said_in_gib() -> None:
+    assert [gib(0), gib(2**30), gib(1_500_000_000)] == ["0.0 GiB", "1.0 GiB", "1.4 GiB"]

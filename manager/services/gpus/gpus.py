@@ -1,0 +1,296 @@
+"""What instances ask of the cards: whether theirs is there, what they hold, and whether more fits."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING
+
+from manager.domain.gpu import Holder, Holding, gib, held_by, is_given_back, least_need, unattributed_bytes
+from manager.domain.instance import Explanation
+from manager.domain.models import model_key
+from manager.errors import Reason, UnavailableError
+from manager.services.gpus.admission import Admission
+from manager.services.gpus.cards import Cards
+from manager.services.gpus.learning import Learned
+from manager.services.gpus.processes import Processes
+from manager.wire.ollama import name_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping, Sequence
+    from datetime import datetime
+    from typing import Any
+
+    from manager.domain.gpu import Gpu
+    from manager.domain.instance import Model
+    from manager.services.gpus.cards import GpuSnapshot, GpuTrouble
+    from manager.services.journal import Journal
+    from manager.services.ports import ContainerPids, GpuReader, Registry
+
+_RECHECK_S = 0.25
+
+
+class Gpus:
+    """The cards, the processes on them, the promises of their memory, and the learned sizes.
+
+    Args:
+        selectors: GPU instances of the configuration -> `auto`, a UUID or a PCI bus id.
+        taken_ids: every configured id; a card without an instance is given another one.
+        auto: whether cards that no instance names get instances of their own.
+        journal: gets the events of cards; None records nothing.
+    """
+
+    def __init__(
+        self,
+        reader: GpuReader,
+        pids: ContainerPids,
+        registry: Registry,
+        *,
+        selectors: Mapping[str, str],
+        taken_ids: Collection[str],
+        auto: bool,
+        now: Callable[[], float],
+        utcnow: Callable[[], datetime],
+        journal: Journal | None = None,
+    ) -> None:
+        self._now = now
+        self._processes = Processes(pids)
+        self._cards = Cards(
+            reader, self._processes, registry, journal, selectors=selectors, taken_ids=taken_ids, auto=auto
+        )
+        self._learned = Learned(registry, utcnow=utcnow)
+        self._admission = Admission(
+            self._cards, used_bytes=lambda instance: self.holding(instance).used_bytes, now=now
+        )
+        self._shortages: dict[str, tuple[int, Explanation]] = {}  # by instance: bytes needed, and the words
+        self.instance_ids = self._cards.instance_ids
+        self.uuid_of = self._cards.uuid_of
+        self.gpu_of = self._cards.gpu_of
+        self.why_missing = self._cards.why_missing
+        self.note_container = self._processes.note_container
+        self.forget_container = self._processes.forget_container
+        self.instance_of = self._processes.instance_of
+        self.claim = self._admission.claim
+
+    async def load(self) -> None:
+        """Read what earlier runs have stored, and the cards for the first time."""
+        await self._cards.load()
+        await self._learned.load()
+        await self.refresh()
+
+    async def refresh(self) -> None:
+        """Take a new reading. A failed one becomes the snapshot's error."""
+        await self._cards.refresh()
+        self._admission.look()
+        for instance, (needed, _) in list(self._shortages.items()):
+            if self._lacks(instance, needed) == 0:
+                del self._shortages[instance]
+
+    @property
+    def snapshot(self) -> GpuSnapshot:
+        return self._cards.snapshot
+
+    @property
+    def trouble(self) -> GpuTrouble | None:
+        """The error of the driver, else the cards that are lost."""
+        return self._cards.trouble
+
+    # --- what is held ---
+
+    def holding(self, instance: str) -> Holding:
+        """What the instance's processes hold on its card, by the last reading."""
+        gpu = self.gpu_of(instance)
+        if gpu is None:
+            return Holding()
+        mine = [process for process in gpu.processes if self.instance_of(process.pid) == instance]
+        known = [process.used_bytes for process in mine if process.used_bytes is not None]
+        return Holding(
+            pids=frozenset(process.pid for process in mine),
+            used_bytes=sum(known) if len(known) == len(mine) else None,
+            unattributed_bytes=unattributed_bytes(gpu),
+        )
+
+    def holds_memory(self, instance: str) -> bool | None:
+        """Whether a process of the instance holds memory on its card, by the last reading.
+
+        None where that cannot be told: the driver lists no processes, the card cannot be asked, or the
+        processes of containers are not seen from the daemon's pid namespace.
+        """
+        gpu = self.gpu_of(instance)
+        if self.snapshot.error is not None or gpu is None or gpu.lost or not gpu.lists_processes:
+            return None
+        if any(self.instance_of(process.pid) == instance for process in gpu.processes):
+            return True
+        can_tell = self._processes.are_visible and self._processes.has_container(instance)
+        return False if can_tell else None
+
+    def holders(self, gpu: Gpu) -> tuple[Holder, ...]:
+        """The processes that hold memory on a card, with their names and instances."""
+        return tuple(
+            Holder(
+                process.pid,
+                self._processes.name_of(process.pid),
+                self.instance_of(process.pid),
+                process.used_bytes,
+            )
+            for process in gpu.processes
+        )
+
+    async def given_back(self, instance: str, held: Holding, wait_s: float) -> bool:
+        """Wait until what a stopped instance held is free again; False when `wait_s` was not enough."""
+        if not held.pids:
+            return True
+        deadline = self._now() + wait_s
+        while True:
+            await self.refresh()
+            gpu = self.gpu_of(instance)
+            if gpu is None or is_given_back(gpu, held):
+                return True
+            remaining = deadline - self._now()
+            if remaining <= 0:
+                return False
+            await asyncio.sleep(min(_RECHECK_S, remaining))
+
+    async def learn(self, instance: str, models: Sequence[Model]) -> None:
+        """Take in the models that an instance has in memory, after each probe."""
+        if not await self._learned.measure(instance, models, self.holding(instance).used_bytes):
+            return
+        for model in models:
+            self._admission.end_load(instance, model_key(model.name))
+
+    # --- starts ---
+
+    def need_of(self, instance: str, limit: int | None) -> int:
+        """Bytes that a start must find free: the template's own figure, else what its last model took."""
+        return self._learned.of_start(instance) if limit is None else limit
+
+    async def admit(self, instance: str, *, needed_bytes: int, wait_s: float) -> None:
+        """Claim memory on the instance's card, waiting up to `wait_s` for it to become free.
+
+        Raises:
+            UnavailableError: it did not, with reason `vram_insufficient`.
+        """
+        if needed_bytes == 0:
+            return
+        lacks = partial(self._admission.lacking, instance, needed_bytes)
+        lacking = await self._room(lacks, wait_s)
+        if lacking:
+            raise self._refusal(instance, f"{instance} needs", needed_bytes, lacking)
+        self.claim(instance, needed_bytes)
+
+    def drop_claim(self, instance: str) -> None:
+        """The instance has ended: nothing is set aside for it."""
+        self._admission.drop(instance)
+        self._learned.forget_measurement(instance)
+        self._shortages.pop(instance, None)
+
+    # --- loads ---
+
+    def take_room(self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None = None) -> bool:
+        """Reserve memory for a model that is to be loaded; False, and nothing reserved, where it lacks.
+
+        What the instance holds itself is no obstacle: its server unloads models to make room for others.
+
+        Args:
+            instance: an instance that runs.
+            model: the name of the model.
+            listed: the models that its server has listed, which tell digest and size.
+        """
+        needed = self._need_of_load(instance, model, listed)
+        if self._lacks(instance, needed):
+            return False
+        self._reserve(instance, model, needed)
+        return True
+
+    async def admit_load(
+        self,
+        instance: str,
+        model: str,
+        listed: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        wait_s: float,
+    ) -> None:
+        """As `take_room`, waiting up to `wait_s` for memory to become free.
+
+        Raises:
+            UnavailableError: it did not, with reason `vram_insufficient`; the instance says so, too, until
+                the model would fit.
+        """
+        needed = self._need_of_load(instance, model, listed)
+        if needed == 0:
+            return
+        lacking = await self._room(partial(self._lacks, instance, needed), wait_s)
+        if lacking:
+            refusal = self._refusal(instance, f"{model} on {instance} needs", needed, lacking)
+            self._shortages[instance] = needed, Explanation(refusal.reason, refusal.message)
+            raise refusal
+        self._reserve(instance, model, needed)
+
+    def end_loads(self, instance: str) -> None:
+        """No request is open at the instance: no load goes on there."""
+        self._admission.end_loads(instance)
+
+    def shortage(self, instance: str) -> Explanation | None:
+        """Why the last load on an instance was refused, while that still holds."""
+        known = self._shortages.get(instance)
+        return known[1] if known else None
+
+    # --- helpers ---
+
+    def _need_of_load(self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None) -> int:
+        key = model_key(model)
+        entry = next((one for one in listed or () if model_key(name_of(one)) == key), {})
+        digest, size = entry.get("digest"), entry.get("size")
+        digest = digest if isinstance(digest, str) else None
+        gpu = self.gpu_of(instance)
+        known = self._learned.here(instance, model, digest)
+        if known or gpu is None:
+            return known
+        likely = self._learned.elsewhere(digest) or (size if isinstance(size, int) else 0)
+        return least_need(likely_bytes=likely, free_bytes=gpu.vram_free_bytes, used_bytes=gpu.vram_used_bytes)
+
+    def _lacks(self, instance: str, needed_bytes: int) -> int:
+        more = needed_bytes - (self.holding(instance).used_bytes or 0)
+        return self._admission.lacking(instance, more) if more > 0 else 0
+
+    def _reserve(self, instance: str, model: str, needed_bytes: int) -> None:
+        self._shortages.pop(instance, None)
+        if needed_bytes:
+            self._admission.reserve(instance, model_key(model), needed_bytes)
+
+    async def _room(self, lacks: Callable[[], int], wait_s: float) -> int:
+        """Wait up to `wait_s` until nothing is lacking. Return what is lacking then; it was just measured."""
+        deadline = self._now() + wait_s
+        while True:
+            await self.refresh()
+            lacking = lacks()
+            remaining = deadline - self._now()
+            if lacking == 0 or remaining <= 0:
+                return lacking
+            await asyncio.sleep(min(_RECHECK_S, remaining))
+
+    def _refusal(self, instance: str, who_needs: str, needed: int, lacking: int) -> UnavailableError:
+        gpu = self.gpu_of(instance)
+        holders = self.holders(gpu) if gpu else ()
+        reserved = self._admission.reserved_for_others(instance)
+        words = [f"{who_needs} {gib(needed)} of GPU memory, {gib(lacking)} more than are free"]
+        if holders:
+            words.append(f"held by {held_by(holders)}")
+        if reserved:
+            words.append(f"{gib(reserved)} are reserved for other instances")
+        return UnavailableError(
+            "; ".join(words),
+            reason=Reason.VRAM_INSUFFICIENT,
+            instance=instance,
+            details={
+                "needed_bytes": needed,
+                "lacking_bytes": lacking,
+                "reserved_bytes": reserved,
+                "vram_free_bytes": gpu.vram_free_bytes if gpu else None,
+                "holders": [
+                    {"pid": it.pid, "name": it.name, "instance": it.instance, "used_bytes": it.used_bytes}
+                    for it in holders
+                ],
+            },
+            retry_after_s=10,
+        )
