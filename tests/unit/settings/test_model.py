@@ -188,7 +188,7 @@ REFUSED: list[tuple[str, str]] = [
     ("schedules: [{cron: '0 8 * *', action: reap}]", "schedules.0.cron: '0 8 * *'; '0 8 * *' has 4 fields"),
     (
         "schedules: [{cron: '60 8 * * *', action: reap}]",
-        "schedules.0.cron: '60 8 * * *'; '60' is not a minute",
+        "schedules.0.cron: '60 8 * * *'; the minute '60': not a minute; expected 0-59",
     ),
     ("schedules: [{cron: '0 24 * * *', action: reap}]", "schedules.0.cron: '0 24 * * *'; '24' is not a hour"),
     (
