@@ -10,7 +10,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -38,6 +38,7 @@ from manager.relay.front import listening_with
 from manager.relay.model_server import PooledModelServer
 from manager.relay.relay import Limits, Relay
 from manager.relay.upstream import UpstreamPools
+from manager.reloading import Reloader
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
 from manager.services.instances.external import ExternalInstance
@@ -84,7 +85,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
@@ -92,6 +93,7 @@ if TYPE_CHECKING:
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
     from manager.settings import LoadedSettings, Settings
+    from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
 
 _log = structlog.get_logger("daemon")
@@ -104,13 +106,18 @@ _FIRST_LOOPBACK_PORT = 11500
 
 @dataclass(frozen=True, slots=True)
 class Daemon:
-    """Everything of a daemon but its listener. `run` goes on until cancelled."""
+    """Everything of a daemon but its listener. `run` goes on until cancelled.
+
+    `reconfigure` puts in force what can change while it runs, but for the listener's part.
+    """
 
     settings: Settings
     fleet: Fleet
     backend: Backend
     pools: UpstreamPools
     state_lock: StateDirLock
+    templates: Mapping[str, Template]
+    reconfigure: Callable[[Changes], None]
 
     async def run(self) -> None:
         scheduler = ApScheduler()
@@ -193,10 +200,7 @@ async def open_daemon(
             world,
             members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
             find_member=make.found,
-            schedules=tuple(
-                Schedule(entry.cron, entry.action, entry.instance, entry.timezone)
-                for entry in settings.schedules
-            ),
+            schedules=_schedules(settings),
             max_running=settings.lifecycle.max_running,
             own_names=_own_names(pids),
             probe_interval_s=settings.lifecycle.probe_interval_s,
@@ -207,8 +211,9 @@ async def open_daemon(
         if spans is not None:
             stack.push_async_callback(spans.close)
         samples = spans.samples if spans is not None else never
+        sink = _RecordSink(log, settings.log)
         traffic = Traffic(
-            _record_sink(log, settings.log),
+            sink.write,
             share_logged=settings.gateway.access_log,
             trace=spans.write if spans is not None else None,
         )
@@ -285,21 +290,44 @@ async def open_daemon(
             ).render,
             refusals=refusals,
         )
-        yield Daemon(settings, fleet, backend, pools, state_lock)
+
+        def reconfigure(changed: Changes) -> None:
+            now = changed.loaded.settings
+            make.settings = now
+            auto = (
+                auto_gpu_spec(instance.id, now, templates)
+                for instance in fleet.instances()
+                if instance.id not in {spec.id for spec in changed.specs}
+            )
+            fleet.reconfigure((*changed.specs, *auto), _schedules(now), now.lifecycle.max_running)
+            model_settings.reconfigure(written_roles(changed.loaded), now.models)
+            passing.requests.default_project = now.gateway.default_project
+            traffic.share_logged = now.gateway.access_log
+            sink.level = now.log.level
+            if changed.applied:
+                journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+        yield Daemon(settings, fleet, backend, pools, state_lock, templates, reconfigure)
 
 
 async def serve(
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
+    read_again: Callable[[], LoadedSettings] | None = None,
+    configure_log: Callable[[LogSettings, str | None], None] = lambda _settings, _key: None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
 
+    SIGHUP has the configuration read again (`manager.reloading`).
+
     Args:
         loaded: the configuration.
         log: takes one line a request; None: requests are not logged.
+        read_again: reads the configuration for a reload.
+        configure_log: changes the level of the log, and has it hide a new key.
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
 
@@ -320,7 +348,7 @@ async def serve(
         with listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            access = _access(settings, key)
+            access = Access(**_access_rules(settings, key))
             relay = _relay(daemon, settings, access)
             budget = connection_budget(descriptors, len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
@@ -330,6 +358,19 @@ async def serve(
                 (relay.drain, daemon.backend.passing.passages.drain),
                 settings.gateway.drain_timeout_s,
             )
+
+            def new_key(settings: Settings, key: str | None) -> None:
+                configure_log(settings.log, key)
+                access.configure(**_access_rules(settings, key))
+
+            def apply(changed: Changes, key: str | None) -> None:
+                now = changed.loaded.settings
+                new_key(now, key)
+                relay.limits = replace(relay.limits, keep_alive_s=now.gateway.keep_alive_s)
+                daemon.reconfigure(changed)
+
+            reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
+            daemon.fleet.also_run("reload", reloader.run)
             tune_interpreter()
             _log.info(
                 "serving",
@@ -344,6 +385,7 @@ async def serve(
                     listener,
                     daemon.run(),
                     before_end=daemon.fleet.stop_all if stop_instances else None,
+                    on_hangup=reloader.ask,
                 )
             finally:
                 watch.stop()
@@ -416,7 +458,7 @@ class _Maker:
         rows: dict[str, InstanceRow],
     ) -> None:
         self._world = world
-        self._settings = settings
+        self.settings = settings
         self._templates = templates
         self._rows = rows
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
@@ -428,7 +470,7 @@ class _Maker:
         return Supervisor(self._world, spec, self._with_port(row), may_run=fleet.may_run)
 
     def found(self, fleet: Fleet, instance_id: str) -> Instance:
-        return self.instance(fleet, auto_gpu_spec(instance_id, self._settings, self._templates))
+        return self.instance(fleet, auto_gpu_spec(instance_id, self.settings, self._templates))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:
@@ -440,8 +482,8 @@ class _Maker:
         return replace(row, loopback_port=port)
 
 
-def _access(settings: Settings, key: str | None) -> Access:
-    """Return the check of the settings.
+def _access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
+    """Return the arguments of `Access`.
 
     Where other machines reach the daemon, a key is required and clients use names that are not known here:
     every Host is allowed, unless `server.allowed_hosts` differs from its default.
@@ -451,12 +493,18 @@ def _access(settings: Settings, key: str | None) -> Access:
     host = server.host.lower()
     machine = socket.gethostname().lower()
     short = machine.partition(".")[0]
-    return Access(
-        allowed_hosts=server.allowed_hosts,
-        allowed_origins=server.allowed_origins,
-        key=key,
-        own_names={f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
-        any_host=not is_loopback(host) and server.allowed_hosts == usual,
+    return {
+        "allowed_hosts": server.allowed_hosts,
+        "allowed_origins": server.allowed_origins,
+        "key": key,
+        "own_names": {f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
+        "any_host": not is_loopback(host) and server.allowed_hosts == usual,
+    }
+
+
+def _schedules(settings: Settings) -> tuple[Schedule, ...]:
+    return tuple(
+        Schedule(entry.cron, entry.action, entry.instance, entry.timezone) for entry in settings.schedules
     )
 
 
@@ -489,12 +537,19 @@ def _spans() -> Spans:
     return Spans()
 
 
-def _record_sink(log: LogWriter | None, settings: LogSettings) -> Callable[[RequestRecord], None]:
-    """Requests are logged at level info."""
-    if log is None or settings.level not in ("debug", "info"):
-        return lambda _record: None
-    readable = settings.format == "console" or (settings.format == "auto" and log.is_terminal)
-    return RequestLog(log.write, readable=readable).write
+class _RecordSink:
+    """Writes requests to the log, at level info."""
+
+    def __init__(self, log: LogWriter | None, settings: LogSettings) -> None:
+        self.level = settings.level
+        readable = settings.format == "console" or (
+            settings.format == "auto" and log is not None and log.is_terminal
+        )
+        self._log = None if log is None else RequestLog(log.write, readable=readable)
+
+    def write(self, record: RequestRecord) -> None:
+        if self._log is not None and self.level in ("debug", "info"):
+            self._log.write(record)
 
 
 def _utcnow() -> datetime:

@@ -107,6 +107,7 @@ async def serve_until_stopped(
     run: Coroutine[Any, Any, None],
     *,
     before_end: Callable[[], Awaitable[object]] | None = None,
+    on_hangup: Callable[[], None] = lambda: None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, or until `run` ends.
 
@@ -114,6 +115,7 @@ async def serve_until_stopped(
         server: started here.
         listener: already bound.
         run: the background loops of the daemon; cancelled once the server has stopped.
+        on_hangup: called at SIGHUP, which never ends the process.
         before_end: awaited after a signal, once the last request has ended and before `run` is cancelled.
 
     Raises:
@@ -122,6 +124,7 @@ async def serve_until_stopped(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
     running = asyncio.ensure_future(run)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:

@@ -1,8 +1,11 @@
-"""When things happen by the clock, through APScheduler; the only file that imports it.
+"""When things happen by the clock: cronsim computes the times of cron lines, APScheduler keeps them.
+
+APScheduler's own CronTrigger is not used: it loses times of the hour 0 after the clocks went forward and runs
+times twice that come twice in autumn (seen with 3.11).
 
 APScheduler keeps wall-clock times and sleeps on the monotonic clock. When the two move apart (suspend and
 resume, a clock that was set) it would sleep through a line, or stand still until an old time comes again;
-`ApScheduler` looks at both every few seconds and has it count anew.
+`ApScheduler` compares both every few seconds and has the times computed anew.
 """
 
 from __future__ import annotations
@@ -10,59 +13,76 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from datetime import UTC
+import warnings
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import structlog
 import tzlocal
+from apscheduler.events import EVENT_JOB_SUBMITTED
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
-from apscheduler.triggers.combining import OrTrigger
-from apscheduler.triggers.cron import CronTrigger
 from apscheduler.triggers.interval import IntervalTrigger
+from cronsim import CronSim
 
 from manager.domain import cron
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from datetime import datetime, tzinfo
+    from datetime import tzinfo
+
+    from apscheduler.events import JobSubmissionEvent
 
 _log = structlog.get_logger("schedule")
 
 _CLOCK_CHECK_S = 5.0
 _CLOCK_STEP_S = 1.0
+_LATE_S = 60.0
+_SECOND = timedelta(seconds=1)
 
 
 def cron_trigger(line: str, timezone: str | None) -> BaseTrigger:
-    """The trigger for a line of crontab(5); `timezone` None is local time.
+    """The trigger for a line of crontab(5); `timezone` None is local time, or UTC where that is unknown.
 
     Raises:
         ValueError: not a line as in crontab(5), one that never fires, or an unknown time zone.
     """
-    when = cron.parse(line)
-    zone = _zone(timezone)
+    return _Cron(cron.parse(line), _local_zone() if timezone is None else _zone(timezone))
 
-    def trigger(days: str, weekdays: str) -> BaseTrigger:
-        return CronTrigger(
-            minute=_listed(when.minutes),
-            hour=_listed(when.hours),
-            day=days,
-            month=_listed(when.months),
-            day_of_week=weekdays,
-            timezone=zone,
-        )
 
-    if when.either_day:
-        return OrTrigger([trigger(_listed(when.days), "*"), trigger("*", when.weekdays)])
-    return trigger(_listed(when.days), when.weekdays)
+class _Cron(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
+    """The times of a line as `domain.cron.parse` writes it.
+
+    When the clocks go forward, a time that they skip comes at the first moment behind the gap, together with
+    all others of that gap. When they go back, a time that comes twice counts the first time only. Lines of
+    every hour go by elapsed time instead (as in Debian's cron).
+    """
+
+    def __init__(self, line: str, zone: tzinfo) -> None:
+        self._line = line
+        self._zone = zone
+
+    def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime | None:
+        """The first time after `previous`, or from `now` on; None when there is none within 50 years."""
+        least = now if previous is None else previous + timedelta.resolution
+        times = CronSim(self._line, (least - _SECOND).astimezone(self._zone))
+        # Looking for a single minute, cronsim 2.8 leaps an hour, and over a change of half an hour
+        # (Australia/Lord_Howe). With one more it goes minute by minute; minute 60 never comes.
+        times.minutes.add(60)
+        # cronsim begins behind a time on the clock. In autumn it may find one that came an hour ago.
+        for at in times:
+            found = at.astimezone(UTC)
+            if found >= least:
+                return found
+        return None
 
 
 class _Newest(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
-    """A trigger that passes over what was missed.
+    """A trigger that passes over missed times.
 
-    To run the last of them once, APScheduler would compute each: half a second's interval and a week of
-    suspend would keep the event loop busy for many seconds.
+    APScheduler would compute each of them to run the last one once: an interval of half a second and a week
+    of suspend would keep the event loop busy for many seconds.
     """
 
     def __init__(self, trigger: BaseTrigger) -> None:
@@ -85,6 +105,7 @@ class ApScheduler:
             timezone=UTC,
             job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
         )
+        self._scheduler.add_listener(self._report_late, EVENT_JOB_SUBMITTED)
         self._triggers: dict[str, Callable[[], BaseTrigger]] = {}
         self._running = False
         self._clock_check: asyncio.TimerHandle | None = None
@@ -104,6 +125,11 @@ class ApScheduler:
         """
         trigger = cron_trigger(line, timezone)
         self._add(name, lambda: trigger, tick)
+
+    def remove(self, name: str) -> None:
+        """End the schedule of that name; a tick that is due already may still come."""
+        del self._triggers[name]
+        self._scheduler.remove_job(name)
 
     def start(self) -> None:
         """Begin; called on the event loop that the ticks are to run on."""
@@ -137,6 +163,18 @@ class ApScheduler:
         self._triggers[name] = trigger
         self._scheduler.add_job(run, _Newest(trigger()), id=name, name=name)
 
+    def _report_late(self, event: JobSubmissionEvent) -> None:
+        planned = event.scheduled_run_times[0]
+        late_s = (datetime.now(UTC) - planned).total_seconds()
+        if late_s > _LATE_S:
+            _log.warning(
+                "schedule_late",
+                schedule=event.job_id,
+                planned=planned.astimezone(UTC).isoformat(),
+                late_s=round(late_s),
+                detail="runs once for all times that were missed",
+            )
+
     def _watch_clock(self) -> None:
         loop = asyncio.get_running_loop()
         self._clock_check = loop.call_later(_CLOCK_CHECK_S, self._watch_clock)
@@ -149,13 +187,29 @@ class ApScheduler:
                 self._scheduler.reschedule_job(name, trigger=_Newest(trigger()))
 
 
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))
-
-
-def _zone(timezone: str | None) -> tzinfo:
+def _zone(timezone: str) -> tzinfo:
     try:
-        return tzlocal.get_localzone() if timezone is None else ZoneInfo(timezone)
+        return ZoneInfo(timezone)
     except (ZoneInfoNotFoundError, ValueError, OSError) as exc:
-        what = "the local time zone" if timezone is None else f"the time zone {timezone!r}"
-        raise ValueError(f"{what} is unknown: {exc}") from exc
+        raise ValueError(f"the time zone {timezone!r} is unknown: {exc}") from exc
+
+
+def _local_zone() -> tzinfo:
+    """The zone that the system says. Any text can be in TZ, and a small container has no zone at all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            zone: tzinfo = tzlocal.get_localzone()
+        except (ZoneInfoNotFoundError, ValueError, OSError) as error:
+            problem = " ".join(str(error.args[0] if error.args else error).split())
+            zone = UTC
+        else:
+            problem = "; ".join(str(one.message) for one in caught)
+    if problem:
+        _log.warning(
+            "local_time_zone_unknown",
+            problem=problem,
+            schedules_use=str(zone),
+            hint="give the schedule a `timezone`, or set TZ to a name such as Europe/Berlin",
+        )
+    return zone

@@ -104,13 +104,16 @@ def _serve(host: str | None, port: int | None, config: Path | None, *, stop_inst
     from manager.cli.logs import configure_logging  # noqa: PLC0415
     from manager.errors import ManagerError  # noqa: PLC0415
 
-    loaded = load(config, overrides={"server": {"host": host, "port": port}})
+    # The daemon's own handler comes later. A reload that is asked for before that has nothing to do.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    read = functools.partial(load, config, overrides={"server": {"host": host, "port": port}})
+    loaded = read()
     from manager.settings import read_key  # noqa: PLC0415
 
     key_file = loaded.settings.server.key_file
     log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded, log, stop_instances=stop_instances)
+        _run_daemon(loaded, log, read, stop_instances=stop_instances)
     except (ManagerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the log has the traceback, the person gets one line)
@@ -136,15 +139,26 @@ def _end_log(log: LogWriter) -> None:
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
-def _run_daemon(loaded: LoadedSettings, log: LogWriter, *, stop_instances: bool) -> None:
+def _run_daemon(
+    loaded: LoadedSettings, log: LogWriter, read: Callable[[], LoadedSettings], *, stop_instances: bool
+) -> None:
     import asyncio  # noqa: PLC0415
 
     import uvloop  # noqa: PLC0415
 
     from manager import app  # noqa: PLC0415
+    from manager.cli.logs import reconfigure_logging  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded, log=log, stop_instances=stop_instances))
+        runner.run(
+            app.serve(
+                loaded,
+                log=log,
+                read_again=read,
+                configure_log=reconfigure_logging,
+                stop_instances=stop_instances,
+            )
+        )
 
 
 @program.command()

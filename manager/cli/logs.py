@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 HIDDEN = "…"
 # A shorter secret is not looked for in finished lines.
 SHORTEST_SECRET = 8
+_MOST_SECRETS = 32
 
 _FIRST_KEYS = ("ts", "level", "logger", "event")
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token|secret|password|authorization|cookie)s?$", re.IGNORECASE)
@@ -90,17 +91,20 @@ def configure_logging(
     ]
     structlog.configure(
         processors=[
+            structlog.stdlib.filter_by_level,
             *shared,
             structlog.stdlib.PositionalArgumentsFormatter(),
             structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        # Loggers keep their class; the level may change later.
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )
     render = (
         _console_renderer(colours=writer.is_terminal and coloured(sys.stderr)) if console else _json_renderer
     )
+    censor = _Censor(secrets)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[
@@ -109,11 +113,20 @@ def configure_logging(
             structlog.processors.format_exc_info,
             _Redactor(),
             render,
-            _Censor(secrets),
+            censor,
         ],
     )
-    _route_standard_logging(_WriterHandler(writer, formatter), level)
+    _route_standard_logging(_WriterHandler(writer, formatter, censor), level)
     return writer
+
+
+def reconfigure_logging(settings: LogSettings, secret: str | None) -> None:
+    """Change the level of what is logged from now on, and hide one more secret."""
+    root = logging.getLogger()
+    _set_level(logging.getLevelNamesMapping()[settings.level.upper()])
+    for handler in root.handlers:
+        if isinstance(handler, _WriterHandler) and secret is not None:
+            handler.censor.hide(secret)
 
 
 def _stderr_descriptor() -> int | None:
@@ -127,8 +140,9 @@ def _stderr_descriptor() -> int | None:
 class _WriterHandler(logging.Handler):
     """Renders each entry to a line and queues it. An entry that cannot be rendered costs its fields only."""
 
-    def __init__(self, writer: LogWriter, formatter: logging.Formatter) -> None:
+    def __init__(self, writer: LogWriter, formatter: logging.Formatter, censor: _Censor) -> None:
         super().__init__()
+        self.censor = censor
         self._writer = writer
         self.setFormatter(formatter)
 
@@ -155,15 +169,19 @@ class _WriterHandler(logging.Handler):
 def _route_standard_logging(handler: logging.Handler, level: int) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level)
-    for name in _CHATTY:
-        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    _set_level(level)
     logging.captureWarnings(capture=True)
     logging.raiseExceptions = False
     threading.excepthook = _log_thread_error
     sys.unraisablehook = _log_unraisable
+
+
+def _set_level(level: int) -> None:
+    logging.getLogger().setLevel(level)
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(level if level <= logging.DEBUG else max(level, logging.WARNING))
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
 
 
 def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
@@ -207,8 +225,17 @@ class _Censor:
     """
 
     def __init__(self, secrets: Collection[str]) -> None:
-        long = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
-        spellings = {spelt for secret in long for spelt in (secret, json.dumps(secret)[1:-1])}
+        self._secrets: list[str] = []
+        self._spellings: list[str] = []
+        for secret in secrets:
+            self.hide(secret)
+
+    def hide(self, secret: str) -> None:
+        """Hide one more. The newest `_MOST_SECRETS` are hidden."""
+        if len(secret) < SHORTEST_SECRET or secret in self._secrets:
+            return
+        self._secrets = [*self._secrets, secret][-_MOST_SECRETS:]
+        spellings = {spelt for one in self._secrets for spelt in (one, json.dumps(one)[1:-1])}
         self._spellings = sorted(spellings, key=len, reverse=True)
 
     def __call__(self, _logger: Any, _method: str, line: Any) -> str:

@@ -1,4 +1,7 @@
-"""Lines as in crontab(5), read into numbers and names that no scheduler can misread."""
+"""Reads lines of crontab(5), and writes them again in a form that every scheduler reads alike.
+
+When a line fires is the scheduler's business; here is what a line may say, and what is wrong with it.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ _LONG_WEEKDAYS = ("sunday", "monday", "tuesday", "wednesday", "thursday", "frida
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 _LONGEST_MONTHS = (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
 _PART = re.compile(
-    r"(?:(?P<all>\*)|(?P<first>[0-9]+|[a-z]+)(?:-(?P<last>[0-9]+|[a-z]+))?)(?:/(?P<step>[0-9]+))?"
+    r"(?:(?P<all>\*)|(?P<first>[0-9]{1,9}|[a-z]+)(?:-(?P<last>[0-9]{1,9}|[a-z]+))?)(?:/(?P<step>[0-9]{1,9}))?"
 )
 _NICKNAMES = {
     "@yearly": "0 0 1 1 *",
@@ -26,27 +29,22 @@ _NICKNAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class CronLine:
-    """When a line fires: every combination of these, sorted. `weekdays` as `weekday_names` gives them.
-
-    A day counts when it is in both `days` and `weekdays`, or, with `either_day`, in one of them.
-    """
-
-    minutes: tuple[int, ...]
-    hours: tuple[int, ...]
-    days: tuple[int, ...]
-    months: tuple[int, ...]
-    weekdays: str
-    either_day: bool
-
-
-@dataclass(frozen=True, slots=True)
 class _Field:
     what: str
     lowest: int
     highest: int
     names: tuple[str, ...] = ()
     long_names: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many different values there are."""
+        return self.last - self.lowest + 1
+
+    @property
+    def last(self) -> int:
+        """The last value of `*`: as a weekday, 7 is 0 again."""
+        return 6 if self.long_names else self.highest
 
 
 _MINUTE = _Field("minute", 0, 59)
@@ -56,13 +54,18 @@ _MONTH = _Field("month", 1, 12, _MONTHS)
 _WEEKDAY = _Field("weekday", 0, 7, _WEEKDAYS, _LONG_WEEKDAYS)  # counted from Sunday; 7 is Sunday again
 
 
-def parse(line: str) -> CronLine:
-    """Read a line of five fields, or a nickname such as `@daily`.
+def parse(line: str) -> str:
+    """Return a line of five fields, or a nickname such as `@daily`, as five fields of numbers.
 
-    Two days count when either matches, unless one of the two fields begins with `*` (crontab(5), NOTES).
+    Names become numbers, ranges and steps become lists, and 7 becomes 0. What begins with `*` afterwards:
+
+    - the hour, where the line names every hour: such a line goes by elapsed time when the clocks change,
+      any other by what the clock shows;
+    - a day field that begins with `*` in `line`: then both days must match, else either of them
+      (crontab(5), NOTES).
 
     Raises:
-        ValueError: not a line that crontab(5) describes, or one that could never fire.
+        ValueError: not a line that crontab(5) describes, or one that never fires.
     """
     text = line.strip().lower()
     fields = _NICKNAMES.get(text, text).split()
@@ -74,34 +77,30 @@ def parse(line: str) -> CronLine:
         )
     minute, hour, day, month, weekday = fields
     days, months = _numbers(_DAY, day), _numbers(_MONTH, month)
-    either_day = not day.startswith("*") and not weekday.startswith("*")
-    if not any(day <= _LONGEST_MONTHS[month - 1] for day in days for month in months):
-        if not either_day:
-            raise ValueError(f"{line!r} never fires: none of its months has such a day")
-        days, either_day = _numbers(_DAY, "*"), False  # the weekdays alone decide
-    return CronLine(
-        minutes=_numbers(_MINUTE, minute),
-        hours=_numbers(_HOUR, hour),
-        days=days,
-        months=months,
-        weekdays=weekday_names(weekday),
-        either_day=either_day,
+    weekdays = tuple(sorted({number % 7 for number in _numbers(_WEEKDAY, weekday)}))
+    both = day.startswith("*") or weekday.startswith("*")
+    if both and not any(number <= _LONGEST_MONTHS[month - 1] for number in days for month in months):
+        raise ValueError(f"{line!r} never fires: none of its months has such a day")
+    hours = _numbers(_HOUR, hour)
+    return " ".join(
+        (
+            _listed(_numbers(_MINUTE, minute)),
+            "*" if len(hours) == _HOUR.count else _listed(hours),
+            _day_field(_DAY, day, days),
+            _listed(months),
+            _day_field(_WEEKDAY, weekday, weekdays),
+        )
     )
 
 
-def weekday_names(field: str) -> str:
-    """The fifth field of a line as a list of names (`1-5` -> `mon,tue,wed,thu,fri`), `*` as it is.
+def _day_field(field: _Field, text: str, numbers: tuple[int, ...]) -> str:
+    if not text.startswith("*"):
+        return _listed(numbers)
+    return "*" if len(numbers) == field.count else f"{text.partition(',')[0]},{_listed(numbers)}"
 
-    crontab(5) counts from Sunday = 0 and takes 7 for Sunday too; schedulers that count from Monday = 0
-    would fire on the wrong days.
 
-    Raises:
-        ValueError: not a weekday field.
-    """
-    if field == "*":
-        return field
-    chosen = {number % 7 for number in _numbers(_WEEKDAY, field.lower())}
-    return ",".join(name for number, name in enumerate(_WEEKDAYS) if number in chosen)
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
 
 
 def _numbers(field: _Field, text: str) -> tuple[int, ...]:
@@ -109,28 +108,27 @@ def _numbers(field: _Field, text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _PART.fullmatch(part)
         if match is None:
-            raise ValueError(f"{part!r} is not a {field.what}, a range of them or a step")
+            raise _refused(field, part, f"not a {field.what}, a range of them or a step")
         first, last = _range(field, match)
         step = int(match["step"] or 1)
         if step == 0:
-            raise ValueError(f"{part!r}: a step of 0 never fires")
+            raise _refused(field, part, "a step of 0 never fires")
         chosen.update(range(first, last + 1, step))
     return tuple(sorted(chosen))
 
 
 def _range(field: _Field, match: re.Match[str]) -> tuple[int, int]:
     """The first and the last value; a step after a single value runs to the end of the field."""
-    highest = 6 if field is _WEEKDAY else field.highest  # 7 is not one more day
     if match["all"]:
-        return field.lowest, highest
+        return field.lowest, field.last
     first = _number(field, match["first"])
     if match["last"] is None:
-        return first, max(first, highest) if match["step"] else first
+        return first, max(first, field.last) if match["step"] else first
     last = _number(field, match["last"])
     if last == 0 and match["last"].isalpha():
         last = 7 if first > 0 else 0  # fri-sun: here Sunday ends the week
     if last < first:
-        raise ValueError(f"the range {match[0]!r} runs backwards")
+        raise _refused(field, match[0], "the range runs backwards")
     return first, last
 
 
@@ -140,5 +138,9 @@ def _number(field: _Field, text: str) -> int:
             return names.index(text) + field.lowest
     if text.isdigit() and field.lowest <= int(text) <= field.highest:
         return int(text)
+    raise _refused(field, text, f"not a {field.what}")
+
+
+def _refused(field: _Field, text: str, why: str) -> ValueError:
     or_names = f" or {field.names[0]}-{field.names[-1]}" if field.names else ""
-    raise ValueError(f"{text!r} is not a {field.what}: expected {field.lowest}-{field.highest}{or_names}")
+    return ValueError(f"the {field.what} {text!r}: {why}; expected {field.lowest}-{field.highest}{or_names}")

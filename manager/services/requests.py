@@ -55,7 +55,7 @@ class Requests:
         self, names: HeaderNames, *, default_project: str, samples: Callable[[str], bool] = never
     ) -> None:
         self.names = names
-        self._default_project = default_project
+        self.default_project = default_project
         self._samples = samples
         self._prefix = os.urandom(6).hex()
         self._span_prefix = os.urandom(4).hex()
@@ -69,7 +69,7 @@ class Requests:
         return Origin(
             instance=shown(given.get(names.instance)),
             lane=shown(given.get(names.lane)),
-            project=shown(given.get(names.project)) or self._default_project,
+            project=shown(given.get(names.project)) or self.default_project,
             intent=shown(given.get(names.intent)),
             local_only=local_only.lower() in ("true", "1", "yes"),
             trace=read_traceparent(given.get(b"traceparent")),

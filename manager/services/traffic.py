@@ -60,7 +60,7 @@ class Traffic:
     ) -> None:
         self._write = write
         self._trace = trace
-        self._share_logged = share_logged
+        self.share_logged = share_logged
         self.requests: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.fallbacks: defaultdict[tuple[str, str, str], int] = defaultdict(int)
         self.target_errors: defaultdict[tuple[str, str], int] = defaultdict(int)
@@ -102,7 +102,7 @@ class Traffic:
         if self._trace is not None and record.sampled:
             self._trace(record)
         if (
-            record.outcome != "ok" or self._share_logged >= 1 or random.random() < self._share_logged  # noqa: S311  (a sample, no secret)
+            record.outcome != "ok" or self.share_logged >= 1 or random.random() < self.share_logged  # noqa: S311  (a sample, no secret)
         ):
             self._write(record)
 

@@ -73,6 +73,24 @@ class Access:
         own_names: Collection[str] = (),
         any_host: bool = False,
     ) -> None:
+        self.configure(
+            allowed_hosts=allowed_hosts,
+            key=key,
+            allowed_origins=allowed_origins,
+            own_names=own_names,
+            any_host=any_host,
+        )
+
+    def configure(
+        self,
+        *,
+        allowed_hosts: Collection[str],
+        key: str | None,
+        allowed_origins: Collection[str] = (),
+        own_names: Collection[str] = (),
+        any_host: bool = False,
+    ) -> None:
+        """Replace everything, for all requests from now on. The arguments are those of the class."""
         self._configured = frozenset(allowed_hosts)
         self._named = self._configured | {name.lower() for name in own_names}
         self._any_host = any_host and key is not None

@@ -10,6 +10,7 @@ import yaml
 
 import manager.app
 from manager.settings import load_settings
+from manager.wire.access import Access
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,8 @@ def reason(home: Path, server: dict[str, Any], host: str) -> str | None:
     key_file.chmod(0o600)
     config = home / "config.yaml"
     config.write_text(yaml.safe_dump({"server": {"key_file": str(key_file), **server}}))
-    access = manager.app._access(load_settings(config, environ={"HOME": str(home)}).settings, KEY)
+    settings = load_settings(config, environ={"HOME": str(home)}).settings
+    access = Access(**manager.app._access_rules(settings, KEY))
     refusal = access.refusal("/api/tags", [(b"host", host.encode()), (b"x-api-key", KEY.encode())])
     return refusal.reason if refusal else None
 

@@ -68,6 +68,7 @@ class ContainerRun:
         on_container: told of each change of what is known of the container, None once it is gone.
 
     Attributes:
+        limits: how long things may take; may be replaced at any time.
         kept_log: the last lines of the last container that was removed and had said something.
     """
 
@@ -80,7 +81,7 @@ class ContainerRun:
     ) -> None:
         self._world = world
         self._instance = instance
-        self._limits = limits
+        self.limits = limits
         self._on_container = on_container
         self.kept_log: tuple[str, ...] = ()
 
@@ -148,7 +149,7 @@ class ContainerRun:
         if container.status in ALIVE and not at_once:
             await engine.signal(container.id, "SIGTERM")
             await self._step("signalled")
-            if not await self._ended(container.id, watch, self._limits.stop_timeout_s):
+            if not await self._ended(container.id, watch, self.limits.stop_timeout_s):
                 await engine.signal(container.id, "SIGKILL")
                 if not await self._ended(container.id, watch, _KILLED_WAIT_S):
                     raise EngineError(
@@ -271,17 +272,17 @@ class ContainerRun:
 
     async def _until_ready(self, container: ContainerFacts, url: str, watch: Watch) -> None:
         now = self._world.now
-        deadline = now() + self._limits.start_timeout_s
+        deadline = now() + self.limits.start_timeout_s
         inspect_at = now() + _INSPECT_EVERY_S
         pause_s = _FIRST_POLL_S
         while not watch.ended.is_set():
             if watch.paused:  # it cannot answer: its time begins when it goes on
-                deadline = now() + self._limits.start_timeout_s
+                deadline = now() + self.limits.start_timeout_s
             left_s = deadline - now()
             if left_s <= 0:
                 raise StartFailedError(
                     f"{container.name} runs, but did not answer {url} within "
-                    f"{self._limits.start_timeout_s:g} s",
+                    f"{self.limits.start_timeout_s:g} s",
                     reason=Reason.START_TIMEOUT,
                     instance=self._instance,
                 )

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
@@ -27,7 +28,7 @@ from manager.settings.addresses import is_loopback
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator
 
-    from manager.domain.instance import ContainerFacts
+    from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.services.instances.instance import Instance, View
     from manager.services.ports import EngineEvent, EngineInfo, Scheduler
     from manager.services.world import World
@@ -81,6 +82,7 @@ class Fleet:
         self._world = world
         self._find_member = find_member
         self._schedules = schedules
+        self._scheduler: Scheduler | None = None
         self._max_running = max_running
         self._in_container = False
         self._probe_interval_s = probe_interval_s
@@ -270,13 +272,35 @@ class Fleet:
     def schedule(self, scheduler: Scheduler) -> None:
         """Register the sweep and the configured schedules; a tick only posts what is to be done."""
         scheduler.every("sweep", self._probe_interval_s, lambda: self._ticks.put_nowait(None))
+        self._scheduler = scheduler
         for number, entry in enumerate(self._schedules):
-            scheduler.cron(
-                f"schedules[{number}]",
-                entry.cron,
-                entry.timezone,
-                lambda entry=entry: self._ticks.put_nowait(entry),  # type: ignore[misc]
-            )
+            self._add_schedule(scheduler, number, entry)
+
+    def _add_schedule(self, scheduler: Scheduler, number: int, entry: Schedule) -> None:
+        name = f"schedules[{number}]"
+        scheduler.cron(name, entry.cron, entry.timezone, lambda: self._ticks.put_nowait(entry))
+
+    def reconfigure(
+        self, specs: Iterable[InstanceSpec], schedules: tuple[Schedule, ...], max_running: int | None
+    ) -> None:
+        """Take over a new configuration of the same instances.
+
+        Args:
+            specs: of all instances; only what may change while they run differs.
+            schedules: in place of the old ones. One that has not changed keeps its next time.
+            max_running: what runs beyond it goes on.
+        """
+        for spec in specs:
+            self.get(spec.id).reconfigure(spec)
+        self._max_running = max_running
+        before, self._schedules = self._schedules, schedules
+        for number, (old, new) in enumerate(zip_longest(before, schedules)):
+            if self._scheduler is not None and old != new:
+                if old is not None:
+                    self._scheduler.remove(f"schedules[{number}]")
+                if new is not None:
+                    self._add_schedule(self._scheduler, number, new)
+        self._world.revision.advance()
 
     async def settled(self, *, within_s: float) -> None:
         """Wait until the engine was listed and every container found was adopted, as far as that goes.

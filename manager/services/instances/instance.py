@@ -121,6 +121,10 @@ class Instance(ABC):
     async def stop(self, *, force: bool = False) -> bool:
         """Have it stopped; False when it already was."""
 
+    def reconfigure(self, spec: InstanceSpec) -> None:
+        """Take over a new configuration; driver, template, device and URL are the same as before."""
+        self.spec = spec
+
     @property
     @abstractmethod
     def probed_endpoint(self) -> str | None:

@@ -265,6 +265,12 @@ class Supervisor(Instance):
 
     # --- what the fleet calls ---
 
+    def reconfigure(self, spec: InstanceSpec) -> None:
+        super().reconfigure(spec)
+        self._run.limits = spec.limits
+        self._override(self._row.ttl_s, self._row.pinned)
+        self._wake.set()
+
     def first_listing(self, facts: ContainerFacts | None) -> None:
         """Take in what the engine listed at the daemon's start, together with what was stored before."""
         mine = self._mine(facts)

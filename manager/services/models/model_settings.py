@@ -74,6 +74,12 @@ class ModelSettings:
         """The saved overrides that do not count, and why."""
         return self._overlay.ignored
 
+    def reconfigure(self, written: Mapping[str, Mapping[str, Sourced]], models: ModelsSettings) -> None:
+        """Take over a new configuration. Overrides stay above it; one that does not fit any more is ignored."""
+        self._written, self._models = written, models
+        self._take(self._overrides, told={one.key for one in self.ignored})
+        self.version += 1
+
     async def change(self, change: Change) -> None:
         """Change values of roles: saved first, then in force at once. None takes an override back.
 

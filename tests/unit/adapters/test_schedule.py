@@ -88,17 +88,11 @@ def test_no_time_zone_means_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trigger.get_next_fire_time(None, SATURDAY) == SATURDAY
 
 
-def test_a_time_that_the_clocks_skip_still_fires_that_day() -> None:
-    trigger = cron_trigger("30 2 * * *", "Europe/Berlin")
-    at = trigger.get_next_fire_time(None, datetime(2026, 3, 29, 0, 0, tzinfo=UTC))
-    assert at.astimezone(UTC) == datetime(2026, 3, 29, 1, 30, tzinfo=UTC)
-
-
 @pytest.mark.parametrize("line", ["0 0 8 * * *", "0 8 * *", "0 0 last * *", "0 0 * jan/2x *", "nonsense"])
 def test_a_line_that_is_not_one_of_crontab_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"fields|is not a"):
+    with pytest.raises(ValueError, match=r"fields|: not a"):
         cron_trigger(line, None)
-    with pytest.raises(ValueError, match=r"fields|is not a"):
+    with pytest.raises(ValueError, match=r"fields|: not a"):
         ApScheduler().cron("x", line, None, lambda: None)
 
 
