@@ -14,6 +14,7 @@ ManagerError
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
 │   │   ├── ContainerGoneError
+│   │   ├── ArchiveTooLargeError
 │   │   └── NetworkMissingError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
@@ -154,6 +155,13 @@ class ContainerGoneError(EngineError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.CONTAINER_EXITED)
+
+
+class ArchiveTooLargeError(EngineError):
+    """A file or folder of a container has more bytes than the caller takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.INSTANCE_UNAVAILABLE)
 
 
 class NetworkMissingError(EngineError):

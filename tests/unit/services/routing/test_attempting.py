@@ -511,7 +511,7 @@ def test_a_change_of_the_settings_does_not_take_back_that_nobody_is_started(
 ) -> None:
     stage = on_stage(monkeypatch, attempt("a"), attempt("b", "running"))
     one = stage.sent()
-    stage.router.settings_version += 1
+    stage.router.version += 1
     stage.router.decision = decision(attempt("c", "startable"), attempt("d", "running"))
     assert shown(one.answered(UNKNOWN, "something", "the answer of a")) == "d"
 
@@ -816,7 +816,7 @@ def test_a_record_names_a_bounded_number_of_attempts_and_counts_them_all(
 
 def test_an_attempt_that_follows_obeys_the_settings_of_that_moment(stage: Stage) -> None:
     one = stage.sent()
-    stage.router.settings_version += 1
+    stage.router.version += 1
     stage.router.decision = decision(attempt("a"), attempt("c"))
     assert shown(one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)) == "c"
 

@@ -35,6 +35,11 @@ class Puller:
     def __init__(self, error: Exception | None = None) -> None:
         self.pulled: list[tuple[str, str]] = []
         self._error = error
+        self.given_up: Exception | None = None
+
+    def refuse_given_up(self, _instance: str, _model: str) -> None:
+        if self.given_up is not None:
+            raise self.given_up
 
     async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
         tell("pulling 5 %")
@@ -115,6 +120,8 @@ async def test_no_lease_is_left_where_the_request_is_cancelled_meanwhile(ground:
     pulling = asyncio.Event()
 
     class Slow:
+        def refuse_given_up(self, *_: object) -> None: ...
+
         async def pull(self, *_: object) -> None:
             pulling.set()
             await asyncio.Event().wait()

@@ -158,7 +158,7 @@ def test_what_is_known_of_the_fleet_is_the_fleets_to_say() -> None:
     ground = Ground("a")
     ground.fleet.is_known = False
     assert not ground.router.is_known
-    assert ground.router.settings_version == ground.settings.version
+    assert ground.router.version == ground.settings.version
     assert ground.router.load() is ground.fleet.in_flight
 
 
