@@ -40,6 +40,8 @@ _RUNNERS = ("ollama", "llamacpp", "mlx")
 _BLOB = re.compile(r"sha256[-:]([0-9a-fA-F]{64})")
 _TIME = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)")
 _PATH_PARTS = 5
+# Two empty blocks.
+_END_OF_ARCHIVE = bytes(1024)
 
 
 class UnreadableStoreError(Exception):
@@ -94,6 +96,9 @@ def manifest_files(archive: bytes, folder: str) -> tuple[ManifestFile, ...]:
         UnreadableStoreError: the archive is broken, or has more than `MAX_MODELS` manifests.
     """
     found: list[ManifestFile] = []
+    if not archive.endswith(_END_OF_ARCHIVE):
+        # An engine that fails half-way ends its answer in good order all the same.
+        raise UnreadableStoreError("its archive has no end")
     try:
         with tarfile.open(fileobj=io.BytesIO(archive), mode="r:") as tar:
             for member in tar:
@@ -239,8 +244,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     if not member.isreg() or member.size > MAX_MANIFEST_BYTES:
         return None
     file = tar.extractfile(member)
-    content = b"" if file is None else file.read()
-    return content if len(content) == member.size else None
+    return None if file is None else file.read()
 
 
 def _manifest(document: Mapping[str, Any]) -> Manifest | None:

@@ -225,3 +225,12 @@ def test_roles_are_kept_out_of_ollamas_list_where_that_is_wanted() -> None:
     assert [alias.name for alias in known.listed_aliases()] == ["thinking"]
     known = catalogue(one, roles=roles, list_roles=False)
     assert (known.listed_aliases(), len(known.aliases())) == ((), 1)
+
+
+async def test_a_list_of_models_has_unlisted_volumes_read_and_one_of_loaded_models_has_not() -> None:
+    known = catalogue(Instance("one"))
+    reader: Any = known._reader
+    await known.refresh(lists=False)
+    assert reader.looks == 0
+    await known.refresh(lists=True)
+    assert reader.looks == 1
