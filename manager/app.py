@@ -49,6 +49,7 @@ from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
+from manager.services.models.volume_reader import VolumeReader
 from manager.services.models.volumes import Volumes
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
@@ -179,8 +180,9 @@ async def open_daemon(
         await gpus.load()
         tls = SharedTls().context
         pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
-        engine = DockerEngine(settings.engine.url, settings.engine.timeout_s)
-        stack.callback(engine.close)
+        engine = stack.enter_context(
+            contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
+        )
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -236,9 +238,12 @@ async def open_daemon(
             in_flight=world.in_flight,
             now=time.monotonic,
         )
-        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic)
+        reader = _volume_reader(world, fleet, lists, runs=not resume_idle_clock)
+        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic, reader=reader)
         status = ModelStatus(fleet)
-        catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
+        catalogue = Catalogue(
+            fleet, status, traffic, lists, model_settings, reader=reader, now=time.monotonic
+        )
         server = PooledModelServer(
             pools,
             connect_timeout_s=settings.gateway.connect_timeout_s,
@@ -415,6 +420,16 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+
+
+def _volume_reader(world: World, fleet: Fleet, lists: ModelLists, *, runs: bool) -> VolumeReader:
+    """Return the reader of volumes; `runs` is whether it goes on with the fleet. A sweep reads none."""
+    reader = VolumeReader(
+        fleet, world.engine, lists, world.journal, manager_id=world.manager_id, now=world.now
+    )
+    if runs:
+        fleet.also_run("volumes", reader.run)
+    return reader
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:

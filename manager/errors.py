@@ -15,6 +15,7 @@ ManagerError
 │   │   ├── EngineUnreachableError
 │   │   │   └── NoDescriptorForEngineError
 │   │   ├── ContainerGoneError
+│   │   ├── ArchiveTooLargeError
 │   │   └── NetworkMissingError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
@@ -168,6 +169,13 @@ class ContainerGoneError(EngineError):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.CONTAINER_EXITED)
+
+
+class ArchiveTooLargeError(EngineError):
+    """A file or folder of a container has more bytes than the caller takes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.INSTANCE_UNAVAILABLE)
 
 
 class NetworkMissingError(EngineError):

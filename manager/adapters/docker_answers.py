@@ -212,6 +212,12 @@ def said(body: bytes) -> str:
     return message if isinstance(message, str) else body.decode("utf-8", "replace")
 
 
+def names_no_container(said: str) -> bool:
+    """Whether a 404 is about the container; older engines say "no such container:path" of a missing file."""
+    lowered = said.lower()
+    return "no such container" in lowered and "no such container:path" not in lowered
+
+
 def refusal(status: int | None, said: str) -> EngineError:
     """The error for a call that the engine refused with that HTTP status and in those words."""
     said = said.strip() or "the engine refused without a word"

@@ -17,21 +17,24 @@ from requests.utils import DEFAULT_CA_BUNDLE_PATH
 from manager.adapters import docker_answers as answers
 from manager.adapters import docker_streams as streams
 from manager.adapters.docker_request import create_body
-from manager.adapters.http_client import HttpClient, plainly
+from manager.adapters.http_client import AnswerTooLongError, HttpClient, plainly
 from manager.adapters.tls import SharedTls
 from manager.descriptors import lacks_descriptors
 from manager.domain.container import LABEL_MANAGER
 from manager.errors import (
+    ArchiveTooLargeError,
     ContainerGoneError,
     EngineError,
     EngineUnreachableError,
     NoDescriptorForEngineError,
     Reason,
 )
+from manager.services.ports import Archive
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from manager.adapters.http_client import Answer
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerFacts
     from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, PullProgress
@@ -42,6 +45,8 @@ T = TypeVar("T")
 _MOST_BYTES = 64 * 2**20
 _MOST_KEPT = 8
 _NOT_MODIFIED = 304
+_NOT_FOUND = 404
+_PATH_STAT = b"x-docker-container-path-stat"
 
 
 class DockerEngine:
@@ -74,8 +79,10 @@ class DockerEngine:
         podman = await self._podman()
         return self._read(lambda read: answers.engine_info(read, podman), info)
 
-    async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]:
-        query = _query(all="1", filters=_filters(label=f"{LABEL_MANAGER}={manager_id}"))
+    async def list_containers(
+        self, manager_id: str, *, label: str = LABEL_MANAGER
+    ) -> tuple[ContainerFacts, ...]:
+        query = _query(all="1", filters=_filters(label=f"{label}={manager_id}"))
         raw = await self._call("GET", f"/containers/json?{query}")
         return self._read(lambda entries: tuple(map(answers.listed, entries)), raw)
 
@@ -126,6 +133,26 @@ class DockerEngine:
         raw = await self._call("GET", f"/containers/{quote(container_id)}/stats?{query}")
         return self._read(answers.counters, raw)
 
+    async def has_volume(self, name: str) -> bool:
+        answer = await self._ask("GET", f"/volumes/{quote(name)}")
+        if answer.status == _NOT_FOUND:
+            return False
+        return self._read(lambda volume: bool(volume["Name"]), _checked(answer))
+
+    async def read_archive(self, container_id: str, path: str, most_bytes: int) -> Archive | None:
+        target = f"/containers/{quote(container_id)}/archive?{_query(path=path)}"
+        try:
+            answer = await self._ask("GET", target, most_bytes=most_bytes)
+        except EngineUnreachableError as error:
+            if isinstance(error.__cause__, AnswerTooLongError):
+                raise ArchiveTooLargeError(f"{path} has more than {most_bytes} bytes") from error
+            raise
+        if answer.status == _NOT_FOUND and not answers.names_no_container(answers.said(answer.body)):
+            return None
+        body = _checked(answer)
+        stat = next((value for name, value in answer.headers if name.lower() == _PATH_STAT), b"")
+        return Archive(body, stat.decode("latin-1"))
+
     async def has_network(self, name: str) -> bool:
         raw = await self._call("GET", f"/networks?{_query(filters=_filters(name=name))}")
         # The engine's name filter matches parts of names.
@@ -151,13 +178,6 @@ class DockerEngine:
                 return False
             raise
         return self._read(lambda answer: bool(answer["Id"]), raw)
-
-    async def has_volume(self, name: str) -> bool:
-        raw = await self._call("GET", f"/volumes?{_query(filters=_filters(name=name))}")
-        # The engine's name filter matches parts of names.
-        return self._read(
-            lambda answer: any(volume["Name"] == name for volume in answer["Volumes"] or ()), raw
-        )
 
     async def ensure_volume(self, name: str) -> None:
         """Create the volume `name` unless there is one; the engine does nothing then."""
@@ -218,10 +238,22 @@ class DockerEngine:
         Raises:
             EngineError: the engine refused, or cannot be reached.
         """
+        return _checked(await self._ask(method, path, body=body, timeout_s=timeout_s))
+
+    async def _ask(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        timeout_s: float | None = None,
+        most_bytes: int | None = None,
+    ) -> Answer:
+        """Return the answer, whatever its status. The arguments are those of `_call` and of `HttpClient`."""
         deadline_s = timeout_s or self._timeout_s
         try:
             async with asyncio.timeout(deadline_s):
-                answer = await self._client.ask(method, path, body)
+                return await self._client.ask(method, path, body, most_bytes=most_bytes)
         except TimeoutError as error:
             raise EngineUnreachableError(
                 f"the container engine at {self.url} did not answer within {deadline_s:g} s"
@@ -232,9 +264,6 @@ class DockerEngine:
             raise EngineUnreachableError(
                 f"the container engine at {self.url} cannot be reached ({plainly(error)})"
             ) from error
-        if not 200 <= answer.status < 300 and answer.status != _NOT_MODIFIED:  # noqa: PLR2004
-            raise answers.refusal(answer.status, answers.said(answer.body))
-        return answer.body
 
     def _read(self, convert: Callable[[Any], T], raw: bytes) -> T:
         """What an answer means.
@@ -249,6 +278,17 @@ class DockerEngine:
                 f"unexpected answer of the container engine at {self.url}: {error!r}",
                 reason=Reason.START_FAILED,
             ) from error
+
+
+def _checked(answer: Answer) -> bytes:
+    """Return the body of an answer.
+
+    Raises:
+        EngineError: its status is a refusal.
+    """
+    if not 200 <= answer.status < 300 and answer.status != _NOT_MODIFIED:  # noqa: PLR2004
+        raise answers.refusal(answer.status, answers.said(answer.body))
+    return answer.body
 
 
 def _refuse_moved_binds(request: ContainerRequest) -> None:

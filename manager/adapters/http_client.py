@@ -14,7 +14,9 @@ from urllib.parse import urlsplit
 from manager.wire.answer import AnswerReader, BadAnswerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from manager.wire.head import Header
 
 _UNIX = "unix://"
 _DEFAULT_PORTS = {"http": 80, "https": 443, "tcp": 2375}
@@ -26,6 +28,11 @@ class Answer(NamedTuple):
     status: int
     body: bytes
     http_bytes: int
+    headers: Sequence[Header] = ()
+
+
+class AnswerTooLongError(ConnectionError):
+    """The body of an answer is longer than what the caller takes."""
 
 
 class HttpClient:
@@ -61,15 +68,19 @@ class HttpClient:
         self._most_kept = most_kept
         self._kept: list[_Connection] = []
 
-    async def ask(self, method: str, path: str, body: bytes | None = None) -> Answer:
+    async def ask(
+        self, method: str, path: str, body: bytes | None = None, *, most_bytes: int | None = None
+    ) -> Answer:
         """Return the whole answer, whatever its status; redirects are not followed. Sets no deadline.
 
         Args:
             method: GET, or another one, which is never sent twice.
             path: with the query, if there is one.
             body: a JSON document.
+            most_bytes: the bound of the answer's body, where it differs from that of the client.
 
         Raises:
+            AnswerTooLongError: the body of the answer is longer than that.
             OSError: there is no answer, or it is no proper HTTP.
             ValueError: the path is invalid.
         """
@@ -79,16 +90,17 @@ class HttpClient:
         if method != "GET":
             head += f"Content-Length: {len(body or b'')}\r\n"
         request = f"{head}\r\n".encode("ascii") + (body or b"")
+        bound = self._most_bytes if most_bytes is None else most_bytes
         while self._kept:
             connection = self._kept.pop()
             if connection.usable:
                 try:
-                    return await self._asked(connection, request)
+                    return await self._asked(connection, request, bound)
                 except OSError:
                     # The server may have closed it while it was idle.
                     if connection.touched or method != "GET":
                         raise
-        return await self._asked(await self._connect(), request)
+        return await self._asked(await self._connect(), request, bound)
 
     def close(self) -> None:
         """Close the kept connections; the next request makes another one."""
@@ -98,19 +110,16 @@ class HttpClient:
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
 
-        def make() -> _Connection:
-            return _Connection(self._most_bytes)
-
         if self._socket is not None:
-            _, connection = await loop.create_unix_connection(make, self._socket)
+            _, connection = await loop.create_unix_connection(_Connection, self._socket)
         else:
             tls = await self._tls() if self._tls is not None else None
-            _, connection = await loop.create_connection(make, self._name, self._port, ssl=tls)
+            _, connection = await loop.create_connection(_Connection, self._name, self._port, ssl=tls)
         return connection
 
-    async def _asked(self, connection: _Connection, request: bytes) -> Answer:
+    async def _asked(self, connection: _Connection, request: bytes, most_bytes: int) -> Answer:
         try:
-            answer = await connection.ask(request)
+            answer = await connection.ask(request, most_bytes)
         except BaseException:
             connection.close()
             raise
@@ -124,8 +133,8 @@ class HttpClient:
 class _Connection(asyncio.Protocol):
     """One request at a time. Bytes that arrive without a request end it."""
 
-    def __init__(self, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self) -> None:
+        self._most_bytes = 0
         self._transport: asyncio.Transport | None = None
         self._reader = AnswerReader()
         self._answer: asyncio.Future[Answer] | None = None
@@ -141,9 +150,10 @@ class _Connection(asyncio.Protocol):
         """Whether any byte of the last answer arrived."""
         return self._reader.is_touched
 
-    async def ask(self, request: bytes) -> Answer:
+    async def ask(self, request: bytes, most_bytes: int) -> Answer:
         if self._transport is None:
             raise ConnectionError("the connection is closed")
+        self._most_bytes = most_bytes
         self._answer = asyncio.get_running_loop().create_future()
         self._body.clear()
         self._http_bytes = len(request)
@@ -172,7 +182,7 @@ class _Connection(asyncio.Protocol):
             return
         self._body += self._reader.take()
         if len(self._body) > self._most_bytes:
-            self._fail(f"more than {self._most_bytes} bytes")
+            self._fail(f"more than {self._most_bytes} bytes", AnswerTooLongError)
         elif self._reader.is_complete:
             self._end()
 
@@ -195,12 +205,14 @@ class _Connection(asyncio.Protocol):
     def _end(self) -> None:
         answer, self._answer = self._answer, None
         if answer is not None and not answer.done():
-            answer.set_result(Answer(self._reader.status, bytes(self._body), self._http_bytes))
+            answer.set_result(
+                Answer(self._reader.status, bytes(self._body), self._http_bytes, self._reader.headers)
+            )
 
-    def _fail(self, why: str) -> None:
+    def _fail(self, why: str, kind: type[ConnectionError] = ConnectionError) -> None:
         answer, self._answer = self._answer, None
         if answer is not None and not answer.done():
-            answer.set_exception(ConnectionError(why))
+            answer.set_exception(kind(why))
         self.close()
 
 

@@ -12,7 +12,7 @@ from manager.domain.instance import ContainerFacts, DeviceKind
 from manager.domain.template import CPU_ONLY_ENVIRONMENT
 
 if TYPE_CHECKING:
-    from manager.domain.template import Template
+    from manager.domain.template import Template, Volume
 
 LABEL = "ollama-manager"
 LABEL_MANAGER = f"{LABEL}.manager"
@@ -21,6 +21,9 @@ LABEL_HASH = f"{LABEL}.template-hash"
 LABEL_DEVICE = f"{LABEL}.device"
 LABEL_PORT = f"{LABEL}.port"
 LABEL_LOOPBACK_PORT = f"{LABEL}.loopback-port"
+# On containers that are never started and only make a volume readable. They have no other label of ours: no
+# listing of instances has them.
+LABEL_READER = f"{LABEL}.reader"
 
 _OLLAMA_HOME = "/root/.ollama"
 _TMPFS = "rw,nosuid,nodev,size=1g,mode=1777"
@@ -114,6 +117,33 @@ def container_request(
     if loopback_port is not None:
         labels[LABEL_LOOPBACK_PORT] = str(loopback_port)
     return replace(request, labels=labels)
+
+
+def reader_request(template: Template, mount: Volume, *, manager_id: str, name: str) -> ContainerRequest:
+    """Return the container through which the engine reads a volume: one mount, no network, never started.
+
+    Args:
+        template: of an instance on the volume.
+        mount: where it has the volume.
+        manager_id: of this manager, which removes the container.
+        name: of the container.
+    """
+    return ContainerRequest(
+        name=name,
+        image=template.image,
+        env={},
+        labels={LABEL_READER: manager_id},
+        mounts=(Mount(source=mount.source, target=mount.target, read_only=True, bind=mount.is_bind),),
+        tmpfs={},
+        network="none",
+        port=template.port,
+        loopback_port=None,
+        gpu=None,
+        runtime=None,
+        memory_bytes=None,
+        pids=None,
+        shm_bytes=None,
+    )
 
 
 def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str) -> bool:

@@ -1,14 +1,19 @@
-"""Who may write to a volume of models: one instance at a time."""
+"""Volumes of models: which one an instance keeps its models on, and which instance writes to it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from manager.domain.routing import State
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from manager.domain.template import Template, Volume
+
+_OLLAMA_MODELS = "/root/.ollama/models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,18 @@ class Member:
     state: State
     priority: int = 0
     writable: bool = True
+
+
+def model_store(template: Template) -> str:
+    """Return the directory of the models inside a container (`envconfig/config.go` Models)."""
+    return str(PurePosixPath("/", template.env.get("OLLAMA_MODELS", "").strip() or _OLLAMA_MODELS))
+
+
+def models_mount(template: Template) -> Volume | None:
+    """Return the volume that the models of a container lie on; None where they end with the container."""
+    store = PurePosixPath(model_store(template))
+    mounts = [volume for volume in template.volumes if store.is_relative_to(volume.target)]
+    return max(mounts, key=lambda volume: len(volume.target), default=None)
 
 
 def writers(members: Sequence[Member], configured: str | None) -> tuple[str, ...]:

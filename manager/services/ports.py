@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from manager.domain.container import LABEL_MANAGER
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -59,6 +61,13 @@ class ContainerCounters:
     cpu_s: float
 
 
+class Archive(NamedTuple):
+    """A tar archive of a path in a container; `stat` is what the engine says of the path, base64 of JSON."""
+
+    tar: bytes
+    stat: str
+
+
 class Engine(Protocol):
     """A container engine. Every call has a deadline and raises only `EngineError` and its kin.
 
@@ -69,7 +78,12 @@ class Engine(Protocol):
     def url(self) -> str: ...
     async def ping(self, timeout_s: float) -> None: ...
     async def info(self) -> EngineInfo: ...
-    async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]: ...
+    async def list_containers(
+        self, manager_id: str, *, label: str = LABEL_MANAGER
+    ) -> tuple[ContainerFacts, ...]:
+        """The containers that have the manager's id as the value of that label."""
+        ...
+
     async def inspect(self, container: str) -> ContainerFacts | None:
         """The container of that id or name, None when there is none."""
         ...
@@ -91,6 +105,18 @@ class Engine(Protocol):
     async def counters(self, container_id: str) -> ContainerCounters: ...
     async def ensure_network(self, name: str) -> None: ...
     async def has_image(self, image: str) -> bool: ...
+    async def has_volume(self, name: str) -> bool:
+        """Whether there is a named volume; creating a container would make it."""
+        ...
+
+    async def read_archive(self, container_id: str, path: str, most_bytes: int) -> Archive | None:
+        """Read a file or folder of a container, running or not; None when there is no such path.
+
+        Raises:
+            ArchiveTooLargeError: the archive has more than `most_bytes`.
+        """
+        ...
+
     def events(self, manager_id: str, opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
         """Events from when `opened` is called until the connection ends (the iterator ends) or fails."""
         ...

@@ -128,8 +128,9 @@ _MINILM = Model(
 class Library:
     """Built-in models and those on disk, which any server that shares the directory sees.
 
-    A model made at run time is one JSON file at the path where Ollama keeps its manifest. Nothing is cached:
-    every listing reads the directory. Where it cannot be written, new models live in memory.
+    A model made at run time is a manifest and a config blob, as Ollama writes them; what only the simulation
+    needs is below `simulated` in the config. The layers do not exist. Nothing is cached: every listing reads
+    the directory. Where it cannot be written, new models live in memory.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -182,7 +183,7 @@ class Library:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(f".{path.name}.{os.getpid()}")
-            partial.write_text(json.dumps(model and asdict(model)))
+            partial.write_text(json.dumps(model and self._manifest(model)))
             partial.replace(path)
         except OSError:
             self._in_memory[name.key] = model
@@ -194,13 +195,62 @@ class Library:
                 if file.startswith("."):
                     continue
                 path = Path(folder, file)
+                name = Name(*path.relative_to(self._manifests).parts)
                 try:
-                    stored = json.loads(path.read_text())
+                    found[name.key] = self._read(name, path)
                 except FileNotFoundError:
                     continue  # deleted by another server meanwhile
-                host, namespace, model, tag = path.relative_to(self._manifests).parts
-                found[Name(host, namespace, model, tag).key] = Model(**stored) if stored else None
         return found
+
+    def _manifest(self, model: Model) -> dict[str, Any]:
+        """Write the config blob of a model, and return its manifest."""
+        only_here = ("layer", "loaded_bytes", "context_length", "embedding", "system")
+        config = json.dumps(
+            {
+                "model_format": model.details["format"],
+                "model_family": model.family,
+                "model_families": model.details["families"],
+                "model_type": model.parameter_size,
+                "file_type": model.details["quantization_level"],
+                "simulated": {key: value for key, value in asdict(model).items() if key in only_here},
+            }
+        ).encode()
+        digest = f"sha256:{_sha256(config)}"
+        self.put_blob(digest, [config])
+        layer = {
+            "mediaType": "application/vnd.ollama.image.model",
+            "digest": f"sha256:{model.layer}",
+            "size": model.size - len(config),
+            **({"from": model.parent} if model.parent else {}),
+        }
+        return {
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.docker.distribution.manifest.v2+json",
+            "config": {
+                "mediaType": "application/vnd.docker.container.image.v1+json",
+                "digest": digest,
+                "size": len(config),
+            },
+            "layers": [layer],
+        }
+
+    def _read(self, name: Name, path: Path) -> Model | None:
+        content = path.read_bytes()
+        manifest = json.loads(content)
+        if manifest is None:
+            return None
+        (layer,) = manifest["layers"]
+        config = json.loads(self._blob_path(manifest["config"]["digest"]).read_bytes())
+        return Model(
+            name=name.shortest,
+            digest=_sha256(content),
+            size=layer["size"] + manifest["config"]["size"],
+            family=config["model_family"],
+            parameter_size=config["model_type"],
+            modified_at=timestamp(path.stat().st_mtime_ns),
+            parent=layer.get("from", ""),
+            **config["simulated"],
+        )
 
 
 def described(item: str) -> Model:
@@ -228,6 +278,12 @@ def timestamp(moment_ns: int) -> str:
     seconds, fraction = divmod(moment_ns, 1_000_000_000)
     digits = f".{fraction:09}".rstrip("0").rstrip(".")
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds))}{digits}Z"
+
+
+def _sha256(content: bytes) -> str:
+    import hashlib  # noqa: PLC0415 - most servers never need it, and it costs a start
+
+    return hashlib.sha256(content).hexdigest()
 
 
 def _digest(text: str) -> str:

@@ -82,7 +82,7 @@ class Router:
 
     def __init__(self) -> None:
         self.decision = decision(attempt("a"))
-        self.settings_version = 1
+        self.version = 1
         self.is_known = True
         self.waits: list[float] = []
         self.learns: Callable[[], None] = lambda: None

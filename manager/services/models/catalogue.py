@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
+    from manager.services.models.volume_reader import VolumeReader
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.router import SettingsSource
     from manager.services.traffic import Traffic
@@ -34,6 +35,8 @@ _FALSE = ("", "0", "f", "false")
 # Of an instance that nobody uses this is news enough. Asking it more often would look like use: it costs
 # processor time, by which direct use is told.
 _NEWS_S = 1.0
+# How long a list waits for the first reading of a volume. Names come within a second of the engine's answer.
+_READING_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +58,11 @@ class Catalogue:
         lists: ModelLists,
         settings: SettingsSource,
         *,
+        reader: VolumeReader,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._reader = reader
         self._status = status
         self._traffic = traffic
         self._lists = lists
@@ -67,14 +72,17 @@ class Catalogue:
         self._asked: dict[tuple[str, bool], _Asked] = {}
 
     async def refresh(self, *, lists: bool) -> None:
-        """Have every instance that is ready asked once more, side by side; who does not answer is as before.
+        """Ask every ready instance once more, side by side. Nothing is started.
 
-        Those who ask at the same time share the questions, and one that was asked a moment ago and has not
-        been used through us since is left alone.
+        Concurrent refreshes share their questions. An instance that was asked a moment ago and has not been
+        used through the gateway since is not asked again; what one does not answer stays as it was.
 
         Args:
-            lists: ask for the models on its volume too, not only for those in its memory.
+            lists: ask for the models on its volume too, not only for those in its memory, and have volumes
+                read that were never listed.
         """
+        if lists:
+            await self._reader.look(within_s=_READING_S)
         since = self._now()
         ready = [instance for instance in self._fleet.instances() if _is_well(instance)]
         await asyncio.gather(*(self._ask(instance, since, lists=lists) for instance in ready))

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.models import model_key
+from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
 from manager.wire.ollama import name_of
 
@@ -21,22 +22,18 @@ if TYPE_CHECKING:
 
     Entries = Sequence[Mapping[str, Any]]
 
-_MODELS_DIR = "/root/.ollama"
 _RETRY_S = 5.0
 
 
 def volume_of(spec: InstanceSpec) -> str:
-    """What instances share that see the same models: the volume they are on, else the instance alone."""
-    mount = models_mount(spec)
+    """Return the key of what an instance keeps its models on: its volume, else the instance itself."""
+    mount = mount_of(spec)
     return f"instance:{spec.id}" if mount is None else mount.source
 
 
-def models_mount(spec: InstanceSpec) -> Volume | None:
-    """What an instance keeps its models on; None where that is a matter of its own."""
-    for volume in spec.template.volumes if spec.template is not None else ():
-        if volume.target == _MODELS_DIR or volume.target.startswith(f"{_MODELS_DIR}/"):
-            return volume
-    return None
+def mount_of(spec: InstanceSpec) -> Volume | None:
+    """Return the volume that an instance keeps its models on; None where that is a matter of its own."""
+    return None if spec.template is None else models_mount(spec.template)
 
 
 class ModelLists:
@@ -55,6 +52,7 @@ class ModelLists:
         self._names = {volume: _names(entries) for volume, entries in self._entries.items()}
         self._read_at: dict[str, float] = {}
         self._unsaved: set[str] = set()
+        self._unstored: set[str] = set()  # lists that were read with `store=False`
         self._news = asyncio.Event()
         self.version = 0
 
@@ -71,21 +69,32 @@ class ModelLists:
         if instance.listed is not None:
             self.read(volume_of(instance.spec), instance.listed, instance.listed_at)
 
-    def read(self, volume: str, entries: Entries, at: float) -> None:
-        """Take in what a server listed at that monotonic time; an older reading changes nothing."""
+    def read(self, volume: str, entries: Entries, at: float, *, store: bool = True) -> None:
+        """Take in a list of that monotonic time; an older one changes nothing.
+
+        Args:
+            volume: where the models are.
+            entries: of `/api/tags`.
+            at: when the reading began.
+            store: whether the next daemon is to have it.
+        """
         if at <= self._read_at.get(volume, float("-inf")):
             return
         self._read_at[volume] = at
         models = _by_key(entries)
-        if models == self._entries.get(volume):
+        if models == self._entries.get(volume) and volume not in self._unstored:
             return
         self._entries[volume] = models
         names = _names(models)
         if names != self._names.get(volume):
             self._names[volume] = names
             self.version += 1
-        self._unsaved.add(volume)
-        self._news.set()
+        if store:
+            self._unstored.discard(volume)
+            self._unsaved.add(volume)
+            self._news.set()
+        else:
+            self._unstored.add(volume)
 
     async def run(self) -> None:
         """Store what changed, until cancelled."""

@@ -44,6 +44,9 @@ _GIVEN_UP_FOR_S = 10.0
 _MOST_GIVEN_UP = 1024
 _MOST_REFUSAL_BYTES = 64 * 1024
 _OK = 200
+# What Ollama says where the registry has no such model (`server/images.go` pullModelManifest): pulling it to
+# another volume is of no use either.
+_NOT_IN_REGISTRY = "pull model manifest: file does not exist"
 # Lines of Ollama that come once all layers are here and before the name means the new ones.
 _BEFORE_REPLACING = ("verifying sha256 digest", "writing manifest")
 
@@ -178,7 +181,8 @@ class Pulls:
         self._pulls: dict[tuple[str, str, bytes], Pull] = {}
         self._tasks: dict[Pull, asyncio.Task[None]] = {}
         self._begun: asyncio.Queue[Pull] = asyncio.Queue()
-        self._given_up: dict[tuple[str, str], tuple[float, str]] = {}
+        # (volume, model) -> when and why; None is every volume.
+        self._given_up: dict[tuple[str | None, str], tuple[float, str]] = {}
 
     async def run(self) -> None:
         """Do what is asked for, until cancelled."""
@@ -210,11 +214,8 @@ class Pulls:
         Raises:
             ManagerError: it cannot be had.
         """
+        self.refuse_given_up(instance, model)
         volume = self._volumes.of(instance)
-        key = volume, model_key(model)
-        at, why = self._given_up.get(key, (float("-inf"), ""))
-        if self._now() - at < _GIVEN_UP_FOR_S:
-            raise PullFailedError(why, instance=instance)
         try:
             with self.join(volume, read_named(orjson.dumps({"model": model}))) as waiter:
                 async for line in waiter:
@@ -222,8 +223,20 @@ class Pulls:
         except PullFailedError as error:
             if len(self._given_up) >= _MOST_GIVEN_UP:
                 self._given_up.clear()
-            self._given_up[key] = (self._now(), error.message)
+            place = None if _NOT_IN_REGISTRY in error.message else volume
+            self._given_up[place, model_key(model)] = (self._now(), error.message)
             raise
+
+    def refuse_given_up(self, instance: str, model: str) -> None:
+        """Refuse a model that could not be pulled a moment ago.
+
+        Raises:
+            PullFailedError: with the error of that pull.
+        """
+        for place in (self._volumes.of(instance), None):
+            at, why = self._given_up.get((place, model_key(model)), (float("-inf"), ""))
+            if self._now() - at < _GIVEN_UP_FOR_S:
+                raise PullFailedError(why, instance=instance)
 
     # --- one pull ---
 

@@ -14,7 +14,7 @@ from manager.domain.routing import Attempt
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
 from manager.errors import ManagerError, Reason, UnavailableError
-from manager.services.models.model_lists import models_mount, volume_of
+from manager.services.models.model_lists import mount_of, volume_of
 from manager.services.ports import Question
 
 if TYPE_CHECKING:
@@ -251,7 +251,7 @@ class Volumes:
         return [one for one in self._router.snapshot().candidates if self.of(one.id) == volume]
 
     def _may_write(self, instance_id: str) -> bool:
-        mount = models_mount(self._fleet.get(instance_id).spec)
+        mount = mount_of(self._fleet.get(instance_id).spec)
         return mount is None or not mount.read_only
 
     def _attempts(self, ids: Iterable[str], model: str) -> tuple[Attempt, ...]:

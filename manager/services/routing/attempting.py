@@ -559,8 +559,13 @@ class Attempting:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
 
     def _keep_trouble(self, trouble: Trouble) -> None:
-        """Keep the first trouble, unless it only says that a model is missing."""
-        if self._trouble is None or self._trouble.reason is Reason.MODEL_MISSING:
+        """Keep the first trouble, unless it only says that a model is missing.
+
+        An instance that could only have pulled the model does not have it either: its trouble counts less.
+        """
+        known, attempt = self._trouble, trouble.attempt
+        could_only_pull = attempt is not None and attempt.because == "pull"
+        if known is None or (known.reason is Reason.MODEL_MISSING and not could_only_pull):
             self._trouble = trouble
         if self._fallback_reason is None:
             self._fallback_reason = trouble.reason

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.models import model_key
 from manager.domain.wording import listed, model_not_found
 from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
+from manager.services.models.model_lists import volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from manager.services.instances.instance import Instance
     from manager.services.instances.leases import Lease
     from manager.services.models.model_lists import ModelLists
+    from manager.services.models.volume_reader import VolumeReader
     from manager.services.routing.router import Router, SettingsSource
 
 # The pause between two looks at the effort of a server that does not answer.
@@ -25,6 +29,8 @@ _EFFORT_INTERVAL_S = 1.0
 _BUSY_CPU_S = 0.1
 # A first back-off is waited for; after several failures in a row the caller is told at once.
 _MAX_BACKOFF_WAIT_S = 2.5
+# How long a request waits for a volume to be read without a start.
+_READING_S = 5.0
 # A sleep may end a moment early.
 _SLEEP_SLACK_S = 0.01
 
@@ -36,6 +42,9 @@ class ModelPuller(Protocol):
         Raises:
             UnavailableError: it cannot be had, with reason `model_missing`.
         """
+
+    def refuse_given_up(self, instance: str, model: str) -> None:
+        """Raise the error of the last pull, where that failed a moment ago. Nothing needs to be started."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +79,7 @@ class Placement:
         lists: takes in what instances list.
         settings: the routing settings.
         now: seconds on a monotonic clock.
+        reader: lists volumes without starting anything; None: only servers list them.
     """
 
     def __init__(
@@ -80,12 +90,16 @@ class Placement:
         settings: SettingsSource,
         *,
         now: Callable[[], float],
+        reader: VolumeReader | None = None,
     ) -> None:
         self._fleet = fleet
         self._router = router
         self._lists = lists
         self._settings = settings
         self._now = now
+        self._reader = reader
+        # By volume. Held while the first instance on it is started and its models are read.
+        self._first_readings: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     def try_lease(self, attempt: Attempt) -> Lease | None:
         """Return a lease that can be had without waiting; None when something has to be waited for."""
@@ -120,30 +134,31 @@ class Placement:
         Raises:
             ManagerError: no lease can be had.
         """
+        if attempt.because == "pull" and puller is not None:
+            puller.refuse_given_up(attempt.instance, attempt.model)
         instance = self._fleet.get(attempt.instance)
         began = self._now()
-        runs = instance.usable_endpoint() is not None
-        while True:
-            try:
-                lease = await self._lease(instance, failed_on)
-                break
-            except BackingOffError as error:
-                wait_s = error.retry_after_s or 0.0
-                if not patient or self._now() + wait_s > began + _MAX_BACKOFF_WAIT_S:
-                    raise
-                await asyncio.sleep(wait_s + _SLEEP_SLACK_S)
-        start_ms = None if runs else (self._now() - began) * 1000
-        try:
-            pulls = attempt.because == "pull"
+        async with AsyncExitStack() as turn:
             if attempt.because == "unread":
-                pulls = not await self._has(instance, attempt.model, may_pull=patient)
-            if pulls and puller is not None:
-                await puller.pull(instance.id, attempt.model, tell)
-            if attempt.because != "loaded":
-                await instance.make_room_for(attempt.model)
-        except BaseException:
-            lease.release()
-            raise
+                await turn.enter_async_context(self._first_readings[volume_of(instance.spec)])
+                if await self._is_read(instance):
+                    await turn.aclose()
+                    self._refuse_missing(attempt, puller, may_pull=patient)
+            runs = instance.usable_endpoint() is not None
+            lease = await self._patient_lease(instance, failed_on, began, patient=patient)
+            start_ms = None if runs else (self._now() - began) * 1000
+            try:
+                pulls = attempt.because == "pull"
+                if attempt.because == "unread":
+                    pulls = not await self._has(instance, attempt.model, may_pull=patient)
+                await turn.aclose()
+                if pulls and puller is not None:
+                    await puller.pull(instance.id, attempt.model, tell)
+                if attempt.because != "loaded":
+                    await instance.make_room_for(attempt.model)
+            except BaseException:
+                lease.release()
+                raise
         return Prepared(lease, start_ms)
 
     def expect_on_cpu(self, attempt: Attempt) -> None:
@@ -171,6 +186,39 @@ class Placement:
         if before is None or after is None:
             return False
         return after.cpu_s - before.cpu_s >= _BUSY_CPU_S or after.vram_bytes > before.vram_bytes
+
+    async def _is_read(self, instance: Instance) -> bool:
+        """Whether the models of an instance that does not run are known, after a look at its volume."""
+        if self._reader is not None and self._router.models_of(instance) is None:
+            await self._reader.look(within_s=_READING_S, volume=volume_of(instance.spec))
+        return self._router.models_of(instance) is not None
+
+    def _refuse_missing(self, attempt: Attempt, puller: ModelPuller | None, *, may_pull: bool) -> None:
+        """Refuse a model that is not on a volume which has been read meanwhile: nothing is started for it.
+
+        Raises:
+            UnavailableError: it is not there, and cannot be pulled.
+        """
+        instance = self._fleet.get(attempt.instance)
+        models = self._router.models_of(instance) or {}
+        if model_key(attempt.model) in models:
+            return
+        if not (may_pull and self._settings.routing.auto_pull):
+            raise ModelMissingError(instance.id, attempt.model, models)
+        if puller is not None:
+            puller.refuse_given_up(instance.id, attempt.model)
+
+    async def _patient_lease(
+        self, instance: Instance, failed_on: Collection[str], began: float, *, patient: bool
+    ) -> Lease:
+        while True:
+            try:
+                return await self._lease(instance, failed_on)
+            except BackingOffError as error:
+                wait_s = error.retry_after_s or 0.0
+                if not patient or self._now() + wait_s > began + _MAX_BACKOFF_WAIT_S:
+                    raise
+                await asyncio.sleep(wait_s + _SLEEP_SLACK_S)
 
     async def _lease(self, instance: Instance, failed_on: Collection[str]) -> Lease:
         try:

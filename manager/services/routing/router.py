@@ -72,9 +72,9 @@ class Router:
         self._snapshot = Snapshot(())
 
     @property
-    def settings_version(self) -> int:
-        """Grows with each change of the settings."""
-        return self._settings.version
+    def version(self) -> int:
+        """Grows with each change of the settings, or of the names of the models on a volume."""
+        return self._settings.version + self._lists.version
 
     @property
     def is_known(self) -> bool:
@@ -159,10 +159,21 @@ class Router:
 class Attempts:
     """The attempts for one request, one after the other.
 
-    An attempt that follows a failed one obeys the settings of that moment.
+    An attempt that follows a failed one obeys the settings of that moment, and the lists of models: the first
+    of several instances on a volume that was never listed has listed it for all of them.
     """
 
-    __slots__ = ("_ahead", "_coming", "_decided_by", "_facts", "_made", "_may_start", "_router", "decision")
+    __slots__ = (
+        "_ahead",
+        "_coming",
+        "_decided_by",
+        "_facts",
+        "_keeps_role",
+        "_made",
+        "_may_start",
+        "_router",
+        "decision",
+    )
 
     def __init__(self, router: Router, facts: RequestFacts) -> None:
         self._router = router
@@ -170,7 +181,8 @@ class Attempts:
         self._made: tuple[Attempt, ...] = ()
         self._ahead: Attempt | None = None
         self._may_start = True
-        self._decided_by = router.settings_version
+        self._keeps_role = False
+        self._decided_by = router.version
         self.decision = router.decide(facts)
         # Most requests need the first attempt only, and never ask for the others.
         self._coming: Iterator[Attempt] | None = None
@@ -184,10 +196,10 @@ class Attempts:
 
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
-        if not self._made and self._coming is None:
+        if not self._made and self._coming is None and not self._keeps_role:
             attempt = self.decision.first(self._router.load())
         else:
-            if self._made and self._decided_by != self._router.settings_version:
+            if self._made and self._decided_by != self._router.version:
                 self._decide_again()
             attempt, self._ahead = self._ahead or self._following(), None
         if attempt is not None:
@@ -203,10 +215,9 @@ class Attempts:
 
     def leave_role(self) -> None:
         """Drop the attempts under other roles than the one that was asked for: those have other models."""
-        role, coming = self.decision.role, self._others()
-        if self._ahead is not None and self._ahead.role != role:
+        self._keeps_role = True
+        if self._ahead is not None and self._ahead.role != self.decision.role:
             self._ahead = None
-        self._coming = (attempt for attempt in coming if attempt.role == role)
 
     @property
     def failed_on(self) -> frozenset[str]:
@@ -215,7 +226,7 @@ class Attempts:
 
     def _decide_again(self) -> None:
         made = {(one.instance, one.model, one.because == "pull") for one in self._made}
-        self._decided_by = self._router.settings_version
+        self._decided_by = self._router.version
         attempts = self._router.decide(self._facts).in_order(self._router.load())
         self._coming = (
             one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
@@ -232,6 +243,8 @@ class Attempts:
 
     def _following(self) -> Attempt | None:
         for attempt in self._others():
+            if self._keeps_role and attempt.role != self.decision.role:
+                continue
             if self._may_start or attempt.because in RUNNING:
                 return attempt
         return None

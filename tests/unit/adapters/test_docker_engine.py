@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -20,6 +21,8 @@ from manager.domain.container import LABEL_INSTANCE, container_request
 from manager.domain.instance import DeviceKind
 from manager.domain.template import Template
 from manager.errors import (
+    ArchiveTooLargeError,
+    ContainerGoneError,
     EngineError,
     EngineUnreachableError,
     NoDescriptorForEngineError,
@@ -71,6 +74,8 @@ CALLS: Calls = {
     "remove": lambda engine: engine.remove(ID),
     "logs": lambda engine: engine.logs(ID, 10),
     "counters": lambda engine: engine.counters(ID),
+    "has_volume": lambda engine: engine.has_volume("models"),
+    "read_archive": lambda engine: engine.read_archive(ID, "/root/.ollama", 1000),
     "has_network": lambda engine: engine.has_network("net"),
     "ensure_network": lambda engine: engine.ensure_network("net"),
     "has_image": lambda engine: engine.has_image("ollama/ollama:1"),
@@ -93,8 +98,10 @@ class Answers(ThreadingHTTPServer):
         self.status = 200
         self.body = b""
         self.silent = False
+        self.headers: dict[str, str] = {}
         self.asked: list[str] = []
         self.bodies: list[bytes] = []
+        self.queries: list[str] = []
         self.done = Event()
 
 
@@ -106,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.bodies.append(self.rfile.read(int(self.headers.get("Content-Length", 0))))
         self.server.asked.append(f"{self.command} {self.path.partition('?')[0]}")
+        self.server.queries.append(self.path.partition("?")[2])
         if self.path == "/version":
             self._send(200, self.server.version)
             return
@@ -119,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, status: int, body: bytes) -> None:
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
         if status == 200 and self.path.startswith(("/v1.41/events", "/v1.41/images/create")):
             self.send_header("Transfer-Encoding", "chunked")
             body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body) if body else b"0\r\n\r\n"
@@ -249,6 +259,55 @@ async def test_an_image_is_missing_only_when_the_engine_says_so() -> None:
         server.status, server.body = refused(500, "layer does not exist")
         with pytest.raises(EngineError):
             await engine.has_image("ollama/ollama:1")
+
+
+async def test_a_volume_is_missing_only_when_the_engine_says_so() -> None:
+    async with talking() as (engine, server):
+        server.status, server.body = refused(404, "get models: no such volume")
+        assert await engine.has_volume("models") is False
+        server.status, server.body = 200, b'{"Name": "models"}'
+        assert await engine.has_volume("models") is True
+        assert server.asked[-1].endswith("/volumes/models")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Could not find the file /root/.ollama/models/manifests in container 0123",
+        "No such container:path: 0123:/root/.ollama/models/manifests",
+        'lstat "/root/.ollama/models/manifests": no such file or directory',
+    ],
+)
+async def test_a_path_that_is_not_in_a_container_is_none(said: str) -> None:
+    async with talking() as (engine, server):
+        server.status, server.body = refused(404, said)
+        assert await engine.read_archive(ID, "/root/.ollama/models/manifests", 1000) is None
+        server.status, server.body = refused(404, f"No such container: {ID}")
+        with pytest.raises(ContainerGoneError):
+            await engine.read_archive(ID, "/root/.ollama/models/manifests", 1000)
+
+
+async def test_an_archive_has_what_the_engine_says_of_its_path_and_a_bound() -> None:
+    async with talking() as (engine, server):
+        server.body, server.headers = b"t" * 1000, {"X-Docker-Container-Path-Stat": "e30="}
+        assert await engine.read_archive(ID, "/x y", 1000) == (b"t" * 1000, "e30=")
+        server.headers = {}
+        assert await engine.read_archive(ID, "/x", 1000) == (b"t" * 1000, "")
+        server.body += b"t"
+        with pytest.raises(ArchiveTooLargeError, match="more than 1000 bytes"):
+            await engine.read_archive(ID, "/x", 1000)
+        server.body = b'{"ServerVersion": "28.2.2"}' + b" " * 2000
+        assert (await engine.info()).version == "28.2.2", "the bound is that of one call"
+
+
+async def test_containers_are_listed_by_the_label_that_is_asked_for() -> None:
+    async with talking() as (engine, server):
+        server.body = b"[]"
+        await engine.list_containers("m")
+        await engine.list_containers("m", label="ollama-manager.reader")
+        first, second = (unquote(query) for query in server.queries)
+        assert '"ollama-manager.manager=m"' in first
+        assert '"ollama-manager.reader=m"' in second
 
 
 async def test_a_network_of_a_similar_name_is_another_one() -> None:

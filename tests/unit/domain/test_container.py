@@ -23,6 +23,7 @@ from manager.domain.container import (
     container_request,
     endpoint_of,
     is_ours,
+    reader_request,
 )
 from manager.domain.instance import ContainerFacts
 from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
@@ -216,3 +217,20 @@ def test_a_container_is_reached_the_way_it_was_made(
 def test_a_container_without_an_address_cannot_be_reached() -> None:
     nowhere = replace(found({}), address=None)
     assert endpoint_of(nowhere, request(), by_name=False) is None
+
+
+def test_a_reader_has_one_mount_for_reading_no_network_no_card_and_no_label_of_an_instance() -> None:
+    template = Template.model_validate(
+        {
+            "image": "ollama/ollama:1",
+            "device": "gpu",
+            "env": {"OLLAMA_KEEP_ALIVE": "5m"},
+            "volumes": [MODELS, {"source": "/srv/x", "target": "/x"}],
+        }
+    )
+    for volume, bind in zip(template.volumes, (False, True), strict=True):
+        request = reader_request(template, volume, manager_id="m", name="m-reader-1")
+        assert (request.name, request.image, request.env) == ("m-reader-1", "ollama/ollama:1", {})
+        assert request.mounts == (Mount(volume.source, volume.target, read_only=True, bind=bind),)
+        assert (request.network, request.gpu, request.runtime) == ("none", None, None)
+        assert request.labels == {"ollama-manager.reader": "m"}

@@ -1,12 +1,14 @@
-"""Who writes to a volume, and who is asked about it."""
+"""Which volume an instance keeps its models on, who writes to it, and who is asked about it."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.routing import State
-from manager.domain.volumes import Member, readers, writers
+from manager.domain.template import Template
+from manager.domain.volumes import Member, model_store, models_mount, readers, writers
 
 RUNS = Member("runs", State.READY)
 STARTS = Member("starts", State.STARTABLE, priority=10)
@@ -57,3 +59,35 @@ def test_each_is_tried_once_and_nobody_who_is_out(members: list[Member]) -> None
         assert all(known[id_].state is not State.OUT for id_ in ids)
         states = [known[id_].state is State.READY for id_ in ids]
         assert states == sorted(states, reverse=True)
+
+
+# --- where models are -----------------------------------------------------------------------------
+
+
+def template(env: dict[str, str], *targets: str) -> Template:
+    volumes = [{"source": f"v{number}", "target": target} for number, target in enumerate(targets)]
+    return Template.model_validate({"image": "x:1", "device": "cpu", "env": env, "volumes": volumes})
+
+
+@pytest.mark.parametrize(
+    ("env", "targets", "store", "mount"),
+    [
+        ({}, ["/root/.ollama"], "/root/.ollama/models", "/root/.ollama"),
+        ({}, ["/root/.ollama", "/root/.ollama/models"], "/root/.ollama/models", "/root/.ollama/models"),
+        ({}, ["/root/.ollama/models", "/root/.ollama"], "/root/.ollama/models", "/root/.ollama/models"),
+        ({}, ["/root/.ollama/models/blobs"], "/root/.ollama/models", None),
+        ({}, ["/root/.ollamas", "/tmp"], "/root/.ollama/models", None),
+        ({}, [], "/root/.ollama/models", None),
+        ({"OLLAMA_MODELS": "/data/m/"}, ["/root/.ollama", "/data"], "/data/m", "/data"),
+        ({"OLLAMA_MODELS": "/data"}, ["/root/.ollama"], "/data", None),
+        ({"OLLAMA_MODELS": " "}, ["/root/.ollama"], "/root/.ollama/models", "/root/.ollama"),
+        ({"OLLAMA_MODELS": "data"}, ["/data"], "/data", "/data"),
+    ],
+)
+def test_models_lie_on_the_volume_that_holds_their_directory(
+    env: dict[str, str], targets: list[str], store: str, mount: str | None
+) -> None:
+    made = template(env, *targets)
+    found = models_mount(made)
+    assert model_store(made) == store
+    assert (found.target if found else None) == mount

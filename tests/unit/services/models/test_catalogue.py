@@ -71,6 +71,17 @@ class Clock:
         return Clock.now
 
 
+class Reader:
+    """Counts the looks at volumes."""
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    async def look(self, *, within_s: float) -> None:
+        assert within_s == 5.0
+        self.looks += 1
+
+
 def catalogue(
     *instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = (), list_roles: bool = True
 ) -> Catalogue:
@@ -83,7 +94,7 @@ def catalogue(
     status: Any = SimpleNamespace(at_work=dict, idle_status=lambda _key: "not_loaded")
     traffic: Any = SimpleNamespace(first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
     lists = ModelLists(nothing, nothing, stored)
-    return Catalogue(fleet, status, traffic, lists, settings, now=Clock())
+    return Catalogue(fleet, status, traffic, lists, settings, reader=Reader(), now=Clock())  # type: ignore[arg-type]
 
 
 # --- the version ----------------------------------------------------------------------------------
@@ -214,3 +225,12 @@ def test_roles_are_kept_out_of_ollamas_list_where_that_is_wanted() -> None:
     assert [alias.name for alias in known.listed_aliases()] == ["thinking"]
     known = catalogue(one, roles=roles, list_roles=False)
     assert (known.listed_aliases(), len(known.aliases())) == ((), 1)
+
+
+async def test_a_list_of_models_has_unlisted_volumes_read_and_one_of_loaded_models_has_not() -> None:
+    known = catalogue(Instance("one"))
+    reader: Any = known._reader
+    await known.refresh(lists=False)
+    assert reader.looks == 0
+    await known.refresh(lists=True)
+    assert reader.looks == 1

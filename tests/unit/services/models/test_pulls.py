@@ -212,3 +212,38 @@ async def test_a_model_that_is_here_already_stays_loaded() -> None:
     async with rig.running():
         await rig.lines()
     assert rig.done == ["read a"]
+
+
+# --- pulls that a request asks for ----------------------------------------------------------------
+
+
+def refusing(*messages: str) -> Rig:
+    rig = Rig([json.dumps({"error": message}).encode() + b"\n" for message in messages])
+    rig.of = lambda instance: {"a": "v", "b": "v", "c": "w"}[instance]  # type: ignore[attr-defined]
+    return rig
+
+
+@pytest.mark.parametrize(
+    ("message", "everywhere"),
+    [("pull model manifest: file does not exist", True), ("dial tcp: lookup x: no such host", False)],
+)
+async def test_a_model_that_could_not_be_pulled_is_refused_at_once_for_a_while(
+    message: str, *, everywhere: bool
+) -> None:
+    rig = refusing(message)
+    now = 0.0
+    rig.pulls = Pulls(rig, rig, now=lambda: now)  # type: ignore[arg-type]
+    async with rig.running():
+        with pytest.raises(PullFailedError, match=message):
+            await rig.pulls.pull("a", "big", lambda _: None)
+        for instance in ("a", "b"):
+            with pytest.raises(PullFailedError, match=message):
+                rig.pulls.refuse_given_up(instance, "Big:latest")
+        rig.pulls.refuse_given_up("a", "other")
+        if everywhere:
+            with pytest.raises(PullFailedError, match=message):
+                rig.pulls.refuse_given_up("c", "big")
+        else:
+            rig.pulls.refuse_given_up("c", "big")
+        now = 10.0
+        rig.pulls.refuse_given_up("a", "big")

@@ -17,6 +17,7 @@ from manager.services.routing.attempting import WAIT, FixedAttempts, Trouble, Wa
 from tests.support.attempts import FACTS, NOBODY, Stage, attempt, decision, shown, target, unavailable
 
 if TYPE_CHECKING:
+    from manager.domain.routing import Because
     from manager.services.routing.attempting import Attempting, Step
 
 OVERLOADED = Judgement(Reason.OVERLOADED)
@@ -129,6 +130,23 @@ async def test_progress_of_a_pull_is_heard_until_the_next_attempt(monkeypatch: p
     stage.placement.prepares["a"].set_result(unavailable(Reason.MODEL_MISSING))
     assert shown(await waiting) == "b"
     assert one.heard == ""
+
+
+@pytest.mark.parametrize(
+    ("because", "told"), [("pull", Reason.MODEL_MISSING), ("startable", Reason.OVERLOADED)]
+)
+async def test_what_keeps_an_instance_from_pulling_does_not_hide_that_nobody_has_the_model(
+    monkeypatch: pytest.MonkeyPatch, because: Because, told: Reason
+) -> None:
+    stage = on_stage(monkeypatch, attempt("a", "pull"), attempt("b", because))
+    stage.placement.prepares |= {
+        "a": unavailable(Reason.MODEL_MISSING),
+        "b": unavailable(Reason.OVERLOADED),
+    }
+    one = stage.request()
+    step = await first_target(one, one.enter(FACTS))
+    assert isinstance(step, Trouble)
+    assert step.reason is told
 
 
 async def test_starts_of_several_attempts_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +529,7 @@ def test_a_change_of_the_settings_does_not_take_back_that_nobody_is_started(
 ) -> None:
     stage = on_stage(monkeypatch, attempt("a"), attempt("b", "running"))
     one = stage.sent()
-    stage.router.settings_version += 1
+    stage.router.version += 1
     stage.router.decision = decision(attempt("c", "startable"), attempt("d", "running"))
     assert shown(one.answered(UNKNOWN, "something", "the answer of a")) == "d"
 
@@ -816,7 +834,7 @@ def test_a_record_names_a_bounded_number_of_attempts_and_counts_them_all(
 
 def test_an_attempt_that_follows_obeys_the_settings_of_that_moment(stage: Stage) -> None:
     one = stage.sent()
-    stage.router.settings_version += 1
+    stage.router.version += 1
     stage.router.decision = decision(attempt("a"), attempt("c"))
     assert shown(one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)) == "c"
 

@@ -126,7 +126,7 @@ class Play:
                 one.spend()
                 return one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)
             case "settings change":
-                stage.router.settings_version += 1
+                stage.router.version += 1
                 return one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)
             case _:
                 return None

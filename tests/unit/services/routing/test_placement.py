@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -21,12 +21,14 @@ from manager.errors import (
 )
 from manager.services.instances.instance import Effort
 from manager.services.routing import placement as module
-from manager.services.routing.placement import ModelMissingError, reason_of
+from manager.services.routing.placement import ModelMissingError, Placement, Prepared, reason_of
 from tests.support.attempts import attempt
 from tests.support.instances import Ground
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from manager.domain.routing import Because
 
 
 class Puller:
@@ -35,6 +37,11 @@ class Puller:
     def __init__(self, error: Exception | None = None) -> None:
         self.pulled: list[tuple[str, str]] = []
         self._error = error
+        self.given_up: Exception | None = None
+
+    def refuse_given_up(self, _instance: str, _model: str) -> None:
+        if self.given_up is not None:
+            raise self.given_up
 
     async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
         tell("pulling 5 %")
@@ -50,7 +57,7 @@ def ground(monkeypatch: pytest.MonkeyPatch) -> Ground:
     async def passes(seconds: float) -> None:
         made.fleet.clock.advance(seconds)
 
-    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=passes))
+    monkeypatch.setattr(module, "asyncio", SimpleNamespace(sleep=passes, Lock=asyncio.Lock))
     return made
 
 
@@ -115,6 +122,8 @@ async def test_no_lease_is_left_where_the_request_is_cancelled_meanwhile(ground:
     pulling = asyncio.Event()
 
     class Slow:
+        def refuse_given_up(self, *_: object) -> None: ...
+
         async def pull(self, *_: object) -> None:
             pulling.set()
             await asyncio.Event().wait()
@@ -246,6 +255,147 @@ async def test_no_lease_is_left_where_a_pull_failed(ground: Ground) -> None:
 async def test_a_request_without_a_puller_pulls_nothing(ground: Ground) -> None:
     prepared = await ground.placement.prepare(attempt("a", "pull"))
     assert prepared.lease.instance == "a"
+
+
+# --- volumes that were never listed ---
+
+
+class Reader:
+    """Reads a volume without a start, where the test has put something on it."""
+
+    def __init__(self, ground: Ground, *names: str) -> None:
+        self._ground = ground
+        self._names = names
+        self.looks: list[str | None] = []
+
+    async def look(self, *, within_s: float, volume: str | None = None) -> None:
+        assert within_s == 5.0
+        self.looks.append(volume)
+        if self._names and volume is not None:
+            entries = tuple({"name": name} for name in self._names)
+            self._ground.lists.read(volume, entries, self._ground.fleet.clock.advance(0.001))
+
+
+def reading(ground: Ground, *names: str) -> tuple[Placement, Reader]:
+    reader = Reader(ground, *names)
+    placement = Placement(
+        cast("Any", ground.fleet),
+        ground.router,
+        ground.lists,
+        ground.settings,
+        now=ground.fleet.clock,
+        reader=cast("Any", reader),
+    )
+    return placement, reader
+
+
+def stopped(ground: Ground, *names: str) -> None:
+    for name in names:
+        one = ground.fleet.add(name)
+        one.endpoint, one.on_volume = None, ()
+
+
+async def test_a_model_that_is_not_on_a_volume_starts_nothing_where_that_can_be_read(ground: Ground) -> None:
+    stopped(ground, "new")
+    placement, reader = reading(ground, "other")
+    with pytest.raises(ModelMissingError, match="other"):
+        await placement.prepare(attempt("new", "unread"))
+    assert ground["new"].endpoint is None
+    assert reader.looks == ["instance:new"]
+
+
+async def test_a_model_that_was_found_on_the_volume_is_answered_by_a_start(ground: Ground) -> None:
+    stopped(ground, "new")
+    ground["new"].on_volume = ("tiny",)
+    placement, reader = reading(ground, "tiny")
+    prepared = await placement.prepare(attempt("new", "unread"))
+    assert (prepared.lease.instance, prepared.start_ms is not None) == ("new", True)
+    assert reader.looks == ["instance:new"]
+
+
+async def test_a_volume_that_cannot_be_read_is_listed_by_a_server(ground: Ground) -> None:
+    stopped(ground, "new")
+    ground["new"].on_volume = ("tiny",)
+    placement, _ = reading(ground)
+    assert (await placement.prepare(attempt("new", "unread"))).lease.instance == "new"
+
+
+async def test_of_many_on_an_unread_volume_one_is_started_at_a_time_and_the_others_find_the_list(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "volume_of", lambda _spec: "shared")
+    monkeypatch.setattr("manager.services.routing.router.volume_of", lambda _spec: "shared")
+    monkeypatch.setattr("manager.services.models.model_lists.volume_of", lambda _spec: "shared")
+    stopped(ground, "new", "newer", "newest")
+    found = await asyncio.gather(
+        *(ground.placement.prepare(attempt(name, "unread")) for name in ("new", "newer", "newest")),
+        return_exceptions=True,
+    )
+    assert [type(one) for one in found] == [ModelMissingError] * 3
+    assert [ground[name].endpoint is not None for name in ("new", "newer", "newest")] == [True, False, False]
+
+
+async def test_a_start_that_fails_leaves_the_volume_to_the_next(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "volume_of", lambda _spec: "shared")
+    stopped(ground, "new", "newer")
+    ground["new"].starts = [StartFailedError("exit 1", reason=Reason.START_FAILED)]
+    ground["newer"].on_volume = ("tiny",)
+    first, second = await asyncio.gather(
+        ground.placement.prepare(attempt("new", "unread")),
+        ground.placement.prepare(attempt("newer", "unread")),
+        return_exceptions=True,
+    )
+    assert isinstance(first, StartFailedError)
+    assert isinstance(second, Prepared)
+
+
+async def test_a_long_pull_keeps_nobody_from_the_volume(
+    ground: Ground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "volume_of", lambda _spec: "shared")
+    stopped(ground, "new", "newer")
+    ground["newer"].on_volume = ("tiny",)
+    ground.settings.change(auto_pull=True)
+    pulling, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Puller):
+        async def pull(self, *_: object) -> None:
+            pulling.set()
+            await goes_on.wait()
+
+    first = asyncio.ensure_future(
+        ground.placement.prepare(attempt("new", "unread"), puller=Slow(), patient=True)
+    )
+    await pulling.wait()
+    assert (await ground.placement.prepare(attempt("newer", "unread"))).lease.instance == "newer"
+    goes_on.set()
+    assert (await first).lease.instance == "new"
+
+
+@pytest.mark.parametrize("because", ["pull", "unread"])
+async def test_a_pull_that_failed_a_moment_ago_starts_nobody(ground: Ground, because: Because) -> None:
+    stopped(ground, "new")
+    ground.settings.change(auto_pull=True)
+    placement, _ = reading(ground, "other")
+    puller = Puller()
+    puller.given_up = UnavailableError("no such model", reason=Reason.MODEL_MISSING)
+    with pytest.raises(UnavailableError, match="no such model"):
+        await placement.prepare(attempt("new", because), puller=puller, patient=True)
+    assert ground["new"].endpoint is None
+    assert ground.fleet.places == []
+
+
+async def test_a_model_that_is_missing_on_a_read_volume_is_pulled_by_the_last_attempt(ground: Ground) -> None:
+    stopped(ground, "new")
+    ground.settings.change(auto_pull=True)
+    placement, _ = reading(ground, "other")
+    puller = Puller()
+    assert (await placement.prepare(attempt("new", "unread"), puller=puller, patient=True)).start_ms
+    assert puller.pulled == [("new", "tiny")]
+    await placement.prepare(attempt("new", "unread"), patient=True)
+    assert ground["new"].in_flight == 2
 
 
 # --- how an instance is ---

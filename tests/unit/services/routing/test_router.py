@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -158,7 +158,7 @@ def test_what_is_known_of_the_fleet_is_the_fleets_to_say() -> None:
     ground = Ground("a")
     ground.fleet.is_known = False
     assert not ground.router.is_known
-    assert ground.router.settings_version == ground.settings.version
+    assert ground.router.version == ground.settings.version + ground.lists.version
     assert ground.router.load() is ground.fleet.in_flight
 
 
@@ -263,4 +263,78 @@ def test_a_pull_that_was_made_is_not_made_again_after_a_change_of_the_settings()
     assert made is not None
     assert made.because == "pull"
     ground.settings.change(auto_pull=True)
+    assert attempts.next() is None
+
+
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for place in ("routing.router", "models.model_lists"):
+        monkeypatch.setattr(f"manager.services.{place}.volume_of", lambda _spec: "shared")
+
+
+def unread(*names_: str) -> Ground:
+    ground = Ground()
+    for name in names_:
+        ground.fleet.add(name).endpoint = None
+    return ground
+
+
+@pytest.mark.parametrize("peeks", [False, True])
+def test_the_first_of_many_on_a_volume_lists_it_for_all(
+    monkeypatch: pytest.MonkeyPatch, *, peeks: bool
+) -> None:
+    shared(monkeypatch)
+    ground = unread("a", "b", "c", "d")
+    attempts = ground.router.attempts(FACTS)
+    first = attempts.next()
+    assert first is not None
+    assert first.because == "unread"
+    assert not peeks or attempts.more
+    ground[first.instance].reads("other")
+    ground.lists.take(cast("Any", ground[first.instance]))
+    assert attempts.next() is None
+
+
+def test_each_volume_that_was_never_listed_is_one_attempt() -> None:
+    ground = unread("a", "b")
+    attempts = ground.router.attempts(FACTS)
+    seen = []
+    while (made := attempts.next()) is not None:
+        seen.append(made.instance)
+        ground[made.instance].reads("other")
+        ground.lists.take(cast("Any", ground[made.instance]))
+    assert sorted(seen) == ["a", "b"]
+
+
+def test_where_it_may_be_pulled_the_one_that_was_started_does_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared(monkeypatch)
+    ground = unread("a", "b", "c")
+    ground.settings.change(auto_pull=True)
+    attempts = ground.router.attempts(FACTS)
+    first = attempts.next()
+    assert first is not None
+    ground[first.instance].endpoint = "http://x"
+    ground[first.instance].reads()
+    ground.lists.take(cast("Any", ground[first.instance]))
+    following = attempts.next()
+    assert following is not None
+    assert (following.instance, following.because) == (first.instance, "pull")
+
+
+def test_a_new_list_brings_back_no_other_role() -> None:
+    ground = Ground("a", "b")
+    ground["b"].reads("small")
+    roles = (
+        Role("thinking", RequestKind.GENERATE, "tiny", fallbacks=("output",)),
+        Role("output", RequestKind.GENERATE, "small"),
+    )
+    ground.settings.change(roles={role.name: role for role in roles})
+    attempts = ground.router.attempts(FACTS._replace(model="thinking"))
+    first = attempts.next()
+    assert first is not None
+    assert (first.instance, first.role) == ("a", "thinking")
+    assert attempts.more
+    attempts.leave_role()
+    assert not attempts.more
+    ground["b"].reads("small", "more")
+    ground.lists.take(cast("Any", ground["b"]))
     assert attempts.next() is None
