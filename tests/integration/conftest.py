@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_asyncio
 
+from tests.support.engine import PrivateEngine
 from tests.support.fixtures import FAST, NewDaemon, write_templates
 from tests.support.inside import EngineEvents, NewInside, only_mine
 
@@ -31,5 +32,6 @@ async def new_inside(engine: Engine, tmp_path: Path, manager_id: str) -> AsyncIt
 
 
 @pytest.fixture
-def engine_events(docker_client: docker.DockerClient, manager_id: str) -> EngineEvents:
-    return EngineEvents(docker_client, manager_id)
+def engine_events(engine: Engine, docker_client: docker.DockerClient, manager_id: str) -> EngineEvents:
+    log = engine.event_log if isinstance(engine, PrivateEngine) else None
+    return EngineEvents(docker_client, manager_id, log)

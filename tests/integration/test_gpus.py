@@ -14,6 +14,7 @@ from tests.nvml.standin import Card, Process, Slice
 from tests.support.cards import GIB, A, B, C, D, Machine
 from tests.support.daemon import wait_for
 from tests.support.engine import private_engine_obstacles
+from tests.support.engine_kinds import CDI_VARIABLE, is_podman, needs_cards
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.state import stored
 
@@ -26,9 +27,10 @@ if TYPE_CHECKING:
     from tests.support.engine import Engine
     from tests.support.fixtures import NewDaemon
 
-pytestmark = pytest.mark.skipif(
-    bool(private_engine_obstacles()), reason="; ".join(private_engine_obstacles())
-)
+pytestmark = [
+    pytest.mark.skipif(bool(private_engine_obstacles()), reason="; ".join(private_engine_obstacles())),
+    needs_cards(),
+]
 
 GPU_TEMPLATE = {"ollama-gpu": {"device": "gpu"}}  # what cards that are found by themselves are given
 
@@ -39,6 +41,8 @@ def card(uuid: str, slot: int, **more: Any) -> Card:
 
 def requested(client: docker.DockerClient, body: dict[str, Any]) -> list[str]:
     """The ids of the devices that an instance's container has asked for."""
+    if is_podman():  # it does not say what it was asked for, so what counts is what it gave
+        return [environment(client, body)[CDI_VARIABLE]]
     (request,) = client.containers.get(body["container"]["id"]).attrs["HostConfig"]["DeviceRequests"]
     assert request["Driver"] == "nvidia"
     assert request["Capabilities"] == [["gpu"]]
@@ -49,11 +53,12 @@ def requested(client: docker.DockerClient, body: dict[str, Any]) -> list[str]:
 
 def seen(client: docker.DockerClient, body: dict[str, Any]) -> str:
     """NVIDIA_VISIBLE_DEVICES of an instance's process, which is what the engine makes of the request."""
+    return environment(client, body)["NVIDIA_VISIBLE_DEVICES"]
+
+
+def environment(client: docker.DockerClient, body: dict[str, Any]) -> dict[str, str]:
     pid = client.containers.get(body["container"]["id"]).attrs["State"]["Pid"]
-    variables = dict(
-        line.partition("=")[::2] for line in Path(f"/proc/{pid}/environ").read_text().split("\0")
-    )
-    return variables["NVIDIA_VISIBLE_DEVICES"]
+    return dict(line.partition("=")[::2] for line in Path(f"/proc/{pid}/environ").read_text().split("\0"))
 
 
 def ids(daemon: Daemon) -> list[str]:

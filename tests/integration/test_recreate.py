@@ -14,6 +14,7 @@ from tests.simulated.image import IMAGE, REPOSITORY
 from tests.support.cards import GIB, A, Machine
 from tests.support.daemon import wait_for
 from tests.support.engine import private_engine_obstacles
+from tests.support.engine_kinds import needs_cards
 from tests.support.fixtures import write_templates
 from tests.support.ollama import set_knobs
 from tests.support.state import stored_instance
@@ -113,12 +114,13 @@ def test_a_container_of_an_older_template_stays_while_the_image_of_the_new_one_i
     assert body["reason"]["code"] == "template_outdated"
     assert (body["phase"], body["health"]) == ("ready", "healthy")
     assert body["container"]["id"] == before["container"]["id"]
-    assert body["container"]["image"] == IMAGE
+    assert body["container"]["image"].removeprefix("docker.io/") == IMAGE  # Podman says where it is from
     assert requests.get(f"{body['endpoint']}/api/version", timeout=5).ok
     assert count(daemon, "recreating") == 0
 
 
 @needs_device_requests
+@needs_cards()
 def test_a_gpu_container_whose_log_names_the_cpu_is_replaced_once_and_not_again_so_soon(
     new_daemon: NewDaemon, tmp_path: Path
 ) -> None:
@@ -147,6 +149,7 @@ def test_a_gpu_container_whose_log_names_the_cpu_is_replaced_once_and_not_again_
 
 
 @needs_device_requests
+@needs_cards()
 def test_a_gpu_container_with_a_model_that_is_not_on_the_gpu_is_replaced(
     new_daemon: NewDaemon, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from filelock import FileLock
 from manager.errors import EngineUnreachableError, LockedError
 from tests.simulated.image import ensure_simulated_image
 from tests.support.engine import PrivateEngine, private_engine_obstacles
+from tests.support.engine_kinds import is_podman
 from tests.support.inside import EngineEvents, NewInside, own_containers, until
 from tests.support.talk import answers, get, post, set_knobs
 
@@ -158,12 +159,10 @@ async def test_a_container_that_ignores_sigterm_is_killed(
     deaf = inside.get("deaf")
     await deaf.start()
     assert await deaf.stop() is True
-    signals = [
-        event["Actor"]["Attributes"]["signal"]
-        for event in engine_events.all("deaf")
-        if event["Action"] == "kill"
-    ]
-    assert signals == ["15", "9"]
+    kills = [event for event in engine_events.all("deaf") if event["Action"] == "kill"]
+    assert len(kills) == 2
+    if not is_podman():  # it does not say which signal
+        assert [event["Actor"]["Attributes"]["signal"] for event in kills] == ["15", "9"]
     assert own_containers(docker_client, manager_id) == []
     assert any("Listening" in line for line in await deaf.logs(100))
 

@@ -115,6 +115,11 @@ class PrivateEngine:
         return self._root / "data"
 
     @property
+    def event_log(self) -> Path | None:
+        """The file that a Podman writes its events to; None for Docker."""
+        return self._root / "tmp/events/events.log" if engine_kinds.is_podman() else None
+
+    @property
     def pid(self) -> int:
         """Process id of the engine."""
         return self._running().pid
@@ -278,7 +283,8 @@ class PrivateEngine:
 
     def _end_processes(self) -> None:
         def none_left() -> bool:
-            for pid in self._processes():
+            # The monitors first: they start another process when their container ends.
+            for pid in sorted(self._processes(), key=lambda pid: "conmon" not in command_line(pid)):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             return not self._processes()

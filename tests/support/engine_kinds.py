@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
+import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,11 +61,21 @@ cgroup_manager = "cgroupfs"
 events_logger = "file"
 # crun refuses a machine whose cgroups are of both versions.
 runtime = "runc"
+cdi_spec_dirs = ["{root}/cdi"]
 [network]
 default_subnet = "{default}"
 default_subnet_pools = [{{base = "{pool}", size = 27}}]
 firewall_driver = "iptables"
 """
+
+# What `nvidia-ctk cdi generate --device-name-strategy=uuid` writes for real cards: here, names that tests use.
+_CARDS = (
+    *("GPU-aaaaaaaa-0000-4000-8000-000000000001", "GPU-bbbbbbbb-0000-4000-8000-000000000002"),
+    *("GPU-cccccccc-0000-4000-8000-000000000003", "GPU-dddddddd-0000-4000-8000-000000000004"),
+    *("MIG-1", "MIG-2"),
+)
+CDI_VARIABLE = "OEM_TEST_CARD"
+"""What a container on Podman has in its environment when it was given a card."""
 
 
 def chosen() -> str:
@@ -80,6 +93,23 @@ def is_podman() -> bool:
 def not_on_podman(difference: str) -> pytest.MarkDecorator:
     """Skips a test on Podman; the reason names the difference between the engines."""
     return pytest.mark.skipif(is_podman(), reason=f"Podman: {difference}")
+
+
+@cache
+def gives_cards() -> bool:
+    """Whether containers get cards that are asked for over the engine's API."""
+    if chosen() != "podman":
+        return True
+    said = subprocess.run(["podman", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"(\d+)\.(\d+)", said)
+    assert version is not None, said
+    return (int(version[1]), int(version[2])) >= (5, 4)
+
+
+def needs_cards() -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not gives_cards(), reason="Podman before 5.4: a card that is asked for over its Docker API is ignored"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +206,12 @@ class Podman:
             "files": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
             "processes": min(resource.getrlimit(resource.RLIMIT_NPROC)[1], 2**15),  # what it gives itself
         }
-        text = _PODMAN_CONFIG.format(default=default, pool=halves[1], **limits)
+        text = _PODMAN_CONFIG.format(root=place.root, default=default, pool=halves[1], **limits)
         (place.root / "containers.conf").write_text(text)
+        devices = [{"name": card, "containerEdits": {"env": [f"{CDI_VARIABLE}={card}"]}} for card in _CARDS]
+        specification = {"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices}
+        (place.root / "cdi").mkdir()
+        (place.root / "cdi" / "nvidia.json").write_text(json.dumps(specification))
         return None
 
     def command(self, place: Place) -> list[str]:

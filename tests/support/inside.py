@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import time
 from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
@@ -15,7 +17,6 @@ import manager.app
 from manager.api.app import control_api
 from manager.settings import load_settings
 from manager.wire.access import Access
-from tests.support import engine_kinds
 from tests.support.daemon import Daemon
 from tests.support.fixtures import FAST, write_templates
 
@@ -250,21 +251,29 @@ def own_containers(client: docker.DockerClient, manager_id: str, instance: str |
 
 
 class EngineEvents:
-    """What the engine itself says has happened to the containers of a manager."""
+    """The engine's own record of what has happened to the containers of a manager.
 
-    def __init__(self, client: docker.DockerClient, manager_id: str) -> None:
+    Args:
+        client: of the engine.
+        manager_id: whose containers count.
+        log: the file of a Podman's events: over its API it answers when the last second is over.
+    """
+
+    def __init__(self, client: docker.DockerClient, manager_id: str, log: Path | None = None) -> None:
         self._client = client
         self._manager_id = manager_id
-        self._since = time.time()
+        self._log = log
+        self._since = f"{time.time():.6f}"
 
     def all(self, instance: str) -> list[dict[str, Any]]:
+        if self._log is not None:
+            mine = {LABEL_MANAGER: self._manager_id, LABEL_INSTANCE: instance}.items()
+            return [event for event in self._logged("container") if mine <= event["Attributes"].items()]
         labels = [f"{LABEL_MANAGER}={self._manager_id}", f"{LABEL_INSTANCE}={instance}"]
         return self._read({"type": "container", "label": labels})
 
     def actions(self, instance: str) -> list[str]:
-        podman = {"remove": "destroy", "init": None, "cleanup": None}
-        actions = (podman.get(event["Action"], event["Action"]) for event in self.all(instance))
-        return [action for action in actions if action is not None]
+        return [event["Action"] for event in self.all(instance)]
 
     def count(self, instance: str, action: str) -> int:
         return self.actions(instance).count(action)
@@ -274,22 +283,28 @@ class EngineEvents:
         return [event["timeNano"] / 1e9 for event in self.all(instance) if event["Action"] == action]
 
     def pulls(self) -> list[dict[str, Any]]:
+        if self._log is not None:
+            return [event for event in self._logged("image") if event["Action"] == "pull"]
         return self._read({"type": "image", "event": "pull"})
 
     def _read(self, filters: dict[str, Any]) -> list[dict[str, Any]]:
-        # Podman knows whole seconds only, and answers when the last one is over.
-        seconds = engine_kinds.is_podman()
-        since, until = int(self._since), int(time.time()) + 1
-        window: Any = (
-            {"since": since, "until": until}
-            if seconds
-            else {
-                "since": f"{self._since:.6f}",
-                "until": f"{time.time():.6f}",
-            }  # stubs know whole seconds only
-        )
-        events = self._client.events(decode=True, filters=filters, **window)
-        return [event for event in events if event["timeNano"] >= self._since * 1e9]
+        window: Any = {"since": self._since, "until": f"{time.time():.6f}"}  # stubs know whole seconds only
+        return list(self._client.events(decode=True, filters=filters, **window))
+
+    def _logged(self, kind: str) -> list[dict[str, Any]]:
+        """Podman's own record, with Docker's words; without what Docker does not report."""
+        assert self._log is not None
+        words = {"died": "die", "remove": "destroy"}
+        entries = [json.loads(line) for line in self._log.read_text().splitlines()]
+        return [
+            {
+                "Action": words.get(entry["Status"], entry["Status"]),
+                "Attributes": entry["Attributes"] or {},
+                "timeNano": datetime.fromisoformat(entry["Time"]).timestamp() * 1e9,
+            }
+            for entry in entries
+            if entry["Type"] == kind and entry["Status"] not in ("init", "cleanup")
+        ]
 
 
 @contextmanager
