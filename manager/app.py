@@ -10,7 +10,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import structlog
 
@@ -40,9 +40,14 @@ from manager.relay.relay import Limits, Relay
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
+from manager.services.instances.capacity import Capacity
+from manager.services.instances.engine_link import EngineLink
 from manager.services.instances.external import ExternalInstance
-from manager.services.instances.fleet import Fleet, Schedule, Swept
+from manager.services.instances.first_look import FirstLook
+from manager.services.instances.fleet import Fleet
+from manager.services.instances.found_cards import FoundCards
 from manager.services.instances.supervisor import Supervisor
+from manager.services.instances.sweeps import Schedule, Sweeps, Swept
 from manager.services.journal import Journal
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
@@ -84,7 +89,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
@@ -93,6 +98,8 @@ if TYPE_CHECKING:
     from manager.services.instances.instance import Instance
     from manager.settings import LoadedSettings, Settings
     from manager.settings.model import LogSettings
+
+    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
 
 _log = structlog.get_logger("daemon")
 
@@ -103,23 +110,56 @@ _FIRST_LOOPBACK_PORT = 11500
 
 
 @dataclass(frozen=True, slots=True)
+class Instances:
+    """The instances and what goes on around all of them."""
+
+    fleet: Fleet
+    capacity: Capacity
+    link: EngineLink
+    sweeps: Sweeps
+    cards: FoundCards
+    first_look: FirstLook
+
+    def loops(self) -> dict[str, Loop]:
+        return {
+            "instances": self.fleet.run,
+            "places": self.capacity.run,
+            "engine": self.link.run,
+            "gpus": self.cards.run,
+            "sweeps": self.sweeps.run,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Daemon:
-    """Everything of a daemon but its listener. `run` goes on until cancelled."""
+    """Everything of a daemon but its listener. `loops` are what goes on by itself, by name."""
 
     settings: Settings
-    fleet: Fleet
+    parts: Instances
     backend: Backend
     pools: UpstreamPools
     state_lock: StateDirLock
+    loops: Mapping[str, Loop]
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.parts.fleet
 
     async def run(self) -> None:
+        """Run everything, schedules too, until cancelled."""
         scheduler = ApScheduler()
-        self.fleet.schedule(scheduler)
+        self.parts.sweeps.schedule(scheduler)
         scheduler.start()
         try:
-            await self.fleet.run()
+            await self.run_unscheduled()
         finally:
             scheduler.stop()
+
+    async def run_unscheduled(self) -> None:
+        """Run everything but the schedules, until cancelled. An error in a loop ends all of them."""
+        async with asyncio.TaskGroup() as tasks:
+            for name, loop in self.loops.items():
+                tasks.create_task(loop(), name=name)
 
 
 @asynccontextmanager
@@ -186,21 +226,14 @@ async def open_daemon(
             on_step=on_step,
             resume_idle_clock=resume_idle_clock,
         )
-        make = _Maker(world, settings, templates, rows)
-        found = [auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids()]
-        fleet = Fleet(
+        parts = _instances(
             world,
-            members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
-            find_member=make.found,
-            schedules=tuple(
-                Schedule(entry.cron, entry.action, entry.instance, entry.timezone)
-                for entry in settings.schedules
-            ),
-            max_running=settings.lifecycle.max_running,
+            settings,
+            specs=(*specs, *(auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids())),
+            make=_Maker(world, settings, templates, rows),
             own_names=_own_names(pids),
-            probe_interval_s=settings.lifecycle.probe_interval_s,
-            resync_interval_s=settings.lifecycle.resync_interval_s,
         )
+        fleet = parts.fleet
         stack.push_async_callback(fleet.save)
         spans = _spans() if settings.gateway.tracing else None
         if spans is not None:
@@ -212,7 +245,6 @@ async def open_daemon(
             trace=spans.write if spans is not None else None,
         )
         lists = ModelLists(registry, journal, await registry.model_lists())
-        fleet.also_run("model lists", lists.run)
         model_settings = ModelSettings(
             registry,
             journal,
@@ -226,11 +258,12 @@ async def open_daemon(
             fleet,
             model_settings,
             lists,
+            first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
             now=time.monotonic,
         )
-        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic)
+        placement = Placement(fleet, parts.capacity, router, lists, model_settings, now=time.monotonic)
         status = ModelStatus(fleet)
         catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
         server = PooledModelServer(
@@ -242,7 +275,6 @@ async def open_daemon(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
         pulls = Pulls(volumes, server, now=time.monotonic)
-        fleet.also_run("pulls", pulls.run)
         routing = Routing(
             router,
             placement,
@@ -272,6 +304,10 @@ async def open_daemon(
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
+            capacity=parts.capacity,
+            sweeps=parts.sweeps,
+            link=parts.link,
+            first_look=parts.first_look,
             gpus=gpus,
             journal=journal,
             engine=engine,
@@ -280,11 +316,22 @@ async def open_daemon(
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
-                fleet, gpus, traffic, refusals, log_lines_dropped=lambda: 0 if log is None else log.dropped
+                fleet,
+                parts.link,
+                gpus,
+                traffic,
+                refusals,
+                log_lines_dropped=lambda: 0 if log is None else log.dropped,
             ).render,
             refusals=refusals,
         )
-        yield Daemon(settings, fleet, backend, pools, state_lock)
+        loops = {
+            **parts.loops(),
+            "journal": journal.run,
+            "model lists": lists.run,
+            "pulls": pulls.run,
+        }
+        yield Daemon(settings, parts, backend, pools, state_lock, loops)
 
 
 async def serve(
@@ -358,16 +405,16 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
         UnavailableError: the engine does not answer.
     """
     async with open_daemon(loaded, resume_idle_clock=True) as daemon:
-        fleet = daemon.fleet
-        running = asyncio.ensure_future(fleet.run())
+        within_s = loaded.settings.engine.timeout_s
+        running = asyncio.ensure_future(daemon.run_unscheduled())
         try:
-            settled = asyncio.ensure_future(fleet.settled(within_s=loaded.settings.engine.timeout_s))
+            settled = asyncio.ensure_future(daemon.parts.first_look.settled(within_s=within_s))
             await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 settled.cancel()
                 running.result()
             settled.result()
-            return await fleet.reap(dry_run=dry_run)
+            return await daemon.parts.sweeps.reap(dry_run=dry_run)
         finally:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -404,6 +451,42 @@ def _header_names(settings: Settings) -> HeaderNames:
     )
 
 
+def _instances(
+    world: World,
+    settings: Settings,
+    *,
+    specs: Iterable[InstanceSpec],
+    make: _Maker,
+    own_names: tuple[str, ...],
+) -> Instances:
+    lifecycle = settings.lifecycle
+    probe_interval_s, resync_interval_s = lifecycle.probe_interval_s, lifecycle.resync_interval_s
+    fleet = Fleet(world, save_interval_s=resync_interval_s)
+    capacity = Capacity(world, fleet, max_running=lifecycle.max_running, recheck_s=probe_interval_s)
+    link = EngineLink(
+        world,
+        fleet,
+        capacity,
+        own_names=own_names,
+        probe_interval_s=probe_interval_s,
+        resync_interval_s=resync_interval_s,
+    )
+    schedules = tuple(
+        Schedule(entry.cron, entry.action, entry.instance, entry.timezone) for entry in settings.schedules
+    )
+    sweeps = Sweeps(world, fleet, capacity, link, schedules=schedules, interval_s=probe_interval_s)
+    cards = FoundCards(
+        world,
+        fleet,
+        link,
+        make=lambda instance_id: make.found(capacity, instance_id),
+        interval_s=probe_interval_s,
+    )
+    for spec in specs:
+        fleet.add(make.instance(capacity, spec))
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link))
+
+
 class _Maker:
     """Makes instances from their specs and what was stored of them."""
 
@@ -420,14 +503,14 @@ class _Maker:
         self._rows = rows
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
 
-    def instance(self, fleet: Fleet, spec: InstanceSpec) -> Instance:
+    def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec)
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
-        return Supervisor(self._world, spec, self._with_port(row), may_run=fleet.may_run)
+        return Supervisor(self._world, spec, self._with_port(row), may_run=capacity.may_run)
 
-    def found(self, fleet: Fleet, instance_id: str) -> Instance:
-        return self.instance(fleet, auto_gpu_spec(instance_id, self._settings, self._templates))
+    def found(self, capacity: Capacity, instance_id: str) -> Instance:
+        return self.instance(capacity, auto_gpu_spec(instance_id, self._settings, self._templates))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from manager.services.gpus import Gpus
+    from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.fleet import Fleet
     from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
@@ -30,6 +31,7 @@ class FleetMetrics:
     def __init__(
         self,
         fleet: Fleet,
+        link: EngineLink,
         gpus: Gpus,
         traffic: Traffic,
         refusals: Refusals,
@@ -37,6 +39,7 @@ class FleetMetrics:
         log_lines_dropped: Callable[[], int],
     ) -> None:
         self._fleet = fleet
+        self._link = link
         self._refusals = refusals
         self._traffic = traffic
         self._gpus = gpus
@@ -73,7 +76,7 @@ class FleetMetrics:
             if gpu.vram_used_bytes is not None:
                 memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
-        engine.add_metric([], float(self._fleet.engine.up))
+        engine.add_metric([], float(self._link.up))
         dropped = CounterMetricFamily(
             f"{_PREFIX}_log_lines_dropped", "Lines of the log that could not be written"
         )

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.bodies import BodyBudget
     from manager.services.gpus import Gpus
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
+    from manager.services.instances.sweeps import Sweeps
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
     from manager.services.models.model_settings import ModelSettings
@@ -87,6 +91,10 @@ class Backend:
     """
 
     fleet: Fleet
+    capacity: Capacity
+    sweeps: Sweeps
+    link: EngineLink
+    first_look: FirstLook
     gpus: Gpus
     journal: Journal
     engine: Engine

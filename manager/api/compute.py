@@ -81,7 +81,7 @@ def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
 
 def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function for each route, none of them long)
     router = APIRouter(prefix="/api/runtime/compute", tags=["compute"])
-    fleet = backend.fleet
+    fleet, capacity = backend.fleet, backend.capacity
 
     def shown(instance_id: str) -> dict[str, object]:
         return instance_json(fleet.get(instance_id).view(), backend.gpus)
@@ -105,11 +105,13 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
     async def start_instance(instance_id: str, query: Annotated[StartQuery, Query()]) -> Response:
-        """Have an instance running; answers when it is ready, or at once (202) without `wait`."""
-        supervisor = fleet.managed(instance_id)
+        """Have an instance running; answers when it is ready, or at once (202) without `wait`.
+
+        Where `max_running` is reached, an unused instance is stopped first, as for a request.
+        """
         if query.wait:
-            return changed(instance_id, await supervisor.start())
-        return changed(instance_id, supervisor.begin_start(), 202)
+            return changed(instance_id, await capacity.start(instance_id))
+        return changed(instance_id, capacity.begin_start(instance_id), 202)
 
     @router.post(
         "/instances/{instance_id}/stop",
@@ -118,10 +120,9 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     )
     async def stop_instance(instance_id: str, query: Annotated[StopQuery, Query()]) -> Response:
         """Drain an instance and stop it; `force` does not drain."""
-        supervisor = fleet.managed(instance_id)
         if query.wait:
-            return changed(instance_id, await supervisor.stop(force=query.force))
-        return changed(instance_id, supervisor.begin_stop(force=query.force), 202)
+            return changed(instance_id, await capacity.stop(instance_id, force=query.force))
+        return changed(instance_id, capacity.begin_stop(instance_id, force=query.force), 202)
 
     @router.patch("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404, 409, 503))
     async def configure_instance(
@@ -146,7 +147,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.post("/reap", response_model=SweepBody, responses=refusals(503))
     async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
         """One sweep: stop every instance that is idle past its TTL."""
-        swept = [swept_body(entry) for entry in await fleet.reap(dry_run=query.dry_run)]
+        swept = [swept_body(entry) for entry in await backend.sweeps.reap(dry_run=query.dry_run)]
         return _json(SweepBody(instances=swept, count=len(swept)))
 
     @router.post(
@@ -160,7 +161,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         for image in images:
             if not backend.may_pull(image):
                 raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
-        fleet.refuse_without_engine()
+        backend.link.refuse_if_down()
         lines = _pull_lines(backend, images, keep=request.image is None)
         first = await anext(lines)  # what fails at once is an error status, not a stream
 

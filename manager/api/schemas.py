@@ -19,8 +19,8 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
 if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
     from manager.services.gpus import Gpus
-    from manager.services.instances.fleet import Swept
     from manager.services.instances.instance import View
+    from manager.services.instances.sweeps import Swept
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next

@@ -201,7 +201,7 @@ def recorder() -> Recorder:
 
 async def test_a_schedule_starts_stops_and_sweeps(new_inside: NewInside, recorder: Recorder) -> None:
     inside = await new_inside(config={"schedules": SCHEDULES})
-    inside.fleet.schedule(recorder)
+    inside.daemon.parts.sweeps.schedule(recorder)
     assert recorder.lines == [(str(s["cron"]), s.get("timezone")) for s in SCHEDULES]
     start, stop, reap = (recorder.ticks[f"schedules[{number}]"] for number in range(3))
     start()
@@ -227,7 +227,7 @@ async def test_a_schedule_that_cannot_be_kept_says_why_and_ends_nothing(
         lifecycle={"max_running": 1},
         config={"schedules": SCHEDULES},
     )
-    inside.fleet.schedule(recorder)
+    inside.daemon.parts.sweeps.schedule(recorder)
     await inside.get("other").start()
     recorder.ticks["schedules[0]"]()
     await until(lambda: "schedule_failed" in inside.kinds("cpu"))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from manager.domain import backoff
+from manager.domain.capacity import is_failing
 from manager.domain.container import (
     LABEL_DEVICE,
     LABEL_HASH,
@@ -277,14 +278,8 @@ class Supervisor(Instance):
         self._wake.set()
 
     def prewarm(self) -> None:
-        """Start with the daemon, unless something is going on already."""
+        """Start with the daemon, unless an operation is under way. The caller has seen to a place."""
         if not self._dormant and self._is.intent is None and self._is.phase in (Phase.STOPPED, Phase.FAILED):
-            self._is.target = Target.RUNNING
-            try:
-                self._may_run(self.id)
-            except LimitReachedError as error:
-                self._world.journal.record("prewarm_refused", instance=self.id, detail=error.message)
-                return
             self._is.target = Target.RUNNING
             self._is.intent = Operation.START
             self._wake.set()
@@ -358,6 +353,22 @@ class Supervisor(Instance):
         if self.usable_endpoint() is None or self.pinned:
             return None
         return self._clock.quiet_at(0.0, self.in_flight)
+
+    @property
+    def image(self) -> str:
+        """The image of its container."""
+        return self._template.image
+
+    def obstacle(self, *, explicit: bool) -> Explanation | None:
+        """Return why no other instance is stopped for it: it would not start. None when it may.
+
+        Args:
+            explicit: earlier failures do not count.
+        """
+        retry = self._is.start_retry
+        if (why := self._unusable()) is not None or explicit:
+            return why
+        return self._is.failure if is_failing(retry.failures, retry.at, self._world.now()) else None
 
     @property
     def ready_container(self) -> ContainerFacts | None:

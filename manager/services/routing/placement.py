@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from manager.domain.routing import Attempt
+    from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.instances.leases import Lease
@@ -66,6 +67,7 @@ class Placement:
 
     Args:
         fleet: the instances.
+        capacity: makes places where `max_running` is reached.
         router: knows the models of each instance.
         lists: takes in what instances list.
         settings: the routing settings.
@@ -75,6 +77,7 @@ class Placement:
     def __init__(
         self,
         fleet: Fleet,
+        capacity: Capacity,
         router: Router,
         lists: ModelLists,
         settings: SettingsSource,
@@ -82,6 +85,7 @@ class Placement:
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._capacity = capacity
         self._router = router
         self._lists = lists
         self._settings = settings
@@ -119,8 +123,13 @@ class Placement:
             ManagerError: no lease can be had.
         """
         instance = self._fleet.get(attempt.instance)
-        began = self._now()
         runs = instance.usable_endpoint() is not None
+        pulls = attempt.because == "pull"
+        if pulls and not runs and puller is not None:
+            # The volume's writer pulls. This instance is not started for a model that cannot be had.
+            await puller.pull(instance.id, attempt.model, tell)
+            pulls = False
+        began = self._now()
         while True:
             try:
                 lease = await self._lease(instance, failed_on)
@@ -132,7 +141,6 @@ class Placement:
                 await asyncio.sleep(wait_s + _SLEEP_SLACK_S)
         start_ms = None if runs else (self._now() - began) * 1000
         try:
-            pulls = attempt.because == "pull"
             if attempt.because == "unread":
                 pulls = not await self._has(instance, attempt.model, may_pull=patient)
             if pulls and puller is not None:
@@ -170,7 +178,7 @@ class Placement:
         try:
             return await instance.lease()
         except LimitReachedError:
-            async with self._fleet.place_for(instance.id, keep=failed_on):
+            async with self._capacity.place_for(instance.id, keep=failed_on):
                 return await instance.lease()
 
     async def _has(self, instance: Instance, model: str, *, may_pull: bool) -> bool:

@@ -51,8 +51,8 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
     fleet = SimpleNamespace(
         views=lambda: [SimpleNamespace(spec=spec, phase=Phase.READY, in_flight=3)],
         supervisors=lambda: [SimpleNamespace(id="gpu0", starts_done=4, starts_failed=1)],
-        engine=SimpleNamespace(up=True),
     )
+    link = SimpleNamespace(up=True)
     cards = [
         SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30),
         SimpleNamespace(uuid="GPU-2", vram_used_bytes=None),
@@ -60,6 +60,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
     gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
     metrics = FleetMetrics(
         cast("Any", fleet),
+        cast("Any", link),
         cast("Any", gpus),
         traffic,
         refusals or Refusals(now=lambda: 0.0),

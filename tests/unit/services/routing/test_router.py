@@ -264,3 +264,23 @@ def test_a_pull_that_was_made_is_not_made_again_after_a_change_of_the_settings()
     assert made.because == "pull"
     ground.settings.change(auto_pull=True)
     assert attempts.next() is None
+
+
+def test_after_a_failed_pull_only_running_instances_pull_and_no_other_is_started() -> None:
+    ground = Ground("a", "b", "c")
+    for name in ("a", "b", "c"):
+        ground[name].reads()
+    ground["b"].endpoint, ground["b"].phase = None, Phase.STOPPED
+    ground.settings.change(auto_pull=True)
+    ground.revision.advance()
+    attempts = ground.router.attempts(FACTS)
+    first = attempts.next()
+    assert first is not None
+    assert first.because == "pull"
+    assert attempts.more
+    attempts.pull_failed()
+    assert names(attempts) == [name for name in ("a", "c") if name != first.instance]
+    attempts = ground.router.attempts(FACTS)
+    attempts.start_no_other()
+    attempts.pull_failed()
+    assert names(attempts) == []
