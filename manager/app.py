@@ -54,6 +54,7 @@ from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
 from manager.services.models.volumes import Volumes
+from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
@@ -265,7 +266,10 @@ async def open_daemon(
         )
         placement = Placement(fleet, parts.capacity, router, lists, model_settings, now=time.monotonic)
         status = ModelStatus(fleet)
-        catalogue = Catalogue(fleet, status, traffic, lists, model_settings, now=time.monotonic)
+        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        catalogue = Catalogue(
+            fleet, overviews, status, traffic, lists, settings=model_settings, now=time.monotonic
+        )
         server = PooledModelServer(
             pools,
             connect_timeout_s=settings.gateway.connect_timeout_s,
@@ -308,7 +312,7 @@ async def open_daemon(
             sweeps=parts.sweeps,
             link=parts.link,
             first_look=parts.first_look,
-            gpus=gpus,
+            overviews=overviews,
             journal=journal,
             engine=engine,
             passing=passing,
@@ -316,9 +320,7 @@ async def open_daemon(
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
-                fleet,
-                parts.link,
-                gpus,
+                overviews,
                 traffic,
                 refusals,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,

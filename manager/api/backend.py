@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.bodies import BodyBudget
-    from manager.services.gpus import Gpus
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
+    from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
@@ -95,7 +95,7 @@ class Backend:
     sweeps: Sweeps
     link: EngineLink
     first_look: FirstLook
-    gpus: Gpus
+    overviews: Overviews
     journal: Journal
     engine: Engine
     passing: Passing

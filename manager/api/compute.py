@@ -18,10 +18,12 @@ from manager.api.schemas import (
     InstanceBody,
     InstancePatch,
     InstancesBody,
+    OrphansBody,
     PullRequest,
     SweepBody,
     gpus_body,
     instance_json,
+    orphans_body,
     swept_body,
 )
 from manager.errors import EngineError, InvalidRequestError, ManagerError
@@ -84,7 +86,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     fleet, capacity = backend.fleet, backend.capacity
 
     def shown(instance_id: str) -> dict[str, object]:
-        return instance_json(fleet.get(instance_id).view(), backend.gpus)
+        return instance_json(backend.overviews.of(instance_id))
 
     def changed(instance_id: str, done: bool, status: int = 200) -> Response:
         return _json({"instance": shown(instance_id), "changed": done}, status)
@@ -92,7 +94,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.get("/instances", response_model=InstancesBody, responses=refusals())
     async def list_instances(_query: Annotated[NoQuery, Query()]) -> Response:
         """All instances as they are now. Starts nothing and extends nothing."""
-        bodies = [instance_json(view, backend.gpus) for view in fleet.views()]
+        bodies = [instance_json(state) for state in backend.overviews.current().instances]
         return _json({"instances": bodies, "count": len(bodies)})
 
     @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404))
@@ -175,7 +177,12 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.get("/gpus", response_model=GpusBody, responses=refusals())
     async def list_gpus(_query: Annotated[NoQuery, Query()]) -> Response:
         """The cards as last measured; `error` says why there are none to see."""
-        return _json(gpus_body(backend.gpus))
+        return _json(gpus_body(backend.overviews.current()))
+
+    @router.get("/orphans", response_model=OrphansBody, responses=refusals())
+    async def list_orphans(_query: Annotated[NoQuery, Query()]) -> Response:
+        """Containers of this manager that belong to no instance, as last listed; nothing touches them."""
+        return _json(orphans_body(backend.overviews.current()))
 
     @router.get(
         "/events",

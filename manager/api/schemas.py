@@ -17,10 +17,8 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
 )
 
 if TYPE_CHECKING:
-    from manager.domain.gpu import Gpu
-    from manager.services.gpus import Gpus
-    from manager.services.instances.instance import View
     from manager.services.instances.sweeps import Swept
+    from manager.services.overview import InstanceState, Overview
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next
@@ -158,6 +156,23 @@ class GpusBody(_Body):
     error: GpuErrorBody | None
 
 
+class OrphanBody(_Body):
+    """A container that carries this manager's label and belongs to no instance. `remedy` is a command."""
+
+    id: str
+    name: str
+    image: str
+    instance: str | None
+    running: bool
+    why: str
+    remedy: str
+
+
+class OrphansBody(_Body):
+    orphans: list[OrphanBody]
+    count: int
+
+
 class EventBody(_Body):
     id: int
     at: Time
@@ -187,12 +202,13 @@ class ErrorBody(_Body):
     error: ErrorDetail
 
 
-def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
+def instance_json(state: InstanceState) -> dict[str, object]:
     """What `InstanceBody` describes, as plain values.
 
     The list of all instances is what everyone polls, and building models would cost more than the rest of the
     request. A test holds this against the model.
     """
+    view = state.view
     explanation = view.explanation
     container = view.container
     remaining_s = view.ttl_remaining_s
@@ -200,7 +216,7 @@ def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
         "id": view.spec.id,
         "driver": view.spec.driver,
         "template": view.spec.template_name,
-        "device": _device(view, gpus),
+        "device": _device(state),
         "endpoint": view.endpoint,
         "target": view.target,
         "phase": view.phase,
@@ -242,8 +258,8 @@ def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
     }
 
 
-def _device(view: View, gpus: Gpus) -> dict[str, object]:
-    gpu: Gpu | None = gpus.gpu_of(view.spec.id) if view.gpu_uuid else None
+def _device(state: InstanceState) -> dict[str, object]:
+    view, gpu = state.view, state.gpu
     return {
         "kind": view.spec.device_kind,
         "uuid": view.gpu_uuid,
@@ -259,8 +275,8 @@ def _time(time: datetime | None) -> str | None:
     return None if time is None else _rfc3339(time)
 
 
-def gpus_body(gpus: Gpus) -> GpusBody:
-    snapshot = gpus.snapshot
+def gpus_body(overview: Overview) -> GpusBody:
+    error = overview.cards_error
     return GpusBody(
         gpus=[
             GpuBody(
@@ -275,19 +291,34 @@ def gpus_body(gpus: Gpus) -> GpusBody:
                     ProcessBody(
                         pid=process.pid,
                         used_bytes=process.used_bytes,
-                        instance=gpus.instance_of(process.pid),
+                        instance=card.owners.get(process.pid),
                     )
                     for process in gpu.processes
                 ],
             )
-            for gpu in snapshot.gpus
+            for card in overview.cards
+            for gpu in (card.gpu,)
         ],
-        error=GpuErrorBody(
-            code=str(snapshot.error.details.get("nvml", snapshot.error.code)), message=snapshot.error.message
-        )
-        if snapshot.error
+        error=GpuErrorBody(code=str(error.details.get("nvml", error.code)), message=error.message)
+        if error
         else None,
     )
+
+
+def orphans_body(overview: Overview) -> OrphansBody:
+    orphans = [
+        OrphanBody(
+            id=one.id,
+            name=one.name,
+            image=one.image,
+            instance=one.instance,
+            running=one.is_running,
+            why=one.why,
+            remedy=one.remedy,
+        )
+        for one in overview.orphans
+    ]
+    return OrphansBody(orphans=orphans, count=len(orphans))
 
 
 def swept_body(swept: Swept) -> SweptBody:
