@@ -120,8 +120,7 @@ class Capacity:
         except LimitReachedError:
             if instance_id not in self._begun:
                 # Images are not looked at here: that takes a call of the engine.
-                obstacle = supervisor.obstacle(explicit=True)
-                verdict = self._verdict(instance_id, obstacle=obstacle, absent=())
+                verdict = self._verdict(instance_id, obstacle=supervisor.why_unusable, absent=())
                 self._refuse(instance_id, verdict)
                 self._begun[instance_id] = None
                 self._news.set()
@@ -212,11 +211,11 @@ class Capacity:
         """
         supervisor = self._fleet.managed(instance_id)
         engine = self._world.engine
-        images = {one.image for one in self._fleet.supervisors() if one is supervisor or one.occupies}
+        images = {_image(one) for one in self._fleet.supervisors() if one is supervisor or one.occupies}
         absent = frozenset([image for image in sorted(images) if not await engine.has_image(image)])
-        obstacle = supervisor.obstacle(explicit=explicit)
-        if obstacle is None and supervisor.image in absent:
-            message = f"{instance_id} needs the image {supervisor.image}; pull it with `ollama-manager pull`"
+        obstacle = supervisor.why_unusable or (None if explicit else supervisor.why_failing)
+        if obstacle is None and (image := _image(supervisor)) in absent:
+            message = f"{instance_id} needs the image {image}; pull it with `ollama-manager pull`"
             obstacle = Explanation(Reason.IMAGE_MISSING, message)
         if obstacle is None:
             obstacle = await self._name_conflict(instance_id)
@@ -260,7 +259,7 @@ class Capacity:
                 in_use=one.in_flight > 0,
                 pinned=one.pinned,
                 unused_since=one.unused_since,
-                may_return=one.image not in absent and one.obstacle(explicit=True) is None,
+                may_return=one.why_unusable is None and _image(one) not in absent,
             )
             for one in self._fleet.supervisors()
         ]
@@ -328,3 +327,8 @@ class Capacity:
         if task is not None:
             task.cancel()
         return True
+
+
+def _image(supervisor: Supervisor) -> str:
+    template = supervisor.spec.template
+    return "" if template is None else template.image

@@ -355,19 +355,14 @@ class Supervisor(Instance):
         return self._clock.quiet_at(0.0, self.in_flight)
 
     @property
-    def image(self) -> str:
-        """The image of its container."""
-        return self._template.image
+    def why_unusable(self) -> Explanation | None:
+        """Why no start can succeed, None when one may."""
+        return self._unusable()
 
-    def obstacle(self, *, explicit: bool) -> Explanation | None:
-        """Return why no other instance is stopped for it: it would not start. None when it may.
-
-        Args:
-            explicit: earlier failures do not count.
-        """
+    @property
+    def why_failing(self) -> Explanation | None:
+        """Why its last start or run failed, as long as another failure is likely; see `is_failing`."""
         retry = self._is.start_retry
-        if (why := self._unusable()) is not None or explicit:
-            return why
         return self._is.failure if is_failing(retry.failures, retry.at, self._world.now()) else None
 
     @property
