@@ -108,6 +108,34 @@ async def test_many_that_want_a_place_at_once_stop_no_more_than_they_need() -> N
         assert rig.running_ids() == {"c", "d"}
 
 
+async def test_of_two_that_want_the_only_place_one_gets_it() -> None:
+    rig = Rig("a", "b", "c", "d", max_running=2)
+    async with rig.running():
+        await rig.capacity.start("b")
+        lease = await rig["a"].lease()
+        outcomes = await asyncio.gather(
+            rig.capacity.start("c"), rig.capacity.start("d"), return_exceptions=True
+        )
+        assert sorted(type(one).__name__ for one in outcomes) == ["LimitReachedError", "bool"]
+        lease.release()
+
+
+async def test_an_instance_that_made_way_does_not_take_its_place_back() -> None:
+    rig = Rig("a", "b", max_running=1)
+    async with rig.running():
+        await rig.capacity.start("a")
+        rig.engine.stops.clear()
+        starting = asyncio.ensure_future(rig.capacity.start("b"))
+        await until(lambda: rig.view("a").phase is Phase.STOPPING)
+        again = asyncio.ensure_future(rig["a"].start(explicit=False))
+        await asyncio.sleep(0)
+        rig.engine.stops.set()
+        assert await starting is True
+        with pytest.raises(LimitReachedError):
+            await again
+        assert rig.running_ids() == {"b"}
+
+
 async def test_an_external_instance_has_no_place() -> None:
     rig = Rig("a", max_running=1)
     rig.add_external()

@@ -180,6 +180,7 @@ async def test_an_event_of_a_container_without_an_instance_causes_a_listing() ->
     rig = Rig("a")
     rig.add_external()
     async with rig.running():
+        await until(lambda: "events" in rig.engine.calls and not rig.link._resync.is_set())
         facts = rig.engine.put("m-ollama-nas", "nas")
         rig.engine.tell("start", facts)  # an external instance of that name has no container
         rig.engine.tell("start", rig.engine.put("b", "b"))
