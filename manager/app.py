@@ -10,7 +10,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import structlog
 
@@ -41,9 +41,14 @@ from manager.relay.upstream import UpstreamPools
 from manager.reloading import Reloader
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
+from manager.services.instances.capacity import Capacity
+from manager.services.instances.engine_link import EngineLink
 from manager.services.instances.external import ExternalInstance
-from manager.services.instances.fleet import Fleet, Schedule, Swept
+from manager.services.instances.first_look import FirstLook
+from manager.services.instances.fleet import Fleet
+from manager.services.instances.found_cards import FoundCards
 from manager.services.instances.supervisor import Supervisor
+from manager.services.instances.sweeps import Schedule, Sweeps, Swept
 from manager.services.journal import Journal
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
@@ -51,6 +56,7 @@ from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
 from manager.services.models.volume_reader import VolumeReader
 from manager.services.models.volumes import Volumes
+from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
@@ -86,7 +92,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
@@ -97,6 +103,8 @@ if TYPE_CHECKING:
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
 
+    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
+
 _log = structlog.get_logger("daemon")
 
 # How long another process (a clean-up from cron) may hold an instance before a request is refused.
@@ -106,28 +114,61 @@ _FIRST_LOOPBACK_PORT = 11500
 
 
 @dataclass(frozen=True, slots=True)
+class Instances:
+    """The instances and what goes on around all of them."""
+
+    fleet: Fleet
+    capacity: Capacity
+    link: EngineLink
+    sweeps: Sweeps
+    cards: FoundCards
+    first_look: FirstLook
+
+    def loops(self) -> dict[str, Loop]:
+        return {
+            "instances": self.fleet.run,
+            "places": self.capacity.run,
+            "engine": self.link.run,
+            "gpus": self.cards.run,
+            "sweeps": self.sweeps.run,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class Daemon:
-    """Everything of a daemon but its listener. `run` goes on until cancelled.
+    """Everything of a daemon but its listener. `loops` are what goes on by itself, by name.
 
     `reconfigure` puts in force what can change while it runs, but for the listener's part.
     """
 
     settings: Settings
-    fleet: Fleet
+    parts: Instances
     backend: Backend
     pools: UpstreamPools
     state_lock: StateDirLock
     templates: Mapping[str, Template]
     reconfigure: Callable[[Changes], None]
+    loops: dict[str, Loop]
+
+    @property
+    def fleet(self) -> Fleet:
+        return self.parts.fleet
 
     async def run(self) -> None:
+        """Run everything, schedules too, until cancelled."""
         scheduler = ApScheduler()
-        self.fleet.schedule(scheduler)
+        self.parts.sweeps.schedule(scheduler)
         scheduler.start()
         try:
-            await self.fleet.run()
+            await self.run_unscheduled()
         finally:
             scheduler.stop()
+
+    async def run_unscheduled(self) -> None:
+        """Run everything but the schedules, until cancelled. An error in a loop ends all of them."""
+        async with asyncio.TaskGroup() as tasks:
+            for name, loop in self.loops.items():
+                tasks.create_task(loop(), name=name)
 
 
 @asynccontextmanager
@@ -197,17 +238,14 @@ async def open_daemon(
             resume_idle_clock=resume_idle_clock,
         )
         make = _Maker(world, settings, templates, rows)
-        found = [auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids()]
-        fleet = Fleet(
+        parts = _instances(
             world,
-            members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
-            find_member=make.found,
-            schedules=_schedules(settings),
-            max_running=settings.lifecycle.max_running,
+            settings,
+            specs=(*specs, *(auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids())),
+            make=make,
             own_names=_own_names(pids),
-            probe_interval_s=settings.lifecycle.probe_interval_s,
-            resync_interval_s=settings.lifecycle.resync_interval_s,
         )
+        fleet = parts.fleet
         stack.push_async_callback(fleet.save)
         spans = _spans() if settings.gateway.tracing else None
         if spans is not None:
@@ -220,7 +258,6 @@ async def open_daemon(
             trace=spans.write if spans is not None else None,
         )
         lists = ModelLists(registry, journal, await registry.model_lists())
-        fleet.also_run("model lists", lists.run)
         model_settings = ModelSettings(
             registry,
             journal,
@@ -234,15 +271,35 @@ async def open_daemon(
             fleet,
             model_settings,
             lists,
+            first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
             now=time.monotonic,
         )
-        volume_reader = _volume_reader(world, fleet, lists, runs=not resume_idle_clock)
-        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic, reader=volume_reader)
+        volume_reader = VolumeReader(
+            fleet,
+            parts.link,
+            parts.first_look,
+            engine,
+            lists,
+            journal=journal,
+            manager_id=settings.manager_id,
+            now=time.monotonic,
+        )
+        placement = Placement(
+            fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
+        )
         status = ModelStatus(fleet)
+        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
         catalogue = Catalogue(
-            fleet, status, traffic, lists, model_settings, reader=volume_reader, now=time.monotonic
+            fleet,
+            overviews,
+            status,
+            traffic,
+            lists,
+            settings=model_settings,
+            reader=volume_reader,
+            now=time.monotonic,
         )
         server = PooledModelServer(
             pools,
@@ -253,7 +310,6 @@ async def open_daemon(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
         pulls = Pulls(volumes, server, now=time.monotonic)
-        fleet.also_run("pulls", pulls.run)
         routing = Routing(
             router,
             placement,
@@ -283,7 +339,11 @@ async def open_daemon(
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
-            gpus=gpus,
+            capacity=parts.capacity,
+            sweeps=parts.sweeps,
+            link=parts.link,
+            first_look=parts.first_look,
+            overviews=overviews,
             journal=journal,
             engine=engine,
             passing=passing,
@@ -291,7 +351,10 @@ async def open_daemon(
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
-                fleet, gpus, traffic, refusals, log_lines_dropped=lambda: 0 if log is None else log.dropped
+                overviews,
+                traffic,
+                refusals,
+                log_lines_dropped=lambda: 0 if log is None else log.dropped,
             ).render,
             refusals=refusals,
         )
@@ -299,12 +362,11 @@ async def open_daemon(
         def reconfigure(changed: Changes) -> None:
             now = changed.loaded.settings
             make.settings = now
-            auto = (
-                auto_gpu_spec(instance.id, now, templates)
-                for instance in fleet.instances()
-                if instance.id not in {spec.id for spec in changed.specs}
-            )
-            fleet.reconfigure((*changed.specs, *auto), _schedules(now), now.lifecycle.max_running)
+            configured = {spec.id for spec in changed.specs}
+            found = (one.id for one in fleet.instances() if one.id not in configured)
+            fleet.reconfigure((*changed.specs, *(auto_gpu_spec(id_, now, templates) for id_ in found)))
+            parts.capacity.reconfigure(now.lifecycle.max_running)
+            parts.sweeps.reconfigure(_schedules(now))
             model_settings.reconfigure(written_roles(changed.loaded), now.models)
             passing.requests.default_project = now.gateway.default_project
             traffic.share_logged = now.gateway.access_log
@@ -312,7 +374,15 @@ async def open_daemon(
             if changed.applied:
                 journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
-        yield Daemon(settings, fleet, backend, pools, state_lock, templates, reconfigure)
+        loops = {
+            **parts.loops(),
+            "journal": journal.run,
+            "model lists": lists.run,
+            "pulls": pulls.run,
+        }
+        if not resume_idle_clock:  # a sweep reads no volume
+            loops["volumes"] = volume_reader.run
+        yield Daemon(settings, parts, backend, pools, state_lock, templates, reconfigure, loops)
 
 
 async def serve(
@@ -375,7 +445,7 @@ async def serve(
                 daemon.reconfigure(changed)
 
             reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
-            daemon.fleet.also_run("reload", reloader.run)
+            daemon.loops["reload"] = reloader.run
             tune_interpreter()
             _log.info(
                 "serving",
@@ -406,30 +476,20 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
         UnavailableError: the engine does not answer.
     """
     async with open_daemon(loaded, resume_idle_clock=True) as daemon:
-        fleet = daemon.fleet
-        running = asyncio.ensure_future(fleet.run())
+        within_s = loaded.settings.engine.timeout_s
+        running = asyncio.ensure_future(daemon.run_unscheduled())
         try:
-            settled = asyncio.ensure_future(fleet.settled(within_s=loaded.settings.engine.timeout_s))
+            settled = asyncio.ensure_future(daemon.parts.first_look.settled(within_s=within_s))
             await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 settled.cancel()
                 running.result()
             settled.result()
-            return await fleet.reap(dry_run=dry_run)
+            return await daemon.parts.sweeps.reap(dry_run=dry_run)
         finally:
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
-
-
-def _volume_reader(world: World, fleet: Fleet, lists: ModelLists, *, runs: bool) -> VolumeReader:
-    """Return the reader of volumes; `runs` is whether it goes on with the fleet. A sweep reads none."""
-    reader = VolumeReader(
-        fleet, world.engine, lists, world.journal, manager_id=world.manager_id, now=world.now
-    )
-    if runs:
-        fleet.also_run("volumes", reader.run)
-    return reader
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:
@@ -462,6 +522,39 @@ def _header_names(settings: Settings) -> HeaderNames:
     )
 
 
+def _instances(
+    world: World,
+    settings: Settings,
+    *,
+    specs: Iterable[InstanceSpec],
+    make: _Maker,
+    own_names: tuple[str, ...],
+) -> Instances:
+    lifecycle = settings.lifecycle
+    probe_interval_s, resync_interval_s = lifecycle.probe_interval_s, lifecycle.resync_interval_s
+    fleet = Fleet(world, save_interval_s=resync_interval_s)
+    capacity = Capacity(world, fleet, max_running=lifecycle.max_running, recheck_s=probe_interval_s)
+    link = EngineLink(
+        world,
+        fleet,
+        capacity,
+        own_names=own_names,
+        probe_interval_s=probe_interval_s,
+        resync_interval_s=resync_interval_s,
+    )
+    sweeps = Sweeps(world, fleet, capacity, link, schedules=_schedules(settings), interval_s=probe_interval_s)
+    cards = FoundCards(
+        world,
+        fleet,
+        link,
+        make=lambda instance_id: make.found(capacity, instance_id),
+        interval_s=probe_interval_s,
+    )
+    for spec in specs:
+        fleet.add(make.instance(capacity, spec))
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link))
+
+
 class _Maker:
     """Makes instances from their specs and what was stored of them."""
 
@@ -478,14 +571,14 @@ class _Maker:
         self._rows = rows
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
 
-    def instance(self, fleet: Fleet, spec: InstanceSpec) -> Instance:
+    def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec)
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
-        return Supervisor(self._world, spec, self._with_port(row), may_run=fleet.may_run)
+        return Supervisor(self._world, spec, self._with_port(row), may_run=capacity.may_run)
 
-    def found(self, fleet: Fleet, instance_id: str) -> Instance:
-        return self.instance(fleet, auto_gpu_spec(instance_id, self.settings, self._templates))
+    def found(self, capacity: Capacity, instance_id: str) -> Instance:
+        return self.instance(capacity, auto_gpu_spec(instance_id, self.settings, self._templates))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-from manager.domain.instance import Phase
+from manager.domain.instance import Driver, Phase
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
-    from manager.services.gpus import Gpus
-    from manager.services.instances.fleet import Fleet
+    from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
 
@@ -29,17 +28,15 @@ class FleetMetrics:
 
     def __init__(
         self,
-        fleet: Fleet,
-        gpus: Gpus,
+        overviews: Overviews,
         traffic: Traffic,
         refusals: Refusals,
         *,
         log_lines_dropped: Callable[[], int],
     ) -> None:
-        self._fleet = fleet
+        self._overviews = overviews
         self._refusals = refusals
         self._traffic = traffic
-        self._gpus = gpus
         self._log_lines_dropped = log_lines_dropped
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -52,6 +49,7 @@ class FleetMetrics:
         return iter(())
 
     def collect(self) -> Iterator[Metric]:
+        overview = self._overviews.current()
         phases = GaugeMetricFamily(
             f"{_PREFIX}_instance_phase", "1 for the phase an instance is in", labels=["instance", "phase"]
         )
@@ -59,24 +57,25 @@ class FleetMetrics:
         starts = CounterMetricFamily(
             f"{_PREFIX}_starts", "Starts since the daemon began", labels=["instance", "result"]
         )
-        for view in self._fleet.views():
+        for state in overview.instances:
+            view, instance_id = state.view, state.view.spec.id
             for phase in Phase:
-                phases.add_metric([view.spec.id, phase.value], float(view.phase is phase))
-            in_flight.add_metric([view.spec.id], view.in_flight)
-        for supervisor in self._fleet.supervisors():
-            starts.add_metric([supervisor.id, "ok"], supervisor.starts_done)
-            starts.add_metric([supervisor.id, "failed"], supervisor.starts_failed)
+                phases.add_metric([instance_id, phase.value], float(view.phase is phase))
+            in_flight.add_metric([instance_id], view.in_flight)
+            if view.spec.driver is Driver.DOCKER:
+                starts.add_metric([instance_id, "ok"], state.starts_done)
+                starts.add_metric([instance_id, "failed"], state.starts_failed)
         memory = GaugeMetricFamily(
             f"{_PREFIX}_gpu_memory_used_bytes", "Memory in use on a card, by anyone", labels=["uuid"]
         )
-        for gpu in self._gpus.snapshot.gpus:
+        for gpu in (card.gpu for card in overview.cards):
             if gpu.vram_used_bytes is not None:
                 memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
         lost = GaugeMetricFamily(f"{_PREFIX}_gpu_lost", "1 for a card that cannot be used", labels=["uuid"])
-        for gpu in self._gpus.snapshot.gpus:
+        for gpu in (card.gpu for card in overview.cards):
             lost.add_metric([gpu.uuid], float(gpu.lost is not None))
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
-        engine.add_metric([], float(self._fleet.engine.up))
+        engine.add_metric([], float(overview.engine_up))
         dropped = CounterMetricFamily(
             f"{_PREFIX}_log_lines_dropped", "Lines of the log that could not be written"
         )
@@ -86,7 +85,11 @@ class FleetMetrics:
         )
         for reason, count in self._refusals.counts.items():
             refused.add_metric([reason], count)
-        yield from (phases, in_flight, starts, memory, lost, engine, dropped, refused)
+        orphans = GaugeMetricFamily(
+            f"{_PREFIX}_orphans", "Containers with the manager's label that belong to no instance"
+        )
+        orphans.add_metric([], len(overview.orphans))
+        yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

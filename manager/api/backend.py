@@ -16,13 +16,17 @@ if TYPE_CHECKING:
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts
     from manager.services.bodies import BodyBudget
-    from manager.services.gpus import Gpus
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
+    from manager.services.instances.sweeps import Sweeps
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
+    from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
@@ -87,7 +91,11 @@ class Backend:
     """
 
     fleet: Fleet
-    gpus: Gpus
+    capacity: Capacity
+    sweeps: Sweeps
+    link: EngineLink
+    first_look: FirstLook
+    overviews: Overviews
     journal: Journal
     engine: Engine
     passing: Passing

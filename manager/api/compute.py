@@ -18,10 +18,12 @@ from manager.api.schemas import (
     InstanceBody,
     InstancePatch,
     InstancesBody,
+    OrphansBody,
     PullRequest,
     SweepBody,
     gpus_body,
     instance_json,
+    orphans_body,
     swept_body,
 )
 from manager.errors import EngineError, InvalidRequestError, ManagerError
@@ -81,10 +83,10 @@ def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
 
 def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function for each route, none of them long)
     router = APIRouter(prefix="/api/runtime/compute", tags=["compute"])
-    fleet = backend.fleet
+    fleet, capacity = backend.fleet, backend.capacity
 
     def shown(instance_id: str) -> dict[str, object]:
-        return instance_json(fleet.get(instance_id).view(), backend.gpus)
+        return instance_json(backend.overviews.of(instance_id))
 
     def changed(instance_id: str, done: bool, status: int = 200) -> Response:
         return _json({"instance": shown(instance_id), "changed": done}, status)
@@ -92,7 +94,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.get("/instances", response_model=InstancesBody, responses=refusals())
     async def list_instances(_query: Annotated[NoQuery, Query()]) -> Response:
         """All instances as they are now. Starts nothing and extends nothing."""
-        bodies = [instance_json(view, backend.gpus) for view in fleet.views()]
+        bodies = [instance_json(state) for state in backend.overviews.current().instances]
         return _json({"instances": bodies, "count": len(bodies)})
 
     @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404))
@@ -105,11 +107,13 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
     async def start_instance(instance_id: str, query: Annotated[StartQuery, Query()]) -> Response:
-        """Have an instance running; answers when it is ready, or at once (202) without `wait`."""
-        supervisor = fleet.managed(instance_id)
+        """Have an instance running; answers when it is ready, or at once (202) without `wait`.
+
+        Where `max_running` is reached, an unused instance is stopped first, as for a request.
+        """
         if query.wait:
-            return changed(instance_id, await supervisor.start())
-        return changed(instance_id, supervisor.begin_start(), 202)
+            return changed(instance_id, await capacity.start(instance_id))
+        return changed(instance_id, capacity.begin_start(instance_id), 202)
 
     @router.post(
         "/instances/{instance_id}/stop",
@@ -118,10 +122,9 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     )
     async def stop_instance(instance_id: str, query: Annotated[StopQuery, Query()]) -> Response:
         """Drain an instance and stop it; `force` does not drain."""
-        supervisor = fleet.managed(instance_id)
         if query.wait:
-            return changed(instance_id, await supervisor.stop(force=query.force))
-        return changed(instance_id, supervisor.begin_stop(force=query.force), 202)
+            return changed(instance_id, await capacity.stop(instance_id, force=query.force))
+        return changed(instance_id, capacity.begin_stop(instance_id, force=query.force), 202)
 
     @router.patch("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404, 409, 503))
     async def configure_instance(
@@ -146,7 +149,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.post("/reap", response_model=SweepBody, responses=refusals(503))
     async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
         """One sweep: stop every instance that is idle past its TTL."""
-        swept = [swept_body(entry) for entry in await fleet.reap(dry_run=query.dry_run)]
+        swept = [swept_body(entry) for entry in await backend.sweeps.reap(dry_run=query.dry_run)]
         return _json(SweepBody(instances=swept, count=len(swept)))
 
     @router.post(
@@ -160,7 +163,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         for image in images:
             if not backend.may_pull(image):
                 raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
-        fleet.refuse_without_engine()
+        backend.link.refuse_if_down()
         lines = _pull_lines(backend, images, keep=request.image is None)
         first = await anext(lines)  # what fails at once is an error status, not a stream
 
@@ -174,7 +177,12 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     @router.get("/gpus", response_model=GpusBody, responses=refusals())
     async def list_gpus(_query: Annotated[NoQuery, Query()]) -> Response:
         """The cards as last measured; `error` says why there are none to see."""
-        return _json(gpus_body(backend.gpus))
+        return _json(gpus_body(backend.overviews.current()))
+
+    @router.get("/orphans", response_model=OrphansBody, responses=refusals())
+    async def list_orphans(_query: Annotated[NoQuery, Query()]) -> Response:
+        """Containers of this manager that belong to no instance, as last listed; nothing touches them."""
+        return _json(orphans_body(backend.overviews.current()))
 
     @router.get(
         "/events",

@@ -144,7 +144,7 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
     decision = backend.router.decide(RequestFacts(role.name, role.kind))
     first = next(decision.in_order(backend.router.load()), None)
     refused = decision.refused
-    view = backend.fleet.get(first.instance).view() if first else None
+    view = backend.overviews.of(first.instance).view if first else None
     return {
         "requested_target": role.target or ANY_INSTANCE,
         "effective_target": first and first.instance,

@@ -17,10 +17,8 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
 )
 
 if TYPE_CHECKING:
-    from manager.domain.gpu import Gpu
-    from manager.services.gpus import Gpus
-    from manager.services.instances.fleet import Swept
-    from manager.services.instances.instance import View
+    from manager.services.instances.sweeps import Swept
+    from manager.services.overview import InstanceState, Overview
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next
@@ -160,6 +158,23 @@ class GpusBody(_Body):
     error: GpuErrorBody | None
 
 
+class OrphanBody(_Body):
+    """A container that carries this manager's label and belongs to no instance. `remedy` is a command."""
+
+    id: str
+    name: str
+    image: str
+    instance: str | None
+    running: bool
+    why: str
+    remedy: str
+
+
+class OrphansBody(_Body):
+    orphans: list[OrphanBody]
+    count: int
+
+
 class EventBody(_Body):
     id: int
     at: Time
@@ -189,12 +204,13 @@ class ErrorBody(_Body):
     error: ErrorDetail
 
 
-def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
+def instance_json(state: InstanceState) -> dict[str, object]:
     """What `InstanceBody` describes, as plain values.
 
     The list of all instances is what everyone polls, and building models would cost more than the rest of the
     request. A test holds this against the model.
     """
+    view = state.view
     explanation = view.explanation
     container = view.container
     remaining_s = view.ttl_remaining_s
@@ -202,7 +218,7 @@ def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
         "id": view.spec.id,
         "driver": view.spec.driver,
         "template": view.spec.template_name,
-        "device": _device(view, gpus),
+        "device": _device(state),
         "endpoint": view.endpoint,
         "target": view.target,
         "phase": view.phase,
@@ -244,8 +260,8 @@ def instance_json(view: View, gpus: Gpus) -> dict[str, object]:
     }
 
 
-def _device(view: View, gpus: Gpus) -> dict[str, object]:
-    gpu: Gpu | None = gpus.gpu_of(view.spec.id) if view.gpu_uuid else None
+def _device(state: InstanceState) -> dict[str, object]:
+    view, gpu = state.view, state.gpu
     return {
         "kind": view.spec.device_kind,
         "uuid": view.gpu_uuid,
@@ -261,8 +277,8 @@ def _time(time: datetime | None) -> str | None:
     return None if time is None else _rfc3339(time)
 
 
-def gpus_body(gpus: Gpus) -> GpusBody:
-    trouble = gpus.trouble
+def gpus_body(overview: Overview) -> GpusBody:
+    trouble = overview.cards_trouble
     return GpusBody(
         gpus=[
             GpuBody(
@@ -281,13 +297,30 @@ def gpus_body(gpus: Gpus) -> GpusBody:
                         used_bytes=holder.used_bytes,
                         instance=holder.instance,
                     )
-                    for holder in gpus.holders(gpu)
+                    for holder in card.holders
                 ],
             )
-            for gpu in gpus.snapshot.gpus
+            for card in overview.cards
+            for gpu in (card.gpu,)
         ],
         error=GpuErrorBody(code=trouble.code, message=trouble.message) if trouble else None,
     )
+
+
+def orphans_body(overview: Overview) -> OrphansBody:
+    orphans = [
+        OrphanBody(
+            id=one.id,
+            name=one.name,
+            image=one.image,
+            instance=one.instance,
+            running=one.is_running,
+            why=one.why,
+            remedy=one.remedy,
+        )
+        for one in overview.orphans
+    ]
+    return OrphansBody(orphans=orphans, count=len(orphans))
 
 
 def swept_body(swept: Swept) -> SweptBody:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _API = "/api/runtime/compute"
+_NOT_FOUND = 404
 _CONNECT_S = 5.0
 _ANSWER_S = 10.0
 # The daemon writes a comment into the event stream every 15 s: a longer silence means that it hangs.
@@ -132,6 +133,16 @@ class Swept:
 
 
 @dataclass(frozen=True, slots=True)
+class Orphan:
+    """A container of the daemon's that belongs to no instance; `remedy` is a command that removes it."""
+
+    name: str
+    is_running: bool
+    why: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class PullLine:
     """One line of a pull; `layer` may also be a tag."""
 
@@ -164,10 +175,14 @@ class Daemon:
         if endpoint.key is not None:
             self._session.headers["Authorization"] = f"Bearer {endpoint.key}"
 
-    def instances_document(self) -> dict[str, Any]:
-        """The API's answer as it is."""
+    def status_document(self) -> dict[str, Any]:
+        """Return the API's list of instances, with the orphans where the daemon lists them."""
         with self._answer("GET", f"{_API}/instances") as answer:
-            return _document(answer)
+            document = _document(answer)
+        with self._answer("GET", f"{_API}/orphans", also=_NOT_FOUND) as answer:
+            if answer.status_code != _NOT_FOUND:  # an older daemon has no such list
+                document["orphans"] = self._read(lambda body: body["orphans"], _document(answer))
+        return document
 
     def instance(self, instance_id: str) -> Instance:
         with self._answer("GET", f"{_API}/instances/{_quoted(instance_id)}") as answer:
@@ -175,6 +190,9 @@ class Daemon:
 
     def read_instances(self, document: dict[str, Any]) -> tuple[Instance, ...]:
         return self._read(lambda body: tuple(map(_instance, body["instances"])), document)
+
+    def read_orphans(self, document: dict[str, Any]) -> tuple[Orphan, ...]:
+        return self._read(lambda body: tuple(map(_orphan, body.get("orphans", ()))), document)
 
     def start(self, instance_id: str) -> Change:
         """Returns when the instance is ready, however long that takes."""
@@ -334,6 +352,15 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
+    )
+
+
+def _orphan(body: dict[str, Any]) -> Orphan:
+    return Orphan(
+        name=str(body["name"]),
+        is_running=bool(body["running"]),
+        why=str(body["why"]),
+        remedy=str(body["remedy"]),
     )
 
 

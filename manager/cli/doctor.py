@@ -113,6 +113,8 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         selectors=tuple((spec.id, spec.device) for spec in specs if spec.id in gpu_ids and spec.device),
         images=tuple(dict.fromkeys(template.image for template in used)),
         networks=tuple(dict.fromkeys(template.network for template in used)),
+        instances=tuple(spec.id for spec in specs if spec.driver is Driver.DOCKER),
+        finds_cards=settings.gpus == "auto",
     )
     if found_cards and (
         GPU_TEMPLATE not in templates or templates[GPU_TEMPLATE].device is not DeviceKind.GPU

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from manager.adapters.cgroups import ProcCgroups
 from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.domain.gpu import Gpu, Holder, find_gpu, gib, held_by
+from manager.domain.orphans import find_orphans
 from manager.errors import EngineError, GpuQueryError
 
 if TYPE_CHECKING:
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
 
 _LONGEST_WAIT_S = 5.0
 _NO_DRIVER = frozenset({"library_missing", "driver_not_loaded"})
+# The ids of instances that cards get by themselves.
+_OF_A_CARD = re.compile(r"gpu[0-9]+")
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the configured instances need of the engine and the cards."""
+    """What the configured instances need of the engine and the cards.
+
+    `instances` are those with containers. `finds_cards`: cards that are found have instances of their own.
+    """
 
     gpu_instances: tuple[str, ...] = ()
     selectors: tuple[tuple[str, str], ...] = ()
     images: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
+    instances: tuple[str, ...] = ()
+    finds_cards: bool = False
 
 
 def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
@@ -96,19 +104,21 @@ def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) ->
     async def collect() -> list[Finding]:
         engine = DockerEngine(settings.engine.url, min(settings.engine.timeout_s, _LONGEST_WAIT_S))
         try:
-            return [finding async for finding in _engine(engine, needs, cards)]
+            return [finding async for finding in _engine(engine, settings.manager_id, needs, cards)]
         finally:
             engine.close()
 
     yield from asyncio.run(collect())
 
 
-async def _engine(engine: DockerEngine, needs: Needs, cards: tuple[Gpu, ...]) -> AsyncIterator[Finding]:
+async def _engine(
+    engine: DockerEngine, manager_id: str, needs: Needs, cards: tuple[Gpu, ...]
+) -> AsyncIterator[Finding]:
     try:
         info = await engine.info()
     except EngineError as error:
         yield broken("engine", error.message, _engine_remedy(engine.url, error.message))
-        for check in ("NVIDIA runtime", "images", "network"):
+        for check in ("NVIDIA runtime", "images", "network", "containers"):
             yield skipped(check, "not looked at: the engine does not answer")
         return
     kind = " (Docker Desktop)" if info.desktop else " (rootless)" if info.rootless else ""
@@ -118,6 +128,7 @@ async def _engine(engine: DockerEngine, needs: Needs, cards: tuple[Gpu, ...]) ->
         yield await _image(engine, image)
     for network in needs.networks:
         yield await _network(engine, network)
+    yield await _containers(engine, manager_id, needs)
 
 
 def _engine_remedy(url: str, message: str) -> str:
@@ -172,6 +183,25 @@ async def _network(engine: DockerEngine, name: str) -> Finding:
     except EngineError as error:
         return broken("network", f"{name}: {error.message}", "look at the engine's log")
     return fine("network", name if found else f"{name}, made by the first start")
+
+
+async def _containers(engine: DockerEngine, manager_id: str, needs: Needs) -> Finding:
+    try:
+        listed = await engine.list_containers(manager_id)
+    except EngineError as error:
+        return broken("containers", error.message, "look at the engine's log")
+
+    def is_configured(instance: str) -> bool:
+        return instance in needs.instances or (
+            needs.finds_cards and _OF_A_CARD.fullmatch(instance) is not None
+        )
+
+    orphans = find_orphans(listed, manager_id=manager_id, is_configured=is_configured)
+    if not orphans:
+        return fine("containers", f"{len(listed)} of manager {manager_id!r}, each of an instance")
+    lines = [f"{one.name} ({'running' if one.is_running else 'ended'}): {one.why}" for one in orphans]
+    remedy = f"nothing watches them; `{'`, `'.join(one.remedy for one in orphans)}` removes them"
+    return warning("containers", "\n".join(lines), remedy)
 
 
 def _memory(card: Gpu) -> str:

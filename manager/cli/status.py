@@ -14,14 +14,14 @@ import click
 
 from manager.cli.client import Daemon, DaemonUnreachableError, Event
 from manager.cli.failures import printable
-from manager.cli.tables import duration, plain_table, terminal_view
+from manager.cli.tables import duration, orphan_lines, plain_table, terminal_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import RenderableType
 
-    from manager.cli.client import Instance
+    from manager.cli.client import Instance, Orphan
     from manager.cli.locate import Endpoint
 
 _REFRESH_S = 1.0
@@ -30,18 +30,20 @@ _EVENTS_SHOWN = 5
 
 def show_status(endpoint: Endpoint, *, as_json: bool) -> None:
     daemon = Daemon(endpoint)
-    document = daemon.instances_document()
+    document = daemon.status_document()
     if as_json:
         click.echo(json.dumps(document, indent=2, ensure_ascii=False))
         return
-    instances = daemon.read_instances(document)
+    instances, orphans = daemon.read_instances(document), daemon.read_orphans(document)
     if not sys.stdout.isatty():
         click.echo(plain_table(instances))
+        for line in orphan_lines(orphans):
+            click.echo(line, err=True)  # stdout has one line an instance
         return
     from rich.console import Console  # noqa: PLC0415  (a pipe needs none of it)
 
     console = Console(highlight=False)
-    console.print(terminal_view(instances, console.width))
+    console.print(terminal_view(instances, console.width, orphans))
 
 
 def watch_status(locate: Callable[[], Endpoint], *, as_json: bool) -> None:
@@ -69,6 +71,7 @@ class _Watch:
     locate: Callable[[], Endpoint]
     document: dict[str, Any] = field(default_factory=dict)
     instances: tuple[Instance, ...] = ()
+    orphans: tuple[Orphan, ...] = ()
     trouble: DaemonUnreachableError | None = None
     since: float = 0.0
     news: threading.Event = field(default_factory=threading.Event)
@@ -80,8 +83,9 @@ class _Watch:
         try:
             if self._daemon is None:
                 self._daemon = Daemon(self.locate())
-            self.document = self._daemon.instances_document()
+            self.document = self._daemon.status_document()
             self.instances = self._daemon.read_instances(self.document)
+            self.orphans = self._daemon.read_orphans(self.document)
         except DaemonUnreachableError as error:
             self._daemon = None
             if self.trouble is None:
@@ -129,7 +133,7 @@ def _picture(watch: _Watch, width: int) -> RenderableType:
         away = duration(time.monotonic() - watch.since)
         parts.append(Text(f"daemon unreachable for {away}, last seen state below", style="bold red"))
         parts.append(Text(watch.trouble.message, style="red"))
-    parts.append(terminal_view(watch.instances, width))
+    parts.append(terminal_view(watch.instances, width, watch.orphans))
     events = list(watch.events)
     if events:
         parts.append(Text())
@@ -150,6 +154,9 @@ def _watch_in_lines(watch: _Watch, *, as_json: bool) -> None:
             now = _without_clock(watch.document)
         if now != shown:
             click.echo(text, err=watch.trouble is not None)
+            if watch.trouble is None and not as_json:
+                for line in orphan_lines(watch.orphans):
+                    click.echo(line, err=True)
             shown = now
         watch.wait()
         watch.look()
@@ -163,7 +170,7 @@ def _without_clock(document: dict[str, Any]) -> str:
     ]
     for one in instances:
         one["device"] = {key: value for key, value in one["device"].items() if "vram" not in key}
-    return json.dumps(instances)
+    return json.dumps([instances, document.get("orphans")])
 
 
 def _event_line(event: Event) -> str:

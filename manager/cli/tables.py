@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from manager.cli.client import Device, Instance, Model
+    from manager.cli.client import Device, Instance, Model, Orphan
 
 _GAP = 2
 _NONE = "-"
@@ -56,18 +56,32 @@ def plain_table(instances: Sequence[Instance]) -> str:
     return "\n".join(line.rstrip() for line in padded)
 
 
-def terminal_view(instances: Sequence[Instance], width: int) -> RenderableType:
-    """A table where it fits into `width`, else a block an instance; every reason in full below it."""
+def terminal_view(
+    instances: Sequence[Instance], width: int, orphans: Sequence[Orphan] = ()
+) -> RenderableType:
+    """A table where it fits into `width`, else a block an instance; every reason and orphan in full below."""
     from rich.console import Group  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
+    below = [Text(line, style="yellow") for line in orphan_lines(orphans)]
     if not instances:
-        return Text("no instances are configured", style="dim")
+        return Group(Text("no instances are configured", style="dim"), *below)
     rows = [_row(instance) for instance in instances]
     columns = _fitting(rows, width)
     if columns is None:
-        return Group(*(part for row in rows for part in _block(row)))
-    return Group(_table(rows, columns), *(part for row in rows for part in _remarks(row)))
+        return Group(*(part for row in rows for part in _block(row)), *below)
+    return Group(_table(rows, columns), *(part for row in rows for part in _remarks(row)), *below)
+
+
+def orphan_lines(orphans: Sequence[Orphan]) -> list[str]:
+    """One line an orphan: its name, whether it runs, why it is one, and the command that removes it."""
+    return [
+        _one_line(
+            f"orphan {one.name} ({'running' if one.is_running else 'ended'}): {one.why}; "
+            f"`{one.remedy}` removes it"
+        )
+        for one in orphans
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -80,7 +80,7 @@ async def test_a_lease_that_is_granted_always_leads_to_a_server_that_answers(new
 
     async def sweep() -> None:
         while time.monotonic() < ends_at:
-            await inside.fleet.reap()
+            await inside.daemon.parts.sweeps.reap()
             await asyncio.sleep(0.003)
 
     async with asyncio.TaskGroup() as tasks:
@@ -103,7 +103,7 @@ async def test_leases_and_sweeps_that_alternate_find_every_moment_of_a_stop(new_
     for delay_ms in (0, 500, 1020, 1100, 1500):
         (await cpu.lease()).release()
         await until(lambda: cpu.idle)
-        sweeping = asyncio.create_task(inside.fleet.reap())
+        sweeping = asyncio.create_task(inside.daemon.parts.sweeps.reap())
         await asyncio.sleep(delay_ms / 1000)
         with await cpu.lease() as lease:
             assert await answers(lease.endpoint)

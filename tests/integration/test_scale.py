@@ -119,8 +119,12 @@ def test_no_more_instances_run_than_may_however_many_are_asked_for_at_once(new_d
     assert (
         daemon.begin(running[0], "start").json()["changed"] is False
     )  # it runs: no further one is asked for
-    daemon.stopped(running[0])
+    # An unused instance makes way for a start by hand, as for a request; a pinned one does not.
     daemon.started(refused[0])
+    phases = {body["id"]: body["phase"] for body in daemon.get("instances")["instances"]}
+    assert Counter(phases.values()) == {"ready": 2, "stopped": 3}
+    for id_ in (id_ for id_, phase in phases.items() if phase == "ready"):
+        daemon.call("PATCH", f"instances/{id_}", json={"pinned": True}).raise_for_status()
     assert daemon.begin(refused[1], "start").status_code == 409
 
 
@@ -204,7 +208,7 @@ def recorder() -> Recorder:
 
 async def test_a_schedule_starts_stops_and_sweeps(new_inside: NewInside, recorder: Recorder) -> None:
     inside = await new_inside(config={"schedules": SCHEDULES})
-    inside.fleet.schedule(recorder)
+    inside.daemon.parts.sweeps.schedule(recorder)
     assert recorder.lines == [(str(s["cron"]), s.get("timezone")) for s in SCHEDULES]
     start, stop, reap = (recorder.ticks[f"schedules[{number}]"] for number in range(3))
     start()
@@ -230,8 +234,9 @@ async def test_a_schedule_that_cannot_be_kept_says_why_and_ends_nothing(
         lifecycle={"max_running": 1},
         config={"schedules": SCHEDULES},
     )
-    inside.fleet.schedule(recorder)
+    inside.daemon.parts.sweeps.schedule(recorder)
     await inside.get("other").start()
+    await inside.get("other").configure(pinned=True)
     recorder.ticks["schedules[0]"]()
     await until(lambda: "schedule_failed" in inside.kinds("cpu"))
     assert inside.phase("cpu") == "stopped"

@@ -300,7 +300,7 @@ async def test_an_engine_that_hangs_fails_every_call_in_time_and_nothing_is_forg
                 await stopping
             with pytest.raises(EngineUnreachableError):
                 await starting
-            await until(lambda: not inside.fleet.engine.up)
+            await until(lambda: not inside.daemon.parts.link.up)
             for name, action in (("two", "stop"), ("two", "start"), ("three", "start"), ("one", "stop")):
                 status, body = await post(inside, f"instances/{name}/{action}")
                 if (name, action) == ("two", "start"):

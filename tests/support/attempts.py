@@ -7,7 +7,16 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from manager.domain.roles import BodyChanges, Policy, RequestKind
-from manager.domain.routing import Attempt, Decision, Group, Refused, RequestFacts
+from manager.domain.routing import (
+    Attempt,
+    Candidate,
+    Decision,
+    Group,
+    Refused,
+    RequestFacts,
+    Snapshot,
+    State,
+)
 from manager.domain.target import Target
 from manager.errors import Reason, UnavailableError
 from manager.services.instances.leases import LeaseBook
@@ -88,6 +97,10 @@ class Router:
         self.learns: Callable[[], None] = lambda: None
         self.changes: dict[tuple[str, str | None], BodyChanges] = {}
         self.load_by_instance: dict[str, int] = {}
+        self.running: set[str] = set()
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(tuple(Candidate(name, None, State.READY) for name in sorted(self.running)))
 
     def attempts(self, facts: RequestFacts) -> Attempts:
         return Attempts(cast("Any", self), facts)

@@ -154,7 +154,7 @@ async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
     ):
         running = asyncio.ensure_future(daemon.run())
         try:
-            settled = asyncio.ensure_future(daemon.fleet.settled(within_s=60))
+            settled = asyncio.ensure_future(daemon.parts.first_look.settled(within_s=60))
             await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
             if running.done():
                 settled.cancel()

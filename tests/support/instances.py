@@ -164,12 +164,18 @@ class Ground:
             cast("Any", self.fleet),
             self.settings,
             self.lists,
+            first_look=cast("Any", self.fleet),
             revision=self.revision,
             in_flight=self.fleet.in_flight,
             now=self.fleet.clock,
         )
         self.placement = Placement(
-            cast("Any", self.fleet), self.router, self.lists, self.settings, now=self.fleet.clock
+            cast("Any", self.fleet),
+            cast("Any", self.fleet),
+            self.router,
+            self.lists,
+            self.settings,
+            now=self.fleet.clock,
         )
         for name in names:
             self.fleet.add(name).reads("tiny")

@@ -25,7 +25,7 @@ async def main() -> None:
 
     async with open_daemon(load_settings(Path(config)), on_step=die_at_step) as daemon:
         running = asyncio.ensure_future(daemon.run())
-        await daemon.fleet.settled(within_s=20)
+        await daemon.parts.first_look.settled(within_s=20)
         with await daemon.fleet.get(instance).lease():
             stopping = asyncio.ensure_future(daemon.fleet.managed(instance).stop())
             await asyncio.wait({running, stopping})

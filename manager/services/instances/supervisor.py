@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from manager.domain import backoff
+from manager.domain.capacity import is_failing
 from manager.domain.container import (
     LABEL_DEVICE,
     LABEL_HASH,
@@ -283,14 +284,8 @@ class Supervisor(Instance):
         self._wake.set()
 
     def prewarm(self) -> None:
-        """Start with the daemon, unless something is going on already."""
+        """Start with the daemon, unless an operation is under way. The caller has seen to a place."""
         if not self._dormant and self._is.intent is None and self._is.phase in (Phase.STOPPED, Phase.FAILED):
-            self._is.target = Target.RUNNING
-            try:
-                self._may_run(self.id)
-            except LimitReachedError as error:
-                self._world.journal.record("prewarm_refused", instance=self.id, detail=error.message)
-                return
             self._is.target = Target.RUNNING
             self._is.intent = Operation.START
             self._wake.set()
@@ -364,6 +359,17 @@ class Supervisor(Instance):
         if self.usable_endpoint() is None or self.pinned:
             return None
         return self._clock.quiet_at(0.0, self.in_flight)
+
+    @property
+    def why_unusable(self) -> Explanation | None:
+        """Why no start can succeed, None when one may."""
+        return self._unusable()
+
+    @property
+    def why_failing(self) -> Explanation | None:
+        """Why its last start or run failed, as long as another failure is likely; see `is_failing`."""
+        retry = self._is.start_retry
+        return self._is.failure if is_failing(retry.failures, retry.at, self._world.now()) else None
 
     @property
     def ready_container(self) -> ContainerFacts | None:

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Health
 from manager.domain.models import model_key
-from manager.services.models.model_lists import volume_of
-from manager.wire.listing import Alias, KnownModel
+from manager.wire.listing import Alias, KnownModel, Status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from datetime import datetime
 
-    from manager.domain.instance import InstanceSpec, Model
+    from manager.domain.instance import InstanceSpec
     from manager.domain.roles import Role
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
     from manager.services.models.volume_reader import VolumeReader
+    from manager.services.overview import ModelState, Overviews
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.router import SettingsSource
     from manager.services.traffic import Traffic
@@ -53,16 +53,18 @@ class Catalogue:
     def __init__(
         self,
         fleet: Fleet,
+        overviews: Overviews,
         status: ModelStatus,
         traffic: Traffic,
         lists: ModelLists,
-        settings: SettingsSource,
         *,
+        settings: SettingsSource,
         reader: VolumeReader,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
         self._reader = reader
+        self._overviews = overviews
         self._status = status
         self._traffic = traffic
         self._lists = lists
@@ -91,17 +93,22 @@ class Catalogue:
 
     def models(self) -> tuple[KnownModel, ...]:
         """Every model that some instance has, each once."""
-        return tuple(self._by_key().values())
+        doing = self._status.at_work()
+        return tuple(self._known(key, model, doing) for key, model in self._overviews.models().items())
 
     def find(self, name: str) -> KnownModel | Alias | None:
         """What a client means by a name: a role that has a model, or a model; None where it is neither.
 
         See `RoutingSettings.role_meant`.
         """
-        found = self._by_key()
+        found = self._overviews.models()
+        doing = self._status.at_work()
         role = self._settings.routing.role_meant(name, is_model=found.__contains__)
-        alias = None if role is None else self._alias(role, found)
-        return found.get(model_key(name)) if alias is None else alias
+        alias = None if role is None else self._alias(role, found, doing)
+        if alias is not None:
+            return alias
+        key = model_key(name)
+        return self._known(key, found[key], doing) if key in found else None
 
     def is_role(self, name: str) -> bool:
         """Whether a name, as it stands, is that of a role; with a tag it is that of a model."""
@@ -109,8 +116,8 @@ class Catalogue:
 
     def aliases(self) -> tuple[Alias, ...]:
         """The roles that have a model."""
-        found = self._by_key()
-        aliases = (self._alias(role, found) for role in self._settings.routing.roles.values())
+        found, doing = self._overviews.models(), self._status.at_work()
+        aliases = (self._alias(role, found, doing) for role in self._settings.routing.roles.values())
         return tuple(alias for alias in aliases if alias is not None)
 
     def listed_aliases(self) -> tuple[Alias, ...]:
@@ -161,42 +168,26 @@ class Catalogue:
             if lists:
                 self._asked[instance.id, True] = asked
 
-    def _by_key(self) -> dict[str, KnownModel]:
-        entries: dict[str, Mapping[str, Any]] = {}
-        instances: defaultdict[str, list[str]] = defaultdict(list)
-        loaded: defaultdict[str, list[tuple[str, Model]]] = defaultdict(list)
-        for instance in self._fleet.instances():
-            for key, entry in self._lists.entries(volume_of(instance.spec)).items():
-                entries.setdefault(key, entry)
-                instances[key].append(instance.id)
-            if instance.usable_endpoint() is not None:
-                for model in instance.models:
-                    loaded[model_key(model.name)].append((instance.id, model))
-        doing = self._status.at_work()
-        return {
-            key: KnownModel(
-                entry,
-                tuple(instances[key]),
-                tuple(id_ for id_, _ in loaded[key]),
-                doing.get(key) or ("ready" if loaded[key] else self._status.idle_status(key)),
-                max((_offload(model) for _, model in loaded[key]), default=None),
-                min(
-                    filter(None, (self._traffic.first_token_ms(id_, key) for id_ in instances[key])),
-                    default=None,
-                ),
-            )
-            for key, entry in entries.items()
-        }
+    def _known(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> KnownModel:
+        """Add what changes with each request: it is in no overview."""
+        latencies = (self._traffic.first_token_ms(id_, key) for id_ in model.instances)
+        return KnownModel(
+            model.entry,
+            model.instances,
+            model.loaded_on,
+            doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key)),
+            model.offload,
+            min(filter(None, latencies), default=None),
+        )
 
-    @staticmethod
-    def _alias(role: Role, models: Mapping[str, KnownModel]) -> Alias | None:
+    def _alias(
+        self, role: Role, models: Mapping[str, ModelState], doing: Mapping[str, Status]
+    ) -> Alias | None:
         if role.model is None:
             return None
-        return Alias(role.name, role.model, role.kind, models.get(model_key(role.model)))
-
-
-def _offload(model: Model) -> float:
-    return round(model.vram_bytes / model.size_bytes, 3) if model.size_bytes else 0.0
+        key = model_key(role.model)
+        known = self._known(key, models[key], doing) if key in models else None
+        return Alias(role.name, role.model, role.kind, known)
 
 
 def _is_well(instance: Instance) -> bool:

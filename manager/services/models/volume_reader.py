@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from manager.domain.template import Template, Volume
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
@@ -66,14 +68,18 @@ class VolumeReader:
     def __init__(
         self,
         fleet: Fleet,
+        link: EngineLink,
+        first_look: FirstLook,
         engine: Engine,
         lists: ModelLists,
-        journal: Journal,
         *,
+        journal: Journal,
         manager_id: str,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._link = link
+        self._first_look = first_look
         self._engine = engine
         self._lists = lists
         self._journal = journal
@@ -87,7 +93,7 @@ class VolumeReader:
 
     async def run(self) -> None:
         """Read every volume that was never listed, then those that are asked for, until cancelled."""
-        await self._fleet.engine.came_up.wait()
+        await self._link.came_up.wait()
         await self._remove_leftovers()
         for volume in self._unread():
             self._want(volume)
@@ -107,7 +113,7 @@ class VolumeReader:
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._fleet.known(within_s=within_s)
+                await self._first_look.known(within_s=within_s)
                 wanted = [one for one in self._unread() if volume in (None, one)]
                 for event in [event for one in wanted if (event := self._want(one)) is not None]:
                     await event.wait()
@@ -132,7 +138,7 @@ class VolumeReader:
     def _want(self, volume: str) -> asyncio.Event | None:
         """Return what is set once a volume was tried; None where trying it now is of no use."""
         pending = self._pending.get(volume)
-        if pending is None and self._fleet.engine.up:
+        if pending is None and self._link.up:
             if self._now() - self._tried_at.get(volume, -math.inf) < _RETRY_S:
                 return None
             pending = self._pending[volume] = asyncio.Event()

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.errors import ManagerError, Reason
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
-from manager.services.routing.router import RUNNING
+from manager.services.routing.router import RUNNING, Attempts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.placement import ModelPuller, Placement
-    from manager.services.routing.router import Attempts, Router
+    from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
 
 # How long a request waits for the first look at the fleet after the daemon's start.
@@ -317,6 +317,12 @@ class Attempting:
                 self._release()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
+        if (
+            attempt.because == "pull"
+            and reason is Reason.MODEL_MISSING
+            and isinstance(self._attempts, Attempts)
+        ):
+            self._attempts.pull_failed()
         self._note(attempt, reason, sent=sent, ours=ours)
         self._keep_trouble(
             Trouble(

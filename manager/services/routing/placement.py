@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from manager.domain.routing import Attempt
+    from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.instances.leases import Lease
@@ -75,6 +76,7 @@ class Placement:
 
     Args:
         fleet: the instances.
+        capacity: makes places where `max_running` is reached.
         router: knows the models of each instance.
         lists: takes in what instances list.
         settings: the routing settings.
@@ -85,6 +87,7 @@ class Placement:
     def __init__(
         self,
         fleet: Fleet,
+        capacity: Capacity,
         router: Router,
         lists: ModelLists,
         settings: SettingsSource,
@@ -93,6 +96,7 @@ class Placement:
         reader: VolumeReader | None = None,
     ) -> None:
         self._fleet = fleet
+        self._capacity = capacity
         self._router = router
         self._lists = lists
         self._settings = settings
@@ -137,6 +141,11 @@ class Placement:
         if attempt.because == "pull" and puller is not None:
             puller.refuse_given_up(attempt.instance, attempt.model)
         instance = self._fleet.get(attempt.instance)
+        pulls = attempt.because == "pull"
+        if pulls and instance.usable_endpoint() is None and puller is not None:
+            # The volume's writer pulls. This instance is not started for a model that cannot be had.
+            await puller.pull(instance.id, attempt.model, tell)
+            pulls = False
         began = self._now()
         async with AsyncExitStack() as turn:
             if attempt.because == "unread":
@@ -148,7 +157,6 @@ class Placement:
             lease = await self._patient_lease(instance, failed_on, began, patient=patient)
             start_ms = None if runs else (self._now() - began) * 1000
             try:
-                pulls = attempt.because == "pull"
                 if attempt.because == "unread":
                     pulls = not await self._has(instance, attempt.model, may_pull=patient)
                 await turn.aclose()
@@ -224,7 +232,7 @@ class Placement:
         try:
             return await instance.lease()
         except LimitReachedError:
-            async with self._fleet.place_for(instance.id, keep=failed_on):
+            async with self._capacity.place_for(instance.id, keep=failed_on):
                 return await instance.lease()
 
     async def _has(self, instance: Instance, model: str, *, may_pull: bool) -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from manager.domain.roles import BodyChanges, RoutingSettings
     from manager.domain.routing import Attempt
+    from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
@@ -42,6 +43,7 @@ class Router:
 
     Args:
         fleet: the instances.
+        first_look: tells whether they were looked at since the daemon started.
         settings: the routing settings.
         lists: the models of each volume.
         revision: the revision of the fleet.
@@ -55,11 +57,13 @@ class Router:
         settings: SettingsSource,
         lists: ModelLists,
         *,
+        first_look: FirstLook,
         revision: Revision,
         in_flight: Mapping[str, int],
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._first_look = first_look
         self._settings = settings
         self._lists = lists
         self._revision = revision
@@ -79,11 +83,11 @@ class Router:
     @property
     def is_known(self) -> bool:
         """Whether the fleet was looked at once since the daemon started."""
-        return self._fleet.is_known
+        return self._first_look.is_known
 
     async def known(self, *, within_s: float) -> None:
         """Wait until `is_known`, at most for `within_s`."""
-        await self._fleet.known(within_s=within_s)
+        await self._first_look.known(within_s=within_s)
 
     def decide(self, facts: RequestFacts) -> Decision:
         """Return where a request may go. The decision is kept until something that it depends on changes."""
@@ -170,6 +174,7 @@ class Attempts:
         "_facts",
         "_keeps_role",
         "_made",
+        "_may_pull",
         "_may_start",
         "_router",
         "decision",
@@ -181,6 +186,7 @@ class Attempts:
         self._made: tuple[Attempt, ...] = ()
         self._ahead: Attempt | None = None
         self._may_start = True
+        self._may_pull = True
         self._keeps_role = False
         self._decided_by = router.version
         self.decision = router.decide(facts)
@@ -196,7 +202,7 @@ class Attempts:
 
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
-        if not self._made and self._coming is None and not self._keeps_role:
+        if not self._made and self._coming is None and not self._keeps_role and self._may_pull:
             attempt = self.decision.first(self._router.load())
         else:
             if self._made and self._decided_by != self._router.version:
@@ -211,6 +217,12 @@ class Attempts:
         self._may_start = False
         self._coming = self._others()
         if self._ahead is not None and self._ahead.because not in RUNNING:
+            self._ahead = None
+
+    def pull_failed(self) -> None:
+        """The model could not be pulled: start no other instance in order to pull it."""
+        self._may_pull = False
+        if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
 
     def leave_role(self) -> None:
@@ -243,8 +255,16 @@ class Attempts:
 
     def _following(self) -> Attempt | None:
         for attempt in self._others():
-            if self._keeps_role and attempt.role != self.decision.role:
-                continue
-            if self._may_start or attempt.because in RUNNING:
+            if self._is_allowed(attempt):
                 return attempt
         return None
+
+    def _is_allowed(self, attempt: Attempt) -> bool:
+        if self._keeps_role and attempt.role != self.decision.role:
+            return False
+        if not self._may_start:
+            return attempt.because in RUNNING
+        if attempt.because == "pull" and not self._may_pull:
+            candidate = self._router.snapshot().get(attempt.instance)
+            return candidate is not None and candidate.state is State.READY
+        return True

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client.parser import text_string_to_metric_families
 
 from manager.adapters.metrics import FleetMetrics
-from manager.domain.instance import Phase
+from manager.domain.instance import Driver, Phase
 from manager.errors import Reason
 from manager.services.refusals import Refusals
 from manager.services.traffic import BUCKETS_S, Traffic
@@ -32,6 +32,7 @@ LABELS = {
     "ollama_manager_gpu_lost": ("uuid",),
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
+    "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
 }
@@ -48,20 +49,25 @@ TYPES = {
 
 
 def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
-    spec = SimpleNamespace(id="gpu0")
-    fleet = SimpleNamespace(
-        views=lambda: [SimpleNamespace(spec=spec, phase=Phase.READY, in_flight=3)],
-        supervisors=lambda: [SimpleNamespace(id="gpu0", starts_done=4, starts_failed=1)],
-        engine=SimpleNamespace(up=True),
-    )
+    def state(id_: str, driver: Driver, **values: Any) -> Any:
+        view = SimpleNamespace(spec=SimpleNamespace(id=id_, driver=driver), phase=Phase.READY, in_flight=3)
+        return SimpleNamespace(view=view, **{"starts_done": 0, "starts_failed": 0, **values})
+
     cards = [
-        SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None),
-        SimpleNamespace(uuid="GPU-2", vram_used_bytes=None, lost="it is lost"),
+        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None)),
+        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-2", vram_used_bytes=None, lost="it is lost")),
     ]
-    gpus = SimpleNamespace(snapshot=SimpleNamespace(gpus=cards))
+    overview = SimpleNamespace(
+        instances=[
+            state("gpu0", Driver.DOCKER, starts_done=4, starts_failed=1),
+            state("nas", Driver.EXTERNAL),
+        ],
+        cards=cards,
+        orphans=("one", "two"),
+        engine_up=True,
+    )
     metrics = FleetMetrics(
-        cast("Any", fleet),
-        cast("Any", gpus),
+        cast("Any", SimpleNamespace(current=lambda: overview)),
         traffic,
         refusals or Refusals(now=lambda: 0.0),
         log_lines_dropped=lambda: 7,
@@ -146,7 +152,7 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     families = scraped(Traffic(lambda record: None))
     phases = families["ollama_manager_instance_phase"]
     assert {one.labels["phase"] for one in phases.samples} == {phase.value for phase in Phase}
-    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready"]
+    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready", "ready"]
     assert values(families["ollama_manager_in_flight"], target="gpu0") == [3]
     starts = families["ollama_manager_starts"]
     assert (values(starts, result="ok"), values(starts, result="failed")) == ([4], [1])
@@ -155,6 +161,7 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     lost = families["ollama_manager_gpu_lost"]
     assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
+    assert values(families["ollama_manager_orphans"]) == [2]
 
 
 def test_names_of_models_roles_and_instances_cannot_break_the_text() -> None:

@@ -35,7 +35,7 @@ LIMIT_S = 60
 def drawn(daemon: StandInDaemon, width: int) -> str:
     reader = Daemon(Endpoint(daemon.url))
     console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
-    console.print(terminal_view(reader.read_instances(reader.instances_document()), width))
+    console.print(terminal_view(reader.read_instances(reader.status_document()), width))
     output: Any = console.file
     return str(output.getvalue())
 

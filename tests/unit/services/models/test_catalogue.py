@@ -13,6 +13,7 @@ from manager.domain.instance import Driver, Health, InstanceSpec, Limits, Model
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
+from manager.services.overview import Overviews
 from manager.wire.listing import Alias, KnownModel
 
 if TYPE_CHECKING:
@@ -94,7 +95,17 @@ def catalogue(
     status: Any = SimpleNamespace(at_work=dict, idle_status=lambda _key: "not_loaded")
     traffic: Any = SimpleNamespace(first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
     lists = ModelLists(nothing, nothing, stored)
-    return Catalogue(fleet, status, traffic, lists, settings, reader=Reader(), now=Clock())  # type: ignore[arg-type]
+    overviews = Overviews(fleet, nothing, nothing, nothing, lists=lists, settings=settings)
+    return Catalogue(
+        fleet,
+        overviews,
+        status,
+        traffic,
+        lists,
+        settings=settings,
+        reader=Reader(),  # type: ignore[arg-type]
+        now=Clock(),
+    )
 
 
 # --- the version ----------------------------------------------------------------------------------

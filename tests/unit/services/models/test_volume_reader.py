@@ -145,12 +145,14 @@ class Rig:
         if up:
             self.watch.came_up.set()
         self.waited: list[float] = []
-        fleet = SimpleNamespace(instances=lambda: self.members, engine=self.watch, known=self._known)
+        fleet = SimpleNamespace(instances=lambda: self.members)
         self.reader = VolumeReader(
             cast("Any", fleet),
+            cast("Any", self.watch),
+            cast("Any", SimpleNamespace(known=self._known)),
             cast("Any", self.engine),
             self.lists,
-            cast("Any", self.journal),
+            journal=cast("Any", self.journal),
             manager_id="m",
             now=self.clock,
         )

@@ -1002,3 +1002,46 @@ def test_a_missing_model_on_one_of_the_instances_of_a_volume_asks_no_other(stage
     assert one.record.failed_attempts == ()
     one.close("client_error")
     assert stage.placement.held == {}
+
+
+# --- a pull that failed ---
+
+
+async def test_a_failed_pull_starts_no_other_instance_and_stays_the_trouble(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = on_stage(monkeypatch, attempt("a", "pull"), attempt("b", "pull"), attempt("c", "pull"))
+    stage.placement.prepares["a"] = unavailable(Reason.MODEL_MISSING)
+    stage.placement.prepares["b"] = LimitReachedError("lifecycle.max_running is 1; running already: a")
+    one = stage.request()
+    step = await first_target(one, one.enter(FACTS))
+    assert isinstance(step, Trouble)
+    assert step.reason is Reason.MODEL_MISSING
+    assert [said["instance"] for said in stage.placement.prepared] == ["a"]
+
+
+async def test_after_a_failed_pull_a_running_instance_may_pull_and_a_fallback_may_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = on_stage(
+        monkeypatch,
+        attempt("a", "pull"),
+        attempt("b", "pull"),
+        attempt("c", "pull"),
+        attempt("d", "startable"),
+    )
+    stage.router.running = {"a", "c"}
+    for name in ("a", "c"):
+        stage.placement.prepares[name] = unavailable(Reason.MODEL_MISSING)
+    one = stage.request()
+    assert shown(await first_target(one, one.enter(FACTS))) == "d"
+    assert [said["instance"] for said in stage.placement.prepared] == ["a", "c", "d"]
+
+
+async def test_another_failure_than_a_missing_model_lets_the_next_instance_pull(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = on_stage(monkeypatch, attempt("a", "pull"), attempt("b", "pull"))
+    stage.placement.prepares["a"] = unavailable(Reason.CONTAINER_EXITED)
+    one = stage.request()
+    assert shown(await first_target(one, one.enter(FACTS))) == "b"

@@ -280,6 +280,7 @@ def reading(ground: Ground, *names: str) -> tuple[Placement, Reader]:
     reader = Reader(ground, *names)
     placement = Placement(
         cast("Any", ground.fleet),
+        cast("Any", ground.fleet),
         ground.router,
         ground.lists,
         ground.settings,
@@ -452,3 +453,48 @@ def test_an_error_whose_code_is_a_reason_is_that_reason(code: Reason) -> None:
     error = ManagerError("")
     error.code = code.value
     assert reason_of(error) is code
+
+
+# --- pulls for instances that do not run ---
+
+
+class Refusing:
+    """A puller that cannot have the model; notes whether the instance ran meanwhile."""
+
+    def __init__(self, ground: Ground) -> None:
+        self._ground = ground
+        self.ran: list[bool] = []
+
+    async def pull(self, instance: str, _model: str, _tell: object) -> None:
+        self.ran.append(self._ground[instance].endpoint is not None)
+        raise UnavailableError("no such model", reason=Reason.MODEL_MISSING)
+
+    def refuse_given_up(self, instance: str, model: str) -> None: ...
+
+
+async def test_no_instance_is_started_and_none_stopped_for_a_model_that_cannot_be_pulled(
+    ground: Ground,
+) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [LimitReachedError("max_running is 1")]
+    puller = Refusing(ground)
+    with pytest.raises(UnavailableError, match="no such model"):
+        await ground.placement.prepare(attempt("a", "pull"), puller=puller)
+    assert ground.fleet.places == []
+    assert ground["a"].endpoint is None
+    assert puller.ran == [False]
+
+
+async def test_a_pull_for_a_stopped_instance_comes_before_its_start_and_once(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    pulled: list[str | None] = []
+
+    class Pulling:
+        async def pull(self, instance: str, *_: object) -> None:
+            pulled.append(ground[instance].endpoint)
+
+        def refuse_given_up(self, instance: str, model: str) -> None: ...
+
+    prepared = await ground.placement.prepare(attempt("a", "pull"), puller=Pulling())
+    assert pulled == [None]
+    assert prepared.start_ms == pytest.approx(3000.0)

@@ -338,3 +338,23 @@ def test_a_new_list_brings_back_no_other_role() -> None:
     ground["b"].reads("small", "more")
     ground.lists.take(cast("Any", ground["b"]))
     assert attempts.next() is None
+
+
+def test_after_a_failed_pull_only_running_instances_pull_and_no_other_is_started() -> None:
+    ground = Ground("a", "b", "c")
+    for name in ("a", "b", "c"):
+        ground[name].reads()
+    ground["b"].endpoint, ground["b"].phase = None, Phase.STOPPED
+    ground.settings.change(auto_pull=True)
+    ground.revision.advance()
+    attempts = ground.router.attempts(FACTS)
+    first = attempts.next()
+    assert first is not None
+    assert first.because == "pull"
+    assert attempts.more
+    attempts.pull_failed()
+    assert names(attempts) == [name for name in ("a", "c") if name != first.instance]
+    attempts = ground.router.attempts(FACTS)
+    attempts.start_no_other()
+    attempts.pull_failed()
+    assert names(attempts) == []

@@ -1,0 +1,254 @@
+"""The link to the engine: whether it answers, what it lists, and containers that belong to no instance.
+
+Events are hints. Listings are the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from manager.domain.container import choose_reach, container_name
+from manager.domain.orphans import find_orphans
+from manager.errors import EngineError, EngineUnreachableError, NoDescriptorForEngineError, Reason
+from manager.services.instances.container_run import happens
+from manager.services.instances.supervisor import Supervisor
+from manager.settings.addresses import is_loopback
+
+if TYPE_CHECKING:
+    from manager.domain.instance import ContainerFacts
+    from manager.domain.orphans import Orphan
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.fleet import Fleet
+    from manager.services.ports import EngineEvent, EngineInfo
+    from manager.services.world import World
+
+# Something happened to a container that no instance is named after: only a listing tells what it is now.
+_RELISTED = ("rename",)
+
+
+@dataclass(frozen=True, slots=True)
+class _Situation:
+    """How the daemon and the engine's containers reach each other; see `choose_reach`."""
+
+    in_container: bool
+    direct: bool
+    elsewhere: bool
+
+
+class EngineLink:
+    """Owns the answer to "is the engine up", its last listing, and the orphans in it.
+
+    A hung engine is found within two probe intervals. Instances learn here what the engine says of them.
+
+    Args:
+        world: the engine and the journal.
+        fleet: the instances.
+        capacity: gives places to instances that start with the daemon.
+        own_names: names under which the engine would know the daemon, if it ran in one of its containers.
+        probe_interval_s: the deadline of a ping; pings begin twice as often.
+        resync_interval_s: how long a lost event can stay unnoticed.
+
+    Attributes:
+        asked: whether the engine has answered or failed once.
+        up: whether it answered last.
+        trouble: why it did not; empty while it is up.
+        came_up: set while it is up.
+        orphans: the containers of the last listing that belong to no instance.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        fleet: Fleet,
+        capacity: Capacity,
+        *,
+        own_names: tuple[str, ...],
+        probe_interval_s: float,
+        resync_interval_s: float,
+    ) -> None:
+        self._world = world
+        self._fleet = fleet
+        self._capacity = capacity
+        self._own_names = own_names
+        self._probe_interval_s = probe_interval_s
+        self._resync_interval_s = resync_interval_s
+        self._situation: _Situation | None = None
+        self._containers: dict[str, ContainerFacts] = {}
+        self._resync = asyncio.Event()
+        self._following: asyncio.Future[None] | None = None
+        self._refusal = ""
+        self.came_up = asyncio.Event()
+        self.asked = False
+        self.up = False
+        self.trouble = f"the container engine at {world.engine.url} has not answered yet"
+        self.orphans: tuple[Orphan, ...] = ()
+
+    def refuse_if_down(self) -> None:
+        """Raise EngineUnreachableError unless the engine can be asked."""
+        if not self.up:
+            raise EngineUnreachableError(self.trouble)
+
+    def join(self, supervisor: Supervisor) -> None:
+        """Tell an instance that joined the fleet late what the engine is known to say."""
+        if self._situation is not None:
+            self._introduce(supervisor, self._situation)
+            supervisor.engine_changed(up=self.up)
+
+    async def run(self) -> None:
+        """Watch the engine, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._ping_forever(), name="engine pings")
+            tasks.create_task(self._listen_forever(), name="engine events")
+            tasks.create_task(self._list_forever(), name="engine listings")
+
+    # --- pings ---
+
+    async def _ping_forever(self) -> None:
+        while True:
+            began = self._world.now()
+            await self._ping()
+            spent_s = self._world.now() - began
+            await asyncio.sleep(max(0.0, self._probe_interval_s / 2 - spent_s))
+
+    async def _ping(self) -> None:
+        try:
+            await self._world.engine.ping(self._probe_interval_s)
+            if self._situation is None:
+                await self._meet()
+        except NoDescriptorForEngineError as error:
+            # The process's own lack says nothing about the engine.
+            if not self.up:
+                self.trouble = error.message
+        except EngineError as error:
+            self._went_down(error.message)
+        else:
+            self._is_up()
+        self.asked = True
+
+    async def _meet(self) -> None:
+        """Ask an engine that has answered for the first time what it is and what it runs."""
+        engine = self._world.engine
+        info = await engine.info()
+        containers = await engine.list_containers(self._world.manager_id)
+        itself = [(name, await engine.inspect(name)) for name in self._own_names]
+        # A container may merely be named like this host: only an id proves that it is us.
+        in_container = any(facts is not None and facts.id.startswith(name) for name, facts in itself)
+        situation = self._situation = _situation(engine.url, info, in_container=in_container)
+        self._take(containers)
+        # Where not all may run, those of higher priority are the first to be started.
+        for supervisor in sorted(self._fleet.supervisors(), key=lambda one: -one.spec.priority):
+            self._introduce(supervisor, situation)
+
+    def _introduce(self, supervisor: Supervisor, situation: _Situation) -> None:
+        template = supervisor.spec.template
+        supervisor.reach = choose_reach(
+            template.reach if template else "auto",
+            in_container=situation.in_container,
+            direct=situation.direct,
+            elsewhere=situation.elsewhere,
+        )
+        supervisor.first_listing(self._containers.get(supervisor.id))
+        if supervisor.spec.prewarm:
+            self._capacity.prewarm(supervisor)
+
+    def _is_up(self) -> None:
+        if self.up:
+            return
+        self.up = True
+        self.trouble = ""
+        self._world.journal.record("engine_up", detail=self._world.engine.url)
+        self._tell_all()
+        self.came_up.set()
+        self._resync.set()
+
+    def _went_down(self, message: str) -> None:
+        if self.up or message != self.trouble:
+            self._world.journal.record("engine_down", reason=Reason.ENGINE_UNAVAILABLE, detail=message)
+        self.trouble = message
+        if self.up:
+            self.up = False
+            self.came_up.clear()
+            if self._following is not None:
+                self._following.cancel()  # a connection that was cut without a word would stay silent
+            self._tell_all()
+
+    def _tell_all(self) -> None:
+        for supervisor in self._fleet.supervisors():
+            supervisor.engine_changed(up=self.up)
+
+    # --- events ---
+
+    async def _listen_forever(self) -> None:
+        while True:
+            await self.came_up.wait()
+            following = self._following = asyncio.ensure_future(self._follow())
+            try:
+                await asyncio.wait({following})
+            finally:
+                following.cancel()
+            if not following.cancelled():
+                following.result()
+            await asyncio.sleep(self._probe_interval_s / 4)
+
+    async def _follow(self) -> None:
+        try:
+            # What happened before the stream was open is found by a listing that begins after it.
+            async for event in self._world.engine.events(self._world.manager_id, self._resync.set):
+                self._hint(event)
+        except EngineUnreachableError:
+            pass  # the ping says whether the engine is gone
+        except EngineError as error:
+            # Something in between forbids it: listings find everything too, only later.
+            if error.message != self._refusal:
+                self._world.journal.record("events_refused", detail=error.message)
+            self._refusal = error.message
+            await asyncio.sleep(self._resync_interval_s)
+
+    def _hint(self, event: EngineEvent) -> None:
+        instance = self._fleet.get(event.instance) if event.instance in self._fleet else None
+        if isinstance(instance, Supervisor):
+            instance.hint(event)
+        if event.action in _RELISTED or instance is None:
+            self._resync.set()
+
+    # --- listings ---
+
+    async def _list_forever(self) -> None:
+        while True:
+            await self.came_up.wait()
+            self._resync.clear()
+            try:
+                containers = await self._world.engine.list_containers(self._world.manager_id)
+            except EngineError:
+                await asyncio.sleep(self._probe_interval_s / 4)
+                continue
+            self._take(containers)
+            for supervisor in self._fleet.supervisors():
+                supervisor.compare(self._containers.get(supervisor.id))
+            await happens(self._resync, self._resync_interval_s)
+
+    def _take(self, containers: tuple[ContainerFacts, ...]) -> None:
+        manager_id = self._world.manager_id
+        named = {container_name(manager_id, one.id): one.id for one in self._fleet.supervisors()}
+        self._containers = {named[facts.name]: facts for facts in containers if facts.name in named}
+        known = {orphan.id: orphan.name for orphan in self.orphans}
+        self.orphans = find_orphans(
+            containers, manager_id=manager_id, is_configured=set(named.values()).__contains__
+        )
+        for orphan in self.orphans:
+            if known.get(orphan.id) != orphan.name:
+                self._world.journal.record(
+                    "unknown_container", detail=f"{orphan.name}: {orphan.why}; `{orphan.remedy}` removes it"
+                )
+
+
+def _situation(url: str, info: EngineInfo, *, in_container: bool) -> _Situation:
+    local = url.startswith("unix://")
+    return _Situation(
+        in_container=in_container,
+        direct=local and not info.desktop and not info.rootless,
+        elsewhere=not local and not is_loopback(urlsplit(url).hostname or ""),
+    )

@@ -1,0 +1,74 @@
+"""What the daemon knows shortly after its start, and what keeps it from being usable."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from manager.errors import EngineUnreachableError
+from manager.services.instances.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.fleet import Fleet
+    from manager.services.world import World
+
+_POLL_S = 0.02
+
+
+class FirstLook:
+    """Tells whether the engine and the servers were looked at since the daemon started.
+
+    Args:
+        world: the cards, the journal and the clock.
+        fleet: the instances.
+        link: the engine.
+    """
+
+    def __init__(self, world: World, fleet: Fleet, link: EngineLink) -> None:
+        self._world = world
+        self._fleet = fleet
+        self._link = link
+        self._is_known = False
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the engine and each external server have answered or failed once."""
+        if not self._is_known:
+            others = (one for one in self._fleet.instances() if not isinstance(one, Supervisor))
+            engine = self._link.asked or not self._fleet.supervisors()
+            self._is_known = engine and all(one.is_probed for one in others)
+        return self._is_known
+
+    async def known(self, *, within_s: float) -> None:
+        """Wait until `is_known`, at most for `within_s`."""
+        deadline = self._world.now() + within_s
+        while not self.is_known and self._world.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    async def settled(self, *, within_s: float) -> None:
+        """Wait until the engine was listed and every container found was adopted, as far as that goes.
+
+        Raises:
+            EngineUnreachableError: the engine has not answered within `within_s`.
+        """
+        deadline = self._world.now() + within_s
+        try:
+            async with asyncio.timeout(within_s):
+                await self._link.came_up.wait()
+        except TimeoutError:
+            raise EngineUnreachableError(self._link.trouble) from None
+        supervisors = self._fleet.supervisors()
+        while any(one.busy for one in supervisors) and self._world.now() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_S)
+
+    def why_not_ready(self) -> tuple[str, ...]:
+        """Return what keeps the daemon from being usable; nothing when it is."""
+        reasons = []
+        if not self._link.up:
+            reasons.append(f"engine: {self._link.trouble}")
+        if not self._world.gpus.snapshot.attempted:
+            reasons.append("gpus: NVML has not been asked yet")
+        if (trouble := self._world.journal.trouble) is not None:
+            reasons.append(f"registry: {trouble}")
+        return tuple(reasons)

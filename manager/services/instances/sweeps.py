@@ -1,0 +1,185 @@
+"""Sweeps of everything idle past its TTL, and the configured schedules."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Literal
+
+from manager.domain.instance import Phase
+from manager.errors import ManagerError
+
+if TYPE_CHECKING:
+    from manager.domain.orphans import Orphan
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import View
+    from manager.services.instances.supervisor import Supervisor
+    from manager.services.ports import Scheduler
+    from manager.services.world import World
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One cron line and what it does; `instance` is None for a sweep of all."""
+
+    cron: str
+    action: Literal["start", "stop", "reap"]
+    instance: str | None
+    timezone: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """What one sweep did to one instance, and why; of an orphan, `instance` is the container's name."""
+
+    instance: str
+    action: Literal["stopped", "would_stop", "kept", "failed"]
+    detail: str
+
+
+class Sweeps:
+    """Owns what is due: the regular sweep and the schedules whose time has come.
+
+    A tick of the scheduler only notes what is due; `run` does it. What is due twice is done once.
+
+    Args:
+        world: the journal.
+        fleet: the instances.
+        capacity: starts and stops them.
+        link: the orphans, and whether the engine is up.
+        schedules: the configured ones.
+        interval_s: of the regular sweep.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        fleet: Fleet,
+        capacity: Capacity,
+        link: EngineLink,
+        *,
+        schedules: tuple[Schedule, ...],
+        interval_s: float,
+    ) -> None:
+        self._world = world
+        self._fleet = fleet
+        self._capacity = capacity
+        self._link = link
+        self._schedules = schedules
+        self._interval_s = interval_s
+        self._scheduler: Scheduler | None = None
+        self._due: dict[Schedule | None, None] = {}
+        self._news = asyncio.Event()
+
+    def schedule(self, scheduler: Scheduler) -> None:
+        """Register the regular sweep and the configured schedules."""
+        self._scheduler = scheduler
+        scheduler.every("sweep", self._interval_s, lambda: self._tick(None))
+        for number, entry in enumerate(self._schedules):
+            self._add(scheduler, number, entry)
+
+    def reconfigure(self, schedules: tuple[Schedule, ...]) -> None:
+        """Take over new schedules. One that has not changed keeps its next time."""
+        before, self._schedules = self._schedules, schedules
+        if self._scheduler is None:
+            return
+        for number, (old, new) in enumerate(zip_longest(before, schedules)):
+            if old != new and old is not None:
+                self._scheduler.remove(_job(number))
+            if old != new and new is not None:
+                self._add(self._scheduler, number, new)
+
+    def _add(self, scheduler: Scheduler, number: int, entry: Schedule) -> None:
+        scheduler.cron(_job(number), entry.cron, entry.timezone, lambda: self._tick(entry))
+
+    async def reap(self, *, dry_run: bool = False) -> tuple[Swept, ...]:
+        """Sweep once; return what became of each instance with a container, and of each orphan.
+
+        An orphan is never stopped: nothing tells whether it is in use.
+
+        Raises:
+            EngineUnreachableError: nothing can be stopped now.
+        """
+        self._link.refuse_if_down()
+        swept = await asyncio.gather(
+            *(self._sweep(one, dry_run=dry_run) for one in self._fleet.supervisors())
+        )
+        return (*swept, *map(_kept_orphan, self._link.orphans))
+
+    async def run(self) -> None:
+        """Do what is due, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            sweeping: dict[str, asyncio.Task[Swept]] = {}
+            while True:
+                await self._news.wait()
+                self._news.clear()
+                due, self._due = self._due, {}
+                for entry in due:
+                    if entry is None or entry.action == "reap":
+                        for supervisor in (one for one in self._fleet.supervisors() if one.idle):
+                            # A stop that hangs must not delay the others, nor be asked for twice.
+                            if supervisor.id not in sweeping or sweeping[supervisor.id].done():
+                                sweeping[supervisor.id] = tasks.create_task(
+                                    self._sweep(supervisor, dry_run=False)
+                                )
+                    else:
+                        self._keep(entry)
+
+    def _tick(self, entry: Schedule | None) -> None:
+        self._due[entry] = None
+        self._news.set()
+
+    async def _sweep(self, supervisor: Supervisor, *, dry_run: bool) -> Swept:
+        if not supervisor.idle:
+            return Swept(supervisor.id, "kept", _why_kept(supervisor.view()))
+        if dry_run:
+            return Swept(supervisor.id, "would_stop", f"idle past its TTL of {supervisor.ttl_s:g} s")
+        try:
+            if not await supervisor.stop_if_idle():
+                return Swept(supervisor.id, "kept", "used just now")
+            await supervisor.stopped()
+        except ManagerError as error:
+            return Swept(supervisor.id, "failed", error.message)
+        return Swept(supervisor.id, "stopped", f"idle past its TTL of {supervisor.ttl_s:g} s")
+
+    def _keep(self, entry: Schedule) -> None:
+        """Begin what a schedule asks for."""
+        instance_id = str(entry.instance)
+        try:
+            if entry.action == "start":
+                changed = self._capacity.begin_start(instance_id)
+            else:
+                changed = self._capacity.begin_stop(instance_id)
+        except ManagerError as error:
+            self._world.journal.record(
+                "schedule_failed", instance=entry.instance, detail=f"{entry.cron}: {error.message}"
+            )
+        else:
+            if changed:
+                self._world.journal.record(
+                    "scheduled", instance=entry.instance, detail=f"{entry.action} by {entry.cron!r}"
+                )
+
+
+def _job(number: int) -> str:
+    return f"schedules[{number}]"
+
+
+def _why_kept(view: View) -> str:
+    if view.phase is not Phase.READY:
+        return view.phase.value
+    if view.in_flight:
+        return f"{view.in_flight} open leases"
+    if view.pinned:
+        return "pinned"
+    if view.ttl_s <= 0:
+        return "its TTL is 0: it is never stopped for being idle"
+    return f"used recently; {view.ttl_remaining_s or 0:.0f} s left of {view.ttl_s:g} s"
+
+
+def _kept_orphan(orphan: Orphan) -> Swept:
+    state = "it runs" if orphan.is_running else "it has ended"
+    return Swept(orphan.name, "kept", f"orphan, {state}: {orphan.why}; `{orphan.remedy}` removes it")

@@ -1,0 +1,265 @@
+"""One immutable overview of all instances, cards, lanes and models: what the API, metrics and pages show."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from manager.domain.instance import Phase, Target
+from manager.domain.models import model_key
+from manager.services.instances.supervisor import Supervisor
+from manager.services.models.model_lists import volume_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from manager.domain.gpu import Gpu, Holder
+    from manager.domain.orphans import Orphan
+    from manager.domain.roles import RequestKind
+    from manager.services.gpus import Gpus
+    from manager.services.gpus.cards import GpuTrouble
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.engine_link import EngineLink
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance, View
+    from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.router import SettingsSource
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """One instance.
+
+    `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
+    where it has none. The starts are those since the daemon began.
+    """
+
+    view: View
+    is_usable: bool
+    gpu: Gpu | None
+    starts_done: int
+    starts_failed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One card, and the processes that hold its memory."""
+
+    gpu: Gpu
+    holders: tuple[Holder, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """A role that requests can name, and the model that it has."""
+
+    name: str
+    kind: RequestKind
+    model: str | None
+    target: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A model, the instances that have it, and those of them that hold it in memory.
+
+    `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
+    where it is not loaded.
+    """
+
+    entry: Mapping[str, Any]
+    instances: tuple[str, ...]
+    loaded_on: tuple[str, ...]
+    offload: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """Everything at one moment. `revision` grows with each change of what is shown.
+
+    Clocks advance no revision: the rest of a TTL, the moments of the last use and the last answer.
+    """
+
+    revision: int
+    instances: tuple[InstanceState, ...]
+    cards: tuple[Card, ...]
+    cards_trouble: GpuTrouble | None
+    lanes: tuple[Lane, ...]
+    models: Mapping[str, ModelState]
+    orphans: tuple[Orphan, ...]
+    engine_up: bool
+
+
+class _Part(Generic[T]):
+    """A value and what it was built from."""
+
+    def __init__(self) -> None:
+        self._built_from: object = None
+        self._value: T | None = None
+
+    def of(self, sources: object, build: Callable[[], T]) -> T:
+        """Return the value, built anew if `sources` differ from those of the last time."""
+        if self._value is None or self._built_from != sources:
+            self._value, self._built_from = build(), sources
+        return self._value
+
+
+class Overviews:
+    """Owns the latest overview.
+
+    A reading takes the view of each instance (64 take about half a millisecond), so that it is never out of
+    date. What is derived from them is built again only after a change.
+
+    Args:
+        fleet: the instances.
+        capacity: knows which of them wait for a place.
+        link: the engine and the orphans.
+        gpus: the cards.
+        lists: the models of each volume.
+        settings: the lanes.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        capacity: Capacity,
+        link: EngineLink,
+        gpus: Gpus,
+        *,
+        lists: ModelLists,
+        settings: SettingsSource,
+    ) -> None:
+        self._fleet = fleet
+        self._capacity = capacity
+        self._link = link
+        self._gpus = gpus
+        self._lists = lists
+        self._settings = settings
+        self._cards: _Part[tuple[Card, ...]] = _Part()
+        self._lanes: _Part[tuple[Lane, ...]] = _Part()
+        self._models: _Part[Mapping[str, ModelState]] = _Part()
+        self._shown: tuple[object, ...] = ()
+        self._latest: Overview | None = None
+
+    def current(self) -> Overview:
+        """Return the overview of this moment: the same object while nothing has changed."""
+        instances = tuple([self._state(one) for one in self._fleet.instances()])
+        reading, trouble = self._gpus.snapshot, self._gpus.trouble
+        containers = tuple([one.view.container and one.view.container.id for one in instances])
+        cards = self._cards.of((reading, containers), self._read_cards)
+        lanes = self._lanes.of(self._settings.version, self._read_lanes)
+        models = self.models()
+        shown = (
+            [_without_clocks(one) for one in instances],
+            cards,
+            trouble,
+            lanes,
+            models,
+            self._link.orphans,
+            self._link.up,
+        )
+        latest = self._latest
+        if latest is None or shown != self._shown:
+            revision = 1 if latest is None else latest.revision + 1
+            latest = Overview(
+                revision,
+                instances,
+                cards,
+                trouble,
+                lanes,
+                models,
+                self._link.orphans,
+                engine_up=self._link.up,
+            )
+        elif latest.instances != instances:  # only clocks have moved
+            latest = replace(latest, instances=instances)
+        self._latest, self._shown = latest, shown
+        return latest
+
+    def of(self, instance_id: str) -> InstanceState:
+        """Return one instance as it is now.
+
+        Raises:
+            UnknownInstanceError: there is none of that id.
+        """
+        return self._state(self._fleet.get(instance_id))
+
+    def models(self) -> Mapping[str, ModelState]:
+        """Return every model that some instance has, by its key: the models of `current`, and cheaper."""
+        instances = self._fleet.instances()
+        lists = tuple([self._lists.entries(volume_of(one.spec)) or None for one in instances])
+        held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
+        return self._models.of((lists, held), lambda: _models(lists, held))
+
+    def _state(self, instance: Instance) -> InstanceState:
+        view = instance.view()
+        waits = self._capacity.waiting(instance.id)
+        if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
+            view = replace(view, target=Target.RUNNING, explanation=waits)
+        supervisor = instance if isinstance(instance, Supervisor) else None
+        return InstanceState(
+            view=view,
+            is_usable=instance.usable_endpoint() is not None,
+            gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
+            starts_done=supervisor.starts_done if supervisor else 0,
+            starts_failed=supervisor.starts_failed if supervisor else 0,
+        )
+
+    def _read_cards(self) -> tuple[Card, ...]:
+        return tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in self._gpus.snapshot.gpus)
+
+    def _read_lanes(self) -> tuple[Lane, ...]:
+        roles = self._settings.routing.roles.values()
+        return tuple(Lane(role.name, role.kind, role.model, role.target) for role in roles)
+
+
+def _without_clocks(state: InstanceState) -> tuple[object, ...]:
+    view = state.view
+    return (
+        view.spec,
+        view.gpu_uuid,
+        view.endpoint,
+        view.target,
+        view.phase,
+        view.health,
+        view.explanation,
+        view.in_flight,
+        view.pinned,
+        view.ttl_s,
+        view.started_at,
+        view.ready_at,
+        view.starts,
+        view.container,
+        view.template_hash,
+        view.models,
+        view.available_models,
+        state.is_usable,
+        state.gpu,
+        state.starts_done,
+        state.starts_failed,
+    )
+
+
+def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
+    entries: dict[str, Mapping[str, Any]] = {}
+    having: defaultdict[str, list[str]] = defaultdict(list)
+    loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
+    for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
+        for key, entry in (entries_by_key or {}).items():
+            entries.setdefault(key, entry)
+            having[key].append(instance_id)
+        for model in in_memory:
+            share = round(model.vram_bytes / model.size_bytes, 3) if model.size_bytes else 0.0
+            loaded[model_key(model.name)].append((instance_id, share))
+    return {
+        key: ModelState(
+            entry,
+            tuple(having[key]),
+            tuple(id_ for id_, _ in loaded[key]),
+            max((share for _, share in loaded[key]), default=None),
+        )
+        for key, entry in entries.items()
+    }
