@@ -194,7 +194,7 @@ async def open_daemon(
             resume_idle_clock=resume_idle_clock,
         )
         make = _Maker(world, settings, templates, rows)
-        found = [auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids()]
+        found = [make.spec(id_) for id_ in gpus.instance_ids()]
         fleet = Fleet(
             world,
             members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
@@ -290,22 +290,7 @@ async def open_daemon(
             refusals=refusals,
         )
 
-        def reconfigure(changed: Changes) -> None:
-            now = changed.loaded.settings
-            make.settings = now
-            auto = (
-                auto_gpu_spec(instance.id, now, templates)
-                for instance in fleet.instances()
-                if instance.id not in {spec.id for spec in changed.specs}
-            )
-            fleet.reconfigure((*changed.specs, *auto), _schedules(now), now.lifecycle.max_running)
-            model_settings.reconfigure(written_roles(changed.loaded), now.models)
-            passing.requests.default_project = now.gateway.default_project
-            traffic.share_logged = now.gateway.access_log
-            sink.level = now.log.level
-            if changed.applied:
-                journal.record("settings_reloaded", detail=", ".join(changed.applied))
-
+        reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(settings, fleet, backend, pools, state_lock, templates, reconfigure)
 
 
@@ -462,6 +447,10 @@ class _Maker:
         self._rows = rows
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
 
+    def spec(self, instance_id: str) -> InstanceSpec:
+        """Return the specification of an instance that no configuration names: of a card that was found."""
+        return auto_gpu_spec(instance_id, self.settings, self._templates)
+
     def instance(self, fleet: Fleet, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec)
@@ -469,7 +458,7 @@ class _Maker:
         return Supervisor(self._world, spec, self._with_port(row), may_run=fleet.may_run)
 
     def found(self, fleet: Fleet, instance_id: str) -> Instance:
-        return self.instance(fleet, auto_gpu_spec(instance_id, self.settings, self._templates))
+        return self.instance(fleet, self.spec(instance_id))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:
@@ -479,6 +468,29 @@ class _Maker:
             port += 1
         self._ports.add(port)
         return replace(row, loopback_port=port)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reconfigure:
+    """Puts in force what can change while the daemon runs."""
+
+    make: _Maker
+    backend: Backend
+    traffic: Traffic
+    sink: _RecordSink
+
+    def __call__(self, changed: Changes) -> None:
+        settings, fleet = changed.loaded.settings, self.backend.fleet
+        self.make.settings = settings
+        written = {spec.id for spec in changed.specs}
+        found = [self.make.spec(one.id) for one in fleet.instances() if one.id not in written]
+        fleet.reconfigure((*changed.specs, *found), _schedules(settings), settings.lifecycle.max_running)
+        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
+        self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.traffic.share_logged = settings.gateway.access_log
+        self.sink.level = settings.log.level
+        if changed.applied:
+            self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
 
 def _access_rules(settings: Settings, key: str | None) -> dict[str, Any]:

@@ -212,7 +212,7 @@ async def test_a_schedule_starts_stops_and_sweeps(new_inside: NewInside, recorde
     stop()
     start()
     await until(lambda: inside.phase("cpu") == "ready")
-    await inside.get("cpu").configure(ttl_s=0.05)
+    await inside.get("cpu").configure({"ttl_s": 0.05})
     reap()
     await until(lambda: inside.phase("cpu") == "stopped")
     assert "schedule_failed" not in inside.kinds("cpu")
