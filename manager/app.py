@@ -194,10 +194,11 @@ async def open_daemon(
             resume_idle_clock=resume_idle_clock,
         )
         make = _Maker(world, settings, templates, rows)
-        found = [make.spec(id_) for id_ in gpus.instance_ids()]
         fleet = Fleet(
             world,
-            members=lambda fleet: [make.instance(fleet, spec) for spec in (*specs, *found)],
+            members=lambda fleet: [
+                make.instance(fleet, spec) for spec in (*specs, *map(make.spec, gpus.instance_ids()))
+            ],
             find_member=make.found,
             schedules=_schedules(settings),
             max_running=settings.lifecycle.max_running,
@@ -290,8 +291,15 @@ async def open_daemon(
             refusals=refusals,
         )
 
-        reconfigure = _Reconfigure(make, backend, traffic, sink)
-        yield Daemon(settings, fleet, backend, pools, state_lock, templates, reconfigure)
+        yield Daemon(
+            settings,
+            fleet,
+            backend,
+            pools,
+            state_lock,
+            templates,
+            _Reconfigure(make, backend, traffic, sink),
+        )
 
 
 async def serve(
