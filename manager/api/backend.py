@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
-    from manager.domain.routing import Decision, RequestFacts
+    from manager.domain.routing import Decision, RequestFacts, Snapshot
     from manager.services.bodies import BodyBudget
     from manager.services.gpus import Gpus
     from manager.services.instances.fleet import Fleet
@@ -38,6 +38,10 @@ class Router(Protocol):
 
     def load(self) -> Mapping[str, int]:
         """Requests in flight by instance."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """All instances as routing sees them."""
         ...
 
 

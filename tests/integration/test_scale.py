@@ -183,6 +183,9 @@ class Recorder:
         self.ticks[name] = tick
         self.lines.append((line, timezone))
 
+    def remove(self, name: str) -> None:
+        del self.ticks[name]
+
     def start(self) -> None: ...
     def stop(self) -> None: ...
 

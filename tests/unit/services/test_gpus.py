@@ -216,6 +216,12 @@ async def test_a_full_disk_keeps_nothing_from_being_known_but_a_binding(machine:
     assert gpus.instance_ids() == ("gpu0",)
 
 
+async def test_the_eleventh_card_comes_after_the_third(machine: Machine) -> None:
+    machine.cards = tuple(card(f"GPU-{number:02}") for number in range(12))
+    gpus = await machine.gpus(auto=True)
+    assert gpus.instance_ids() == tuple(f"gpu{number}" for number in range(12))
+
+
 async def test_a_selector_that_names_no_card_says_which(machine: Machine) -> None:
     machine.cards = (card(A),)
     gpus = await machine.gpus(slot="07:00.0", first="auto", second="auto")
