@@ -24,6 +24,10 @@ UV := $(if $(shell uv --version 2>/dev/null),uv,$(OWN_UV))
 endif
 export UV
 export UV_PYTHON_DOWNLOADS := never
+# Trust what the system trusts: behind a company's certificate authority uv's own list knows too little.
+# Older versions of uv read the second name.
+export UV_SYSTEM_CERTS ?= true
+export UV_NATIVE_TLS ?= true
 
 .PHONY: help
 help: ## List the targets.

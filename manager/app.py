@@ -241,7 +241,7 @@ async def open_daemon(
         parts = _instances(
             world,
             settings,
-            specs=(*specs, *(auto_gpu_spec(id_, settings, templates) for id_ in gpus.instance_ids())),
+            specs=(*specs, *map(make.spec, gpus.instance_ids())),
             make=make,
             own_names=_own_names(pids),
         )
@@ -359,21 +359,6 @@ async def open_daemon(
             refusals=refusals,
         )
 
-        def reconfigure(changed: Changes) -> None:
-            now = changed.loaded.settings
-            make.settings = now
-            configured = {spec.id for spec in changed.specs}
-            found = (one.id for one in fleet.instances() if one.id not in configured)
-            fleet.reconfigure((*changed.specs, *(auto_gpu_spec(id_, now, templates) for id_ in found)))
-            parts.capacity.reconfigure(now.lifecycle.max_running)
-            parts.sweeps.reconfigure(_schedules(now))
-            model_settings.reconfigure(written_roles(changed.loaded), now.models)
-            passing.requests.default_project = now.gateway.default_project
-            traffic.share_logged = now.gateway.access_log
-            sink.level = now.log.level
-            if changed.applied:
-                journal.record("settings_reloaded", detail=", ".join(changed.applied))
-
         loops = {
             **parts.loops(),
             "journal": journal.run,
@@ -382,6 +367,7 @@ async def open_daemon(
         }
         if not resume_idle_clock:  # a sweep reads no volume
             loops["volumes"] = volume_reader.run
+        reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(settings, parts, backend, pools, state_lock, templates, reconfigure, loops)
 
 
@@ -571,6 +557,10 @@ class _Maker:
         self._rows = rows
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
 
+    def spec(self, instance_id: str) -> InstanceSpec:
+        """Return the specification of an instance that no configuration names: of a card that was found."""
+        return auto_gpu_spec(instance_id, self.settings, self._templates)
+
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec)
@@ -578,7 +568,7 @@ class _Maker:
         return Supervisor(self._world, spec, self._with_port(row), may_run=capacity.may_run)
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:
-        return self.instance(capacity, auto_gpu_spec(instance_id, self.settings, self._templates))
+        return self.instance(capacity, self.spec(instance_id))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:
@@ -588,6 +578,31 @@ class _Maker:
             port += 1
         self._ports.add(port)
         return replace(row, loopback_port=port)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reconfigure:
+    """Puts in force what can change while the daemon runs."""
+
+    make: _Maker
+    backend: Backend
+    traffic: Traffic
+    sink: _RecordSink
+
+    def __call__(self, changed: Changes) -> None:
+        settings, fleet = changed.loaded.settings, self.backend.fleet
+        self.make.settings = settings
+        written = {spec.id for spec in changed.specs}
+        found = [self.make.spec(one.id) for one in fleet.instances() if one.id not in written]
+        fleet.reconfigure((*changed.specs, *found))
+        self.backend.capacity.reconfigure(settings.lifecycle.max_running)
+        self.backend.sweeps.reconfigure(_schedules(settings))
+        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
+        self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.traffic.share_logged = settings.gateway.access_log
+        self.sink.level = settings.log.level
+        if changed.applied:
+            self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
 
 def _access_rules(settings: Settings, key: str | None) -> dict[str, Any]:

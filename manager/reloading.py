@@ -35,8 +35,8 @@ class Applies(Protocol):
 class Reloader:
     """Owns what is in force. `run` goes on until cancelled; nothing that is wrong with a file ends it.
 
-    Files are read in a thread. What is invalid changes nothing. What cannot change while the daemon runs is
-    named in a warning, at each reload anew, until the daemon is restarted or the file says the old value again.
+    Files are read in a thread. An invalid configuration changes nothing. Keys that cannot change while the
+    daemon runs are named in a warning, at each reload, until it is restarted or they have their old values.
 
     Args:
         running: the configuration that the daemon was started with.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
-    from manager.domain.routing import Decision, RequestFacts
+    from manager.domain.routing import Decision, RequestFacts, Snapshot
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -42,6 +42,10 @@ class Router(Protocol):
 
     def load(self) -> Mapping[str, int]:
         """Requests in flight by instance."""
+        ...
+
+    def snapshot(self) -> Snapshot:
+        """All instances as routing sees them."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import orjson
 from fastapi import APIRouter, Header, Query, Response
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from manager.api.backend import Backend
+    from manager.services.instances.supervisor import Overrides
 
 _KEEP_ALIVE_S = 15.0
 
@@ -130,10 +131,10 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     async def configure_instance(
         instance_id: str, patch: InstancePatch, _query: Annotated[NoQuery, Query()]
     ) -> Response:
-        """Override an instance's TTL or pin it; kept across restarts of the daemon."""
+        """Override an instance's TTL or pin it; kept across restarts of the daemon. Null takes it back."""
         supervisor = fleet.managed(instance_id)
         if changes := patch.model_dump(exclude_unset=True):
-            await supervisor.configure(**changes)
+            await supervisor.configure(cast("Overrides", changes))
         return _json(shown(instance_id))
 
     @router.get(

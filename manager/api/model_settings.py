@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.domain.roles import Policy, RequestKind, SystemMode
+from manager.domain.routing import missing_models
 from manager.errors import InvalidRequestError
 from manager.settings.overrides import Origin, role_key, setting_key
 from manager.settings.routing import LONGEST_ROLE_NAME, ROLE_NAME, JsonObject, ModelName, RoleName
@@ -133,11 +134,19 @@ class RoleBody(_Shape):
     think: bool | None
 
 
+class WarningBody(_Shape):
+    """A value that is in force and does not work as things are."""
+
+    key: str
+    message: str
+
+
 class ModelsBody(_Shape):
     roles: dict[str, RoleBody]
     embedding_runtime_policy: Policy
     embedding_target_instance: str
     layer_routing: dict[str, str]
+    warnings: list[WarningBody]
 
 
 class EffectiveValue(_Shape):
@@ -189,14 +198,14 @@ def model_settings_router(backend: Backend) -> APIRouter:
 
     @router.get("/models", response_model=ModelsBody, responses=refusals())
     async def show_models(_query: Annotated[NoQuery, Query()]) -> Response:
-        """The values in force."""
-        return JSONResponse(_values(backend.model_settings))
+        """The values in force; `warnings` names roles whose model no instance is known to have."""
+        return JSONResponse(_values(backend))
 
     @router.post("/models", response_model=ModelsBody, responses=refusals(503))
     async def change_models(change: ModelsChange, _query: Annotated[NoQuery, Query()]) -> Response:
         """Change values: in force at once, and kept across restarts. The answer has all values after it."""
         await change_roles(backend.model_settings, _sayings(change))
-        return JSONResponse(_values(backend.model_settings))
+        return JSONResponse(_values(backend))
 
     @router.get("/models/effective", response_model=EffectiveModelsBody, responses=refusals())
     async def show_effective_models(_query: Annotated[NoQuery, Query()]) -> Response:
@@ -300,8 +309,14 @@ def _shaped(settings: ModelSettings, show: Callable[[Sourced], Any]) -> dict[str
     }
 
 
-def _values(settings: ModelSettings) -> dict[str, Any]:
-    return _shaped(settings, lambda one: one.value)
+def _values(backend: Backend) -> dict[str, Any]:
+    shaped = _shaped(backend.model_settings, lambda one: one.value)
+    snapshot, routing = backend.router.snapshot(), backend.model_settings.routing
+    warnings = [
+        {"key": setting_key(role, "model"), "message": message}
+        for role, message in missing_models(routing, snapshot)
+    ]
+    return {**shaped, "warnings": warnings}
 
 
 def _effective(settings: ModelSettings) -> dict[str, Any]:

@@ -104,12 +104,13 @@ class ChangeBody(_Body):
 
 
 class InstancePatch(_Body):
-    """Overrides of one instance, kept across restarts; `ttl_s` 0 means never stopped for being idle."""
+    """Overrides of one instance, kept across restarts; `ttl_s` 0 means never stopped for being idle.
 
-    ttl_s: float = Field(  # type: ignore[assignment]
-        default=None, strict=True, ge=0, le=31_622_400, allow_inf_nan=False
-    )
-    pinned: bool = Field(default=None, strict=True)  # type: ignore[assignment]
+    What is left out stays; null takes an override back, and the configured value is in force again.
+    """
+
+    ttl_s: float | None = Field(default=None, strict=True, ge=0, le=31_622_400, allow_inf_nan=False)
+    pinned: bool | None = Field(default=None, strict=True)
 
 
 class SweptBody(_Body):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
@@ -221,12 +221,23 @@ class Daemon:
     def pull(self, image: str | None) -> Iterator[PullLine]:
         """Progress until the image, or every image of the configured instances, is there."""
         body = {} if image is None else {"image": image}
-        with self._answer("POST", f"{_API}/pull", body=body, silence_s=None, stream=True) as answer:
+        with ExitStack() as stack:
+            try:
+                answer = stack.enter_context(
+                    self._answer("POST", f"{_API}/pull", body=body, silence_s=None, stream=True)
+                )
+            except RefusalError as error:
+                raise _pull_refusal(error) from error
             for line in answer.iter_lines():
                 entry = _parsed(line)
                 if "error" in entry:
-                    raise _refusal(FAILED, entry, None)
+                    raise _pull_refusal(_refusal(FAILED, entry, None))
                 yield self._read(_pull_line, entry)
+
+    def effective_models(self) -> dict[str, Any]:
+        """All values of roles, each with its source."""
+        with self._answer("GET", "/api/settings/models/effective") as answer:
+            return _document(answer)
 
     def events(self) -> Iterator[Event | None]:
         """What happens from now on; None once the stream stands, and for every sign of life."""
@@ -322,6 +333,15 @@ def _refusal(status: int, body: dict[str, Any], wait_s: str | None) -> RefusalEr
         log_tail=tuple(map(str, tail)),
         wait_s=wait_s,
     )
+
+
+def _pull_refusal(error: RefusalError) -> RefusalError:
+    """The usual advice for a missing image is to pull it, which has just failed."""
+    if error.code == "image_missing":
+        error.next_step = (
+            "check the name, and whether the engine reaches its registry: `docker pull` says more"
+        )
+    return error
 
 
 def _instance(body: dict[str, Any]) -> Instance:

@@ -251,11 +251,15 @@ def config_group() -> None:
 @config_group.command("show")
 @_CONFIG
 def config_show(config: Path | None) -> None:
-    """Print the effective configuration with the source of each value, as YAML that can be loaded again."""
-    from manager.cli.effective import effective_yaml  # noqa: PLC0415
+    """Print the effective configuration with the source of each value, as YAML that can be loaded again.
+
+    Includes what was changed over the API of the daemon, where one runs.
+    """
+    from manager.cli.effective import effective_yaml, live_values  # noqa: PLC0415
     from manager.cli.locate import load  # noqa: PLC0415
 
-    click.echo(effective_yaml(load(config)), nl=False)
+    loaded = load(config)
+    click.echo(effective_yaml(loaded, live_values(loaded)), nl=False)
 
 
 @program.group("templates")

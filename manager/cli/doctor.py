@@ -248,8 +248,11 @@ def _registry(path: Path, holder: Holder | None) -> Finding:
 def _port(settings: Settings, holder: Holder | None) -> Finding:
     host, port = settings.server.host, settings.server.port
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if holder is not None and holder.url == f"http://{shown}":
-        return fine("port", f"{shown} is our daemon's")
+    if holder is not None and holder.url is not None:
+        if holder.url == f"http://{shown}":
+            return fine("port", f"{shown} is our daemon's")
+        # A command line says so, or the configuration has changed since; that daemon needs no other port.
+        return fine("port", f"our daemon listens at {holder.url}; configured is {shown}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -10,7 +11,7 @@ from manager.settings.addresses import without_credentials
 from manager.settings.model import NOT_EXTERNAL
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from manager.settings import LoadedSettings
     from manager.settings.schema import KeyPath
@@ -29,28 +30,90 @@ def _represent_text(dumper: _OneLine, text: str) -> yaml.ScalarNode:
 _OneLine.add_representer(str, _represent_text)
 
 
-def effective_yaml(loaded: LoadedSettings) -> str:
+@dataclass(frozen=True, slots=True)
+class Live:
+    """What a running daemon was told over its API: values by key path; `note` says what may be missing."""
+
+    values: Mapping[KeyPath, Any] = field(default_factory=dict)
+    note: str = "no daemon runs: what was changed over the API is left out, and counts at the next start"
+
+
+def effective_yaml(loaded: LoadedSettings, live: Live = Live()) -> str:
     """Never the content of the key file, nor credentials inside an address."""
-    head = [
-        f"# configuration file: {loaded.file or 'none'}",
-        "# ttl_s and pinned may be overridden for an instance over the API: `ollama-manager status` knows.",
-        "# What roles are may be, too: GET /api/settings/models/effective knows.",
-    ]
-    return "\n".join([*head, *_lines(loaded, loaded.settings.model_dump(mode="json"), ())]) + "\n"
+    values = loaded.settings.model_dump(mode="json")
+    for path, value in live.values.items():
+        _put(values, path, value)
+    head = [f"# configuration file: {loaded.file or 'none'}", f"# {live.note}"]
+    return "\n".join([*head, *_lines(loaded, live, values, ())]) + "\n"
 
 
-def _lines(loaded: LoadedSettings, values: dict[str, Any], path: KeyPath) -> Iterator[str]:
+def live_values(loaded: LoadedSettings) -> Live:
+    """Ask the daemon that holds the state directory, if there is one."""
+    from manager.cli.client import Daemon  # noqa: PLC0415  (it imports requests)
+    from manager.cli.failures import CommandError  # noqa: PLC0415
+    from manager.cli.locate import configured_daemon, current_holder  # noqa: PLC0415
+    from manager.errors import ConfigurationError  # noqa: PLC0415
+
+    try:
+        holder = current_holder(loaded.settings.state.dir)
+        if holder is None or holder.url is None:
+            return Live()
+        daemon = Daemon(configured_daemon(loaded))
+        roles, instances = daemon.effective_models()["roles"], daemon.instances_document()["instances"]
+    except (CommandError, ConfigurationError) as error:
+        why = " ".join(error.message.split())
+        return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")
+    values = {**_of_instances(loaded, instances), **_of_roles(loaded, roles)}
+    return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")
+
+
+def _of_instances(loaded: LoadedSettings, instances: list[dict[str, Any]]) -> dict[KeyPath, Any]:
+    settings = loaded.settings
+    found: dict[KeyPath, Any] = {}
+    for one in instances:
+        written = settings.instances.get(one["id"])
+        if written is None or one["driver"] == "external":
+            continue
+        ttl_s = settings.lifecycle.ttl_s if written.ttl_s is None else written.ttl_s
+        for key, value in (("ttl_s", ttl_s), ("pinned", written.pinned)):
+            if one[key] != value:
+                found["instances", one["id"], key] = one[key]
+    return found
+
+
+def _of_roles(loaded: LoadedSettings, roles: dict[str, Any]) -> dict[KeyPath, Any]:
+    found: dict[KeyPath, Any] = {}
+    for role, fields in roles.items():
+        is_new = role not in loaded.settings.roles
+        for key, one in fields.items():
+            inner = {(key,): one} if "source" in one else {(key, name): value for name, value in one.items()}
+            found |= {
+                ("roles", role, *path): value["value"]
+                for path, value in inner.items()
+                if is_new or value["source"] == "override"
+            }
+    return found
+
+
+def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
+    for key in path[:-1]:
+        values = values.setdefault(str(key), {})
+    values[str(path[-1])] = value
+
+
+def _lines(loaded: LoadedSettings, live: Live, values: dict[str, Any], path: KeyPath) -> Iterator[str]:
     indent = "  " * len(path)
     for key, value in values.items():
         here = (*path, key)
         if _left_out(here, value, values):
             continue
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and value and here not in live.values:
             yield f"{indent}{_scalar(key)}:"
-            yield from _lines(loaded, value, here)
+            yield from _lines(loaded, live, value, here)
         else:
-            yield f"{indent}{_scalar(key)}: {_scalar(value)}".ljust(_COMMENT_COLUMN) + (
-                f" # {_one_line(loaded.source_of(here))}"
+            source = "override" if here in live.values else loaded.source_of(here)
+            yield (
+                f"{indent}{_scalar(key)}: {_scalar(value)}".ljust(_COMMENT_COLUMN) + f" # {_one_line(source)}"
             )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from manager.cli.failures import printable
@@ -42,6 +42,7 @@ class _Row:
     cells: dict[str, str]
     reason: str
     log_tail: tuple[str, ...]
+    brief_device: str  # without the name of the card
 
 
 def plain_table(instances: Sequence[Instance]) -> str:
@@ -59,7 +60,10 @@ def plain_table(instances: Sequence[Instance]) -> str:
 def terminal_view(
     instances: Sequence[Instance], width: int, orphans: Sequence[Orphan] = ()
 ) -> RenderableType:
-    """A table where it fits into `width`, else a block an instance; every reason and orphan in full below."""
+    """A table where it fits into `width`, else a block for each instance; reasons and orphans in full below.
+
+    A narrow table does without some columns, then without the names of cards.
+    """
     from rich.console import Group  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
@@ -68,6 +72,10 @@ def terminal_view(
         return Group(Text("no instances are configured", style="dim"), *below)
     rows = [_row(instance) for instance in instances]
     columns = _fitting(rows, width)
+    if columns is None:
+        brief = [replace(row, cells=row.cells | {"DEVICE": row.brief_device}) for row in rows]
+        columns = _fitting(brief, width)
+        rows = rows if columns is None else brief
     if columns is None:
         return Group(*(part for row in rows for part in _block(row)), *below)
     return Group(_table(rows, columns), *(part for row in rows for part in _remarks(row)), *below)
@@ -97,6 +105,15 @@ def duration(seconds: float) -> str:
     return f"{minutes}m{rest:02}s" if minutes else f"{rest}s"
 
 
+def size(size_bytes: int) -> str:
+    """`4.7G`, `44M` or `512B`, in powers of 1024: never rounded to nothing."""
+    for unit, letter in ((2**30, "G"), (2**20, "M"), (2**10, "K")):
+        if size_bytes >= unit:
+            amount = size_bytes / unit
+            return f"{amount:.1f}{letter}" if letter == "G" else f"{amount:.0f}{letter}"
+    return f"{size_bytes}B"
+
+
 def _row(instance: Instance) -> _Row:
     cells = (
         instance.id,
@@ -114,6 +131,7 @@ def _row(instance: Instance) -> _Row:
         cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
         reason=_one_line(f"{reason.code}: {reason.message}") if reason else "",
         log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
+        brief_device=_one_line(_device(replace(instance.device, name=None))),
     )
 
 
@@ -146,7 +164,7 @@ def _ttl_left(instance: Instance) -> str:
 
 
 def _model(model: Model) -> str:
-    return f"{model.name} {model.size_bytes / 2**30:.1f}G"
+    return f"{model.name} {size(model.size_bytes)}"
 
 
 def _one_line(text: str) -> str:

@@ -101,6 +101,21 @@ class Snapshot:
         return sorted({key: name for models in named for key, name in models.items()}.values())
 
 
+def missing_models(settings: RoutingSettings, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+    """Yield each role whose model no instance is known to have, and a sentence about that."""
+    unread = ", ".join(candidate.id for candidate in snapshot.unread())
+    for role in settings.roles.values():
+        if role.model is None or snapshot.having(model_key(role.model)):
+            continue
+        if settings.auto_pull:
+            then = "the first request pulls it"
+        elif unread:
+            then = f"the models of {unread} are not known yet"
+        else:
+            then = "requests for the role get 404 until it is pulled"
+        yield role.name, f"no instance is known to have the model {role.model!r}: {then}"
+
+
 class RequestFacts(NamedTuple):
     """What a request says about where it should go.
 

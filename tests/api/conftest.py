@@ -50,5 +50,4 @@ def daemon(api: Api) -> Iterator[Daemon]:
     yield api.daemon
     for instance in ("cpu", "second"):
         api.daemon.stopped(instance, force=True)
-        ttl_s = 60 if instance == "second" else 900
-        api.daemon.call("PATCH", f"instances/{instance}", json={"ttl_s": ttl_s, "pinned": False})
+        api.daemon.call("PATCH", f"instances/{instance}", json={"ttl_s": None, "pinned": None})

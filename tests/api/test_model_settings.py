@@ -95,6 +95,7 @@ def test_every_role_is_listed_with_all_its_values(daemon: Daemon) -> None:
         "embedding_runtime_policy",
         "embedding_target_instance",
         "layer_routing",
+        "warnings",
     }
     assert list(body["roles"]) == [*BUILT_IN, "review"]
     assert body["roles"]["output"] == {
@@ -515,3 +516,12 @@ def test_changes_outlive_a_restart_and_what_does_not_fit_any_more_is_shown(
         daemon.configure(config(**urls))
         daemon.start(until_ready=False).wait_until_alive()
         assert daemon.get(f"{SETTINGS}/effective") == before
+
+
+def test_a_model_that_nobody_has_is_a_warning_in_the_answer(daemon: Daemon) -> None:
+    body = changed(daemon, {"roles": {"thinking": {"model": "no-such-model"}}})
+    (warning,) = [one for one in body["warnings"] if one["key"] == "roles.thinking.model"]
+    assert "'no-such-model'" in warning["message"]
+    assert daemon.get(SETTINGS)["warnings"] == body["warnings"]
+    body = changed(daemon, {"roles": {"thinking": {"model": "tiny"}}})
+    assert "roles.thinking.model" not in [one["key"] for one in body["warnings"]]

@@ -219,7 +219,7 @@ async def test_a_schedule_starts_stops_and_sweeps(new_inside: NewInside, recorde
     stop()
     start()
     await until(lambda: inside.phase("cpu") == "ready")
-    await inside.get("cpu").configure(ttl_s=0.05)
+    await inside.get("cpu").configure({"ttl_s": 0.05})
     reap()
     await until(lambda: inside.phase("cpu") == "stopped")
     assert "schedule_failed" not in inside.kinds("cpu")
@@ -236,7 +236,7 @@ async def test_a_schedule_that_cannot_be_kept_says_why_and_ends_nothing(
     )
     inside.daemon.parts.sweeps.schedule(recorder)
     await inside.get("other").start()
-    await inside.get("other").configure(pinned=True)
+    await inside.get("other").configure({"pinned": True})
     recorder.ticks["schedules[0]"]()
     await until(lambda: "schedule_failed" in inside.kinds("cpu"))
     assert inside.phase("cpu") == "stopped"

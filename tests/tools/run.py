@@ -34,10 +34,12 @@ _OLLAMA = "ollama/ollama"
 def main() -> None:
     parser = argparse.ArgumentParser(prog="make run", add_help=False)
     parser.add_argument("--config", type=Path)
+    parser.add_argument("--host")
+    parser.add_argument("--port", type=int)
     known, _ = parser.parse_known_args()
     environment = dict(os.environ)
     try:
-        loaded = load_settings(known.config)
+        loaded = load_settings(known.config, overrides={"server": {"host": known.host, "port": known.port}})
         prepare(loaded, yes=True)
     except ImagesMissingError as error:
         if any(parse_repository_tag(image)[0] == _OLLAMA for image in error.troubles):
@@ -62,13 +64,19 @@ def _with_the_simulated_ollama(loaded: LoadedSettings) -> dict[str, str]:
         "The image of Ollama cannot be pulled from here, so a stand-in serves in its",
         "place. It has the models `tiny` and `minilm`, and answers are filler text.",
         "Try it with",
-        '  curl 127.0.0.1:11435/api/generate -d \'{"model": "tiny", "prompt": "hi"}\'',
+        f'  curl {_reached_at(loaded.settings)}/api/generate -d \'{{"model": "tiny", "prompt": "hi"}}\'',
         "`ollama-manager doctor` and `config show` see what this daemon sees after",
         *(f"  export {name}='{value}'" for name, value in environment.items()),
         "",
         "Once a registry can be reached, end this and say `make run` again.",
     )
     return environment
+
+
+def _reached_at(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.server.host, settings.server.host)
+    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    return f"{host}:{settings.server.port}"
 
 
 def _simulated(settings: Settings) -> dict[str, str]:

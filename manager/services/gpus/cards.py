@@ -108,7 +108,12 @@ class Cards:
         named = {self.uuid_of(instance) for instance in self._selectors}
         return tuple(
             sorted(
-                id_ for id_, uuid in self._stored.items() if id_ not in self._taken_ids and uuid not in named
+                (
+                    id_
+                    for id_, uuid in self._stored.items()
+                    if id_ not in self._taken_ids and uuid not in named
+                ),
+                key=lambda id_: (len(id_), id_),  # gpu2 before gpu10
             )
         )
 

@@ -61,6 +61,12 @@ class Started:
     adopted: bool
 
 
+_FROM_OUTSIDE = {
+    137: "by SIGKILL (exit code 137), as `docker kill`, `docker rm -f` and the system do",
+    143: "by SIGTERM (exit code 143), as `docker stop` does",
+}
+
+
 class ContainerRun:
     """Brings one instance's container up and down.
 
@@ -359,6 +365,10 @@ def explain_end(name: str, facts: ContainerFacts | None) -> tuple[Reason, str]:
             f"{name} was ended because it used more memory than its limit allows",
         )
     trouble = f" ({facts.error})" if facts.error else ""
+    # 128 + the signal. Nothing inside the container sends these to its first process.
+    if facts.exit_code in _FROM_OUTSIDE:
+        how = f"{name} was ended from outside, {_FROM_OUTSIDE[facts.exit_code]}{trouble}"
+        return Reason.CONTAINER_EXITED, how
     return Reason.CONTAINER_EXITED, f"{name} ended by itself with exit code {facts.exit_code}{trouble}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from manager.domain import backoff
 from manager.domain.capacity import is_failing
@@ -56,6 +56,13 @@ _LOOK_S = 10.0
 _LOOK_POLL_S = 0.02
 # Whoever streams from an instance shows within this time.
 _GLANCE_S = 0.5
+
+
+class Overrides(TypedDict, total=False):
+    """What is set above the configuration of an instance; None where nothing is any more."""
+
+    ttl_s: float | None
+    pinned: bool | None
 
 
 class Supervisor(Instance):
@@ -245,14 +252,14 @@ class Supervisor(Instance):
                     raise
         return self._run.kept_log[-tail:]
 
-    async def configure(self, *, ttl_s: float | None = None, pinned: bool | None = None) -> None:
-        """Override the configured TTL or pin; kept across restarts.
+    async def configure(self, overrides: Overrides) -> None:
+        """Override the configured TTL or pin; kept across restarts. None takes an override back.
 
         Raises:
             RegistryUnwritableError: it could not be stored; nothing was changed.
         """
         before = self._row
-        self._override(before.ttl_s if ttl_s is None else ttl_s, before.pinned if pinned is None else pinned)
+        self._override(overrides.get("ttl_s", before.ttl_s), overrides.get("pinned", before.pinned))
         try:
             await self._save()
         except RegistryUnwritableError:

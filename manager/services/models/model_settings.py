@@ -75,7 +75,7 @@ class ModelSettings:
         return self._overlay.ignored
 
     def reconfigure(self, written: Mapping[str, Mapping[str, Sourced]], models: ModelsSettings) -> None:
-        """Take over a new configuration. Overrides stay above it; one that does not fit any more is ignored."""
+        """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
         self._written, self._models = written, models
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1

@@ -13,7 +13,9 @@ import pytest
 import structlog
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
+from manager.adapters import schedule
 from manager.adapters.schedule import ApScheduler, cron_trigger
 
 if TYPE_CHECKING:
@@ -302,3 +304,30 @@ def test_a_name_is_given_once() -> None:
     scheduler.every("sweep", 1, lambda: None)
     with pytest.raises(ValueError, match="there is a schedule sweep already"):
         scheduler.every("sweep", 1, lambda: None)
+
+
+async def test_a_schedule_that_was_removed_does_not_run_and_its_name_is_free(scheduler: ApScheduler) -> None:
+    first, second = [], asyncio.Event()
+    scheduler.every("sweep", 0.01, lambda: first.append(1))
+    scheduler.start()
+    scheduler.remove("sweep")
+    scheduler.every("sweep", 0.01, second.set)
+    await asyncio.wait_for(second.wait(), 10)
+    assert first == []
+
+
+async def test_a_run_that_comes_late_is_reported_with_the_time_that_was_planned(
+    scheduler: ApScheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schedule, "_log", structlog.get_logger())
+    done = asyncio.Event()
+    scheduler.cron("morning", "* * * * *", "UTC", done.set)
+    with capture_logs() as logs:
+        scheduler.start()
+        planned = next_run(scheduler, "morning") - timedelta(seconds=8 * 3600.0)
+        clock_stepped(scheduler, 8 * 3600.0, "morning")
+        await asyncio.wait_for(done.wait(), 10)
+    (late,) = logs
+    assert (late["event"], late["schedule"]) == ("schedule_late", "morning")
+    assert late["planned"] == planned.isoformat()
+    assert late["late_s"] > 7 * 3600

@@ -316,6 +316,15 @@ def test_pull_that_fails_half_way_is_exit_1_with_the_reason(daemon: StandInDaemo
     assert (result.exit_code, result.stdout) == (1, "")
     assert "error: no space left (image_missing)" in result.stderr
     assert json.loads(daemon.seen[0].body) == {"image": "a:1"}
+    assert "ollama-manager pull" not in result.stderr, "the advice is not what has just failed"
+    assert "`docker pull` says more" in result.stderr
+
+
+def test_pull_that_is_refused_at_once_does_not_advise_to_pull(daemon: StandInDaemon, run: Run) -> None:
+    daemon.answers[f"POST {API}/pull"] = Answer(error("image_missing", "no such image"), 503)
+    result = run("pull", "a:1", "--url", daemon.url)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "ollama-manager pull" not in result.stderr
 
 
 def test_pull_whose_daemon_ends_half_way_is_not_taken_for_done(daemon: StandInDaemon, run: Run) -> None:

@@ -66,6 +66,21 @@ def test_without_an_engine_it_says_what_is_broken_and_what_to_do_and_changes_not
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_daemon_on_another_port_is_not_judged_by_the_configured_one(
+    run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        with socket.create_server(("127.0.0.1", port)):
+            found = checks(run("doctor", "--json"))["port"]
+    finally:
+        lock.release()
+    assert found["verdict"] == "ok"
+    assert found["message"] == f"our daemon listens at {daemon.url}; configured is 127.0.0.1:{port}"
+
+
 def test_as_json_every_check_has_a_verdict_and_a_remedy(run: Run, port: int) -> None:
     result = run("doctor", "--json")
     assert result.exit_code == 1

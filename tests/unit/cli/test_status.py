@@ -16,7 +16,7 @@ from rich.console import Console
 from manager.cli.client import Daemon
 from manager.cli.locate import Endpoint
 from manager.cli.status import _picture, _Watch
-from manager.cli.tables import terminal_view
+from manager.cli.tables import size, terminal_view
 from tests.unit.cli.stand_in import API, Answer, StandInDaemon, error, instance, ready
 
 if TYPE_CHECKING:
@@ -70,6 +70,42 @@ def test_a_table_that_hardly_fits_does_without_driver_and_target(daemon: StandIn
     head = drawn(daemon, 72).splitlines()[0]
     assert "DRIVER" not in head
     assert "TTL LEFT" in head
+
+
+CARD = GPU | {
+    "index": 0,
+    "name": "NVIDIA GeForce RTX 4070 Laptop GPU",
+    "vram_total_bytes": 12 * 2**30,
+    "vram_used_bytes": 2**30,
+}
+
+
+@pytest.mark.parametrize("width", [86, 100, 120])
+def test_a_table_with_cards_stays_a_table_without_their_names(daemon: StandInDaemon, width: int) -> None:
+    daemon.has(ready("cpu"), *(ready(f"gpu{n}", device=CARD, models=[MODEL]) for n in range(4)))
+    lines = drawn(daemon, width).splitlines()
+    assert lines[0].split()[:2] in (["INSTANCE", "DEVICE"], ["INSTANCE", "DRIVER"])
+    assert sum("1.0/12.0 GiB" in line for line in lines) == 4
+
+
+def test_the_name_of_a_card_is_shown_where_it_fits(daemon: StandInDaemon) -> None:
+    daemon.has(ready("gpu0", device=CARD))
+    assert "gpu 0 NVIDIA GeForce RTX 4070 Laptop GPU 1.0/12.0 GiB" in drawn(daemon, 140)
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "shown"),
+    [
+        (0, "0B"),
+        (512, "512B"),
+        (2**10, "1K"),
+        (45_960_996, "44M"),
+        (2**30, "1.0G"),
+        (int(4.7 * 2**30), "4.7G"),
+    ],
+)
+def test_a_small_model_has_a_size(size_bytes: int, shown: str) -> None:
+    assert size(size_bytes) == shown
 
 
 def test_no_instances_are_said_to_be_none(daemon: StandInDaemon) -> None:

@@ -15,7 +15,7 @@ from manager.cli.locate import Endpoint, find_daemon
 from manager.settings import load_settings
 from tests.support.users import give
 from tests.unit.cli.conftest import NO_ENGINE
-from tests.unit.cli.stand_in import API, Answer
+from tests.unit.cli.stand_in import API, Answer, instance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,6 +81,79 @@ def test_what_config_show_prints_can_be_loaded_and_means_the_same(run: Run, tmp_
     shown.write_text(run("config", "show", "--config", str(file)).stdout)
     assert load_settings(shown).settings == load_settings(file).settings
     assert set(yaml.safe_load(shown.read_text())) == set(load_settings(file).settings.model_dump())
+
+
+EFFECTIVE = {
+    "roles": {
+        "output": {
+            "model": {"value": "mine", "source": "override"},
+            "target": {"value": "auto", "source": "default"},
+            "body": {
+                "defaults": {"value": {"a": 1}, "source": "override"},
+                "overrides": {"value": {}, "source": "default"},
+            },
+        },
+        "made-here": {
+            "model": {"value": "other", "source": "override"},
+            "kind": {"value": "embed", "source": "override"},
+            "target": {"value": "auto", "source": "default"},
+        },
+    }
+}
+
+
+def test_config_show_has_what_was_changed_over_the_api(
+    run: Run, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(
+        "state: {dir: state}\ninstances:\n  cpu: {template: ollama-cpu}\n  b: {template: ollama-cpu}\n"
+    )
+    daemon.has(
+        instance("cpu", ttl_s=7.0, pinned=True), instance("b"), instance("nas", driver="external", ttl_s=0)
+    )
+    daemon.answers["GET /api/settings/models/effective"] = Answer(EFFECTIVE)
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        output = run("config", "show", "--config", str(file)).stdout
+    finally:
+        lock.release()
+    lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert lines[1] == f"# the values with the source `override` were changed over the API of {daemon.url}"
+    overridden = [line for line in lines if line.endswith(" # override")]
+    assert overridden[:4] == [
+        "ttl_s: 7 # override",
+        "pinned: true # override",
+        "model: mine # override",
+        "defaults: {a: 1} # override",
+    ]
+    shown = tmp_path / "shown.yaml"
+    shown.write_text(output)
+    settings = load_settings(shown).settings
+    assert settings.roles["output"].model == "mine"
+    assert settings.roles["made-here"].model == "other"
+    assert settings.instances["cpu"].ttl_s == 7
+    assert settings.instances["b"].ttl_s is None
+
+
+def test_config_show_says_when_nobody_was_asked(run: Run, tmp_path: Path) -> None:
+    assert "# no daemon runs: what was changed over the API is left out" in run("config", "show").stdout
+
+
+def test_config_show_works_while_the_daemon_does_not_answer(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("state: {dir: state}\n")
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url="http://127.0.0.1:1")
+        result = run("config", "show", "--config", str(file))
+    finally:
+        lock.release()
+    assert result.exit_code == 0
+    assert "the daemon was not asked: the daemon at http://127.0.0.1:1 cannot be reached" in result.stdout
 
 
 def test_config_show_never_shows_a_secret(run: Run, tmp_path: Path) -> None:

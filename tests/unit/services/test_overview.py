@@ -106,7 +106,7 @@ async def test_a_change_of_ttl_and_pin_is_seen_at_once() -> None:
     stage = Stage(Rig("a"))
     async with stage.rig.running():
         before = stage.revision
-        await stage.rig["a"].configure(ttl_s=1, pinned=True)
+        await stage.rig["a"].configure({"ttl_s": 1, "pinned": True})
         view = stage.overviews.of("a").view
         assert (view.ttl_s, view.pinned) == (1, True)
         assert stage.revision == before + 1

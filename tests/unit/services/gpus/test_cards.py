@@ -208,3 +208,9 @@ async def test_an_instance_without_a_selector_takes_the_card_of_one_that_was_fou
     gpus = await machine.gpus(auto=True, mine="auto")
     assert gpus.uuid_of("mine") == A
     assert gpus.instance_ids() == ()
+
+
+async def test_the_eleventh_card_comes_after_the_third(machine: Machine) -> None:
+    machine.cards = tuple(card(f"GPU-{number:02}") for number in range(12))
+    gpus = await machine.gpus(auto=True)
+    assert gpus.instance_ids() == tuple(f"gpu{number}" for number in range(12))

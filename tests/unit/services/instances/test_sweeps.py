@@ -54,7 +54,7 @@ async def test_a_sweep_says_of_each_instance_what_became_of_it_and_why() -> None
     async with rig.running():
         for name in ("idle", "used", "pinned"):
             await rig.capacity.start(name)
-        await rig["idle"].configure(ttl_s=0.001)
+        await rig["idle"].configure({"ttl_s": 0.001})
         rig.add("never")
         await until(lambda: rig["idle"].idle)
         lease = rig["used"].try_lease()
@@ -71,7 +71,7 @@ async def test_a_sweep_says_of_each_instance_what_became_of_it_and_why() -> None
         )
         lease.release()
         assert "left of 900 s" in (await rig.sweeps.reap())[2].detail
-        await rig["used"].configure(ttl_s=0)
+        await rig["used"].configure({"ttl_s": 0})
         assert (await rig.sweeps.reap())[2].detail == "its TTL is 0: it is never stopped for being idle"
         assert rig.view("idle").phase is Phase.STOPPED
 
@@ -115,7 +115,7 @@ async def test_a_stop_that_fails_is_told_and_one_used_at_the_last_moment_is_kept
     async with rig.running():
         for name in ("a", "b"):
             await rig.capacity.start(name)
-            await rig[name].configure(ttl_s=0.001)
+            await rig[name].configure({"ttl_s": 0.001})
         await until(lambda: rig["a"].idle and rig["b"].idle)
 
         async def used_just_now() -> bool:
@@ -137,7 +137,7 @@ async def test_the_regular_sweep_and_a_schedule_stop_what_is_idle_once() -> None
         assert scheduler.lines == [("*/5 * * * *", None)]
         for name in ("a", "busy"):
             await rig.capacity.start(name)
-        await rig["a"].configure(ttl_s=0.001)
+        await rig["a"].configure({"ttl_s": 0.001})
         await until(lambda: rig["a"].idle)
         rig.engine.stops.clear()
         scheduler.ticks["sweep"]()
@@ -155,7 +155,7 @@ async def test_a_stop_that_hangs_is_not_asked_for_twice() -> None:
     async with rig.running():
         scheduler = scheduled(rig)
         await rig.capacity.start("a")
-        await rig["a"].configure(ttl_s=0.001)
+        await rig["a"].configure({"ttl_s": 0.001})
         await until(lambda: rig["a"].idle)
         async with rig["a"]._last_look:  # the last look before the stop takes a while
             for _ in range(3):

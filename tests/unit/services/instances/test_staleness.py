@@ -1,0 +1,73 @@
+"""When a container is replaced by a better one, with the wall clock and the monotonic one as arguments."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
+
+import pytest
+
+from manager.domain.container import LABEL_HASH
+from manager.domain.instance import ContainerFacts, Model
+from manager.errors import Reason
+from manager.services.instances.staleness import Staleness
+
+if TYPE_CHECKING:
+    from manager.services.world import World
+
+NOW = 1000.0
+TODAY = datetime(2026, 8, 1, 12, 0, tzinfo=UTC)
+PAUSE = timedelta(minutes=10)
+CONTAINER = ContainerFacts("c", "default-ollama-gpu0", "image", "running", labels={LABEL_HASH: "new"})
+ON_CPU = Model("m", "d", size_bytes=10, vram_bytes=0, expires_at=None)
+
+
+async def fallen_back() -> Staleness:
+    """A container on a card, seen to compute on the CPU."""
+    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
+    assert await stale.prove_device(CONTAINER, [ON_CPU])
+    assert stale.why is not None
+    assert stale.why.code is Reason.GPU_FALLBACK
+    return stale
+
+
+async def test_the_first_fallback_is_repaired_at_once() -> None:
+    assert (await fallen_back()).recreate_at(None) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("ago", "wait"),
+    [
+        (timedelta(0), PAUSE),
+        (timedelta(minutes=1), timedelta(minutes=9)),
+        (timedelta(minutes=9, seconds=59), timedelta(seconds=1)),
+        (PAUSE, timedelta(0)),
+        (timedelta(minutes=15), timedelta(minutes=-5)),
+    ],
+)
+async def test_another_fallback_is_repaired_ten_minutes_after_the_last_repair(
+    ago: timedelta, wait: timedelta
+) -> None:
+    stale = await fallen_back()
+    assert stale.recreate_at(TODAY - ago) == NOW + wait.total_seconds()
+
+
+async def test_an_older_template_does_not_wait_for_that_pause() -> None:
+    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale.fresh(CONTAINER, wanted_hash="newer", on_gpu=False)
+    assert stale.recreate_at(TODAY) == 0.0
+
+
+async def test_an_image_that_is_missing_postpones_the_repair() -> None:
+    stale = await fallen_back()
+    stale.postpone("image", 60.0)
+    assert stale.recreate_at(None) == NOW + 60
+    assert stale.recreate_at(TODAY) == NOW + 600
+
+
+def test_what_is_in_order_is_never_replaced() -> None:
+    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
+    assert stale.recreate_at(None) is None
