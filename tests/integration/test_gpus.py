@@ -266,7 +266,9 @@ def test_a_start_without_enough_free_memory_is_refused_after_a_bounded_wait(
     body = daemon.instance("one")
     assert (body["phase"], body["reason"]["code"], body["container"]) == ("failed", "vram_insufficient", None)
     (process,) = daemon.get("gpus")["gpus"][0]["processes"]
-    assert process == {"pid": 1, "used_bytes": 17 * GIB, "instance": None}
+    name = Path("/proc/1/comm").read_text().strip()
+    assert process == {"pid": 1, "name": name, "used_bytes": 17 * GIB, "instance": None}
+    assert f"8.0 GiB of GPU memory, 1.0 GiB more than are free; held by {name} (pid 1)" in error["message"]
 
 
 def test_a_start_is_let_in_as_soon_as_memory_is_given_back(daemon: Daemon, machine: Machine) -> None:
@@ -304,7 +306,7 @@ def test_processes_are_told_by_instance_and_a_stop_waits_until_their_memory_is_g
     process = Process(pid_of(engine, daemon.started("one")), 6 * GIB)
     machine.show(card(A, 1, vram_used=6 * GIB, processes=(process,)))
     (told,) = wait_for(lambda: daemon.get("gpus")["gpus"][0]["processes"])
-    assert told == {"pid": process.pid, "used_bytes": 6 * GIB, "instance": "one"}
+    assert told == {"pid": process.pid, "name": "ollama", "used_bytes": 6 * GIB, "instance": "one"}
     with ThreadPoolExecutor(1) as pool:
         stop = pool.submit(daemon.begin, "one", "stop")
         wait_for(lambda: daemon.instance("one")["container"] is None)

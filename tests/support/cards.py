@@ -21,10 +21,10 @@ D = "GPU-dddddddd-0000-4000-8000-000000000004"
 class Machine:
     """What NVML tells the daemons that get `environment`; `show` changes it under their hands."""
 
-    def __init__(self, directory: Path, *cards: Card, init_error: int = 0) -> None:
+    def __init__(self, directory: Path, *cards: Card, **knobs: int) -> None:
         self._state = directory / "cards"
-        self.show(*cards, init_error=init_error)
+        self.show(*cards, **knobs)
         self.environment = standin.environment(standin.build(directory / "nvml"), self._state)
 
-    def show(self, *cards: Card, init_error: int = 0) -> None:
-        standin.write(self._state, cards, init_error=init_error)
+    def show(self, *cards: Card, init_error: int = 0, count_error: int = 0) -> None:
+        standin.write(self._state, cards, init_error=init_error, count_error=count_error)

@@ -72,11 +72,15 @@ class Admission:
         loads.pop(key, None)
         loads[key] = _Reserved(load, self._now() + _LONGEST_LOAD_S)
 
-    def end_load(self, instance: str, key: str) -> None:
-        """The load of a model is over, or has failed."""
-        loads = self._loads.get(instance)
-        if loads is not None:
-            loads.pop(key, None)
+    def stands_still(self, instance: str, key: str) -> None:
+        """A model is in memory, and its instance holds no more than a moment ago: its load is over.
+
+        A load that has not taken anything yet stands still as well, where the memory of processes is known.
+        """
+        loads, used = self._loads.get(instance, {}), self._used_bytes(instance)
+        reserved = loads.get(key)
+        if reserved is not None and (used is None or used > reserved.load.held_bytes):
+            del loads[key]
 
     def end_loads(self, instance: str) -> None:
         """No load goes on at the instance."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from manager.services.ports import ContainerPids, GpuReader, Registry
 
 _RECHECK_S = 0.25
+# A reading older than this lets no load in: memory may have been taken since.
+_FRESH_S = 0.25
 
 
 class Gpus:
@@ -62,6 +64,7 @@ class Gpus:
         self._admission = Admission(
             self._cards, used_bytes=lambda instance: self.holding(instance).used_bytes, now=now
         )
+        self._read_at = float("-inf")
         self._shortages: dict[str, tuple[int, Explanation]] = {}  # by instance: bytes needed, and the words
         self.instance_ids = self._cards.instance_ids
         self.uuid_of = self._cards.uuid_of
@@ -81,6 +84,7 @@ class Gpus:
     async def refresh(self) -> None:
         """Take a new reading. A failed one becomes the snapshot's error."""
         await self._cards.refresh()
+        self._read_at = self._now()
         self._admission.look()
         for instance, (needed, _) in list(self._shortages.items()):
             if self._lacks(instance, needed) == 0:
@@ -156,7 +160,7 @@ class Gpus:
         if not await self._learned.measure(instance, models, self.holding(instance).used_bytes):
             return
         for model in models:
-            self._admission.end_load(instance, model_key(model.name))
+            self._admission.stands_still(instance, model_key(model.name))
 
     # --- starts ---
 
@@ -189,7 +193,8 @@ class Gpus:
     def take_room(self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None = None) -> bool:
         """Reserve memory for a model that is to be loaded; False, and nothing reserved, where it lacks.
 
-        What the instance holds itself is no obstacle: its server unloads models to make room for others.
+        False also where the last reading is too old to tell. What the instance holds itself is no obstacle:
+        its server unloads models to make room for others.
 
         Args:
             instance: an instance that runs.
@@ -197,7 +202,7 @@ class Gpus:
             listed: the models that its server has listed, which tell digest and size.
         """
         needed = self._need_of_load(instance, model, listed)
-        if self._lacks(instance, needed):
+        if needed and (self._now() - self._read_at > _FRESH_S or self._lacks(instance, needed)):
             return False
         self._reserve(instance, model, needed)
         return True

@@ -151,7 +151,7 @@ class Instance(ABC):
         return self._grant(endpoint)
 
     def take_room_for(self, model: str) -> bool:
-        """Reserve memory for a model that is to be loaded; False where a card lacks it."""
+        """Reserve memory for a model that is to be loaded; False where it lacks, or has to be measured."""
         del model
         return True
 

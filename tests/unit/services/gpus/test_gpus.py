@@ -239,10 +239,10 @@ async def test_a_load_that_never_ends_is_reserved_for_five_minutes(machine: Mach
     await machine.show(gpus, free(12 * GIB))
     assert gpus.take_room("one", "big", LISTED)
     machine.advance(299)
+    await gpus.refresh()
     assert not gpus.take_room("two", "big", LISTED)
     machine.advance(2)
-    assert gpus.take_room("two", "big", LISTED)
-    await gpus.refresh()
+    await gpus.admit_load("two", "big", LISTED, wait_s=0)
     assert "one" not in gpus._admission._loads
 
 
@@ -317,3 +317,22 @@ async def test_a_load_of_unknown_need_is_let_in_without_a_reading(machine: Machi
     machine.cards = ()
     await gpus.admit_load("one", "unknown", LISTED, wait_s=0)
     assert gpus.snapshot.gpus
+
+
+async def test_a_reading_that_is_old_lets_no_load_in(machine: Machine, gpus: Gpus) -> None:
+    await machine.show(gpus, free(8 * GIB))
+    machine.advance(0.3)
+    assert not gpus.take_room("one", "big", LISTED)
+    assert gpus.take_room("one", "unknown")  # it would be let in whatever is free
+    await gpus.refresh()
+    assert gpus.take_room("one", "big", LISTED)
+
+
+async def test_a_load_that_is_listed_and_has_taken_nothing_yet_is_not_over(
+    machine: Machine, gpus: Gpus
+) -> None:
+    await machine.show(gpus, free(12 * GIB))
+    assert gpus.take_room("one", "big", LISTED)
+    for _ in range(3):  # Ollama lists a model while it is being loaded
+        await gpus.learn("one", [model("big:latest", digest="big")])
+    assert not gpus.take_room("two", "big", LISTED)
