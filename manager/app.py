@@ -232,11 +232,11 @@ async def open_daemon(
             in_flight=world.in_flight,
             now=time.monotonic,
         )
-        reader = _volume_reader(world, fleet, lists, runs=not resume_idle_clock)
-        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic, reader=reader)
+        volume_reader = _volume_reader(world, fleet, lists, runs=not resume_idle_clock)
+        placement = Placement(fleet, router, lists, model_settings, now=time.monotonic, reader=volume_reader)
         status = ModelStatus(fleet)
         catalogue = Catalogue(
-            fleet, status, traffic, lists, model_settings, reader=reader, now=time.monotonic
+            fleet, status, traffic, lists, model_settings, reader=volume_reader, now=time.monotonic
         )
         server = PooledModelServer(
             pools,
