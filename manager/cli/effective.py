@@ -59,7 +59,7 @@ def live_values(loaded: LoadedSettings) -> Live:
         if holder is None or holder.url is None:
             return Live()
         daemon = Daemon(configured_daemon(loaded))
-        roles, instances = daemon.effective_models()["roles"], daemon.instances_document()["instances"]
+        roles, instances = daemon.effective_models()["roles"], daemon.status_document()["instances"]
     except (CommandError, ConfigurationError) as error:
         why = " ".join(error.message.split())
         return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")

@@ -26,9 +26,10 @@ from tests.support.attempts import attempt
 from tests.support.instances import Ground
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from manager.domain.routing import Because
+    from manager.services.instances.leases import Lease
 
 
 class Puller:
@@ -296,6 +297,16 @@ def stopped(ground: Ground, *names: str) -> None:
         one.endpoint, one.on_volume = None, ()
 
 
+def slowly(starts: Callable[[], Awaitable[Lease]]) -> Callable[[], Awaitable[Lease]]:
+    """A start during which others have their turn."""
+
+    async def lease() -> Lease:
+        await asyncio.sleep(0)
+        return await starts()
+
+    return lease
+
+
 async def test_a_model_that_is_not_on_a_volume_starts_nothing_where_that_can_be_read(ground: Ground) -> None:
     stopped(ground, "new")
     placement, reader = reading(ground, "other")
@@ -328,6 +339,8 @@ async def test_of_many_on_an_unread_volume_one_is_started_at_a_time_and_the_othe
     monkeypatch.setattr("manager.services.routing.router.volume_of", lambda _spec: "shared")
     monkeypatch.setattr("manager.services.models.model_lists.volume_of", lambda _spec: "shared")
     stopped(ground, "new", "newer", "newest")
+    for name in ("new", "newer", "newest"):
+        monkeypatch.setattr(ground[name], "lease", slowly(ground[name].lease))
     found = await asyncio.gather(
         *(ground.placement.prepare(attempt(name, "unread")) for name in ("new", "newer", "newest")),
         return_exceptions=True,
