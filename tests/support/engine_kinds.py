@@ -72,7 +72,7 @@ firewall_driver = "iptables"
 _CARDS = (
     *("GPU-aaaaaaaa-0000-4000-8000-000000000001", "GPU-bbbbbbbb-0000-4000-8000-000000000002"),
     *("GPU-cccccccc-0000-4000-8000-000000000003", "GPU-dddddddd-0000-4000-8000-000000000004"),
-    *("MIG-1", "MIG-2"),
+    *("MIG-1", "MIG-2", "GPU-00000000-0000-0000-0000-000000000001"),
 )
 CDI_VARIABLE = "OEM_TEST_CARD"
 """What a container on Podman has in its environment when it was given a card."""
