@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 from docker.types import ContainerConfig, DeviceRequest, HostConfig, LogConfig, Mount
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from manager.domain.container import ContainerRequest
 
-# The arguments that `docker.types` allows. The calls name no version; Docker 20.10 and Podman 4.3 know this one.
+# Decides which arguments `docker.types` allows; Docker 20.10 and Podman 4.3 know it. The calls name no version.
 _API_VERSION = "1.41"
 # Kept log lines are read over the API; without a bound they would fill the engine's disk.
 _LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
@@ -27,7 +25,7 @@ def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str,
         request: what the container is.
         by_cdi: ask for the card by the Container Device Interface, as Podman wants it.
     """
-    bindings = {f"{request.port}/tcp": ("127.0.0.1", request.loopback_port)}
+    bindings: dict[int | str, Any] = {f"{request.port}/tcp": ("127.0.0.1", request.loopback_port)}
     host = HostConfig(
         _API_VERSION,
         network_mode=request.network,
@@ -57,7 +55,7 @@ def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str,
     return ContainerConfig(
         _API_VERSION,
         request.image,
-        None,  # the image's own command
+        None,  # type: ignore[arg-type]  # the image's own command
         environment=request.env,
         labels=request.labels,
         ports=[(request.port, "tcp")] if request.loopback_port else None,
@@ -65,7 +63,7 @@ def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str,
     )
 
 
-def _device_requests(gpu: str | None, *, by_cdi: bool) -> Sequence[DeviceRequest] | None:
+def _device_requests(gpu: str | None, *, by_cdi: bool) -> list[DeviceRequest] | None:
     """By id alone: a count means the first so many cards."""
     if gpu is None:
         return None

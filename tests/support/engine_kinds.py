@@ -68,7 +68,7 @@ default_subnet_pools = [{{base = "{pool}", size = 27}}]
 firewall_driver = "iptables"
 """
 
-# What `nvidia-ctk cdi generate --device-name-strategy=uuid` writes for real cards: here, names that tests use.
+# As `nvidia-ctk cdi generate --device-name-strategy=uuid` names real cards: the cards of tests.
 _CARDS = (
     *("GPU-aaaaaaaa-0000-4000-8000-000000000001", "GPU-bbbbbbbb-0000-4000-8000-000000000002"),
     *("GPU-cccccccc-0000-4000-8000-000000000003", "GPU-dddddddd-0000-4000-8000-000000000004"),
@@ -208,9 +208,7 @@ class Podman:
         }
         text = _PODMAN_CONFIG.format(root=place.root, default=default, pool=halves[1], **limits)
         (place.root / "containers.conf").write_text(text)
-        devices = [
-            {"name": card, "containerEdits": {"env": [f"{CDI_VARIABLE}={card}"]}} for card in _CARDS
-        ]
+        devices = [{"name": card, "containerEdits": {"env": [f"{CDI_VARIABLE}={card}"]}} for card in _CARDS]
         specification = {"cdiVersion": "0.5.0", "kind": "nvidia.com/gpu", "devices": devices}
         (place.root / "cdi").mkdir()
         (place.root / "cdi" / "nvidia.json").write_text(json.dumps(specification))

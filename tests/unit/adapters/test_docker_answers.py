@@ -29,7 +29,8 @@ _HOOK_FAILED = (
     "stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: "
 )
 _PODMAN_IN_USE = (
-    f'container create: creating container storage: the container name "m-ollama-cpu" is already in use by {ID}. '
+    'container create: creating container storage: the container name "m-ollama-cpu" is already in use by '
+    f"{ID}. "
     "You have to remove that container to be able to reuse that name: that name is already in use"
 )
 _LISTEN = "listen tcp4 127.0.0.1:11500: bind: address already in use"
@@ -288,7 +289,9 @@ def test_the_engine_is_described_by_what_decides_something() -> None:
     assert answers.engine_info({"SecurityOptions": None}, None) == EngineInfo("", False, False, ())
 
 
-@pytest.mark.parametrize(("version", "gives_cards"), [((4, 3), False), ((5, 3), False), ((5, 4), True), ((6, 0), True)])
+@pytest.mark.parametrize(
+    ("version", "gives_cards"), [((4, 3), False), ((5, 3), False), ((5, 4), True), ((6, 0), True)]
+)
 def test_podman_gives_cards_since_its_api_knows_cdi(version: tuple[int, int], gives_cards: bool) -> None:
     info = answers.engine_info({"ServerVersion": "x"}, version)
     assert (info.podman, info.gives_cards) == (True, gives_cards)
