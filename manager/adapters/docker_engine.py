@@ -193,7 +193,7 @@ class DockerEngine:
             yield progress
 
     async def _podman(self) -> tuple[int, int] | None:
-        """Return Podman's version, None for Docker and for an engine behind a proxy that forbids the question."""
+        """Return Podman's version, None for Docker and where a proxy forbids the question."""
         try:
             raw = await self._call("GET", "/version")
         except EngineUnreachableError:

@@ -12,7 +12,7 @@ from docker.types import ContainerConfig, DeviceRequest, HostConfig, LogConfig, 
 if TYPE_CHECKING:
     from manager.domain.container import ContainerRequest
 
-# The arguments that `docker.types` allows. The calls name no version; Docker 20.10 and Podman 4.3 know this one.
+# Decides which arguments `docker.types` allows. Docker 20.10 and Podman 4.3 know it.
 _API_VERSION = "1.41"
 # Kept log lines are read over the API; without a bound they would fill the engine's disk.
 _LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}

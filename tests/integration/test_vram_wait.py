@@ -9,6 +9,7 @@ import pytest
 
 from tests.nvml.standin import Card, build, environment, write
 from tests.support.daemon import wait_for
+from tests.support.engine_kinds import needs_cards
 from tests.support.inside import own_containers
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 CARD = "GPU-00000000-0000-0000-0000-000000000001"
+pytestmark = needs_cards()
+
 NEEDY = {"device": "gpu", "limits": {"vram": "6g"}}
 
 

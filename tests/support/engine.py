@@ -299,7 +299,10 @@ class PrivateEngine:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-                marked = mark in (folder / "environ").read_bytes().split(b"\0")
+                marked = mark in (folder / "environ").read_bytes().split(b"\0") or (
+                    # Podman gives its monitors another environment.
+                    engine_kinds.is_podman() and f"{self._root}/" in command_line(int(folder.name))
+                )
                 inside = (folder / "cgroup").read_text()
                 if state != "Z" and (marked or any(cgroup in inside for cgroup in cgroups)):
                     found.append(int(folder.name))

@@ -68,11 +68,11 @@ default_subnet_pools = [{{base = "{pool}", size = 27}}]
 firewall_driver = "iptables"
 """
 
-# What `nvidia-ctk cdi generate --device-name-strategy=uuid` writes for real cards: here, names that tests use.
+# As `nvidia-ctk cdi generate --device-name-strategy=uuid` names real cards: the cards of tests.
 _CARDS = (
     *("GPU-aaaaaaaa-0000-4000-8000-000000000001", "GPU-bbbbbbbb-0000-4000-8000-000000000002"),
     *("GPU-cccccccc-0000-4000-8000-000000000003", "GPU-dddddddd-0000-4000-8000-000000000004"),
-    *("MIG-1", "MIG-2"),
+    *("MIG-1", "MIG-2", "GPU-00000000-0000-0000-0000-000000000001"),
 )
 CDI_VARIABLE = "OEM_TEST_CARD"
 """What a container on Podman has in its environment when it was given a card."""

@@ -1,8 +1,8 @@
-"""`make test-engines`: the integration tests on other engines than that of this machine. Not part of `make test`.
+"""`make test-engines`: the integration tests on other engines than that of this machine; not in `make test`.
 
-It makes what an engine needs: Debian sid in .build/engines/sid (debootstrap; a tree is kept until `make clean`)
-for `docker-sid` and `podman-sid`, the package for `podman`. It needs root. ARGS names engines, then arguments of
-pytest: `make test-engines ARGS="podman tests/integration/test_idle.py"`.
+It makes what an engine needs: Debian sid in .build/engines/sid (debootstrap; the tree is kept until
+`make clean`) for `docker-sid` and `podman-sid`, the package for `podman`. It needs root. ARGS names engines,
+then arguments of pytest: `make test-engines ARGS="podman tests/integration/test_idle.py"`.
 """
 
 from __future__ import annotations
@@ -84,14 +84,8 @@ def _make_tree() -> None:
 def _version(engine: str) -> str:
     program = ["podman", "--version"] if "podman" in engine else ["dockerd", "--version"]
     # With /proc, which Podman looks at and a bare tree does not have.
-    inside = [
-        "unshare",
-        "--mount",
-        "sh",
-        "-c",
-        f'mount --rbind /proc {TREE}/proc; exec chroot {TREE} "$@"',
-        "sh",
-    ]
+    script = f'mount --rbind /proc {TREE}/proc; exec chroot {TREE} "$@"'
+    inside = ["unshare", "--mount", "sh", "-c", script, "sh"]
     command = [*inside, *program] if engine.endswith("-sid") else program
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout
     return next((word.strip(",") for word in said.split() if word[:1].isdigit()), "unknown")

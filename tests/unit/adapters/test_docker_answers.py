@@ -29,7 +29,8 @@ _HOOK_FAILED = (
     "stdout: , stderr: Auto-detected mode as 'legacy'\nnvidia-container-cli: device error: GPU-1: "
 )
 _PODMAN_IN_USE = (
-    f'container create: creating container storage: the container name "m-ollama-cpu" is already in use by {ID}. '
+    'container create: creating container storage: the container name "m-ollama-cpu" is already in use by '
+    f"{ID}. "
     "You have to remove that container to be able to reuse that name: that name is already in use"
 )
 _LISTEN = "listen tcp4 127.0.0.1:11500: bind: address already in use"

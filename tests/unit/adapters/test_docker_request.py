@@ -47,9 +47,8 @@ def test_a_container_gets_what_was_asked_for_and_is_confined_always() -> None:
 def test_a_container_on_the_cpu_without_a_port_asks_for_neither_card_nor_port() -> None:
     body = create_body(CPU)
     assert not {"DeviceRequests", "PortBindings", "Privileged", "Devices"} & set(body["HostConfig"])
-    assert {body[key] for key in ("ExposedPorts", "Cmd", "Entrypoint", "Volumes", "User", "Hostname")} == {
-        None
-    }
+    left_to_the_image = ("ExposedPorts", "Cmd", "Entrypoint", "Volumes", "User", "Hostname")
+    assert {body[key] for key in left_to_the_image} == {None}
 
 
 def test_a_body_says_nothing_about_what_a_template_cannot_say() -> None:
