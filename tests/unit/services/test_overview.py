@@ -182,8 +182,13 @@ def test_lanes_are_the_roles_and_follow_the_settings() -> None:
 async def test_processes_on_a_card_are_looked_up_once_a_reading_or_container() -> None:
     stage = Stage(Rig("a"))
     asked: list[int] = []
+
+    def instance_of(pid: int) -> str:
+        asked.append(pid)
+        return "a"
+
     cards: Any = stage.rig.cards
-    cards.instance_of = lambda pid: asked.append(pid) or "a"
+    cards.instance_of = instance_of
     busy = Gpu("GPU-1", 0, "x", "Card", None, None, None, (GpuProcess(7, 100), GpuProcess(8, None)))
     cards.snapshot = SimpleNamespace(gpus=(busy,), error=None, attempted=True)
     async with stage.rig.running():
