@@ -84,9 +84,11 @@ def test_a_card_that_is_lost_is_told_everywhere_and_is_back_when_it_is_back(
             machine.show(init_error=9, count_error=9)
         else:
             machine.show(*gone)
-        found = wait_for(
-            lambda: cards(daemon), lambda it, lost=lost: {u for u, one in it.items() if one["lost"]} == lost
-        )
+
+        def are_lost(found: dict[str, Any], wanted: set[str] = lost) -> bool:
+            return {uuid for uuid, one in found.items() if one["lost"]} == wanted
+
+        found = wait_for(lambda: cards(daemon), are_lost)
         assert found[A]["name"] == "First"
         assert found[A]["vram_free_bytes"] is None
         error = daemon.get("gpus")["error"]
