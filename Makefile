@@ -27,7 +27,7 @@ export UV_PYTHON_DOWNLOADS := never
 
 .PHONY: help
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: setup
 setup: $(READY) ## Make the Python environment in .venv, as requirements.lock says.
@@ -47,6 +47,10 @@ check: setup ## Lint, types, layers and unit tests.
 .PHONY: test
 test: setup ## Everything: what `check` does, and every test with coverage.
 	@exec $(BIN)/python -m tests.tools.suite test $(ARGS)
+
+.PHONY: test-clients
+test-clients: setup ## Other people's clients, in several generations; installs them from the registries.
+	@exec $(BIN)/python -m tests.tools.clients $(ARGS)
 
 .PHONY: bench
 bench: setup ## Measure, and print a table.
