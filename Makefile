@@ -56,6 +56,10 @@ test: setup ## Everything: what `check` does, and every test with coverage.
 test-engines: setup ## The integration tests on other engines: Docker of Debian sid, Podman (as root).
 	@exec $(BIN)/python -m tests.tools.engines $(ARGS)
 
+.PHONY: test-clients
+test-clients: setup ## Other people's clients, in several generations; installs them from the registries.
+	@exec $(BIN)/python -m tests.tools.clients $(ARGS)
+
 .PHONY: bench
 bench: setup ## Measure, and print a table.
 	@exec $(BIN)/python -m tests.bench $(ARGS)

@@ -33,7 +33,10 @@ def error_document(dialect: Dialect, status: int, message: str, request_id: str 
         return {"error": {"message": message, "type": kind, "param": None, "code": None}}
     if status == _OVERLOADED:
         kind = "overloaded_error"
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": f"req_{request_id}"}
+    document: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}
+    if request_id:  # clients show it; a path that no request record exists for has none
+        document["request_id"] = f"req_{request_id}"
+    return document
 
 
 def error_body(dialect: Dialect, status: int, message: str, request_id: str = "") -> tuple[bytes, bytes]:

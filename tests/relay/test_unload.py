@@ -10,6 +10,8 @@ from tests.support.relaying import Conversation, Scripted, relaying
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.relaying import Front
+
 UNLOAD = {"model": "tiny", "keep_alive": 0}
 
 
@@ -38,3 +40,37 @@ async def test_an_unload_of_a_model_that_no_instance_has_is_not_found(tmp_path: 
         reply = await front.ask({**UNLOAD, "model": "nope"}, "/api/generate")
         assert reply.status == 404
         assert server.seen == []
+
+
+async def test_no_instance_is_said_to_hold_a_model_that_was_unloaded(tmp_path: Path) -> None:
+    """`ollama stop NAME` followed by `ollama ps`: within the second in which lists are shared, too."""
+    one, other = Scripted(loaded=("tiny",)), Scripted(loaded=("tiny",))
+
+    async def one_unloads(talk: Conversation) -> None:
+        one.loaded = ()
+        await unloads(talk)
+
+    async def other_unloads(talk: Conversation) -> None:
+        other.loaded = ()
+        await unloads(talk)
+
+    one.answer, other.answer = one_unloads, other_unloads
+    async with (
+        one.serving(),
+        other.serving(),
+        relaying(tmp_path, {"a": one, "b": other}, config={"lifecycle": {"probe_interval_s": 60}}) as front,
+    ):
+        await until(lambda: all(instance.models for instance in front.daemon.fleet.instances()))
+        assert await loaded(front) == ["tiny:latest"] * 2
+        assert (await front.ask(UNLOAD, "/api/generate")).status == 200
+        assert await loaded(front) == []
+
+
+async def loaded(front: Front) -> list[str]:
+    """The models that /api/ps lists."""
+    caller = await front.connect()
+    try:
+        await caller.raw(b"GET /api/ps HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        return [model["name"] for model in (await caller.reply()).json()["models"]]
+    finally:
+        caller.leave()

@@ -19,7 +19,7 @@ MAXIMUM_PLAIN_BODY_BYTES = 2048
 """net/http buffers this much: a body that fits gets a Content-Length, a longer one is sent in chunks."""
 
 _REASONS = {
-    100: "Continue", 200: "OK", 201: "Created", 400: "Bad Request", 404: "Not Found",
+    100: "Continue", 200: "OK", 201: "Created", 400: "Bad Request", 401: "Unauthorized", 404: "Not Found",
     405: "Method Not Allowed", 431: "Request Header Fields Too Large",
     500: "Internal Server Error", 501: "Not Implemented",
     503: "Service Unavailable",

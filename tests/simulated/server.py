@@ -15,7 +15,7 @@ from . import compatible, native
 from .http1 import Connection
 from .inference import Inference, RequestError
 from .knobs import BadKnobError, Knobs
-from .library import BadNameError, Library
+from .library import BadNameError, Library, Name
 from .memory import Memory
 from .native import JSON, dumps, send_json
 from .scheduler import Scheduler, keep_alive_from_environment
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 BLOB_PREFIX = "/api/blobs/"
 MODEL_PREFIX = "/v1/models/"
+USER_KEY_PREFIX = "/api/user/keys/"
+PREFIXES = (BLOB_PREFIX, MODEL_PREFIX, USER_KEY_PREFIX)
+SIGNIN_URL = "https://ollama.com/connect?name=simulated&key=c2ltdWxhdGVk"
 NO_GPU = ("", "void", "none")
 
 
@@ -42,7 +45,30 @@ async def show(inference: Inference, exchange: Exchange) -> None:
     name = request.get("model") or request.get("name", "")
     if not name:
         raise RequestError(400, "model is required")
+    try:
+        Name.parse(name)
+    except BadNameError:
+        raise RequestError(400, "invalid model name") from None
     await send_json(exchange, shown(native.find_model(inference, name)))
+
+
+async def status(inference: Inference, exchange: Exchange) -> None:
+    await send_json(exchange, {"cloud": {"disabled": False, "source": "none"}})
+
+
+async def recommendations(inference: Inference, exchange: Exchange) -> None:
+    await send_json(exchange, {"recommendations": []})
+
+
+async def me(inference: Inference, exchange: Exchange) -> None:
+    """Nobody is signed in. The answer says where to: 0.33 `server/routes.go` WhoamiHandler."""
+    await exchange.body()
+    await send_json(exchange, {"error": "unauthorized", "signin_url": SIGNIN_URL}, 401)
+
+
+async def signout(inference: Inference, exchange: Exchange) -> None:
+    await exchange.body()
+    raise RequestError(401, "you are not currently signed in")
 
 
 async def blob_head(inference: Inference, exchange: Exchange) -> None:
@@ -83,6 +109,11 @@ ROUTES: dict[str, dict[str, Route]] = {
     "/api/copy": {"POST": native.copy},
     "/api/delete": {"DELETE": native.delete},
     BLOB_PREFIX: {"POST": blob_post, "HEAD": blob_head},
+    "/api/status": {"GET": status},
+    "/api/experimental/model-recommendations": {"GET": recommendations},
+    "/api/me": {"POST": me},
+    "/api/signout": {"POST": signout},
+    USER_KEY_PREFIX: {"DELETE": signout},
     "/v1/chat/completions": {"POST": compatible.chat_completions},
     "/v1/completions": {"POST": compatible.completions},
     "/v1/embeddings": {"POST": compatible.embeddings},
@@ -209,10 +240,10 @@ class Server:
 
 
 def routes_of(path: str) -> dict[str, Route] | None:
-    for prefix in (BLOB_PREFIX, MODEL_PREFIX):
+    for prefix in PREFIXES:
         if path.startswith(prefix) and path != prefix:
             return ROUTES[prefix]
-    return None if path in (BLOB_PREFIX, MODEL_PREFIX) else ROUTES.get(path)
+    return None if path in PREFIXES else ROUTES.get(path)
 
 
 def listen_address(text: str) -> tuple[str, int]:

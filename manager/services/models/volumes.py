@@ -240,6 +240,10 @@ class Volumes:
             trouble = error.message
         if trouble:
             _log.warning("model_not_unloaded", instance=instance.id, model=model, detail=trouble)
+            return
+        with suppress(TimeoutError):  # `/api/ps` must not list the model any more
+            async with asyncio.timeout(_UNLOAD_S):
+                await instance.probe()
 
     def _members(self, volume: str) -> list[Member]:
         return [

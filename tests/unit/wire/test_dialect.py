@@ -72,6 +72,12 @@ def test_the_status_is_told_in_the_words_of_the_dialect(status: int, openai: str
     }
 
 
+def test_an_error_without_a_request_has_no_id_of_one() -> None:
+    """R13: clients show the id. `req_` alone, as for a path that does not exist, names nothing."""
+    assert "request_id" not in error_document(Dialect.ANTHROPIC, 404, TELLING)
+    assert b"request_id" not in error_in_stream(Dialect.ANTHROPIC, 500, TELLING)
+
+
 def test_a_stream_ends_with_an_error_as_its_dialect_has_it() -> None:
     native, openai, anthropic = (error_in_stream(dialect, 502, TELLING) for dialect in Dialect)
     assert native.endswith(b"}\n")
