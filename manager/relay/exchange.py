@@ -179,13 +179,17 @@ class Exchange:
             self.refuse(status, message, headers)
             self._answer_refusal()
 
+    def refuse_size(self) -> None:
+        """The body is too large, by its declared length or by what has come of it."""
+        most = self._relay.limits.most_body_bytes
+        self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
+
     def body_came(self, body: bytes) -> None:
         self._is_active = True
         if self._refusal is not None or self._state is _State.DONE:
             return
-        most = self._relay.limits.most_body_bytes
-        if self._size + len(body) > most:
-            self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
+        if self._size + len(body) > self._relay.limits.most_body_bytes:
+            self.refuse_size()
         elif not self._take_bytes(len(body)):
             self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
         else:

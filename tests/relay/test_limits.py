@@ -7,6 +7,8 @@ import gc
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, floods, relaying
 
@@ -25,6 +27,23 @@ async def test_a_body_over_the_limit_is_refused_before_it_has_all_come(tmp_path:
         assert (status, headers["connection"]) == (413, "close")
         caller.leave()
         assert server.seen == []
+        assert (await front.record()).outcome == "client_error"
+
+
+@pytest.mark.parametrize("expects", ["", "Expect: 100-continue\r\n"], ids=["sent", "announced"])
+async def test_a_body_whose_declared_length_is_over_the_limit_is_refused_at_once(
+    tmp_path: Path, expects: str
+) -> None:
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"max_body": "64k"}) as front,
+    ):
+        caller = await front.connect()
+        lines = f"Host: localhost\r\n{expects}Content-Length: 65537\r\n\r\n"
+        await caller.raw(f"POST /api/chat HTTP/1.1\r\n{lines}".encode())
+        status, headers = await caller.head()
+        assert (status, headers["connection"]) == (413, "close")
+        caller.leave()
         assert (await front.record()).outcome == "client_error"
 
 
