@@ -258,8 +258,6 @@ class Front(HttpToolsProtocol):
         )
         if not (modern and caller.ambiguity is None and caller.refusal is None):
             self._refuse_head(exchange, caller, modern=modern)
-        elif self._body_left > self._relay.limits.most_body_bytes:
-            exchange.refuse_size()
         self.cycle = exchange  # type: ignore[assignment]
         self._in_head = False
         self._start(exchange)
@@ -552,6 +550,8 @@ class Front(HttpToolsProtocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._running = exchange
+        if self._body_left > self._relay.limits.most_body_bytes:
+            exchange.refuse_size()
         exchange.turn_came()
         if exchange.expects_continue and not exchange.received and self._running is exchange:
             self.transport.write(_CONTINUE)
