@@ -455,8 +455,8 @@ class Passage:
             for task in (working, leaving, cutting):
                 task.cancel()
             await asyncio.wait({working, leaving, cutting})
-            # An error of the work refers to this frame. If the frame referred to the error, the cycle would keep
-            # the whole body until a full garbage collection.
+            # An error of the work refers to this frame. If the frame referred to the error, the cycle would
+            # keep the whole body until a full garbage collection.
             del working
         return outcome_of(self.record.status)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from manager.cli.failures import coloured, printable
 
@@ -76,7 +77,7 @@ def configure_logging(
 
     from manager.adapters.log_writer import LogWriter  # noqa: PLC0415
 
-    writer = LogWriter(_stderr_descriptor())
+    writer = LogWriter(_stderr_descriptor(), secrets=_spellings(secrets), hidden=HIDDEN.encode())
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     if least is not None:
         level = max(level, logging.getLevelNamesMapping()[least.upper()])
@@ -109,7 +110,6 @@ def configure_logging(
             structlog.processors.format_exc_info,
             _Redactor(),
             render,
-            _Censor(secrets),
         ],
     )
     _route_standard_logging(_WriterHandler(writer, formatter), level)
@@ -199,23 +199,25 @@ class _Redactor:
         return value
 
 
-class _Censor:
-    """Hides known secrets in a finished line, wherever they are in it.
+def _spellings(secrets: Collection[str]) -> list[bytes]:
+    """Return how secrets may be spelled in a finished line, the longest first.
 
-    A short one is part of many words. To replace it everywhere would garble the line, and show the secret to
-    everyone who compares two lines. It is hidden by name only (`_Redactor`).
+    A short secret is part of many words. To replace it everywhere would garble the line, and show the secret
+    to everyone who compares two lines. It is hidden by name only (`_Redactor`).
     """
-
-    def __init__(self, secrets: Collection[str]) -> None:
-        long = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
-        spellings = {spelt for secret in long for spelt in (secret, json.dumps(secret)[1:-1])}
-        self._spellings = sorted(spellings, key=len, reverse=True)
-
-    def __call__(self, _logger: Any, _method: str, line: Any) -> str:
-        shown = str(line)
-        for spelling in self._spellings:
-            shown = shown.replace(spelling, HIDDEN)
-        return shown
+    long = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+    found = {
+        spelt
+        for secret in long
+        for spelt in (
+            secret,
+            json.dumps(secret)[1:-1],
+            json.dumps(secret, ensure_ascii=False)[1:-1],
+            quote(secret),
+            quote(secret, safe=""),
+        )
+    }
+    return sorted((spelt.encode() for spelt in found), key=len, reverse=True)
 
 
 def _json_renderer(_logger: Any, _method: str, entry: Entry) -> str:
