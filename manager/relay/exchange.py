@@ -577,13 +577,7 @@ class Exchange:
         if body.is_small:
             attempt = attempting.attempt
             assert attempt is not None  # noqa: S101
-            try:
-                raw = body_for(body, self._route, attempt.model, attempting.changes)
-            except BadBodyError as error:
-                connection.abandon()
-                self._fail(400, str(error), "client_error")
-                return
-            self._put(connection, (raw,))
+            self._put(connection, (body_for(body, self._route, attempt.model, attempting.changes),))
         else:
             self._state = _State.CONNECTING
             self._connection = connection
@@ -592,12 +586,7 @@ class Exchange:
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
     ) -> None:
-        try:
-            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
-        except BadBodyError as error:
-            self._task = None
-            self._fail(400, str(error), "client_error")
-            return
+        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
         self._task = None
         if connection.usable:
             self._put(connection, pieces)
