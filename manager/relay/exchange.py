@@ -425,8 +425,10 @@ class Exchange:
             message = f"{name}: {why}"
             self._follow(attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun))
         else:
-            self._relay.routing.traffic.failed(name, Reason.UPSTREAM_ERROR)
-            self._fail(502, f"{name}: {why} before the answer ended", "upstream_error")
+            message = f"{name}: {why} before the answer ended"
+            attempting.delivered()  # the client has the head, or an error in its place: nothing else follows
+            attempting.failed(Reason.UPSTREAM_ERROR, message, sent=True)
+            self._fail(502, message, "upstream_error")
 
     # --- from the request to a server ---
 
@@ -521,12 +523,14 @@ class Exchange:
                 self._finish("client_gone")  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
-            connection = self._relay.pools.pool(step.endpoint).idle()
+            pool = self._relay.pools.pool(step.endpoint)
+            # What closed one kept connection, such as a restart of the server, has closed the others too.
+            connection = None if attempting.has_repeated else pool.idle()
             if connection is not None:
                 self._send(connection)
             else:
                 self._state = _State.CONNECTING
-                self._spawn(partial(self._open, self._relay.pools.pool(step.endpoint)))
+                self._spawn(partial(self._open, pool))
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
