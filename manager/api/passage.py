@@ -135,6 +135,7 @@ class Passage:
         self.record = begun.record
         self.instance = begun.instance
         self.headers = begun.headers
+        self._fault = begun.fault
         self.limits = limits
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
@@ -434,6 +435,8 @@ class Passage:
         return failure.outcome
 
     async def _while_there(self, work: Callable[[Passage], Awaitable[None]]) -> Outcome:
+        if self._fault is not None:
+            raise RefusedError(BAD_REQUEST, self._fault)
         working = asyncio.ensure_future(work(self))
         leaving = asyncio.ensure_future(self._left())
         cutting = asyncio.ensure_future(self.cut.wait())
