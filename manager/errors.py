@@ -143,10 +143,10 @@ class EngineError(UnavailableError):
 
 
 class EngineUnreachableError(EngineError):
-    """The engine is down, hung or cannot be connected to."""
+    """The engine is down, hung or cannot be reached; the reason is `overloaded` where we cannot ask it."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, reason=Reason.ENGINE_UNAVAILABLE, retry_after_s=5)
+    def __init__(self, message: str, *, reason: Reason = Reason.ENGINE_UNAVAILABLE) -> None:
+        super().__init__(message, reason=reason, retry_after_s=5)
 
 
 class ContainerGoneError(EngineError):

@@ -19,6 +19,7 @@ from manager.adapters import docker_streams as streams
 from manager.adapters.docker_request import create_body
 from manager.adapters.http_client import HttpClient, plainly
 from manager.adapters.tls import SharedTls
+from manager.descriptors import lacks_descriptors
 from manager.domain.container import LABEL_MANAGER
 from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
 
@@ -175,6 +176,12 @@ class DockerEngine:
                 f"the container engine at {self.url} did not answer within {deadline_s:g} s"
             ) from error
         except OSError as error:
+            if lacks_descriptors(error):
+                raise EngineUnreachableError(
+                    "the manager has no file descriptor left to ask the container engine "
+                    f"({plainly(error)}); raise the limit of open files (ulimit -n)",
+                    reason=Reason.OVERLOADED,
+                ) from error
             raise EngineUnreachableError(
                 f"the container engine at {self.url} cannot be reached ({plainly(error)})"
             ) from error

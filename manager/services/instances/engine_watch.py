@@ -79,7 +79,9 @@ class EngineWatch:
             if not self.found:
                 await self._find()
         except EngineError as error:
-            self._went_down(error.message)
+            # A lack of descriptors of our own says nothing about the engine.
+            if not (self.up and error.reason is Reason.OVERLOADED):
+                self._went_down(error.message, error.reason)
         else:
             self._is_up()
         self.asked = True
@@ -104,9 +106,10 @@ class EngineWatch:
         self.came_up.set()
         self._resync.set()
 
-    def _went_down(self, message: str) -> None:
+    def _went_down(self, message: str, why: Reason) -> None:
+        reason = why if why is Reason.OVERLOADED else Reason.ENGINE_UNAVAILABLE
         if self.up or message != self.trouble:
-            self._world.journal.record("engine_down", reason=Reason.ENGINE_UNAVAILABLE, detail=message)
+            self._world.journal.record("engine_down", reason=reason, detail=message)
         self.trouble = message
         if self.up:
             self.up = False
