@@ -175,8 +175,11 @@ class Front(HttpToolsProtocol):
             self.transport.close()
             return
         cycle.keep_alive = False
-        if self._ending and self._running is None and cycle.response_started:
-            self.transport.abort()
+        if self._ending and self._running is None:
+            if cycle.response_started:
+                self.transport.abort()
+            elif not self._in_head:
+                self._refuse(503, "the manager is being stopped")  # the rest of its body never came
         self._ending = True
 
     # --- what the timer calls ---
