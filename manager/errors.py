@@ -145,7 +145,7 @@ class EngineError(UnavailableError):
 
 
 class EngineUnreachableError(EngineError):
-    """The engine is down, hung or cannot be connected to."""
+    """The engine is down, hung or cannot be reached; the reason is `overloaded` where we cannot ask it."""
 
     def __init__(
         self, message: str, *, reason: Reason = Reason.ENGINE_UNAVAILABLE, retry_after_s: float = 5
@@ -158,7 +158,8 @@ class NoDescriptorForEngineError(EngineUnreachableError):
 
     def __init__(self) -> None:
         super().__init__(
-            "the manager has no file descriptor left for a connection to the container engine",
+            "the manager has no file descriptor left to ask the container engine; "
+            "raise the limit of open files (ulimit -n)",
             reason=Reason.OVERLOADED,
             retry_after_s=1,
         )

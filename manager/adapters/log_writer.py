@@ -13,8 +13,12 @@ import os
 import select
 import threading
 from collections import deque
+from typing import TYPE_CHECKING
 
 import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _log = structlog.get_logger("log")
 
@@ -39,11 +43,21 @@ class LogWriter:
         descriptor: where the lines go; it is duplicated. None: every line is discarded.
         most_lines: bound of the queue, with the lines that are being written.
         most_bytes: bound of the queue, with the lines that are being written.
+        secrets: what is replaced by `hidden` in every line, whoever wrote it. The thread does that.
+        hidden: stands for a secret.
     """
 
     def __init__(
-        self, descriptor: int | None, *, most_lines: int = MOST_LINES, most_bytes: int = MOST_BYTES
+        self,
+        descriptor: int | None,
+        *,
+        most_lines: int = MOST_LINES,
+        most_bytes: int = MOST_BYTES,
+        secrets: Sequence[bytes] = (),
+        hidden: bytes = b"***",
     ) -> None:
+        self.secrets = secrets
+        self._hidden = hidden
         self._fd = os.open(os.devnull, os.O_WRONLY) if descriptor is None else os.dup(descriptor)
         self._is_terminal = os.isatty(self._fd)
         self._most_lines = most_lines
@@ -124,7 +138,7 @@ class LogWriter:
             line = self._lines.popleft()
             lines.append(line)
             size += len(line)
-        written = self._write_all(lines)
+        written = self._write_all([self._without_secrets(line) for line in lines])
         with self._lock:
             self._count -= len(lines)
             self._bytes -= size
@@ -134,6 +148,11 @@ class LogWriter:
             self._reported += unreported
             with contextlib.suppress(Exception):  # a broken log configuration must not end this thread
                 _log.warning("log_lines_dropped", lines=unreported)
+
+    def _without_secrets(self, line: bytes) -> bytes:
+        for secret in self.secrets:
+            line = line.replace(secret, self._hidden)
+        return line
 
     def _write_all(self, lines: list[bytes]) -> int:
         """Write lines; how many were written whole. A torn line is ended before the next one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 MOST_BODY_BYTES = 2**20
 _MOST_DIGITS = 18
+_UNAVAILABLE = 503
+_STOPPED = "cut off: the manager is being stopped"
 _TOO_LARGE = f"a body may have at most {MOST_BODY_BYTES} bytes"
 # A page of the daemon in a frame of another page could be clicked without being seen.
 _UNFRAMED: tuple[Header, ...] = (
@@ -52,7 +55,15 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope, send = _with_normal_path(scope), _unframed(send)
+        scope, said = _with_normal_path(scope), _Said(_unframed(send))
+        try:
+            await self._serve(scope, receive, said)
+        except asyncio.CancelledError:
+            # The server cancels what outlasts the drain, and would call it a failure of the application.
+            if not said.has_started:
+                await _answer_stopped(scope, receive, said)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         dialect = spoken_at(scope["path"])
         if dialect is not None:
             await self._for_models(dialect, scope, receive, send)
@@ -98,6 +109,26 @@ class Gate:
             client = scope.get("client")
             self._refused(refusal.reason, client[0] if client else "", path)
         return refusal
+
+
+class _Said:
+    """A `send` that tells whether an answer has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.has_started = False
+
+    async def __call__(self, message: Message) -> None:
+        self.has_started = True
+        await self._send(message)
+
+
+async def _answer_stopped(scope: Scope, receive: Receive, send: Send) -> None:
+    dialect, headers = spoken_at(scope["path"]), {"Connection": "close", "Retry-After": "1"}
+    if dialect is not None:
+        await answer_error(send, dialect, _UNAVAILABLE, _STOPPED, headers)
+    else:
+        await error_response(_UNAVAILABLE, "stopping", _STOPPED, headers=headers)(scope, receive, send)
 
 
 def _with_normal_path(scope: Scope) -> Scope:

@@ -13,6 +13,7 @@ from manager.domain.models import DEFAULT_TAG
 from manager.services.models.pulls import PullFailedError
 from manager.services.models.volumes import NoSuchModelError
 from manager.services.routing.attempting import Trouble
+from manager.services.routing.router import MAX_STARTUP_WAIT_S
 from manager.services.steps import in_steps
 from manager.wire.listing import Alias
 from manager.wire.management import reading_copy, reading_named
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
 _NOT_FOUND = 404
-# How long a request waits for the first look at the fleet after the daemon's start.
-_MAX_STARTUP_WAIT_S = 15.0
 _SUCCESS = orjson.dumps({"status": "success"})
 
 
@@ -70,7 +69,7 @@ class Management:
         route = path if prefix is None else prefix.rstrip("/")
         work = self._work[path] if prefix is None else self._below[prefix]
         passage = self._passing.passage(scope, receive, send, route, None)
-        await self._passing.routing.router.known(within_s=_MAX_STARTUP_WAIT_S)
+        await self._passing.routing.router.known(within_s=MAX_STARTUP_WAIT_S)
         await self._passing.passages.run(passage, work)
 
     # --- what only looks ---

@@ -135,6 +135,7 @@ class Passage:
         self.record = begun.record
         self.instance = begun.instance
         self.headers = begun.headers
+        self._fault = begun.fault
         self.limits = limits
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
@@ -167,6 +168,7 @@ class Passage:
         finally:
             self._bodies.give_back(self._held_bytes)
             self._held_bytes = 0
+            self._refused = None  # its traceback leads back to here, and holds the body
             self.attempting.close(outcome)
 
     # --- what the caller sends ---
@@ -433,19 +435,21 @@ class Passage:
         return failure.outcome
 
     async def _while_there(self, work: Callable[[Passage], Awaitable[None]]) -> Outcome:
+        if self._fault is not None:
+            raise RefusedError(BAD_REQUEST, self._fault)
         working = asyncio.ensure_future(work(self))
         leaving = asyncio.ensure_future(self._left())
         cutting = asyncio.ensure_future(self.cut.wait())
         try:
             left_s = self.attempting.total_deadline - monotonic() if self._by_model else None
-            done, _ = await asyncio.wait(
+            await asyncio.wait(
                 {working, leaving, cutting}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
             )
-            if working in done:
+            if working.done():
                 working.result()
-            elif leaving in done:
+            elif leaving.done():
                 raise CallerGoneError
-            elif not done:
+            elif not cutting.done():
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
@@ -454,6 +458,9 @@ class Passage:
             for task in (working, leaving, cutting):
                 task.cancel()
             await asyncio.wait({working, leaving, cutting})
+            # An error of the work refers to this frame. If the frame referred to the error, the cycle would
+            # keep the whole body until a full garbage collection.
+            del working
         return outcome_of(self.record.status)
 
     async def _left(self) -> None:

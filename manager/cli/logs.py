@@ -14,6 +14,7 @@ import sys
 import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from manager.cli.failures import coloured, printable
 
@@ -77,7 +78,7 @@ def configure_logging(
 
     from manager.adapters.log_writer import LogWriter  # noqa: PLC0415
 
-    writer = LogWriter(_stderr_descriptor())
+    writer = LogWriter(_stderr_descriptor(), secrets=_spellings(secrets), hidden=HIDDEN.encode())
     level = logging.getLevelNamesMapping()[settings.level.upper()]
     if least is not None:
         level = max(level, logging.getLevelNamesMapping()[least.upper()])
@@ -104,7 +105,6 @@ def configure_logging(
     render = (
         _console_renderer(colours=writer.is_terminal and coloured(sys.stderr)) if console else _json_renderer
     )
-    censor = _Censor(secrets)
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[
@@ -113,10 +113,9 @@ def configure_logging(
             structlog.processors.format_exc_info,
             _Redactor(),
             render,
-            censor,
         ],
     )
-    _route_standard_logging(_WriterHandler(writer, formatter, censor), level)
+    _route_standard_logging(_WriterHandler(writer, formatter, secrets), level)
     return writer
 
 
@@ -126,7 +125,7 @@ def reconfigure_logging(settings: LogSettings, secret: str | None) -> None:
     _set_level(logging.getLevelNamesMapping()[settings.level.upper()])
     for handler in root.handlers:
         if isinstance(handler, _WriterHandler) and secret is not None:
-            handler.censor.hide(secret)
+            handler.hide(secret)
 
 
 def _stderr_descriptor() -> int | None:
@@ -140,11 +139,17 @@ def _stderr_descriptor() -> int | None:
 class _WriterHandler(logging.Handler):
     """Renders each entry to a line and queues it. An entry that cannot be rendered costs its fields only."""
 
-    def __init__(self, writer: LogWriter, formatter: logging.Formatter, censor: _Censor) -> None:
+    def __init__(self, writer: LogWriter, formatter: logging.Formatter, secrets: Collection[str]) -> None:
         super().__init__()
-        self.censor = censor
         self._writer = writer
+        self._secrets = [*secrets]
         self.setFormatter(formatter)
+
+    def hide(self, secret: str) -> None:
+        """Hide one more secret in all lines. The newest `_MOST_SECRETS` are hidden."""
+        if secret not in self._secrets:
+            self._secrets = [*self._secrets, secret][-_MOST_SECRETS:]
+            self._writer.secrets = _spellings(self._secrets)
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -217,32 +222,25 @@ class _Redactor:
         return value
 
 
-class _Censor:
-    """Hides known secrets in a finished line, wherever they are in it.
+def _spellings(secrets: Collection[str]) -> list[bytes]:
+    """Return how secrets may be spelled in a finished line, the longest first.
 
-    A short one is part of many words. To replace it everywhere would garble the line, and show the secret to
-    everyone who compares two lines. It is hidden by name only (`_Redactor`).
+    A short secret is part of many words. To replace it everywhere would garble the line, and show the secret
+    to everyone who compares two lines. It is hidden by name only (`_Redactor`).
     """
-
-    def __init__(self, secrets: Collection[str]) -> None:
-        self._secrets: list[str] = []
-        self._spellings: list[str] = []
-        for secret in secrets:
-            self.hide(secret)
-
-    def hide(self, secret: str) -> None:
-        """Hide one more. The newest `_MOST_SECRETS` are hidden."""
-        if len(secret) < SHORTEST_SECRET or secret in self._secrets:
-            return
-        self._secrets = [*self._secrets, secret][-_MOST_SECRETS:]
-        spellings = {spelt for one in self._secrets for spelt in (one, json.dumps(one)[1:-1])}
-        self._spellings = sorted(spellings, key=len, reverse=True)
-
-    def __call__(self, _logger: Any, _method: str, line: Any) -> str:
-        shown = str(line)
-        for spelling in self._spellings:
-            shown = shown.replace(spelling, HIDDEN)
-        return shown
+    long = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
+    found = {
+        spelt
+        for secret in long
+        for spelt in (
+            secret,
+            json.dumps(secret)[1:-1],
+            json.dumps(secret, ensure_ascii=False)[1:-1],
+            quote(secret),
+            quote(secret, safe=""),
+        )
+    }
+    return sorted((spelt.encode() for spelt in found), key=len, reverse=True)
 
 
 def _json_renderer(_logger: Any, _method: str, entry: Entry) -> str:

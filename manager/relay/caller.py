@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 class Caller:
     """What all requests with one head to one route share.
 
+    `ambiguity` is why nobody could serve it: its framing, or a header of ours that makes no sense.
     `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.
     `encoding` is that of the body where it is decoded here.
     """
@@ -65,6 +66,7 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
             ends with its answer, so that no other version finds what was read of it.
     """
     refusal = relay.access.refusal(route.path, headers, needs_host=modern)
+    origin = relay.requests.origin(headers)
     encoding = encoding_of(route, headers)
     withheld = relay.requests.names.all
     if encoding is not None:
@@ -72,10 +74,10 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
     return Caller(
         route=route,
         headers=headers,
-        ambiguity=ambiguity(headers),
+        ambiguity=ambiguity(headers) or (origin.fault if refusal is None else None),
         refusal=refusal,
         lines=b"".join(forwarded(headers, withheld)),
         for_page=b"".join(b"%b: %b\r\n" % line for line in for_pages(headers, refusal)),
-        origin=relay.requests.origin(headers),
+        origin=origin,
         encoding=encoding,
     )

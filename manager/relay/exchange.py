@@ -180,13 +180,17 @@ class Exchange:
             self.refuse(status, message, headers)
             self._answer_refusal()
 
+    def refuse_size(self) -> None:
+        """The body is too large, by its declared length or by what has come of it."""
+        most = self._relay.limits.most_body_bytes
+        self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
+
     def body_came(self, body: bytes) -> None:
         self._is_active = True
         if self._refusal is not None or self._state is _State.DONE:
             return
-        most = self._relay.limits.most_body_bytes
-        if self._size + len(body) > most:
-            self.refuse_now(413, f"the request body is too large: at most {most} bytes are accepted")
+        if self._size + len(body) > self._relay.limits.most_body_bytes:
+            self.refuse_size()
         elif not self._take_bytes(len(body)):
             self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
         else:
@@ -422,8 +426,10 @@ class Exchange:
             message = f"{name}: {why}"
             self._follow(attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun))
         else:
-            self._relay.routing.traffic.failed(name, Reason.UPSTREAM_ERROR)
-            self._fail(502, f"{name}: {why} before the answer ended", "upstream_error")
+            message = f"{name}: {why} before the answer ended"
+            attempting.delivered()  # the client has the head, or an error in its place: nothing else follows
+            attempting.failed(Reason.UPSTREAM_ERROR, message, sent=True)
+            self._fail(502, message, "upstream_error")
 
     # --- from the request to a server ---
 
@@ -518,12 +524,14 @@ class Exchange:
                 self._finish("client_gone")  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
-            connection = self._relay.pools.pool(step.endpoint).idle()
+            pool = self._relay.pools.pool(step.endpoint)
+            # What closed one kept connection, such as a restart of the server, has closed the others too.
+            connection = None if attempting.has_repeated else pool.idle()
             if connection is not None:
                 self._send(connection)
             else:
                 self._state = _State.CONNECTING
-                self._spawn(partial(self._open, self._relay.pools.pool(step.endpoint)))
+                self._spawn(partial(self._open, pool))
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
@@ -574,13 +582,7 @@ class Exchange:
         if body.is_small:
             attempt = attempting.attempt
             assert attempt is not None  # noqa: S101
-            try:
-                raw = body_for(body, self._route, attempt.model, attempting.changes)
-            except BadBodyError as error:
-                connection.abandon()
-                self._fail(400, str(error), "client_error")
-                return
-            self._put(connection, (raw,))
+            self._put(connection, (body_for(body, self._route, attempt.model, attempting.changes),))
         else:
             self._state = _State.CONNECTING
             self._connection = connection
@@ -589,12 +591,7 @@ class Exchange:
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
     ) -> None:
-        try:
-            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
-        except BadBodyError as error:
-            self._task = None
-            self._fail(400, str(error), "client_error")
-            return
+        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
         self._task = None
         if connection.usable:
             self._put(connection, pieces)

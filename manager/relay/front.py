@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from manager.wire.routes import Route
 
 _MOST_HEAD_BYTES = 64 * 1024
+# A header costs a few hundred bytes however short it is. As for answers (`wire.answer.MOST_HEAD_LINES`).
+_MOST_HEAD_LINES = 256
 # Reading pauses once a client has sent this much behind a request that is not answered yet.
 _MOST_HELD_BYTES = 64 * 1024
 # Every head ends with this, and every body in chunks: the parser takes no other line ends.
@@ -38,6 +40,7 @@ _MOST_DIGITS = 15
 _READ_HERE = frozenset({b"content-length", b"expect"})
 _OFFER = frozenset({b"upgrade", b"http2-settings"})
 _TOO_LONG = "the head or the trailers are too long"
+_VERSIONS = ("1.1", "1.0")
 _HEALTH = frozenset({b"/healthz", b"/readyz", b"/metrics"})
 _FULL_BODY = b'{"error":"the server has too many connections; try later"}'
 _FULL = (
@@ -107,6 +110,7 @@ class Front(HttpToolsProtocol):
         **uvicorn: Any,
     ) -> None:
         super().__init__(**uvicorn)
+        self.headers = _TRAILERS  # until a head begins
         self._relay = relay
         self._places = places
         self._timers = timers
@@ -147,6 +151,8 @@ class Front(HttpToolsProtocol):
         parsed = 0 if self._held else self._parse(data)
         if parsed < len(data):
             self._hold(data[parsed:])
+            if parsed and not self._is_busy():
+                self.loop.call_soon(self._parse_held)
 
     def eof_received(self) -> None:
         # The transport closes after this. Unsent bytes of an answer that cannot end would delay that.
@@ -185,8 +191,11 @@ class Front(HttpToolsProtocol):
             self.transport.close()
             return
         cycle.keep_alive = False
-        if self._ending and self._running is None and cycle.response_started:
-            self.transport.abort()
+        if self._ending and self._running is None:
+            if cycle.response_started:
+                self.transport.abort()
+            elif not self._in_head:
+                self._refuse(503, "the manager is being stopped")  # the rest of its body never came
         self._ending = True
 
     # --- what the timer calls ---
@@ -233,7 +242,7 @@ class Front(HttpToolsProtocol):
         self._offered = self.parser.should_upgrade()
         if self._offered:
             return  # it is read again without the offer
-        if self._head_bytes > _MOST_HEAD_BYTES:
+        if self._head_bytes > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEAD_LINES:
             raise httptools.HttpParserError(_TOO_LONG)
         self._head_bytes = 0
         self._body_left = int(self._length) if self._length else 0
@@ -246,11 +255,14 @@ class Front(HttpToolsProtocol):
         if route is None:
             route = self._route_of_normal_path()
         parser = self.parser
+        version = parser.get_http_version()
+        if version not in _VERSIONS:
+            raise httptools.HttpParserError("the server speaks HTTP/1.1 and HTTP/1.0")
         if route is None or parser.get_method() != b"POST":
             self._on_other_headers_complete()
             return
         headers, self.headers = self.headers, _TRAILERS
-        modern = parser.get_http_version() != "1.0"
+        modern = version != "1.0"
         caller = self._caller
         self._is_alike = caller is not None and caller.headers == headers and caller.route is route
         if caller is None or not self._is_alike:
@@ -360,21 +372,26 @@ class Front(HttpToolsProtocol):
         del self._held[: self._parse(self._held)]
         self._parsing_held = False
         self._hold(b"")
+        if self._held and not self._is_busy():
+            self.loop.call_soon(self._parse_held)
 
     def _parse(self, data: bytes | bytearray) -> int:
-        """Parse as far as possible for now; return how many bytes that was.
+        """Parse up to the end of one request at most; return how many bytes that was.
+
+        A request may be answered within this call. The next one waits for the next turn of the event loop, so
+        that a pipe full of requests holds up nobody else.
 
         The parser is fed up to where one message may end: after its declared length or with `_END`. An `_END`
         within a body in chunks is harmless, parsing goes on from there.
         """
-        at, size = 0, len(data)
+        at, size, requests = 0, len(data), self._requests
         while at < size:
             if self._body_left:
                 beyond = size - at - self._body_left
                 stop = size if beyond <= 0 else size - beyond
                 self._body_left = 0 if beyond >= 0 else -beyond
                 self._feed(data, at, stop)
-            elif self._is_busy():
+            elif self._requests != requests or self._is_busy():
                 break
             elif self._known is None or not (stop := self._begin_alike(data, at, self._known)):
                 end = -1 if self._tail else data.find(_END, at)
@@ -403,7 +420,7 @@ class Front(HttpToolsProtocol):
         except httptools.HttpParserUpgrade:
             self._feed_without_offer()
         else:
-            if self._head_bytes > _MOST_HEAD_BYTES:
+            if self._head_bytes > _MOST_HEAD_BYTES or len(self.headers) > _MOST_HEAD_LINES:
                 self._refuse_unreadable(_TOO_LONG)
 
     def _know_head(self, head: bytes) -> None:
@@ -621,6 +638,8 @@ class Front(HttpToolsProtocol):
 
     def _start(self, exchange: Exchange) -> None:
         self._running = exchange
+        if self._body_left > self._relay.limits.most_body_bytes:
+            exchange.refuse_size()
         exchange.turn_came()
         if exchange.expects_continue and not exchange.received and self._running is exchange:
             self.transport.write(_CONTINUE)

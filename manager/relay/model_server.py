@@ -168,6 +168,8 @@ class _Call:
         if self._sending is not None:
             self._sending.cancel()
             await asyncio.wait([self._sending])
+            self._sending = None
+        self._broken = None  # its traceback leads back to here, and holds the body
 
     # --- helpers ---
 

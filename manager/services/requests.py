@@ -10,7 +10,7 @@ from random import getrandbits
 from typing import TYPE_CHECKING, NamedTuple
 
 from manager.domain.record import RequestRecord, never
-from manager.wire.caller import shown
+from manager.wire.caller import flag_of, shown
 from manager.wire.head import forwarded
 from manager.wire.trace import is_sampled, read_traceparent, traceparent
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """What the head of a request says of its client. `trace` is trace id, span id and flags."""
+    """What the head of a request says of its client. `trace` is trace id, span id and flags.
+
+    `fault` is why the request cannot be served, for the client; None where it can.
+    """
 
     instance: str | None
     lane: str | None
@@ -31,15 +34,17 @@ class Origin(NamedTuple):
     intent: str | None
     local_only: bool
     trace: tuple[str, str, str] | None
+    fault: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Begun:
-    """A request beside the relay: its record, its pin, and the headers for the server."""
+    """A request beside the relay: its record, its pin, the headers for the server, the fault of `Origin`."""
 
     record: RequestRecord
     instance: str | None
     headers: Sequence[Header]
+    fault: str | None
 
 
 class Requests:
@@ -65,14 +70,18 @@ class Requests:
         """Read the head of a request; names in lower case."""
         given = dict(headers)
         names = self.names
-        local_only = shown(given.get(names.local_only)) or ""
+        local_only, fault = False, None
+        if names.local_only in given:
+            values = [value for name, value in headers if name == names.local_only]
+            local_only, fault = flag_of(names.local_only, values)
         return Origin(
             instance=shown(given.get(names.instance)),
             lane=shown(given.get(names.lane)),
             project=shown(given.get(names.project)) or self.default_project,
             intent=shown(given.get(names.intent)),
-            local_only=local_only.lower() in ("true", "1", "yes"),
+            local_only=local_only,
             trace=read_traceparent(given.get(b"traceparent")),
+            fault=fault,
         )
 
     def record(self, path: str, kind: RequestKind | None, origin: Origin) -> RequestRecord:
@@ -113,4 +122,4 @@ class Requests:
             (b"x-request-id", record.request_id.encode()),
             (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
         ]
-        return Begun(record, origin.instance, pairs)
+        return Begun(record, origin.instance, pairs, origin.fault)

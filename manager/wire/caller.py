@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _MOST_SHOWN = 256
+_FLAGS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False, "": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +43,22 @@ def shown(value: bytes | None) -> str | None:
     if value is None:
         return None
     return printable(value.decode("utf-8", "replace").strip())[:_MOST_SHOWN] or None
+
+
+def flag_of(header: bytes, values: Collection[bytes]) -> tuple[bool, str | None]:
+    """Return what a header says that is either true or false, and what is wrong with it or None.
+
+    Of several values one that is true counts: what a client forbids stays forbidden.
+
+    Args:
+        header: its name.
+        values: as they came, without case; none and an empty one are false.
+    """
+    is_true = False
+    for value in values:
+        text = shown(value) or ""
+        found = _FLAGS.get(text.lower())
+        if found is None:
+            return False, f"{header.decode()} is {text!r}; allowed are true and false"
+        is_true = is_true or found
+    return is_true, None

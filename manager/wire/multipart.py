@@ -70,25 +70,24 @@ class FormHead:
     def __init__(self, boundary: bytes) -> None:
         self._delimiter = b"--" + boundary
         self._data = bytearray()
-        self._piece = b""
-        self._name = self._header = b""
-        self._headers: dict[bytes, bytes] = {}
-        self._parts = 0
-        self._content_at = self._value_at = 0
-        self._in_model = False
-        self._value = bytearray()
-        self.found = Found.NOT_YET
+        self._parts = parts = _Parts()
+        # The parser refers to `_Parts`, which refers to nothing: a cycle would keep the data until a full
+        # garbage collection.
         callbacks: MultipartCallbacks = {
-            "on_part_begin": self._part_began,
-            "on_header_field": self._header_name,
-            "on_header_value": self._header_value,
-            "on_header_end": self._header_ended,
-            "on_headers_finished": self._head_ended,
-            "on_part_data": self._part_data,
-            "on_part_end": self._part_ended,
-            "on_end": self._form_ended,
+            "on_part_begin": parts.part_began,
+            "on_header_field": parts.header_name,
+            "on_header_value": parts.header_value,
+            "on_header_end": parts.header_ended,
+            "on_headers_finished": parts.head_ended,
+            "on_part_data": parts.part_data,
+            "on_part_end": parts.part_ended,
+            "on_end": parts.form_ended,
         }
         self._parser = MultipartParser(boundary, callbacks)
+
+    @property
+    def found(self) -> Found:
+        return self._parts.found
 
     @property
     def size(self) -> int:
@@ -97,7 +96,7 @@ class FormHead:
     @property
     def model(self) -> str:
         """The name as it came; empty unless it is named."""
-        return self._value.decode("utf-8", "replace").strip()
+        return self._parts.model
 
     def feed(self, piece: bytes) -> None:
         """Take more of the form.
@@ -105,50 +104,66 @@ class FormHead:
         Raises:
             BadFormError: it is none, or its model is no name.
         """
-        self._piece = piece
+        self._parts.before = len(self._data)
         try:
             self._parser.write(piece)
         except FormParserError as error:
-            why = f"cannot be read: {error}" if self._parts else "does not begin with its boundary"
+            why = f"cannot be read: {error}" if self._parts.count else "does not begin with its boundary"
             raise BadFormError(f"the form {why}") from None
         finally:
             self._data += piece
-            self._piece = b""
 
     def with_model(self, model: str) -> bytes:
         """Return all that came, naming that model instead."""
-        data = self._data
-        if self.found is Found.NAMED:
-            end = self._value_at + len(self._value)
-            return bytes(data[: self._value_at]) + model.encode() + bytes(data[end:])
+        data, parts = self._data, self._parts
+        if parts.found is Found.NAMED:
+            end = parts.value_at + len(parts.value)
+            return bytes(data[: parts.value_at]) + model.encode() + bytes(data[end:])
         first = data.find(self._delimiter)
         part = b'%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
         return bytes(data[:first]) + part % (self._delimiter, _FIELD, model.encode()) + bytes(data[first:])
 
-    # --- what the parser calls ---
 
-    def _part_began(self) -> None:
+class _Parts:
+    """Takes what the parser finds. `before` is how many bytes came before the piece that is being parsed."""
+
+    def __init__(self) -> None:
+        self.before = 0
+        self.count = 0
+        self.found = Found.NOT_YET
+        self.value = bytearray()
+        self.value_at = 0
+        self._name = self._header = b""
+        self._headers: dict[bytes, bytes] = {}
+        self._content_at = 0
+        self._in_model = False
+
+    @property
+    def model(self) -> str:
+        return self.value.decode("utf-8", "replace").strip()
+
+    def part_began(self) -> None:
         self._headers = {}
-        self._parts += 1
-        if self._parts > _MOST_PARTS:
+        self.count += 1
+        if self.count > _MOST_PARTS:
             raise BadFormError(f"the form has more than {_MOST_PARTS} parts")
 
-    def _header_name(self, data: bytes, start: int, end: int) -> None:
+    def header_name(self, data: bytes, start: int, end: int) -> None:
         self._name += data[start:end]
 
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
+    def header_value(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
-        # The data of headers is always that of the piece which is being written.
-        self._content_at = len(self._data) + end + len(_END_OF_HEAD)
+        # The data of headers is always that of the piece which is being parsed.
+        self._content_at = self.before + end + len(_END_OF_HEAD)
 
-    def _header_ended(self) -> None:
+    def header_ended(self) -> None:
         name = self._name.lower()
         if not self._header or name in self._headers:
             raise BadFormError("a part of the form has an empty header, or one twice")
         self._headers[name] = self._header
         self._name = self._header = b""
 
-    def _head_ended(self) -> None:
+    def head_ended(self) -> None:
         disposition = self._headers.get(_DISPOSITION, b"").decode("latin-1")
         kind, parameters = parse_options_header(disposition)
         names = [name.partition("=")[0].strip().lower() for name in disposition.split(";")]
@@ -159,23 +174,23 @@ class FormHead:
         if is_model and any(name.startswith("filename*") for name in names):
             raise BadFormError("the form's model can be understood as a file")
         if self._in_model:
-            self._value_at = self._content_at
+            self.value_at = self._content_at
             if _TRANSFER_ENCODING in self._headers:
                 raise BadFormError("the form's model is encoded")
 
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
+    def part_data(self, data: bytes, start: int, end: int) -> None:
         if self._in_model:
-            self._value += data[start:end]
-            if len(self._value) > _MOST_NAME_BYTES:
+            self.value += data[start:end]
+            if len(self.value) > _MOST_NAME_BYTES:
                 raise BadFormError(f"model must be a name of at most {MOST_NAME_LENGTH} characters")
 
-    def _part_ended(self) -> None:
+    def part_ended(self) -> None:
         if self._in_model:
             self._in_model = False
             if len(self.model) > MOST_NAME_LENGTH:
                 raise BadFormError(f"model must be a name of at most {MOST_NAME_LENGTH} characters")
             self.found = Found.NAMED
 
-    def _form_ended(self) -> None:
+    def form_ended(self) -> None:
         if self.found is Found.NOT_YET:
             self.found = Found.NEVER

@@ -58,6 +58,10 @@ REFUSED = {
     "chunks in HTTP/1.0": HEAD.replace(b"1.1", b"1.0") + CHUNKED + b"\r\n" + chunked(BODY),
     "two hosts": HEAD + b"Host: localhost\r\n" + SIZED + b"\r\n" + BODY,
     "no host": HEAD.replace(b"Host: localhost\r\n", b"") + SIZED + b"\r\n" + BODY,
+    "a version that is not spoken": HEAD.replace(b"1.1", b"2.0") + SIZED + b"\r\n" + BODY,
+    "a version before the first": HEAD.replace(b"1.1", b"0.9") + SIZED + b"\r\n" + BODY,
+    "a head of 258 lines": HEAD + b"A: b\r\n" * 256 + SIZED + b"\r\n" + BODY,
+    "a head of 258 lines and no end": HEAD + b"A: b\r\n" * 258,
     "a head without end": HEAD + b"X-A: " + b"b" * 100_000,
     "a head of many lines": HEAD
     + b"".join(b"X-%d: b\r\n" % n for n in range(20_000))
@@ -164,6 +168,29 @@ async def test_a_thousand_refused_requests_in_a_pipe_are_all_answered(tmp_path: 
         statuses = [(await caller.reply()).status for _ in range(1000)]
         await sending
         assert set(statuses) == {404}
+        caller.leave()
+
+
+async def test_each_of_many_requests_in_a_pipe_waits_for_its_turn_of_the_event_loop(tmp_path: Path) -> None:
+    """Requests that are refused at once are answered within the call that parses them."""
+    many, turns, is_over = 300, 0, False
+
+    async def count() -> None:
+        nonlocal turns
+        while not is_over:
+            turns += 1
+            await asyncio.sleep(0)
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        caller = await front.connect()
+        await caller.raw(caller.request({"model": "nope"}))
+        assert (await caller.reply()).status == 404
+        await caller.raw(caller.request({"model": "nope"}) * many)
+        counting = asyncio.ensure_future(count())
+        assert {(await caller.reply()).status for _ in range(many)} == {404}
+        is_over = True
+        await counting
+        assert turns >= many
         caller.leave()
 
 

@@ -7,6 +7,8 @@ import gc
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Caller, Conversation, Front, Scripted, floods, relaying
 
@@ -25,6 +27,23 @@ async def test_a_body_over_the_limit_is_refused_before_it_has_all_come(tmp_path:
         assert (status, headers["connection"]) == (413, "close")
         caller.leave()
         assert server.seen == []
+        assert (await front.record()).outcome == "client_error"
+
+
+@pytest.mark.parametrize("expects", ["", "Expect: 100-continue\r\n"], ids=["sent", "announced"])
+async def test_a_body_whose_declared_length_is_over_the_limit_is_refused_at_once(
+    tmp_path: Path, expects: str
+) -> None:
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"max_body": "64k"}) as front,
+    ):
+        caller = await front.connect()
+        lines = f"Host: localhost\r\n{expects}Content-Length: 65537\r\n\r\n"
+        await caller.raw(f"POST /api/chat HTTP/1.1\r\n{lines}".encode())
+        status, headers = await caller.head()
+        assert (status, headers["connection"]) == (413, "close")
+        caller.leave()
         assert (await front.record()).outcome == "client_error"
 
 
@@ -279,3 +298,38 @@ async def test_what_does_not_end_in_time_is_cut_with_an_error_line(tmp_path: Pat
         assert await caller.ended() == b""
         caller.leave()
         assert (await front.record()).outcome == "cut"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "POST /api/chat HTTP/1.1\r\nContent-Length: 100",
+        "POST /api/chat HTTP/1.1\r\nTransfer-Encoding: chunked",
+        "POST /api/chat HTTP/1.1\r\nContent-Length: 100\r\nExpect: 100-continue",
+        "POST /api/show HTTP/1.1\r\nContent-Length: 100",
+        "POST /api/settings/models HTTP/1.1\r\nContent-Length: 100",
+        "POST /api/blobs/sha256:00 HTTP/1.1\r\nContent-Length: 100",
+    ],
+)
+async def test_a_body_that_never_comes_holds_up_the_end_no_longer_than_the_drain_may_last(
+    tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"drain_timeout_s": 0.3}) as front,
+    ):
+        caller = await front.connect()
+        await caller.raw(f"{head}\r\nHost: localhost\r\n\r\n".encode())
+        await until(lambda: front.server.server_state.connections)
+        await until(lambda: front.relay.exchanges or front.server.server_state.tasks)
+        front.server.config.timeout_graceful_shutdown = 30
+        front.server.stop()
+        async with asyncio.timeout(5):
+            status, _ = await caller.head()
+            if status == 100:
+                status, _ = await caller.head()
+            assert b"being stopped" in await caller.ended()
+        assert status == 503
+        await until(lambda: not front.server.server_state.tasks, within_s=5)
+        assert [record for record in caplog.records if record.exc_info] == []
+        caller.leave()

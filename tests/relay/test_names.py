@@ -99,3 +99,29 @@ async def test_a_model_that_never_answered_has_no_latency(tmp_path: Path) -> Non
         latencies = {entry["id"]: entry["latency_ms"] for entry in listed}
         assert latencies["tiny:latest"] > 0
         assert latencies["other:latest"] is None
+
+
+WHOLE = {"model": "tiny", "messages": [], "stream": False}
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/chat", "/v1/chat/completions", "/v1/messages", "/api/show", "/api/pull"]
+)
+async def test_a_value_of_local_only_that_is_neither_true_nor_false_is_refused(
+    tmp_path: Path, path: str
+) -> None:
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, gateway={"headers": {"local_only": "X-At-Home"}}) as front,
+    ):
+        reply = await front.ask(WHOLE, path, {"X-At-Home": "perhaps"})
+        assert reply.status == 400
+        error = reply.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert message == "x-at-home is 'perhaps'; allowed are true and false"
+        assert server.seen == []
+        assert (await front.record()).outcome == "client_error"
+        assert (await front.ask(WHOLE, "/api/chat", {"X-Local-Only": "perhaps"})).status == 200
+        assert (await front.ask(WHOLE, "/api/chat", {"X-At-Home": "true"})).status == 200
+        await until(lambda: len(front.records) == 3)
+        assert [record.local_only for record in front.records] == [False, False, True]

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.errors import ManagerError, Reason
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
-from manager.services.routing.router import RUNNING, Attempts
+from manager.services.routing.router import MAX_STARTUP_WAIT_S, RUNNING, Attempts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
 
-# How long a request waits for the first look at the fleet after the daemon's start.
-_MAX_STARTUP_WAIT_S = 15.0
 # How much longer a load that makes progress may take, each time that it is looked at.
 _LOAD_GRACE_S = 10.0
 
@@ -263,6 +261,11 @@ class Attempting:
         return self._is_waiting
 
     @property
+    def has_repeated(self) -> bool:
+        """Whether the current attempt is sent again, because its kept connection had been closed."""
+        return self._has_repeated
+
+    @property
     def is_delivered(self) -> bool:
         """Whether the client has got a byte of an answer."""
         return self._is_delivered
@@ -457,7 +460,7 @@ class Attempting:
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
         left_s = max(0.0, self.total_deadline - monotonic())
-        await self._routing.router.known(within_s=min(_MAX_STARTUP_WAIT_S, left_s))
+        await self._routing.router.known(within_s=min(MAX_STARTUP_WAIT_S, left_s))
         return self._decide(waits=False)
 
     def _next(self) -> Step:

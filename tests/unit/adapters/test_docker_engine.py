@@ -465,3 +465,15 @@ async def test_a_bind_that_was_moved_since_it_was_checked_is_not_created(tmp_pat
             await engine.create(request)
         assert not isinstance(caught.value, EngineUnreachableError)
     engine.close()
+
+
+@every_call
+async def test_a_lack_of_descriptors_is_named_and_is_no_fault_of_the_engine(call: str) -> None:
+    if call in ("events", "pull"):
+        pytest.skip("a thread of the SDK connects; the ping says why")
+    engine = DockerEngine("unix:///nonexistent/engine.sock", TIMEOUT_S)
+    with no_descriptors(), pytest.raises(EngineUnreachableError) as caught:
+        await CALLS[call](engine)
+    engine.close()
+    assert caught.value.reason is Reason.OVERLOADED
+    assert "no file descriptor left" in caught.value.message

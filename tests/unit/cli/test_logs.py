@@ -53,6 +53,28 @@ def test_an_event_is_one_line_of_json_that_begins_with_time_level_logger_and_eve
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "json.dumps({'project_id': KEY})",
+        "orjson.dumps({'model': KEY}).decode()",
+        "'path=/api/chat?key=' + quote(KEY)",
+        "'/key/' + quote(KEY, safe='')",
+        "KEY * 2",
+    ],
+)
+def test_a_line_that_was_finished_elsewhere_hides_the_key_too(line: str) -> None:
+    """The lines of requests are such: a client chooses its project, its intent and the name of the model."""
+    program = (
+        "import json, orjson\nfrom urllib.parse import quote\n"
+        "writer = configure_logging(LogSettings(), secrets=[KEY])\n"
+        f"writer.write(({line} + '\\n').encode())"
+    )
+    (shown,) = logged(program).stderr.splitlines()
+    assert "\u2026" in shown
+    assert "operator-key" not in shown
+
+
 def test_libraries_and_warnings_go_the_same_way() -> None:
     found = entries(
         "configure(); logging.getLogger('alembic.x').warning('said %s', 'so');"

@@ -438,6 +438,32 @@ async def test_a_kept_connection_that_was_closed_is_replaced_and_the_request_sen
     assert alone.stage.blamed() == {}
 
 
+async def test_a_request_is_sent_once_more_on_a_new_connection_whatever_else_is_kept(alone: Bench) -> None:
+    """A server that was restarted has closed all of them."""
+    others = [alone.kept(), alone.kept()]
+    stale = alone.kept()
+    _, client = alone.ask(WHOLE)
+    stale.breaks(may_have_begun=False)
+    await alone.settle()
+    assert [other.requests for other in others] == [[], []]
+    alone.pool().opened[0].whole(200, LAST)
+    assert (client.status, outcome(alone), alone.record.attempts) == (200, ("ok", 200), 2)
+
+
+@pytest.mark.parametrize("data", [b"", LINE], ids=["no byte", "a line"])
+async def test_a_break_behind_the_head_counts_as_every_failed_attempt(alone: Bench, data: bytes) -> None:
+    server = alone.kept()
+    _, client = alone.ask()
+    server.head()
+    if data:
+        server.body(data)
+    server.breaks()
+    assert alone.stage.blamed() == {("a", "upstream_error"): 1}
+    assert [failed.reason for failed in alone.record.failed_attempts] == [Reason.UPSTREAM_ERROR]
+    assert outcome(alone) == ("upstream_error", 502 if not data else 200)
+    assert "before the answer ended" in client.body.decode()
+
+
 async def test_a_connection_that_closes_while_a_large_body_is_made_is_replaced(alone: Bench) -> None:
     server = alone.kept()
     alone.stage.router.decision = decision(attempt("a", model="other"))

@@ -794,6 +794,20 @@ async def test_a_request_under_way_gets_its_answer_and_no_other_follows() -> Non
         assert await client.rest() == b"2"
 
 
+async def test_a_request_whose_body_never_came_is_refused_after_the_others() -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        await client.send(b"POST /body HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nh")
+        await until(lambda: here.app.running)
+        connection.shutdown()
+        assert not connection.transport.is_closing()
+        connection.shutdown()
+        assert (await client.head())[0] == 503
+        assert await client.rest() == b"the manager is being stopped"
+        await until(lambda: not here.app.running)
+        assert here.app.disconnected == 1
+
+
 async def test_an_answer_that_is_not_read_does_not_hold_up_the_end() -> None:
     async with listening() as here:
         client, connection = await here.meet()

@@ -22,7 +22,7 @@ def requests(**more: object) -> Requests:
 
 def test_a_client_that_says_nothing_has_the_default_project_and_no_wishes() -> None:
     origin = requests().origin([])
-    assert origin == (None, None, "default", None, False, None)
+    assert origin == (None, None, "default", None, False, None, None)
 
 
 def test_a_client_says_where_it_belongs_and_wants_to_go() -> None:
@@ -36,7 +36,7 @@ def test_a_client_says_where_it_belongs_and_wants_to_go() -> None:
             PARENT,
         ]
     )
-    assert origin == ("gpu0", "thinking", "shop", "summary", True, (TRACE, SPAN, "01"))
+    assert origin == ("gpu0", "thinking", "shop", "summary", True, (TRACE, SPAN, "01"), None)
 
 
 @pytest.mark.parametrize(
