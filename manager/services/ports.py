@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
 
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
@@ -83,8 +84,20 @@ class Engine(Protocol):
         ...
 
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]: ...
+    async def logs_between(self, container_id: str, since: datetime, until: datetime) -> tuple[str, ...]:
+        """All lines of that time."""
+        ...
+
     async def counters(self, container_id: str) -> ContainerCounters: ...
     async def ensure_network(self, name: str) -> None: ...
+    async def connect(self, container_id: str, network: str) -> None:
+        """Connect a container to a network; one that is connected already is no error.
+
+        Raises:
+            NetworkMissingError: there is no such network.
+        """
+        ...
+
     async def has_image(self, image: str) -> bool: ...
     def events(self, manager_id: str, opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
         """Events from when `opened` is called until the connection ends (the iterator ends) or fails."""

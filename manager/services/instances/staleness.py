@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from manager.domain.container import LABEL_HASH
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts, Model
     from manager.services.world import World
 
-_LOG_LINES = 200
+# GPU discovery ends within this time after the start of a container; its verdict is in the log then.
+_DISCOVERY = timedelta(minutes=2)
+# The list of models and the reading of the card are not of one moment: a sign has to last.
+_SIGNS_NEEDED = 3
+
+
+_DEVICE_REASONS = (Reason.GPU_FALLBACK, Reason.GPU_MISSING)
 
 
 class Staleness:
@@ -28,6 +35,8 @@ class Staleness:
         self._world = world
         self._instance = instance
         self._device_unproven = False
+        self._held_memory = False
+        self._signs = 0
         self._not_before = 0.0
         self.why: Explanation | None = None
 
@@ -42,6 +51,8 @@ class Staleness:
         self.why = None
         self._not_before = 0.0
         self._device_unproven = on_gpu
+        self._held_memory = False
+        self._signs = 0
         if wanted_hash is not None and container.labels.get(LABEL_HASH) != wanted_hash:
             self.why = Explanation(
                 Reason.TEMPLATE_OUTDATED,
@@ -52,26 +63,55 @@ class Staleness:
         self.why = None
         self._device_unproven = False
 
+    def card_was_lost(self, message: str) -> None:
+        """The card of the container was lost and is back: only a new container can use it."""
+        self.why = Explanation(Reason.GPU_MISSING, f"{message}, for a while; it is recreated when idle")
+
     async def prove_device(self, container: ContainerFacts, models: Sequence[Model]) -> bool:
         """Look for signs that a GPU container computes on the CPU; True when one was found just now."""
-        how = None
-        if any(model.size_bytes > 0 and model.vram_bytes == 0 for model in models):
-            how = "a loaded model has no byte in GPU memory"
-        elif self._device_unproven:
-            try:
-                verdict = fell_back_to_cpu(await self._world.engine.logs(container.id, _LOG_LINES))
-            except EngineError:
-                return False
-            # Discovery may end after the server answers: no line yet is no proof.
-            self._device_unproven = verdict is None
-            how = "its log names the CPU as its only device" if verdict else None
-        if how is None or (self.why is not None and self.why.code is Reason.GPU_FALLBACK):
+        how = self._sign_of(models)
+        if how is None and self._device_unproven and await self._log_names_cpu(container):
+            how = "its log names the CPU as its only device"
+        if how is None or (self.why is not None and self.why.code in _DEVICE_REASONS):
             return False
         self.why = Explanation(
             Reason.GPU_FALLBACK,
             f"{self._instance} is bound to a GPU but runs on the CPU: {how}; it is recreated when idle",
         )
         return True
+
+    def _sign_of(self, models: Sequence[Model]) -> str | None:
+        # A model without a byte beside others on the card was asked for so (`num_gpu: 0`).
+        loaded = [model for model in models if model.size_bytes > 0]
+        if loaded and all(model.vram_bytes == 0 for model in loaded):
+            return "no loaded model has a byte in GPU memory"
+        held = self._world.gpus.holding(self._instance)
+        if held.pids:
+            self._held_memory = True
+        # Where the driver lists no processes at all, a missing one says nothing.
+        is_sign = bool(loaded) and not held.pids and self._held_memory and self._is_card_read()
+        self._signs = self._signs + 1 if is_sign else 0
+        if self._signs < _SIGNS_NEEDED:
+            return None
+        return "a model is loaded, and no process of the container holds memory on the card"
+
+    def _is_card_read(self) -> bool:
+        return self._world.gpus.gpu_of(self._instance) is not None
+
+    async def _log_names_cpu(self, container: ContainerFacts) -> bool:
+        began = container.started_at
+        if began is None:
+            self._device_unproven = False
+            return False
+        until = began + _DISCOVERY
+        try:
+            lines = await self._world.engine.logs_between(container.id, began, until)
+        except EngineError:
+            return False
+        verdict = fell_back_to_cpu(lines)
+        # Discovery may end after the server answers: no line yet is no proof.
+        self._device_unproven = verdict is None and self._world.utcnow() < until
+        return bool(verdict)
 
     def postpone(self, image: str, pause_s: float) -> None:
         """The better container could not be made: its image is not there."""
