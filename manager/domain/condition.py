@@ -404,6 +404,8 @@ def _seen(  # noqa: PLR0911  (one return an event)
             if c.intent is not None:
                 return c, ()
             return _inspected(_with_container(c, container), c.container, now, out_of_memory=out_of_memory)
+        case _:
+            assert_never(event)
 
 
 def _with_container(c: Condition, container: ContainerFacts | None) -> Condition:
@@ -511,6 +513,8 @@ def _requested(
             return replace(c, start_retry=c.start_retry.failed(now))
         case ReplacementDue():
             return replace(c, intent=Operation.STOP, stop_retry=Retry())
+        case _:
+            assert_never(event)
 
 
 def _started(c: Condition, event: StartBegun | BecameReady | StartFailed, now: float) -> Step:
@@ -539,6 +543,8 @@ def _started(c: Condition, event: StartBegun | BecameReady | StartFailed, now: f
                 look_at=c.look_at if c.container is None else now + backoff.delay_s(retry.failures),
             )
             return c, (DropClaim(), Record("start_failed", why.code, why.message))
+        case _:
+            assert_never(event)
 
 
 def _stopped(
@@ -550,7 +556,7 @@ def _stopped(
         case DrainBegun():
             return _move(c, Fact.DRAIN_BEGUN), ()
         case DiedInDrain():
-            return _move(c, Fact.DIED), ()
+            return _move(c, Fact.DIED_IN_DRAIN), ()
         case StopBegun():
             return (c if c.phase is Phase.STOPPING else _move(c, Fact.STOP_BEGUN)), ()
         case RunEnded():
@@ -568,6 +574,8 @@ def _stopped(
         case StopFailed(why):
             c = replace(c, stop_retry=c.stop_retry.failed(now), stop_trouble=why)
             return c, (Record("stop_failed", why.code, why.message),)
+        case _:
+            assert_never(event)
 
 
 def _card_changed(c: Condition, event: CardLost | CardReturned) -> Step:
@@ -582,3 +590,5 @@ def _card_changed(c: Condition, event: CardLost | CardReturned) -> Step:
             if c.card_lost is None:
                 return c, ()
             return replace(c, card_lost=None), (Record("card_returned", None, c.card_lost.message),)
+        case _:
+            assert_never(event)
