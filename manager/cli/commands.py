@@ -64,18 +64,23 @@ def main() -> None:
 @click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
+@click.option("--take-over", is_flag=True, help="Adopt the containers of a state directory that was lost.")
 @_CONFIG
-def serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
+def serve(
+    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config, stop_instances=stop_instances)
+        return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)
     except KeyboardInterrupt:
         return DONE
 
 
-def _serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
+def _serve(
+    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+) -> int:
     from manager.cli.locate import load  # noqa: PLC0415
     from manager.cli.logs import configure_logging  # noqa: PLC0415
     from manager.errors import ManagerError  # noqa: PLC0415
@@ -86,7 +91,7 @@ def _serve(host: str | None, port: int | None, config: Path | None, *, stop_inst
     key_file = loaded.settings.server.key_file
     log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded, log, stop_instances=stop_instances)
+        _run_daemon(loaded, log, stop_instances=stop_instances, take_over=take_over)
     except (ManagerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the log has the traceback, the person gets one line)
@@ -112,7 +117,7 @@ def _end_log(log: LogWriter) -> None:
             os.dup2(nowhere.fileno(), sys.stderr.fileno())
 
 
-def _run_daemon(loaded: LoadedSettings, log: LogWriter, *, stop_instances: bool) -> None:
+def _run_daemon(loaded: LoadedSettings, log: LogWriter, *, stop_instances: bool, take_over: bool) -> None:
     import asyncio  # noqa: PLC0415
 
     import uvloop  # noqa: PLC0415
@@ -120,7 +125,7 @@ def _run_daemon(loaded: LoadedSettings, log: LogWriter, *, stop_instances: bool)
     from manager import app  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(app.serve(loaded, log=log, stop_instances=stop_instances))
+        runner.run(app.serve(loaded, log=log, stop_instances=stop_instances, take_over=take_over))
 
 
 @program.command()

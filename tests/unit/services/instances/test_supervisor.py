@@ -10,6 +10,7 @@ import pytest
 
 from manager.domain.container import LABEL_HASH
 from manager.domain.instance import Health, Phase, Target
+from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.registry import InstanceRow, Operation
 from manager.errors import (
     BackingOffError,
@@ -868,3 +869,40 @@ async def test_an_engine_elsewhere_says_what_it_needs() -> None:
         assert one.reach is None
         assert one.why_unusable is not None
         assert phase(one) == "unavailable"
+
+
+# --- containers of another state directory ---
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@in_virtual_time
+async def test_a_container_of_another_owner_is_never_adopted_stopped_or_removed(*, runs: bool) -> None:
+    async with on_ground(owner=Owner("me")) as ground:
+        box = ground.engine.put(ground.name, ground.labels | {LABEL_OWNER: "other"}, running=runs)
+        one = await ground.listed(ground.supervisor())
+        assert phase(one) == "stopped"
+        with pytest.raises(NameConflictError) as caught:
+            await one.start()
+        assert "another daemon" in caught.value.message
+        assert "rm" not in caught.value.message
+        await one.stop()
+        await ground.relist(one)
+        await asyncio.sleep(3 * LIMITS.resync_interval_s)
+        assert ground.engine.boxes == {box.id: box}
+        assert box.status == ("running" if runs else "created")
+
+
+@pytest.mark.parametrize("owner", [None, "me", "lost"])
+@in_virtual_time
+async def test_a_container_of_ours_or_of_what_was_taken_over_is_adopted(owner: str | None) -> None:
+    async with on_ground(owner=Owner("me", frozenset({"lost"}))) as ground:
+        ground.engine.put(ground.name, ground.labels | ({LABEL_OWNER: owner} if owner else {}))
+        one = await ground.listed(ground.supervisor())
+        await until(lambda: phase(one) == "ready")
+
+
+@in_virtual_time
+async def test_a_new_container_is_labelled_with_its_owner() -> None:
+    async with on_ground(owner=Owner("me")) as ground:
+        await ground.ready()
+        assert ground.engine.box.labels[LABEL_OWNER] == "me"
