@@ -339,6 +339,9 @@ class Machine:
     def container_of(self, pid: int) -> str | None:
         return self.containers.get(pid)
 
+    def name_of(self, pid: int) -> str | None:
+        return None
+
 
 class Registry:
     """The part of the registry that instances and cards use."""

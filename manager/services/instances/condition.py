@@ -68,7 +68,7 @@ class LiveCondition:
     def _note_container(self, before: ContainerFacts | None, after: ContainerFacts | None) -> None:
         if before is not None and (after is None or after.id != before.id):
             self._world.gpus.forget_container(before.id)
-        if after is not None and (before is None or after.id != before.id):
+        if after is not None and (before is None or (after.id, after.pid) != (before.id, before.pid)):
             self._world.gpus.note_container(after.id, self._id)
 
     def _carry_out(self, effect: Effect) -> None:

@@ -21,10 +21,6 @@ if TYPE_CHECKING:
 
 # GPU discovery ends within this time after the start of a container; its verdict is in the log then.
 _DISCOVERY = timedelta(minutes=2)
-# The list of models and the reading of the card are not of one moment: a sign has to last.
-_SIGNS_NEEDED = 3
-
-
 _DEVICE_REASONS = (Reason.GPU_FALLBACK, Reason.GPU_MISSING)
 
 
@@ -35,8 +31,6 @@ class Staleness:
         self._world = world
         self._instance = instance
         self._device_unproven = False
-        self._held_memory = False
-        self._signs = 0
         self._not_before = 0.0
         self.why: Explanation | None = None
 
@@ -51,8 +45,6 @@ class Staleness:
         self.why = None
         self._not_before = 0.0
         self._device_unproven = on_gpu
-        self._held_memory = False
-        self._signs = 0
         if wanted_hash is not None and container.labels.get(LABEL_HASH) != wanted_hash:
             self.why = Explanation(
                 Reason.TEMPLATE_OUTDATED,
@@ -69,8 +61,10 @@ class Staleness:
 
     async def prove_device(self, container: ContainerFacts, models: Sequence[Model]) -> bool:
         """Look for signs that a GPU container computes on the CPU; True when one was found just now."""
-        how = self._sign_of(models)
-        if how is None and self._device_unproven and await self._log_names_cpu(container):
+        how = None
+        if any(model.size_bytes > 0 and model.vram_bytes == 0 for model in models):
+            how = "a loaded model has no byte in GPU memory"
+        elif self._device_unproven and await self._log_names_cpu(container):
             how = "its log names the CPU as its only device"
         if how is None or (self.why is not None and self.why.code in _DEVICE_REASONS):
             return False
@@ -79,24 +73,6 @@ class Staleness:
             f"{self._instance} is bound to a GPU but runs on the CPU: {how}; it is recreated when idle",
         )
         return True
-
-    def _sign_of(self, models: Sequence[Model]) -> str | None:
-        # A model without a byte beside others on the card was asked for so (`num_gpu: 0`).
-        loaded = [model for model in models if model.size_bytes > 0]
-        if loaded and all(model.vram_bytes == 0 for model in loaded):
-            return "no loaded model has a byte in GPU memory"
-        held = self._world.gpus.holding(self._instance)
-        if held.pids:
-            self._held_memory = True
-        # Where the driver lists no processes at all, a missing one says nothing.
-        is_sign = bool(loaded) and not held.pids and self._held_memory and self._is_card_read()
-        self._signs = self._signs + 1 if is_sign else 0
-        if self._signs < _SIGNS_NEEDED:
-            return None
-        return "a model is loaded, and no process of the container holds memory on the card"
-
-    def _is_card_read(self) -> bool:
-        return self._world.gpus.gpu_of(self._instance) is not None
 
     async def _log_names_cpu(self, container: ContainerFacts) -> bool:
         began = container.started_at

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -151,42 +150,16 @@ async def test_the_log_of_an_adopted_container_is_read_once(line: str) -> None:
 
 
 @in_virtual_time
-async def test_a_model_without_a_byte_on_the_card_is_a_sign_unless_others_have_some() -> None:
+async def test_a_model_without_a_byte_on_the_card_is_a_sign() -> None:
     async with on_ground(gpu=True) as ground:
         one = await ground.ready()
         log(ground, CUDA_LINE)
-        hold_memory(ground)
-        ground.engine.box.models = (ON_CARD, replace(ON_CPU, name="other"))
+        ground.engine.box.models = (ON_CARD,)
         await read_cards(ground, one, times=5)
         assert code(one) is None
         ground.engine.box.models = (ON_CPU,)
         await read_cards(ground, one)
         assert code(one) is Reason.GPU_FALLBACK
-
-
-@in_virtual_time
-async def test_a_container_that_holds_no_memory_any_more_has_lost_its_card_whatever_it_says() -> None:
-    async with on_ground(gpu=True) as ground:
-        one = await ground.ready()
-        log(ground, CUDA_LINE)
-        hold_memory(ground)
-        ground.engine.box.models = (ON_CARD,)
-        await read_cards(ground, one, times=2)
-        ground.machine.processes = ()
-        await read_cards(ground, one, times=2)
-        assert code(one) is None  # the list of models and the reading may be of different moments
-        await read_cards(ground, one)
-        assert code(one) is Reason.GPU_FALLBACK
-
-
-@in_virtual_time
-async def test_where_the_driver_lists_no_processes_a_missing_one_says_nothing() -> None:
-    async with on_ground(gpu=True) as ground:
-        one = await ground.ready()
-        log(ground, CUDA_LINE)
-        ground.engine.box.models = (ON_CARD,)
-        await read_cards(ground, one, times=10)
-        assert code(one) is None
 
 
 @in_virtual_time

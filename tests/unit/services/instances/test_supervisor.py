@@ -412,6 +412,7 @@ async def test_a_burial_is_tried_again_and_spares_what_runs_again() -> None:
 async def test_a_container_that_lost_its_network_is_connected_again(leases: int) -> None:
     async with on_ground() as ground:
         one = await ground.ready()
+        await asyncio.sleep(5)  # inspections after its start are over
         held = [await one.lease() for _ in range(leases)]
         before = ground.engine.box.id
         ground.engine.disconnect(ground.engine.box)
@@ -623,8 +624,8 @@ async def test_a_ttl_that_is_shortened_does_not_stop_an_instance_under_a_direct_
         talks = asyncio.ensure_future(_talk(box))
         await asyncio.sleep(20)
         lease.release()
-        await asyncio.sleep(4)  # the window up to the next sample has held a lease
-        await one.configure(ttl_s=3)
+        await asyncio.sleep(0.5)  # the window up to the next sample has held a lease
+        await one.configure(ttl_s=0.3)
         assert one.idle
         assert not await one.stop_if_idle()
         talks.cancel()
