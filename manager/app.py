@@ -10,6 +10,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import structlog
@@ -20,6 +21,7 @@ from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
 from manager.adapters.nvml import Nvml
+from manager.adapters.owner import ManagerIdLock, read_owner, take_over
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
@@ -29,10 +31,11 @@ from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.ownership import foreign, owner_of
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
-from manager.errors import ConfigurationError
+from manager.errors import ConfigurationError, EngineError, ForeignOwnerError
 from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.model_server import PooledModelServer
@@ -92,10 +95,12 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
+    from manager.domain.instance import ContainerFacts
+    from manager.domain.ownership import Owner
     from manager.domain.record import RequestRecord
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
@@ -109,6 +114,8 @@ _log = structlog.get_logger("daemon")
 
 # How long another process (a clean-up from cron) may hold an instance before a request is refused.
 _LOCK_WAIT_S = 10.0
+# How long a start waits for the engine in order to see whose the containers are.
+_OWNER_CHECK_S = 2.0
 # The first of the fixed loopback ports; each instance keeps the one it got first.
 _FIRST_LOOPBACK_PORT = 11500
 
@@ -178,6 +185,7 @@ async def open_daemon(
     log: LogWriter | None = None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     resume_idle_clock: bool = False,
+    takes_over: bool = False,
 ) -> AsyncIterator[Daemon]:
     """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
 
@@ -186,9 +194,12 @@ async def open_daemon(
         log: takes one line a request; None: requests are not logged.
         on_step: see `World`.
         resume_idle_clock: see `World`.
+        takes_over: take over the containers of other state directories, which were lost.
 
     Raises:
         StateDirHeldError: another daemon holds the state directory.
+        ManagerIdHeldError: another daemon serves the manager id with another state directory.
+        ForeignOwnerError: containers of the manager id belong to another state directory.
         ConfigurationError, RegistryCorruptError, UnavailableError: it cannot be built.
     """
     settings = loaded.settings
@@ -196,9 +207,7 @@ async def open_daemon(
     specs = resolve_instances(loaded, templates)
     state_dir = settings.state.dir
     async with AsyncExitStack() as stack:
-        state_lock = StateDirLock(state_dir, settings.manager_id)
-        state_lock.acquire()
-        stack.callback(state_lock.release)
+        state_lock = stack.enter_context(_claims(settings))
         registry = await open_registry(state_dir / "registry.sqlite3")
         stack.push_async_callback(registry.close)
         rows = await registry.instances()
@@ -224,6 +233,7 @@ async def open_daemon(
         engine = stack.enter_context(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
+        owner = await _settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -236,6 +246,7 @@ async def open_daemon(
             utcnow=_utcnow,
             on_step=on_step,
             resume_idle_clock=resume_idle_clock,
+            owner=owner,
         )
         make = _Maker(world, settings, templates, rows)
         parts = _instances(
@@ -359,11 +370,12 @@ async def open_daemon(
             refusals=refusals,
         )
 
-        loops = {
+        loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
             "model lists": lists.run,
             "pulls": pulls.run,
+            "owner": partial(_refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume
             loops["volumes"] = volume_reader.run
@@ -379,6 +391,7 @@ async def serve(
     configure_log: Callable[[LogSettings, str | None], None] = lambda _settings, _key: None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
+    take_over: bool = False,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
 
@@ -391,6 +404,7 @@ async def serve(
         configure_log: changes the level of the log, and has it hide a new key.
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
+        take_over: see `takes_over` of `open_daemon`.
 
     Raises:
         ManagerError: it could not be started.
@@ -403,7 +417,7 @@ async def serve(
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
     descriptors = raise_descriptor_limit()
-    async with open_daemon(loaded, log=log, on_step=on_step) as daemon:
+    async with open_daemon(loaded, log=log, on_step=on_step, takes_over=take_over) as daemon:
         for danger in template_warnings(loaded):
             _log.warning("dangerous_template_setting", detail=danger)
         with listening(settings.server.host, settings.server.port) as listener:
@@ -448,6 +462,11 @@ async def serve(
                     before_end=daemon.fleet.stop_all if stop_instances else None,
                     on_hangup=reloader.ask,
                 )
+            except BaseExceptionGroup as group:
+                refusal, _ = group.split(ForeignOwnerError)
+                if refusal is None:
+                    raise
+                raise _innermost(refusal) from group
             finally:
                 watch.stop()
                 await relay.close()
@@ -476,6 +495,69 @@ async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, .
             running.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await running
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+@contextlib.contextmanager
+def _claims(settings: Settings) -> Iterator[StateDirLock]:
+    """Hold the state directory, and the manager id on the engine.
+
+    Raises:
+        StateDirHeldError, ManagerIdHeldError: another daemon holds one of them.
+    """
+    with contextlib.ExitStack() as stack:
+        state_lock = StateDirLock(settings.state.dir, settings.manager_id)
+        state_lock.acquire()
+        stack.callback(state_lock.release)
+        id_lock = ManagerIdLock(settings.manager_id, settings.engine.url)
+        id_lock.acquire()
+        stack.callback(id_lock.release)
+        yield state_lock
+
+
+async def _settled_owner(
+    engine: DockerEngine, settings: Settings, owner: Owner, *, takes_over: bool
+) -> Owner:
+    """The owner, once no container of the manager id belongs to another one.
+
+    An engine that is away is no obstacle: containers of another owner are never adopted.
+    """
+    try:
+        async with asyncio.timeout(settings.engine.timeout_s if takes_over else _OWNER_CHECK_S):
+            listed = await engine.list_containers(settings.manager_id)
+    except (TimeoutError, EngineError):
+        if takes_over:
+            raise
+        return owner
+    if not takes_over:
+        _refuse_foreign(settings, owner, listed)
+        return owner
+    ids = frozenset(filter(None, map(owner_of, foreign(owner, listed))))
+    _log.warning("taken_over", owners=sorted(ids))
+    return take_over(settings.state.dir, owner, ids) if ids else owner
+
+
+async def _refuse_foreign_later(engine: DockerEngine, settings: Settings, owner: Owner) -> None:
+    """Look at the owners once the engine answers: it may have been away when the daemon started."""
+    while True:
+        await asyncio.sleep(settings.lifecycle.probe_interval_s)
+        with contextlib.suppress(EngineError):
+            _refuse_foreign(settings, owner, await engine.list_containers(settings.manager_id))
+            return
+
+
+def _refuse_foreign(settings: Settings, owner: Owner, listed: tuple[ContainerFacts, ...]) -> None:
+    strangers = foreign(owner, listed)
+    if strangers:
+        raise ForeignOwnerError(
+            f"containers with manager_id {settings.manager_id!r} belong to another state directory than "
+            f"{settings.state.dir}: {', '.join(facts.name for facts in strangers)}"
+        )
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:

@@ -9,7 +9,9 @@ ManagerError
 │   ├── LimitReachedError
 │   ├── LockedError           another process holds the instance
 │   ├── NameConflictError     a container that is not ours has our name
-│   └── StateDirHeldError     another daemon holds the state directory
+│   ├── StateDirHeldError     another daemon holds the state directory
+│   ├── ManagerIdHeldError    another daemon serves the manager id
+│   └── ForeignOwnerError     containers of the manager id belong to another state directory
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
@@ -121,6 +123,16 @@ class NameConflictError(ConflictError):
 
 class StateDirHeldError(ConflictError):
     code = "state_dir_held"
+
+
+class ManagerIdHeldError(ConflictError):
+    code = "manager_id_held"
+
+
+class ForeignOwnerError(ConflictError):
+    """Containers with our manager id belong to another state directory, whose daemon may be alive."""
+
+    code = "foreign_owner"
 
 
 class UnavailableError(ManagerError):

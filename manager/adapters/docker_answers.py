@@ -93,6 +93,7 @@ def inspected(entry: dict[str, Any]) -> ContainerFacts:
         error=str(state.get("Error") or ""),
         pid=state.get("Pid") or None,
         started_at=_time(state.get("StartedAt")),
+        networks=tuple(networks),
     )
 
 

@@ -33,6 +33,7 @@ from manager.services.ports import Archive
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
+    from datetime import datetime
 
     from manager.adapters.http_client import Answer
     from manager.domain.container import ContainerRequest
@@ -127,6 +128,13 @@ class DockerEngine:
         raw = await self._call("GET", f"/containers/{quote(container_id)}/logs?{query}")
         return tuple(answers.demultiplexed(raw).decode("utf-8", "replace").splitlines())
 
+    async def logs_between(self, container_id: str, since: datetime, until: datetime) -> tuple[str, ...]:
+        # Without `tail` the engine reads from the beginning; with it, it filters the last lines only.
+        times = {"since": f"{since.timestamp():.6f}", "until": f"{until.timestamp():.6f}"}
+        query = _query(stdout="1", stderr="1", **times)
+        raw = await self._call("GET", f"/containers/{quote(container_id)}/logs?{query}")
+        return tuple(answers.demultiplexed(raw).decode("utf-8", "replace").splitlines())
+
     async def counters(self, container_id: str) -> ContainerCounters:
         # Before API 1.41 the engine takes two readings whatever it is asked, a second apart.
         query = _query(**{"stream": "0", "one-shot": "1"})
@@ -169,6 +177,15 @@ class DockerEngine:
                 except EngineError as error:
                     if not answers.exists_already(error):
                         raise
+
+    async def connect(self, container_id: str, network: str) -> None:
+        body = orjson.dumps({"Container": container_id})
+        try:
+            await self._call("POST", f"/networks/{quote(network)}/connect", body=body)
+        except EngineError as error:
+            # The words of moby and of Podman for a container that is connected already.
+            if "already exists in network" not in error.message and "already connected" not in error.message:
+                raise
 
     async def has_image(self, image: str) -> bool:
         try:

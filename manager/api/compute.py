@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from manager.api.backend import Backend
-    from manager.services.instances.supervisor import Overrides
+    from manager.services.instances.storing import Overrides
 
 _KEEP_ALIVE_S = 15.0
 

@@ -66,13 +66,16 @@ def main() -> None:
 @click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
+@click.option("--take-over", is_flag=True, help="Adopt the containers of a state directory that was lost.")
 @_CONFIG
-def serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
+def serve(
+    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config, stop_instances=stop_instances)
+        return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)
     except KeyboardInterrupt:
         return DONE
 
@@ -94,12 +97,14 @@ def up(host: str | None, port: int | None, config: Path | None, *, yes: bool, st
     prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config, stop_instances=stop_instances)
+        return _serve(host, port, config, stop_instances=stop_instances, take_over=False)
     except KeyboardInterrupt:
         return DONE
 
 
-def _serve(host: str | None, port: int | None, config: Path | None, *, stop_instances: bool) -> int:
+def _serve(
+    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+) -> int:
     from manager.cli.locate import load  # noqa: PLC0415
     from manager.cli.logs import configure_logging  # noqa: PLC0415
     from manager.errors import ManagerError  # noqa: PLC0415
@@ -113,7 +118,7 @@ def _serve(host: str | None, port: int | None, config: Path | None, *, stop_inst
     key_file = loaded.settings.server.key_file
     log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded, log, read, stop_instances=stop_instances)
+        _run_daemon(loaded, log, read, stop_instances=stop_instances, take_over=take_over)
     except (ManagerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the log has the traceback, the person gets one line)
@@ -140,7 +145,12 @@ def _end_log(log: LogWriter) -> None:
 
 
 def _run_daemon(
-    loaded: LoadedSettings, log: LogWriter, read: Callable[[], LoadedSettings], *, stop_instances: bool
+    loaded: LoadedSettings,
+    log: LogWriter,
+    read: Callable[[], LoadedSettings],
+    *,
+    stop_instances: bool,
+    take_over: bool,
 ) -> None:
     import asyncio  # noqa: PLC0415
 
@@ -157,6 +167,7 @@ def _run_daemon(
                 read_again=read,
                 configure_log=reconfigure_logging,
                 stop_instances=stop_instances,
+                take_over=take_over,
             )
         )
 

@@ -14,7 +14,9 @@ from manager.errors import (
     ConfigurationError,
     ConflictError,
     EngineUnreachableError,
+    ForeignOwnerError,
     ManagerError,
+    ManagerIdHeldError,
     StateDirHeldError,
 )
 
@@ -148,7 +150,12 @@ def _exit_code(error: ManagerError) -> int:
 
 def _next_step(error: ManagerError) -> str | None:
     cause = error.__cause__
-    if isinstance(error, StateDirHeldError):
+    if isinstance(error, ForeignOwnerError):
+        return (
+            "give this daemon a manager_id of its own; only if that state directory is lost for good, "
+            "run `ollama-manager serve --take-over` once"
+        )
+    if isinstance(error, StateDirHeldError | ManagerIdHeldError):
         return "stop that one first, or give this one a state.dir and a manager_id of its own"
     if isinstance(error, EngineUnreachableError):
         return "`ollama-manager doctor` says more"

@@ -9,6 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from manager.domain.instance import ContainerFacts, DeviceKind
+from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.template import CPU_ONLY_ENVIRONMENT
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def container_request(
     instance_id: str,
     gpu: str | None,
     loopback_port: int | None,
+    owner: Owner | None = None,
 ) -> ContainerRequest:
     """The container of an instance; its template hash covers every setting, so any change shows."""
     if (template.device is DeviceKind.GPU) != (gpu is not None):
@@ -116,6 +118,8 @@ def container_request(
     }
     if loopback_port is not None:
         labels[LABEL_LOOPBACK_PORT] = str(loopback_port)
+    if owner is not None:
+        labels[LABEL_OWNER] = owner.id
     return replace(request, labels=labels)
 
 
@@ -146,9 +150,11 @@ def reader_request(template: Template, mount: Volume, *, manager_id: str, name: 
     )
 
 
-def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str) -> bool:
-    """A name proves nothing; only both labels make a container ours."""
+def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str, owner: Owner | None = None) -> bool:
+    """A name proves nothing; only the labels make a container ours."""
     labels = facts.labels
+    if owner is not None and not owner.owns(facts):
+        return False
     return labels.get(LABEL_MANAGER) == manager_id and labels.get(LABEL_INSTANCE) == instance_id
 
 

@@ -123,7 +123,8 @@ class ContainerFacts:
     """One container as the engine last described it.
 
     `status` is the engine's word mapped onto four: what it means for us, not how the engine spells it.
-    `address` is the container's address on its first network, None while it has none.
+    `address` is the container's address on its first network, None while it has none. `networks` are the
+    names of its networks, None where they are not known.
     """
 
     id: str
@@ -137,3 +138,9 @@ class ContainerFacts:
     error: str = ""
     pid: int | None = None
     started_at: datetime | None = None
+    networks: tuple[str, ...] | None = None
+
+    @property
+    def is_detached(self) -> bool:
+        """Whether the container was disconnected from all of its networks: nobody can reach it."""
+        return self.networks == ()

@@ -19,6 +19,7 @@ class Fact(Enum):
     DRAIN_BEGUN = "it takes no new leases and waits for the open ones"
     STOP_BEGUN = "its container is being ended"
     DIED = "its container ended without us"
+    DIED_IN_DRAIN = "its container ended without us while leases were waited for"
     REMOVED = "its container is gone and what it held is given back"
     LOST = "an external server stopped answering"
 
@@ -49,7 +50,7 @@ _TABLE: dict[tuple[Phase, Fact], Phase] = {
     (Phase.READY, Fact.STOP_BEGUN): Phase.STOPPING,
     (Phase.READY, Fact.DIED): Phase.FAILED,
     # What dies while it is being stopped was going to end anyway: the stop goes on and cleans up.
-    (Phase.DRAINING, Fact.DIED): Phase.STOPPING,
+    (Phase.DRAINING, Fact.DIED_IN_DRAIN): Phase.STOPPING,
     (Phase.DRAINING, Fact.STOP_BEGUN): Phase.STOPPING,
     (Phase.FAILED, Fact.STOP_BEGUN): Phase.STOPPING,
     (Phase.STOPPING, Fact.REMOVED): Phase.STOPPED,

@@ -10,6 +10,8 @@ from manager.domain.registry import Operation
 
 # A CPU fallback that comes back after a recreation is not going to be mended by another one soon.
 RECREATE_PAUSE_S = 600.0
+# An instance in use is looked at again this late at the earliest.
+_LEAST_QUIET_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +21,9 @@ class Situation:
     `intent` is the operation that was asked for and is not finished. `retry_at` keeps a failed operation
     from being repeated at once. `look_at` is when to see what has become of the container.
     `bury_at` is when a container that has ended may be removed. `recreate_at` is when a container that
-    should be replaced (outdated, or fallen back to the CPU) may be, and `quiet_at` when the instance will
-    have been unused for long enough to do so; None where there is nothing of the kind.
+    should be replaced (outdated, or fallen back to the CPU) may be; None where there is nothing of the kind.
+    `unused_since` is the time of the last use, None while the instance is in use. A container is replaced
+    when it was unused for `quiet_s`.
     """
 
     now: float
@@ -32,7 +35,8 @@ class Situation:
     look_at: float | None
     bury_at: float | None
     recreate_at: float | None
-    quiet_at: float | None
+    unused_since: float | None
+    quiet_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +84,25 @@ def next_action(s: Situation) -> Action:
         ]
     else:
         restart_at = s.retry_at if s.phase is Phase.FAILED and s.target is Target.RUNNING else None
-        quiet = s.phase is Phase.READY and s.recreate_at is not None and s.quiet_at is not None
-        recreate_at = max(s.recreate_at or 0.0, s.quiet_at or 0.0) if quiet else None
+        recreate_at = _recreate_at(s)
         plans = [(s.look_at, Look()), (restart_at, Start()), (s.bury_at, Bury()), (recreate_at, Recreate())]
     dated = [(at, action) for at, action in plans if at is not None]
     for at, action in dated:  # what stands first goes first
         if at <= s.now:
             return action
     return Wait(min(at for at, _ in dated) - s.now if dated else None)
+
+
+def _recreate_at(s: Situation) -> float | None:
+    """When the container may be replaced; None where there is no reason to.
+
+    An instance in use is quiet `quiet_s` after now at the earliest. That bound makes a due replacement
+    independent of any notice of the last release.
+    """
+    if s.phase is not Phase.READY or s.recreate_at is None:
+        return None
+    if s.unused_since is None:
+        quiet_at = s.now + max(s.quiet_s, _LEAST_QUIET_S)
+    else:
+        quiet_at = s.unused_since + s.quiet_s
+    return max(s.recreate_at, quiet_at)

@@ -13,6 +13,7 @@ def shown(
     engine_trouble: str | None,
     unusable: Explanation | None,
     explanations: tuple[Explanation | None, ...],
+    card_lost: bool = False,
 ) -> tuple[Phase, Explanation | None]:
     """The phase and the reason to tell.
 
@@ -22,6 +23,7 @@ def shown(
         engine_trouble: why the engine cannot be asked, None when it can.
         unusable: why it could not be started whatever is tried, None when it could.
         explanations: what else there is to say, the most important first.
+        card_lost: the container runs, and its card cannot be used.
     """
     if engine_trouble is not None:
         away = Explanation(Reason.ENGINE_UNAVAILABLE, engine_trouble)
@@ -29,6 +31,6 @@ def shown(
         answers = phase in (Phase.READY, Phase.DRAINING) and health is not Health.UNHEALTHY
         moving = phase in (Phase.STARTING, Phase.STOPPING)
         return (phase if answers or moving else Phase.UNAVAILABLE), away
-    if unusable is not None and phase in (Phase.STOPPED, Phase.FAILED):
+    if unusable is not None and (phase in (Phase.STOPPED, Phase.FAILED) or card_lost):
         return Phase.UNAVAILABLE, unusable
     return phase, next((explanation for explanation in explanations if explanation is not None), None)

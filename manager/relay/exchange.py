@@ -394,6 +394,13 @@ class Exchange:
 
     def _end_of_answer(self) -> _End:
         """Return how an answer whose last byte has come has ended."""
+        end = self._end_by_content()
+        cut = self._attempting.cut if self._attempting is not None else None
+        if end.outcome != "upstream_error" or cut is None:
+            return end
+        return _End("cut", UNAVAILABLE, f"cut off: {cut}")
+
+    def _end_by_content(self) -> _End:
         if self._swallow:
             message = message_of(bytes(self._tail)) or f"the server answered with status {self._status}"
             return _End("upstream_error", self._status, message)
@@ -425,6 +432,8 @@ class Exchange:
             reason = Reason.UPSTREAM_UNREACHABLE
             message = f"{name}: {why}"
             self._follow(attempting.failed(reason, message, sent=may_have_begun, stale=not may_have_begun))
+        elif attempting.cut is not None:
+            self.cut(attempting.cut)
         else:
             message = f"{name}: {why} before the answer ended"
             attempting.delivered()  # the client has the head, or an error in its place: nothing else follows
@@ -637,7 +646,9 @@ class Exchange:
         headers = {}
         if status == UNAVAILABLE:
             headers["Retry-After"] = str(max(1, round(trouble.retry_after_s or 1)))
-        outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
+        outcome: Outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
+        if trouble.reason is Reason.CANCELLED:  # the operator has stopped the instance
+            outcome = "cut"
         self._fail(status, trouble.message, outcome, headers)
 
     def _unloaded(self) -> _Held:

@@ -10,6 +10,7 @@ from manager.domain.container import LABEL_MANAGER
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
+    from datetime import datetime
 
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
@@ -102,8 +103,20 @@ class Engine(Protocol):
         ...
 
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]: ...
+    async def logs_between(self, container_id: str, since: datetime, until: datetime) -> tuple[str, ...]:
+        """All lines of that time."""
+        ...
+
     async def counters(self, container_id: str) -> ContainerCounters: ...
     async def ensure_network(self, name: str) -> None: ...
+    async def connect(self, container_id: str, network: str) -> None:
+        """Connect a container to a network; one that is connected already is no error.
+
+        Raises:
+            NetworkMissingError: there is no such network.
+        """
+        ...
+
     async def has_image(self, image: str) -> bool: ...
     async def has_volume(self, name: str) -> bool:
         """Whether there is a named volume; creating a container would make it."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from datetime import datetime
 
+    from manager.domain.ownership import Owner
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
     from manager.services.ports import Engine, InstanceLocks, Registry, Upstream
@@ -41,7 +42,8 @@ class World:
     that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
     containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `in_flight`
     has the number of open leases by instance. `revision` is that of the fleet. `starting` is held while a
-    container is created and started, and by nothing else.
+    container is created and started, and by nothing else. `owner` is that of the state directory; None
+    where owners are not distinguished.
     """
 
     manager_id: str
@@ -55,6 +57,7 @@ class World:
     utcnow: Callable[[], datetime]
     on_step: Callable[[str, str], Awaitable[None]] = no_step
     resume_idle_clock: bool = False
+    owner: Owner | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

@@ -58,7 +58,7 @@ async def test_a_stranger_with_the_name_is_refused_and_never_touched(
             status, _ = await post(inside, "instances/cpu/stop", **query)
             assert status == 200
         assert (await post(inside, "reap"))[0] == 200
-        await inside.get("cpu")._look()
+        await inside.get("cpu")._looking.once()
         assert inside.phase("cpu") == "stopped"
         assert state(stranger) == before
     status, _ = await post(inside, "instances/cpu/start")

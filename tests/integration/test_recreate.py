@@ -99,6 +99,29 @@ def test_a_container_of_an_older_template_is_replaced_when_idle_and_never_in_use
     assert "OLLAMA_NEW=1" in container.attrs["Config"]["Env"]
 
 
+def test_a_container_of_an_older_template_is_replaced_after_the_last_request_that_came_due_under_it(
+    new_daemon: NewDaemon,
+) -> None:
+    daemon = new_daemon(lifecycle={"resync_interval_s": 2}).start()
+    before = daemon.started("cpu")
+    daemon.stop()
+    write_templates(daemon.home / "templates", {"sim": {"env": {"OLLAMA_NEW": "1"}}})
+    daemon.start()
+    daemon.wait_for_phase("cpu", "ready")
+    set_knobs(before["endpoint"], tokens=10**6, tokens_per_s=50)
+    body = {"model": "tiny", "prompt": "go on"}
+    with requests.post(f"{daemon.url}/api/generate", json=body, stream=True, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines)
+        wait_for(lambda: daemon.instance("cpu")["in_flight"], lambda leases: leases == 1)
+        for _ in range(50 * 5):  # through the quiet time of a resync interval, and again
+            assert next(lines)
+        assert daemon.instance("cpu")["container"]["id"] == before["container"]["id"]
+        assert count(daemon, "recreating") == 0
+    # The lease is given back, and nothing else happens that could wake anybody.
+    assert recreated(daemon, "cpu", before)["reason"] is None
+
+
 def test_a_container_of_an_older_template_stays_while_the_image_of_the_new_one_is_missing(
     new_daemon: NewDaemon,
 ) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
 
+from manager.domain.condition import Retry
 from manager.errors import CancelledByStopError, StartFailedError
 from tests.simulated.image import IMAGE
 from tests.support.inside import EngineEvents, NewInside, own_containers, until
@@ -91,7 +93,7 @@ async def test_a_stop_cancels_a_start_at_any_step_and_cleans_up(
     asking = asyncio.create_task(post(inside, "instances/cpu/start"))
     leasing = [asyncio.create_task(cpu.lease()) for _ in range(3)]
     await gate.reached()
-    await until(lambda: len(cpu._is.starters._futures), lambda waiting: waiting == 4)
+    await until(lambda: len(cpu._condition.starters._futures), lambda waiting: waiting == 4)
     assert await cpu.stop() is True
     status, body = await asking
     assert (status, body["error"]["code"], body["error"]["instance"]) == (409, "cancelled", "cpu")
@@ -150,7 +152,7 @@ async def test_a_stop_of_a_start_that_is_only_asked_for_touches_nothing(
     cpu = inside.get("cpu")
     cpu.begin_start()
     assert cpu.begin_stop() is True
-    assert cpu._is.intent is None
+    assert cpu._condition.state.intent is None
     assert (await post(inside, "instances/cpu/stop"))[1]["changed"] is False
     assert engine_events.actions("cpu") == []
 
@@ -336,13 +338,13 @@ async def test_a_failure_long_after_the_last_one_is_the_first_of_a_new_row(
     monkeypatch.setattr("manager.domain.backoff.STABLE_S", 0.2)
     inside = await new_inside()
     cpu = inside.get("cpu")
-    cpu._is.start_retry.failures = 6
+    cpu._condition.state = replace(cpu._condition.state, start_retry=Retry(failures=6))
     await cpu.start()
-    ready_since = cpu._is.ready_since
+    ready_since = cpu._condition.state.ready_since
     assert ready_since is not None
     await until(lambda: time.monotonic() - ready_since > 0.3)
     await cpu.stop()
-    assert cpu._is.start_retry.failures == 0
+    assert cpu._condition.state.start_retry.failures == 0
 
 
 # --- images ---

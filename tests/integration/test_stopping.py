@@ -62,7 +62,7 @@ async def test_a_drain_lets_the_open_lease_finish_and_serves_the_next_one_afterw
     await until(lambda: inside.phase("cpu") == "draining")
     next_lease = asyncio.create_task(cpu.lease())
     starting = asyncio.create_task(post(inside, "instances/cpu/start"))
-    await until(lambda: len(cpu._is.starters._futures) == 2)
+    await until(lambda: len(cpu._condition.starters._futures) == 2)
     assert await answers(open_lease.endpoint)
     assert (cpu.in_flight, next_lease.done(), starting.done()) == (1, False, False)
     assert engine_events.count("cpu", "kill") == 0
@@ -84,7 +84,7 @@ async def test_a_stop_that_follows_a_start_that_waits_for_a_stop_has_the_last_wo
     first = asyncio.create_task(slow.stop())
     await until(lambda: inside.phase("slow") == "stopping")
     starting = asyncio.create_task(post(inside, "instances/slow/start"))
-    await until(lambda: len(slow._is.starters._futures) == 1)
+    await until(lambda: len(slow._condition.starters._futures) == 1)
     assert await slow.stop() is True
     assert await first is True
     status, body = await starting

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    import docker
+
     from tests.support.fixtures import NewDaemon
 
 REFUSED = 4
@@ -25,10 +27,10 @@ SLACK_S = 10.0  # for a machine that does other things too
 LOCK_WAIT_S = 10.0  # what the daemon grants another process
 
 
-def serve(daemon: Daemon) -> subprocess.CompletedProcess[str]:
-    """`serve` with the configuration of a daemon, for as long as it takes to be refused."""
+def serve(daemon: Daemon, command: str = "serve") -> subprocess.CompletedProcess[str]:
+    """A command with the configuration of a daemon, for as long as it takes to be refused."""
     return subprocess.run(
-        [sys.executable, "-m", "manager", "serve", "--config", str(daemon.config_file)],
+        [sys.executable, "-m", "manager", command, "--config", str(daemon.config_file)],
         cwd=ROOT,
         env=daemon.environment,
         capture_output=True,
@@ -58,6 +60,40 @@ def test_a_second_daemon_on_one_state_directory_is_refused_and_told_who_holds_it
     assert not is_locked(first.state_dir / "daemon.lock")
     second.start()
     assert second.wait_for_phase("cpu", "ready")["starts"] == 1
+    second.stopped("cpu")
+
+
+def test_a_second_daemon_with_the_same_manager_id_and_another_state_directory_is_refused(
+    new_daemon: NewDaemon, docker_client: docker.DockerClient
+) -> None:
+    first = new_daemon().start()
+    before = first.started("cpu")
+    assert first.process is not None
+    second = new_daemon(name="second")
+    refused = serve(second)
+    assert refused.returncode == REFUSED
+    assert f"process {first.process.pid}" in refused.stderr
+    assert "docker rm" not in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    # Its daemon is gone, and its state directory may still be there: that is not for us to decide.
+    first.kill()
+    refused = serve(second)
+    assert refused.returncode == REFUSED
+    assert before["container"]["name"] in refused.stderr
+    assert "--take-over" in refused.stderr
+    assert "docker rm" not in refused.stderr
+    assert serve(second, "reap").returncode == REFUSED
+    container = docker_client.containers.get(before["container"]["id"])
+    assert container.status == "running"
+
+    # The state directory is lost for good.
+    second.start(arguments=["--take-over"])
+    body = second.wait_for_phase("cpu", "ready")
+    assert body["container"]["id"] == before["container"]["id"]
+    second.stop()
+    second.start()  # the take-over was kept
+    assert second.wait_for_phase("cpu", "ready")["container"]["id"] == before["container"]["id"]
     second.stopped("cpu")
 
 

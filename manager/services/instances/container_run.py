@@ -11,8 +11,10 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from manager.domain.condition import explain_end
 from manager.domain.container import endpoint_of, is_ours
 from manager.domain.instance import ALIVE, ContainerFacts
+from manager.domain.ownership import owner_of
 from manager.errors import (
     ContainerGoneError,
     EngineError,
@@ -44,11 +46,15 @@ _KILLED_WAIT_S = 10.0
 
 
 @dataclass(slots=True)
-class Watch:
-    """What the event stream says of the container an operation works on; filled in by the supervisor."""
+class Signals:
+    """The engine's events about the container that an operation works on.
 
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
-    paused: bool = False
+    Attributes:
+        news: set by an event: the container may have ended. Only an inspection shows whether it has.
+        out_of_memory: the engine has reported that a process of the container was killed.
+    """
+
+    news: asyncio.Event = field(default_factory=asyncio.Event)
     out_of_memory: bool = False
 
 
@@ -59,12 +65,6 @@ class Started:
     container: ContainerFacts
     endpoint: str
     adopted: bool
-
-
-_FROM_OUTSIDE = {
-    137: "by SIGKILL (exit code 137), as `docker kill`, `docker rm -f` and the system do",
-    143: "by SIGTERM (exit code 143), as `docker stop` does",
-}
 
 
 class ContainerRun:
@@ -98,7 +98,7 @@ class ContainerRun:
         known: ContainerFacts | None,
         by_name: bool,
         ready_path: str,
-        watch: Watch,
+        signals: Signals,
     ) -> Started:
         """Create and start the container, or take over the one that runs, and wait until it answers.
 
@@ -110,7 +110,7 @@ class ContainerRun:
             known: the container as far as it is known, alive or not.
             by_name: containers are reached by name.
             ready_path: what a ready server answers.
-            watch: what the event stream says of it.
+            signals: the engine's events about it.
 
         Raises:
             NameConflictError: a container that is not ours has the name; it was not touched.
@@ -120,11 +120,12 @@ class ContainerRun:
         adopted = known is not None and known.status in ALIVE
         try:
             container, adopted = await self._obtain(request, known)
-            watch.paused = container.status == "paused"
+            if adopted:
+                container = await self._attached(container, request.network, by_name=by_name)
             endpoint = self._endpoint(container, request, by_name=by_name)
-            # One that is paused cannot answer, and may be so for long: the probes say how it goes on.
-            if not (adopted and watch.paused):
-                await self._until_ready(container, endpoint + ready_path, watch)
+            # A paused container cannot answer, perhaps for long: take it over as it is.
+            if not (adopted and container.status == "paused"):
+                await self._until_ready(container, endpoint + ready_path, signals)
         except StartFailedError as error:
             raise await self._explained(error, request.name, keep=adopted) from error
         except ManagerError:
@@ -134,14 +135,14 @@ class ContainerRun:
         await self._step("ready")
         return Started(container, endpoint, adopted)
 
-    async def down(self, name: str, watch: Watch, *, at_once: bool) -> None:
+    async def down(self, name: str, signals: Signals, *, at_once: bool) -> None:
         """End the container with SIGTERM, then SIGKILL, and remove it.
 
         What is there is looked up first: a start that was cancelled may have got further than it could tell.
 
         Args:
             name: the container's.
-            watch: what the event stream says of it.
+            signals: the engine's events about it.
             at_once: there is no work in it that could be cut off; do not ask it, kill it.
 
         Raises:
@@ -155,9 +156,9 @@ class ContainerRun:
         if container.status in ALIVE and not at_once:
             await engine.signal(container.id, "SIGTERM")
             await self._step("signalled")
-            if not await self._ended(container.id, watch, self.limits.stop_timeout_s):
+            if not await self._ended(container.id, signals, self.limits.stop_timeout_s):
                 await engine.signal(container.id, "SIGKILL")
-                if not await self._ended(container.id, watch, _KILLED_WAIT_S):
+                if not await self._ended(container.id, signals, _KILLED_WAIT_S):
                     raise EngineError(
                         f"{container.name} did not end within {_KILLED_WAIT_S:g} s of SIGKILL",
                         reason=Reason.INSTANCE_UNHEALTHY,
@@ -259,12 +260,23 @@ class ContainerRun:
         other = await self._world.engine.inspect(name)
         if other is not None and not self._is_ours(other):
             raise NameConflictError(
-                f"a container named {name!r} exists and is not managed by "
-                f"{self._world.manager_id!r}; rename or remove it",
+                self._whose(other),
                 instance=self._instance,
                 details={"container": other.id, "image": other.image},
             ) from refusal
         return other
+
+    def _whose(self, other: ContainerFacts) -> str:
+        world = self._world
+        if is_ours(other, manager_id=world.manager_id, instance_id=self._instance):
+            return (
+                f"the container {other.name!r} belongs to another daemon with manager_id "
+                f"{world.manager_id!r} (owner {owner_of(other)}); give this daemon a manager_id of its own"
+            )
+        return (
+            f"a container named {other.name!r} exists and is not managed by {world.manager_id!r}; "
+            "rename or remove it"
+        )
 
     def _endpoint(self, container: ContainerFacts, request: ContainerRequest, *, by_name: bool) -> str:
         endpoint = endpoint_of(container, request, by_name=by_name)
@@ -276,14 +288,38 @@ class ContainerRun:
             )
         return endpoint
 
-    async def _until_ready(self, container: ContainerFacts, url: str, watch: Watch) -> None:
+    async def _attached(self, container: ContainerFacts, network: str, *, by_name: bool) -> ContainerFacts:
+        """The container, connected to its network again where it was disconnected.
+
+        By name it is reached on that network only; by address any network will do.
+        """
+        networks = container.networks
+        if networks is None or (networks and not (by_name and network not in networks)):
+            return container
+        engine = self._world.engine
+        try:
+            await engine.connect(container.id, network)
+        except NetworkMissingError:
+            await engine.ensure_network(network)
+            await engine.connect(container.id, network)
+        self._world.journal.record("reconnected", instance=self._instance, detail=f"to network {network}")
+        return await self._inspected(container.id)
+
+    async def _until_ready(self, container: ContainerFacts, url: str, signals: Signals) -> None:
         now = self._world.now
         deadline = now() + self.limits.start_timeout_s
         inspect_at = now() + _INSPECT_EVERY_S
         pause_s = _FIRST_POLL_S
-        while not watch.ended.is_set():
-            if watch.paused:  # it cannot answer: its time begins when it goes on
-                deadline = now() + self.limits.start_timeout_s
+        while True:
+            # Events are hints: a lost one must not cost the whole deadline.
+            if signals.news.is_set() or now() >= inspect_at:
+                signals.news.clear()
+                inspect_at = now() + _INSPECT_EVERY_S
+                facts = await self._facts_if_reachable(container)
+                if facts is None or facts.status not in ALIVE:
+                    raise self._death(container.name, facts)
+                if facts.status == "paused":  # it cannot answer: its time begins when it goes on
+                    deadline = now() + self.limits.start_timeout_s
             left_s = deadline - now()
             if left_s <= 0:
                 raise StartFailedError(
@@ -294,36 +330,37 @@ class ContainerRun:
                 )
             if await self._world.upstream.answers(url, min(_ANSWER_TIMEOUT_S, max(left_s, 0.05))):
                 return
-            if now() >= inspect_at:  # events are hints: a lost one must not cost the whole deadline
-                inspect_at = now() + _INSPECT_EVERY_S
-                if await self._has_ended(container.id):
-                    break
-            await happens(watch.ended, pause_s)
+            await happens(signals.news, pause_s)
             pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
-        raise self._death(container.name, await self._world.engine.inspect(container.id))
+
+    async def _facts_if_reachable(self, known: ContainerFacts) -> ContainerFacts | None:
+        """The container as it is, or as it was known where the engine cannot be asked."""
+        try:
+            return await self._world.engine.inspect(known.id)
+        except EngineUnreachableError:
+            return known
 
     def _death(self, name: str, facts: ContainerFacts | None) -> StartFailedError:
-        reason, message = explain_end(name, facts)
-        return StartFailedError(message, reason=reason, instance=self._instance)
+        why = explain_end(name, facts)
+        return StartFailedError(why.message, reason=why.code, instance=self._instance)
 
-    async def _ended(self, container_id: str, watch: Watch, timeout_s: float) -> bool:
+    async def _ended(self, container_id: str, signals: Signals, timeout_s: float) -> bool:
+        """Wait until the container has ended; False where it has not in time."""
         deadline = self._world.now() + timeout_s
-        while not watch.ended.is_set():
-            left_s = deadline - self._world.now()
-            if left_s <= 0:
-                return await self._has_ended(container_id)
-            if not await happens(watch.ended, min(_INSPECT_EVERY_S, left_s)) and await self._has_ended(
-                container_id
-            ):
+        while (left_s := deadline - self._world.now()) > 0:
+            if await happens(signals.news, min(_INSPECT_EVERY_S, left_s)):
+                signals.news.clear()
+            if await self.has_ended(container_id):
                 return True
-        return True
+        return await self.has_ended(container_id)
 
-    async def _has_ended(self, container_id: str) -> bool:
+    async def has_ended(self, container_id: str) -> bool:
+        """Whether the container does not run any more; False where the engine cannot be asked."""
         try:
             facts = await self._world.engine.inspect(container_id)
         except EngineUnreachableError:
             return False
-        return facts is None or facts.status in ("exited", "created")
+        return facts is None or facts.status not in ALIVE
 
     async def _explained(self, error: StartFailedError, name: str, *, keep: bool) -> StartFailedError:
         """The error with the container's last words; unless it is to be kept, the container is removed."""
@@ -349,27 +386,11 @@ class ContainerRun:
         self._on_container(None)
 
     def _is_ours(self, facts: ContainerFacts) -> bool:
-        return is_ours(facts, manager_id=self._world.manager_id, instance_id=self._instance)
+        world = self._world
+        return is_ours(facts, manager_id=world.manager_id, instance_id=self._instance, owner=world.owner)
 
     async def _step(self, name: str) -> None:
         await self._world.on_step(self._instance, name)
-
-
-def explain_end(name: str, facts: ContainerFacts | None) -> tuple[Reason, str]:
-    """Why a container is not running any more, in one sentence."""
-    if facts is None:
-        return Reason.CONTAINER_EXITED, f"{name} was removed"
-    if facts.out_of_memory:
-        return (
-            Reason.OUT_OF_MEMORY,
-            f"{name} was ended because it used more memory than its limit allows",
-        )
-    trouble = f" ({facts.error})" if facts.error else ""
-    # 128 + the signal. Nothing inside the container sends these to its first process.
-    if facts.exit_code in _FROM_OUTSIDE:
-        how = f"{name} was ended from outside, {_FROM_OUTSIDE[facts.exit_code]}{trouble}"
-        return Reason.CONTAINER_EXITED, how
-    return Reason.CONTAINER_EXITED, f"{name} ended by itself with exit code {facts.exit_code}{trouble}"
 
 
 async def happens(event: asyncio.Event, within_s: float) -> bool:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 
+# One missed probe may be a busy server, or a busy machine.
+_MISSED_PROBES = 3
+
+
 class ExternalInstance(Instance):
     def __init__(self, world: World, spec: InstanceSpec) -> None:
         super().__init__(world, spec)
@@ -24,6 +28,7 @@ class ExternalInstance(Instance):
         self._phase = Phase.UNAVAILABLE
         self._ready_at: datetime | None = None
         self._last_used_at: datetime | None = None
+        self._missed = 0
 
     async def run(self) -> None:
         await self._probe_forever()
@@ -77,12 +82,16 @@ class ExternalInstance(Instance):
         )
 
     def _set_health(self, health: Health, issue: Explanation | None) -> None:
-        super()._set_health(
-            health, issue
-        )  # a change of health advances the revision, and the phase follows it
+        """Take in the result of a probe. The server counts as gone after several missed ones in a row."""
+        super()._set_health(health, issue)
+        self._missed = 0 if health is Health.HEALTHY else self._missed + 1
         if health is Health.HEALTHY and self._phase is Phase.UNAVAILABLE:
-            self._phase = advance(self._phase, Fact.BECAME_READY)
             self._ready_at = self._world.utcnow()
-        elif health is Health.UNHEALTHY and self._phase is Phase.READY:
-            self._phase = advance(self._phase, Fact.LOST)
+            self._move(Fact.BECAME_READY)
+        elif self._missed >= _MISSED_PROBES and self._phase is Phase.READY:
             self._models = ()
+            self._move(Fact.LOST)
+
+    def _move(self, fact: Fact) -> None:
+        self._phase = advance(self._phase, fact)
+        self._world.revision.advance()

@@ -47,6 +47,6 @@ class IdleClock:
             now=self._world.now(), ttl_s=ttl_s, pinned=pinned, in_flight=in_flight, last_use=self._last_use
         )
 
-    def quiet_at(self, quiet_s: float, in_flight: int) -> float | None:
-        """When it will not have been used for `quiet_s` seconds, None while it is in use."""
-        return None if in_flight or self._last_use is None else self._last_use + quiet_s
+    def unused_since(self, in_flight: int) -> float | None:
+        """The time of the last use, None while it is in use or the clock stands still."""
+        return None if in_flight else self._last_use

@@ -260,8 +260,8 @@ class Instance(ABC):
     async def _probe_forever(self) -> None:
         """Probe once as soon as there is something to probe, and then in every interval."""
         while True:
+            self._to_probe.clear()  # before the probe: a request that comes during it is not lost
             await self.probe()
-            self._to_probe.clear()
             if self.probed_endpoint is None:
                 await self._to_probe.wait()
             else:

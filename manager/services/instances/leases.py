@@ -10,16 +10,26 @@ if TYPE_CHECKING:
     from manager.domain.target import Target
 
 
+class Run:
+    """One run of an instance's server. `cut` is why it was ended under its leases, None while it was not."""
+
+    __slots__ = ("cut",)
+
+    def __init__(self) -> None:
+        self.cut: str | None = None
+
+
 class Lease:
     """The right to use an instance until `release`, which counts once however often it is called.
 
     Also a context manager: leaving it releases.
     """
 
-    __slots__ = ("_give_back", "target")
+    __slots__ = ("_give_back", "_run", "target")
 
-    def __init__(self, target: Target, give_back: Callable[[], None]) -> None:
+    def __init__(self, target: Target, give_back: Callable[[], None], run: Run | None = None) -> None:
         self.target = target
+        self._run = run
         self._give_back: Callable[[], None] | None = give_back
 
     @property
@@ -29,6 +39,11 @@ class Lease:
     @property
     def endpoint(self) -> str:
         return self.target.endpoint
+
+    @property
+    def cut(self) -> str | None:
+        """Why the instance was ended under this lease, None while it was not."""
+        return None if self._run is None else self._run.cut
 
     def release(self) -> None:
         give_back, self._give_back = self._give_back, None
@@ -55,6 +70,7 @@ class LeaseBook:
         self._instance = instance
         self._on_release = on_release
         self._counts = counts
+        self._run = Run()
         counts[instance] = 0
 
     @property
@@ -63,7 +79,12 @@ class LeaseBook:
 
     def grant(self, target: Target) -> Lease:
         self._counts[self._instance] += 1
-        return Lease(target, self._take_back)
+        return Lease(target, self._take_back, self._run)
+
+    def cut(self, why: str) -> None:
+        """Mark all open leases: what they lead to is being ended."""
+        self._run.cut = why
+        self._run = Run()
 
     def _take_back(self) -> None:
         self._counts[self._instance] -= 1

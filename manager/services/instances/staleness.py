@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from manager.domain.container import LABEL_HASH
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts, Model
     from manager.services.world import World
 
-_LOG_LINES = 200
+# GPU discovery ends within this time after the start of a container; its verdict is in the log then.
+_DISCOVERY = timedelta(minutes=2)
+_DEVICE_REASONS = (Reason.GPU_FALLBACK, Reason.GPU_MISSING)
 # A model may be listed before its process has memory, and for a moment after that has gone.
 _WITHOUT_MEMORY_S = 5.0
 # A request for the CPU is remembered while its model is listed, and for this time, as it may yet be loaded.
@@ -70,6 +73,10 @@ class Staleness:
         self._without_memory_since = None
         self._cpu_requests.clear()
 
+    def card_was_lost(self, message: str) -> None:
+        """The card of the container was lost and is back: only a new container can use it."""
+        self.why = Explanation(Reason.GPU_MISSING, f"{message}, for a while; it is recreated when idle")
+
     async def prove_device(self, container: ContainerFacts, models: Sequence[Model]) -> bool:
         """Look for signs that a GPU container computes on the CPU; True when one was found just now."""
         how = None
@@ -78,15 +85,9 @@ class Staleness:
         elif await self._is_without_memory(models):
             # The server may go on to report what it allocated once (seen with Ollama 0.24).
             how = "a model is loaded, and no process of the container holds memory on the card"
-        elif self._device_unproven:
-            try:
-                verdict = fell_back_to_cpu(await self._world.engine.logs(container.id, _LOG_LINES))
-            except EngineError:
-                return False
-            # Discovery may end after the server answers: no line yet is no proof.
-            self._device_unproven = verdict is None
-            how = "its log names the CPU as its only device" if verdict else None
-        if how is None or (self.why is not None and self.why.code is Reason.GPU_FALLBACK):
+        elif self._device_unproven and await self._log_names_cpu(container):
+            how = "its log names the CPU as its only device"
+        if how is None or (self.why is not None and self.why.code in _DEVICE_REASONS):
             return False
         self.why = Explanation(
             Reason.GPU_FALLBACK,
@@ -111,6 +112,21 @@ class Staleness:
         return max(self._not_before, self._world.now() - ago_s + RECREATE_PAUSE_S)
 
     # --- helpers ---
+
+    async def _log_names_cpu(self, container: ContainerFacts) -> bool:
+        began = container.started_at
+        if began is None:
+            self._device_unproven = False
+            return False
+        until = began + _DISCOVERY
+        try:
+            lines = await self._world.engine.logs_between(container.id, began, until)
+        except EngineError:
+            return False
+        verdict = fell_back_to_cpu(lines)
+        # Discovery may end after the server answers: no line yet is no proof.
+        self._device_unproven = verdict is None and self._world.utcnow() < until
+        return bool(verdict)
 
     def _has_model_on_cpu(self, models: Sequence[Model]) -> bool:
         """Whether a model is computed by the processor although no request has asked for that.

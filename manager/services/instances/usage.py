@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from manager.services.world import World
 
 
+# A window without leases says something when it is at least this long: a stream shows within that time.
+_LEAST_WINDOW_S = 1.0
+
+
 class Watched(Protocol):
     """What the watch needs of an instance."""
 
     @property
     def ready_container(self) -> ContainerFacts | None: ...
+    @property
+    def ttl_s(self) -> float: ...
     @property
     def until_sample_s(self) -> float:
         """Seconds until the next sample is to be taken."""
@@ -60,6 +66,7 @@ class UsageWatch:
         self._last: UsageSample | None = None
         self._leased = False
         self._unwatched = False
+        self._judged_from: float | None = None
         self._restarted = asyncio.Event()
 
     def restart(self, stored: UsageSample | None) -> None:
@@ -70,11 +77,32 @@ class UsageWatch:
                 whatever is done before the first sample counts as use, since nobody can tell.
         """
         self._last = None
+        self._judged_from = None
         self._unwatched = stored is None
         if stored is not None:
             ago_s = self._world.utcnow().timestamp() - stored.at
             self._last = replace(stored, at=self._world.now() - ago_s)
         self._restarted.set()
+
+    def resample(self) -> None:
+        """Take a sample now: the interval between two of them has changed."""
+        self._restarted.set()
+
+    async def look(self) -> None:
+        """Take in the use up to now.
+
+        A window in which a lease was open is not judged. Where no window of some length was judged since, a
+        direct user would go unseen: wait for such a window.
+        """
+        await self.sample()
+        since, now = self._judged_from, self._world.now()
+        ttl_s = self._watched.ttl_s
+        least_s = min(_LEAST_WINDOW_S, ttl_s) if ttl_s > 0 else _LEAST_WINDOW_S
+        if self._watched.ready_container is None or self._watched.in_flight:
+            return
+        if since is None or now - since < least_s:
+            await asyncio.sleep(least_s - (0.0 if since is None else now - since))
+            await self.sample()
 
     def leased(self) -> None:
         """A lease was open since the last sample."""
@@ -128,6 +156,8 @@ class UsageWatch:
         unwatched, self._unwatched = self._unwatched, False
         if unwatched and not leased:
             self._watched.used()
+        if last is None or leased or self._judged_from is None:
+            self._judged_from = sample.at
         if last is None or leased:
             return
         # A probe that was under way has moved bytes which are not counted as ours yet.

@@ -256,6 +256,11 @@ class Attempting:
         return Work(attempt.instance, attempt.model, attempt.because != "loaded")
 
     @property
+    def cut(self) -> str | None:
+        """Why the operator has ended the instance under the current attempt, None while he has not."""
+        return None if self._lease is None else self._lease.cut
+
+    @property
     def is_waiting(self) -> bool:
         """Whether a server was asked and has not answered."""
         return self._is_waiting
@@ -300,6 +305,8 @@ class Attempting:
         attempt, target = self.attempt, self.target
         assert attempt is not None  # noqa: S101  (something was attempted)
         self._stop_waiting()
+        if sent and self.cut is not None:
+            reason, message = Reason.CANCELLED, self.cut
         if self._is_delivered:
             self._note(attempt, reason, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
@@ -608,8 +615,8 @@ class Attempting:
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
-# The attempt was abandoned by us: its server was told to stop, and has not died of the request.
-_ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY)
+# The attempt was ended by us or by the operator: its server has not died of the request.
+_ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 
 
 async def first_target(attempting: Attempting, step: Step) -> Target | Trouble:

@@ -64,7 +64,7 @@ def test_a_failed_start_is_not_the_end() -> None:
 
 
 def test_what_dies_while_it_is_drained_goes_on_being_stopped() -> None:
-    assert advance(Phase.DRAINING, Fact.DIED) is Phase.STOPPING
+    assert advance(Phase.DRAINING, Fact.DIED_IN_DRAIN) is Phase.STOPPING
 
 
 def test_an_external_server_comes_and_goes() -> None:

@@ -21,6 +21,7 @@ from manager.domain.reconcile import (
 from manager.domain.registry import Operation
 
 NOW = 1000.0
+QUIET_S = 15.0
 CALM = Situation(
     now=NOW,
     engine_up=True,
@@ -31,7 +32,8 @@ CALM = Situation(
     look_at=None,
     bury_at=None,
     recreate_at=None,
-    quiet_at=None,
+    unused_since=None,
+    quiet_s=QUIET_S,
 )
 READY = replace(CALM, target=Target.RUNNING, phase=Phase.READY)
 FAILED = replace(CALM, phase=Phase.FAILED)
@@ -49,7 +51,8 @@ situations = st.builds(
     look_at=st.none() | st.floats(-10, 10),
     bury_at=perhaps,
     recreate_at=perhaps,
-    quiet_at=perhaps,
+    unused_since=perhaps,
+    quiet_s=st.floats(min_value=0, max_value=100),
 )
 
 
@@ -72,7 +75,7 @@ def test_what_has_failed_is_tried_again_only_after_a_while(intent: Operation) ->
 
 
 def test_a_reason_to_look_comes_before_everything_but_an_operation() -> None:
-    due = replace(READY, look_at=0, bury_at=0, recreate_at=0, quiet_at=0)
+    due = replace(READY, look_at=0, bury_at=0, recreate_at=0, unused_since=0)
     assert next_action(due) == Look()
     assert next_action(replace(due, intent=Operation.STOP)) == Stop()
     assert next_action(replace(due, intent=Operation.STOP, retry_at=NOW + 1)) == Wait(1)
@@ -93,15 +96,30 @@ def test_an_ended_container_is_buried_in_time_unless_it_is_started_again() -> No
 
 
 def test_a_container_is_recreated_when_it_is_both_time_and_quiet() -> None:
-    stale = replace(READY, recreate_at=NOW + 5, quiet_at=NOW + 9)
+    stale = replace(READY, recreate_at=NOW + 5, unused_since=NOW + 9 - QUIET_S)
     assert next_action(stale) == Wait(9)
     assert next_action(replace(stale, recreate_at=NOW + 11)) == Wait(11)
     assert next_action(replace(stale, now=NOW + 9)) == Recreate()
 
 
-@pytest.mark.parametrize("changes", [{"quiet_at": None}, {"recreate_at": None}, {"phase": Phase.STARTING}])
-def test_a_container_in_use_or_in_order_is_not_recreated(changes: dict[str, Phase | None]) -> None:
-    stale = replace(READY, recreate_at=0.0, quiet_at=0.0)
+@pytest.mark.parametrize("quiet_s", [QUIET_S, 0.0])
+def test_a_recreation_that_is_due_while_the_container_is_in_use_is_looked_at_again(quiet_s: float) -> None:
+    used = replace(READY, recreate_at=0.0, unused_since=None, quiet_s=quiet_s)
+    action = next_action(used)
+    assert action == Wait(quiet_s or 1.0)
+    # The last lease is given back, and no notice of it arrives: the end of the wait finds it.
+    released = replace(used, now=NOW + 20, unused_since=NOW + 1)
+    assert next_action(released) == Recreate()
+
+
+def test_a_recreation_that_is_due_later_is_waited_for_even_in_use() -> None:
+    used = replace(READY, recreate_at=NOW + 100, unused_since=None)
+    assert next_action(used) == Wait(100)
+
+
+@pytest.mark.parametrize("changes", [{"recreate_at": None}, {"phase": Phase.STARTING}])
+def test_a_container_in_order_is_not_recreated(changes: dict[str, Phase | None]) -> None:
+    stale = replace(READY, recreate_at=0.0, unused_since=0.0)
     assert next_action(replace(stale, **changes)) == Wait(None)  # type: ignore[arg-type]
 
 
@@ -117,6 +135,8 @@ def test_a_wait_is_never_in_vain(situation: Situation) -> None:
         assert action.for_s > 0
         # A float may be so large that what is left is lost in it: a little later is late enough.
         later = replace(situation, now=situation.now + action.for_s + 1e-3)
+        if situation.unused_since is None:
+            later = replace(later, unused_since=situation.now)  # its last lease was given back
         assert not isinstance(next_action(later), Wait)
 
 

@@ -66,7 +66,7 @@ def test_a_stopped_clock_has_nothing_left_to_run() -> None:
     clock.used()
     clock.stop()
     assert remaining(clock) is None
-    assert clock.quiet_at(5, in_flight=0) is None
+    assert clock.unused_since(0) is None
     assert clock.last_used_at == NOON
 
 
@@ -103,9 +103,9 @@ def test_a_stored_use_of_the_future_is_one_of_now() -> None:
     assert remaining(clock) == 60
 
 
-def test_an_instance_in_use_is_never_quiet() -> None:
+def test_an_instance_in_use_is_not_unused() -> None:
     clocks = Clocks()
     clock = IdleClock(clocks.world(), None)
     clock.used()
-    assert clock.quiet_at(5, in_flight=0) == 1005
-    assert clock.quiet_at(5, in_flight=1) is None
+    assert clock.unused_since(0) == 1000
+    assert clock.unused_since(1) is None

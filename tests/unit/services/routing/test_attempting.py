@@ -383,12 +383,14 @@ def test_a_server_that_was_abandoned_is_followed_by_the_next(stage: Stage, reaso
 
 
 @pytest.mark.parametrize("reason", [*Reason])
-def test_of_all_failures_only_time_and_silence_let_another_server_have_a_request(
+def test_of_all_failures_only_time_silence_and_a_stop_let_another_server_have_a_request(
     stage: Stage, reason: Reason
 ) -> None:
     one = stage.sent()
     follows = shown(one.failed(reason, "", sent=True))
-    assert (follows == "b") is (reason in (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY))
+    assert (follows == "b") is (
+        reason in (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
+    )
 
 
 def test_what_kills_the_second_server_is_told_as_the_trouble_with_the_first(stage: Stage) -> None:

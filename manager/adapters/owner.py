@@ -1,0 +1,155 @@
+"""The owner of a state directory, and the claim of one daemon to a manager id on an engine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import socket
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from manager.domain.ownership import Owner
+from manager.errors import ManagerError, ManagerIdHeldError
+from manager.settings.ownership import open_regular
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_log = structlog.get_logger("daemon")
+
+_FILE = "owner.json"
+_LONGEST = 16 * 1024
+# Lost state directories are remembered by their owner ids; older ones have no containers left.
+_MOST_TAKEN_OVER = 16
+_TRIES = 3
+_SO_PEERCRED = getattr(socket, "SO_PEERCRED", None)
+
+
+def read_owner(state_dir: Path) -> Owner:
+    """The owner of a state directory, which is created with the first call.
+
+    Raises:
+        ManagerError: the file is no owner's, or cannot be read or written.
+    """
+    path = state_dir / _FILE
+    try:
+        descriptor = open_regular(path, follow=False)
+    except FileNotFoundError:
+        owner = Owner(secrets.token_hex(8))
+        _write(path, owner)
+        return owner
+    except OSError as error:
+        raise ManagerError(f"{path} cannot be read: {error.strerror or error}") from error
+    with open(descriptor, "rb") as stream:  # noqa: PTH123
+        text = stream.read(_LONGEST)
+    try:
+        read: Any = json.loads(text)
+        return Owner(str(read["id"]), frozenset(map(str, read["taken_over"])))
+    except (ValueError, TypeError, LookupError) as error:
+        raise ManagerError(
+            f"{path} is damaged; restore it from a backup, or remove it and take the containers over with "
+            "`ollama-manager serve --take-over`"
+        ) from error
+
+
+def take_over(state_dir: Path, owner: Owner, ids: frozenset[str]) -> Owner:
+    """Store that the containers of other owners belong to this state directory from now on.
+
+    Raises:
+        ManagerError: it could not be stored; nothing was taken over.
+    """
+    known = sorted(owner.taken_over - ids)[: max(0, _MOST_TAKEN_OVER - len(ids))]
+    wider = Owner(owner.id, ids | frozenset(known))
+    _write(state_dir / _FILE, wider)
+    return wider
+
+
+def _write(path: Path, owner: Owner) -> None:
+    new = path.with_suffix(".json.new")
+    content = json.dumps({"id": owner.id, "taken_over": sorted(owner.taken_over)}) + "\n"
+    try:
+        new.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600), "w", encoding="utf-8") as stream:  # noqa: PTH123
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        new.replace(path)
+    except OSError as error:
+        raise ManagerError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+class ManagerIdLock:
+    """The claim of one daemon to a manager id on an engine, among the daemons of this machine.
+
+    It is an abstract Unix socket (unix(7)): the kernel frees the name with the process, however that ends,
+    and no file can be lost or left behind. Daemons in other network namespaces are not seen; they are told
+    apart by the owner label of their containers.
+    """
+
+    def __init__(self, manager_id: str, engine_url: str) -> None:
+        self._manager_id = manager_id
+        path = engine_url.removeprefix("unix://")
+        engine = os.path.realpath(path) if path != engine_url else engine_url
+        digest = hashlib.sha256(f"{engine}\0{manager_id}".encode()).hexdigest()[:32]
+        self._address = f"\0ollama-manager/{digest}"
+        self._socket: socket.socket | None = None
+
+    def acquire(self) -> None:
+        """Claim the id; does not wait.
+
+        Raises:
+            ManagerIdHeldError: another daemon of this user or of root has it.
+        """
+        for _ in range(_TRIES):
+            claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                claim.bind(self._address)
+                claim.listen(1)
+            except OSError as error:
+                claim.close()
+                if error.errno != errno.EADDRINUSE:
+                    return  # a system without abstract sockets: the labels have to do
+            else:
+                self._socket = claim
+                return
+            holder = self._holder()
+            if holder is None:
+                continue  # it has ended just now
+            pid, uid = holder
+            if uid not in (0, os.geteuid()):
+                # Anybody can take a name: a stranger must not keep the daemon from starting.
+                _log.warning("manager_id_claimed_by_another_user", manager_id=self._manager_id, uid=uid)
+                return
+            raise ManagerIdHeldError(
+                f"another daemon, process {pid}, serves manager_id {self._manager_id!r} on this engine "
+                "with another state directory"
+            )
+
+    def release(self) -> None:
+        """Give the id back; twice is no error."""
+        claim, self._socket = self._socket, None
+        if claim is not None:
+            claim.close()
+
+    def _holder(self) -> tuple[int, int] | None:
+        """The process and the user that hold the id, None where nobody does any more."""
+        if _SO_PEERCRED is None:
+            return None
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as question:
+            question.settimeout(1.0)
+            with suppress(TimeoutError, BlockingIOError):  # a full backlog: it is held, and says no more
+                try:
+                    question.connect(self._address)
+                except ConnectionRefusedError:
+                    return None
+                raw = question.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, struct.calcsize("3i"))
+                pid, uid, _ = struct.unpack("3i", raw)
+                return pid, uid
+        return 0, os.geteuid()

@@ -1,0 +1,149 @@
+"""Stops of one instance: drain, end, remove, and the start that was requested meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from manager.domain.condition import (
+    DiedInDrain,
+    DrainBegun,
+    RunEnded,
+    StopBegun,
+    StopFailed,
+    Stopped,
+)
+from manager.domain.instance import Explanation, Phase, Target
+from manager.errors import LimitReachedError, ManagerError
+from manager.services.instances.container_run import happens
+from manager.services.instances.workings import reason_of
+from manager.services.waiters import Waiters
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from manager.services.instances.workings import Workings
+
+
+class Stopping:
+    """Stops and removes the container.
+
+    Args:
+        workings: the container and what acts on it.
+        may_run: raises when no further instance may run.
+        cut_leases: called when the container is ended although leases are open.
+
+    Attributes:
+        detail: why it is stopped, for the journal.
+        stoppers: the callers that wait for the stop.
+    """
+
+    def __init__(
+        self, workings: Workings, may_run: Callable[[str], None], cut_leases: Callable[[], None]
+    ) -> None:
+        self._w = workings
+        self._may_run = may_run
+        self._cut_leases = cut_leases
+        self._force = False
+        self._kill_at_once = False
+        self._news = asyncio.Event()
+        self.detail = "begun before a restart"
+        self.stoppers = Waiters()
+
+    def force(self) -> None:
+        """Do not wait for open leases, or no longer."""
+        self._force = True
+        self._news.set()
+
+    def kill_at_once(self) -> None:
+        """Nobody can have work in a container that was never ready: kill it without SIGTERM."""
+        self._kill_at_once = True
+
+    def nudge(self) -> None:
+        """A lease was released, or the container may have ended."""
+        self._news.set()
+
+    async def once(self) -> None:
+        """Carry out the requested stop. A failure settles the waiting callers; it is not raised."""
+        w, gpus = self._w, self._w.world.gpus
+        try:
+            # A stop goes on even if it cannot be stored: at worst the next daemon adopts what is left.
+            await w.store.save_quietly()
+            await w.world.on_step(w.id, "stored")
+            await self._drain()
+            if w.in_flight():
+                self._cut_leases()
+            w.condition.apply(StopBegun())
+            w.world.journal.record("stopping", instance=w.id, detail=self.detail)
+            held = gpus.holding(w.id)
+            gpu = gpus.gpu_of(w.id) if w.is_gpu else None
+            async with w.world.locks.hold(w.id):
+                await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
+            w.condition.apply(RunEnded())
+            if gpu is not None:
+                wait_s = w.spec.limits.vram_wait_s
+                if not await gpus.given_back(w.id, held, wait_s):
+                    w.world.journal.record("vram_not_given_back", instance=w.id, detail=gpu.uuid)
+        except ManagerError as error:
+            self._end_failed(error)
+        else:
+            self._end()
+        await w.store.save_quietly()
+
+    async def _drain(self) -> None:
+        """Wait a bounded time for the open leases; no new ones are given until the next start."""
+        w = self._w
+        if w.condition.state.phase is not Phase.READY or w.in_flight() == 0 or self._force:
+            return
+        w.condition.apply(DrainBegun())
+        w.world.journal.record("draining", instance=w.id, detail=f"{w.in_flight()} open leases")
+        deadline = w.world.now() + w.spec.limits.drain_timeout_s
+        while w.in_flight() and not self._force and (left_s := deadline - w.world.now()) > 0:
+            self._news.clear()
+            # A lost event must not cost the whole time: inspect now and then.
+            is_news = await happens(self._news, min(left_s, w.spec.limits.resync_interval_s))
+            if (w.signals.news.is_set() or not is_news) and await self._has_died():
+                w.condition.apply(DiedInDrain())
+                break
+        await w.world.on_step(w.id, "drained")
+
+    async def _has_died(self) -> bool:
+        self._w.signals.news.clear()
+        container = self._w.condition.state.container
+        try:
+            return container is None or await self._w.run.has_ended(container.id)
+        except ManagerError:
+            return False  # the stop that follows finds out
+
+    def _end(self) -> None:
+        w = self._w
+        w.condition.apply(Stopped(may_start=self._may_start_again()))
+        self._force = False
+        self._kill_at_once = False
+        w.world.journal.record("stopped", instance=w.id, detail=self.detail)
+        self.stoppers.settle()
+
+    def _may_start_again(self) -> bool:
+        """Whether the start that was requested during the stop goes ahead: its place may have gone."""
+        w, state = self._w, self._w.condition.state
+        if state.target is not Target.RUNNING or state.pinned:
+            return True
+        try:
+            # The stop has ended: the instance itself does not count any more.
+            self._may_run(w.id)
+        except LimitReachedError as error:
+            w.condition.starters.settle(error)
+            return False
+        return True
+
+    def _end_failed(self, error: ManagerError) -> None:
+        """The stop stays requested and is tried again. The callers get the error.
+
+        So do those that wait to start afterwards: nobody can tell how long that will take.
+        """
+        w = self._w
+        why = Explanation(reason_of(error), f"it could not be stopped yet: {error.message}")
+        w.condition.apply(StopFailed(why))
+        error.instance = error.instance or w.id
+        self.stoppers.settle(error)
+        w.condition.starters.settle(error)
