@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 _COMMENT_EVERY_S = 0.1
 _LOAD_S = 1.0
-_LIMIT_S = 120
+_LIMIT_S = 240
 # The gateway adds what there is to the words of Ollama.
 _ADDED = re.compile(r"; models: [a-z:, ]*[a-z]")
-_OF_ONE_ANSWER = re.compile(r"(req|chatcmpl|resp|msg)_?-?[0-9a-f]+")
+_OF_ONE_ANSWER = re.compile(r"(?<=req_|esp_|msg_)[0-9a-f]+|(?<=127\.0\.0\.1:)[0-9]+")
 
 PULLABLE: dict[str, Any] = {"pullable": "big"}
 
@@ -70,7 +70,7 @@ def outcomes(client: Client, url: str, *only: str) -> dict[str, Any]:
 
 
 def comparable(found: dict[str, Any]) -> dict[str, str]:
-    return {name: _OF_ONE_ANSWER.sub(r"\1", _ADDED.sub("", str(outcome))) for name, outcome in found.items()}
+    return {name: _OF_ONE_ANSWER.sub("", _ADDED.sub("", str(outcome))) for name, outcome in found.items()}
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
@@ -84,7 +84,7 @@ def test_a_client_gets_what_it_gets_without_the_gateway(
     assert through == without
     assert through["stream"].startswith("the quick brown fox")
     assert through["chat"].startswith("the quick brown fox")
-    assert "not found" in through["not found"]
+    assert re.search("not ?found|404", through["not found"], re.IGNORECASE)
 
 
 @pytest.mark.parametrize("client", CLIENTS, ids=lambda client: client.name)
@@ -140,7 +140,9 @@ def test_the_ollama_command_does_what_it_does_without_the_gateway(
         )
         texts = (_AGES.sub("", _FRAMES.sub("", text)) for text in (done.stdout, done.stderr))
         out, err = (" ".join(_ADDED.sub("", text).split()) for text in texts)
-        return done.returncode, out, err
+        # How many frames of a progress bar are drawn is a matter of time; its last word, or an error, is not.
+        error = err[err.find("Error") :] if "Error" in err else "".join(err.split()[-1:])
+        return done.returncode, out, error
 
     for line, given in (*((line, "") for line in COMMANDS), ("run tiny", "a text from a pipe")):
         assert said(gateway.url, line, given) == said(direct.url, line, given), line
