@@ -66,6 +66,10 @@ def cards(daemon: Daemon) -> dict[str, dict[str, Any]]:
     return {card["uuid"]: card for card in daemon.get("gpus")["gpus"]}
 
 
+def lost_cards(daemon: Daemon) -> set[str]:
+    return {uuid for uuid, card in cards(daemon).items() if card["lost"]}
+
+
 def chat(daemon: Daemon, model: str, **more: Any) -> requests.Response:
     body = {"model": model, "messages": [{"role": "user", "content": "hi"}], "stream": False, **more}
     return daemon.call("POST", "/api/chat", json=body)
@@ -84,11 +88,8 @@ def test_a_card_that_is_lost_is_told_everywhere_and_is_back_when_it_is_back(
             machine.show(init_error=9, count_error=9)
         else:
             machine.show(*gone)
-
-        def are_lost(found: dict[str, Any], wanted: set[str] = lost) -> bool:
-            return {uuid for uuid, one in found.items() if one["lost"]} == wanted
-
-        found = wait_for(lambda: cards(daemon), are_lost)
+        wait_for(lambda: lost_cards(daemon), lost.__eq__)
+        found = cards(daemon)
         assert found[A]["name"] == "First"
         assert found[A]["vram_free_bytes"] is None
         error = daemon.get("gpus")["error"]

@@ -118,10 +118,10 @@ class Admission:
         return list(self._others(instance))
 
     def _others(self, instance: str) -> Iterator[Claim]:
-        uuid, now = self._cards.uuid_of(instance), self._now()
+        uuid = self._cards.uuid_of(instance)
         for other in self._claims.keys() | self._loads.keys():
             if other == instance or self._cards.uuid_of(other) != uuid:
                 continue
-            loads = [one.load for one in self._loads.get(other, {}).values() if now < one.until]
+            loads = [one.load for one in self._loads.get(other, {}).values()]
             promised = promised_bytes(self._claims.get(other, 0), loads)
             yield Claim(needed_bytes=promised, used_bytes=self._used_bytes(other) or 0)

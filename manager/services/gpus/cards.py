@@ -94,9 +94,9 @@ class Cards:
             except GpuQueryError as error:
                 self._take_refusal(error)
                 return
-            await self._bind(gpus)
             await self._processes.identify(gpus)
-            self._take(gpus)
+            await self._bind(gpus)
+            self._take(gpus)  # in one step with the bindings: readers see both or neither
 
     def instance_ids(self) -> tuple[str, ...]:
         """The ids of the instances of cards that no configured instance names.

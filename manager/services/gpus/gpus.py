@@ -121,7 +121,7 @@ class Gpus:
         processes of containers are not seen from the daemon's pid namespace.
         """
         gpu = self.gpu_of(instance)
-        if self.snapshot.error is not None or gpu is None or gpu.lost or not gpu.lists_processes:
+        if self.snapshot.error is not None or gpu is None or not gpu.lists_processes:
             return None
         if any(self.instance_of(process.pid) == instance for process in gpu.processes):
             return True

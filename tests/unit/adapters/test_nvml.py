@@ -368,6 +368,16 @@ def test_a_card_is_lost_where_its_error_says_so(
     assert (fine["lost"], fine["lists_processes"]) == (None, True)
 
 
+@pytest.mark.parametrize("age", [Age.CURRENT, Age.OLD, Age.MINIMAL])
+def test_a_card_that_is_lost_from_the_first_reading_on_is_lost(
+    libraries: Callable[[Age], Path], machine: Machine, age: Age
+) -> None:
+    machine.library = libraries(age)
+    machine.cards(Card("GPU-a", error=15))
+    (gpu,) = machine.read()
+    assert "Xid 79" in gpu["lost"]
+
+
 def test_the_slices_of_a_lost_card_are_lost(machine: Machine) -> None:
     machine.cards(SLICED)
     machine.read()

@@ -336,3 +336,19 @@ async def test_a_load_that_is_listed_and_has_taken_nothing_yet_is_not_over(
     for _ in range(3):  # Ollama lists a model while it is being loaded
         await gpus.learn("one", [model("big:latest", digest="big")])
     assert not gpus.take_room("two", "big", LISTED)
+
+
+async def test_a_load_that_is_asked_for_again_half_way_reserves_no_more_and_no_longer(
+    machine: Machine, gpus: Gpus
+) -> None:
+    await machine.show(gpus, free(17 * GIB))
+    assert gpus.take_room("one", "big", LISTED)
+    await machine.show(gpus, free(13 * GIB, (PID_ONE, 4 * GIB)))
+    machine.advance(200)
+    await gpus.refresh()
+    assert gpus.take_room("one", "big", LISTED)
+    with pytest.raises(UnavailableError, match=r"4\.0 GiB are reserved for other instances"):
+        await gpus.admit("two", needed_bytes=20 * GIB, wait_s=0)
+    machine.advance(101)
+    await gpus.refresh()
+    assert gpus._admission.reserved_for_others("two") == 0
