@@ -165,6 +165,8 @@ def test_pulls_to_two_volumes_do_not_wait_for_each_other(new_daemon: NewDaemon, 
         },
         config={"allow": {"volumes": [volume]}},
     ).start()
+    for instance in ("shared", "alone"):
+        daemon.started(instance)  # what is measured is a pull, not a start
     with ThreadPoolExecutor(2) as pool:
         slow = pool.submit(pull, daemon, "big")
         wait_for(lambda: daemon.instance("shared")["in_flight"])
