@@ -130,6 +130,7 @@ class Exchange:
     _next_comment_at: float | None = None
     _swallow = False
     _unloads = False
+    _still_loaded = ""
     _status = 0
     _held_head: AnswerHead | None = None
     _held_since = 0.0
@@ -307,7 +308,10 @@ class Exchange:
             self._held_since = monotonic()
             return
         attempting.answered(judgement)
-        self._deliver(head)
+        if self._still_loaded and head.status == _OK:
+            self._fail_to_unload()
+        else:
+            self._deliver(head)
 
     def _deliver(self, head: AnswerHead) -> None:
         """Give the client this answer, as it comes."""
@@ -506,7 +510,9 @@ class Exchange:
             step = await attempting.wait()
         others = attempting.others
         if others:
-            await asyncio.gather(*(self._relay.unload(one.instance, one.model) for one in others))
+            # Before the first instance answers, so that its failure leaves the model loaded nowhere else.
+            found = await asyncio.gather(*(self._relay.unload(one.instance, one.model) for one in others))
+            self._still_loaded = "; ".join(filter(None, found))
         self._task = None
         if step is not None:
             self._follow(step)
@@ -637,7 +643,10 @@ class Exchange:
     def _report(self, trouble: Trouble) -> None:
         """No attempt is left: tell the client."""
         if self._unloads and trouble.reason is Reason.INSTANCE_STOPPED:
-            self._deliver_held(self._unloaded())
+            if self._still_loaded:
+                self._fail_to_unload()
+            else:
+                self._deliver_held(self._unloaded())
             return
         if isinstance(trouble.answer, _Held) and not self._answer.is_begun:
             self._deliver_held(trouble.answer)
@@ -650,6 +659,9 @@ class Exchange:
         if trouble.reason is Reason.CANCELLED:  # the operator has stopped the instance
             outcome = "cut"
         self._fail(status, trouble.message, outcome, headers)
+
+    def _fail_to_unload(self) -> None:
+        self._fail(502, f"the model may still be loaded: {self._still_loaded}", "upstream_error")
 
     def _unloaded(self) -> _Held:
         """Return the answer to an unload where no instance runs."""

@@ -54,7 +54,7 @@ class Relay:
         bodies: BodyBudget,
         requests: Requests,
         refusals: Refusals,
-        unload: Callable[[str, str], Awaitable[None]],
+        unload: Callable[[str, str], Awaitable[str | None]],
     ) -> None:
         self.routing = routing
         self.access = access

@@ -20,7 +20,7 @@ from manager.wire.scan import NotJsonError, Scan, folded, string_in
 from manager.wire.steps import STEP_BYTES, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from manager.wire.encoding import Encoding
     from manager.wire.routes import Route
@@ -33,6 +33,7 @@ __all__ = [
     "Buffer",
     "Fields",
     "InferenceBody",
+    "combined",
     "dumped",
     "fields_of",
     "flag_in",
@@ -56,6 +57,15 @@ _FLAGS = {b"true": True, b"false": False, b"null": None}
 # A character may be written as two escapes of six characters.
 _MOST_NAME_BYTES = 12 * MOST_NAME_LENGTH + 2
 _OBJECT, _QUOTE, _NULL = b'{"n'
+_SPACE = b" \t\r\n"
+# Go's encoding/json decodes a field that is given twice into the same place. For a map this adds to what is
+# there, and for a string or a bool null changes nothing. Source: Ollama 0.33 `api/types.go`,
+# `openai/openai.go`, `openai/responses.go`, `anthropic/anthropic.go`.
+_ADDED = frozenset({"options"})
+_KEPT_OVER_NULL = frozenset({"model", "prompt"})
+_STREAM = "stream"
+# Where `stream` is a bool, and no pointer to one.
+_PLAIN_FLAG = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages"})
 
 
 @dataclass(slots=True)
@@ -82,6 +92,10 @@ class InferenceBody:
         """Whether the body may be rewritten at once."""
         return len(self.raw) <= SMALL_BYTES
 
+    def raw_count(self, name: str) -> int:
+        """How often a name stands in a small body, in quotes."""
+        return bytes(self.raw).count(f'"{name}"'.encode())
+
     def forget(self) -> None:
         """Release what may be many megabytes, once it was sent for good."""
         self.raw = b""
@@ -98,9 +112,16 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
         BadBodyError: it is no JSON object, or a field that is needed here has another type.
     """
     fields = _small_fields(raw)
-    if fields is None:
+    if fields is None or _is_null(fields.get(_STREAM)) or _is_null(fields.get("model")):
         return run(_scanned(raw, route))
     return _body(raw, fields, route, exact=True)
+
+
+def combined(body: InferenceBody, route: Route) -> InferenceBody:
+    """Return a small body with all that its fields say; one of them that adds up may be given twice."""
+    if any(name in body.fields and body.raw_count(name) > 1 for name in _ADDED):
+        return run(_scanned(bytes(body.raw), route))
+    return body
 
 
 def reading(
@@ -137,7 +158,7 @@ def read_fields(parts: list[bytes]) -> Steps[Fields]:
         BadBodyError: it is no JSON object.
     """
     raw = yield from gathered(parts, None, 0)
-    found, _, _ = yield from _object(raw)
+    found, _, _ = yield from _object(raw, _KEPT_OVER_NULL)
     return found
 
 
@@ -239,15 +260,25 @@ def _small_fields(value: Buffer) -> Fields | None:
     return fields if names.isascii() and names.islower() else None
 
 
+def _is_null(value: Buffer | None) -> bool:
+    return value is not None and len(value) == len(b"null") and bytes(value) == b"null"
+
+
 def _scanned(raw: bytes | bytearray, route: Route) -> Steps[InferenceBody]:
-    fields, names, end = yield from _object(raw)
+    kept = _KEPT_OVER_NULL | {_STREAM} if route.path in _PLAIN_FLAG else _KEPT_OVER_NULL
+    fields, names, end = yield from _object(raw, kept)
     whole = raw if end == len(raw) else bytes(raw[:end]) if end <= SMALL_BYTES else memoryview(raw)[:end]
     exact = [name for name in names if folded(name) == "model"] == ["model"]
     return _body(whole, fields, route, exact=exact)
 
 
-def _object(raw: bytes | bytearray) -> Steps[tuple[Fields, list[str], int]]:
-    """Read the object that a body is: its fields, all names as they came, and where it ends."""
+def _object(raw: bytes | bytearray, kept: Collection[str]) -> Steps[tuple[Fields, list[str], int]]:
+    """Read the object that a body is: its fields, all names as they came, and where it ends.
+
+    Args:
+        raw: the body.
+        kept: the fields that a later null does not change.
+    """
     view = memoryview(raw)
     scan = Scan(view)
     first = yield from scan.space()
@@ -261,8 +292,22 @@ def _object(raw: bytes | bytearray) -> Steps[tuple[Fields, list[str], int]]:
     except NotJsonError as error:
         raise BadBodyError(f"the request body is not JSON: {error}") from None
     # The server takes a field's name in any case, and the last one counts.
-    fields: Fields = {folded(name): view[start:end] for name, start, end in found}
+    fields: Fields = {}
+    for name, start, end in found:
+        key, value = folded(name), view[start:end]
+        earlier = fields.get(key)
+        fields[key] = value if earlier is None else _both(key, earlier, value, kept)
     return fields, [field.name for field in found], scan.at
+
+
+def _both(key: str, earlier: Buffer, later: Buffer, kept: Collection[str]) -> Buffer:
+    """The value of a field that is given twice."""
+    if memoryview(later)[0] == _NULL:
+        return earlier if key in kept else later
+    if key in _ADDED and memoryview(later)[0] == memoryview(earlier)[0] == _OBJECT:
+        inner = (bytes(memoryview(one)[1:-1]).strip(_SPACE) for one in (earlier, later))
+        return b"{%b}" % b",".join(filter(None, inner))
+    return later
 
 
 def _body(raw: bytes | bytearray | memoryview, fields: Fields, route: Route, *, exact: bool) -> InferenceBody:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from manager.wire.body import BadBodyError, Buffer, dumped, fields_of, text_of
+from manager.wire.body import BadBodyError, Buffer, combined, dumped, fields_of, text_of
 from manager.wire.routes import Dialect
 from manager.wire.scan import NotJsonError, Scan, folded
 from manager.wire.steps import run
@@ -48,6 +48,7 @@ def body_for(body: InferenceBody, route: Route, model: str, changes: BodyChanges
     """
     if body.exact and body.model == model and changes.empty:
         return body.raw if type(body.raw) is bytes else bytes(body.raw)
+    body = combined(body, route)
     if changes.empty:
         return b"".join(_renamed(body, model))
     return b"".join(run(_pieces(body, route, model, changes)))

@@ -242,6 +242,7 @@ class Bench:
         self.bodies = BodyBudget(most_buffered)
         self.pools = FakePools()
         self.unloaded: list[tuple[str, str]] = []
+        self.not_unloaded: dict[str, str] = {}
         self.relay = Relay(
             stage.routing,
             pools=cast("Any", self.pools),
@@ -253,8 +254,9 @@ class Bench:
             unload=self._unload,
         )
 
-    async def _unload(self, instance: str, model: str) -> None:
+    async def _unload(self, instance: str, model: str) -> str | None:
         self.unloaded.append((instance, model))
+        return self.not_unloaded.get(instance)
 
     @property
     def clock(self) -> Any:

@@ -13,7 +13,7 @@ from manager.domain.models import model_key
 from manager.domain.routing import Attempt
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
-from manager.errors import ManagerError, Reason, UnavailableError
+from manager.errors import ManagerError, Reason, UnavailableError, UnknownInstanceError
 from manager.services.models.model_lists import mount_of, volume_of
 from manager.services.ports import Question
 
@@ -205,9 +205,17 @@ class Volumes:
         ]
         await asyncio.gather(*(self._unload(instance, model) for instance in others))
 
-    async def unload(self, instance_id: str, model: str) -> None:
-        """Unload a model from one instance, if it runs and holds it; bounds and failures as above."""
-        await self._unload(self._fleet.get(instance_id), model)
+    async def unload(self, instance_id: str, model: str) -> str | None:
+        """Unload a model from one instance, if it runs and holds it; bounds as above.
+
+        Returns:
+            Why it may still be loaded, or None.
+        """
+        try:
+            instance = self._fleet.get(instance_id)
+        except UnknownInstanceError:
+            return None
+        return await self._unload(instance, model)
 
     async def changed(self, instance_id: str) -> None:
         """Something was changed through an instance: see what there is on its volume now."""
@@ -217,14 +225,14 @@ class Volumes:
 
     # --- helpers ---
 
-    async def _unload(self, instance: Instance, model: str) -> None:
+    async def _unload(self, instance: Instance, model: str) -> str | None:
         key = model_key(model)
         with suppress(TimeoutError):
             async with asyncio.timeout(_UNLOAD_S):
                 await instance.probe()
         endpoint = instance.usable_endpoint()
         if endpoint is None or all(model_key(loaded.name) != key for loaded in instance.models):
-            return
+            return None
         body = orjson.dumps({"model": model, "keep_alive": 0})
         trouble = ""
         try:
@@ -240,10 +248,11 @@ class Volumes:
             trouble = error.message
         if trouble:
             _log.warning("model_not_unloaded", instance=instance.id, model=model, detail=trouble)
-            return
+            return f"{instance.id}: {trouble}"
         with suppress(TimeoutError):  # `/api/ps` must not list the model any more
             async with asyncio.timeout(_UNLOAD_S):
                 await instance.probe()
+        return None
 
     def _members(self, volume: str) -> list[Member]:
         return [

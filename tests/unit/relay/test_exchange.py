@@ -1242,6 +1242,32 @@ async def test_a_model_is_unloaded_wherever_it_runs_and_nothing_is_started_for_i
     assert bench.stage.placement.granted == ["a"]
 
 
+@pytest.mark.parametrize("first", ["answers", "refuses", "breaks", "is gone"])
+async def test_the_others_unload_whatever_becomes_of_the_first_and_the_answer_is_that_of_all(
+    monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    for trouble in (None, "b: status 500"):
+        bench = bench_of(monkeypatch, attempt("a"), attempt("b", "running"))
+        if trouble:
+            bench.not_unloaded = {"b": trouble}
+        if first == "is gone":
+            bench.pool("a").opens = [ConnectionRefusedError(111, "Connection refused")]
+        server = None if first == "is gone" else bench.kept("a")
+        _, client = bench.ask(UNLOAD, "/api/generate")
+        await bench.settle()
+        assert bench.unloaded == [("b", "tiny")]
+        if server is not None and first == "breaks":
+            server.breaks()
+        elif server is not None:
+            server.whole(200 if first == "answers" else 500, b'{"done":true,"error":"no"}')
+        if first in ("answers", "is gone"):
+            assert client.status == (502 if trouble else 200)
+        else:
+            assert client.status == (500 if first == "refuses" else 502)
+        assert trouble is None or first in ("refuses", "breaks") or trouble in client.json()["error"]
+        assert bench.at_rest()
+
+
 async def test_a_model_that_no_running_instance_has_is_unloaded_already(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

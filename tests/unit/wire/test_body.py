@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.roles import BodyChanges
-from manager.wire.body import SMALL_BYTES, BadBodyError, BodyTooLargeError, read_body, reading
+from manager.wire.body import SMALL_BYTES, BadBodyError, BodyTooLargeError, read_body, read_fields, reading
 from manager.wire.encoding import Encoding, zstd
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import INFERENCE, Route
@@ -371,3 +371,34 @@ def test_the_decoded_size_counts() -> None:
     encoded = zstd.compress(bytes_of({"model": "m", "prompt": "x" * 10**6}))
     with pytest.raises(BodyTooLargeError, match="at most 1000 bytes"):
         run(reading([encoded], V1_CHAT, 1000, Encoding.ZSTD))
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "streams"),
+    [
+        ("/v1/chat/completions", '"stream":null', False),
+        ("/v1/chat/completions", '"stream":true,"stream":null', True),
+        ("/v1/completions", '"stream":true,"STREAM":null', True),
+        ("/v1/messages", '"stream":false,"stream":null', False),
+        ("/v1/chat/completions", '"stream":null,"stream":true', True),
+        ("/v1/responses", '"stream":true,"stream":null', False),
+        ("/v1/responses", '"stream":null', False),
+        ("/api/chat", '"stream":null', True),
+        ("/api/chat", '"stream":false,"stream":null', True),
+        ("/api/generate", '"stream":null,"stream":false', False),
+    ],
+)
+def test_a_stream_that_is_null_is_what_the_server_takes_it_for(path: str, fields: str, streams: bool) -> None:
+    """Ollama reads a bool at some routes, which null leaves as it is, and a pointer at the others."""
+    body = read_body(f'{{"model":"m",{fields}}}'.encode(), INFERENCE[path.encode()])
+    assert body.stream is streams
+
+
+def test_a_model_that_is_null_changes_nothing_of_one_that_was_named() -> None:
+    route = INFERENCE[b"/api/chat"]
+    assert read_body(b'{"model":"m","model":null}', route).model == "m"
+    assert read_body(b'{"model":null}', route).model == ""
+    assert run(read_fields([b'{"name":"a","model":"m","model":null,"name":null}'])) == {
+        "name": b"null",
+        "model": b'"m"',
+    }

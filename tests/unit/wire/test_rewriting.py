@@ -467,3 +467,34 @@ def test_a_large_body_is_rewritten_in_steps_of_bounded_size() -> None:
     body = run(reading([raw], CHAT, 10**9))
     steps = rewriting(body, CHAT, "m", BodyChanges(system="new", system_mode="replace"))
     assert sum(1 for _ in steps) > 100
+
+
+@pytest.mark.parametrize(
+    ("twice", "together"),
+    [
+        (b'"options":{"a":1},"options":{"b":2}', {"a": 1, "b": 2}),
+        (b'"options":{"a":1},"options":{"a":2}', {"a": 2}),
+        (b'"options":{ "a":1 } , "Options" : {}', {"a": 1}),
+        (b'"options":{},"options":{"b":[{}]}', {"b": [{}]}),
+        (b'"options":{"a":1},"options":null', None),
+        (b'"options":null,"options":{"b":2}', {"b": 2}),
+        (b'"options":{"a":1},"options":"x"', "x"),
+        (b'"options":{"a":"\\"options\\""}', {"a": '"options"'}),
+    ],
+)
+@pytest.mark.parametrize("filler", [b"", b',"prompt":"%b"' % (b"x" * SMALL_BYTES)], ids=["small", "large"])
+@pytest.mark.parametrize("changes", [UNCHANGED, BodyChanges(think=True)], ids=["renamed", "changed"])
+def test_options_that_are_given_twice_add_up_as_for_the_server(
+    twice: bytes, together: object, filler: bytes, changes: BodyChanges
+) -> None:
+    raw = b'{"model":"role",%b%b}' % (twice, filler)
+    body = run(reading([raw], CHAT, 2**30))
+    pieces = run(rewriting(body, CHAT, "m", changes)) if filler else [body_for(body, CHAT, "m", changes)]
+    assert json.loads(b"".join(pieces))["options"] == together
+
+
+def test_an_override_counts_over_options_that_are_given_twice() -> None:
+    raw = b'{"model":"role","options":{"num_ctx":1,"a":1},"options":{"num_ctx":2,"b":2}}'
+    changes = BodyChanges(overrides={"options": {"num_ctx": 4096}})
+    found = json.loads(body_for(read_body(raw, CHAT), CHAT, "m", changes))
+    assert found["options"] == {"num_ctx": 4096, "a": 1, "b": 2}
