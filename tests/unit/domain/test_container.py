@@ -25,6 +25,7 @@ from manager.domain.container import (
     is_ours,
 )
 from manager.domain.instance import ContainerFacts
+from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
 
 MODELS = {"source": "ollama-models", "target": "/root/.ollama"}
@@ -216,3 +217,17 @@ def test_a_container_is_reached_the_way_it_was_made(
 def test_a_container_without_an_address_cannot_be_reached() -> None:
     nowhere = replace(found({}), address=None)
     assert endpoint_of(nowhere, request(), by_name=False) is None
+
+
+def test_the_owner_is_a_label_that_does_not_change_the_template_hash() -> None:
+    template = Template(image="ollama/ollama:1", device=DeviceKind.CPU)
+    plain, owned = (
+        container_request(
+            template, manager_id="m", instance_id="cpu", gpu=None, loopback_port=None, owner=owner
+        )
+        for owner in (None, Owner("me"))
+    )
+    assert owned.labels == plain.labels | {LABEL_OWNER: "me"}
+    facts = ContainerFacts("1", "m-ollama-cpu", "image", "running", labels=owned.labels)
+    assert is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("me"))
+    assert not is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("other"))

@@ -986,3 +986,14 @@ def test_a_missing_model_on_one_of_the_instances_of_a_volume_asks_no_other(stage
     assert one.record.failed_attempts == ()
     one.close("client_error")
     assert stage.placement.held == {}
+
+
+def test_a_request_that_the_operators_stop_cuts_before_its_first_byte_goes_to_another_instance(
+    stage: Stage,
+) -> None:
+    one = stage.sent()
+    assert one.cut is None
+    stage.placement.books["a"].cut("a was stopped")
+    assert one.cut == "a was stopped"
+    assert shown(one.failed(Reason.UPSTREAM_UNREACHABLE, "broke", sent=True)) == "b"
+    assert stage.blamed() == {("a", "cancelled"): 1}
