@@ -24,7 +24,7 @@ from manager.domain.container import (
     endpoint_of,
     is_ours,
 )
-from manager.domain.instance import ContainerFacts
+from manager.domain.instance import ContainerFacts, DeviceKind
 from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
 
