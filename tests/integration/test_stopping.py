@@ -316,11 +316,11 @@ async def test_an_engine_that_hangs_fails_every_call_in_time_and_nothing_is_forg
     finally:
         fragile_engine.resume()
     await until(lambda: inside.phase("one") == "stopped")
-    await until(lambda: inside.phase("three") in ("failed", "ready") and not three.busy)
     await two.stop()
     async with asyncio.timeout(60):
+        # The engine may only now begin the start that it was asked for before it hung; it is adopted then.
         while own_containers(client, manager_id):
-            if inside.phase("three") == "ready":  # the engine carried its start out after all
+            if inside.phase("three") == "ready":
                 await three.stop()
             await asyncio.sleep(0.05)
 

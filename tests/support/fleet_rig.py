@@ -135,6 +135,11 @@ class Engine:
         self.containers = {key: one for key, one in self.containers.items() if one.id != facts.id}
         self.tell("destroy", facts)
 
+    async def logs_between(self, _container: str, _since: object, _until: object) -> tuple[str, ...]:
+        return ()
+
+    async def connect(self, _container: str, _network: str) -> None: ...
+
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]:
         self._called("logs")
         return ("its last words",)

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning
 
 ID = "0123456789abcdef" * 4
 TIMEOUT_S = 5.0
+BEGIN = datetime(2026, 8, 1, tzinfo=UTC)
 SHORT_S = 0.3
 REQUEST = container_request(
     Template(image="ollama/ollama:1", device=DeviceKind.CPU),
@@ -78,6 +80,8 @@ CALLS: Calls = {
     "read_archive": lambda engine: engine.read_archive(ID, "/root/.ollama", 1000),
     "has_network": lambda engine: engine.has_network("net"),
     "ensure_network": lambda engine: engine.ensure_network("net"),
+    "connect": lambda engine: engine.connect(ID, "net"),
+    "logs_between": lambda engine: engine.logs_between(ID, BEGIN, BEGIN),
     "has_image": lambda engine: engine.has_image("ollama/ollama:1"),
     "events": lambda engine: _drained(engine.events("m", lambda: None)),
     "pull": lambda engine: _drained(engine.pull("ollama/ollama:1")),

@@ -93,7 +93,8 @@ def test_one_engine_has_one_claim_under_all_names_of_its_socket(tmp_path: Path) 
 def test_a_killed_daemon_leaves_no_claim_behind(tmp_path: Path) -> None:
     code = (
         "import sys,time;from manager.adapters.owner import ManagerIdLock;"
-        f"lock=ManagerIdLock({tmp_path.name!r}, {ENGINE!r});lock.acquire();print('held',flush=True);time.sleep(60)"
+        f"lock=ManagerIdLock({tmp_path.name!r}, {ENGINE!r});lock.acquire();"
+        "print('held',flush=True);time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -141,7 +142,7 @@ def test_a_system_without_abstract_sockets_goes_without_the_claim(monkeypatch: p
         def bind(self, _address: object) -> None:
             raise FileNotFoundError(2, "no such file")
 
-    monkeypatch.setattr(socket, "socket", Refusing)
+    monkeypatch.setattr("manager.adapters.owner.socket.socket", Refusing)
     lock = ManagerIdLock("m", ENGINE)
     lock.acquire()
     lock.release()

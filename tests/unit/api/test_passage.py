@@ -159,7 +159,7 @@ class Rig:
             scope,
             self.client.receive,
             cast("Any", self.client.send),
-            begun=Begun(self.record, None, [(b"x-given", b"1")]),
+            begun=Begun(self.record, None, [(b"x-given", b"1")], None),
             routing=self.stage.routing,
             bodies=self.bodies,
             limits=limits,

@@ -25,7 +25,8 @@ from manager.domain.container import (
     is_ours,
     reader_request,
 )
-from manager.domain.instance import ContainerFacts
+from manager.domain.instance import ContainerFacts, DeviceKind
+from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.template import CPU_ONLY_ENVIRONMENT, Template
 
 MODELS = {"source": "ollama-models", "target": "/root/.ollama"}
@@ -234,3 +235,17 @@ def test_a_reader_has_one_mount_for_reading_no_network_no_card_and_no_label_of_a
         assert request.mounts == (Mount(volume.source, volume.target, read_only=True, bind=bind),)
         assert (request.network, request.gpu, request.runtime) == ("none", None, None)
         assert request.labels == {"ollama-manager.reader": "m"}
+
+
+def test_the_owner_is_a_label_that_does_not_change_the_template_hash() -> None:
+    template = Template(image="ollama/ollama:1", device=DeviceKind.CPU)
+    plain, owned = (
+        container_request(
+            template, manager_id="m", instance_id="cpu", gpu=None, loopback_port=None, owner=owner
+        )
+        for owner in (None, Owner("me"))
+    )
+    assert owned.labels == plain.labels | {LABEL_OWNER: "me"}
+    facts = ContainerFacts("1", "m-ollama-cpu", "image", "running", labels=owned.labels)
+    assert is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("me"))
+    assert not is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("other"))

@@ -82,3 +82,11 @@ def test_what_is_unavailable_for_a_known_cause_says_so(
     if there is not phase:
         assert why is not None
         assert why.message == (gpu if engine is None else engine)
+
+
+def test_a_running_container_without_its_card_is_unavailable_and_says_why() -> None:
+    lost = Explanation(Reason.GPU_MISSING, "the card is gone")
+    seen = shown(
+        Phase.READY, Health.HEALTHY, engine_trouble=None, unusable=lost, explanations=(), card_lost=True
+    )
+    assert seen == (Phase.UNAVAILABLE, lost)

@@ -887,6 +887,22 @@ async def test_a_silent_server_is_left_at_once(loading: Bench) -> None:
     assert loading.at_rest()
 
 
+@pytest.mark.parametrize("ends", ["breaks", "ends without its last line", "says so"])
+async def test_a_stream_of_an_instance_that_the_operator_stops_is_cut(bench: Bench, ends: str) -> None:
+    server = bench.kept()
+    _, client = bench.ask(STREAM, CHAT)
+    server.head(200, b"application/x-ndjson")
+    server.body(LINE)
+    bench.stage.placement.books["a"].cut("a was stopped")
+    if ends == "breaks":
+        server.breaks("the connection broke")
+    else:
+        server.body(b'{"error":"shutting down"}\n' if ends == "says so" else b"", complete=True)
+    assert b"cut off: a was stopped" in client.body
+    assert outcome(bench)[0] == "cut"
+    assert bench.stage.blamed() == {}
+
+
 @pytest.mark.parametrize("ends", ["with a head", "with its connection"])
 async def test_an_answer_during_the_look_at_a_load_is_the_answer(loading: Bench, ends: str) -> None:
     looking = loading.stage.placement.loading["a"] = asyncio.get_running_loop().create_future()

@@ -84,3 +84,14 @@ def test_whatever_the_order_the_count_is_that_of_the_leases_not_yet_released(num
         lease.release()
     assert held.book.in_flight == 0
     assert held.told == len(leases)
+
+
+def test_a_cut_concerns_the_leases_that_are_open_and_no_later_ones() -> None:
+    held = Book()
+    old = [held.book.grant(Target("cpu", "a")) for _ in range(2)]
+    held.book.cut("it was stopped")
+    new = held.book.grant(Target("cpu", "b"))
+    assert [lease.cut for lease in (*old, new)] == ["it was stopped", "it was stopped", None]
+    held.book.cut("again")
+    assert (old[0].cut, new.cut) == ("it was stopped", "again")
+    assert Lease(Target("cpu", "a"), lambda: None).cut is None

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 NOW = 1000.0
 TODAY = datetime(2026, 8, 1, 12, 0, tzinfo=UTC)
 PAUSE = timedelta(minutes=10)
+GPUS = SimpleNamespace(holds_memory=lambda _instance: None)
 CONTAINER = ContainerFacts("c", "default-ollama-gpu0", "image", "running", labels={LABEL_HASH: "new"})
 ON_CPU = Model("m", "d", size_bytes=10, vram_bytes=0, expires_at=None)
 
 
 async def fallen_back() -> Staleness:
     """A container on a card, seen to compute on the CPU."""
-    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale = Staleness(
+        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
+    )
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     assert await stale.prove_device(CONTAINER, [ON_CPU])
     assert stale.why is not None
@@ -55,7 +58,9 @@ async def test_another_fallback_is_repaired_ten_minutes_after_the_last_repair(
 
 
 async def test_an_older_template_does_not_wait_for_that_pause() -> None:
-    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale = Staleness(
+        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
+    )
     stale.fresh(CONTAINER, wanted_hash="newer", on_gpu=False)
     assert stale.recreate_at(TODAY) == 0.0
 
@@ -68,6 +73,8 @@ async def test_an_image_that_is_missing_postpones_the_repair() -> None:
 
 
 def test_what_is_in_order_is_never_replaced() -> None:
-    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "gpu0")
+    stale = Staleness(
+        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
+    )
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     assert stale.recreate_at(None) is None

@@ -31,14 +31,14 @@ class Bench:
         self.log: tuple[str, ...] = (ON_GPU,)
         self._world = SimpleNamespace(
             gpus=gpus,
-            engine=SimpleNamespace(logs=self._logs),
+            engine=SimpleNamespace(logs_between=self._logs),
             now=machine.now,
             utcnow=lambda: machine.time,
         )
         self.staleness = Staleness(cast("Any", self._world), "one")
         self.staleness.fresh(FACTS, wanted_hash=None, on_gpu=True)
 
-    async def _logs(self, _container: str, _tail: int) -> tuple[str, ...]:
+    async def _logs(self, _container: str, _since: object, _until: object) -> tuple[str, ...]:
         return self.log
 
     async def probed(self, *models: Any, after_s: float = 2.0) -> bool:

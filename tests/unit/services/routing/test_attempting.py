@@ -1047,3 +1047,14 @@ async def test_another_failure_than_a_missing_model_lets_the_next_instance_pull(
     stage.placement.prepares["a"] = unavailable(Reason.CONTAINER_EXITED)
     one = stage.request()
     assert shown(await first_target(one, one.enter(FACTS))) == "b"
+
+
+def test_a_request_that_the_operators_stop_cuts_before_its_first_byte_goes_to_another_instance(
+    stage: Stage,
+) -> None:
+    one = stage.sent()
+    assert one.cut is None
+    stage.placement.books["a"].cut("a was stopped")
+    assert one.cut == "a was stopped"
+    assert shown(one.failed(Reason.UPSTREAM_UNREACHABLE, "broke", sent=True)) == "b"
+    assert stage.blamed() == {("a", "cancelled"): 1}
