@@ -1,7 +1,7 @@
 """Docker Engine, or Podman's Docker-compatible API, over HTTP; events and pulls are in `docker_streams`.
 
 Calls go over a few kept connections on the event loop. Measured against the SDK and aiodocker:
-docs/decisions/0014-docker-types.md.
+docs/decisions/0015-docker-types.md.
 """
 
 from __future__ import annotations

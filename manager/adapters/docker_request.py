@@ -1,6 +1,6 @@
 """The body of `POST /containers/create`, built with `docker.types`. No I/O in here.
 
-Why `docker.types` and not a client of the SDK: docs/decisions/0014-docker-types.md.
+Why `docker.types` and not a client of the SDK: docs/decisions/0015-docker-types.md.
 """
 
 from __future__ import annotations

@@ -31,6 +31,16 @@ _TRIES = 3
 _SO_PEERCRED = getattr(socket, "SO_PEERCRED", None)
 
 
+def known_owner(state_dir: Path) -> Owner | None:
+    """Return the owner of a state directory as far as it can be read; nothing is created."""
+    if not (state_dir / _FILE).exists():
+        return None
+    try:
+        return read_owner(state_dir)
+    except ManagerError:
+        return None
+
+
 def read_owner(state_dir: Path) -> Owner:
     """The owner of a state directory, which is created with the first call.
 

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manager.adapters.cgroups import ProcCgroups
+from manager.adapters.owner import known_owner
 from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.domain.gpu import Gpu, Holder, find_gpu, gib, held_by
 from manager.domain.orphans import find_orphans
+from manager.domain.ownership import owner_of
 from manager.errors import EngineError, GpuQueryError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from manager.adapters.docker_engine import DockerEngine
+    from manager.domain.ownership import Owner
     from manager.services.ports import EngineInfo
     from manager.settings import Settings
 
@@ -104,7 +107,7 @@ def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) ->
     async def collect() -> list[Finding]:
         engine = DockerEngine(settings.engine.url, min(settings.engine.timeout_s, _LONGEST_WAIT_S))
         try:
-            return [finding async for finding in _engine(engine, settings.manager_id, needs, cards)]
+            return [finding async for finding in _engine(engine, settings, needs, cards)]
         finally:
             engine.close()
 
@@ -112,7 +115,7 @@ def engine_findings(settings: Settings, needs: Needs, cards: tuple[Gpu, ...]) ->
 
 
 async def _engine(
-    engine: DockerEngine, manager_id: str, needs: Needs, cards: tuple[Gpu, ...]
+    engine: DockerEngine, settings: Settings, needs: Needs, cards: tuple[Gpu, ...]
 ) -> AsyncIterator[Finding]:
     try:
         info = await engine.info()
@@ -128,7 +131,7 @@ async def _engine(
         yield await _image(engine, image)
     for network in needs.networks:
         yield await _network(engine, network)
-    yield await _containers(engine, manager_id, needs)
+    yield await _containers(engine, settings.manager_id, needs, known_owner(settings.state.dir))
 
 
 def _engine_remedy(url: str, message: str) -> str:
@@ -185,7 +188,10 @@ async def _network(engine: DockerEngine, name: str) -> Finding:
     return fine("network", name if found else f"{name}, made by the first start")
 
 
-async def _containers(engine: DockerEngine, manager_id: str, needs: Needs) -> Finding:
+async def _containers(
+    engine: DockerEngine, manager_id: str, needs: Needs, owner: Owner | None = None
+) -> Finding:
+    """Judge the containers of a manager id; `owner` is that of the state directory, None where it has none."""
     try:
         listed = await engine.list_containers(manager_id)
     except EngineError as error:
@@ -196,6 +202,14 @@ async def _containers(engine: DockerEngine, manager_id: str, needs: Needs) -> Fi
             needs.finds_cards and _OF_A_CARD.fullmatch(instance) is not None
         )
 
+    others = [one for one in listed if not (owner.owns(one) if owner else owner_of(one) is None)]
+    if others:
+        names = ", ".join(one.name for one in others)
+        return broken(
+            "containers",
+            f"belong to another state directory with manager_id {manager_id!r}: {names}",
+            "set another manager_id; if that state directory was lost, run `ollama-manager serve --take-over`",
+        )
     orphans = find_orphans(listed, manager_id=manager_id, is_configured=is_configured)
     if not orphans:
         return fine("containers", f"{len(listed)} of manager {manager_id!r}, each of an instance")

@@ -230,7 +230,9 @@ class Capacity:
         manager_id = self._world.manager_id
         name = container_name(manager_id, instance_id)
         facts = await self._world.engine.inspect(name)
-        if facts is None or is_ours(facts, manager_id=manager_id, instance_id=instance_id):
+        if facts is None or is_ours(
+            facts, manager_id=manager_id, instance_id=instance_id, owner=self._world.owner
+        ):
             return None
         message = (
             f"a container named {name!r} exists and is not managed by {manager_id!r}; rename or remove it"

@@ -232,6 +232,9 @@ class EngineLink:
 
     def _take(self, containers: tuple[ContainerFacts, ...]) -> None:
         manager_id = self._world.manager_id
+        owner = self._world.owner
+        if owner is not None:  # those of another state directory are none of ours
+            containers = tuple(facts for facts in containers if owner.owns(facts))
         named = {container_name(manager_id, one.id): one.id for one in self._fleet.supervisors()}
         self._containers = {named[facts.name]: facts for facts in containers if facts.name in named}
         known = {orphan.id: orphan.name for orphan in self.orphans}

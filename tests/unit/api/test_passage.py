@@ -175,7 +175,7 @@ class Rig:
     async def passes_on(self, passage: Passage) -> None:
         body = await passage.body()
         step = passage.attempting.enter(FACTS)
-        await passage.pass_on(self.server, step, lambda found: passage.question(found, body))  # type: ignore[arg-type]
+        await passage.pass_on(self.server, step, lambda found: passage.question(found, body))
 
     def error(self) -> str:
         return cast("str", json.loads(self.client.body)["error"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from manager.services.gpus import Gpus
 
 CONTAINER = "c" * 64
-FACTS = ContainerFacts(CONTAINER, "default-ollama-one", "image", "running", pid=5)
+STARTED = datetime(2026, 1, 1, tzinfo=UTC)
+FACTS = ContainerFacts(CONTAINER, "default-ollama-one", "image", "running", pid=5, started_at=STARTED)
 ON_GPU = 'level=INFO msg="inference compute" id=GPU-a library=cuda'
 ON_CPU = 'level=INFO msg="inference compute" id=cpu library=cpu'
 BIG = model("big:latest", digest="big", size=4 * GIB)
