@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from manager.adapters.otel import Spans
     from manager.domain.instance import ContainerFacts
     from manager.domain.ownership import Owner
-    from manager.domain.record import RequestRecord
+    from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
     from manager.settings import LoadedSettings, Settings
@@ -258,16 +258,8 @@ async def open_daemon(
         )
         fleet = parts.fleet
         stack.push_async_callback(fleet.save)
-        spans = _spans() if settings.gateway.tracing else None
-        if spans is not None:
-            stack.push_async_callback(spans.close)
-        samples = spans.samples if spans is not None else never
         sink = _RecordSink(log, settings.log)
-        traffic = Traffic(
-            sink.write,
-            share_logged=settings.gateway.access_log,
-            trace=spans.write if spans is not None else None,
-        )
+        traffic, samples = _traffic(stack, settings, sink)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
             registry,
@@ -728,6 +720,16 @@ def _on_gpu(spec: InstanceSpec) -> bool | None:
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
     """What the engine would call us if we run in one of its containers: the id, or the host name."""
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
+
+
+def _traffic(stack: AsyncExitStack, settings: Settings, sink: _RecordSink) -> tuple[Traffic, Samples]:
+    """Return the counters of requests, and which traces are sampled; spans are closed with the stack."""
+    spans = _spans() if settings.gateway.tracing else None
+    if spans is None:
+        return Traffic(sink.write, share_logged=settings.gateway.access_log), never
+    stack.push_async_callback(spans.close)
+    traffic = Traffic(sink.write, share_logged=settings.gateway.access_log, trace=spans.write)
+    return traffic, spans.samples
 
 
 def _spans() -> Spans:

@@ -191,7 +191,7 @@ async def _network(engine: DockerEngine, name: str) -> Finding:
 async def _containers(
     engine: DockerEngine, manager_id: str, needs: Needs, owner: Owner | None = None
 ) -> Finding:
-    """Judge the containers of a manager id; `owner` is that of the state directory, None where it has none."""
+    """Judge the containers of a manager id; `owner` is that of the state directory, if it has one."""
     try:
         listed = await engine.list_containers(manager_id)
     except EngineError as error:
@@ -208,7 +208,7 @@ async def _containers(
         return broken(
             "containers",
             f"belong to another state directory with manager_id {manager_id!r}: {names}",
-            "set another manager_id; if that state directory was lost, run `ollama-manager serve --take-over`",
+            "set another manager_id; if that directory was lost, run `ollama-manager serve --take-over`",
         )
     orphans = find_orphans(listed, manager_id=manager_id, is_configured=is_configured)
     if not orphans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from manager.cli.locate import Endpoint
 from manager.cli.status import _picture, _Watch
 from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER
 from manager.domain.instance import ContainerFacts
+from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.errors import EngineUnreachableError
 from tests.unit.cli.stand_in import API, Answer, StandInDaemon, ready
 
@@ -122,3 +124,18 @@ async def test_doctor_says_that_the_engine_gives_no_list() -> None:
     engine: Any = Engine(error=EngineUnreachableError("it hangs"))
     finding = await _containers(engine, "m", Needs())
     assert (finding.verdict, finding.message) == (Verdict.BROKEN, "it hangs")
+
+
+@pytest.mark.parametrize(
+    ("owner", "is_foreign"),
+    [(None, True), (Owner("other"), True), (Owner("me"), False), (Owner("new", frozenset({"me"})), False)],
+)
+async def test_doctor_advises_no_removal_of_containers_of_another_state_directory(
+    owner: Owner | None, *, is_foreign: bool
+) -> None:
+    one = container("m-ollama-cpu", "cpu")
+    engine: Any = Engine(replace(one, labels={**one.labels, LABEL_OWNER: "me"}))
+    finding = await _containers(engine, "m", Needs(instances=("cpu",)), owner)
+    assert finding.verdict is (Verdict.BROKEN if is_foreign else Verdict.FINE)
+    assert "docker rm" not in finding.remedy
+    assert ("--take-over" in finding.remedy) is is_foreign
