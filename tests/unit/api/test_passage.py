@@ -17,17 +17,24 @@ from manager.api.refusal import RefusedError
 from manager.domain.target import Target
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.bodies import BodyBudget
-from manager.services.requests import Begun
+from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Trouble
 from manager.services.routing.placement import Prepared
+from manager.wire.caller import HeaderNames
 from tests.support.attempts import FACTS, Stage, attempt, unavailable
-from tests.support.records import a_record
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from manager.services.ports import Question
 
+NAMES = HeaderNames(
+    instance=b"x-instance",
+    lane=b"x-lane",
+    project=b"x-project-id",
+    intent=b"x-intent",
+    local_only=b"x-local-only",
+)
 LIMITS = PassageLimits(most_body_bytes=100, most_upload_bytes=1000, stall_s=20.0)
 NDJSON = (b"Content-Type", b"application/x-ndjson")
 PLAIN = (b"Content-Type", b"application/json")
@@ -144,22 +151,22 @@ class Rig:
         self.client = Client(*(pieces or (b"{}",)))
         self.server = Server()
         self.bodies = BodyBudget(budget)
-        self.record = a_record(
-            attempts=0, effective_target=None, endpoint=None, model=None, status=0, ttfb_ms=None, kind=None
-        )
+        given = [(b"x-given", b"1"), *headers]
+        begun = Requests(NAMES, default_project="default").begin(path, None, given)
+        self.record = begun.record
         scope = {
             "type": "http",
             "method": "POST",
             "path": path,
             "raw_path": path.encode(),
             "query_string": query,
-            "headers": list(headers),
+            "headers": given,
         }
         self.passage = Passage(
             scope,
             self.client.receive,
             cast("Any", self.client.send),
-            begun=Begun(self.record, None, [(b"x-given", b"1")], None),
+            begun=begun,
             routing=self.stage.routing,
             bodies=self.bodies,
             limits=limits,

@@ -225,7 +225,7 @@ async def test_a_model_is_unloaded_from_the_others_on_the_volume_that_hold_it(ri
         rig[name].loaded = ("Tiny:latest",)
     await rig.volumes.unload_elsewhere("shared", "tiny", except_on="a")
     assert rig.server.asked == [("http://b", {"model": "tiny", "keep_alive": 0})]
-    assert rig["b"].probes == 1
+    assert rig["b"].probes
 
 
 @pytest.mark.parametrize("how", ["stopped", "not loaded"])
