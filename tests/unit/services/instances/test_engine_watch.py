@@ -35,7 +35,7 @@ def watching(engine: Engine, events: list[tuple[str, Any]]) -> EngineWatch:
 
 
 async def test_a_lack_of_descriptors_does_not_take_an_engine_for_gone() -> None:
-    engine, events = Engine(), []
+    engine, events = Engine(), list[tuple[str, Any]]()
     watch = watching(engine, events)
     await watch._ping()
     assert watch.up
@@ -49,7 +49,7 @@ async def test_a_lack_of_descriptors_does_not_take_an_engine_for_gone() -> None:
 
 
 async def test_before_the_first_answer_a_lack_of_descriptors_is_the_reason_that_is_told() -> None:
-    engine, events = Engine(), []
+    engine, events = Engine(), list[tuple[str, Any]]()
     engine.answer = LACK
     watch = watching(engine, events)
     await watch._ping()
