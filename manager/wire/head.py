@@ -46,7 +46,9 @@ _OURS = frozenset(
     }
 )
 # Of an answer: what frames the message, and what is said anew here whatever a server says.
+# The last ones would tell a browser something about this address, which the server knows nothing of.
 NOT_RETURNED = HOP_BY_HOP | {
+    b"access-control-allow-credentials",
     b"access-control-allow-origin",
     b"access-control-expose-headers",
     b"content-length",
@@ -57,6 +59,10 @@ NOT_RETURNED = HOP_BY_HOP | {
     b"x-queue-ms",
     b"x-request-id",
     b"x-start-ms",
+    b"alt-svc",
+    b"clear-site-data",
+    b"set-cookie",
+    b"strict-transport-security",
 }
 _NEVER_FORWARDED = HOP_BY_HOP | _OURS
 Header = tuple[bytes, bytes]

@@ -284,6 +284,8 @@ async def test_what_is_between_caller_and_gateway_stays_there(tmp_path: Path) ->
     async def answers(talk: Conversation) -> None:
         extra = (
             "Connection: X-Internal\r\nX-Internal: i\r\nX-Instance: forged\r\nKeep-Alive: 5\r\nX-Other: o\r\n"
+            'Set-Cookie: c=1\r\nStrict-Transport-Security: max-age=9\r\nAlt-Svc: h3=":1"\r\n'
+            "Access-Control-Allow-Credentials: true\r\nClear-Site-Data: *\r\n"
         )
         await talk.whole(200, LAST.strip(), extra)
 
@@ -303,6 +305,9 @@ async def test_what_is_between_caller_and_gateway_stays_there(tmp_path: Path) ->
         assert seen["x-request-id"] == reply.headers["x-request-id"]
         assert reply.headers["x-instance"] == "a"
         assert reply.headers["x-other"] == "o"
+        for name in ("set-cookie", "strict-transport-security", "alt-svc", "clear-site-data"):
+            assert name not in reply.headers
+        assert "access-control-allow-credentials" not in reply.headers
         assert {"x-internal", "keep-alive"}.isdisjoint(reply.headers)
         record = await front.record()
         assert (record.project_id, record.trace_id, record.parent_span_id) == ("p", "a" * 32, "b" * 16)
