@@ -25,7 +25,7 @@ class Caller:
 
     `ambiguity` is why nobody could serve it: its framing, or a header of ours that makes no sense.
     `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.
-    `encoding` is that of the body where it is decoded here.
+    `encoding` is that of the body where it is decoded here. `version` is that of the rules of access.
     """
 
     route: Route
@@ -36,6 +36,7 @@ class Caller:
     for_page: bytes
     origin: Origin
     encoding: Encoding | None
+    version: int
     _begun: tuple[Address, bytes, tuple[Header, ...], bytes] | None = None
 
     def head_for(self, address: Address, target: bytes, added: tuple[Header, ...] = ()) -> bytes:
@@ -80,4 +81,5 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
         for_page=b"".join(b"%b: %b\r\n" % line for line in for_pages(headers, refusal)),
         origin=origin,
         encoding=encoding,
+        version=relay.access.version,
     )

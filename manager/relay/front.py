@@ -264,7 +264,12 @@ class Front(HttpToolsProtocol):
         headers, self.headers = self.headers, _TRAILERS
         modern = version != "1.0"
         caller = self._caller
-        self._is_alike = caller is not None and caller.headers == headers and caller.route is route
+        self._is_alike = (
+            caller is not None
+            and caller.headers == headers
+            and caller.route is route
+            and caller.version == self._relay.access.version
+        )
         if caller is None or not self._is_alike:
             caller = self._caller = read_caller(self._relay, route, headers, modern=modern)
         exchange = Exchange(
@@ -448,6 +453,7 @@ class Front(HttpToolsProtocol):
             or self._head_bytes
             or not self._in_head
             or self._places.extra
+            or known.caller.version != self._relay.access.version
             or not data.startswith(known.before, at)
             or not data.startswith(known.after, digits_end)
         ):

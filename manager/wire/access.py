@@ -62,7 +62,12 @@ class Access:
         allowed_origins: patterns of other pages that may use Ollama's routes (`manager.wire.origins`).
         own_names: names of this machine, allowed as hosts.
         any_host: allow every Host. Safe where a key is required, since no page has the key.
+
+    Attributes:
+        version: grows with each change of the rules.
     """
+
+    version = 0
 
     def __init__(
         self,
@@ -97,6 +102,7 @@ class Access:
         self._origins = Origins(tuple(allowed_origins))
         self._key = key.encode() if key is not None else None
         self._seen: set[bytes] = set()
+        self.version += 1
 
     @property
     def wants_key(self) -> bool:

@@ -125,3 +125,19 @@ async def test_a_body_that_is_not_here_whole_is_waited_for(tmp_path: Path) -> No
         assert (await caller.reply()).status == 200
         assert server.seen[-1].json()["prompt"] == "in pieces"
         caller.leave()
+
+
+async def test_a_new_key_is_in_force_on_connections_that_are_kept(tmp_path: Path) -> None:
+    extra = "Authorization: Bearer the-old-key-0123456789\r\n"
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, key="the-old-key-0123456789") as front,
+    ):
+        caller = await front.connect()
+        for _ in range(4):
+            await caller.raw(request("usual", extra=extra))
+            assert (await caller.reply()).status == 200
+        front.relay.access.configure(allowed_hosts={"localhost"}, key="the-new-key-0123456789")
+        await caller.raw(request("usual", extra=extra))
+        assert (await caller.reply()).status == 401
+        caller.leave()
