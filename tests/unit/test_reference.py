@@ -1,0 +1,38 @@
+"""docs/reference.md names every phase, reason and event, and none that does not exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from manager.domain.instance import Health, Phase
+from manager.errors import Reason
+
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+# Where an event is recorded its name is the first argument, or one of two.
+RECORDED = re.compile(r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?')
+
+
+def named(section: str) -> set[str]:
+    """The words in the first column of a section's table."""
+    text = REFERENCE.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.MULTILINE)
+    return {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
+
+
+def test_every_phase_and_reason_is_named() -> None:
+    assert named("Phases of an instance") == {phase.value for phase in Phase}
+    assert named("Reasons") == {reason.value for reason in Reason}
+    assert {health.value for health in Health} <= set(re.findall(r"`([a-z]+)`", REFERENCE))
+
+
+def test_every_event_is_named() -> None:
+    recorded = {
+        name
+        for file in (ROOT / "manager").rglob("*.py")
+        for names in RECORDED.findall(file.read_text(encoding="utf-8"))
+        for name in names
+        if name
+    }
+    assert named("Events") - {"healthy", "unhealthy"} == recorded - {"healthy", "unhealthy"}
