@@ -451,7 +451,7 @@ async def serve(
                     server,
                     listener,
                     daemon.run(),
-                    before_end=daemon.fleet.stop_all if stop_instances else None,
+                    before_end=daemon.parts.capacity.stop_all if stop_instances else None,
                     on_hangup=reloader.ask,
                 )
             except BaseExceptionGroup as group:

@@ -71,7 +71,7 @@ class Reloader:
         self._asked.set()
 
     async def run(self) -> None:
-        self._seen = await asyncio.to_thread(_signature, self._running.settings.server.key_file)
+        # The first look reads the key again: it may have changed while the daemon was starting.
         while True:
             try:
                 async with asyncio.timeout(_KEY_CHECK_S):

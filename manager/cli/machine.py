@@ -183,7 +183,8 @@ def _run_service(command: list[str], url: str) -> bool:
 
 
 def _start_in_background(url: str, log_dir: Path) -> None:
-    prepare_cgroup_v2()
+    with suppress(OSError):  # dockerd says what it lacks
+        prepare_cgroup_v2()
     log_dir.mkdir(parents=True, exist_ok=True)
     log = log_dir / "ollama-manager-dockerd.log"
     with log.open("ab") as sink:
@@ -206,10 +207,14 @@ def _start_in_background(url: str, log_dir: Path) -> None:
 def prepare_cgroup_v2() -> None:
     """Let dockerd make cgroups where this machine is a container with a cgroup v2 of its own.
 
-    The root of such a cgroup must have no processes: they move into a child.
+    The root of such a cgroup must have no processes: they move into a child. The root of a whole machine
+    has no `cgroup.type` and is left alone.
+
+    Raises:
+        OSError: the cgroups may not be changed.
     """
     wanted = _CGROUPS / "cgroup.subtree_control"
-    if not wanted.exists() or "memory" in wanted.read_text().split():
+    if not (_CGROUPS / "cgroup.type").exists() or "memory" in wanted.read_text().split():
         return
     controllers = (_CGROUPS / "cgroup.controllers").read_text().split()
     inner = _CGROUPS / "oem-processes"

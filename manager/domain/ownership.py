@@ -39,6 +39,24 @@ def foreign(owner: Owner, containers: Iterable[ContainerFacts]) -> tuple[Contain
     return tuple(facts for facts in containers if not owner.owns(facts))
 
 
+def whose(facts: ContainerFacts, *, manager_id: str, is_of_manager: bool) -> str:
+    """Say whose container it is that has the name of one of ours.
+
+    Args:
+        facts: the container.
+        manager_id: ours.
+        is_of_manager: it has the labels of our manager id.
+    """
+    if is_of_manager:
+        return (
+            f"the container {facts.name!r} belongs to another daemon with manager_id {manager_id!r} "
+            f"(owner {owner_of(facts)}); give this daemon a manager_id of its own"
+        )
+    return (
+        f"a container named {facts.name!r} exists and is not managed by {manager_id!r}; rename or remove it"
+    )
+
+
 def owner_of(facts: ContainerFacts) -> str | None:
     """The id of the owner that a container is labelled with."""
     return facts.labels.get(LABEL_OWNER)

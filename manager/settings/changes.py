@@ -32,7 +32,6 @@ LIVE = frozenset(
         "instances.*.start_timeout_s",
         "instances.*.pinned",
         "instances.*.priority",
-        "instances.*.prewarm",
         "instances.*.serves",
         "lifecycle.ttl_s",
         "lifecycle.start_timeout_s",

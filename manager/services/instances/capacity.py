@@ -20,6 +20,7 @@ from manager.domain.capacity import (
 )
 from manager.domain.container import container_name, is_ours
 from manager.domain.instance import Explanation
+from manager.domain.ownership import whose
 from manager.errors import (
     LimitReachedError,
     ManagerError,
@@ -60,6 +61,7 @@ class Capacity:
         self._prewarms: dict[str, None] = {}
         self._begun: dict[str, asyncio.Task[None] | None] = {}
         self._news = asyncio.Event()
+        self._is_closed = False
 
     def reconfigure(self, max_running: int | None) -> None:
         """Take over a new limit. What runs beyond it goes on."""
@@ -70,6 +72,7 @@ class Capacity:
 
     def may_run(self, instance_id: str) -> None:
         """Raise LimitReachedError unless one more instance may run; nothing is stopped for it."""
+        self._refuse_at_the_end(instance_id)
         holders = running(instance_id, self._occupants(), self._promised)
         if self._max_running is not None and len(holders) >= self._max_running:
             raise self._full(instance_id, NoPlace(holders))
@@ -90,6 +93,7 @@ class Capacity:
             StartFailedError: the instance would not start; nothing was stopped.
             ManagerError: the stop failed.
         """
+        self._refuse_at_the_end(instance_id)
         with ExitStack() as stack:
             async with self._turn:  # many may want a place at once, and the same one
                 stack.enter_context(self._promise(instance_id))
@@ -143,6 +147,21 @@ class Capacity:
         waited = self._withdraw(instance_id)
         return supervisor.begin_stop(force=force) or waited
 
+    async def stop_all(self) -> None:
+        """Stop every instance of ours, and start none any more. A failed stop is left to the next daemon."""
+        self._is_closed = True
+        for instance_id in (*self._prewarms, *self._begun):
+            self._withdraw(instance_id)
+        supervisors = self._fleet.supervisors()
+        stops = (supervisor.stop() for supervisor in supervisors)
+        for supervisor, error in zip(
+            supervisors, await asyncio.gather(*stops, return_exceptions=True), strict=True
+        ):
+            if isinstance(error, ManagerError):
+                self._world.journal.record("stop_failed", instance=supervisor.id, detail=error.message)
+            elif isinstance(error, BaseException):
+                raise error
+
     def prewarm(self, supervisor: Supervisor) -> None:
         """Start an instance with the daemon, now or when a place is free. A sweep starts nothing."""
         if self._world.resume_idle_clock:
@@ -191,6 +210,10 @@ class Capacity:
 
     # --- helpers, in call order ---
 
+    def _refuse_at_the_end(self, instance_id: str) -> None:
+        if self._is_closed:
+            raise LimitReachedError("the manager ends, and starts nothing any more", instance=instance_id)
+
     async def _make_place(self, instance_id: str, keep: set[str], *, explicit: bool) -> None:
         while not self._has_place(instance_id):
             obstacle, absent = await self._look(instance_id, explicit=explicit)
@@ -234,8 +257,10 @@ class Capacity:
             facts, manager_id=manager_id, instance_id=instance_id, owner=self._world.owner
         ):
             return None
-        message = (
-            f"a container named {name!r} exists and is not managed by {manager_id!r}; rename or remove it"
+        message = whose(
+            facts,
+            manager_id=manager_id,
+            is_of_manager=is_ours(facts, manager_id=manager_id, instance_id=instance_id),
         )
         return Explanation(Reason.NAME_CONFLICT, message)
 

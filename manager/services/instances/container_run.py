@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from manager.domain.condition import explain_end
 from manager.domain.container import endpoint_of, is_ours
 from manager.domain.instance import ALIVE, ContainerFacts
-from manager.domain.ownership import owner_of
+from manager.domain.ownership import whose
 from manager.errors import (
     ContainerGoneError,
     EngineError,
@@ -260,23 +260,17 @@ class ContainerRun:
         other = await self._world.engine.inspect(name)
         if other is not None and not self._is_ours(other):
             raise NameConflictError(
-                self._whose(other),
+                whose(
+                    other,
+                    manager_id=self._world.manager_id,
+                    is_of_manager=is_ours(
+                        other, manager_id=self._world.manager_id, instance_id=self._instance
+                    ),
+                ),
                 instance=self._instance,
                 details={"container": other.id, "image": other.image},
             ) from refusal
         return other
-
-    def _whose(self, other: ContainerFacts) -> str:
-        world = self._world
-        if is_ours(other, manager_id=world.manager_id, instance_id=self._instance):
-            return (
-                f"the container {other.name!r} belongs to another daemon with manager_id "
-                f"{world.manager_id!r} (owner {owner_of(other)}); give this daemon a manager_id of its own"
-            )
-        return (
-            f"a container named {other.name!r} exists and is not managed by {world.manager_id!r}; "
-            "rename or remove it"
-        )
 
     def _endpoint(self, container: ContainerFacts, request: ContainerRequest, *, by_name: bool) -> str:
         endpoint = endpoint_of(container, request, by_name=by_name)

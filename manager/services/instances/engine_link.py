@@ -95,6 +95,8 @@ class EngineLink:
         """Tell an instance that joined the fleet late what the engine is known to say."""
         if self._situation is not None:
             self._introduce(supervisor, self._situation)
+            if supervisor.spec.prewarm:
+                self._capacity.prewarm(supervisor)
             supervisor.engine_changed(up=self.up)
 
     async def run(self) -> None:
@@ -122,6 +124,7 @@ class EngineLink:
             # The process's own lack says nothing about the engine.
             if not self.up:
                 self.trouble = error.message
+            return
         except EngineError as error:
             self._went_down(error.message)
         else:
@@ -139,8 +142,12 @@ class EngineLink:
         situation = self._situation = _situation(engine.url, info, in_container=in_container)
         self._take(containers)
         # Where not all may run, those of higher priority are the first to be started.
-        for supervisor in sorted(self._fleet.supervisors(), key=lambda one: -one.spec.priority):
+        supervisors = sorted(self._fleet.supervisors(), key=lambda one: -one.spec.priority)
+        for supervisor in supervisors:
             self._introduce(supervisor, situation)
+        for supervisor in supervisors:  # once those that run already have their places
+            if supervisor.spec.prewarm:
+                self._capacity.prewarm(supervisor)
 
     def _introduce(self, supervisor: Supervisor, situation: _Situation) -> None:
         template = supervisor.spec.template
@@ -151,8 +158,6 @@ class EngineLink:
             elsewhere=situation.elsewhere,
         )
         supervisor.first_listing(self._containers.get(supervisor.id))
-        if supervisor.spec.prewarm:
-            self._capacity.prewarm(supervisor)
 
     def _is_up(self) -> None:
         if self.up:

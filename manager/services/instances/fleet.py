@@ -6,7 +6,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from manager.domain.wording import listed
-from manager.errors import ConflictError, ManagerError, UnknownInstanceError
+from manager.errors import ConflictError, UnknownInstanceError
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -100,18 +100,6 @@ class Fleet:
         """Store the last use of each instance."""
         for supervisor in self.supervisors():
             await supervisor.save_use()
-
-    async def stop_all(self) -> None:
-        """Stop every instance of ours. A failed stop is left to the next daemon."""
-        supervisors = self.supervisors()
-        stops = (supervisor.stop() for supervisor in supervisors)
-        for supervisor, error in zip(
-            supervisors, await asyncio.gather(*stops, return_exceptions=True), strict=True
-        ):
-            if isinstance(error, ManagerError):
-                self._world.journal.record("stop_failed", instance=supervisor.id, detail=error.message)
-            elif isinstance(error, BaseException):
-                raise error
 
     async def _save_forever(self) -> None:
         while True:

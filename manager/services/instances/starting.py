@@ -77,6 +77,9 @@ class Starting:
     def unusable(self) -> Explanation | None:
         """Why no start can succeed, None when one may."""
         w = self._w
+        lost = w.condition.state.card_lost
+        if lost is not None and w.condition.state.phase is Phase.READY:
+            return lost  # until its next probe finds the card again
         missing = w.world.gpus.why_missing(w.id) if w.is_gpu else None
         if missing is not None:
             return Explanation(Reason.GPU_MISSING, missing)

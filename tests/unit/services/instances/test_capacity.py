@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.domain.container import container_name
 from manager.domain.instance import Phase, Target
 from manager.errors import (
     CancelledByStopError,
@@ -18,7 +19,7 @@ from manager.errors import (
     StartFailedError,
     UnavailableError,
 )
-from tests.support.fleet_rig import Rig, until
+from tests.support.fleet_rig import MANAGER, Rig, until
 
 if TYPE_CHECKING:
     from manager.services.instances.supervisor import Supervisor
@@ -335,6 +336,28 @@ async def test_a_stop_cancels_a_start_that_has_its_place() -> None:
 
 
 # --- prewarm ---
+
+
+async def test_a_container_that_runs_already_has_its_place_before_any_prewarm() -> None:
+    rig = Rig("low", max_running=1)
+    rig.add("pre", prewarm=True, priority=10)
+    rig.engine.put(container_name(MANAGER, "low"), "low")
+    async with rig.running():
+        assert rig.running_ids() == {"low"}
+        assert ("prewarm_waits", "pre", Reason.OVERLOADED) in rig.journal.events
+
+
+async def test_the_end_of_all_instances_starts_no_instance_that_waits_for_a_place() -> None:
+    rig = Rig(max_running=1)
+    rig.add("first", prewarm=True, priority=1)
+    rig.add("late", prewarm=True)
+    async with rig.running():
+        await until(lambda: rig.view("first").phase is Phase.READY)
+        await rig.capacity.stop_all()
+        assert rig.running_ids() == set()
+        with pytest.raises(LimitReachedError, match="ends"):
+            await rig.capacity.start("late")
+        assert rig.running_ids() == set()
 
 
 async def test_a_prewarmed_instance_waits_for_a_place_says_so_and_stops_nothing() -> None:

@@ -79,6 +79,20 @@ async def test_a_lost_card_takes_the_instance_out_and_a_returned_one_gets_a_new_
 
 
 @in_virtual_time
+async def test_a_start_between_the_return_of_a_card_and_the_next_probe_is_refused() -> None:
+    async with on_ground(gpu=True) as ground:
+        one = await ground.ready()
+        ground.machine.is_there = False
+        await read_cards(ground, one)
+        ground.machine.is_there = True
+        await ground.gpus.refresh()
+        with pytest.raises(UnavailableError, match="not in this machine"):
+            one.begin_start()
+        await one.probe()
+        assert not one.begin_start(), "it runs"
+
+
+@in_virtual_time
 async def test_an_instance_without_its_card_is_still_stopped_when_idle() -> None:
     async with on_ground(gpu=True) as ground:
         one = await ground.ready()

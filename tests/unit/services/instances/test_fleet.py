@@ -56,7 +56,7 @@ async def test_all_are_stopped_and_a_stop_that_fails_is_left_to_the_next_daemon(
         await rig.capacity.start("a")
         await rig.capacity.start("b")
         rig.engine.failing["signal b"] = EngineError("it will not", reason=Reason.START_FAILED)
-        await rig.fleet.stop_all()
+        await rig.capacity.stop_all()
         assert rig.view("a").phase is Phase.STOPPED
         assert ("stop_failed", "b", Reason.START_FAILED) in rig.journal.events
 
@@ -69,7 +69,7 @@ async def test_a_defect_in_a_stop_is_raised(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(rig["a"], "stop", broken)
     with pytest.raises(ZeroDivisionError):
-        await rig.fleet.stop_all()
+        await rig.capacity.stop_all()
 
 
 async def test_an_error_in_the_loop_of_an_instance_ends_all(monkeypatch: pytest.MonkeyPatch) -> None:
