@@ -27,6 +27,8 @@ _FILE = "owner.json"
 _LONGEST = 16 * 1024
 # Lost state directories are remembered by their owner ids; older ones have no containers left.
 _MOST_TAKEN_OVER = 16
+# Nobody accepts: each daemon that asked who holds the id takes one place of the backlog.
+_MOST_QUESTIONS = 4096
 _TRIES = 3
 _SO_PEERCRED = getattr(socket, "SO_PEERCRED", None)
 
@@ -121,7 +123,7 @@ class ManagerIdLock:
             claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
                 claim.bind(self._address)
-                claim.listen(1)
+                claim.listen(_MOST_QUESTIONS)
             except OSError as error:
                 claim.close()
                 if error.errno != errno.EADDRINUSE:
@@ -137,8 +139,9 @@ class ManagerIdLock:
                 # Anybody can take a name: a stranger must not keep the daemon from starting.
                 _log.warning("manager_id_claimed_by_another_user", manager_id=self._manager_id, uid=uid)
                 return
+            which = f", process {pid}," if pid else ""
             raise ManagerIdHeldError(
-                f"another daemon, process {pid}, serves manager_id {self._manager_id!r} on this engine "
+                f"another daemon{which} serves manager_id {self._manager_id!r} on this engine "
                 "with another state directory"
             )
 

@@ -221,6 +221,7 @@ def test_max_running_is_409(new_daemon: NewDaemon) -> None:
     instances = {"one": {"template": "sim"}, "two": {"template": "sim"}}
     daemon = new_daemon(instances=instances, lifecycle={"max_running": 1}).start()
     daemon.started("one")
+    daemon.call("PATCH", "instances/one", json={"pinned": True})
     error = error_of(daemon.begin("two", "start"), 409)
     assert (error["code"], error["instance"]) == ("max_running_reached", "two")
     assert daemon.instance("two")["phase"] == "stopped"
@@ -589,7 +590,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
     assert set(document["paths"]) == {
         *(
             f"{COMPUTE}/{path}"
-            for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events")
+            for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain")),

@@ -390,7 +390,7 @@ class Loaded(Store):
 @pytest.fixture
 def one_volume(monkeypatch: pytest.MonkeyPatch) -> None:
     """All instances are on one volume; those without a container have none of ours otherwise."""
-    modules = ("models.volumes", "models.catalogue", "models.model_lists", "models.volume_reader")
+    modules = ("models.volumes", "overview", "models.model_lists", "models.volume_reader")
     for module in (*modules, "routing.router", "routing.placement"):
         monkeypatch.setattr(f"manager.services.{module}.volume_of", lambda _spec: "shared")
 

@@ -136,6 +136,8 @@ def test_effective_has_the_shape_of_the_values_with_a_source_at_each_leaf(daemon
     changed(daemon, {"embedding_target_instance": "nas", "roles": {"output": {"system": {"mode": "append"}}}})
     plain, effective = daemon.get(SETTINGS), daemon.get(f"{SETTINGS}/effective")
     assert effective.pop("ignored") == []
+    warnings = plain.pop("warnings")
+    assert all(set(one) == {"key", "message"} for one in warnings)
 
     def stripped(node: Any, like: Any) -> Any:
         if isinstance(node, dict) and set(node) == {"value", "source"}:

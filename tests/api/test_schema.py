@@ -43,7 +43,15 @@ UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 def description() -> dict[str, Any]:
     """What the daemon says of itself; it does not depend on what is configured, but for the key."""
-    nothing = SimpleNamespace(fleet=None, refusals=Refusals(now=lambda: 0.0))
+    nothing = SimpleNamespace(
+        fleet=None,
+        capacity=None,
+        sweeps=None,
+        link=None,
+        first_look=None,
+        overviews=None,
+        refusals=Refusals(now=lambda: 0.0),
+    )
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
 
 

@@ -169,6 +169,7 @@ def test_an_image_that_is_missing_leaves_the_reading_to_another_instance_s(
     made["templates"]["none"] = {**made["templates"]["sim"], "image": "ollama-manager/simulated:none"}
     daemon = new_daemon(**made).start()
     assert daemon.get("/api/tags")["models"] == before
+    daemon.stop()
     made["instances"] = {"none": {"template": "none"}}
     daemon = new_daemon(**made, name="second").start()
     assert names(daemon) == []

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -84,6 +85,7 @@ class Daemon:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.state_dir = home / "state"
+        self.manager_id = f"t{uuid.uuid4().hex[:8]}"
         self.config_file = home / "config.yaml"
         self.log_file = home / "daemon.log"
         self.engine_url = engine_url
@@ -104,7 +106,9 @@ class Daemon:
         """Write the configuration file anew; the next start reads it."""
         server = {"port": self.port, **config.get("server", {})}
         state = {"dir": str(self.state_dir), **config.get("state", {})}
-        text = yaml.safe_dump({**config, "server": server, "state": state}, sort_keys=False)
+        # Other daemons of the tests have engines of the same name: each has an id of its own.
+        whole = {"manager_id": self.manager_id, **config, "server": server, "state": state}
+        text = yaml.safe_dump(whole, sort_keys=False)
         self.config_file.write_text(text, encoding="utf-8")
 
     def start(

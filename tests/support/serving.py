@@ -14,6 +14,7 @@ import requests
 import yaml
 
 from tests.support.daemon import ROOT, free_port, wait_for
+from tests.support.fixtures import new_manager_id
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -84,7 +85,13 @@ def serving(
         descriptors: soft and hard limit of open descriptors.
     """
     port = free_port()
-    whole = {"instances": {}, "gpus": "none", "state": {"dir": "state"}, **(config or {})}
+    whole = {
+        "instances": {},
+        "gpus": "none",
+        "state": {"dir": "state"},
+        "manager_id": new_manager_id(),
+        **(config or {}),
+    }
     whole["server"] = {"port": port, **whole.get("server", {})}
     (home / "config.yaml").write_text(yaml.safe_dump(whole))
 

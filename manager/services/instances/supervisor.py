@@ -185,9 +185,11 @@ class Supervisor(Instance):
         async with self._last_look:
             if not self.idle:
                 return False
+            since = self.unused_since
             await self._look_for_use()
-            # Nothing is awaited from here on: no lease can be taken in between.
-            if not self.idle or not self._w.engine_up:
+            # The look may take as long as a short TTL: a use that it found counts all the same. Nothing is
+            # awaited from here on: no lease can be taken in between.
+            if self.unused_since != since or not self.idle or not self._w.engine_up:
                 return False
             return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
 
@@ -213,7 +215,9 @@ class Supervisor(Instance):
     async def _rests(self) -> bool:
         """Whether it is unused, and was since the last look."""
         since = self.unused_since
-        await self._look_for_use()
+        # A request waits for this: the pause between two looks shows direct use, no longer window does.
+        await self.probe()
+        await self._usage.sample()
         return since is not None and self.unused_since == since
 
     async def _look_for_use(self) -> None:
