@@ -215,10 +215,10 @@ class Supervisor(Instance):
     async def _rests(self) -> bool:
         """Whether it is unused, and was since the last look."""
         since = self.unused_since
-        # A request waits for this: the pause between two looks shows direct use, no longer window does.
+        # A request waits for this: after an open lease the pause between two looks is judged, nothing longer.
         await self.probe()
-        await self._usage.sample()
-        return since is not None and self.unused_since == since
+        is_judged = await self._usage.sample()
+        return is_judged and since is not None and self.unused_since == since
 
     async def _look_for_use(self) -> None:
         """Take in the use by clients that talk to the endpoint directly."""

@@ -138,18 +138,22 @@ class UsageWatch:
             except TimeoutError:
                 pass
 
-    async def sample(self) -> None:
-        """Take one sample; tell the instance when somebody used it since the one before."""
+    async def sample(self) -> bool:
+        """Take one sample; tell the instance when somebody used it since the one before.
+
+        Returns:
+            Whether the time since the sample before could be judged: no lease was open in it.
+        """
         container = self._watched.ready_container
         if container is None:
-            return
+            return False
         probing = self._watched.probe_bytes
         try:
             counters = await self._world.engine.counters(container.id)
         except EngineError:
             counters = None
         if self._watched.ready_container is not container:
-            return
+            return False
         last, self._last = self._last, self._sample(counters)
         sample = self._last
         leased, self._leased = self._leased or self._watched.in_flight > 0, False
@@ -159,11 +163,12 @@ class UsageWatch:
         if last is None or leased or self._judged_from is None:
             self._judged_from = sample.at
         if last is None or leased:
-            return
+            return False
         # A probe that was under way has moved bytes which are not counted as ours yet.
         allowance = max(probing, self._watched.probe_bytes)
         if was_used(last, replace(sample, own_bytes=sample.own_bytes + allowance)):
             self._watched.used()
+        return True
 
     def _sample(self, counters: ContainerCounters | None) -> UsageSample:
         """What is known now. Counters that the engine does not tell stand still: the next ones catch up."""
