@@ -85,8 +85,17 @@ def serve(
 @click.option("--host", help="Address to listen on; beyond loopback only with a server.key_file.")
 @click.option("--port", type=int, help="Port to listen on.")
 @click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
+@click.option("--take-over", is_flag=True, help="Adopt the containers of a state directory that was lost.")
 @_CONFIG
-def up(host: str | None, port: int | None, config: Path | None, *, yes: bool, stop_instances: bool) -> int:
+def up(
+    host: str | None,
+    port: int | None,
+    config: Path | None,
+    *,
+    yes: bool,
+    stop_instances: bool,
+    take_over: bool,
+) -> int:
     """Prepare the Docker Engine, the images and the volumes, then serve.
 
     Lists what is missing and asks before it changes anything. Where nothing is missing it is `serve`.
@@ -97,7 +106,7 @@ def up(host: str | None, port: int | None, config: Path | None, *, yes: bool, st
     prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config, stop_instances=stop_instances, take_over=False)
+        return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)
     except KeyboardInterrupt:
         return DONE
 
