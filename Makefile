@@ -60,6 +60,10 @@ test-engines: setup ## The integration tests on other engines: Docker of Debian 
 test-clients: setup ## Other people's clients, in several generations; installs them from the registries.
 	@exec $(BIN)/python -m tests.tools.clients $(ARGS)
 
+.PHONY: mutants
+mutants: setup ## Break random places in domain/ and services/; print those that no test noticed. An hour.
+	@exec $(BIN)/python -m tests.tools.mutants $(ARGS)
+
 .PHONY: bench
 bench: setup ## Measure, and print a table.
 	@exec $(BIN)/python -m tests.bench $(ARGS)

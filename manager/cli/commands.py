@@ -248,6 +248,18 @@ def reap(dry_run: bool, url: str | None, config: Path | None) -> int:
 
 
 @program.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@_CONFIG
+def backup(file: Path, config: Path | None) -> None:
+    """Write the state (overrides, events, learned sizes) into FILE, a tar archive; the daemon may run."""
+    from manager.cli.backup import back_up  # noqa: PLC0415
+    from manager.cli.locate import load  # noqa: PLC0415
+
+    names = back_up(load(config).settings, file)
+    click.echo(f"{file}: {', '.join(names)}")
+
+
+@program.command()
 @_JSON
 @_CONFIG
 def doctor(as_json: bool, config: Path | None) -> int:
