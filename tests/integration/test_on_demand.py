@@ -239,8 +239,10 @@ def test_a_container_that_dies_in_mid_stream_is_told_and_leaves_no_lease(
         container = docker_client.containers.get(f"{manager_id}-ollama-cpu")
         threading.Timer(0.5, container.kill).start()
         assert "error" in json.loads(stream.result().text.splitlines()[-1])
-    wait_for(lambda: daemon.instance("cpu")["in_flight"] == 0)
+    # A request that reaches the server while it dies is not repeated: this one comes after its end was seen.
+    wait_for(lambda: daemon.instance("cpu"), lambda body: body["phase"] != "ready" or body["starts"] > 1)
     answer = chat(daemon, {"stream": False, "options": {"num_predict": 1}})
+    assert daemon.instance("cpu")["in_flight"] == 0
     assert answer.status_code == 200, answer.text
 
 
@@ -312,7 +314,7 @@ def one_of_two(new_daemon: NewDaemon, **env: str) -> Daemon:
 
 
 def test_who_gives_up_while_another_makes_way_leaves_it_to_the_others(new_daemon: NewDaemon) -> None:
-    daemon = one_of_two(new_daemon, SHUTDOWN_S="2")
+    daemon = one_of_two(new_daemon, SHUTDOWN_S="6")
     wanted = {"model": "tiny@two", "stream": False}
     with ThreadPoolExecutor(1) as pool:
         patient = pool.submit(hasty, daemon, wanted)
@@ -325,7 +327,7 @@ def test_who_gives_up_while_another_makes_way_leaves_it_to_the_others(new_daemon
 
 def hasty(daemon: Daemon, body: dict[str, Any]) -> None:
     with pytest.raises(requests.ReadTimeout):
-        chat(daemon, body, timeout_s=1)
+        chat(daemon, body, timeout_s=4)  # a look at its use takes up to 2 s on Docker 20.10
 
 
 def test_what_makes_way_does_not_take_its_place_back(new_daemon: NewDaemon) -> None:

@@ -163,7 +163,8 @@ def test_a_gpu_container_whose_log_names_the_cpu_is_replaced_once_and_not_again_
     daemon.kill()
     daemon.start()  # which knows that it has been tried
     daemon.wait_for_phase("gpu0", "ready")
-    wait_for(lambda: count(daemon, "gpu_fallback"), lambda said: said == 3)
+    body = wait_for(lambda: daemon.instance("gpu0"), lambda body: body["reason"])
+    assert body["reason"]["code"] == "gpu_fallback"
     wait_for(
         lambda: daemon.instance("gpu0")["ttl_remaining_s"], lambda left: left < 900 - 3
     )  # idle long enough
