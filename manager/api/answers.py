@@ -46,10 +46,6 @@ async def answer_error(
     await answer(send, status, kind, body, lines)
 
 
-async def answer_not_found(send: Send) -> None:
-    await answer(send, 404, _PLAIN_TEXT, b"404 page not found")
-
-
 async def answer_wrong_method(send: Send, allowed: tuple[str, ...]) -> None:
     allow = ", ".join(allowed).encode()
     await answer(send, 405, _PLAIN_TEXT, b"405 method not allowed", [(b"Allow", allow)])

@@ -72,12 +72,7 @@ def serve(
     host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
 ) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
-    # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)
-    except KeyboardInterrupt:
-        return DONE
+    return _serve_until_stopped(host, port, config, stop_instances=stop_instances, take_over=take_over)
 
 
 @program.command()
@@ -104,6 +99,13 @@ def up(
     from manager.cli.up import prepare  # noqa: PLC0415
 
     prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
+    return _serve_until_stopped(host, port, config, stop_instances=stop_instances, take_over=take_over)
+
+
+def _serve_until_stopped(
+    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+) -> int:
+    # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)

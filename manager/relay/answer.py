@@ -45,7 +45,6 @@ class AnswerWriter:
     _chunked = False
     _has_length = False
     _is_stream = False
-    _status = 0
 
     def __init__(self, dialect: Dialect, *, chunks: bool, keep_alive: bool) -> None:
         self._dialect = dialect
@@ -66,7 +65,7 @@ class AnswerWriter:
             stream: whether the client asked for a stream.
         """
         self.is_begun = True
-        status = self._status = head.status
+        status = head.status
         lines, framing = head.lines, b""
         if stream:
             self._is_stream = status == _OK

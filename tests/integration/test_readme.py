@@ -28,7 +28,7 @@ from manager.settings import load_settings, load_templates, resolve_instances
 from manager.wire.access import Access
 from manager.wire.routes import INFERENCE
 from tests.support.daemon import ROOT, free_port, wait_for
-from tests.support.engine import PrivateEngine, private_engine_obstacles
+from tests.support.engine import PrivateEngine, private_engine_obstacles, unconnected
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -232,14 +232,8 @@ def unconnected_engine() -> Iterator[PrivateEngine]:
     """An engine that reaches no registry, whatever this machine does: nothing listens at its proxy."""
     if private_engine_obstacles():
         pytest.skip("; ".join(private_engine_obstacles()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-        engine = PrivateEngine()
-        engine.__enter__()
-    try:
+    with unconnected() as engine:
         yield engine
-    finally:
-        engine.stop()
 
 
 def answers(url: str) -> bool:

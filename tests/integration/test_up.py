@@ -14,7 +14,7 @@ from docker.errors import NotFound
 
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.daemon import free_port, wait_for
-from tests.support.engine import PrivateEngine, private_engine_obstacles
+from tests.support.engine import PrivateEngine, private_engine_obstacles, unconnected
 from tests.support.fixtures import write_templates
 
 if TYPE_CHECKING:
@@ -27,14 +27,8 @@ def empty_engine() -> Iterator[PrivateEngine]:
     """An engine without images that reaches no registry: nothing listens at its proxy."""
     if private_engine_obstacles():
         pytest.skip("; ".join(private_engine_obstacles()))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-        engine = PrivateEngine()
-        engine.__enter__()
-    try:
+    with unconnected() as engine:
         yield engine
-    finally:
-        engine.stop()
 
 
 def environment(engine: PrivateEngine, home: Path) -> dict[str, str]:

@@ -385,6 +385,25 @@ def acquire_engine() -> Iterator[Engine]:
         yield nested
 
 
+@contextmanager
+def unconnected() -> Iterator[PrivateEngine]:
+    """An engine that reaches no registry, whatever this machine does: nothing listens at its proxy."""
+    before = os.environ.get("HTTPS_PROXY")
+    os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
+    try:
+        engine = PrivateEngine()
+        engine.__enter__()
+    finally:
+        if before is None:
+            del os.environ["HTTPS_PROXY"]
+        else:
+            os.environ["HTTPS_PROXY"] = before
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
 def private_engine_obstacles() -> list[str]:
     """Why a PrivateEngine cannot run here; nothing when it can."""
     return engine_kinds.obstacles()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from manager.domain.instance import InstanceSpec
-    from manager.services.instances.instance import Instance, View
+    from manager.services.instances.instance import Instance
     from manager.services.world import World
 
 
@@ -79,9 +79,6 @@ class Fleet:
     def supervisors(self) -> list[Supervisor]:
         """Return the instances with containers."""
         return [instance for instance in self._instances.values() if isinstance(instance, Supervisor)]
-
-    def views(self) -> tuple[View, ...]:
-        return tuple(instance.view() for instance in self._instances.values())
 
     def images(self) -> tuple[str, ...]:
         """Return the images of the instances, each once."""

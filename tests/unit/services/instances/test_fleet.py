@@ -23,7 +23,7 @@ async def test_instances_are_found_by_id_in_the_configured_order() -> None:
     rig.add("gpu0", image="ollama/ollama:2", gpu=True)
     rig.add_external()
     assert [one.id for one in rig.fleet.instances()] == ["b", "a", "gpu0", "nas"]
-    assert [view.spec.id for view in rig.fleet.views()] == ["b", "a", "gpu0", "nas"]
+    assert [one.view().spec.id for one in rig.fleet.instances()] == ["b", "a", "gpu0", "nas"]
     assert [one.id for one in rig.fleet.supervisors()] == ["b", "a", "gpu0"]
     assert rig.fleet.images() == ("ollama/ollama:1", "ollama/ollama:2")
     assert ("a" in rig.fleet, "z" in rig.fleet) == (True, False)
