@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from manager.wire.access import for_pages
 from manager.wire.encoding import CONTENT_ENCODING, encoding_of
@@ -56,6 +56,15 @@ class Caller:
         return head
 
 
+class KnownHead(NamedTuple):
+    """A head that was parsed: all bytes before the digits of its length and after them."""
+
+    before: bytes
+    after: bytes
+    caller: Caller
+    target: bytes
+
+
 def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bool = True) -> Caller:
     """Read a head.
 
@@ -63,8 +72,8 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
         relay: has the names of headers and the check of access.
         route: that was asked for.
         headers: names in lower case.
-        modern: whether the request has HTTP/1.1. One with HTTP/1.0 may come without a Host; its connection
-            ends with its answer, so that no other version finds what was read of it.
+        modern: whether the request has HTTP/1.1. One with HTTP/1.0 may come without a Host, so that what was
+            read of it holds for no other request.
     """
     refusal = relay.access.refusal(route.path, headers, needs_host=modern)
     origin = relay.requests.origin(headers)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
 
     from manager.domain.record import Outcome, RequestRecord
+    from manager.domain.roles import BodyChanges
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
     from manager.relay.upstream import UpstreamConnection, UpstreamPool
@@ -595,9 +596,9 @@ class Exchange:
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
         if body.is_small:
-            attempt = attempting.attempt
+            attempt, changes = attempting.attempt, attempting.changes
             assert attempt is not None  # noqa: S101
-            self._put(connection, (body_for(body, self._route, attempt.model, attempting.changes),))
+            self._put(connection, (body_for(body, self._route, attempt.model, changes),), changes)
         else:
             self._state = _State.CONNECTING
             self._connection = connection
@@ -606,15 +607,16 @@ class Exchange:
     async def _rewrite_and_put(
         self, connection: UpstreamConnection, body: InferenceBody, attempting: Attempting
     ) -> None:
-        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, attempting.changes))
+        changes = attempting.changes
+        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
         self._task = None
         if connection.usable:
-            self._put(connection, pieces)
+            self._put(connection, pieces, changes)
         else:
             self._connection = None
             self._follow(attempting.failed(Reason.UPSTREAM_UNREACHABLE, "closed", sent=False, stale=True))
 
-    def _put(self, connection: UpstreamConnection, pieces: Sequence[Buffer]) -> None:
+    def _put(self, connection: UpstreamConnection, pieces: Sequence[Buffer], changes: BodyChanges) -> None:
         record, attempting = self._record, self._attempting
         assert record is not None  # noqa: S101  (its turn has come)
         assert attempting is not None  # noqa: S101
@@ -628,7 +630,7 @@ class Exchange:
         )
         self._state = _State.WAITING
         attempting.sent()
-        fields, changes = self._body.fields if self._body is not None else {}, attempting.changes
+        fields = self._body.fields if self._body is not None else {}
         if ("options" in fields or not changes.empty) and asks_for_cpu(fields, self._route, changes):
             attempting.expect_on_cpu()
         if attempting.may_load:

@@ -14,6 +14,7 @@ from manager.relay.timers import Timed, Timers
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
+    from manager.relay.caller import Caller, KnownHead
     from manager.relay.upstream import UpstreamPools
     from manager.services.bodies import BodyBudget
     from manager.services.refusals import Refusals
@@ -67,6 +68,9 @@ class Relay:
         self.timers: Timers[Running] = Timers(self.loop)
         self.loads = LoadWaits()
         self.pools = pools
+        # What was read last of any connection.
+        self.latest_caller: Caller | None = None
+        self.latest_head: KnownHead | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._all_ended = asyncio.Event()
         self._draining = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 import httptools
@@ -15,13 +17,28 @@ MOST_HEAD_LINES = 256
 MOST_INFORMATIONAL = 16
 _CONTINUE = 100
 _SWITCHING_PROTOCOLS = 101
+_OK = 200
 _FIRST_FINAL_STATUS = 200
 _LAST_STATUS = 599
 _VERSIONS = ("1.1", "1.0")
+_END = b"\r\n\r\n"
+_LENGTH = re.compile(rb"\r\ncontent-length: ([0-9]+)\r\n", re.IGNORECASE)
+_MOST_DIGITS = 12
+# Longer heads are parsed each time.
+_MOST_KNOWN_BYTES = 1024
 
 
 class BadAnswerError(Exception):
     """The answer cannot be passed on: it is no proper HTTP/1, is out of bounds, or ended too soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownHead:
+    """A head that was parsed: what stands before and after the digits of its length, and what it says."""
+
+    before: bytes
+    after: bytes
+    headers: list[Header]
 
 
 class AnswerReader:
@@ -32,9 +49,12 @@ class AnswerReader:
     Transfer-Encoding. This class refuses statuses outside 200 to 599, a switch of protocols, a coding other
     than chunked, and everything out of bounds.
 
+    A server repeats its head within a second but for the length of the body. Such an answer is not parsed
+    again where it arrives whole.
+
     Attributes:
         status: of the final head, 0 before that head is complete.
-        headers: of the final head, as sent.
+        headers: of the final head, as sent, without Content-Length. The same list where it is the same head.
         length: what Content-Length declares, None without one.
         is_complete: whether the last byte of the answer has arrived.
         is_touched: whether any byte has arrived since `begin`.
@@ -47,6 +67,7 @@ class AnswerReader:
         "_informational",
         "_is_chunked",
         "_is_head",
+        "_known",
         "_lines",
         "_overhead_bytes",
         "_parser",
@@ -63,6 +84,7 @@ class AnswerReader:
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._pieces: list[bytes] = []
+        self._known: _KnownHead | None = None
         self.begin()
 
     def begin(self, *, is_head: bool = False) -> None:
@@ -91,7 +113,10 @@ class AnswerReader:
         if self.is_complete:
             self.keeps = False
             return
+        is_first = not self.is_touched
         self.is_touched = True
+        if is_first and self._known is not None and self._is_alike(data, self._known):
+            return
         self._has_progress = False
         try:
             self._parser.feed_data(data)
@@ -101,10 +126,43 @@ class AnswerReader:
             self.keeps = False
         if self._has_progress:
             self._silent_bytes = 0
+            if is_first and self.keeps and self.length is not None:
+                self._know(data)
             return
         self._silent_bytes += len(data)
         if self._silent_bytes > MOST_HEAD_BYTES:
             raise BadAnswerError(f"the answer has a head of more than {MOST_HEAD_BYTES} bytes")
+
+    def _know(self, data: bytes) -> None:
+        """Keep the head of an answer that arrived whole."""
+        head = data[: data.find(_END, 0, _MOST_KNOWN_BYTES) + len(_END)]
+        length = _LENGTH.search(head)
+        is_plain = self.status == _OK and not self._is_head and not self._informational
+        if length is not None and is_plain and self.length == len(data) - len(head):
+            self._known = _KnownHead(head[: length.start(1)], head[length.end(1) :], self.headers)
+
+    def _is_alike(self, data: bytes, known: _KnownHead) -> bool:
+        """Read an answer that is here whole and repeats a known head but for its length, if it is that."""
+        digits_at = len(known.before)
+        digits_end = data.find(b"\r", digits_at, digits_at + _MOST_DIGITS)
+        if (
+            self._is_head
+            or digits_end < 0
+            or not data.startswith(known.before)
+            or not data.startswith(known.after, digits_end)
+        ):
+            return False
+        digits = data[digits_at:digits_end]
+        body_at = digits_end + len(known.after)
+        if not digits.isdigit() or int(digits) != len(data) - body_at:
+            return False
+        self.status = _OK
+        self.headers = known.headers
+        self.length = len(data) - body_at
+        self.is_complete = self.keeps = True
+        if self.length:
+            self._pieces.append(data[body_at:])
+        return True
 
     def take(self) -> bytes:
         """Return the bytes of the body that have arrived since the last call."""
@@ -147,7 +205,8 @@ class AnswerReader:
         low = name.lower()
         if low == b"content-length":
             self.length = int(value)
-        elif low == b"transfer-encoding":
+            return
+        if low == b"transfer-encoding":
             if self._is_chunked or value.strip().lower() != b"chunked":
                 self._refuse("the only transfer-encoding that is understood is chunked")
             self._is_chunked = True

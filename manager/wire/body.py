@@ -112,7 +112,9 @@ def read_body(raw: bytes, route: Route) -> InferenceBody:
         BadBodyError: it is no JSON object, or a field that is needed here has another type.
     """
     fields = _small_fields(raw)
-    if fields is None or _is_null(fields.get(_STREAM)) or _is_null(fields.get("model")):
+    if fields is None or (
+        b"null" in raw and (_is_null(fields.get(_STREAM)) or _is_null(fields.get("model")))
+    ):
         return run(_scanned(raw, route))
     return _body(raw, fields, route, exact=True)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from manager.relay.upstream.address import Address
     from manager.wire.body import Buffer
+    from manager.wire.head import Header
 
 _SMALL_BYTES = 64 * 1024
 _NO_CONTENT = 204
@@ -24,8 +25,8 @@ _NO_CONTENT = 204
 class AnswerHead(NamedTuple):
     """The head of an answer.
 
-    `lines` are those for the client, without framing; `length` is that of the body in bytes, None where only
-    its end tells. An answer to HEAD and a 304 have the declared length, and no body.
+    `lines` are those for the client, without framing; the list is never changed. `length` is that of the body
+    in bytes, None where only its end tells. An answer to HEAD, or a 304, has the declared length and no body.
     """
 
     status: int
@@ -83,6 +84,9 @@ class UpstreamConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = AnswerReader()
         self._has_head = False
+        self._last_headers: list[Header] | None = None
+        self._last_lines: list[bytes] = []
+        self._last_type = b""
         self._is_last = False
         self._unsent_at_end = False
         self._paused = False
@@ -210,9 +214,16 @@ class UpstreamConnection(asyncio.Protocol):
     # --- helpers ---
 
     def _answer_head(self) -> AnswerHead:
+        reader = self._reader
+        if reader.headers is not self._last_headers:
+            self._read_lines(reader.headers)
+        length = None if reader.status == _NO_CONTENT else reader.length
+        return AnswerHead(reader.status, self._last_lines, length, self._last_type)
+
+    def _read_lines(self, headers: list[Header]) -> None:
         lines: list[bytes] = []
         named = content_type = b""
-        for name, value in self._reader.headers:
+        for name, value in headers:
             low = name.lower()
             if low == b"connection":
                 named += value + b","
@@ -222,8 +233,7 @@ class UpstreamConnection(asyncio.Protocol):
                 lines.append(b"%b: %b\r\n" % (name, value))
         if named:
             lines = without_named(lines, named)
-        status, length = self._reader.status, self._reader.length
-        return AnswerHead(status, lines, None if status == _NO_CONTENT else length, content_type)
+        self._last_headers, self._last_lines, self._last_type = headers, lines, content_type
 
     def _become_free(self) -> None:
         self._sink = None

@@ -110,9 +110,9 @@ class Placement:
         if attempt.because in ("unread", "pull"):
             return None
         instance = self._fleet.get(attempt.instance)
-        if instance.usable_endpoint() is None:
-            return None
-        if attempt.because != "loaded" and not instance.take_room_for(attempt.model):
+        if attempt.because != "loaded" and (
+            instance.usable_endpoint() is None or not instance.take_room_for(attempt.model)
+        ):
             return None
         return instance.try_lease()
 

@@ -201,6 +201,8 @@ async def listening() -> AsyncIterator[Listening]:
         requests=Requests(HeaderNames(), default_project="default"),
         refusals=Refusals(now=lambda: 0.0),
         loop=loop,
+        latest_caller=None,
+        latest_head=None,
     )
     never = 3600.0
     make = listening_with(relay, deadlines=Deadlines(HEAD_S, BODY_S, PROBE_S, tick_s=never))

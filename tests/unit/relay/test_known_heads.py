@@ -58,6 +58,38 @@ async def test_the_third_head_that_is_alike_is_not_parsed(tmp_path: Path) -> Non
         caller.leave()
 
 
+async def test_a_new_connection_knows_the_head_of_another_one(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for content in ("one", "two"):  # the first is parsed, and the second is found to be like it
+            caller = await front.connect()
+            await caller.raw(request(content))
+            assert (await caller.reply()).status == 200
+            caller.leave()
+        await until(lambda: not fronts(front))
+        caller = await front.connect()
+        await until(lambda: fronts(front))
+        (connection,) = fronts(front)
+        calls: list[int] = []
+        connection.on_message_begin = lambda: calls.append(1)  # type: ignore[method-assign]
+        await caller.raw(request("three"))
+        assert (await caller.reply()).status == 200
+        assert not calls
+        assert [seen.json()["prompt"] for seen in server.seen] == ["one", "two", "three"]
+        caller.leave()
+
+
+@pytest.mark.parametrize("host", ["", "Host: localhost\r\n"])
+async def test_a_request_of_another_version_shares_nothing(tmp_path: Path, host: str) -> None:
+    body = b'{"model": "tiny", "stream": false, "prompt": "hi"}'
+    lines = f"{host}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for version, wanted in (("1.0", 200), ("1.1", 200 if host else 400)) * 3:
+            caller = await front.connect()
+            await caller.raw(f"POST /api/generate HTTP/{version}\r\n".encode() + lines)
+            assert (await caller.reply()).status == wanted, version
+            caller.leave()
+
+
 @pytest.mark.parametrize("seed", range(6))
 async def test_any_requests_in_any_pieces_come_as_they_were_sent(tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)

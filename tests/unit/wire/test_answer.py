@@ -80,6 +80,60 @@ def test_answers_follow_each_other_on_a_connection() -> None:
         assert (reader.take(), reader.is_complete, reader.keeps, reader.length) == (body, True, True, 2)
 
 
+def test_the_same_head_is_not_parsed_again() -> None:
+    head = OK + b"Content-Type: text/plain\r\nContent-Length: %d\r\nX-A: b\r\n\r\n"
+    reader = AnswerReader()
+    reader.feed(head % 2 + b"hi")
+    assert reader.take() == b"hi"
+    headers = reader.headers
+    assert headers == [(b"Content-Type", b"text/plain"), (b"X-A", b"b")]
+    for body in (b"", b"hello", b"x" * 70_000):
+        reader.begin()
+        reader.feed(head % len(body) + body)
+        assert reader.headers is headers
+        assert (reader.take(), reader.status, reader.length) == (body, 200, len(body))
+        assert (reader.is_complete, reader.keeps) == (True, True)
+    reader.feed(b"!")
+    assert not reader.keeps
+
+
+ALIKE = [
+    *(raw for raw, _, _, keeps in WHOLE if keeps),
+    *(
+        OK + b"Content-Length: %b\r\n\r\nhi" % digits
+        for digits in (b"2", b"02", b"1", b"3", b"2 ", b"+2", b"2" * 13)
+    ),
+    OK + b"Content-Length: 0\r\n\r\n",
+    OK + b"content-length:2\r\n\r\nhi",
+    OK + b"Content-Length: 2\r\nConnection: close\r\n\r\nhi",
+    OK + b"Content-Length: 2\r\nX-A: " + b"a" * 2000 + b"\r\n\r\nhi",
+    b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\nhi",
+]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(ALIKE), st.integers(0, 300), st.booleans()), min_size=2, max_size=6)
+)
+def test_what_came_before_changes_no_answer(answers: list[tuple[bytes, int, bool]]) -> None:
+    def outcome(reader: AnswerReader, raw: bytes, cut: int, is_head: bool) -> object:
+        reader.begin(is_head=is_head)
+        try:
+            body = b""
+            for part in filter(None, (raw[:cut], raw[cut:])):
+                reader.feed(part)
+                body += reader.take()
+        except BadAnswerError as error:
+            return str(error)
+        return body, reader.status, reader.headers, reader.length, reader.is_complete, reader.keeps
+
+    reader = AnswerReader()
+    for raw, cut, is_head in answers:
+        wanted = outcome(AnswerReader(), raw, cut, is_head)
+        assert outcome(reader, raw, cut, is_head) == wanted
+        if isinstance(wanted, str) or not reader.keeps:
+            return  # such a connection is closed
+
+
 @pytest.mark.parametrize("declared", [b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n", b""])
 def test_the_answer_to_a_head_request_has_no_body(declared: bytes) -> None:
     reader, body = read(OK + declared + b"\r\n", is_head=True)
