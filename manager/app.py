@@ -36,6 +36,7 @@ from manager.domain.record import never
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError, EngineError, ForeignOwnerError
+from manager.handover import CLAIMS_WITHIN_S, Giving, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.model_server import PooledModelServer
@@ -73,6 +74,7 @@ from manager.serving import (
     DescriptorWatch,
     Server,
     connection_budget,
+    inherited_listener,
     listening,
     raise_descriptor_limit,
     serve_until_stopped,
@@ -145,7 +147,8 @@ class Instances:
 class Daemon:
     """Everything of a daemon but its listener. `loops` are what goes on by itself, by name.
 
-    `reconfigure` puts in force what can change while it runs, but for the listener's part.
+    `reconfigure` puts in force what can change while it runs, but for the listener's part. `let_go` stores the
+    state and gives up all claims, once `run` has ended. `id_claim` is the socket of the manager id.
     """
 
     settings: Settings
@@ -153,13 +156,25 @@ class Daemon:
     backend: Backend
     pools: UpstreamPools
     state_lock: StateDirLock
+    id_claim: socket.socket | None
     templates: Mapping[str, Template]
     reconfigure: Callable[[Changes], None]
+    let_go: Callable[[], Awaitable[None]]
     loops: dict[str, Loop]
 
     @property
     def fleet(self) -> Fleet:
         return self.parts.fleet
+
+    @property
+    def busy(self) -> bool:
+        """Whether an instance starts or stops, a model is pulled, or a request waits for one of these."""
+        passing = self.backend.passing
+        return (
+            passing.pulls.busy
+            or passing.routing.placement.preparing > 0
+            or any(supervisor.busy for supervisor in self.fleet.supervisors())
+        )
 
     async def run(self) -> None:
         """Run everything, schedules too, until cancelled."""
@@ -186,6 +201,7 @@ async def open_daemon(
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     resume_idle_clock: bool = False,
     takes_over: bool = False,
+    claims_within_s: float = 0.0,
 ) -> AsyncIterator[Daemon]:
     """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
 
@@ -195,6 +211,7 @@ async def open_daemon(
         on_step: see `World`.
         resume_idle_clock: see `World`.
         takes_over: take over the containers of other state directories, which were lost.
+        claims_within_s: how long to wait for the claims of another daemon, which has promised to let go.
 
     Raises:
         StateDirHeldError: another daemon holds the state directory.
@@ -207,12 +224,13 @@ async def open_daemon(
     specs = resolve_instances(loaded, templates)
     state_dir = settings.state.dir
     async with AsyncExitStack() as stack:
-        state_lock = stack.enter_context(_claims(settings))
+        held = await stack.enter_async_context(AsyncExitStack())
+        state_lock, id_lock = held.enter_context(_claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3")
-        stack.push_async_callback(registry.close)
+        held.push_async_callback(registry.close)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
-        stack.push_async_callback(journal.flush)
+        held.push_async_callback(journal.flush)
         reader = Nvml()
         stack.push_async_callback(reader.close)
         pids = ProcCgroups()
@@ -257,7 +275,7 @@ async def open_daemon(
             own_names=_own_names(pids),
         )
         fleet = parts.fleet
-        stack.push_async_callback(fleet.save)
+        held.push_async_callback(fleet.save)
         sink = _RecordSink(log, settings.log)
         traffic, samples = _traffic(stack, settings, sink)
         lists = ModelLists(registry, journal, await registry.model_lists())
@@ -372,7 +390,18 @@ async def open_daemon(
         if not resume_idle_clock:  # a sweep reads no volume
             loops["volumes"] = volume_reader.run
         reconfigure = _Reconfigure(make, backend, traffic, sink)
-        yield Daemon(settings, parts, backend, pools, state_lock, templates, reconfigure, loops)
+        yield Daemon(
+            settings,
+            parts,
+            backend,
+            pools,
+            state_lock,
+            id_lock.claim,
+            templates,
+            reconfigure,
+            let_go=held.aclose,
+            loops=loops,
+        )
 
 
 async def serve(
@@ -384,10 +413,12 @@ async def serve(
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
     take_over: bool = False,
+    replaces: bool = False,
 ) -> None:
     """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
 
-    SIGHUP has the configuration read again (`manager.reloading`).
+    SIGHUP has the configuration read again (`manager.reloading`). Another daemon may replace this one
+    meanwhile (`manager.handover`).
 
     Args:
         loaded: the configuration.
@@ -397,10 +428,52 @@ async def serve(
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
         take_over: see `takes_over` of `open_daemon`.
+        replaces: replace the daemon that runs, if one does.
 
     Raises:
         ManagerError: it could not be started.
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
+    """
+    listener: socket.socket | None = inherited_listener(
+        loaded.settings.server.host, loaded.settings.server.port
+    )
+    predecessor = await _predecessor(loaded) if replaces else None
+    if predecessor is not None:
+        _log.info("replacing", pid=predecessor.pid)
+        listener = predecessor.usable_listener(loaded.settings.server.host, loaded.settings.server.port)
+    serves = partial(
+        _serve_once,
+        loaded,
+        log=log,
+        read_again=read_again,
+        configure_log=configure_log,
+        on_step=on_step,
+        stop_instances=stop_instances,
+        take_over=take_over,
+    )
+    listener = await serves(listener, predecessor)
+    while listener is not None:
+        _log.error("not_replaced", hint="the new daemon has ended; this one serves again")
+        listener = await serves(listener, None)
+    _log.info("ended")
+
+
+async def _serve_once(
+    loaded: LoadedSettings,
+    given: socket.socket | None,
+    predecessor: Predecessor | None,
+    *,
+    log: LogWriter | None,
+    read_again: Callable[[], LoadedSettings] | None,
+    configure_log: Callable[[LogSettings, str | None], None],
+    on_step: Callable[[str, str], Awaitable[None]],
+    stop_instances: bool,
+    take_over: bool,
+) -> socket.socket | None:
+    """Run the daemon until it is to end, or was replaced; as `serve`.
+
+    It serves with the `given` listener, or makes one. `predecessor` is the daemon that it replaces. Returns the
+    listener where the daemon that was to replace this one has ended before it served.
     """
     settings = loaded.settings
     key = None
@@ -409,10 +482,16 @@ async def serve(
         for weakness in key_weaknesses(settings.server.key_file, key):
             _log.warning("weak_key", detail=weakness)
     descriptors = raise_descriptor_limit()
-    async with open_daemon(loaded, log=log, on_step=on_step, takes_over=take_over) as daemon:
+    async with open_daemon(
+        loaded,
+        log=log,
+        on_step=on_step,
+        takes_over=take_over,
+        claims_within_s=0.0 if predecessor is None else CLAIMS_WITHIN_S,
+    ) as daemon:
         for danger in template_warnings(loaded):
             _log.warning("dangerous_template_setting", detail=danger)
-        with listening(settings.server.host, settings.server.port) as listener:
+        with given or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
             access = Access(**_access_rules(settings, key))
@@ -436,9 +515,25 @@ async def serve(
                 relay.limits = replace(relay.limits, keep_alive_s=now.gateway.keep_alive_s)
                 daemon.reconfigure(changed)
 
+            async def let_go() -> None:
+                succession.close()
+                daemon.backend.passing.routing.placement.freeze()
+                await daemon.let_go()
+
             reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
             daemon.loops["reload"] = reloader.run
             tune_interpreter()
+            running = asyncio.ensure_future(daemon.run())
+            giving = Giving(
+                server,
+                listener,
+                running,
+                is_busy=lambda: daemon.busy,
+                let_go=let_go,
+                patience_s=settings.gateway.drain_timeout_s,
+            )
+            succession = Succession(daemon.id_claim, settings.state.dir, giving.begin)
+            greeting = asyncio.ensure_future(_greet(server, predecessor))
             _log.info(
                 "serving",
                 url=url,
@@ -450,7 +545,7 @@ async def serve(
                 await serve_until_stopped(
                     server,
                     listener,
-                    daemon.run(),
+                    running,
                     before_end=daemon.parts.capacity.stop_all if stop_instances else None,
                     on_hangup=reloader.ask,
                 )
@@ -460,9 +555,38 @@ async def serve(
                     raise
                 raise _innermost(refusal) from group
             finally:
+                greeting.cancel()
+                succession.close()
                 watch.stop()
                 await relay.close()
-    _log.info("ended")
+    return giving.listener_if_failed()
+
+
+async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
+    """Have the daemon that runs give way; None where none runs.
+
+    Raises:
+        ConfigurationError: this daemon could not serve; the other one was not asked.
+        ManagerError: the other one goes on.
+    """
+    settings = loaded.settings
+    resolve_instances(loaded, load_templates(settings))
+    channel = ManagerIdLock(settings.manager_id, settings.engine.url).connect()
+    if channel is None:
+        return None
+    return await asyncio.to_thread(
+        replace_daemon,
+        channel,
+        settings.state.dir,
+        within_s=settings.gateway.drain_timeout_s + CLAIMS_WITHIN_S,
+    )
+
+
+async def _greet(server: Server, predecessor: Predecessor | None) -> None:
+    """Take over the connections of the replaced daemon, once this one accepts its own."""
+    await server.accepts.wait()
+    if predecessor is not None:
+        predecessor.serves(server.adopt)
 
 
 async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
@@ -496,7 +620,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def _claims(settings: Settings) -> Iterator[StateDirLock]:
+def _claims(settings: Settings, *, within_s: float) -> Iterator[tuple[StateDirLock, ManagerIdLock]]:
     """Hold the state directory, and the manager id on the engine.
 
     Raises:
@@ -504,12 +628,12 @@ def _claims(settings: Settings) -> Iterator[StateDirLock]:
     """
     with contextlib.ExitStack() as stack:
         state_lock = StateDirLock(settings.state.dir, settings.manager_id)
-        state_lock.acquire()
+        state_lock.acquire(within_s=within_s)
         stack.callback(state_lock.release)
         id_lock = ManagerIdLock(settings.manager_id, settings.engine.url)
         id_lock.acquire()
         stack.callback(id_lock.release)
-        yield state_lock
+        yield state_lock, id_lock
 
 
 async def _settled_owner(

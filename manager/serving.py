@@ -18,12 +18,14 @@ import uvicorn
 from manager.errors import ManagerError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from typing import Any
 
 _log = structlog.get_logger("daemon")
 
 _BACKLOG = 2048
+# SD_LISTEN_FDS_START of sd_listen_fds(3).
+_FIRST_LISTEN_FD = 3
 # Event streams never end by themselves; every other answer of the control API is shorter than this.
 _ASGI_SHUTDOWN_S = 2
 # Descriptors beside the client connections and one upstream connection for each. The interpreter, the
@@ -37,8 +39,21 @@ _LEAST_SPARE = 4
 # A limit of "infinity", or that of some container runtimes, is no measure of what one process can serve.
 _MOST_DESCRIPTORS = 2**20
 _RESERVE = 8
+# A replaced daemon looks so often which connections are between two requests, and for so long after the last
+# answer has been written.
+_MOVE_EVERY_S = 0.01
+_LAST_MOVES_S = 2.0
 _WATCH_EVERY_S = 1.0
 _LOG_EVERY_S = 10.0
+
+
+class Takes(Protocol):
+    """The daemon that replaces this one; see `manager.handover.Successor`."""
+
+    @property
+    def has_ended(self) -> bool: ...
+
+    def take(self, peer: int, held: bytes) -> bool: ...
 
 
 class Drain(Protocol):
@@ -50,7 +65,11 @@ class Drain(Protocol):
 class Server(uvicorn.Server):
     """uvicorn without its signal handlers, which would end the process before our own clean-up.
 
-    The first `stop` drains open streams; the second one cuts them.
+    The first `stop` drains open streams; the second one cuts them. `leave_to` drains them too, and gives the
+    connections to another daemon meanwhile.
+
+    Attributes:
+        heir: the daemon that replaces this one, None while none does.
     """
 
     def __init__(self, config: uvicorn.Config, drains: Sequence[Drain], drain_timeout_s: float) -> None:
@@ -58,6 +77,8 @@ class Server(uvicorn.Server):
         self._drains = drains
         self._drain_timeout_s = drain_timeout_s
         self._cut = asyncio.Event()
+        self.heir: Takes | None = None
+        self.accepts = asyncio.Event()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -70,15 +91,53 @@ class Server(uvicorn.Server):
             _log.info("ending", drains_s=self._drain_timeout_s, hint="a second signal cuts open requests")
         self.should_exit = True
 
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.accepts.set()
+
+    async def adopt(self, peer: socket.socket, held: bytes) -> None:
+        """Serve a client's connection that another daemon has given away, with the bytes that it had read."""
+        loop = asyncio.get_running_loop()
+        make: Any = self.config.http_protocol_class
+        protocol = make(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+        try:
+            await loop.connect_accepted_socket(lambda: protocol, peer)
+        except OSError:
+            peer.close()  # the client has left meanwhile
+            return
+        if held:
+            protocol.data_received(held)
+
+    def stop_accepting(self) -> None:
+        """Accept nothing from now on. Connections wait in the listener, if somebody else has it too."""
         for server in self.servers:
             server.close()
+
+    def leave_to(self, heir: Takes) -> None:
+        """End, and give each connection to the daemon that takes over, between two of its requests."""
+        self.heir = heir
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.stop_accepting()
         for listener in sockets or []:
             listener.close()
-        for connection in tuple(self.server_state.connections):
-            connection.shutdown()
+        moving = asyncio.ensure_future(self._move_connections())
+        if self.heir is None:
+            for connection in tuple(self.server_state.connections):
+                connection.shutdown()
         await asyncio.gather(*(drain(self._drain_timeout_s, cut=self._cut) for drain in self._drains))
+        if self.heir is not None:
+            await asyncio.wait({moving}, timeout=_LAST_MOVES_S)
+        moving.cancel()
         await super().shutdown(sockets)
+
+    async def _move_connections(self) -> None:
+        """Give away the connections whose turn has come, until none is left."""
+        while self.heir is not None and self.server_state.connections and not self.heir.has_ended:
+            for connection in tuple(self.server_state.connections):
+                connection.leave(self.heir.take)  # type: ignore[union-attr]  # all are made by our own factory
+            await asyncio.sleep(_MOVE_EVERY_S)
 
 
 def server_config(app: Any, http: Any) -> uvicorn.Config:
@@ -104,36 +163,39 @@ def server_config(app: Any, http: Any) -> uvicorn.Config:
 async def serve_until_stopped(
     server: Server,
     listener: socket.socket,
-    run: Coroutine[Any, Any, None],
+    running: asyncio.Future[None],
     *,
     before_end: Callable[[], Awaitable[object]] | None = None,
     on_hangup: Callable[[], None] = lambda: None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, or until `run` ends.
+    """Serve until SIGTERM or SIGINT, or until the background loops end.
 
     Args:
         server: started here.
         listener: already bound.
-        run: the background loops of the daemon; cancelled once the server has stopped.
+        running: the background loops of the daemon; cancelled once the server has stopped, or before
+            `Server.leave_to` is called.
         on_hangup: called at SIGHUP, which never ends the process.
-        before_end: awaited after a signal, once the last request has ended and before `run` is cancelled.
+        before_end: awaited after a signal, after the last request and before the loops are cancelled.
 
     Raises:
-        BaseExceptionGroup: `run` failed.
+        BaseExceptionGroup: a background loop failed.
     """
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, server.stop)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    running = asyncio.ensure_future(run)
     serving = asyncio.ensure_future(server.serve(sockets=[listener]))
     try:
         await asyncio.wait({running, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
+        if running.done() and not running.cancelled():
             _log.critical("a background loop ended; the daemon stops")
-        server.stop()
+        if not running.cancelled():
+            server.stop()
         await serving
-        if running.done():
+        if running.cancelled():
+            pass  # another daemon has taken over
+        elif running.done():
             running.result()
         elif before_end is not None:
             await before_end()
@@ -235,6 +297,42 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
         raise ManagerError(message) from error
     with listener:
         yield listener
+
+
+def inherited_listener(host: str, port: int) -> socket.socket | None:
+    """Return the listener that systemd has opened for this process (sd_listen_fds(3)), None without one.
+
+    Raises:
+        ManagerError: systemd has passed something else than one listener on this address.
+    """
+    pid, count = os.environ.pop("LISTEN_PID", ""), os.environ.pop("LISTEN_FDS", "")
+    os.environ.pop("LISTEN_FDNAMES", None)
+    if pid != str(os.getpid()) or not count.isdigit() or int(count) == 0:
+        return None
+    wanted = f"one listening TCP socket on server.host and server.port, {url_of(host, port)}"
+    if count != "1":
+        raise ManagerError(f"systemd passes {count} sockets; expected {wanted}")
+    try:
+        listener = socket.socket(fileno=_FIRST_LISTEN_FD)
+        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise ManagerError(f"descriptor 3 is not {wanted}: {error.strerror or error}") from error
+    if not listens or not is_bound_to(listener, host, port):
+        raise ManagerError(f"systemd passes a socket on {listener.getsockname()}; expected {wanted}")
+    listener.set_inheritable(False)
+    listener.setblocking(False)
+    return listener
+
+
+def is_bound_to(listener: socket.socket, host: str, port: int) -> bool:
+    """Whether a listening TCP socket has this address."""
+    if listener.family not in (socket.AF_INET, socket.AF_INET6) or listener.type != socket.SOCK_STREAM:
+        return False
+    try:
+        found = socket.getaddrinfo(host, port, listener.family, socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError:
+        return False
+    return listener.getsockname()[:2] in {address[:2] for *_, address in found}
 
 
 def url_of(host: str, port: int) -> str:

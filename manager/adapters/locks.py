@@ -152,8 +152,11 @@ class StateDirLock:
         self._lock = _lock(state_dir / _LOCK)
         self._holder = Holder(manager_id=manager_id)
 
-    def acquire(self) -> None:
-        """Claim the directory, creating it when missing; does not wait for another daemon.
+    def acquire(self, *, within_s: float = 0.0) -> None:
+        """Claim the directory, creating it when missing.
+
+        Args:
+            within_s: how long to wait for another daemon, which has promised to let go.
 
         Raises:
             StateDirHeldError: another process holds it; the message says who.
@@ -165,7 +168,7 @@ class StateDirLock:
             self._refuse(directory_problem(self._state_dir))
             make_private_directory(self._state_dir)
             self._refuse(directory_problem(self._state_dir) or state_file_problem(self._state_dir / _LOCK))
-            deadline = time.monotonic() + _GLANCE_S
+            deadline = time.monotonic() + _GLANCE_S + within_s
             while not _try(self._lock):
                 # A command that looks whether somebody holds it also holds it for a moment, but shared.
                 if time.monotonic() >= deadline and _owner_if_held(self._state_dir / _LOCK) is not None:

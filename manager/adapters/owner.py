@@ -27,9 +27,10 @@ _FILE = "owner.json"
 _LONGEST = 16 * 1024
 # Lost state directories are remembered by their owner ids; older ones have no containers left.
 _MOST_TAKEN_OVER = 16
-# Nobody accepts: each daemon that asked who holds the id takes one place of the backlog.
+# A command that holds the id for a moment accepts nobody: each question takes one place of the backlog.
 _MOST_QUESTIONS = 4096
 _TRIES = 3
+_ANSWER_S = 1.0
 _SO_PEERCRED = getattr(socket, "SO_PEERCRED", None)
 
 
@@ -101,7 +102,8 @@ class ManagerIdLock:
     """The claim of one daemon to a manager id on an engine, among the daemons of this machine.
 
     It is an abstract Unix socket (unix(7)): the kernel frees the name with the process, however that ends,
-    and no file can be lost or left behind. Daemons in other network namespaces are not seen; they are told
+    and no file can be lost or left behind. A daemon that is to replace this one asks there
+    (`manager.handover`). Daemons in other network namespaces are not seen; they are told
     apart by the owner label of their containers.
     """
 
@@ -120,7 +122,7 @@ class ManagerIdLock:
             ManagerIdHeldError: another daemon of this user or of root has it.
         """
         for _ in range(_TRIES):
-            claim = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            claim = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 claim.bind(self._address)
                 claim.listen(_MOST_QUESTIONS)
@@ -145,6 +147,24 @@ class ManagerIdLock:
                 "with another state directory"
             )
 
+    @property
+    def claim(self) -> socket.socket | None:
+        """The listening socket while the id is held; None on a system without abstract sockets."""
+        return self._socket
+
+    def connect(self) -> socket.socket | None:
+        """Return a connection to the daemon of this user or of root that has the id; None where none has."""
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        channel.settimeout(_ANSWER_S)
+        try:
+            channel.connect(self._address)
+            if is_same_user(channel):
+                return channel
+        except OSError:
+            pass
+        channel.close()
+        return None
+
     def release(self) -> None:
         """Give the id back; twice is no error."""
         claim, self._socket = self._socket, None
@@ -155,14 +175,23 @@ class ManagerIdLock:
         """The process and the user that hold the id, None where nobody does any more."""
         if _SO_PEERCRED is None:
             return None
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as question:
-            question.settimeout(1.0)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as question:
+            question.settimeout(_ANSWER_S)
             with suppress(TimeoutError, BlockingIOError):  # a full backlog: it is held, and says no more
                 try:
                     question.connect(self._address)
                 except ConnectionRefusedError:
                     return None
-                raw = question.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, struct.calcsize("3i"))
-                pid, uid, _ = struct.unpack("3i", raw)
-                return pid, uid
+                return _process_and_user(question)
         return 0, os.geteuid()
+
+
+def is_same_user(peer: socket.socket) -> bool:
+    """Whether the other end of a Unix socket is a process of this user or of root."""
+    return _SO_PEERCRED is not None and _process_and_user(peer)[1] in (0, os.geteuid())
+
+
+def _process_and_user(peer: socket.socket) -> tuple[int, int]:
+    assert _SO_PEERCRED is not None  # noqa: S101  (looked at before)
+    pid, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, _SO_PEERCRED, struct.calcsize("3i")))
+    return pid, uid

@@ -67,12 +67,26 @@ def main() -> None:
 @click.option("--port", type=int, help="Port to listen on.")
 @click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
 @click.option("--take-over", is_flag=True, help="Adopt the containers of a state directory that was lost.")
+@click.option(
+    "--replace",
+    "replaces",
+    is_flag=True,
+    help="Replace the daemon that runs: no request is lost. It ends once its answers have ended.",
+)
 @_CONFIG
 def serve(
-    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+    host: str | None,
+    port: int | None,
+    config: Path | None,
+    *,
+    stop_instances: bool,
+    take_over: bool,
+    replaces: bool,
 ) -> int:
     """Run the daemon in the foreground until SIGTERM or Ctrl-C. Containers keep running after it."""
-    return _serve_until_stopped(host, port, config, stop_instances=stop_instances, take_over=take_over)
+    return _serve_until_stopped(
+        host, port, config, stop_instances=stop_instances, take_over=take_over, replaces=replaces
+    )
 
 
 @program.command()
@@ -103,18 +117,32 @@ def up(
 
 
 def _serve_until_stopped(
-    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+    host: str | None,
+    port: int | None,
+    config: Path | None,
+    *,
+    stop_instances: bool,
+    take_over: bool,
+    replaces: bool = False,
 ) -> int:
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
-        return _serve(host, port, config, stop_instances=stop_instances, take_over=take_over)
+        return _serve(
+            host, port, config, stop_instances=stop_instances, take_over=take_over, replaces=replaces
+        )
     except KeyboardInterrupt:
         return DONE
 
 
 def _serve(
-    host: str | None, port: int | None, config: Path | None, *, stop_instances: bool, take_over: bool
+    host: str | None,
+    port: int | None,
+    config: Path | None,
+    *,
+    stop_instances: bool,
+    take_over: bool,
+    replaces: bool,
 ) -> int:
     from manager.cli.locate import load  # noqa: PLC0415
     from manager.cli.logs import configure_logging  # noqa: PLC0415
@@ -129,7 +157,7 @@ def _serve(
     key_file = loaded.settings.server.key_file
     log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
     try:
-        _run_daemon(loaded, log, read, stop_instances=stop_instances, take_over=take_over)
+        _run_daemon(loaded, log, read, stop_instances=stop_instances, take_over=take_over, replaces=replaces)
     except (ManagerError, KeyboardInterrupt):
         raise
     except BaseException as error:  # noqa: BLE001  (the log has the traceback, the person gets one line)
@@ -162,6 +190,7 @@ def _run_daemon(
     *,
     stop_instances: bool,
     take_over: bool,
+    replaces: bool,
 ) -> None:
     import asyncio  # noqa: PLC0415
 
@@ -179,6 +208,7 @@ def _run_daemon(
                 configure_log=reconfigure_logging,
                 stop_instances=stop_instances,
                 take_over=take_over,
+                replaces=replaces,
             )
         )
 

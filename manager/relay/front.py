@@ -22,6 +22,7 @@ from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable
 
     from manager.relay.caller import Caller
     from manager.relay.relay import Relay
@@ -33,6 +34,8 @@ _MOST_HEAD_BYTES = 64 * 1024
 _MOST_HEAD_LINES = 256
 # Reading pauses once a client has sent this much behind a request that is not answered yet.
 _MOST_HELD_BYTES = 64 * 1024
+# A connection is given away with at most so many of them: they travel in one message.
+MOST_MOVED_BYTES = 64 * 1024
 # Every head ends with this, and every body in chunks: the parser takes no other line ends.
 _END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)\r\n", re.IGNORECASE)
@@ -191,6 +194,36 @@ class Front(HttpToolsProtocol):
             elif not self._in_head:
                 self._refuse(503, "the manager is being stopped")  # the rest of its body never came
         self._ending = True
+
+    def leave(self, take: Callable[[int, bytes], bool]) -> bool:
+        """Give the connection away between two requests; whether it was given.
+
+        Nothing is given while a request or its answer is under way, nor with a part of a head, which the
+        parser has.
+
+        Args:
+            take: takes the descriptor of the socket and the bytes of the next request; whether it did. This
+                process closes its own descriptor afterwards, and the connection lives on.
+        """
+        cycle = self.cycle
+        peer = self.transport.get_extra_info("socket")
+        if (
+            self._running is not None
+            or (cycle is not None and not cycle.response_complete)
+            or not self._in_head
+            or self._head_bytes
+            or self._unreadable
+            or len(self._held) > MOST_MOVED_BYTES
+            or peer is None
+            or self.transport.is_closing()
+            or self.transport.get_write_buffer_size()
+        ):
+            return False
+        if not take(peer.fileno(), bytes(self._held)):
+            return False
+        self._held.clear()
+        self.transport.abort()
+        return True
 
     # --- what the timer calls ---
 

@@ -194,6 +194,11 @@ class Pulls:
                 else:
                     self._forget(pull)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a pull goes on, or waits for its turn."""
+        return bool(self._pulls)
+
     def join(self, volume: str, body: ManagementBody) -> Waiter:
         """Wait for a pull to a volume, the one that is under way or a new one. To be entered at once."""
         key = _key(volume, body)

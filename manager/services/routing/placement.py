@@ -102,6 +102,9 @@ class Placement:
         self._settings = settings
         self._now = now
         self._reader = reader
+        # Requests that wait in `prepare`.
+        self.preparing = 0
+        self._is_frozen = False
         # By volume. Held while the first instance on it is started and its models are read.
         self._first_readings: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
@@ -125,7 +128,7 @@ class Placement:
         failed_on: Collection[str] = (),
         tell: Callable[[str], None] = _ignore,
     ) -> Prepared:
-        """Return a lease after whatever has to happen first: a start, a reading of the models, a pull.
+        """Return a lease after what has to happen first: a start, a reading of the models, a pull.
 
         Args:
             attempt: what the lease is for.
@@ -138,6 +141,29 @@ class Placement:
         Raises:
             ManagerError: no lease can be had.
         """
+        if self._is_frozen:
+            raise UnavailableError(
+                "the manager is being replaced; try again", reason=Reason.CANCELLED, retry_after_s=1.0
+            )
+        self.preparing += 1
+        try:
+            return await self._prepare(attempt, puller, patient=patient, failed_on=failed_on, tell=tell)
+        finally:
+            self.preparing -= 1
+
+    def freeze(self) -> None:
+        """Prepare nothing from now on: another daemon manages the instances. Those that run can be leased."""
+        self._is_frozen = True
+
+    async def _prepare(
+        self,
+        attempt: Attempt,
+        puller: ModelPuller | None,
+        *,
+        patient: bool,
+        failed_on: Collection[str],
+        tell: Callable[[str], None],
+    ) -> Prepared:
         if attempt.because == "pull" and puller is not None:
             puller.refuse_given_up(attempt.instance, attempt.model)
         instance = self._fleet.get(attempt.instance)

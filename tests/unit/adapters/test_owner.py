@@ -126,7 +126,7 @@ def test_a_full_backlog_is_a_holder_that_says_no_more(
     first.acquire()
     asking = []
     for _ in range(3):
-        question = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        question = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         question.setblocking(False)
         question.connect_ex(first._address)
         asking.append(question)

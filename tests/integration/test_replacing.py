@@ -1,0 +1,197 @@
+"""A daemon is replaced while it serves, and no client notices."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import time
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.daemon import wait_for
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import AsyncIterator, Iterator, Mapping
+
+    from tests.support.daemon import Daemon
+    from tests.support.fixtures import NewDaemon
+
+TOKENS = 120
+SLOW = {"OLLAMA_SIM_TOKENS": str(TOKENS), "OLLAMA_SIM_TOKENS_PER_S": "40"}
+KEPT, PER_S, STREAMS, TIMES = 10, 200, 20, 10
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """All processes that were replaced; none of them is left."""
+    found: list[subprocess.Popen[bytes]] = []
+    yield found
+    for process in found:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+class Replaceable:
+    """A daemon whose process is replaced by the next one."""
+
+    def __init__(self, daemon: Daemon, processes: list[subprocess.Popen[bytes]]) -> None:
+        self.daemon = daemon
+        self._processes = processes
+
+    def replace(self) -> subprocess.Popen[bytes]:
+        """Start a process that replaces the running one; return the old one once the new one serves."""
+        old = self.daemon.process
+        assert old is not None
+        self._processes.append(old)
+        self.daemon.start(arguments=("--replace",), until_ready=False)
+        new = self.daemon.process
+        assert new is not None
+        wait_for(lambda: described_pid(self.daemon) == new.pid or new.poll() is not None)
+        assert new.poll() is None, self.daemon.log()
+        return old
+
+
+def described_pid(daemon: Daemon) -> int | None:
+    with suppress(OSError, ValueError):
+        pid: int = json.loads((daemon.state_dir / "daemon.json").read_text(encoding="utf-8"))["pid"]
+        return pid
+    return None
+
+
+@dataclass
+class Load:
+    """What clients got. A failure is an answer that is not whole, of whatever reason."""
+
+    port: int
+    answered: int = 0
+    streamed: int = 0
+    failures: list[str] = field(default_factory=list)
+    over: bool = False
+    longest_s: float = 0.0
+
+    async def keep_asking(self, every_s: float) -> None:
+        """A client with one connection, which it opens anew only when the server has said that it closes."""
+        while not self.over:
+            async with connected(self.port) as (reader, writer):
+                closes = False
+                while not self.over and not closes:
+                    began = time.monotonic()
+                    closes = await self._guarded(self._ask(reader, writer))
+                    self.longest_s = max(self.longest_s, time.monotonic() - began)
+                    await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
+
+    async def keep_connecting(self, every_s: float) -> None:
+        while not self.over:
+            began = time.monotonic()
+            async with connected(self.port) as (reader, writer):
+                await self._guarded(self._ask(reader, writer))
+            await asyncio.sleep(max(0.0, began + every_s - time.monotonic()))
+
+    async def keep_streaming(self) -> None:
+        while not self.over:
+            async with connected(self.port) as (reader, writer):
+                await self._guarded(self._stream(reader, writer))
+
+    async def _guarded(self, work: Any) -> bool:
+        try:
+            async with asyncio.timeout(30):
+                closes: bool = await work
+                return closes
+        except (OSError, EOFError, TimeoutError, AssertionError) as error:
+            self.failures.append(f"{type(error).__name__}: {error}")
+            return True
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        # One goes through the relay and one through the control API's server.
+        path = ("/api/generate", "/api/show")[self.answered % 2]
+        options = {"num_predict": 1}
+        writer.write(post(path, {"model": "tiny", "prompt": "hi", "stream": False, "options": options}))
+        status, headers = await head_of(reader)
+        body = b"".join([piece async for piece in pieces_of(reader, headers)])
+        assert status == 200, body
+        assert json.loads(body)
+        self.answered += 1
+        return headers.get("connection", "").lower() == "close"
+
+    async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        writer.write(post("/api/generate", {"model": "tiny", "prompt": "hi"}))
+        status, headers = await head_of(reader)
+        lines = [json.loads(piece) async for piece in pieces_of(reader, headers)]
+        assert status == 200, lines
+        assert lines[-1]["done"] is True, lines[-1]
+        assert len(lines) > TOKENS / 2
+        self.streamed += 1
+        return True
+
+
+@asynccontextmanager
+async def connected(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+def post(path: str, body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+async def head_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    pairs = (line.partition(":") for line in head[1:] if line)
+    return int(head[0].split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
+
+
+async def pieces_of(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+    if "content-length" in headers:
+        yield await reader.readexactly(int(headers["content-length"]))
+        return
+    while size := int(await reader.readline(), 16):
+        yield await reader.readexactly(size)
+        await reader.readexactly(2)
+    await reader.readexactly(2)
+
+
+async def under_load(one: Replaceable, times: int) -> tuple[Load, list[subprocess.Popen[bytes]]]:
+    load, old = Load(one.daemon.port), []
+    async with asyncio.TaskGroup() as tasks:
+        for _ in range(KEPT):
+            tasks.create_task(load.keep_asking(2 * KEPT / PER_S))
+            tasks.create_task(load.keep_connecting(2 * KEPT / PER_S))
+        for _ in range(STREAMS):
+            tasks.create_task(load.keep_streaming())
+        while len(old) < times and not load.failures:
+            before = load.answered
+            old.append(await asyncio.to_thread(one.replace))
+            await asyncio.to_thread(
+                wait_for, lambda wanted=before + PER_S: load.answered >= wanted or load.failures
+            )
+        load.over = True
+    return load, old
+
+
+def test_no_request_is_lost_in_ten_replacements(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon(templates={"sim": {"env": SLOW}}).start()
+    daemon.started("cpu")
+    load, old = asyncio.run(under_load(Replaceable(daemon, processes), TIMES))
+    assert load.failures == []
+    assert load.streamed >= STREAMS
+    assert load.answered >= TIMES * PER_S
+    for process in old:
+        assert process.wait(timeout=30) == 0
+    assert daemon.instance("cpu")["starts"] == 1
+    assert daemon.instance("cpu")["phase"] == "ready"
+    assert "Traceback" not in daemon.log()
+    assert load.longest_s < 10
+    assert daemon.stop(signal.SIGTERM) == 0
