@@ -147,8 +147,8 @@ class Instances:
 class Daemon:
     """Everything of a daemon but its listener. `loops` are what goes on by itself, by name.
 
-    `reconfigure` puts in force what can change while it runs, but for the listener's part. `let_go` stores the
-    state and gives up all claims, once `run` has ended. `id_claim` is the socket of the manager id.
+    `reconfigure` puts in force what can change while it runs, but for the listener's part. `let_go` stores
+    the state and gives up all claims, once `run` has ended. `id_claim` is the socket of the manager id.
     """
 
     settings: Settings
@@ -472,15 +472,11 @@ async def _serve_once(
 ) -> socket.socket | None:
     """Run the daemon until it is to end, or was replaced; as `serve`.
 
-    It serves with the `given` listener, or makes one. `predecessor` is the daemon that it replaces. Returns the
-    listener where the daemon that was to replace this one has ended before it served.
+    It serves with the `given` listener, or makes one. `predecessor` is the daemon that it replaces. Returns
+    the listener where the daemon that was to replace this one has ended before it served.
     """
     settings = loaded.settings
-    key = None
-    if settings.server.key_file is not None:
-        key = read_key(settings.server.key_file)
-        for weakness in key_weaknesses(settings.server.key_file, key):
-            _log.warning("weak_key", detail=weakness)
+    key = _key_of(settings)
     descriptors = raise_descriptor_limit()
     async with open_daemon(
         loaded,
@@ -560,6 +556,16 @@ async def _serve_once(
                 watch.stop()
                 await relay.close()
     return giving.listener_if_failed()
+
+
+def _key_of(settings: Settings) -> str | None:
+    file = settings.server.key_file
+    if file is None:
+        return None
+    key = read_key(file)
+    for weakness in key_weaknesses(file, key):
+        _log.warning("weak_key", detail=weakness)
+    return key
 
 
 async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:

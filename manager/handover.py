@@ -166,8 +166,7 @@ class Succession:
             channel.close()
             return
         successor = Successor(channel)
-        status = self._state_dir.stat()
-        if wanted != [status.st_dev, status.st_ino]:
+        if wanted != _identity_of(self._state_dir):
             successor.refuse(
                 f"the daemon that serves this manager_id has another state directory: {self._state_dir}"
             )
@@ -262,6 +261,15 @@ class Giving:
         return True
 
 
+def _identity_of(state_dir: Path) -> list[int]:
+    """Device and inode, which are the same whatever path leads there; zeros where there is none yet."""
+    try:
+        status = state_dir.stat()
+    except OSError:
+        return [0, 0]
+    return [status.st_dev, status.st_ino]
+
+
 def _wanted_directory(message: bytes) -> list[int] | None:
     with suppress(ValueError, TypeError, LookupError):
         wanted: list[int] = json.loads(message)["replace"]
@@ -326,10 +334,9 @@ def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) 
     Raises:
         ManagerError: it refused, or did not answer in time. It goes on serving.
     """
-    status = state_dir.stat()
     channel.settimeout(within_s)
     try:
-        channel.send(json.dumps({"replace": [status.st_dev, status.st_ino]}).encode())
+        channel.send(json.dumps({"replace": _identity_of(state_dir)}).encode())
         message, descriptors, _, _ = socket.recv_fds(channel, _MOST_MESSAGE, 1)
     except TimeoutError:
         channel.close()

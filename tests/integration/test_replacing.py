@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import signal
+import socket
+import subprocess
+import sys
 import time
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.daemon import wait_for
+from manager.cli.failures import FAILED, MISUSED
+from tests.support.daemon import ROOT, wait_for
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import AsyncIterator, Iterator, Mapping
+
+    import requests
 
     from tests.support.daemon import Daemon
     from tests.support.fixtures import NewDaemon
@@ -113,7 +120,7 @@ class Load:
         options = {"num_predict": 1}
         writer.write(post(path, {"model": "tiny", "prompt": "hi", "stream": False, "options": options}))
         status, headers = await head_of(reader)
-        body = b"".join([piece async for piece in pieces_of(reader, headers)])
+        body = await body_of(reader, headers)
         assert status == 200, body
         assert json.loads(body)
         self.answered += 1
@@ -122,7 +129,7 @@ class Load:
     async def _stream(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         writer.write(post("/api/generate", {"model": "tiny", "prompt": "hi"}))
         status, headers = await head_of(reader)
-        lines = [json.loads(piece) async for piece in pieces_of(reader, headers)]
+        lines = [json.loads(line) for line in (await body_of(reader, headers)).splitlines()]
         assert status == 200, lines
         assert lines[-1]["done"] is True, lines[-1]
         assert len(lines) > TOKENS / 2
@@ -151,18 +158,20 @@ async def head_of(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     return int(head[0].split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
 
 
-async def pieces_of(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> AsyncIterator[bytes]:
+async def body_of(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> bytes:
     if "content-length" in headers:
-        yield await reader.readexactly(int(headers["content-length"]))
-        return
+        return await reader.readexactly(int(headers["content-length"]))
+    body = b""
     while size := int(await reader.readline(), 16):
-        yield await reader.readexactly(size)
+        body += await reader.readexactly(size)
         await reader.readexactly(2)
     await reader.readexactly(2)
+    return body
 
 
 async def under_load(one: Replaceable, times: int) -> tuple[Load, list[subprocess.Popen[bytes]]]:
-    load, old = Load(one.daemon.port), []
+    load = Load(one.daemon.port)
+    old: list[subprocess.Popen[bytes]] = []
     async with asyncio.TaskGroup() as tasks:
         for _ in range(KEPT):
             tasks.create_task(load.keep_asking(2 * KEPT / PER_S))
@@ -195,3 +204,136 @@ def test_no_request_is_lost_in_ten_replacements(
     assert "Traceback" not in daemon.log()
     assert load.longest_s < 10
     assert daemon.stop(signal.SIGTERM) == 0
+
+
+def ask(daemon: Daemon, path: str = "/api/show", **options: Any) -> requests.Response:
+    return daemon.call("POST", path, json={"model": "tiny"}, **options)
+
+
+def test_where_no_daemon_runs_there_is_nothing_to_replace(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon().start(arguments=("--replace",))
+    assert daemon.started("cpu")["phase"] == "ready"
+
+
+def test_a_start_under_way_ends_before_the_daemon_gives_way(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon(templates={"sim": {"env": {"OLLAMA_SIM_START_DELAY_S": "2"}}}).start()
+    with ThreadPoolExecutor() as pool:
+        starting = pool.submit(daemon.begin, "cpu", "start")
+        daemon.wait_for_phase("cpu", "starting")
+        old = Replaceable(daemon, processes).replace()
+        answer = starting.result()
+    assert answer.status_code == 200, answer.text
+    assert old.wait(timeout=30) == 0
+    assert daemon.wait_for_phase("cpu", "ready")["starts"] == 1
+
+
+def test_a_daemon_that_cannot_serve_replaces_none(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon().start()
+    daemon.started("cpu")
+    old = daemon.process
+    assert old is not None
+    processes.append(old)
+    daemon.configure({**daemon.config, "instances": {"cpu": {"template": "missing"}}})
+    daemon.start(arguments=("--replace",), until_ready=False)
+    assert daemon.wait_until_dead() == MISUSED
+    assert "missing" in daemon.log()
+    daemon.process = old
+    assert daemon.instance("cpu")["phase"] == "ready"
+    daemon.configure(daemon.config)
+    assert Replaceable(daemon, processes).replace() is old
+
+
+def test_a_daemon_with_another_state_directory_replaces_none(new_daemon: NewDaemon) -> None:
+    first = new_daemon().start()
+    second = new_daemon(name="second").start(arguments=("--replace",), until_ready=False)
+    assert second.wait_until_dead() == FAILED
+    assert str(first.state_dir) in second.log()
+    assert first.get("instances")
+
+
+def test_a_daemon_serves_again_when_its_successor_dies(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon().start()
+    daemon.started("cpu")
+    old = daemon.process
+    assert old is not None
+    processes.append(old)
+    daemon.start(arguments=("--replace",), until_ready=False)
+    new = daemon.process
+    assert new is not None
+    wait_for(lambda: '"replaced"' in daemon.log())
+    new.kill()
+    new.wait()
+    daemon.process = old
+    wait_for(lambda: '"not_replaced"' in daemon.log())
+    assert ask(daemon).status_code == 200
+    assert daemon.wait_for_phase("cpu", "ready")["starts"] == 1
+    assert Replaceable(daemon, processes).replace() is old
+
+
+def test_what_a_client_has_sent_of_its_next_request_moves_too(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon(templates={"sim": {"env": SLOW}}).start()
+    daemon.started("cpu")
+    with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as client:
+        client.sendall(post("/api/generate", {"model": "tiny", "prompt": "hi", "stream": False}))
+        client.sendall(post("/api/show", {"model": "tiny"}) * 3)
+        old = Replaceable(daemon, processes).replace()
+        answers = client.makefile("rb")
+        for _ in range(4):
+            assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
+            headers = http.client.parse_headers(answers)
+            length = headers["content-length"]
+            if length is not None:
+                assert json.loads(answers.read(int(length)))
+                continue
+            while size := int(answers.readline(), 16):
+                answers.read(size + 2)
+            answers.readline()
+    assert old.wait(timeout=30) == 0
+
+
+def test_a_listener_of_systemd_is_used(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    with socket.create_server(("127.0.0.1", daemon.port)) as listener:
+        # A connection from before the daemon: it waits in the listener.
+        with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as early:
+            early.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with passed(daemon, listener.fileno()):
+                assert early.recv(100).startswith(b"HTTP/1.1 200")
+                assert daemon.get("instances")
+        assert listener.getsockname()[1] == daemon.port
+
+
+def test_a_listener_with_another_address_is_refused(new_daemon: NewDaemon) -> None:
+    daemon = new_daemon()
+    with socket.create_server(("127.0.0.1", 0)) as listener, passed(daemon, listener.fileno()) as process:
+        assert process.wait(timeout=30) == FAILED
+    assert f"server.port, {daemon.url}" in daemon.log()
+
+
+@contextmanager
+def passed(daemon: Daemon, descriptor: int) -> Iterator[subprocess.Popen[bytes]]:
+    """The daemon, started as systemd starts it."""
+    command = f'exec 3<&{descriptor}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
+    program = [sys.executable, "-m", "manager", "serve", "--config", str(daemon.config_file)]
+    with daemon.log_file.open("ab") as log:
+        process = subprocess.Popen(
+            ["bash", "-c", command, "bash", *program],
+            cwd=ROOT,
+            env=daemon.environment,
+            pass_fds=[descriptor],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
