@@ -19,6 +19,7 @@ import pytest
 
 from manager.cli.failures import FAILED, MISUSED
 from tests.support.daemon import ROOT, wait_for
+from tests.support.fixtures import write_templates
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -274,6 +275,29 @@ def test_a_daemon_serves_again_when_its_successor_dies(
     assert ask(daemon).status_code == 200
     assert daemon.wait_for_phase("cpu", "ready")["starts"] == 1
     assert Replaceable(daemon, processes).replace() is old
+
+
+def test_an_answer_of_the_old_daemon_keeps_its_container_from_being_recreated(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    slow = {"OLLAMA_SIM_TOKENS": "320", "OLLAMA_SIM_TOKENS_PER_S": "40"}
+    daemon = new_daemon(templates={"sim": {"env": slow}}).start()
+    before = daemon.started("cpu")
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(daemon.call, "POST", "/api/generate", json={"model": "tiny", "prompt": "hi"})
+        wait_for(lambda: daemon.instance("cpu")["in_flight"] == 1)
+        write_templates(daemon.home / "templates", {"sim": {"env": {**slow, "OLLAMA_DEBUG": "1"}}})
+        old = Replaceable(daemon, processes).replace()
+        adopted = daemon.wait_for_phase("cpu", "ready")
+        assert adopted["container"]["id"] == before["container"]["id"]
+        assert not answer.done()
+        lines = answer.result().text.splitlines()
+    assert json.loads(lines[-1])["done"] is True
+    assert old.wait(timeout=30) == 0
+    wait_for(
+        lambda: daemon.instance("cpu"),
+        lambda one: one["phase"] == "ready" and one["container"]["id"] != before["container"]["id"],
+    )
 
 
 def test_what_a_client_has_sent_of_its_next_request_moves_too(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
+import os
 import socket
 from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
@@ -765,6 +766,101 @@ async def answered(mixture: list[tuple[bytes, bytes]], cuts: list[int]) -> None:
         for _, content in mixture:
             assert await client.reply() == (200, content)
         assert here.app.most_running == 1
+
+
+# --- the replacement of the daemon ---
+
+
+class Heir:
+    """Takes connections as the next daemon does, and answers on them itself."""
+
+    def __init__(self, *, takes: bool = True) -> None:
+        self._takes = takes
+        self.peers: list[socket.socket] = []
+        self.held: list[bytes] = []
+
+    def take(self, peer: int, held: bytes) -> bool:
+        if self._takes:
+            self.peers.append(socket.socket(fileno=os.dup(peer)))
+            self.held.append(held)
+        return self._takes
+
+
+@pytest.mark.parametrize("sent", [b"", OK], ids=["new", "idle"])
+async def test_a_connection_between_two_requests_is_given_away_and_lives_on(sent: bytes) -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        await client.send(sent)
+        if sent:
+            await client.reply()
+        heir = Heir()
+        assert not connection.leave(Heir(takes=False).take)
+        await until(lambda: connection.leave(heir.take))
+        await here.closed()
+        (peer,) = heir.peers
+        with peer:
+            peer.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi")
+            assert await client.reply() == (200, b"hi")
+            await client.send(OK)
+            assert peer.recv(1000) == OK
+
+
+async def test_a_connection_stays_while_a_request_or_its_answer_is_under_way() -> None:
+    async with listening() as here:
+        heir = Heir()
+        client, connection = await here.meet()
+        await client.send(OK[:-2])  # a part of a head, which the parser has
+        await until(lambda: connection._head_bytes)
+        assert not connection.leave(heir.take)
+        await client.send(OK[-2:])
+        await client.reply()
+        await client.send(HEAD.replace(b"/body", b"/slow") + b"Content-Length: 5\r\n\r\nhel")
+        await until(lambda: here.app.running)
+        assert not connection.leave(heir.take)
+        await client.send(b"lo")
+        await until(lambda: not connection._body_left)
+        assert not connection.leave(heir.take)
+        here.app.go.set()
+        assert await client.reply() == (200, b"5")
+        await until(lambda: connection.leave(heir.take))
+        assert not connection.leave(heir.take)
+        for peer in heir.peers:
+            peer.close()
+
+
+async def test_an_answer_that_is_not_read_keeps_its_connection() -> None:
+    async with listening() as here:
+        client, connection = await here.meet()
+        narrow(client, connection)
+        await client.send(LARGE)
+        await until(lambda: connection.flow.write_paused)
+        assert not connection.leave(Heir().take)
+
+
+async def test_the_next_request_goes_along() -> None:
+    async with listening() as here:
+        heir = Heir()
+        client, connection = await here.meet()
+        await client.send(HEAD.replace(b"/body", b"/slow") + b"Content-Length: 0\r\n\r\n" + OK + OK[:9])
+        await until(lambda: connection._held)
+        moved = []
+        end = connection.on_response_complete
+
+        def ended() -> None:
+            # Just before the next request is parsed.
+            connection.loop.call_soon(lambda: moved.append(connection.leave(heir.take)))
+            end()
+
+        connection.on_response_complete = ended  # type: ignore[method-assign]
+        here.app.go.set()
+        assert await client.reply() == (200, b"0")
+        await until(lambda: any(moved))
+        (peer,), (held,) = heir.peers, heir.held
+        assert held in (
+            OK + OK[:9],
+            OK[:9],
+        )  # an answer that is not written yet keeps it for one more request
+        peer.close()
 
 
 # --- the end of the daemon ---
