@@ -328,8 +328,11 @@ class Predecessor:
             channel.send(_SERVING)
 
 
-def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) -> Predecessor:
+def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) -> Predecessor | None:
     """Ask the daemon at the other end to give up its claims; waits until it has.
+
+    Returns:
+        None where it ended without an answer: its claims are free, unless it knows no replacement.
 
     Raises:
         ManagerError: it refused, or did not answer in time. It goes on serving.
@@ -338,20 +341,22 @@ def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) 
     try:
         channel.send(json.dumps({"replace": _identity_of(state_dir)}).encode())
         message, descriptors, _, _ = socket.recv_fds(channel, _MOST_MESSAGE, 1)
+    except (BrokenPipeError, ConnectionResetError):
+        message, descriptors = b"", []
     except TimeoutError:
         channel.close()
         raise ManagerError(f"the running daemon did not give way within {within_s:g} s; it goes on") from None
     except OSError as error:
         channel.close()
         raise ManagerError(f"the running daemon cannot be replaced: {error.strerror or error}") from error
-    answer: Any = (
-        json.loads(message) if message else {"refused": "it knows no replacement, or has just ended"}
-    )
-    if "refused" in answer or not descriptors:
+    if not message:
         channel.close()
-        raise ManagerError(
-            f"the running daemon was not replaced: {answer.get('refused', 'no listener came')}"
-        )
+        return None
+    answer: Any = json.loads(message)
+    if "released" not in answer or not descriptors:
+        channel.close()
+        why = answer.get("refused", "no listener came")
+        raise ManagerError(f"the running daemon was not replaced: {why}")
     for descriptor in descriptors[1:]:
         os.close(descriptor)
     return Predecessor(channel, socket.socket(fileno=descriptors[0]), answer["released"])
