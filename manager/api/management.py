@@ -126,7 +126,7 @@ class Management:
             await self._change(passage, body, f"the copy of {body.model}", replaces=destination)
         except NoSuchModelError as error:
             # Ollama's text for this route alone.
-            raise NoSuchModelError(f'model "{body.model}" not found') from error
+            raise NoSuchModelError(f'model "{body.model}" not found', error.not_asked) from error
 
     async def _delete(self, passage: Passage) -> None:
         body = await self._named(passage)
