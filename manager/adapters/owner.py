@@ -131,7 +131,7 @@ class ManagerIdLock:
             else:
                 self._socket = claim
                 return
-            holder = self._holder()
+            holder = self.holder()
             if holder is None:
                 continue  # it has ended just now
             pid, uid = holder
@@ -151,8 +151,11 @@ class ManagerIdLock:
         if claim is not None:
             claim.close()
 
-    def _holder(self) -> tuple[int, int] | None:
-        """The process and the user that hold the id, None where nobody does any more."""
+    def holder(self) -> tuple[int, int] | None:
+        """Return the process and the user that hold the id; None where it is free.
+
+        The process is 0 where the kernel does not tell. Claims nothing.
+        """
         if _SO_PEERCRED is None:
             return None
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as question:

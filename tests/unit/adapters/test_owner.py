@@ -113,7 +113,7 @@ def test_a_stranger_that_took_the_name_does_not_keep_the_daemon_from_starting(
 ) -> None:
     first, second = ManagerIdLock(tmp_path.name, ENGINE), ManagerIdLock(tmp_path.name, ENGINE)
     first.acquire()
-    monkeypatch.setattr(ManagerIdLock, "_holder", lambda _self: (4711, os.geteuid() + 1))
+    monkeypatch.setattr(ManagerIdLock, "holder", lambda _self: (4711, os.geteuid() + 1))
     second.acquire()
     first.release()
     second.release()
