@@ -23,6 +23,7 @@ from manager.settings import (
     key_weaknesses,
     load_settings,
     load_templates,
+    missing_binds,
     packaged_templates,
     read_key,
     resolve_instances,
@@ -124,9 +125,17 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
             f"{directory} has no template {GPU_TEMPLATE} with device: gpu, and there are GPUs for gpus: auto",
             f"add {GPU_TEMPLATE}.yaml, or set gpus: none",
         )
-    if dangers := template_warnings(loaded):
-        remedy = "allow only directories with models, and keep templates to the daemon's user or root"
-        return needs, warning("templates", "\n".join(dangers), remedy)
+    dangers = template_warnings(loaded)
+    missing = missing_binds(
+        settings, {str(spec.template_name): spec.template for spec in specs if spec.template}
+    )
+    remedies = []
+    if dangers:
+        remedies.append("allow only directories with models, and keep templates to the daemon's user or root")
+    if missing:
+        remedies.append("create the directory; where this runs in a container, look on the engine's machine")
+    if remedies:
+        return needs, warning("templates", "\n".join((*dangers, *missing)), "\n".join(remedies))
     return needs, fine("templates", f"{', '.join(templates) or 'none'} in {directory}")
 
 
