@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -395,6 +397,15 @@ def test_reap_asks_the_daemon_that_holds_the_state_directory(
     finally:
         lock.release()
     assert (result.exit_code, result.stdout) == (0, "cpu: stopped: idle past its TTL of 900 s\n")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_only_a_sweep_that_is_no_dry_run_leaves_events(run: Run, tmp_path: Path, *, dry_run: bool) -> None:
+    (tmp_path / "c.yaml").write_text(f"state: {{dir: {tmp_path}/state}}\nengine: {{timeout_s: 0.5}}\n")
+    assert run("reap", *(["--dry-run"] if dry_run else []), "--config", "c.yaml").exit_code == 1
+    with closing(sqlite3.connect(tmp_path / "state" / "registry.sqlite3")) as database:
+        kinds = [kind for (kind,) in database.execute("SELECT kind FROM events")]
+    assert kinds == ([] if dry_run else ["engine_down"])
 
 
 def test_reap_by_itself_without_an_engine_is_exit_1_even_without_home_and_terminal(tmp_path: Path) -> None:
