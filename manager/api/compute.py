@@ -245,7 +245,8 @@ async def _pull_lines(backend: Backend, images: tuple[str, ...], *, keep: bool) 
             except EngineError as error:
                 if not keep or not await backend.engine.has_image(image):
                     raise
-                yield PullLine(image=image, status=f"kept: {error.message}").line()
+                why = error.message.removeprefix(f"{image} ")  # the line names it already
+                yield PullLine(image=image, status=f"kept: {why}").line()
                 begun = True
     except ManagerError as error:
         if not begun:

@@ -177,7 +177,7 @@ async def _image(engine: DockerEngine, image: str) -> Finding:
         return broken("image", f"{image}: {error.message}", "look at the engine's log")
     if present:
         return fine("image", image)
-    return warning("image", f"{image} is missing", f"ollama-manager pull {image} (or: docker pull {image})")
+    return warning("image", f"{image} is missing", f"docker pull {image}, or `ollama-manager up`")
 
 
 async def _network(engine: DockerEngine, name: str) -> Finding:

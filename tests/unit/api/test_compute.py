@@ -11,13 +11,14 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from manager.adapters.docker_answers import not_pulled
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.domain.instance import Phase
 from manager.errors import EngineUnreachableError
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Overviews
-from tests.support.fleet_rig import Rig, until
+from tests.support.fleet_rig import IMAGE, Rig, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -122,3 +123,19 @@ async def test_an_unknown_or_external_instance_is_refused_without_waiting() -> N
             for call in ("start", "stop"):
                 answer = await client.post(f"{PREFIX}/instances/{name}/{call}")
                 assert answer.status_code == status, answer.text
+
+
+async def test_an_image_that_is_kept_is_named_once() -> None:
+    rig = Rig("a")
+
+    async def pull(image: str) -> AsyncIterator[None]:
+        raise not_pulled(image, "no such host")
+        yield
+
+    rig.engine.pull = pull  # type: ignore[attr-defined]
+    async with client_of(rig) as client, rig.running():
+        answer = await client.post(f"{PREFIX}/pull", json={})
+    kept, done = answer.text.splitlines()
+    assert kept.count(IMAGE) == 1
+    assert '"status":"kept: could not be pulled: no such host; ' in kept
+    assert done == '{"status":"done"}'

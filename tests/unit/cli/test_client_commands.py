@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.adapters.docker_answers import not_pulled
 from tests.unit.cli.stand_in import API, Answer, error, instance, ready
 
 if TYPE_CHECKING:
@@ -325,6 +326,13 @@ def test_pull_that_is_refused_at_once_does_not_advise_to_pull(daemon: StandInDae
     result = run("pull", "a:1", "--url", daemon.url)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "ollama-manager pull" not in result.stderr
+
+
+def test_the_advice_of_the_daemon_for_a_failed_pull_is_not_repeated(daemon: StandInDaemon, run: Run) -> None:
+    refusal = not_pulled("a:1", "no such host")
+    daemon.answers[f"POST {API}/pull"] = Answer(error("image_missing", refusal.message), 503)
+    stderr = run("pull", "a:1", "--url", daemon.url).stderr
+    assert [stderr.count(words) for words in ("a:1", "name", "registry")] == [1, 1, 1]
 
 
 def test_pull_whose_daemon_ends_half_way_is_not_taken_for_done(daemon: StandInDaemon, run: Run) -> None:
