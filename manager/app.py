@@ -41,7 +41,7 @@ from manager.relay.front import listening_with
 from manager.relay.model_server import PooledModelServer
 from manager.relay.relay import Limits, Relay
 from manager.relay.upstream import UpstreamPools
-from manager.reloading import Reloader
+from manager.reloading import Reloader, log_weak_key
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
 from manager.services.instances.capacity import Capacity
@@ -410,8 +410,7 @@ async def serve(
     key = None
     if settings.server.key_file is not None:
         key = read_key(settings.server.key_file)
-        for weakness in key_weaknesses(settings.server.key_file, key):
-            _log.warning("weak_key", detail=weakness)
+        log_weak_key(key_weaknesses(settings.server.key_file, key))
     descriptors = raise_descriptor_limit()
     async with open_daemon(loaded, log=log, on_step=on_step, takes_over=take_over) as daemon:
         for danger in template_warnings(loaded):

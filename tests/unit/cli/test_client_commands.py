@@ -139,19 +139,24 @@ def test_the_address_comes_from_the_option_then_the_environment(
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "shown"),
     [
-        "localhost:11435",
-        "ftp://localhost",
-        "http://",
-        "http://user:pass@localhost:1",
-        "http://a b",
-        "http://a:x",
+        ("localhost:11435", "'localhost:11435'"),
+        ("ftp://localhost", "'ftp://localhost'"),
+        ("http://", "'http://'"),
+        ("http://user:pass@localhost:1", "'http://…@localhost:1'"),
+        ("user:pass@localhost:1", "'…@localhost:1'"),
+        ("http://localhost:1?key=pass", "'http://localhost:1'"),
+        ("http://localhost:1#pass", "'http://localhost:1'"),
+        ("http://a b", "'http://a b'"),
+        ("http://a\x1b[31m:1", r"'http://a\x1b[31m:1'"),
+        ("http://a:x", "'http://a:x'"),
     ],
 )
-def test_an_address_that_is_none_is_refused_without_repeating_it(run: Run, url: str) -> None:
+def test_an_address_that_is_none_is_shown_without_what_may_be_secret(run: Run, url: str, shown: str) -> None:
     result = run("status", "--url", url)
     assert result.exit_code == 2
+    assert f"the address of the daemon is {shown}; expected http://HOST:PORT\n" in result.stderr
     assert "pass" not in result.output
     assert "--url" in result.stderr
 
