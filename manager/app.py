@@ -21,7 +21,7 @@ from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
 from manager.adapters.nvml import Nvml
-from manager.adapters.owner import ManagerIdLock, read_owner, take_over
+from manager.adapters.owner import ManagerIdLock, keep_manager_id, read_owner, take_over
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
 from manager.adapters.schedule import ApScheduler
@@ -31,18 +31,18 @@ from manager.api.app import control_api
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
-from manager.domain.ownership import foreign, owner_of
+from manager.domain.ownership import foreign, left_behind, owner_of
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow
 from manager.domain.template import image_allowed
-from manager.errors import ConfigurationError, EngineError, ForeignOwnerError
+from manager.errors import ConfigurationError, EngineError, ForeignOwnerError, ManagerIdChangedError
 from manager.handover import CLAIMS_WITHIN_S, Giving, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.model_server import PooledModelServer
 from manager.relay.relay import Limits, Relay
 from manager.relay.upstream import UpstreamPools
-from manager.reloading import Reloader
+from manager.reloading import Reloader, log_weak_key
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
 from manager.services.instances.capacity import Capacity
@@ -202,6 +202,7 @@ async def open_daemon(
     resume_idle_clock: bool = False,
     takes_over: bool = False,
     claims_within_s: float = 0.0,
+    dry_run: bool = False,
 ) -> AsyncIterator[Daemon]:
     """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
 
@@ -212,11 +213,13 @@ async def open_daemon(
         resume_idle_clock: see `World`.
         takes_over: take over the containers of other state directories, which were lost.
         claims_within_s: how long to wait for the claims of another daemon, which has promised to let go.
+        dry_run: see `World`; nothing that happens is stored.
 
     Raises:
         StateDirHeldError: another daemon holds the state directory.
         ManagerIdHeldError: another daemon serves the manager id with another state directory.
         ForeignOwnerError: containers of the manager id belong to another state directory.
+        ManagerIdChangedError: the state directory has containers under a former manager id.
         ConfigurationError, RegistryCorruptError, UnavailableError: it cannot be built.
     """
     settings = loaded.settings
@@ -226,7 +229,7 @@ async def open_daemon(
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(_claims(settings, within_s=claims_within_s))
-        registry = await open_registry(state_dir / "registry.sqlite3")
+        registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
@@ -264,6 +267,7 @@ async def open_daemon(
             utcnow=_utcnow,
             on_step=on_step,
             resume_idle_clock=resume_idle_clock,
+            dry_run=dry_run,
             owner=owner,
         )
         make = _Maker(world, settings, templates, rows)
@@ -434,13 +438,13 @@ async def serve(
         ManagerError: it could not be started.
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
-    listener: socket.socket | None = inherited_listener(
-        loaded.settings.server.host, loaded.settings.server.port
-    )
+    host, port = loaded.settings.server.host, loaded.settings.server.port
+    listener = inherited_listener(host, port)
     predecessor = await _predecessor(loaded) if replaces else None
     if predecessor is not None:
         _log.info("replacing", pid=predecessor.pid)
-        listener = predecessor.usable_listener(loaded.settings.server.host, loaded.settings.server.port)
+        passed = predecessor.usable_listener(host, port)
+        listener = listener or passed
     serves = partial(
         _serve_once,
         loaded,
@@ -546,7 +550,7 @@ async def _serve_once(
                     on_hangup=reloader.ask,
                 )
             except BaseExceptionGroup as group:
-                refusal, _ = group.split(ForeignOwnerError)
+                refusal, _ = group.split((ForeignOwnerError, ManagerIdChangedError))
                 if refusal is None:
                     raise
                 raise _innermost(refusal) from group
@@ -563,8 +567,7 @@ def _key_of(settings: Settings) -> str | None:
     if file is None:
         return None
     key = read_key(file)
-    for weakness in key_weaknesses(file, key):
-        _log.warning("weak_key", detail=weakness)
+    log_weak_key(key_weaknesses(file, key))
     return key
 
 
@@ -598,11 +601,13 @@ async def _greet(server: Server, predecessor: Predecessor | None) -> None:
 async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
     """One clean-up without a daemon, by the stored last use; holds the state directory meanwhile.
 
+    A dry run stops nothing and stores nothing, but a registry that is missing is made.
+
     Raises:
         StateDirHeldError: a daemon runs; it has to be asked.
         UnavailableError: the engine does not answer.
     """
-    async with open_daemon(loaded, resume_idle_clock=True) as daemon:
+    async with open_daemon(loaded, resume_idle_clock=True, dry_run=dry_run) as daemon:
         within_s = loaded.settings.engine.timeout_s
         running = asyncio.ensure_future(daemon.run_unscheduled())
         try:
@@ -645,19 +650,23 @@ def _claims(settings: Settings, *, within_s: float) -> Iterator[tuple[StateDirLo
 async def _settled_owner(
     engine: DockerEngine, settings: Settings, owner: Owner, *, takes_over: bool
 ) -> Owner:
-    """The owner, once no container of the manager id belongs to another one.
+    """Return the owner, once no container of the manager id belongs to another one, and none is left behind.
 
-    An engine that is away is no obstacle: containers of another owner are never adopted.
+    An engine that is away is no obstacle: containers of another owner are never adopted. The former manager
+    id is kept until the engine was asked for its containers.
     """
     try:
         async with asyncio.timeout(settings.engine.timeout_s if takes_over else _OWNER_CHECK_S):
             listed = await engine.list_containers(settings.manager_id)
+            await _refuse_left_behind(engine, settings, owner)
     except (TimeoutError, EngineError):
         if takes_over:
             raise
         return owner
     if not takes_over:
         _refuse_foreign(settings, owner, listed)
+    owner = keep_manager_id(settings.state.dir, owner, settings.manager_id)
+    if not takes_over:
         return owner
     ids = frozenset(filter(None, map(owner_of, foreign(owner, listed))))
     _log.warning("taken_over", owners=sorted(ids))
@@ -670,6 +679,8 @@ async def _refuse_foreign_later(engine: DockerEngine, settings: Settings, owner:
         await asyncio.sleep(settings.lifecycle.probe_interval_s)
         with contextlib.suppress(EngineError):
             _refuse_foreign(settings, owner, await engine.list_containers(settings.manager_id))
+            await _refuse_left_behind(engine, settings, owner)
+            await asyncio.to_thread(keep_manager_id, settings.state.dir, owner, settings.manager_id)
             return
 
 
@@ -680,6 +691,16 @@ def _refuse_foreign(settings: Settings, owner: Owner, listed: tuple[ContainerFac
             f"containers with manager_id {settings.manager_id!r} belong to another state directory than "
             f"{settings.state.dir}: {', '.join(facts.name for facts in strangers)}"
         )
+
+
+async def _refuse_left_behind(engine: DockerEngine, settings: Settings, owner: Owner) -> None:
+    former = owner.manager_id
+    if former is None or former == settings.manager_id:
+        return
+    wrong = left_behind(owner, settings.manager_id, await engine.list_containers(former))
+    if wrong is not None:
+        message, remedy = wrong
+        raise ManagerIdChangedError(message, details={"remedy": remedy})
 
 
 def _relay(daemon: Daemon, settings: Settings, access: Access) -> Relay:

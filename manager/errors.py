@@ -11,7 +11,8 @@ ManagerError
 │   ├── NameConflictError     a container that is not ours has our name
 │   ├── StateDirHeldError     another daemon holds the state directory
 │   ├── ManagerIdHeldError    another daemon serves the manager id
-│   └── ForeignOwnerError     containers of the manager id belong to another state directory
+│   ├── ForeignOwnerError     containers of the manager id belong to another state directory
+│   └── ManagerIdChangedError the state directory has containers under its former manager id
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
@@ -133,6 +134,12 @@ class ForeignOwnerError(ConflictError):
     """Containers with our manager id belong to another state directory, whose daemon may be alive."""
 
     code = "foreign_owner"
+
+
+class ManagerIdChangedError(ConflictError):
+    """`manager_id` was changed, and nobody would watch the containers under the former one."""
+
+    code = "manager_id_changed"
 
 
 class UnavailableError(ManagerError):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from manager.errors import ConfigurationError
-from manager.settings import load_templates, read_key
+from manager.settings import key_weaknesses, load_templates, read_key
 from manager.settings.changes import changes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     from manager.domain.template import Template
@@ -110,8 +110,10 @@ class Reloader:
         file = changed.loaded.settings.server.key_file
         seen = await asyncio.to_thread(_signature, file)
         key = await asyncio.to_thread(read_key, file) if file is not None else None
+        weak = await asyncio.to_thread(key_weaknesses, file, key) if file is not None and key else ()
         self._apply(changed, key)
         self._running, self._key, self._seen = changed.loaded, key, seen
+        log_weak_key(weak)
         _log.info("reloaded", applied=list(changed.applied), file=str(changed.loaded.file))
         if changed.waiting:
             _log.warning(
@@ -124,12 +126,20 @@ class Reloader:
         file = self._running.settings.server.key_file
         if file is None or (seen := await asyncio.to_thread(_signature, file)) == self._seen:
             return
-        self._seen = seen  # a file that is wrong is reported once
+        is_first, self._seen = self._seen is None, seen  # a file that is wrong is reported once
         key = await asyncio.to_thread(read_key, file)
+        if not is_first or key != self._key:  # the start has reported the first one
+            log_weak_key(await asyncio.to_thread(key_weaknesses, file, key))
         if key != self._key:
             self._new_key(self._running.settings, key)
             self._key = key
             _log.info("key_reread", file=str(file))
+
+
+def log_weak_key(weaknesses: Iterable[str]) -> None:
+    """Log what is wrong with a key that works; see `key_weaknesses`."""
+    for weakness in weaknesses:
+        _log.warning("weak_key", detail=weakness)
 
 
 def _check(wanted: LoadedSettings, templates: Mapping[str, Template]) -> None:

@@ -165,7 +165,8 @@ def pull_progress(image: str, entry: dict[str, Any]) -> PullProgress:
 def not_pulled(image: str, said: str) -> EngineError:
     """Whatever the engine said of a pull that failed, what is missing is the image."""
     remedy = "check its name and whether the engine can reach the registry"
-    return EngineError(f"{image} could not be pulled: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
+    what = "could not be pulled" if image in said else f"{image} could not be pulled"
+    return EngineError(f"{what}: {said}; {remedy}", reason=Reason.IMAGE_MISSING)
 
 
 # Words of a refusal, in the order in which they are looked for -> the reason and the remedy. The wording was

@@ -10,6 +10,7 @@ import secrets
 import socket
 import struct
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -63,7 +64,9 @@ def read_owner(state_dir: Path) -> Owner:
         text = stream.read(_LONGEST)
     try:
         read: Any = json.loads(text)
-        return Owner(str(read["id"]), frozenset(map(str, read["taken_over"])))
+        owner = Owner(str(read["id"]), frozenset(map(str, read["taken_over"])))
+        former = read.get("manager_id")  # older versions do not write it
+        return owner if former is None else replace(owner, manager_id=str(former))
     except (ValueError, TypeError, LookupError) as error:
         raise ManagerError(
             f"{path} is damaged; restore it from a backup, or remove it and take the containers over with "
@@ -78,14 +81,28 @@ def take_over(state_dir: Path, owner: Owner, ids: frozenset[str]) -> Owner:
         ManagerError: it could not be stored; nothing was taken over.
     """
     known = sorted(owner.taken_over - ids)[: max(0, _MOST_TAKEN_OVER - len(ids))]
-    wider = Owner(owner.id, ids | frozenset(known))
+    wider = replace(owner, taken_over=ids | frozenset(known))
     _write(state_dir / _FILE, wider)
     return wider
 
 
+def keep_manager_id(state_dir: Path, owner: Owner, manager_id: str) -> Owner:
+    """Store the manager id that the containers of this state directory have from now on.
+
+    Raises:
+        ManagerError: it could not be stored.
+    """
+    if owner.manager_id == manager_id:
+        return owner
+    renamed = replace(owner, manager_id=manager_id)
+    _write(state_dir / _FILE, renamed)
+    return renamed
+
+
 def _write(path: Path, owner: Owner) -> None:
     new = path.with_suffix(".json.new")
-    content = json.dumps({"id": owner.id, "taken_over": sorted(owner.taken_over)}) + "\n"
+    values = {"id": owner.id, "taken_over": sorted(owner.taken_over), "manager_id": owner.manager_id}
+    content = json.dumps(values) + "\n"
     try:
         new.unlink(missing_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -133,7 +150,7 @@ class ManagerIdLock:
             else:
                 self._socket = claim
                 return
-            holder = self._holder()
+            holder = self.holder()
             if holder is None:
                 continue  # it has ended just now
             pid, uid = holder
@@ -171,8 +188,11 @@ class ManagerIdLock:
         if claim is not None:
             claim.close()
 
-    def _holder(self) -> tuple[int, int] | None:
-        """The process and the user that hold the id, None where nobody does any more."""
+    def holder(self) -> tuple[int, int] | None:
+        """Return the process and the user that hold the id; None where it is free.
+
+        The process is 0 where the kernel does not tell. Claims nothing.
+        """
         if _SO_PEERCRED is None:
             return None
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as question:

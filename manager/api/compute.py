@@ -112,6 +112,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
 
         Where `max_running` is reached, an unused instance is stopped first, as for a request.
         """
+        await _engine_asked(backend, instance_id)
         if query.wait:
             return changed(instance_id, await capacity.start(instance_id))
         return changed(instance_id, capacity.begin_start(instance_id), 202)
@@ -123,6 +124,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     )
     async def stop_instance(instance_id: str, query: Annotated[StopQuery, Query()]) -> Response:
         """Drain an instance and stop it; `force` does not drain."""
+        await _engine_asked(backend, instance_id)
         if query.wait:
             return changed(instance_id, await capacity.stop(instance_id, force=query.force))
         return changed(instance_id, capacity.begin_stop(instance_id, force=query.force), 202)
@@ -144,12 +146,14 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     )
     async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> PlainTextResponse:
         """The last lines an instance's container wrote; after a stop, the ones that were kept."""
+        await _engine_asked(backend, instance_id)
         lines = await fleet.managed(instance_id).logs(query.tail)
         return PlainTextResponse("".join(f"{line}\n" for line in lines))
 
     @router.post("/reap", response_model=SweepBody, responses=refusals(503))
     async def reap(query: Annotated[ReapQuery, Query()]) -> Response:
         """One sweep: stop every instance that is idle past its TTL."""
+        await _engine_asked(backend)
         swept = [swept_body(entry) for entry in await backend.sweeps.reap(dry_run=query.dry_run)]
         return _json(SweepBody(instances=swept, count=len(swept)))
 
@@ -164,6 +168,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         for image in images:
             if not backend.may_pull(image):
                 raise InvalidRequestError(f"image: {image!r} is not in allow.images of the configuration")
+        await _engine_asked(backend)
         backend.link.refuse_if_down()
         lines = _pull_lines(backend, images, keep=request.image is None)
         first = await anext(lines)  # what fails at once is an error status, not a stream
@@ -205,6 +210,17 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     return router
 
 
+async def _engine_asked(backend: Backend, instance_id: str | None = None) -> None:
+    """Wait for the first answer of the engine, without which each call would be refused.
+
+    Raises:
+        UnknownInstanceError, ConflictError: there is no such instance, or it is external.
+    """
+    if instance_id is not None:
+        backend.fleet.managed(instance_id)
+    await backend.first_look.engine_asked()
+
+
 async def _pull_lines(backend: Backend, images: tuple[str, ...], *, keep: bool) -> AsyncIterator[bytes]:
     """Progress of one image after the other.
 
@@ -229,7 +245,8 @@ async def _pull_lines(backend: Backend, images: tuple[str, ...], *, keep: bool) 
             except EngineError as error:
                 if not keep or not await backend.engine.has_image(image):
                     raise
-                yield PullLine(image=image, status=f"kept: {error.message}").line()
+                why = error.message.removeprefix(f"{image} ")  # the line names it already
+                yield PullLine(image=image, status=f"kept: {why}").line()
                 begun = True
     except ManagerError as error:
         if not begun:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from fastapi.exceptions import RequestValidationError
@@ -21,13 +20,15 @@ from manager.errors import (
     UnavailableError,
     UnknownInstanceError,
 )
+from manager.settings.problems import described
 from manager.wire.dialect import error_body
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator
 
     from fastapi import FastAPI
+    from pydantic_core import ErrorDetails
     from starlette.requests import Request
     from starlette.routing import BaseRoute
 
@@ -35,7 +36,6 @@ _log = structlog.get_logger("api")
 
 # Below these all errors have the control API's shape, those of paths that do not exist too.
 _OWN_PREFIXES = ("/api/runtime", "/api/settings")
-_MOST_SHOWN = 80
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
@@ -96,12 +96,25 @@ def manager_error_response(error: ManagerError) -> JSONResponse:
     )
 
 
-def _plainly(problem: Mapping[str, Any]) -> str:
-    """What is wrong with a value, and which one was given where that is short enough to show."""
-    given = problem.get("input")
-    if problem["type"] in ("missing", "extra_forbidden") or not isinstance(given, str | int | float | None):
-        return str(problem["msg"])
-    return f"{problem['msg']}; given: {json.dumps(given)[:_MOST_SHOWN]}"
+def _problems(request: Request, error: RequestValidationError) -> Iterator[dict[str, str]]:
+    """Yield each field with what was given and what is allowed, in the words of the configuration file."""
+    route = request.scope.get("route")
+    models = _models(route) if isinstance(route, APIRoute) else {}
+    for one in error.errors():
+        part, *inner = one["loc"]
+        relative = cast("ErrorDetails", {**one, "loc": tuple(inner)})
+        for path, message in described(relative, models.get(part), mapping="an object"):
+            yield {"field": ".".join(map(str, (part, *path))), "message": message}
+
+
+def _models(route: APIRoute) -> dict[str | int, Any]:
+    """The models of what a route takes, by the part of a request; of a single value there is none."""
+    models = {}
+    if route.body_field is not None:
+        models["body"] = route.body_field.field_info.annotation
+    for parameter in route.dependant.query_params:
+        models["query"] = parameter.field_info.annotation
+    return models
 
 
 def _is_json(request: Request) -> bool:
@@ -123,10 +136,7 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        problems = [
-            {"field": ".".join(str(part) for part in problem["loc"]), "message": _plainly(problem)}
-            for problem in error.errors()
-        ]
+        problems = list(_problems(request, error))
         if error.errors()[0]["type"] == "json_invalid":
             problems = [{"field": "body", "message": "it is not JSON"}]
         elif problems[0]["field"] == "body" and not _is_json(request):

@@ -10,10 +10,10 @@ from manager.api.answers import PLAIN_JSON
 from manager.api.passage import NDJSON
 from manager.api.refusal import RefusedError
 from manager.domain.models import DEFAULT_TAG
+from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.models.pulls import PullFailedError
 from manager.services.models.volumes import NoSuchModelError
 from manager.services.routing.attempting import Trouble
-from manager.services.routing.router import MAX_STARTUP_WAIT_S
 from manager.services.steps import in_steps
 from manager.wire.listing import Alias
 from manager.wire.management import reading_copy, reading_named
@@ -126,7 +126,7 @@ class Management:
             await self._change(passage, body, f"the copy of {body.model}", replaces=destination)
         except NoSuchModelError as error:
             # Ollama's text for this route alone.
-            raise NoSuchModelError(f'model "{body.model}" not found') from error
+            raise NoSuchModelError(f'model "{body.model}" not found', error.not_asked) from error
 
     async def _delete(self, passage: Passage) -> None:
         body = await self._named(passage)

@@ -338,9 +338,7 @@ def _refusal(status: int, body: dict[str, Any], wait_s: str | None) -> RefusalEr
 def _pull_refusal(error: RefusalError) -> RefusalError:
     """The usual advice for a missing image is to pull it, which has just failed."""
     if error.code == "image_missing":
-        error.next_step = (
-            "check the name, and whether the engine reaches its registry: `docker pull` says more"
-        )
+        error.next_step = "`docker pull` says more"
     return error
 
 

@@ -319,10 +319,11 @@ def config_show(config: Path | None) -> None:
 
     Includes what was changed over the API of the daemon, where one runs.
     """
-    from manager.cli.effective import effective_yaml, live_values  # noqa: PLC0415
+    from manager.cli.effective import check_as_serve, effective_yaml, live_values  # noqa: PLC0415
     from manager.cli.locate import load  # noqa: PLC0415
 
     loaded = load(config)
+    check_as_serve(loaded)
     click.echo(effective_yaml(loaded, live_values(loaded)), nl=False)
 
 
@@ -338,12 +339,17 @@ def templates_check(config: Path | None) -> None:
     from manager.cli.locate import load  # noqa: PLC0415
 
     loaded = load(config)
-    from manager.settings import load_templates, resolve_instances, template_warnings  # noqa: PLC0415
+    from manager.settings import (  # noqa: PLC0415
+        load_templates,
+        missing_binds,
+        resolve_instances,
+        template_warnings,
+    )
 
     templates = load_templates(loaded.settings)
     resolve_instances(loaded, templates)
-    for danger in template_warnings(loaded):
-        warn(danger)
+    for concern in (*template_warnings(loaded), *missing_binds(loaded.settings, templates)):
+        warn(concern)
     for name, template in templates.items():
         click.echo(f"{name}: ok ({template.device.value}, {template.image})")
 

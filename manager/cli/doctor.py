@@ -23,13 +23,14 @@ from manager.settings import (
     key_weaknesses,
     load_settings,
     load_templates,
+    missing_binds,
     packaged_templates,
     read_key,
     resolve_instances,
     template_warnings,
 )
 from manager.settings.model import GPU_TEMPLATE
-from manager.settings.ownership import directory_problem
+from manager.settings.ownership import directory_problem, is_trusted, user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,9 +125,17 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
             f"{directory} has no template {GPU_TEMPLATE} with device: gpu, and there are GPUs for gpus: auto",
             f"add {GPU_TEMPLATE}.yaml, or set gpus: none",
         )
-    if dangers := template_warnings(loaded):
-        remedy = "allow only directories with models, and keep templates to the daemon's user or root"
-        return needs, warning("templates", "\n".join(dangers), remedy)
+    dangers = template_warnings(loaded)
+    missing = missing_binds(
+        settings, {str(spec.template_name): spec.template for spec in specs if spec.template}
+    )
+    remedies = []
+    if dangers:
+        remedies.append("allow only directories with models, and keep templates to the daemon's user or root")
+    if missing:
+        remedies.append("create the directory; where this runs in a container, look on the engine's machine")
+    if remedies:
+        return needs, warning("templates", "\n".join((*dangers, *missing)), "\n".join(remedies))
     return needs, fine("templates", f"{', '.join(templates) or 'none'} in {directory}")
 
 
@@ -189,7 +198,7 @@ def _file_system(path: Path) -> str:
 
 def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
     if holder is None:
-        return fine("daemon", "not running; nobody holds the state directory")
+        return _other_daemon(loaded.settings) or fine("daemon", "not running; the state directory is free")
     if holder.url is None:
         return warning(
             "daemon",
@@ -211,6 +220,25 @@ def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
             "look at its log; if it hangs, end that process: instances keep running",
         )
     return _state_of_daemon(holder, reasons, lost)
+
+
+def _other_daemon(settings: Settings) -> Finding | None:
+    """Report a daemon that serves the manager id with another state directory: a start would be refused."""
+    from manager.adapters.owner import ManagerIdLock  # noqa: PLC0415
+
+    holder = ManagerIdLock(settings.manager_id, settings.engine.url).holder()
+    if holder is None:
+        return None
+    pid, uid = holder
+    which = f"process {pid}, " if pid else ""
+    message = (
+        f"not running; another daemon ({which}{user(uid)}) serves manager_id {settings.manager_id!r} on this "
+        f"engine with another state directory than {settings.state.dir}"
+    )
+    remedy = "set another manager_id, or the state.dir of that daemon"
+    if is_trusted(uid):
+        return broken("daemon", message, remedy)
+    return warning("daemon", message, f"{remedy}; a start does not take the word of another user's process")
 
 
 def _state_of_daemon(holder: Holder, reasons: tuple[str, ...], lost: tuple[str, ...]) -> Finding:

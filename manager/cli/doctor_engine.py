@@ -13,7 +13,7 @@ from manager.adapters.owner import known_owner
 from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.domain.gpu import Gpu, Holder, find_gpu, gib, held_by
 from manager.domain.orphans import find_orphans
-from manager.domain.ownership import owner_of
+from manager.domain.ownership import left_behind, owner_of
 from manager.errors import EngineError, GpuQueryError
 
 if TYPE_CHECKING:
@@ -177,7 +177,7 @@ async def _image(engine: DockerEngine, image: str) -> Finding:
         return broken("image", f"{image}: {error.message}", "look at the engine's log")
     if present:
         return fine("image", image)
-    return warning("image", f"{image} is missing", f"ollama-manager pull {image} (or: docker pull {image})")
+    return warning("image", f"{image} is missing", f"docker pull {image}, or `ollama-manager up`")
 
 
 async def _network(engine: DockerEngine, name: str) -> Finding:
@@ -192,10 +192,14 @@ async def _containers(
     engine: DockerEngine, manager_id: str, needs: Needs, owner: Owner | None = None
 ) -> Finding:
     """Judge the containers of a manager id; `owner` is that of the state directory, if it has one."""
+    former = owner.manager_id if owner else None
     try:
         listed = await engine.list_containers(manager_id)
+        of_former = await engine.list_containers(former) if former not in (None, manager_id) else ()
     except EngineError as error:
         return broken("containers", error.message, "look at the engine's log")
+    if owner is not None and (wrong := left_behind(owner, manager_id, of_former)) is not None:
+        return broken("containers", *wrong)
 
     def is_configured(instance: str) -> bool:
         return instance in needs.instances or (

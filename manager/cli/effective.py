@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from manager.errors import ConfigurationError
 from manager.settings.addresses import without_credentials
 from manager.settings.model import NOT_EXTERNAL
 
@@ -47,12 +48,31 @@ def effective_yaml(loaded: LoadedSettings, live: Live = Live()) -> str:
     return "\n".join([*head, *_lines(loaded, live, values, ())]) + "\n"
 
 
+def check_as_serve(loaded: LoadedSettings) -> None:
+    """Raise what `serve` would raise for this configuration, with its templates and its key.
+
+    A key file that this user may not read is passed over: it is meant for the user of the daemon.
+
+    Raises:
+        ConfigurationError: with every problem that was found.
+    """
+    from manager.settings import load_templates, read_key, resolve_instances  # noqa: PLC0415
+
+    resolve_instances(loaded, load_templates(loaded.settings))
+    key_file = loaded.settings.server.key_file
+    if key_file is not None:
+        try:
+            read_key(key_file)
+        except ConfigurationError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
+
+
 def live_values(loaded: LoadedSettings) -> Live:
     """Ask the daemon that holds the state directory, if there is one."""
     from manager.cli.client import Daemon  # noqa: PLC0415  (it imports requests)
     from manager.cli.failures import CommandError  # noqa: PLC0415
     from manager.cli.locate import configured_daemon, current_holder  # noqa: PLC0415
-    from manager.errors import ConfigurationError  # noqa: PLC0415
 
     try:
         holder = current_holder(loaded.settings.state.dir)

@@ -16,6 +16,7 @@ from manager.errors import (
     EngineUnreachableError,
     ForeignOwnerError,
     ManagerError,
+    ManagerIdChangedError,
     ManagerIdHeldError,
     StateDirHeldError,
 )
@@ -149,16 +150,21 @@ def _exit_code(error: ManagerError) -> int:
 
 
 def _next_step(error: ManagerError) -> str | None:
-    cause = error.__cause__
     if isinstance(error, ForeignOwnerError):
         return (
             "give this daemon a manager_id of its own; only if that state directory is lost for good, "
             "run `ollama-manager serve --take-over` once"
         )
+    if isinstance(error, ManagerIdChangedError):
+        return str(error.details["remedy"])
     if isinstance(error, StateDirHeldError | ManagerIdHeldError):
         return "stop that one first, or give this one a state.dir and a manager_id of its own"
     if isinstance(error, EngineUnreachableError):
         return "`ollama-manager doctor` says more"
+    return _next_step_after(error.__cause__)
+
+
+def _next_step_after(cause: BaseException | None) -> str | None:
     if isinstance(cause, OSError) and cause.errno == errno.EADDRINUSE:
         return "choose another port with --port or server.port; `ss -ltnp` shows who holds this one"
     if isinstance(cause, OSError) and cause.errno == errno.EADDRNOTAVAIL:

@@ -121,11 +121,18 @@ def _checked(url: str) -> str:
         usable = usable and parts.username is None and not (parts.query or parts.fragment)
     if not usable or re.search(r"[\s\x00-\x1f\x7f\\]", url):
         raise CommandError(
-            "the address of the daemon is not http://HOST:PORT",
+            f"the address of the daemon is {_shown(url)}; expected http://HOST:PORT",
             exit_code=MISUSED,
             next_step=f"check --url and ${URL_VARIABLE}; a key goes into ${KEY_VARIABLE}",
         )
     return _reachable(url.rstrip("/"))
+
+
+def _shown(url: str) -> str:
+    """What was given as an address, without the parts that may hold a password or a key."""
+    from manager.settings.problems import shown  # noqa: PLC0415  (half the cost of a command)
+
+    return shown(re.sub(r"[^/]*@", "…@", re.split(r"[?#]", url, maxsplit=1)[0]))
 
 
 def _reachable(url: str) -> str:

@@ -36,8 +36,8 @@ class ImagesMissingError(CommandError):
 
     def __init__(self, troubles: dict[str, str]) -> None:
         super().__init__(
-            f"cannot be pulled: {', '.join(troubles)}",
-            lines=[f"{image}: {why}" for image, why in troubles.items()],
+            f"{'an image' if len(troubles) == 1 else f'{len(troubles)} images'} cannot be pulled",
+            lines=[why if image in why else f"{image}: {why}" for image, why in troubles.items()],
             next_step="check the way to the registry, or `docker load` the image; then try again",
         )
         self.troubles = troubles

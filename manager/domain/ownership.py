@@ -20,10 +20,12 @@ class Owner:
     Attributes:
         id: a random id that the state directory keeps; every container is labelled with it.
         taken_over: the ids of lost state directories, whose containers were taken over.
+        manager_id: the manager id of its containers; None where an older version wrote the file.
     """
 
     id: str
     taken_over: frozenset[str] = frozenset()
+    manager_id: str | None = None
 
     def owns(self, facts: ContainerFacts) -> bool:
         """Whether a container is not another owner's.
@@ -37,6 +39,34 @@ class Owner:
 def foreign(owner: Owner, containers: Iterable[ContainerFacts]) -> tuple[ContainerFacts, ...]:
     """The containers that belong to another owner."""
     return tuple(facts for facts in containers if not owner.owns(facts))
+
+
+def left_behind(
+    owner: Owner, manager_id: str, containers: Iterable[ContainerFacts]
+) -> tuple[str, str] | None:
+    """Return what is wrong with a changed manager id, and the remedy; None where nothing is.
+
+    Names and labels of containers have the manager id in them: under a new one its former containers are
+    not found, and go on without a manager. A start is refused therefore, instead of reporting them as
+    removed. A former id without containers is forgotten.
+
+    Args:
+        owner: of the state directory.
+        manager_id: the configured one.
+        containers: those of `owner.manager_id`.
+    """
+    names = [facts.name for facts in containers if owner.owns(facts)]
+    if not names or owner.manager_id in (None, manager_id):
+        return None
+    message = (
+        f"manager_id was {owner.manager_id!r} and is {manager_id!r} now, and this state directory still has "
+        f"containers under the former one: {', '.join(names)}"
+    )
+    remedy = (
+        f"set manager_id: {owner.manager_id} again and stop them with `ollama-manager stop`, "
+        f"or remove them: docker rm -f {' '.join(names)}"
+    )
+    return message, remedy
 
 
 def whose(facts: ContainerFacts, *, manager_id: str, is_of_manager: bool) -> str:

@@ -69,6 +69,27 @@ class Snapshot:
     def unread(self) -> tuple[Candidate, ...]:
         return self._unread
 
+    def out_of_reach(self) -> tuple[Candidate, ...]:
+        """Return the instances whose lists were never read and cannot be read now.
+
+        They keep an unknown name from being looked up, but do not make it likely. An engine that is away is
+        no such case: it comes back by itself, and the lists of its volumes with it.
+        """
+        return tuple(
+            one
+            for one in self._unread
+            if one.state is State.OUT and one.why_out is not Reason.ENGINE_UNAVAILABLE
+        )
+
+    def lacks(self, key: str) -> bool:
+        """Whether a list was read, none has the model, and the others cannot be read now."""
+        unread = self._unread
+        return (
+            len(unread) < len(self.candidates)
+            and len(unread) == len(self.out_of_reach())
+            and not self.having(key)
+        )
+
     def names(self) -> list[str]:
         """The name of every model there is, each once."""
         return self._names
@@ -99,6 +120,12 @@ class Snapshot:
     def _names(self) -> list[str]:
         named = (candidate.models or {} for candidate in self.candidates)
         return sorted({key: name for models in named for key, name in models.items()}.values())
+
+
+def not_asked(candidates: tuple[Candidate, ...]) -> str:
+    """Return the end of a message about an unknown model: `; could not be asked: nas (…)`."""
+    whys = [f"{one.id} ({one.why_out})" for one in candidates]
+    return f"; could not be asked: {listed(whys)}" if whys else ""
 
 
 def missing_models(settings: RoutingSettings, snapshot: Snapshot) -> Iterator[tuple[str, str]]:
@@ -433,7 +460,7 @@ class _Decider:
     def _why_none(self, leg: _Leg) -> Refused:
         """Why there is no attempt, told by the leg that is preferred."""
         outs = [one for one in self._passed_over if one.reason is not Reason.POLICY]
-        if outs:
+        if outs and not self._is_unknown(leg):
             target = leg.role.target if leg.role else None
             return self._unavailable(next((one for one in outs if one.instance == target), outs[0]))
         having = self._snapshot.having(model_key(leg.model))
@@ -455,6 +482,14 @@ class _Decider:
             return Refused("unknown", Reason.MODEL_MISSING, message)
         return self._not_found(leg)
 
+    def _is_unknown(self, leg: _Leg) -> bool:
+        """Whether the client gave a name that nothing supports: no list, no role, and no place for it."""
+        key = model_key(leg.model)
+        named_by_role = leg.role is not None and leg.role.model is not None
+        if leg.held(self._pin) is not None or (named_by_role and model_key(leg.role.model) == key):
+            return False
+        return self._snapshot.lacks(key) and not self._settings.auto_pull
+
     def _unavailable(self, one: PassedOver) -> Refused:
         place = self._snapshot.get(one.instance)
         models = place.models if place else None
@@ -472,6 +507,7 @@ class _Decider:
         others = [one.name for one in roles if one.model is not None and one is not role]
         also = f"; roles: {listed(others)}" if others else ""
         message = f"{self._missing(leg.model)}{of_role}; models: {listed(self._snapshot.names())}{also}"
+        message += not_asked(self._snapshot.out_of_reach())
         return Refused("unknown", Reason.MODEL_MISSING, message)
 
     def _missing(self, model: str) -> str:

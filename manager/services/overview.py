@@ -148,8 +148,7 @@ class Overviews:
         """Return the overview of this moment: the same object while nothing has changed."""
         instances = tuple([self._state(one) for one in self._fleet.instances()])
         reading, trouble = self._gpus.snapshot, self._gpus.trouble
-        containers = tuple([one.view.container and one.view.container.id for one in instances])
-        cards = self._cards.of((reading, containers), self._read_cards)
+        cards = self._cards.of((reading, self._gpus.holders_version), self._read_cards)
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
         shown = (

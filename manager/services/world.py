@@ -40,10 +40,10 @@ class World:
 
     `now` is monotonic seconds, `utcnow` the wall clock. `on_step` is awaited after each step of an operation
     that has been recorded, which is where a test lets the daemon die. `resume_idle_clock` lets adopted
-    containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. `in_flight`
-    has the number of open leases by instance. `revision` is that of the fleet. `starting` is held while a
-    container is created and started, and by nothing else. `owner` is that of the state directory; None
-    where owners are not distinguished.
+    containers keep the idle time they had; a daemon that serves gives them a fresh TTL instead. A `dry_run`
+    finishes no stop that an earlier process began. `in_flight` has the number of open leases by instance.
+    `revision` is that of the fleet. `starting` is held while a container is created and started, and by
+    nothing else. `owner` is that of the state directory; None where owners are not distinguished.
     """
 
     manager_id: str
@@ -57,6 +57,7 @@ class World:
     utcnow: Callable[[], datetime]
     on_step: Callable[[str, str], Awaitable[None]] = no_step
     resume_idle_clock: bool = False
+    dry_run: bool = False
     owner: Owner | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)

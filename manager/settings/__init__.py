@@ -12,6 +12,7 @@ from manager.settings.routing import (
 from manager.settings.templates import (
     auto_gpu_spec,
     load_templates,
+    missing_binds,
     packaged_templates,
     real_writers,
     resolve_instances,
@@ -30,6 +31,7 @@ __all__ = [
     "key_weaknesses",
     "load_settings",
     "load_templates",
+    "missing_binds",
     "packaged_templates",
     "read_key",
     "real_writers",

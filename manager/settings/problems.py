@@ -26,20 +26,24 @@ _EXPECTED = {
     "float_type": "expected a number",
     "finite_number": "expected a finite number",
     "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
     "string_type": "expected text",
     "string_unicode": "expected text in Unicode",
     "path_type": "expected a path",
-    "dict_type": "expected a mapping",
-    "model_type": "expected a mapping",
+    "dict_type": "expected {mapping}",
+    "model_type": "expected {mapping}",
+    "model_attributes_type": "expected {mapping}",
     "tuple_type": "expected a list",
+    "list_type": "expected a list",
+    "too_long": "expected at most {max_length} entries",
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",
     "string_pattern_mismatch": "expected text that matches {pattern}",
     "string_too_short": "expected text that is not empty",
     "string_too_long": "expected at most {max_length} characters",
-    "greater_than": "expected a number above {gt:g}",
-    "greater_than_equal": "expected {ge:g} or more",
-    "less_than_equal": "expected {le:g} or less",
+    "greater_than": "expected a number above {gt:.12g}",
+    "greater_than_equal": "expected {ge:.12g} or more",
+    "less_than_equal": "expected {le:.12g} or less",
 }
 
 _CONTAINERS = frozenset({"dict_type", "model_type", "tuple_type"})
@@ -73,7 +77,7 @@ def from_validation(
 ) -> Iterator[Problem]:
     """Every error of a validation of `model`; `place` says where the value of a key path comes from."""
     for one in error.errors(include_url=False):
-        for path, text in _described(one, model):
+        for path, text in described(one, model):
             where = place(path)
             # A variable holds a whole list or mapping as JSON; one that is none of that is still text here.
             json = ", as JSON" if one["type"] in _CONTAINERS and isinstance(one["input"], str) else ""
@@ -86,10 +90,10 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def shown(value: object) -> str:
+def shown(value: object, *, mapping: str = "a mapping") -> str:
     """A value as a message may show it: short, and without credentials."""
     if isinstance(value, dict):
-        return "a mapping"
+        return mapping
     if isinstance(value, list | tuple):
         return "a list"
     if value is None:
@@ -100,16 +104,27 @@ def shown(value: object) -> str:
     return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}…"
 
 
-def _described(error: ErrorDetails, model: type[BaseModel]) -> Iterator[tuple[KeyPath, str]]:
-    path, kind, context = error["loc"], error["type"], error.get("ctx", {})
-    given = shown(error["input"])
+def described(
+    error: ErrorDetails, model: type[BaseModel] | None, *, mapping: str = "a mapping"
+) -> Iterator[tuple[KeyPath, str]]:
+    """Yield where and what is wrong: which value was given, and which are allowed.
+
+    Args:
+        error: of a validation of `model`, with a location relative to it.
+        model: None where it is a single value that was validated.
+        mapping: the word for one in what was written.
+    """
+    path, kind, context = error["loc"], error["type"], {**error.get("ctx", {}), "mapping": mapping}
+    given = shown(error["input"], mapping=mapping)
     if kind == "contradiction":
         for refusal in context["refusals"]:
             yield (*path, *refusal.key), refusal.message
     elif kind == "extra_forbidden":
         known = fields_of(at(model, path[:-1])) or {}
         hint = nearest(str(path[-1]), known)
-        yield path, f"unknown key; {hint}allowed: {', '.join(known)}"
+        yield path, f"unknown key; {hint}allowed: {', '.join(known) or 'none'}"
+    elif kind == "missing" and not path:
+        yield path, f"missing; expected {mapping}"
     elif kind == "missing":
         yield path, f"missing; {_required(model, path)}"
     elif path and path[-1] == "[key]":
@@ -121,9 +136,10 @@ def _described(error: ErrorDetails, model: type[BaseModel]) -> Iterator[tuple[Ke
 def _expected(kind: str, context: dict[str, Any], message: str) -> str:
     if kind == "value_error":
         return str(context["error"])
-    return _EXPECTED.get(kind, message).format(**context)
+    expected = _EXPECTED.get(kind)
+    return message if expected is None else expected.format(**context)
 
 
-def _required(model: type[BaseModel], path: KeyPath) -> str:
+def _required(model: type[BaseModel] | None, path: KeyPath) -> str:
     known = fields_of(at(model, path[:-1])) or {}
     return f"this key is needed (known here: {', '.join(known)})"

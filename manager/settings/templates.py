@@ -93,6 +93,23 @@ def template_warnings(loaded: LoadedSettings) -> tuple[str, ...]:
     return tuple(found)
 
 
+def missing_binds(settings: Settings, templates: Mapping[str, Template]) -> tuple[str, ...]:
+    """A sentence for each bind of a template whose source does not exist; such a container does not start.
+
+    Nothing is said where the engine is on another machine. A daemon in a container sees other directories
+    than the engine: there the sentence may be wrong, and is no error therefore.
+    """
+    if not settings.engine.url.startswith(_LOCAL_ENGINE):
+        return ()
+    return tuple(
+        f"template {name}: volumes.{index}.source: there is no {volume.source} on this machine; "
+        "a container with this mount does not start"
+        for name, template in templates.items()
+        for index, volume in enumerate(template.volumes)
+        if volume.is_bind and _is_missing(Path(volume.source))
+    )
+
+
 def real_writers(settings: Settings) -> dict[str, str]:
     """`models.writers` with volumes as loaded templates name them: a bind by what its path leads to."""
     real = _real(settings, settings.models.writers)
@@ -168,6 +185,16 @@ def _load_template(file: Path, settings: Settings, problems: list[Problem]) -> T
         for refusal in refusals(template, **lists, real=real)
     )
     return _with_real_binds(template, real)
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False  # it may be there: this user cannot tell
+    return False
 
 
 def _real(settings: Settings, paths: Iterable[str]) -> dict[str, str]:

@@ -160,9 +160,9 @@ def test_an_unknown_parameter_is_refused_and_named(daemon: Daemon, method: str, 
     error = error_of(daemon.call(method, path, json=body), 422)
     assert error["code"] == "invalid_request"
     name = path.partition("?")[2].partition("=")[0]
-    assert error["details"]["fields"] == [
-        {"field": f"query.{name}", "message": "Extra inputs are not permitted"}
-    ]
+    (problem,) = error["details"]["fields"]
+    assert problem["field"] == f"query.{name}"
+    assert problem["message"].startswith("unknown key; ")
     assert daemon.instance("cpu")["phase"] == "stopped"
 
 
@@ -613,8 +613,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
 
 def test_a_wrong_value_is_told_with_the_one_that_was_given(daemon: Daemon) -> None:
     error = error_of(daemon.call("PATCH", "instances/cpu", json={"ttl_s": "soon"}), 422)
-    assert error["message"].startswith("body.ttl_s: ")
-    assert error["message"].endswith('; given: "soon"')
+    assert error["message"] == "body.ttl_s: 'soon'; expected a number"
 
 
 def test_a_body_that_does_not_say_that_it_is_json_is_told_what_to_say(daemon: Daemon) -> None:

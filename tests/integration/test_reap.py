@@ -61,6 +61,11 @@ def wait_until_stored(daemon: Daemon, *instances: str) -> None:
     wait_for(stored, lambda found: found >= set(instances), within_s=60)
 
 
+def registry_of(daemon: Daemon) -> list[str]:
+    with closing(sqlite3.connect(f"file:{daemon.state_dir}/registry.sqlite3?mode=ro", uri=True)) as database:
+        return list(database.iterdump())
+
+
 def shorten_ttl(daemon: Daemon) -> None:
     """Make the TTL of 800 s one of 1 s, from the next process on: a daemon that runs must not come first."""
     config = daemon.config_file.read_text()
@@ -119,7 +124,9 @@ def sweep(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         daemon.config_file.write_text(config.replace("warm:\n", "warm:\n    prewarm: true\n"))
         time.sleep(1.2)
         before = names(client, manager_id)
+        stored = registry_of(daemon)
         foreseen = reap(daemon, "--dry-run", timezone="Asia/Tokyo")
+        assert registry_of(daemon) == stored, "events too"
         assert names(client, manager_id) == before
         load = {"model": "tiny", "keep_alive": "10m"}
         requests.post(f"{bodies['asked']['endpoint']}/api/generate", json=load, timeout=30).raise_for_status()

@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import yaml
+
 from tests.support.daemon import ROOT, Daemon, wait_for
 from tests.support.state import is_locked
 
@@ -95,6 +97,36 @@ def test_a_second_daemon_with_the_same_manager_id_and_another_state_directory_is
     second.start()  # the take-over was kept
     assert second.wait_for_phase("cpu", "ready")["container"]["id"] == before["container"]["id"]
     second.stopped("cpu")
+
+
+def test_a_changed_manager_id_is_refused_while_containers_have_the_former_one(
+    new_daemon: NewDaemon, docker_client: docker.DockerClient
+) -> None:
+    daemon = new_daemon().start()
+    body = daemon.started("cpu")
+    daemon.stop()
+    text, name = daemon.config_file.read_text(), body["container"]["name"]
+    former = yaml.safe_load(text)["manager_id"]
+    changed = text.replace(f"manager_id: {former}\n", f"manager_id: {former}-new\n")
+    assert changed != text
+    daemon.config_file.write_text(changed)
+    for command in ("serve", "reap"):
+        refused = serve(daemon, command)
+        assert refused.returncode == REFUSED
+        assert f"manager_id was {former!r} and is '{former}-new' now" in refused.stderr
+        assert f"docker rm -f {name}" in refused.stderr
+    assert docker_client.containers.get(name).status == "running"
+
+    daemon.config_file.write_text(text)
+    daemon.start()
+    assert daemon.wait_for_phase("cpu", "ready")["container"]["id"] == body["container"]["id"]
+    daemon.stopped("cpu")
+    daemon.stop()
+
+    daemon.config_file.write_text(changed)
+    daemon.start()  # nothing is left under the former id
+    assert daemon.started("cpu")["container"]["name"] == f"{former}-new-ollama-cpu"
+    daemon.stopped("cpu")
 
 
 @contextmanager

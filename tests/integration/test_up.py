@@ -64,7 +64,9 @@ def test_it_changes_nothing_unasked_and_says_what_cannot_be_had(
 
     agreed = up(empty_engine, tmp_path, "--yes")
     assert agreed.returncode == 1, agreed.stderr
-    assert "cannot be pulled: ollama/ollama:" in agreed.stderr
+    assert "an image cannot be pulled" in agreed.stderr
+    (line,) = (line for line in agreed.stderr.splitlines() if line.startswith("  | "))
+    assert line.count("ollama/ollama:") == 1, "its name is told once"
     assert "Traceback" not in agreed.stderr
     assert has_volume(empty_engine, "ollama-models")
 

@@ -229,6 +229,7 @@ class Cards:
         self.found: tuple[str, ...] = ()
         self.missing: dict[str, str] = {}
         self.readings = 0
+        self.holders_version = 0
 
     async def refresh(self) -> None:
         self.readings += 1
@@ -278,7 +279,9 @@ class Cards:
 
     def claim(self, *_: object) -> None: ...
     def drop_claim(self, _instance: str) -> None: ...
-    def note_container(self, *_: object) -> None: ...
+    def note_container(self, *_: object) -> None:
+        self.holders_version += 1
+
     def forget_container(self, _container: str) -> None: ...
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import click
 import docker
 import yaml
 from docker.utils import parse_repository_tag
 
-from manager.cli.failures import CommandError
+from manager.cli.commands import up
+from manager.cli.failures import CommandError, explain
 from manager.cli.up import ImagesMissingError, prepare
 from manager.errors import ManagerError
 from manager.settings import load_settings, packaged_templates
@@ -23,6 +24,8 @@ from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.tools.console import banner, say
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manager.settings import LoadedSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,24 +35,32 @@ _OLLAMA = "ollama/ollama"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="make run", add_help=False)
-    parser.add_argument("--config", type=Path)
-    parser.add_argument("--host")
-    parser.add_argument("--port", type=int)
-    known, _ = parser.parse_known_args()
+    given = options(sys.argv[1:])
     environment = dict(os.environ)
     try:
-        loaded = load_settings(known.config, overrides={"server": {"host": known.host, "port": known.port}})
+        server = {"host": given["host"], "port": given["port"]}
+        loaded = load_settings(given["config"], overrides={"server": server})
         prepare(loaded, yes=True)
     except ImagesMissingError as error:
         if any(parse_repository_tag(image)[0] == _OLLAMA for image in error.troubles):
             for image, why in error.troubles.items():
-                say(f"{image} cannot be had: {why}")
+                say(why if image in why else f"{image} cannot be had: {why}")
             environment |= _with_the_simulated_ollama(loaded)
     except (CommandError, ManagerError):
         pass  # `up` says what is wrong, and ends
     command = [sys.executable, "-m", "manager", "up", "--yes", *sys.argv[1:]]
     os.execve(sys.executable, command, environment)
+
+
+def options(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the options of `up` in `arguments`. A mistake in them, or `--help`, ends the process."""
+    try:
+        with up.make_context("ollama-manager up", list(arguments)) as context:
+            return context.params
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        sys.exit(explain(error))
 
 
 def _with_the_simulated_ollama(loaded: LoadedSettings) -> dict[str, str]:

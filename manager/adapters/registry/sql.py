@@ -46,16 +46,24 @@ _BEYOND = select(tables.events.c.id).order_by(tables.events.c.id.desc()).offset(
 _PRUNE_EVENTS = delete(tables.events).where(tables.events.c.id <= _BEYOND.scalar_subquery())
 
 
-async def open_registry(path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S) -> SqlRegistry:
+async def open_registry(
+    path: Path, *, busy_timeout_s: float = _BUSY_TIMEOUT_S, stores: bool = True
+) -> SqlRegistry:
     """Open the registry at `path`, create it where there is none, bring it up to date where it is older.
 
     The caller holds the state directory's lock.
+
+    Args:
+        path: of the file.
+        busy_timeout_s: how long another process may have it locked.
+        stores: whether what is saved is written; a dry run leaves every row as it is.
 
     Raises:
         RegistryCorruptError: what is there cannot be used; it is left exactly as it is.
         RegistryUnwritableError: it could not be read, created or brought up to date.
     """
-    registry = SqlRegistry(path, busy_timeout_s=busy_timeout_s)
+    kind = SqlRegistry if stores else UnchangedRegistry
+    registry = kind(path, busy_timeout_s=busy_timeout_s)
     try:
         await registry.open()
     except BaseException:
@@ -277,6 +285,17 @@ class SqlRegistry:
 def _identity(path: Path) -> tuple[int, int]:
     status = path.lstat()
     return status.st_dev, status.st_ino
+
+
+class UnchangedRegistry(SqlRegistry):
+    """Reads as the others do, and drops whatever is to be saved."""
+
+    async def save_instance(self, row: InstanceRow) -> None: ...
+    async def add_bindings(self, bindings: dict[str, str]) -> None: ...
+    async def append_events(self, events: Sequence[Event]) -> None: ...
+    async def save_learned_size(self, size: LearnedSize) -> None: ...
+    async def save_overrides(self, overrides: Mapping[str, Any]) -> None: ...
+    async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 def _engine(path: Path, busy_timeout_s: float) -> Engine:

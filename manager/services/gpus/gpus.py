@@ -128,6 +128,11 @@ class Gpus:
         can_tell = self._processes.are_visible and self._processes.has_container(instance)
         return False if can_tell else None
 
+    @property
+    def holders_version(self) -> int:
+        """Grows whenever `holders` may say something else of the same reading."""
+        return self._processes.version
+
     def holders(self, gpu: Gpu) -> tuple[Holder, ...]:
         """The processes that hold memory on a card, with their names and instances."""
         return tuple(

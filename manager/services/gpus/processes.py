@@ -24,6 +24,9 @@ class Processes:
 
     Identities are read when the cards are, in a thread, and kept while their process is on a card. They are
     bounded by the processes that NVML lists, the containers by those of the instances.
+
+    Attributes:
+        version: grows whenever a process may have got another name or instance.
     """
 
     def __init__(self, pids: ContainerPids) -> None:
@@ -33,15 +36,19 @@ class Processes:
         self._identities: Mapping[int, _Identity] = {}
         self._lists_any = False
         self._is_host = False
+        self.version = 0
 
     def note_container(self, container_id: str, instance: str, pid: int | None = None) -> None:
         """Remember the instance of a container; `pid` is its first process as its engine numbers it."""
+        if self._instances.get(container_id) != instance:
+            self.version += 1
         self._instances[container_id] = instance
         if pid:
             self._first_pids[container_id] = pid
 
     def forget_container(self, container_id: str) -> None:
-        self._instances.pop(container_id, None)
+        if self._instances.pop(container_id, None) is not None:
+            self.version += 1
         self._first_pids.pop(container_id, None)
 
     def has_container(self, instance: str) -> bool:
@@ -72,7 +79,7 @@ class Processes:
         kept = {
             pid: identity
             for pid, identity in self._identities.items()
-            if pid in pids and identity.container is not None
+            if pid in pids and identity.container is not None and identity.name is not None
         }
         new = pids - kept.keys()
         self._lists_any = self._lists_any or bool(pids)
@@ -81,6 +88,8 @@ class Processes:
             read, proven = await asyncio.to_thread(self._read, new, unproven)
             kept |= read
             self._is_host = self._is_host or proven
+        if kept != self._identities:
+            self.version += 1
         self._identities = kept
         self._is_host = self._is_host or any(self.instance_of(pid) for pid in pids)
 

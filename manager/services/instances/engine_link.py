@@ -52,7 +52,7 @@ class EngineLink:
         resync_interval_s: how long a lost event can stay unnoticed.
 
     Attributes:
-        asked: whether the engine has answered or failed once.
+        asked: set once the engine has answered or failed; stays set.
         up: whether it answered last.
         trouble: why it did not; empty while it is up.
         came_up: set while it is up.
@@ -81,7 +81,7 @@ class EngineLink:
         self._following: asyncio.Future[None] | None = None
         self._refusal = ""
         self.came_up = asyncio.Event()
-        self.asked = False
+        self.asked = asyncio.Event()
         self.up = False
         self.trouble = f"the container engine at {world.engine.url} has not answered yet"
         self.orphans: tuple[Orphan, ...] = ()
@@ -129,7 +129,7 @@ class EngineLink:
             self._went_down(error.message)
         else:
             self._is_up()
-        self.asked = True
+        self.asked.set()
 
     async def _meet(self) -> None:
         """Ask an engine that has answered for the first time what it is and what it runs."""

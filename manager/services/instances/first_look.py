@@ -1,8 +1,9 @@
-"""What the daemon knows shortly after its start, and what keeps it from being usable."""
+"""The first look at the engine and the servers after a start, and what keeps the daemon from being usable."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from manager.errors import EngineUnreachableError
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.fleet import Fleet
     from manager.services.world import World
+
+# How long a request waits for the first look after the daemon's start.
+MAX_STARTUP_WAIT_S = 15.0
 
 _POLL_S = 0.02
 
@@ -36,7 +40,7 @@ class FirstLook:
         """Whether the engine and each external server have answered or failed once."""
         if not self._is_known:
             others = (one for one in self._fleet.instances() if not isinstance(one, Supervisor))
-            engine = self._link.asked or not self._fleet.supervisors()
+            engine = self._link.asked.is_set() or not self._fleet.supervisors()
             self._is_known = engine and all(one.is_probed for one in others)
         return self._is_known
 
@@ -45,6 +49,15 @@ class FirstLook:
         deadline = self._world.now() + within_s
         while not self.is_known and self._world.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
+
+    async def engine_asked(self, *, within_s: float = MAX_STARTUP_WAIT_S) -> None:
+        """Wait until the engine has answered or failed once, at most for `within_s`.
+
+        Operations that need the engine wait for this: before it, the engine counts as away.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._link.asked.wait()
 
     async def settled(self, *, within_s: float) -> None:
         """Wait until the engine was listed and every container found was adopted, as far as that goes.

@@ -275,7 +275,8 @@ class Supervisor(Instance):
             self._store.is_dormant = True
             self._condition.apply(NothingToSweep())
             return
-        self._condition.apply(Listed(mine, self._store.row.operation))
+        unfinished = None if self._world.dry_run else self._store.row.operation
+        self._condition.apply(Listed(mine, unfinished))
         self._wake.set()
 
     def prewarm(self) -> None:

@@ -110,7 +110,8 @@ class Sweeps:
         return (*swept, *map(_kept_orphan, self._link.orphans))
 
     async def run(self) -> None:
-        """Do what is due, until cancelled."""
+        """Do what is due once the engine was asked, until cancelled."""
+        await self._link.asked.wait()  # before that, the engine counts as away
         async with asyncio.TaskGroup() as tasks:
             sweeping: dict[str, asyncio.Task[Swept]] = {}
             while True:

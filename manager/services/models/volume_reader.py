@@ -54,7 +54,8 @@ _UNKNOWN = Manifest(0, None, "")
 class VolumeReader:
     """Owns the readings of volumes, one at a time. `run` must go on while they are asked for.
 
-    A list is taken whole or not at all; a volume without a store of models counts as never read.
+    A list is taken whole or not at all; a volume without a store of models counts as never read. Where only
+    the names could be read, they count, and the details are tried again.
 
     Args:
         fleet: its instances say which volumes there are.
@@ -86,10 +87,12 @@ class VolumeReader:
         self._manager_id = manager_id
         self._now = now
         self._wanted: asyncio.Queue[str] = asyncio.Queue()
-        # By volume: all three are bounded by the number of volumes in the configuration.
+        # By volume: all of these are bounded by the number of volumes in the configuration.
         self._pending: dict[str, asyncio.Event] = {}
         self._tried_at: dict[str, float] = {}
         self._troubles: dict[str, str] = {}
+        self._without_details: set[str] = set()
+        self._has_leftovers = True  # an earlier daemon may have been killed while it read
 
     async def run(self) -> None:
         """Read every volume that was never listed, then those that are asked for, until cancelled."""
@@ -107,6 +110,8 @@ class VolumeReader:
     async def look(self, *, within_s: float, volume: str | None = None) -> None:
         """Have volumes that were never listed read, and wait for it at most `within_s`.
 
+        Details that are missing are read as well, and not waited for.
+
         Args:
             within_s: the wait for the first look at the engine included.
             volume: the only one that matters; None for all.
@@ -114,6 +119,9 @@ class VolumeReader:
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._first_look.known(within_s=within_s)
+                for one in self._without_details.copy():
+                    if volume in (None, one):
+                        self._want(one)
                 wanted = [one for one in self._unread() if volume in (None, one)]
                 for event in [event for one in wanted if (event := self._want(one)) is not None]:
                     await event.wait()
@@ -121,13 +129,17 @@ class VolumeReader:
     # --- helpers, in call order ---
 
     async def _remove_leftovers(self) -> None:
-        """Remove the containers of a daemon that was killed while it read."""
+        """Remove containers that a killed daemon has left, or whose removal failed after a reading."""
+        if not self._has_leftovers:
+            return
         try:
             left = await self._engine.list_containers(self._manager_id, label=LABEL_READER)
             for container in left:
                 await self._engine.remove(container.id)
         except EngineError as error:
             _log.warning("readers_not_removed", detail=error.message)
+        else:
+            self._has_leftovers = False
 
     def _unread(self) -> list[str]:
         """Return the volumes that were never listed, in the order of the configuration."""
@@ -147,13 +159,17 @@ class VolumeReader:
 
     async def _try(self, volume: str) -> None:
         try:
+            await self._remove_leftovers()
             await self._read(volume)
         except (EngineError, UnreadableStoreError) as error:
             trouble = error.message if isinstance(error, EngineError) else str(error)
             if self._troubles.get(volume) != trouble:
                 reason = error.reason if isinstance(error, EngineError) else None
-                self._journal.record("volume_not_read", reason=reason, detail=f"{volume}: {trouble}")
+                part = "only the names were read: " if volume in self._without_details else ""
+                self._journal.record("volume_not_read", reason=reason, detail=f"{volume}: {part}{trouble}")
             self._troubles[volume] = trouble
+        else:
+            self._without_details.discard(volume)
         finally:
             self._tried_at[volume] = self._now()
 
@@ -191,11 +207,20 @@ class VolumeReader:
             # The names come first: details take their time.
             names = await asyncio.to_thread(_briefs, files)
             self._lists.read(volume, names, began, store=False)
+            self._without_details.add(volume)
             entries = await store.entries(files)
             self._lists.read(volume, entries, math.nextafter(began, math.inf))
             self._journal.record("volume_read", detail=f"{volume}: {len(entries)} models")
         finally:
+            await self._remove(name)
+
+    async def _remove(self, name: str) -> None:
+        """Remove the container of a reading. Where that fails, it is tried again before the next reading."""
+        try:
             await self._engine.remove(name)
+        except EngineError as error:
+            _log.warning("reader_not_removed", container=name, detail=error.message)
+            self._has_leftovers = True
 
 
 class _Store:

@@ -10,7 +10,7 @@ import orjson
 import structlog
 
 from manager.domain.models import model_key
-from manager.domain.routing import Attempt
+from manager.domain.routing import Attempt, not_asked
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
 from manager.errors import ManagerError, Reason, UnavailableError, UnknownInstanceError
@@ -38,10 +38,16 @@ _OK = 200
 
 
 class NoSuchModelError(UnavailableError):
-    """Every volume was looked at, and none has the model."""
+    """Every volume that can be looked at was, and none has the model.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, reason=Reason.MODEL_MISSING)
+    Args:
+        message: in the words of Ollama.
+        not_asked: names the instances that could not be looked at; see `domain.routing.not_asked`.
+    """
+
+    def __init__(self, message: str, not_asked: str) -> None:
+        super().__init__(message + not_asked, reason=Reason.MODEL_MISSING)
+        self.not_asked = not_asked
 
 
 class Volumes:
@@ -126,10 +132,12 @@ class Volumes:
         await self._catalogue.refresh(lists=True)
         if having := self.having(model):
             return having[0]
+        snapshot = self._router.snapshot()
         unread = [name for name in self.names() if self._lists.of(name) is None]
-        if not unread:
-            raise NoSuchModelError(model_not_found(model))
-        return unread[0]
+        if not unread or snapshot.lacks(model_key(model)):
+            raise NoSuchModelError(model_not_found(model), not_asked(snapshot.out_of_reach()))
+        reachable = {self.of(one.id) for one in snapshot.unread() if one not in snapshot.out_of_reach()}
+        return next((name for name in unread if name in reachable), unread[0])
 
     # --- who ---
 

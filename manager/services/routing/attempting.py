@@ -17,9 +17,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.errors import ManagerError, Reason
+from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
-from manager.services.routing.router import MAX_STARTUP_WAIT_S, RUNNING, Attempts
+from manager.services.routing.router import RUNNING, Attempts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 # stale snapshot costs one failed attempt, because the lease decides.
 _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
-# How long a request waits for the first look at the fleet after the daemon's start.
-MAX_STARTUP_WAIT_S = 15.0
 # Why an attempt is made on an instance that runs already.
 RUNNING = ("loaded", "running")
 

@@ -344,6 +344,12 @@ def test_a_pull_that_failed_is_a_missing_image_whatever_was_said() -> None:
     assert caught.value.reason is Reason.IMAGE_MISSING
 
 
+def test_the_name_of_an_image_is_not_told_again_where_the_engine_told_it() -> None:
+    said = "manifest for a:b not found: manifest unknown"
+    assert answers.not_pulled("a:b", said).message.count("a:b") == 1
+    assert answers.not_pulled("a:b", said).message.startswith(f"could not be pulled: {said}; ")
+
+
 def frame(output: int, text: bytes) -> bytes:
     return bytes([output, 0, 0, 0]) + len(text).to_bytes(4, "big") + text
 

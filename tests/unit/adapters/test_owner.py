@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from manager.adapters.owner import ManagerIdLock, read_owner, take_over
+from manager.adapters.owner import ManagerIdLock, keep_manager_id, read_owner, take_over
+from manager.domain.ownership import Owner
 from manager.errors import ManagerError, ManagerIdHeldError
 
 if TYPE_CHECKING:
@@ -35,6 +36,24 @@ def test_a_take_over_is_kept_and_bounded(tmp_path: Path) -> None:
         assert f"lost{number}" in owner.taken_over
     assert read_owner(tmp_path) == owner
     assert len(owner.taken_over) == 16
+
+
+def test_the_manager_id_is_kept_beside_a_take_over(tmp_path: Path) -> None:
+    owner = read_owner(tmp_path)
+    assert owner.manager_id is None
+    owner = keep_manager_id(tmp_path, owner, "m")
+    assert (owner.manager_id, read_owner(tmp_path)) == ("m", owner)
+    owner = take_over(tmp_path, owner, frozenset({"lost"}))
+    owner = keep_manager_id(tmp_path, owner, "n")
+    assert read_owner(tmp_path) == owner == Owner(owner.id, frozenset({"lost"}), "n")
+    before = (tmp_path / "owner.json").stat().st_ino
+    assert keep_manager_id(tmp_path, owner, "n") is owner
+    assert (tmp_path / "owner.json").stat().st_ino == before, "not written again"
+
+
+def test_the_owner_file_of_an_older_version_is_read(tmp_path: Path) -> None:
+    (tmp_path / "owner.json").write_text('{"id": "x", "taken_over": ["y"]}')
+    assert read_owner(tmp_path) == Owner("x", frozenset({"y"}))
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"id":"x","taken_over":3}', b"\xff" * 20])
@@ -113,7 +132,7 @@ def test_a_stranger_that_took_the_name_does_not_keep_the_daemon_from_starting(
 ) -> None:
     first, second = ManagerIdLock(tmp_path.name, ENGINE), ManagerIdLock(tmp_path.name, ENGINE)
     first.acquire()
-    monkeypatch.setattr(ManagerIdLock, "_holder", lambda _self: (4711, os.geteuid() + 1))
+    monkeypatch.setattr(ManagerIdLock, "holder", lambda _self: (4711, os.geteuid() + 1))
     second.acquire()
     first.release()
     second.release()

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -133,6 +133,25 @@ async def registry(path: Path) -> AsyncIterator[SqlRegistry]:
     registry = await open_registry(path, busy_timeout_s=0.05)
     yield registry
     await registry.close()
+
+
+async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path: Path) -> None:
+    registry = await open_registry(path)
+    await registry.save_instance(FULL_ROW)
+    await registry.close()
+    with closing(sqlite3.connect(path)) as database:
+        before = list(database.iterdump())
+    registry = await open_registry(path, stores=False)
+    assert await registry.instances() == {"gpu0": FULL_ROW}
+    await registry.save_instance(replace(FULL_ROW, starts=8))
+    await registry.add_bindings({"gpu0": "GPU-1"})
+    await registry.append_events([Event(1, NOW, None, "engine_up", None, "")])
+    await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
+    await registry.save_overrides({"roles.a.model": "m"})
+    await registry.save_model_list("v", [{"name": "m"}])
+    await registry.close()
+    with closing(sqlite3.connect(path)) as database:
+        assert list(database.iterdump()) == before
 
 
 # What it keeps

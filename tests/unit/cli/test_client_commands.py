@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.adapters.docker_answers import not_pulled
 from tests.unit.cli.stand_in import API, Answer, error, instance, ready
 
 if TYPE_CHECKING:
@@ -138,19 +139,24 @@ def test_the_address_comes_from_the_option_then_the_environment(
 
 
 @pytest.mark.parametrize(
-    "url",
+    ("url", "shown"),
     [
-        "localhost:11435",
-        "ftp://localhost",
-        "http://",
-        "http://user:pass@localhost:1",
-        "http://a b",
-        "http://a:x",
+        ("localhost:11435", "'localhost:11435'"),
+        ("ftp://localhost", "'ftp://localhost'"),
+        ("http://", "'http://'"),
+        ("http://user:pass@localhost:1", "'http://…@localhost:1'"),
+        ("user:pass@localhost:1", "'…@localhost:1'"),
+        ("http://localhost:1?key=pass", "'http://localhost:1'"),
+        ("http://localhost:1#pass", "'http://localhost:1'"),
+        ("http://a b", "'http://a b'"),
+        ("http://a\x1b[31m:1", r"'http://a\x1b[31m:1'"),
+        ("http://a:x", "'http://a:x'"),
     ],
 )
-def test_an_address_that_is_none_is_refused_without_repeating_it(run: Run, url: str) -> None:
+def test_an_address_that_is_none_is_shown_without_what_may_be_secret(run: Run, url: str, shown: str) -> None:
     result = run("status", "--url", url)
     assert result.exit_code == 2
+    assert f"the address of the daemon is {shown}; expected http://HOST:PORT\n" in result.stderr
     assert "pass" not in result.output
     assert "--url" in result.stderr
 
@@ -325,6 +331,13 @@ def test_pull_that_is_refused_at_once_does_not_advise_to_pull(daemon: StandInDae
     result = run("pull", "a:1", "--url", daemon.url)
     assert (result.exit_code, result.stdout) == (1, "")
     assert "ollama-manager pull" not in result.stderr
+
+
+def test_the_advice_of_the_daemon_for_a_failed_pull_is_not_repeated(daemon: StandInDaemon, run: Run) -> None:
+    refusal = not_pulled("a:1", "no such host")
+    daemon.answers[f"POST {API}/pull"] = Answer(error("image_missing", refusal.message), 503)
+    stderr = run("pull", "a:1", "--url", daemon.url).stderr
+    assert [stderr.count(words) for words in ("a:1", "name", "registry")] == [1, 1, 1]
 
 
 def test_pull_whose_daemon_ends_half_way_is_not_taken_for_done(daemon: StandInDaemon, run: Run) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.adapters.locks import StateDirLock
+from manager.adapters.owner import ManagerIdLock
 from manager.cli.doctor_engine import Needs, card_finding, runtime_finding
 from manager.cli.findings import Verdict
 from manager.domain.gpu import Gpu, GpuProcess, unmeasured
@@ -79,6 +80,31 @@ def test_a_daemon_on_another_port_is_not_judged_by_the_configured_one(
         lock.release()
     assert found["verdict"] == "ok"
     assert found["message"] == f"our daemon listens at {daemon.url}; configured is 127.0.0.1:{port}"
+
+
+def test_a_daemon_with_the_same_manager_id_and_another_state_directory_is_a_fault(
+    run: Run, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"doctor-{os.getpid()}"
+    monkeypatch.setenv("OLLAMA_MANAGER_MANAGER_ID", name)
+    other = ManagerIdLock(name, os.environ["DOCKER_HOST"])
+    other.acquire()
+    try:
+        found = checks(run("doctor", "--json"))["daemon"]
+        monkeypatch.setenv("OLLAMA_MANAGER_MANAGER_ID", f"{name}-other")
+        of_another_id = checks(run("doctor", "--json"))["daemon"]
+        monkeypatch.setenv("OLLAMA_MANAGER_MANAGER_ID", name)
+        monkeypatch.setattr(ManagerIdLock, "holder", lambda _self: (4711, os.geteuid() + 1))
+        of_another_user = checks(run("doctor", "--json"))["daemon"]
+    finally:
+        other.release()
+    assert found["verdict"] == "broken"
+    assert f"process {os.getpid()}" in found["message"]
+    assert f"manager_id {name!r}" in found["message"]
+    assert "another state directory" in found["message"]
+    assert "manager_id" in found["remedy"]
+    assert of_another_id["verdict"] == "ok"
+    assert of_another_user["verdict"] == "warning", "a start goes ahead"
 
 
 def test_as_json_every_check_has_a_verdict_and_a_remedy(run: Run, port: int) -> None:

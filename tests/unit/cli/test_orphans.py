@@ -139,3 +139,25 @@ async def test_doctor_advises_no_removal_of_containers_of_another_state_director
     assert finding.verdict is (Verdict.BROKEN if is_foreign else Verdict.FINE)
     assert "docker rm" not in finding.remedy
     assert ("--take-over" in finding.remedy) is is_foreign
+
+
+class ById:
+    """An engine whose containers have several manager ids."""
+
+    def __init__(self, **containers: ContainerFacts) -> None:
+        self._containers = containers
+
+    async def list_containers(self, manager_id: str) -> tuple[ContainerFacts, ...]:
+        return (self._containers[manager_id],) if manager_id in self._containers else ()
+
+
+async def test_doctor_names_the_containers_of_a_former_manager_id() -> None:
+    engine: Any = ById(old=container("old-ollama-cpu", "cpu"))
+    finding = await _containers(engine, "m", Needs(instances=("cpu",)), Owner("me", manager_id="old"))
+    assert finding.verdict is Verdict.BROKEN
+    assert "manager_id was 'old' and is 'm' now" in finding.message
+    assert "old-ollama-cpu" in finding.message
+    assert "docker rm -f old-ollama-cpu" in finding.remedy
+    for same in ("m", "gone"):
+        finding = await _containers(engine, "m", Needs(instances=("cpu",)), Owner("me", manager_id=same))
+        assert finding.verdict is Verdict.FINE

@@ -172,6 +172,29 @@ def test_a_new_key_is_in_force_without_a_signal(daemon: Daemon) -> None:
     assert NEW_KEY not in daemon.log()
 
 
+def weaknesses(daemon: Daemon, since: int) -> list[str]:
+    return [one["detail"] for one in events(daemon, since) if one["event"] == "weak_key"]
+
+
+def test_a_weak_key_is_reported_at_a_reload_and_when_its_file_changes(daemon: Daemon) -> None:
+    before = len(daemon.log().splitlines())
+    (daemon.home / "weak").write_text("short")
+    (daemon.home / "weak").chmod(0o604)
+    daemon.configure(changed(server={"key_file": "weak"}))
+    said = [one["event"] for one in reloaded(daemon)]
+    assert said == ["weak_key", "weak_key", "reloaded"]
+    open_to_all, guessable = weaknesses(daemon, before)
+    assert f"chmod o= {daemon.home}/weak" in open_to_all
+    assert "5 characters" in guessable
+    assert "short" not in daemon.log()
+
+    (daemon.home / "weak").chmod(0o600)
+    wait_for(lambda: weaknesses(daemon, before)[2:], lambda found: len(found) == 1)
+    (daemon.home / "weak").write_text("brief!")
+    wait_for(lambda: weaknesses(daemon, before)[3:], lambda found: len(found) == 1)
+    assert "6 characters" in weaknesses(daemon, before)[3]
+
+
 def test_a_key_file_that_is_wrong_leaves_the_old_key(daemon: Daemon) -> None:
     before = len(daemon.log().splitlines())
     put_key(daemon.home, "two words")

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
+from manager.adapters.docker_answers import not_pulled
 from manager.adapters.docker_engine import DockerEngine
 from manager.cli import machine, up
 from manager.cli.failures import MISUSED, CommandError
+from manager.cli.up import ImagesMissingError
 from manager.settings import load_settings
 
 if TYPE_CHECKING:
@@ -72,6 +74,13 @@ def test_the_answer_counts(monkeypatch: pytest.MonkeyPatch, *, answer: bool, goe
     else:
         with pytest.raises(CommandError, match="nothing was changed"):
             up._ask(["pull the image x"], yes=False)
+
+
+def test_an_image_that_cannot_be_pulled_is_named_once() -> None:
+    error = ImagesMissingError({"a:1": not_pulled("a:1", "no such host").message, "b:1": "no progress"})
+    assert error.message == "2 images cannot be pulled"
+    assert [line.count("a:1") + line.count("b:1") for line in error.lines] == [1, 1]
+    assert ImagesMissingError({"b:1": "no progress"}).message == "an image cannot be pulled"
 
 
 async def test_a_pull_that_stands_still_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

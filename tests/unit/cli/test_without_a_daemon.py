@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -198,6 +201,69 @@ def test_templates_check_warns_of_what_is_allowed_and_dangerous(
     )
 
 
+def test_a_bind_without_its_directory_is_a_warning_of_templates_check_and_doctor(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "t").mkdir()
+    mount = f"{{source: {tmp_path}/gone, target: /models, read_only: true}}"
+    for name in ("used", "unused"):
+        (tmp_path / "t" / f"{name}.yaml").write_text(
+            f"image: ollama/ollama:1\ndevice: cpu\nvolumes: [{mount}]\n"
+        )
+    (tmp_path / "ollama-manager.yaml").write_text(
+        f"templates: {{dir: t}}\nallow: {{binds: [{tmp_path}]}}\ninstances: {{cpu: {{template: used}}}}\n"
+        f"engine: {{url: 'unix://{tmp_path}/engine.sock'}}\ngpus: none\n"
+    )
+    monkeypatch.delenv("DOCKER_HOST")
+    missing = f"volumes.0.source: there is no {tmp_path}/gone on this machine"
+    result = run("templates", "check")
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: template") == 2
+    assert f"warning: template used: {missing}" in result.stderr
+    (found,) = (
+        one for one in json.loads(run("doctor", "--json").stdout)["checks"] if one["check"] == "templates"
+    )
+    assert found["verdict"] == "warning"
+    assert f"template used: {missing}" in found["message"]
+    assert "unused" not in found["message"]
+    assert "create the directory" in found["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "instances: {cpu: {template: olama-cpu}}",
+            "c.yaml:1: instances.cpu.template: 'olama-cpu' is no template",
+        ),
+        ("templates: {dir: gone}", "templates.dir: cannot be read"),
+        (
+            "instances: {g: {template: ollama-gpu}}\nroles: {thinking: {policy: cpu_only, target: g}}",
+            "roles.thinking.target",
+        ),
+        ("server: {key_file: gone}", "server.key_file: No such file or directory"),
+    ],
+)
+def test_config_show_reports_what_serve_reports(run: Run, tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "c.yaml").write_text(text + "\n")
+    results = [run(*command, "--config", "c.yaml") for command in (("config", "show"), ("serve",))]
+    assert [result.exit_code for result in results] == [2, 2]
+    assert problem in results[0].stderr
+    assert results[0].stderr == results[1].stderr
+
+
+def test_config_show_works_for_a_user_that_may_not_read_the_key(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "c.yaml").write_text("server: {key_file: key}\n")
+
+    def refuse(_path: Path) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("manager.settings.load.open_regular", refuse)
+    assert run("config", "show", "--config", "c.yaml").exit_code == 0
+
+
 def test_a_template_that_is_not_allowed_is_exit_2(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -331,6 +397,15 @@ def test_reap_asks_the_daemon_that_holds_the_state_directory(
     finally:
         lock.release()
     assert (result.exit_code, result.stdout) == (0, "cpu: stopped: idle past its TTL of 900 s\n")
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_only_a_sweep_that_is_no_dry_run_leaves_events(run: Run, tmp_path: Path, *, dry_run: bool) -> None:
+    (tmp_path / "c.yaml").write_text(f"state: {{dir: {tmp_path}/state}}\nengine: {{timeout_s: 0.5}}\n")
+    assert run("reap", *(["--dry-run"] if dry_run else []), "--config", "c.yaml").exit_code == 1
+    with closing(sqlite3.connect(tmp_path / "state" / "registry.sqlite3")) as database:
+        kinds = [kind for (kind,) in database.execute("SELECT kind FROM events")]
+    assert kinds == ([] if dry_run else ["engine_down"])
 
 
 def test_reap_by_itself_without_an_engine_is_exit_1_even_without_home_and_terminal(tmp_path: Path) -> None:

@@ -184,6 +184,72 @@ def test_what_is_only_supposed_of_an_instance_that_is_away_is_told_as_that() -> 
     assert refusal(routed("m", away))[2].startswith("a may have 'm' and cannot be used now")
 
 
+# A server that was never reached: its list may have any name, and makes none of them likely.
+NAS = instance("nas", None, UNREAD, out=Reason.UPSTREAM_UNREACHABLE)
+NOT_ASKED = "; could not be asked: nas (upstream_unreachable)"
+
+
+def test_an_unknown_name_is_a_404_although_a_server_could_not_be_asked() -> None:
+    assert refusal(routed("nope", instance("a"), NAS)) == (
+        "unknown",
+        Reason.MODEL_MISSING,
+        f"model 'nope' not found; models: m{NOT_ASKED}",
+    )
+    empty = instance("a", CPU, "")
+    assert refusal(routed("nope", empty, NAS))[2] == f"model 'nope' not found; models: none{NOT_ASKED}"
+    gone = instance("g", GPU, UNREAD, out=Reason.GPU_MISSING)
+    text = (
+        "model 'nope' not found; models: m; could not be asked: nas (upstream_unreachable), g (gpu_missing)"
+    )
+    assert refusal(routed("nope", instance("a"), NAS, gone))[2] == text
+
+
+def test_a_lane_does_not_make_an_unknown_name_more_likely() -> None:
+    lane = role("lane", "m")
+    decision = routed("nope", instance("a"), NAS, roles=(lane,), lane="lane")
+    assert refusal(decision)[:2] == ("unknown", Reason.MODEL_MISSING)
+    bare = role("bare", None)
+    assert refusal(routed("nope", instance("a"), NAS, roles=(bare,), lane="bare"))[0] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [
+        routed("nope", NAS),
+        routed("nope@nas", instance("a"), NAS),
+        routed("nope", instance("a"), NAS, pin="nas"),
+        routed("r", instance("a"), NAS, roles=(role("r", "nope"),)),
+        routed("nope", instance("a"), NAS, roles=(role("r", target="nas"),), lane="r"),
+        routed("nope", instance("a"), NAS, roles=(role("r", "nope"),), lane="r"),
+    ],
+    ids=["nothing is known", "a pin", "a header", "a role's model", "a lane's target", "a lane's model"],
+)
+def test_what_was_named_on_purpose_is_a_503_while_its_server_is_away(decision: Decision) -> None:
+    assert refusal(decision) == (
+        "unavailable",
+        Reason.UPSTREAM_UNREACHABLE,
+        "nas may have 'nope' and cannot be used now (upstream_unreachable)",
+    )
+
+
+def test_an_engine_that_is_away_makes_no_name_unknown() -> None:
+    away = instance("b", CPU, UNREAD, out=Reason.ENGINE_UNAVAILABLE)
+    assert refusal(routed("nope", instance("a"), away))[:2] == ("unavailable", Reason.ENGINE_UNAVAILABLE)
+    assert refusal(routed("nope", instance("a"), NAS, away))[0] == "unavailable"
+
+
+def test_a_model_that_policy_forbids_elsewhere_is_not_unknown() -> None:
+    cpu_nas = replace(NAS, device=CPU)
+    only = role("r", None, policy=Policy.CPU_ONLY)
+    decision = routed("m", instance("g", GPU), cpu_nas, roles=(only,), lane="r")
+    assert refusal(decision)[0] == "unavailable"
+
+
+def test_a_model_that_could_be_pulled_is_not_unknown() -> None:
+    away = instance("a", out=Reason.INSTANCE_UNHEALTHY)
+    assert refusal(routed("nope", away, NAS, auto_pull=True))[0] == "unavailable"
+
+
 # --- unknown names --------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from manager.errors import GpuQueryError, Reason, UnknownInstanceError
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Lane, Overviews
 from tests.support.fleet_rig import CARD, Rig, until
+from tests.support.gpu_machine import GIB, A, Machine, filled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -177,6 +178,33 @@ def test_lanes_are_the_roles_and_follow_the_settings() -> None:
     assert stage.revision == 1, "settings are read again where their version says so"
     stage.settings.version = 2
     assert (stage.revision, stage.overviews.current().lanes) == (2, ())
+
+
+async def test_the_instance_of_a_process_that_is_resolved_late_is_shown_although_the_reading_is_equal() -> (
+    None
+):
+    stage = Stage(Rig("a"))
+    machine = Machine()
+    machine.containers, machine.names = {7: "c" * 64}, {7: "ollama"}
+    machine.cards = (filled((7, GIB)),)
+    gpus = await machine.gpus(a=A)
+    stage.overviews._gpus = gpus
+
+    def holder() -> Holder:
+        return stage.overviews.current().cards[0].holders[0]
+
+    assert holder().instance is None
+    revision = stage.revision
+    gpus.note_container("c" * 64, "a")
+    assert holder().instance == "a"
+    assert stage.revision == revision + 1
+    machine.containers, machine.names = {}, {}
+    await machine.show(gpus, filled())
+    await machine.show(gpus, filled((8, GIB)))
+    assert (holder().name, holder().instance) == (None, None)
+    machine.containers, machine.names = {8: "c" * 64}, {8: "ollama"}
+    await machine.show(gpus, filled((8, GIB)))
+    assert (holder().name, holder().instance) == ("ollama", "a")
 
 
 async def test_processes_on_a_card_are_looked_up_once_a_reading_or_container() -> None:

@@ -58,6 +58,7 @@ REFUSED: list[tuple[str, str]] = [
     ("engine: {timeout_s: 0}", "engine.timeout_s: 0; expected a number above 0"),
     ("engine: {timeout_s: 1000000}", "engine.timeout_s: 1000000; expected 86400 or less"),
     ("lifecycle: {ttl_s: -1}", "lifecycle.ttl_s: -1; expected 0 or more"),
+    ("lifecycle: {ttl_s: 1.0e+9}", "lifecycle.ttl_s: 1000000000.0; expected 31622400 or less"),
     ("lifecycle: {ttl_s: .inf}", "lifecycle.ttl_s: inf; expected a finite number"),
     ("lifecycle: {start_timeout_s: 0}", "lifecycle.start_timeout_s: 0; expected a number above 0"),
     ("lifecycle: {stop_timeout_s: 0}", "lifecycle.stop_timeout_s: 0; expected a number above 0"),

@@ -16,6 +16,7 @@ from manager.settings import (
     auto_gpu_spec,
     load_settings,
     load_templates,
+    missing_binds,
     packaged_templates,
     real_writers,
     resolve_instances,
@@ -386,6 +387,52 @@ def test_dangerous_binds_are_named(tmp_path: Path) -> None:
 def test_an_engine_elsewhere_has_no_socket_here(tmp_path: Path) -> None:
     loaded = configured(tmp_path, "allow: {binds: [/engine]}\nengine: {url: 'tcp://engine:2375'}\n")
     assert template_warnings(loaded) == ()
+
+
+BINDS = """volumes:
+- {source: HOST/there, target: /a}
+- {source: HOST/gone, target: /b}
+- {source: HOST/file/below, target: /c}
+- {source: ollama-models, target: /d}
+"""
+
+
+def with_binds(tmp_path: Path, directory: Path, engine: str) -> LoadedSettings:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "file").touch()
+    (directory / "a.yaml").write_text(GOOD + BINDS.replace("HOST", str(tmp_path)))
+    return configured(
+        tmp_path,
+        f"templates: {{dir: {directory}}}\nallow: {{binds: ['{tmp_path}:rw']}}\n"
+        f"engine: {{url: '{engine}'}}\n",
+    )
+
+
+def test_binds_of_directories_that_do_not_exist_are_named(tmp_path: Path, directory: Path) -> None:
+    loaded = with_binds(tmp_path, directory, "unix:///run/docker.sock")
+    says = "on this machine; a container with this mount does not start"
+    assert missing_binds(loaded.settings, load_templates(loaded.settings)) == (
+        f"template a: volumes.1.source: there is no {tmp_path}/gone {says}",
+        f"template a: volumes.2.source: there is no {tmp_path}/file/below {says}",
+    )
+
+
+def test_directories_of_an_engine_elsewhere_are_not_looked_for(tmp_path: Path, directory: Path) -> None:
+    loaded = with_binds(tmp_path, directory, "tcp://engine:2375")
+    assert missing_binds(loaded.settings, load_templates(loaded.settings)) == ()
+
+
+def test_a_directory_that_this_user_cannot_look_for_is_not_called_missing(
+    tmp_path: Path, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = with_binds(tmp_path, directory, "unix:///run/docker.sock")
+    templates = load_templates(loaded.settings)
+
+    def refuse(_path: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("manager.settings.templates.Path.stat", refuse)
+    assert missing_binds(loaded.settings, templates) == ()
 
 
 def test_templates_that_others_can_change_are_named(tmp_path: Path, directory: Path) -> None:

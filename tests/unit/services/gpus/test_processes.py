@@ -10,6 +10,8 @@ from manager.domain.gpu import GpuProcess
 from tests.support.gpu_machine import GIB, A, B, card, filled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manager.services.gpus import Gpus
     from tests.support.gpu_machine import Machine
 
@@ -38,6 +40,7 @@ async def test_processes_are_those_of_the_instance_whose_container_they_run_in(m
 
 async def test_a_process_of_a_container_is_looked_at_once_and_a_foreign_one_again(machine: Machine) -> None:
     machine.containers = {7: CONTAINER}
+    machine.names = {7: "ollama", 8: "ollama"}
     machine.cards = (filled((7, GIB), (8, GIB)),)
     gpus = await machine.gpus(one=A)
     gpus.note_container(CONTAINER, "one")
@@ -49,6 +52,31 @@ async def test_a_process_of_a_container_is_looked_at_once_and_a_foreign_one_agai
     await machine.show(gpus, filled())
     await machine.show(gpus, filled((7, GIB)))
     assert machine.asked_pids == [8, 7]  # it may be another process with the number of one that has ended
+
+
+async def test_what_is_told_late_of_a_process_is_a_new_version_of_the_same_reading(machine: Machine) -> None:
+    machine.containers = {7: CONTAINER}
+    machine.cards = (filled((7, GIB)),)
+    gpus = await machine.gpus(one=A)
+
+    async def told(change: Callable[[], object]) -> tuple[str | None, str | None]:
+        before = gpus.holders_version
+        change()
+        await gpus.refresh()
+        assert gpus.holders_version > before
+        before = gpus.holders_version
+        await gpus.refresh()
+        assert gpus.holders_version == before, "nothing has changed"
+        (holder,) = gpus.holders(machine.cards[0])
+        return holder.name, holder.instance
+
+    assert await told(lambda: gpus.note_container(CONTAINER, "one")) == (None, "one")
+    gpus.note_container(CONTAINER, "one")
+    assert await told(lambda: machine.names.update({7: "ollama"})) == ("ollama", "one")
+    assert await told(lambda: gpus.forget_container(CONTAINER)) == ("ollama", None)
+    before = gpus.holders_version
+    gpus.forget_container(CONTAINER)
+    assert gpus.holders_version == before
 
 
 async def ready(machine: Machine, *, pid: int | None = 5) -> Gpus:

@@ -21,7 +21,7 @@ async def test_an_engine_that_comes_and_goes_is_told_once_each_time() -> None:
     rig.engine.down = "connection refused"
     assert "has not answered yet" in rig.link.trouble
     async with rig.running(settled=False):
-        await until(lambda: rig.link.asked)
+        await rig.link.asked.wait()
         assert rig.link.trouble == "connection refused"
         assert rig.view("a").phase is Phase.UNAVAILABLE
         with pytest.raises(EngineUnreachableError, match="connection refused"):
@@ -46,7 +46,7 @@ async def test_an_engine_is_up_only_once_it_has_said_what_it_runs() -> None:
     rig = Rig("a")
     rig.engine.failing["list"] = EngineError("no list", reason=Reason.START_FAILED)
     async with rig.running(settled=False):
-        await until(lambda: rig.link.asked)
+        await rig.link.asked.wait()
         assert (rig.link.up, rig.link.trouble) == (False, "no list")
         del rig.engine.failing["list"]
         await rig.link.came_up.wait()

@@ -843,6 +843,17 @@ async def test_a_sweep_resumes_the_idle_time_and_starts_nothing() -> None:
 
 
 @in_virtual_time
+async def test_a_dry_run_finishes_no_stop_that_was_begun() -> None:
+    async with on_ground(sweeps=True) as ground:
+        ground.world = replace(ground.world, dry_run=True)
+        box = ground.engine.put(ground.name, ground.labels)
+        row = InstanceRow("cpu", target=Target.STOPPED, operation=Operation.STOP)
+        one = await ground.listed(ground.supervisor(row=row))
+        await until(lambda: phase(one) == "ready")
+        assert list(ground.engine.boxes.values()) == [box]
+
+
+@in_virtual_time
 async def test_effort_is_what_the_counters_say() -> None:
     async with on_ground() as ground:
         one = await ground.ready()

@@ -103,7 +103,7 @@ async def test_without_an_engine_nothing_is_swept() -> None:
     rig = Rig("a")
     rig.engine.down = "it is away"
     async with rig.running(settled=False):
-        await until(lambda: rig.link.asked)
+        await rig.link.asked.wait()
         with pytest.raises(EngineUnreachableError, match="it is away"):
             await rig.sweeps.reap()
 
@@ -180,6 +180,15 @@ async def test_a_schedule_starts_and_stops_an_instance_and_is_told_once() -> Non
         stop()
         await until(lambda: not rig.sweeps._due)
         assert rig.journal.details_of("scheduled") == ["start by '0 8 * * *'", "stop by '0 20 * * *'"]
+
+
+async def test_a_schedule_that_is_due_before_the_engine_was_asked_waits_for_it() -> None:
+    rig = Rig("a", schedules=(START,))
+    scheduler = scheduled(rig)
+    scheduler.ticks["schedules[0]"]()
+    async with rig.running(settled=False):
+        await until(lambda: rig.view("a").phase is Phase.READY)
+        assert "schedule_failed" not in rig.journal.kinds
 
 
 async def test_a_schedule_gets_a_place_as_a_request_does_or_says_why_not() -> None:

@@ -28,6 +28,7 @@ from manager.services.ports import Archive
 from manager.wire import model_store
 from manager.wire.model_store import digest_of
 from tests.support.attempts import Clock, Journal
+from tests.support.fleet_rig import until
 from tests.unit.wire.test_model_store import CONFIG, HEX, LIST, MODEL, archive, layer, raw
 
 if TYPE_CHECKING:
@@ -428,7 +429,7 @@ async def test_the_same_trouble_is_told_once() -> None:
     assert rig.engine.calls.count("create") == 3
 
 
-@pytest.mark.parametrize("at", ["volume", "create", "read", f"read {STORE}/blobs", "remove"])
+@pytest.mark.parametrize("at", ["volume", "create", "read", f"read {STORE}/blobs"])
 async def test_an_engine_that_goes_away_half_way_leaves_the_reader_usable(at: str) -> None:
     rig = Rig()
     rig.engine.has("tiny")
@@ -457,6 +458,61 @@ async def test_names_that_came_before_the_details_failed_are_kept_but_not_stored
         await asyncio.sleep(0)
     assert rig.registry.saved == [("models", 1)], "a server says the same: that is stored"
     storing.cancel()
+
+
+async def test_details_that_failed_are_read_later_and_then_stored() -> None:
+    rig = Rig()
+    rig.engine.has("tiny")
+    rig.engine.errors[f"read {STORE}/blobs"] = EngineUnreachableError("gone")
+    storing = asyncio.ensure_future(rig.lists.run())
+    async with rig.running():
+        assert await rig.look() == ["tiny:latest"]
+        assert rig.journal.details == ["models: only the names were read: gone"]
+        rig.engine.errors.clear()
+        await rig.look()
+        assert rig.engine.calls.count("create") == 1, "not at once"
+        rig.clock.advance(31)
+        await rig.look("other")
+        assert rig.engine.calls.count("create") == 1, "nobody asked for this volume"
+        await rig.look()
+        await until(lambda: rig.registry.saved == [("models", 1)])
+        assert rig.lists.entries("models")["tiny:latest"]["details"]["parameter_size"] == "344K"
+        rig.clock.advance(31)
+        await rig.look()
+        assert rig.engine.calls.count("create") == 2, "all is known"
+    storing.cancel()
+
+
+async def test_nobody_waits_for_details() -> None:
+    rig = Rig()
+    rig.engine.has("tiny")
+    rig.engine.errors[f"read {STORE}/blobs"] = EngineUnreachableError("gone")
+    async with rig.running():
+        await rig.look()
+        rig.engine.errors.clear()
+        rig.engine.hangs = asyncio.Event()
+        rig.clock.advance(31)
+        async with asyncio.timeout(5):
+            assert await rig.look(within_s=60) == ["tiny:latest"]
+
+
+async def test_details_are_not_read_any_more_once_a_server_lists_the_volume() -> None:
+    one = instance("one")
+    rig = Rig(one)
+    rig.engine.has("tiny")
+    rig.engine.errors[f"read {STORE}/blobs"] = EngineUnreachableError("gone")
+    async with rig.running():
+        await rig.look()
+        rig.engine.errors.clear()
+        one.usable_endpoint = lambda: "http://x"
+        for _ in range(2):
+            rig.clock.advance(31)
+            await rig.look()
+            await asyncio.sleep(0)
+        one.usable_endpoint = lambda: None
+        rig.clock.advance(31)
+        await rig.look()
+    assert rig.engine.calls.count("create") == 1
 
 
 async def test_a_server_s_list_that_came_meanwhile_is_newer() -> None:
@@ -519,6 +575,32 @@ async def test_what_cannot_be_removed_keeps_nobody_from_reading() -> None:
     rig.engine.errors["remove left"] = EngineError("busy", reason=Reason.START_FAILED)
     async with rig.running():
         assert await rig.look() == ["tiny:latest"]
+
+
+async def test_a_container_that_cannot_be_removed_spoils_no_reading_and_is_removed_later() -> None:
+    rig = Rig()
+    rig.engine.has("tiny")
+    rig.engine.errors["remove"] = EngineError("busy", reason=Reason.START_FAILED)
+    async with rig.running():
+        assert await rig.look() == ["tiny:latest"]
+        assert (rig.journal.kinds, rig.journal.details) == (["volume_read"], ["models: 1 models"])
+        rig.engine.left = list(rig.engine.there)
+        assert len(rig.engine.left) == 1
+        rig.engine.errors.clear()
+        rig.lists = ModelLists(cast("Any", rig.registry), cast("Any", rig.journal), {})
+        rig.reader._lists = rig.lists
+        rig.clock.advance(31)
+        assert await rig.look() == ["tiny:latest"]
+        assert (rig.engine.there, rig.engine.left) == ({}, [])
+
+
+async def test_a_reading_that_failed_is_told_with_its_own_reason_when_the_removal_fails_too() -> None:
+    rig = Rig()
+    rig.engine.errors["read"] = EngineError("the disk is bad", reason=Reason.START_FAILED)
+    rig.engine.errors["remove"] = EngineError("busy", reason=Reason.START_FAILED)
+    async with rig.running():
+        assert await rig.look() is None
+    assert rig.journal.details == ["models: the disk is bad"]
 
 
 async def test_a_daemon_that_ends_while_it_reads_leaves_no_container() -> None:

@@ -117,7 +117,20 @@ async def test_a_model_that_nobody_has_may_be_on_a_volume_that_was_never_listed(
         await rig.volumes.find("nope", None)
     assert caught.value.reason is Reason.MODEL_MISSING
     rig.fleet.add("new")
+    rig.revision.advance()
     assert await rig.volumes.find("nope", None) == "instance:new"
+
+
+async def test_a_server_that_cannot_be_asked_makes_no_name_likely(rig: Rig) -> None:
+    nas = rig.fleet.add("nas")
+    nas.endpoint, nas.phase = None, Phase.UNAVAILABLE
+    nas.explanation = Explanation(Reason.UPSTREAM_UNREACHABLE, "connection refused")
+    with pytest.raises(NoSuchModelError) as caught:
+        await rig.volumes.find("nope", None)
+    assert caught.value.message == "model 'nope' not found; could not be asked: nas (upstream_unreachable)"
+    rig.fleet.add("new")
+    rig.revision.advance()
+    assert await rig.volumes.find("nope", None) == "instance:new", "this one can be looked at"
 
 
 def test_without_an_instance_there_is_no_volume(rig: Rig) -> None:
