@@ -196,12 +196,12 @@ def _run_daemon(
 
     import uvloop  # noqa: PLC0415
 
-    from manager import app  # noqa: PLC0415
+    from manager import daemon  # noqa: PLC0415
     from manager.cli.logs import reconfigure_logging  # noqa: PLC0415
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(
-            app.serve(
+            daemon.serve(
                 loaded,
                 log=log,
                 read_again=read,

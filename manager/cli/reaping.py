@@ -59,7 +59,7 @@ def _sweep(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
     from manager.cli.logs import configure_logging  # noqa: PLC0415
 
     log = configure_logging(loaded.settings.log, least="error")
-    from manager.app import sweep_once  # noqa: PLC0415  (brings the whole daemon along)
+    from manager.daemon import sweep_once  # noqa: PLC0415  (brings the whole daemon along)
 
     try:
         swept = asyncio.run(sweep_once(loaded, dry_run=dry_run))

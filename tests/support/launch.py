@@ -13,7 +13,7 @@ from pathlib import Path
 
 import uvloop
 
-from manager.app import serve
+from manager.daemon import serve
 from manager.settings import load_settings
 
 

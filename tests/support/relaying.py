@@ -12,6 +12,7 @@ import uvicorn
 import yaml
 
 import manager.app
+import manager.daemon
 from manager.adapters.log_writer import LogWriter
 from manager.api.app import control_api
 from manager.relay.front import listening_with
@@ -374,7 +375,7 @@ async def relaying(
     log = LogWriter(2)
     async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded, log=log) as daemon:
         access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
-        relay = manager.app._relay(daemon, loaded.settings, access)
+        relay = manager.daemon.relay_of(daemon, loaded.settings, access)
         server = Server(
             uvicorn.Config(
                 control_api(daemon.backend, access=access),

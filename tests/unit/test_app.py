@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 import yaml
 
-import manager.app
+import manager.claims
+import manager.daemon
 from manager.adapters.owner import keep_manager_id, read_owner
 from manager.domain.instance import ContainerFacts
 from manager.errors import EngineUnreachableError, ManagerIdChangedError
@@ -33,7 +34,7 @@ def reason(home: Path, server: dict[str, Any], host: str) -> str | None:
     config = home / "config.yaml"
     config.write_text(yaml.safe_dump({"server": {"key_file": str(key_file), **server}}))
     settings = load_settings(config, environ={"HOME": str(home)}).settings
-    access = Access(**manager.app._access_rules(settings, KEY))
+    access = Access(**manager.daemon.access_rules(settings, KEY))
     refusal = access.refusal("/api/tags", [(b"host", host.encode()), (b"x-api-key", KEY.encode())])
     return refusal.reason if refusal else None
 
@@ -101,29 +102,29 @@ async def test_a_changed_manager_id_with_containers_under_the_former_one_is_refu
     settings, engine = renamed(tmp_path), cast("Any", Engine(old=LEFT))
     for takes_over in (False, True):
         with pytest.raises(ManagerIdChangedError, match=r"'old' and is 'new' now.*old-ollama-cpu"):
-            await manager.app._settled_owner(engine, settings, read_owner(tmp_path), takes_over=takes_over)
+            await manager.claims.settled_owner(engine, settings, read_owner(tmp_path), takes_over=takes_over)
     assert read_owner(tmp_path).manager_id == "old"
 
 
 async def test_a_changed_manager_id_without_containers_is_taken_over(tmp_path: Path) -> None:
     settings, engine = renamed(tmp_path), cast("Any", Engine())
-    owner = await manager.app._settled_owner(engine, settings, read_owner(tmp_path), takes_over=False)
+    owner = await manager.claims.settled_owner(engine, settings, read_owner(tmp_path), takes_over=False)
     assert owner.manager_id == read_owner(tmp_path).manager_id == "new"
 
 
 async def test_a_former_manager_id_is_kept_until_the_engine_was_asked(tmp_path: Path) -> None:
     settings, engine = renamed(tmp_path), Engine(old=LEFT)
     engine.is_away = True
-    owner = await manager.app._settled_owner(
+    owner = await manager.claims.settled_owner(
         cast("Any", engine), settings, read_owner(tmp_path), takes_over=False
     )
     assert owner.manager_id == read_owner(tmp_path).manager_id == "old"
-    later = asyncio.ensure_future(manager.app._refuse_foreign_later(cast("Any", engine), settings, owner))
+    later = asyncio.ensure_future(manager.claims.refuse_foreign_later(cast("Any", engine), settings, owner))
     done, _ = await asyncio.wait({later}, timeout=0.05)
     assert not done
     engine.is_away = False
     with pytest.raises(ManagerIdChangedError):
         await later
     engine.containers.clear()
-    await manager.app._refuse_foreign_later(cast("Any", engine), settings, owner)
+    await manager.claims.refuse_foreign_later(cast("Any", engine), settings, owner)
     assert read_owner(tmp_path).manager_id == "new"

@@ -182,10 +182,10 @@ def test_listening_for_others_without_a_key_is_exit_2(tmp_path: Path) -> None:
 
 def test_a_loop_that_dies_is_exit_1_with_the_traceback_in_the_log_only(config: Path) -> None:
     source = (
-        "import sys, manager.app, manager.cli\n"
+        "import sys, manager.daemon, manager.cli\n"
         "async def serve(loaded, **_):\n"
         "    raise BaseExceptionGroup('loops', [ExceptionGroup('inner', [ValueError('it broke')])])\n"
-        "manager.app.serve = serve\n"
+        "manager.daemon.serve = serve\n"
         "sys.argv = ['ollama-manager', 'serve', '--config', sys.argv[1]]\n"
         "manager.cli.main()\n"
     )

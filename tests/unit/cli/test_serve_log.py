@@ -86,11 +86,11 @@ def test_no_model_name_costs_the_lines_of_others(tmp_path: Path) -> None:
 
 def test_a_defect_while_stderr_is_stuck_still_ends_the_process(tmp_path: Path) -> None:
     source = (
-        "import logging, sys, manager.app, manager.cli\n"
+        "import logging, sys, manager.daemon, manager.cli\n"
         "async def serve(loaded, **_):\n"
         "    for _ in range(2000): logging.getLogger('lib').warning('x' * 200)\n"
         "    raise ValueError('it broke')\n"
-        "manager.app.serve = serve\n"
+        "manager.daemon.serve = serve\n"
         "sys.argv = ['ollama-manager', 'serve', '--config', sys.argv[1]]\n"
         "manager.cli.main()\n"
     )

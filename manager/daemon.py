@@ -1,0 +1,320 @@
+"""Runs a daemon: until it is stopped or replaced, or for one clean-up."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import structlog
+
+from manager import __version__
+from manager.adapters.owner import ManagerIdLock
+from manager.api.app import control_api
+from manager.errors import ForeignOwnerError, ManagerIdChangedError
+from manager.handover import CLAIMS_WITHIN_S, Giving, Predecessor, Succession, replace_daemon
+from manager.relay.connections import ConnectionLimit
+from manager.relay.front import listening_with
+from manager.relay.relay import Limits, Relay
+from manager.reloading import Reloader, log_weak_key
+from manager.services.world import no_step
+from manager.serving import (
+    DescriptorWatch,
+    Server,
+    connection_budget,
+    inherited_listener,
+    listening,
+    raise_descriptor_limit,
+    serve_until_stopped,
+    server_config,
+    tune_interpreter,
+    url_of,
+)
+from manager.settings import (
+    key_weaknesses,
+    load_templates,
+    read_key,
+    resolve_instances,
+    template_warnings,
+)
+from manager.settings.addresses import is_loopback
+from manager.wire.access import Access
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from manager.adapters.log_writer import LogWriter
+    from manager.services.instances.sweeps import Swept
+    from manager.settings import LoadedSettings, Settings
+    from manager.settings.changes import Changes
+    from manager.settings.model import LogSettings
+
+    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
+
+from manager.app import Daemon, open_daemon
+
+_log = structlog.get_logger("daemon")
+
+
+async def serve(
+    loaded: LoadedSettings,
+    *,
+    log: LogWriter | None = None,
+    read_again: Callable[[], LoadedSettings] | None = None,
+    configure_log: Callable[[LogSettings, str | None], None] = lambda _settings, _key: None,
+    on_step: Callable[[str, str], Awaitable[None]] = no_step,
+    stop_instances: bool = False,
+    take_over: bool = False,
+    replaces: bool = False,
+) -> None:
+    """Run the daemon until SIGTERM or SIGINT. Containers keep running and are adopted by the next one.
+
+    SIGHUP has the configuration read again (`manager.reloading`). Another daemon may replace this one
+    meanwhile (`manager.handover`).
+
+    Args:
+        loaded: the configuration.
+        log: takes one line a request; None: requests are not logged.
+        read_again: reads the configuration for a reload.
+        configure_log: changes the level of the log, and has it hide a new key.
+        on_step: see `World`.
+        stop_instances: stop the containers too, once the last stream has ended.
+        take_over: see `takes_over` of `open_daemon`.
+        replaces: replace the daemon that runs, if one does.
+
+    Raises:
+        ManagerError: it could not be started.
+        BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
+    """
+    host, port = loaded.settings.server.host, loaded.settings.server.port
+    listener = inherited_listener(host, port)
+    predecessor = await _predecessor(loaded) if replaces else None
+    if predecessor is not None:
+        _log.info("replacing", pid=predecessor.pid)
+        passed = predecessor.usable_listener(host, port)
+        listener = listener or passed
+    serves = partial(
+        _serve_once,
+        loaded,
+        log=log,
+        read_again=read_again,
+        configure_log=configure_log,
+        on_step=on_step,
+        stop_instances=stop_instances,
+        take_over=take_over,
+    )
+    listener = await serves(listener, predecessor)
+    while listener is not None:
+        _log.error("not_replaced", hint="the new daemon has ended; this one serves again")
+        listener = await serves(listener, None)
+    _log.info("ended")
+
+
+async def _serve_once(
+    loaded: LoadedSettings,
+    given: socket.socket | None,
+    predecessor: Predecessor | None,
+    *,
+    log: LogWriter | None,
+    read_again: Callable[[], LoadedSettings] | None,
+    configure_log: Callable[[LogSettings, str | None], None],
+    on_step: Callable[[str, str], Awaitable[None]],
+    stop_instances: bool,
+    take_over: bool,
+) -> socket.socket | None:
+    """Run the daemon until it is to end, or was replaced; as `serve`.
+
+    It serves with the `given` listener, or makes one. `predecessor` is the daemon that it replaces. Returns
+    the listener where the daemon that was to replace this one has ended before it served.
+    """
+    settings = loaded.settings
+    key = _key_of(settings)
+    descriptors = raise_descriptor_limit()
+    async with open_daemon(
+        loaded,
+        log=log,
+        on_step=on_step,
+        takes_over=take_over,
+        claims_within_s=0.0 if predecessor is None else CLAIMS_WITHIN_S,
+    ) as daemon:
+        for danger in template_warnings(loaded):
+            _log.warning("dangerous_template_setting", detail=danger)
+        with given or listening(settings.server.host, settings.server.port) as listener:
+            url = url_of(settings.server.host, settings.server.port)
+            daemon.state_lock.describe(url=url)
+            access = Access(**access_rules(settings, key))
+            relay = relay_of(daemon, settings, access)
+            budget = connection_budget(descriptors, len(settings.instances))
+            connections = ConnectionLimit(budget.most, budget.spare)
+            watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
+            server = Server(
+                server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
+                (relay.drain, daemon.backend.passing.passages.drain),
+                settings.gateway.drain_timeout_s,
+            )
+
+            def new_key(settings: Settings, key: str | None) -> None:
+                configure_log(settings.log, key)
+                access.configure(**access_rules(settings, key))
+
+            def apply(changed: Changes, key: str | None) -> None:
+                now = changed.loaded.settings
+                new_key(now, key)
+                relay.limits = replace(relay.limits, keep_alive_s=now.gateway.keep_alive_s)
+                daemon.reconfigure(changed)
+
+            async def let_go() -> None:
+                succession.close()
+                daemon.backend.passing.routing.placement.freeze()
+                await daemon.let_go()
+
+            reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
+            daemon.loops["reload"] = reloader.run
+            tune_interpreter()
+            running = asyncio.ensure_future(daemon.run())
+            giving = Giving(
+                server,
+                listener,
+                running,
+                is_busy=lambda: daemon.busy,
+                let_go=let_go,
+                patience_s=settings.gateway.drain_timeout_s,
+            )
+            succession = Succession(daemon.id_claim, settings.state.dir, giving.begin)
+            greeting = asyncio.ensure_future(_greet(server, predecessor))
+            _log.info(
+                "serving",
+                url=url,
+                version=__version__,
+                state_dir=str(settings.state.dir),
+                most_connections=budget.most,
+            )
+            try:
+                await serve_until_stopped(
+                    server,
+                    listener,
+                    running,
+                    before_end=daemon.parts.capacity.stop_all if stop_instances else None,
+                    on_hangup=reloader.ask,
+                )
+            except BaseExceptionGroup as group:
+                refusal, _ = group.split((ForeignOwnerError, ManagerIdChangedError))
+                if refusal is None:
+                    raise
+                raise _innermost(refusal) from group
+            finally:
+                greeting.cancel()
+                succession.close()
+                watch.stop()
+                await relay.close()
+    return giving.listener_if_failed()
+
+
+def _key_of(settings: Settings) -> str | None:
+    file = settings.server.key_file
+    if file is None:
+        return None
+    key = read_key(file)
+    log_weak_key(key_weaknesses(file, key))
+    return key
+
+
+async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
+    """Have the daemon that runs give way; None where none runs.
+
+    Raises:
+        ConfigurationError: this daemon could not serve; the other one was not asked.
+        ManagerError: the other one goes on.
+    """
+    settings = loaded.settings
+    resolve_instances(loaded, load_templates(settings))
+    channel = ManagerIdLock(settings.manager_id, settings.engine.url).connect()
+    if channel is None:
+        return None
+    return await asyncio.to_thread(
+        replace_daemon,
+        channel,
+        settings.state.dir,
+        within_s=settings.gateway.drain_timeout_s + CLAIMS_WITHIN_S,
+    )
+
+
+async def _greet(server: Server, predecessor: Predecessor | None) -> None:
+    """Take over the connections of the replaced daemon, once this one accepts its own."""
+    await server.accepts.wait()
+    if predecessor is not None:
+        predecessor.serves(server.adopt)
+
+
+async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
+    """One clean-up without a daemon, by the stored last use; holds the state directory meanwhile.
+
+    A dry run stops nothing and stores nothing, but a registry that is missing is made.
+
+    Raises:
+        StateDirHeldError: a daemon runs; it has to be asked.
+        UnavailableError: the engine does not answer.
+    """
+    async with open_daemon(loaded, resume_idle_clock=True, dry_run=dry_run) as daemon:
+        within_s = loaded.settings.engine.timeout_s
+        running = asyncio.ensure_future(daemon.run_unscheduled())
+        try:
+            settled = asyncio.ensure_future(daemon.parts.first_look.settled(within_s=within_s))
+            await asyncio.wait({running, settled}, return_when=asyncio.FIRST_COMPLETED)
+            if running.done():
+                settled.cancel()
+                running.result()
+            settled.result()
+            return await daemon.parts.sweeps.reap(dry_run=dry_run)
+        finally:
+            running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await running
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def relay_of(daemon: Daemon, settings: Settings, access: Access) -> Relay:
+    wanted, passing = settings.gateway, daemon.backend.passing
+    return Relay(
+        passing.routing,
+        pools=daemon.pools,
+        access=access,
+        limits=Limits(
+            connect_timeout_s=wanted.connect_timeout_s,
+            idle_timeout_s=wanted.idle_timeout_s,
+            most_body_bytes=wanted.max_body,
+            keep_alive_s=wanted.keep_alive_s,
+        ),
+        bodies=passing.bodies,
+        requests=passing.requests,
+        refusals=daemon.backend.refusals,
+        unload=passing.volumes.unload,
+    )
+
+
+def access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
+    """Return the arguments of `Access`.
+
+    Where other machines reach the daemon, a key is required and clients use names that are not known here:
+    every Host is allowed, unless `server.allowed_hosts` differs from its default.
+    """
+    server = settings.server
+    usual = type(server).model_fields["allowed_hosts"].default
+    host = server.host.lower()
+    machine = socket.gethostname().lower()
+    short = machine.partition(".")[0]
+    return {
+        "allowed_hosts": server.allowed_hosts,
+        "allowed_origins": server.allowed_origins,
+        "key": key,
+        "own_names": {f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
+        "any_host": not is_loopback(host) and server.allowed_hosts == usual,
+    }
