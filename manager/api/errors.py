@@ -109,7 +109,7 @@ def _problems(request: Request, error: RequestValidationError) -> Iterator[dict[
 
 def _models(route: APIRoute) -> dict[str | int, Any]:
     """The models of what a route takes, by the part of a request; of a single value there is none."""
-    models = {}
+    models: dict[str | int, Any] = {}
     if route.body_field is not None:
         models["body"] = route.body_field.field_info.annotation
     for parameter in route.dependant.query_params:

@@ -485,8 +485,8 @@ class _Decider:
     def _is_unknown(self, leg: _Leg) -> bool:
         """Whether the client gave a name that nothing supports: no list, no role, and no place for it."""
         key = model_key(leg.model)
-        named_by_role = leg.role is not None and leg.role.model is not None
-        if leg.held(self._pin) is not None or (named_by_role and model_key(leg.role.model) == key):
+        of_role = leg.role.model if leg.role is not None else None
+        if leg.held(self._pin) is not None or (of_role is not None and model_key(of_role) == key):
             return False
         return self._snapshot.lacks(key) and not self._settings.auto_pull
 

@@ -261,8 +261,11 @@ def test_two_different_things_in_one_change_are_refused_with_both_fields(
         ({"roles": {"output": {"target": "NAS"}}}, "body.roles.output.target"),
         ({"roles": {"output": {"fallbacks": "review"}}}, "body.roles.output.fallbacks"),
         ({"roles": {"output": {"body": {"defaults": []}}}}, "body.roles.output.body.defaults"),
-        ({"roles": {"output": {"body": {"defaults": {"model": 1}}}}}, "body.roles.output.body.defaults"),
-        ({"roles": {"Output": {}}}, "body.roles.Output.[key]"),
+        (
+            {"roles": {"output": {"body": {"defaults": {"model": 1}}}}},
+            "body.roles.output.body.defaults.model",
+        ),
+        ({"roles": {"Output": {}}}, "body.roles.Output"),
         ({"roles": []}, "body.roles"),
         ({"embedding_runtime_policy": "gpu_only"}, "body.embedding_runtime_policy"),
         ({"embedding_target_instance": 0}, "body.embedding_target_instance"),

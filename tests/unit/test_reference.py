@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from manager.domain.instance import Health, Phase
 from manager.errors import Reason
 
@@ -36,3 +38,11 @@ def test_every_event_is_named() -> None:
         if name
     }
     assert named("Events") - {"healthy", "unhealthy"} == recorded - {"healthy", "unhealthy"}
+
+
+@pytest.mark.parametrize("document", ["README.md", "compose/README.md"])
+def test_a_document_that_uses_docker_compose_says_how_to_get_it(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert "\ndocker compose up" in text
+    for package in ("docker-compose-v2", "docker-compose-plugin"):
+        assert f"{package}`" in text

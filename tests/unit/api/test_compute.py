@@ -102,8 +102,8 @@ async def test_an_engine_that_is_away_is_still_reported(call: str) -> None:
     engine = LateEngine(rig)
     engine.trouble = "it is away"
     async with client_of(rig) as client, rig.running(settled=False):
-        json = {} if call == "pull" else None
-        waiting = asyncio.ensure_future(client.request(method, PREFIX + path, json=json))
+        body: dict[str, str] | None = {} if call == "pull" else None
+        waiting = asyncio.ensure_future(client.request(method, PREFIX + path, json=body))
         done, _ = await asyncio.wait({waiting}, timeout=0.1)
         assert not done, waiting.result().text
         engine.answers.set()
