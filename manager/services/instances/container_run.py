@@ -232,6 +232,12 @@ class ContainerRun:
         except NetworkMissingError:
             await engine.ensure_network(request.network)
             await _finish(engine.start(container_id))
+            if (await self._inspected(container_id)).address is None:
+                # Docker 28.5 never connects a container whose network was made during its first start.
+                await engine.remove(container_id)
+                self._on_container(None)
+                container_id = await _finish(self._create(request))
+                await _finish(engine.start(container_id))
         await self._step("started")
         return await self._inspected(container_id)
 

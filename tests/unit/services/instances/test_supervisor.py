@@ -69,6 +69,32 @@ async def test_a_network_that_is_missing_is_created() -> None:
         one = await ground.ready()
         assert NETWORK in ground.engine.networks
         assert phase(one) == "ready"
+        assert ground.engine.calls.count("create") == 1
+
+
+@in_virtual_time
+async def test_a_container_that_gets_no_address_of_a_network_made_late_is_made_anew() -> None:
+    async with on_ground() as ground:
+        ground.engine.networks.clear()
+        ground.engine.cuts_off = True
+        one = await ground.ready()
+        assert one.usable_endpoint() == f"http://{ground.engine.box.address}:11434"
+        assert (ground.engine.calls.count("create"), one.view().starts) == (2, 1)
+
+
+@in_virtual_time
+async def test_a_stop_during_the_start_of_a_container_that_is_made_anew_leaves_nothing() -> None:
+    async with on_ground() as ground:
+        ground.engine.networks.clear()
+        ground.engine.cuts_off = True
+        ground.engine.delays["remove"] = 1.0
+        one = await ground.listed(ground.supervisor())
+        starting = asyncio.ensure_future(one.start())
+        await until(lambda: "remove" in ground.engine.calls)
+        await one.stop()
+        with pytest.raises(CancelledByStopError):
+            await starting
+        assert (ground.engine.boxes, phase(one)) == ({}, "stopped")
 
 
 @in_virtual_time
