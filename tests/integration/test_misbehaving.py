@@ -17,7 +17,7 @@ from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.cards import A, Machine
 from tests.support.daemon import free_port, wait_for
 from tests.support.engine import PrivateEngine, private_engine_obstacles
-from tests.support.engine_kinds import needs_word_of_lost_memory
+from tests.support.engine_kinds import needs_word_of_lost_memory, not_on_podman
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.ollama import set_knobs
 from tests.support.state import store_instance
@@ -147,7 +147,7 @@ def test_a_crash_later_is_told_with_its_exit_code_and_not_mended_unasked(daemon:
     assert daemon.started("cpu")["reason"] is None
 
 
-@needs_word_of_lost_memory()
+@not_on_podman("it sends no event for a killed process, and the state says so at the container's end only")
 def test_a_child_that_is_killed_for_its_memory_is_told_while_the_server_runs_on(daemon: Daemon) -> None:
     body = daemon.started("confined")
     set_knobs(body["endpoint"], allocate_bytes=512 * MIB, allocate_in="child")
