@@ -73,6 +73,11 @@ class Condition:
     bury_at: float | None = None
 
     @property
+    def is_listed(self) -> bool:
+        """Whether the engine was listed; until then phase and intent are those of no container."""
+        return self.phase is not Phase.UNAVAILABLE or self.intent is not None
+
+    @property
     def is_alive(self) -> bool:
         """Whether there is a container whose process has not ended, as of the last inspection."""
         return self.container is not None and self.container.status in ALIVE

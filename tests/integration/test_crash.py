@@ -140,6 +140,33 @@ def test_a_daemon_killed_in_a_start_or_in_a_stop_is_followed_by_one_that_complet
     assert wait_for(rig.stored, lambda row: row[1] is None) == ("stopped", None)
 
 
+@pytest.mark.parametrize(("action", "step"), [("start", "stored"), ("stop", "stored:2")])
+def test_a_daemon_whose_engine_never_answered_leaves_an_unfinished_operation_to_the_next_one(
+    rig: Rig, action: str, step: str
+) -> None:
+    rig.daemon.start(die_at=f"cpu:{step}")
+    if action == "stop":
+        rig.daemon.started("cpu")
+    rig.until_dead(action)
+    unfinished = rig.stored()
+    assert unfinished[1] == action
+
+    engine = rig.daemon.environment["DOCKER_HOST"]
+    rig.daemon.environment["DOCKER_HOST"] = f"unix://{rig.daemon.home}/nothing.sock"
+    try:
+        rig.daemon.start(until_ready=False).wait_until_alive()
+        rig.daemon.stop()  # which stores what the daemon has
+    finally:
+        rig.daemon.environment["DOCKER_HOST"] = engine
+    assert rig.stored() == unfinished
+
+    rig.daemon.start()
+    if action == "start":
+        rig.assert_ready()
+    else:
+        rig.assert_stopped()
+
+
 def test_a_daemon_killed_while_it_drains_is_followed_by_one_that_completes_the_stop(rig: Rig) -> None:
     rig.daemon.configure({**rig.daemon.config, "lifecycle": {"drain_timeout_s": 0.2}})
     try:

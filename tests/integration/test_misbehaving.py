@@ -17,6 +17,7 @@ from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.cards import A, Machine
 from tests.support.daemon import free_port, wait_for
 from tests.support.engine import PrivateEngine, private_engine_obstacles
+from tests.support.engine_kinds import needs_word_of_lost_memory, not_on_podman
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.ollama import set_knobs
 from tests.support.state import store_instance
@@ -113,6 +114,7 @@ def test_a_crash_at_the_start_is_told_at_once_with_the_last_lines_of_the_log(
     assert docker_client.containers.list(all=True, filters={"name": "-ollama-crashing$"}) == []
 
 
+@needs_word_of_lost_memory()
 def test_a_server_that_eats_too_much_at_the_start_is_told_as_out_of_memory(daemon: Daemon) -> None:
     answer = daemon.begin("hungry", "start")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "out_of_memory")
@@ -145,6 +147,7 @@ def test_a_crash_later_is_told_with_its_exit_code_and_not_mended_unasked(daemon:
     assert daemon.started("cpu")["reason"] is None
 
 
+@not_on_podman("it sends no event for a killed process, and the state says so at the container's end only")
 def test_a_child_that_is_killed_for_its_memory_is_told_while_the_server_runs_on(daemon: Daemon) -> None:
     body = daemon.started("confined")
     set_knobs(body["endpoint"], allocate_bytes=512 * MIB, allocate_in="child")
@@ -158,6 +161,7 @@ def test_a_child_that_is_killed_for_its_memory_is_told_while_the_server_runs_on(
     daemon.stopped("confined")
 
 
+@needs_word_of_lost_memory()
 def test_a_server_that_is_killed_for_its_memory_has_failed_for_that_reason(daemon: Daemon) -> None:
     body = daemon.started("confined")
     with suppress(OSError):

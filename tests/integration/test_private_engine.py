@@ -16,6 +16,7 @@ from docker.types import DeviceRequest, Healthcheck
 
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.support.engine import EngineError, PrivateEngine, acquire_engine, private_engine_obstacles
+from tests.support.engine_kinds import needs_names, needs_word_of_lost_memory, not_on_podman
 from tests.support.ollama import set_knobs
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def test_a_container_is_reached_by_its_address_on_a_user_network_and_by_a_loopba
     network.remove()
 
 
+@needs_names()
 def test_a_container_reaches_the_host_and_another_container_by_name(client: docker.DockerClient) -> None:
     network = client.networks.create(NETWORK)
     network.reload()
@@ -113,6 +115,7 @@ def test_a_container_reaches_the_host_and_another_container_by_name(client: dock
     network.remove()
 
 
+@not_on_podman("cards come by CDI, not by the hook of the NVIDIA runtime")
 def test_a_device_request_shows_the_gpu_to_the_container(client: docker.DockerClient) -> None:
     request = DeviceRequest(driver="nvidia", device_ids=[GPU], capabilities=[["gpu"]])
     container = started(client, device_requests=[request])
@@ -133,6 +136,7 @@ def test_a_container_that_is_kept_off_the_gpus_says_so(client: docker.DockerClie
     assert within_limit(lambda: "id=cpu library=cpu" in container.logs().decode())
 
 
+@not_on_podman("it does not look at the driver of a device request")
 def test_an_unknown_device_driver_is_refused_at_start(client: docker.DockerClient) -> None:
     request = DeviceRequest(driver="other", device_ids=[GPU], capabilities=[["gpu"]])
     container = client.containers.create(IMAGE, device_requests=[request])
@@ -140,6 +144,7 @@ def test_an_unknown_device_driver_is_refused_at_start(client: docker.DockerClien
         container.start()
 
 
+@not_on_podman("its health checks are timers of systemd, which a private engine has not")
 def test_ollama_list_is_a_health_check(client: docker.DockerClient) -> None:
     check = Healthcheck(test=["CMD", "ollama", "list"], interval=10**9, timeout=5 * 10**9)
     container = started(client, healthcheck=check)
@@ -183,6 +188,7 @@ def test_models_on_a_shared_volume_are_seen_by_another_container(client: docker.
     assert b"qwen3:0.6b" in two.exec_run(["ollama", "list"], stream=False).output
 
 
+@needs_word_of_lost_memory()
 def test_a_container_that_takes_too_much_memory_is_killed(client: docker.DockerClient) -> None:
     container = started(
         client,
@@ -203,6 +209,7 @@ def test_a_child_that_takes_too_much_memory_dies_alone(client: docker.DockerClie
     assert version_of(_url(container)) == "0.24.0"
 
 
+@not_on_podman("containers outlive its service")
 def test_a_killed_engine_comes_back_with_its_containers_ended(
     engine: PrivateEngine, client: docker.DockerClient
 ) -> None:
@@ -219,6 +226,7 @@ def test_a_killed_engine_comes_back_with_its_containers_ended(
     assert within_limit(lambda: version_of(_url(container))) == "0.24.0"
 
 
+@not_on_podman("containers outlive its service")
 def test_an_engine_can_be_restarted_in_order(engine: PrivateEngine, client: docker.DockerClient) -> None:
     before = engine.pid
     container = started(client)
@@ -250,13 +258,15 @@ def test_with_live_restore_containers_outlive_a_killed_engine() -> None:
     with PrivateEngine(live_restore=True) as engine:
         client = engine.client()
         ensure_simulated_image(client)
-        container = started(client)
-        within_limit(lambda: version_of(_url(container)))
+        client.networks.create(NETWORK)  # the default bridge of Podman 4 is one for the whole machine
+        container = started(client, network=NETWORK)
+        url = f"http://{container.attrs['NetworkSettings']['Networks'][NETWORK]['IPAddress']}:11434"
+        within_limit(lambda: version_of(url))
         engine.kill()
         engine.start()
         container.reload()
         assert container.status == "running"
-        assert version_of(_url(container)) == "0.24.0"
+        assert version_of(url) == "0.24.0"
     engine.assert_clean()
 
 

@@ -146,7 +146,8 @@ def test_without_a_daemon_what_was_idle_before_it_died_is_stopped(sweep: Sweep) 
 
 
 def test_without_a_daemon_use_of_the_endpoint_is_seen_all_the_same(sweep: Sweep) -> None:
-    assert sweep.said["asked"] == "kept: used just now"
+    # A slow sweep has seen the use before it looks at the TTL: "used recently".
+    assert sweep.said["asked"].startswith("kept: used")
 
 
 def test_a_container_that_somebody_started_again_is_not_idle_since_before(sweep: Sweep) -> None:

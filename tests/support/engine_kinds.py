@@ -96,17 +96,42 @@ def not_on_podman(difference: str) -> pytest.MarkDecorator:
 
 
 @cache
-def gives_cards() -> bool:
-    """Whether containers get cards that are asked for over the engine's API."""
+def _older_podman() -> tuple[int, int] | None:
+    """The version of this machine's Podman; None where another engine is chosen."""
     if chosen() != "podman":
-        return True
+        return None
     said = subprocess.run(["podman", "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"(\d+)\.(\d+)", said)
     assert version is not None, said
-    return (int(version[1]), int(version[2])) >= (5, 4)
+    return (int(version[1]), int(version[2]))
+
+
+def gives_cards() -> bool:
+    """Whether containers get cards that are asked for over the engine's API."""
+    version = _older_podman()
+    return version is None or version >= (5, 4)
+
+
+def needs_word_of_lost_memory() -> pytest.MarkDecorator:
+    """Skips a test on an engine that reports no end for want of memory."""
+    version = _older_podman()
+    return pytest.mark.skipif(
+        version is not None and version < (5, 0) and not Path("/sys/fs/cgroup/cgroup.controllers").exists(),
+        reason="Podman 4 on cgroup v1: neither an event nor the state says that the memory ran out",
+    )
+
+
+def needs_names() -> pytest.MarkDecorator:
+    """Skips a test on an engine whose containers do not find each other by name."""
+    resolvers = ("/usr/lib/cni/dnsname", "/usr/lib/podman/aardvark-dns")
+    return pytest.mark.skipif(
+        _older_podman() is not None and not any(Path(path).exists() for path in resolvers),
+        reason="Podman: names need the CNI plugin dnsname, or netavark with aardvark-dns",
+    )
 
 
 def needs_cards() -> pytest.MarkDecorator:
+    """Skips a test on an engine that gives no cards."""
     return pytest.mark.skipif(
         not gives_cards(), reason="Podman before 5.4: a card that is asked for over its Docker API is ignored"
     )

@@ -78,6 +78,7 @@ class Box:
     answers_from: float = 0.0
     deaf: bool = False
     immortal: bool = False
+    is_cut_off: bool = False
     models: tuple[Model, ...] = ()
     network_bytes: int = 0
     cpu_s: float = 0.0
@@ -91,6 +92,7 @@ class FakeEngine:
         down: every call fails, as when the engine is away.
         refuses: calls that are refused, by name, with the error; each once.
         delays: seconds that a call takes, by name.
+        cuts_off: a container that was started without its network never gets an address.
     """
 
     url = "unix:///fake.sock"
@@ -107,6 +109,7 @@ class FakeEngine:
         self.calls: list[str] = []
         self.template: dict[str, Any] = {}
         self.crash_at_start: int | None = None
+        self.cuts_off = False
         self._number = 0
 
     # --- what a test does by hand ---
@@ -193,6 +196,7 @@ class FakeEngine:
         await self._called("start")
         box = self._known(container_id)
         if box.network not in self.networks:
+            box.is_cut_off = self.cuts_off
             raise NetworkMissingError(f"network {box.network} not found")
         self.run(box)
         if self.crash_at_start is not None:
@@ -297,6 +301,8 @@ class FakeEngine:
     def _join(self, box: Box, network: str) -> None:
         self._number += 1
         box.networks, box.address = (network,), f"172.18.{self._number // 250}.{self._number % 250}"
+        if box.is_cut_off:
+            box.address = None
 
     def _behind(self, url: str) -> Box | None:
         host = url.removeprefix("http://").partition("/")[0].partition(":")[0]

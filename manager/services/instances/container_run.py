@@ -232,6 +232,12 @@ class ContainerRun:
         except NetworkMissingError:
             await engine.ensure_network(request.network)
             await _finish(engine.start(container_id))
+            if (await self._inspected(container_id)).address is None:
+                # Docker 28.5 never connects a container whose network was made during its first start.
+                await engine.remove(container_id)
+                self._on_container(None)
+                container_id = await _finish(self._create(request))
+                await _finish(engine.start(container_id))
         await self._step("started")
         return await self._inspected(container_id)
 
@@ -306,15 +312,20 @@ class ContainerRun:
         pause_s = _FIRST_POLL_S
         while True:
             # Events are hints: a lost one must not cost the whole deadline.
-            if signals.news.is_set() or now() >= inspect_at:
+            if signals.news.is_set() or now() >= min(inspect_at, deadline):
                 signals.news.clear()
                 inspect_at = now() + _INSPECT_EVERY_S
                 facts = await self._facts_if_reachable(container)
                 if facts is None or facts.status not in ALIVE:
                     raise self._death(container.name, facts)
-                if facts.status == "paused":  # it cannot answer: its time begins when it goes on
+                # A paused container cannot answer: the whole time begins when it goes on.
+                if "paused" in (container.status, facts.status):
                     deadline = now() + self.limits.start_timeout_s
+                container = facts
             left_s = deadline - now()
+            # A slow inspection must not cost a server its last moments: it is asked once more.
+            if await self._world.upstream.answers(url, min(_ANSWER_TIMEOUT_S, max(left_s, 0.05))):
+                return
             if left_s <= 0:
                 raise StartFailedError(
                     f"{container.name} runs, but did not answer {url} within "
@@ -322,8 +333,6 @@ class ContainerRun:
                     reason=Reason.START_TIMEOUT,
                     instance=self._instance,
                 )
-            if await self._world.upstream.answers(url, min(_ANSWER_TIMEOUT_S, max(left_s, 0.05))):
-                return
             await happens(signals.news, pause_s)
             pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
 

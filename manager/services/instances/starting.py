@@ -57,7 +57,7 @@ class Starting:
             ManagerError: the engine or the card is missing, it is backing off, or too many instances run.
         """
         w, state = self._w, self._w.condition.state
-        if not w.engine_up or (state.phase is Phase.UNAVAILABLE and state.intent is None):
+        if not w.engine_up or not state.is_listed:
             raise w.engine_away()
         if state.intent is Operation.START:
             return  # one more caller waits for its outcome

@@ -660,6 +660,8 @@ class Supervisor(Instance):
 
     def _current_row(self, row: InstanceRow) -> InstanceRow:
         state = self._condition.state
+        if not state.is_listed:
+            return row  # operation and use of the earlier daemon: the first listing takes them up
         return replace(
             row,
             target=state.target,

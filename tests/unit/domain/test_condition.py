@@ -84,6 +84,18 @@ def test_an_ended_container_of_what_should_not_run_is_only_buried() -> None:
     assert (found.phase, found.failure, found.bury_at) == (Phase.STOPPED, None, NOW + KEPT_S)
 
 
+@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("unfinished", [None, *Operation])
+@pytest.mark.parametrize("container", [None, RUNNING, EXITED])
+def test_nothing_is_known_before_the_first_listing_and_something_after_it(
+    container: ContainerFacts | None, unfinished: Operation | None, target: Target
+) -> None:
+    before = replace(NEW, target=target)
+    assert not before.is_listed
+    assert after(before, c.Listed(container, unfinished)).is_listed
+    assert after(before, c.NothingToSweep()).is_listed
+
+
 def test_a_sweep_that_finds_nothing_starts_nothing() -> None:
     found = after(replace(NEW, target=Target.RUNNING), c.NothingToSweep())
     assert (found.phase, found.intent, found.target) == (Phase.STOPPED, None, Target.RUNNING)

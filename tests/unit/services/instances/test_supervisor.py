@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 
 from manager.domain.container import LABEL_HASH
+from manager.domain.idle import UsageSample
 from manager.domain.instance import Health, Phase, Target
 from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.registry import InstanceRow, Operation
@@ -25,7 +26,7 @@ from manager.errors import (
     StartFailedError,
     UnavailableError,
 )
-from tests.support.fake_engine import IMAGE, LIMITS, NETWORK, on_ground
+from tests.support.fake_engine import BEGIN, IMAGE, LIMITS, NETWORK, on_ground
 from tests.support.virtual import in_virtual_time, until
 
 
@@ -68,6 +69,32 @@ async def test_a_network_that_is_missing_is_created() -> None:
         one = await ground.ready()
         assert NETWORK in ground.engine.networks
         assert phase(one) == "ready"
+        assert ground.engine.calls.count("create") == 1
+
+
+@in_virtual_time
+async def test_a_container_that_gets_no_address_of_a_network_made_late_is_made_anew() -> None:
+    async with on_ground() as ground:
+        ground.engine.networks.clear()
+        ground.engine.cuts_off = True
+        one = await ground.ready()
+        assert one.usable_endpoint() == f"http://{ground.engine.box.address}:11434"
+        assert (ground.engine.calls.count("create"), one.view().starts) == (2, 1)
+
+
+@in_virtual_time
+async def test_a_stop_during_the_start_of_a_container_that_is_made_anew_leaves_nothing() -> None:
+    async with on_ground() as ground:
+        ground.engine.networks.clear()
+        ground.engine.cuts_off = True
+        ground.engine.delays["remove"] = 1.0
+        one = await ground.listed(ground.supervisor())
+        starting = asyncio.ensure_future(one.start())
+        await until(lambda: "remove" in ground.engine.calls)
+        await one.stop()
+        with pytest.raises(CancelledByStopError):
+            await starting
+        assert (ground.engine.boxes, phase(one)) == ({}, "stopped")
 
 
 @in_virtual_time
@@ -136,6 +163,47 @@ async def test_a_pause_does_not_use_up_the_time_for_a_start() -> None:
         ground.engine.pause(ground.engine.box)
         await asyncio.sleep(200)
         ground.engine.pause(ground.engine.box, paused=False)
+        assert await starting
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("inspect_s", [0.001, 3.0])
+@pytest.mark.parametrize("paused_s", [0.5, 100.1, 100.4, 100.7, 101.0])
+@in_virtual_time
+async def test_a_container_that_goes_on_after_a_pause_has_the_whole_time_for_its_start(
+    paused_s: float, inspect_s: float, *, tells: bool
+) -> None:
+    async with on_ground() as ground:
+        ground.engine.template = {"answers": False}
+        one = await ground.listed(ground.supervisor())
+        starting = asyncio.ensure_future(one.start())
+        gate = ground.gates["started"] = asyncio.Event()
+        await until(lambda: "started" in ground.steps)
+        ground.engine.tells = tells
+        ground.engine.pause(ground.engine.box)
+        gate.set()
+        ground.engine.delays["inspect"] = inspect_s
+        await asyncio.sleep(paused_s)
+        ground.engine.pause(ground.engine.box, paused=False)
+        await asyncio.sleep(LIMITS.start_timeout_s - 0.3)
+        ground.engine.box.answers = True
+        assert await starting
+
+
+@in_virtual_time
+async def test_a_pause_that_nothing_told_of_is_found_before_a_start_is_given_up() -> None:
+    async with on_ground() as ground:
+        ground.engine.template = {"answers": False}
+        one = await ground.listed(ground.supervisor(limits=replace(LIMITS, start_timeout_s=1.5)))
+        starting = asyncio.ensure_future(one.start())
+        await until(lambda: "started" in ground.steps)
+        await asyncio.sleep(1.3)
+        ground.engine.tells = False
+        ground.engine.pause(ground.engine.box)
+        await asyncio.sleep(20)
+        assert phase(one) == "starting"
+        ground.engine.pause(ground.engine.box, paused=False)
+        ground.engine.box.answers = True
         assert await starting
 
 
@@ -269,6 +337,37 @@ async def test_an_unfinished_stop_is_finished() -> None:
         one = await ground.listed(ground.supervisor(row=row))
         await until(lambda: phase(one) == "stopped")
         assert ground.engine.boxes == {}
+
+
+@pytest.mark.parametrize("runs", [True, False])
+@pytest.mark.parametrize("operation", [Operation.START, Operation.STOP, None])
+@pytest.mark.parametrize("by", ["save_use", "configure", "reconfigure"])
+@in_virtual_time
+async def test_before_the_first_listing_the_row_of_the_daemon_before_is_kept(
+    by: str, operation: Operation | None, *, runs: bool
+) -> None:
+    async with on_ground() as ground:
+        target = Target.STOPPED if operation is Operation.STOP else Target.RUNNING
+        usage = UsageSample(at=1.0, network_bytes=2, own_bytes=1, cpu_s=0.5, expirations=())
+        row = InstanceRow(
+            "cpu", target=target, operation=operation, last_used_at=BEGIN, usage=usage, starts=3
+        )
+        if runs:
+            ground.engine.put(ground.name, ground.labels)
+        waiting = ground.supervisor(row=row)  # its engine has not answered yet
+        if by == "configure":
+            await waiting.configure({"ttl_s": 77.0})
+            row = replace(row, ttl_s=77.0)
+        elif by == "reconfigure":
+            waiting.reconfigure(waiting.spec)
+        await waiting.save_use()
+        assert ground.registry.rows["cpu"] == row
+
+        one = await ground.listed(ground.supervisor(row=ground.registry.rows["cpu"]))
+        ends_ready = operation is Operation.START or (operation is None and runs)
+        expected = "ready" if ends_ready else "failed" if operation is None else "stopped"
+        await until(lambda: phase(one) == expected)
+        assert bool(ground.engine.boxes) is ends_ready
 
 
 # --- without an operation: events only cause inspections ---
