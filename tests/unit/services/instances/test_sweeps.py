@@ -198,3 +198,24 @@ async def test_a_schedule_gets_a_place_as_a_request_does_or_says_why_not() -> No
         start()
         await until(lambda: rig.view("a").phase is Phase.READY)
         assert rig.view("b").phase is Phase.STOPPED
+
+
+async def test_changed_schedules_take_the_place_of_the_old_ones_and_unchanged_ones_keep_theirs() -> None:
+    rig = Rig("a", schedules=(START, STOP))
+    scheduler = scheduled(rig)
+    kept = scheduler.ticks["schedules[0]"]
+    rig.sweeps.reconfigure((START, REAP))
+    assert scheduler.ticks["schedules[0]"] is kept
+    assert scheduler.lines[2:] == [("*/5 * * * *", None)]
+    rig.sweeps.reconfigure((START,))
+    assert set(scheduler.ticks) == {"sweep", "schedules[0]"}
+    rig.sweeps.reconfigure((START, STOP))
+    assert set(scheduler.ticks) == {"sweep", "schedules[0]", "schedules[1]"}
+    assert scheduler.lines[3:] == [("0 20 * * *", None)]
+    assert scheduler.ticks["schedules[0]"] is kept
+
+
+def test_schedules_that_change_before_the_scheduler_runs_are_registered_once() -> None:
+    rig = Rig("a", schedules=(START,))
+    rig.sweeps.reconfigure((STOP,))
+    assert scheduled(rig).lines == [("0 20 * * *", None)]

@@ -13,7 +13,7 @@ import pytest
 
 from manager.domain.target import Target
 from manager.services.instances.leases import Lease
-from manager.services.models.pulls import Pull, PullFailedError, Pulls, Waiter
+from manager.services.models.pulls import _MOST_REFUSAL_BYTES, Pull, PullFailedError, Pulls, Waiter
 from manager.wire.management import read_named
 
 if TYPE_CHECKING:
@@ -34,8 +34,10 @@ def layer(number: int, completed: int = 0, total: int = 10) -> bytes:
 class Rig:
     """A server that answers a pull with `pieces`, and a volume that notes what is done to it."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], status: int = 200) -> None:
         self.pieces = pieces
+        self.status = status
+        self.pieces_read = 0
         self.done: list[str] = []
         self.pulls = Pulls(self, self, now=lambda: 0.0)  # type: ignore[arg-type]
 
@@ -64,9 +66,10 @@ class Rig:
         pieces = iter([*self.pieces, b""])
 
         async def piece() -> bytes:
+            self.pieces_read += 1
             return next(pieces)
 
-        yield SimpleNamespace(status=200, piece=piece)
+        yield SimpleNamespace(status=self.status, piece=piece)
 
     # --- clients ---
 
@@ -178,6 +181,33 @@ async def test_a_pull_without_lines_or_without_success_fails() -> None:
         async with rig.running():
             with pytest.raises(PullFailedError, match=message):
                 await rig.lines()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([b'{"error":', b'"no such model"}'], "no such model"),
+        ([b"<html>"], "a answered with status 500"),
+        ([], "a answered with status 500"),
+    ],
+)
+async def test_a_pull_that_the_server_refuses_fails_with_its_message_and_status(
+    pieces: list[bytes], message: str
+) -> None:
+    rig = Rig(pieces, status=500)
+    async with rig.running():
+        with pytest.raises(PullFailedError) as caught:
+            await rig.lines()
+    assert (caught.value.message, caught.value.status) == (message, 500)
+    assert rig.done == []
+
+
+async def test_a_refusal_of_a_pull_is_read_up_to_a_bound() -> None:
+    rig = Rig([bytes(_MOST_REFUSAL_BYTES // 2)] * 10, status=500)
+    async with rig.running():
+        with pytest.raises(PullFailedError, match="status 500"):
+            await rig.lines()
+    assert rig.pieces_read == 2
 
 
 # --- what is done to the volume -------------------------------------------------------------------
