@@ -210,6 +210,16 @@ async def test_an_instance_without_a_selector_takes_the_card_of_one_that_was_fou
     assert gpus.instance_ids() == ()
 
 
+async def test_an_instance_that_takes_a_found_card_adds_no_instance_for_the_others(machine: Machine) -> None:
+    machine.stored_bindings = {"gpu0": A, "gpu1": B}
+    machine.cards = (card(A), card(B))
+    gpus = await machine.gpus(auto=True, mine="auto")
+    assert gpus.uuid_of("mine") == A
+    assert gpus.instance_ids() == ("gpu1",)
+    assert set(machine.stored_bindings.values()) == {A, B}
+    assert set(machine.stored_bindings) == {"gpu0", "gpu1", "mine"}
+
+
 async def test_the_eleventh_card_comes_after_the_third(machine: Machine) -> None:
     machine.cards = tuple(card(f"GPU-{number:02}") for number in range(12))
     gpus = await machine.gpus(auto=True)

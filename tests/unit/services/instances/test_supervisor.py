@@ -366,6 +366,8 @@ async def test_a_pinned_instance_is_started_again_within_the_limits() -> None:
         ground.refusal = LimitReachedError("lifecycle.max_running is 1")
         ground.engine.end(ground.engine.box, 1)
         await until(lambda: "restart_refused" in ground.journal.kinds)
+        await asyncio.sleep(5)
+        assert (phase(one), ground.engine.calls.count("create")) == ("failed", 1)
         ground.refusal = None
         await until(lambda: phase(one) == "ready")
         assert one.view().starts == 2

@@ -266,6 +266,7 @@ async def test_a_model_that_could_not_be_pulled_is_refused_at_once_for_a_while(
     async with rig.running():
         with pytest.raises(PullFailedError, match=message):
             await rig.pulls.pull("a", "big", lambda _: None)
+        assert rig.pulls._pulls == {}, "one that is over is joined by nobody"
         for instance in ("a", "b"):
             with pytest.raises(PullFailedError, match=message):
                 rig.pulls.refuse_given_up(instance, "Big:latest")

@@ -1,0 +1,73 @@
+"""How a start ends, and what its callers learn."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from manager.domain.idle import UsageSample
+from manager.domain.instance import Phase
+from manager.domain.registry import InstanceRow
+from manager.domain.target import Target as Endpoint
+from manager.errors import BackingOffError, EngineError, Reason, StartFailedError, UnavailableError
+from tests.support.fake_engine import BEGIN, LIMITS, on_ground
+from tests.support.virtual import in_virtual_time, until
+
+if TYPE_CHECKING:
+    from manager.services.instances.supervisor import Supervisor
+
+
+@in_virtual_time
+async def test_a_start_that_the_engine_refuses_names_its_instance() -> None:
+    async with on_ground() as ground:
+        one = await ground.listed(ground.supervisor())
+        ground.engine.refuses["create"] = [EngineError("no space left", reason=Reason.START_FAILED)]
+        with pytest.raises(EngineError, match="no space left") as caught:
+            await one.start()
+        assert caught.value.instance == "cpu"
+
+
+@in_virtual_time
+async def test_a_prewarmed_start_keeps_to_the_pause_after_a_failure_and_an_operators_does_not() -> None:
+    async with on_ground() as ground:
+        one = await ground.listed(ground.supervisor())
+        ground.engine.crash_at_start = 1
+        while not isinstance(await failure(one), BackingOffError):
+            assert ground.engine.calls.count("create") < 10
+        creates = ground.engine.calls.count("create")
+        one.prewarm()
+        await asyncio.sleep(0.1)
+        assert ground.engine.calls.count("create") == creates
+        with pytest.raises(StartFailedError):
+            await one.start()
+        assert ground.engine.calls.count("create") == creates + 1
+
+
+async def failure(one: Supervisor) -> UnavailableError:
+    with pytest.raises(UnavailableError) as caught:
+        await one.lease()
+    return caught.value
+
+
+@in_virtual_time
+async def test_an_adopted_container_counts_as_used_now_unless_a_sweep_adopts_it() -> None:
+    for sweeps, ago_s in ((False, 0.0), (True, 60.0)):
+        async with on_ground(sweeps=sweeps) as ground:
+            box = ground.engine.put(ground.name, ground.labels)
+            box.started_at = BEGIN - timedelta(hours=1)
+            row = InstanceRow(
+                "cpu",
+                last_used_at=BEGIN - timedelta(seconds=60),
+                usage=UsageSample((BEGIN - timedelta(seconds=60)).timestamp(), 0, 0, 0.0, ()),
+            )
+            one = await ground.listed(ground.supervisor(row=row))
+            await until(lambda one=one: one.view().phase is Phase.READY)  # type: ignore[misc]
+            used_at = one.view().last_used_at
+            assert used_at is not None
+            assert (BEGIN - used_at).total_seconds() == pytest.approx(ago_s, abs=1)
+            remaining_s = one.view().ttl_remaining_s
+            assert remaining_s == pytest.approx(LIMITS.ttl_s - ago_s, abs=2)
+            assert isinstance((await one.lease()).target, Endpoint)
