@@ -289,7 +289,7 @@ def _reach(session: pytest.Session) -> Reach:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         file = Path(folder, "reach")
         if _exit_code(_forked(lambda: _recorded(session.items, file))) != 0:
-            raise session.Failed("a test fails without any mutant")
+            raise session.Failed("the tests could not be run without any mutant")
         reach = pickle.loads(file.read_bytes())
     if not isinstance(reach, Reach):
         raise TypeError(type(reach))
@@ -305,8 +305,7 @@ def _recorded(items: Sequence[pytest.Item], file: Path) -> int:
         watch.switch_context(item.nodeid)
         begun = time.monotonic()
         if not _passes(item, next_item):
-            say(f"fails without any mutant: {item.nodeid}")
-            return 1
+            raise RuntimeError(f"{item.nodeid} fails without any mutant")
         duration_s[item.nodeid] = time.monotonic() - begun
     watch.stop()
     data = watch.get_data()

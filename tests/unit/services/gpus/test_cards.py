@@ -118,6 +118,7 @@ async def test_a_driver_that_fails_for_another_reason_is_no_proof_that_a_card_is
     assert machine.events == []
     assert gpus.trouble is not None
     assert gpus.trouble.code == (name or "gpu_query_failed")
+    assert gpus.snapshot.attempted
     assert [(gpu.uuid, gpu.lost, gpu.vram_free_bytes) for gpu in gpus.snapshot.gpus] == [
         (A, None, None),
         (B, None, None),

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from manager.domain.instance import Health, Phase
+from manager.domain.instance import Health, Model, Phase
+from manager.services.instances.instance import PROBE_BYTES
 from tests.support.fake_engine import IMAGE, LIMITS, Ground, on_ground
 from tests.support.virtual import BEGIN_S, in_virtual_time, until
 
@@ -166,3 +167,70 @@ async def test_what_a_model_takes_is_learned_on_a_card_that_is_there(
         await ground.gpus.refresh()
         await one.probe()
         assert learned == (["gpu0"] if gpu else [])
+
+
+@in_virtual_time
+async def test_a_stored_sample_allows_for_the_probes_up_to_the_next_storing() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        probes = LIMITS.resync_interval_s / LIMITS.probe_interval_s + 2  # one that ends late, one out of turn
+        assert one.coming_probe_bytes == int(probes * max(PROBE_BYTES, one._last_probe_bytes))
+
+
+@in_virtual_time
+async def test_a_listing_without_news_causes_no_look() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        await asyncio.sleep(1)  # the events are over
+        inspected = ground.engine.calls.count("inspect")
+        await ground.relist(one)
+        await asyncio.sleep(0.1)
+        assert ground.engine.calls.count("inspect") == inspected
+        await one.stop()
+        await asyncio.sleep(1)  # the events are over
+        inspected = ground.engine.calls.count("inspect")
+        await ground.relist(one)
+        await asyncio.sleep(0.1)
+        assert ground.engine.calls.count("inspect") == inspected, "there is none, as before"
+
+
+@in_virtual_time
+async def test_other_models_in_memory_make_requests_be_decided_anew_and_the_same_do_not() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        await asyncio.sleep(1)
+        loaded = (Model("tiny", "d", 1, 0, None),)
+        for models, advances in ((loaded, 1), (loaded, 0), ((), 1), ((), 0)):
+            revision = ground.world.revision.number
+            ground.engine.box.models = models
+            await one.probe()
+            assert (one.models, ground.world.revision.number - revision) == (models, advances)
+
+
+@in_virtual_time
+async def test_nothing_is_done_while_the_engine_is_away() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        one.begin_stop()
+        one.engine_changed(up=False)
+        await asyncio.sleep(1)
+        assert "SIGTERM" not in ground.engine.calls
+        one.engine_changed(up=True)
+        await until(lambda: one.view().phase is Phase.STOPPED)
+
+
+@in_virtual_time
+async def test_the_cards_learn_of_each_container_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with on_ground(gpu=True) as ground:
+        noted: list[str] = []
+        forgotten: list[str] = []
+        monkeypatch.setattr(ground.gpus, "note_container", lambda container, *_: noted.append(container))
+        monkeypatch.setattr(ground.gpus, "forget_container", forgotten.append)
+        one = await ground.ready()
+        first = ground.engine.box.id
+        for _ in range(3):
+            one._looking.soon()
+            await asyncio.sleep(1)
+        assert (noted, forgotten) == ([first], [])
+        await one.stop()
+        assert (noted, forgotten) == ([first], [first])

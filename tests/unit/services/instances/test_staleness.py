@@ -92,9 +92,15 @@ async def test_a_container_that_has_gone_has_nothing_to_prove() -> None:
     world = SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS, engine=engine)
     stale = Staleness(cast("World", world), "gpu0")
     running = replace(CONTAINER, started_at=TODAY)
+    assert not await stale.prove_device(running, [])
+    assert asked == []
     stale.fresh(running, wanted_hash="new", on_gpu=True)
     assert not await stale.prove_device(running, [])
     assert asked == ["c"]
     stale.clear()
+    assert not await stale.prove_device(running, [])
+    assert asked == ["c"]
+    stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
+    assert not await stale.prove_device(CONTAINER, []), "nobody can tell when it was started"
     assert not await stale.prove_device(running, [])
     assert asked == ["c"]

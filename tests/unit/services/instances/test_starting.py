@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.domain.container import Reach
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Phase
 from manager.domain.registry import InstanceRow
@@ -44,6 +45,40 @@ async def test_a_prewarmed_start_keeps_to_the_pause_after_a_failure_and_an_opera
         with pytest.raises(StartFailedError):
             await one.start()
         assert ground.engine.calls.count("create") == creates + 1
+
+
+@pytest.mark.parametrize("reach", [Reach.ADDRESS, Reach.NAME])
+@in_virtual_time
+async def test_a_container_that_is_on_its_network_is_not_connected_to_it(reach: Reach) -> None:
+    async with on_ground() as ground:
+        one = ground.supervisor()
+        one.reach = reach
+        await ground.listed(one)
+        await one.start()
+        await one.probe()
+        assert "connect" not in ground.engine.calls
+        assert "reconnected" not in ground.journal.kinds
+
+
+@pytest.mark.parametrize(("reach", "connects"), [(Reach.ADDRESS, 0), (Reach.NAME, 1)])
+@in_virtual_time
+async def test_only_by_name_it_must_be_that_network(reach: Reach, connects: int) -> None:
+    async with on_ground() as ground:
+        box = ground.engine.put(ground.name, ground.labels)
+        box.networks = ("other",)
+        one = ground.supervisor()
+        one.reach = reach
+        await ground.listed(one)
+        await until(lambda: one.view().phase is Phase.READY)
+        assert ground.engine.calls.count("connect") == connects
+
+
+@in_virtual_time
+async def test_a_container_that_is_slow_to_answer_is_inspected_about_once_a_second() -> None:
+    async with on_ground() as ground:
+        ground.engine.template = {"ready_in_s": 20.0}
+        await ground.ready()
+        assert 18 <= ground.engine.calls.count("inspect") <= 26
 
 
 async def failure(one: Supervisor) -> UnavailableError:

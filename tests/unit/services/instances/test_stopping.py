@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from manager.domain.instance import Phase
-from manager.errors import EngineError, Reason
+from manager.errors import EngineError, LimitReachedError, Reason
 from tests.support.fake_engine import LIMITS, on_ground
 from tests.support.virtual import in_virtual_time, until
 
@@ -73,3 +73,19 @@ async def test_a_drain_whose_engine_cannot_be_asked_goes_on_to_its_end() -> None
         await stopping
         assert LIMITS.drain_timeout_s - 1 < ground.world.now() - began < LIMITS.drain_timeout_s + 2
         assert lease.cut is not None
+
+
+@in_virtual_time
+async def test_a_pinned_instance_that_is_wanted_during_its_stop_starts_again_whatever_the_limit() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready(pinned=True)
+        gate = ground.gates["signalled"] = asyncio.Event()
+        stopping = asyncio.ensure_future(one.stop())
+        await until(lambda: one.view().phase is Phase.STOPPING)
+        leasing = asyncio.ensure_future(one.lease())
+        await asyncio.sleep(1)
+        ground.refusal = LimitReachedError("lifecycle.max_running is 1")
+        gate.set()
+        (await leasing).release()
+        await stopping
+        assert one.view().starts == 2

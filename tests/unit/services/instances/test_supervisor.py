@@ -554,6 +554,7 @@ async def test_a_stop_cancels_a_start_at_any_step(step: str) -> None:
         with pytest.raises(CancelledByStopError):
             await leasing
         assert (phase(one), ground.engine.boxes) == ("stopped", {})
+        assert "SIGTERM" not in ground.engine.calls, "it was never ready"
         gate.set()
         (await one.lease()).release()
 

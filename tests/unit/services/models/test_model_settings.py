@@ -197,6 +197,15 @@ async def test_what_was_just_set_stays_when_an_ignored_override_would_come_back(
     assert opened.routing.roles["embedding"].fallbacks == ("e",)
 
 
+async def test_what_was_just_set_stays_although_it_repeats_the_configuration(rig: Rig) -> None:
+    await (await rig.opened(configured(output={"model": "m"}))).change({"output": {"target": "gpu0"}})
+    opened = await rig.opened(configured(output={"model": "m", "policy": "cpu_only"}))
+    assert [one.key for one in opened.ignored] == ["roles.output.target"]
+    await opened.change({"output": {"policy": "cpu_only"}})
+    assert [one.key for one in opened.ignored] == ["roles.output.target"]
+    assert opened.values["output"]["policy"] == Sourced("cpu_only", "override")
+
+
 async def test_a_card_that_is_away_stays_a_target_but_becomes_none(rig: Rig) -> None:
     config = Settings.model_validate({"roles": {"output": {"target": "gpu3"}}})
     opened = await rig.opened(config, {"cpu": False})

@@ -766,6 +766,14 @@ def test_all_attempts_together_have_one_deadline(stage: Stage) -> None:
     assert (one.record.fallback, one.record.fallback_from) == (False, None), "no fallback has answered"
 
 
+def test_a_server_that_is_asked_at_the_total_deadline_is_to_blame(stage: Stage) -> None:
+    one = stage.sent()
+    trouble(one.look(one.total_deadline))
+    assert one.record.failed_attempts == (("a", Reason.ATTEMPT_TIMEOUT),)
+    assert stage.blamed() == {("a", "attempt_timeout"): 1}
+    assert stage.status.idle_status("tiny:latest") == "error"
+
+
 def test_a_fallback_that_has_begun_to_answer_stays_one_at_the_total_deadline(stage: Stage) -> None:
     one = stage.sent()
     one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)
