@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import deque
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -192,7 +192,9 @@ def _mutants(file: str) -> Iterator[Mutant]:
         yield Mutant(file, number, node.lineno, node.end_lineno or node.lineno, span, type(node).__name__)
 
 
+@cache
 def _parsed(file: str) -> ast.Module:
+    """Return the file as it was at first: it may be edited while the tool runs."""
     return ast.parse((ROOT / file).read_text(encoding="utf-8"))
 
 
