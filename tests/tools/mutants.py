@@ -73,10 +73,15 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Which tests run which lines, and how long each test takes."""
+    """Which tests run which lines, and how long each test takes.
 
-    lines: dict[str, dict[int, frozenset[str]]]
+    Attributes:
+        failing: tests that fail without any mutant, such as those of speed: they notice nothing.
+    """
+
+    lines: dict[str, dict[int, set[str]]]
     duration_s: dict[str, float]
+    failing: list[str]
 
     def tests(self, mutant: Mutant) -> list[str]:
         """Return the tests that run the changed place, those of its own file first, then the quickest."""
@@ -87,6 +92,17 @@ class Reach:
             exact or _between(lines, *mutant.function),
             key=lambda test: (own not in test, self.duration_s[test]),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Child:
+    """A process that runs the tests of one mutant, until `limit` at most."""
+
+    pid: int
+    limit: float
+    number: int
+    mutant: Mutant
+    tests: int
 
 
 class Loop:
@@ -115,38 +131,39 @@ class Loop:
         functions = _product_functions()
         gc.freeze()  # a child that collects garbage must not copy all pages
         waiting = deque(enumerate(self._mutants, 1))
-        running: dict[int, tuple[int, Mutant, int, float]] = {}
-        with selectors.DefaultSelector() as children:
-            while waiting or running:
-                while waiting and len(running) < self._side_by_side:
-                    number, mutant = waiting.popleft()
-                    tests = [items[test] for test in reach.tests(mutant)]
-                    child = _forked(partial(_noticed, mutant, tests, functions))
-                    ended = os.pidfd_open(child)
-                    children.register(ended, selectors.EVENT_READ)
-                    usual_s = sum(reach.duration_s[test.nodeid] for test in tests)
-                    running[ended] = (
-                        number,
-                        mutant,
-                        child,
-                        time.monotonic() + _LEAST_LIMIT_S + _SLOWER * usual_s,
-                    )
-                for key, _ in children.select(timeout=1.0):
-                    number, mutant, child, _ = running.pop(key.fd)
-                    children.unregister(key.fd)
-                    os.close(key.fd)
-                    self._note(number, mutant, _exit_code(child), len(reach.tests(mutant)))
-                for _, _, child, limit in running.values():
-                    if time.monotonic() > limit:
-                        os.kill(child, signal.SIGKILL)
+        running: dict[int, _Child] = {}
+        with selectors.DefaultSelector() as ends:
+            try:
+                while waiting or running:
+                    while waiting and len(running) < self._side_by_side:
+                        number, mutant = waiting.popleft()
+                        tests = [items[test] for test in reach.tests(mutant)]
+                        usual_s = sum(reach.duration_s[test.nodeid] for test in tests)
+                        limit = time.monotonic() + _LEAST_LIMIT_S + _SLOWER * usual_s
+                        pid = _forked(partial(_noticed, mutant, tests, functions))
+                        ended = os.pidfd_open(pid)
+                        running[ended] = _Child(pid, limit, number, mutant, len(tests))
+                        ends.register(ended, selectors.EVENT_READ)
+                    for key, _ in ends.select(timeout=1.0):
+                        ends.unregister(key.fd)
+                        os.close(key.fd)
+                        self._note(running.pop(key.fd))
+                    for child in running.values():
+                        if time.monotonic() > child.limit:
+                            os.kill(child.pid, signal.SIGKILL)
+            finally:
+                for child in running.values():
+                    os.kill(child.pid, signal.SIGKILL)
         return True
 
-    def _note(self, number: int, mutant: Mutant, code: int, tests: int) -> None:
+    def _note(self, child: _Child) -> None:
+        code = _exit_code(child.pid)
         if code == _DEFECT:
-            raise RuntimeError(f"{mutant} cannot be tried")
+            raise RuntimeError(f"{child.mutant} cannot be tried")
         if code == 0:
-            self.survivors.append(mutant)
-        say(f"{number:4} {'SURVIVED' if code == 0 else 'noticed '} {mutant}, run by {tests} tests")
+            self.survivors.append(child.mutant)
+        outcome = "SURVIVED" if code == 0 else "noticed "
+        say(f"{child.number:4} {outcome} {child.mutant}, run by {child.tests} tests")
 
 
 def main() -> int:
@@ -295,6 +312,8 @@ def _reach(session: pytest.Session) -> Reach:
         reach = pickle.loads(file.read_bytes())
     if not isinstance(reach, Reach):
         raise TypeError(type(reach))
+    for test in reach.failing:
+        say(f"fails without any mutant, and is left out: {test}")
     return reach
 
 
@@ -302,22 +321,24 @@ def _recorded(items: Sequence[pytest.Item], file: Path) -> int:
     places = [str(ROOT / place / "*") for place in _PLACES]
     watch = coverage.Coverage(data_file=None, config_file=False, include=places)
     watch.start()
-    duration_s = {}
+    duration_s: dict[str, float] = {}
+    failing: list[str] = []
     for item, next_item in _pairs(items):
         watch.switch_context(item.nodeid)
         begun = time.monotonic()
-        if not _passes(item, next_item):
-            raise RuntimeError(f"{item.nodeid} fails without any mutant")
-        duration_s[item.nodeid] = time.monotonic() - begun
+        if _passes(item, next_item):
+            duration_s[item.nodeid] = time.monotonic() - begun
+        else:
+            failing.append(item.nodeid)
     watch.stop()
     data = watch.get_data()
     lines = {}
     for path in data.measured_files():
         tests = data.contexts_by_lineno(path)
         lines[str(Path(path).relative_to(ROOT))] = {
-            line: frozenset(filter(None, names)) for line, names in tests.items()
+            line: duration_s.keys() & frozenset(names) for line, names in tests.items()
         }
-    file.write_bytes(pickle.dumps(Reach(lines, duration_s)))
+    file.write_bytes(pickle.dumps(Reach(lines, duration_s, failing)))
     return 0
 
 
@@ -360,8 +381,8 @@ def _exit_code(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def _between(lines: dict[int, frozenset[str]], first: int, last: int) -> frozenset[str]:
-    return frozenset().union(*(tests for line, tests in lines.items() if first <= line <= last))
+def _between(lines: dict[int, set[str]], first: int, last: int) -> set[str]:
+    return set().union(*(tests for line, tests in lines.items() if first <= line <= last))
 
 
 if __name__ == "__main__":
