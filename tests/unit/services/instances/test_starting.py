@@ -10,8 +10,8 @@ import pytest
 
 from manager.domain.container import Reach
 from manager.domain.idle import UsageSample
-from manager.domain.instance import Phase
-from manager.domain.registry import InstanceRow
+from manager.domain.instance import Phase, Target
+from manager.domain.registry import InstanceRow, Operation
 from manager.domain.target import Target as Endpoint
 from manager.errors import BackingOffError, EngineError, Reason, StartFailedError, UnavailableError
 from tests.support.fake_engine import BEGIN, LIMITS, on_ground
@@ -79,6 +79,38 @@ async def test_a_container_that_is_slow_to_answer_is_inspected_about_once_a_seco
         ground.engine.template = {"ready_in_s": 20.0}
         await ground.ready()
         assert 18 <= ground.engine.calls.count("inspect") <= 26
+
+
+@in_virtual_time
+async def test_a_start_that_is_not_wanted_any_more_when_its_turn_comes_does_nothing() -> None:
+    async with on_ground() as ground:
+        one = await ground.listed(ground.supervisor())
+        await one._starting.once()
+        assert (one.view().phase, ground.engine.boxes) == (Phase.STOPPED, {})
+        await one.start()
+        await one._starting.once()
+        assert (one.view().phase, one.view().starts) == (Phase.READY, 1)
+        ground.engine.end(ground.engine.box, 1)
+        await until(lambda: one.view().phase is Phase.FAILED)
+        assert one.view().target is Target.STOPPED
+        await one._starting.once()
+        assert (one.view().phase, one.view().starts) == (Phase.FAILED, 1)
+
+
+@in_virtual_time
+async def test_a_lease_during_an_unfinished_stop_of_an_earlier_run_waits_for_its_end() -> None:
+    async with on_ground() as ground:
+        ground.engine.put(ground.name, ground.labels)
+        row = InstanceRow("cpu", target=Target.STOPPED, operation=Operation.STOP)
+        gate = ground.gates["stored"] = asyncio.Event()
+        one = await ground.listed(ground.supervisor(row=row))
+        await until(lambda: ground.steps == ["stored"])
+        leasing = asyncio.ensure_future(one.lease())
+        await asyncio.sleep(1)
+        assert not leasing.done()
+        gate.set()
+        (await leasing).release()
+        assert one.view().starts == 1
 
 
 async def failure(one: Supervisor) -> UnavailableError:
