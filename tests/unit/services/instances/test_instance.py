@@ -234,3 +234,15 @@ async def test_the_cards_learn_of_each_container_once(monkeypatch: pytest.Monkey
         assert (noted, forgotten) == ([first], [])
         await one.stop()
         assert (noted, forgotten) == ([first], [first])
+
+
+@in_virtual_time
+async def test_nothing_makes_way_while_the_engine_is_away() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        await asyncio.sleep(10)
+        one._w.engine_up = False
+        assert not await one.make_way("to make way")
+        assert one.view().phase is Phase.READY
+        one._w.engine_up = True
+        assert await one.make_way("to make way")

@@ -13,7 +13,14 @@ from manager.domain.idle import UsageSample
 from manager.domain.instance import Phase, Target
 from manager.domain.registry import InstanceRow, Operation
 from manager.domain.target import Target as Endpoint
-from manager.errors import BackingOffError, EngineError, Reason, StartFailedError, UnavailableError
+from manager.errors import (
+    BackingOffError,
+    EngineError,
+    NetworkMissingError,
+    Reason,
+    StartFailedError,
+    UnavailableError,
+)
 from tests.support.fake_engine import BEGIN, LIMITS, on_ground
 from tests.support.virtual import in_virtual_time, until
 
@@ -111,6 +118,43 @@ async def test_a_lease_during_an_unfinished_stop_of_an_earlier_run_waits_for_its
         gate.set()
         (await leasing).release()
         assert one.view().starts == 1
+
+
+@in_virtual_time
+async def test_a_network_that_the_engine_misses_at_the_creation_is_made() -> None:
+    async with on_ground() as ground:
+        one = await ground.listed(ground.supervisor())
+        ground.engine.refuses["create"] = [NetworkMissingError("no such network")]
+        await one.start()
+        assert ground.engine.calls.count("create") == 2
+        assert "ensure_network" in ground.engine.calls
+
+
+@in_virtual_time
+async def test_a_container_that_is_removed_right_after_its_start_fails_it() -> None:
+    async with on_ground() as ground:
+        gate = ground.gates["started"] = asyncio.Event()
+        one = await ground.listed(ground.supervisor())
+        leasing = asyncio.ensure_future(failure(one))
+        await until(lambda: "started" in ground.steps)
+        ground.engine.tells = False
+        ground.engine.delete(ground.engine.box)
+        gate.set()
+        assert "removed" in (await leasing).message
+        assert ground.engine.boxes == {}
+
+
+@in_virtual_time
+async def test_a_start_of_what_has_ended_by_itself_removes_it_first() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        ended = ground.engine.box
+        ground.engine.end(ended, 1)
+        await until(lambda: one.view().phase is Phase.FAILED)
+        assert ground.engine.box is ended, "it is kept for a while"
+        await one.start()
+        assert ground.engine.box is not ended
+        assert ground.engine.calls.count("remove") == 1
 
 
 async def failure(one: Supervisor) -> UnavailableError:

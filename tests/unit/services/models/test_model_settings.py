@@ -277,3 +277,32 @@ async def _change_one_after_the_other(changes: list[Any]) -> None:
         assert again.values == opened.values
         whole = overlaid(written, registry.saved, INSTANCES, auto_gpus=False)
         assert whole.ignored == ()
+
+
+async def test_a_new_configuration_is_taken_over_below_the_overrides(rig: Rig) -> None:
+    opened = await rig.opened(configured(output={"model": "a"}))
+    await opened.change({"control": {"model": "mine"}})
+    version = opened.version
+    written = written_roles(
+        LoadedSettings(configured(output={"model": "b"}, control={"model": "b"}), None, ())
+    )
+    with structlog.testing.capture_logs() as logs:
+        opened.reconfigure(written, Settings().models)
+    assert opened.version == version + 1
+    assert opened.routing.roles["output"].model == "b"
+    assert opened.routing.roles["control"].model == "mine"
+    assert logs == []
+    own = written_roles(LoadedSettings(Settings(), None, ()))
+    opened.reconfigure(own, Settings().models)
+    assert opened.routing.roles["output"].model is None
+    assert opened.routing.roles["control"].model == "mine"
+
+
+async def test_an_override_that_stays_ignored_is_logged_once(rig: Rig) -> None:
+    await (await rig.opened(configured(output={"model": "m"}))).change({"output": {"target": "gpu0"}})
+    cpu_only = configured(output={"model": "m", "policy": "cpu_only"})
+    opened = await rig.opened(configured(output={"model": "m"}))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            opened.reconfigure(written_roles(LoadedSettings(cpu_only, None, ())), cpu_only.models)
+    assert [one["override"] for one in logs] == ["roles.output.target"]

@@ -38,13 +38,18 @@ class Rig:
         self.pieces = pieces
         self.status = status
         self.pieces_read = 0
+        self.asked = 0
+        self.begun = asyncio.Event()
+        self.held: asyncio.Event | None = None
+        self.does: str | None = None
+        self.defect: Exception | None = None
         self.done: list[str] = []
         self.pulls = Pulls(self, self, now=lambda: 0.0)  # type: ignore[arg-type]
 
     # --- volumes ---
 
-    def doing(self, _volume: str) -> None:
-        return None
+    def doing(self, _volume: str) -> str | None:
+        return self.does
 
     @asynccontextmanager
     async def alone(self, _volume: str, _what: str) -> AsyncIterator[None]:
@@ -63,6 +68,12 @@ class Rig:
 
     @asynccontextmanager
     async def ask(self, _question: object) -> AsyncIterator[Any]:
+        self.asked += 1
+        self.begun.set()
+        if self.defect is not None:
+            raise self.defect
+        if self.held is not None:
+            await self.held.wait()
         pieces = iter([*self.pieces, b""])
 
         async def piece() -> bytes:
@@ -242,6 +253,52 @@ async def test_a_model_that_is_here_already_stays_loaded() -> None:
     async with rig.running():
         await rig.lines()
     assert rig.done == ["read a"]
+
+
+# --- clients that leave -----------------------------------------------------------------------------
+
+
+async def test_a_pull_that_the_last_client_leaves_ends_and_the_next_client_gets_a_new_one() -> None:
+    rig = Rig([layer(1), SUCCESS])
+    rig.held = asyncio.Event()
+    async with rig.running():
+        first, second = rig.pulls.join("v", BODY), rig.pulls.join("v", BODY)
+        with second:
+            with first:
+                await rig.begun.wait()
+                assert first.prepared is not None
+            assert rig.pulls.join("v", BODY)._pull is second._pull, "one client is left"
+        assert rig.pulls._pulls == {}
+        rig.held.set()
+        assert (await rig.lines())[-1] == SUCCESS
+    assert rig.asked == 2
+
+
+async def test_a_pull_that_is_left_before_it_begins_is_never_asked_for() -> None:
+    rig = Rig([SUCCESS])
+    with rig.pulls.join("v", BODY):
+        pass
+    async with rig.running():
+        assert await rig.lines() == [SUCCESS]
+    assert rig.asked == 1
+
+
+async def test_a_client_is_told_what_its_pull_waits_for() -> None:
+    rig = Rig([SUCCESS])
+    rig.does = "the deletion of small"
+    async with rig.running():
+        first, last = await rig.lines()
+    assert (json.loads(first)["status"], last) == ("waiting for the deletion of small", SUCCESS)
+
+
+async def test_a_defect_of_ours_ends_one_pull_and_no_other() -> None:
+    rig = Rig([SUCCESS])
+    rig.defect = RuntimeError("a defect")
+    async with rig.running():
+        with pytest.raises(PullFailedError, match="the manager failed; its log says more"):
+            await rig.lines()
+        rig.defect = None
+        assert await rig.lines() == [SUCCESS]
 
 
 # --- pulls that a request asks for ----------------------------------------------------------------
