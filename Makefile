@@ -61,7 +61,7 @@ test-clients: setup ## Other people's clients, in several generations; installs 
 	@exec $(BIN)/python -m tests.tools.clients $(ARGS)
 
 .PHONY: mutants
-mutants: setup ## Break random places in domain/ and services/; print those that no test noticed. An hour.
+mutants: setup ## Break random places in domain/ and services/; print those that no test noticed.
 	@exec $(BIN)/python -m tests.tools.mutants $(ARGS)
 
 .PHONY: bench

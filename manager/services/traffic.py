@@ -101,9 +101,7 @@ class Traffic:
                     self._add_first_token(target, model_key(record.model), record.ttfb_ms)
         if self._trace is not None and record.sampled:
             self._trace(record)
-        if (
-            record.outcome != "ok" or self.share_logged >= 1 or random.random() < self.share_logged  # noqa: S311  (a sample, no secret)
-        ):
+        if record.outcome != "ok" or random.random() < self.share_logged:  # noqa: S311  (a sample, no secret)
             self._write(record)
 
     def _add_first_token(self, instance: str, key: str, value_ms: float) -> None:

@@ -422,6 +422,7 @@ NOW = datetime(2026, 1, 8, tzinfo=UTC)
         (106, 100, 0, True),
         (94, 100, 0, False),
         (94, 100, 6.9, False),
+        (94, 100, 7, False),
         (94, 100, 7.1, True),
     ],
 )
@@ -495,6 +496,7 @@ def test_of_many_who_hold_memory_five_are_named() -> None:
     holders = [Holder(pid, "x", None, pid * 2**30) for pid in range(1, 8)]
     assert held_by(holders).startswith("x (pid 7) 7.0 GiB, x (pid 6) 6.0 GiB")
     assert held_by(holders).endswith("x (pid 3) 3.0 GiB, 2 more")
+    assert held_by(holders[:5]).endswith("x (pid 1) 1.0 GiB")
     assert held_by([]) == ""
 
 

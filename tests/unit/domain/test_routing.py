@@ -473,6 +473,8 @@ def test_an_embedding_without_a_model_gets_none_from_others() -> None:
 def test_a_role_whose_model_is_missing_is_not_offered_in_its_place() -> None:
     roles = (role("output", "x"), role("other", "m"))
     text = "model 'x' not found; it is the model of the role 'output'; models: m; roles: other"
+    same = routed("x", instance("a"), roles=(role("x", "x:latest"), role("other", "m")))
+    assert refusal(same)[2] == "model 'x:latest' not found; models: m; roles: other"
     assert refusal(routed("output", instance("a"), roles=roles))[2] == text
     assert refusal(routed("output@a", instance("a"), roles=roles))[2] == text
 

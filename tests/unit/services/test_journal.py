@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import pytest_asyncio
+import structlog
 
 from manager.adapters.registry import SqlRegistry, open_registry
 from manager.errors import Reason
@@ -80,6 +81,28 @@ async def test_events_are_numbered_without_a_gap_from_the_last_one_stored(regist
     )
     assert (second.id, second.reason) == (43, "image_missing")
     assert journal.last_id == 43
+
+
+async def test_an_event_with_a_reason_is_logged_as_a_warning(registry: SqlRegistry) -> None:
+    journal = new_journal(registry)
+    with structlog.testing.capture_logs() as lines:
+        journal.record("ready", instance="cpu", detail="http://there")
+        journal.record("start_failed", reason=Reason.IMAGE_MISSING)
+    assert lines == [
+        {"log_level": "info", "event": "ready", "instance": "cpu", "detail": "http://there"},
+        {"log_level": "warning", "event": "start_failed", "reason": "image_missing"},
+    ]
+
+
+async def test_events_that_are_all_in_memory_are_not_read(
+    registry: SqlRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = new_journal(registry, last_id=7)
+    journal.record("one")
+    journal.record("two")
+    monkeypatch.delattr(SqlRegistry, "events_after")
+    assert [event.id for event in await taken(journal, 7, 2)] == [8, 9]
+    assert [event.id for event in await taken(journal, 8, 1)] == [9]
 
 
 async def test_a_follower_gets_stored_events_then_live_ones(registry: SqlRegistry) -> None:

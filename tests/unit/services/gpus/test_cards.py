@@ -118,6 +118,7 @@ async def test_a_driver_that_fails_for_another_reason_is_no_proof_that_a_card_is
     assert machine.events == []
     assert gpus.trouble is not None
     assert gpus.trouble.code == (name or "gpu_query_failed")
+    assert gpus.snapshot.attempted
     assert [(gpu.uuid, gpu.lost, gpu.vram_free_bytes) for gpu in gpus.snapshot.gpus] == [
         (A, None, None),
         (B, None, None),
@@ -208,6 +209,16 @@ async def test_an_instance_without_a_selector_takes_the_card_of_one_that_was_fou
     gpus = await machine.gpus(auto=True, mine="auto")
     assert gpus.uuid_of("mine") == A
     assert gpus.instance_ids() == ()
+
+
+async def test_an_instance_that_takes_a_found_card_adds_no_instance_for_the_others(machine: Machine) -> None:
+    machine.stored_bindings = {"gpu0": A, "gpu1": B}
+    machine.cards = (card(A), card(B))
+    gpus = await machine.gpus(auto=True, mine="auto")
+    assert gpus.uuid_of("mine") == A
+    assert gpus.instance_ids() == ("gpu1",)
+    assert set(machine.stored_bindings.values()) == {A, B}
+    assert set(machine.stored_bindings) == {"gpu0", "gpu1", "mine"}
 
 
 async def test_the_eleventh_card_comes_after_the_third(machine: Machine) -> None:

@@ -321,7 +321,10 @@ async def test_a_load_of_unknown_need_is_let_in_without_a_reading(machine: Machi
 
 async def test_a_reading_that_is_old_lets_no_load_in(machine: Machine, gpus: Gpus) -> None:
     await machine.show(gpus, free(8 * GIB))
-    machine.advance(0.3)
+    machine.advance(0.25)
+    assert gpus.take_room("one", "big", LISTED)
+    gpus.end_loads("one")
+    machine.advance(0.05)
     assert not gpus.take_room("one", "big", LISTED)
     assert gpus.take_room("one", "unknown")  # it would be let in whatever is free
     await gpus.refresh()

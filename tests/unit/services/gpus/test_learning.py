@@ -113,6 +113,15 @@ async def test_a_measurement_of_a_container_that_has_ended_confirms_nothing(
     assert gpus.need_of("one", None) == 0
 
 
+@pytest.mark.parametrize(("before", "after"), [(None, 5 * GIB), (5 * GIB, None)])
+async def test_a_measurement_is_not_confirmed_by_the_lack_of_one(
+    machine: Machine, gpus: Gpus, before: int | None, after: int | None
+) -> None:
+    await probed(machine, gpus, before, model(), times=1)
+    await probed(machine, gpus, after, model(), times=1)
+    assert gpus.need_of("one", None) == 0
+
+
 async def test_the_sizes_of_thousands_of_models_do_not_pile_up(
     machine: Machine, gpus: Gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:

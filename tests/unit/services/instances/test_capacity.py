@@ -410,3 +410,18 @@ async def test_a_sweep_without_a_daemon_prewarms_nothing() -> None:
     async with rig.running():
         assert rig.capacity.waiting("a") is None
         assert rig.view("a").phase is Phase.STOPPED
+
+
+async def test_an_operator_who_does_not_wait_may_try_a_failed_instance_again_at_once() -> None:
+    rig = Rig(max_running=1)
+    a_victim(rig)
+    rig.add("bad", image=CRASHING)
+    rig.engine.crashing.add(CRASHING)
+    async with rig.running():
+        with pytest.raises(StartFailedError):
+            await rig.capacity.start("bad")
+        await rig.capacity.start("good")
+        rig.engine.crashing.clear()
+        assert rig.capacity.begin_start("bad") is True
+        await until(lambda: rig.running_ids() == {"bad"})
+        assert "start_refused" not in rig.journal.kinds

@@ -9,7 +9,7 @@ import pytest
 
 from manager.domain.container import Reach
 from manager.domain.instance import Phase
-from manager.errors import EngineError, EngineUnreachableError, Reason
+from manager.errors import EngineError, EngineUnreachableError, NoDescriptorForEngineError, Reason
 from manager.services.ports import EngineInfo
 from tests.support.fleet_rig import Rig, until
 
@@ -185,3 +185,28 @@ async def test_an_event_of_a_container_without_an_instance_causes_a_listing() ->
         rig.engine.tell("start", facts)  # an external instance of that name has no container
         rig.engine.tell("start", rig.engine.put("b", "b"))
         await until(lambda: [one.name for one in rig.link.orphans] == ["b", "m-ollama-nas"])
+
+
+async def test_a_lack_of_descriptors_of_our_own_says_nothing_about_the_engine() -> None:
+    rig = Rig("a")
+    lack = NoDescriptorForEngineError()
+    rig.engine.failing["ping"] = lack
+    async with rig.running(settled=False):
+        await until(lambda: rig.link.trouble == lack.message)
+        assert not rig.link.asked
+        del rig.engine.failing["ping"]
+        await rig.link.came_up.wait()
+        trouble, pings = rig.link.trouble, rig.engine.calls.count("ping")
+        rig.engine.failing["ping"] = lack
+        await until(lambda: rig.engine.calls.count("ping") > pings + 2)
+        assert (rig.link.up, rig.link.trouble) == (True, trouble)
+        assert "engine_down" not in rig.journal.kinds
+
+
+async def test_an_instance_that_joins_late_learns_what_the_engine_says_and_is_prewarmed() -> None:
+    rig = Rig("a")
+    async with rig.running():
+        for name, prewarm in (("idle", False), ("warm", True)):
+            rig.link.join(rig.add(name, prewarm=prewarm))
+        await until(lambda: rig.view("warm").phase is Phase.READY)
+        assert rig.view("idle").phase is Phase.STOPPED

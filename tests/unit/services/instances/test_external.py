@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from manager.domain.instance import DeviceKind, Driver, Health, InstanceSpec, Phase
-from manager.errors import ConflictError, OutOfDescriptorsError, UnavailableError
+from manager.domain.instance import DeviceKind, Driver, Explanation, Health, InstanceSpec, Phase
+from manager.errors import ConflictError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.instances.external import ExternalInstance
 from tests.support.fake_engine import LIMITS, Box, Ground, on_ground
 from tests.support.virtual import in_virtual_time, until
@@ -65,6 +65,17 @@ async def test_one_missed_probe_is_a_busy_server_and_several_are_a_gone_one() ->
         assert (one.usable_endpoint(), one.models) == (None, ())
         box.answers = True
         await until(lambda: one.usable_endpoint() is not None)
+
+
+@in_virtual_time
+async def test_the_third_missed_probe_in_a_row_is_the_end() -> None:
+    async with external() as (_, one, _box):
+        missed = (Health.UNHEALTHY, Explanation(Reason.INSTANCE_UNHEALTHY, "no answer"))
+        for health, issue in (missed, missed, (Health.HEALTHY, None), missed, missed):
+            one._set_health(health, issue)
+            assert one.view().phase is Phase.READY
+        one._set_health(*missed)
+        assert one.view().phase is Phase.UNAVAILABLE
 
 
 @in_virtual_time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -78,3 +79,28 @@ def test_what_is_in_order_is_never_replaced() -> None:
     )
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     assert stale.recreate_at(None) is None
+
+
+async def test_a_container_that_has_gone_has_nothing_to_prove() -> None:
+    asked: list[str] = []
+
+    async def logs_between(container: str, *_: object) -> tuple[str, ...]:
+        asked.append(container)
+        return ()
+
+    engine = SimpleNamespace(logs_between=logs_between)
+    world = SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS, engine=engine)
+    stale = Staleness(cast("World", world), "gpu0")
+    running = replace(CONTAINER, started_at=TODAY)
+    assert not await stale.prove_device(running, [])
+    assert asked == []
+    stale.fresh(running, wanted_hash="new", on_gpu=True)
+    assert not await stale.prove_device(running, [])
+    assert asked == ["c"]
+    stale.clear()
+    assert not await stale.prove_device(running, [])
+    assert asked == ["c"]
+    stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
+    assert not await stale.prove_device(CONTAINER, []), "nobody can tell when it was started"
+    assert not await stale.prove_device(running, [])
+    assert asked == ["c"]

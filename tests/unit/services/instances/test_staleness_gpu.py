@@ -154,6 +154,8 @@ async def test_a_model_that_is_loaded_anew_for_the_processor_is_no_fallback(benc
 
 async def test_a_request_excuses_its_model_until_that_is_unloaded(idle: Bench) -> None:
     idle.staleness.expect_on_cpu("slow")
+    assert not await idle.probed(after_s=300)
+    assert not await idle.probed(SLOW, after_s=0)
     assert not await idle.probed(SLOW, after_s=299)
     assert not await idle.probed(after_s=2)
     assert await idle.probed(SLOW)

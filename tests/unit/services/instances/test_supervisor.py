@@ -465,6 +465,8 @@ async def test_a_pinned_instance_is_started_again_within_the_limits() -> None:
         ground.refusal = LimitReachedError("lifecycle.max_running is 1")
         ground.engine.end(ground.engine.box, 1)
         await until(lambda: "restart_refused" in ground.journal.kinds)
+        await asyncio.sleep(5)
+        assert (phase(one), ground.engine.calls.count("create")) == ("failed", 1)
         ground.refusal = None
         await until(lambda: phase(one) == "ready")
         assert one.view().starts == 2
@@ -651,6 +653,7 @@ async def test_a_stop_cancels_a_start_at_any_step(step: str) -> None:
         with pytest.raises(CancelledByStopError):
             await leasing
         assert (phase(one), ground.engine.boxes) == ("stopped", {})
+        assert "SIGTERM" not in ground.engine.calls, "it was never ready"
         gate.set()
         (await one.lease()).release()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -70,7 +71,9 @@ async def test_a_sweep_says_of_each_instance_what_became_of_it_and_why() -> None
             Swept("never", "kept", "unavailable"),
         )
         lease.release()
-        assert "left of 900 s" in (await rig.sweeps.reap())[2].detail
+        left = re.fullmatch(r"used recently; (\d+) s left of 900 s", (await rig.sweeps.reap())[2].detail)
+        assert left is not None
+        assert 880 < int(left[1]) <= 900
         await rig["used"].configure({"ttl_s": 0})
         assert (await rig.sweeps.reap())[2].detail == "its TTL is 0: it is never stopped for being idle"
         assert rig.view("idle").phase is Phase.STOPPED
@@ -207,3 +210,24 @@ async def test_a_schedule_gets_a_place_as_a_request_does_or_says_why_not() -> No
         start()
         await until(lambda: rig.view("a").phase is Phase.READY)
         assert rig.view("b").phase is Phase.STOPPED
+
+
+async def test_changed_schedules_take_the_place_of_the_old_ones_and_unchanged_ones_keep_theirs() -> None:
+    rig = Rig("a", schedules=(START, STOP))
+    scheduler = scheduled(rig)
+    kept = scheduler.ticks["schedules[0]"]
+    rig.sweeps.reconfigure((START, REAP))
+    assert scheduler.ticks["schedules[0]"] is kept
+    assert scheduler.lines[2:] == [("*/5 * * * *", None)]
+    rig.sweeps.reconfigure((START,))
+    assert set(scheduler.ticks) == {"sweep", "schedules[0]"}
+    rig.sweeps.reconfigure((START, STOP))
+    assert set(scheduler.ticks) == {"sweep", "schedules[0]", "schedules[1]"}
+    assert scheduler.lines[3:] == [("0 20 * * *", None)]
+    assert scheduler.ticks["schedules[0]"] is kept
+
+
+def test_schedules_that_change_before_the_scheduler_runs_are_registered_once() -> None:
+    rig = Rig("a", schedules=(START,))
+    rig.sweeps.reconfigure((STOP,))
+    assert scheduled(rig).lines == [("0 20 * * *", None)]

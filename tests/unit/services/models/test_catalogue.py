@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manager.domain.instance import Driver, Health, InstanceSpec, Limits, Model
+from manager.domain.instance import DeviceKind, Driver, Health, InstanceSpec, Limits, Model
 from manager.domain.roles import RequestKind, Role, RoutingSettings
+from manager.domain.template import Template
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Overviews
@@ -245,3 +247,34 @@ async def test_a_list_of_models_has_unlisted_volumes_read_and_one_of_loaded_mode
     assert reader.looks == 0
     await known.refresh(lists=True)
     assert reader.looks == 1
+
+
+def test_a_name_is_that_of_a_role_as_it_stands_only() -> None:
+    known = catalogue(roles=(Role("thinking", RequestKind.GENERATE, "tiny"),))
+    assert known.is_role("thinking")
+    assert not known.is_role("thinking:latest")
+    assert not known.is_role("tiny")
+
+
+@pytest.mark.parametrize(
+    ("values", "is_disabled"),
+    [
+        (["1", " TRUE "], True),
+        (["yes"], True),
+        (["1", None], False),
+        (["1", ""], False),
+        (["0"], False),
+        (["f"], False),
+        (["False"], False),
+    ],
+)
+def test_the_cloud_is_disabled_where_every_instance_was_made_without_it(
+    values: list[str | None], *, is_disabled: bool
+) -> None:
+    instances = [Instance(f"i{number}") for number, _ in enumerate(values)]
+    for instance, value in zip(instances, values, strict=True):
+        env = {} if value is None else {"OLLAMA_NO_CLOUD": value}
+        template = Template(image="x", device=DeviceKind.CPU, env=env)
+        instance.spec = replace(instance.spec, template=template)
+    assert catalogue(*instances).is_cloud_disabled() is is_disabled
+    assert not catalogue(*instances, Instance("external")).is_cloud_disabled()

@@ -197,6 +197,15 @@ async def test_what_was_just_set_stays_when_an_ignored_override_would_come_back(
     assert opened.routing.roles["embedding"].fallbacks == ("e",)
 
 
+async def test_what_was_just_set_stays_although_it_repeats_the_configuration(rig: Rig) -> None:
+    await (await rig.opened(configured(output={"model": "m"}))).change({"output": {"target": "gpu0"}})
+    opened = await rig.opened(configured(output={"model": "m", "policy": "cpu_only"}))
+    assert [one.key for one in opened.ignored] == ["roles.output.target"]
+    await opened.change({"output": {"policy": "cpu_only"}})
+    assert [one.key for one in opened.ignored] == ["roles.output.target"]
+    assert opened.values["output"]["policy"] == Sourced("cpu_only", "override")
+
+
 async def test_a_card_that_is_away_stays_a_target_but_becomes_none(rig: Rig) -> None:
     config = Settings.model_validate({"roles": {"output": {"target": "gpu3"}}})
     opened = await rig.opened(config, {"cpu": False})
@@ -268,3 +277,32 @@ async def _change_one_after_the_other(changes: list[Any]) -> None:
         assert again.values == opened.values
         whole = overlaid(written, registry.saved, INSTANCES, auto_gpus=False)
         assert whole.ignored == ()
+
+
+async def test_a_new_configuration_is_taken_over_below_the_overrides(rig: Rig) -> None:
+    opened = await rig.opened(configured(output={"model": "a"}))
+    await opened.change({"control": {"model": "mine"}})
+    version = opened.version
+    written = written_roles(
+        LoadedSettings(configured(output={"model": "b"}, control={"model": "b"}), None, ())
+    )
+    with structlog.testing.capture_logs() as logs:
+        opened.reconfigure(written, Settings().models)
+    assert opened.version == version + 1
+    assert opened.routing.roles["output"].model == "b"
+    assert opened.routing.roles["control"].model == "mine"
+    assert logs == []
+    own = written_roles(LoadedSettings(Settings(), None, ()))
+    opened.reconfigure(own, Settings().models)
+    assert opened.routing.roles["output"].model is None
+    assert opened.routing.roles["control"].model == "mine"
+
+
+async def test_an_override_that_stays_ignored_is_logged_once(rig: Rig) -> None:
+    await (await rig.opened(configured(output={"model": "m"}))).change({"output": {"target": "gpu0"}})
+    cpu_only = configured(output={"model": "m", "policy": "cpu_only"})
+    opened = await rig.opened(configured(output={"model": "m"}))
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(2):
+            opened.reconfigure(written_roles(LoadedSettings(cpu_only, None, ())), cpu_only.models)
+    assert [one["override"] for one in logs] == ["roles.output.target"]

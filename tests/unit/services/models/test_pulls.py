@@ -13,7 +13,7 @@ import pytest
 
 from manager.domain.target import Target
 from manager.services.instances.leases import Lease
-from manager.services.models.pulls import Pull, PullFailedError, Pulls, Waiter
+from manager.services.models.pulls import _MOST_REFUSAL_BYTES, Pull, PullFailedError, Pulls, Waiter
 from manager.wire.management import read_named
 
 if TYPE_CHECKING:
@@ -34,15 +34,22 @@ def layer(number: int, completed: int = 0, total: int = 10) -> bytes:
 class Rig:
     """A server that answers a pull with `pieces`, and a volume that notes what is done to it."""
 
-    def __init__(self, pieces: list[bytes]) -> None:
+    def __init__(self, pieces: list[bytes], status: int = 200) -> None:
         self.pieces = pieces
+        self.status = status
+        self.pieces_read = 0
+        self.asked = 0
+        self.begun = asyncio.Event()
+        self.held: asyncio.Event | None = None
+        self.does: str | None = None
+        self.defect: Exception | None = None
         self.done: list[str] = []
         self.pulls = Pulls(self, self, now=lambda: 0.0)  # type: ignore[arg-type]
 
     # --- volumes ---
 
-    def doing(self, _volume: str) -> None:
-        return None
+    def doing(self, _volume: str) -> str | None:
+        return self.does
 
     @asynccontextmanager
     async def alone(self, _volume: str, _what: str) -> AsyncIterator[None]:
@@ -61,12 +68,19 @@ class Rig:
 
     @asynccontextmanager
     async def ask(self, _question: object) -> AsyncIterator[Any]:
+        self.asked += 1
+        self.begun.set()
+        if self.defect is not None:
+            raise self.defect
+        if self.held is not None:
+            await self.held.wait()
         pieces = iter([*self.pieces, b""])
 
         async def piece() -> bytes:
+            self.pieces_read += 1
             return next(pieces)
 
-        yield SimpleNamespace(status=200, piece=piece)
+        yield SimpleNamespace(status=self.status, piece=piece)
 
     # --- clients ---
 
@@ -180,6 +194,33 @@ async def test_a_pull_without_lines_or_without_success_fails() -> None:
                 await rig.lines()
 
 
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([b'{"error":', b'"no such model"}'], "no such model"),
+        ([b"<html>"], "a answered with status 500"),
+        ([], "a answered with status 500"),
+    ],
+)
+async def test_a_pull_that_the_server_refuses_fails_with_its_message_and_status(
+    pieces: list[bytes], message: str
+) -> None:
+    rig = Rig(pieces, status=500)
+    async with rig.running():
+        with pytest.raises(PullFailedError) as caught:
+            await rig.lines()
+    assert (caught.value.message, caught.value.status) == (message, 500)
+    assert rig.done == []
+
+
+async def test_a_refusal_of_a_pull_is_read_up_to_a_bound() -> None:
+    rig = Rig([bytes(_MOST_REFUSAL_BYTES // 2)] * 10, status=500)
+    async with rig.running():
+        with pytest.raises(PullFailedError, match="status 500"):
+            await rig.lines()
+    assert rig.pieces_read == 2
+
+
 # --- what is done to the volume -------------------------------------------------------------------
 
 
@@ -214,6 +255,52 @@ async def test_a_model_that_is_here_already_stays_loaded() -> None:
     assert rig.done == ["read a"]
 
 
+# --- clients that leave -----------------------------------------------------------------------------
+
+
+async def test_a_pull_that_the_last_client_leaves_ends_and_the_next_client_gets_a_new_one() -> None:
+    rig = Rig([layer(1), SUCCESS])
+    rig.held = asyncio.Event()
+    async with rig.running():
+        first, second = rig.pulls.join("v", BODY), rig.pulls.join("v", BODY)
+        with second:
+            with first:
+                await rig.begun.wait()
+                assert first.prepared is not None
+            assert rig.pulls.join("v", BODY)._pull is second._pull, "one client is left"
+        assert rig.pulls._pulls == {}
+        rig.held.set()
+        assert (await rig.lines())[-1] == SUCCESS
+    assert rig.asked == 2
+
+
+async def test_a_pull_that_is_left_before_it_begins_is_never_asked_for() -> None:
+    rig = Rig([SUCCESS])
+    with rig.pulls.join("v", BODY):
+        pass
+    async with rig.running():
+        assert await rig.lines() == [SUCCESS]
+    assert rig.asked == 1
+
+
+async def test_a_client_is_told_what_its_pull_waits_for() -> None:
+    rig = Rig([SUCCESS])
+    rig.does = "the deletion of small"
+    async with rig.running():
+        first, last = await rig.lines()
+    assert (json.loads(first)["status"], last) == ("waiting for the deletion of small", SUCCESS)
+
+
+async def test_a_defect_of_ours_ends_one_pull_and_no_other() -> None:
+    rig = Rig([SUCCESS])
+    rig.defect = RuntimeError("a defect")
+    async with rig.running():
+        with pytest.raises(PullFailedError, match="the manager failed; its log says more"):
+            await rig.lines()
+        rig.defect = None
+        assert await rig.lines() == [SUCCESS]
+
+
 # --- pulls that a request asks for ----------------------------------------------------------------
 
 
@@ -236,6 +323,7 @@ async def test_a_model_that_could_not_be_pulled_is_refused_at_once_for_a_while(
     async with rig.running():
         with pytest.raises(PullFailedError, match=message):
             await rig.pulls.pull("a", "big", lambda _: None)
+        assert rig.pulls._pulls == {}, "one that is over is joined by nobody"
         for instance in ("a", "b"):
             with pytest.raises(PullFailedError, match=message):
                 rig.pulls.refuse_given_up(instance, "Big:latest")

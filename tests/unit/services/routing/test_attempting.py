@@ -733,6 +733,16 @@ def test_a_server_that_has_stopped_answering_is_left_for_another(stage: Stage) -
     assert one.record.failed_attempts == (("a", Reason.INSTANCE_UNHEALTHY),)
 
 
+def test_a_silent_server_is_blamed_for_its_silence_where_nothing_is_started(stage: Stage) -> None:
+    one = stage.request()
+    none = Trouble(Reason.INSTANCE_UNAVAILABLE, "no instance may write")
+    assert shown(one.enter_fixed([attempt("a"), attempt("b")], none, starts=False)) == "a"
+    one.sent()
+    stage.placement.silent.add("a")
+    assert shown(one.look(stage.clock())) == "b"
+    assert one.record.failed_attempts == (("a", Reason.INSTANCE_UNHEALTHY),)
+
+
 def test_a_server_that_has_stopped_answering_is_kept_where_there_is_no_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -752,6 +762,26 @@ def test_all_attempts_together_have_one_deadline(stage: Stage) -> None:
     found = trouble(one.look(one.total_deadline))
     assert (found.reason, found.message) == (Reason.ATTEMPT_TIMEOUT, "no end within 600 s")
     assert not one.is_waiting
+    assert stage.blamed() == {("a", "attempt_timeout"): 1, ("b", "attempt_timeout"): 1}
+    assert (one.record.fallback, one.record.fallback_from) == (False, None), "no fallback has answered"
+
+
+def test_a_server_that_is_asked_at_the_total_deadline_is_to_blame(stage: Stage) -> None:
+    one = stage.sent()
+    trouble(one.look(one.total_deadline))
+    assert one.record.failed_attempts == (("a", Reason.ATTEMPT_TIMEOUT),)
+    assert stage.blamed() == {("a", "attempt_timeout"): 1}
+    assert stage.status.idle_status("tiny:latest") == "error"
+
+
+def test_a_fallback_that_has_begun_to_answer_stays_one_at_the_total_deadline(stage: Stage) -> None:
+    one = stage.sent()
+    one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)
+    one.sent()
+    one.answered(ABOUT_THE_REQUEST)
+    one.delivered()
+    trouble(one.look(one.total_deadline))
+    assert (one.record.fallback, one.record.fallback_from) == (True, "a")
 
 
 def test_the_total_deadline_holds_in_every_state(stage: Stage) -> None:
@@ -761,6 +791,7 @@ def test_the_total_deadline_holds_in_every_state(stage: Stage) -> None:
     for one in (unsent, streaming):
         assert one.look(one.total_deadline - 0.01) is None
         assert trouble(one.look(one.total_deadline)).reason is Reason.ATTEMPT_TIMEOUT
+        assert one.record.failed_attempts == (), "no server is waited for"
         one.close("timeout")
     assert stage.placement.held == {}
 

@@ -169,6 +169,12 @@ async def test_the_last_attempt_waits_for_the_end_of_a_short_back_off(ground: Gr
     assert ground.fleet.clock() - before == pytest.approx(5.02)
 
 
+async def test_a_back_off_of_exactly_the_longest_wait_is_waited_for(ground: Ground) -> None:
+    ground["a"].endpoint = None
+    ground["a"].starts = [backing_off(2.5)]
+    assert (await ground.placement.prepare(attempt("a", "startable"), patient=True)).lease.instance == "a"
+
+
 @pytest.mark.parametrize(("patient", "waits_s"), [(False, 1.0), (True, 2.6)])
 async def test_nobody_waits_for_a_long_back_off_or_where_another_attempt_follows(
     ground: Ground, waits_s: float, *, patient: bool
