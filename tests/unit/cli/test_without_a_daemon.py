@@ -36,7 +36,8 @@ KEY = "a-key-that-nobody-may-see"
 def test_the_command_line_is_imported_without_anything_heavy() -> None:
     source = (
         "import manager.cli, sys; "
-        "heavy = 'docker fastapi rich aiohttp requests pydantic structlog sqlalchemy uvicorn manager.daemon manager.app'; "
+        "heavy = 'docker fastapi rich aiohttp requests pydantic structlog sqlalchemy uvicorn "
+        "manager.daemon manager.app'; "
         "print([name for name in heavy.split() if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
