@@ -72,6 +72,25 @@ async def test_an_unknown_lane_is_refused_in_the_words_of_the_client(
         assert (await front.ask(nameless, path, {"X-Lane": "fast"})).status == 400
 
 
+async def test_an_unknown_name_is_a_404_although_a_server_was_never_reached(tmp_path: Path) -> None:
+    async with Scripted(("tiny",)).serving() as server:
+        instances = {
+            "a": {"driver": "external", "url": server.url},
+            "nas": {"driver": "external", "url": "http://127.0.0.1:9"},  # discard: nobody listens there
+        }
+        async with relaying(tmp_path, {"a": server}, config={"instances": instances}) as front:
+            reply = await front.ask({**CHAT, "model": "tony"}, "/api/chat")
+            assert reply.status == 404
+            assert reply.json()["error"].startswith(
+                "model 'tony' not found; models: tiny:latest; could not be asked: nas ("
+            )
+            reply = await ask(front, "POST", "/api/show", {"model": "tony"})
+            assert reply.status == 404
+            assert reply.json()["error"].startswith("model 'tony' not found; could not be asked: nas (")
+            reply = await front.ask({**CHAT, "model": "tony@nas"}, "/api/chat")
+            assert reply.status == 503
+
+
 async def test_what_nobody_has_is_told_as_ollama_tells_it_and_names_ten_things_at_most(
     tmp_path: Path,
 ) -> None:

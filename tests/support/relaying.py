@@ -352,7 +352,7 @@ async def relaying(
     key: str | None = None,
     deadlines: Deadlines | None = None,
 ) -> AsyncIterator[Front]:
-    """A gateway whose instances are these servers, all of them read and healthy."""
+    """A gateway whose instances are these servers, all of them read and healthy; `config` may add others."""
     file = home / "config.yaml"
     instances = {
         name: {"driver": "external", "url": server.url, **({"device": devices[name]} if devices else {})}
@@ -397,7 +397,7 @@ async def relaying(
             await until(
                 lambda: all(
                     instance.usable_endpoint() is not None and instance.available_models is not None
-                    for instance in daemon.fleet.instances()
+                    for instance in map(daemon.fleet.get, servers)
                 ),
                 within_s=20,
             )
