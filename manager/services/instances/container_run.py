@@ -212,7 +212,13 @@ class ContainerRun:
             if other is not None:  # what an earlier run left between two steps
                 await self._world.engine.remove(other.id)
             container_id = await _finish(self._create(request))
-        return await self._started(container_id, request), False
+        container = await self._started(container_id, request)
+        if container.networks and container.address is None:
+            # Docker 28.5 starts a container whose network is made meanwhile, but may never connect it.
+            await self._world.engine.remove(container.id)
+            self._on_container(None)
+            container = await self._started(await _finish(self._create(request)), request)
+        return container, False
 
     async def _started(self, container_id: str, request: ContainerRequest) -> ContainerFacts:
         engine = self._world.engine
@@ -232,12 +238,6 @@ class ContainerRun:
         except NetworkMissingError:
             await engine.ensure_network(request.network)
             await _finish(engine.start(container_id))
-            if (await self._inspected(container_id)).address is None:
-                # Docker 28.5 never connects a container whose network was made during its first start.
-                await engine.remove(container_id)
-                self._on_container(None)
-                container_id = await _finish(self._create(request))
-                await _finish(engine.start(container_id))
         await self._step("started")
         return await self._inspected(container_id)
 

@@ -83,6 +83,17 @@ async def test_a_container_that_gets_no_address_of_a_network_made_late_is_made_a
 
 
 @in_virtual_time
+async def test_a_container_that_never_gets_an_address_is_made_anew_once_and_fails_the_start() -> None:
+    async with on_ground() as ground:
+        ground.engine.template = {"is_cut_off": True}
+        one = await ground.listed(ground.supervisor())
+        with pytest.raises(StartFailedError, match="has no address on its network"):
+            await one.start()
+        assert ground.engine.calls.count("create") == 2
+        assert ground.engine.boxes == {}
+
+
+@in_virtual_time
 async def test_a_stop_during_the_start_of_a_container_that_is_made_anew_leaves_nothing() -> None:
     async with on_ground() as ground:
         ground.engine.networks.clear()
