@@ -45,9 +45,10 @@ async def test_the_last_use_is_stored_again_and_again() -> None:
     rig = Rig("a")
     async with rig.running():
         await rig.capacity.start("a")
-        rig.registry.rows.clear()
-        rig["a"].used()
-        await until(lambda: "a" in rig.registry.rows)
+        for _ in range(3):
+            rig.registry.rows.clear()
+            rig["a"].used()
+            await until(lambda: "a" in rig.registry.rows)
 
 
 async def test_all_are_stopped_and_a_stop_that_fails_is_left_to_the_next_daemon() -> None:
