@@ -222,6 +222,7 @@ async def test_without_events_the_registry_is_looked_at_now_and_then(
         await check()
 
     monkeypatch.setattr(registry, "check", counted)
+    monkeypatch.setattr("manager.services.journal._RETRY_S", 3600.0)  # nothing has to be tried again
     journal = new_journal(registry)
     running = asyncio.ensure_future(journal.run())
     for count in range(1, 6):
