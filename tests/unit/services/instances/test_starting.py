@@ -155,6 +155,7 @@ async def test_a_start_of_what_has_ended_by_itself_removes_it_first() -> None:
         await one.start()
         assert ground.engine.box is not ended
         assert ground.engine.calls.count("remove") == 1
+        assert ground.engine.calls.count("create") == 2, "its name was free"
 
 
 async def failure(one: Supervisor) -> UnavailableError:
