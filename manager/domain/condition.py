@@ -469,6 +469,7 @@ def _adopted(c: Condition) -> Step:
         intent=Operation.START,
         start_retry=c.start_retry.due(),
         bury_at=None,
+        card_lost=None,  # of the run before; the first probe finds out about this one
     )
     return c, effects
 

@@ -383,6 +383,17 @@ def facts_strategy() -> st.SearchStrategy[ContainerFacts | None]:
     )
 
 
+@pytest.mark.parametrize("event", [c.Inspected, c.Listed])
+def test_a_card_that_one_run_has_lost_is_not_lost_to_the_next(event: type[Any]) -> None:
+    lost = after(READY, c.CardLost("gone"))
+    assert lost.card_lost is not None
+    again = replace(RUNNING, started_at=datetime(2030, 1, 1, tzinfo=UTC))
+    adopted = after(
+        lost, c.Inspected(again, out_of_memory=False) if event is c.Inspected else c.Listed(again, None)
+    )
+    assert (adopted.phase, adopted.card_lost) == (Phase.STARTING, None)
+
+
 EVENTS: st.SearchStrategy[c.Event] = st.one_of(
     st.builds(c.Listed, facts_strategy(), st.none() | st.sampled_from(Operation)),
     st.builds(c.Inspected, facts_strategy(), st.booleans()),

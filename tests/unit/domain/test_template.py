@@ -575,3 +575,13 @@ def test_no_template_can_ask_for_anything_outside_the_allow_lists(values: dict[s
     targets = [one_mount.target for one_mount in asked.mounts]
     assert len(set(targets)) == len(targets)
     assert not set(targets) & set(asked.tmpfs)
+
+
+@pytest.mark.parametrize(("size", "is_enough"), [("6m", True), (6 * 2**20 - 1, False)])
+def test_memory_is_limited_to_what_an_engine_accepts_at_least(size: str | int, *, is_enough: bool) -> None:
+    values = {"image": "x", "device": "cpu", "limits": {"memory": size}}
+    if is_enough:
+        assert Template.model_validate(values).limits.memory == 6 * 2**20
+    else:
+        with pytest.raises(ValidationError, match="expected 6m or more"):
+            Template.model_validate(values)

@@ -210,6 +210,29 @@ async def test_events_that_could_not_be_stored_are_shown_and_tried_again(
     assert journal.trouble is None
 
 
+async def test_without_events_the_registry_is_looked_at_now_and_then(
+    registry: SqlRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = 0
+    check = registry.check
+
+    async def counted() -> None:
+        nonlocal looks
+        looks += 1
+        await check()
+
+    monkeypatch.setattr(registry, "check", counted)
+    monkeypatch.setattr("manager.services.journal._RETRY_S", 3600.0)  # nothing has to be tried again
+    journal = new_journal(registry)
+    running = asyncio.ensure_future(journal.run())
+    for count in range(1, 6):
+        journal.record("one")
+        await stored(registry, count)
+    assert 1 <= looks <= 6, "once after each event at most"
+    running.cancel()
+    await asyncio.wait({running})
+
+
 async def test_a_registry_that_was_taken_away_is_found_out_without_any_event(
     registry: SqlRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,3 +210,11 @@ async def test_an_instance_that_joins_late_learns_what_the_engine_says_and_is_pr
             rig.link.join(rig.add(name, prewarm=prewarm))
         await until(lambda: rig.view("warm").phase is Phase.READY)
         assert rig.view("idle").phase is Phase.STOPPED
+
+
+async def test_an_engine_that_answers_is_left_alone_for_half_an_interval() -> None:
+    rig = Rig("a")
+    rig.link._probe_interval_s = 3600.0
+    async with rig.running():
+        await rig.capacity.start("a")
+        assert rig.engine.calls.count("ping") == 1

@@ -45,9 +45,10 @@ async def test_the_last_use_is_stored_again_and_again() -> None:
     rig = Rig("a")
     async with rig.running():
         await rig.capacity.start("a")
-        rig.registry.rows.clear()
-        rig["a"].used()
-        await until(lambda: "a" in rig.registry.rows)
+        for _ in range(3):
+            rig.registry.rows.clear()
+            rig["a"].used()
+            await until(lambda: "a" in rig.registry.rows)
 
 
 async def test_all_are_stopped_and_a_stop_that_fails_is_left_to_the_next_daemon() -> None:
@@ -180,3 +181,10 @@ async def test_a_found_instance_that_has_no_container_learns_nothing_of_the_engi
     await rig.found.look()
     assert rig.fleet.get("nas") is external
     await asyncio.sleep(0)
+
+
+async def test_the_fleet_is_not_known_before_each_external_server_was_asked() -> None:
+    rig = Rig("a")
+    rig.add_external()
+    rig.link.asked = True
+    assert not rig.first_look.is_known

@@ -246,3 +246,34 @@ async def test_nothing_makes_way_while_the_engine_is_away() -> None:
         assert one.view().phase is Phase.READY
         one._w.engine_up = True
         assert await one.make_way("to make way")
+
+
+@in_virtual_time
+async def test_a_server_is_silent_once_its_grace_is_over() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        one._answered_at = ground.world.now() - 3 * LIMITS.probe_interval_s
+        assert not one.is_silent, "it is healthy"
+        one._health = Health.UNHEALTHY
+        assert not one.is_silent, "the grace is just over"
+        one._answered_at -= 0.001
+        assert one.is_silent
+
+
+@in_virtual_time
+async def test_a_probe_that_is_under_way_counts_as_bytes_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        under_way: list[int] = []
+        probe = ground.engine.probe
+
+        async def noted(endpoint: str, **how: Any) -> Any:
+            under_way.append(one.probe_bytes)
+            return await probe(endpoint, **how)
+
+        monkeypatch.setattr(ground.engine, "probe", noted)
+        one._last_probe_bytes = 0
+        await one.probe()
+        await one.probe()
+        assert under_way == [PROBE_BYTES, 2000]
+        assert one.probe_bytes == 0

@@ -155,6 +155,7 @@ async def test_a_start_of_what_has_ended_by_itself_removes_it_first() -> None:
         await one.start()
         assert ground.engine.box is not ended
         assert ground.engine.calls.count("remove") == 1
+        assert ground.engine.calls.count("create") == 2, "its name was free"
 
 
 async def failure(one: Supervisor) -> UnavailableError:
@@ -165,10 +166,16 @@ async def failure(one: Supervisor) -> UnavailableError:
 
 @in_virtual_time
 async def test_an_adopted_container_counts_as_used_now_unless_a_sweep_adopts_it() -> None:
-    for sweeps, ago_s in ((False, 0.0), (True, 60.0)):
+    # A sample of 60 s ago says nothing of a container that was started 30 s ago.
+    for sweeps, started_s, ago_s in (
+        (False, 3600, 0.0),
+        (True, 3600, 60.0),
+        (True, 60, 60.0),
+        (True, 30, 0.0),
+    ):
         async with on_ground(sweeps=sweeps) as ground:
             box = ground.engine.put(ground.name, ground.labels)
-            box.started_at = BEGIN - timedelta(hours=1)
+            box.started_at = BEGIN - timedelta(seconds=started_s)
             row = InstanceRow(
                 "cpu",
                 last_used_at=BEGIN - timedelta(seconds=60),

@@ -327,6 +327,7 @@ async def test_a_container_that_appeared_meanwhile_is_adopted_if_it_runs_and_rep
         box = ground.engine.put(ground.name, ground.labels, running=runs)
         assert await one.start()
         assert (box.id in ground.engine.boxes) is runs
+        assert one.view().starts == (0 if runs else 1)
 
 
 @in_virtual_time

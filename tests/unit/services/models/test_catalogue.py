@@ -174,6 +174,7 @@ async def test_one_that_leaves_leaves_the_question_to_the_next() -> None:
 
 
 async def test_who_was_asked_just_now_and_not_used_since_is_left_alone() -> None:
+    Clock.now += 1000.0
     one = Instance("a")
     known = catalogue(one)
     await known.refresh(lists=True)

@@ -204,6 +204,8 @@ async def test_what_was_just_set_stays_although_it_repeats_the_configuration(rig
     await opened.change({"output": {"policy": "cpu_only"}})
     assert [one.key for one in opened.ignored] == ["roles.output.target"]
     assert opened.values["output"]["policy"] == Sourced("cpu_only", "override")
+    await opened.change({"output": {"model": "x"}})
+    assert [one.key for one in opened.ignored] == ["roles.output.target"], "what counts already stays, too"
 
 
 async def test_a_card_that_is_away_stays_a_target_but_becomes_none(rig: Rig) -> None:

@@ -335,3 +335,15 @@ async def test_a_model_that_could_not_be_pulled_is_refused_at_once_for_a_while(
             rig.pulls.refuse_given_up("c", "big")
         now = 10.0
         rig.pulls.refuse_given_up("a", "big")
+
+
+async def test_models_that_could_not_be_pulled_are_remembered_up_to_a_bound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("manager.services.models.pulls._MOST_GIVEN_UP", 2)
+    rig = refusing("pull model manifest: file does not exist")
+    async with rig.running():
+        for number, remembered in enumerate((1, 2, 1)):
+            with pytest.raises(PullFailedError):
+                await rig.pulls.pull("a", f"m{number}", lambda _: None)
+            assert len(rig.pulls._given_up) == remembered

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -240,6 +241,23 @@ async def test_the_entries_are_those_of_a_server() -> None:
     assert entry["digest"] == digest_of(manifest())
     assert (entry["size"], entry["modified_at"]) == (1000, MTIME)
     assert entry["details"]["parameter_size"] == "344K"
+
+
+async def test_the_newest_model_is_listed_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig()
+    rig.engine.has("old", "new", "older")
+    manifest_files = model_store.manifest_files
+    ages = {"old:latest": "2026-02-01", "new:latest": "2026-03-01", "older:latest": "2026-01-01"}
+
+    def aged(tar: bytes, folder: str) -> list[model_store.ManifestFile]:
+        return [
+            replace(file, modified_at=f"{ages[file.name]}T00:00:00Z") for file in manifest_files(tar, folder)
+        ]
+
+    monkeypatch.setattr(model_store, "manifest_files", aged)
+    async with rig.running():
+        await rig.look()
+    assert list(rig.lists.entries("models")) == ["new:latest", "old:latest", "older:latest"]
 
 
 async def test_a_time_without_its_fraction_is_better_than_none(monkeypatch: pytest.MonkeyPatch) -> None:
