@@ -205,7 +205,7 @@ async def open_daemon(
         held.push_async_callback(registry.close)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
-        held.push_async_callback(journal.flush)
+        held.push_async_callback(journal.retire)
         reader = Nvml()
         stack.push_async_callback(reader.close)
         pids = ProcCgroups()

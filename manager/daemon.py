@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +15,7 @@ from manager import __version__
 from manager.adapters.owner import ManagerIdLock
 from manager.api.app import control_api
 from manager.errors import ForeignOwnerError, ManagerIdChangedError
-from manager.handover import CLAIMS_WITHIN_S, Giving, Predecessor, Succession, replace_daemon
+from manager.handover import CLAIMS_WITHIN_S, Giving, Heir, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
@@ -89,6 +89,7 @@ async def serve(
         ManagerError: it could not be started.
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
+    key = _key_of(loaded.settings)
     host, port = loaded.settings.server.host, loaded.settings.server.port
     listener = inherited_listener(host, port)
     predecessor = await _predecessor(loaded) if replaces else None
@@ -98,7 +99,6 @@ async def serve(
         listener = listener or passed
     serves = partial(
         _serve_once,
-        loaded,
         log=log,
         read_again=read_again,
         configure_log=configure_log,
@@ -106,17 +106,48 @@ async def serve(
         stop_instances=stop_instances,
         take_over=take_over,
     )
-    listener = await serves(listener, predecessor)
-    while listener is not None:
+    start = _Start(loaded, key, listener, predecessor)
+    ending: list[asyncio.Task[None]] = []
+    while True:
+        failed: asyncio.Future[_Start] = asyncio.get_running_loop().create_future()
+        task = asyncio.ensure_future(serves(start, failed))
+        either: list[asyncio.Future[Any]] = [task, failed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not failed.done():
+            break
         _log.error("not_replaced", hint="the new daemon has ended; this one serves again")
-        listener = await serves(listener, None)
+        ending.append(task)
+        start = failed.result()
+    try:
+        await task
+    finally:
+        for earlier in ending:
+            await earlier
     _log.info("ended")
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a daemon begins to serve with.
+
+    Attributes:
+        loaded: the configuration.
+        key: of the operator.
+        listener: None: it makes one.
+        predecessor: the daemon of another process that it replaces.
+        earlier: the server of this process that was not replaced after all, and who takes its connections.
+    """
+
+    loaded: LoadedSettings
+    key: str | None
+    listener: socket.socket | None = None
+    predecessor: Predecessor | None = None
+    earlier: tuple[Server, Heir] | None = None
+
+
 async def _serve_once(
-    loaded: LoadedSettings,
-    given: socket.socket | None,
-    predecessor: Predecessor | None,
+    start: _Start,
+    failed: asyncio.Future[_Start],
     *,
     log: LogWriter | None,
     read_again: Callable[[], LoadedSettings] | None,
@@ -124,15 +155,14 @@ async def _serve_once(
     on_step: Callable[[str, str], Awaitable[None]],
     stop_instances: bool,
     take_over: bool,
-) -> socket.socket | None:
+) -> None:
     """Run the daemon until it is to end, or was replaced; as `serve`.
 
-    It serves with the `given` listener, or makes one. `predecessor` is the daemon that it replaces. Returns
-    the listener where the daemon that was to replace this one has ended before it served.
+    Where the daemon that was to replace it ends before it serves, `failed` gets what the next one begins
+    with, and this one ends its answers.
     """
+    loaded, key, predecessor = start.loaded, start.key, start.predecessor
     settings = loaded.settings
-    key = _key_of(settings)
-    descriptors = raise_descriptor_limit()
     async with open_daemon(
         loaded,
         log=log,
@@ -142,12 +172,12 @@ async def _serve_once(
     ) as daemon:
         for danger in template_warnings(loaded):
             _log.warning("dangerous_template_setting", detail=danger)
-        with given or listening(settings.server.host, settings.server.port) as listener:
+        with start.listener or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
             access = Access(**access_rules(settings, key))
             relay = relay_of(daemon, settings, access)
-            budget = connection_budget(descriptors, len(settings.instances))
+            budget = connection_budget(raise_descriptor_limit(), len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
             server = Server(
@@ -168,8 +198,11 @@ async def _serve_once(
 
             async def let_go() -> None:
                 succession.close()
-                daemon.backend.passing.routing.placement.freeze()
                 await daemon.let_go()
+
+            def serve_again(listener: socket.socket, heir: Heir) -> None:
+                loaded, key = reloader.in_force
+                failed.set_result(_Start(loaded, key, listener, earlier=(server, heir)))
 
             reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
             daemon.loops["reload"] = reloader.run
@@ -177,14 +210,17 @@ async def _serve_once(
             running = asyncio.ensure_future(daemon.run())
             giving = Giving(
                 server,
+                relay,
                 listener,
                 running,
-                is_busy=lambda: daemon.busy,
+                is_busy=lambda: daemon.busy or (predecessor is not None and not predecessor.has_ended),
+                freeze=daemon.backend.passing.routing.placement.freeze,
                 let_go=let_go,
                 patience_s=settings.gateway.drain_timeout_s,
+                failed=serve_again,
             )
             succession = Succession(daemon.id_claim, settings.state.dir, giving.begin)
-            greeting = asyncio.ensure_future(_greet(server, predecessor))
+            greeting = asyncio.ensure_future(_greet(server, start))
             _log.info(
                 "serving",
                 url=url,
@@ -207,10 +243,10 @@ async def _serve_once(
                 raise _innermost(refusal) from group
             finally:
                 greeting.cancel()
+                giving.close()
                 succession.close()
                 watch.stop()
                 await relay.close()
-    return giving.listener_if_failed()
 
 
 def _key_of(settings: Settings) -> str | None:
@@ -242,11 +278,15 @@ async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
     )
 
 
-async def _greet(server: Server, predecessor: Predecessor | None) -> None:
-    """Take over the connections of the replaced daemon, once this one accepts its own."""
+async def _greet(server: Server, start: _Start) -> None:
+    """Take over the connections of the daemon before, once this one accepts its own."""
+    if start.earlier is not None and start.earlier[0].is_stopped:
+        server.stop()  # the signal came while this one was being built
     await server.accepts.wait()
-    if predecessor is not None:
-        predecessor.serves(server.adopt)
+    if start.predecessor is not None:
+        start.predecessor.serves(server.adopt)
+    if start.earlier is not None:
+        start.earlier[1].stand_in(server)
 
 
 async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:

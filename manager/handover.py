@@ -20,31 +20,39 @@ import errno
 import json
 import os
 import socket
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from manager.adapters.owner import is_same_user
+from manager.descriptors import lacks_descriptors
 from manager.errors import ManagerError
 from manager.serving import is_bound_to
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine, Iterator
     from pathlib import Path
 
+    from manager.relay.relay import Relay
     from manager.serving import Server
 
 _log = structlog.get_logger("handover")
 
-# More than a connection moves with (`relay.front.MOST_MOVED_BYTES`), and less than a socket's send buffer.
-_MOST_MESSAGE = 128 * 1024
+_MOST_MESSAGE = 4096
+# What is tried again: a full buffer, and too many descriptors on their way.
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+# A process that connects and does not ask is hung up on.
+_ASKS_WITHIN_S = 2.0
+# A new daemon that does not serve within this time has failed.
+_SERVES_WITHIN_S = 60.0
 _MOST_ASKING = 16
 _LOOK_EVERY_S = 0.05
 # How long a new daemon waits for the claims, once the old one has said that it lets go.
 CLAIMS_WITHIN_S = 5.0
 _SERVING = b"S"
 _CONNECTION = b"C"
+_ASKS = b"replace"
 
 
 # --- the old daemon -----------------------------------------------------------------------------------------
@@ -60,8 +68,17 @@ class Successor:
         self._channel = channel
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(channel.fileno(), self._read)
+        self._decided = asyncio.Event()
         self.is_serving = False
         self.has_ended = False
+
+    async def decided(self) -> None:
+        """Return once it serves or has ended; one that does neither in time is hung up on."""
+        try:
+            async with asyncio.timeout(_SERVES_WITHIN_S):
+                await self._decided.wait()
+        except TimeoutError:
+            self._end()
 
     def refuse(self, why: str) -> None:
         """Tell it that it cannot replace this daemon."""
@@ -79,12 +96,28 @@ class Successor:
             peer: the descriptor, which stays the caller's to close.
             held: what the client has sent of its next request.
         """
-        return self.is_serving and self._send(_CONNECTION + held, peer)
+        if not self.is_serving or self.has_ended:
+            return False
+        if not held:
+            return self._send(_CONNECTION, peer)
+        # It may be more than a message takes.
+        file = os.memfd_create("held", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(file), "wb") as stream:
+                stream.write(held)
+            return self._send(_CONNECTION, peer, file)
+        finally:
+            os.close(file)
 
     def close(self) -> None:
         if self._channel.fileno() >= 0:
             self._loop.remove_reader(self._channel.fileno())
             self._channel.close()
+
+    def _end(self) -> None:
+        self.has_ended = True
+        self._decided.set()
+        self.close()
 
     def _send(self, message: bytes, *descriptors: int) -> bool:
         if self.has_ended or self._channel.fileno() < 0:
@@ -92,8 +125,8 @@ class Successor:
         try:
             socket.send_fds(self._channel, [message], list(descriptors))
         except OSError as error:
-            # With a full buffer, or too many descriptors on their way, it is tried again.
-            self.has_ended = error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+            if error.errno not in _FULL:
+                self._end()
             return False
         return True
 
@@ -106,9 +139,9 @@ class Successor:
             message = b""
         if message == _SERVING:
             self.is_serving = True
-        elif not message:
-            self.has_ended = True
-            self._loop.remove_reader(self._channel.fileno())
+            self._decided.set()
+        else:
+            self._end()
 
 
 class Succession:
@@ -127,46 +160,55 @@ class Succession:
         self._state_dir = state_dir
         self._ask = ask
         self._loop = asyncio.get_running_loop()
-        self._asking: set[socket.socket] = set()
+        self._asking: dict[socket.socket, asyncio.TimerHandle] = {}
+        self._pause: asyncio.TimerHandle | None = None
         if claim is not None:
             claim.setblocking(False)
-            self._loop.add_reader(claim.fileno(), self._accept)
+            self._listen()
 
     def close(self) -> None:
         claim, self._claim = self._claim, None
         if claim is not None:
             self._loop.remove_reader(claim.fileno())
+        if self._pause is not None:
+            self._pause.cancel()
         for channel in tuple(self._asking):
-            self._forget(channel)
-            channel.close()
+            self._hang_up(channel)
 
     def _accept(self) -> None:
         assert self._claim is not None  # noqa: S101  (no reader without it)
         try:
             channel, _ = self._claim.accept()
-        except OSError:
-            return  # it has left already, or no descriptor is left
+        except OSError as error:
+            if lacks_descriptors(error):
+                # It stays readable: look again in a while.
+                self._loop.remove_reader(self._claim.fileno())
+                self._pause = self._loop.call_later(_ASKS_WITHIN_S, self._listen)
+            return
         if len(self._asking) >= _MOST_ASKING or not is_same_user(channel):
             channel.close()
             return
         channel.setblocking(False)
-        self._asking.add(channel)
+        self._asking[channel] = self._loop.call_later(_ASKS_WITHIN_S, self._hang_up, channel)
         self._loop.add_reader(channel.fileno(), self._read, channel)
 
+    def _listen(self) -> None:
+        if self._claim is not None:
+            self._loop.add_reader(self._claim.fileno(), self._accept)
+
     def _read(self, channel: socket.socket) -> None:
-        try:
-            message = channel.recv(_MOST_MESSAGE)
-        except BlockingIOError:
+        message, descriptors = _received(channel)
+        if message is None:
             return
-        except OSError:
-            message = b""
+        identities = [_identity_of(descriptor) for descriptor in descriptors]
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if message != _ASKS:  # it only looked whether the id is held
+            self._hang_up(channel)
+            return
         self._forget(channel)
-        wanted = _wanted_directory(message)
-        if wanted is None:  # it only looked whether the id is held
-            channel.close()
-            return
         successor = Successor(channel)
-        if wanted != _identity_of(self._state_dir):
+        if identities != [_identity_of(self._state_dir)]:
             successor.refuse(
                 f"the daemon that serves this manager_id has another state directory: {self._state_dir}"
             )
@@ -174,9 +216,47 @@ class Succession:
         self._ask(successor)
 
     def _forget(self, channel: socket.socket) -> None:
-        if channel in self._asking:
-            self._asking.discard(channel)
-            self._loop.remove_reader(channel.fileno())
+        self._asking.pop(channel).cancel()
+        self._loop.remove_reader(channel.fileno())
+
+    def _hang_up(self, channel: socket.socket) -> None:
+        self._forget(channel)
+        channel.close()
+
+
+class Heir:
+    """Takes connections of a replaced daemon: the successor, or a server of this process if that fails."""
+
+    def __init__(self, successor: Successor) -> None:
+        self._successor = successor
+        self._server: Server | None = None
+        self._adopting: set[asyncio.Task[None]] = set()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nobody takes connections any more."""
+        return self._successor.has_ended and self._successor.is_serving
+
+    async def decided(self) -> None:
+        """See `Successor.decided`."""
+        await self._successor.decided()
+
+    def stand_in(self, server: Server) -> None:
+        """Take connections to a server of this process: the successor has ended before it served."""
+        self._server = server
+
+    def take(self, peer: int, held: bytes) -> bool:
+        """See `Successor.take`."""
+        if self._server is None:
+            return self._successor.take(peer, held)
+        adopting = self._server.adopt(socket.socket(fileno=os.dup(peer)), held)
+        _keep(self._adopting, asyncio.ensure_future(adopting))
+        return True
+
+
+def _keep(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 class Giving:
@@ -184,97 +264,123 @@ class Giving:
 
     Args:
         server: of this daemon.
+        relay: of this daemon; begins no request once it gives.
         listener: of this daemon.
         running: its background loops; cancelled here.
         is_busy: whether something goes on that only this daemon can end, such as a start.
+        freeze: called before the loops are cancelled: nothing is begun that needs them.
         let_go: stores the state and gives up the claims, once the loops have ended.
         patience_s: how long it waits while `is_busy`.
+        failed: called with the listener and the heir when the other daemon has ended before it served.
     """
 
     def __init__(
         self,
         server: Server,
+        relay: Relay,
         listener: socket.socket,
         running: asyncio.Future[None],
         *,
         is_busy: Callable[[], bool],
+        freeze: Callable[[], None],
         let_go: Callable[[], Awaitable[None]],
         patience_s: float,
+        failed: Callable[[socket.socket, Heir], None],
     ) -> None:
         self._server = server
+        self._relay = relay
         self._listener = listener
         self._running = running
         self._is_busy = is_busy
+        self._freeze = freeze
         self._let_go = let_go
         self._patience_s = patience_s
+        self._failed = failed
         self._task: asyncio.Task[None] | None = None
         self._successor: Successor | None = None
-        self._kept: socket.socket | None = None
 
     def begin(self, successor: Successor) -> None:
         """Hand over to this daemon soon, or refuse."""
         if self._server.should_exit or (self._task is not None and not self._task.done()):
             successor.refuse("it ends, or is being replaced already")
         else:
+            self._successor = successor
             self._task = asyncio.ensure_future(self._give(successor))
 
-    def listener_if_failed(self) -> socket.socket | None:
-        """Return the listener once the server has ended, if the other daemon ended before it served."""
-        successor, kept = self._successor, self._kept
-        if successor is None or kept is None:
-            return None
-        failed = successor.has_ended and not successor.is_serving
-        successor.close()
-        if failed:
-            return kept
-        kept.close()
-        return None
+    def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+        if self._successor is not None:
+            self._successor.close()
 
     async def _give(self, successor: Successor) -> None:
-        if not await self._is_quiet(successor):
-            return
+        try:
+            if await self._is_quiet(successor):
+                await self._hand_over(successor)
+        except Exception as error:  # noqa: BLE001  (nobody awaits it)
+            _log.error("handover_failed", exc_info=error)
+            self._server.stop()
+            successor.refuse("the running daemon failed; its log says more")
+
+    async def _hand_over(self, successor: Successor) -> None:
         _log.info("replaced", hint="open requests end here, the new daemon takes all others")
-        self._successor = successor
-        self._kept = self._listener.dup()
+        self._relay.is_leaving = True
+        self._freeze()
+        kept = self._listener.dup()
         self._server.stop_accepting()
         self._running.cancel()
         try:
             await asyncio.wait({self._running})
             await self._let_go()
-            successor.hand_over(self._kept)
+            successor.hand_over(kept)
+            heir = Heir(successor)
+            self._server.leave_to(heir)
+            await successor.decided()
+            if not successor.is_serving and not self._server.is_stopped:
+                self._failed(kept.dup(), heir)
         finally:
-            self._server.leave_to(successor)
+            kept.close()
 
     async def _is_quiet(self, successor: Successor) -> bool:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
+        await asyncio.sleep(0)  # one that has left at once is noticed
         while self._is_busy():
-            if successor.has_ended:
-                successor.close()
-                return False
             if self._server.should_exit or loop.time() >= deadline:
-                successor.refuse(
-                    "an instance starts or stops, or a model is pulled; try again when that has ended"
-                )
+                successor.refuse("an instance starts or stops, or a model is pulled; try again after that")
                 return False
             await asyncio.sleep(_LOOK_EVERY_S)
-        return True
+            if successor.has_ended:
+                return False
+        if self._server.should_exit:
+            successor.refuse("it ends")
+        return not self._server.should_exit and not successor.has_ended
 
 
-def _identity_of(state_dir: Path) -> list[int]:
+def _identity_of(directory: Path | int) -> tuple[int, int]:
     """Device and inode, which are the same whatever path leads there; zeros where there is none yet."""
     try:
-        status = state_dir.stat()
+        status = os.stat(directory)  # noqa: PTH116  (also of a descriptor)
     except OSError:
-        return [0, 0]
-    return [status.st_dev, status.st_ino]
+        return 0, 0
+    return status.st_dev, status.st_ino
 
 
-def _wanted_directory(message: bytes) -> list[int] | None:
-    with suppress(ValueError, TypeError, LookupError):
-        wanted: list[int] = json.loads(message)["replace"]
-        return wanted
-    return None
+def _received(channel: socket.socket) -> tuple[bytes | None, list[int]]:
+    """Return a message and its descriptors: None where none is here yet, empty at the end."""
+    try:
+        return _received_now(channel)
+    except BlockingIOError:
+        return None, []
+    except OSError:
+        return b"", []
+
+
+def _received_now(channel: socket.socket) -> tuple[bytes, list[int]]:
+    message, descriptors, _, _ = socket.recv_fds(channel, _MOST_MESSAGE, 2)
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, False)  # Python 3.11 passes no flags to recvmsg(2)
+    return message, descriptors
 
 
 # --- the new daemon -----------------------------------------------------------------------------------------
@@ -288,6 +394,7 @@ class Predecessor:
         self._listener = listener
         self._adopting: set[asyncio.Task[None]] = set()
         self.pid = pid
+        self.has_ended = False
 
     def usable_listener(self, host: str, port: int) -> socket.socket | None:
         """Return its listener; None, and the listener is closed, where this daemon has another address."""
@@ -307,21 +414,21 @@ class Predecessor:
 
         def read() -> None:
             while True:
-                try:
-                    message, descriptors, _, _ = socket.recv_fds(channel, _MOST_MESSAGE, 1)
-                except BlockingIOError:
+                message, descriptors = _received(channel)
+                if message is None:
                     return
-                except OSError:
-                    message, descriptors = b"", []
                 if not message:
                     loop.remove_reader(channel.fileno())
                     channel.close()
+                    self.has_ended = True
                     return
-                for descriptor in descriptors:
-                    peer = socket.socket(fileno=descriptor)
-                    task = loop.create_task(adopt(peer, message[len(_CONNECTION) :]))
-                    self._adopting.add(task)
-                    task.add_done_callback(self._adopting.discard)
+                if descriptors:
+                    peer, held = socket.socket(fileno=descriptors[0]), b""
+                    for file in descriptors[1:]:
+                        with os.fdopen(file, "rb") as stream:
+                            stream.seek(0)
+                            held = stream.read()
+                    _keep(self._adopting, loop.create_task(adopt(peer, held)))
 
         loop.add_reader(channel.fileno(), read)
         with suppress(OSError):  # the old daemon has ended: it had no more to give
@@ -331,6 +438,8 @@ class Predecessor:
 def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) -> Predecessor | None:
     """Ask the daemon at the other end to give up its claims; waits until it has.
 
+    An open descriptor of the state directory goes along: only a process that may open it can ask.
+
     Returns:
         None where it ended without an answer: its claims are free, unless it knows no replacement.
 
@@ -339,8 +448,9 @@ def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) 
     """
     channel.settimeout(within_s)
     try:
-        channel.send(json.dumps({"replace": _identity_of(state_dir)}).encode())
-        message, descriptors, _, _ = socket.recv_fds(channel, _MOST_MESSAGE, 1)
+        with _opened(state_dir) as descriptors:
+            socket.send_fds(channel, [_ASKS], descriptors)
+        message, descriptors = _received_now(channel)
     except (BrokenPipeError, ConnectionResetError):
         message, descriptors = b"", []
     except TimeoutError:
@@ -357,6 +467,18 @@ def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) 
         channel.close()
         why = answer.get("refused", "no listener came")
         raise ManagerError(f"the running daemon was not replaced: {why}")
-    for descriptor in descriptors[1:]:
-        os.close(descriptor)
     return Predecessor(channel, socket.socket(fileno=descriptors[0]), answer["released"])
+
+
+@contextmanager
+def _opened(directory: Path) -> Iterator[list[int]]:
+    """A descriptor of the directory, none where there is none yet."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield []
+        return
+    try:
+        yield [descriptor]
+    finally:
+        os.close(descriptor)

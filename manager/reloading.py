@@ -66,6 +66,11 @@ class Reloader:
         self._asked = asyncio.Event()
         self._seen: Signature = None
 
+    @property
+    def in_force(self) -> tuple[LoadedSettings, str | None]:
+        """The configuration and the key in force."""
+        return self._running, self._key
+
     def ask(self) -> None:
         """Have the configuration read again soon; several calls before that count as one."""
         self._asked.set()

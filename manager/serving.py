@@ -39,10 +39,8 @@ _LEAST_SPARE = 4
 # A limit of "infinity", or that of some container runtimes, is no measure of what one process can serve.
 _MOST_DESCRIPTORS = 2**20
 _RESERVE = 8
-# A replaced daemon looks so often which connections are between two requests, and for so long after the last
-# answer has been written.
+# A replaced daemon looks so often which connections are between two requests.
 _MOVE_EVERY_S = 0.01
-_LAST_MOVES_S = 2.0
 _WATCH_EVERY_S = 1.0
 _LOG_EVERY_S = 10.0
 
@@ -52,6 +50,9 @@ class Takes(Protocol):
 
     @property
     def has_ended(self) -> bool: ...
+
+    async def decided(self) -> None:
+        """Return once it serves or has ended."""
 
     def take(self, peer: int, held: bytes) -> bool: ...
 
@@ -70,6 +71,8 @@ class Server(uvicorn.Server):
 
     Attributes:
         heir: the daemon that replaces this one, None while none does.
+        accepts: set once it has begun to accept connections.
+        is_stopped: whether `stop` was called.
     """
 
     def __init__(self, config: uvicorn.Config, drains: Sequence[Drain], drain_timeout_s: float) -> None:
@@ -79,17 +82,18 @@ class Server(uvicorn.Server):
         self._cut = asyncio.Event()
         self.heir: Takes | None = None
         self.accepts = asyncio.Event()
+        self.is_stopped = False
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     def stop(self) -> None:
-        if self.should_exit:
+        if self.is_stopped:
             self._cut.set()
         else:
             _log.info("ending", drains_s=self._drain_timeout_s, hint="a second signal cuts open requests")
-        self.should_exit = True
+        self.is_stopped = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -100,13 +104,11 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         make: Any = self.config.http_protocol_class
         protocol = make(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+        protocol.begin_with(held)
         try:
             await loop.connect_accepted_socket(lambda: protocol, peer)
         except OSError:
             peer.close()  # the client has left meanwhile
-            return
-        if held:
-            protocol.data_received(held)
 
     def stop_accepting(self) -> None:
         """Accept nothing from now on. Connections wait in the listener, if somebody else has it too."""
@@ -122,22 +124,35 @@ class Server(uvicorn.Server):
         self.stop_accepting()
         for listener in sockets or []:
             listener.close()
-        moving = asyncio.ensure_future(self._move_connections())
-        if self.heir is None:
-            for connection in tuple(self.server_state.connections):
-                connection.shutdown()
-        await asyncio.gather(*(drain(self._drain_timeout_s, cut=self._cut) for drain in self._drains))
-        if self.heir is not None:
-            await asyncio.wait({moving}, timeout=_LAST_MOVES_S)
-        moving.cancel()
+        left_s = self._drain_timeout_s if self.heir is None else await self._give_connections(self.heir)
+        for connection in tuple(self.server_state.connections):
+            connection.shutdown()
+        await asyncio.gather(*(drain(left_s, cut=self._cut) for drain in self._drains))
         await super().shutdown(sockets)
 
-    async def _move_connections(self) -> None:
-        """Give away the connections whose turn has come, until none is left."""
-        while self.heir is not None and self.server_state.connections and not self.heir.has_ended:
-            for connection in tuple(self.server_state.connections):
-                connection.leave(self.heir.take)  # type: ignore[union-attr]  # all are made by our own factory
+    async def _give_connections(self, heir: Takes) -> float:
+        """Give each connection away when its answer has ended. Return the seconds that are left of the drain.
+
+        Answers of the control API without an end, such as `/events`, are not waited for.
+        """
+        loop = asyncio.get_running_loop()
+        deciding = asyncio.ensure_future(heir.decided())
+        cutting = asyncio.ensure_future(self._cut.wait())
+        await asyncio.wait({deciding, cutting}, return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (deciding, cutting):
+            waiting.cancel()
+        deadline = loop.time() + self._drain_timeout_s
+        while not self._cut.is_set() and loop.time() < deadline:
+            left = [one for one in tuple(self.server_state.connections) if not self._is_given(one, heir)]
+            if not left:
+                break
             await asyncio.sleep(_MOVE_EVERY_S)
+        return max(0.0, deadline - loop.time())
+
+    def _is_given(self, connection: Any, heir: Takes) -> bool:
+        """Whether a connection was given away, or is not to be waited for."""
+        given: bool = connection.leave(heir.take)
+        return given or connection.streams or (connection.rests and (heir.has_ended or self.is_stopped))
 
 
 def server_config(app: Any, http: Any) -> uvicorn.Config:
@@ -346,6 +361,7 @@ def tune_interpreter() -> None:
     cycles behind, so collections are rare. The short switch interval returns the interpreter to the
     event loop ten times sooner while a thread talks to the engine.
     """
+    gc.unfreeze()  # of a daemon that was not replaced after all
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

@@ -34,8 +34,6 @@ _MOST_HEAD_BYTES = 64 * 1024
 _MOST_HEAD_LINES = 256
 # Reading pauses once a client has sent this much behind a request that is not answered yet.
 _MOST_HELD_BYTES = 64 * 1024
-# A connection is given away with at most so many of them: they travel in one message.
-MOST_MOVED_BYTES = 64 * 1024
 # Every head ends with this, and every body in chunks: the parser takes no other line ends.
 _END = b"\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]+)\r\n", re.IGNORECASE)
@@ -143,6 +141,26 @@ class Front(HttpToolsProtocol):
         self.flow = _Flow(self.transport)
         self._timers.add(self)
         self._places.opened(self)
+        if self._held:
+            self.loop.call_soon(self._parse_held)
+
+    def begin_with(self, held: bytes) -> None:
+        """Take what another process has read of the connection; before `connection_made`."""
+        self._held += held
+
+    @property
+    def rests(self) -> bool:
+        """Whether no request is under way."""
+        cycle = self.cycle
+        return self._running is None and (cycle is None or cycle.response_complete)
+
+    @property
+    def streams(self) -> bool:
+        """Whether an answer of the control API has begun and not ended; some of these have no end."""
+        cycle = self.cycle
+        if cycle is None or isinstance(cycle, Exchange):
+            return False
+        return bool(cycle.response_started and not cycle.response_complete)
 
     def data_received(self, data: bytes) -> None:
         parsed = 0 if self._held else self._parse(data)
@@ -213,7 +231,6 @@ class Front(HttpToolsProtocol):
             or not self._in_head
             or self._head_bytes
             or self._unreadable
-            or len(self._held) > MOST_MOVED_BYTES
             or peer is None
             or self.transport.is_closing()
             or self.transport.get_write_buffer_size()
@@ -391,10 +408,11 @@ class Front(HttpToolsProtocol):
     # --- parsing, up to the end of one request ---
 
     def _is_busy(self) -> bool:
-        """Whether the next head has to wait: for the answer before it, or for a client that reads."""
+        """Whether the next head waits: for the answer before it, a client that reads, or another daemon."""
         cycle = self.cycle
         answering = cycle is not None and not cycle.response_complete
-        return self._in_head and (answering or self.flow.write_paused)
+        leaving = self._relay.is_leaving and not self._head_bytes
+        return self._in_head and (answering or self.flow.write_paused or leaving)
 
     def _hold(self, data: bytes) -> None:
         # Reading goes on up to the limit, so that a client that leaves is noticed.

@@ -68,6 +68,8 @@ class Relay:
         self.timers: Timers[Running] = Timers(self.loop)
         self.loads = LoadWaits()
         self.pools = pools
+        # Another daemon takes over: no request begins here any more.
+        self.is_leaving = False
         # What was read last of any connection.
         self.latest_caller: Caller | None = None
         self.latest_head: KnownHead | None = None

@@ -40,6 +40,12 @@ class Journal:
         self._news = asyncio.Event()
         self._storing = asyncio.Lock()
         self.trouble: str | None = None
+        self._is_retired = False
+
+    async def retire(self) -> None:
+        """Store what waits, and number nothing from now on: another daemon goes on with the events."""
+        self._is_retired = True
+        await self.flush()
 
     @property
     def last_id(self) -> int:
@@ -48,13 +54,15 @@ class Journal:
     def record(
         self, kind: str, *, instance: str | None = None, reason: Reason | None = None, detail: str = ""
     ) -> None:
+        said = {"instance": instance, "reason": reason and reason.value, "detail": detail}
+        log = _log.info if reason is None else _log.warning
+        log(kind, **{key: value for key, value in said.items() if value})
+        if self._is_retired:
+            return
         self._last_id += 1
         event = Event(
             id=self._last_id, at=self._utcnow(), instance=instance, kind=kind, reason=reason, detail=detail
         )
-        said = {"instance": instance, "reason": reason and reason.value, "detail": detail}
-        log = _log.info if reason is None else _log.warning
-        log(kind, **{key: value for key, value in said.items() if value})
         self._recent.append(event)
         self._unsaved.append(event)
         self._news.set()

@@ -103,16 +103,64 @@ async def test_a_full_channel_is_tried_again_and_an_ended_one_is_not(tmp_path: P
         successor.hand_over(listener)
         predecessor = await question
         successor.is_serving = True
-        while successor.take(listener.fileno(), b"x" * 50_000):
+        while successor.take(listener.fileno(), b""):
             pass
         assert not successor.has_ended
         predecessor._channel.close()
         await until(lambda: successor.has_ended)
+        await successor.decided()
         assert not successor.take(listener.fileno(), b"")
         successor.hand_over(listener)  # to nobody
         passed = predecessor.usable_listener("127.0.0.1", listener.getsockname()[1])
         assert passed is not None
         passed.close()
+
+
+async def test_more_than_a_message_moves_with_its_connection(tmp_path: Path) -> None:
+    with old_daemon(tmp_path) as (_, asked), socket.create_server(("127.0.0.1", 0)) as listener:
+        question = asyncio.ensure_future(asking(tmp_path))
+        await until(lambda: asked)
+        asked[0].hand_over(listener)
+        predecessor = await question
+        came: list[bytes] = []
+        inheritable: list[bool] = []
+
+        async def adopt(peer: socket.socket, held: bytes) -> None:
+            came.append(held)
+            inheritable.append(peer.get_inheritable())
+            peer.close()
+
+        predecessor.serves(adopt)
+        await asked[0].decided()
+        assert asked[0].take(listener.fileno(), b"x" * 400_000)
+        await until(lambda: came)
+        assert came == [b"x" * 400_000]
+        assert inheritable == [False]
+        assert predecessor.usable_listener("127.0.0.1", 1) is None
+
+
+async def test_a_new_daemon_that_does_not_serve_in_time_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_SERVES_WITHIN_S", 0.05)
+    with old_daemon(tmp_path) as (_, asked):
+        channel = connected(tmp_path)
+        with channel, handover._opened(tmp_path) as descriptors:
+            socket.send_fds(channel, [b"replace"], descriptors)
+            await until(lambda: asked)
+            await asked[0].decided()
+            assert asked[0].has_ended
+            assert not asked[0].is_serving
+
+
+async def test_a_process_that_connects_and_does_not_ask_is_hung_up_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handover, "_ASKS_WITHIN_S", 0.05)
+    with old_daemon(tmp_path) as (_, asked), connected(tmp_path) as channel:
+        channel.settimeout(10)
+        assert await asyncio.to_thread(channel.recv, 1) == b""
+        assert not asked
 
 
 async def test_a_refusal_has_its_reason(tmp_path: Path) -> None:
@@ -141,7 +189,7 @@ async def test_no_answer_in_time_leaves_the_other_daemon_alone(tmp_path: Path) -
         await until(lambda: asked and asked[0].has_ended)
 
 
-@pytest.mark.parametrize("nonsense", [b"{", b"[]", b"{}", b"replace", b"x" * 100_000])
+@pytest.mark.parametrize("nonsense", [b"{", b"replaces", b"x" * 100_000])
 async def test_nonsense_is_hung_up_on(tmp_path: Path, nonsense: bytes) -> None:
     with old_daemon(tmp_path) as (_, asked), connected(tmp_path) as channel:
         channel.send(nonsense)

@@ -204,6 +204,7 @@ async def listening() -> AsyncIterator[Listening]:
         loop=loop,
         latest_caller=None,
         latest_head=None,
+        is_leaving=False,
     )
     never = 3600.0
     make = listening_with(relay, deadlines=Deadlines(HEAD_S, BODY_S, PROBE_S, tick_s=never))

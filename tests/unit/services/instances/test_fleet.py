@@ -186,5 +186,5 @@ async def test_a_found_instance_that_has_no_container_learns_nothing_of_the_engi
 async def test_the_fleet_is_not_known_before_each_external_server_was_asked() -> None:
     rig = Rig("a")
     rig.add_external()
-    rig.link.asked = True
+    rig.link.asked.set()
     assert not rig.first_look.is_known
