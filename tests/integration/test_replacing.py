@@ -323,6 +323,49 @@ def test_what_a_client_has_sent_of_its_next_request_moves_too(
     assert old.wait(timeout=30) == 0
 
 
+def test_a_replacement_that_fails_leaves_clients_and_settings_as_they_were(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    daemon = new_daemon().start()
+    old = daemon.process
+    assert old is not None
+    processes.append(old)
+    daemon.configure({**daemon.config, "server": {"allowed_hosts": ["new.example"]}})
+    old.send_signal(signal.SIGHUP)
+    wait_for(lambda: '"reloaded"' in daemon.log())
+    kept = http.client.HTTPConnection("127.0.0.1", daemon.port, timeout=30)
+
+    def ask_again() -> int:
+        kept.request("GET", "/api/version", headers={"Host": "new.example"})
+        answer = kept.getresponse()
+        answer.read()
+        kept.auto_open = 0  # from here on it is this one connection
+        return answer.status
+
+    assert ask_again() == 200
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        daemon.start(arguments=("--replace", "--port", str(port)), until_ready=False)
+        assert daemon.wait_until_dead() == FAILED
+    assert ask_again() == 200
+    daemon.process = old
+    wait_for(lambda: '"not_replaced"' in daemon.log())
+    assert ask_again() == 200
+    kept.close()
+    # A signal to end holds also where the successor dies afterwards.
+    daemon.start(arguments=("--replace",), until_ready=False)
+    new = daemon.process
+    assert new is not None
+    wait_for(lambda: daemon.log().count('"replaced"') == 2)
+    new.send_signal(signal.SIGSTOP)
+    old.send_signal(signal.SIGTERM)
+    wait_for(lambda: '"ending"' in daemon.log())
+    new.kill()
+    new.wait()
+    assert old.wait(timeout=30) == 0
+    daemon.process = None
+
+
 def test_a_listener_of_systemd_is_used(new_daemon: NewDaemon) -> None:
     daemon = new_daemon()
     with socket.create_server(("127.0.0.1", daemon.port)) as listener:
