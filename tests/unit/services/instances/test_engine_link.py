@@ -193,7 +193,7 @@ async def test_a_lack_of_descriptors_of_our_own_says_nothing_about_the_engine() 
     rig.engine.failing["ping"] = lack
     async with rig.running(settled=False):
         await until(lambda: rig.link.trouble == lack.message)
-        assert not rig.link.asked
+        assert not rig.link.asked.is_set()
         del rig.engine.failing["ping"]
         await rig.link.came_up.wait()
         trouble, pings = rig.link.trouble, rig.engine.calls.count("ping")
