@@ -507,7 +507,7 @@ def _on_gpu(spec: InstanceSpec) -> bool | None:
 
 
 def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
-    """What the engine would call us if we run in one of its containers: the id, or the host name."""
+    """The engine's names for this process if it runs in a container: the id, or the host name."""
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 

@@ -86,11 +86,11 @@ class ModelSettingsClient:
 
     @property
     def trouble(self) -> str | None:
-        """Why the daemon could not be asked when it was last tried; None when it could."""
+        """The error of the last request to the daemon; None if there was none."""
         return self._trouble
 
     def effective(self) -> dict[str, Any]:
-        """What `GET /api/settings/models/effective` says: every value with its source. A copy of one's own.
+        """Return the answer of `GET /api/settings/models/effective`: every value with its source. A copy.
 
         Raises:
             SettingsUnavailableError: the daemon cannot be asked, and nothing is known of it.

@@ -128,7 +128,7 @@ async def serve(
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What a daemon begins to serve with.
+    """The things that a daemon begins to serve with.
 
     Attributes:
         loaded: the configuration.

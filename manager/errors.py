@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class Reason(StrEnum):
-    """Why something is not as it was asked for. One list for the API, logs, metrics and headers."""
+    """Reasons why something is not as it was asked for. One list for the API, logs, metrics and headers."""
 
     INSTANCE_STOPPED = "instance_stopped"
     INSTANCE_UNAVAILABLE = "instance_unavailable"
@@ -87,7 +87,7 @@ class ManagerError(Exception):
 
 
 class ConfigurationError(ManagerError):
-    """What the operator wrote cannot be used; the message names file, line and key."""
+    """A configuration that cannot be used; the message names file, line and key."""
 
     code = "configuration_invalid"
 

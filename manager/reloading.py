@@ -154,7 +154,7 @@ def _check(wanted: LoadedSettings, templates: Mapping[str, Template]) -> None:
 
 
 def _signature(file: Path | None) -> Signature:
-    """What differs once a file was written anew or replaced; None where it cannot be looked at."""
+    """The identity of a file, which a new content or a replacement changes; None where it cannot be read."""
     if file is None:
         return None
     try:

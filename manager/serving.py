@@ -234,7 +234,7 @@ def raise_descriptor_limit() -> int:
 
 
 class ConnectionBudget(NamedTuple):
-    """How many client connections there may be: `most` of any kind, and `spare` for privileged requests."""
+    """Limits of client connections: `most` of any kind, and `spare` for privileged requests."""
 
     most: int
     spare: int

@@ -283,7 +283,7 @@ class DockerEngine:
             ) from error
 
     def _read(self, convert: Callable[[Any], T], raw: bytes) -> T:
-        """What an answer means.
+        """The meaning of an answer.
 
         Raises:
             EngineError: it is not one of an engine.

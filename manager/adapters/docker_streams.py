@@ -1,4 +1,4 @@
-"""What a Docker Engine tells for as long as it likes: events and pulls, through the `docker` SDK.
+"""Streams of a Docker Engine: events and pulls, through the `docker` SDK.
 
 The only file that imports it. Its iterators block, so each stream is read by a thread of its own, with a
 client of its own (they are not thread-safe). The threads are daemons on purpose: a hung engine must not keep

@@ -117,7 +117,7 @@ class FileLocks:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a state directory, as far as it is known.
+    """The holder of a state directory, as far as it is known.
 
     `started_at` is UTC. `owner_uid` is the user that the directory, its lock and the description belong to,
     None where they belong to several, or where others may write to the directory: then anybody may have
@@ -225,7 +225,7 @@ _DESCRIPTION = "daemon.json"
 
 
 def read_holder(state_dir: Path) -> Holder | None:
-    """Who holds the state directory now, None when nobody does: what a dead daemon left behind is ignored.
+    """Return the holder of the state directory, or None: the description of a dead daemon is ignored.
 
     Creates and changes nothing.
 
@@ -318,7 +318,7 @@ def _described(holder: Holder) -> dict[str, Any]:
 
 
 def _read_description(directory: int) -> tuple[Holder, int] | None:
-    """What the holder says of itself, and whose file that is; None where nothing useful is there."""
+    """The description of the holder by itself, and the owner of that file; None where there is none."""
     try:
         descriptor = open_regular(Path(_DESCRIPTION), follow=False, dir_fd=directory)
     except OSError as exc:

@@ -137,7 +137,7 @@ class Spans:
 
 
 def attributes(record: RequestRecord, operation: str | None) -> dict[str, AttributeValue]:
-    """What a span says of a request; what is not known is left out.
+    """The attributes of a span; those that are not known are left out.
 
     Args:
         record: the request.
@@ -230,7 +230,7 @@ class _Watched(SpanExporter):
 
 
 def _resource() -> Resource:
-    """Who sends: as OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say, else the name of the program."""
+    """The sender of spans, by OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, or else the program's name."""
     told = Resource.create({SERVICE_VERSION: __version__})
     if str(told.attributes[SERVICE_NAME]).startswith("unknown_service"):
         return told.merge(Resource({SERVICE_NAME: "ollama-manager"}))

@@ -1,4 +1,4 @@
-"""What the routes need of the running daemon."""
+"""The running daemon, as the routes see it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class Router(Protocol):
-    """Where requests would go."""
+    """The routing of requests, to ask without making one."""
 
     def decide(self, facts: RequestFacts) -> Decision:
         """The decision for a request. Starts nothing and asks nobody."""
@@ -51,7 +51,7 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Passing:
-    """What requests need that pass through to instances."""
+    """The parts that requests to instances need."""
 
     routing: Routing
     catalogue: Catalogue

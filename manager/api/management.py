@@ -237,7 +237,7 @@ class Management:
         return found.model if isinstance(found, Alias) else body.model
 
     def _place_of_new(self, body: ManagementBody, pin: str | None) -> str:
-        """Where a model is created: beside the one that it is made from, else where new ones go."""
+        """Return the place for a new model: beside the one that it is made from, else where new ones go."""
         source = body.text("from")
         if pin is None and source and not body.has("files") and not body.has("adapters"):
             having = self._volumes.having(source)

@@ -74,7 +74,7 @@ class _Shape(BaseModel):
 
 
 class BodyChange(_Shape):
-    """What is put into the body of requests; each replaces the whole of what was there."""
+    """Fields for the body of requests; each replaces the whole of what was there."""
 
     defaults: Body = None
     overrides: Body = None

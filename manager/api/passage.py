@@ -231,7 +231,7 @@ class Passage:
 
     @property
     def body_length(self) -> int | None:
-        """How long the body is going to be, None where only its end tells."""
+        """The declared length of the body; None where only its end tells."""
         for name, value in self.scope["headers"]:
             if name == b"content-length":
                 return int(value)

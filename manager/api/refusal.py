@@ -1,4 +1,4 @@
-"""Why a request is not passed on, or not to its end, and what its caller is told."""
+"""Refusals and failures of requests, and their answers to the caller."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RefusedError(Exception):
 
 
 def refusal_of(error: Exception, path: str) -> RefusedError:
-    """What a caller is told of an error."""
+    """The answer to a caller about an error."""
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, BadBodyError | InvalidRequestError):

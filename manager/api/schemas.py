@@ -206,7 +206,7 @@ class ErrorBody(_Body):
 
 
 def instance_json(state: InstanceState) -> dict[str, object]:
-    """What `InstanceBody` describes, as plain values.
+    """The values of an `InstanceBody`.
 
     The list of all instances is what everyone polls, and building models would cost more than the rest of the
     request. A test holds this against the model.

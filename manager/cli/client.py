@@ -72,7 +72,7 @@ class RefusalError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where an instance computes; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes, None where it is not known."""
 
     kind: str | None
     uuid: str | None
@@ -100,7 +100,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """What a person is shown of an instance; the API's answer has more."""
+    """An instance as a person is shown it; the API's answer has more."""
 
     id: str
     driver: str
@@ -125,7 +125,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What one sweep did to one instance: `stopped`, `would_stop`, `kept` or `failed`."""
+    """The effect of one sweep on one instance: `stopped`, `would_stop`, `kept` or `failed`."""
 
     id: str
     action: str
@@ -211,7 +211,7 @@ class Daemon:
             return self._read(lambda body: tuple(map(str, body["reasons"])), _document(answer))
 
     def lost_cards(self) -> tuple[str, ...]:
-        """Why each card that is lost cannot be used."""
+        """The reasons why lost cards cannot be used."""
         with self._answer("GET", f"{_API}/gpus") as answer:
             return self._read(
                 lambda body: tuple(str(it["lost"]) for it in body["gpus"] if it.get("lost")),
@@ -240,7 +240,7 @@ class Daemon:
             return _document(answer)
 
     def events(self) -> Iterator[Event | None]:
-        """What happens from now on; None once the stream stands, and for every sign of life."""
+        """Events from now on; None once the stream stands, and for every sign of life."""
         path = f"{_API}/events"
         with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True) as answer:
             for line in answer.iter_lines():
@@ -416,7 +416,7 @@ def _quoted(instance_id: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """What people can act on: a refused connection is wrapped four times."""
+    """The part of an error that people can act on: a refused connection is wrapped four times."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

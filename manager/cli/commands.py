@@ -361,6 +361,6 @@ def version() -> None:
 
 
 def _common_url() -> str | None:
-    """What stands before the command, or in the environment."""
+    """The options before the command, and those of the environment."""
     url: str | None = click.get_current_context().find_root().obj
     return url

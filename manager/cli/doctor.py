@@ -91,7 +91,7 @@ def _key(file: Path) -> Finding:
 
 
 def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, Finding]:
-    """What the instances need, as far as the templates can be used."""
+    """The needs of the instances, as far as the templates can be used."""
     settings = loaded.settings
     directory = settings.templates.dir or packaged_templates()
     try:

@@ -33,7 +33,7 @@ _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What the configured instances need of the engine and the cards.
+    """The demands of the configured instances on the engine and the cards.
 
     `instances` are those with containers. `finds_cards`: cards that are found have instances of their own.
     """

@@ -33,7 +33,7 @@ _OneLine.add_representer(str, _represent_text)
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """What a running daemon was told over its API: values by key path; `note` says what may be missing."""
+    """Overrides of a running daemon: values by key path; `note` says what may be missing."""
 
     values: Mapping[KeyPath, Any] = field(default_factory=dict)
     note: str = "no daemon runs: what was changed over the API is left out, and counts at the next start"

@@ -1,4 +1,4 @@
-"""How a command ends: the exit codes, and one clear line for every error. No traceback reaches a person."""
+"""The end of a command: the exit codes, and one clear line for every error. No traceback reaches a person."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `doctor` finds, and how it is shown."""
+"""Findings of `doctor`, and their text."""
 
 from __future__ import annotations
 

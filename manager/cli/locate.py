@@ -1,4 +1,4 @@
-"""Where the daemon is that a command talks to, and the key it wants."""
+"""The address of the daemon that a command talks to, and its key."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def configured_daemon(loaded: LoadedSettings) -> Endpoint:
 
 
 def current_holder(state_dir: Path) -> Holder | None:
-    """Who holds the state directory now; see `manager.adapters.locks.read_holder`."""
+    """The holder of the state directory now; see `manager.adapters.locks.read_holder`."""
     from manager.adapters.locks import read_holder  # noqa: PLC0415
 
     return read_holder(state_dir)
@@ -129,7 +129,7 @@ def _checked(url: str) -> str:
 
 
 def _shown(url: str) -> str:
-    """What was given as an address, without the parts that may hold a password or a key."""
+    """An address as it was given, without the parts that may hold a password or a key."""
     from manager.settings.problems import shown  # noqa: PLC0415  (half the cost of a command)
 
     return shown(re.sub(r"[^/]*@", "…@", re.split(r"[?#]", url, maxsplit=1)[0]))

@@ -99,7 +99,7 @@ def _follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Dae
 
 
 def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb: str) -> CommandError:
-    """What the daemon could not do, with the container's last words, which the instance may still know."""
+    """The failure of the daemon, with the container's last words, which the instance may still know."""
     if error.status < requests.codes.server_error:
         return error
     lines = error.log_tail

@@ -66,7 +66,7 @@ def watch_status(locate: Callable[[], Endpoint], *, as_json: bool) -> None:
 
 @dataclass
 class _Watch:
-    """What was last seen. `look` is called by one thread, `follow` runs in another."""
+    """The last view of the daemon. `look` is called by one thread, `follow` runs in another."""
 
     locate: Callable[[], Endpoint]
     document: dict[str, Any] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def _watch_in_lines(watch: _Watch, *, as_json: bool) -> None:
 
 
 def _without_clock(document: dict[str, Any]) -> str:
-    """What makes a difference to somebody who reads along; a clock that runs does not."""
+    """The part of a view whose change is worth a new line; a clock that runs is none."""
     clocks = {"ttl_remaining_s", "last_seen_at", "last_used_at"}
     instances = [
         {key: value for key, value in one.items() if key not in clocks} for one in document["instances"]

@@ -1,4 +1,4 @@
-"""How long to leave a failing instance alone."""
+"""Back-off: the time for which a failing instance is left alone."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ STABLE_S = 60.0
 
 
 def failures_left(failures: int, ran_s: float) -> int:
-    """How many of the failures in a row still count, after a server has run for `ran_s`."""
+    """The failures in a row that still count, after a server has run for `ran_s`."""
     return 0 if ran_s >= STABLE_S else failures

@@ -89,7 +89,7 @@ class Condition:
 
     @property
     def usable_endpoint(self) -> str | None:
-        """Where leases lead; None while none may be given."""
+        """The address for leases; None while none may be given."""
         return self.endpoint if self.is_ready and self.card_lost is None else None
 
     @property
@@ -374,7 +374,7 @@ _FROM_OUTSIDE = {
 
 
 def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
-    """Why a container does not run any more, in one sentence."""
+    """The reason why a container does not run any more, in one sentence."""
     if facts is None:
         return Explanation(Reason.CONTAINER_EXITED, f"{name} was removed")
     if facts.out_of_memory:

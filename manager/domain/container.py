@@ -31,7 +31,7 @@ _TMPFS = "rw,nosuid,nodev,size=1g,mode=1777"
 
 
 class Reach(StrEnum):
-    """How the daemon gets to a container's HTTP port."""
+    """The way from the daemon to a container's HTTP port."""
 
     ADDRESS = "address"
     NAME = "name"
@@ -159,7 +159,7 @@ def is_ours(facts: ContainerFacts, *, manager_id: str, instance_id: str, owner: 
 
 
 def choose_reach(wanted: str, *, in_container: bool, direct: bool, elsewhere: bool) -> Reach | None:
-    """How to get to containers, None when only somebody who knows the network could tell.
+    """Return the way to containers; None when only a person who knows the network could tell.
 
     Args:
         wanted: the template's `auto`, `network` or `loopback`.
@@ -177,7 +177,7 @@ def choose_reach(wanted: str, *, in_container: bool, direct: bool, elsewhere: bo
 
 
 def endpoint_of(container: ContainerFacts, wanted: ContainerRequest, *, by_name: bool) -> str | None:
-    """Where a container of ours is reached; None while it has no address.
+    """The address of a container of ours; None while it has none.
 
     What it was made with counts, and not what its template says by now (`wanted`); a container without
     those labels was made by somebody else in our name.

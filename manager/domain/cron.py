@@ -38,7 +38,7 @@ class _Field:
 
     @property
     def count(self) -> int:
-        """How many different values there are."""
+        """The number of different values."""
         return self.last - self.lowest + 1
 
     @property

@@ -54,7 +54,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What an instance's processes hold on its card.
+    """The memory of an instance's processes on its card.
 
     Attributes:
         pids: its processes.
@@ -152,14 +152,14 @@ def bind_gpus(
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What an instance may come to hold, and what it is seen to hold already."""
+    """The memory that an instance may come to hold, and that it is seen to hold already."""
 
     needed_bytes: int
     used_bytes: int
 
 
 def missing_bytes(*, free_bytes: int | None, needed_bytes: int, claims: Iterable[Claim]) -> int:
-    """How much memory a start or a load lacks on its card; 0 when it fits, or when nothing is known.
+    """The memory that a start or a load lacks on its card; 0 when it fits, or when nothing is known.
 
     Foreign processes count because `free_bytes` is measured. What other instances were promised and have
     not allocated yet is set aside, so that the same free memory lets in only one of two.
@@ -189,7 +189,7 @@ def admitted_load(
 
 
 def promised_bytes(claimed_bytes: int, loads: Iterable[Load]) -> int:
-    """What an instance may come to hold: its claim, or more while models are being loaded."""
+    """The memory that an instance may come to hold: its claim, or more while models are being loaded."""
     known = tuple(loads)
     if not known:
         return claimed_bytes
@@ -233,7 +233,7 @@ def is_news(measured_bytes: int, now: datetime, known_bytes: int | None, known_a
 
 
 def unattributed_bytes(gpu: Gpu) -> int | None:
-    """What is in use on a card and belongs to no listed process; None where that cannot be told."""
+    """The memory in use on a card that belongs to no listed process; None where that cannot be told."""
     if gpu.vram_used_bytes is None:
         return None
     listed = 0
@@ -277,7 +277,7 @@ def gib(count: int) -> str:
 
 
 def held_by(holders: Iterable[Holder]) -> str:
-    """Who holds memory, those with the most first: `gpu1 4.0 GiB, python3 (pid 77) 2.5 GiB`."""
+    """The holders of memory, those with the most first: `gpu1 4.0 GiB, python3 (pid 77) 2.5 GiB`."""
     of_instances: dict[str, int | None] = {}
     found: list[tuple[str, int | None]] = []
     for holder in holders:

@@ -26,7 +26,7 @@ def ttl_remaining_s(
 
 @dataclass(frozen=True, slots=True)
 class UsageSample:
-    """What a container had done up to a moment, in counters that only grow.
+    """The work of a container up to a moment, in counters that only grow.
 
     `network_bytes` is all traffic in both directions, `own_bytes` what our own probes may have caused of
     it, `cpu_s` processor time, `expirations` the models in memory with their `expires_at`.

@@ -1,4 +1,4 @@
-"""What an instance is: its configured side (`InstanceSpec`) and the words for its actual side."""
+"""An instance: its configured side (`InstanceSpec`) and the words for its actual side."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class DeviceKind(StrEnum):
 
 
 class Target(StrEnum):
-    """What was asked for. A request sets it; reconciliation moves the phase towards it."""
+    """The wanted state. A request sets it; reconciliation moves the phase towards it."""
 
     RUNNING = "running"
     STOPPED = "stopped"
 
 
 class Phase(StrEnum):
-    """What is. Moves only along the table in `domain.lifecycle`."""
+    """The actual state. Moves only along the table in `domain.lifecycle`."""
 
     UNAVAILABLE = "unavailable"
     STOPPED = "stopped"
@@ -47,7 +47,7 @@ class Phase(StrEnum):
 
 
 class Health(StrEnum):
-    """What the last probe said; separate from the phase."""
+    """The result of the last probe; separate from the phase."""
 
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
@@ -56,7 +56,7 @@ class Health(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why an instance is not as one would wish, for people and programs."""
+    """The reason why an instance is not as one would wish, for people and programs."""
 
     code: Reason
     message: str
@@ -65,7 +65,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things may take for one instance; seconds throughout. `ttl_s` 0 means never idle-stopped."""
+    """Time limits of one instance; seconds throughout. `ttl_s` 0 means never idle-stopped."""
 
     ttl_s: float
     start_timeout_s: float

@@ -1,4 +1,4 @@
-"""What an answer with an error says of its server."""
+"""Judgements of servers by their answers with an error."""
 
 from __future__ import annotations
 

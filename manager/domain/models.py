@@ -46,7 +46,7 @@ def split_pin(name: str) -> tuple[str, str | None]:
 
 @lru_cache(maxsize=4096)
 def model_key(name: str) -> str:
-    """What two names of one model have in common: `Qwen3`, `qwen3:latest` and `library/qwen3` are one.
+    """The key that two names of one model share: `Qwen3`, `qwen3:latest` and `library/qwen3` are one.
 
     Source: Ollama `types/model/name.go`: the parts left out have defaults, and letters compare without case.
     """

@@ -1,4 +1,4 @@
-"""What to do next about one instance: the core decides, the supervisor acts."""
+"""The next action for one instance: the core decides, the supervisor acts."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from manager.domain.instance import Target
 
 
 class Operation(StrEnum):
-    """What was being done when the row was written: a daemon that died meanwhile leaves it behind."""
+    """The operation when the row was written: a daemon that died meanwhile leaves it behind."""
 
     START = "start"
     STOP = "stop"
@@ -19,7 +19,7 @@ class Operation(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
-    """What is stored of one instance. Times are UTC; None in `ttl_s` and `pinned` means: as configured.
+    """The row of one instance. Times are UTC; None in `ttl_s` and `pinned` means: as configured.
 
     `usage` carries the counters behind `last_used_at`, with `at` in seconds since the epoch.
     """

@@ -1,4 +1,4 @@
-"""What callers may ask for by a role's name, and what is changed in their requests."""
+"""Roles: names that callers may ask for, and the changes to their requests."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 
 
 class RequestKind(StrEnum):
-    """What a request has a model do. A role serves one kind, and falls back to roles of the same."""
+    """The work that a request has a model do. A role serves one kind, and falls back to roles of the same."""
 
     GENERATE = "generate"
     EMBED = "embed"
@@ -50,7 +50,7 @@ BUILT_IN_ROLES: Mapping[str, RequestKind] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class BodyChanges:
-    """What is changed in the body of a request before it is sent on.
+    """The changes to the body of a request before it is sent on.
 
     `defaults` count where the caller says nothing, `overrides` always; both are merged deeply. `system` is
     put into the system prompt. `think` None leaves the model's way alone.
@@ -180,7 +180,7 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 def role_contradictions(
     roles: Mapping[str, Role], gpu_of: Mapping[str, bool | None]
 ) -> Iterator[tuple[str, str, str]]:
-    """What cannot be meant, as (role, field, message).
+    """Problems, as (role, field, message).
 
     Args:
         roles: all roles.

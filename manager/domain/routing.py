@@ -1,4 +1,4 @@
-"""Where a request may go, in which order, and why: one pure function."""
+"""The decision where a request may go, in which order, and why: one pure function."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Snapshot:
         return self._names
 
     def serving(self, kind: RequestKind) -> Snapshot:
-        """Those that are there for such requests."""
+        """The instances that serve such requests."""
         found = self._serving.get(kind)
         if found is None:
             able = tuple([one for one in self.candidates if kind in one.serves])
@@ -144,7 +144,7 @@ def missing_models(settings: RoutingSettings, snapshot: Snapshot) -> Iterator[tu
 
 
 class RequestFacts(NamedTuple):
-    """What a request says about where it should go.
+    """The wishes of a request about where it should go.
 
     `instance` is a pin given beside the model's name, `lane` the name of a role.
     """
@@ -191,7 +191,7 @@ class PassedOver(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Why there is no attempt. `what` tells an unknown name from an impossible one, or one out of reach."""
+    """The lack of an attempt. `what` tells an unknown name from an impossible one, or one out of reach."""
 
     what: What
     reason: Reason
@@ -200,7 +200,7 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """Where one request may go, the first group first.
+    """The groups of instances that one request may go to, the first one first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
     never twice for one model. `refused` is set exactly when there is no attempt.
@@ -420,7 +420,7 @@ class _Decider:
         return having, unread, tuple(one for one in self._snapshot.candidates if one.models is not None)
 
     def _ranking(self, leg: _Leg) -> tuple[str | None, Mapping[DeviceKind | None, int | None], bool]:
-        """Who is chosen before all others, how these rank by device, and whether only the CPU is permitted.
+        """The preferred instances, the ranks of the others by device, and whether only the CPU is permitted.
 
         0 is what is preferred, more what is permitted after it, None what is not permitted.
         """
@@ -436,7 +436,7 @@ class _Decider:
         return self._cpu_only or (leg.role is not None and leg.role.policy is Policy.CPU_ONLY)
 
     def _once_each(self) -> Iterator[PassedOver]:
-        """What is not attempted under another role, each with what says most about it."""
+        """The instances that are not attempted under another role, each with the reason that says most."""
         found: dict[tuple[str, str], PassedOver] = {}
         for one in self._passed_over:
             place = one.instance, model_key(one.model)
@@ -445,7 +445,7 @@ class _Decider:
         return (one for (instance, key), one in found.items() if instance not in self._tried[key])
 
     def _why_not_preferred(self, leg: _Leg, out: Reason | None, *, is_there: bool) -> Reason:
-        """Why a GPU, or the one that is the target, is not what answers."""
+        """The reason why no GPU, or not the one that is the target, answers."""
         if is_there:
             return Reason.INSTANCE_UNAVAILABLE  # when it comes to this attempt
         if out is not None:
@@ -458,7 +458,7 @@ class _Decider:
         return Reason.MODEL_MISSING if gpus else Reason.GPU_MISSING
 
     def _why_none(self, leg: _Leg) -> Refused:
-        """Why there is no attempt, told by the leg that is preferred."""
+        """The reason why there is no attempt, told by the leg that is preferred."""
         outs = [one for one in self._passed_over if one.reason is not Reason.POLICY]
         if outs and not self._is_unknown(leg):
             target = leg.role.target if leg.role else None

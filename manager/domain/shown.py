@@ -1,4 +1,4 @@
-"""How an instance is shown: what cannot be known or used right now is `unavailable`, and says why."""
+"""The display of an instance: one that cannot be known or used right now is `unavailable`, and says why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container template may say, and what an operator allows templates to ask for."""
+"""Container templates, and the limits that an operator sets for them."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def models_mount(template: Template) -> Volume | None:
 
 
 def writers(members: Sequence[Member], configured: str | None) -> tuple[str, ...]:
-    """Who is to write, in the order in which they are tried; the first that can be had is the one.
+    """The writers, in the order in which they are tried; the first that can be had is the one.
 
     Servers that share a volume know nothing of each other: two that pull the same model write the same file.
     So the operator's choice stands alone, and otherwise whoever runs comes before whoever would have to be
@@ -56,7 +56,7 @@ def writers(members: Sequence[Member], configured: str | None) -> tuple[str, ...
 
 
 def readers(members: Sequence[Member]) -> tuple[str, ...]:
-    """Who is to be asked about a volume, in the order in which they are tried."""
+    """The instances to be asked about a volume, in the order in which they are tried."""
     return tuple(member.id for member in sorted(members, key=_order) if member.state is not State.OUT)
 
 

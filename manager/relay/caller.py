@@ -1,4 +1,4 @@
-"""What the head of a request says of its client, read once for all requests with the same head."""
+"""The client of a request, by its head; read once for all requests with the same head."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Caller:
-    """What all requests with one head to one route share.
+    """The facts that all requests with one head to one route share.
 
     `ambiguity` is why nobody could serve it: its framing, or a header of ours that makes no sense.
     `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.

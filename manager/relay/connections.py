@@ -30,7 +30,7 @@ class Place(Enum):
     PRIVILEGED = auto()
     """Keyed requests, and those of `HEALTH`."""
     HEALTH = auto()
-    """What tells whether the daemon is alive and well."""
+    """Requests that tell whether the daemon is alive and well."""
 
 
 class Connection(Protocol):

@@ -7,7 +7,7 @@ from enum import Enum, auto
 
 
 class Phase(Enum):
-    """What a connection waits for."""
+    """The phases of a connection: what it waits for."""
 
     HEAD = auto()
     """The client's first request, or the rest of a head that has begun."""
@@ -48,7 +48,7 @@ LEAST_PROGRESS_BYTES = 1024
 
 
 class Stopwatch:
-    """How long a connection has been in its phase without progress.
+    """Measures how long a connection has been in its phase without progress.
 
     Attributes:
         since: the monotonic time of the first look that found the current phase and progress.

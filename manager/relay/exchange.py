@@ -72,7 +72,7 @@ class _State(Enum):
 
 
 class _End(NamedTuple):
-    """How an answer ended. One that is not whole has a `message`, for an error of that status."""
+    """The end of an answer. One that is not whole has a `message`, for an error of that status."""
 
     outcome: Outcome
     status: int = 0

@@ -717,7 +717,7 @@ def _problem(caller: Caller, *, modern: bool) -> tuple[int, str, dict[str, str]]
 
 
 def _plainly(error: httptools.HttpParserError) -> str:
-    """What the parser says, or what was said to it from a callback."""
+    """The message of the parser, or of the callback that ended it."""
     return str(error.__context__ or error).encode("ascii", "replace").decode()
 
 

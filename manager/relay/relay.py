@@ -1,4 +1,4 @@
-"""What all requests on the data path share: limits, connections to servers, timers, who waits for what."""
+"""State that all requests on the data path share: limits, connections to servers, timers, waits for loads."""
 
 from __future__ import annotations
 

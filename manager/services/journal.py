@@ -1,4 +1,4 @@
-"""What happened, in order: logged once, kept in the registry, followed live by subscribers."""
+"""Events, in order: logged once, kept in the registry, followed live by subscribers."""
 
 from __future__ import annotations
 

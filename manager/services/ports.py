@@ -1,4 +1,4 @@
-"""What the services need of the world. Adapters implement these; `app.py` alone brings both together."""
+"""Ports: the services' interfaces to the outside. Adapters implement them; `app.py` alone wires both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What the engine says of itself, as far as it decides something.
+    """Facts about the engine that decide something.
 
     `gives_cards` is False where a request for a card is ignored.
     """
@@ -56,7 +56,7 @@ class PullProgress:
 
 @dataclass(frozen=True, slots=True)
 class ContainerCounters:
-    """What a container has used since it started: traffic in both directions and processor time."""
+    """The use of a container since it started: traffic in both directions and processor time."""
 
     network_bytes: int
     cpu_s: float
@@ -139,7 +139,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ProbeAnswer:
-    """What a server said to one probe and about how many bytes that moved on the wire, both ways.
+    """The answer of a server to one probe, and about how many bytes that moved on the wire, both ways.
 
     All but the last are None when they were not asked for or the server would not say. What it lists
     is kept as it came: whoever asks the manager gets to see every key of it.
@@ -232,7 +232,7 @@ class GpuReader(Protocol):
 
 
 class Registry(Protocol):
-    """What survives a restart. A call that returns has been committed to disk.
+    """The state that survives a restart. A call that returns has been committed to disk.
 
     Raises:
         RegistryUnwritableError: the write did not happen, nothing changed.

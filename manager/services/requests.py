@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Origin(NamedTuple):
-    """What the head of a request says of its client. `trace` is trace id, span id and flags.
+    """The client of a request, by its head. `trace` is trace id, span id and flags.
 
     `fault` is why the request cannot be served, for the client; None where it can.
     """

@@ -1,4 +1,4 @@
-"""What became of requests: one record each, counted, and written down in batches off their path."""
+"""Outcomes of requests: one record each, counted, and written down in batches off their path."""
 
 from __future__ import annotations
 

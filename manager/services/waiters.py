@@ -1,4 +1,4 @@
-"""Those who wait for the outcome of one operation: each may leave, the others still get it."""
+"""Waiters for the outcome of one operation: each may leave, the others still get it."""
 
 from __future__ import annotations
 

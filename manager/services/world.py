@@ -1,4 +1,4 @@
-"""What every instance shares: the outside, the clock, and what the fleet decides for all."""
+"""State that every instance shares: the outside, the clock, and what the fleet decides for all."""
 
 from __future__ import annotations
 

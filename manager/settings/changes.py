@@ -1,4 +1,4 @@
-"""What a configuration that is read again changes in a running daemon, and what waits for a restart."""
+"""The changes of a configuration that is read again: those that apply at once, and those for a restart."""
 
 from __future__ import annotations
 

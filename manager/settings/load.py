@@ -130,7 +130,7 @@ def read_key(path: Path, *, daemon_uid: int | None = None) -> str:
 
 
 def key_weaknesses(path: Path, key: str) -> tuple[str, ...]:
-    """What is wrong with a key that works; nothing of the key itself is said.
+    """Weaknesses of a key that works; nothing of the key itself is said.
 
     Such a key is taken all the same: secrets that an engine mounts into a container are readable by
     everyone in it, and only its operator knows who could guess.

@@ -165,7 +165,7 @@ class TemplatesSettings(Section):
 
 
 class AllowSettings(Section):
-    """What a template may ask for: glob patterns, `binds` as `DIR` or `DIR:rw`."""
+    """Limits of templates: glob patterns, `binds` as `DIR` or `DIR:rw`."""
 
     images: tuple[Text, ...] = ("ollama/ollama:*", "ollama-manager/simulated:*")
     env: tuple[Text, ...] = (
@@ -359,7 +359,7 @@ def _loop_refusals(settings: Settings) -> Iterator[Refusal]:
 
 
 def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
-    """What templates have no say in; the rest follows once they are known (`resolve_instances`)."""
+    """Refusals that do not depend on templates; the others follow in `resolve_instances`."""
     instances = settings.instances
     auto_gpus = settings.gpus == "auto"
     gpu_of = {id_: _surely_gpu(instance) for id_, instance in instances.items()}

@@ -84,7 +84,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 
 
 def written_roles(loaded: LoadedSettings) -> dict[str, dict[str, Sourced]]:
-    """What the sources say of each role; of a mapping that several have a part in, the highest of them."""
+    """The sources of each role; of a mapping that several have a part in, the highest of them."""
     return {
         name: {
             field: Sourced(value, loaded.kind_of_source(("roles", name, *field.split("."))))
@@ -204,7 +204,7 @@ def _put(
 def _why_unusable(
     key: str, value: Any, written: Mapping[str, Mapping[str, Sourced]], active: Mapping[str, Any]
 ) -> str | None:
-    """Why an override means nothing here; None when it does."""
+    """The reason why an override means nothing here; None when it does."""
     role, field = split_key(key) or ("", "")
     if not _is_name(role) or field not in FIELDS or value is None:
         return "there is no such setting"

@@ -1,4 +1,4 @@
-"""Who owns a file or a directory, and who else can change it.
+"""Checks of the owner of a file or a directory, and of who else can change it.
 
 State, configuration and keys are trusted only where nobody but their user and root can change them. Checks of
 a path cover everything that a lookup goes through, links included. POSIX ACLs are not looked at.
@@ -56,7 +56,7 @@ def make_private_directory(path: Path) -> None:
 
 
 def directory_problem(path: Path) -> str | None:
-    """Why others could change what is in a directory; None where nobody but its user and root can.
+    """The reason why others could change what is in a directory; None where only its user and root can.
 
     The directory belongs to the caller, and neither group nor others may write to it. What leads to it
     belongs to the caller or root; where everybody may write, the sticky bit keeps entries with their owners.
@@ -86,7 +86,7 @@ def directory_problem(path: Path) -> str | None:
 
 
 def state_file_problem(path: Path) -> str | None:
-    """Why a file in the state directory cannot be one of ours; None where it can, or where there is none.
+    """The reason why a file in the state directory cannot be ours; None where it can, or where there is none.
 
     A second name (a hard link) would let two daemons write to one file, or a daemon to somebody else's.
 
@@ -109,7 +109,7 @@ def state_file_problem(path: Path) -> str | None:
 
 
 def local_file_problem(path: Path) -> str | None:
-    """Why a file that was only found in the current directory does not count; None where it does.
+    """The reason why a file that was found in the current directory does not count; None where it does.
 
     File and directory belong to the caller or root, and nobody else can write to either. A sticky directory
     such as /tmp is as good as one that others cannot write to.
@@ -132,7 +132,7 @@ def local_file_problem(path: Path) -> str | None:
 
 
 def weaknesses(path: Path) -> Iterator[str]:
-    """Who else could change a file or a directory that the operator has named: it is used all the same.
+    """A warning of others who could change a file or a directory that the operator has named.
 
     Raises:
         OSError: it cannot be looked at.

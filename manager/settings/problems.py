@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, each with its place: collected, then raised as one error."""
+"""Problems of a configuration, each with its place: collected, then raised as one error."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _json_object(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_json(value: Any, path: tuple[str | int, ...]) -> Iterator[Refusal]:
-    """What a request's body cannot carry: it is sent as JSON in UTF-8."""
+    """Refusals of values that a request's body cannot carry: it is sent as JSON in UTF-8."""
     if len(path) > _DEEPEST:
         yield Refusal(key=path[:1], message=f"nested too deeply; expected at most {_DEEPEST} levels")
     elif isinstance(value, dict):
@@ -129,14 +129,14 @@ Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(_size_text, w
 
 
 class BodySettings(Section):
-    """What is put into a request's body: `defaults` where the caller says nothing, `overrides` always."""
+    """Fields for a request's body: `defaults` where the caller says nothing, `overrides` always."""
 
     defaults: JsonObject = Field(default_factory=dict)
     overrides: JsonObject = Field(default_factory=dict)
 
 
 class SystemSettings(Section):
-    """What is done to the system prompt; nothing while `text` is None."""
+    """The change to the system prompt; none while `text` is None."""
 
     text: OptionalText = None
     mode: SystemMode = "prepend"
@@ -156,7 +156,7 @@ class RoleSettings(Section):
 
 
 class ModelEntrySettings(Section):
-    """What is changed in requests for one model, whatever their role."""
+    """The changes to requests for one model, whatever their role."""
 
     body: BodySettings = Field(default_factory=BodySettings)
     system: SystemSettings = Field(default_factory=SystemSettings)
@@ -258,7 +258,7 @@ def default_roles() -> dict[str, RoleSettings]:
 
 
 def role_values(role: RoleSettings) -> dict[str, Any]:
-    """What is said of a role, as JSON values by dotted field, such as `model` and `body.defaults`."""
+    """The settings of a role, as JSON values by dotted field, such as `model` and `body.defaults`."""
     values = role.model_dump(mode="json")
     return {
         field: value
@@ -321,7 +321,7 @@ def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) 
 def role_refusals(
     roles: Mapping[str, RoleSettings], gpu_of: Mapping[str, bool | None], *, auto_gpus: bool
 ) -> Iterator[Refusal]:
-    """What cannot be meant in `roles`, with keys relative to them.
+    """Problems of `roles`, with keys relative to them.
 
     Args:
         roles: all roles.
@@ -341,7 +341,7 @@ def role_refusals(
 def writer_refusals(
     models: ModelsSettings, managed: Mapping[str, bool], *, auto_gpus: bool
 ) -> Iterator[Refusal]:
-    """What cannot be meant in `models.writers`, with keys relative to `models`.
+    """Problems of `models.writers`, with keys relative to `models`.
 
     Args:
         models: the section.

@@ -1,4 +1,4 @@
-"""What the sections of the configuration have in common: their base, and the kinds of values in them."""
+"""The common parts of the sections of the configuration: their base, and the kinds of values in them."""
 
 from __future__ import annotations
 

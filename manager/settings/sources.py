@@ -1,4 +1,4 @@
-"""Where settings come from: each source as nested values, and a place for every one of them."""
+"""The sources of settings: each as nested values, with a place for every one of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Kind = Literal["command line", "environment", "file", "default"]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a value was written; `name` is an option, a variable or FILE:LINE."""
+    """The place where a value was written; `name` is an option, a variable or FILE:LINE."""
 
     kind: Kind
     name: str = ""
@@ -89,7 +89,7 @@ class Source(PydanticBaseSettingsSource):
 
 
 def place_of(path: KeyPath, sources: tuple[Source, ...]) -> Place:
-    """Where the value of `path` comes from, or the nearest thing around it that somebody wrote."""
+    """The place of the value of `path`, or of the nearest thing around it that was written."""
     best, depth = DEFAULT, 0
     for source in sources:
         for end in range(len(path), depth, -1):
@@ -102,7 +102,7 @@ def place_of(path: KeyPath, sources: tuple[Source, ...]) -> Place:
 
 
 def wrote(path: KeyPath, sources: tuple[Source, ...]) -> Place:
-    """Who wrote exactly this key; the default when nobody did."""
+    """The place of exactly this key; the default when it was not written."""
     for source in sources:
         if path in source.places:
             return source.places[path]
@@ -112,7 +112,7 @@ def wrote(path: KeyPath, sources: tuple[Source, ...]) -> Place:
 
 
 def command_line(overrides: Mapping[str, object], environ: Mapping[str, str]) -> Source:
-    """What the options say; None means that an option was not given."""
+    """The values of the options; None means that an option was not given."""
     values = _given(overrides)
     places = {
         path: Place("command line", f"--{str(path[-1]).replace('_', '-')}") for path in _paths(values, ())
@@ -123,7 +123,7 @@ def command_line(overrides: Mapping[str, object], environ: Mapping[str, str]) ->
 def environment(
     environ: Mapping[str, str], problems: list[Problem], names: Mapping[str, Any] = _NO_NAMES
 ) -> Source:
-    """What our variables say; one that is no setting goes to `problems`, an empty one counts as unset.
+    """The values of our variables; one that is no setting goes to `problems`, an empty one counts as unset.
 
     Args:
         environ: the environment.

@@ -72,7 +72,7 @@ def load_templates(settings: Settings) -> dict[str, Template]:
 
 
 def template_warnings(loaded: LoadedSettings) -> tuple[str, ...]:
-    """What templates are allowed although it is dangerous, and who else can change them: a sentence each."""
+    """Dangerous settings that templates are allowed, and others who can change them: a sentence each."""
     settings = loaded.settings
     private: dict[str, str] = {}
     if settings.engine.url.startswith(_LOCAL_ENGINE):
@@ -198,7 +198,7 @@ def _is_missing(path: Path) -> bool:
 
 
 def _real(settings: Settings, paths: Iterable[str]) -> dict[str, str]:
-    """What absolute paths of the engine's host lead to; nothing where that host is another one.
+    """The targets of absolute paths of the engine's host; nothing where that host is another one.
 
     What does not exist from here (the daemon may run in a container) leads to itself.
     """
@@ -252,7 +252,7 @@ def _contradictions(
 def _routing_contradictions(
     settings: Settings, specs: Sequence[InstanceSpec]
 ) -> Iterator[tuple[KeyPath, str]]:
-    """What only templates can tell of roles and writers: which device an instance has, and which volumes."""
+    """Check roles and writers by what only templates tell: the device of an instance, and its volumes."""
     kinds = {spec.id: spec.device_kind for spec in specs}
     gpu_of = {id_: None if kind is None else kind is DeviceKind.GPU for id_, kind in kinds.items()}
     for refusal in role_refusals(settings.roles, gpu_of, auto_gpus=settings.gpus == "auto"):

@@ -93,7 +93,7 @@ class InferenceBody:
         return len(self.raw) <= SMALL_BYTES
 
     def raw_count(self, name: str) -> int:
-        """How often a name stands in a small body, in quotes."""
+        """Count a name, in quotes, in a small body."""
         return bytes(self.raw).count(f'"{name}"'.encode())
 
     def forget(self) -> None:

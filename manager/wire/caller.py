@@ -1,4 +1,4 @@
-"""What callers say in headers: under which names, and as text that may be shown."""
+"""The headers of callers: their names, and their values as text that may be shown."""
 
 from __future__ import annotations
 

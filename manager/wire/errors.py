@@ -1,4 +1,4 @@
-"""What is wrong with a request's body; the messages are for the client."""
+"""Errors of a request's body; the messages are for the client."""
 
 from __future__ import annotations
 

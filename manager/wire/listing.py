@@ -160,6 +160,6 @@ def _modified_s(model: KnownModel) -> float:
 
 
 def _namespace(name: str) -> str:
-    """Who a model belongs to: `user` of `user/model` and of `host/user/model`."""
+    """The owner of a model: `user` of `user/model` and of `host/user/model`."""
     parts = name.split("/")
     return parts[-2] if len(parts) > 1 else _DEFAULT_NAMESPACE

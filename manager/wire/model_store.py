@@ -69,7 +69,7 @@ class ManifestFile:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a list of models needs of a manifest.
+    """The facts of a manifest that a list of models needs.
 
     Attributes:
         size_bytes: all layers together.

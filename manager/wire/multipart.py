@@ -29,7 +29,7 @@ class BadFormError(ValueError):
 
 
 class Found(Enum):
-    """What is known of the model after what came so far."""
+    """The knowledge of the model after the bytes that came so far."""
 
     NOT_YET = auto()
     NAMED = auto()

@@ -1,4 +1,4 @@
-"""What Ollama's status routes answer, read leniently: a field that is missing or odd is never an error."""
+"""Answers of Ollama's status routes, read leniently: a field that is missing or odd is never an error."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_loaded(body: Any) -> tuple[Model, ...] | None:
 
 
 def read_available(body: Any) -> tuple[Mapping[str, Any], ...] | None:
-    """What `/api/tags` says of all models there are, None when the body is not its answer."""
+    """The models in an answer of `/api/tags`; None when the body is no such answer."""
     entries = _entries(body)
     return None if entries is None else tuple(entries)
 

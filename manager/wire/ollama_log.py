@@ -1,4 +1,4 @@
-"""What Ollama's log says of the device it found."""
+"""The device that Ollama has found, by its log."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ class LineTooLongError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a line says; a field is None where the line does not have it. Byte counts are of one layer."""
+    """The content of a line; a field is None where the line lacks it. Byte counts are of one layer."""
 
     status: str | None = None
     digest: str | None = None
@@ -30,7 +30,7 @@ class Progress:
 
     @property
     def subject(self) -> tuple[str | None, str | None]:
-        """What the line is about: a later line about the same replaces it."""
+        """The subject of the line: a later line about the same replaces it."""
         return self.status, self.digest
 
     @property
@@ -111,7 +111,7 @@ class SuccessWatch:
 
 
 def read_progress(line: bytes) -> Progress:
-    """What a line says, read leniently: what is odd is as if it were not there."""
+    """Read a line leniently: a field that is odd is as if it were not there."""
     try:
         document = orjson.loads(line)
     except orjson.JSONDecodeError:

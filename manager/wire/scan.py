@@ -237,7 +237,7 @@ class Scan:
 
 
 class _State(NamedTuple):
-    """Where a window begins: how many brackets are open, in a string or not, behind a backslash or not."""
+    """The state at the begin of a window: open brackets, in a string or not, behind a backslash or not."""
 
     depth: int
     in_string: bool
@@ -269,7 +269,7 @@ def _lowest(levels: bytes) -> int:
 
 
 def _end_in(window: bytes, state: _State) -> int:
-    """How far the outermost bracket reaches into the window that closes it."""
+    """The place in the window where the outermost bracket is closed."""
     offset = 0
     while len(window) > 1:
         half = len(window) // 2

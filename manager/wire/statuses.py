@@ -82,14 +82,14 @@ def judge(status: int, message: str = "") -> Judgement:
 
 
 def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:
-    """How a request has ended that was answered with this status."""
+    """The outcome of a request that was answered with this status."""
     if status >= INTERNAL_ERROR:
         return "upstream_error"
     return "client_error" if status >= BAD_REQUEST else "ok"
 
 
 def outcome_without_answer(status: int) -> Literal["refused", "timeout", "upstream_error"]:
-    """How a request has ended that no instance answered, and whose caller was told with this status."""
+    """The outcome of a request that no instance answered, and whose caller got this status."""
     if status == _TOLD[Reason.MODEL_MISSING]:
         return "refused"
     return "timeout" if status == _TOLD[Reason.ATTEMPT_TIMEOUT] else "upstream_error"

@@ -1,4 +1,4 @@
-"""What the end of an answer says: how many tokens there were, and whether it is the end at all."""
+"""The end of an answer: the number of tokens, and whether it is the end at all."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ _CHUNK = 2**16
 
 
 def wal_problem(wal: Path) -> str | None:
-    """Why SQLite would take a log that is not empty for an empty one; None where it reads it.
+    """The reason why SQLite would take a log that is not empty for an empty one; None where it reads it.
 
     Only zeros are what a power failure leaves of a log that was just made: nothing was in it.
 
@@ -47,7 +47,7 @@ def wal_problem(wal: Path) -> str | None:
 
 
 def wal_gap(connection: sqlite3.Connection, wal: Path) -> str | None:
-    """Why SQLite reads less of a log than was finished; None where it reads all.
+    """The reason why SQLite reads less of a log than was finished; None where it reads all.
 
     Behind the last frame that SQLite reads, one transaction may stand that was never finished. Frames of the
     same generation (their salts say so) that finish two of them mean that an earlier frame was damaged.

@@ -96,7 +96,7 @@ _CIRCUMSTANCES = {
 def translated(
     path: Path, exc: BaseException | None, doing: str
 ) -> RegistryCorruptError | RegistryUnwritableError:
-    """What an error of SQLite means: its circumstances are against us, or the file itself is bad."""
+    """The meaning of an error of SQLite: its circumstances are against us, or the file itself is bad."""
     code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest refines it
     if code in _CIRCUMSTANCES:
         return RegistryUnwritableError(

@@ -99,7 +99,7 @@ class Admission:
                 self._loads[instance] = going_on
 
     def lacking(self, instance: str, needed_bytes: int) -> int:
-        """How much memory is missing on the instance's card for as much more; 0 where that is unknown."""
+        """The memory that is missing on the instance's card for as much more; 0 where that is unknown."""
         return missing_bytes(
             free_bytes=self._free_bytes(instance),
             needed_bytes=needed_bytes,
@@ -107,7 +107,7 @@ class Admission:
         )
 
     def reserved_for_others(self, instance: str) -> int:
-        """What others on the same card were promised and do not hold yet."""
+        """The memory that others on the same card were promised and do not hold yet."""
         return sum(max(0, one.needed_bytes - one.used_bytes) for one in self._claims_of_others(instance))
 
     def _free_bytes(self, instance: str) -> int | None:

@@ -36,7 +36,7 @@ class GpuSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class GpuTrouble:
-    """What is wrong with the driver or with cards."""
+    """Problems of the driver or of cards."""
 
     code: str
     message: str
@@ -129,7 +129,7 @@ class Cards:
         return find_gpu(self.snapshot.gpus, uuid) if uuid else None
 
     def why_missing(self, instance: str) -> str | None:
-        """Why the instance's card cannot be used, None when it can, or when that cannot be told."""
+        """The reason why the instance's card cannot be used; None when it can, or nobody can tell."""
         uuid = self.uuid_of(instance)
         if uuid is not None:
             return self._lost.get(uuid)

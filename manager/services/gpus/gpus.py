@@ -1,4 +1,4 @@
-"""What instances ask of the cards: whether theirs is there, what they hold, and whether more fits."""
+"""The cards, for instances: whether theirs is there, what they hold, and whether more fits."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Gpus:
     # --- what is held ---
 
     def holding(self, instance: str) -> Holding:
-        """What the instance's processes hold on its card, by the last reading."""
+        """The memory of the instance's processes on its card, by the last reading."""
         gpu = self.gpu_of(instance)
         if gpu is None:
             return Holding()
@@ -241,7 +241,7 @@ class Gpus:
         self._admission.end_loads(instance)
 
     def shortage(self, instance: str) -> Explanation | None:
-        """Why the last load on an instance was refused, while that still holds."""
+        """The reason why the last load on an instance was refused, while it still holds."""
         known = self._shortages.get(instance)
         return known[1] if known else None
 

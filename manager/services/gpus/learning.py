@@ -66,11 +66,11 @@ class Learned:
         self._last.pop(instance, None)
 
     def of_start(self, instance: str) -> int:
-        """What the model that was learned last on an instance took; 0 where none was."""
+        """The size of the model that was learned last on an instance; 0 where none was."""
         return _newest([size for size in self._sizes.values() if size.instance == instance])
 
     def here(self, instance: str, model: str, digest: str | None) -> int:
-        """What a model took on an instance; 0 where it is unknown.
+        """The learned size of a model on an instance; 0 where it is unknown.
 
         The digest tells which names are of one model, and that a name is of another model than before.
         """

@@ -1,4 +1,4 @@
-"""How many instances may run: places, eviction, and instances that wait for a place."""
+"""The number of instances that may run: places, eviction, and instances that wait for a place."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class LiveCondition:
 
 
 def _routed(condition: Condition) -> tuple[object, ...]:
-    """What routing reads of a condition."""
+    """The view of a condition for routing."""
     return (
         condition.phase,
         condition.intent,

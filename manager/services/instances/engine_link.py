@@ -31,7 +31,7 @@ _RELISTED = ("rename",)
 
 @dataclass(frozen=True, slots=True)
 class _Situation:
-    """How the daemon and the engine's containers reach each other; see `choose_reach`."""
+    """The ways between the daemon and the engine's containers; see `choose_reach`."""
 
     in_container: bool
     direct: bool

@@ -1,4 +1,4 @@
-"""What all instances have in common: leases, probes, and a view for everyone else."""
+"""The base of all instances: leases, probes, and a view for everyone else."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """What an instance has done so far and holds now: processor time, and bytes of GPU memory."""
+    """The effort of an instance: processor time, and bytes of GPU memory."""
 
     cpu_s: float
     vram_bytes: int
@@ -128,11 +128,11 @@ class Instance(ABC):
     @property
     @abstractmethod
     def probed_endpoint(self) -> str | None:
-        """Where probes go; None while there is nothing to probe."""
+        """The address for probes; None while there is nothing to probe."""
 
     @abstractmethod
     def usable_endpoint(self) -> str | None:
-        """Where leases lead; None while none may be given."""
+        """The address for leases; None while none may be given."""
 
     @abstractmethod
     def used(self) -> None:
@@ -179,7 +179,7 @@ class Instance(ABC):
         return self._leases.grant(place)
 
     async def effort(self) -> Effort | None:
-        """What the instance has done and holds, as far as that can be told from outside."""
+        """The effort of the instance, as far as it can be told from outside."""
         return None
 
     @property
@@ -201,7 +201,7 @@ class Instance(ABC):
         return False
 
     def read_models_soon(self) -> None:
-        """What is known of its models has turned out wrong: the next probe reads the list again."""
+        """Have the next probe read the list of models: the known one has turned out wrong."""
         self._tags_due = 0.0
 
     async def probe(self, *, tags: bool = False) -> None:

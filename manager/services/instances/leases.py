@@ -42,7 +42,7 @@ class Lease:
 
     @property
     def cut(self) -> str | None:
-        """Why the instance was ended under this lease, None while it was not."""
+        """The reason why the instance was ended under this lease; None while it was not."""
         return None if self._run is None else self._run.cut
 
     def release(self) -> None:

@@ -75,7 +75,7 @@ class Starting:
             self._may_run(w.id)
 
     def unusable(self) -> Explanation | None:
-        """Why no start can succeed, None when one may."""
+        """The reason why no start can succeed; None when one may."""
         w = self._w
         lost = w.condition.state.card_lost
         if lost is not None and w.condition.state.phase is Phase.READY:

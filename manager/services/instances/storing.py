@@ -1,4 +1,4 @@
-"""What the registry keeps of one instance."""
+"""The row of one instance in the registry."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Overrides(TypedDict, total=False):
-    """What is set above the configuration of an instance; None where nothing is any more."""
+    """Settings that override the configuration of an instance; None takes an override back."""
 
     ttl_s: float | None
     pinned: bool | None

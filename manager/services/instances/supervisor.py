@@ -321,7 +321,7 @@ class Supervisor(Instance):
 
     @property
     def reach(self) -> Reach | None:
-        """How the container is reached; set by the fleet."""
+        """The way to the container; set by the fleet."""
         return self._w.reach
 
     @reach.setter
@@ -365,12 +365,12 @@ class Supervisor(Instance):
 
     @property
     def why_unusable(self) -> Explanation | None:
-        """Why no start can succeed, None when one may."""
+        """The reason why no start can succeed; None when one may."""
         return self._starting.unusable()
 
     @property
     def why_failing(self) -> Explanation | None:
-        """Why its last start or run failed, as long as another failure is likely; see `is_failing`."""
+        """The reason of its last failure, as long as another one is likely; see `is_failing`."""
         state = self._condition.state
         retry = state.start_retry
         return state.failure if is_failing(retry.failures, retry.at, self._world.now()) else None

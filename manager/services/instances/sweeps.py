@@ -33,7 +33,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """What one sweep did to one instance, and why; of an orphan, `instance` is the container's name."""
+    """The effect of one sweep on one instance, and why; of an orphan, `instance` is the container's name."""
 
     instance: str
     action: Literal["stopped", "would_stop", "kept", "failed"]

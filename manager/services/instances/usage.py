@@ -20,7 +20,7 @@ _LEAST_WINDOW_S = 1.0
 
 
 class Watched(Protocol):
-    """What the watch needs of an instance."""
+    """The instance, as the watch sees it."""
 
     @property
     def ready_container(self) -> ContainerFacts | None: ...
@@ -35,17 +35,17 @@ class Watched(Protocol):
     def models(self) -> tuple[Model, ...]: ...
     @property
     def own_bytes(self) -> int:
-        """What our own probes have moved on the wire so far."""
+        """The bytes that our own probes have moved on the wire so far."""
         ...
 
     @property
     def probe_bytes(self) -> int:
-        """What a probe that is under way may have moved already, 0 when none is."""
+        """The bytes that a probe under way may have moved already; 0 when none is."""
         ...
 
     @property
     def coming_probe_bytes(self) -> int:
-        """What our probes may move until the state is stored again."""
+        """The bytes that our probes may move until the state is stored again."""
         ...
 
     @property
@@ -171,7 +171,7 @@ class UsageWatch:
         return True
 
     def _sample(self, counters: ContainerCounters | None) -> UsageSample:
-        """What is known now. Counters that the engine does not tell stand still: the next ones catch up."""
+        """The sample now. Counters that the engine does not tell stand still: the next ones catch up."""
         last = self._last
         own_bytes = self._watched.own_bytes
         if counters is None:

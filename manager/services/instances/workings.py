@@ -1,4 +1,4 @@
-"""What the parts of one supervisor share: starting, stopping and looking work on the same container."""
+"""State that the parts of one supervisor share: starting, stopping and looking work on the same container."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all instances have and hold, as one list. Nothing is ever started for it."""
+"""The models of all instances, as one list. Nothing is ever started for it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Catalogue:
         return tuple(self._known(key, model, doing) for key, model in self._overviews.models().items())
 
     def find(self, name: str) -> KnownModel | Alias | None:
-        """What a client means by a name: a role that has a model, or a model; None where it is neither.
+        """Return the meaning of a name: a role that has a model, or a model; None where it is neither.
 
         See `RoutingSettings.role_meant`.
         """

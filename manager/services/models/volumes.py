@@ -99,7 +99,7 @@ class Volumes:
         return volume_of(self._fleet.get(instance_id).spec)
 
     def default(self, pin: str | None) -> str:
-        """Where something new goes.
+        """Return the volume that a new model goes to.
 
         Raises:
             UnknownInstanceError: there is no instance of that id.
@@ -178,7 +178,7 @@ class Volumes:
     # --- what is done there ---
 
     def doing(self, volume: str) -> str | None:
-        """What goes on there that others have to wait for; None when nothing does."""
+        """The work on a volume that others have to wait for; None when there is none."""
         return self._doing.get(volume)
 
     @asynccontextmanager

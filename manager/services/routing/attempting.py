@@ -51,7 +51,7 @@ WAIT: Final = Wait()
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """Why a request has no answer. No attempt is left.
+    """The reason why a request has no answer. No attempt is left.
 
     `refused` is set where no server is at fault (`Refused.what`). `answer` is the answer of a server that
     failed, as the caller of `answered` gave it: the client gets that one.
@@ -80,7 +80,7 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """What all requests share. Built once by the composition root."""
+    """The parts that all requests share. Built once by the composition root."""
 
     router: Router
     placement: Placement
@@ -251,14 +251,14 @@ class Attempting:
 
     @property
     def work(self) -> Work:
-        """What the server works on."""
+        """The work of the server."""
         attempt = self.attempt
         assert attempt is not None  # noqa: S101
         return Work(attempt.instance, attempt.model, attempt.because != "loaded")
 
     @property
     def cut(self) -> str | None:
-        """Why the operator has ended the instance under the current attempt, None while he has not."""
+        """The operator's reason to end the instance under the current attempt; None while it goes on."""
         return None if self._lease is None else self._lease.cut
 
     @property

@@ -1,4 +1,4 @@
-"""What requests that are under way do with models, and which models failed last."""
+"""The use of models by requests under way, and the last failures of models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Alembic runs around the migrations. `migrate.py` opens the connection and owns its transaction."""
+"""Alembic runs this around the migrations. `migrate.py` opens the connection and owns its transaction."""
 
 from __future__ import annotations
 
