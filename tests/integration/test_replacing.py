@@ -305,11 +305,11 @@ def test_what_a_client_has_sent_of_its_next_request_moves_too(
 ) -> None:
     daemon = new_daemon(templates={"sim": {"env": SLOW}}).start()
     daemon.started("cpu")
-    with socket.create_connection(("127.0.0.1", daemon.port), timeout=30) as client:
+    address = ("127.0.0.1", daemon.port)
+    with socket.create_connection(address, timeout=30) as client, client.makefile("rb") as answers:
         client.sendall(post("/api/generate", {"model": "tiny", "prompt": "hi", "stream": False}))
         client.sendall(post("/api/show", {"model": "tiny"}) * 3)
         old = Replaceable(daemon, processes).replace()
-        answers = client.makefile("rb")
         for _ in range(4):
             assert answers.readline() == b"HTTP/1.1 200 OK\r\n"
             headers = http.client.parse_headers(answers)
