@@ -53,11 +53,13 @@ def roles_group(context: click.Context, *, as_json: bool, url: str | None, confi
         print_json(document)
         return
     roles = daemon.read(_entries, document)
+    concerns = [
+        *daemon.read(_ignored, document),
+        *daemon.read(_warnings, daemon.ask("GET", _SETTINGS)).values(),
+    ]
     print_rows(_HEADING, [_row(name, entries) for name, entries in roles.items()])
-    for one in document["ignored"]:
-        warn(f"{one['key']} is ignored: {one['reason']}")
-    for one in daemon.ask("GET", _SETTINGS)["warnings"]:
-        warn(one["message"])
+    for concern in concerns:
+        warn(concern)
 
 
 @roles_group.command("set")
@@ -97,25 +99,33 @@ def _daemon(url: str | None, config: Path | None) -> Daemon:
 def _change(daemon: Daemon, role: str, values: dict[str, Any] | None) -> None:
     """Make a change, and print each value that is another one, or comes from elsewhere, after it."""
     before = daemon.read(_entries, daemon.ask("GET", _EFFECTIVE))
-    answer = daemon.ask("POST", _SETTINGS, {"roles": {role: values}})
+    warnings = daemon.read(_warnings, daemon.ask("POST", _SETTINGS, {"roles": {role: values}}))
     after = daemon.read(_entries, daemon.ask("GET", _EFFECTIVE))
     old, new = before.get(role, {}), after.get(role, {})
     if old and not new:
         click.echo(f"{role}: removed")
         return
-    changed = [key for key in new if old.get(key) != new[key]]
+    changed = [key for key in new if (old.get(key) != new[key] if old else new[key]["source"] != "default")]
     for key in changed:
         was = f"{_sourced(old[key])} -> " if key in old else ""
         click.echo(f"{role}.{key}: {was}{_sourced(new[key])}")
     if not changed:
         click.echo(f"{role}: nothing changed")
-    for one in answer["warnings"]:
-        if f"roles.{role}." in one["key"] or f'roles."{role}".' in one["key"]:
-            warn(one["message"])
+    for key, message in warnings.items():
+        if key.startswith((f"roles.{role}.", f'roles."{role}".')):
+            warn(message)
 
 
 def _entries(document: Mapping[str, Any]) -> dict[str, _Entries]:
     return {name: flat(values) for name, values in document["roles"].items()}
+
+
+def _ignored(document: Mapping[str, Any]) -> list[str]:
+    return [f"{one['key']} is ignored: {one['reason']}" for one in document["ignored"]]
+
+
+def _warnings(document: Mapping[str, Any]) -> dict[str, str]:
+    return {one["key"]: one["message"] for one in document["warnings"]}
 
 
 def _sourced(entry: Mapping[str, Any]) -> str:
