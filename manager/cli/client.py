@@ -277,7 +277,8 @@ class Daemon:
             last: begin with that many of those there are.
             follow: go on after those there are.
         """
-        path = f"{_API}/events?last={last}&follow={'true' if follow else 'false'}"
+        query = "&".join([*([f"last={last}"] if last else []), *([] if follow else ["follow=false"])])
+        path = f"{_API}/events?{query}" if query else f"{_API}/events"
         headers = {} if after_id is None else {"Last-Event-ID": str(after_id)}
         with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True, headers=headers) as answer:
             for line in answer.iter_lines():

@@ -60,7 +60,7 @@ def test_an_answer_of_another_program_is_exit_3(
     for method in ("GET", "POST"):
         for path in (
             f"{API}/instances/cpu", f"{API}/instances/cpu/logs?tail=100", f"{API}/gpus", f"{API}/lanes",
-            f"{API}/events?last=20&follow=false", f"{API}/events?last=20&follow=true", "/v1/models",
+            f"{API}/events?last=20&follow=false", f"{API}/events?last=20", "/v1/models",
             "/api/settings/models", "/api/settings/models/effective",
         ):  # fmt: skip
             daemon.answers[f"{method} {path}"] = Answer("<html>", 404)
@@ -158,7 +158,7 @@ def test_a_followed_stream_that_ends_is_resumed_after_the_last_event(
     daemon: StandInDaemon, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("manager.cli.events._RETRY_S", 0)
-    path = f"GET {API}/events?last=20&follow=true"
+    path = f"GET {API}/events?last=20"
 
     def then_refuse() -> Any:
         yield from sse(event(2))
