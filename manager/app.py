@@ -248,8 +248,13 @@ async def open_daemon(
             dry_run=dry_run,
             owner=owner,
         )
-        orders = await _orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run)
-        make = _Maker(world, settings, templates, rows, orders)
+        make = _Maker(
+            world,
+            settings,
+            templates,
+            rows,
+            await _orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
+        )
         parts = _instances(
             world,
             settings,
@@ -379,8 +384,7 @@ async def open_daemon(
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops["volumes"] = volume_reader.run
-            loops["service"] = parts.service.run
+            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -449,9 +453,7 @@ class _Orders:
     images: dict[str, ImageOverride]
 
 
-async def _orders(
-    registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool
-) -> _Orders:
+async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
     """Read the orders of an earlier run; `ends_none` is whether no container is to be stopped for one.
 
     No container is stopped for an order whose time has passed. An image that is not allowed any more is not

@@ -14,6 +14,7 @@ from manager.api.health import health_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
+from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         _describe_key(app)
     routers = (
         compute_router(backend),
+        service_router(backend),
         routing_router(backend),
         model_settings_router(backend),
         health_router(backend),

@@ -383,30 +383,18 @@ def step(c: Condition, event: Event, now: float) -> Step:  # noqa: PLR0911  (one
     match event:
         case Listed() | Inspected() | LogRead() | ContainerChanged() | LookRequested() | LookBegun():
             return _seen(c, event, now)
-        case (
-            StartRequested()
-            | StopRequested()
-            | RestartDue()
-            | RestartRefused()
-            | ReplacementDue()
-            | RestartRequested()
-        ):
+        case StartRequested() | StopRequested() | RestartDue() | RestartRefused() | ReplacementDue():
             return _requested(c, event, now), ()
-        case TakenOutOfService(drained):
-            return _taken_out(c, drained, now), ()
-        case PutBackInService():
-            c = replace(c, drained=None)
-            return (_kept(c, now) if _may_be_kept(c) else c), ()
+        case TakenOutOfService() | PutBackInService() | RestartRequested():
+            return _ordered(c, event, now), ()
         case StartBegun() | BecameReady() | StartFailed():
             return _started(c, event, now)
         case DrainBegun() | DiedInDrain() | StopBegun() | RunEnded() | Stopped() | StopFailed():
             return _stopped(c, event, now)
         case NothingToSweep():
             return _move(c, Fact.FOUND_ABSENT), ()
-        case BurialBegun():
-            return replace(c, bury_at=None), ()
-        case BurialFailed():
-            return replace(c, bury_at=now + c.carcass_kept_s), ()
+        case BurialBegun() | BurialFailed():
+            return replace(c, bury_at=None if event == BurialBegun() else now + c.carcass_kept_s), ()
         case CardLost() | CardReturned():
             return _card_changed(c, event)
         case PinChanged(pinned):
@@ -577,6 +565,23 @@ def _ending(c: Condition) -> Condition:
     )
 
 
+def _ordered(
+    c: Condition, event: TakenOutOfService | PutBackInService | RestartRequested, now: float
+) -> Condition:
+    match event:
+        case TakenOutOfService(drained):
+            return _taken_out(c, drained, now)
+        case PutBackInService():
+            c = replace(c, drained=None)
+            return _kept(c, now) if _may_be_kept(c) else c
+        case RestartRequested():
+            if not c.ends and (c.phase in _WITH_SERVER or c.is_alive):
+                return replace(_ending(c), target=Target.RUNNING)
+            return _requested(c, StartRequested(explicit=True), now)
+        case _:
+            assert_never(event)
+
+
 def _taken_out(c: Condition, drained: Drained, now: float) -> Condition:
     c = replace(c, drained=drained)
     if not c.is_listed:
@@ -608,13 +613,13 @@ def _kept(c: Condition, now: float) -> Condition:
 
 def _requested(  # noqa: PLR0911  (one return an event)
     c: Condition,
-    event: StartRequested | StopRequested | RestartDue | RestartRefused | ReplacementDue | RestartRequested,
+    event: StartRequested | StopRequested | RestartDue | RestartRefused | ReplacementDue,
     now: float,
 ) -> Condition:
     match event:
+        case StartRequested() | RestartDue() if c.drained is not None:
+            return c
         case StartRequested(explicit):
-            if c.drained is not None:
-                return c
             if explicit:
                 c = replace(c, start_retry=c.start_retry.due(), stop_retry=c.stop_retry.due())
             return replace(c, target=Target.RUNNING, intent=c.intent or Operation.START)
@@ -630,10 +635,6 @@ def _requested(  # noqa: PLR0911  (one return an event)
             return replace(c, start_retry=c.start_retry.failed(now))
         case ReplacementDue():
             return replace(c, intent=Operation.STOP, stop_retry=Retry())
-        case RestartRequested():
-            if c.drained is None and not c.ends and (c.phase in _WITH_SERVER or c.is_alive):
-                return replace(_ending(c), target=Target.RUNNING)
-            return _requested(c, StartRequested(explicit=True), now)
         case _:
             assert_never(event)
 

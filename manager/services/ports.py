@@ -273,8 +273,8 @@ class Registry(Protocol):
 
         Args:
             kind: of the orders.
-            read: makes an order of the JSON values that were stored; a LookupError, TypeError or ValueError of it
-                means that the registry is corrupt.
+            read: makes an order of the stored JSON values; a LookupError, TypeError or ValueError of it means
+                that the registry is corrupt.
         """
         ...
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from manager.domain.drained import Drained
 from manager.domain.instance import Target
 from manager.domain.registry import OrderKind
-from manager.errors import ManagerError, RegistryUnwritableError, UnavailableError
+from manager.errors import InvalidRequestError, ManagerError, RegistryUnwritableError, UnavailableError
 from manager.services.instances.container_run import happens
 from manager.services.instances.supervisor import Supervisor
 
@@ -54,14 +54,21 @@ class Service:
 
         Raises:
             UnknownInstanceError: there is none of that id.
+            InvalidRequestError: `until` has passed.
             RegistryUnwritableError: it could not be stored; nothing was changed.
         """
         instance = self._fleet.get(instance_id)
+        now = self._world.utcnow()
+        if until is not None and until <= now:
+            raise InvalidRequestError(
+                f"until: expected a time in the future, after {_text(now)}; not {_text(until)}",
+                instance=instance_id,
+            )
         async with self._turn:
             before = instance.drained
             if before is None:
                 ran = instance.view().target is Target.RUNNING
-                drained = Drained(self._world.utcnow(), until, reason, stops, ran)
+                drained = Drained(now, until, reason, stops, ran)
             else:
                 drained = replace(before, until=until, reason=reason, stops=stops)
             if drained == before:
@@ -72,7 +79,7 @@ class Service:
             self._news.set()
         detail = drained.reason or "asked for"
         if until is not None:
-            detail += f"; until {until:%Y-%m-%dT%H:%M:%SZ}"
+            detail += f"; until {_text(until)}"
         self._world.journal.record("drained", instance=instance_id, detail=detail)
         return True
 
@@ -133,3 +140,7 @@ class Service:
             self._bring_back(instance, "its time has passed")
             with suppress(RegistryUnwritableError):  # a later daemon ends it as well
                 await self._world.registry.save_order(instance.id, OrderKind.DRAINED, None)
+
+
+def _text(time: datetime) -> str:
+    return f"{time:%Y-%m-%dT%H:%M:%SZ}"

@@ -167,7 +167,9 @@ class Starting:
     def _end_failed(self, error: ManagerError) -> None:
         w = self._w
         tail = error.log_tail if isinstance(error, StartFailedError) else ()
-        if self.is_fresh and (isinstance(error, StartFailedError) or reason_of(error) is Reason.IMAGE_MISSING):
+        if self.is_fresh and (
+            isinstance(error, StartFailedError) or reason_of(error) is Reason.IMAGE_MISSING
+        ):
             error.message += w.remedy
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
         self.failed += 1

@@ -85,7 +85,7 @@ class Stopping:
     async def _drain(self) -> None:
         """Wait for the open leases; no new ones are given until the next start.
 
-        The wait has a limit, unless the stop is patient. A patient one may be taken back, or become a plain one.
+        The wait has a limit unless the stop is patient. A patient one can be taken back or become plain.
         """
         w, limit_s = self._w, self._w.spec.limits.drain_timeout_s
         state = w.condition.state
