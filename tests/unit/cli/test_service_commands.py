@@ -1,4 +1,4 @@
-"""`drain`, `resume`, `restart`, `upgrade` and `rollback`, against an HTTP server that answers like a daemon."""
+"""The commands about service, restart and image, against an HTTP server that answers like a daemon."""
 
 from __future__ import annotations
 
