@@ -282,10 +282,5 @@ def test_whatever_happens_nothing_out_of_service_gives_leases_or_begins_a_start(
         adopts = isinstance(event, c.Listed | c.Inspected) and condition.is_alive
         if condition.intent is Operation.START and not adopts:
             assert before.intent is Operation.START
-        if condition.drained.stops and condition.is_listed and condition.phase is Phase.READY:
-            assert condition.ends or before.card_lost is not None or _kept_by_start(before)
-
-
-def _kept_by_start(before: c.Condition) -> bool:
-    """Whether it was ready without a stop before: only impossible orders of events lead there."""
-    return before.phase in (Phase.READY, Phase.STARTING) and not before.ends
+        if condition.drained.stops and condition.phase is Phase.READY:
+            assert condition.ends
