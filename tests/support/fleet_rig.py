@@ -328,6 +328,7 @@ class Rig:
         self.journal = Journal()
         self.cards = Cards()
         self.registry = Registry()
+        self.others_work = False
         self.ahead_s = 0.0  # of both clocks
         self.world = World(
             manager_id=MANAGER,
@@ -340,6 +341,7 @@ class Rig:
             now=lambda: time.monotonic() + self.ahead_s,
             utcnow=lambda: datetime.now(UTC) + timedelta(seconds=self.ahead_s),
             resume_idle_clock=resume_idle_clock,
+            others_work=lambda: self.others_work,
         )
         self.fleet = Fleet(self.world, save_interval_s=INTERVAL_S)
         self.capacity = Capacity(self.world, self.fleet, max_running=max_running, recheck_s=INTERVAL_S)

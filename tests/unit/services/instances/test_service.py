@@ -87,6 +87,23 @@ async def test_a_plain_stop_of_what_drains_has_its_limit_and_a_forced_one_waits_
         assert rig.view("one").drained is not None
 
 
+async def test_a_drain_waits_for_the_requests_of_the_daemon_before_and_a_plain_stop_does_not() -> (
+    None
+):
+    rig = Rig()
+    one, other = rig.add("one", limits=SHORT), rig.add("other", limits=SHORT)
+    async with rig.running():
+        await asyncio.gather(one.start(), other.start())
+        rig.others_work = True
+        await drain(rig, "one")
+        await other.stop()
+        await until(lambda: rig.journal.details_of("drain_waits"))
+        assert "of the daemon that was replaced" in rig.journal.details_of("draining")[0]
+        assert rig.view("one").phase is Phase.DRAINING
+        rig.others_work = False
+        await out(one)
+
+
 async def test_nothing_starts_what_is_out_of_service() -> None:
     rig = Rig(schedules=(schedule := Schedule("* * * * *", "start", "cpu", None),))
     cpu = rig.add("cpu", prewarm=True, pinned=True, drained=Drained(datetime.now(UTC), reason="why"))
