@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.integration.conftest import NewDaemon, NewInside
+    from tests.integration.conftest import NewDaemon
+    from tests.support.inside import NewInside
 
 LIMIT_S = 60
 

@@ -330,7 +330,7 @@ def test_watched_lanes_are_printed_when_they_change(
     daemon: StandInDaemon, run: Run, monkeypatch: pytest.MonkeyPatch, *, as_json: bool
 ) -> None:
     lanes(daemon)
-    looks = []
+    looks: list[None] = []
 
     def instead_of_a_wait(_seconds: float) -> None:
         looks.append(None)
