@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from manager.domain.breaker import is_counted
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.routing.model_status import Work
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from manager.domain.routing import Attempt, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
+    from manager.services.routing.breakers import Breakers
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.placement import ModelPuller, Placement
@@ -89,6 +91,7 @@ class Routing:
     traffic: Traffic
     puller: ModelPuller
     deadlines: Deadlines
+    breakers: Breakers
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -152,6 +155,7 @@ class Attempting:
     start_ms: float | None = None
     _attempts: Attempts | FixedAttempts | None = None
     _lease: Lease | None = None
+    _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
@@ -325,6 +329,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
+                self._settle(None if ours else reason)
                 self._release()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
@@ -379,6 +384,7 @@ class Attempting:
                 self._routing.placement.reread_models(attempt.instance)
             return None
         self._routing.failed(attempt, reason, sent=self.record.kind is not None)
+        self._settle(reason)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
@@ -392,6 +398,10 @@ class Attempting:
     def delivered(self) -> None:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
+
+    def broke_off(self, reason: Reason) -> None:
+        """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
+        self._settle(reason)
 
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
@@ -433,6 +443,10 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        permit, attempt = self._permit, self.attempt
+        if permit and outcome == "ok" and attempt is not None:
+            self._permit = 0
+            self._routing.breakers.succeeded(attempt.instance, permit)
         self._release()
         record = self.record
         record.outcome = outcome
@@ -518,11 +532,29 @@ class Attempting:
         passed = next((one.instance for one in decision.passed_over if one.reason is reason), None)
         return passed or str(decision.policy)
 
-    def _leased(self, lease: Lease) -> Target:
+    def _leased(self, lease: Lease) -> Step:
+        target, record = lease.target, self.record
+        # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
+        if record.kind is not None and not self._starts_nothing:
+            permit = self._permit = self._routing.breakers.admit(target.instance)
+            if not permit:
+                lease.release()
+                return self._shut_out(target.instance)
         self._lease = lease
-        target = self.target = lease.target
-        self.record.endpoint = target.endpoint
+        self.target = target
+        record.endpoint = target.endpoint
         return target
+
+    def _shut_out(self, instance: str) -> Step:
+        """The breaker has opened since the decision: begin the next attempt, or give up."""
+        breakers, attempt = self._routing.breakers, self.attempt
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        self.record.attempt_failed(instance, Reason.BREAKER_OPEN)
+        message = f"{instance}: {breakers.why_shut(instance)}"
+        retry_after_s = breakers.retry_after_s((instance,))
+        trouble = Trouble(Reason.BREAKER_OPEN, message, retry_after_s, refused="unavailable", attempt=attempt)
+        self._keep_trouble(trouble)
+        return self._next()
 
     async def _prepare(self) -> Step:
         attempt, attempts = self.attempt, self._attempts
@@ -571,6 +603,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
+        self._settle(None if ours else reason)
         self.record.attempt_failed(attempt.instance, reason)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -607,8 +640,22 @@ class Attempting:
             self._is_waiting = False
             self._pending = None
 
+    def _settle(self, reason: Reason | None) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+        permit, self._permit, attempt = self._permit, 0, self.attempt
+        if not permit or attempt is None:
+            return
+        breakers = self._routing.breakers
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        if reason is not None and is_fault and self.cut is None:
+            breakers.failed(attempt.instance, permit, reason)
+        else:
+            breakers.cancelled(attempt.instance, permit)
+
     def _release(self) -> None:
         self._is_waiting = False
+        if self._permit:
+            self._settle(None)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)
