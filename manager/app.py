@@ -29,6 +29,7 @@ from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.domain.breaker import BreakerLimits
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow
@@ -57,12 +58,13 @@ from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
+from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.traffic import Traffic
-from manager.services.world import World, no_step
+from manager.services.world import Revision, World, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -227,6 +229,8 @@ async def open_daemon(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
+        revision = Revision()
+        breakers = Breakers(journal, revision, limits=BreakerLimits(), now=time.monotonic, utcnow=_utcnow)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -241,6 +245,8 @@ async def open_daemon(
             resume_idle_clock=resume_idle_clock,
             dry_run=dry_run,
             owner=owner,
+            revision=revision,
+            server_changed=breakers.server_changed,
         )
         make = _Maker(world, settings, templates, rows)
         parts = _instances(
@@ -271,6 +277,7 @@ async def open_daemon(
             first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
+            breakers=breakers,
             now=time.monotonic,
         )
         volume_reader = VolumeReader(
@@ -315,6 +322,7 @@ async def open_daemon(
             traffic,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+            breakers,
         )
         passing = Passing(
             routing=routing,

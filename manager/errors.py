@@ -53,6 +53,7 @@ class Reason(StrEnum):
     ATTEMPT_TIMEOUT = "attempt_timeout"
     UPSTREAM_UNREACHABLE = "upstream_unreachable"
     UPSTREAM_ERROR = "upstream_error"
+    BREAKER_OPEN = "breaker_open"
     OVERLOADED = "overloaded"
     POLICY = "policy"
     ENGINE_UNAVAILABLE = "engine_unavailable"

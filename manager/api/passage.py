@@ -310,7 +310,11 @@ class Passage:
                     continue
                 judged, following = await self._judge(answer)
                 if following is None:
-                    yield judged
+                    try:
+                        yield judged
+                    except UnavailableError as error:  # the answer breaks off
+                        attempting.broke_off(error.reason)
+                        raise
                     return
                 step = following
 

@@ -40,8 +40,8 @@ class Candidate:
     """One instance as routing sees it.
 
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
-    its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`.
-    `serves` are the kinds of requests that it is there for.
+    its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
+    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for.
     """
 
     id: str
@@ -52,6 +52,7 @@ class Candidate:
     loaded: frozenset[str] = frozenset()
     why_out: Reason | None = None
     serves: frozenset[RequestKind] = USUAL_KINDS
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,9 +185,12 @@ class Group(NamedTuple):
 
 # A tuple: a decision has many of them, and a frozen dataclass takes three times as long to make.
 class PassedOver(NamedTuple):
+    """An instance that a request does not go to; `detail` adds to the reason in words."""
+
     instance: str
     model: str
     reason: Reason
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,7 +396,7 @@ class _Decider:
                 if rank is None or (cpu_only and device is not _CPU):
                     self._passed_over.append(PassedOver(id_, model, Reason.POLICY))
                 elif reason is not None:
-                    self._passed_over.append(PassedOver(id_, model, reason))
+                    self._passed_over.append(PassedOver(id_, model, reason, candidate.detail))
                     if rank == 0:
                         preferred_out = preferred_out or reason
                 elif id_ not in tried:

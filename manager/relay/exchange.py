@@ -72,11 +72,15 @@ class _State(Enum):
 
 
 class _End(NamedTuple):
-    """The end of an answer. One that is not whole has a `message`, for an error of that status."""
+    """The end of an answer. One that is not whole has a `message`, for an error of that status.
+
+    `fault` is why the server is to blame; None where it is not.
+    """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
+    fault: Reason | None = None
 
 
 class _Held(NamedTuple):
@@ -282,6 +286,8 @@ class Exchange:
             self._front.abort()
             self._finish("timeout")
         else:
+            assert self._attempting is not None  # noqa: S101  (its answer has begun)
+            self._attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             self._fail(504, f"nothing moved for {limit_s:g} s", "timeout")
 
     # --- what the server's side calls ---
@@ -301,9 +307,7 @@ class Exchange:
         assert attempting is not None  # noqa: S101  (it has asked)
         judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
         # Only the words of an internal error say whether it is about the request or the server.
-        if attempting.might_follow(judgement) or (
-            head.status == INTERNAL_ERROR and not attempting.is_delivered
-        ):
+        if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
             self._state = _State.HOLDING
             self._held_head = head
             self._held_since = monotonic()
@@ -353,6 +357,8 @@ class Exchange:
             self._attempting.delivered()
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
+            if end.fault is not None and self._attempting is not None:
+                self._attempting.broke_off(end.fault)
             if end.message:
                 self._fail(end.status, end.message, end.outcome)
             else:
@@ -412,10 +418,12 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                if message_of(_last_line(tail)) is None:
+                error = message_of(_last_line(tail))
+                if error is None:
                     message = "the server ended the stream before its end"
-                    return _End("upstream_error", 502, message)
-                return _End("upstream_error")  # the server said so itself, in its last line
+                    return _End("upstream_error", 502, message, Reason.UPSTREAM_ERROR)
+                # The server said so itself, in its last line.
+                return _End("upstream_error", fault=judge(INTERNAL_ERROR, error).reason)
         return _ENDED_WELL if self._status == _OK else _End(outcome_of(self._status))
 
     def answer_broke(self, why: str, *, may_have_begun: bool) -> None:

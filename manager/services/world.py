@@ -24,6 +24,10 @@ async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
 
 
+def no_change(_instance: str) -> None:
+    """Called when the server of an instance has gone or is another one, where nobody minds."""
+
+
 @dataclass(slots=True)
 class Revision:
     """Grows with every change of the fleet that routing reads. A snapshot of an older one is out of date."""
@@ -44,6 +48,7 @@ class World:
     finishes no stop that an earlier process began. `in_flight` has the number of open leases by instance.
     `revision` is that of the fleet. `starting` is held while a container is created and started, and by
     nothing else. `owner` is that of the state directory; None where owners are not distinguished.
+    `server_changed` is called with the id of an instance whose server has gone, or is another one.
     """
 
     manager_id: str
@@ -59,6 +64,7 @@ class World:
     resume_idle_clock: bool = False
     dry_run: bool = False
     owner: Owner | None = None
+    server_changed: Callable[[str], None] = no_change
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, RequestFacts
+    from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
     from manager.services.routing.breakers import Breakers
@@ -329,7 +329,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
-                self._settle(None if ours else reason)
+                self._settle(reason)
                 self._release()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
@@ -477,7 +477,15 @@ class Attempting:
             self._pending = self._wait_for_first_look
             return WAIT
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+
+    def _retry_after_s(self, decision: Decision) -> float | None:
+        """Return when a refused request is worth another try; None where nothing tells."""
+        refused = decision.refused
+        if refused is None or refused.reason is not Reason.BREAKER_OPEN:
+            return None
+        shut = [one.instance for one in decision.passed_over if one.reason is Reason.BREAKER_OPEN]
+        return self._routing.breakers.retry_after_s(shut)
 
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.breakers import Breakers
     from manager.services.world import Revision
 
 # Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A
@@ -48,6 +49,7 @@ class Router:
         lists: the models of each volume.
         revision: the revision of the fleet.
         in_flight: open leases by instance, read live.
+        breakers: tells which instances are left alone.
         now: seconds on a monotonic clock.
     """
 
@@ -60,6 +62,7 @@ class Router:
         first_look: FirstLook,
         revision: Revision,
         in_flight: Mapping[str, int],
+        breakers: Breakers,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
@@ -68,6 +71,7 @@ class Router:
         self._lists = lists
         self._revision = revision
         self._in_flight = in_flight
+        self._breakers = breakers
         self._now = now
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
@@ -140,7 +144,7 @@ class Router:
     def _candidate(self, instance: Instance) -> Candidate:
         view = instance.view()
         ready = instance.usable_endpoint() is not None
-        state, why_out = State.STARTABLE, None
+        state, why_out, detail = State.STARTABLE, None, ""
         if ready and not instance.is_silent:
             state = State.READY
         elif ready:
@@ -148,6 +152,8 @@ class Router:
         elif view.phase is Phase.UNAVAILABLE:
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+        if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
+            state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
@@ -156,6 +162,7 @@ class Router:
             models=self.models_of(instance),
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,
+            detail=detail,
             serves=instance.spec.serves,
         )
 
