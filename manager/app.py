@@ -168,7 +168,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(
+async def open_daemon(  # noqa: PLR0915  (wiring: a statement for each part)
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -230,7 +230,9 @@ async def open_daemon(
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
         revision = Revision()
-        breakers = Breakers(journal, revision, limits=BreakerLimits(), now=time.monotonic, utcnow=_utcnow)
+        breakers = Breakers(
+            journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
+        )
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -295,7 +297,15 @@ async def open_daemon(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
         status = ModelStatus(fleet)
-        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        overviews = Overviews(
+            fleet,
+            parts.capacity,
+            parts.link,
+            gpus,
+            lists=lists,
+            settings=model_settings,
+            breakers=breakers,
+        )
         catalogue = Catalogue(
             fleet,
             overviews,
@@ -489,12 +499,18 @@ class _Reconfigure:
         fleet.reconfigure((*changed.specs, *found))
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(_schedules(settings))
+        self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _breaker_limits(settings: Settings) -> BreakerLimits:
+    breaker = settings.breaker
+    return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
 
 
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
 
+from manager.domain.breaker import BreakerState  # noqa: TC001
 from manager.domain.instance import (  # pydantic reads annotations at run time
     DeviceKind,  # noqa: TC001
     Driver,  # noqa: TC001
@@ -19,6 +20,7 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
 if TYPE_CHECKING:
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
+    from manager.services.routing.breakers import BreakerView
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next
@@ -66,6 +68,19 @@ class ModelBody(_Body):
     expires_at: Time | None
 
 
+class BreakerBody(_Body):
+    """The breaker of an instance. `failures` are those in a row, `reason` is that of the last one.
+
+    It is `half_open` from `retry_at` on, and stays so until a request has tried the instance.
+    """
+
+    state: BreakerState
+    failures: int
+    opened_at: Time | None
+    retry_at: Time | None
+    reason: str | None
+
+
 class InstanceBody(_Body):
     """One instance. `ttl_remaining_s` is null while its clock does not run."""
 
@@ -89,6 +104,7 @@ class InstanceBody(_Body):
     starts: int
     container: ContainerBody | None
     models: list[ModelBody]
+    breaker: BreakerBody
 
 
 class InstancesBody(_Body):
@@ -258,6 +274,17 @@ def instance_json(state: InstanceState) -> dict[str, object]:
             }
             for model in view.models
         ],
+        "breaker": _breaker(state.breaker),
+    }
+
+
+def _breaker(breaker: BreakerView) -> dict[str, object]:
+    return {
+        "state": breaker.state,
+        "failures": breaker.failures,
+        "opened_at": _time(breaker.opened_at),
+        "retry_at": _time(breaker.retry_at),
+        "reason": breaker.reason,
     }
 
 

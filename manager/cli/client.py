@@ -99,6 +99,16 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
+
+    state: str
+    failures: int
+    retry_at: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """An instance as a person is shown it; the API's answer has more."""
 
@@ -115,6 +125,7 @@ class Instance:
     ttl_s: float
     ttl_remaining_s: float | None
     models: tuple[Model, ...]
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +211,10 @@ class Daemon:
 
     def stop(self, instance_id: str, *, force: bool) -> Change:
         return self._change(instance_id, "stop?force=true" if force else "stop")
+
+    def reset_breaker(self, instance_id: str) -> Instance:
+        with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
+            return self._read(_instance, _document(answer))
 
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
@@ -370,6 +385,18 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
+        breaker=_breaker(body.get("breaker")),
+    )
+
+
+def _breaker(body: dict[str, Any] | None) -> Breaker | None:
+    if body is None:
+        return None
+    return Breaker(
+        state=str(body["state"]),
+        failures=int(body["failures"]),
+        retry_at=body["retry_at"],
+        reason=body["reason"],
     )
 
 

@@ -127,12 +127,24 @@ def _row(instance: Instance) -> _Row:
         ", ".join(map(_model, instance.models)) or _NONE,
     )
     reason = instance.reason
+    wrong = [f"{reason.code}: {reason.message}"] if reason else []
     return _Row(
         cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
-        reason=_one_line(f"{reason.code}: {reason.message}") if reason else "",
+        reason=_one_line("; ".join([*wrong, *_breaker(instance)])),
         log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
         brief_device=_one_line(_device(replace(instance.device, name=None))),
     )
+
+
+def _breaker(instance: Instance) -> list[str]:
+    """Return what a breaker that is not closed keeps away; nothing for a closed one."""
+    breaker = instance.breaker
+    if breaker is None or breaker.state == "closed":
+        return []
+    after = f"after {breaker.failures} failures in a row, the last one {breaker.reason}"
+    if breaker.state == "half_open":
+        return [f"breaker_open: half-open {after}; the next request tries the instance"]
+    return [f"breaker_open: no requests {after}; retry at {breaker.retry_at}"]
 
 
 def _device(device: Device) -> str:

@@ -357,12 +357,16 @@ class Exchange:
             self._attempting.delivered()
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
-            if end.fault is not None and self._attempting is not None:
-                self._attempting.broke_off(end.fault)
-            if end.message:
-                self._fail(end.status, end.message, end.outcome)
-            else:
-                self._finish(end.outcome)
+            self._end_with(end)
+
+    def _end_with(self, end: _End) -> None:
+        if end.fault is not None:
+            assert self._attempting is not None  # noqa: S101  (it has asked)
+            self._attempting.broke_off(end.fault)
+        if end.message:
+            self._fail(end.status, end.message, end.outcome)
+        else:
+            self._finish(end.outcome)
 
     def _hold(self, data: bytes, *, complete: bool) -> None:
         """Read the answer of a server that failed, before another attempt is made."""
