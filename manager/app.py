@@ -61,6 +61,7 @@ from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.traffic import Traffic
@@ -233,6 +234,7 @@ async def open_daemon(  # noqa: PLR0915  (wiring: a statement for each part)
         breakers = Breakers(
             journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
         )
+        overload = Overload(revision, now=time.monotonic)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -248,7 +250,7 @@ async def open_daemon(  # noqa: PLR0915  (wiring: a statement for each part)
             dry_run=dry_run,
             owner=owner,
             revision=revision,
-            server_changed=breakers.server_changed,
+            server_changed=partial(_forget_server, breakers, overload),
         )
         make = _Maker(world, settings, templates, rows)
         parts = _instances(
@@ -281,6 +283,7 @@ async def open_daemon(  # noqa: PLR0915  (wiring: a statement for each part)
             revision=world.revision,
             in_flight=world.in_flight,
             breakers=breakers,
+            overload=overload,
             now=time.monotonic,
         )
         volume_reader = VolumeReader(
@@ -334,6 +337,7 @@ async def open_daemon(  # noqa: PLR0915  (wiring: a statement for each part)
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
+            overload,
         )
         passing = Passing(
             routing=routing,
@@ -506,6 +510,12 @@ class _Reconfigure:
         self.sink.level = settings.log.level
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> None:
+    """The server of an instance is another one: nothing that is known of the old one holds for it."""
+    breakers.server_changed(instance)
+    overload.server_changed(instance)
 
 
 def _breaker_limits(settings: Settings) -> BreakerLimits:

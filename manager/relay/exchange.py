@@ -32,6 +32,7 @@ from manager.wire.statuses import (
     judge,
     outcome_of,
     outcome_without_answer,
+    retry_after_s,
     status_of,
 )
 from manager.wire.trace import traceparent
@@ -312,7 +313,8 @@ class Exchange:
             self._held_head = head
             self._held_since = monotonic()
             return
-        attempting.answered(judgement)
+        wait_s = retry_after_s(head.lines) if head.status >= BAD_REQUEST else None
+        attempting.answered(judgement, retry_after_s=wait_s)
         if self._still_loaded and head.status == _OK:
             self._fail_to_unload()
         else:
@@ -377,7 +379,7 @@ class Exchange:
             kept, self._tail = bytes(self._tail), bytearray()
             assert self._attempting is not None  # noqa: S101
             self._attempting.spend()  # an answer of this size is the client's
-            self._attempting.answered(judge(head.status))
+            self._attempting.answered(judge(head.status), retry_after_s=retry_after_s(head.lines))
             self._deliver(head)
             self.answer_came(kept, complete=complete)
         elif complete:
@@ -395,7 +397,9 @@ class Exchange:
         if body is not None:
             held = _Held(head, body)
             message = message_of(body) or message
-        step = attempting.answered(judge(head.status, message), message, held)
+        step = attempting.answered(
+            judge(head.status, message), message, held, retry_after_s=retry_after_s(head.lines)
+        )
         if step is not None:
             self._follow(step)
         elif held is not None:

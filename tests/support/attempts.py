@@ -26,6 +26,7 @@ from manager.services.routing.attempting import Attempting, Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Prepared
 from manager.services.routing.router import Attempts
 from manager.services.traffic import Traffic
@@ -224,6 +225,7 @@ class Stage:
         )
         if attempts:
             self.router.decision = decision(*attempts)
+        self.overload = Overload(Revision(), now=self.clock)
         self.routing = Routing(
             router=cast("Any", self.router),
             placement=cast("Any", self.placement),
@@ -233,6 +235,7 @@ class Stage:
             puller=cast("Any", SimpleNamespace()),
             deadlines=deadlines or Deadlines(first_byte_timeout_s=60.0, total_timeout_s=600.0),
             breakers=self.breakers,
+            overload=self.overload,
         )
 
     def _call_later(self, _delay_s: float, call: Callable[[], None]) -> Any:

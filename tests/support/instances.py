@@ -16,6 +16,7 @@ from manager.errors import UnknownInstanceError
 from manager.services.instances.leases import LeaseBook
 from manager.services.models.model_lists import ModelLists
 from manager.services.routing.breakers import Breakers
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.world import Revision
@@ -171,6 +172,7 @@ class Ground:
             utcnow=lambda: datetime(2026, 11, 28, tzinfo=UTC),
             call_later=lambda _delay_s, _call: SimpleNamespace(cancel=lambda: None),
         )
+        self.overload = Overload(self.revision, now=self.fleet.clock)
         self.router = Router(
             cast("Any", self.fleet),
             self.settings,
@@ -179,6 +181,7 @@ class Ground:
             revision=self.revision,
             in_flight=self.fleet.in_flight,
             breakers=self.breakers,
+            overload=self.overload,
             now=self.fleet.clock,
         )
         self.placement = Placement(

@@ -17,6 +17,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.domain.breaker import is_counted
+from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.routing.model_status import Work
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from manager.services.routing.breakers import Breakers
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
@@ -92,6 +95,7 @@ class Routing:
     puller: ModelPuller
     deadlines: Deadlines
     breakers: Breakers
+    overload: Overload
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -365,13 +369,21 @@ class Attempting:
             return False
         return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
-    def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
+    def answered(
+        self,
+        judgement: Judgement,
+        message: str = "",
+        answer: object = None,
+        *,
+        retry_after_s: float | None = None,
+    ) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
 
         Args:
             judgement: what the answer says; without a reason it is the client's.
             message: the error in the answer.
             answer: kept for the client, should no later attempt answer.
+            retry_after_s: of the answer.
         """
         attempt = self.attempt
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
@@ -385,6 +397,8 @@ class Attempting:
             return None
         self._routing.failed(attempt, reason, sent=self.record.kind is not None)
         self._settle(reason)
+        if reason is Reason.OVERLOADED and self.record.kind is not None:
+            self._routing.overload.saturated(attempt.instance, retry_after_s)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
@@ -443,10 +457,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
-        permit, attempt = self._permit, self.attempt
-        if permit and outcome == "ok" and attempt is not None:
-            self._permit = 0
-            self._routing.breakers.succeeded(attempt.instance, permit)
+        if self._permit and outcome == "ok":
+            self._succeeded()
         self._release()
         record = self.record
         record.outcome = outcome
@@ -541,14 +553,14 @@ class Attempting:
         return passed or str(decision.policy)
 
     def _leased(self, lease: Lease) -> Step:
+        self._lease = lease
         target, record = lease.target, self.record
         # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
         if record.kind is not None and not self._starts_nothing:
-            permit = self._permit = self._routing.breakers.admit(target.instance)
-            if not permit:
-                lease.release()
+            self._permit = self._routing.breakers.admit(target.instance)
+            if not self._permit:
+                self._release()
                 return self._shut_out(target.instance)
-        self._lease = lease
         self.target = target
         record.endpoint = target.endpoint
         return target
@@ -659,6 +671,22 @@ class Attempting:
             breakers.failed(attempt.instance, permit, reason)
         else:
             breakers.cancelled(attempt.instance, permit)
+
+    def _succeeded(self) -> None:
+        """The answer has come to its end."""
+        permit, self._permit, attempt, record = self._permit, 0, self.attempt, self.record
+        assert attempt is not None  # noqa: S101  (a permit belongs to an attempt)
+        self._routing.breakers.succeeded(attempt.instance, permit)
+        # A load takes as long as it takes, and an answer in one piece has no first token.
+        if (
+            record.stream
+            and record.kind is RequestKind.GENERATE
+            and record.ttfb_ms is not None
+            and record.start_ms is None
+            and attempt.because == "loaded"
+        ):
+            value_ms = record.ttfb_ms - record.queue_ms
+            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
 
     def _release(self) -> None:
         self._is_waiting = False

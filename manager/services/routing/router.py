@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
     from manager.services.routing.breakers import Breakers
+    from manager.services.routing.overload import Overload
     from manager.services.world import Revision
 
 # Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A
@@ -50,6 +51,7 @@ class Router:
         revision: the revision of the fleet.
         in_flight: open leases by instance, read live.
         breakers: tells which instances are left alone.
+        overload: tells which are used only where no other is available.
         now: seconds on a monotonic clock.
     """
 
@@ -63,6 +65,7 @@ class Router:
         revision: Revision,
         in_flight: Mapping[str, int],
         breakers: Breakers,
+        overload: Overload,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
@@ -72,6 +75,7 @@ class Router:
         self._revision = revision
         self._in_flight = in_flight
         self._breakers = breakers
+        self._overload = overload
         self._now = now
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
@@ -163,6 +167,7 @@ class Router:
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,
             detail=detail,
+            overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
         )
 
