@@ -10,14 +10,14 @@ from typing import NamedTuple
 
 # A recent mean follows a change within about eight values (RFC 6298, SRTT).
 _RECENT_WEIGHT = 1 / 8
-# The usual one has a window of about 600 values (`Gradient2Limit`, long window: 2 / (n + 1)).
+# The usual one has a window of about 600 values (`Gradient2Limit`, long window: 2 / (n + 1)), after a plain
+# mean of the first ones, which alone are no measure of what is usual.
 _USUAL_WEIGHT = 2 / 601
-# Fewer values are no measure of what is usual.
 LEAST_VALUES = 20
-# More than this times the usual time is slow.
-_SLOW_RATIO = 2.0
-# A difference that nobody notices is none.
+# Twice the usual time is slow, unless nobody notices the difference. A single value counts for at most three
+# times that excess: it takes four of them in a row, and one long prompt makes nothing slow.
 _LEAST_EXCESS_MS = 50.0
+_MOST_EXCESSES = 3.0
 # Slowness is forgotten when so long nothing came, so that the instance is tried again. A server that takes
 # long for each token has longer pauses between its values.
 _MEMORY_S = 10.0
@@ -39,8 +39,11 @@ def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
         return Latency(value_ms, value_ms, 1, now)
     usual_ms, seen = before.usual_ms, before.seen + 1
     recent_ms = usual_ms if _is_forgotten(before, now) else before.recent_ms
+    weight = 1 / seen
+    if seen > LEAST_VALUES:
+        weight, value_ms = _USUAL_WEIGHT, min(value_ms, usual_ms + _MOST_EXCESSES * _excess_ms(usual_ms))
     return Latency(
-        usual_ms + (value_ms - usual_ms) * max(1 / seen, _USUAL_WEIGHT),
+        usual_ms + (value_ms - usual_ms) * weight,
         recent_ms + (value_ms - recent_ms) * _RECENT_WEIGHT,
         seen,
         now,
@@ -50,11 +53,15 @@ def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
 def is_slow(latency: Latency, now: float) -> bool:
     """Return whether the recent times are more than twice the usual ones."""
     return (
-        latency.recent_ms > _SLOW_RATIO * latency.usual_ms
-        and latency.recent_ms - latency.usual_ms >= _LEAST_EXCESS_MS
+        latency.recent_ms - latency.usual_ms > _excess_ms(latency.usual_ms)
         and latency.seen >= LEAST_VALUES
         and not _is_forgotten(latency, now)
     )
+
+
+def _excess_ms(usual_ms: float) -> float:
+    """Return by how much a recent time may exceed the usual one."""
+    return max(usual_ms, _LEAST_EXCESS_MS)
 
 
 def _is_forgotten(latency: Latency, now: float) -> bool:

@@ -478,3 +478,76 @@ async def test_a_slow_answer_of_before_the_opening_does_not_close_the_breaker(tm
         go_on.set()
         assert (await slow).status == 200
         assert breaker(front).state is BreakerState.OPEN
+
+
+# --- overload ---
+
+
+async def test_a_server_with_a_full_queue_is_passed_over_for_as_long_as_it_asks(tmp_path: Path) -> None:
+    async with (
+        Scripted(loaded=("tiny",)).serving() as one,
+        Scripted(loaded=("tiny",)).serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        await until(lambda: all(front.daemon.fleet.get(name).models for name in "ab"))
+        one.answer = says(503, "server busy, please try again", "Retry-After: 20\r\n")
+        first = await front.ask(TINY)
+        assert (first.headers["x-instance"], first.headers["x-fallback-reason"]) == ("b", "overloaded")
+        for _ in range(3):
+            assert (await front.ask(TINY)).headers["x-instance"] == "b"
+        assert len(one.seen) == 1
+        decision = await control(front, "/routing/explain", "POST", {"model": "tiny"})
+        assert [attempt["instance"] for attempt in decision["attempts"]] == ["b", "a"]
+        assert decision["passed_over"] == [
+            {
+                "instance": "a",
+                "model": "tiny",
+                "reason": "overloaded",
+                "detail": "the server has too many requests",
+            }
+        ]
+        one.answer, other.answer = a_word, is_broken
+        assert (await front.ask(TINY)).headers["x-instance"] == "a", "it fails no request"
+
+
+async def test_a_server_that_is_the_only_one_is_asked_although_it_is_overloaded(tmp_path: Path) -> None:
+    async with one_server(tmp_path) as (server, front):
+        server.answer = says(429, "slow down", "Retry-After: 20\r\n")
+        assert (await front.ask(TINY)).status == 429
+        server.answer = a_word
+        assert (await front.ask(TINY)).status == 200
+
+
+async def test_an_instance_that_has_become_slow_for_a_model_is_passed_over_and_tried_again(
+    tmp_path: Path,
+) -> None:
+    delay_s = 0.0
+
+    async def answers_in_time(talk: Conversation) -> None:
+        await asyncio.sleep(delay_s)
+        await a_word(talk)
+
+    async with (
+        Scripted(loaded=("tiny",)).serving() as one,
+        Scripted(loaded=("tiny",)).serving() as other,
+        relaying(tmp_path, {"a": one, "b": other}) as front,
+    ):
+        one.answer = answers_in_time
+        await until(lambda: all(front.daemon.fleet.get(name).models for name in "ab"))
+        for _ in range(25):
+            assert (await front.ask(TINY)).headers["x-instance"] == "a"
+        delay_s, slow = 0.3, 0
+        while (await front.ask(TINY)).headers["x-instance"] == "a":
+            slow += 1
+            assert slow < 60
+        await until(lambda: front.at_rest)
+        reply = await front.ask(TINY)
+        assert (reply.headers["x-instance"], reply.headers.get("x-fallback-reason")) == ("b", None)
+        decision = await control(front, "/routing/explain", "POST", {"model": "tiny"})
+        assert decision["passed_over"][0]["reason"] == "overloaded"
+        assert "usually" in decision["passed_over"][0]["detail"]
+        overload = front.daemon.backend.passing.routing.overload
+        overload._now = lambda now=overload._now: now() + 11  # type: ignore[misc]
+        await until(lambda: overload.of("a") is None)
+        delay_s = 0.0
+        assert (await front.ask(TINY)).headers["x-instance"] == "a"

@@ -8,6 +8,7 @@ import pytest
 
 from manager.domain.breaker import BreakerLimits, BreakerState
 from manager.domain.judgement import ABOUT_THE_REQUEST, Judgement
+from manager.domain.roles import RequestKind
 from manager.domain.routing import PassedOver, Refused
 from manager.domain.target import Target
 from manager.errors import Reason
@@ -199,3 +200,75 @@ def test_what_manages_models_and_an_unload_ask_for_no_permit(stage: Stage) -> No
     assert shown(unloading.enter_running(FACTS)) == "a"
     unloading.close("ok")
     assert state(stage) is BreakerState.OPEN
+
+
+# --- overload ---
+
+
+def test_a_server_that_refuses_a_request_is_overloaded_for_as_long_as_it_says(stage: Stage) -> None:
+    one = stage.sent()
+    one.answered(Judgement(Reason.OVERLOADED), retry_after_s=7)
+    one.close("upstream_error")
+    stage.clock.advance(6.9)
+    assert stage.overload.of("a") is not None
+    stage.clock.advance(0.2)
+    assert stage.overload.of("a") is None
+    managing = stage.request(kind=None)
+    managing.enter(FACTS)
+    managing.sent()
+    managing.answered(Judgement(Reason.OVERLOADED))
+    managing.close("upstream_error")
+    assert stage.overload.of("a") is None
+
+
+def answers(stage: Stage, first_token_ms: float, outcome: Outcome = "ok", **record: Any) -> None:
+    """One request, which waits a second before it is sent."""
+    one = stage.request(**{"stream": True, **record})
+    one.enter(FACTS)
+    stage.clock.advance(1.0)
+    one.sent()
+    stage.clock.advance(first_token_ms / 1000)
+    one.answered(ABOUT_THE_REQUEST)
+    one.record.ttfb_ms = 1000 + first_token_ms
+    one.close(outcome)
+
+
+def known(stage: Stage) -> dict[tuple[str, str], float]:
+    return {place: round(one.usual_ms, 3) for place, one in stage.overload._latencies.items()}
+
+
+def test_the_first_token_is_timed_from_the_sending(stage: Stage) -> None:
+    answers(stage, 250)
+    assert known(stage) == {("a", "tiny:latest"): 250.0}
+
+
+@pytest.mark.parametrize(
+    "record", [{"stream": False}, {"kind": RequestKind.EMBED}, {"outcome": "client_gone"}, {"kind": None}]
+)
+def test_only_streams_that_ended_well_are_timed(stage: Stage, record: dict[str, Any]) -> None:
+    answers(stage, 250, **record)
+    assert known(stage) == {}
+
+
+@pytest.mark.parametrize("because", ["running", "unread", "startable", "pull"])
+async def test_the_time_of_a_load_or_a_start_is_not_counted(because: Any) -> None:
+    stage = Stage(attempt("a", because), breaker=LIMITS)
+    one = stage.request(stream=True)
+    step: Step | None = one.enter(FACTS)
+    while step is WAIT:
+        step = await one.wait()
+    one.sent()
+    one.answered(ABOUT_THE_REQUEST)
+    one.record.ttfb_ms = 9000.0
+    one.close("ok")
+    assert known(stage) == {}
+    stage.router.decision = decision(attempt("a", "loaded"))
+    stage.placement.prepares["a"] = 5.0
+    one = stage.request(stream=True)
+    assert one.enter(FACTS) is WAIT
+    await one.wait()
+    one.sent()
+    one.answered(ABOUT_THE_REQUEST)
+    one.record.ttfb_ms = 9000.0
+    one.close("ok")
+    assert known(stage) == {}, "it was started for the request"
