@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.breaker import BreakerLimits, BreakerState
+from manager.errors import Reason
+from manager.settings import load_settings
+from manager.settings.changes import changes
 from tests.support.inside import until
 from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, relaying
 
@@ -330,6 +333,49 @@ async def test_where_all_breakers_are_open_the_earliest_retry_is_told(tmp_path: 
         assert 48 <= int(reply.headers["retry-after"]) <= 50
         record = await front.record(2)
         assert (record.fallback_reason, record.outcome, record.attempts) == ("breaker_open", "refused", 0)
+
+
+async def test_the_routing_of_roles_says_what_an_open_breaker_changes(tmp_path: Path) -> None:
+    roles = {
+        "thinking": {"model": "tiny", "policy": "prefer_gpu"},
+        "control": {"model": "tiny", "target": "card"},
+    }
+    async with (
+        Scripted(loaded=("tiny",)).serving() as card,
+        Scripted().serving() as other,
+        relaying(
+            tmp_path,
+            {"card": card, "cpu": other},
+            devices={"card": "gpu", "cpu": "cpu"},
+            config={"roles": roles},
+        ) as front,
+    ):
+        await until(lambda: front.daemon.fleet.get("card").models)
+        for _ in range(2):
+            breakers(front).failed("card", breakers(front).admit("card"), Reason.ATTEMPT_TIMEOUT)
+        shown = (await control(front, "/routing"))["roles"]
+        thinking, held = shown["thinking"], shown["control"]
+        assert (thinking["effective_target"], thinking["fallback_reason"]) == ("cpu", "breaker_open")
+        assert (held["effective_target"], held["fallback_reason"]) == (None, "breaker_open")
+        assert "breaker_open: breaker open after 2 failures" in held["message"]
+        reply = await front.ask({**TINY, "model": "thinking"})
+        assert (reply.headers["x-instance"], reply.headers["x-fallback-reason"]) == ("cpu", "breaker_open")
+
+
+async def test_other_limits_are_in_force_with_a_reload(tmp_path: Path) -> None:
+    async with one_server(tmp_path) as (server, front):
+        server.answer = is_broken
+        running = load_settings(tmp_path / "config.yaml")
+        text = (tmp_path / "config.yaml").read_text()
+        (tmp_path / "config.yaml").write_text(text + "breaker: {failures: 1, open_s: 5}\n")
+        templates = front.daemon.templates
+        wanted = load_settings(tmp_path / "config.yaml")
+        changed = changes(running, wanted, templates=templates, wanted_templates=templates)
+        assert changed.applied == ("breaker.failures", "breaker.open_s")
+        front.daemon.reconfigure(changed)
+        await front.ask(TINY)
+        assert breaker(front).state is BreakerState.OPEN
+        assert int((await front.ask(TINY)).headers["retry-after"]) <= 5
 
 
 async def test_a_breaker_is_shown_and_reset(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ class Breakers:
 
     def server_changed(self, instance: str) -> None:
         """Take in that an instance has another server than before, or none."""
-        self._take(instance, Reset(), "the instance has a new server")
+        self._take(instance, Reset(), "its server was stopped or replaced")
 
     def reconfigure(self, limits: BreakerLimits) -> None:
         """Put other limits in force, for open breakers too."""

@@ -183,7 +183,7 @@ def test_a_request_of_before_a_reset_counts_for_nothing_after_it(bench: Bench) -
 
 @pytest.mark.parametrize(
     ("how", "why"),
-    [("reset", "reset by the operator"), ("server_changed", "the instance has a new server")],
+    [("reset", "reset by the operator"), ("server_changed", "its server was stopped or replaced")],
 )
 def test_a_reset_and_a_new_server_close_an_open_breaker(bench: Bench, how: str, why: str) -> None:
     bench.fails(2)
