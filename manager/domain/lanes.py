@@ -2,8 +2,8 @@
 
 An instance has slots, a lane (a role) has rules. A lane may take a slot while it uses fewer of the instance
 than it has reserved there, or while a slot is free that no lane has reserved. Where several lanes wait for a
-slot, weighted start-time fair queuing decides (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM 1996),
-with linear ageing; within a lane the same rule is fair between projects.
+slot, weighted start-time fair queuing decides (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM
+1996), with linear ageing; within a lane the same rule is fair between projects.
 
 After each call no request waits that could have a slot. So a newcomer that can have one overtakes nobody.
 """

@@ -595,7 +595,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
             for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
-        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain")),
+        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes")),
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",
         "/readyz",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from manager.domain.breaker import BreakerLimits
-from manager.domain.roles import BodyChanges, Policy, RequestKind
+from manager.domain.roles import BodyChanges, Policy, RequestKind, RoutingSettings
 from manager.domain.routing import (
     Attempt,
     Candidate,
@@ -22,6 +22,7 @@ from manager.domain.routing import (
 from manager.domain.target import Target
 from manager.errors import Reason, UnavailableError
 from manager.services.instances.leases import LeaseBook
+from manager.services.lanes.slots import Slots
 from manager.services.routing.attempting import Attempting, Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
@@ -223,6 +224,9 @@ class Stage:
             utcnow=lambda: datetime(2026, 11, 28, tzinfo=UTC),
             call_later=self._call_later,
         )
+        self.settings: Any = SimpleNamespace(routing=RoutingSettings({}), version=1)
+        self.slots_of: dict[str, int | None] = {}
+        self.slots = Slots(self.settings, lambda: dict(self.slots_of), self.status.workers, now=self.clock)
         if attempts:
             self.router.decision = decision(*attempts)
         self.overload = Overload(Revision(), now=self.clock)
@@ -232,6 +236,7 @@ class Stage:
             status=self.status,
             fallbacks=FallbackEvents(cast("Any", self.journal)),
             traffic=self.traffic,
+            slots=self.slots,
             puller=cast("Any", SimpleNamespace()),
             deadlines=deadlines or Deadlines(first_byte_timeout_s=60.0, total_timeout_s=600.0),
             breakers=self.breakers,

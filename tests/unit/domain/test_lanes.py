@@ -319,7 +319,7 @@ class SlotsAndLanes(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.here = Lanes()
-        self.rules: dict[str, LaneRules] = {}
+        self.lane_rules: dict[str, LaneRules] = {}
         self.slots: dict[str, int | None] = {}
         self.in_flight: list[Waiter] = []
         self.waiting: list[Waiter] = []
@@ -331,7 +331,7 @@ class SlotsAndLanes(RuleBasedStateMachine):
 
     @rule(slots=SLOTS, rules=RULES)
     def take_settings(self, slots: dict[str, int | None], rules: dict[str, LaneRules]) -> None:
-        self.rules, self.slots = rules, slots
+        self.lane_rules, self.slots = rules, slots
         granted = self.here.configure(slots, rules)
         self.let_in(granted)
         self.at_configuration = {id_: self.used(id_) for id_ in IDS}
@@ -351,7 +351,7 @@ class SlotsAndLanes(RuleBasedStateMachine):
         elif entry == "waits":
             self.waiting.append(waiter)
         elif entry == "full":
-            length = self.rules[lane].queue_length if lane in self.rules else 100
+            length = self.lane_rules[lane].queue_length if lane in self.lane_rules else 100
             assert sum(one.lane == lane for one in self.waiting) >= length
             assert not is_run
         else:
@@ -387,7 +387,7 @@ class SlotsAndLanes(RuleBasedStateMachine):
         return sum(one.instance == id_ and lane in (None, one.lane) for one in self.in_flight)
 
     def reserved(self, id_: str, lane: str) -> int:
-        rules = self.rules.get(lane)
+        rules = self.lane_rules.get(lane)
         return rules.reserved if rules is not None and id_ in rules.instances else 0
 
     def could(self, lane: str, id_: str) -> bool:
@@ -396,7 +396,7 @@ class SlotsAndLanes(RuleBasedStateMachine):
         return slots is None or slots > others or self.reserved(id_, lane) > 0
 
     def has_room(self, lane: str, id_: str) -> bool:
-        rules = self.rules.get(lane)
+        rules = self.lane_rules.get(lane)
         limit = None if rules is None else rules.concurrency
         if limit is not None and sum(one.lane == lane for one in self.in_flight) >= limit:
             return False
