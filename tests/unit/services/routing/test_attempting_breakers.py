@@ -202,6 +202,19 @@ def test_what_manages_models_and_an_unload_ask_for_no_permit(stage: Stage) -> No
     assert state(stage) is BreakerState.OPEN
 
 
+def test_a_request_that_a_breaker_shuts_out_gives_its_slot_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(attempt("a"), attempt("b"), breaker=LIMITS)
+    stage.use_clock(monkeypatch)
+    stage.slots_of = {"a": 1, "b": 1}
+    stage.slots.refresh()
+    shut(stage)
+    one = stage.request()
+    assert shown(one.enter(FACTS)) == "b"
+    assert {row.id: row.in_use for row in stage.slots.instances()} == {"a": 0, "b": 1}
+    one.close("client_gone")
+    assert {row.id: row.in_use for row in stage.slots.instances()} == {"a": 0, "b": 0}
+
+
 # --- overload ---
 
 
