@@ -27,6 +27,7 @@ from manager.wire.statuses import (
     judge,
     outcome_of,
     outcome_without_answer,
+    retry_after_s,
     status_of,
 )
 
@@ -311,7 +312,11 @@ class Passage:
                     continue
                 judged, following = await self._judge(answer)
                 if following is None:
-                    yield judged
+                    try:
+                        yield judged
+                    except UnavailableError as error:  # the answer breaks off
+                        attempting.broke_off(error.reason)
+                        raise
                     return
                 step = following
 
@@ -319,8 +324,9 @@ class Passage:
         """Return an answer for the client, or the step that follows an answer with an error."""
         attempting = self.attempting
         judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
         if not attempting.might_follow(judgement):
-            attempting.answered(judgement)
+            attempting.answered(judgement, retry_after_s=wait_s)
             return answer, None
         message = f"{attempting.work.instance} answered with status {answer.status}"
         content = bytearray()
@@ -328,19 +334,20 @@ class Passage:
             while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
                 content += piece
         except UnavailableError:
-            following = attempting.answered(judgement, message)
+            following = attempting.answered(judgement, message, retry_after_s=wait_s)
             if following is None:
                 raise
             return answer, following
         if len(content) > _MAX_HELD_BYTES:
             # A part must not be taken for the whole: the next attempt follows without this answer.
-            following = attempting.answered(judgement, message)
+            following = attempting.answered(judgement, message, retry_after_s=wait_s)
             if following is None:
                 raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
             return answer, following
         whole = WholeAnswer(answer.status, answer.headers, bytes(content))
         message = message_of(whole.content) or message
-        return whole, attempting.answered(judge(answer.status, message), message, whole)
+        judgement = judge(answer.status, message)
+        return whole, attempting.answered(judgement, message, whole, retry_after_s=wait_s)
 
     async def pass_on(
         self,

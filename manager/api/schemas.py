@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from manager.domain.breaker import BreakerState  # noqa: TC001
 from manager.domain.instance import (  # pydantic reads annotations at run time
     DeviceKind,  # noqa: TC001
     Driver,  # noqa: TC001
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from manager.domain.image_override import ImageInForce
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
+    from manager.services.routing.breakers import BreakerView
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
@@ -96,6 +98,19 @@ class ImageOverrideBody(_Body):
     since: Time
 
 
+class BreakerBody(_Body):
+    """The breaker of an instance. `failures` are those in a row, `reason` is that of the last one.
+
+    It is `half_open` from `retry_at` on, and stays so until a request has tried the instance.
+    """
+
+    state: BreakerState
+    failures: int
+    opened_at: Time | None
+    retry_at: Time | None
+    reason: str | None
+
+
 class InstanceBody(_Body):
     """One instance. `ttl_remaining_s` is null while its clock does not run."""
 
@@ -121,6 +136,7 @@ class InstanceBody(_Body):
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
     models: list[ModelBody]
+    breaker: BreakerBody
 
 
 class InstancesBody(_Body):
@@ -313,6 +329,17 @@ def instance_json(state: InstanceState) -> dict[str, object]:
             }
             for model in view.models
         ],
+        "breaker": _breaker(state.breaker),
+    }
+
+
+def _breaker(breaker: BreakerView) -> dict[str, object]:
+    return {
+        "state": breaker.state,
+        "failures": breaker.failures,
+        "opened_at": _time(breaker.opened_at),
+        "retry_at": _time(breaker.retry_at),
+        "reason": breaker.reason,
     }
 
 

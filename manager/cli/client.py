@@ -108,6 +108,16 @@ class Drained:
 
 
 @dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
+
+    state: str
+    failures: int
+    retry_at: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ImageOverride:
     """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
 
@@ -134,6 +144,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +247,10 @@ class Daemon:
 
     def rollback(self, instance_id: str) -> Change:
         return self._change(instance_id, "rollback")
+
+    def reset_breaker(self, instance_id: str) -> Instance:
+        with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
+            return self._read(_instance, _document(answer))
 
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
@@ -406,9 +421,21 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
-        # An older daemon has neither.
+        # An older daemon has none of these.
         drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
+        breaker=_breaker(body.get("breaker")),
+    )
+
+
+def _breaker(body: dict[str, Any] | None) -> Breaker | None:
+    if body is None:
+        return None
+    return Breaker(
+        state=str(body["state"]),
+        failures=int(body["failures"]),
+        retry_at=body["retry_at"],
+        reason=body["reason"],
     )
 
 

@@ -131,6 +131,7 @@ def _notes(instance: Instance) -> str:
     if instance.image_override is not None:
         chosen = instance.image_override
         notes.append(f"upgraded to {chosen.image} from {chosen.previous}")
+    notes += _breaker(instance)
     return _one_line("; ".join(notes))
 
 
@@ -153,6 +154,17 @@ def _row(instance: Instance) -> _Row:
         log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
         brief_device=_one_line(_device(replace(instance.device, name=None))),
     )
+
+
+def _breaker(instance: Instance) -> list[str]:
+    """Return what a breaker that is not closed keeps away; nothing for a closed one."""
+    breaker = instance.breaker
+    if breaker is None or breaker.state == "closed":
+        return []
+    after = f"after {breaker.failures} failures in a row, the last one {breaker.reason}"
+    if breaker.state == "half_open":
+        return [f"breaker_open: half-open {after}; the next request tries the instance"]
+    return [f"breaker_open: no requests {after}; retry at {breaker.retry_at}"]
 
 
 def _device(device: Device) -> str:

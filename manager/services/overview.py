@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance, View
     from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.breakers import Breakers, BreakerView
     from manager.services.routing.router import SettingsSource
 
 T = TypeVar("T")
@@ -42,6 +43,7 @@ class InstanceState:
     gpu: Gpu | None
     starts_done: int
     starts_failed: int
+    breaker: BreakerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Overviews:
         gpus: the cards.
         lists: the models of each volume.
         settings: the lanes.
+        breakers: of the instances.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Overviews:
         *,
         lists: ModelLists,
         settings: SettingsSource,
+        breakers: Breakers,
     ) -> None:
         self._fleet = fleet
         self._capacity = capacity
@@ -138,6 +142,7 @@ class Overviews:
         self._gpus = gpus
         self._lists = lists
         self._settings = settings
+        self._breakers = breakers
         self._cards: _Part[tuple[Card, ...]] = _Part()
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
@@ -205,6 +210,7 @@ class Overviews:
             gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
+            breaker=self._breakers.view(instance.id),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -241,6 +247,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         state.gpu,
         state.starts_done,
         state.starts_failed,
+        state.breaker,
     )
 
 

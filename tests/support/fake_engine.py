@@ -419,6 +419,7 @@ class Ground:
             now=loop.time,
             utcnow=self.engine.now,
         )
+        self.servers_changed: list[str] = []
         self.world = World(
             manager_id=MANAGER,
             engine=self.engine,
@@ -432,6 +433,7 @@ class Ground:
             on_step=self._on_step,
             resume_idle_clock=sweeps,
             owner=owner,
+            server_changed=self.servers_changed.append,
         )
         self.id = "gpu0" if gpu else "cpu"
         self._tasks: list[asyncio.Task[None]] = []

@@ -342,6 +342,7 @@ class Instance(ABC):
 
     def _reset_health(self) -> None:
         self._world.revision.advance()
+        self._world.server_changed(self.id)
         self._health = Health.UNKNOWN
         self._health_issue = None
         self._models = ()

@@ -16,6 +16,7 @@ from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.errors import GpuQueryError, Reason, UnknownInstanceError
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Lane, Overviews
+from tests.support.breakers import quiet_breakers
 from tests.support.fleet_rig import CARD, Rig, until
 from tests.support.gpu_machine import GIB, A, Machine, filled
 
@@ -36,7 +37,13 @@ class Stage:
         self.settings: Any = SimpleNamespace(version=1, routing=RoutingSettings({}))
         cards: Any = rig.cards
         self.overviews = Overviews(
-            rig.fleet, rig.capacity, rig.link, cards, lists=self.lists, settings=self.settings
+            rig.fleet,
+            rig.capacity,
+            rig.link,
+            cards,
+            lists=self.lists,
+            settings=self.settings,
+            breakers=quiet_breakers(),
         )
 
     def read(self, volume: str, *entries: dict[str, Any]) -> None:
