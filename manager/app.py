@@ -29,6 +29,7 @@ from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.domain.gpu import AUTO
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow
@@ -494,9 +495,9 @@ def _schedules(settings: Settings) -> tuple[Schedule, ...]:
     )
 
 
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: spec.device or "auto"
+        spec.id: (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

@@ -111,7 +111,9 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         used.append(templates[GPU_TEMPLATE])
     needs = Needs(
         gpu_instances=gpu_ids,
-        selectors=tuple((spec.id, spec.device) for spec in specs if spec.id in gpu_ids and spec.device),
+        selectors=tuple(
+            (spec.id, (spec.device,)) for spec in specs if spec.id in gpu_ids and spec.device
+        ),
         images=tuple(dict.fromkeys(template.image for template in used)),
         networks=tuple(dict.fromkeys(template.network for template in used)),
         instances=tuple(spec.id for spec in specs if spec.driver is Driver.DOCKER),

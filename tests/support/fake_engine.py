@@ -399,7 +399,14 @@ class Locks:
 class Ground:
     """A world in memory, and the supervisors on it."""
 
-    def __init__(self, *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        gpu: bool = False,
+        owner: Owner | None = None,
+        sweeps: bool = False,
+        device: tuple[str, ...] = (CARD,),
+    ) -> None:
         self.engine = FakeEngine()
         self.machine = Machine()
         self.registry = Registry()
@@ -409,11 +416,12 @@ class Ground:
         self.gates: dict[str, asyncio.Event] = {}
         self.refusal: Exception | None = None
         loop = asyncio.get_running_loop()
+        self.device: tuple[str, ...] = device
         self.gpus = Gpus(
             self.machine,
             self.machine,
             cast("Any", self.registry),
-            selectors={"gpu0": CARD} if gpu else {},
+            selectors={"gpu0": self.device} if gpu else {},
             taken_ids=["gpu0"],
             auto=False,
             now=loop.time,
@@ -497,9 +505,13 @@ class Ground:
 
 @asynccontextmanager
 async def on_ground(
-    *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False
+    *,
+    gpu: bool = False,
+    owner: Owner | None = None,
+    sweeps: bool = False,
+    device: tuple[str, ...] = (CARD,),
 ) -> AsyncIterator[Ground]:
-    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps)
+    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps, device=device)
     try:
         yield ground
     finally:

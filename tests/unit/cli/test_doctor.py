@@ -256,9 +256,9 @@ def refusal(kind: str) -> GpuQueryError:
         ((), refusal("library_missing"), Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
         ((), None, Needs(), Verdict.FINE),
         ((), None, Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", UUID),)), Verdict.FINE),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "01:00.0"),)), Verdict.FINE),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "02:00.0"),)), Verdict.BROKEN),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", (UUID,)),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", ("01:00.0",)),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", ("02:00.0",)),)), Verdict.BROKEN),
         ((CARD,), None, Needs(gpu_instances=("gpu0", "gpu1")), Verdict.BROKEN),
     ],
 )

@@ -50,7 +50,29 @@ def bind(
     taken: Sequence[str] = (),
     auto: bool = True,
 ) -> dict[str, str]:
-    return bind_gpus(gpus, selectors=selectors or {}, bindings=bindings or {}, taken_ids=taken, auto=auto)
+    return bound(gpus, selectors or {}, bindings or {}, taken, auto=auto)
+
+
+def bound(
+    gpus: Sequence[Gpu],
+    selectors: Mapping[str, str],
+    bindings: Mapping[str, str],
+    taken: Sequence[str],
+    *,
+    auto: bool,
+) -> dict[str, str]:
+    """Both rules together, as `Cards` applies them: what is named is taken, the rest is given out."""
+    named = {one: one for one in selectors.values() if is_uuid(one)} | cards_in_slots(
+        gpus, selectors.values()
+    )
+    return bind_gpus(
+        gpus,
+        automatic=[instance for instance, selector in selectors.items() if selector == "auto"],
+        named=named.values(),
+        bindings={i: uuid for i, uuid in bindings.items() if selectors.get(i, "auto") == "auto"},
+        taken_ids=taken,
+        auto=auto,
+    )
 
 
 # Spelling of a PCI bus id
