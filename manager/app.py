@@ -498,7 +498,7 @@ def _schedules(settings: Settings) -> tuple[Schedule, ...]:
 
 def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: (spec.device or AUTO,)
+        spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

@@ -24,8 +24,8 @@ _MOST_HOLDERS = 5
 # Words of `device` beside the names of cards: a free card, and all cards together.
 AUTO = "auto"
 ALL = "all"
-_UUIDS = ("GPU-", "MIG-")
-_SLICE = "MIG-"
+SLICE = "MIG-"  # what the UUID of a slice of a card begins with
+_UUIDS = ("GPU-", SLICE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +191,7 @@ def why_not_together(cards: Sequence[NamedCard]) -> str | None:
                 "name each card once"
             )
         names[card.uuid] = card.selector
-    sliced = [uuid for uuid in names if uuid.startswith(_SLICE)]
+    sliced = [uuid for uuid in names if uuid.startswith(SLICE)]
     if sliced and len(cards) > 1:
         return (
             f"{sliced[0]} is a slice of a card (MIG), and a program uses one slice alone or whole cards; "
@@ -272,7 +272,7 @@ def divide(total_bytes: int, rooms: Mapping[str, int | None], likely: Mapping[st
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load that was admitted: `bytes` of a card more than the `held_bytes` that its instance held by then."""
+    """A load that was admitted: `bytes` of a card beside the `held_bytes` that its instance held by then."""
 
     held_bytes: int
     bytes: int

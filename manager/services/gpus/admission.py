@@ -82,9 +82,7 @@ class Admission:
             del loads[next(iter(loads))]
         rooms, used = self.rooms(instance), self._used(instance)
         admitted = {
-            uuid: admitted_load(
-                room_bytes=rooms[uuid], needed_bytes=share, held_bytes=used.get(uuid, 0)
-            )
+            uuid: admitted_load(room_bytes=rooms[uuid], needed_bytes=share, held_bytes=used.get(uuid, 0))
             for uuid, share in self._divided(instance, needed_bytes, likely).items()
         }
         loads.pop(key, None)

@@ -151,9 +151,7 @@ class Cards:
 
     def uuids_of(self, instance: str) -> tuple[str, ...]:
         """Return the UUIDs of the instance's cards, as far as they are known, each once."""
-        return tuple(
-            dict.fromkeys([card.uuid for card in self.cards_of(instance) if card.uuid is not None])
-        )
+        return tuple(dict.fromkeys([card.uuid for card in self.cards_of(instance) if card.uuid is not None]))
 
     def wanted_uuids(self, instance: str) -> tuple[str, ...]:
         """Return the UUIDs for a new container of the instance; none while one of them is not known."""
@@ -223,9 +221,7 @@ class Cards:
         self._slots |= cards_in_slots(gpus, named)
         uuids = {one if is_uuid(one) else self._slots.get(one, one) for one in named}
         automatic = [i for i, selectors in self._selectors.items() if selectors == (AUTO,)]
-        bindings = {
-            i: uuid for i, uuid in self._stored.items() if i in automatic or i not in self._selectors
-        }
+        bindings = {i: uuid for i, uuid in self._stored.items() if i in automatic or i not in self._selectors}
         added = bind_gpus(
             gpus,
             automatic=automatic,

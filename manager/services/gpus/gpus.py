@@ -155,14 +155,11 @@ class Gpus:
             for process in gpu.processes
         )
 
-    async def given_back(
-        self, instance: str, held: Mapping[str, Holding], wait_s: float
-    ) -> tuple[str, ...]:
+    async def given_back(self, held: Mapping[str, Holding], wait_s: float) -> tuple[str, ...]:
         """Wait until what a stopped instance held is free again.
 
         Args:
-            instance: the instance.
-            held: its `holdings` before it was stopped.
+            held: the `holdings` of the instance before it was stopped.
             wait_s: how long to wait.
 
         Returns:

@@ -48,9 +48,7 @@ class Learned:
         stored = sorted(await self._registry.learned_sizes(), key=lambda size: size.measured_at)
         self._sizes = {(s.instance, s.model, s.digest): s for s in stored[-_MOST_SIZES:]}
 
-    async def measure(
-        self, instance: str, models: Sequence[Model], used: Mapping[str, int | None]
-    ) -> bool:
+    async def measure(self, instance: str, models: Sequence[Model], used: Mapping[str, int | None]) -> bool:
         """Take in what an instance holds with these models in memory; whether the last measurement agrees.
 
         A size is learned where one model is in memory, all of it on cards, and two measurements in a row

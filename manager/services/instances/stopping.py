@@ -79,7 +79,7 @@ class Stopping:
             async with w.world.locks.hold(w.id):
                 await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
             w.condition.apply(RunEnded())
-            for uuid in await gpus.given_back(w.id, held, w.spec.limits.vram_wait_s):
+            for uuid in await gpus.given_back(held, w.spec.limits.vram_wait_s):
                 w.world.journal.record("vram_not_given_back", instance=w.id, detail=uuid)
         except ManagerError as error:
             self._end_failed(error)

@@ -157,18 +157,18 @@ async def stopping(machine: Machine, used: int | None = 6 * GIB, driver: int = G
 async def test_memory_is_given_back_when_the_processes_have_gone_and_it_is_free(machine: Machine) -> None:
     gpus = await stopping(machine)
     held = gpus.holdings("one")
-    assert await gpus.given_back("one", held, 0) == (A,)
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=7 * GIB),)  # nobody's, and not free either
-    assert await gpus.given_back("one", held, 0) == (A,)
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=GIB + 6 * GIB // 20),)
-    assert await gpus.given_back("one", held, 0) == ()
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_memory_that_others_take_meanwhile_does_not_keep_a_stop_waiting(machine: Machine) -> None:
     gpus = await stopping(machine)
     held = gpus.holdings("one")
     machine.cards = (filled((9, 15 * GIB), driver=GIB),)
-    assert await gpus.given_back("one", held, 0) == ()
+    assert await gpus.given_back(held, 0) == ()
 
 
 @pytest.mark.parametrize("cards", [(), (card(free=None),), (card(lost="lost"),), (filled((9, None)),)])
@@ -176,22 +176,22 @@ async def test_a_card_that_tells_nothing_keeps_no_stop_waiting(machine: Machine,
     gpus = await stopping(machine)
     held = gpus.holdings("one")
     machine.cards = cards
-    assert await gpus.given_back("one", held, 0) == ()
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_without_figures_memory_is_given_back_when_the_processes_have_gone(machine: Machine) -> None:
     gpus = await stopping(machine, None)
     held = gpus.holdings("one")
-    assert await gpus.given_back("one", held, 0) == (A,)
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=12 * GIB),)
-    assert await gpus.given_back("one", held, 0) == ()
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_an_instance_without_a_process_on_its_card_has_nothing_to_give_back(machine: Machine) -> None:
     machine.cards = (card(B),)
     gpus = await machine.gpus(one=A)
     machine.cards = (card(A, processes=(GpuProcess(7, GIB),)),)
-    assert await gpus.given_back("one", gpus.holdings("one"), 0) == ()
+    assert await gpus.given_back(gpus.holdings("one"), 0) == ()
     assert gpus.snapshot.gpus[0].uuid == B  # not even a reading
 
 
@@ -207,5 +207,5 @@ async def test_a_stop_goes_on_as_soon_as_memory_is_given_back(
 
     begun = machine.now()
     monkeypatch.setattr("manager.services.gpus.gpus.asyncio.sleep", passes)
-    assert await gpus.given_back("one", gpus.holdings("one"), 20) == ()
+    assert await gpus.given_back(gpus.holdings("one"), 20) == ()
     assert machine.now() - begun == pytest.approx(1)
