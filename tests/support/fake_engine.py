@@ -337,6 +337,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.is_there = True
+        self.others: tuple[str, ...] = ()  # more cards, each in the next slot, all of them empty
         self.free = 20 * GIB
         self.refusal: GpuQueryError | None = None
         self.processes: tuple[GpuProcess, ...] = ()
@@ -348,7 +349,12 @@ class Machine:
         if not self.is_there:
             return ()
         used = 24 * GIB - self.free
-        return (Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes),)
+        first = Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes)
+        others = [
+            Gpu(uuid, index, f"00000000:{index + 1:02x}:00.0", "Card", 24 * GIB, 0, 24 * GIB)
+            for index, uuid in enumerate(self.others, start=1)
+        ]
+        return (first, *others)
 
     def container_of(self, pid: int) -> str | None:
         return self.containers.get(pid)
