@@ -41,9 +41,8 @@ def cards_asked_for(client: docker.DockerClient, body: dict[str, Any]) -> list[s
     return requested(client, body)
 
 
-def reason(daemon: Daemon, instance: str) -> dict[str, Any] | None:
-    found: dict[str, Any] | None = daemon.instance(instance)["reason"]
-    return found
+def reason(daemon: Daemon, instance: str) -> Any:
+    return daemon.instance(instance)["reason"]
 
 
 def chat(daemon: Daemon, model: str) -> requests.Response:

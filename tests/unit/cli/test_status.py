@@ -94,7 +94,12 @@ def test_the_name_of_a_card_is_shown_where_it_fits(daemon: StandInDaemon) -> Non
 
 
 def over_cards(*cards: tuple[int | None, str | None]) -> dict[str, Any]:
-    unknown = {"uuid": "GPU-1", "pci_bus_id": None, "vram_total_bytes": None, "vram_used_bytes": None}
+    unknown: dict[str, Any] = {
+        "uuid": "GPU-1",
+        "pci_bus_id": None,
+        "vram_total_bytes": None,
+        "vram_used_bytes": None,
+    }
     shown = [unknown | {"index": index, "name": name} for index, name in cards]
     return CARD | {"cards": shown, "vram_total_bytes": 48 * 2**30, "vram_used_bytes": 3 * 2**30}
 

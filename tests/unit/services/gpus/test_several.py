@@ -124,6 +124,7 @@ async def test_all_cards_are_every_card_that_was_seen_in_the_order_of_the_bus(ma
     assert gpus.uuids_of("every") == (A, B)
     assert gpus.uuids_of("mine") == (A,)  # one that is written gets a card; none is made by itself
     assert gpus.instance_ids() == ()
+    assert machine.stored_bindings == {"mine": A}
     await machine.show(gpus, *cards(A, B, C))
     assert gpus.uuids_of("every") == (A, B, C)
     await machine.show(gpus, *cards(A, C))
@@ -136,11 +137,11 @@ async def test_all_cards_are_every_card_that_was_seen_in_the_order_of_the_bus(ma
 
 async def test_of_all_cards_a_container_that_runs_has_those_that_it_was_made_with(machine: Machine) -> None:
     machine.cards = cards(A, B)
-    gpus = await machine.gpus(every="all", both=(A, B))
+    gpus = await machine.gpus(every="all", one=A)
     gpus.note_given("every", (A,))
-    gpus.note_given("both", (A,))
+    gpus.note_given("one", (B,))
     assert (gpus.uuids_of("every"), gpus.wanted_uuids("every")) == ((A,), (A, B))
-    assert gpus.uuids_of("both") == (A, B)  # a list says itself which
+    assert gpus.uuids_of("one") == (A,)  # the configuration says itself which
     await machine.show(gpus, *cards(A))
     assert gpus.why_missing("every") is None  # it does not use B
     assert gpus.wanted_usable("every") == ()

@@ -275,3 +275,22 @@ async def test_a_container_of_all_cards_that_lost_one_for_good_is_replaced_by_th
         await until(lambda: one.view().starts == 1, within_s=3 * LIMITS.resync_interval_s)
         await until(lambda: one.view().phase is Phase.READY)
         assert made_for(ground) == CARD
+
+
+@in_virtual_time
+async def test_a_container_is_not_replaced_while_the_cards_of_a_new_one_are_not_known() -> None:
+    device = (CARD, "02:00.0")
+    async with on_ground(gpu=True, device=device) as ground:
+        ground.machine.others = ("GPU-two",)
+        await ground.gpus.load()
+        labels = ground.supervisor()._w.request().labels
+    async with on_ground(gpu=True, device=device) as ground:
+        one = ground.supervisor()
+        ground.engine.put(ground.name, labels)
+        await ground.listed(one)
+        await read_cards(ground, one)
+        assert code(one) is Reason.GPU_MISSING
+        assert one._stale.why is None
+        ground.machine.others = ("GPU-two",)
+        await read_cards(ground, one)
+        assert made_for(ground) == f"{CARD},GPU-two"
