@@ -71,8 +71,19 @@ class RefusalError(CommandError):
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One card of an instance; None where it is not known."""
+
+    index: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
-    """The device of an instance; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes of all its cards, None where it is not known.
+
+    `uuid`, `index` and `name` are those of its first card.
+    """
 
     kind: str | None
     uuid: str | None
@@ -80,6 +91,7 @@ class Device:
     name: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +417,7 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
+            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),

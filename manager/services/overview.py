@@ -34,13 +34,13 @@ T = TypeVar("T")
 class InstanceState:
     """One instance.
 
-    `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
-    where it has none. The starts are those since the daemon began.
+    `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
+    view, in their order; None for a card that was never read. The starts are those since the daemon began.
     """
 
     view: View
     is_usable: bool
-    gpu: Gpu | None
+    gpus: tuple[Gpu | None, ...]
     starts_done: int
     starts_failed: int
     breaker: BreakerView
@@ -207,7 +207,7 @@ class Overviews:
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
-            gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
+            gpus=tuple([self._gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
             breaker=self._breakers.view(instance.id),
@@ -225,7 +225,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     view = state.view
     return (
         view.spec,
-        view.gpu_uuid,
+        view.cards,
         view.endpoint,
         view.target,
         view.phase,
@@ -244,7 +244,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.drained,
         view.image,
         state.is_usable,
-        state.gpu,
+        state.gpus,
         state.starts_done,
         state.starts_failed,
         state.breaker,
