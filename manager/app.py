@@ -53,9 +53,11 @@ from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
 from manager.services.models.volume_reader import VolumeReader
 from manager.services.models.volumes import Volumes
+from manager.services.open_requests import OpenRequests
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
+from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
@@ -203,6 +205,10 @@ async def open_daemon(
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
+        store = registry.requests()
+        held.push_async_callback(store.close)
+        history = History(store, retention=_retention(settings), utcnow=_utcnow)
+        held.push_async_callback(history.close)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         held.push_async_callback(journal.retire)
@@ -315,7 +321,9 @@ async def open_daemon(
             traffic,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+            keep=history.add,
         )
+        open_requests = OpenRequests()
         passing = Passing(
             routing=routing,
             catalogue=catalogue,
@@ -331,7 +339,8 @@ async def open_daemon(
                 most_upload_bytes=settings.gateway.max_upload,
                 stall_s=settings.gateway.idle_timeout_s,
             ),
-            passages=Passages(),
+            passages=Passages(open_requests),
+            open_requests=open_requests,
         )
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
@@ -352,13 +361,16 @@ async def open_daemon(
                 traffic,
                 refusals,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
+                history=history,
             ).render,
             refusals=refusals,
+            history=history,
         )
 
         loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
+            "history": history.run,
             "model lists": lists.run,
             "pulls": pulls.run,
             "owner": partial(refuse_foreign_later, engine, settings, owner),
@@ -484,8 +496,13 @@ class _Reconfigure:
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
+        self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _retention(settings: Settings) -> Retention:
+    return Retention(settings.history.retention_days, settings.history.max_rows)
 
 
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:

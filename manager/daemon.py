@@ -337,6 +337,7 @@ def relay_of(daemon: Daemon, settings: Settings, access: Access) -> Relay:
         requests=passing.requests,
         refusals=daemon.backend.refusals,
         unload=passing.volumes.unload,
+        open_requests=passing.open_requests,
     )
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
+    from manager.services.requests_history import History
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
@@ -33,11 +34,13 @@ class FleetMetrics:
         refusals: Refusals,
         *,
         log_lines_dropped: Callable[[], int],
+        history: History,
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
         self._traffic = traffic
         self._log_lines_dropped = log_lines_dropped
+        self._history = history
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -89,7 +92,12 @@ class FleetMetrics:
             f"{_PREFIX}_orphans", "Containers with the manager's label that belong to no instance"
         )
         orphans.add_metric([], len(overview.orphans))
-        yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused)
+        kept = CounterMetricFamily(
+            f"{_PREFIX}_history_requests", "Requests that ended, by what the history did", labels=["result"]
+        )
+        kept.add_metric(["stored"], self._history.stored)
+        kept.add_metric(["dropped"], self._history.dropped)
+        yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused, kept)
         yield from self._requests()
 
     def _requests(self) -> Iterator[Metric]:

@@ -13,6 +13,7 @@ from manager.api.gate import Gate
 from manager.api.health import health_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
+from manager.api.requests import requests_router
 from manager.api.routing import routing_router
 from manager.wire.access import WITHOUT_KEY
 
@@ -42,6 +43,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         routing_router(backend),
+        requests_router(backend),
         model_settings_router(backend),
         health_router(backend),
     )

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
+    from manager.services.open_requests import OpenRequests
     from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
+    from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
 
 
@@ -62,6 +64,7 @@ class Passing:
     bodies: BodyBudget
     limits: PassageLimits
     passages: Passages
+    open_requests: OpenRequests
 
     def passage(
         self, scope: Scope, receive: Receive, send: Send, route: str, kind: RequestKind | None
@@ -108,3 +111,4 @@ class Backend:
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
+    history: History

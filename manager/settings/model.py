@@ -229,6 +229,13 @@ class ScheduleSettings(Section):
         return self
 
 
+class HistorySettings(Section):
+    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+
+
 class LogSettings(Section):
     """`auto` is console on a terminal and json elsewhere."""
 
@@ -257,6 +264,7 @@ class Settings(BaseSettings):
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    history: HistorySettings = Field(default_factory=HistorySettings)
 
     @classmethod
     def settings_customise_sources(

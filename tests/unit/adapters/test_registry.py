@@ -405,7 +405,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists"):
+        for table in ("overrides", "model_lists", "requests"):
             connection.execute(f"DROP TABLE {table}")
     set_revision(path, "0001")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
@@ -415,11 +415,12 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0003"
+    assert opening.verify(path) == tables.HEAD == "0005"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE requests")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
