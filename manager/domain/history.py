@@ -128,7 +128,7 @@ def _decided(decision: Decision | None) -> Mapping[str, Any]:
                 "instance": one.instance,
                 "model": bounded(one.model),
                 "reason": one.reason,
-                "detail": bounded(getattr(one, "detail", "")),
+                "detail": bounded(one.detail),
             }
             for one in decision.passed_over[:MOST_PASSED_OVER]
         ],

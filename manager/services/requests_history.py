@@ -56,9 +56,7 @@ class History:
         utcnow: the wall clock.
     """
 
-    def __init__(
-        self, store: RequestStore, *, retention: Retention, utcnow: Callable[[], datetime]
-    ) -> None:
+    def __init__(self, store: RequestStore, *, retention: Retention, utcnow: Callable[[], datetime]) -> None:
         self.store = store
         self.retention = retention
         self._utcnow = utcnow
