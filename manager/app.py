@@ -53,7 +53,6 @@ from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
 from manager.services.models.volume_reader import VolumeReader
 from manager.services.models.volumes import Volumes
-from manager.services.open_requests import OpenRequests
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
@@ -79,6 +78,7 @@ if TYPE_CHECKING:
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
+    from manager.adapters.registry import SqlRegistry
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
@@ -205,10 +205,7 @@ async def open_daemon(
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
-        store = registry.requests()
-        held.push_async_callback(store.close)
-        history = History(store, retention=_retention(settings), utcnow=_utcnow)
-        held.push_async_callback(history.close)
+        history = _history(held, registry, settings)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         held.push_async_callback(journal.retire)
@@ -305,11 +302,7 @@ async def open_daemon(
             reader=volume_reader,
             now=time.monotonic,
         )
-        server = PooledModelServer(
-            pools,
-            connect_timeout_s=settings.gateway.connect_timeout_s,
-            patience_s=settings.gateway.first_byte_timeout_s,
-        )
+        server = _model_server(settings, pools)
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -324,7 +317,6 @@ async def open_daemon(
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             keep=history.add,
         )
-        open_requests = OpenRequests()
         passing = Passing(
             routing=routing,
             catalogue=catalogue,
@@ -340,8 +332,7 @@ async def open_daemon(
                 most_upload_bytes=settings.gateway.max_upload,
                 stall_s=settings.gateway.idle_timeout_s,
             ),
-            passages=Passages(open_requests),
-            open_requests=open_requests,
+            passages=Passages(),
         )
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
@@ -375,9 +366,9 @@ async def open_daemon(
             "model lists": lists.run,
             "pulls": pulls.run,
             "owner": partial(refuse_foreign_later, engine, settings, owner),
+            # A sweep reads no volume.
+            **({} if resume_idle_clock else {"volumes": volume_reader.run}),
         }
-        if not resume_idle_clock:  # a sweep reads no volume
-            loops["volumes"] = volume_reader.run
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -500,6 +491,23 @@ class _Reconfigure:
         self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
+    """Return the history of requests; it is written to its end before the registry is closed."""
+    store = registry.requests()
+    held.push_async_callback(store.close)
+    history = History(store, retention=_retention(settings), utcnow=_utcnow)
+    held.push_async_callback(history.close)
+    return history
+
+
+def _model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
+    return PooledModelServer(
+        pools,
+        connect_timeout_s=settings.gateway.connect_timeout_s,
+        patience_s=settings.gateway.first_byte_timeout_s,
+    )
 
 
 def _retention(settings: Settings) -> Retention:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
-    from manager.services.open_requests import OpenRequests
     from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
@@ -64,7 +63,6 @@ class Passing:
     bodies: BodyBudget
     limits: PassageLimits
     passages: Passages
-    open_requests: OpenRequests
 
     def passage(
         self, scope: Scope, receive: Receive, send: Send, route: str, kind: RequestKind | None

@@ -12,6 +12,7 @@ from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
 from manager.domain.judgement import ABOUT_THE_REQUEST
 from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from manager.domain.record import Outcome
     from manager.domain.target import Target
     from manager.services.bodies import BodyBudget
-    from manager.services.open_requests import OpenRequests
     from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.requests import Begun
     from manager.services.routing.attempting import Routing, Step
@@ -74,12 +74,16 @@ class PassageLimits:
 
 
 class Passages:
-    """All requests that are under way, so that they can be let come to their end."""
+    """All requests that are under way, so that they can be let come to their end.
 
-    def __init__(self, open_requests: OpenRequests | None = None) -> None:
+    Attributes:
+        open_requests: these, and those of the relay.
+    """
+
+    def __init__(self) -> None:
         self._open: set[Passage] = set()
-        if open_requests is not None:
-            open_requests.add(lambda: self._open)
+        self.open_requests = OpenRequests()
+        self.open_requests.add(lambda: self._open)
         self._none_open = asyncio.Event()
 
     async def run(self, passage: Passage, work: Callable[[Passage], Awaitable[None]]) -> None:

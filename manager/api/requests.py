@@ -190,7 +190,7 @@ class RequestsQuery(BaseModel):
 
 def requests_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute", tags=["requests"])
-    history, open_requests = backend.history, backend.passing.open_requests
+    history, open_requests = backend.history, backend.passing.passages.open_requests
 
     @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
@@ -252,7 +252,7 @@ def requests_router(backend: Backend) -> APIRouter:
 
 def _open(backend: Backend, filters: Filters) -> Iterator[dict[str, Any]]:
     """Yield the open requests that are wanted, newest first, at most `MOST_LISTED`."""
-    wanted = [one for _, one in backend.passing.open_requests if filters.match(one.record)]
+    wanted = [one for _, one in backend.passing.passages.open_requests if filters.match(one.record)]
     wanted.sort(key=lambda one: one.began_at, reverse=True)
     return map(_as_open, wanted[:MOST_LISTED])
 

@@ -37,7 +37,7 @@ REASON_WORDS: Mapping[str, str] = {
     "host_denied": "{} does not take this model",
     "budget_exhausted": "the budget for {} was exhausted",
     "local_only": "only local instances were allowed and {} is not local",
-    "policy": "the policy does not allow {}",
+    "policy": "the policy or a pin rules out {}",
     "engine_unavailable": "the container engine of {} did not answer",
     "image_missing": "the image of {} was missing",
     "name_conflict": "the container name of {} was taken",
@@ -52,12 +52,12 @@ REASON_WORDS: Mapping[str, str] = {
 _STATES = ("drained",)
 
 _ENDINGS: Mapping[str, str] = {
-    "client_error": "was answered with status {status}",
+    "client_error": "answered with status {status}",
     "client_gone": "the client left after {duration}",
-    "refused": "was refused with status {status}",
+    "refused": "refused with status {status}",
     "upstream_error": "failed with status {status}",
     "timeout": "ran out of time after {duration}",
-    "cut": "was cut off after {duration}",
+    "cut": "cut off after {duration}",
 }
 
 
@@ -90,7 +90,9 @@ def request_sentence(record: Mapping[str, Any], decision: Mapping[str, Any], *, 
     if gone:
         parts[0] += f", {gone}"
     parts += _waits(record)
-    parts.append("is still open" if is_open else _ending(record, decision))
+    parts.append(
+        f"open for {duration_words(record['duration_ms'])}" if is_open else _ending(record, decision)
+    )
     return "; ".join(filter(None, parts))
 
 
@@ -159,7 +161,7 @@ def _gone(record: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
 
 
 def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str | None) -> str:
-    """Return why another instance was not taken: the candidate that was preferred, or all with that reason."""
+    """Return why another instance was not taken: the preferred one, or all that have that reason."""
     same = [one for one in passed_over if one["reason"] == reason]
     chosen = [one for one in same if one["instance"] == preferred] or same
     if chosen:
@@ -170,10 +172,10 @@ def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str
 
 
 def _failure(attempt: Mapping[str, Any]) -> str:
-    message = attempt["message"]
-    if message and attempt["instance"] in message:
+    instance, message = attempt["instance"], attempt["message"]
+    if message.startswith((f"{instance} ", f"{instance}: ")):
         return str(message)
-    return why(attempt["instance"], attempt["reason"] or "", message)
+    return why(instance, attempt["reason"], message)
 
 
 def _place(instance: str, model: str | None, asked: str) -> str:
@@ -199,9 +201,9 @@ def _ending(record: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
     outcome, took = record["outcome"], duration_words(record["duration_ms"])
     if outcome == "ok":
         tokens = record["output_tokens"]
-        return f"was answered in {took}" + (f" ({tokens} tokens)" if tokens is not None else "")
+        return f"answered in {took}" + (f" ({tokens} tokens)" if tokens is not None else "")
     if outcome == "cut" and record["fallback_reason"] == _CANCELLED:
-        words = f"was cancelled after {took}"
+        words = f"cancelled after {took}"
     else:
         words = _ENDINGS.get(outcome, outcome).format(status=record["status"], duration=took)
     refused = decision["refused"]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from manager.domain.routing import Attempt, Decision
     from manager.errors import Reason
 
-# Texts are cut. A client chooses the length of its model, project, lane and intent; a server that of its error.
+# Longer texts are cut: a client chooses the length of its model, a server that of its error.
 MOST_CHARACTERS = 1024
 _CUT = "…"
 # So many attempts and passed-over candidates are named; the numbers of the others are stored.
@@ -31,7 +31,7 @@ class Failure(NamedTuple):
 
 
 class Made(Protocol):
-    """The attempts of one request. `decision` is None where nothing was decided, as for the management of models."""
+    """The attempts of one request. `decision` is None for those that no decision was made for."""
 
     @property
     def decision(self) -> Decision | None: ...

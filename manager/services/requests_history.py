@@ -132,6 +132,8 @@ class History:
     async def close(self) -> None:
         """Write what waits; nothing is written from now on. What ends later is for `hand_over`."""
         await self.flush()
+        if self._waiting and not self._is_closed:
+            _log.warning("requests_not_stored", count=len(self._waiting), error=self._trouble)
         self._is_closed = True
 
     async def hand_over(self, take: Callable[[bytes], bool]) -> None:

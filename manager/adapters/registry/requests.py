@@ -1,8 +1,8 @@
 """The history of requests in the registry, through a connection and a thread of its own.
 
 Nothing here holds up the registry's other calls for longer than one small transaction takes. A write is not
-flushed to the disk at once (`synchronous=NORMAL`): it survives the end of the process, and a loss of power may
-take the last ones. The registry's other connection flushes all of its own writes.
+flushed to the disk at once (`synchronous=NORMAL`): it survives the end of the process, and a loss of power
+may take the last ones. The registry's other connection flushes all of its own writes.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ T = TypeVar("T")
 Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
 
 _COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, record, decision"
-# A request that is stored already stays as it is: a batch whose commit was reported as failed is written again.
+# A batch whose commit was reported as failed is written again: what is stored already stays as it is.
 _ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
 _GET = "SELECT record, decision FROM requests WHERE request_id = ?"
 _RECORD = "SELECT request_id, record FROM requests WHERE id = ?"
 _LAST_ID = "SELECT max(id) FROM requests"
 _OLD = """DELETE FROM requests WHERE id IN (
     SELECT id FROM requests WHERE ended_us < ? ORDER BY ended_us LIMIT ?)"""
-# Ids have no gaps but at the old end, so that their difference bounds the number of rows without counting.
+# The difference of two ids bounds the number of rows between them: nothing is counted.
 _BEYOND = """DELETE FROM requests WHERE id IN (
     SELECT id FROM requests WHERE id <= (SELECT max(id) FROM requests) - ? ORDER BY id LIMIT ?)"""
 _OPTIONS = orjson.OPT_UTC_Z
@@ -75,7 +75,7 @@ class SqlRequests:
         await self._call(lambda: self._insert(_rows(batch)))
 
     async def encoded(self, batch: Sequence[Ended]) -> bytes:
-        return await self._call(lambda: _encoded(_rows(batch)))
+        return await asyncio.to_thread(lambda: _encoded(_rows(batch)))  # also once the store is closed
 
     async def add_encoded(self, rows: bytes) -> None:
         await self._call(lambda: self._insert(_decoded(rows)))
