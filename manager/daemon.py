@@ -243,9 +243,7 @@ async def _serve_once(
                 raise _innermost(refusal) from group
             finally:
                 greeting.cancel()
-                if giving.heir is not None:
-                    await daemon.backend.history.hand_over(giving.heir.take_requests)
-                giving.close()
+                await giving.end(daemon.backend.history.hand_over)
                 succession.close()
                 watch.stop()
                 await relay.close()

@@ -287,9 +287,6 @@ def _keep(tasks: set[asyncio.Task[None]], task: asyncio.Task[None]) -> None:
 class Giving:
     """Gives everything to a daemon that asks for it, at most once at a time.
 
-    Attributes:
-        heir: takes what ends after that; None until this daemon has let go.
-
     Args:
         server: of this daemon.
         relay: of this daemon; begins no request once it gives.
@@ -326,7 +323,7 @@ class Giving:
         self._failed = failed
         self._task: asyncio.Task[None] | None = None
         self._successor: Successor | None = None
-        self.heir: Heir | None = None
+        self._heir: Heir | None = None
 
     def begin(self, successor: Successor) -> None:
         """Hand over to this daemon soon, or refuse."""
@@ -336,7 +333,10 @@ class Giving:
             self._successor = successor
             self._task = asyncio.ensure_future(self._give(successor))
 
-    def close(self) -> None:
+    async def end(self, hand_over: Callable[[Callable[[bytes], bool]], Awaitable[None]]) -> None:
+        """End. Where another daemon has taken over, `hand_over` gives it the last requests of this one."""
+        if self._heir is not None:
+            await hand_over(self._heir.take_requests)
         if self._task is not None:
             self._task.cancel()
         if self._successor is not None:
@@ -362,7 +362,7 @@ class Giving:
             await asyncio.wait({self._running})
             await self._let_go()
             successor.hand_over(kept)
-            heir = self.heir = Heir(successor)
+            heir = self._heir = Heir(successor)
             self._server.leave_to(heir)
             await successor.decided()
             if not successor.is_serving and not self._server.is_stopped:

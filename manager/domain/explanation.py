@@ -15,6 +15,7 @@ _SHORTEST_WAIT_MS = 50.0
 _MOST_NAMED = 3
 _SECOND_MS, _MINUTE_S = 1000.0, 60.0
 _CANCELLED = "cancelled"
+_RULED_OUT = "policy"
 
 # What each reason says of an instance, by the one list of reasons (`errors.Reason` and the contract).
 REASON_WORDS: Mapping[str, str] = {
@@ -89,6 +90,9 @@ def request_sentence(record: Mapping[str, Any], decision: Mapping[str, Any], *, 
     gone = _gone(record, decision)
     if gone:
         parts[0] += f", {gone}"
+    if not record["fallback"]:
+        out = [one for one in decision["passed_over"] if one["reason"] != _RULED_OUT]
+        parts.append(_named(map(passed_over_words, out)))
     parts += _waits(record)
     parts.append(
         f"open for {duration_words(record['duration_ms'])}" if is_open else _ending(record, decision)

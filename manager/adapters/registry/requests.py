@@ -81,13 +81,7 @@ class SqlRequests:
         await self._call(lambda: self._insert(_decoded(rows)))
 
     async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
-        wanted, values = _where(filters)
-        if after is None:
-            order = "ended_us DESC, id DESC"
-        else:
-            wanted, values, order = [*wanted, "id > ?"], [*values, after], "id"
-        conditions = f"WHERE {' AND '.join(wanted)}" if wanted else ""
-        found = f"SELECT id FROM requests {conditions} ORDER BY {order} LIMIT ?"  # noqa: S608  (constants)
+        found, values = search(filters, after)
 
         def work() -> StoredPage:
             connection = self._open()
@@ -170,7 +164,13 @@ class SqlRequests:
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
 
-def _where(filters: Filters) -> tuple[list[str], list[Any]]:
+def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
+    """Return the statement that finds ids, and its parameters but the limit.
+
+    Args:
+        filters: what is wanted.
+        after: None: the requests that ended last, newest first; else the first ones behind this id, in order.
+    """
     pairs = (
         ("project = ?", filters.project),
         ("role = ?", filters.role),
@@ -178,9 +178,13 @@ def _where(filters: Filters) -> tuple[list[str], list[Any]]:
         ("instance = ?", filters.instance),
         ("outcome = ?", filters.outcome),
         ("ended_us >= ?", filters.since and int(filters.since.timestamp() * 1e6)),
+        ("id > ?", after),
     )
     named = [(condition, value) for condition, value in pairs if value is not None]
-    return [condition for condition, _ in named], [value for _, value in named]
+    conditions = " AND ".join(condition for condition, _ in named) or "true"
+    order = "ended_us DESC, id DESC" if after is None else "id"
+    statement = f"SELECT id FROM requests WHERE {conditions} ORDER BY {order} LIMIT ?"  # noqa: S608  (constants)
+    return statement, [value for _, value in named]
 
 
 def _rows(batch: Sequence[Ended]) -> list[Row]:

@@ -112,7 +112,7 @@ requests = Table(
     Column("outcome", Text, nullable=False),
     Column("record", LargeBinary, nullable=False),
     Column("decision", LargeBinary, nullable=False),
-    Index("requests_by_end", "ended_us", "project", "role", "model", "instance", "outcome"),
+    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome"),
     sqlite_autoincrement=True,
 )
 

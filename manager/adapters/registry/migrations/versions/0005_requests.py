@@ -29,5 +29,5 @@ def upgrade() -> None:
     op.create_index(
         "requests_by_end",
         "requests",
-        ["ended_us", "project", "role", "model", "instance", "outcome"],
+        ["ended_us", "id", "project", "role", "model", "instance", "outcome"],
     )
