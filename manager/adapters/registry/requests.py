@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import orjson
 
 from manager.adapters.registry.opening import connect_existing, translated
 from manager.adapters.request_log import encodable
-from manager.domain.history import decision_values, record_values
+from manager.domain.history import MOST_CHARACTERS, decision_values, record_values
 from manager.domain.models import model_key
 from manager.errors import RegistryUnwritableError
 from manager.services.ports import StoredPage
@@ -27,13 +29,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from manager.domain.history import Ended, Filters
+    from manager.domain.record import RequestRecord
 
 T = TypeVar("T")
 Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
 
 _COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, record, decision"
 # A batch whose commit was reported as failed is written again: what is stored already stays as it is.
-_ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES {_ROW}"  # noqa: S608
+# A statement gives up the interpreter's lock once, so that a busy event loop holds up few of them.
+_MANY = 100
+_ADD_MANY = ", ".join([_ADD, *[_ROW] * (_MANY - 1)])
 _GET = "SELECT record, decision FROM requests WHERE request_id = ?"
 _RECORD = "SELECT request_id, record FROM requests WHERE id = ?"
 _LAST_ID = "SELECT max(id) FROM requests"
@@ -128,7 +135,10 @@ class SqlRequests:
         connection = self._open()
         connection.execute("BEGIN IMMEDIATE")
         try:
-            connection.executemany(_ADD, rows)
+            whole = len(rows) - len(rows) % _MANY
+            for start in range(0, whole, _MANY):
+                connection.execute(_ADD_MANY, tuple(chain.from_iterable(rows[start : start + _MANY])))
+            connection.executemany(_ADD, rows[whole:])
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:
@@ -211,9 +221,19 @@ def _row(ended: Ended, plain: dict[Any, bytes]) -> Row:
         None if record.model is None else _text(model_key(record.model)),
         record.effective_target,
         record.outcome,
-        _json(record_values(record)),
+        _record(record),
         decision,
     )
+
+
+def _record(record: RequestRecord) -> bytes:
+    """Return the fields of a record that were set. Most records are short, and need no look at each text."""
+    if not record.failed_attempts:
+        with suppress(TypeError):
+            data = orjson.dumps(record.__dict__, option=_OPTIONS)
+            if len(data) <= MOST_CHARACTERS:  # so no text in it is longer
+                return data
+    return _json(record_values(record))
 
 
 def _json(values: dict[str, Any]) -> bytes:

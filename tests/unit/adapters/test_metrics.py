@@ -35,6 +35,7 @@ LABELS = {
     "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
+    "ollama_manager_history_requests": ("result",),
 }
 TYPES = {
     "ollama_manager_requests": "counter",
@@ -43,6 +44,7 @@ TYPES = {
     "ollama_manager_starts": "counter",
     "ollama_manager_log_lines_dropped": "counter",
     "ollama_manager_refusals": "counter",
+    "ollama_manager_history_requests": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
@@ -71,6 +73,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         traffic,
         refusals or Refusals(now=lambda: 0.0),
         log_lines_dropped=lambda: 7,
+        history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
@@ -162,6 +165,8 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
+    assert values(families["ollama_manager_history_requests"], result="stored") == [40]
+    assert values(families["ollama_manager_history_requests"], result="dropped") == [2]
 
 
 def test_names_of_models_roles_and_instances_cannot_break_the_text() -> None:
