@@ -169,7 +169,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs are wired)
+async def open_daemon(
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,

@@ -250,7 +250,7 @@ class Daemon:
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
 
-    def requests(self, **query: str | int | None) -> dict[str, Any]:
+    def last_requests(self, **query: str | int | None) -> dict[str, Any]:
         """Return the API's list of requests; parameters that are None are left out."""
         return self._get("requests", query)
 

@@ -13,7 +13,7 @@ from manager.cli.commands import _JSON, _common_url, _talks, program
 from manager.cli.failures import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from manager.cli.client import Daemon
@@ -49,6 +49,7 @@ def _filtered(command: Command) -> Command:
 @click.pass_context
 def requests_group(
     context: click.Context,
+    /,
     *,
     follow: bool,
     limit: int,
@@ -67,7 +68,7 @@ def requests_group(
     if follow:
         _follow(daemon, limit, filters, as_json=as_json)
         return
-    document = daemon.requests(limit=limit, **filters)
+    document = daemon.last_requests(limit=limit, **filters)
     if as_json:
         click.echo(json.dumps(document, indent=2))
     elif document["requests"]:
@@ -133,14 +134,14 @@ def _daemon(url: str | None, config: Path | None) -> Daemon:
 
 def _follow(daemon: Daemon, limit: int, filters: Mapping[str, str | None], *, as_json: bool) -> None:
     """Print what ended, oldest first, then each request that ends."""
-    document = daemon.requests(limit=limit, **filters)
+    document = daemon.last_requests(limit=limit, **filters)
     ended = [one for one in document["requests"] if not one["open"]]
     widths = _print(reversed(ended), [], as_json=as_json)
     while True:
         cursor = document["cursor"]
         if len(ended) < _MOST:
             time.sleep(_FOLLOW_S)
-        document = daemon.requests(limit=_MOST, after=cursor, **filters)
+        document = daemon.last_requests(limit=_MOST, after=cursor, **filters)
         ended = [one for one in document["requests"] if not one["open"]]
         widths = _print(reversed(ended), widths, as_json=as_json)
 
@@ -224,7 +225,7 @@ def _decided(document: Mapping[str, Any]) -> list[str]:
     return [*lines, *_section("attempts", attempts), *_section("passed over", passed)]
 
 
-def _section(title: str, rows: list[tuple[str, ...]], more: int = 0) -> list[str]:
+def _section(title: str, rows: Sequence[Sequence[str]], more: int = 0) -> list[str]:
     lines = [f"  {line}" for line in _aligned([tuple(map(_one_line, row)) for row in rows])]
     if more:
         lines.append(f"  and {more} more")

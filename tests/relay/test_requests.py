@@ -13,7 +13,7 @@ import pytest
 from manager.api.requests import RequestBody
 from tests.api.test_transcription import Ears, form, hearing, transcribe
 from tests.support.inside import until
-from tests.support.relaying import CHAT, LAST, LINE, Conversation, Front, Reply, Scripted, relaying
+from tests.support.relaying import CHAT, LAST, LINE, Conversation, Front, Reply, Scripted, a_word, relaying
 from tests.support.storing import Store, ask
 
 if TYPE_CHECKING:
@@ -308,6 +308,32 @@ async def test_a_request_that_is_being_prepared(tmp_path: Path) -> None:
         assert (await asking).status == 503
         await until(lambda: front.daemon.backend.passing.routing.placement.preparing == 0)
         await check_cancelled(front, request_id)
+
+
+async def test_a_request_that_waits_for_a_slot(tmp_path: Path) -> None:
+    async with Scripted().serving() as server:
+        config = {"instances": {"a": {"driver": "external", "url": server.url, "slots": 1}}}
+        async with relaying(tmp_path, {"a": server}, config=config) as front:
+            server.answer = hangs
+            first = asyncio.ensure_future(front.ask(WHOLE))
+            await until(lambda: server.seen)
+            second = asyncio.ensure_future(front.ask(WHOLE, headers={"X-Project-ID": "waits"}))
+            await until(lambda: len(front.relay.exchanges) == 2)
+            third = asyncio.ensure_future(front.ask(WHOLE, headers={"X-Project-ID": "also"}))
+            await until(lambda: len(front.relay.exchanges) == 3)
+            (one,) = await listed(front, "?project=waits")
+            assert (one["open"], one["queue_ms"]) == (True, 0.0)
+            assert (await ask(front, "DELETE", f"{REQUESTS}/{one['request_id']}")).status == 200
+            assert (await second).status == 503
+            assert len(server.seen) == 1
+            server.answer = a_word
+            (one,) = [one for one in await listed(front, "?project=default") if one["open"]]
+            assert (await ask(front, "DELETE", f"{REQUESTS}/{one['request_id']}")).status == 200
+            assert (await first).status == 503
+            assert (await third).status == 200, "the slot was given back"
+            await until(lambda: front.at_rest)
+            outcomes = {one["project_id"]: one["outcome"] for one in await listed(front)}
+            assert outcomes == {"default": "cut", "waits": "cut", "also": "ok"}
 
 
 async def test_a_request_whose_failed_answer_is_being_read(tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_one_request_is_explained(run: Run, daemon: StandInDaemon) -> None:
 
 
 def test_a_request_without_a_decision_has_no_lists(run: Run, daemon: StandInDaemon) -> None:
-    decision = {**EXPLAINED["decision"], "attempts": [], "more_attempts": 0, "passed_over": []}  # type: ignore[dict-item]
+    decision = {**EXPLAINED["decision"], "attempts": [], "more_attempts": 0, "passed_over": []}
     unread = {"output_tokens": None, "input_tokens": None, "status": 0}
     daemon.answers[f"GET {API}/requests/r1"] = Answer({**EXPLAINED, **unread, "decision": decision})
     text = run("requests", "show", "r1", "--url", daemon.url).stdout
@@ -188,7 +188,7 @@ def test_following_prints_each_request_once_oldest_first(
         if looks > 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     daemon.answers[f"GET {API}/requests?limit=20"] = page(
         a_request(9, is_open=True), a_request(2), a_request(1), cursor=2
     )
