@@ -190,7 +190,6 @@ class RequestsQuery(BaseModel):
 
 def requests_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute", tags=["requests"])
-    history, open_requests = backend.history, backend.passing.passages.open_requests
 
     @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
@@ -204,8 +203,8 @@ def requests_router(backend: Backend) -> APIRouter:
             outcome=query.outcome,
         )
         opened = list(_open(backend, filters))
-        await history.flush()
-        page = await history.store.last(filters, query.limit, after=query.after)
+        await backend.history.flush()
+        page = await backend.history.store.last(filters, query.limit, after=query.after)
         ended = {id_ for id_, _ in page.items}
         opened = [one for one in opened if one["request_id"] not in ended]
         listed = [*opened, *(_ended(values) for _, values in page.items)][: query.limit]
@@ -214,16 +213,19 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
     async def show_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """One request with its decision: every attempt, and every candidate passed over."""
-        found = open_requests.find(request_id)
+        found = backend.passing.passages.open_requests.find(request_id)
         if found is not None:
-            record, decision = _as_open(found[1]), decision_values(found[1].seen, is_open=True)
+            attempting = found[1]
+            record, decision = _as_open(attempting), decision_values(attempting.seen, is_open=True)
+            waits_for = None if attempting.is_delivered else attempting.waits_for
+            summary = request_sentence(record, decision, is_open=True, waits_for=waits_for)
         else:
-            await history.flush()
-            stored = await history.store.get(request_id)
+            await backend.history.flush()
+            stored = await backend.history.store.get(request_id)
             if stored is None:
                 raise _unknown(request_id)
             record, decision = _ended(stored[0]), stored[1]
-        summary = request_sentence(record, decision, is_open=record["open"])
+            summary = request_sentence(record, decision)
         for one in decision["passed_over"]:
             one["words"] = passed_over_words(one)
         return _json({**record, "decision": decision, "summary": summary})
@@ -231,10 +233,10 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.delete("/requests/{request_id}", response_model=CancelledBody, responses=refusals(404, 409, 503))
     async def cancel_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel an open request: its client gets an error, and what it holds is given back."""
-        found = open_requests.find(request_id)
+        found = backend.passing.passages.open_requests.find(request_id)
         if found is None:
-            await history.flush()
-            if await history.store.get(request_id) is None:
+            await backend.history.flush()
+            if await backend.history.store.get(request_id) is None:
                 raise _unknown(request_id)
             raise RequestEndedError(f"the request {request_id} has ended already")
         found[0].cancel(_CANCELLED)

@@ -78,13 +78,20 @@ def why(instance: str, reason: str, detail: str = "") -> str:
     return f"{words} ({detail})" if detail else words
 
 
-def request_sentence(record: Mapping[str, Any], decision: Mapping[str, Any], *, is_open: bool = False) -> str:
+def request_sentence(
+    record: Mapping[str, Any],
+    decision: Mapping[str, Any],
+    *,
+    is_open: bool = False,
+    waits_for: str | None = None,
+) -> str:
     """Return one sentence about a request: what it asked for, where it went and why, and how it ended.
 
     Args:
         record: every field, as `RequestRecord.as_dict` names them.
         decision: as `history.decision_values` returns it.
         is_open: the request has not ended.
+        waits_for: what an open one waits for; None where it waits for nothing.
     """
     parts = [_asked(record, decision)]
     gone = _gone(record, decision)
@@ -94,9 +101,11 @@ def request_sentence(record: Mapping[str, Any], decision: Mapping[str, Any], *, 
         out = [one for one in decision["passed_over"] if one["reason"] != _RULED_OUT]
         parts.append(_named(map(passed_over_words, out)))
     parts += _waits(record)
-    parts.append(
-        f"open for {duration_words(record['duration_ms'])}" if is_open else _ending(record, decision)
-    )
+    if is_open:
+        took = duration_words(record["duration_ms"])
+        parts.append(f"open for {took}" + (f", waits for {waits_for}" if waits_for else ""))
+    else:
+        parts.append(_ending(record, decision))
     return "; ".join(filter(None, parts))
 
 

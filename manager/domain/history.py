@@ -102,14 +102,19 @@ def decision_values(ended: Ended, *, is_open: bool = False) -> dict[str, Any]:
     """
     made = ended.attempts.made if ended.attempts is not None else ()
     decision = ended.attempts.decision if ended.attempts is not None else None
-    failed = {failure.attempt: failure for failure in ended.failures}
+    failed = {_place(failure.attempt): failure for failure in ended.failures}
     outcome = None if is_open else ended.record.outcome
     return {
         **_decided(decision),
-        "attempts": [_attempt(one, failed.get(one), outcome) for one in made[:MOST_ATTEMPTS]],
+        "attempts": [_attempt(one, failed.get(_place(one)), outcome) for one in made[:MOST_ATTEMPTS]],
         "more_attempts": max(0, len(made) - MOST_ATTEMPTS),
         "message": bounded(ended.message),
     }
+
+
+def _place(attempt: Attempt) -> tuple[str, str, bool]:
+    """Return what tells the attempts of one request apart; the rest may change while one is made."""
+    return attempt.instance, attempt.model, attempt.because == "pull"
 
 
 def _decided(decision: Decision | None) -> Mapping[str, Any]:

@@ -242,6 +242,7 @@ async def test_a_request_that_waits_for_its_first_byte(tmp_path: Path) -> None:
         explained = await shown(front, one["request_id"])
         assert [each["outcome"] for each in explained["decision"]["attempts"]] == [None]
         assert explained["summary"].startswith("asked for tiny, went to a; open for ")
+        assert explained["summary"].endswith(", waits for a")
         request_id = await cancelled(front)
         reply = await asking
         assert (reply.status, reply.json()) == (503, {"error": WHY})
@@ -322,7 +323,9 @@ async def test_a_request_that_waits_for_a_slot(tmp_path: Path) -> None:
             third = asyncio.ensure_future(front.ask(WHOLE, headers={"X-Project-ID": "also"}))
             await until(lambda: len(front.relay.exchanges) == 3)
             (one,) = await listed(front, "?project=waits")
-            assert (one["open"], one["queue_ms"]) == (True, 0.0)
+            assert (one["open"], one["effective_target"]) == (True, None)
+            summary = (await shown(front, one["request_id"]))["summary"]
+            assert summary.endswith(", waits for a slot, 0 ahead in the queue")
             assert (await ask(front, "DELETE", f"{REQUESTS}/{one['request_id']}")).status == 200
             assert (await second).status == 503
             assert len(server.seen) == 1

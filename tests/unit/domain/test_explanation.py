@@ -234,6 +234,11 @@ def test_other_endings() -> None:
     assert request_sentence(record(), decision(attempt("cpu", None)), is_open=True).endswith(
         "; open for 1.5 s"
     )
+    queued = record(effective_target=None)
+    waits = "a slot, 2 ahead in the queue"
+    assert request_sentence(queued, decision(), is_open=True, waits_for=waits) == (
+        "asked for qwen3:8b; open for 1.5 s, waits for a slot, 2 ahead in the queue"
+    )
 
 
 def test_a_start_and_the_queue_are_told_where_they_took_long() -> None:

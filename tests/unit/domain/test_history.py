@@ -80,7 +80,17 @@ def test_long_texts_are_cut() -> None:
 
 def test_each_attempt_has_its_outcome_in_order() -> None:
     values = decision_values(
-        ended(FIRST, SECOND, failures=(Failure(FIRST, Reason.ATTEMPT_TIMEOUT, "gpu0 did not answer"),))
+        ended(
+            FIRST,
+            SECOND,
+            failures=(
+                Failure(
+                    FIRST._replace(because="running", fallback=Reason.OVERLOADED),
+                    Reason.ATTEMPT_TIMEOUT,
+                    "gpu0 did not answer",
+                ),
+            ),
+        )
     )
     assert values["asked"] == {
         "model": "thinking",
