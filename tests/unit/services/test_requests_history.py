@@ -330,6 +330,21 @@ async def test_a_registry_that_another_process_locks_is_tried_again(history: His
     assert (history.stored, history.waiting) == (1, 0)
 
 
+async def test_a_defect_costs_its_batch_and_nothing_else(
+    history: History, path: Path, logged: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests_history, "BATCH", 2)
+    for broken in (None, None, 7, None, None):
+        history.add(ended() if broken is None else Ended(broken, None, (), ""))  # type: ignore[arg-type]
+    async with running(history):
+        await until(lambda: history.waiting == 0)
+        assert (history.stored, history.dropped) == (3, 2)
+        assert [(line["event"], line["log_level"]) for line in logged] == [("requests_not_stored", "error")]
+        history.add(ended())
+        await history.flush()
+    assert len(rows(path)) == 4
+
+
 async def test_reading_says_why_it_cannot(history: History, path: Path) -> None:
     await history.store.close()
     with pytest.raises(RegistryUnwritableError):
