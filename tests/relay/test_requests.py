@@ -128,6 +128,32 @@ async def test_one_request_is_shown_with_its_attempts_and_what_was_passed_over(t
         assert one["summary"] == f"asked for unknown; refused with status 404: {one['decision']['message']}"
 
 
+async def test_a_request_that_went_elsewhere_says_why(tmp_path: Path) -> None:
+    """The sentence of the issue, through the real parts."""
+    config = {"roles": {"thinking": {"model": "tiny", "instances": ["a", "b"]}}}
+    async with (
+        Scripted().serving() as one,
+        Scripted().serving() as two,
+        relaying(tmp_path, {"a": one, "b": two}, config=config) as front,
+    ):
+        reply = await ask(
+            front,
+            "POST",
+            "/api/runtime/compute/instances/a/drain",
+            b'{"reason":"driver update"}',
+            {"Content-Type": "application/json"},
+        )
+        assert reply.status == 200, reply.body
+        reply = await front.ask({**WHOLE, "model": "thinking"})
+        assert reply.headers["x-instance"] == "b"
+        summary = (await shown(front, reply.headers["x-request-id"]))["summary"]
+        assert summary.startswith("asked for thinking, went to b with tiny")
+        assert "a was drained (driver update)" in summary
+        explained = (await ask(front, "GET", "/api/runtime/compute/explain?model=thinking")).json()
+        assert explained["summary"].startswith("thinking would go to b with tiny")
+        assert explained["passed_over"][0]["detail"] == "drained: driver update"
+
+
 async def test_an_attempt_that_broke_off_in_mid_stream_has_its_reason(tmp_path: Path) -> None:
     async def dies(talk: Conversation) -> None:
         await talk.begin()
