@@ -63,6 +63,7 @@ from manager.services.models.volumes import Volumes
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
+from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
@@ -216,6 +217,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
+        history = _history(held, registry, settings)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         held.push_async_callback(journal.retire)
@@ -338,11 +340,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             reader=volume_reader,
             now=time.monotonic,
         )
-        server = PooledModelServer(
-            pools,
-            connect_timeout_s=settings.gateway.connect_timeout_s,
-            patience_s=settings.gateway.first_byte_timeout_s,
-        )
+        server = _model_server(settings, pools)
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -358,6 +356,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
             overload,
+            keep=history.add,
         )
         passing = Passing(
             routing=routing,
@@ -403,13 +402,16 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
                 refusals,
                 slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
+                history=history,
             ).render,
             refusals=refusals,
+            history=history,
         )
 
         loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
+            "history": history.run,
             "model lists": lists.run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
@@ -582,6 +584,7 @@ class _Reconfigure:
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
+        self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
@@ -595,6 +598,27 @@ def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> Non
 def _breaker_limits(settings: Settings) -> BreakerLimits:
     breaker = settings.breaker
     return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
+
+
+def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
+    """Return the history of requests; it is written to its end before the registry is closed."""
+    store = registry.requests()
+    held.push_async_callback(store.close)
+    history = History(store, retention=_retention(settings), utcnow=_utcnow)
+    held.push_async_callback(history.close)
+    return history
+
+
+def _model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
+    return PooledModelServer(
+        pools,
+        connect_timeout_s=settings.gateway.connect_timeout_s,
+        patience_s=settings.gateway.first_byte_timeout_s,
+    )
+
+
+def _retention(settings: Settings) -> Retention:
+    return Retention(settings.history.retention_days, settings.history.max_rows)
 
 
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:

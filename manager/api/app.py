@@ -15,6 +15,7 @@ from manager.api.health import health_router
 from manager.api.lanes import lanes_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
+from manager.api.requests import requests_router
 from manager.api.routing import routing_router
 from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
@@ -47,6 +48,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         service_router(backend),
         breakers_router(backend),
         routing_router(backend),
+        requests_router(backend),
         lanes_router(backend),
         model_settings_router(backend),
         health_router(backend),

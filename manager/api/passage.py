@@ -12,6 +12,7 @@ from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
 from manager.domain.judgement import ABOUT_THE_REQUEST
 from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
@@ -75,10 +76,16 @@ class PassageLimits:
 
 
 class Passages:
-    """All requests that are under way, so that they can be let come to their end."""
+    """All requests that are under way, so that they can be let come to their end.
+
+    Attributes:
+        open_requests: these, and those of the relay.
+    """
 
     def __init__(self) -> None:
         self._open: set[Passage] = set()
+        self.open_requests = OpenRequests()
+        self.open_requests.add(lambda: self._open)
         self._none_open = asyncio.Event()
 
     async def run(self, passage: Passage, work: Callable[[Passage], Awaitable[None]]) -> None:
@@ -141,6 +148,7 @@ class Passage:
         self.limits = limits
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
+        self._cut_by = "the manager is being stopped"
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -155,6 +163,13 @@ class Passage:
         self._streams_lines = False
         self._at_line_end = True
         self._started = False
+
+    def cancel(self, why: str) -> None:
+        """End it because the operator wants that."""
+        if not self.cut.is_set():
+            self.attempting.cancelled()
+            self._cut_by = why
+            self.cut.set()
 
     # --- its one end ---
 
@@ -461,7 +476,7 @@ class Passage:
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
-                raise RefusedError(503, "cut off: the manager is being stopped", "cut")
+                raise RefusedError(503, f"cut off: {self._cut_by}", "cut")
         finally:
             for task in (working, leaving, cutting):
                 task.cancel()
@@ -530,6 +545,7 @@ class Passage:
 
     async def _fail(self, failure: RefusedError, retry_after_s: float | None) -> None:
         """Tell the caller, as far as it can still be told."""
+        self.attempting.message = failure.message
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}

@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import requests
 
@@ -14,7 +14,7 @@ from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.cli.locate import Endpoint
 
@@ -33,6 +33,7 @@ _NEXT_STEPS = {
     "key_required": "put the key of the daemon (server.key_file) into $OLLAMA_MANAGER_KEY",
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
+    "unknown_request": "`ollama-manager requests` lists the last ones",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -311,6 +312,28 @@ class Daemon:
                     yield None
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
+
+    def last_requests(self, **query: str | int | None) -> dict[str, Any]:
+        """Return the API's list of requests; parameters that are None are left out."""
+        return self._get("requests", query)
+
+    def request(self, request_id: str) -> dict[str, Any]:
+        """Return one request with its decision."""
+        return self._get(f"requests/{_quoted(request_id)}", {})
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel an open request."""
+        with self._answer("DELETE", f"{_API}/requests/{_quoted(request_id)}"):
+            pass
+
+    def explain(self, **query: str | None) -> dict[str, Any]:
+        """Return where a request would go."""
+        return self._get("explain", query)
+
+    def _get(self, path: str, query: Mapping[str, str | int | None]) -> dict[str, Any]:
+        given = urlencode({name: value for name, value in query.items() if value is not None})
+        with self._answer("GET", f"{_API}/{path}?{given}" if given else f"{_API}/{path}") as answer:
+            return _document(answer)
 
     def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"

@@ -284,6 +284,13 @@ class ScheduleSettings(Section):
         return self
 
 
+class HistorySettings(Section):
+    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+
+
 class BreakerSettings(Section):
     """`failures` in a row open the breaker of an instance, for `open_s` at first; seconds throughout."""
 
@@ -328,6 +335,7 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    history: HistorySettings = Field(default_factory=HistorySettings)
 
     @classmethod
     def settings_customise_sources(

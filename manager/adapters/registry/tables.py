@@ -8,7 +8,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
@@ -21,7 +34,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0004", "0007")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0007")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -94,6 +107,24 @@ operator_state = Table(
     Column("kind", String, primary_key=True),
     Column("value", JSON, nullable=False),
     Column("saved_at", DateTime, nullable=False),
+)
+
+# The index has all that the filters look at, so that a search reads no row that it does not return.
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("request_id", Text, nullable=False, unique=True),
+    Column("ended_us", Integer, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("role", Text),
+    Column("model", Text),
+    Column("instance", Text),
+    Column("outcome", Text, nullable=False),
+    Column("record", LargeBinary, nullable=False),
+    Column("decision", LargeBinary, nullable=False),
+    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome"),
+    sqlite_autoincrement=True,
 )
 
 

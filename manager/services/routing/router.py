@@ -217,6 +217,11 @@ class Attempts:
         self._coming: Iterator[Attempt] | None = None
 
     @property
+    def made(self) -> tuple[Attempt, ...]:
+        """Every attempt that was begun, in order."""
+        return self._made
+
+    @property
     def more(self) -> bool:
         """Whether another attempt could follow."""
         if self._ahead is None:

@@ -32,6 +32,7 @@ from manager.adapters.registry import SqlRegistry, log, open_registry, opening, 
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
 from manager.domain.drained import Drained, drained_from
+from manager.domain.history import Filters
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
@@ -428,7 +429,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "operator_state"):
+        for table in ("overrides", "model_lists", "operator_state", "requests"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
@@ -445,6 +446,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DROP TABLE operator_state")
+        connection.execute("DROP TABLE requests")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute(
@@ -566,9 +568,15 @@ def lost_file(path: Path) -> None:
         (lost_file, "it is missing, but what was last written to it is in"),
     ],
 )
+@pytest.mark.parametrize("wholly_checked_bytes", [2**26, 0])
 async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
-    path: Path, damage: Callable[[Path], None], problem: str
+    path: Path,
+    damage: Callable[[Path], None],
+    problem: str,
+    wholly_checked_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(opening, "_WHOLLY_CHECKED_BYTES", wholly_checked_bytes)
     damage(path)
     before = digests(path.parent)
     with pytest.raises(RegistryCorruptError) as caught:
@@ -577,6 +585,27 @@ async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
     assert str(path) in caught.value.message
     assert problem in caught.value.message
     assert "mv -n " in caught.value.message
+
+
+async def test_the_history_in_a_large_registry_is_not_checked_at_each_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'requests'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with pytest.raises(RegistryCorruptError):
+        opening.verify(path)
+    monkeypatch.setattr(opening, "_WHOLLY_CHECKED_BYTES", 0)
+    registry = await open_registry(path)
+    await registry.save_instance(FULL_ROW)
+    history = registry.requests()
+    with pytest.raises(RegistryCorruptError):
+        await history.last(Filters(), 1)
+    await history.close()
+    await registry.close()
 
 
 def flip(path: Path, at: int) -> None:
