@@ -5,7 +5,7 @@ helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
-- The stream of events has no end: it is read until it falls silent for a moment.
+- The stream of events and a log that is followed have no end: they are read until they fall silent for a moment.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
@@ -50,6 +50,8 @@ def description() -> dict[str, Any]:
         link=None,
         first_look=None,
         overviews=None,
+        service=None,
+        upgrades=None,
         refusals=Refusals(now=lambda: 0.0),
     )
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
@@ -132,7 +134,8 @@ def test_the_description_is_the_daemons_own(daemon: Daemon) -> None:
 def test_the_daemon_does_what_it_says(case: schemathesis.Case[Any], daemon: Daemon) -> None:
     if UNKNOWN_HEADER in case.headers:
         return
-    timeout = (5, SILENCE_S) if case.operation.path.endswith("/events") else 30
+    is_endless = case.operation.path.endswith(("/events", "/logs"))
+    timeout = (5, SILENCE_S) if is_endless else 30
     case.call_and_validate(base_url=daemon.url, headers={"X-API-Key": KEY}, timeout=timeout)
 
 
