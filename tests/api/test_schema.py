@@ -5,7 +5,7 @@ helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
-- The stream of events and a log that is followed have no end: they are read until they fall silent for a moment.
+- The stream of events and a log that is followed have no end: they are read until they fall silent.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
