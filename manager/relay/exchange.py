@@ -36,7 +36,7 @@ from manager.wire.statuses import (
 )
 from manager.wire.trace import traceparent
 from manager.wire.unload import unloaded, unloads
-from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -412,7 +412,7 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                if message_of(_last_line(tail)) is None:
+                if error_in(tail) is None:
                     message = "the server ended the stream before its end"
                     return _End("upstream_error", 502, message)
                 return _End("upstream_error")  # the server said so itself, in its last line
@@ -810,8 +810,3 @@ class Exchange:
         load, self._load = self._load, None
         if load is not None:
             self._relay.loads.remove(self, load)
-
-
-def _last_line(tail: bytes) -> bytes:
-    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
-    return line.removeprefix(b"data:").strip()

@@ -47,6 +47,7 @@ LIVE = frozenset(
         "gateway.keep_alive_s",
         "gateway.default_project",
         "gateway.access_log",
+        "runs",
         "log.level",
     )
 )

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
 
 _DAY_S = 86_400
-_YEAR_S = 366 * _DAY_S
+YEAR_S = 366 * _DAY_S
 
 WholeNumber = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Timeout = Annotated[Number, Field(gt=0, le=_DAY_S)]
 Wait = Annotated[Number, Field(ge=0, le=_DAY_S)]
 Interval = Annotated[Number, Field(ge=0.01, le=_DAY_S)]
-Ttl = Annotated[Number, Field(ge=0, le=_YEAR_S)]
+Ttl = Annotated[Number, Field(ge=0, le=YEAR_S)]
 Text = Annotated[str, Field(min_length=1)]
 InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 

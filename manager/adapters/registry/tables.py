@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0006")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -95,8 +95,8 @@ def from_instance(row: InstanceRow) -> dict[str, Any]:
         "pinned": row.pinned,
         "starts": row.starts,
         "loopback_port": row.loopback_port,
-        "last_used_at": _stored(row.last_used_at),
-        "recreated_at": _stored(row.recreated_at),
+        "last_used_at": stored(row.last_used_at),
+        "recreated_at": stored(row.recreated_at),
         "usage": row.usage and _from_usage(row.usage),
     }
 
@@ -110,8 +110,8 @@ def to_instance(row: Row[Any]) -> InstanceRow:
         pinned=row.pinned,
         starts=row.starts,
         loopback_port=row.loopback_port,
-        last_used_at=row.last_used_at and _aware(row.last_used_at),
-        recreated_at=row.recreated_at and _aware(row.recreated_at),
+        last_used_at=row.last_used_at and aware(row.last_used_at),
+        recreated_at=row.recreated_at and aware(row.recreated_at),
         usage=None if row.usage is None else _to_usage(row.usage),
     )
 
@@ -119,7 +119,7 @@ def to_instance(row: Row[Any]) -> InstanceRow:
 def from_event(event: Event) -> dict[str, Any]:
     return {
         "id": event.id,
-        "at": _stored(event.at),
+        "at": stored(event.at),
         "instance": event.instance,
         "kind": event.kind,
         "reason": event.reason,
@@ -130,7 +130,7 @@ def from_event(event: Event) -> dict[str, Any]:
 def to_event(row: Row[Any]) -> Event:
     return Event(
         id=row.id,
-        at=_aware(row.at),
+        at=aware(row.at),
         instance=row.instance,
         kind=row.kind,
         reason=row.reason,
@@ -144,7 +144,7 @@ def from_learned_size(size: LearnedSize) -> dict[str, Any]:
         "model": size.model,
         "digest": size.digest,
         "vram_bytes": size.vram_bytes,
-        "measured_at": _stored(size.measured_at),
+        "measured_at": stored(size.measured_at),
     }
 
 
@@ -154,16 +154,16 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         model=row.model,
         digest=row.digest,
         vram_bytes=row.vram_bytes,
-        measured_at=_aware(row.measured_at),
+        measured_at=aware(row.measured_at),
     )
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:
-    return [{"key": key, "value": value, "saved_at": _stored(at)} for key, value in values.items()]
+    return [{"key": key, "value": value, "saved_at": stored(at)} for key, value in values.items()]
 
 
 def from_model_list(volume: str, entries: Sequence[Mapping[str, Any]], at: datetime) -> dict[str, Any]:
-    return {"volume": volume, "entries": list(entries), "read_at": _stored(at)}
+    return {"volume": volume, "entries": list(entries), "read_at": stored(at)}
 
 
 def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
@@ -172,7 +172,7 @@ def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
     return tuple(row.entries)
 
 
-def _stored(at: datetime | None) -> datetime | None:
+def stored(at: datetime | None) -> datetime | None:
     if at is None:
         return None
     if at.tzinfo is None:
@@ -180,7 +180,7 @@ def _stored(at: datetime | None) -> datetime | None:
     return at.astimezone(UTC).replace(tzinfo=None)
 
 
-def _aware(at: datetime) -> datetime:
+def aware(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC)
 
 

@@ -150,6 +150,8 @@ class Attempting:
     target: Target | None = None
     heard = ""
     start_ms: float | None = None
+    # An async run: set before `enter`. Its total time begins with the last attempt, whatever it waited for.
+    is_run = False
     _attempts: Attempts | FixedAttempts | None = None
     _lease: Lease | None = None
     _facts: RequestFacts | None = None
@@ -170,7 +172,7 @@ class Attempting:
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
         self.record = record
-        self._began_at = began_at
+        self._began_at = self._timed_from = began_at
 
     # --- from the request to a target ---
 
@@ -229,6 +231,8 @@ class Attempting:
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._routing.deadlines.first_byte_timeout_s
+        if self.is_run:
+            self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
@@ -396,7 +400,7 @@ class Attempting:
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
-        if now - self._began_at >= deadlines.total_timeout_s:
+        if now - self._timed_from >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
                 self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, sent=True, ours=False)
             self._stop_waiting()
@@ -421,7 +425,7 @@ class Attempting:
     @property
     def total_deadline(self) -> float:
         """The monotonic time by which the request must have ended."""
-        return self._began_at + self._routing.deadlines.total_timeout_s
+        return self._timed_from + self._routing.deadlines.total_timeout_s
 
     def hear(self, words: str) -> None:
         """Take progress of what the request waits for."""
