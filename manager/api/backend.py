@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
+    from manager.services.runs.runs import Runs
 
 
 class Router(Protocol):
@@ -108,3 +109,4 @@ class Backend:
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
+    runs: Runs

@@ -172,11 +172,28 @@ def withdrawn(run: Run) -> Run:
     return replace(run, status=status, started_at=None, executions=run.executions - 1)
 
 
-def ended(run: Run, now: datetime, *, result: RunResult | None, error: RunError | None) -> Run:
+def ended(
+    run: Run,
+    now: datetime,
+    *,
+    result: RunResult | None,
+    error: RunError | None,
+    instance: str | None = None,
+    request_id: str | None = None,
+) -> Run:
     """Return the run with its answer; with an `error` it has failed."""
     fact = RunFact.SUCCEEDED if error is None else RunFact.FAILED
     expires_at = now + timedelta(seconds=run.expires_s)
-    return _over(run, fact, now, result=result, error=error, expires_at=expires_at)
+    return _over(
+        run,
+        fact,
+        now,
+        result=result,
+        error=error,
+        expires_at=expires_at,
+        instance=instance or run.instance,
+        request_id=request_id or run.request_id,
+    )
 
 
 def cancelled(run: Run, now: datetime) -> Run:

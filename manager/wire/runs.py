@@ -21,7 +21,10 @@ _ANY = msgspec.json.Decoder(Any)
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A submitted run: `body` is a JSON value as it came, None where there is none, `rest` the other fields."""
+    """A submitted run.
+
+    `body` is a JSON value as it came, None where there is none; `rest` has the other fields.
+    """
 
     body: bytes | None
     rest: dict[str, Any]

@@ -73,6 +73,8 @@ class Done(NamedTuple):
 
     result: RunResult | None
     error: RunError | None
+    instance: str | None
+    request_id: str
 
 
 class _FailedError(Exception):
@@ -199,9 +201,9 @@ class _Work:
         content, kind = error_body(self._route.dialect, failure.status, failure.message, record.request_id)
         error = RunError(failure.code, failure.message[:_LONGEST_MESSAGE])
         if not self._parts.stored.take(len(content)):
-            return Done(None, error)
+            return self._done(None, error)
         await self._parts.files.save(result_file(self._run.id), content)
-        return Done(RunResult(failure.status, kind.decode(), len(content)), error)
+        return self._done(RunResult(failure.status, kind.decode(), len(content)), error)
 
     async def _question(self, target: Target, body: InferenceBody) -> Question:
         attempting, record = self.attempting, self.record
@@ -234,10 +236,13 @@ class _Work:
                 self._end(storing.tail, error)
                 await storing.commit()
                 result = RunResult(answer.status, _content_type(answer.headers), storing.size)
-                self.done = Done(result, error)
+                done = self.done = self._done(result, error)
             finally:
                 storing.close()
-        return self.done
+        return done
+
+    def _done(self, result: RunResult | None, error: RunError | None) -> Done:
+        return Done(result, error, self.record.effective_target, self.record.request_id)
 
     async def _read(self, answer: ServerAnswer | WholeAnswer, storing: _Storing) -> None:
         if isinstance(answer, WholeAnswer):

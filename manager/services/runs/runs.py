@@ -29,9 +29,9 @@ from manager.domain.runs import (
     recovery,
     result_file,
     sent,
+    withdrawn,
 )
 from manager.errors import (
-    Reason,
     RegistryUnwritableError,
     RunFilesError,
     RunsFullError,
@@ -96,6 +96,7 @@ class _Begun:
     """A run that a worker has taken. `run` is its state as it is stored."""
 
     run: Run
+    is_sent: bool = False
     is_cancelled: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -138,7 +139,9 @@ class Runs:
         self._waiting: dict[str, Run] = {}
         self._begun: dict[str, _Begun] = {}
         self._submitting = 0
+        self._cancelling: dict[str, asyncio.Task[Run]] = {}
         self._is_paused = False
+        self._is_ending = False
         self._news = asyncio.Event()
         self._expiry_changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Run]] = set()
@@ -221,8 +224,12 @@ class Runs:
             begun.stop.set()
             await begun.over.wait()
         elif (run := self._waiting.pop(run_id, None)) is not None:
-            return await asyncio.shield(self._spawn(self._cancel_waiting(run)))
+            self._cancelling[run_id] = self._spawn(self._cancel_waiting(run))
+        if run_id in self._cancelling:
+            return await asyncio.shield(self._cancelling[run_id])
         run = await self.find(run_id)
+        if run.status in OPEN:
+            raise RunStateError("run_busy", f"{run.id} is being stored; try again", retry_after_s=1.0)
         if run.status is not RunStatus.CANCELLED:
             raise RunStateError(
                 "run_ended", f"{run.id} is {run.status.value}: it cannot be cancelled any more"
@@ -255,12 +262,15 @@ class Runs:
         """Execute runs, and let results expire, until cancelled; what executes then is interrupted."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._expire())
-            while True:
-                self._news.clear()
-                while (run := self._next()) is not None:
-                    begun = self._begun[run.id] = _Begun(self._waiting.pop(run.id))
-                    tasks.create_task(self._work(begun))
-                await self._news.wait()
+            try:
+                while True:
+                    self._news.clear()
+                    while (run := self._next()) is not None:
+                        begun = self._begun[run.id] = _Begun(self._waiting.pop(run.id))
+                        tasks.create_task(self._work(begun))
+                    await self._news.wait()
+            finally:
+                self._is_ending = True
 
     def pause(self) -> None:
         """Begin no run from now on. Those that only wait for a slot wait in the queue again."""
@@ -321,8 +331,8 @@ class Runs:
             raise
         finally:
             self._submitting -= 1
-        await self._on_step(_STEP, "stored")
         self._waiting[run.id] = run
+        await self._on_step(_STEP, "stored")
         self._news.set()
         return run
 
@@ -333,6 +343,8 @@ class Runs:
         except BaseException:
             self._waiting[run.id] = run
             raise
+        finally:
+            del self._cancelling[run.id]
         await self._on_step(_STEP, "cancelled")
         await self._drop(run)
         return over
@@ -352,29 +364,36 @@ class Runs:
             executing.cancel()
             stopping.cancel()
             await asyncio.wait({executing, stopping})
-            await self._settle(begun, executing)
+            await _to_its_end(self._settle(begun, executing))
 
     async def _execute(self, begun: _Begun) -> Done:
-        async def about_to_send(instance: str, request_id: str) -> None:
+        async def store_as_sent(instance: str, request_id: str) -> None:
             run = sent(begun.run, self._utcnow(), instance=instance, request_id=request_id)
             await self._registry.save_run(run)
             begun.run = run
-            await self._on_step(_STEP, "running")
 
-        done = await self._execution.execute(
-            begun.run,
-            most_result_bytes=self._limits.max_result,
-            sent=about_to_send,
-            is_cancelled=lambda: begun.is_cancelled,
-        )
-        await self._on_step(_STEP, "result")
-        return done
+        async def about_to_send(instance: str, request_id: str) -> None:
+            await _to_its_end(store_as_sent(instance, request_id))
+            await self._on_step(_STEP, "running")
+            begun.is_sent = True
+
+        try:
+            return await self._execution.execute(
+                begun.run,
+                most_result_bytes=self._limits.max_result,
+                sent=about_to_send,
+                is_cancelled=lambda: begun.is_cancelled,
+            )
+        except RegistryUnwritableError:
+            await asyncio.sleep(_RETRY_S)  # it is begun again after that
+            raise
 
     async def _settle(self, begun: _Begun, executing: asyncio.Future[Done]) -> None:
         before = begun.run
         after = self._outcome(begun, executing)
         try:
             if after != before:
+                await self._on_step(_STEP, "settled")
                 await self._store(after)
                 begun.run = after
                 await self._on_step(_STEP, "ended")
@@ -394,11 +413,13 @@ class Runs:
         if executing.cancelled():
             if begun.is_cancelled:
                 return cancelled(run, now)
-            return run if run.status is RunStatus.QUEUED else interrupted(run, now)
+            if run.status is RunStatus.QUEUED:
+                return run
+            return interrupted(run, now) if begun.is_sent else withdrawn(run)
         error = executing.exception()
         if error is None:
             done = executing.result()
-            return ended(run, now, result=done.result, error=done.error)
+            return ended(run, now, **done._asdict())
         if isinstance(error, RegistryUnwritableError) and run.status is RunStatus.QUEUED:
             return run  # nothing was sent
         _log.error("run_failed", run=run.id, path=run.path, exc_info=error)
@@ -406,19 +427,24 @@ class Runs:
         return ended(run, now, result=None, error=RunError(code, "the manager failed; its log says more"))
 
     async def _store(self, run: Run) -> None:
-        """Store how a run has ended; where that is not possible it is tried again until it is."""
+        """Store how a run has ended; where that is not possible it is tried again while the daemon lives.
+
+        Otherwise the next daemon finds a run that was executed, and interrupts it.
+        """
         while True:
             try:
                 await self._registry.save_run(run)
             except RegistryUnwritableError as error:
-                _log.error("run_not_stored", run=run.id, problem=error.message)
+                _log.error("run_not_stored", run=run.id, status=run.status.value, problem=error.message)
+                if self._is_ending:
+                    return
                 await asyncio.sleep(_RETRY_S)
             else:
                 return
 
     async def _tidy(self, before: Run, after: Run) -> None:
         """Remove the files that a run does not need any more."""
-        gone = files_of(before) - files_of(after)
+        gone = {body_file(after.id), result_file(after.id)} - files_of(after)
         try:
             await self._files.remove(*gone)
         except RunFilesError as error:
@@ -463,6 +489,16 @@ class Runs:
                 if run.status in WITH_RESULT:
                     await self._files.remove(*files_of(run))
                     self._stored.give_back(_bytes_of(run))
+
+
+async def _to_its_end(work: Coroutine[None, None, None]) -> None:
+    """Await something that a cancelled caller waits for as well: it is not left half done."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait({task})
+        raise
 
 
 def _bytes_of(run: Run) -> int:
