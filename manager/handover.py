@@ -4,8 +4,8 @@ Both daemons are on one machine and belong to one user, or the new one to root. 
 claims the manager id (`adapters.owner.ManagerIdLock`):
 
 1. The new daemon asks, and names its state directory.
-2. The old one waits until no instance starts or stops, no model is pulled and no async run executes. After the
-   drain time it refuses, unless only runs execute: those are interrupted. It stops accepting, stores its
+2. The old one waits until no instance starts or stops, no model is pulled and no async run executes. After
+   the drain time it refuses, unless only runs execute: those are interrupted. It stops accepting, stores its
    state and gives up its claims. It answers with its listener; connections that come meanwhile wait in there.
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
