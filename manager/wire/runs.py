@@ -36,25 +36,34 @@ def submission(raw: bytes) -> Steps[Submission]:
     Raises:
         BadBodyError: it is no JSON object, names a field twice, or a field beside the body is too long.
     """
-    view = memoryview(raw)
-    scan = Scan(view)
+    scan = Scan(memoryview(raw))
+    if (yield from scan.space()) != _OBJECT:
+        raise BadBodyError("expected a JSON object")
     try:
-        first = yield from scan.space()
-        if first != _OBJECT:
-            raise BadBodyError("expected a JSON object")
         fields = yield from scan.fields()
-        if (yield from scan.space()) >= 0:
-            raise BadBodyError("there is more behind the JSON object")
-        body, rest = None, {}
-        for name, start, end in fields:
-            if name in rest or (name == _BODY and body is not None):
-                raise BadBodyError(f"the field {name!r} is given twice")
-            if name == _BODY:
-                body = raw[start:end]
-            elif end - start > SMALL_BYTES:
-                raise BadBodyError(f"the field {name!r} is longer than {SMALL_BYTES} bytes")
-            else:
-                rest[name] = _ANY.decode(view[start:end])
-    except (NotJsonError, msgspec.DecodeError, RecursionError) as error:
-        raise BadBodyError(f"it is not JSON: {error}") from None
+    except NotJsonError as error:
+        raise _not_json(error) from None
+    if (yield from scan.space()) >= 0:
+        raise BadBodyError("there is more behind the JSON object")
+    body, rest = None, {}
+    for name, start, end in fields:
+        if name in rest or (name == _BODY and body is not None):
+            raise BadBodyError(f"the field {name!r} is given twice")
+        if name == _BODY:
+            body = raw[start:end]
+        elif end - start > SMALL_BYTES:
+            raise BadBodyError(f"the field {name!r} is longer than {SMALL_BYTES} bytes")
+        else:
+            rest[name] = _read(raw[start:end])
     return Submission(body, rest)
+
+
+def _read(value: bytes) -> Any:
+    try:
+        return _ANY.decode(value)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error) from None
+
+
+def _not_json(error: Exception) -> BadBodyError:
+    return BadBodyError(f"it is not JSON: {error}")
