@@ -48,6 +48,7 @@ from manager.services.instances.found_cards import FoundCards
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.journal import Journal
+from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
@@ -169,7 +170,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(
+async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs are wired)
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -264,10 +265,12 @@ async def open_daemon(
             written=written_roles(loaded),
             models=settings.models,
             instances=lambda: {instance.id: _on_gpu(instance.spec) for instance in fleet.instances()},
-            slots=lambda: {instance.id: instance.spec.slots for instance in fleet.instances()},
+            slots=partial(_slots_of, fleet),
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
+        status = ModelStatus(fleet)
+        slots = Slots(model_settings, partial(_slots_of, fleet), status.workers, now=time.monotonic)
         router = Router(
             fleet,
             model_settings,
@@ -276,6 +279,7 @@ async def open_daemon(
             revision=world.revision,
             in_flight=world.in_flight,
             now=time.monotonic,
+            renewed=slots.refresh,
         )
         volume_reader = VolumeReader(
             fleet,
@@ -290,7 +294,6 @@ async def open_daemon(
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        status = ModelStatus(fleet)
         overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
         catalogue = Catalogue(
             fleet,
@@ -317,6 +320,7 @@ async def open_daemon(
             status,
             FallbackEvents(journal),
             traffic,
+            slots,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
         )
@@ -355,6 +359,7 @@ async def open_daemon(
                 overviews,
                 traffic,
                 refusals,
+                slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
             ).render,
             refusals=refusals,
@@ -366,6 +371,7 @@ async def open_daemon(
             "journal": journal.run,
             "model lists": lists.run,
             "pulls": pulls.run,
+            "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume, and executes no run
@@ -529,6 +535,10 @@ def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }
+
+
+def _slots_of(fleet: Fleet) -> dict[str, int | None]:
+    return {instance.id: instance.spec.slots for instance in fleet.instances()}
 
 
 def _on_gpu(spec: InstanceSpec) -> bool | None:

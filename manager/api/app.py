@@ -11,6 +11,7 @@ from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
+from manager.api.lanes import lanes_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
@@ -44,6 +45,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         routing_router(backend),
+        lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
         health_router(backend),

@@ -30,6 +30,13 @@ class Worker(Protocol):
 
     @property
     def work(self) -> Work: ...
+    @property
+    def lane(self) -> str | None: ...
+    @property
+    def holds(self) -> str: ...
+
+    def hold_slot(self) -> None:
+        """Take a slot of the server's instance, whether or not one is free."""
 
 
 class ModelStatus:
@@ -54,6 +61,10 @@ class ModelStatus:
     def ended(self, worker: Worker) -> None:
         """The server works on the request no longer."""
         self._workers.discard(worker)
+
+    def workers(self) -> tuple[Worker, ...]:
+        """Return the requests that servers work on."""
+        return tuple(self._workers)
 
     def failed(self, model: str, reason: Reason) -> None:
         """An attempt with a model has failed."""

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Worker:
     work: Work
+    lane: str | None = None
+    holds: str = ""
+
+    def hold_slot(self) -> None:
+        pass
 
 
 @pytest.fixture
