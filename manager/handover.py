@@ -361,6 +361,8 @@ class Giving:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
         await asyncio.sleep(0)  # one that has left at once is noticed
+        if self._runs.is_executing:
+            _log.info("replacement_waits", for_s=self._patience_s, hint="async runs end first")
         while (is_busy := self._is_busy()) or self._runs.is_executing:
             is_late = loop.time() >= deadline
             if is_late and not is_busy:

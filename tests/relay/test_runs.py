@@ -1,4 +1,4 @@
-"""Async runs through the whole gateway, over real sockets: the same life as any request, and a file at its end."""
+"""Async runs through the whole gateway, over real sockets: the life of any request, and a file at its end."""
 
 from __future__ import annotations
 
@@ -62,9 +62,11 @@ class Client:
 
     async def reaches(self, run_id: str, *statuses: str) -> dict[str, Any]:
         async with asyncio.timeout(20):
-            while (run := await self.show(run_id))["status"] not in statuses:
+            while True:
+                run = await self.show(run_id)
+                if run["status"] in statuses:
+                    return run
                 await asyncio.sleep(0.01)
-        return run
 
     async def ended(self, run_id: str) -> dict[str, Any]:
         return await self.reaches(run_id, "succeeded", "failed", "cancelled", "interrupted", "expired")

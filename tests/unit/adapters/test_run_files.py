@@ -1,3 +1,4 @@
+# ruff: noqa: ASYNC240  (a test's loop has nothing else to do meanwhile)
 """Files of runs: whole or not there, for the daemon's user alone."""
 
 from __future__ import annotations
