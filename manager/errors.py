@@ -8,6 +8,7 @@ ManagerError
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
+│   ├── DrainedError          the instance is out of service by an operator's order
 │   ├── LimitReachedError
 │   ├── RunStateError         what is asked for does not fit the status of the run
 │   ├── LockedError           another process holds the instance
@@ -128,6 +129,12 @@ class CancelledByStopError(ConflictError):
     """A stop was asked for while the start was still going on."""
 
     code = Reason.CANCELLED.value
+
+
+class DrainedError(ConflictError):
+    """The instance is out of service by an operator's order."""
+
+    code = "drained"
 
 
 class LimitReachedError(ConflictError):

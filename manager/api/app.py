@@ -17,6 +17,7 @@ from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
+from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         _describe_key(app)
     routers = (
         compute_router(backend),
+        service_router(backend),
         routing_router(backend),
         lanes_router(backend),
         model_settings_router(backend),

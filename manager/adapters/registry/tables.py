@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0006")
+REVISIONS = ("0001", "0002", "0003", "0004", "0006")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -85,6 +85,16 @@ model_lists = Table(
     Column("read_at", DateTime, nullable=False),
 )
 
+# What operators have ordered for an instance, of any driver, beside its row; one row a kind of order.
+operator_state = Table(
+    "operator_state",
+    metadata,
+    Column("instance", String, primary_key=True),
+    Column("kind", String, primary_key=True),
+    Column("value", JSON, nullable=False),
+    Column("saved_at", DateTime, nullable=False),
+)
+
 
 def from_instance(row: InstanceRow) -> dict[str, Any]:
     return {
@@ -95,8 +105,8 @@ def from_instance(row: InstanceRow) -> dict[str, Any]:
         "pinned": row.pinned,
         "starts": row.starts,
         "loopback_port": row.loopback_port,
-        "last_used_at": stored(row.last_used_at),
-        "recreated_at": stored(row.recreated_at),
+        "last_used_at": _stored(row.last_used_at),
+        "recreated_at": _stored(row.recreated_at),
         "usage": row.usage and _from_usage(row.usage),
     }
 
@@ -110,8 +120,8 @@ def to_instance(row: Row[Any]) -> InstanceRow:
         pinned=row.pinned,
         starts=row.starts,
         loopback_port=row.loopback_port,
-        last_used_at=row.last_used_at and aware(row.last_used_at),
-        recreated_at=row.recreated_at and aware(row.recreated_at),
+        last_used_at=row.last_used_at and _aware(row.last_used_at),
+        recreated_at=row.recreated_at and _aware(row.recreated_at),
         usage=None if row.usage is None else _to_usage(row.usage),
     )
 
@@ -119,7 +129,7 @@ def to_instance(row: Row[Any]) -> InstanceRow:
 def from_event(event: Event) -> dict[str, Any]:
     return {
         "id": event.id,
-        "at": stored(event.at),
+        "at": _stored(event.at),
         "instance": event.instance,
         "kind": event.kind,
         "reason": event.reason,
@@ -130,7 +140,7 @@ def from_event(event: Event) -> dict[str, Any]:
 def to_event(row: Row[Any]) -> Event:
     return Event(
         id=row.id,
-        at=aware(row.at),
+        at=_aware(row.at),
         instance=row.instance,
         kind=row.kind,
         reason=row.reason,
@@ -144,7 +154,7 @@ def from_learned_size(size: LearnedSize) -> dict[str, Any]:
         "model": size.model,
         "digest": size.digest,
         "vram_bytes": size.vram_bytes,
-        "measured_at": stored(size.measured_at),
+        "measured_at": _stored(size.measured_at),
     }
 
 
@@ -154,16 +164,16 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         model=row.model,
         digest=row.digest,
         vram_bytes=row.vram_bytes,
-        measured_at=aware(row.measured_at),
+        measured_at=_aware(row.measured_at),
     )
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:
-    return [{"key": key, "value": value, "saved_at": stored(at)} for key, value in values.items()]
+    return [{"key": key, "value": value, "saved_at": _stored(at)} for key, value in values.items()]
 
 
 def from_model_list(volume: str, entries: Sequence[Mapping[str, Any]], at: datetime) -> dict[str, Any]:
-    return {"volume": volume, "entries": list(entries), "read_at": stored(at)}
+    return {"volume": volume, "entries": list(entries), "read_at": _stored(at)}
 
 
 def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
@@ -172,7 +182,17 @@ def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
     return tuple(row.entries)
 
 
-def stored(at: datetime | None) -> datetime | None:
+def from_order(instance: str, kind: str, value: Mapping[str, Any], at: datetime) -> dict[str, Any]:
+    return {"instance": instance, "kind": kind, "value": dict(value), "saved_at": _stored(at)}
+
+
+def to_order(row: Row[Any]) -> Mapping[str, Any]:
+    if not isinstance(row.value, dict):
+        raise TypeError(f"the order {row.kind!r} for {row.instance} is no object")
+    return row.value
+
+
+def _stored(at: datetime | None) -> datetime | None:
     if at is None:
         return None
     if at.tzinfo is None:
@@ -180,7 +200,7 @@ def stored(at: datetime | None) -> datetime | None:
     return at.astimezone(UTC).replace(tzinfo=None)
 
 
-def aware(at: datetime) -> datetime:
+def _aware(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC)
 
 

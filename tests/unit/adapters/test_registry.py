@@ -31,9 +31,10 @@ from sqlalchemy import create_engine
 from manager.adapters.registry import SqlRegistry, log, open_registry, opening, tables
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
+from manager.domain.drained import Drained, drained_from
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
-from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
+from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
 from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
 from tests.support.runs import a_run
@@ -153,6 +154,7 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     await registry.save_model_list("v", [{"name": "m"}])
     await registry.save_run(a_run())
     assert await registry.forget_runs(NOW, 0) == ()
+    await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
     await registry.close()
     with closing(sqlite3.connect(path)) as database:
         assert list(database.iterdump()) == before
@@ -325,6 +327,27 @@ async def test_only_the_newest_events_are_kept(registry: SqlRegistry) -> None:
     assert await registry.last_event_id() == 30_005
 
 
+async def test_an_order_of_each_kind_is_kept_for_each_instance_until_it_is_forgotten(
+    registry: SqlRegistry,
+) -> None:
+    drained = Drained(NOW, NOW + timedelta(hours=1), "driver update", stops=False, ran=True)
+    await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.save_order("gpu0", OrderKind.DRAINED, drained.stored())
+    await registry.save_order("nas", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.save_order("gpu0", OrderKind.LIFTED, {"until": "x"})
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {"gpu0": drained, "nas": Drained(NOW)}
+    await registry.save_order("gpu0", OrderKind.DRAINED, None)
+    await registry.save_order("gpu0", OrderKind.DRAINED, None)
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {"nas": Drained(NOW)}
+    assert await registry.orders(OrderKind.LIFTED, dict) == {"gpu0": {"until": "x"}}
+
+
+async def test_an_order_that_cannot_be_read_is_refused_and_not_reset(registry: SqlRegistry) -> None:
+    await registry.save_order("gpu0", OrderKind.DRAINED, {"since": "yesterday"})
+    with pytest.raises(RegistryCorruptError, match="a row in it cannot be read"):
+        await registry.orders(OrderKind.DRAINED, drained_from)
+
+
 async def test_a_learned_size_is_kept_once_for_instance_model_and_digest(registry: SqlRegistry) -> None:
     size = LearnedSize("gpu0", "qwen3", "sha256:a", 6 * 2**30, NOW)
     others = [
@@ -486,7 +509,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "runs"):
+        for table in ("overrides", "model_lists", "operator_state", "runs"):
             connection.execute(f"DROP TABLE {table}")
     set_revision(path, "0001")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
@@ -501,6 +524,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE operator_state")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("DROP TABLE runs")
         connection.execute(
