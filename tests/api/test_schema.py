@@ -39,6 +39,7 @@ IDS = ["cpu", "nas", "gone"]
 ALLOWED_IMAGE = "^ollama-manager/simulated:[a-z0-9]{1,20}$"
 SILENCE_S = 0.3
 EXAMPLES = 60
+KEPT_S = 1000
 UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 
@@ -84,7 +85,9 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     submission["schema"]["properties"] |= {
         "body": {"const": {"model": "tiny", "prompt": "hi", "messages": [], "input": "hi", "max_tokens": 5}},
         "lane": {"enum": ["output", None]},
-        "expires_s": {"anyOf": [{"type": "number", "minimum": 1, "maximum": 1000}, {"type": "null"}]},
+        "expires_s": {
+            "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": KEPT_S}, {"type": "null"}]
+        },
     }
     routing = schemas["RoutingChange"]["properties"]
     routing["roles"] = by_role(routing["roles"], "thinking", "embedding")
@@ -120,7 +123,10 @@ def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "nas": {"driver": "external", "url": nas.url},
                 "gone": {"driver": "external", "url": "http://127.0.0.1:9"},
             },
-            config={"server": {"key_file": str(key_file)}},
+            config={
+                "server": {"key_file": str(key_file)},
+                "runs": {"retention_s": KEPT_S, "expires_s": KEPT_S},
+            },
         ).start(until_ready=False)
         daemon.wait_until_alive()
         yield daemon

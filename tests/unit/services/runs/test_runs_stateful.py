@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -26,32 +26,18 @@ from manager.domain.runs import (
     OPEN,
     Run,
     RunCaller,
-    RunError,
-    RunResult,
     RunStatus,
     files_of,
-    result_file,
 )
 from manager.errors import ManagerError, RegistryUnwritableError, RunFilesError, RunStateError
 from manager.services.bodies import BodyBudget
-from manager.services.runs.execution import Done
-from manager.services.runs.runs import NewRun, RunLimits, Runs
-from tests.support.runs import NOW
+from manager.services.runs.runs import NewRun, Runs
+from tests.support.runs import ANSWER, LIMITS, NOW, Execution
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable
 
-LIMITS = RunLimits(
-    concurrency=2,
-    max_queued=6,
-    max_body=100,
-    max_result=100,
-    max_stored=10_000,
-    expires_s=50.0,
-    retention_s=10_000.0,
-)
 STEPS = ("body", "stored", "running", "settled", "ended", "cancelled")
-ANSWER = b"an answer"
 
 
 class Died(Exception):  # noqa: N818  (the end of the process)
@@ -95,36 +81,6 @@ class Mortal:
                 self._life.calls -= 1
 
         return call
-
-
-@dataclass
-class Execution:
-    """Executes nothing: the test ends each execution. `sent_to` counts the requests that a server got."""
-
-    files: Any
-    stored: BodyBudget
-    sent_to: dict[str, int]
-    ends: dict[str, asyncio.Future[bool]] = field(default_factory=dict)
-
-    async def execute(
-        self,
-        run: Run,
-        *,
-        most_result_bytes: int,
-        sent: Callable[[str, str], Awaitable[None]],
-        is_cancelled: Callable[[], bool],
-    ) -> Done:
-        slot = self.ends[run.id] = asyncio.get_running_loop().create_future()
-        try:
-            await sent("a", "r")
-            self.sent_to[run.id] = self.sent_to.get(run.id, 0) + 1
-            is_good = await slot
-            assert self.stored.take(len(ANSWER))
-            await self.files.save(result_file(run.id), ANSWER)
-        finally:
-            del self.ends[run.id]
-        error = None if is_good else RunError("upstream_error", "no")
-        return Done(RunResult(200, "text/plain", len(ANSWER)), error, "a", "r")
 
 
 class Machine(RuleBasedStateMachine):
