@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.domain import cron
 from manager.domain.container import container_name
+from manager.domain.durations import duration_text
 from manager.domain.gpu import normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
@@ -327,8 +328,9 @@ class RunsSettings(Section):
     def _bounds_fit_each_other(self) -> Self:
         refusals = []
         if self.expires_s > self.retention_s:
-            allowed = f"at most runs.retention_s, {self.retention_s:g}"
-            refusals.append(Refusal(key=("expires_s",), message=f"{self.expires_s:g}; expected {allowed}"))
+            allowed = f"at most runs.retention_s, {duration_text(self.retention_s)}"
+            message = f"{duration_text(self.expires_s)}; expected {allowed}"
+            refusals.append(Refusal(key=("expires_s",), message=message))
         if self.max_body + self.max_result > self.max_stored:
             message = "expected room for one body and one result, max_body + max_result"
             refusals.append(Refusal(key=("max_stored",), message=message))

@@ -226,14 +226,17 @@ async def test_a_run_goes_to_the_next_instance_as_a_request_would(tmp_path: Path
         assert (record.attempts, record.fallback_reason) == (2, "overloaded")
 
 
-async def test_a_server_that_does_not_answer_in_time_is_abandoned_for_the_next(tmp_path: Path) -> None:
+async def test_a_server_that_does_not_answer_in_the_time_of_the_role_is_abandoned_for_the_next(
+    tmp_path: Path,
+) -> None:
+    role = {"model": "tiny", "instances": ["a", "b"], "attempt_timeouts_s": [0.4]}
     async with (
         Scripted().serving() as a,
         Scripted().serving() as b,
-        running(tmp_path, a, b, gateway={"first_byte_timeout_s": 0.4}) as client,
+        running(tmp_path, a, b, config={"roles": {"output": role}}) as client,
     ):
         a.answer = never
-        run = await client.ended(await client.submit())
+        run = await client.ended(await client.submit({**TINY, "model": "output"}))
         assert (run["status"], run["instance"]) == ("succeeded", "b")
         assert (await client.front.record()).fallback_reason == "attempt_timeout"
 
