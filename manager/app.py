@@ -23,6 +23,7 @@ from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
+from manager.adapters.run_files import DirectoryFiles
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -71,6 +72,8 @@ from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
+from manager.services.runs.execution import Execution
+from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
@@ -406,6 +409,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ).render,
             refusals=refusals,
             history=history,
+            runs=await _runs(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
@@ -417,8 +421,12 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
-        if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
+        if not resume_idle_clock:  # a sweep reads no volume, puts nothing back in service, executes no run
+            loops |= {
+                "volumes": volume_reader.run,
+                "service": parts.service.run,
+                "runs": backend.runs.run,
+            }
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -432,6 +440,29 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             let_go=held.aclose,
             loops=loops,
         )
+
+
+async def _runs(
+    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+) -> Runs:
+    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
+    stored = BodyBudget(settings.runs.max_stored)
+    runs = Runs(
+        world.registry,
+        files,
+        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        stored=stored,
+        limits=_run_limits(settings),
+        utcnow=world.utcnow,
+        on_step=world.on_step,
+    )
+    if recovers:
+        await runs.recover()
+    return runs
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(**settings.runs.model_dump())
 
 
 def _header_names(settings: Settings) -> HeaderNames:
@@ -582,6 +613,7 @@ class _Reconfigure:
         self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.backend.runs.limits = _run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         self.backend.history.retention = _retention(settings)
