@@ -30,7 +30,9 @@ from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.domain.breaker import BreakerLimits
 from manager.domain.drained import Drained, drained_from
+from manager.domain.gpu import AUTO
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
@@ -63,14 +65,16 @@ from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
+from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.runs.execution import Execution
 from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
-from manager.services.world import World, no_others, no_step
+from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -239,6 +243,11 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
+        revision = Revision()
+        breakers = Breakers(
+            journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
+        )
+        overload = Overload(revision, now=time.monotonic)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -254,6 +263,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             dry_run=dry_run,
             owner=owner,
             others_work=others_work,
+            revision=revision,
+            server_changed=partial(_forget_server, breakers, overload),
         )
         make = _Maker(
             world,
@@ -293,6 +304,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
+            breakers=breakers,
+            overload=overload,
             now=time.monotonic,
             renewed=slots.refresh,
         )
@@ -309,7 +322,15 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        overviews = Overviews(
+            fleet,
+            parts.capacity,
+            parts.link,
+            gpus,
+            lists=lists,
+            settings=model_settings,
+            breakers=breakers,
+        )
         catalogue = Catalogue(
             fleet,
             overviews,
@@ -338,6 +359,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             slots,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+            breakers,
+            overload,
         )
         passing = Passing(
             routing=routing,
@@ -585,6 +608,7 @@ class _Reconfigure:
         fleet.reconfigure((*changed.specs, *found))
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(_schedules(settings))
+        self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = _run_limits(settings)
@@ -594,15 +618,26 @@ class _Reconfigure:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
 
+def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> None:
+    """The server of an instance is another one: nothing that is known of the old one holds for it."""
+    breakers.server_changed(instance)
+    overload.server_changed(instance)
+
+
+def _breaker_limits(settings: Settings) -> BreakerLimits:
+    breaker = settings.breaker
+    return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
+
+
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(entry.cron, entry.action, entry.instance, entry.timezone) for entry in settings.schedules
     )
 
 
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: spec.device or "auto"
+        spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

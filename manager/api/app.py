@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_offline import FastAPIOffline
 
 from manager import __version__
+from manager.api.breakers import breakers_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -46,6 +47,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         service_router(backend),
+        breakers_router(backend),
         routing_router(backend),
         lanes_router(backend),
         model_settings_router(backend),

@@ -73,8 +73,19 @@ class RefusalError(CommandError):
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One card of an instance; None where it is not known."""
+
+    index: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
-    """The device of an instance; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes of all its cards, None where it is not known.
+
+    `uuid`, `index` and `name` are those of its first card.
+    """
 
     kind: str | None
     uuid: str | None
@@ -82,6 +93,7 @@ class Device:
     name: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +118,16 @@ class Drained:
 
     since: str
     until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
+
+    state: str
+    failures: int
+    retry_at: str | None
     reason: str | None
 
 
@@ -136,6 +158,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +261,10 @@ class Daemon:
 
     def rollback(self, instance_id: str) -> Change:
         return self._change(instance_id, "rollback")
+
+    def reset_breaker(self, instance_id: str) -> Instance:
+        with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
+            return self._read(_instance, _document(answer))
 
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
@@ -403,6 +430,7 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
+            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),
@@ -419,9 +447,21 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
-        # An older daemon has neither.
+        # An older daemon has none of these.
         drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
+        breaker=_breaker(body.get("breaker")),
+    )
+
+
+def _breaker(body: dict[str, Any] | None) -> Breaker | None:
+    if body is None:
+        return None
+    return Breaker(
+        state=str(body["state"]),
+        failures=int(body["failures"]),
+        retry_at=body["retry_at"],
+        reason=body["reason"],
     )
 
 

@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from manager.domain import cron
 from manager.domain.container import container_name
 from manager.domain.durations import duration_text
-from manager.domain.gpu import normal_pci
+from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
 from manager.domain.roles import USUAL_KINDS, RequestKind
@@ -62,7 +62,6 @@ DEFAULT_INSTANCE = "cpu"
 CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
 
-ALL_CARDS = "all"
 MOST_CARDS = 64
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
@@ -153,8 +152,11 @@ def _each_device_once(devices: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("an empty list; expected auto, all, or the UUIDs or PCI bus ids of cards")
     seen: set[str] = set()
     for device in devices:
-        if len(devices) > 1 and device in ("auto", ALL_CARDS):
+        if len(devices) > 1 and device in (AUTO, ALL):
             raise ValueError(f"{device!r} in a list; expected the UUIDs or PCI bus ids of cards")
+        if len(devices) > 1 and device.startswith(SLICE):
+            message = "is a slice of a card (MIG), and a program uses one slice alone or whole cards"
+            raise ValueError(f"{device!r} {message}; expected whole cards in a list")
         key = normal_pci(device) or device.lower()
         if key in seen:
             raise ValueError(f"{device!r} is listed twice; expected each card once")
@@ -403,9 +405,7 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         )
     for device in instance.device or ():
         if not (
-            device in ("auto", ALL_CARDS)
-            or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device)
-            or normal_pci(device)
+            device in (AUTO, ALL) or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
         ):
             allowed = "auto, all, a UUID (GPU-… or MIG-…), a PCI bus id such as 00000000:01:00.0, or a list"
             yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")

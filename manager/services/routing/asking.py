@@ -11,7 +11,7 @@ from manager.domain.judgement import ABOUT_THE_REQUEST
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.routing.attempting import Trouble, Wait, first_target
 from manager.wire.dialect import message_of
-from manager.wire.statuses import BAD_REQUEST, judge
+from manager.wire.statuses import BAD_REQUEST, judge, retry_after_s
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -141,8 +141,9 @@ async def _judge(
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """Return an answer for the client, or the step that follows an answer with an error."""
     judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+    wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
     if not attempting.might_follow(judgement):
-        attempting.answered(judgement)
+        attempting.answered(judgement, retry_after_s=wait_s)
         return answer, None
     message = f"{attempting.work.instance} answered with status {answer.status}"
     content = bytearray()
@@ -150,16 +151,17 @@ async def _judge(
         while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
             content += piece
     except UnavailableError:
-        following = attempting.answered(judgement, message)
+        following = attempting.answered(judgement, message, retry_after_s=wait_s)
         if following is None:
             raise
         return answer, following
     if len(content) > _MAX_HELD_BYTES:
         # A part must not be taken for the whole: the next attempt follows without this answer.
-        following = attempting.answered(judgement, message)
+        following = attempting.answered(judgement, message, retry_after_s=wait_s)
         if following is None:
             raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
         return answer, following
     whole = WholeAnswer(answer.status, answer.headers, bytes(content))
     message = message_of(whole.content) or message
-    return whole, attempting.answered(judge(answer.status, message), message, whole)
+    judgement = judge(answer.status, message)
+    return whole, attempting.answered(judgement, message, whole, retry_after_s=wait_s)

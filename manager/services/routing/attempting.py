@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from manager.domain.breaker import is_counted
+from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import Refusal
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, RequestFacts
+    from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
+    from manager.services.routing.breakers import Breakers
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
@@ -94,6 +99,8 @@ class Routing:
     slots: Slots
     puller: ModelPuller
     deadlines: Deadlines
+    breakers: Breakers
+    overload: Overload
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -160,6 +167,7 @@ class Attempting:
     _attempts: Attempts | FixedAttempts | None = None
     _lease: Lease | None = None
     _place: Place | None = None
+    _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
@@ -360,6 +368,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
+                self._settle(reason)
                 self._release_lease()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
@@ -395,13 +404,21 @@ class Attempting:
             return False
         return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
-    def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
+    def answered(
+        self,
+        judgement: Judgement,
+        message: str = "",
+        answer: object = None,
+        *,
+        retry_after_s: float | None = None,
+    ) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
 
         Args:
             judgement: what the answer says; without a reason it is the client's.
             message: the error in the answer.
             answer: kept for the client, should no later attempt answer.
+            retry_after_s: of the answer.
         """
         attempt = self.attempt
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
@@ -414,6 +431,9 @@ class Attempting:
                 self._routing.placement.reread_models(attempt.instance)
             return None
         self._routing.failed(attempt, reason, sent=self.record.kind is not None)
+        self._settle(reason)
+        if reason is Reason.OVERLOADED and self.record.kind is not None:
+            self._routing.overload.saturated(attempt.instance, retry_after_s)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
@@ -427,6 +447,10 @@ class Attempting:
     def delivered(self) -> None:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
+
+    def broke_off(self, reason: Reason) -> None:
+        """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
+        self._settle(reason)
 
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
@@ -468,6 +492,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        if self._permit and outcome == "ok":
+            self._succeeded()
         self._release()
         record = self.record
         record.outcome = outcome
@@ -501,7 +527,15 @@ class Attempting:
             self._pending = self._wait_for_first_look
             return WAIT
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+
+    def _retry_after_s(self, decision: Decision) -> float | None:
+        """Return when a refused request is worth another try; None where nothing tells."""
+        refused = decision.refused
+        if refused is None or refused.reason is not Reason.BREAKER_OPEN:
+            return None
+        shut = [one.instance for one in decision.passed_over if one.reason is Reason.BREAKER_OPEN]
+        return self._routing.breakers.retry_after_s(shut)
 
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
@@ -620,11 +654,29 @@ class Attempting:
         passed = next((one.instance for one in decision.passed_over if one.reason is reason), None)
         return passed or str(decision.policy)
 
-    def _leased(self, lease: Lease) -> Target:
+    def _leased(self, lease: Lease) -> Step:
         self._lease = lease
-        target = self.target = lease.target
-        self.record.endpoint = target.endpoint
+        target, record = lease.target, self.record
+        # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
+        if record.kind is not None and not self._starts_nothing:
+            self._permit = self._routing.breakers.admit(target.instance)
+            if not self._permit:
+                self._release()
+                return self._shut_out(target.instance)
+        self.target = target
+        record.endpoint = target.endpoint
         return target
+
+    def _shut_out(self, instance: str) -> Step:
+        """The breaker has opened since the decision: begin the next attempt, or give up."""
+        breakers, attempt = self._routing.breakers, self.attempt
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        self.record.attempt_failed(instance, Reason.BREAKER_OPEN)
+        message = f"{instance}: {breakers.why_shut(instance)}"
+        retry_after_s = breakers.retry_after_s((instance,))
+        trouble = Trouble(Reason.BREAKER_OPEN, message, retry_after_s, refused="unavailable", attempt=attempt)
+        self._keep_trouble(trouble)
+        return self._next()
 
     async def _prepare(self) -> Step:
         attempt, attempts = self.attempt, self._attempts
@@ -680,6 +732,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
+        self._settle(None if ours else reason)
         self.record.attempt_failed(attempt.instance, reason)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -716,6 +769,34 @@ class Attempting:
             self._is_waiting = False
             self._pending = None
 
+    def _settle(self, reason: Reason | None) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+        permit, self._permit, attempt = self._permit, 0, self.attempt
+        if not permit or attempt is None:
+            return
+        breakers = self._routing.breakers
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        if reason is not None and is_fault and self.cut is None:
+            breakers.failed(attempt.instance, permit, reason)
+        else:
+            breakers.cancelled(attempt.instance, permit)
+
+    def _succeeded(self) -> None:
+        """The answer has come to its end."""
+        permit, self._permit, attempt, record = self._permit, 0, self.attempt, self.record
+        assert attempt is not None  # noqa: S101  (a permit belongs to an attempt)
+        self._routing.breakers.succeeded(attempt.instance, permit)
+        # A load takes as long as it takes, and an answer in one piece has no first token.
+        if (
+            record.stream
+            and record.kind is RequestKind.GENERATE
+            and record.ttfb_ms is not None
+            and record.start_ms is None
+            and attempt.because == "loaded"
+        ):
+            value_ms = record.ttfb_ms - record.queue_ms
+            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
+
     def _release(self) -> None:
         self._release_lease()
         if self._place is not None:
@@ -723,6 +804,8 @@ class Attempting:
 
     def _release_lease(self) -> None:
         self._is_waiting = False
+        if self._permit:
+            self._settle(None)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)

@@ -511,6 +511,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     with closing(sqlite3.connect(path)) as connection, connection:
         for table in ("overrides", "model_lists", "operator_state", "runs"):
             connection.execute(f"DROP TABLE {table}")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     registry = await open_registry(path)
@@ -519,7 +520,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0006"
+    assert opening.verify(path) == tables.HEAD == "0007"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
@@ -527,6 +528,7 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
         connection.execute("DROP TABLE operator_state")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("DROP TABLE runs")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
             " ('/srv/models', '[]', '2026-01-01')"
@@ -536,6 +538,34 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
     lists = await registry.model_lists()
     await registry.close()
     assert lists == {"ollama-models": ({"name": "qwen3:8b"}, {"name": "tiny"}), "/srv/models": ()}
+
+
+async def test_a_learned_size_of_the_third_schema_is_one_of_a_single_card(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE operator_state")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
+        connection.execute("INSERT INTO learned_sizes VALUES ('gpu0', 'm', 'd', 7, '2026-01-01 00:00:00')")
+    set_revision(path, "0003")
+    registry = await open_registry(path)
+    (size,) = await registry.learned_sizes()
+    assert (size.vram_bytes, size.by_card) == (7, {})
+    await registry.save_learned_size(replace(size, vram_bytes=9, by_card={"GPU-a": 5, "GPU-b": 4}))
+    (size,) = await registry.learned_sizes()
+    await registry.close()
+    assert (size.vram_bytes, size.by_card) == (9, {"GPU-a": 5, "GPU-b": 4})
+
+
+@pytest.mark.parametrize("shares", ["[1]", '{"GPU-a": "5"}', '{"GPU-a": true}'])
+async def test_shares_of_cards_that_are_no_numbers_are_a_row_that_cannot_be_read(
+    path: Path, shares: str
+) -> None:
+    registry = await open_registry(path)
+    await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE learned_sizes SET by_card = ?", (shares,))
+    with pytest.raises(RegistryCorruptError, match="no numbers by card"):
+        await registry.learned_sizes()
+    await registry.close()
 
 
 async def test_a_failed_migration_leaves_the_file_as_it_is(
