@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
-from manager.errors import ManagerError
+from manager.errors import ManagerError, UnavailableError
 from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
@@ -299,7 +299,11 @@ class Passage:
 
         try:
             async with answered(self.attempting, server, step, make) as answer:
-                yield answer
+                try:
+                    yield answer
+                except UnavailableError as error:  # the answer breaks off
+                    self.attempting.broke_off(error.reason)
+                    raise
         except UnansweredError as error:
             raise _refused(error.trouble) from None
 

@@ -273,6 +273,8 @@ async def test_a_run_that_fails_has_the_answer_that_a_client_would_get(
         assert len(server.seen) == 1
         assert files(tmp_path) == [f"{run_id}.result"]
         await until(lambda: client.front.at_rest)
+        breakers = client.front.daemon.backend.passing.routing.breakers
+        assert breakers.view("a").failures == (answer in (dies, breaks_off, ends_early))
 
 
 async def test_errors_are_in_the_words_of_the_route(tmp_path: Path) -> None:

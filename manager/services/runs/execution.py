@@ -35,12 +35,13 @@ from manager.wire.statuses import (
     BAD_REQUEST,
     INTERNAL_ERROR,
     UNAVAILABLE,
+    judge,
     outcome_of,
     outcome_without_answer,
     status_of,
 )
 from manager.wire.trace import traceparent
-from manager.wire.usage import TAIL_BYTES, fault_of, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, fault_of, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -254,6 +255,7 @@ class _Work:
                 while piece := await answer.piece():
                     await storing.add(piece)
         except TimeoutError:
+            attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             trouble = attempting.look(attempting.total_deadline)
             message = trouble.message if isinstance(trouble, Trouble) else "no end in time"
             raise _FailedError(_TIMEOUT, Reason.ATTEMPT_TIMEOUT, message, "timeout") from None
@@ -274,6 +276,10 @@ class _Work:
             message = message_of(tail) or f"the server answered with status {status}"
             return RunError(Reason.UPSTREAM_ERROR, message[:_LONGEST_MESSAGE])
         if status == _OK and is_stream and (fault := fault_of(self._route, tail)) is not None:
+            told = error_in(tail)
+            reason = Reason.UPSTREAM_ERROR if told is None else judge(INTERNAL_ERROR, told).reason
+            if reason is not None:
+                self.attempting.broke_off(reason)
             return RunError(Reason.UPSTREAM_ERROR, fault[:_LONGEST_MESSAGE])
         return None
 
@@ -281,6 +287,7 @@ class _Work:
         """The server has begun to answer, and did not come to the end."""
         attempting = self.attempting
         cut = attempting.cut
+        attempting.broke_off(error.reason)
         attempting.failed(error.reason, error.message, sent=True)
         if cut is not None:
             return _FailedError(UNAVAILABLE, Reason.CANCELLED, f"cut off: {cut}", "cut")
