@@ -6,6 +6,7 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.denial import parameters_in
 from manager.domain.instance import Model
 
 if TYPE_CHECKING:
@@ -47,6 +48,13 @@ def read_available(body: Any) -> tuple[Mapping[str, Any], ...] | None:
 def name_of(entry: Mapping[str, Any]) -> str:
     """The name of the model that an entry of a list is about, empty where it has none."""
     return str(entry.get("name") or entry.get("model") or "")
+
+
+def parameters_of(entry: Mapping[str, Any]) -> float | None:
+    """The number of parameters that an entry of a list gives (`details.parameter_size`); None without one."""
+    details = entry.get("details")
+    size = details.get("parameter_size") if isinstance(details, dict) else None
+    return parameters_in(size) if isinstance(size, str) else None
 
 
 def read_time(text: Any) -> datetime | None:

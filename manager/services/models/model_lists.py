@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from manager.domain.models import model_key
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
-from manager.wire.ollama import name_of
+from manager.wire.ollama import name_of, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     Entries = Sequence[Mapping[str, Any]]
 
 _RETRY_S = 5.0
+_NO_SIZES: Mapping[str, float] = MappingProxyType({})
 
 
 def volume_of(spec: InstanceSpec) -> str:
@@ -37,7 +38,9 @@ def mount_of(spec: InstanceSpec) -> Volume | None:
 
 
 class ModelLists:
-    """Owns the last list read of each volume. `version` grows whenever the names in one of them change.
+    """Owns the last list read of each volume.
+
+    `version` grows whenever the names or the numbers of parameters in one of them change.
 
     Args:
         registry: keeps them.
@@ -50,6 +53,7 @@ class ModelLists:
         self._journal = journal
         self._entries = {volume: _by_key(entries) for volume, entries in stored.items()}
         self._names = {volume: _names(entries) for volume, entries in self._entries.items()}
+        self._sizes = {volume: _sizes(entries) for volume, entries in self._entries.items()}
         self._read_at: dict[str, float] = {}
         self._unsaved: set[str] = set()
         self._unstored: set[str] = set()  # lists that were read with `store=False`
@@ -59,6 +63,10 @@ class ModelLists:
     def of(self, volume: str) -> Mapping[str, str] | None:
         """The name of each model by its key, None when the list was never read."""
         return self._names.get(volume)
+
+    def sizes(self, volume: str) -> Mapping[str, float]:
+        """The number of parameters of each model by its key, of those whose number is known."""
+        return self._sizes.get(volume, _NO_SIZES)
 
     def entries(self, volume: str) -> Mapping[str, Mapping[str, Any]]:
         """All that a server said of each model, by its key; nothing when the list was never read."""
@@ -85,9 +93,9 @@ class ModelLists:
         if models == self._entries.get(volume) and volume not in self._unstored:
             return
         self._entries[volume] = models
-        names = _names(models)
-        if names != self._names.get(volume):
-            self._names[volume] = names
+        names, sizes = _names(models), _sizes(models)
+        if names != self._names.get(volume) or sizes != self._sizes.get(volume):
+            self._names[volume], self._sizes[volume] = names, sizes
             self.version += 1
         if store:
             self._unstored.discard(volume)
@@ -119,3 +127,8 @@ def _by_key(entries: Entries) -> Mapping[str, Mapping[str, Any]]:
 
 def _names(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str]:
     return MappingProxyType({key: name_of(entry) for key, entry in entries.items()})
+
+
+def _sizes(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float]:
+    found = ((key, parameters_of(entry)) for key, entry in entries.items())
+    return MappingProxyType({key: count for key, count in found if count is not None})

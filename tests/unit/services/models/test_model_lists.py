@@ -121,3 +121,14 @@ async def test_what_changed_is_stored_and_stored_again_when_that_failed(
     running.cancel()
     assert registry.saved == [("w", (QWEN,))]
     assert journal.kinds == ["model_list_not_stored"]
+
+
+def test_a_number_of_parameters_that_becomes_known_is_news() -> None:
+    known = lists()
+    known.read("v", [TINY, QWEN], 1.0)
+    assert (known.version, known.sizes("v"), known.sizes("other")) == (1, {}, {})
+    detailed = {**TINY, "details": {"parameter_size": "14.8B"}}
+    known.read("v", [detailed, QWEN], 2.0)
+    assert (known.version, known.sizes("v")) == (2, {"tiny:latest": 14.8e9})
+    known.read("v", [{**detailed, "size": 1}, QWEN], 3.0)
+    assert known.version == 2
