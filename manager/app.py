@@ -48,6 +48,7 @@ from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.journal import Journal
 from manager.services.models.catalogue import Catalogue
+from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -345,6 +346,16 @@ async def open_daemon(
             engine=engine,
             passing=passing,
             model_settings=model_settings,
+            loading=Loading(
+                fleet,
+                parts.capacity,
+                router,
+                placement,
+                status,
+                volumes=volumes,
+                settings=model_settings,
+                server=server,
+            ),
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from manager.services.instances.sweeps import Sweeps
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
@@ -104,6 +105,7 @@ class Backend:
     engine: Engine
     passing: Passing
     model_settings: ModelSettings
+    loading: Loading
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]

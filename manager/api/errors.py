@@ -19,6 +19,7 @@ from manager.errors import (
     Reason,
     UnavailableError,
     UnknownInstanceError,
+    UnknownModelError,
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
@@ -39,6 +40,7 @@ _OWN_PREFIXES = ("/api/runtime", "/api/settings")
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
+    (UnknownModelError, 404),
     (ConflictError, 409),
     (InvalidRequestError, 422),
     (UnavailableError, 503),
@@ -60,7 +62,7 @@ def status_of(error: ManagerError) -> int:
     code = error.code
     if code in (Reason.CANCELLED, Reason.NAME_CONFLICT):
         return 409
-    if code == Reason.START_TIMEOUT:
+    if code in (Reason.START_TIMEOUT, Reason.ATTEMPT_TIMEOUT):
         return 504
     return next(status for kind, status in _STATUS if isinstance(error, kind))
 

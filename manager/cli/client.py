@@ -201,6 +201,14 @@ class Daemon:
     def stop(self, instance_id: str, *, force: bool) -> Change:
         return self._change(instance_id, "stop?force=true" if force else "stop")
 
+    def load(self, instance_id: str, model: str, keep_alive: str | float | None) -> Change:
+        """Returns when the model is in memory, however long that takes."""
+        body = {"model": model} if keep_alive is None else {"model": model, "keep_alive": keep_alive}
+        return self._change(instance_id, "load", body)
+
+    def unload(self, instance_id: str, model: str) -> Change:
+        return self._change(instance_id, "unload", {"model": model})
+
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
         with self._answer("POST", path, silence_s=None) as answer:
@@ -249,9 +257,9 @@ class Daemon:
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
 
-    def _change(self, instance_id: str, verb: str) -> Change:
+    def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
-        with self._answer("POST", path, silence_s=None) as answer:
+        with self._answer("POST", path, body=body, silence_s=None) as answer:
             return self._read(_change, _document(answer))
 
     @contextmanager

@@ -255,6 +255,35 @@ def stop(instance: str, force: bool, url: str | None, config: Path | None) -> No
     stop_instance(find_daemon(url or _common_url(), config), instance, force=force)
 
 
+@program.command("load")
+@click.argument("instance", metavar="ID")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--keep-alive", metavar="TIME", help="How long it stays after its last use, such as 30m; -1 for good."
+)
+@_talks
+def load_command(
+    instance: str, model: str, keep_alive: str | None, url: str | None, config: Path | None
+) -> None:
+    """Load MODEL on an instance, which is started if need be; MODEL may be a role."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.models import load_model  # noqa: PLC0415
+
+    load_model(find_daemon(url or _common_url(), config), instance, model, keep_alive)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.argument("model", metavar="MODEL")
+@_talks
+def unload(instance: str, model: str, url: str | None, config: Path | None) -> None:
+    """Unload MODEL from an instance, once the requests that use it have ended; MODEL may be a role."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.models import unload_model  # noqa: PLC0415
+
+    unload_model(find_daemon(url or _common_url(), config), instance, model)
+
+
 @program.command()
 @click.argument("image", required=False)
 @_talks

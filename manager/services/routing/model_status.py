@@ -18,11 +18,15 @@ _MAX_BROKEN = 4096
 
 
 class Work(NamedTuple):
-    """The model that a server works on. `loads` is whether it was not in memory when the request was sent."""
+    """The model that a server works on. `loads` is whether it was not in memory when the request was sent.
+
+    `only_loads`: the request ends when the model is loaded.
+    """
 
     instance: str
     model: str
     loads: bool
+    only_loads: bool = False
 
 
 class Worker(Protocol):
@@ -69,13 +73,14 @@ class ModelStatus:
         """Return what requests that are under way do with models, by their keys.
 
         A model is loading until its instance reports it in memory: an answer without streaming sends nothing
-        before its end.
+        before its end. A server reports a model that it still loads, too; the end of a request that does
+        nothing else tells more.
         """
         doing: dict[str, Literal["in_use", "loading"]] = {}
         for worker in self._workers:
-            instance, model, loads = worker.work
+            instance, model, loads, only_loads = worker.work
             key = model_key(model)
-            loading = loads and not self._is_loaded(instance, key)
+            loading = loads and (only_loads or not self._is_loaded(instance, key))
             if not loading or key not in doing:
                 doing[key] = "loading" if loading else "in_use"
         return doing

@@ -97,3 +97,14 @@ def test_what_is_remembered_of_failures_is_bounded(
     status.answered("model0")
     status.failed("model4", Reason.UPSTREAM_ERROR)
     assert shown(4) == "error"
+
+
+def test_a_request_that_only_loads_a_model_is_loading_it_until_its_end(
+    status: ModelStatus, fleet: Fleet
+) -> None:
+    worker = Worker(Work("a", "tiny", loads=True, only_loads=True))
+    status.sent(worker)
+    fleet.loaded = {"a": ("tiny",)}  # servers report a model from the begin of its load on
+    assert status.at_work() == {"tiny:latest": "loading"}
+    status.ended(worker)
+    assert status.at_work() == {}
