@@ -48,6 +48,7 @@ from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.journal import Journal
 from manager.services.models.catalogue import Catalogue
+from manager.services.models.details import ModelDetails
 from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
@@ -287,7 +288,7 @@ async def open_daemon(
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        status = ModelStatus(fleet)
+        status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
         overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
         catalogue = Catalogue(
             fleet,
@@ -297,6 +298,7 @@ async def open_daemon(
             lists,
             settings=model_settings,
             reader=volume_reader,
+            details=details,
             now=time.monotonic,
         )
         server = PooledModelServer(
@@ -371,6 +373,7 @@ async def open_daemon(
             **parts.loops(),
             "journal": journal.run,
             "model lists": lists.run,
+            "model details": details.run,
             "pulls": pulls.run,
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }

@@ -29,12 +29,15 @@ if TYPE_CHECKING:
 
     from manager.domain.instance import ContainerFacts
     from manager.services.world import World
+    from manager.wire.details import Details
 
 
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
 _UNANSWERED_BYTES = 1500
 # About what one probe moves, as long as none has been measured.
 PROBE_BYTES = 4096
+# The most that one answer of `/api/show` moves.
+_SHOWN_BYTES = 2**20
 
 _GRACE_PROBES = 3
 _GRACE_S = 5.0
@@ -253,6 +256,29 @@ class Instance(ABC):
             self._tags_due = now + self.spec.limits.resync_interval_s
         self._set_health(Health.HEALTHY, None)
         await self._probed()
+
+    async def show(self, model: str) -> Details | None:
+        """Ask the server what a model can do; None where it does not say. That is a probe, too: no use.
+
+        Raises:
+            UnavailableError: it did not answer.
+        """
+        async with self._probing:
+            endpoint = self.usable_endpoint()
+            if endpoint is None:
+                return None
+            self.probe_bytes = _SHOWN_BYTES
+            try:
+                answer = await self._world.upstream.show(
+                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s
+                )
+            except UnavailableError:
+                self.own_bytes += _SHOWN_BYTES  # some of it may have come
+                raise
+            finally:
+                self.probe_bytes = 0
+            self.own_bytes += answer.wire_bytes
+            return answer.details
 
     async def _probed(self) -> None:  # noqa: B027  (most instances have nothing more to look at)
         """Called after each probe that was answered."""

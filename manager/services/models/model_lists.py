@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from manager.domain.models import model_key
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
+from manager.wire.details import details_of, lacks_details, with_details
 from manager.wire.ollama import name_of, parameters_of
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.ports import Registry
+    from manager.wire.details import Details
 
     Entries = Sequence[Mapping[str, Any]]
 
@@ -89,9 +91,30 @@ class ModelLists:
         if at <= self._read_at.get(volume, float("-inf")):
             return
         self._read_at[volume] = at
-        models = _by_key(entries)
-        if models == self._entries.get(volume) and volume not in self._unstored:
+        known = self._entries.get(volume, {})
+        models = MappingProxyType(
+            {key: _kept(entry, known.get(key)) for key, entry in _by_key(entries).items()}
+        )
+        if models == known and volume in self._entries and volume not in self._unstored:
             return
+        self._take(volume, models, store=store)
+
+    def learn(self, digest: str, found: Details) -> None:
+        """Add what is known of a model to its entries in all lists; it is kept as long as they name it."""
+        for volume, entries in self._entries.items():
+            changed = {
+                key: with_details(entry, found)
+                for key, entry in entries.items()
+                if entry.get("digest") == digest and lacks_details(entry)
+            }
+            if changed:
+                self._take(
+                    volume,
+                    MappingProxyType({**entries, **changed}),
+                    store=volume not in self._unstored,
+                )
+
+    def _take(self, volume: str, models: Mapping[str, Mapping[str, Any]], *, store: bool) -> None:
         self._entries[volume] = models
         names, sizes = _names(models), _sizes(models)
         if names != self._names.get(volume) or sizes != self._sizes.get(volume):
@@ -110,19 +133,28 @@ class ModelLists:
             await self._news.wait()
             self._news.clear()
             volumes, self._unsaved = self._unsaved, set()
+            failed: set[str] = set()
             for volume in sorted(volumes):
                 try:
                     await self._registry.save_model_list(volume, tuple(self._entries[volume].values()))
                 except RegistryUnwritableError as error:
-                    self._unsaved.add(volume)
+                    failed.add(volume)
                     self._journal.record("model_list_not_stored", detail=f"{volume}: {error.message}")
-            if self._unsaved:
+            if failed:
+                self._unsaved |= failed
                 await asyncio.sleep(_RETRY_S)
                 self._news.set()
 
 
 def _by_key(entries: Entries) -> Mapping[str, Mapping[str, Any]]:
     return MappingProxyType({model_key(name): entry for entry in entries if (name := name_of(entry))})
+
+
+def _kept(entry: Mapping[str, Any], known: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return an entry with the details that are known of the same model."""
+    if known is None or known.get("digest") != entry.get("digest") or not lacks_details(entry):
+        return entry
+    return with_details(entry, details_of(known))
 
 
 def _names(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str]:
