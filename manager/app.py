@@ -263,6 +263,7 @@ async def open_daemon(
             written=written_roles(loaded),
             models=settings.models,
             instances=lambda: {instance.id: _on_gpu(instance.spec) for instance in fleet.instances()},
+            slots=lambda: {instance.id: instance.spec.slots for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()

@@ -10,12 +10,23 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
-from manager.domain.roles import Policy, RequestKind, SystemMode
+from manager.domain.roles import Mode, Policy, RequestKind, SystemMode
 from manager.domain.routing import missing_models
 from manager.errors import InvalidRequestError
 from manager.settings.overrides import Origin, role_key, setting_key
-from manager.settings.routing import LONGEST_ROLE_NAME, ROLE_NAME, JsonObject, ModelName, RoleName
-from manager.settings.section import InstanceId
+from manager.settings.routing import (
+    LONGEST_ROLE_NAME,
+    MOST_INSTANCES_OF_ROLE,
+    ROLE_NAME,
+    Concurrency,
+    JsonObject,
+    ModelName,
+    QueueLength,
+    Reserved,
+    RoleName,
+    Weight,
+)
+from manager.settings.section import MOST_S, InstanceId, Number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -25,7 +36,7 @@ if TYPE_CHECKING:
     from manager.settings.overrides import Sourced
 
 _EMBEDDING = "embedding"
-_NESTED = {"body": ("defaults", "overrides"), "system": ("text", "mode")}
+_NESTED = {"body": ("defaults", "overrides"), "system": ("text", "mode"), "queue": ("length", "wait_s")}
 
 
 def _stripped(value: object) -> object:
@@ -53,6 +64,7 @@ KindWord = Annotated[RequestKind | None, BeforeValidator(_stripped), _word_schem
 ModeWord = Annotated[
     SystemMode | None, BeforeValidator(_stripped), _word_schema(["prepend", "append", "replace"])
 ]
+ModeOfRole = Annotated[Mode | None, BeforeValidator(_stripped), _word_schema(["sync", "async"])]
 Name = Annotated[
     RoleName,
     BeforeValidator(_stripped),
@@ -85,6 +97,13 @@ class SystemChange(_Shape):
     mode: ModeWord = None
 
 
+class QueueChange(_Shape):
+    """The requests that wait for a slot; `wait_s` in seconds."""
+
+    length: QueueLength | None = None
+    wait_s: Annotated[Number, Field(ge=0, le=MOST_S)] | None = None
+
+
 class RoleChange(_Shape):
     """New values of one role. What is left out stays; null takes a value back to what is configured."""
 
@@ -96,6 +115,20 @@ class RoleChange(_Shape):
     body: BodyChange | None = None
     system: SystemChange | None = None
     think: StrictBool | None = None
+    instances: Annotated[list[InstanceId], Field(min_length=1, max_length=MOST_INSTANCES_OF_ROLE)] | None = (
+        None
+    )
+    reserved: Reserved | None = None
+    concurrency: Concurrency | None = None
+    queue: QueueChange | None = None
+    weight: Weight | None = None
+    attempt_timeouts_s: (
+        Annotated[list[Annotated[Number, Field(gt=0, le=MOST_S)]], Field(max_length=MOST_INSTANCES_OF_ROLE)]
+        | None
+    ) = None
+    mode: ModeOfRole = None
+    keep_warm: Annotated[list[InstanceId], Field(max_length=MOST_INSTANCES_OF_ROLE)] | None = None
+    paid_fallback: StrictBool | None = None
 
 
 class ModelsChange(_Shape):
@@ -121,8 +154,13 @@ class SystemValues(_Shape):
     mode: SystemMode
 
 
+class QueueValues(_Shape):
+    length: int
+    wait_s: float
+
+
 class RoleBody(_Shape):
-    """One role as it is in force; `target` is `auto` or the id of an instance."""
+    """One role as it is in force; `target` is `auto` or the id of an instance, `instances` null is any."""
 
     model: str | None
     target: str
@@ -132,6 +170,15 @@ class RoleBody(_Shape):
     body: BodyValues
     system: SystemValues
     think: bool | None
+    instances: list[str] | None
+    reserved: int
+    concurrency: int | None
+    queue: QueueValues
+    weight: int
+    attempt_timeouts_s: list[float]
+    mode: Mode
+    keep_warm: list[str]
+    paid_fallback: bool
 
 
 class WarningBody(_Shape):
@@ -166,6 +213,11 @@ class EffectiveSystemValues(_Shape):
     mode: EffectiveValue
 
 
+class EffectiveQueueValues(_Shape):
+    length: EffectiveValue
+    wait_s: EffectiveValue
+
+
 class EffectiveRoleBody(_Shape):
     model: EffectiveValue
     target: EffectiveValue
@@ -175,6 +227,15 @@ class EffectiveRoleBody(_Shape):
     body: EffectiveBodyValues
     system: EffectiveSystemValues
     think: EffectiveValue
+    instances: EffectiveValue
+    reserved: EffectiveValue
+    concurrency: EffectiveValue
+    queue: EffectiveQueueValues
+    weight: EffectiveValue
+    attempt_timeouts_s: EffectiveValue
+    mode: EffectiveValue
+    keep_warm: EffectiveValue
+    paid_fallback: EffectiveValue
 
 
 class IgnoredBody(_Shape):

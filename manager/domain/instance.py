@@ -81,8 +81,10 @@ class InstanceSpec:
     """One configured instance with every default resolved.
 
     `device` is what the operator wrote for a GPU instance (`auto`, a UUID or a PCI bus id) and None for
-    the CPU. `device_kind` is None only for an external instance whose device was not declared. `serves` are
-    the kinds of requests that it is there for.
+    the CPU. `devices` are the cards of an instance over several, (`all`,) for every card; `device` is None
+    then. `device_kind` is None only for an external instance whose device was not declared. `serves` are
+    the kinds of requests that it is there for. `slots` bounds its requests in flight, None is no limit.
+    `deny_models` are patterns of models that it must not run, `max_parameters` bounds their size.
     """
 
     id: str
@@ -97,6 +99,10 @@ class InstanceSpec:
     priority: int = 0
     prewarm: bool = False
     serves: frozenset[RequestKind] = USUAL_KINDS
+    devices: tuple[str, ...] = ()
+    slots: int | None = None
+    deny_models: tuple[str, ...] = ()
+    max_parameters: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

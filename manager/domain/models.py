@@ -18,6 +18,9 @@ _NAME = re.compile(
     rf"{_PART}(?::{_PART})?",
     re.DOTALL,
 )
+# Ollama writes parameter counts so: `format.HumanNumber`.
+_PARAMETER_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_PARAMETERS = re.compile(r"(?P<number>[0-9]{1,15}(?:\.[0-9]{1,6})?)\s*(?P<unit>[kmbt]?)", re.IGNORECASE)
 _PIN = re.compile(r"(?P<model>.+)@(?P<instance>[a-z][a-z0-9-]{0,31})")
 
 
@@ -42,6 +45,26 @@ def split_pin(name: str) -> tuple[str, str | None]:
     """A model's name and the instance that it is pinned to (`NAME@INSTANCE`), None where it is to none."""
     match = _PIN.fullmatch(name)
     return (match["model"], match["instance"]) if match else (name, None)
+
+
+def parameter_count(text: str) -> int:
+    """Return the number of parameters that `14.8B`, `14b`, `137M` or `1000` stands for.
+
+    Raises:
+        ValueError: it is no such text.
+    """
+    match = _PARAMETERS.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("expected a number of parameters such as 14b, 7.5b or 137m")
+    return round(float(match["number"]) * _PARAMETER_UNITS[match["unit"].lower()])
+
+
+def parameter_text(count: int) -> str:
+    """Return a number of parameters in the largest unit that it has one of: 7500000000 is `7.5b`."""
+    for unit in ("t", "b", "m", "k"):
+        if count >= _PARAMETER_UNITS[unit]:
+            return f"{count / _PARAMETER_UNITS[unit]:.12g}{unit}"
+    return str(count)
 
 
 @lru_cache(maxsize=4096)

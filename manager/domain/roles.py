@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
+Mode: TypeAlias = Literal["sync", "async"]
+
+# Waiting requests of a role, and how long one waits, where the settings do not say.
+DEFAULT_QUEUE_LENGTH = 100
+DEFAULT_QUEUE_WAIT_S = 60.0
 
 
 class RequestKind(StrEnum):
@@ -69,7 +74,22 @@ class BodyChanges:
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """A role with every default resolved. `target` None means any instance that the policy allows."""
+    """A role, which is a lane too, with every default resolved.
+
+    Attributes:
+        target: None means any instance that the policy allows.
+        instances: the only ones it may use, in this order; None means any.
+        reserved: slots on each of `instances` that no other role may take.
+        concurrency: its requests in flight, all instances together; None is no limit.
+        queue_length: its requests that may wait for a slot; one more is refused.
+        queue_wait_s: how long one of them waits.
+        weight: its share of slots where roles compete.
+        attempt_timeouts_s: for the first byte, by place in `instances`; the last one repeats. Empty: that of
+            the gateway.
+        mode: `async` refuses requests that wait for their answer.
+        keep_warm: instances where its model stays loaded.
+        paid_fallback: whether a paid provider may answer where nothing local can.
+    """
 
     name: str
     kind: RequestKind
@@ -78,6 +98,21 @@ class Role:
     policy: Policy = Policy.AUTO
     fallbacks: tuple[str, ...] = ()
     changes: BodyChanges = field(default_factory=BodyChanges)
+    instances: tuple[str, ...] | None = None
+    reserved: int = 0
+    concurrency: int | None = None
+    queue_length: int = DEFAULT_QUEUE_LENGTH
+    queue_wait_s: float = DEFAULT_QUEUE_WAIT_S
+    weight: int = 1
+    attempt_timeouts_s: tuple[float, ...] = ()
+    mode: Mode = "sync"
+    keep_warm: tuple[str, ...] = ()
+    paid_fallback: bool = False
+
+    def timeout_s(self, place: int) -> float | None:
+        """Return the time for the first byte at a place in `instances`; None: that of the gateway."""
+        timeouts_s = self.attempt_timeouts_s
+        return timeouts_s[min(place, len(timeouts_s) - 1)] if timeouts_s else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,15 +213,17 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
 
 
 def role_contradictions(
-    roles: Mapping[str, Role], gpu_of: Mapping[str, bool | None]
+    roles: Mapping[str, Role], gpu_of: Mapping[str, bool | None], slots_of: Mapping[str, int | None]
 ) -> Iterator[tuple[str, str, str]]:
-    """Problems, as (role, field, message).
+    """Yield problems, as (role, field, message).
 
     Args:
         roles: all roles.
-        gpu_of: for every instance there is whether it runs on a GPU, None where nobody declared it.
+        gpu_of: for every instance whether it runs on a GPU, None where that is not declared.
+        slots_of: the slots of instances; None or no entry: without a limit.
     """
     for role in roles.values():
+        yield from _instance_contradictions(role, gpu_of)
         if role.target is not None and role.target not in gpu_of:
             yield role.name, "target", f"{role.target!r} is no instance; expected {', '.join(gpu_of)} or auto"
         elif role.policy is Policy.CPU_ONLY and role.target is not None and gpu_of[role.target] is not False:
@@ -205,6 +242,45 @@ def role_contradictions(
             elif role.kind is RequestKind.EMBED and _differ(role.model, other.model):
                 message = f"{name!r} embeds with another model, whose vectors cannot be compared"
                 yield role.name, "fallbacks", f"{message}; expected a role with the same model"
+
+    yield from _reservation_contradictions(roles, slots_of)
+
+
+def _instance_contradictions(role: Role, gpu_of: Mapping[str, bool | None]) -> Iterator[tuple[str, str, str]]:
+    """Yield the problems of `instances` and `keep_warm`."""
+    for field_, named in (("instances", role.instances or ()), ("keep_warm", role.keep_warm)):
+        for name in named:
+            if name not in gpu_of:
+                yield role.name, field_, f"{name!r} is no instance; expected {', '.join(gpu_of)}"
+    if role.instances is None:
+        return
+    allowed = ", ".join(role.instances)
+    if role.target is not None and role.target not in role.instances:
+        yield role.name, "target", f"{role.target!r} is none of its instances; expected {allowed} or auto"
+    for name in role.keep_warm:
+        if name not in role.instances:
+            yield role.name, "keep_warm", f"{name!r} is none of its instances; expected {allowed}"
+
+
+def _reservation_contradictions(
+    roles: Mapping[str, Role], slots_of: Mapping[str, int | None]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield the problems of `reserved`: no instances, instances without slots, more than there are."""
+    reserved: dict[str, int] = {}
+    for role in roles.values():
+        if not role.reserved:
+            continue
+        if role.instances is None:
+            message = f"{role.reserved} slots on no instance; name them in `instances` of the role"
+            yield role.name, "reserved", message
+        for name in role.instances or ():
+            slots = slots_of.get(name)
+            reserved[name] = total = reserved.get(name, 0) + role.reserved
+            if slots is None:
+                yield role.name, "reserved", f"{name} has no slots; set instances.{name}.slots first"
+            elif total > slots:
+                message = f"{total} slots of {name} are reserved by roles together, and it has {slots}"
+                yield role.name, "reserved", f"{message}; expected at most {slots - total + role.reserved}"
 
 
 def _differ(one: str | None, other: str | None) -> bool:

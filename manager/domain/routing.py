@@ -40,8 +40,8 @@ class Candidate:
     """One instance as routing sees it.
 
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
-    its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`.
-    `serves` are the kinds of requests that it is there for.
+    its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
+    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for.
     """
 
     id: str
@@ -52,6 +52,7 @@ class Candidate:
     loaded: frozenset[str] = frozenset()
     why_out: Reason | None = None
     serves: frozenset[RequestKind] = USUAL_KINDS
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,33 +161,46 @@ What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable"
 
 
 class Attempt(NamedTuple):
-    """One way to answer. `fallback` says why it is not what was preferred; None when it is."""
+    """One way to answer.
+
+    Attributes:
+        fallback: why it is not what was preferred; None when it is.
+        timeout_s: for the first byte; None: that of the gateway.
+        choice: attempts of the same number stand in for each other where one merely has no free slot.
+    """
 
     instance: str
     model: str
     role: str | None
     because: Because
     fallback: Reason | None = None
+    timeout_s: float | None = None
+    choice: int = 0
 
 
 class Group(NamedTuple):
-    """Attempts that are equal but for the load of their instances."""
+    """Attempts that are equal but for the load of their instances; the rest is as in `Attempt`."""
 
     instances: tuple[str, ...]
     model: str
     role: str | None
     because: Because
     fallback: Reason | None = None
+    timeout_s: float | None = None
+    choice: int = 0
 
     def attempt(self, instance: str) -> Attempt:
-        return Attempt(instance, self.model, self.role, self.because, self.fallback)
+        return Attempt(instance, *self[1:])
 
 
 # A tuple: a decision has many of them, and a frozen dataclass takes three times as long to make.
 class PassedOver(NamedTuple):
+    """An instance that a request does not go to; `detail` adds to the reason in words."""
+
     instance: str
     model: str
     reason: Reason
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +217,8 @@ class Decision:
     """The groups of instances that one request may go to, the first one first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
-    never twice for one model. `refused` is set exactly when there is no attempt.
+    never twice for one model. `refused` is set exactly when there is no attempt. `is_async` is whether the
+    role takes runs only, no requests that wait for their answer.
     """
 
     request: RequestFacts
@@ -213,6 +228,7 @@ class Decision:
     groups: tuple[Group, ...]
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
+    is_async: bool = False
 
     def first(self, load: Mapping[str, int]) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
@@ -357,6 +373,7 @@ class _Decider:
         self._tried: defaultdict[str, set[str]] = defaultdict(set)
         self._passed_over: list[PassedOver] = []
         self._groups: list[Group] = []
+        self._legs = 0
 
     def over(self, legs: list[_Leg]) -> Decision:
         first, *others = legs
@@ -376,6 +393,7 @@ class _Decider:
             groups=tuple(self._groups),
             passed_over=tuple(self._once_each() if others else self._passed_over),
             refused=None if self._groups else self._why_none(first),
+            is_async=role is not None and role.mode == "async",
         )
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
@@ -383,41 +401,49 @@ class _Decider:
         model, key = leg.model, model_key(leg.model)
         chosen, rank_of, cpu_only = self._ranking(leg)
         tried = self._tried[key]
-        found: dict[tuple[int, int, int, int], list[str]] = {}
+        places = _places(leg.role)
+        found: dict[tuple[int, int, int, int, int], list[str]] = {}
         preferred_out: Reason | None = None
-        for stage, candidates in enumerate(self._found(key)):
+        for stage, candidates in enumerate(self._found(key, places)):
             for candidate in candidates:
                 id_, device, reason = candidate.id, candidate.device, candidate.why_out
                 rank = 0 if id_ == chosen else rank_of[device]
-                if rank is None or (cpu_only and device is not _CPU):
-                    self._passed_over.append(PassedOver(id_, model, Reason.POLICY))
+                place = 0 if places is None else places.get(id_, -1)
+                if rank is None or place < 0 or (cpu_only and device is not _CPU):
+                    detail = "" if place >= 0 else "not among the instances of the role"
+                    self._passed_over.append(PassedOver(id_, model, Reason.POLICY, detail))
                 elif reason is not None:
-                    self._passed_over.append(PassedOver(id_, model, reason))
-                    if rank == 0:
+                    self._passed_over.append(PassedOver(id_, model, reason, candidate.detail))
+                    if rank == place == 0:
                         preferred_out = preferred_out or reason
                 elif id_ not in tried:
                     tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
-                    order = (stage, rank, tier, -candidate.priority)
+                    order = (stage, rank, place, tier, -candidate.priority)
                     group = found.get(order)
                     if group is None:
                         found[order] = [id_]
                     else:
                         group.append(id_)
-        role = leg.role.name if leg.role else None
-        preferred_there = any(stage == rank == 0 for stage, rank, _, _ in found)
-        for (stage, rank, tier, _), ids in sorted(found.items()):
+        role = leg.role
+        name = role.name if role else None
+        preferred_there = any(stage == rank == place == 0 for stage, rank, place, _, _ in found)
+        for (stage, rank, place, tier, _), ids in sorted(found.items()):
             reason = fallback
-            if reason is None and rank:
+            if reason is None and (rank or place):
                 reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
-            self._groups.append(Group(tuple(ids), model, role, _WAYS[stage][tier], reason))
+            timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
+            choice = self._legs * len(_WAYS) + rank
+            self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             tried.update(ids)
+        self._legs += 1
 
-    def _found(self, key: str) -> tuple[tuple[Candidate, ...], ...]:
+    def _found(self, key: str, places: Mapping[str, int] | None) -> tuple[tuple[Candidate, ...], ...]:
         """Instances that have the model, those that may have it, and those that may pull it."""
         having, unread = self._snapshot.having(key), self._snapshot.unread()
-        if having or not self._settings.auto_pull:
+        if not self._settings.auto_pull or any(places is None or one.id in places for one in having):
             return having, unread
-        return having, unread, tuple(one for one in self._snapshot.candidates if one.models is not None)
+        without = (one for one in self._snapshot.candidates if one.models is not None and one not in having)
+        return having, unread, tuple(without)
 
     def _ranking(self, leg: _Leg) -> tuple[str | None, Mapping[DeviceKind | None, int | None], bool]:
         """The preferred instances, the ranks of the others by device, and whether only the CPU is permitted.
@@ -473,14 +499,36 @@ class _Decider:
             there_is = _listed(self._snapshot.candidates)
             message = f"there is no instance {held!r}, which the role's target is; there is: {there_is}"
             return Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, message)
+        return self._barred(leg, having, place)
+
+    def _barred(self, leg: _Leg, having: tuple[Candidate, ...], place: Candidate | None) -> Refused:
+        """Refuse what only instances have that the rules do not permit, or no instance at all."""
+        places = _places(leg.role)
         barred = having if place is None else (place,)
+        if places is not None and barred:
+            allowed = tuple(one for one in barred if one.id in places)
+            if not allowed:
+                return self._outside(leg, places, barred, is_held=place is not None)
+            barred = allowed
         if self._is_cpu_only(leg) and barred and all(one.device is not _CPU for one in barred):
             rule = f"policy cpu_only permits none of: {_listed(barred)}"
             return Refused("contradiction", Reason.POLICY, rule)
         if having:
-            message = f"{self._missing(leg.model)}; it is not on {held}, but on: {_listed(having)}"
+            message = (
+                f"{self._missing(leg.model)}; it is not on {leg.held(self._pin)}, but on: {_listed(having)}"
+            )
             return Refused("unknown", Reason.MODEL_MISSING, message)
         return self._not_found(leg)
+
+    def _outside(
+        self, leg: _Leg, places: Mapping[str, int], barred: tuple[Candidate, ...], *, is_held: bool
+    ) -> Refused:
+        """Refuse what is only on other instances than the role may use."""
+        rule = f"the role may use only: {', '.join(places)}"
+        if is_held:
+            return Refused("contradiction", Reason.POLICY, f"{_listed(barred)} is barred: {rule}")
+        message = f"{self._missing(leg.model)}; {rule}; it is on: {_listed(barred)}"
+        return Refused("unknown", Reason.MODEL_MISSING, message)
 
     def _is_unknown(self, leg: _Leg) -> bool:
         """Whether the client gave a name that nothing supports: no list, no role, and no place for it."""
@@ -512,6 +560,13 @@ class _Decider:
 
     def _missing(self, model: str) -> str:
         return model_not_found(model, embeds=self._request.kind is RequestKind.EMBED)
+
+
+def _places(role: Role | None) -> Mapping[str, int] | None:
+    """The places of the only instances that a role may use; None where it may use any."""
+    if role is None or role.instances is None:
+        return None
+    return {name: place for place, name in enumerate(role.instances)}
 
 
 def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused: Refused) -> Decision:

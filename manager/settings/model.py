@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, StrictBool, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from manager.domain import cron
 from manager.domain.container import container_name
 from manager.domain.gpu import normal_pci
 from manager.domain.instance import DeviceKind, Driver
+from manager.domain.models import parameter_count, parameter_text
 from manager.domain.roles import USUAL_KINDS, RequestKind
 from manager.domain.template import Refusal
 from manager.settings.addresses import (
@@ -56,6 +57,9 @@ DEFAULT_ENGINE_URL = "unix:///var/run/docker.sock"
 DEFAULT_INSTANCE = "cpu"
 CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
+
+ALL_CARDS = "all"
+MOST_CARDS = 64
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
 
@@ -125,6 +129,46 @@ def _kinds(kinds: tuple[RequestKind, ...]) -> tuple[RequestKind, ...]:
     return tuple(sorted(set(kinds)))
 
 
+def _devices(value: object) -> object:
+    """One device as text is a list of one."""
+    if value is None or isinstance(value, list | tuple):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("expected text, or a list of the UUIDs or PCI bus ids of cards")  # noqa: TRY004
+    return (value,)
+
+
+def _devices_text(devices: tuple[str, ...] | None) -> str | list[str] | None:
+    if devices is None:
+        return None
+    return devices[0] if len(devices) == 1 else list(devices)
+
+
+def _each_device_once(devices: tuple[str, ...]) -> tuple[str, ...]:
+    if not devices:
+        raise ValueError("an empty list; expected auto, all, or the UUIDs or PCI bus ids of cards")
+    seen: set[str] = set()
+    for device in devices:
+        if len(devices) > 1 and device in ("auto", ALL_CARDS):
+            raise ValueError(f"{device!r} in a list; expected the UUIDs or PCI bus ids of cards")
+        key = normal_pci(device) or device.lower()
+        if key in seen:
+            raise ValueError(f"{device!r} is listed twice; expected each card once")
+        seen.add(key)
+    return devices
+
+
+def _parameters(value: object) -> object:
+    return parameter_count(value) if isinstance(value, str) else value
+
+
+Devices = Annotated[
+    tuple[Text, ...],
+    Field(max_length=MOST_CARDS),
+    BeforeValidator(_devices),
+    AfterValidator(_each_device_once),
+]
+Parameters = Annotated[WholeNumber, Field(ge=1, le=10**15), BeforeValidator(_parameters)]
 Port = Annotated[WholeNumber, AfterValidator(_port)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
 
@@ -180,11 +224,14 @@ class AllowSettings(Section):
 
 
 class InstanceSettings(Section):
-    """One instance as it is written; `ttl_s` and `start_timeout_s` None mean what `lifecycle` says."""
+    """One instance as it is written; `ttl_s` and `start_timeout_s` None mean what `lifecycle` says.
+
+    `device` has the cards of a GPU instance: one, several, or ("all",). `slots` None is no limit.
+    """
 
     driver: Driver = Driver.DOCKER
     template: Text | None = None
-    device: Text | None = None
+    device: Annotated[Devices | None, PlainSerializer(_devices_text, when_used="json")] = None
     url: Annotated[str, AfterValidator(http_url)] | None = None
     ttl_s: Ttl | None = None
     start_timeout_s: Timeout | None = None
@@ -192,6 +239,12 @@ class InstanceSettings(Section):
     priority: Annotated[WholeNumber, Field(ge=-1000, le=1000)] = 0
     prewarm: StrictBool = False
     serves: Annotated[tuple[RequestKind, ...], AfterValidator(_kinds)] = tuple(sorted(USUAL_KINDS))
+    slots: Annotated[WholeNumber, Field(ge=1, le=10_000)] | None = None
+    deny_models: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
+    max_parameters: Annotated[
+        Parameters | None,
+        PlainSerializer(lambda count: None if count is None else parameter_text(count), when_used="json"),
+    ] = None
 
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
@@ -229,6 +282,21 @@ class ScheduleSettings(Section):
         return self
 
 
+class BreakerSettings(Section):
+    """`failures` in a row open the breaker of an instance, for `open_s` at first; seconds throughout."""
+
+    failures: Annotated[WholeNumber, Field(ge=1, le=1000)] = 2
+    open_s: Timeout = 30.0
+    max_open_s: Timeout = 300.0
+
+    @model_validator(mode="after")
+    def _grows(self) -> Self:
+        if self.max_open_s < self.open_s:
+            message = f"{self.max_open_s:g}, less than open_s; expected {self.open_s:g} or more"
+            refuse([Refusal(key=("max_open_s",), message=message)])
+        return self
+
+
 class LogSettings(Section):
     """`auto` is console on a terminal and json elsewhere."""
 
@@ -256,6 +324,7 @@ class Settings(BaseSettings):
     roles: RolesSettings = Field(default_factory=default_roles)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
     @classmethod
@@ -297,12 +366,14 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         yield Refusal(
             key=("url",), message="only for driver external; the endpoint follows from the template"
         )
-    device = instance.device
-    if device is not None and not (
-        device == "auto" or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
-    ):
-        allowed = "auto, a UUID (GPU-… or MIG-…) or a PCI bus id such as 00000000:01:00.0"
-        yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")
+    for device in instance.device or ():
+        if not (
+            device in ("auto", ALL_CARDS)
+            or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device)
+            or normal_pci(device)
+        ):
+            allowed = "auto, all, a UUID (GPU-… or MIG-…), a PCI bus id such as 00000000:01:00.0, or a list"
+            yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")
 
 
 def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
@@ -313,8 +384,9 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
             message = "not for driver external, whose server is started and stopped by somebody else"
             yield Refusal(key=(key,), message=message)
     kinds = [kind.value for kind in DeviceKind]
-    if instance.device is not None and instance.device not in kinds:
-        message = f"{instance.device!r}; expected {' or '.join(kinds)} for driver external"
+    if instance.device is not None and instance.device not in [(kind,) for kind in kinds]:
+        given = _devices_text(instance.device)
+        message = f"{given!r}; expected {' or '.join(kinds)} for driver external"
         yield Refusal(key=("device",), message=message)
 
 
@@ -363,7 +435,8 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     instances = settings.instances
     auto_gpus = settings.gpus == "auto"
     gpu_of = {id_: _surely_gpu(instance) for id_, instance in instances.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, auto_gpus=auto_gpus):
+    slots_of = {id_: instance.slots for id_, instance in instances.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=auto_gpus):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
     managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
     for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):
@@ -372,5 +445,5 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
 
 def _surely_gpu(instance: InstanceSettings) -> bool | None:
     if instance.driver is Driver.EXTERNAL:
-        return None if instance.device is None else instance.device == DeviceKind.GPU
+        return None if instance.device is None else instance.device == (DeviceKind.GPU,)
     return instance.device is not None  # without one, the template decides

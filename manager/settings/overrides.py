@@ -98,6 +98,7 @@ def overlaid(
     written: Mapping[str, Mapping[str, Sourced]],
     overrides: Mapping[str, Any],
     gpu_of: Mapping[str, bool | None],
+    slots_of: Mapping[str, int | None],
     *,
     auto_gpus: bool,
     preferred: Collection[str] = (),
@@ -108,6 +109,7 @@ def overlaid(
         written: what the sources say.
         overrides: by key; whatever was stored.
         gpu_of: see `role_contradictions`.
+        slots_of: see `role_contradictions`.
         auto_gpus: see `role_refusals`.
         preferred: of overrides that contradict each other, those that stay.
     """
@@ -120,7 +122,7 @@ def overlaid(
         else:
             ignored.append(Ignored(key, value, reason))
     roles = _roles(written, active)
-    while (refusal := next(role_refusals(roles, gpu_of, auto_gpus=auto_gpus), None)) is not None:
+    while (refusal := next(role_refusals(roles, gpu_of, slots_of, auto_gpus=auto_gpus), None)) is not None:
         culprit = _culprit(refusal, roles, active, preferred)
         if culprit is None:
             break
@@ -135,6 +137,7 @@ def with_change(
     overrides: Mapping[str, Any],
     change: Change,
     gpu_of: Mapping[str, bool | None],
+    slots_of: Mapping[str, int | None],
     *,
     ignored: Collection[str],
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
@@ -145,6 +148,7 @@ def with_change(
         overrides: those there are.
         change: what is asked for.
         gpu_of: see `role_contradictions`.
+        slots_of: see `role_contradictions`.
         ignored: keys of overrides that do not count; they stay, unless the change says something of them.
     """
     after = dict(overrides)
@@ -161,7 +165,7 @@ def with_change(
         if values is not None and role not in there_is:
             problems.append((role_key(role), _no_role(role, there_is)))
     if not problems:
-        for refusal in role_refusals(_roles(written, candidate), gpu_of, auto_gpus=False):
+        for refusal in role_refusals(_roles(written, candidate), gpu_of, slots_of, auto_gpus=False):
             name, field = map(str, refusal.key)
             problems.append((setting_key(name, field), refusal.message))
     return after, problems
@@ -270,8 +274,14 @@ def _culprit(
     role, field = map(str, refusal.key)
     others = [setting_key(name, "model") for name in roles[role].fallbacks]
     concerned = {
-        "target": [setting_key(role, "target"), setting_key(role, "policy")],
+        "target": [setting_key(role, name) for name in ("target", "policy", "instances")],
         "fallbacks": [setting_key(role, "fallbacks"), setting_key(role, "model"), *others],
+        "instances": [setting_key(role, "instances")],
+        "keep_warm": [setting_key(role, "keep_warm"), setting_key(role, "instances")],
+        # The reservations of several roles may add up to too many.
+        "reserved": [
+            setting_key(name, inner) for name in (role, *roles) for inner in ("reserved", "instances")
+        ],
     }[field]
     there = [key for key in concerned if key in active]
     return min(there, key=lambda key: key in preferred, default=None)

@@ -11,7 +11,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, St
 from manager.domain.models import model_key
 from manager.domain.roles import (
     BUILT_IN_ROLES,
+    DEFAULT_QUEUE_LENGTH,
+    DEFAULT_QUEUE_WAIT_S,
     BodyChanges,
+    Mode,
     Policy,
     RequestKind,
     Role,
@@ -28,6 +31,7 @@ from manager.settings.section import (
     Text,
     Timeout,
     Wait,
+    WholeNumber,
     refuse,
 )
 
@@ -106,6 +110,19 @@ def _header_name(name: str) -> str:
     return name
 
 
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name!r} is listed twice; expected each instance once")
+    return names
+
+
+def _at_least_one(names: tuple[str, ...]) -> tuple[str, ...]:
+    if not names:
+        raise ValueError("expected at least one instance, or null for any")
+    return names
+
+
 def _size_text(size: int) -> str:
     """Bytes in Docker's notation, in the largest unit that says them exactly."""
     unit = next(power for power in (4, 3, 2, 1, 0) if size % 2 ** (10 * power) == 0)
@@ -125,6 +142,16 @@ OptionalTarget = Annotated[
 OptionalText = Annotated[str | None, BeforeValidator(_empty_is_null)]
 JsonObject = Annotated[dict[str, Any], AfterValidator(_json_object)]
 HeaderName = Annotated[str, AfterValidator(_header_name)]
+MOST_INSTANCES_OF_ROLE = 64
+QueueLength = Annotated[WholeNumber, Field(ge=0, le=10_000)]
+Reserved = Annotated[WholeNumber, Field(ge=0, le=1000)]
+Concurrency = Annotated[WholeNumber, Field(ge=1, le=10_000)]
+Weight = Annotated[WholeNumber, Field(ge=1, le=1000)]
+KeepWarm = Annotated[
+    tuple[InstanceId, ...], Field(max_length=MOST_INSTANCES_OF_ROLE), AfterValidator(_each_once)
+]
+RoleInstances = Annotated[KeepWarm, AfterValidator(_at_least_one)]
+AttemptTimeouts = Annotated[tuple[Timeout, ...], Field(max_length=MOST_INSTANCES_OF_ROLE)]
 Size = Annotated[int, BeforeValidator(parse_size), PlainSerializer(_size_text, when_used="json")]
 
 
@@ -142,8 +169,15 @@ class SystemSettings(Section):
     mode: SystemMode = "prepend"
 
 
+class QueueSettings(Section):
+    """The requests of a role that wait for a slot: how many, and how long each."""
+
+    length: QueueLength = DEFAULT_QUEUE_LENGTH
+    wait_s: Wait = DEFAULT_QUEUE_WAIT_S
+
+
 class RoleSettings(Section):
-    """One role as it is written. Within `Settings` every role has its `kind`."""
+    """One role, which is a lane too, as it is written. Within `Settings` every role has its `kind`."""
 
     model: OptionalModel = None
     target: OptionalTarget = None
@@ -153,6 +187,15 @@ class RoleSettings(Section):
     body: BodySettings = Field(default_factory=BodySettings)
     system: SystemSettings = Field(default_factory=SystemSettings)
     think: StrictBool | None = None
+    instances: RoleInstances | None = None
+    reserved: Reserved = 0
+    concurrency: Concurrency | None = None
+    queue: QueueSettings = Field(default_factory=QueueSettings)
+    weight: Weight = 1
+    attempt_timeouts_s: AttemptTimeouts = ()
+    mode: Mode = "sync"
+    keep_warm: KeepWarm = ()
+    paid_fallback: StrictBool = False
 
 
 class ModelEntrySettings(Section):
@@ -265,7 +308,7 @@ def role_values(role: RoleSettings) -> dict[str, Any]:
         for key, inner in values.items()
         for field, value in (
             ((f"{key}.{name}", one) for name, one in inner.items())
-            if key in ("body", "system")
+            if key in ("body", "system", "queue")
             else [(key, inner)]
         )
     }
@@ -296,6 +339,16 @@ def to_role(name: str, settings: RoleSettings) -> Role:
         policy=settings.policy,
         fallbacks=settings.fallbacks,
         changes=to_changes(settings),
+        instances=settings.instances,
+        reserved=settings.reserved,
+        concurrency=settings.concurrency,
+        queue_length=settings.queue.length,
+        queue_wait_s=settings.queue.wait_s,
+        weight=settings.weight,
+        attempt_timeouts_s=settings.attempt_timeouts_s,
+        mode=settings.mode,
+        keep_warm=settings.keep_warm,
+        paid_fallback=settings.paid_fallback,
     )
 
 
@@ -319,19 +372,27 @@ def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) 
 
 
 def role_refusals(
-    roles: Mapping[str, RoleSettings], gpu_of: Mapping[str, bool | None], *, auto_gpus: bool
+    roles: Mapping[str, RoleSettings],
+    gpu_of: Mapping[str, bool | None],
+    slots_of: Mapping[str, int | None],
+    *,
+    auto_gpus: bool,
 ) -> Iterator[Refusal]:
-    """Problems of `roles`, with keys relative to them.
+    """Yield the problems of `roles`, with keys relative to them.
 
     Args:
         roles: all roles.
         gpu_of: see `role_contradictions`.
-        auto_gpus: whether there may be instances of cards that nobody has listed.
+        slots_of: see `role_contradictions`.
+        auto_gpus: whether there may be instances of cards that are listed nowhere.
     """
     resolved = {name: to_role(name, role) for name, role in roles.items()}
     targets = {role.target for role in resolved.values() if role.target is not None} - set(gpu_of)
-    cards = [target for target in targets if auto_gpus and AUTO_GPU_ID.fullmatch(target)]
-    for role, field, message in role_contradictions(resolved, {**gpu_of, **dict.fromkeys(cards, True)}):
+    named = {name for role in resolved.values() for name in (*(role.instances or ()), *role.keep_warm)}
+    away = targets | (named - set(gpu_of))
+    cards = [name for name in sorted(away) if auto_gpus and AUTO_GPU_ID.fullmatch(name)]
+    known = {**gpu_of, **dict.fromkeys(cards, True)}
+    for role, field, message in role_contradictions(resolved, known, slots_of):
         target = resolved[role].target
         unknown = field == "target" and target in targets and target not in cards
         text = no_instance(target, [*gpu_of], auto_gpus=auto_gpus, auto=True) if unknown else message

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
+
+from manager.domain.durations import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -15,15 +17,23 @@ if TYPE_CHECKING:
 
 AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
 
-_DAY_S = 86_400
-_YEAR_S = 366 * _DAY_S
+# The longest time that most settings allow, in seconds.
+MOST_S = 86_400
+_YEAR_S = 366 * MOST_S
+
+
+def _seconds(value: object) -> object:
+    """A duration as text (`15m`) in seconds; any other value as it is."""
+    return parse_duration(value) if isinstance(value, str) else value
+
 
 WholeNumber = Annotated[int, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Timeout = Annotated[Number, Field(gt=0, le=_DAY_S)]
-Wait = Annotated[Number, Field(ge=0, le=_DAY_S)]
-Interval = Annotated[Number, Field(ge=0.01, le=_DAY_S)]
-Ttl = Annotated[Number, Field(ge=0, le=_YEAR_S)]
+Duration = Annotated[Number, BeforeValidator(_seconds)]
+Timeout = Annotated[Duration, Field(gt=0, le=MOST_S)]
+Wait = Annotated[Duration, Field(ge=0, le=MOST_S)]
+Interval = Annotated[Duration, Field(ge=0.01, le=MOST_S)]
+Ttl = Annotated[Duration, Field(ge=0, le=_YEAR_S)]
 Text = Annotated[str, Field(min_length=1)]
 InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 

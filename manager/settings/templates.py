@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
 from manager.domain.template import Template, bind_dangers, refusals
-from manager.settings.model import GPU_TEMPLATE, InstanceSettings
+from manager.settings.model import ALL_CARDS, GPU_TEMPLATE, InstanceSettings
 from manager.settings.ownership import weaknesses
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
 from manager.settings.routing import role_refusals
@@ -245,7 +245,8 @@ def _contradictions(
         hint = nearest(instance.template or "", templates)
         yield "template", f"{instance.template!r} is no template; {hint}known: {_known(templates)}"
     elif template.device is DeviceKind.CPU and instance.device is not None:
-        text = f"{instance.device!r} contradicts the template {instance.template!r}, which has device: cpu"
+        given = instance.device[0] if len(instance.device) == 1 else list(instance.device)
+        text = f"{given!r} contradicts the template {instance.template!r}, which has device: cpu"
         yield "device", f"{text}; leave `device` out, or use a template for the GPU"
 
 
@@ -255,7 +256,8 @@ def _routing_contradictions(
     """Check roles and writers by what only templates tell: the device of an instance, and its volumes."""
     kinds = {spec.id: spec.device_kind for spec in specs}
     gpu_of = {id_: None if kind is None else kind is DeviceKind.GPU for id_, kind in kinds.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, auto_gpus=settings.gpus == "auto"):
+    slots_of = {spec.id: spec.slots for spec in specs}
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=settings.gpus == "auto"):
         yield ("roles", *refusal.key), refusal.message
     volumes = {
         spec.id: [volume.source for volume in spec.template.volumes if not volume.read_only]
@@ -283,11 +285,18 @@ def _spec(
         resync_interval_s=lifecycle.resync_interval_s,
         vram_wait_s=lifecycle.vram_wait_s,
     )
-    kind = DeviceKind(instance.device) if template is None and instance.device in set(DeviceKind) else None
-    device = None
+    written = instance.device or ()
+    kind: DeviceKind | None = None
+    device: str | None = None
+    devices: tuple[str, ...] = ()
     if template is not None:
         kind = template.device
-        device = (instance.device or "auto") if kind is DeviceKind.GPU else None
+        if kind is DeviceKind.GPU and (len(written) > 1 or written == (ALL_CARDS,)):
+            devices = written
+        elif kind is DeviceKind.GPU:
+            device = written[0] if written else "auto"
+    elif written and written[0] in set(DeviceKind):
+        kind = DeviceKind(written[0])
     return InstanceSpec(
         id=instance_id,
         driver=instance.driver,
@@ -301,6 +310,10 @@ def _spec(
         priority=instance.priority,
         prewarm=instance.prewarm,
         serves=frozenset(instance.serves),
+        devices=devices,
+        slots=instance.slots,
+        deny_models=instance.deny_models,
+        max_parameters=instance.max_parameters,
     )
 
 

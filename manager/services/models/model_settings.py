@@ -34,7 +34,8 @@ class ModelSettings:
     Args:
         written: what the configuration says of each role.
         models: the section of that name.
-        instances: for every instance there is now whether it runs on a GPU, None where nobody declared it.
+        instances: for every instance there is now whether it runs on a GPU, None where that is not declared.
+        slots: the slots of every instance there is now, None where they are not limited.
         auto_gpus: whether cards that nobody has listed get instances of their own.
     """
 
@@ -46,6 +47,7 @@ class ModelSettings:
         written: Mapping[str, Mapping[str, Sourced]],
         models: ModelsSettings,
         instances: Callable[[], Mapping[str, bool | None]],
+        slots: Callable[[], Mapping[str, int | None]],
         auto_gpus: bool,
     ) -> None:
         self._registry = registry
@@ -53,6 +55,7 @@ class ModelSettings:
         self._written = written
         self._models = models
         self._instances = instances
+        self._slots = slots
         self._auto_gpus = auto_gpus
         self._changing = asyncio.Lock()
         self._overrides: dict[str, Any] = {}
@@ -90,7 +93,7 @@ class ModelSettings:
         async with self._changing:
             ignored = {one.key for one in self.ignored}
             after, problems = with_change(
-                self._written, self._overrides, change, self._gpu_of(), ignored=ignored
+                self._written, self._overrides, change, self._gpu_of(), self._slots(), ignored=ignored
             )
             if problems:
                 fields = [{"field": key, "message": text} for key, text in dict.fromkeys(problems)]
@@ -132,14 +135,24 @@ class ModelSettings:
 
     def _overlaid(self, overrides: Mapping[str, Any], preferred: Collection[str] = ()) -> Overlay:
         return overlaid(
-            self._written, overrides, self._instances(), auto_gpus=self._auto_gpus, preferred=preferred
+            self._written,
+            overrides,
+            self._instances(),
+            self._slots(),
+            auto_gpus=self._auto_gpus,
+            preferred=preferred,
         )
 
     def _gpu_of(self) -> dict[str, bool | None]:
-        """All instances, and the cards that are away while something is meant for them."""
-        targets = {role.target for role in self._overlay.roles.values() if role.target is not None}
+        """All instances, and the cards that are away while a role names them."""
+        named = {
+            name
+            for role in self._overlay.roles.values()
+            for name in (role.target, *(role.instances or ()), *role.keep_warm)
+            if name is not None
+        }
         there_are = dict(self._instances())
-        away = targets - set(there_are) if self._auto_gpus else set()
+        away = named - set(there_are) if self._auto_gpus else set()
         return there_are | {card: True for card in sorted(away) if AUTO_GPU_ID.fullmatch(card)}
 
 

@@ -2,7 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from manager.domain.models import MOST_NAME_LENGTH, is_possible, model_key, split_pin
+from manager.domain.models import (
+    MOST_NAME_LENGTH,
+    is_possible,
+    model_key,
+    parameter_count,
+    parameter_text,
+    split_pin,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,3 +124,30 @@ def test_a_model_can_have_such_a_name(name: str) -> None:
 )
 def test_no_model_can_have_such_a_name(name: str) -> None:
     assert not is_possible(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("14b", 14_000_000_000),
+        ("7.5B", 7_500_000_000),
+        ("137M", 137_000_000),
+        ("22.7m", 22_700_000),
+        ("1.2k", 1200),
+        (" 1t ", 10**12),
+        ("405", 405),
+    ],
+)
+def test_a_number_of_parameters_reads_as_it_is_written(text: str, count: int) -> None:
+    assert parameter_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "b", "14bb", "-1b", "1e9", "8x7b", "large"])
+def test_any_other_text_is_no_number_of_parameters(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected a number of parameters such as 14b, 7\.5b or 137m"):
+        parameter_count(text)
+
+
+@pytest.mark.parametrize("text", ["14b", "7.5b", "137m", "1.2k", "405", "1t"])
+def test_a_number_of_parameters_is_shown_as_it_was_written(text: str) -> None:
+    assert parameter_text(parameter_count(text)) == text

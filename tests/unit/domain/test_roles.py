@@ -33,7 +33,7 @@ def role(name: str = "output", kind: RequestKind = RequestKind.GENERATE, **value
 
 
 def said(*roles: Role) -> list[tuple[str, str, str]]:
-    return list(role_contradictions({one.name: one for one in roles}, GPU_OF))
+    return list(role_contradictions({one.name: one for one in roles}, GPU_OF, {}))
 
 
 # --- contradictions -------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ def test_only_what_is_known_to_be_on_the_cpu_is_for_the_cpu_only(target: str) ->
 
 def test_where_nothing_is_on_the_cpu_only_auto_is_left() -> None:
     wrong = role(target="gpu0", policy=Policy.CPU_ONLY)
-    ((_, _, text),) = role_contradictions({"output": wrong}, {"gpu0": True})
+    ((_, _, text),) = role_contradictions({"output": wrong}, {"gpu0": True}, {})
     assert text.endswith("; expected auto")
 
 
@@ -65,6 +65,44 @@ def test_a_target_must_be_an_instance() -> None:
         "target",
         "'gone' is no instance; expected cpu, gpu0, nas or auto",
     )
+
+
+SLOTS = {"cpu": 2, "gpu0": 3}
+
+
+def reserving(*roles: Role) -> list[tuple[str, str, str]]:
+    return list(role_contradictions({one.name: one for one in roles}, GPU_OF, SLOTS))
+
+
+def test_instances_of_a_role_exist_and_have_its_target_and_its_warm_model() -> None:
+    assert said(role(instances=("cpu", "nas"), target="nas", keep_warm=("cpu",))) == []
+    found = said(role(instances=("cpu", "gone"), target="nas", keep_warm=("gpu0", "away")))
+    assert found == [
+        ("output", "instances", "'gone' is no instance; expected cpu, gpu0, nas"),
+        ("output", "keep_warm", "'away' is no instance; expected cpu, gpu0, nas"),
+        ("output", "target", "'nas' is none of its instances; expected cpu, gone or auto"),
+        ("output", "keep_warm", "'gpu0' is none of its instances; expected cpu, gone"),
+        ("output", "keep_warm", "'away' is none of its instances; expected cpu, gone"),
+    ]
+
+
+def test_slots_are_reserved_only_where_there_are_as_many() -> None:
+    assert reserving(role(instances=("cpu", "gpu0"), reserved=2)) == []
+    assert reserving(role(reserved=1)) == [
+        ("output", "reserved", "1 slots on no instance; name them in `instances` of the role")
+    ]
+    assert reserving(role(instances=("nas",), reserved=1)) == [
+        ("output", "reserved", "nas has no slots; set instances.nas.slots first")
+    ]
+    two = role(instances=("cpu", "gpu0"), reserved=1), role("control", instances=("cpu",), reserved=2)
+    message = "3 slots of cpu are reserved by roles together, and it has 2; expected at most 1"
+    assert reserving(*two) == [("control", "reserved", message)]
+
+
+def test_an_attempt_has_the_time_of_its_place_and_the_last_one_repeats() -> None:
+    timed = role(attempt_timeouts_s=(45, 60))
+    assert [timed.timeout_s(place) for place in range(4)] == [45, 60, 60, 60]
+    assert role().timeout_s(0) is None
 
 
 def test_a_fallback_is_another_role_of_the_same_kind() -> None:

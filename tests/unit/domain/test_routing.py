@@ -462,7 +462,7 @@ def test_a_role_without_a_model_has_those_that_it_falls_back_to() -> None:
     assert attempts(decision) == [Attempt("a", "m", "other", "running", Reason.MODEL_MISSING)]
     roles = (role("output", None, fallbacks=("other", "third")), role("other", "x"), role("third", "m"))
     decision = routed("output", instance("a"), roles=roles)
-    assert attempts(decision) == [Attempt("a", "m", "third", "running", Reason.MODEL_MISSING)]
+    assert attempts(decision) == [Attempt("a", "m", "third", "running", Reason.MODEL_MISSING, choice=3)]
 
 
 def test_an_embedding_without_a_model_gets_none_from_others() -> None:
@@ -676,9 +676,9 @@ def test_a_role_falls_back_to_others_in_order_and_through_them() -> None:
     then = Reason.INSTANCE_UNAVAILABLE
     assert attempts(decision) == [
         Attempt("a", "m", "one", "running"),
-        Attempt("a", "n", "two", "running", then),
-        Attempt("a", "o", "three", "running", then),
-        Attempt("a", "p", "four", "running", then),
+        Attempt("a", "n", "two", "running", then, choice=3),
+        Attempt("a", "o", "three", "running", then, choice=6),
+        Attempt("a", "p", "four", "running", then, choice=9),
     ]
     assert decision.role == "one"
 
@@ -726,7 +726,7 @@ def test_an_embedding_may_change_its_place_but_not_its_model() -> None:
     decision = routed("embedding", instance("a", CPU, "m", "n"), instance("b"), roles=roles, kind=EMBED)
     assert attempts(decision) == [
         Attempt("b", "m", "embedding", "running"),
-        Attempt("a", "library/M:latest", "same", "running", Reason.INSTANCE_UNAVAILABLE),
+        Attempt("a", "library/M:latest", "same", "running", Reason.INSTANCE_UNAVAILABLE, choice=3),
     ]
     assert decision.passed_over == ()
 
@@ -739,9 +739,72 @@ def test_what_two_roles_pass_over_is_told_once_with_the_reason_that_says_most(
     outs = (instance("a", out=Reason.INSTANCE_UNHEALTHY), instance("b", out=Reason.START_FAILED))
     decision = routed("one", *outs, roles=roles)
     assert sorted(decision.passed_over) == [
-        ("a", "m", Reason.INSTANCE_UNHEALTHY),
-        ("b", "m", Reason.START_FAILED),
+        PassedOver("a", "m", Reason.INSTANCE_UNHEALTHY),
+        PassedOver("b", "m", Reason.START_FAILED),
     ]
+
+
+# --- the instances of a role ---
+
+
+def test_a_role_uses_only_its_instances_in_their_order() -> None:
+    here = (instance("a", priority=9), instance("b", state=State.STARTABLE), instance("c"))
+    decision = routed("output", *here, roles=(role("output", instances=("b", "c")),))
+    assert where(decision) == ["b", "c"]
+    assert decision.passed_over == (
+        PassedOver("a", "m", Reason.POLICY, "not among the instances of the role"),
+    )
+    assert [one.choice for one in attempts(decision)] == [0, 0]
+
+
+def test_the_second_instance_of_a_role_is_a_fallback_from_the_first() -> None:
+    only = role("output", instances=("b", "c"))
+    out = replace(instance("b", out=Reason.BREAKER_OPEN), detail="after 2 time-outs")
+    decision = routed("output", out, instance("c"), roles=(only,))
+    assert ways(decision) == [("c", "running", Reason.BREAKER_OPEN)]
+    assert decision.passed_over == (PassedOver("b", "m", Reason.BREAKER_OPEN, "after 2 time-outs"),)
+    both = routed("output", instance("b"), instance("c"), roles=(only,))
+    assert [one.fallback for one in attempts(both)] == [None, Reason.INSTANCE_UNAVAILABLE]
+
+
+def test_policy_and_pin_hold_within_the_instances_of_a_role() -> None:
+    here = (instance("g", GPU), instance("c"), instance("d"))
+    cpu = role("output", instances=("g", "d", "c"), policy=Policy.CPU_ONLY)
+    assert where(routed("output", *here, roles=(cpu,))) == ["d", "c"]
+    gpu = role("output", instances=("c", "g"), policy=Policy.PREFER_GPU)
+    decision = routed("output", *here, roles=(gpu,))
+    assert where(decision) == ["g", "c"]
+    assert [one.choice for one in attempts(decision)] == [0, 1]
+    assert refusal(routed("output@d", *here, roles=(gpu,)))[1:] == (
+        Reason.POLICY,
+        "d is barred: the role may use only: c, g",
+    )
+
+
+def test_a_model_that_is_only_outside_the_instances_of_a_role_is_missing() -> None:
+    here = (instance("a"), instance("b", CPU, "n"), instance("g", GPU))
+    roles = (role("output", instances=("b",)),)
+    what, reason, message = refusal(routed("output", *here, roles=roles))
+    assert (what, reason) == ("unknown", Reason.MODEL_MISSING)
+    assert message.endswith("; the role may use only: b; it is on: a, g")
+    decision = routed("output", *here, roles=roles, auto_pull=True)
+    assert ways(decision) == [("b", "pull", None)]
+    barred = role("output", instances=("g",), policy=Policy.CPU_ONLY)
+    assert refusal(routed("output", *here, roles=(barred,)))[2] == "policy cpu_only permits none of: g"
+
+
+def test_attempts_have_the_time_of_their_place() -> None:
+    here = (instance("a"), instance("b"), instance("c"))
+    timed = role("output", instances=("c", "a", "b"), attempt_timeouts_s=(45, 60))
+    decision = routed("output", *here, roles=(timed,))
+    assert [(one.instance, one.timeout_s) for one in attempts(decision)] == [("c", 45), ("a", 60), ("b", 60)]
+    assert attempts(routed("m", *here))[0].timeout_s is None
+
+
+def test_a_role_for_runs_only_says_so_in_its_decision() -> None:
+    assert routed("output", instance("a"), roles=(role("output", mode="async"),)).is_async
+    assert not routed("output", instance("a"), roles=(role("output"),)).is_async
+    assert not routed("m", instance("a")).is_async
 
 
 # --- pulls ----------------------------------------------------------------------------------------

@@ -50,7 +50,29 @@ REFUSED: list[tuple[str, str]] = [
     ("instances: {cpu: {template: a, serves: []}}", "instances.cpu.serves: a list; expected at least one of"),
     ("instances: {cpu: {template: a, serves: [hear]}}", "instances.cpu.serves.0: 'hear'; expected"),
     ("gateway: {max_upload: lots}", "gateway.max_upload: 'lots'; expected a size such as"),
-    ("lifecycle: {ttl_s: 15m}", "lifecycle.ttl_s: '15m'; expected a number"),
+    (
+        "lifecycle: {ttl_s: 15 minutes}",
+        "lifecycle.ttl_s: '15 minutes'; expected seconds, or a duration such as 90s, 15m, 2h or 30d",
+    ),
+    ("breaker: {max_open_s: 10}", "breaker.max_open_s: 10, less than open_s; expected 30 or more"),
+    ("breaker: {failures: 0}", "breaker.failures: 0; expected 1 or more"),
+    ("roles: {output: {queue: {wait_s: soon}}}", "roles.output.queue.wait_s: 'soon'; expected seconds, or a"),
+    (
+        "roles: {output: {instances: []}}",
+        "roles.output.instances: a list; expected at least one instance, or",
+    ),
+    ("roles: {output: {instances: [cpu, cpu]}}", "roles.output.instances: a list; 'cpu' is listed twice"),
+    ("roles: {output: {mode: later}}", "roles.output.mode: 'later'; expected 'sync' or 'async'"),
+    ("roles: {output: {instances: [gone]}}", "roles.output.instances: 'gone' is no instance; expected"),
+    ("roles: {output: {reserved: 1, instances: [cpu]}}", "roles.output.reserved: cpu has no slots; set inst"),
+    ("instances: {gpu0: {template: a, slots: 0}}", "instances.gpu0.slots: 0; expected 1 or more"),
+    ("instances: {gpu0: {template: a, max_parameters: big}}", "instances.gpu0.max_parameters: 'big'; expect"),
+    ("instances: {gpu0: {template: a, device: []}}", "instances.gpu0.device: a list; an empty list; expect"),
+    ("instances: {gpu0: {template: a, device: [auto, all]}}", "instances.gpu0.device: a list; 'auto' in a l"),
+    (
+        "instances: {gpu0: {template: a, device: [00000000:01:00.0, '01:00.0']}}",
+        "instances.gpu0.device: a list; '01:00.0' is listed twice; expected each card once",
+    ),
     ("lifecycle: {ttl_s: true}", "lifecycle.ttl_s: true; expected a number"),
     # bounds
     ("server: {port: 0}", "server.port: 0; expected a port, 1-65535"),
@@ -127,9 +149,12 @@ REFUSED: list[tuple[str, str]] = [
     ),
     (
         "instances: {gpu0: {template: a, device: gpu}}",
-        "instances.gpu0.device: 'gpu'; expected auto, a UUID (GPU-… or MIG-…) or a PCI bus id such as",
+        "instances.gpu0.device: 'gpu'; expected auto, all, a UUID (GPU-… or MIG-…), a PCI bus id such as",
     ),
-    ("instances: {gpu0: {template: a, device: '0'}}", "instances.gpu0.device: '0'; expected auto, a UUID"),
+    (
+        "instances: {gpu0: {template: a, device: '0'}}",
+        "instances.gpu0.device: '0'; expected auto, all, a UUID",
+    ),
     ("instances: {gpu0: {template: a, device: 0}}", "instances.gpu0.device: 0; expected text"),
     # external instances
     ("instances: {nas: {driver: external}}", "instances.nas.url: missing; an instance of driver external"),
@@ -271,15 +296,28 @@ ACCEPTED: list[tuple[str, Any]] = [
         lambda s: s.server.allowed_hosts == ("nas.local", "[::1]"),
     ),
     ("engine: {url: 'https://engine:2376'}", lambda s: s.engine.url == "https://engine:2376"),
+    ("lifecycle: {ttl_s: 15m, start_timeout_s: 2h}", lambda s: s.lifecycle.ttl_s == 900),
+    (
+        "instances: {g: {template: a, device: [GPU-8c1f2d34, 00000000:41:00.0], max_parameters: 14b}}",
+        lambda s: (
+            (s.instances["g"].device, s.instances["g"].max_parameters)
+            == (("GPU-8c1f2d34", "00000000:41:00.0"), 14_000_000_000)
+        ),
+    ),
+    (
+        "roles: {output: {queue: {length: 3, wait_s: 2m}, attempt_timeouts_s: [45, 1m]}}",
+        lambda s: (s.roles["output"].queue.wait_s, s.roles["output"].attempt_timeouts_s) == (120, (45, 60)),
+    ),
     ("lifecycle: {ttl_s: 0, drain_timeout_s: 0}", lambda s: s.lifecycle.ttl_s == 0),
     ("allow: {binds: [/srv, '/data:rw']}", lambda s: s.allow.binds == ("/srv", "/data:rw")),
     *(
         (
             f"instances: {{g: {{template: a, device: {device}}}}}",
-            lambda s, device=device: s.instances["g"].device == device,
+            lambda s, device=device: s.instances["g"].device == (device,),
         )
         for device in [
             "auto",
+            "all",
             "GPU-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90",
             "MIG-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90",
             "MIG-GPU-8c1f2d34/1/0",

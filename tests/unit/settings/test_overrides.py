@@ -44,13 +44,13 @@ def written(tmp_path: Path) -> dict[str, dict[str, Sourced]]:
 
 
 def over(written: dict[str, dict[str, Sourced]], overrides: dict[str, Any], **how: Any) -> Overlay:
-    return overlaid(written, overrides, INSTANCES, **({"auto_gpus": False} | how))
+    return overlaid(written, overrides, INSTANCES, {}, **({"auto_gpus": False} | how))
 
 
 def changed(
     written: dict[str, dict[str, Sourced]], overrides: dict[str, Any], change: Any, ignored: Any = ()
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    return with_change(written, overrides, change, INSTANCES, ignored=ignored)
+    return with_change(written, overrides, change, INSTANCES, {}, ignored=ignored)
 
 
 Written = dict[str, dict[str, Sourced]]
@@ -165,7 +165,7 @@ def test_a_card_that_is_away_may_still_be_meant_where_cards_are_found_by_themsel
 
 
 def test_what_the_configuration_itself_says_is_never_ignored(written: Written) -> None:
-    found = overlaid(written, {"roles.control.model": "x"}, {"cpu": False}, auto_gpus=False)
+    found = overlaid(written, {"roles.control.model": "x"}, {"cpu": False}, {}, auto_gpus=False)
     assert found.ignored == ()
     assert found.roles["output"].target == "gpu0"
 

@@ -60,6 +60,7 @@ class Rig:
             written=written_roles(LoadedSettings(config, None, ())),
             models=config.models,
             instances=lambda: INSTANCES if instances is None else instances,
+            slots=dict,
             auto_gpus=config.gpus == "auto",
         )
         await settings.load()
@@ -277,7 +278,7 @@ async def _change_one_after_the_other(changes: list[Any]) -> None:
         again = await rig.opened(config)
         assert again.routing == opened.routing
         assert again.values == opened.values
-        whole = overlaid(written, registry.saved, INSTANCES, auto_gpus=False)
+        whole = overlaid(written, registry.saved, INSTANCES, {}, auto_gpus=False)
         assert whole.ignored == ()
 
 
