@@ -8,33 +8,16 @@ from fnmatch import translate
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, TypeAlias
 
-from manager.domain.models import model_key
+from manager.domain.models import model_key, parameter_count, parameter_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# Letters behind a number of parameters, the largest first, as Ollama and names of models write them.
-_UNITS = (("t", 10**12), ("b", 10**9), ("m", 10**6), ("k", 10**3))
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?)\s*([kmbt]?)", re.IGNORECASE)
 _WILDCARDS = frozenset("*?[")
 # More than the models of all volumes and the instances with rules together are likely to be.
 _MOST_KNOWN = 4096
 
-Sizes: TypeAlias = "Mapping[str, float]"
-
-
-def parameters_in(text: str) -> float | None:
-    """Return the number of parameters in a text such as `14.8B` or `344K`; None where it is none."""
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        return None
-    return float(match[1]) * dict(_UNITS).get(match[2].lower(), 1)
-
-
-def parameters_text(count: int) -> str:
-    """Return a number of parameters in its shortest form: `14b`, `1.5b`, `500m`."""
-    unit, size = _unit_of(count)
-    return f"{_digits(count, size)}{unit}"
+Sizes: TypeAlias = "Mapping[str, int]"
 
 
 @dataclass(frozen=True)
@@ -66,14 +49,15 @@ class DenyRules:
         count = sizes.get(key)
         if count is None or self.max_parameters is None or count < self._beyond:
             return ""
-        return f"max_parameters {parameters_text(self.max_parameters)}"
+        return f"max_parameters {parameter_text(self.max_parameters)}"
 
     @cached_property
     def _beyond(self) -> int:
+        """The least number of parameters that is denied."""
         count = self.max_parameters or 0
-        _, size = _unit_of(count)
-        _, _, decimals = _digits(count, size).partition(".")
-        return count + max(1, size // 10 ** len(decimals))
+        written = parameter_text(count)
+        decimals = len(written.rstrip("kmbt").partition(".")[2])
+        return count + max(1, parameter_count(f"1{written.lstrip('0123456789.')}") // 10**decimals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +87,3 @@ def _matching(patterns: tuple[str, ...], key: str) -> str:
 @lru_cache(maxsize=_MOST_KNOWN)
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(translate(pattern))
-
-
-def _unit_of(count: int) -> tuple[str, int]:
-    return next((one for one in _UNITS if count >= one[1]), ("", 1))
-
-
-def _digits(count: int, size: int) -> str:
-    whole, rest = divmod(count, size)
-    decimals = str(rest).rjust(len(str(size)) - 1, "0").rstrip("0") if size > 1 else ""
-    return f"{whole}.{decimals}" if decimals else str(whole)

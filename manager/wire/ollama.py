@@ -6,8 +6,8 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from manager.domain.denial import parameters_in
 from manager.domain.instance import Model
+from manager.domain.models import parameter_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,11 +50,14 @@ def name_of(entry: Mapping[str, Any]) -> str:
     return str(entry.get("name") or entry.get("model") or "")
 
 
-def parameters_of(entry: Mapping[str, Any]) -> float | None:
+def parameters_of(entry: Mapping[str, Any]) -> int | None:
     """The number of parameters that an entry of a list gives (`details.parameter_size`); None without one."""
     details = entry.get("details")
     size = details.get("parameter_size") if isinstance(details, dict) else None
-    return parameters_in(size) if isinstance(size, str) else None
+    try:
+        return parameter_count(size) if isinstance(size, str) else None
+    except ValueError:
+        return None
 
 
 def read_time(text: Any) -> datetime | None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Entries = Sequence[Mapping[str, Any]]
 
 _RETRY_S = 5.0
-_NO_SIZES: Mapping[str, float] = MappingProxyType({})
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
 def volume_of(spec: InstanceSpec) -> str:
@@ -66,7 +66,7 @@ class ModelLists:
         """The name of each model by its key, None when the list was never read."""
         return self._names.get(volume)
 
-    def sizes(self, volume: str) -> Mapping[str, float]:
+    def sizes(self, volume: str) -> Mapping[str, int]:
         """The number of parameters of each model by its key, of those whose number is known."""
         return self._sizes.get(volume, _NO_SIZES)
 
@@ -161,6 +161,6 @@ def _names(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str]:
     return MappingProxyType({key: name_of(entry) for key, entry in entries.items()})
 
 
-def _sizes(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float]:
+def _sizes(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, int]:
     found = ((key, parameters_of(entry)) for key, entry in entries.items())
     return MappingProxyType({key: count for key, count in found if count is not None})
