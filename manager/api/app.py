@@ -15,6 +15,7 @@ from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
+from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         loading_router(backend),
+        service_router(backend),
         routing_router(backend),
         model_settings_router(backend),
         health_router(backend),
