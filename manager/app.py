@@ -32,6 +32,7 @@ from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.drained import Drained, drained_from
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.lifted import lifted_from
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
@@ -46,6 +47,7 @@ from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
+from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
@@ -84,6 +86,7 @@ if TYPE_CHECKING:
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
+    from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
@@ -112,6 +115,7 @@ class Instances:
     cards: FoundCards
     first_look: FirstLook
     service: Service
+    lifts: Lifts
 
     def loops(self) -> dict[str, Loop]:
         return {
@@ -287,6 +291,7 @@ async def open_daemon(
             revision=world.revision,
             in_flight=world.in_flight,
             now=time.monotonic,
+            lifted=parts.lifts.of,
         )
         volume_reader = VolumeReader(
             fleet,
@@ -302,7 +307,15 @@ async def open_daemon(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
-        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        overviews = Overviews(
+            fleet,
+            parts.capacity,
+            parts.link,
+            gpus,
+            lists=lists,
+            settings=model_settings,
+            lifted=parts.lifts.of,
+        )
         catalogue = Catalogue(
             fleet,
             overviews,
@@ -368,6 +381,7 @@ async def open_daemon(
             engine=engine,
             passing=passing,
             model_settings=model_settings,
+            lifts=parts.lifts,
             loading=Loading(
                 fleet,
                 parts.capacity,
@@ -398,7 +412,7 @@ async def open_daemon(
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
+            loops |= {"volumes": volume_reader.run, "service": parts.service.run, "lifts": parts.lifts.run}
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -456,7 +470,8 @@ def _instances(
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
     service = Service(world, fleet, capacity, link.asked)
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service)
+    lifts = Lifts(world, fleet, make.orders.lifted)
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service, lifts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +480,7 @@ class _Orders:
 
     drained: dict[str, Drained]
     images: dict[str, ImageOverride]
+    lifted: dict[str, Lifted]
 
 
 async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
@@ -491,7 +507,7 @@ async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *
         for instance_id, override in images.items()
         if image_allowed(override.image, settings.allow.images)
     }
-    return _Orders(drained, allowed)
+    return _Orders(drained, allowed, await registry.orders(OrderKind.LIFTED, lifted_from))
 
 
 class _Maker:
@@ -506,7 +522,7 @@ class _Maker:
         orders: _Orders,
     ) -> None:
         self._world = world
-        self._orders = orders
+        self.orders = orders
         self.settings = settings
         self._templates = templates
         self._rows = rows
@@ -518,15 +534,15 @@ class _Maker:
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
-            return ExternalInstance(self._world, spec, drained=self._orders.drained.get(spec.id))
+            return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
             spec,
             self._with_port(row),
             may_run=capacity.may_run,
-            drained=self._orders.drained.get(spec.id),
-            image=self._orders.images.get(spec.id),
+            drained=self.orders.drained.get(spec.id),
+            image=self.orders.images.get(spec.id),
         )
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
+    from manager.services.instances.lifts import Lifts
     from manager.services.instances.service import Service
     from manager.services.instances.sweeps import Sweeps
     from manager.services.instances.upgrades import Upgrades
@@ -110,6 +111,7 @@ class Backend:
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    lifts: Lifts
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]

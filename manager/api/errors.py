@@ -60,7 +60,7 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 
 def status_of(error: ManagerError) -> int:
     code = error.code
-    if code in (Reason.CANCELLED, Reason.NAME_CONFLICT):
+    if code in (Reason.CANCELLED, Reason.NAME_CONFLICT, Reason.HOST_DENIED):
         return 409
     if code in (Reason.START_TIMEOUT, Reason.ATTEMPT_TIMEOUT):
         return 504

@@ -81,9 +81,12 @@ class AttemptBody(_Shape):
 
 
 class PassedOverBody(_Shape):
+    """`detail` adds to the reason in words, such as the rule that denies a model."""
+
     instance: str
     model: str
     reason: Reason
+    detail: str
 
 
 class RefusedBody(_Shape):
@@ -174,7 +177,7 @@ def _decision(backend: Backend, decision: Decision) -> dict[str, Any]:
             for one in decision.in_order(backend.router.load())
         ],
         "passed_over": [
-            {"instance": one.instance, "model": one.model, "reason": one.reason}
+            {"instance": one.instance, "model": one.model, "reason": one.reason, "detail": one.detail}
             for one in decision.passed_over
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},

@@ -30,6 +30,7 @@ from manager.domain.template import IMAGE_PATTERN
 if TYPE_CHECKING:
     from manager.domain.drained import Drained
     from manager.domain.image_override import ImageInForce
+    from manager.domain.lifted import Lifted
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
 
@@ -89,6 +90,14 @@ class DrainedBody(_Body):
     reason: str | None
 
 
+class LiftedBody(_Body):
+    """An order that the deny rules of an instance do not hold until then."""
+
+    since: Time
+    until: Time
+    reason: str | None
+
+
 class ImageOverrideBody(_Body):
     """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
 
@@ -121,6 +130,7 @@ class InstanceBody(_Body):
     container: ContainerBody | None
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
+    lifted: LiftedBody | None
     models: list[ModelBody]
 
 
@@ -153,14 +163,23 @@ def _timestamp(value: object) -> object:
     return value
 
 
+GivenTime = Annotated[AwareDatetime, Strict(), BeforeValidator(_timestamp)]
+GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
 class DrainRequest(_Body):
     """What is left out is null: an order that comes again replaces reason, end and `stop`."""
 
-    reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)] | None = (
-        None
-    )
-    until: Annotated[AwareDatetime, Strict(), BeforeValidator(_timestamp)] | None = None
+    reason: GivenReason | None = None
+    until: GivenTime | None = None
     stop: bool = Field(default=True, strict=True)
+
+
+class LiftRequest(_Body):
+    """The deny rules do not hold until then; an order that comes again replaces end and reason."""
+
+    until: GivenTime
+    reason: GivenReason | None = None
 
 
 class UpgradeRequest(_Body):
@@ -304,6 +323,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         else None,
         "image_override": _image_override(view.image),
         "drained": _drained(view.drained),
+        "lifted": _lifted(state.lifted),
         "models": [
             {
                 "name": model.name,
@@ -321,6 +341,12 @@ def _drained(drained: Drained | None) -> dict[str, object] | None:
     if drained is None:
         return None
     return {"since": _time(drained.since), "until": _time(drained.until), "reason": drained.reason}
+
+
+def _lifted(lifted: Lifted | None) -> dict[str, object] | None:
+    if lifted is None:
+        return None
+    return {"since": _time(lifted.since), "until": _time(lifted.until), "reason": lifted.reason}
 
 
 def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:

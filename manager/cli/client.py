@@ -209,6 +209,12 @@ class Daemon:
     def unload(self, instance_id: str, model: str) -> Change:
         return self._change(instance_id, "unload", {"model": model})
 
+    def lift(self, instance_id: str, until: str, reason: str | None) -> Change:
+        return self._change(instance_id, "lift", {"until": until, "reason": reason})
+
+    def end_lift(self, instance_id: str) -> Change:
+        return self._change(instance_id, "lift", method="DELETE")
+
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
         with self._answer("POST", path, silence_s=None) as answer:
@@ -257,9 +263,9 @@ class Daemon:
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
 
-    def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
+    def _change(self, instance_id: str, verb: str, body: object = None, *, method: str = "POST") -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
-        with self._answer("POST", path, body=body, silence_s=None) as answer:
+        with self._answer(method, path, body=body, silence_s=None) as answer:
             return self._read(_change, _document(answer))
 
     @contextmanager

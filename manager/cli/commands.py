@@ -255,6 +255,22 @@ def stop(instance: str, force: bool, url: str | None, config: Path | None) -> No
     stop_instance(find_daemon(url or _common_url(), config), instance, force=force)
 
 
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.option("--for", "lasts", metavar="TIME", help="How long, such as 90s, 15m, 2h or 30d.")
+@click.option("--end", "ends", is_flag=True, help="Put the rules in force again.")
+@click.option("--reason", help="Why, for those who look at the instance.")
+@_talks
+def lift(
+    instance: str, lasts: str | None, reason: str | None, url: str | None, config: Path | None, *, ends: bool
+) -> None:
+    """Lift the deny rules of an instance for a time (deny_models, max_parameters)."""
+    from manager.cli.lifts import lift_rules  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    lift_rules(find_daemon(url or _common_url(), config), instance, lasts=lasts, ends=ends, reason=reason)
+
+
 @program.command("load")
 @click.argument("instance", metavar="ID")
 @click.argument("model", metavar="MODEL")

@@ -15,8 +15,9 @@ from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from manager.domain.denial import Denials
     from manager.domain.roles import Role, RoutingSettings
 
 # The role whose model every embedding request of that name obeys: vectors of two places must be comparable.
@@ -41,7 +42,8 @@ class Candidate:
 
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
     its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
-    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for.
+    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for. `denials` say
+    which models it must not run, None where it may run any.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Candidate:
     why_out: Reason | None = None
     serves: frozenset[RequestKind] = USUAL_KINDS
     detail: str = ""
+    denials: Denials | None = None
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ class RequestFacts(NamedTuple):
 
 
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
-What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction"]
+What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied"]
 
 
 class Attempt(NamedTuple):
@@ -399,31 +402,7 @@ class _Decider:
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
         """The attempts of one leg; `fallback` is why it is not the preferred one."""
         model, key = leg.model, model_key(leg.model)
-        chosen, rank_of, cpu_only = self._ranking(leg)
-        tried = self._tried[key]
-        places = _places(leg.role)
-        found: dict[tuple[int, int, int, int, int], list[str]] = {}
-        preferred_out: Reason | None = None
-        for stage, candidates in enumerate(self._found(key, places)):
-            for candidate in candidates:
-                id_, device, reason = candidate.id, candidate.device, candidate.why_out
-                rank = 0 if id_ == chosen else rank_of[device]
-                place = 0 if places is None else places.get(id_, -1)
-                if rank is None or place < 0 or (cpu_only and device is not _CPU):
-                    detail = "" if place >= 0 else "not among the instances of the role"
-                    self._passed_over.append(PassedOver(id_, model, Reason.POLICY, detail))
-                elif reason is not None:
-                    self._passed_over.append(PassedOver(id_, model, reason, candidate.detail))
-                    if rank == place == 0:
-                        preferred_out = preferred_out or reason
-                elif id_ not in tried:
-                    tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
-                    order = (stage, rank, place, tier, -candidate.priority)
-                    group = found.get(order)
-                    if group is None:
-                        found[order] = [id_]
-                    else:
-                        group.append(id_)
+        found, preferred_out = self._ranked(leg, key, _places(leg.role))
         role = leg.role
         name = role.name if role else None
         preferred_there = any(stage == rank == place == 0 for stage, rank, place, _, _ in found)
@@ -434,8 +413,42 @@ class _Decider:
             timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
             choice = self._legs * len(_WAYS) + rank
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
-            tried.update(ids)
+            self._tried[key].update(ids)
         self._legs += 1
+
+    def _ranked(
+        self, leg: _Leg, key: str, places: Mapping[str, int] | None
+    ) -> tuple[dict[tuple[int, int, int, int, int], list[str]], Reason | None]:
+        """Sort the instances into groups. Return those, and why no preferred instance is among them."""
+        model = leg.model
+        chosen, rank_of, cpu_only = self._ranking(leg)
+        tried = self._tried[key]
+        found: dict[tuple[int, int, int, int, int], list[str]] = {}
+        preferred_out: Reason | None = None
+        for stage, candidates in enumerate(self._found(key, places)):
+            for candidate in candidates:
+                id_, device, why, detail = candidate.id, candidate.device, candidate.why_out, candidate.detail
+                rank = 0 if id_ == chosen else rank_of[device]
+                place = 0 if places is None else places.get(id_, -1)
+                if rank is None or place < 0 or (cpu_only and device is not _CPU):
+                    detail = "" if place >= 0 else "not among the instances of the role"
+                    self._passed_over.append(PassedOver(id_, model, Reason.POLICY, detail))
+                    continue
+                if candidate.denials is not None and (rule := candidate.denials.rule(key)):
+                    why, detail = Reason.HOST_DENIED, rule
+                if why is not None:
+                    self._passed_over.append(PassedOver(id_, model, why, detail))
+                    if rank == place == 0:
+                        preferred_out = preferred_out or why
+                elif id_ not in tried:
+                    tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
+                    order = (stage, rank, place, tier, -candidate.priority)
+                    group = found.get(order)
+                    if group is None:
+                        found[order] = [id_]
+                    else:
+                        group.append(id_)
+        return found, preferred_out
 
     def _found(self, key: str, places: Mapping[str, int] | None) -> tuple[tuple[Candidate, ...], ...]:
         """Instances that have the model, those that may have it, and those that may pull it."""
@@ -487,6 +500,9 @@ class _Decider:
         """The reason why there is no attempt, told by the leg that is preferred."""
         outs = [one for one in self._passed_over if one.reason is not Reason.POLICY]
         if outs and not self._is_unknown(leg):
+            if all(one.reason is Reason.HOST_DENIED for one in outs):
+                return Refused("denied", Reason.HOST_DENIED, denied_message(outs))
+            outs = [one for one in outs if one.reason is not Reason.HOST_DENIED]
             target = leg.role.target if leg.role else None
             return self._unavailable(next((one for one in outs if one.instance == target), outs[0]))
         having = self._snapshot.having(model_key(leg.model))
@@ -561,6 +577,16 @@ class _Decider:
 
     def _missing(self, model: str) -> str:
         return model_not_found(model, embeds=self._request.kind is RequestKind.EMBED)
+
+
+def denied_message(denied: Sequence[PassedOver]) -> str:
+    """Return the message about a model that no instance which has it, or could have it, is to run."""
+    first = denied[0]
+    rules = listed([f"{one.instance} ({one.detail})" for one in denied])
+    return (
+        f"{first.model!r} must not run on: {rules}; "
+        f"`ollama-manager lift {first.instance} --for 2h` permits it there for a time"
+    )
 
 
 def _places(role: Role | None) -> Mapping[str, int] | None:

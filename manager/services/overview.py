@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from manager.domain.gpu import Gpu, Holder
+    from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
     from manager.services.gpus import Gpus
@@ -34,7 +35,8 @@ class InstanceState:
     """One instance.
 
     `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
-    where it has none. The starts are those since the daemon began.
+    where it has none. The starts are those since the daemon began. `lifted` is the order that its deny rules
+    do not hold, None while they do.
     """
 
     view: View
@@ -42,6 +44,7 @@ class InstanceState:
     gpu: Gpu | None
     starts_done: int
     starts_failed: int
+    lifted: Lifted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +96,10 @@ class Overview:
     engine_up: bool
 
 
+def _never(_instance_id: str) -> None:
+    """Lift no rules."""
+
+
 class _Part(Generic[T]):
     """A value and what it was built from."""
 
@@ -120,6 +127,7 @@ class Overviews:
         gpus: the cards.
         lists: the models of each volume.
         settings: the lanes.
+        lifted: the order that lifts the deny rules of an instance, None where they hold.
     """
 
     def __init__(
@@ -131,7 +139,9 @@ class Overviews:
         *,
         lists: ModelLists,
         settings: SettingsSource,
+        lifted: Callable[[str], Lifted | None] = _never,
     ) -> None:
+        self._lifted = lifted
         self._fleet = fleet
         self._capacity = capacity
         self._link = link
@@ -205,6 +215,7 @@ class Overviews:
             gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
+            lifted=self._lifted(instance.id),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -241,6 +252,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         state.gpu,
         state.starts_done,
         state.starts_failed,
+        state.lifted,
     )
 
 

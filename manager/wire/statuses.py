@@ -18,13 +18,21 @@ INTERNAL_ERROR = 500
 
 # Of a decision without attempts, by what it says of it.
 REFUSED: Mapping[str, int] = MappingProxyType(
-    {"unknown": 404, "unknown_lane": 400, "impossible": 400, "unavailable": 503, "contradiction": 422}
+    {
+        "unknown": 404,
+        "unknown_lane": 400,
+        "impossible": 400,
+        "unavailable": 503,
+        "contradiction": 422,
+        "denied": 403,
+    }
 )
 _TOLD: Mapping[Reason, int] = MappingProxyType(
     {
         Reason.ATTEMPT_TIMEOUT: 504,
         Reason.START_TIMEOUT: 504,
         Reason.MODEL_MISSING: 404,
+        Reason.HOST_DENIED: 403,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
         Reason.MODEL_LOAD_FAILED: 502,
@@ -90,6 +98,6 @@ def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:
 
 def outcome_without_answer(status: int) -> Literal["refused", "timeout", "upstream_error"]:
     """The outcome of a request that no instance answered, and whose caller got this status."""
-    if status == _TOLD[Reason.MODEL_MISSING]:
+    if status in (_TOLD[Reason.MODEL_MISSING], _TOLD[Reason.HOST_DENIED]):
         return "refused"
     return "timeout" if status == _TOLD[Reason.ATTEMPT_TIMEOUT] else "upstream_error"

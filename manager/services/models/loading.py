@@ -6,11 +6,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manager.domain.drained import why_out
 from manager.domain.models import is_possible, model_key
 from manager.domain.routing import Attempt, State
 from manager.domain.wording import listed, model_not_found
 from manager.errors import (
     ConflictError,
+    DrainedError,
     InvalidRequestError,
     ManagerError,
     Reason,
@@ -122,9 +124,10 @@ class Loading:
         candidate = await self._candidate(instance, model)
         key = model_key(model)
         was_loaded = key in candidate.loaded
+        attempt = Attempt(instance.id, model, None, _because(candidate, key))
+        self._placement.refuse_denied(attempt)
         if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
             await self._capacity.start(instance.id)
-        attempt = Attempt(instance.id, model, None, _because(candidate, key))
         try:
             prepared = await self._placement.prepare(attempt)
         except ModelMissingError as error:
@@ -173,6 +176,8 @@ class Loading:
     async def _candidate(self, instance: Instance, model: str) -> Candidate:
         """Return the instance as routing sees it. Lists its models anew if this one is not among them."""
         candidate, key = self._seen(instance), model_key(model)
+        if instance.drained is not None:
+            raise DrainedError(why_out(instance.id, instance.drained), instance=instance.id)
         if candidate.state is State.OUT:
             raise _out(candidate)
         if candidate.models is not None and key not in candidate.models and instance.usable_endpoint():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from manager.domain.denial import Denials, DenyRules
 from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
@@ -31,6 +32,10 @@ _LAST = -1_000_000
 RUNNING = ("loaded", "running")
 
 
+def _never(_instance_id: str) -> None:
+    """Lift no rules."""
+
+
 class SettingsSource(Protocol):
     """The current routing settings; `version` grows with each change."""
 
@@ -51,6 +56,7 @@ class Router:
         revision: the revision of the fleet.
         in_flight: open leases by instance, read live.
         now: seconds on a monotonic clock.
+        lifted: of an instance, tells the order that lifts its deny rules; None where they hold.
     """
 
     def __init__(
@@ -63,6 +69,7 @@ class Router:
         revision: Revision,
         in_flight: Mapping[str, int],
         now: Callable[[], float],
+        lifted: Callable[[str], object] = _never,
     ) -> None:
         self._fleet = fleet
         self._first_look = first_look
@@ -71,6 +78,7 @@ class Router:
         self._revision = revision
         self._in_flight = in_flight
         self._now = now
+        self._lifted = lifted
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._taken_of: tuple[int, int, int] = (-1, -1, -1)
@@ -136,6 +144,20 @@ class Router:
         """Return the names of the models on the instance's volume by key; None before the first reading."""
         return self._lists.of(volume_of(instance.spec))
 
+    def denial(self, instance_id: str, model: str) -> str:
+        """Return the rule that denies a model on an instance as things are now; empty where none does."""
+        denials = self._denials(self._fleet.get(instance_id))
+        return "" if denials is None else denials.rule(model_key(model))
+
+    def _denials(self, instance: Instance) -> Denials | None:
+        spec = instance.spec
+        if not spec.deny_models and spec.max_parameters is None:
+            return None
+        if self._lifted(spec.id) is not None:
+            return None
+        rules = DenyRules(spec.deny_models, spec.max_parameters)
+        return Denials(rules, self._lists.sizes(volume_of(spec)))
+
     def _revisions(self) -> tuple[int, int, int]:
         return self._revision.number, self._lists.version, self._settings.version
 
@@ -164,6 +186,7 @@ class Router:
             why_out=why_out,
             detail="" if drained is None else drained.detail,
             serves=instance.spec.serves,
+            denials=self._denials(instance),
         )
 
 
