@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
-    Strict,
     StringConstraints,
 )
 
@@ -158,12 +157,12 @@ class InstancePatch(_Body):
 
 def _timestamp(value: object) -> object:
     """Let through RFC 3339 only; a number could be seconds or milliseconds."""
-    if isinstance(value, str) and _RFC3339.fullmatch(value) is None:
+    if not isinstance(value, str) or _RFC3339.fullmatch(value) is None:
         raise ValueError("expected a time as in RFC 3339, with its offset, such as 2026-08-01T18:00:00Z")
     return value
 
 
-GivenTime = Annotated[AwareDatetime, Strict(), BeforeValidator(_timestamp)]
+GivenTime = Annotated[AwareDatetime, BeforeValidator(_timestamp)]
 GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 
 

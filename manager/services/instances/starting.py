@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from manager.services.instances.workings import Workings
 
 
+# Failures that an operator's choice of an image may have caused.
+_OF_THE_IMAGE = (
+    Reason.IMAGE_MISSING,
+    Reason.START_FAILED,
+    Reason.START_TIMEOUT,
+    Reason.CONTAINER_EXITED,
+    Reason.OUT_OF_MEMORY,
+)
+
+
 class Starting:
     """Starts the container, or adopts the one that runs.
 
@@ -167,9 +177,7 @@ class Starting:
     def _end_failed(self, error: ManagerError) -> None:
         w = self._w
         tail = error.log_tail if isinstance(error, StartFailedError) else ()
-        if self.is_fresh and (
-            isinstance(error, StartFailedError) or reason_of(error) is Reason.IMAGE_MISSING
-        ):
+        if self.is_fresh and reason_of(error) in _OF_THE_IMAGE:
             error.message += w.remedy
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
         self.failed += 1
