@@ -27,7 +27,10 @@ PATHS = {
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Iterator[Gateway]:
-    knobs = {"one": {"models": "tiny:32b,tiny,minilm"}, "two": {"models": "tiny:32b,tiny", "pullable": "new:70b"}}
+    knobs = {
+        "one": {"models": "tiny:32b,tiny,minilm"},
+        "two": {"models": "tiny:32b,tiny", "pullable": "new:70b"},
+    }
     rules = {
         "one": {"deny_models": ["*:32b", "*:70B"], "max_parameters": "1m"},
         "two": {"deny_models": ["*:70b"]},
@@ -99,7 +102,11 @@ def test_the_rules_do_not_hold_while_they_are_lifted_also_after_a_restart(gatewa
     assert gateway.instance("one")["lifted"] == lifted
     assert asked(gateway, "tiny:32b@one").status_code == 200
     ended = gateway.call("DELETE", "instances/one/lift")
-    assert (ended.status_code, ended.json()["changed"], ended.json()["instance"]["lifted"]) == (200, True, None)
+    assert (ended.status_code, ended.json()["changed"], ended.json()["instance"]["lifted"]) == (
+        200,
+        True,
+        None,
+    )
     assert asked(gateway, "tiny:32b@one").status_code == 403
     assert not gateway.call("DELETE", "instances/one/lift").json()["changed"]
     kinds = [event["kind"] for event in gateway.events() if event["instance"] == "one"]
