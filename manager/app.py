@@ -55,6 +55,7 @@ from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
+from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
+    from manager.services.ports import ModelServer
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
@@ -362,6 +364,9 @@ async def open_daemon(
             ),
             passages=Passages(),
         )
+        loading, keeper = _warming(
+            world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
+        )
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
@@ -382,16 +387,7 @@ async def open_daemon(
             passing=passing,
             model_settings=model_settings,
             lifts=parts.lifts,
-            loading=Loading(
-                fleet,
-                parts.capacity,
-                router,
-                placement,
-                status,
-                volumes=volumes,
-                settings=model_settings,
-                server=server,
-            ),
+            loading=loading,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
@@ -412,8 +408,12 @@ async def open_daemon(
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops |= {"volumes": volume_reader.run, "service": parts.service.run, "lifts": parts.lifts.run}
-        reconfigure = _Reconfigure(make, backend, traffic, sink)
+            loops |= {
+                "volumes": volume_reader.run,
+                "service": parts.service.run,
+                "lifts": parts.lifts.run,
+                "warm models": keeper.run,
+            }
         yield Daemon(
             settings,
             parts,
@@ -422,10 +422,42 @@ async def open_daemon(
             state_lock,
             id_lock.claim,
             templates,
-            reconfigure,
+            _Reconfigure(make, backend, traffic, sink),
             let_go=held.aclose,
             loops=loops,
         )
+
+
+def _warming(
+    world: World,
+    parts: Instances,
+    routing: Routing,
+    *,
+    volumes: Volumes,
+    model_settings: ModelSettings,
+    server: ModelServer,
+) -> tuple[Loading, Keeper]:
+    """Return what loads models on instances, and what keeps them there."""
+    loading = Loading(
+        parts.fleet,
+        parts.capacity,
+        routing.router,
+        routing.placement,
+        routing.status,
+        volumes=volumes,
+        settings=model_settings,
+        server=server,
+    )
+    keeper = Keeper(
+        world,
+        parts.fleet,
+        parts.capacity,
+        parts.first_look,
+        routing.router,
+        settings=model_settings,
+        loading=loading,
+    )
+    return loading, keeper
 
 
 def _header_names(settings: Settings) -> HeaderNames:

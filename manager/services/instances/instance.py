@@ -72,6 +72,7 @@ class View:
     models: tuple[Model, ...]
     available_models: tuple[str, ...] | None
     drained: Drained | None = None
+    keeps_warm: bool = False
     image: ImageInForce | None = None
 
 
@@ -95,6 +96,7 @@ class Instance(ABC):
         listed: the models on its volume as its server last listed them, None while it never did.
         listed_at: the monotonic time of that.
         version: the version that its server last told, None while it never did.
+        keeps_warm: a role keeps a model in its memory, so that it is not stopped for being idle.
     """
 
     def __init__(self, world: World, spec: InstanceSpec) -> None:
@@ -120,6 +122,7 @@ class Instance(ABC):
         self._to_probe = asyncio.Event()
         self._drained: Drained | None = None
         self._quiet = Waiters()
+        self.keeps_warm = False
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
     @abstractmethod

@@ -129,7 +129,7 @@ class Loading:
         if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
             await self._capacity.start(instance.id)
         try:
-            prepared = await self._placement.prepare(attempt)
+            prepared = await self._placement.prepare(attempt, patient=not explicit)
         except ModelMissingError as error:
             raise UnknownModelError(error.message, instance=instance.id) from error
         work = _Load(Work(instance.id, model, loads=not was_loaded, only_loads=True))
@@ -154,10 +154,15 @@ class Loading:
         Raises:
             UnknownInstanceError: there is no such instance.
             UnknownModelError: the instance does not have the model.
+            ConflictError: a role keeps the model in memory there.
             ManagerError: the model may still be loaded.
         """
         instance, model = self._fleet.get(instance_id), self.model_meant(name)
         key = model_key(model)
+        for role in self._settings.routing.kept_on(instance.id):
+            if model_key(str(role.model)) == key:
+                message = f"the role {role.name!r} keeps {model} warm on {instance.id}"
+                raise ConflictError(f"{message}; change roles.{role.name}.keep_warm", instance=instance.id)
         if instance.usable_endpoint() is not None:
             await instance.probe()
         if all(model_key(loaded.name) != key for loaded in instance.models):
