@@ -90,7 +90,9 @@ def test_a_drained_instance_is_left_alone_and_has_its_models_again_after_it(gate
     kept(gateway, "one", "tiny:latest", "minilm:latest")
     assert gateway.call("POST", "instances/one/drain", json={}).status_code == 200
     url = gateway.servers["one"].url
-    requests.post(f"{url}/api/generate", json={"model": "tiny", "keep_alive": 0}, timeout=10).raise_for_status()
+    requests.post(
+        f"{url}/api/generate", json={"model": "tiny", "keep_alive": 0}, timeout=10
+    ).raise_for_status()
     assert change(gateway, "vectors", keep_warm=["two"]).status_code == 200
     kept(gateway, "two", "minilm:latest")  # the keeper has looked at all instances since
     assert "tiny:latest" not in loaded(gateway, "one")
@@ -99,7 +101,10 @@ def test_a_drained_instance_is_left_alone_and_has_its_models_again_after_it(gate
 
 
 def test_what_cannot_be_kept_is_told_once_and_tried_again(tmp_path: Path) -> None:
-    roles = {"chat": {"model": "tiny", "keep_warm": ["one"]}, "other": {"model": "nope", "keep_warm": ["one"]}}
+    roles = {
+        "chat": {"model": "tiny", "keep_warm": ["one"]},
+        "other": {"model": "nope", "keep_warm": ["one"]},
+    }
     knobs = {"one": {"queue_full": True}}
     with gateway_over(tmp_path, ("one",), knobs=knobs, config={"roles": roles}) as gateway:
         found = wait_for(lambda: events(gateway, "keep_warm_failed"), lambda found: len(found) == 2)
@@ -112,7 +117,9 @@ def test_what_cannot_be_kept_is_told_once_and_tried_again(tmp_path: Path) -> Non
         kept(gateway, "one", "tiny:latest", within_s=30)
         assert len(events(gateway, "keep_warm_failed")) == 2
         requests.post(
-            f"{gateway.servers['one'].url}/api/copy", json={"source": "tiny", "destination": "nope"}, timeout=10
+            f"{gateway.servers['one'].url}/api/copy",
+            json={"source": "tiny", "destination": "nope"},
+            timeout=10,
         ).raise_for_status()
         kept(gateway, "one", "tiny:latest", "nope:latest")
 
