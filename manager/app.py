@@ -53,6 +53,7 @@ from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
+from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.keeping import Keeper
@@ -180,7 +181,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(
+async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs are wired)
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -281,10 +282,12 @@ async def open_daemon(
             written=written_roles(loaded),
             models=settings.models,
             instances=lambda: {instance.id: _on_gpu(instance.spec) for instance in fleet.instances()},
-            slots=lambda: {instance.id: instance.spec.slots for instance in fleet.instances()},
+            slots=partial(_slots_of, fleet),
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
+        status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
+        slots = Slots(model_settings, partial(_slots_of, fleet), status.workers, now=time.monotonic)
         router = Router(
             fleet,
             model_settings,
@@ -294,6 +297,7 @@ async def open_daemon(
             in_flight=world.in_flight,
             now=time.monotonic,
             lifted=parts.lifts.of,
+            renewed=slots.refresh,
         )
         volume_reader = VolumeReader(
             fleet,
@@ -308,7 +312,6 @@ async def open_daemon(
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
         overviews = Overviews(
             fleet,
             parts.capacity,
@@ -344,6 +347,7 @@ async def open_daemon(
             status,
             FallbackEvents(journal),
             traffic,
+            slots,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
         )
@@ -394,6 +398,7 @@ async def open_daemon(
                 overviews,
                 traffic,
                 refusals,
+                slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
             ).render,
             refusals=refusals,
@@ -405,6 +410,7 @@ async def open_daemon(
             "model lists": lists.run,
             "model details": details.run,
             "pulls": pulls.run,
+            "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
         if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
@@ -627,6 +633,10 @@ def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }
+
+
+def _slots_of(fleet: Fleet) -> dict[str, int | None]:
+    return {instance.id: instance.spec.slots for instance in fleet.instances()}
 
 
 def _on_gpu(spec: InstanceSpec) -> bool | None:

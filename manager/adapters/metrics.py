@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from prometheus_client import Metric
 
+    from manager.services.lanes.slots import Slots
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
     from manager.services.traffic import Traffic
@@ -31,12 +32,14 @@ class FleetMetrics:
         overviews: Overviews,
         traffic: Traffic,
         refusals: Refusals,
+        slots: Slots,
         *,
         log_lines_dropped: Callable[[], int],
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
         self._traffic = traffic
+        self._slots = slots
         self._log_lines_dropped = log_lines_dropped
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -90,7 +93,26 @@ class FleetMetrics:
         )
         orphans.add_metric([], len(overview.orphans))
         yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused)
+        yield from self._lanes()
         yield from self._requests()
+
+    def _lanes(self) -> Iterator[Metric]:
+        in_flight = GaugeMetricFamily(
+            f"{_PREFIX}_lane_in_flight", "Requests of a lane that have a slot", labels=["lane"]
+        )
+        queued = GaugeMetricFamily(
+            f"{_PREFIX}_lane_queued", "Requests of a lane that wait for a slot", labels=["lane"]
+        )
+        for lane in self._slots.lanes():
+            in_flight.add_metric([lane.name], lane.in_flight)
+            queued.add_metric([lane.name], lane.queued)
+        slots = GaugeMetricFamily(f"{_PREFIX}_slots", "Slots, where they are limited", labels=["instance"])
+        in_use = GaugeMetricFamily(f"{_PREFIX}_slots_in_use", "Slots in use", labels=["instance"])
+        for one in self._slots.instances():
+            in_use.add_metric([one.id], one.in_use)
+            if one.slots is not None:
+                slots.add_metric([one.id], one.slots)
+        yield from (in_flight, queued, slots, in_use)
 
     def _requests(self) -> Iterator[Metric]:
         traffic = self._traffic

@@ -11,6 +11,7 @@ from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
+from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
@@ -48,6 +49,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lifts_router(backend),
         service_router(backend),
         routing_router(backend),
+        lanes_router(backend),
         model_settings_router(backend),
         health_router(backend),
     )

@@ -22,6 +22,7 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
 from manager.wire.statuses import (
     BAD_REQUEST,
+    TOO_MANY_REQUESTS,
     UNAVAILABLE,
     judge,
     outcome_of,
@@ -513,7 +514,7 @@ class Passage:
             lines.append((b"X-Instance", instance.encode()))
             if model:
                 lines.append((b"X-Model", printable(model).encode()))
-            lines.append((b"X-Queue-Ms", b"%.0f" % record.queue_ms))
+        lines.append((b"X-Queue-Ms", b"%.0f" % record.queue_ms))
         if record.fallback and record.fallback_reason is not None:
             lines.append((b"X-Fallback-Reason", record.fallback_reason.value.encode()))
         if record.start_ms is not None:
@@ -525,7 +526,7 @@ class Passage:
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
-            if failure.status == UNAVAILABLE:
+            if failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for

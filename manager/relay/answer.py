@@ -192,6 +192,8 @@ def stamp(record: RequestRecord, for_page: bytes, attempt: tuple[str, str] | Non
     lines = b"%bX-Request-Id: %b\r\n" % (for_page, record.request_id.encode())
     if attempt is not None:
         lines = b"%b%bX-Queue-Ms: %d\r\n" % (lines, _where(*attempt), record.queue_ms)
+    else:
+        lines += b"X-Queue-Ms: %d\r\n" % record.queue_ms
     if record.fallback and record.fallback_reason is not None:
         lines += b"X-Fallback-Reason: %b\r\n" % record.fallback_reason.value.encode()
     if record.start_ms is not None:

@@ -18,7 +18,7 @@ from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
 from manager.relay.upstream import AnswerHead
-from manager.services.routing.attempting import Attempting, Trouble, Wait
+from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, Wait
 from manager.services.steps import in_steps
 from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.dialect import message_of
@@ -28,6 +28,7 @@ from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
     INTERNAL_ERROR,
+    TOO_MANY_REQUESTS,
     UNAVAILABLE,
     judge,
     outcome_of,
@@ -655,8 +656,10 @@ class Exchange:
             return
         status = status_of(trouble.reason, trouble.refused)
         headers = {}
-        if status == UNAVAILABLE:
+        if status in (UNAVAILABLE, TOO_MANY_REQUESTS):
             headers["Retry-After"] = str(max(1, round(trouble.retry_after_s or 1)))
+        elif trouble.refused == "async_only":
+            headers["Location"] = RUNS_PATH
         outcome: Outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
         if trouble.reason is Reason.CANCELLED:  # the operator has stopped the instance
             outcome = "cut"
@@ -678,17 +681,19 @@ class Exchange:
         body, front, attempting = self._body, self._front, self._attempting
         if every_s <= 0 or front is None or body is None or not body.stream:
             return
-        if attempting is None or attempting.attempt is None:
+        if attempting is None:
             return
         if self._next_comment_at is None:
             self._next_comment_at = self._began_at + every_s
         if now < self._next_comment_at:
             return
+        waits_for = attempting.waits_for
+        if waits_for is None:
+            return
         self._next_comment_at = now + every_s
-        heard = f" ({attempting.heard})" if attempting.heard else ""
         record = self._record
         assert record is not None  # noqa: S101
-        if self._answer.comment(front, self._stamp(), f"waiting for {attempting.attempt.instance}{heard}"):
+        if self._answer.comment(front, self._stamp(), f"waiting for {waits_for}"):
             record.status = _OK
             attempting.delivered()
 

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 UNAVAILABLE = 503
+TOO_MANY_REQUESTS = 429
 BAD_REQUEST = 400
 INTERNAL_ERROR = 500
 
-# Of a decision without attempts, by what it says of it.
+# Of a request that no instance was asked for, by the reason.
 REFUSED: Mapping[str, int] = MappingProxyType(
     {
         "unknown": 404,
@@ -25,6 +26,10 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "unavailable": 503,
         "contradiction": 422,
         "denied": 403,
+        "async_only": 409,
+        "queue_full": 429,
+        "overloaded": 503,
+        "policy": 503,
     }
 )
 _TOLD: Mapping[Reason, int] = MappingProxyType(

@@ -6,7 +6,7 @@ import asyncio
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from manager.domain.roles import BodyChanges, Policy, RequestKind
+from manager.domain.roles import BodyChanges, Policy, RequestKind, RoutingSettings
 from manager.domain.routing import (
     Attempt,
     Candidate,
@@ -20,6 +20,7 @@ from manager.domain.routing import (
 from manager.domain.target import Target
 from manager.errors import Reason, UnavailableError
 from manager.services.instances.leases import LeaseBook
+from manager.services.lanes.slots import Slots
 from manager.services.routing.attempting import Attempting, Deadlines, Routing
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
@@ -203,6 +204,9 @@ class Stage:
         self.ended: list[RequestRecord] = []
         self.traffic = Traffic(self.ended.append)
         self.status = ModelStatus(cast("Any", self.fleet))
+        self.settings: Any = SimpleNamespace(routing=RoutingSettings({}), version=1)
+        self.slots_of: dict[str, int | None] = {}
+        self.slots = Slots(self.settings, lambda: dict(self.slots_of), self.status.workers, now=self.clock)
         if attempts:
             self.router.decision = decision(*attempts)
         self.routing = Routing(
@@ -211,6 +215,7 @@ class Stage:
             status=self.status,
             fallbacks=FallbackEvents(cast("Any", self.journal)),
             traffic=self.traffic,
+            slots=self.slots,
             puller=cast("Any", SimpleNamespace()),
             deadlines=deadlines or Deadlines(first_byte_timeout_s=60.0, total_timeout_s=600.0),
         )

@@ -349,13 +349,19 @@ async def relaying(
     gateway: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
     devices: Mapping[str, str] | None = None,
+    slots: Mapping[str, int] | None = None,
     key: str | None = None,
     deadlines: Deadlines | None = None,
 ) -> AsyncIterator[Front]:
     """A gateway whose instances are these servers, all of them read and healthy; `config` may add others."""
     file = home / "config.yaml"
     instances = {
-        name: {"driver": "external", "url": server.url, **({"device": devices[name]} if devices else {})}
+        name: {
+            "driver": "external",
+            "url": server.url,
+            **({"device": devices[name]} if devices else {}),
+            **({"slots": slots[name]} if slots and name in slots else {}),
+        }
         for name, server in servers.items()
     }
     file.write_text(

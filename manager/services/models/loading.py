@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING
 
 from manager.domain.drained import why_out
@@ -21,7 +20,6 @@ from manager.errors import (
 )
 from manager.services.instances.supervisor import Supervisor
 from manager.services.ports import Question
-from manager.services.routing.model_status import Work
 from manager.services.routing.placement import ModelMissingError
 from manager.wire.dialect import message_of
 from manager.wire.loading import load_request, only_embeds
@@ -45,13 +43,6 @@ _JSON = ((b"content-type", b"application/json"),)
 _MOST_REFUSAL_BYTES = 64 * 1024
 _OK = 200
 _NOT_FOUND = 404
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Load:
-    """A load under way: a `services.routing.model_status.Worker`."""
-
-    work: Work
 
 
 class Loading:
@@ -132,16 +123,13 @@ class Loading:
             prepared = await self._placement.prepare(attempt, patient=not explicit)
         except ModelMissingError as error:
             raise UnknownModelError(error.message, instance=instance.id) from error
-        work = _Load(Work(instance.id, model, loads=not was_loaded, only_loads=True))
         with prepared.lease as lease:
-            self._status.sent(work)
             try:
-                await self._ask(lease.endpoint, instance.id, model, keep_alive)
+                with nullcontext() if was_loaded else self._status.load(model):
+                    await self._ask(lease.endpoint, instance.id, model, keep_alive)
             except UnavailableError as error:
                 self._status.failed(model, error.reason)
                 raise
-            finally:
-                self._status.ended(work)
             self._status.answered(model)
             await instance.probe()  # lists of models in memory are to have it
         return not was_loaded

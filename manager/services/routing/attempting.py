@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
+from manager.services.lanes.slots import Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.router import RUNNING, Attempts
@@ -31,12 +32,15 @@ if TYPE_CHECKING:
     from manager.domain.routing import Attempt, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
+    from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.placement import ModelPuller, Placement
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
 
+# Where asynchronous runs are begun.
+RUNS_PATH = "/api/v1/runs"
 # How much longer a load that makes progress may take, each time that it is looked at.
 _LOAD_GRACE_S = 10.0
 
@@ -87,6 +91,7 @@ class Routing:
     status: ModelStatus
     fallbacks: FallbackEvents
     traffic: Traffic
+    slots: Slots
     puller: ModelPuller
     deadlines: Deadlines
 
@@ -145,13 +150,16 @@ class Attempting:
         began_at: the monotonic time of the request's beginning.
     """
 
-    # Most requests keep these values.
+    # Most requests keep these values. `is_run` is set before `enter`: an asynchronous run waits behind the
+    # requests of its lane, as long as it takes.
+    is_run = False
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
     start_ms: float | None = None
     _attempts: Attempts | FixedAttempts | None = None
     _lease: Lease | None = None
+    _place: Place | None = None
     _facts: RequestFacts | None = None
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
@@ -228,11 +236,36 @@ class Attempting:
         record = self.record
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
-        self._first_byte_at = now + self._routing.deadlines.first_byte_timeout_s
+        self._first_byte_at = now + self._first_byte_timeout_s(attempt)
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
+
+    def hold_slot(self) -> None:
+        """Take a slot of the current instance, whether or not one is free: limits were set just now."""
+        if self._place is None and self.attempt is not None and not (self._is_fixed or self._starts_nothing):
+            self._place = self._routing.slots.hold(self.record.role, self.attempt.instance, self._began_at)
+
+    @property
+    def lane(self) -> str | None:
+        """The role whose lane the request is in; None where it has none."""
+        return self.record.role
+
+    @property
+    def holds(self) -> str:
+        """The instance of the current attempt."""
+        return self.work.instance
+
+    @property
+    def waits_for(self) -> str | None:
+        """What the request waits for, in words; None before anything was attempted."""
+        ahead = None if self._place is None else self._place.ahead
+        if ahead is not None:
+            return f"a slot, {ahead} ahead in the queue"
+        if self.attempt is None:
+            return None
+        return f"{self.attempt.instance} ({self.heard})" if self.heard else self.attempt.instance
 
     def expect_on_cpu(self) -> None:
         """The request asks for the model to be computed by the processor."""
@@ -325,7 +358,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
-                self._release()
+                self._release_lease()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
         if (
@@ -452,6 +485,9 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
+        if decision.is_async and not self.is_run:
+            message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
+            return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
             if self._starts_nothing:
                 attempts.start_no_other()
@@ -472,11 +508,75 @@ class Attempting:
         return self._decide(waits=False)
 
     def _next(self) -> Step:
-        """Begin the next attempt, or give up."""
+        """Begin the next attempt, wait for a slot, or give up."""
         attempts = self._attempts
+        if self._routing.slots.is_on and isinstance(attempts, Attempts) and not self._starts_nothing:
+            return self._next_slot(attempts)
         attempt = attempts.next() if attempts is not None else None
-        if attempt is None:
-            return self._give_up()
+        return self._give_up() if attempt is None else self._begin(attempt)
+
+    def _next_slot(self, attempts: Attempts) -> Step:
+        """Begin the next attempt whose instance has a free slot, or wait for one."""
+        while choices := attempts.choices():
+            record = self.record
+            place = self._routing.slots.enter(
+                record.role,
+                record.project_id,
+                tuple(one.instance for one in choices),
+                self._choose,
+                since=self._began_at,
+                is_run=self.is_run,
+            )
+            if not isinstance(place, Refusal):
+                self._place = place
+                if place.instance is not None:
+                    return self._take_slot(attempts, place.instance)
+                self._pending = self._wait_for_slot
+                return WAIT
+            attempts.skip()
+            reason = Reason.QUEUE_FULL if place.what == "queue_full" else Reason.POLICY
+            message = f"{place.message} ({place.what})"
+            self._keep_trouble(Trouble(reason, message, place.retry_after_s, refused=place.what))
+        return self._give_up()
+
+    def _choose(self) -> tuple[str, ...]:
+        """Return the instances that the request may use, over the fleet as it is now."""
+        attempts = self._attempts
+        assert isinstance(attempts, Attempts)  # noqa: S101  (it waits for a slot)
+        attempts.renew()
+        return tuple(one.instance for one in attempts.choices())
+
+    def _take_slot(self, attempts: Attempts, instance: str) -> Step:
+        choices = attempts.choices()
+        attempt = next((one for one in choices if one.instance == instance), None)
+        if attempt is None:  # the settings have changed since the slot was given
+            self._give_slot_back()
+            return self._decide(waits=False) if self._trouble is None else self._next()
+        attempts.take(attempt)
+        if attempt is not choices[0] and attempt.fallback is not None:
+            attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
+        return self._begin(attempt)
+
+    async def _wait_for_slot(self) -> Step:
+        place, attempts = self._place, self._attempts
+        assert place is not None  # noqa: S101  (it waits there)
+        assert isinstance(attempts, Attempts)  # noqa: S101
+        wait_s = None if self.is_run else self._routing.slots.wait_s(self.record.role)
+        how = await place.settled(within_s=wait_s)
+        instance = place.instance
+        if how == "granted" and instance is not None:
+            return self._take_slot(attempts, instance)
+        self._give_slot_back()
+        self.record.queue_ms = (monotonic() - self._began_at) * 1000
+        if how == "changed":
+            return self._next() if self._trouble is not None else self._decide(waits=False)
+        attempts.skip()
+        message = f"no slot became free within {wait_s:g} s (overloaded)"
+        self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
+        return self._next()
+
+    def _begin(self, attempt: Attempt) -> Step:
+        """Begin an attempt."""
         if self._starts_nothing or self._is_fixed:
             attempt = attempt._replace(because="loaded", fallback=None)  # nothing has to be loaded for it
         record = self.record
@@ -552,9 +652,12 @@ class Attempting:
 
     async def _be_patient(self) -> Step | None:
         """The time for the first byte is over: go on waiting while the server loads the model."""
-        attempt, limit_s = self.attempt, self._routing.deadlines.first_byte_timeout_s
+        attempt = self.attempt
         assert attempt is not None  # noqa: S101  (it waits for an answer)
-        loads = self.may_load and await self._routing.placement.still_loads(attempt.instance)
+        limit_s = self._first_byte_timeout_s(attempt)
+        # The time that a role gives to an attempt is a limit, whatever the server does.
+        may_load = self.may_load and attempt.timeout_s is None
+        loads = may_load and await self._routing.placement.still_loads(attempt.instance)
         if not self._is_waiting:
             return None
         if loads:
@@ -563,6 +666,10 @@ class Attempting:
             return None
         why = f"{attempt.instance} did not answer within {limit_s:g} s"
         return self.failed(Reason.ATTEMPT_TIMEOUT, why, sent=True)
+
+    def _first_byte_timeout_s(self, attempt: Attempt) -> float:
+        own_s = attempt.timeout_s
+        return self._routing.deadlines.first_byte_timeout_s if own_s is None else own_s
 
     def _may_follow(self) -> bool:
         target = self.target
@@ -608,11 +715,21 @@ class Attempting:
             self._pending = None
 
     def _release(self) -> None:
+        self._release_lease()
+        if self._place is not None:
+            self._give_slot_back()
+
+    def _release_lease(self) -> None:
         self._is_waiting = False
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)
             lease.release()
+
+    def _give_slot_back(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            place.give_back()
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")

@@ -57,6 +57,7 @@ class Router:
         in_flight: open leases by instance, read live.
         now: seconds on a monotonic clock.
         lifted: of an instance, tells the order that lifts its deny rules; None where they hold.
+        renewed: called after each new snapshot.
     """
 
     def __init__(
@@ -70,7 +71,9 @@ class Router:
         in_flight: Mapping[str, int],
         now: Callable[[], float],
         lifted: Callable[[str], object] = _never,
+        renewed: Callable[[], None] = lambda: None,
     ) -> None:
+        self._renewed = renewed
         self._fleet = fleet
         self._first_look = first_look
         self._settings = settings
@@ -138,6 +141,7 @@ class Router:
             self._snapshot = Snapshot(tuple(self._candidate(one) for one in self._fleet.instances()))
             self._decisions.clear()
             self._changes.clear()
+            self._renewed()
         return self._snapshot
 
     def models_of(self, instance: Instance) -> Mapping[str, str] | None:
@@ -242,6 +246,27 @@ class Attempts:
             self._made = (*self._made, attempt)
         return attempt
 
+    def choices(self) -> tuple[Attempt, ...]:
+        """Return the next attempt and those that stand in for it where it has no free slot, in order."""
+        if self._made and self._decided_by != self._router.version:
+            self._decide_again()
+        coming = self._rest()
+        return tuple(one for one in coming if one.choice == coming[0].choice)
+
+    def take(self, attempt: Attempt) -> None:
+        """Make one of `choices`."""
+        self._coming = iter([one for one in self._rest() if one != attempt])
+        self._made = (*self._made, attempt)
+
+    def skip(self) -> None:
+        """Drop `choices`: none of them has a free slot."""
+        coming = self._rest()
+        self._coming = iter([one for one in coming if one.choice != coming[0].choice])
+
+    def renew(self) -> None:
+        """Decide again over the fleet as it is now; attempts that were made are not repeated."""
+        self._decide_again()
+
     def start_no_other(self) -> None:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
@@ -274,6 +299,14 @@ class Attempts:
             one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
         )
         self._ahead = None
+
+    def _rest(self) -> list[Attempt]:
+        """Return all attempts that could follow."""
+        ahead = [] if self._ahead is None else [self._ahead]
+        found = ahead + [one for one in self._others() if self._is_allowed(one)]
+        self._ahead = None
+        self._coming = iter(found)
+        return found
 
     def _others(self) -> Iterator[Attempt]:
         """Return the attempts that follow those that were made."""

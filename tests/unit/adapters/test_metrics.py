@@ -10,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from manager.adapters.metrics import FleetMetrics
 from manager.domain.instance import Driver, Phase
 from manager.errors import Reason
+from manager.services.lanes.slots import LaneState, SlotState
 from manager.services.refusals import Refusals
 from manager.services.traffic import BUCKETS_S, Traffic
 from manager.wire.access import REASONS
@@ -35,7 +36,15 @@ LABELS = {
     "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
+    "ollama_manager_lane_in_flight": ("lane",),
+    "ollama_manager_lane_queued": ("lane",),
+    "ollama_manager_slots": ("instance",),
+    "ollama_manager_slots_in_use": ("instance",),
 }
+SLOTS = SimpleNamespace(
+    lanes=lambda: [LaneState("thinking", 2, 5, 1.5, 4, 1)],
+    instances=lambda: [SlotState("gpu0", 2, 1, 1), SlotState("cpu", None, 3, 0)],
+)
 TYPES = {
     "ollama_manager_requests": "counter",
     "ollama_manager_fallbacks": "counter",
@@ -70,6 +79,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         cast("Any", SimpleNamespace(current=lambda: overview)),
         traffic,
         refusals or Refusals(now=lambda: 0.0),
+        cast("Any", SLOTS),
         log_lines_dropped=lambda: 7,
     )
     text = metrics.render().decode()
@@ -162,6 +172,16 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
+
+
+def test_lanes_and_slots_are_those_of_the_moment() -> None:
+    families = scraped(Traffic(lambda record: None))
+    assert values(families["ollama_manager_lane_in_flight"], lane="thinking") == [2]
+    assert values(families["ollama_manager_lane_queued"], lane="thinking") == [5]
+    assert [(one.labels["instance"], one.value) for one in families["ollama_manager_slots"].samples] == [
+        ("gpu0", 2)
+    ]
+    assert values(families["ollama_manager_slots_in_use"], instance="cpu") == [3]
 
 
 def test_names_of_models_roles_and_instances_cannot_break_the_text() -> None:

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 @dataclass(eq=False)
 class Worker:
     work: Work
+    lane: str | None = None
+    holds: str = ""
+
+    def hold_slot(self) -> None:
+        pass
 
 
 @pytest.fixture
@@ -99,12 +104,13 @@ def test_what_is_remembered_of_failures_is_bounded(
     assert shown(4) == "error"
 
 
-def test_a_request_that_only_loads_a_model_is_loading_it_until_its_end(
+def test_a_mere_load_is_loading_until_its_end_unless_the_model_is_used_elsewhere(
     status: ModelStatus, fleet: Fleet
 ) -> None:
-    worker = Worker(Work("a", "tiny", loads=True, only_loads=True))
-    status.sent(worker)
-    fleet.loaded = {"a": ("tiny",)}  # servers report a model from the begin of its load on
-    assert status.at_work() == {"tiny:latest": "loading"}
-    status.ended(worker)
+    with status.load("Tiny"), status.load("tiny:latest"):
+        fleet.loaded = {"a": ("tiny",)}  # servers report a model from the begin of its load on
+        assert status.at_work() == {"tiny:latest": "loading"}
+        worker = working(status, "b", loads=False)
+        assert status.at_work() == {"tiny:latest": "in_use"}
+        status.ended(worker)
     assert status.at_work() == {}
