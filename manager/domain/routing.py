@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
@@ -163,6 +163,12 @@ Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
 What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied"]
 
 
+class Load(Protocol):
+    """Requests in flight by instance, or what instances are compared by in their place."""
+
+    def __getitem__(self, instance: str, /) -> float: ...
+
+
 class Attempt(NamedTuple):
     """One way to answer.
 
@@ -233,7 +239,7 @@ class Decision:
     refused: Refused | None = None
     is_async: bool = False
 
-    def first(self, load: Mapping[str, int]) -> Attempt | None:
+    def first(self, load: Load) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
         if not self.groups:
             return None
@@ -241,7 +247,7 @@ class Decision:
         instances = group.instances
         return group.attempt(instances[0] if len(instances) == 1 else min(instances, key=load.__getitem__))
 
-    def in_order(self, load: Mapping[str, int]) -> Iterator[Attempt]:
+    def in_order(self, load: Load) -> Iterator[Attempt]:
         """The attempts in order; of a group always the one whose instance has the fewest requests in flight.
 
         Args:
