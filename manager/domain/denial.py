@@ -57,7 +57,9 @@ class DenyRules:
         count = self.max_parameters or 0
         written = parameter_text(count)
         decimals = len(written.rstrip("kmbt").partition(".")[2])
-        return count + max(1, parameter_count(f"1{written.lstrip('0123456789.')}") // 10**decimals)
+        unit = parameter_count(f"1{written.lstrip('0123456789.')}")
+        step = int(10**decimals)
+        return count + max(1, unit // step)
 
 
 @dataclass(frozen=True, slots=True)

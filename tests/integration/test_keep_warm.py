@@ -84,7 +84,7 @@ def test_a_kept_instance_gives_no_place_to_others_and_is_let_go_live(new_daemon:
     warm(daemon)
     refused = daemon.begin("other", "start")
     assert (refused.status_code, refused.json()["error"]["code"]) == (409, "max_running_reached")
-    change = {"roles": {"chat": {"keep_warm": []}}}
+    change: dict[str, Any] = {"roles": {"chat": {"keep_warm": []}}}
     assert daemon.call("POST", "/api/settings/models", json=change).status_code == 200
     daemon.wait_for_phase("cpu", "stopped")  # its TTL has run out
     assert daemon.begin("other", "start").status_code == 200
