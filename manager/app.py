@@ -72,7 +72,7 @@ from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.traffic import Traffic
-from manager.services.world import World, no_step
+from manager.services.world import World, no_others, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -190,6 +190,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
     takes_over: bool = False,
     claims_within_s: float = 0.0,
     dry_run: bool = False,
+    others_work: Callable[[], bool] = no_others,
 ) -> AsyncIterator[Daemon]:
     """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
 
@@ -201,6 +202,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         takes_over: take over the containers of other state directories, which were lost.
         claims_within_s: how long to wait for the claims of another daemon, which has promised to let go.
         dry_run: see `World`; nothing that happens is stored.
+        others_work: see `World`.
 
     Raises:
         StateDirHeldError: another daemon holds the state directory.
@@ -256,6 +258,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             resume_idle_clock=resume_idle_clock,
             dry_run=dry_run,
             owner=owner,
+            others_work=others_work,
         )
         make = _Maker(
             world,

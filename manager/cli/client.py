@@ -99,6 +99,23 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """An order that keeps an instance out of service; times as the API has them."""
+
+    since: str
+    until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOverride:
+    """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
+
+    image: str
+    previous: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """An instance as a person is shown it; the API's answer has more."""
 
@@ -115,6 +132,8 @@ class Instance:
     ttl_s: float
     ttl_remaining_s: float | None
     models: tuple[Model, ...]
+    drained: Drained | None = None
+    image_override: ImageOverride | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +233,23 @@ class Daemon:
 
     def end_lift(self, instance_id: str) -> Change:
         return self._change(instance_id, "lift", method="DELETE")
+
+    def drain(self, instance_id: str, *, reason: str | None, until: str | None, stop: bool) -> Change:
+        """Returns when the open requests have ended and the container is stopped, if it is to be."""
+        return self._change(instance_id, "drain", {"reason": reason, "until": until, "stop": stop})
+
+    def resume(self, instance_id: str) -> Change:
+        return self._change(instance_id, "resume")
+
+    def restart(self, instance_id: str) -> Change:
+        """Returns when the instance is ready with a new container, however long that takes."""
+        return self._change(instance_id, "restart")
+
+    def upgrade(self, instance_id: str, image: str) -> Change:
+        return self._change(instance_id, "upgrade", {"image": image})
+
+    def rollback(self, instance_id: str) -> Change:
+        return self._change(instance_id, "rollback")
 
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
@@ -384,6 +420,9 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
+        # An older daemon has neither.
+        drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
+        image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
     )
 
 

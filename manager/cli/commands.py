@@ -13,6 +13,7 @@ import click
 
 from manager import __version__
 from manager.cli.failures import DONE, FAILED, Program, complain, innermost, warn
+from manager.cli.options import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -255,20 +256,121 @@ def stop(instance: str, force: bool, url: str | None, config: Path | None) -> No
     stop_instance(find_daemon(url or _common_url(), config), instance, force=force)
 
 
+@program.group("breaker")
+def breaker_group() -> None:
+    """The breakers: an instance whose requests fail in a row is left alone for a while."""
+
+
+@breaker_group.command("reset")
+@click.argument("instance", metavar="ID")
+@_talks
+def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
+    """Close the breaker of an instance, so that it gets requests again at once."""
+    from manager.cli.breaker import reset_breaker  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    reset_breaker(find_daemon(url or _common_url(), config), instance)
+
+
 @program.command()
 @click.argument("instance", metavar="ID")
-@click.option("--for", "lasts", metavar="TIME", help="How long, such as 90s, 15m, 2h or 30d.")
+@click.option("--reason", metavar="TEXT", help="Why, for all who look.")
+@click.option(
+    "--for",
+    "for_s",
+    callback=seconds,
+    metavar="DURATION",
+    help="Put it back after that time, such as 90s, 15m, 2h or 30d.",
+)
+@click.option("--keep-running", is_flag=True, help="Do not stop its container.")
+@_talks
+def drain(
+    instance: str,
+    *,
+    reason: str | None,
+    for_s: float | None,
+    keep_running: bool,
+    url: str | None,
+    config: Path | None,
+) -> None:
+    """Take an instance out of service.
+
+    No new request goes there and nothing starts it until `resume`. Open requests end, then it is stopped.
+    """
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import drain_instance  # noqa: PLC0415
+
+    endpoint = find_daemon(url or _common_url(), config)
+    drain_instance(endpoint, instance, reason=reason, for_s=for_s, keep_running=keep_running)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def resume(instance: str, url: str | None, config: Path | None) -> None:
+    """Put an instance back in service."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import resume_instance  # noqa: PLC0415
+
+    resume_instance(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def restart(instance: str, url: str | None, config: Path | None) -> None:
+    """Replace the container of an instance, once its open requests have ended."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import restart_instance  # noqa: PLC0415
+
+    restart_instance(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.argument("image")
+@_talks
+def upgrade(instance: str, image: str, url: str | None, config: Path | None) -> None:
+    """Have an instance use IMAGE, which is allowed and pulled, from now on; `rollback` goes back."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import upgrade_instance  # noqa: PLC0415
+
+    upgrade_instance(find_daemon(url or _common_url(), config), instance, image)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def rollback(instance: str, url: str | None, config: Path | None) -> None:
+    """Return an instance to the image before its last upgrade."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import roll_instance_back  # noqa: PLC0415
+
+    roll_instance_back(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.option(
+    "--for", "for_s", callback=seconds, metavar="DURATION", help="How long, such as 90s, 15m, 2h or 30d."
+)
 @click.option("--end", "ends", is_flag=True, help="Put the rules in force again.")
-@click.option("--reason", help="Why, for those who look at the instance.")
+@click.option("--reason", metavar="TEXT", help="Why, for all who look.")
 @_talks
 def lift(
-    instance: str, lasts: str | None, reason: str | None, url: str | None, config: Path | None, *, ends: bool
+    instance: str,
+    for_s: float | None,
+    reason: str | None,
+    url: str | None,
+    config: Path | None,
+    *,
+    ends: bool,
 ) -> None:
     """Lift the deny rules of an instance for a time (deny_models, max_parameters)."""
     from manager.cli.lifts import lift_rules  # noqa: PLC0415
     from manager.cli.locate import find_daemon  # noqa: PLC0415
 
-    lift_rules(find_daemon(url or _common_url(), config), instance, lasts=lasts, ends=ends, reason=reason)
+    lift_rules(find_daemon(url or _common_url(), config), instance, for_s=for_s, ends=ends, reason=reason)
 
 
 @program.command("load")

@@ -1,4 +1,4 @@
-"""`start`, `stop` and `pull`: what goes on, on stderr; how it ended, on stdout."""
+"""`start`, `stop` and `pull`: progress on stderr, the outcome on stdout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,20 @@ _LOOK_S = 0.3
 # A daemon that answers nothing for this long is given up, although the connection still stands.
 _PATIENCE_S = 30.0
 _LOG_LINES = 20
-_FAILED = {"start": "did not start", "stop": "was not stopped", "load": "did not load the model"}
+_FAILED = {
+    "stop": "was not stopped",
+    "drain": "was not stopped",
+    "load": "did not load the model",
+    "unload": "may still have the model",
+}
+_UNDONE_BY = {
+    "start": "stop",
+    "stop": "start",
+    "drain": "resume",
+    "restart": "stop",
+    "upgrade": "rollback",
+    "rollback": "stop",
+}
 
 
 def start_instance(endpoint: Endpoint, instance_id: str) -> None:
@@ -74,7 +87,7 @@ def pull_images(endpoint: Endpoint, image: str | None) -> None:
 
 
 def follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Daemon], Change]) -> Change:
-    """Make a call that takes long, showing the phases of the instance meanwhile."""
+    """Make a call that takes long, showing the phases of the instance meanwhile; `verb` is the command."""
     request = _Request(lambda: call(Daemon(endpoint)))
     try:
         with _Phases(instance_id) as phases:
@@ -90,7 +103,7 @@ def follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Daem
                 except RefusalError:
                     pass  # the call itself is refused as well, and says so better
     except KeyboardInterrupt:
-        other = {"start": "stop", "stop": "start"}.get(verb)
+        other = _UNDONE_BY.get(verb)
         undo = f"; `ollama-manager {other} {instance_id}` would undo it" if other else ""
         click.echo(f"\nThe {verb} goes on in the daemon{undo}.", err=True)
         raise
@@ -109,7 +122,7 @@ def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb:
         with suppress(CommandError):
             reason = Daemon(endpoint).instance(instance_id).reason
             lines = reason.log_tail if reason is not None and reason.code == error.code else ()
-    outcome = _FAILED.get(verb, "is as it was")
+    outcome = _FAILED.get(verb, "did not start")
     message = f"{instance_id} {outcome}: {error.message}" + ("; its container said last:" if lines else "")
     return CommandError(
         message, exit_code=error.exit_code, next_step=error.next_step, lines=lines[-_LOG_LINES:]

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _STARTS_AT_ONCE = 8
 
 
+def no_others() -> bool:
+    """No daemon was replaced by this one."""
+    return False
+
+
 async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
 
@@ -44,6 +49,8 @@ class World:
     finishes no stop that an earlier process began. `in_flight` has the number of open leases by instance.
     `revision` is that of the fleet. `starting` is held while a container is created and started, and by
     nothing else. `owner` is that of the state directory; None where owners are not distinguished.
+    `others_work` returns whether a daemon that this one has replaced still ends requests: those are in no
+    `in_flight`.
     """
 
     manager_id: str
@@ -59,6 +66,7 @@ class World:
     resume_idle_clock: bool = False
     dry_run: bool = False
     owner: Owner | None = None
+    others_work: Callable[[], bool] = no_others
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

@@ -247,7 +247,7 @@ def test_a_restart_under_load_fails_no_request_where_another_instance_can_serve(
 ) -> None:
     daemon = new_daemon(instances=TWO).start()
     before = {id_: daemon.started(id_)["container"]["id"] for id_ in TWO}
-    enough, answers = Event(), []
+    enough, answers = Event(), list[requests.Response]()
 
     def ask() -> None:
         while not enough.is_set() or len(answers) < 150:

@@ -179,6 +179,7 @@ class Starting:
         tail = error.log_tail if isinstance(error, StartFailedError) else ()
         if self.is_fresh and reason_of(error) in _OF_THE_IMAGE:
             error.message += w.remedy
+            error.args = (error.message,)
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
         self.failed += 1
         error.instance = error.instance or w.id

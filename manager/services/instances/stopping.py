@@ -89,13 +89,13 @@ class Stopping:
         """
         w, limit_s = self._w, self._w.spec.limits.drain_timeout_s
         state = w.condition.state
-        if not state.ends or state.phase is not Phase.READY or w.in_flight() == 0 or self._force:
+        if not state.ends or state.phase is not Phase.READY or not self._is_used() or self._force:
             return
         w.condition.apply(DrainBegun())
-        w.world.journal.record("draining", instance=w.id, detail=f"{w.in_flight()} open leases")
+        w.world.journal.record("draining", instance=w.id, detail=self._open_leases())
         recall_at = w.world.now() + limit_s  # when a patient stop tells that it still waits
         deadline: float | None = None
-        while w.condition.state.ends and w.in_flight() and not self._force:
+        while w.condition.state.ends and self._is_used() and not self._force:
             now = w.world.now()
             if not w.condition.state.is_patient:
                 deadline = now + limit_s if deadline is None else deadline
@@ -117,7 +117,16 @@ class Stopping:
     def _tell_that_it_waits(self) -> None:
         w = self._w
         how = f"none is cut off; `ollama-manager stop --force {w.id}` does not wait for them"
-        w.world.journal.record("drain_waits", instance=w.id, detail=f"{w.in_flight()} open leases; {how}")
+        w.world.journal.record("drain_waits", instance=w.id, detail=f"{self._open_leases()}; {how}")
+
+    def _is_used(self) -> bool:
+        """Whether leases are open. A patient stop waits for those of the daemon before this one, too."""
+        w = self._w
+        return w.in_flight() > 0 or (w.condition.state.is_patient and w.world.others_work())
+
+    def _open_leases(self) -> str:
+        count = self._w.in_flight()
+        return f"{count} open leases" if count else "open requests of the daemon that was replaced"
 
     async def _end_container(self) -> None:
         w, gpus = self._w, self._w.world.gpus
