@@ -4,6 +4,7 @@ ManagerError
 ├── ConfigurationError        the operator wrote something that cannot be used (file, line, key)
 ├── UnknownInstanceError
 ├── UnknownModelError         an instance does not have the model
+├── UnknownRequestError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
@@ -14,7 +15,8 @@ ManagerError
 │   ├── StateDirHeldError     another daemon holds the state directory
 │   ├── ManagerIdHeldError    another daemon serves the manager id
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
-│   └── ManagerIdChangedError the state directory has containers under its former manager id
+│   ├── ManagerIdChangedError the state directory has containers under its former manager id
+│   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
@@ -110,6 +112,10 @@ class UnknownModelError(ManagerError):
     code = Reason.MODEL_MISSING.value
 
 
+class UnknownRequestError(ManagerError):
+    code = "unknown_request"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
 
@@ -160,6 +166,10 @@ class ManagerIdChangedError(ConflictError):
     """`manager_id` was changed, and nobody would watch the containers under the former one."""
 
     code = "manager_id_changed"
+
+
+class RequestEndedError(ConflictError):
+    code = "request_ended"
 
 
 class UnavailableError(ManagerError):

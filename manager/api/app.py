@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_offline import FastAPIOffline
 
 from manager import __version__
+from manager.api.breakers import breakers_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -16,6 +17,7 @@ from manager.api.lifts import lifts_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
+from manager.api.requests import requests_router
 from manager.api.routing import routing_router
 from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
@@ -48,7 +50,9 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         loading_router(backend),
         lifts_router(backend),
         service_router(backend),
+        breakers_router(backend),
         routing_router(backend),
+        requests_router(backend),
         lanes_router(backend),
         model_settings_router(backend),
         health_router(backend),

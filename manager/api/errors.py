@@ -20,6 +20,7 @@ from manager.errors import (
     UnavailableError,
     UnknownInstanceError,
     UnknownModelError,
+    UnknownRequestError,
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
@@ -41,6 +42,7 @@ _OWN_PREFIXES = ("/api/runtime", "/api/settings")
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
     (UnknownModelError, 404),
+    (UnknownRequestError, 404),
     (ConflictError, 409),
     (InvalidRequestError, 422),
     (UnavailableError, 503),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance, View
     from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.breakers import Breakers, BreakerView
     from manager.services.routing.router import SettingsSource
 
 T = TypeVar("T")
@@ -34,16 +35,17 @@ T = TypeVar("T")
 class InstanceState:
     """One instance.
 
-    `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
-    where it has none. The starts are those since the daemon began. `lifted` is the order that its deny rules
-    do not hold, None while they do.
+    `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
+    view, in their order; None for a card that was never read. The starts are those since the daemon began.
+    `lifted` is the order that its deny rules do not hold, None while they do.
     """
 
     view: View
     is_usable: bool
-    gpu: Gpu | None
+    gpus: tuple[Gpu | None, ...]
     starts_done: int
     starts_failed: int
+    breaker: BreakerView
     lifted: Lifted | None = None
 
 
@@ -128,6 +130,7 @@ class Overviews:
         lists: the models of each volume.
         settings: the lanes.
         lifted: the order that lifts the deny rules of an instance, None where they hold.
+        breakers: of the instances.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Overviews:
         lists: ModelLists,
         settings: SettingsSource,
         lifted: Callable[[str], Lifted | None] = _never,
+        breakers: Breakers,
     ) -> None:
         self._lifted = lifted
         self._fleet = fleet
@@ -148,6 +152,7 @@ class Overviews:
         self._gpus = gpus
         self._lists = lists
         self._settings = settings
+        self._breakers = breakers
         self._cards: _Part[tuple[Card, ...]] = _Part()
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
@@ -212,10 +217,11 @@ class Overviews:
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
-            gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
+            gpus=tuple([self._gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
+            breaker=self._breakers.view(instance.id),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -230,7 +236,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     view = state.view
     return (
         view.spec,
-        view.gpu_uuid,
+        view.cards,
         view.endpoint,
         view.target,
         view.phase,
@@ -249,10 +255,11 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.drained,
         view.image,
         state.is_usable,
-        state.gpu,
+        state.gpus,
         state.starts_done,
         state.starts_failed,
         state.lifted,
+        state.breaker,
     )
 
 
