@@ -35,6 +35,7 @@ from manager.domain.drained import Drained, drained_from
 from manager.domain.gpu import AUTO
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.lifted import lifted_from
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
@@ -49,6 +50,7 @@ from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
+from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
@@ -56,6 +58,9 @@ from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
+from manager.services.models.details import ModelDetails
+from manager.services.models.keeping import Keeper
+from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -91,9 +96,11 @@ if TYPE_CHECKING:
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
+    from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
+    from manager.services.ports import ModelServer
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
@@ -119,6 +126,7 @@ class Instances:
     cards: FoundCards
     first_look: FirstLook
     service: Service
+    lifts: Lifts
 
     def loops(self) -> dict[str, Loop]:
         return {
@@ -297,7 +305,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
-        status = ModelStatus(fleet)
+        status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
         slots = Slots(model_settings, partial(_slots_of, fleet), status.workers, now=time.monotonic)
         router = Router(
             fleet,
@@ -309,6 +317,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             breakers=breakers,
             overload=overload,
             now=time.monotonic,
+            lifted=parts.lifts.of,
             renewed=slots.refresh,
         )
         volume_reader = VolumeReader(
@@ -331,6 +340,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             gpus,
             lists=lists,
             settings=model_settings,
+            lifted=parts.lifts.of,
             breakers=breakers,
         )
         catalogue = Catalogue(
@@ -341,6 +351,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             lists,
             settings=model_settings,
             reader=volume_reader,
+            details=details,
             now=time.monotonic,
         )
         server = _model_server(settings, pools)
@@ -378,6 +389,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ),
             passages=Passages(),
         )
+        loading, keeper = _warming(
+            world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
+        )
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
             fleet=fleet,
@@ -397,6 +411,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             engine=engine,
             passing=passing,
             model_settings=model_settings,
+            lifts=parts.lifts,
+            loading=loading,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
@@ -417,6 +433,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             "journal": journal.run,
             "history": history.run,
             "model lists": lists.run,
+            "model details": details.run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
@@ -426,8 +443,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
                 "volumes": volume_reader.run,
                 "service": parts.service.run,
                 "runs": backend.runs.run,
+                "lifts": parts.lifts.run,
+                "warm models": keeper.run,
             }
-        reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
             parts,
@@ -436,7 +454,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             state_lock,
             id_lock.claim,
             templates,
-            reconfigure,
+            _Reconfigure(make, backend, traffic, sink),
             let_go=held.aclose,
             loops=loops,
         )
@@ -463,6 +481,38 @@ async def _runs(
 
 def _run_limits(settings: Settings) -> RunLimits:
     return RunLimits(**settings.runs.model_dump())
+
+
+def _warming(
+    world: World,
+    parts: Instances,
+    routing: Routing,
+    *,
+    volumes: Volumes,
+    model_settings: ModelSettings,
+    server: ModelServer,
+) -> tuple[Loading, Keeper]:
+    """Return what loads models on instances, and what keeps them there."""
+    loading = Loading(
+        parts.fleet,
+        parts.capacity,
+        routing.router,
+        routing.placement,
+        routing.status,
+        volumes=volumes,
+        settings=model_settings,
+        server=server,
+    )
+    keeper = Keeper(
+        world,
+        parts.fleet,
+        parts.capacity,
+        parts.first_look,
+        routing.router,
+        settings=model_settings,
+        loading=loading,
+    )
+    return loading, keeper
 
 
 def _header_names(settings: Settings) -> HeaderNames:
@@ -507,7 +557,8 @@ def _instances(
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
     service = Service(world, fleet, capacity, link.asked)
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service)
+    lifts = Lifts(world, fleet, make.orders.lifted)
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service, lifts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,6 +567,7 @@ class _Orders:
 
     drained: dict[str, Drained]
     images: dict[str, ImageOverride]
+    lifted: dict[str, Lifted]
 
 
 async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
@@ -542,7 +594,7 @@ async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *
         for instance_id, override in images.items()
         if image_allowed(override.image, settings.allow.images)
     }
-    return _Orders(drained, allowed)
+    return _Orders(drained, allowed, await registry.orders(OrderKind.LIFTED, lifted_from))
 
 
 class _Maker:
@@ -557,7 +609,7 @@ class _Maker:
         orders: _Orders,
     ) -> None:
         self._world = world
-        self._orders = orders
+        self.orders = orders
         self.settings = settings
         self._templates = templates
         self._rows = rows
@@ -569,15 +621,15 @@ class _Maker:
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
-            return ExternalInstance(self._world, spec, drained=self._orders.drained.get(spec.id))
+            return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
             spec,
             self._with_port(row),
             may_run=capacity.may_run,
-            drained=self._orders.drained.get(spec.id),
-            image=self._orders.images.get(spec.id),
+            drained=self.orders.drained.get(spec.id),
+            image=self.orders.images.get(spec.id),
         )
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:

@@ -3,6 +3,7 @@
 ManagerError
 ├── ConfigurationError        the operator wrote something that cannot be used (file, line, key)
 ├── UnknownInstanceError
+├── UnknownModelError         an instance does not have the model
 ├── UnknownRequestError
 ├── UnknownRunError
 ├── InvalidRequestError       well-formed, but not allowed
@@ -107,6 +108,12 @@ class ConfigurationError(ManagerError):
 
 class UnknownInstanceError(ManagerError):
     code = "unknown_instance"
+
+
+class UnknownModelError(ManagerError):
+    """The instance that was named does not have the model that was named."""
+
+    code = Reason.MODEL_MISSING.value
 
 
 class UnknownRequestError(ManagerError):

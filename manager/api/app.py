@@ -13,6 +13,8 @@ from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
 from manager.api.health import health_router
 from manager.api.lanes import lanes_router
+from manager.api.lifts import lifts_router
+from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.requests import requests_router
@@ -47,6 +49,8 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         _describe_key(app)
     routers = (
         compute_router(backend),
+        loading_router(backend),
+        lifts_router(backend),
         service_router(backend),
         breakers_router(backend),
         routing_router(backend),

@@ -20,6 +20,7 @@ from manager.errors import (
     RunsFullError,
     UnavailableError,
     UnknownInstanceError,
+    UnknownModelError,
     UnknownRequestError,
     UnknownRunError,
 )
@@ -42,6 +43,7 @@ _OWN_PREFIXES = ("/api/runtime", "/api/settings", "/api/v1")
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
+    (UnknownModelError, 404),
     (UnknownRequestError, 404),
     (UnknownRunError, 404),
     (RunsFullError, 429),
@@ -64,9 +66,9 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 
 def status_of(error: ManagerError) -> int:
     code = error.code
-    if code in (Reason.CANCELLED, Reason.NAME_CONFLICT):
+    if code in (Reason.CANCELLED, Reason.NAME_CONFLICT, Reason.HOST_DENIED):
         return 409
-    if code == Reason.START_TIMEOUT:
+    if code in (Reason.START_TIMEOUT, Reason.ATTEMPT_TIMEOUT):
         return 504
     return next(status for kind, status in _STATUS if isinstance(error, kind))
 

@@ -540,7 +540,7 @@ class Exchange:
             self._state = _State.PREPARING
             self._spawn(partial(self._unload, facts))
         else:
-            self._follow(attempting.enter(facts))
+            self._follow(attempting.enter(facts, body))
 
     async def _unload(self, facts: RequestFacts) -> None:
         """Unload the model from every instance that runs; start none for it."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
+    from manager.wire.details import Details
     from manager.wire.head import Header
 
 T = TypeVar("T")
@@ -155,6 +156,17 @@ class ProbeAnswer:
     wire_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShowAnswer:
+    """The answer of a server about one model, and about how many bytes that moved on the wire, both ways.
+
+    `details` is None where it would not say.
+    """
+
+    details: Details | None
+    wire_bytes: int
+
+
 class Upstream(Protocol):
     """The HTTP side of instances, for probes only."""
 
@@ -172,6 +184,15 @@ class Upstream(Protocol):
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
+            OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
+        """
+        ...
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        """Ask `/api/show` about a model.
+
+        Raises:
+            UnavailableError: no answer in time; the reason says which.
             OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
         """
         ...

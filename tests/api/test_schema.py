@@ -54,6 +54,8 @@ def description() -> dict[str, Any]:
         overviews=None,
         service=None,
         upgrades=None,
+        loading=None,
+        lifts=None,
         refusals=Refusals(now=lambda: 0.0),
     )
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
@@ -69,6 +71,10 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
     schemas = document["components"]["schemas"]
     schemas["PullRequest"]["properties"]["image"] = image
+    for request in ("LoadRequest", "UnloadRequest"):
+        schemas[request]["properties"]["model"] = {"enum": ["tiny", "minilm", "nope"]}
+    schemas["LoadRequest"]["properties"]["keep_alive"] = {"enum": [300, -1, 1.5, "5m", "-1s", None]}
+    schemas["LiftRequest"]["properties"]["until"] = {"enum": ["2999-01-01T00:00:00Z"]}
     target = {"enum": ["auto", "cpu", "", None]}
     schemas["RoleChange"]["properties"] |= {
         "target": target,

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
-    from manager.services.routing.router import Router
+    from manager.services.routing.router import Opened, Router
     from manager.services.traffic import Traffic
 
 # Where asynchronous runs are begun.
@@ -185,6 +185,8 @@ class Attempting:
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
+    _body: Opened | None = None
+    _conversation = 0
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
     _trouble: Trouble | None = None
@@ -206,9 +208,13 @@ class Attempting:
 
     # --- from the request to a target ---
 
-    def enter(self, facts: RequestFacts) -> Step:
-        """Decide, and begin the first attempt. Waits for nothing."""
+    def enter(self, facts: RequestFacts, body: Opened | None = None) -> Step:
+        """Decide, and begin the first attempt. Waits for nothing.
+
+        A request with a body prefers the instance that has its conversation in memory.
+        """
         self._facts = facts
+        self._body = body
         return self._decide(waits=True)
 
     def enter_running(self, facts: RequestFacts) -> Step:
@@ -267,6 +273,8 @@ class Attempting:
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
+        if self._conversation:
+            self._routing.router.affinity.note(self._conversation, attempt.instance)
 
     def hold_slot(self) -> None:
         """Take a slot of the current instance, whether or not one is free: limits were set just now."""
@@ -551,6 +559,8 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
+            if self._body is not None and len(decision.groups[0].instances) > 1:
+                self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
                 attempts.leave_role()
