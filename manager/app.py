@@ -29,7 +29,9 @@ from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.domain.breaker import BreakerLimits
 from manager.domain.drained import Drained, drained_from
+from manager.domain.gpu import AUTO
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
@@ -61,13 +63,16 @@ from manager.services.models.volumes import Volumes
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
+from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
+from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.traffic import Traffic
-from manager.services.world import World, no_others, no_step
+from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -212,6 +217,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
+        history = _history(held, registry, settings)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         held.push_async_callback(journal.retire)
@@ -236,6 +242,11 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
+        revision = Revision()
+        breakers = Breakers(
+            journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
+        )
+        overload = Overload(revision, now=time.monotonic)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -251,6 +262,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             dry_run=dry_run,
             owner=owner,
             others_work=others_work,
+            revision=revision,
+            server_changed=partial(_forget_server, breakers, overload),
         )
         make = _Maker(
             world,
@@ -290,6 +303,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
+            breakers=breakers,
+            overload=overload,
             now=time.monotonic,
             renewed=slots.refresh,
         )
@@ -306,7 +321,15 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        overviews = Overviews(
+            fleet,
+            parts.capacity,
+            parts.link,
+            gpus,
+            lists=lists,
+            settings=model_settings,
+            breakers=breakers,
+        )
         catalogue = Catalogue(
             fleet,
             overviews,
@@ -317,11 +340,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             reader=volume_reader,
             now=time.monotonic,
         )
-        server = PooledModelServer(
-            pools,
-            connect_timeout_s=settings.gateway.connect_timeout_s,
-            patience_s=settings.gateway.first_byte_timeout_s,
-        )
+        server = _model_server(settings, pools)
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -335,6 +354,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             slots,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+            breakers,
+            overload,
+            keep=history.add,
         )
         passing = Passing(
             routing=routing,
@@ -380,13 +402,16 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
                 refusals,
                 slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
+                history=history,
             ).render,
             refusals=refusals,
+            history=history,
         )
 
         loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
+            "history": history.run,
             "model lists": lists.run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
@@ -554,12 +579,46 @@ class _Reconfigure:
         fleet.reconfigure((*changed.specs, *found))
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(_schedules(settings))
+        self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
+        self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> None:
+    """The server of an instance is another one: nothing that is known of the old one holds for it."""
+    breakers.server_changed(instance)
+    overload.server_changed(instance)
+
+
+def _breaker_limits(settings: Settings) -> BreakerLimits:
+    breaker = settings.breaker
+    return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
+
+
+def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
+    """Return the history of requests; it is written to its end before the registry is closed."""
+    store = registry.requests()
+    held.push_async_callback(store.close)
+    history = History(store, retention=_retention(settings), utcnow=_utcnow)
+    held.push_async_callback(history.close)
+    return history
+
+
+def _model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
+    return PooledModelServer(
+        pools,
+        connect_timeout_s=settings.gateway.connect_timeout_s,
+        patience_s=settings.gateway.first_byte_timeout_s,
+    )
+
+
+def _retention(settings: Settings) -> Retention:
+    return Retention(settings.history.retention_days, settings.history.max_rows)
 
 
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:
@@ -568,9 +627,9 @@ def _schedules(settings: Settings) -> tuple[Schedule, ...]:
     )
 
 
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: spec.device or "auto"
+        spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

@@ -3,6 +3,7 @@
 ManagerError
 ├── ConfigurationError        the operator wrote something that cannot be used (file, line, key)
 ├── UnknownInstanceError
+├── UnknownRequestError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
@@ -13,7 +14,8 @@ ManagerError
 │   ├── StateDirHeldError     another daemon holds the state directory
 │   ├── ManagerIdHeldError    another daemon serves the manager id
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
-│   └── ManagerIdChangedError the state directory has containers under its former manager id
+│   ├── ManagerIdChangedError the state directory has containers under its former manager id
+│   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
@@ -103,6 +105,10 @@ class UnknownInstanceError(ManagerError):
     code = "unknown_instance"
 
 
+class UnknownRequestError(ManagerError):
+    code = "unknown_request"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
 
@@ -153,6 +159,10 @@ class ManagerIdChangedError(ConflictError):
     """`manager_id` was changed, and nobody would watch the containers under the former one."""
 
     code = "manager_id_changed"
+
+
+class RequestEndedError(ConflictError):
+    code = "request_ended"
 
 
 class UnavailableError(ManagerError):

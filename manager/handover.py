@@ -8,7 +8,8 @@ claims the manager id (`adapters.owner.ManagerIdLock`):
    state and gives up its claims. It answers with its listener; connections that come meanwhile wait in there.
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
-   between two requests, with what the client has already sent of the next one. None is closed.
+   between two requests, with what the client has already sent of the next one. None is closed. What ends
+   there goes into the history of the new one.
 
 If the new daemon ends before it serves, the old one serves again.
 """
@@ -52,6 +53,7 @@ _LOOK_EVERY_S = 0.05
 CLAIMS_WITHIN_S = 5.0
 _SERVING = b"S"
 _CONNECTION = b"C"
+_REQUESTS = b"R"
 _ASKS = b"replace"
 
 
@@ -106,6 +108,16 @@ class Successor:
             with os.fdopen(os.dup(file), "wb") as stream:
                 stream.write(held)
             return self._send(_CONNECTION, peer, file)
+        finally:
+            os.close(file)
+
+    def take_requests(self, encoded: bytes) -> bool:
+        """Give it requests that have ended, for its history; whether they could be sent."""
+        file = os.memfd_create("requests", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(file), "wb") as stream:
+                stream.write(encoded)
+            return self.is_serving and self._send(_REQUESTS, file)
         finally:
             os.close(file)
 
@@ -230,6 +242,7 @@ class Heir:
     def __init__(self, successor: Successor) -> None:
         self._successor = successor
         self._server: Server | None = None
+        self._inherit: Callable[[bytes], None] | None = None
         self._adopting: set[asyncio.Task[None]] = set()
 
     @property
@@ -241,9 +254,14 @@ class Heir:
         """See `Successor.decided`."""
         await self._successor.decided()
 
-    def stand_in(self, server: Server) -> None:
-        """Take connections to a server of this process: the successor has ended before it served."""
-        self._server = server
+    def stand_in(self, server: Server, inherit: Callable[[bytes], None]) -> None:
+        """Take connections to a server of this process: the successor has ended before it served.
+
+        Args:
+            server: gets the connections.
+            inherit: gets requests that have ended.
+        """
+        self._server, self._inherit = server, inherit
 
     def take(self, peer: int, held: bytes) -> bool:
         """See `Successor.take`."""
@@ -251,6 +269,13 @@ class Heir:
             return self._successor.take(peer, held)
         adopting = self._server.adopt(socket.socket(fileno=os.dup(peer)), held)
         _keep(self._adopting, asyncio.ensure_future(adopting))
+        return True
+
+    def take_requests(self, encoded: bytes) -> bool:
+        """See `Successor.take_requests`."""
+        if self._inherit is None:
+            return self._successor.take_requests(encoded)
+        self._inherit(encoded)
         return True
 
 
@@ -298,6 +323,7 @@ class Giving:
         self._failed = failed
         self._task: asyncio.Task[None] | None = None
         self._successor: Successor | None = None
+        self._heir: Heir | None = None
 
     def begin(self, successor: Successor) -> None:
         """Hand over to this daemon soon, or refuse."""
@@ -307,7 +333,10 @@ class Giving:
             self._successor = successor
             self._task = asyncio.ensure_future(self._give(successor))
 
-    def close(self) -> None:
+    async def end(self, hand_over: Callable[[Callable[[bytes], bool]], Awaitable[None]]) -> None:
+        """End. Where another daemon has taken over, `hand_over` gives it the last requests of this one."""
+        if self._heir is not None:
+            await hand_over(self._heir.take_requests)
         if self._task is not None:
             self._task.cancel()
         if self._successor is not None:
@@ -333,7 +362,7 @@ class Giving:
             await asyncio.wait({self._running})
             await self._let_go()
             successor.hand_over(kept)
-            heir = Heir(successor)
+            heir = self._heir = Heir(successor)
             self._server.leave_to(heir)
             await successor.decided()
             if not successor.is_serving and not self._server.is_stopped:
@@ -403,11 +432,16 @@ class Predecessor:
         self._listener.close()
         return None
 
-    def serves(self, adopt: Callable[[socket.socket, bytes], Coroutine[Any, Any, None]]) -> None:
+    def serves(
+        self,
+        adopt: Callable[[socket.socket, bytes], Coroutine[Any, Any, None]],
+        inherit: Callable[[bytes], None],
+    ) -> None:
         """Say that this daemon serves.
 
         Args:
             adopt: takes each connection that the old daemon gives away, and what the client has already sent.
+            inherit: takes requests that ended there, for the history.
         """
         channel, loop = self._channel, asyncio.get_running_loop()
         channel.setblocking(False)
@@ -422,17 +456,25 @@ class Predecessor:
                     channel.close()
                     self.has_ended = True
                     return
-                if descriptors:
+                if message == _REQUESTS:
+                    for file in descriptors:
+                        inherit(_content(file))
+                elif descriptors:
                     peer, held = socket.socket(fileno=descriptors[0]), b""
                     for file in descriptors[1:]:
-                        with os.fdopen(file, "rb") as stream:
-                            stream.seek(0)
-                            held = stream.read()
+                        held = _content(file)
                     _keep(self._adopting, loop.create_task(adopt(peer, held)))
 
         loop.add_reader(channel.fileno(), read)
         with suppress(OSError):  # the old daemon has ended: it had no more to give
             channel.send(_SERVING)
+
+
+def _content(descriptor: int) -> bytes:
+    """Return what a file in memory holds, and close it."""
+    with os.fdopen(descriptor, "rb") as stream:
+        stream.seek(0)
+        return stream.read()
 
 
 def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) -> Predecessor | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from manager.domain.breaker import BreakerState
 from manager.domain.instance import Driver, Phase
 from manager.services.traffic import BUCKETS_S
 
@@ -19,9 +20,13 @@ if TYPE_CHECKING:
     from manager.services.lanes.slots import Slots
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
+    from manager.services.requests_history import History
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
+
+
+_BREAKER_STATES = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
 
 class FleetMetrics:
@@ -35,12 +40,14 @@ class FleetMetrics:
         slots: Slots,
         *,
         log_lines_dropped: Callable[[], int],
+        history: History,
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
         self._traffic = traffic
         self._slots = slots
         self._log_lines_dropped = log_lines_dropped
+        self._history = history
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -60,7 +67,11 @@ class FleetMetrics:
         starts = CounterMetricFamily(
             f"{_PREFIX}_starts", "Starts since the daemon began", labels=["instance", "result"]
         )
+        breakers = GaugeMetricFamily(
+            f"{_PREFIX}_breaker_state", "0 closed, 1 half-open, 2 open", labels=["instance"]
+        )
         for state in overview.instances:
+            breakers.add_metric([state.view.spec.id], _BREAKER_STATES[state.breaker.state])
             view, instance_id = state.view, state.view.spec.id
             for phase in Phase:
                 phases.add_metric([instance_id, phase.value], float(view.phase is phase))
@@ -92,7 +103,13 @@ class FleetMetrics:
             f"{_PREFIX}_orphans", "Containers with the manager's label that belong to no instance"
         )
         orphans.add_metric([], len(overview.orphans))
-        yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused)
+        kept = CounterMetricFamily(
+            f"{_PREFIX}_history_requests", "Requests that ended, by what the history did", labels=["result"]
+        )
+        kept.add_metric(["stored"], self._history.stored)
+        kept.add_metric(["dropped"], self._history.dropped)
+        yield from (phases, in_flight, breakers, starts, memory, lost, engine, orphans, dropped, refused)
+        yield kept
         yield from self._lanes()
         yield from self._requests()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_offline import FastAPIOffline
 
 from manager import __version__
+from manager.api.breakers import breakers_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -14,6 +15,7 @@ from manager.api.health import health_router
 from manager.api.lanes import lanes_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
+from manager.api.requests import requests_router
 from manager.api.routing import routing_router
 from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
@@ -44,7 +46,9 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         service_router(backend),
+        breakers_router(backend),
         routing_router(backend),
+        requests_router(backend),
         lanes_router(backend),
         model_settings_router(backend),
         health_router(backend),

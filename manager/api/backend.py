@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
+    from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
 
 
@@ -112,3 +113,4 @@ class Backend:
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
+    history: History

@@ -19,6 +19,7 @@ from manager.errors import (
     Reason,
     UnavailableError,
     UnknownInstanceError,
+    UnknownRequestError,
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
@@ -39,6 +40,7 @@ _OWN_PREFIXES = ("/api/runtime", "/api/settings")
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
+    (UnknownRequestError, 404),
     (ConflictError, 409),
     (InvalidRequestError, 422),
     (UnavailableError, 503),

@@ -12,6 +12,7 @@ from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
 from manager.domain.judgement import ABOUT_THE_REQUEST
 from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
@@ -27,6 +28,7 @@ from manager.wire.statuses import (
     judge,
     outcome_of,
     outcome_without_answer,
+    retry_after_s,
     status_of,
 )
 
@@ -74,10 +76,16 @@ class PassageLimits:
 
 
 class Passages:
-    """All requests that are under way, so that they can be let come to their end."""
+    """All requests that are under way, so that they can be let come to their end.
+
+    Attributes:
+        open_requests: these, and those of the relay.
+    """
 
     def __init__(self) -> None:
         self._open: set[Passage] = set()
+        self.open_requests = OpenRequests()
+        self.open_requests.add(lambda: self._open)
         self._none_open = asyncio.Event()
 
     async def run(self, passage: Passage, work: Callable[[Passage], Awaitable[None]]) -> None:
@@ -140,6 +148,7 @@ class Passage:
         self.limits = limits
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
+        self._cut_by = "the manager is being stopped"
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -154,6 +163,13 @@ class Passage:
         self._streams_lines = False
         self._at_line_end = True
         self._started = False
+
+    def cancel(self, why: str) -> None:
+        """End it because the operator wants that."""
+        if not self.cut.is_set():
+            self.attempting.cancelled()
+            self._cut_by = why
+            self.cut.set()
 
     # --- its one end ---
 
@@ -311,7 +327,11 @@ class Passage:
                     continue
                 judged, following = await self._judge(answer)
                 if following is None:
-                    yield judged
+                    try:
+                        yield judged
+                    except UnavailableError as error:  # the answer breaks off
+                        attempting.broke_off(error.reason)
+                        raise
                     return
                 step = following
 
@@ -319,8 +339,9 @@ class Passage:
         """Return an answer for the client, or the step that follows an answer with an error."""
         attempting = self.attempting
         judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
         if not attempting.might_follow(judgement):
-            attempting.answered(judgement)
+            attempting.answered(judgement, retry_after_s=wait_s)
             return answer, None
         message = f"{attempting.work.instance} answered with status {answer.status}"
         content = bytearray()
@@ -328,19 +349,20 @@ class Passage:
             while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
                 content += piece
         except UnavailableError:
-            following = attempting.answered(judgement, message)
+            following = attempting.answered(judgement, message, retry_after_s=wait_s)
             if following is None:
                 raise
             return answer, following
         if len(content) > _MAX_HELD_BYTES:
             # A part must not be taken for the whole: the next attempt follows without this answer.
-            following = attempting.answered(judgement, message)
+            following = attempting.answered(judgement, message, retry_after_s=wait_s)
             if following is None:
                 raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
             return answer, following
         whole = WholeAnswer(answer.status, answer.headers, bytes(content))
         message = message_of(whole.content) or message
-        return whole, attempting.answered(judge(answer.status, message), message, whole)
+        judgement = judge(answer.status, message)
+        return whole, attempting.answered(judgement, message, whole, retry_after_s=wait_s)
 
     async def pass_on(
         self,
@@ -454,7 +476,7 @@ class Passage:
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
-                raise RefusedError(503, "cut off: the manager is being stopped", "cut")
+                raise RefusedError(503, f"cut off: {self._cut_by}", "cut")
         finally:
             for task in (working, leaving, cutting):
                 task.cancel()
@@ -523,6 +545,7 @@ class Passage:
 
     async def _fail(self, failure: RefusedError, retry_after_s: float | None) -> None:
         """Tell the caller, as far as it can still be told."""
+        self.attempting.message = failure.message
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}

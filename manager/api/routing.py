@@ -81,9 +81,12 @@ class AttemptBody(_Shape):
 
 
 class PassedOverBody(_Shape):
+    """A candidate that a request does not go to; `detail` adds to the reason in words."""
+
     instance: str
     model: str
     reason: Reason
+    detail: str
 
 
 class RefusedBody(_Shape):
@@ -121,7 +124,7 @@ def routing_router(backend: Backend) -> APIRouter:
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Where a request would go, without making it. Starts nothing."""
         facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
-        return JSONResponse(_decision(backend, backend.router.decide(facts)))
+        return JSONResponse(decision_json(backend, backend.router.decide(facts)))
 
     return router
 
@@ -157,7 +160,8 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
     }
 
 
-def _decision(backend: Backend, decision: Decision) -> dict[str, Any]:
+def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
+    """Return the values of a `DecisionBody`."""
     refused = decision.refused
     return {
         "role": decision.role,
@@ -174,7 +178,7 @@ def _decision(backend: Backend, decision: Decision) -> dict[str, Any]:
             for one in decision.in_order(backend.router.load())
         ],
         "passed_over": [
-            {"instance": one.instance, "model": one.model, "reason": one.reason}
+            {"instance": one.instance, "model": one.model, "reason": one.reason, "detail": one.detail}
             for one in decision.passed_over
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},

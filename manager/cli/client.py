@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import requests
 
@@ -14,7 +14,7 @@ from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.cli.locate import Endpoint
 
@@ -33,6 +33,7 @@ _NEXT_STEPS = {
     "key_required": "put the key of the daemon (server.key_file) into $OLLAMA_MANAGER_KEY",
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
+    "unknown_request": "`ollama-manager requests` lists the last ones",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -71,8 +72,19 @@ class RefusalError(CommandError):
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One card of an instance; None where it is not known."""
+
+    index: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
-    """The device of an instance; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes of all its cards, None where it is not known.
+
+    `uuid`, `index` and `name` are those of its first card.
+    """
 
     kind: str | None
     uuid: str | None
@@ -80,6 +92,7 @@ class Device:
     name: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +117,16 @@ class Drained:
 
     since: str
     until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
+
+    state: str
+    failures: int
+    retry_at: str | None
     reason: str | None
 
 
@@ -134,6 +157,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +261,10 @@ class Daemon:
     def rollback(self, instance_id: str) -> Change:
         return self._change(instance_id, "rollback")
 
+    def reset_breaker(self, instance_id: str) -> Instance:
+        with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
+            return self._read(_instance, _document(answer))
+
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
         with self._answer("POST", path, silence_s=None) as answer:
@@ -284,6 +312,28 @@ class Daemon:
                     yield None
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
+
+    def last_requests(self, **query: str | int | None) -> dict[str, Any]:
+        """Return the API's list of requests; parameters that are None are left out."""
+        return self._get("requests", query)
+
+    def request(self, request_id: str) -> dict[str, Any]:
+        """Return one request with its decision."""
+        return self._get(f"requests/{_quoted(request_id)}", {})
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel an open request."""
+        with self._answer("DELETE", f"{_API}/requests/{_quoted(request_id)}"):
+            pass
+
+    def explain(self, **query: str | None) -> dict[str, Any]:
+        """Return where a request would go."""
+        return self._get("explain", query)
+
+    def _get(self, path: str, query: Mapping[str, str | int | None]) -> dict[str, Any]:
+        given = urlencode({name: value for name, value in query.items() if value is not None})
+        with self._answer("GET", f"{_API}/{path}?{given}" if given else f"{_API}/{path}") as answer:
+            return _document(answer)
 
     def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
@@ -390,6 +440,7 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
+            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),
@@ -406,9 +457,21 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
-        # An older daemon has neither.
+        # An older daemon has none of these.
         drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
+        breaker=_breaker(body.get("breaker")),
+    )
+
+
+def _breaker(body: dict[str, Any] | None) -> Breaker | None:
+    if body is None:
+        return None
+    return Breaker(
+        state=str(body["state"]),
+        failures=int(body["failures"]),
+        retry_at=body["retry_at"],
+        reason=body["reason"],
     )
 
 

@@ -33,6 +33,7 @@ from manager.wire.statuses import (
     judge,
     outcome_of,
     outcome_without_answer,
+    retry_after_s,
     status_of,
 )
 from manager.wire.trace import traceparent
@@ -60,6 +61,8 @@ _MAX_HOLDING_S = 5.0
 _OK = 200
 _NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
 _LATER = {"Retry-After": "1"}
+# The libraries of OpenAI and Anthropic repeat a request at any 503, unless the answer says no.
+_NO_RETRY = {"X-Should-Retry": "false"}
 
 
 class _State(Enum):
@@ -73,11 +76,15 @@ class _State(Enum):
 
 
 class _End(NamedTuple):
-    """The end of an answer. One that is not whole has a `message`, for an error of that status."""
+    """The end of an answer. One that is not whole has a `message`, for an error of that status.
+
+    `fault` is why the server is to blame; None where it is not.
+    """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
+    fault: Reason | None = None
 
 
 class _Held(NamedTuple):
@@ -137,6 +144,7 @@ class Exchange:
     _held_head: AnswerHead | None = None
     _held_since = 0.0
     _is_active = False
+    _left: Outcome = "client_gone"
 
     def __init__(
         self,
@@ -226,7 +234,7 @@ class Exchange:
             self.is_left = True
             if self._relay.loads.others_wait(self, self._load):
                 return  # to cancel this request could cancel the load that they wait for
-        self._finish("client_gone")
+        self._finish(self._left)
 
     def pause(self) -> None:
         """The client does not read."""
@@ -247,7 +255,27 @@ class Exchange:
     def give_up(self) -> None:
         """The client has left, and so have all that waited for the same load."""
         if self._state is not _State.DONE:
-            self._finish("client_gone")
+            self._finish(self._left)
+
+    @property
+    def attempting(self) -> Attempting | None:
+        """Its life; None before its turn."""
+        return self._attempting
+
+    def cancel(self, why: str) -> None:
+        """End it because the operator wants that. A load that other requests wait for goes on without it."""
+        attempting, front, load = self._attempting, self._front, self._load
+        if front is None or attempting is None:
+            return  # the client has left: it ends with the load
+        attempting.cancelled()
+        why = f"cut off: {why}"
+        if self._state is _State.WAITING and load is not None and self._relay.loads.others_wait(self, load):
+            self._left = "cut"
+            self.is_left = self.response_complete = True
+            self._tell(front, UNAVAILABLE, why, _NO_RETRY)
+            self._let_go()
+        else:
+            self._fail(UNAVAILABLE, why, "cut", _NO_RETRY)
 
     def check(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
@@ -283,6 +311,8 @@ class Exchange:
             self._front.abort()
             self._finish("timeout")
         else:
+            assert self._attempting is not None  # noqa: S101  (its answer has begun)
+            self._attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             self._fail(504, f"nothing moved for {limit_s:g} s", "timeout")
 
     # --- what the server's side calls ---
@@ -293,7 +323,7 @@ class Exchange:
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish("client_gone")
+            self._finish(self._left)
             return
         if self._task is not None:
             self._cancel_task()
@@ -302,14 +332,13 @@ class Exchange:
         assert attempting is not None  # noqa: S101  (it has asked)
         judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
         # Only the words of an internal error say whether it is about the request or the server.
-        if attempting.might_follow(judgement) or (
-            head.status == INTERNAL_ERROR and not attempting.is_delivered
-        ):
+        if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
             self._state = _State.HOLDING
             self._held_head = head
             self._held_since = monotonic()
             return
-        attempting.answered(judgement)
+        wait_s = retry_after_s(head.lines) if head.status >= BAD_REQUEST else None
+        attempting.answered(judgement, retry_after_s=wait_s)
         if self._still_loaded and head.status == _OK:
             self._fail_to_unload()
         else:
@@ -354,10 +383,16 @@ class Exchange:
             self._attempting.delivered()
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
-            if end.message:
-                self._fail(end.status, end.message, end.outcome)
-            else:
-                self._finish(end.outcome)
+            self._end_with(end)
+
+    def _end_with(self, end: _End) -> None:
+        if end.fault is not None:
+            assert self._attempting is not None  # noqa: S101  (it has asked)
+            self._attempting.broke_off(end.fault)
+        if end.message:
+            self._fail(end.status, end.message, end.outcome)
+        else:
+            self._finish(end.outcome)
 
     def _hold(self, data: bytes, *, complete: bool) -> None:
         """Read the answer of a server that failed, before another attempt is made."""
@@ -368,7 +403,7 @@ class Exchange:
             kept, self._tail = bytes(self._tail), bytearray()
             assert self._attempting is not None  # noqa: S101
             self._attempting.spend()  # an answer of this size is the client's
-            self._attempting.answered(judge(head.status))
+            self._attempting.answered(judge(head.status), retry_after_s=retry_after_s(head.lines))
             self._deliver(head)
             self.answer_came(kept, complete=complete)
         elif complete:
@@ -386,7 +421,9 @@ class Exchange:
         if body is not None:
             held = _Held(head, body)
             message = message_of(body) or message
-        step = attempting.answered(judge(head.status, message), message, held)
+        step = attempting.answered(
+            judge(head.status, message), message, held, retry_after_s=retry_after_s(head.lines)
+        )
         if step is not None:
             self._follow(step)
         elif held is not None:
@@ -413,10 +450,12 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                if message_of(_last_line(tail)) is None:
+                error = message_of(_last_line(tail))
+                if error is None:
                     message = "the server ended the stream before its end"
-                    return _End("upstream_error", 502, message)
-                return _End("upstream_error")  # the server said so itself, in its last line
+                    return _End("upstream_error", 502, message, Reason.UPSTREAM_ERROR)
+                # The server said so itself, in its last line.
+                return _End("upstream_error", fault=judge(INTERNAL_ERROR, error).reason)
         return _ENDED_WELL if self._status == _OK else _End(outcome_of(self._status))
 
     def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
@@ -426,7 +465,7 @@ class Exchange:
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish("client_gone")
+            self._finish(self._left)
             return
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
@@ -538,7 +577,7 @@ class Exchange:
             if self._connection is not None:
                 self._drop_connection()
             if self._front is None:
-                self._finish("client_gone")  # the load that others wait for was this server's
+                self._finish(self._left)  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
             pool = self._relay.pools.pool(step.endpoint)
@@ -707,14 +746,22 @@ class Exchange:
         self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
     ) -> None:
         """Tell the client, in its dialect, as far as it can still be told."""
-        front, record = self._front, self._record
+        front = self._front
         self._cancel_task()
         self._drop_connection()
-        if front is None or record is None:
-            self._finish("client_gone")
+        if front is None or self._record is None:
+            self._finish(self._left)
             return
         if not self.received:
             self.keep_alive = False  # the rest of its body would be taken for the next request
+        self._tell(front, status, message, headers)
+        self._finish(outcome)
+
+    def _tell(self, front: Front, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        record, attempting = self._record, self._attempting
+        assert record is not None  # noqa: S101  (its turn has come)
+        assert attempting is not None  # noqa: S101
+        attempting.message = message
         told = self._answer.fail(
             front,
             status,
@@ -726,7 +773,6 @@ class Exchange:
         )
         if told:
             record.status = status
-        self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> None:
         if self._state is _State.DONE:

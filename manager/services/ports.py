@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
+    from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.wire.head import Header
@@ -284,6 +285,59 @@ class Registry(Protocol):
 
     async def check(self) -> None:
         """Look whether what is written can still be found after a restart."""
+        ...
+
+    def requests(self) -> RequestStore:
+        """Return the history of requests."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class StoredPage(NamedTuple):
+    """A part of the history, newest first.
+
+    `items` are request ids and JSON objects with the fields of each record. `cursor` is the place of the last
+    one that was looked at.
+    """
+
+    items: list[tuple[str, dict[str, Any]]]
+    cursor: int
+
+
+class RequestStore(Protocol):
+    """The requests that have ended. A call that returns has happened completely or not at all.
+
+    Raises:
+        RegistryUnwritableError: it could not be read or written.
+    """
+
+    async def add(self, batch: Sequence[Ended]) -> None:
+        """Store requests; one that is stored already stays as it is."""
+        ...
+
+    async def encoded(self, batch: Sequence[Ended]) -> bytes:
+        """Return requests in the form that `add_encoded` takes."""
+        ...
+
+    async def add_encoded(self, rows: bytes) -> None:
+        """Store requests of another process."""
+        ...
+
+    async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
+        """Return the requests that ended last, or the first ones behind a cursor."""
+        ...
+
+    async def get(self, request_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return record and decision of a request; None where it is not stored."""
+        ...
+
+    async def prune(self, before: datetime, *, most_rows: int, at_most: int) -> bool:
+        """Forget requests that ended before a time, and the oldest beyond `most_rows`.
+
+        Returns:
+            Whether more than `at_most` of them had to go, so that some are left.
+        """
         ...
 
     async def close(self) -> None: ...

@@ -52,6 +52,7 @@ LIVE = frozenset(
         "gateway.default_project",
         "gateway.access_log",
         "log.level",
+        "history",
     )
 )
 

@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.domain import cron
 from manager.domain.container import container_name
-from manager.domain.gpu import normal_pci
+from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
 from manager.domain.roles import USUAL_KINDS, RequestKind
@@ -58,7 +58,6 @@ DEFAULT_INSTANCE = "cpu"
 CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
 
-ALL_CARDS = "all"
 MOST_CARDS = 64
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
@@ -149,8 +148,11 @@ def _each_device_once(devices: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("an empty list; expected auto, all, or the UUIDs or PCI bus ids of cards")
     seen: set[str] = set()
     for device in devices:
-        if len(devices) > 1 and device in ("auto", ALL_CARDS):
+        if len(devices) > 1 and device in (AUTO, ALL):
             raise ValueError(f"{device!r} in a list; expected the UUIDs or PCI bus ids of cards")
+        if len(devices) > 1 and device.startswith(SLICE):
+            message = "is a slice of a card (MIG), and a program uses one slice alone or whole cards"
+            raise ValueError(f"{device!r} {message}; expected whole cards in a list")
         key = normal_pci(device) or device.lower()
         if key in seen:
             raise ValueError(f"{device!r} is listed twice; expected each card once")
@@ -282,6 +284,13 @@ class ScheduleSettings(Section):
         return self
 
 
+class HistorySettings(Section):
+    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+
+
 class BreakerSettings(Section):
     """`failures` in a row open the breaker of an instance, for `open_s` at first; seconds throughout."""
 
@@ -326,6 +335,7 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
+    history: HistorySettings = Field(default_factory=HistorySettings)
 
     @classmethod
     def settings_customise_sources(
@@ -368,9 +378,7 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         )
     for device in instance.device or ():
         if not (
-            device in ("auto", ALL_CARDS)
-            or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device)
-            or normal_pci(device)
+            device in (AUTO, ALL) or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
         ):
             allowed = "auto, all, a UUID (GPU-… or MIG-…), a PCI bus id such as 00000000:01:00.0, or a list"
             yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")

@@ -107,6 +107,15 @@ def test_every_role_is_listed_with_all_its_values(daemon: Daemon) -> None:
         "body": {"defaults": {"options": {"num_ctx": 2048}}, "overrides": {}},
         "system": {"text": None, "mode": "prepend"},
         "think": None,
+        "instances": None,
+        "reserved": 0,
+        "concurrency": None,
+        "queue": {"length": 100, "wait_s": 60.0},
+        "weight": 1,
+        "attempt_timeouts_s": [],
+        "mode": "sync",
+        "keep_warm": [],
+        "paid_fallback": False,
     }
     assert body["roles"]["thinking"]["model"] is None, "nothing is preselected"
     assert body["embedding_runtime_policy"] == body["roles"]["embedding"]["policy"] == "prefer_gpu"

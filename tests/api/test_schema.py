@@ -50,6 +50,8 @@ def description() -> dict[str, Any]:
         link=None,
         first_look=None,
         overviews=None,
+        service=None,
+        upgrades=None,
         refusals=Refusals(now=lambda: 0.0),
     )
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]

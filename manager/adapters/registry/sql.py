@@ -15,6 +15,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from manager.adapters.registry import tables
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
+from manager.adapters.registry.requests import SqlRequests
 from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ class SqlRegistry:
 
     def __init__(self, path: Path, *, busy_timeout_s: float) -> None:
         self._path = path.absolute()
+        self._busy_timeout_s = busy_timeout_s
         self._identities: dict[Path, tuple[int, int]] = {}
         self._reads = _engine(self._path, busy_timeout_s)
         self._writes = self._reads.execution_options(begin="BEGIN IMMEDIATE")
@@ -232,6 +234,10 @@ class SqlRegistry:
         """
         await self._call(self._refuse_if_moved)
 
+    def requests(self) -> SqlRequests:
+        """Return the history of requests, which is closed before the registry is."""
+        return SqlRequests(self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s)
+
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""
         if not self._closed:
@@ -315,6 +321,11 @@ class UnchangedRegistry(SqlRegistry):
     async def save_overrides(self, overrides: Mapping[str, Any]) -> None: ...
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None: ...
+
+    def requests(self) -> SqlRequests:
+        return SqlRequests(
+            self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s, stores=False
+        )
 
 
 def _engine(path: Path, busy_timeout_s: float) -> Engine:

@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from manager.domain.breaker import is_counted
+from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
+from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import Refusal
@@ -29,12 +33,14 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, RequestFacts
+    from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
+    from manager.services.routing.breakers import Breakers
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
@@ -82,9 +88,16 @@ class Deadlines:
     total_timeout_s: float = 3600.0
 
 
+def _forget(_ended: Ended) -> None:
+    """Keep no history."""
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The parts that all requests share. Built once by the composition root."""
+    """The parts that all requests share. Built once by the composition root.
+
+    `keep` takes each request that has ended into the history; it does not wait.
+    """
 
     router: Router
     placement: Placement
@@ -94,6 +107,9 @@ class Routing:
     slots: Slots
     puller: ModelPuller
     deadlines: Deadlines
+    breakers: Breakers
+    overload: Overload
+    keep: Callable[[Ended], None] = _forget
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -114,9 +130,11 @@ class Routing:
 class FixedAttempts:
     """Attempts that no decision was made for, such as the writers of a volume."""
 
+    decision = None
+
     def __init__(self, attempts: Sequence[Attempt]) -> None:
         self._coming = list(attempts)
-        self._made: list[str] = []
+        self.made: list[Attempt] = []
 
     @property
     def more(self) -> bool:
@@ -124,13 +142,13 @@ class FixedAttempts:
 
     @property
     def failed_on(self) -> frozenset[str]:
-        return frozenset(self._made[:-1])
+        return frozenset(attempt.instance for attempt in self.made[:-1])
 
     def next(self) -> Attempt | None:
         if not self._coming:
             return None
         attempt = self._coming.pop(0)
-        self._made.append(attempt.instance)
+        self.made.append(attempt)
         return attempt
 
     def start_no_other(self) -> None:
@@ -144,6 +162,9 @@ class Attempting:
     `answered` or `failed`, each of which gives the next step. `delivered` ends all attempts: the client has
     got a byte. `close` gives everything back, exactly once, and ends the record.
 
+    Attributes:
+        message: the error that the client gets, for the history.
+
     Args:
         routing: what all requests share.
         record: the record of the request; ended by `close`.
@@ -156,10 +177,13 @@ class Attempting:
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
+    message = ""
     start_ms: float | None = None
     _attempts: Attempts | FixedAttempts | None = None
+    _failures: tuple[Failure, ...] = ()
     _lease: Lease | None = None
     _place: Place | None = None
+    _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
@@ -342,7 +366,7 @@ class Attempting:
         if sent and self.cut is not None:
             reason, message = Reason.CANCELLED, self.cut
         if self._is_delivered:
-            self._note(attempt, reason, sent=sent, ours=ours)
+            self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
         # A target that is not repeatable is sent a request once, whatever becomes of it.
         is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
@@ -358,6 +382,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
+                self._settle(reason)
                 self._release_lease()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
@@ -367,7 +392,7 @@ class Attempting:
             and isinstance(self._attempts, Attempts)
         ):
             self._attempts.pull_failed()
-        self._note(attempt, reason, sent=sent, ours=ours)
+        self._note(attempt, reason, message, sent=sent, ours=ours)
         self._keep_trouble(
             Trouble(
                 reason,
@@ -393,13 +418,21 @@ class Attempting:
             return False
         return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
-    def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
+    def answered(
+        self,
+        judgement: Judgement,
+        message: str = "",
+        answer: object = None,
+        *,
+        retry_after_s: float | None = None,
+    ) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
 
         Args:
             judgement: what the answer says; without a reason it is the client's.
             message: the error in the answer.
             answer: kept for the client, should no later attempt answer.
+            retry_after_s: of the answer.
         """
         attempt = self.attempt
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
@@ -412,11 +445,14 @@ class Attempting:
                 self._routing.placement.reread_models(attempt.instance)
             return None
         self._routing.failed(attempt, reason, sent=self.record.kind is not None)
+        self._settle(reason)
+        if reason is Reason.OVERLOADED and self.record.kind is not None:
+            self._routing.overload.saturated(attempt.instance, retry_after_s)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
             return None
-        self.record.attempt_failed(attempt.instance, reason)
+        self._add_failure(attempt, reason, message)
         endpoint = self.record.endpoint
         self._keep_trouble(Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer))
         self._release()
@@ -426,12 +462,17 @@ class Attempting:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
 
+    def broke_off(self, reason: Reason) -> None:
+        """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
+        self._settle(reason)
+
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
         if now - self._began_at >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
-                self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, sent=True, ours=False)
+                why = f"no end within {deadlines.total_timeout_s:g} s"
+                self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, why, sent=True, ours=False)
             self._stop_waiting()
             if not self._is_delivered:
                 self.record.fallback, self.record.fallback_from = False, None  # nothing answered
@@ -460,17 +501,36 @@ class Attempting:
         """Take progress of what the request waits for."""
         self.heard = words
 
+    @property
+    def began_at(self) -> float:
+        """The monotonic time of the request's beginning."""
+        return self._began_at
+
+    @property
+    def seen(self) -> Ended:
+        """The request as the history takes it, by reference."""
+        return Ended(self.record, self._attempts, self._failures, self.message)
+
+    def cancelled(self) -> None:
+        """The operator has cancelled the request; its caller ends it with `close`."""
+        record = self.record
+        record.fallback_reason = Reason.CANCELLED
+        record.fallback, record.fallback_from = False, None
+
     def close(self, outcome: Outcome) -> None:
         """Give everything back and end the record. Counts once however often it is called."""
         if self._is_closed:
             return
         self._is_closed = True
         self._pending = None
+        if self._permit and outcome == "ok":
+            self._succeeded()
         self._release()
         record = self.record
         record.outcome = outcome
         record.duration_ms = (monotonic() - self._began_at) * 1000
         self._routing.ended(record)
+        self._routing.keep(self.seen)
 
     # --- helpers, in call order ---
 
@@ -499,7 +559,15 @@ class Attempting:
             self._pending = self._wait_for_first_look
             return WAIT
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+
+    def _retry_after_s(self, decision: Decision) -> float | None:
+        """Return when a refused request is worth another try; None where nothing tells."""
+        refused = decision.refused
+        if refused is None or refused.reason is not Reason.BREAKER_OPEN:
+            return None
+        shut = [one.instance for one in decision.passed_over if one.reason is Reason.BREAKER_OPEN]
+        return self._routing.breakers.retry_after_s(shut)
 
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
@@ -618,11 +686,29 @@ class Attempting:
         passed = next((one.instance for one in decision.passed_over if one.reason is reason), None)
         return passed or str(decision.policy)
 
-    def _leased(self, lease: Lease) -> Target:
+    def _leased(self, lease: Lease) -> Step:
         self._lease = lease
-        target = self.target = lease.target
-        self.record.endpoint = target.endpoint
+        target, record = lease.target, self.record
+        # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
+        if record.kind is not None and not self._starts_nothing:
+            self._permit = self._routing.breakers.admit(target.instance)
+            if not self._permit:
+                self._release()
+                return self._shut_out(target.instance)
+        self.target = target
+        record.endpoint = target.endpoint
         return target
+
+    def _shut_out(self, instance: str) -> Step:
+        """The breaker has opened since the decision: begin the next attempt, or give up."""
+        breakers, attempt = self._routing.breakers, self.attempt
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        self.record.attempt_failed(instance, Reason.BREAKER_OPEN)
+        message = f"{instance}: {breakers.why_shut(instance)}"
+        retry_after_s = breakers.retry_after_s((instance,))
+        trouble = Trouble(Reason.BREAKER_OPEN, message, retry_after_s, refused="unavailable", attempt=attempt)
+        self._keep_trouble(trouble)
+        return self._next()
 
     async def _prepare(self) -> Step:
         attempt, attempts = self.attempt, self._attempts
@@ -677,10 +763,16 @@ class Attempting:
             return False
         return self._attempts is not None and self._attempts.more
 
-    def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
-        self.record.attempt_failed(attempt.instance, reason)
+    def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
+        self._settle(None if ours else reason)
+        self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
+
+    def _add_failure(self, attempt: Attempt, reason: Reason, message: str) -> None:
+        self.record.attempt_failed(attempt.instance, reason)
+        if len(self._failures) < MOST_ATTEMPTS:
+            self._failures = (*self._failures, Failure(attempt, reason, message))
 
     def _keep_trouble(self, trouble: Trouble) -> None:
         """Keep the first trouble, unless it only says that a model is missing.
@@ -714,6 +806,34 @@ class Attempting:
             self._is_waiting = False
             self._pending = None
 
+    def _settle(self, reason: Reason | None) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+        permit, self._permit, attempt = self._permit, 0, self.attempt
+        if not permit or attempt is None:
+            return
+        breakers = self._routing.breakers
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        if reason is not None and is_fault and self.cut is None:
+            breakers.failed(attempt.instance, permit, reason)
+        else:
+            breakers.cancelled(attempt.instance, permit)
+
+    def _succeeded(self) -> None:
+        """The answer has come to its end."""
+        permit, self._permit, attempt, record = self._permit, 0, self.attempt, self.record
+        assert attempt is not None  # noqa: S101  (a permit belongs to an attempt)
+        self._routing.breakers.succeeded(attempt.instance, permit)
+        # A load takes as long as it takes, and an answer in one piece has no first token.
+        if (
+            record.stream
+            and record.kind is RequestKind.GENERATE
+            and record.ttfb_ms is not None
+            and record.start_ms is None
+            and attempt.because == "loaded"
+        ):
+            value_ms = record.ttfb_ms - record.queue_ms
+            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
+
     def _release(self) -> None:
         self._release_lease()
         if self._place is not None:
@@ -721,6 +841,8 @@ class Attempting:
 
     def _release_lease(self) -> None:
         self._is_waiting = False
+        if self._permit:
+            self._settle(None)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client.parser import text_string_to_metric_families
 
 from manager.adapters.metrics import FleetMetrics
+from manager.domain.breaker import BreakerState
 from manager.domain.instance import Driver, Phase
 from manager.errors import Reason
 from manager.services.lanes.slots import LaneState, SlotState
@@ -29,6 +30,7 @@ LABELS = {
     "ollama_manager_time_to_first_token_seconds": ("target",),
     "ollama_manager_in_flight": ("target",),
     "ollama_manager_instance_phase": ("instance", "phase"),
+    "ollama_manager_breaker_state": ("instance",),
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
     "ollama_manager_gpu_lost": ("uuid",),
     "ollama_manager_starts": ("instance", "result"),
@@ -36,6 +38,7 @@ LABELS = {
     "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
+    "ollama_manager_history_requests": ("result",),
     "ollama_manager_lane_in_flight": ("lane",),
     "ollama_manager_lane_queued": ("lane",),
     "ollama_manager_slots": ("instance",),
@@ -52,6 +55,7 @@ TYPES = {
     "ollama_manager_starts": "counter",
     "ollama_manager_log_lines_dropped": "counter",
     "ollama_manager_refusals": "counter",
+    "ollama_manager_history_requests": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
@@ -60,7 +64,10 @@ TYPES = {
 def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
     def state(id_: str, driver: Driver, **values: Any) -> Any:
         view = SimpleNamespace(spec=SimpleNamespace(id=id_, driver=driver), phase=Phase.READY, in_flight=3)
-        return SimpleNamespace(view=view, **{"starts_done": 0, "starts_failed": 0, **values})
+        breaker = SimpleNamespace(state=BreakerState.OPEN if id_ == "nas" else BreakerState.CLOSED)
+        return SimpleNamespace(
+            view=view, **{"starts_done": 0, "starts_failed": 0, "breaker": breaker, **values}
+        )
 
     cards = [
         SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None)),
@@ -81,6 +88,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         refusals or Refusals(now=lambda: 0.0),
         cast("Any", SLOTS),
         log_lines_dropped=lambda: 7,
+        history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
@@ -172,6 +180,8 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
+    assert values(families["ollama_manager_history_requests"], result="stored") == [40]
+    assert values(families["ollama_manager_history_requests"], result="dropped") == [2]
 
 
 def test_lanes_and_slots_are_those_of_the_moment() -> None:

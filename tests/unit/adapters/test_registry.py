@@ -32,6 +32,7 @@ from manager.adapters.registry import SqlRegistry, log, open_registry, opening, 
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
 from manager.domain.drained import Drained, drained_from
+from manager.domain.history import Filters
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
@@ -428,8 +429,9 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "operator_state"):
+        for table in ("overrides", "model_lists", "operator_state", "requests"):
             connection.execute(f"DROP TABLE {table}")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
     registry = await open_registry(path)
@@ -438,13 +440,15 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0004"
+    assert opening.verify(path) == tables.HEAD == "0007"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DROP TABLE operator_state")
+        connection.execute("DROP TABLE requests")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
             " ('/srv/models', '[]', '2026-01-01')"
@@ -454,6 +458,34 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
     lists = await registry.model_lists()
     await registry.close()
     assert lists == {"ollama-models": ({"name": "qwen3:8b"}, {"name": "tiny"}), "/srv/models": ()}
+
+
+async def test_a_learned_size_of_the_third_schema_is_one_of_a_single_card(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE operator_state")
+        connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
+        connection.execute("INSERT INTO learned_sizes VALUES ('gpu0', 'm', 'd', 7, '2026-01-01 00:00:00')")
+    set_revision(path, "0003")
+    registry = await open_registry(path)
+    (size,) = await registry.learned_sizes()
+    assert (size.vram_bytes, size.by_card) == (7, {})
+    await registry.save_learned_size(replace(size, vram_bytes=9, by_card={"GPU-a": 5, "GPU-b": 4}))
+    (size,) = await registry.learned_sizes()
+    await registry.close()
+    assert (size.vram_bytes, size.by_card) == (9, {"GPU-a": 5, "GPU-b": 4})
+
+
+@pytest.mark.parametrize("shares", ["[1]", '{"GPU-a": "5"}', '{"GPU-a": true}'])
+async def test_shares_of_cards_that_are_no_numbers_are_a_row_that_cannot_be_read(
+    path: Path, shares: str
+) -> None:
+    registry = await open_registry(path)
+    await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE learned_sizes SET by_card = ?", (shares,))
+    with pytest.raises(RegistryCorruptError, match="no numbers by card"):
+        await registry.learned_sizes()
+    await registry.close()
 
 
 async def test_a_failed_migration_leaves_the_file_as_it_is(
@@ -536,9 +568,15 @@ def lost_file(path: Path) -> None:
         (lost_file, "it is missing, but what was last written to it is in"),
     ],
 )
+@pytest.mark.parametrize("wholly_checked_bytes", [2**26, 0])
 async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
-    path: Path, damage: Callable[[Path], None], problem: str
+    path: Path,
+    damage: Callable[[Path], None],
+    problem: str,
+    wholly_checked_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(opening, "_WHOLLY_CHECKED_BYTES", wholly_checked_bytes)
     damage(path)
     before = digests(path.parent)
     with pytest.raises(RegistryCorruptError) as caught:
@@ -547,6 +585,27 @@ async def test_a_damaged_registry_is_refused_and_left_byte_for_byte(
     assert str(path) in caught.value.message
     assert problem in caught.value.message
     assert "mv -n " in caught.value.message
+
+
+async def test_the_history_in_a_large_registry_is_not_checked_at_each_start(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'requests'").fetchone()
+        (size,) = connection.execute("PRAGMA page_size").fetchone()
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    with pytest.raises(RegistryCorruptError):
+        opening.verify(path)
+    monkeypatch.setattr(opening, "_WHOLLY_CHECKED_BYTES", 0)
+    registry = await open_registry(path)
+    await registry.save_instance(FULL_ROW)
+    history = registry.requests()
+    with pytest.raises(RegistryCorruptError):
+        await history.last(Filters(), 1)
+    await history.close()
+    await registry.close()
 
 
 def flip(path: Path, at: int) -> None:

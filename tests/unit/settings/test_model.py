@@ -73,6 +73,14 @@ REFUSED: list[tuple[str, str]] = [
         "instances: {gpu0: {template: a, device: [00000000:01:00.0, '01:00.0']}}",
         "instances.gpu0.device: a list; '01:00.0' is listed twice; expected each card once",
     ),
+    (
+        "instances: {both: {template: a, device: [GPU-8c1f2d34, MIG-1]}}",
+        "instances.both.device: a list; 'MIG-1' is a slice of a card (MIG), and a program uses one",
+    ),
+    (
+        "instances: {nas: {driver: external, url: 'http://nas:11434', device: [GPU-1, GPU-2]}}",
+        "instances.nas.device: ['GPU-1', 'GPU-2']; expected cpu or gpu for driver external",
+    ),
     ("lifecycle: {ttl_s: true}", "lifecycle.ttl_s: true; expected a number"),
     # bounds
     ("server: {port: 0}", "server.port: 0; expected a port, 1-65535"),

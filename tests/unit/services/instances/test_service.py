@@ -87,9 +87,7 @@ async def test_a_plain_stop_of_what_drains_has_its_limit_and_a_forced_one_waits_
         assert rig.view("one").drained is not None
 
 
-async def test_a_drain_waits_for_the_requests_of_the_daemon_before_and_a_plain_stop_does_not() -> (
-    None
-):
+async def test_a_drain_waits_for_the_requests_of_the_daemon_before_and_a_plain_stop_does_not() -> None:
     rig = Rig()
     one, other = rig.add("one", limits=SHORT), rig.add("other", limits=SHORT)
     async with rig.running():
