@@ -30,9 +30,11 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.breaker import BreakerLimits
+from manager.domain.drained import Drained, drained_from
+from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
-from manager.domain.registry import InstanceRow
+from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
@@ -45,8 +47,10 @@ from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
+from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
+from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
@@ -66,7 +70,7 @@ from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.traffic import Traffic
-from manager.services.world import Revision, World, no_step
+from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -81,6 +85,7 @@ if TYPE_CHECKING:
 
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
+    from manager.adapters.registry import SqlRegistry
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
@@ -108,6 +113,7 @@ class Instances:
     sweeps: Sweeps
     cards: FoundCards
     first_look: FirstLook
+    service: Service
 
     def loops(self) -> dict[str, Loop]:
         return {
@@ -179,6 +185,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
     takes_over: bool = False,
     claims_within_s: float = 0.0,
     dry_run: bool = False,
+    others_work: Callable[[], bool] = no_others,
 ) -> AsyncIterator[Daemon]:
     """Build a daemon that holds its state directory. On leaving, its state is saved; containers run on.
 
@@ -190,6 +197,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         takes_over: take over the containers of other state directories, which were lost.
         claims_within_s: how long to wait for the claims of another daemon, which has promised to let go.
         dry_run: see `World`; nothing that happens is stored.
+        others_work: see `World`.
 
     Raises:
         StateDirHeldError: another daemon holds the state directory.
@@ -252,8 +260,15 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             owner=owner,
             revision=revision,
             server_changed=partial(_forget_server, breakers, overload),
+            others_work=others_work,
         )
-        make = _Maker(world, settings, templates, rows)
+        make = _Maker(
+            world,
+            settings,
+            templates,
+            rows,
+            await _orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
+        )
         parts = _instances(
             world,
             settings,
@@ -365,6 +380,13 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             fleet=fleet,
             capacity=parts.capacity,
             sweeps=parts.sweeps,
+            service=parts.service,
+            upgrades=Upgrades(
+                world,
+                fleet,
+                parts.capacity,
+                may_use=lambda image: image_allowed(image, settings.allow.images),
+            ),
             link=parts.link,
             first_look=parts.first_look,
             overviews=overviews,
@@ -392,8 +414,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
-        if not resume_idle_clock:  # a sweep reads no volume
-            loops["volumes"] = volume_reader.run
+        if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
+            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -450,7 +472,43 @@ def _instances(
     )
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link))
+    service = Service(world, fleet, capacity, link.asked)
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service)
+
+
+@dataclass(frozen=True, slots=True)
+class _Orders:
+    """What operators have ordered for instances, by id."""
+
+    drained: dict[str, Drained]
+    images: dict[str, ImageOverride]
+
+
+async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
+    """Read the orders of an earlier run; `ends_none` is whether no container is to be stopped for one.
+
+    No container is stopped for an order whose time has passed. An image that is not allowed any more is not
+    used.
+    """
+    now = _utcnow()
+    drained = {
+        instance_id: replace(order, stops=False) if ends_none or order.has_passed(now) else order
+        for instance_id, order in (await registry.orders(OrderKind.DRAINED, drained_from)).items()
+    }
+    images = await registry.orders(OrderKind.IMAGE, override_from)
+    for instance_id, override in images.items():
+        if not image_allowed(override.image, settings.allow.images):
+            journal.record(
+                "image_not_allowed",
+                instance=instance_id,
+                detail=f"{override.image} is not in allow.images any more: its template's image is used",
+            )
+    allowed = {
+        instance_id: override
+        for instance_id, override in images.items()
+        if image_allowed(override.image, settings.allow.images)
+    }
+    return _Orders(drained, allowed)
 
 
 class _Maker:
@@ -462,8 +520,10 @@ class _Maker:
         settings: Settings,
         templates: dict[str, Template],
         rows: dict[str, InstanceRow],
+        orders: _Orders,
     ) -> None:
         self._world = world
+        self._orders = orders
         self.settings = settings
         self._templates = templates
         self._rows = rows
@@ -475,9 +535,16 @@ class _Maker:
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
-            return ExternalInstance(self._world, spec)
+            return ExternalInstance(self._world, spec, drained=self._orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
-        return Supervisor(self._world, spec, self._with_port(row), may_run=capacity.may_run)
+        return Supervisor(
+            self._world,
+            spec,
+            self._with_port(row),
+            may_run=capacity.may_run,
+            drained=self._orders.drained.get(spec.id),
+            image=self._orders.images.get(spec.id),
+        )
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:
         return self.instance(capacity, self.spec(instance_id))

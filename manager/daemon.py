@@ -169,6 +169,7 @@ async def _serve_once(
         on_step=on_step,
         takes_over=take_over,
         claims_within_s=0.0 if predecessor is None else CLAIMS_WITHIN_S,
+        others_work=lambda: predecessor is not None and not predecessor.has_ended,
     ) as daemon:
         for danger in template_warnings(loaded):
             _log.warning("dangerous_template_setting", detail=danger)

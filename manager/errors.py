@@ -6,6 +6,7 @@ ManagerError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
+│   ├── DrainedError          the instance is out of service by an operator's order
 │   ├── LimitReachedError
 │   ├── LockedError           another process holds the instance
 │   ├── NameConflictError     a container that is not ours has our name
@@ -114,6 +115,12 @@ class CancelledByStopError(ConflictError):
     """A stop was asked for while the start was still going on."""
 
     code = Reason.CANCELLED.value
+
+
+class DrainedError(ConflictError):
+    """The instance is out of service by an operator's order."""
+
+    code = "drained"
 
 
 class LimitReachedError(ConflictError):

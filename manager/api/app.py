@@ -16,6 +16,7 @@ from manager.api.lanes import lanes_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.routing import routing_router
+from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         breakers_router(backend),
+        service_router(backend),
         routing_router(backend),
         lanes_router(backend),
         model_settings_router(backend),

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
+    from manager.services.instances.service import Service
     from manager.services.instances.sweeps import Sweeps
+    from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
     from manager.services.models.model_settings import ModelSettings
@@ -97,6 +99,8 @@ class Backend:
     fleet: Fleet
     capacity: Capacity
     sweeps: Sweeps
+    service: Service
+    upgrades: Upgrades
     link: EngineLink
     first_look: FirstLook
     overviews: Overviews

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+)
 
 from manager.domain.breaker import BreakerState  # noqa: TC001
 from manager.domain.instance import (  # pydantic reads annotations at run time
@@ -16,11 +25,16 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
     Phase,  # noqa: TC001
     Target,  # noqa: TC001
 )
+from manager.domain.template import IMAGE_PATTERN
 
 if TYPE_CHECKING:
+    from manager.domain.drained import Drained
+    from manager.domain.image_override import ImageInForce
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
     from manager.services.routing.breakers import BreakerView
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 @lru_cache(4096)  # most times of an instance stay as they are from one list to the next
@@ -81,6 +95,22 @@ class BreakerBody(_Body):
     reason: str | None
 
 
+class DrainedBody(_Body):
+    """An order that keeps an instance out of service; `until` is null where only a resume ends it."""
+
+    since: Time
+    until: Time | None
+    reason: str | None
+
+
+class ImageOverrideBody(_Body):
+    """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
+
+    image: str
+    previous: str
+    since: Time
+
+
 class InstanceBody(_Body):
     """One instance. `ttl_remaining_s` is null while its clock does not run."""
 
@@ -103,6 +133,8 @@ class InstanceBody(_Body):
     last_seen_at: Time | None
     starts: int
     container: ContainerBody | None
+    image_override: ImageOverrideBody | None
+    drained: DrainedBody | None
     models: list[ModelBody]
     breaker: BreakerBody
 
@@ -127,6 +159,27 @@ class InstancePatch(_Body):
 
     ttl_s: float | None = Field(default=None, strict=True, ge=0, le=31_622_400, allow_inf_nan=False)
     pinned: bool | None = Field(default=None, strict=True)
+
+
+def _timestamp(value: object) -> object:
+    """Let through RFC 3339 only; a number could be seconds or milliseconds."""
+    if not isinstance(value, str) or _RFC3339.fullmatch(value) is None:
+        raise ValueError("expected a time as in RFC 3339, with its offset, such as 2026-08-01T18:00:00Z")
+    return value
+
+
+class DrainRequest(_Body):
+    """What is left out is null: an order that comes again replaces reason, end and `stop`."""
+
+    reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)] | None = (
+        None
+    )
+    until: Annotated[AwareDatetime, BeforeValidator(_timestamp)] | None = None
+    stop: bool = Field(default=True, strict=True)
+
+
+class UpgradeRequest(_Body):
+    image: str = Field(max_length=255, pattern=IMAGE_PATTERN)
 
 
 class SweptBody(_Body):
@@ -264,6 +317,8 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         }
         if container
         else None,
+        "image_override": _image_override(view.image),
+        "drained": _drained(view.drained),
         "models": [
             {
                 "name": model.name,
@@ -286,6 +341,18 @@ def _breaker(breaker: BreakerView) -> dict[str, object]:
         "retry_at": _time(breaker.retry_at),
         "reason": breaker.reason,
     }
+
+
+def _drained(drained: Drained | None) -> dict[str, object] | None:
+    if drained is None:
+        return None
+    return {"since": _time(drained.since), "until": _time(drained.until), "reason": drained.reason}
+
+
+def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:
+    if chosen is None:
+        return None
+    return {"image": chosen.image, "previous": chosen.previous, "since": _time(chosen.since)}
 
 
 def _device(state: InstanceState) -> dict[str, object]:

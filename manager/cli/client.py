@@ -109,6 +109,23 @@ class Breaker:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """An order that keeps an instance out of service; times as the API has them."""
+
+    since: str
+    until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOverride:
+    """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
+
+    image: str
+    previous: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instance:
     """An instance as a person is shown it; the API's answer has more."""
 
@@ -125,7 +142,9 @@ class Instance:
     ttl_s: float
     ttl_remaining_s: float | None
     models: tuple[Model, ...]
-    breaker: Breaker | None = None  # an older daemon has none
+    drained: Drained | None = None
+    image_override: ImageOverride | None = None
+    breaker: Breaker | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +231,23 @@ class Daemon:
     def stop(self, instance_id: str, *, force: bool) -> Change:
         return self._change(instance_id, "stop?force=true" if force else "stop")
 
+    def drain(self, instance_id: str, *, reason: str | None, until: str | None, stop: bool) -> Change:
+        """Returns when the open requests have ended and the container is stopped, if it is to be."""
+        return self._change(instance_id, "drain", {"reason": reason, "until": until, "stop": stop})
+
+    def resume(self, instance_id: str) -> Change:
+        return self._change(instance_id, "resume")
+
+    def restart(self, instance_id: str) -> Change:
+        """Returns when the instance is ready with a new container, however long that takes."""
+        return self._change(instance_id, "restart")
+
+    def upgrade(self, instance_id: str, image: str) -> Change:
+        return self._change(instance_id, "upgrade", {"image": image})
+
+    def rollback(self, instance_id: str) -> Change:
+        return self._change(instance_id, "rollback")
+
     def reset_breaker(self, instance_id: str) -> Instance:
         with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
             return self._read(_instance, _document(answer))
@@ -264,9 +300,9 @@ class Daemon:
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
 
-    def _change(self, instance_id: str, verb: str) -> Change:
+    def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
-        with self._answer("POST", path, silence_s=None) as answer:
+        with self._answer("POST", path, body=body, silence_s=None) as answer:
             return self._read(_change, _document(answer))
 
     @contextmanager
@@ -385,6 +421,9 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
+        # An older daemon has none of these.
+        drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
+        image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
         breaker=_breaker(body.get("breaker")),
     )
 

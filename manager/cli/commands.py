@@ -13,6 +13,7 @@ import click
 
 from manager import __version__
 from manager.cli.failures import DONE, FAILED, Program, complain, innermost, warn
+from manager.cli.options import seconds
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -269,6 +270,83 @@ def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
     from manager.cli.locate import find_daemon  # noqa: PLC0415
 
     reset_breaker(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.option("--reason", metavar="TEXT", help="Why, for all who look.")
+@click.option(
+    "--for",
+    "for_s",
+    callback=seconds,
+    metavar="DURATION",
+    help="Put it back after that time, such as 90s, 15m, 2h or 30d.",
+)
+@click.option("--keep-running", is_flag=True, help="Do not stop its container.")
+@_talks
+def drain(
+    instance: str,
+    *,
+    reason: str | None,
+    for_s: float | None,
+    keep_running: bool,
+    url: str | None,
+    config: Path | None,
+) -> None:
+    """Take an instance out of service.
+
+    No new request goes there and nothing starts it until `resume`. Open requests end, then it is stopped.
+    """
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import drain_instance  # noqa: PLC0415
+
+    endpoint = find_daemon(url or _common_url(), config)
+    drain_instance(endpoint, instance, reason=reason, for_s=for_s, keep_running=keep_running)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def resume(instance: str, url: str | None, config: Path | None) -> None:
+    """Put an instance back in service."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import resume_instance  # noqa: PLC0415
+
+    resume_instance(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def restart(instance: str, url: str | None, config: Path | None) -> None:
+    """Replace the container of an instance, once its open requests have ended."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import restart_instance  # noqa: PLC0415
+
+    restart_instance(find_daemon(url or _common_url(), config), instance)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.argument("image")
+@_talks
+def upgrade(instance: str, image: str, url: str | None, config: Path | None) -> None:
+    """Have an instance use IMAGE, which is allowed and pulled, from now on; `rollback` goes back."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import upgrade_instance  # noqa: PLC0415
+
+    upgrade_instance(find_daemon(url or _common_url(), config), instance, image)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@_talks
+def rollback(instance: str, url: str | None, config: Path | None) -> None:
+    """Return an instance to the image before its last upgrade."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.service import roll_instance_back  # noqa: PLC0415
+
+    roll_instance_back(find_daemon(url or _common_url(), config), instance)
 
 
 @program.command()

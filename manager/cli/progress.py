@@ -1,4 +1,4 @@
-"""`start`, `stop` and `pull`: what goes on, on stderr; how it ended, on stdout."""
+"""`start`, `stop` and `pull`: progress on stderr, the outcome on stdout."""
 
 from __future__ import annotations
 
@@ -28,11 +28,19 @@ _LOOK_S = 0.3
 # A daemon that answers nothing for this long is given up, although the connection still stands.
 _PATIENCE_S = 30.0
 _LOG_LINES = 20
+_UNDONE_BY = {
+    "start": "stop",
+    "stop": "start",
+    "drain": "resume",
+    "restart": "stop",
+    "upgrade": "rollback",
+    "rollback": "stop",
+}
 
 
 def start_instance(endpoint: Endpoint, instance_id: str) -> None:
     began = time.monotonic()
-    change = _follow(endpoint, instance_id, "start", lambda daemon: daemon.start(instance_id))
+    change = follow(endpoint, instance_id, "start", lambda daemon: daemon.start(instance_id))
     instance = change.instance
     if change.changed:
         click.echo(f"{instance.id} is ready at {instance.endpoint} ({time.monotonic() - began:.1f} s)")
@@ -42,7 +50,7 @@ def start_instance(endpoint: Endpoint, instance_id: str) -> None:
 
 
 def stop_instance(endpoint: Endpoint, instance_id: str, *, force: bool) -> None:
-    change = _follow(endpoint, instance_id, "stop", lambda daemon: daemon.stop(instance_id, force=force))
+    change = follow(endpoint, instance_id, "stop", lambda daemon: daemon.stop(instance_id, force=force))
     if change.instance.phase not in {"stopped", "failed"}:  # somebody has started it again meanwhile
         click.echo(f"{instance_id} was stopped, and is {change.instance.phase} again")
     else:
@@ -72,8 +80,8 @@ def pull_images(endpoint: Endpoint, image: str | None) -> None:
         click.echo(f"{outcome} {name}" if outcome == "pulled" else f"{name} {outcome}")
 
 
-def _follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Daemon], Change]) -> Change:
-    """Make a call that takes long, showing the phases of the instance meanwhile."""
+def follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Daemon], Change]) -> Change:
+    """Make a call that takes long, showing the phases of the instance meanwhile; `verb` is the command."""
     request = _Request(lambda: call(Daemon(endpoint)))
     try:
         with _Phases(instance_id) as phases:
@@ -89,8 +97,8 @@ def _follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Dae
                 except RefusalError:
                     pass  # the call itself is refused as well, and says so better
     except KeyboardInterrupt:
-        other = "ollama-manager stop" if verb == "start" else "ollama-manager start"
-        click.echo(f"\nThe {verb} goes on in the daemon; `{other} {instance_id}` would undo it.", err=True)
+        undo = f"ollama-manager {_UNDONE_BY[verb]} {instance_id}"
+        click.echo(f"\nThe {verb} goes on in the daemon; `{undo}` would undo it.", err=True)
         raise
     try:
         return request.result()
@@ -107,7 +115,7 @@ def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb:
         with suppress(CommandError):
             reason = Daemon(endpoint).instance(instance_id).reason
             lines = reason.log_tail if reason is not None and reason.code == error.code else ()
-    outcome = "did not start" if verb == "start" else "was not stopped"
+    outcome = "was not stopped" if verb in {"stop", "drain"} else "did not start"
     message = f"{instance_id} {outcome}: {error.message}" + ("; its container said last:" if lines else "")
     return CommandError(
         message, exit_code=error.exit_code, next_step=error.next_step, lines=lines[-_LOG_LINES:]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from manager.cli.client import Device, Instance, Model, Orphan
+    from manager.cli.client import Device, Drained, Instance, Model, Orphan
 
 _GAP = 2
 _NONE = "-"
@@ -114,6 +114,27 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes}B"
 
 
+def drained_text(drained: Drained) -> str:
+    """`drained until 2026-08-01 18:00 UTC: driver update`."""
+    until = "" if drained.until is None else f" until {drained.until[:10]} {drained.until[11:16]} UTC"
+    reason = "" if drained.reason is None else f": {drained.reason}"
+    return _one_line(f"drained{until}{reason}")
+
+
+def _notes(instance: Instance) -> str:
+    """What is not as usual: out of service, the daemon's reason, another image than the template's."""
+    notes = []
+    if instance.drained is not None:
+        notes.append(drained_text(instance.drained))
+    if instance.reason is not None:
+        notes.append(f"{instance.reason.code}: {instance.reason.message}")
+    if instance.image_override is not None:
+        chosen = instance.image_override
+        notes.append(f"upgraded to {chosen.image} from {chosen.previous}")
+    notes += _breaker(instance)
+    return _one_line("; ".join(notes))
+
+
 def _row(instance: Instance) -> _Row:
     cells = (
         instance.id,
@@ -127,10 +148,9 @@ def _row(instance: Instance) -> _Row:
         ", ".join(map(_model, instance.models)) or _NONE,
     )
     reason = instance.reason
-    wrong = [f"{reason.code}: {reason.message}"] if reason else []
     return _Row(
         cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
-        reason=_one_line("; ".join([*wrong, *_breaker(instance)])),
+        reason=_notes(instance),
         log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
         brief_device=_one_line(_device(replace(instance.device, name=None))),
     )

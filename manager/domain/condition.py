@@ -16,6 +16,7 @@ from manager.domain.registry import Operation
 from manager.errors import Reason
 
 if TYPE_CHECKING:
+    from manager.domain.drained import Drained
     from manager.domain.instance import ContainerFacts
 
 
@@ -52,6 +53,9 @@ class Condition:
         paused: the container is paused, as of the last inspection.
         look_at: when the container is inspected next.
         bury_at: when an ended container may be removed.
+        drained: the operator's order to keep it out of service. While there is one nothing starts it.
+        is_patient: the requested stop waits for open leases however long they take, and may be taken back
+            until then.
     """
 
     name: str
@@ -71,6 +75,8 @@ class Condition:
     stop_retry: Retry = Retry()
     look_at: float | None = None
     bury_at: float | None = None
+    drained: Drained | None = None
+    is_patient: bool = False
 
     @property
     def is_listed(self) -> bool:
@@ -84,8 +90,18 @@ class Condition:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the server is ready and no operation was requested."""
-        return self.phase is Phase.READY and self.intent is None
+        """Whether the server is ready and in service, and no operation was requested."""
+        return self.is_in_service and self.intent is None
+
+    @property
+    def is_in_service(self) -> bool:
+        """Whether the server is ready and no order keeps it out of service."""
+        return self.phase is Phase.READY and self.drained is None
+
+    @property
+    def ends(self) -> bool:
+        """Whether a stop goes on, or was requested."""
+        return self.intent is Operation.STOP
 
     @property
     def usable_endpoint(self) -> str | None:
@@ -99,6 +115,8 @@ class Condition:
 
 
 _OCCUPYING = (Phase.STARTING, Phase.READY, Phase.DRAINING, Phase.STOPPING)
+# The phases in which a stop has something to end.
+_WITH_SERVER = (Phase.STARTING, Phase.READY)
 
 
 # --- events ---
@@ -181,6 +199,23 @@ class RestartRefused:
 @dataclass(frozen=True, slots=True)
 class ReplacementDue:
     """The container is to be replaced: stopped, then started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class RestartRequested:
+    """The operator wants a new container; open leases are waited for. Without a container it is a start."""
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOutOfService:
+    """The operator takes the instance out of service, or changes such an order."""
+
+    drained: Drained
+
+
+@dataclass(frozen=True, slots=True)
+class PutBackInService:
+    """The order to keep the instance out of service ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +319,9 @@ Event: TypeAlias = (
     | RestartDue
     | RestartRefused
     | ReplacementDue
+    | RestartRequested
+    | TakenOutOfService
+    | PutBackInService
     | StartBegun
     | ContainerChanged
     | BecameReady
@@ -347,16 +385,16 @@ def step(c: Condition, event: Event, now: float) -> Step:  # noqa: PLR0911  (one
             return _seen(c, event, now)
         case StartRequested() | StopRequested() | RestartDue() | RestartRefused() | ReplacementDue():
             return _requested(c, event, now), ()
+        case TakenOutOfService() | PutBackInService() | RestartRequested():
+            return _ordered(c, event, now), ()
         case StartBegun() | BecameReady() | StartFailed():
             return _started(c, event, now)
         case DrainBegun() | DiedInDrain() | StopBegun() | RunEnded() | Stopped() | StopFailed():
             return _stopped(c, event, now)
         case NothingToSweep():
             return _move(c, Fact.FOUND_ABSENT), ()
-        case BurialBegun():
-            return replace(c, bury_at=None), ()
-        case BurialFailed():
-            return replace(c, bury_at=now + c.carcass_kept_s), ()
+        case BurialBegun() | BurialFailed():
+            return replace(c, bury_at=None if event == BurialBegun() else now + c.carcass_kept_s), ()
         case CardLost() | CardReturned():
             return _card_changed(c, event)
         case PinChanged(pinned):
@@ -430,6 +468,8 @@ def _with_container(c: Condition, container: ContainerFacts | None) -> Condition
 def _listed(c: Condition, unfinished: Operation | None, now: float) -> Step:
     if unfinished is Operation.STOP and c.container is not None:
         return replace(c, intent=Operation.STOP), ()
+    if c.is_alive and _must_end(c):
+        return _ending(c), ()
     if c.is_alive:
         return _adopted(c)
     if unfinished is not None or c.target is Target.STOPPED:
@@ -446,7 +486,8 @@ def _inspected(c: Condition, known: ContainerFacts | None, now: float, *, out_of
             return _ended(_move(c, Fact.DIED), now)
         return _with_carcass(c, now), ()
     if c.phase is not Phase.READY or known is None or _is_another_run(known, facts) or facts.is_detached:
-        return _adopted(c)
+        # Somebody may have started it by hand although the instance is out of service.
+        return (_ending(_move(c, Fact.FOUND_RUNNING)), ()) if _must_end(c) else _adopted(c)
     if (facts.out_of_memory or out_of_memory) and c.failure is None:
         # Any process of the container may have been killed; the server may run on.
         message = f"a process in {c.name} was killed: more memory than its limit allows"
@@ -482,7 +523,7 @@ def _ended(c: Condition, now: float) -> Step:
         c,
         failure=why,
         start_retry=c.start_retry.failed(now),
-        target=c.target if c.pinned else Target.STOPPED,
+        target=c.target if _restarts(c) else Target.STOPPED,
     )
     return _with_carcass(c, now), (
         ForgetServer(),
@@ -504,21 +545,86 @@ def _with_carcass(c: Condition, now: float) -> Condition:
     return replace(c, bury_at=now + c.carcass_kept_s if c.bury_at is None else c.bury_at)
 
 
+def _restarts(c: Condition) -> bool:
+    """Whether it is started again by itself after a failure."""
+    return c.pinned and c.drained is None
+
+
+# --- out of service ---
+
+
+def _must_end(c: Condition) -> bool:
+    """Whether a container that runs is to be stopped because the instance is out of service."""
+    return c.drained is not None and c.drained.stops
+
+
+def _ending(c: Condition) -> Condition:
+    """Stop the container once its open leases have ended."""
+    return replace(
+        c, target=Target.STOPPED, intent=Operation.STOP, stop_retry=Retry(), is_patient=True, bury_at=None
+    )
+
+
+def _ordered(
+    c: Condition, event: TakenOutOfService | PutBackInService | RestartRequested, now: float
+) -> Condition:
+    match event:
+        case TakenOutOfService(drained):
+            return _taken_out(c, drained, now)
+        case PutBackInService():
+            c = replace(c, drained=None)
+            return _kept(c, now) if _may_be_kept(c) else c
+        case RestartRequested():
+            if not c.ends and (c.phase in _WITH_SERVER or c.is_alive):
+                return replace(_ending(c), target=Target.RUNNING)
+            return _requested(c, StartRequested(explicit=True), now)
+        case _:
+            assert_never(event)
+
+
+def _taken_out(c: Condition, drained: Drained, now: float) -> Condition:
+    c = replace(c, drained=drained)
+    if not c.is_listed:
+        return replace(c, target=Target.STOPPED)  # the first listing shows whether there is a container
+    if not drained.stops and _may_be_kept(c):
+        return _kept(c, now)
+    if c.ends:
+        return replace(c, target=Target.STOPPED)
+    if c.phase in _WITH_SERVER or c.is_alive:
+        return _ending(c) if drained.stops else c
+    return replace(c, target=Target.STOPPED, intent=None)  # a start that has not begun
+
+
+def _may_be_kept(c: Condition) -> bool:
+    """Whether a requested stop still waits for open leases and may be taken back."""
+    return c.ends and c.is_patient and c.phase in (Phase.READY, Phase.DRAINING)
+
+
+def _kept(c: Condition, now: float) -> Condition:
+    """Take the stop back: the container runs on."""
+    if c.phase is Phase.DRAINING:
+        c = _move(c, Fact.DRAIN_ENDED)
+    # No inspection counted while the stop was requested.
+    return replace(c, target=Target.RUNNING, intent=None, is_patient=False, look_at=now)
+
+
 # --- operations ---
 
 
-def _requested(
+def _requested(  # noqa: PLR0911  (one return an event)
     c: Condition,
     event: StartRequested | StopRequested | RestartDue | RestartRefused | ReplacementDue,
     now: float,
 ) -> Condition:
     match event:
+        case StartRequested() | RestartDue() if c.drained is not None:
+            return c
         case StartRequested(explicit):
             if explicit:
                 c = replace(c, start_retry=c.start_retry.due(), stop_retry=c.stop_retry.due())
             return replace(c, target=Target.RUNNING, intent=c.intent or Operation.START)
         case StopRequested():
-            c = replace(c, target=Target.STOPPED)
+            c = replace(c, target=Target.STOPPED, is_patient=False)
             if c.phase is Phase.STOPPED:
                 return replace(c, intent=None)  # the start had not begun: nothing has to be stopped
             retry = c.stop_retry.due() if c.intent is Operation.STOP else Retry()
@@ -547,7 +653,7 @@ def _started(c: Condition, event: StartBegun | BecameReady | StartFailed, now: f
             return replace(c, intent=intent, endpoint=endpoint, ready_since=now, start_retry=retry), ()
         case StartFailed(why):
             retry = c.start_retry.failed(now)
-            gives_up = c.intent is Operation.START and not c.pinned
+            gives_up = c.intent is Operation.START and not _restarts(c)
             c = replace(
                 _move(c, Fact.START_FAILED),
                 intent=intent,
@@ -578,13 +684,14 @@ def _stopped(
         case RunEnded():
             return _run_ended(c, now), ()
         case Stopped(may_start):
-            starts = c.target is Target.RUNNING and may_start
+            starts = c.target is Target.RUNNING and may_start and c.drained is None
             c = replace(
                 _move(_run_ended(c, now), Fact.REMOVED),
                 target=Target.RUNNING if starts else Target.STOPPED,
                 intent=Operation.START if starts else None,
                 stop_trouble=None,
                 bury_at=None,
+                is_patient=False,
             )
             return c, (ForgetServer(), DropClaim())
         case StopFailed(why):

@@ -17,6 +17,7 @@ class Fact(Enum):
     BECAME_READY = "its HTTP server answered"
     START_FAILED = "the start ended without a ready server"
     DRAIN_BEGUN = "it takes no new leases and waits for the open ones"
+    DRAIN_ENDED = "it takes new leases again: the stop was taken back while open ones were waited for"
     STOP_BEGUN = "its container is being ended"
     DIED = "its container ended without us"
     DIED_IN_DRAIN = "its container ended without us while leases were waited for"
@@ -49,6 +50,7 @@ _TABLE: dict[tuple[Phase, Fact], Phase] = {
     (Phase.READY, Fact.DRAIN_BEGUN): Phase.DRAINING,
     (Phase.READY, Fact.STOP_BEGUN): Phase.STOPPING,
     (Phase.READY, Fact.DIED): Phase.FAILED,
+    (Phase.DRAINING, Fact.DRAIN_ENDED): Phase.READY,
     # What dies while it is being stopped was going to end anyway: the stop goes on and cleans up.
     (Phase.DRAINING, Fact.DIED_IN_DRAIN): Phase.STOPPING,
     (Phase.DRAINING, Fact.STOP_BEGUN): Phase.STOPPING,

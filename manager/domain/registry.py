@@ -17,6 +17,14 @@ class Operation(StrEnum):
     STOP = "stop"
 
 
+class OrderKind(StrEnum):
+    """What an operator can order for an instance of any driver, beside its row."""
+
+    DRAINED = "drained"
+    LIFTED = "lifted"
+    IMAGE = "image"
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceRow:
     """The row of one instance. Times are UTC; None in `ttl_s` and `pinned` means: as configured.

@@ -571,7 +571,7 @@ class _Decider:
         place = self._snapshot.get(one.instance)
         models = place.models if place else None
         has = "may have" if models is None else "has" if model_key(one.model) in models else "could pull"
-        why = f"{one.reason}: {one.detail}" if one.detail else one.reason
+        why = f"{one.reason}; {one.detail}" if one.detail else one.reason
         message = f"{one.instance} {has} {one.model!r} and cannot be used now ({why})"
         return Refused("unavailable", one.reason, message)
 

@@ -130,7 +130,7 @@ VariableValue = Annotated[str, AfterValidator(_without_nul)]
 
 # Source of the grammar: distribution/reference, `[registry[:port]/]path[:tag][@digest]`.
 _PATH = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
-_IMAGE = (
+IMAGE_PATTERN = (
     rf"^(?:[a-zA-Z0-9][a-zA-Z0-9.-]*(?::[0-9]{{1,5}})?/)?{_PATH}(?:/{_PATH})*"
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64})?$"
 )
@@ -177,7 +177,7 @@ class Template(_Strict):
     """One container template. There is on purpose no key for a command, privileges or random ports."""
 
     description: str = ""
-    image: Annotated[str, Field(max_length=255, pattern=_IMAGE)]
+    image: Annotated[str, Field(max_length=255, pattern=IMAGE_PATTERN)]
     device: DeviceKind
     env: Annotated[dict[VariableName, VariableValue], BeforeValidator(_environment)] = Field(
         default_factory=dict

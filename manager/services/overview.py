@@ -241,6 +241,8 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.template_hash,
         view.models,
         view.available_models,
+        view.drained,
+        view.image,
         state.is_usable,
         state.gpu,
         state.starts_done,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 from manager.domain.container import LABEL_MANAGER
 
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
     from manager.domain.instance import ContainerFacts, Model
-    from manager.domain.registry import Event, InstanceRow, LearnedSize
+    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.wire.head import Header
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +268,20 @@ class Registry(Protocol):
         ...
 
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
+    async def orders(self, kind: OrderKind, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
+        """Instance id -> what an operator has ordered for it.
+
+        Args:
+            kind: of the orders.
+            read: makes an order of the stored JSON values; a LookupError, TypeError or ValueError of it means
+                that the registry is corrupt.
+        """
+        ...
+
+    async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
+        """Store an order in place of an earlier one; None forgets it."""
+        ...
+
     async def check(self) -> None:
         """Look whether what is written can still be found after a restart."""
         ...

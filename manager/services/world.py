@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 _STARTS_AT_ONCE = 8
 
 
+def no_others() -> bool:
+    """No daemon was replaced by this one."""
+    return False
+
+
 async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
 
@@ -49,6 +54,8 @@ class World:
     `revision` is that of the fleet. `starting` is held while a container is created and started, and by
     nothing else. `owner` is that of the state directory; None where owners are not distinguished.
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
+    `others_work` returns whether a daemon that this one has replaced still ends requests: those are in no
+    `in_flight`.
     """
 
     manager_id: str
@@ -65,6 +72,7 @@ class World:
     dry_run: bool = False
     owner: Owner | None = None
     server_changed: Callable[[str], None] = no_change
+    others_work: Callable[[], bool] = no_others
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 INSTANCE = {
     "id", "driver", "template", "device", "endpoint", "target", "phase", "health", "reason", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
-    "container", "models", "breaker",
+    "container", "image_override", "drained", "models", "breaker",
 }  # fmt: skip
 DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"}
 CONTAINER = {"id", "name", "image", "template_hash"}
@@ -134,6 +134,9 @@ def test_an_unknown_instance_is_404_on_every_route_of_an_instance(daemon: Daemon
         ("POST", "instances/nope/start"),
         ("POST", "instances/nope/stop"),
         ("GET", "instances/nope/logs"),
+        ("POST", "instances/nope/resume"),
+        ("POST", "instances/nope/restart"),
+        ("POST", "instances/nope/rollback"),
     ):
         error = error_of(daemon.call(method, path), 404)
         assert (error["code"], error["instance"]) == ("unknown_instance", "nope")
@@ -148,6 +151,9 @@ def test_an_unknown_instance_is_404_on_every_route_of_an_instance(daemon: Daemon
         ("GET", "instances/cpu?x=1"),
         ("POST", "instances/cpu/start?wiat=false"),
         ("POST", "instances/cpu/stop?forced=true"),
+        ("POST", "instances/cpu/drain?wiat=false"),
+        ("POST", "instances/cpu/resume?wait=false"),
+        ("POST", "instances/cpu/restart?force=true"),
         ("PATCH", "instances/cpu?x=1"),
         ("POST", "reap?dryrun=true"),
         ("POST", "pull?image=x"),
@@ -595,6 +601,8 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
             for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
+        *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
+        *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes")),
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",

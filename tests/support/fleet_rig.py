@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,8 +21,10 @@ from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
+from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Sweeps
+from manager.services.instances.upgrades import Upgrades
 from manager.services.ports import ContainerCounters, EngineEvent, EngineInfo, ProbeAnswer
 from manager.services.world import World
 from tests.support.attempts import Journal as Events
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerStatus
+    from manager.errors import RegistryUnwritableError
     from manager.services.instances.instance import Instance, View
     from manager.services.instances.sweeps import Schedule
 
@@ -288,6 +291,17 @@ class Cards:
 class Registry:
     def __init__(self) -> None:
         self.rows: dict[str, InstanceRow] = {}
+        self.orders: dict[tuple[str, str], Any] = {}
+        self.refuses: RegistryUnwritableError | None = None
+
+    async def save_order(self, instance: str, kind: str, value: Any) -> None:
+        await asyncio.sleep(0)
+        if self.refuses is not None:
+            raise self.refuses
+        if value is None:
+            self.orders.pop((instance, kind), None)
+        else:
+            self.orders[instance, kind] = value
 
     async def save_instance(self, row: InstanceRow) -> None:
         self.rows[row.id] = row
@@ -314,7 +328,8 @@ class Rig:
         self.journal = Journal()
         self.cards = Cards()
         self.registry = Registry()
-        self.ahead_s = 0.0
+        self.others_work = False
+        self.ahead_s = 0.0  # of both clocks
         self.world = World(
             manager_id=MANAGER,
             engine=cast("Any", self.engine),
@@ -324,8 +339,9 @@ class Rig:
             gpus=cast("Any", self.cards),
             journal=cast("Any", self.journal),
             now=lambda: time.monotonic() + self.ahead_s,
-            utcnow=lambda: datetime.now(UTC),
+            utcnow=lambda: datetime.now(UTC) + timedelta(seconds=self.ahead_s),
             resume_idle_clock=resume_idle_clock,
+            others_work=lambda: self.others_work,
         )
         self.fleet = Fleet(self.world, save_interval_s=INTERVAL_S)
         self.capacity = Capacity(self.world, self.fleet, max_running=max_running, recheck_s=INTERVAL_S)
@@ -343,6 +359,10 @@ class Rig:
         self.found = FoundCards(
             self.world, self.fleet, self.link, make=self.make_found, interval_s=INTERVAL_S
         )
+        self.service = Service(self.world, self.fleet, self.capacity, self.link.asked)
+        self.upgrades = Upgrades(
+            self.world, self.fleet, self.capacity, may_use=lambda image: image.startswith("ollama/")
+        )
         self.first_look = FirstLook(self.world, self.fleet, self.link)
         self.no_template: Exception | None = None
         for name in names:
@@ -353,22 +373,31 @@ class Rig:
         self.fleet.add(supervisor)
         return supervisor
 
-    def add_external(self, name: str = "nas") -> ExternalInstance:
+    def add_external(self, name: str = "nas", **orders: Any) -> ExternalInstance:
         limits = Limits(900, 5, 5, 5, INTERVAL_S, 15, 1)
         spec = InstanceSpec(name, Driver.EXTERNAL, None, limits, url="http://nas:1")
-        instance = ExternalInstance(self.world, spec)
+        instance = ExternalInstance(self.world, spec, **orders)
         self.fleet.add(instance)
         return instance
 
     def make(
         self, name: str, *, image: str = IMAGE, gpu: bool = False, reach: Any = "auto", **spec: Any
     ) -> Supervisor:
+        orders = {key: spec.pop(key) for key in ("drained", "override") if key in spec}
+        row = spec.pop("row", InstanceRow(id=name))
         device = DeviceKind.GPU if gpu else DeviceKind.CPU
         template = Template(image=image, device=device, reach=reach)
         full = InstanceSpec(
             name, Driver.DOCKER, device, spec.pop("limits", LIMITS), template=template, **spec
         )
-        return Supervisor(self.world, full, InstanceRow(id=name), may_run=self.capacity.may_run)
+        return Supervisor(
+            self.world,
+            full,
+            row,
+            may_run=self.capacity.may_run,
+            drained=orders.get("drained"),
+            image=orders.get("override"),
+        )
 
     def make_found(self, name: str) -> Instance:
         if self.no_template is not None:
@@ -391,7 +420,14 @@ class Rig:
 
     @asynccontextmanager
     async def running(self, *, settled: bool = True) -> AsyncIterator[Rig]:
-        loops = (self.fleet.run, self.capacity.run, self.link.run, self.sweeps.run, self.found.run)
+        loops = (
+            self.fleet.run,
+            self.capacity.run,
+            self.link.run,
+            self.sweeps.run,
+            self.found.run,
+            self.service.run,
+        )
         tasks = [asyncio.ensure_future(loop()) for loop in loops]
         try:
             if settled:

@@ -25,6 +25,7 @@ from tests.support.attempts import Clock, Journal
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Collection, Mapping
 
+    from manager.domain.drained import Drained
     from manager.domain.instance import Explanation
     from manager.services.instances.instance import Effort
     from manager.services.instances.leases import Lease
@@ -43,6 +44,8 @@ class FakeInstance:
         self.phase = Phase.READY
         self.explanation: Explanation | None = None
         self.is_silent = False
+        self.drained: Drained | None = None
+        self.ends = False
         self.loaded: tuple[str, ...] = ()
         self.on_volume: tuple[str, ...] | None = ("tiny",)
         self.listed: tuple[Mapping[str, Any], ...] | None = None

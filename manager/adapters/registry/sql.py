@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Table
 
-    from manager.domain.registry import Event, InstanceRow, LearnedSize
+    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
 
 T = TypeVar("T")
 
@@ -42,6 +42,7 @@ _SAVE_INSTANCE = _upsert(tables.instances)
 _SAVE_LEARNED_SIZE = _upsert(tables.learned_sizes)
 _SAVE_OVERRIDE = _upsert(tables.overrides)
 _SAVE_MODEL_LIST = _upsert(tables.model_lists)
+_SAVE_ORDER = _upsert(tables.operator_state)
 _BEYOND = select(tables.events.c.id).order_by(tables.events.c.id.desc()).offset(KEPT_EVENTS).limit(1)
 _PRUNE_EVENTS = delete(tables.events).where(tables.events.c.id <= _BEYOND.scalar_subquery())
 
@@ -206,6 +207,23 @@ class SqlRegistry:
         values = tables.from_model_list(volume, entries, datetime.now(UTC))
         await self._write(lambda connection: connection.execute(_SAVE_MODEL_LIST, values))
 
+    async def orders(self, kind: OrderKind, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
+        statement = select(tables.operator_state).where(tables.operator_state.c.kind == kind)
+
+        def work(connection: Connection) -> dict[str, T]:
+            return {row.instance: read(tables.to_order(row)) for row in connection.execute(statement)}
+
+        return await self._read(work)
+
+    async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
+        if value is None:
+            table = tables.operator_state
+            gone = delete(table).where(table.c.instance == instance, table.c.kind == kind)
+            await self._write(lambda connection: connection.execute(gone))
+        else:
+            row = tables.from_order(instance, kind, value, datetime.now(UTC))
+            await self._write(lambda connection: connection.execute(_SAVE_ORDER, row))
+
     async def check(self) -> None:
         """Look whether the files are still those that were opened.
 
@@ -296,6 +314,7 @@ class UnchangedRegistry(SqlRegistry):
     async def save_learned_size(self, size: LearnedSize) -> None: ...
     async def save_overrides(self, overrides: Mapping[str, Any]) -> None: ...
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
+    async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None: ...
 
 
 def _engine(path: Path, busy_timeout_s: float) -> Engine:

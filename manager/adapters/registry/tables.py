@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003")
+REVISIONS = ("0001", "0002", "0003", "0004")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -83,6 +83,16 @@ model_lists = Table(
     Column("volume", Text, primary_key=True),
     Column("entries", JSON, nullable=False),
     Column("read_at", DateTime, nullable=False),
+)
+
+# What operators have ordered for an instance, of any driver, beside its row; one row a kind of order.
+operator_state = Table(
+    "operator_state",
+    metadata,
+    Column("instance", String, primary_key=True),
+    Column("kind", String, primary_key=True),
+    Column("value", JSON, nullable=False),
+    Column("saved_at", DateTime, nullable=False),
 )
 
 
@@ -170,6 +180,16 @@ def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(row.entries, list) or not all(isinstance(entry, dict) for entry in row.entries):
         raise TypeError(f"the models of {row.volume} are no list of objects")
     return tuple(row.entries)
+
+
+def from_order(instance: str, kind: str, value: Mapping[str, Any], at: datetime) -> dict[str, Any]:
+    return {"instance": instance, "kind": kind, "value": dict(value), "saved_at": _stored(at)}
+
+
+def to_order(row: Row[Any]) -> Mapping[str, Any]:
+    if not isinstance(row.value, dict):
+        raise TypeError(f"the order {row.kind!r} for {row.instance} is no object")
+    return row.value
 
 
 def _stored(at: datetime | None) -> datetime | None:

@@ -138,20 +138,20 @@ class Capacity:
     async def stop(self, instance_id: str, *, force: bool = False) -> bool:
         """Have an instance stopped; False when it already was and did not wait for a place."""
         supervisor = self._fleet.managed(instance_id)
-        waited = self._withdraw(instance_id)
+        waited = self.withdraw(instance_id)
         return await supervisor.stop(force=force) or waited
 
     def begin_stop(self, instance_id: str, *, force: bool = False) -> bool:
         """Ask for an instance to be stopped, without waiting; False as `stop`."""
         supervisor = self._fleet.managed(instance_id)
-        waited = self._withdraw(instance_id)
+        waited = self.withdraw(instance_id)
         return supervisor.begin_stop(force=force) or waited
 
     async def stop_all(self) -> None:
         """Stop every instance of ours, and start none any more. A failed stop is left to the next daemon."""
         self._is_closed = True
         for instance_id in (*self._prewarms, *self._begun):
-            self._withdraw(instance_id)
+            self.withdraw(instance_id)
         supervisors = self._fleet.supervisors()
         stops = (supervisor.stop() for supervisor in supervisors)
         for supervisor, error in zip(
@@ -348,7 +348,7 @@ class Capacity:
             if self._begun.get(instance_id) is asyncio.current_task():
                 del self._begun[instance_id]
 
-    def _withdraw(self, instance_id: str) -> bool:
+    def withdraw(self, instance_id: str) -> bool:
         """Take back a start that waits for a place; False when none does."""
         if instance_id in self._prewarms:
             del self._prewarms[instance_id]

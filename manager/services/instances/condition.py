@@ -94,4 +94,5 @@ def _routed(condition: Condition) -> tuple[object, ...]:
         condition.failure,
         condition.card_lost,
         condition.paused,
+        condition.drained,
     )

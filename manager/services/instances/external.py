@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from manager.domain.instance import Explanation, Health, Phase, Target
 from manager.domain.lifecycle import Fact, advance
 from manager.errors import ConflictError, Reason, UnavailableError
-from manager.services.instances.instance import Instance, View
+from manager.services.instances.instance import Instance, View, drained_error
 
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from manager.domain.drained import Drained
     from manager.domain.instance import InstanceSpec
     from manager.services.world import World
 
@@ -21,8 +22,17 @@ _MISSED_PROBES = 3
 
 
 class ExternalInstance(Instance):
-    def __init__(self, world: World, spec: InstanceSpec) -> None:
+    """A server at a URL.
+
+    Args:
+        world: the collaborators of all instances.
+        spec: the configured side of the instance.
+        drained: the order to keep it out of service, None where there is none.
+    """
+
+    def __init__(self, world: World, spec: InstanceSpec, *, drained: Drained | None = None) -> None:
         super().__init__(world, spec)
+        self._drained = drained
         assert spec.url is not None, "configuration gives every external instance a url"  # noqa: S101
         self._url = spec.url.rstrip("/")
         self._phase = Phase.UNAVAILABLE
@@ -38,7 +48,7 @@ class ExternalInstance(Instance):
         return self._url
 
     def usable_endpoint(self) -> str | None:
-        return self._url if self._phase is Phase.READY else None
+        return self._url if self._phase is Phase.READY and self._drained is None else None
 
     def used(self) -> None:
         self._last_used_at = self._world.utcnow()
@@ -46,6 +56,8 @@ class ExternalInstance(Instance):
     async def start(self, *, explicit: bool = True) -> bool:
         if explicit:
             raise ConflictError(f"{self.id} is external: it is never started from here", instance=self.id)
+        if self._drained is not None:
+            raise drained_error(self.id, self._drained, self._world.utcnow())
         raise UnavailableError(
             f"{self.id} at {self._url} does not answer",
             reason=Reason.INSTANCE_UNAVAILABLE,
@@ -79,6 +91,7 @@ class ExternalInstance(Instance):
             template_hash=None,
             models=self._models,
             available_models=self._available,
+            drained=self._drained,
         )
 
     def _set_health(self, health: Health, issue: Explanation | None) -> None:

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.drained import why_out
 from manager.domain.instance import (
     DeviceKind,
     Explanation,
@@ -18,15 +19,18 @@ from manager.domain.instance import (
     Target,
 )
 from manager.domain.target import Target as Place
-from manager.errors import OutOfDescriptorsError, UnavailableError
+from manager.errors import ConflictError, DrainedError, OutOfDescriptorsError, UnavailableError
 from manager.services.instances.container_run import happens
 from manager.services.instances.leases import Lease, LeaseBook
+from manager.services.waiters import Waiters
 from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
 
+    from manager.domain.drained import Drained
+    from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
     from manager.services.world import World
 
@@ -64,6 +68,8 @@ class View:
     template_hash: str | None
     models: tuple[Model, ...]
     available_models: tuple[str, ...] | None
+    drained: Drained | None = None
+    image: ImageInForce | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +78,11 @@ class Effort:
 
     cpu_s: float
     vram_bytes: int
+
+
+def drained_error(instance: str, drained: Drained, now: datetime) -> DrainedError:
+    """The error for callers that want an instance which is out of service to run."""
+    return DrainedError(why_out(instance, drained), instance=instance, retry_after_s=drained.left_s(now))
 
 
 class Instance(ABC):
@@ -104,6 +115,8 @@ class Instance(ABC):
         self._tags_due = 0.0
         self._probing = asyncio.Lock()
         self._to_probe = asyncio.Event()
+        self._drained: Drained | None = None
+        self._quiet = Waiters()
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
     @abstractmethod
@@ -137,6 +150,45 @@ class Instance(ABC):
     @abstractmethod
     def used(self) -> None:
         """The instance has been used until just now."""
+
+    # --- out of service ---
+
+    @property
+    def drained(self) -> Drained | None:
+        """The operator's order to keep it out of service, None where there is none."""
+        return self._drained
+
+    @property
+    def ends(self) -> bool:
+        """Whether a stop goes on, or was requested."""
+        return False
+
+    @property
+    def returns(self) -> bool:
+        """Whether it is started again once it is back in service."""
+        return False
+
+    def take_out(self, drained: Drained) -> None:
+        """Give no leases any more; open ones go on."""
+        self._drained = drained
+        self._world.revision.advance()
+
+    def bring_back(self) -> None:
+        """Give leases again."""
+        self._drained = None
+        self._world.revision.advance()
+        self._quiet.settle(ConflictError(f"{self.id} was put back in service", instance=self.id))
+
+    async def out(self) -> None:
+        """Wait until the open leases have ended, and the container too where it is to be stopped.
+
+        Raises:
+            ManagerError: it was put back in service, or the stop failed.
+        """
+        if self.in_flight:
+            await self._quiet.outcome()
+
+    # --- leases ---
 
     async def lease(self) -> Lease:
         """Start the instance if need be and take a lease on it, atomically with the idle check.
@@ -301,6 +353,7 @@ class Instance(ABC):
         # As long as there are leases it is in use; their end is what an idle time begins with.
         if not self._leases.in_flight:
             self.used()
+            self._quiet.settle()
 
     @property
     def models(self) -> tuple[Model, ...]:

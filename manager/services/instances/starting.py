@@ -26,6 +26,16 @@ if TYPE_CHECKING:
     from manager.services.instances.workings import Workings
 
 
+# Failures that an operator's choice of an image may have caused.
+_OF_THE_IMAGE = (
+    Reason.IMAGE_MISSING,
+    Reason.START_FAILED,
+    Reason.START_TIMEOUT,
+    Reason.CONTAINER_EXITED,
+    Reason.OUT_OF_MEMORY,
+)
+
+
 class Starting:
     """Starts the container, or adopts the one that runs.
 
@@ -54,14 +64,17 @@ class Starting:
         """Raise the error that keeps a start from being requested now.
 
         Raises:
-            ManagerError: the engine or the card is missing, it is backing off, or too many instances run.
+            ManagerError: it is out of service, the engine or the card is missing, it is backing off, or too
+                many instances run.
         """
         w, state = self._w, self._w.condition.state
+        if state.drained is not None:
+            raise w.out_of_service(state.drained)
         if not w.engine_up or not state.is_listed:
             raise w.engine_away()
         if state.intent is Operation.START:
             return  # one more caller waits for its outcome
-        self._refuse_unusable()
+        self.refuse_unusable()
         failure, wait_s = state.failure, state.start_retry.at - w.world.now()
         if not explicit and failure is not None and wait_s > 0:
             raise BackingOffError(
@@ -128,7 +141,8 @@ class Starting:
             return False
         return True
 
-    def _refuse_unusable(self) -> None:
+    def refuse_unusable(self) -> None:
+        """Raise the error that keeps any start from succeeding."""
         why = self.unusable()
         if why is not None:
             raise UnavailableError(why.message, reason=why.code, instance=self._w.id)
@@ -139,10 +153,10 @@ class Starting:
         if not self.is_fresh:
             gpus.claim(w.id, need)
         else:
-            self._refuse_unusable()
+            self.refuse_unusable()
             if w.is_gpu:
                 await gpus.admit(w.id, needed_bytes=need, wait_s=w.spec.limits.vram_wait_s)
-                self._refuse_unusable()  # admission takes new readings: the card may have gone meanwhile
+                self.refuse_unusable()  # admission takes new readings: the card may have gone meanwhile
         return await w.run.up(
             w.request(),
             known=w.condition.state.container,
@@ -163,6 +177,9 @@ class Starting:
     def _end_failed(self, error: ManagerError) -> None:
         w = self._w
         tail = error.log_tail if isinstance(error, StartFailedError) else ()
+        if self.is_fresh and reason_of(error) in _OF_THE_IMAGE:
+            error.message += w.remedy
+            error.args = (error.message,)
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
         self.failed += 1
         error.instance = error.instance or w.id

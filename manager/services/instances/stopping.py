@@ -14,7 +14,7 @@ from manager.domain.condition import (
     Stopped,
 )
 from manager.domain.instance import Explanation, Phase, Target
-from manager.errors import LimitReachedError, ManagerError
+from manager.errors import ConflictError, LimitReachedError, ManagerError
 from manager.services.instances.container_run import happens
 from manager.services.instances.workings import reason_of
 from manager.services.waiters import Waiters
@@ -65,47 +65,84 @@ class Stopping:
 
     async def once(self) -> None:
         """Carry out the requested stop. A failure settles the waiting callers; it is not raised."""
-        w, gpus = self._w, self._w.world.gpus
+        w = self._w
         try:
             # A stop goes on even if it cannot be stored: at worst the next daemon adopts what is left.
             await w.store.save_quietly()
             await w.world.on_step(w.id, "stored")
             await self._drain()
-            if w.in_flight():
-                self._cut_leases()
-            w.condition.apply(StopBegun())
-            w.world.journal.record("stopping", instance=w.id, detail=self.detail)
-            held = gpus.holding(w.id)
-            gpu = gpus.gpu_of(w.id) if w.is_gpu else None
-            async with w.world.locks.hold(w.id):
-                await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
-            w.condition.apply(RunEnded())
-            if gpu is not None:
-                wait_s = w.spec.limits.vram_wait_s
-                if not await gpus.given_back(w.id, held, wait_s):
-                    w.world.journal.record("vram_not_given_back", instance=w.id, detail=gpu.uuid)
+            if w.condition.state.ends:
+                await self._end_container()
         except ManagerError as error:
             self._end_failed(error)
         else:
-            self._end()
+            if w.condition.state.phase is Phase.STOPPING:
+                self._end()
+            else:
+                self._end_kept()
         await w.store.save_quietly()
 
     async def _drain(self) -> None:
-        """Wait a bounded time for the open leases; no new ones are given until the next start."""
-        w = self._w
-        if w.condition.state.phase is not Phase.READY or w.in_flight() == 0 or self._force:
+        """Wait for the open leases; no new ones are given until the next start.
+
+        The wait has a limit unless the stop is patient. A patient one can be taken back or become plain.
+        """
+        w, limit_s = self._w, self._w.spec.limits.drain_timeout_s
+        state = w.condition.state
+        if not state.ends or state.phase is not Phase.READY or not self._is_used() or self._force:
             return
         w.condition.apply(DrainBegun())
-        w.world.journal.record("draining", instance=w.id, detail=f"{w.in_flight()} open leases")
-        deadline = w.world.now() + w.spec.limits.drain_timeout_s
-        while w.in_flight() and not self._force and (left_s := deadline - w.world.now()) > 0:
+        w.world.journal.record("draining", instance=w.id, detail=self._open_leases())
+        recall_at = w.world.now() + limit_s  # when a patient stop tells that it still waits
+        deadline: float | None = None
+        while w.condition.state.ends and self._is_used() and not self._force:
+            now = w.world.now()
+            if not w.condition.state.is_patient:
+                deadline = now + limit_s if deadline is None else deadline
+                if now >= deadline:
+                    break
+            elif now >= recall_at:
+                recall_at = float("inf")
+                self._tell_that_it_waits()
             self._news.clear()
             # A lost event must not cost the whole time: inspect now and then.
-            is_news = await happens(self._news, min(left_s, w.spec.limits.resync_interval_s))
+            until = min(recall_at if deadline is None else deadline, now + w.spec.limits.resync_interval_s)
+            is_news = await happens(self._news, until - now)
             if (w.signals.news.is_set() or not is_news) and await self._has_died():
-                w.condition.apply(DiedInDrain())
+                if w.condition.state.phase is Phase.DRAINING:
+                    w.condition.apply(DiedInDrain())
                 break
         await w.world.on_step(w.id, "drained")
+
+    def _tell_that_it_waits(self) -> None:
+        w = self._w
+        how = f"none is cut off; `ollama-manager stop --force {w.id}` does not wait for them"
+        w.world.journal.record("drain_waits", instance=w.id, detail=f"{self._open_leases()}; {how}")
+
+    def _is_used(self) -> bool:
+        """Whether leases are open. A patient stop waits for those of the daemon before this one, too."""
+        w = self._w
+        return w.in_flight() > 0 or (w.condition.state.is_patient and w.world.others_work())
+
+    def _open_leases(self) -> str:
+        count = self._w.in_flight()
+        return f"{count} open leases" if count else "open requests of the daemon that was replaced"
+
+    async def _end_container(self) -> None:
+        w, gpus = self._w, self._w.world.gpus
+        if w.in_flight():
+            self._cut_leases()
+        w.condition.apply(StopBegun())
+        w.world.journal.record("stopping", instance=w.id, detail=self.detail)
+        held = gpus.holding(w.id)
+        gpu = gpus.gpu_of(w.id) if w.is_gpu else None
+        async with w.world.locks.hold(w.id):
+            await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
+        w.condition.apply(RunEnded())
+        if gpu is not None:
+            wait_s = w.spec.limits.vram_wait_s
+            if not await gpus.given_back(w.id, held, wait_s):
+                w.world.journal.record("vram_not_given_back", instance=w.id, detail=gpu.uuid)
 
     async def _has_died(self) -> bool:
         self._w.signals.news.clear()
@@ -114,6 +151,13 @@ class Stopping:
             return container is None or await self._w.run.has_ended(container.id)
         except ManagerError:
             return False  # the stop that follows finds out
+
+    def _end_kept(self) -> None:
+        """The stop was taken back before the container was ended."""
+        self._force = False
+        self._kill_at_once = False
+        taken_back = f"the stop of {self._w.id} was taken back: it is to run on"
+        self.stoppers.settle(ConflictError(taken_back, instance=self._w.id))
 
     def _end(self) -> None:
         w = self._w

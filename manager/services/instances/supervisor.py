@@ -17,14 +17,16 @@ from manager.domain.condition import (
     LookRequested,
     NothingToSweep,
     PinChanged,
+    PutBackInService,
     ReplacementDue,
     StartRequested,
     StopRequested,
+    TakenOutOfService,
 )
 from manager.domain.container import LABEL_HASH, Reach, container_name
-from manager.domain.instance import ALIVE, Explanation, Health, Phase
+from manager.domain.image_override import with_image
+from manager.domain.instance import ALIVE, Explanation, Health, Phase, Target
 from manager.domain.reconcile import Bury, Look, Recreate, Situation, Start, Stop, Wait, next_action
-from manager.domain.registry import Operation
 from manager.domain.shown import shown
 from manager.errors import (
     CancelledByStopError,
@@ -38,6 +40,7 @@ from manager.services.instances.container_run import ContainerRun, Started, happ
 from manager.services.instances.idle_clock import IdleClock
 from manager.services.instances.instance import PROBE_BYTES, Effort, Instance, View
 from manager.services.instances.looking import Looking
+from manager.services.instances.replacing import Replacing
 from manager.services.instances.staleness import Staleness
 from manager.services.instances.starting import Starting
 from manager.services.instances.stopping import Stopping
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from datetime import datetime
 
+    from manager.domain.drained import Drained
+    from manager.domain.image_override import ImageOverride
     from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.domain.registry import InstanceRow
     from manager.services.ports import EngineEvent
@@ -70,11 +75,21 @@ class Supervisor(Instance):
     Args:
         row: the row that an earlier run has stored.
         may_run: raises when no further instance may run; called before a start is begun.
+        drained: the order to keep it out of service, None where there is none.
+        image: the operator's choice of its image, None for the image of its template.
     """
 
     def __init__(
-        self, world: World, spec: InstanceSpec, row: InstanceRow, *, may_run: Callable[[str], None]
+        self,
+        world: World,
+        spec: InstanceSpec,
+        row: InstanceRow,
+        *,
+        may_run: Callable[[str], None],
+        drained: Drained | None = None,
+        image: ImageOverride | None = None,
     ) -> None:
+        configured, spec = spec, with_image(spec, image)
         super().__init__(world, spec)
         if spec.template is None:
             raise ValueError(f"{spec.id} has no template")
@@ -83,8 +98,9 @@ class Supervisor(Instance):
         first = Condition(
             name=name,
             carcass_kept_s=spec.limits.resync_interval_s,
-            target=row.target,
+            target=row.target if drained is None else Target.STOPPED,
             pinned=self._store.pinned,
+            drained=drained,
         )
         self._condition = LiveCondition(world, spec.id, first, self._forget_server)
         self._w = Workings(
@@ -104,12 +120,16 @@ class Supervisor(Instance):
         self._usage = UsageWatch(world, self)
         self._starting = Starting(self._w, may_run, self._became_ready)
         self._stopping = Stopping(self._w, may_run, self._cut_leases)
+        self.replacing = Replacing(
+            self._w, self._starting, configured=configured, override=image, changed=self._service_changed
+        )
         self._wake = asyncio.Event()
         self._looking = Looking(self._w, self._wake.set, self._pause_changed)
         self._ready_at: datetime | None = None
         self._operation: asyncio.Task[None] | None = None
         self._last_look = asyncio.Lock()
         self._engine_grace: asyncio.TimerHandle | None = None
+        self._is_to_prewarm = False
 
     # --- commands ---
 
@@ -154,7 +174,12 @@ class Supervisor(Instance):
             return True  # the start had not begun
         if force:
             self._stopping.force()
-        if before.intent is not Operation.STOP:
+        self._stop_requested(before, detail)
+        return True
+
+    def _stop_requested(self, before: Condition, detail: str) -> None:
+        """Have a stop that was requested carried out; `before` is the condition before that."""
+        if not before.ends:
             self._stopping.detail = detail
             if self._operation is not None:
                 if self._starting.is_fresh and before.phase is Phase.STARTING:
@@ -162,7 +187,6 @@ class Supervisor(Instance):
                 self._operation.cancel()
         self._stopping.nudge()
         self._wake.set()
-        return True
 
     async def stop(self, *, force: bool = False) -> bool:
         if not self.begin_stop(force=force):
@@ -178,6 +202,42 @@ class Supervisor(Instance):
         """
         if self.ends:
             await self._stopping.stoppers.outcome()
+
+    # --- out of service ---
+
+    def take_out(self, drained: Drained) -> None:
+        before = self._condition.state
+        self._condition.apply(TakenOutOfService(drained))
+        self._condition.starters.settle(self._w.out_of_service(drained))
+        self._service_changed(before, drained.detail)
+
+    def bring_back(self) -> None:
+        before = self._condition.state
+        self._condition.apply(PutBackInService())
+        if before.phase is Phase.READY:
+            self._clock.used()  # a whole TTL begins
+        self._service_changed(before, "")
+        self._is_to_prewarm = False
+        super().bring_back()
+
+    def _service_changed(self, before: Condition, detail: str) -> None:
+        if self._condition.state.ends and not before.ends:
+            self._stop_requested(before, detail)
+        self._stopping.nudge()
+        self._wake.set()
+
+    async def out(self) -> None:
+        drained = self.drained
+        if drained is not None and drained.stops:
+            await self.stopped()
+        await super().out()
+
+    @property
+    def returns(self) -> bool:
+        drained = self.drained
+        return self._is_to_prewarm or (drained is not None and drained.ran and self.pinned)
+
+    # --- stops by the daemon itself ---
 
     async def stop_if_idle(self) -> bool:
         """Stop the instance when its TTL has run out, after a last look at its use."""
@@ -259,7 +319,14 @@ class Supervisor(Instance):
 
     # --- what the fleet calls ---
 
+    def use_image(self, override: ImageOverride | None) -> None:
+        """Use another image from the next start on; None for that of the template."""
+        self._take_over(self.replacing.choose(override))
+
     def reconfigure(self, spec: InstanceSpec) -> None:
+        self._take_over(self.replacing.effective(spec))
+
+    def _take_over(self, spec: InstanceSpec) -> None:
         super().reconfigure(spec)
         self._w.spec = self._store.spec = spec
         self._w.run.limits = spec.limits
@@ -283,6 +350,9 @@ class Supervisor(Instance):
         """Start with the daemon, unless an operation goes on already. The caller has seen to a place."""
         state = self._condition.state
         if self._store.is_dormant or state.intent or state.phase not in (Phase.STOPPED, Phase.FAILED):
+            return
+        if state.drained is not None:
+            self._is_to_prewarm = True  # once it is back in service
             return
         self._condition.apply(StartRequested(explicit=False))
         self._wake.set()
@@ -359,9 +429,12 @@ class Supervisor(Instance):
         return self._condition.state.is_ready and self._ttl_remaining_s() == 0
 
     @property
+    def drained(self) -> Drained | None:
+        return self._condition.state.drained
+
+    @property
     def ends(self) -> bool:
-        """Whether a stop goes on, or was requested."""
-        return self._condition.state.intent is Operation.STOP
+        return self._condition.state.ends
 
     @property
     def why_unusable(self) -> Explanation | None:
@@ -469,7 +542,7 @@ class Supervisor(Instance):
             in_flight=self.in_flight,
             pinned=self.pinned,
             ttl_s=self.ttl_s,
-            ttl_remaining_s=self._ttl_remaining_s() if state.phase is Phase.READY else None,
+            ttl_remaining_s=self._ttl_remaining_s() if state.is_in_service else None,
             started_at=container.started_at if container and container.status in ALIVE else None,
             ready_at=self._ready_at,
             last_used_at=self._last_used_at(),
@@ -479,6 +552,8 @@ class Supervisor(Instance):
             template_hash=container.labels.get(LABEL_HASH) if container else None,
             models=self._models,
             available_models=self._available,
+            drained=state.drained,
+            image=self.replacing.in_force,
         )
 
     # --- the loop ---
@@ -521,7 +596,7 @@ class Supervisor(Instance):
             retry_at=retry.at,
             look_at=state.look_at,
             bury_at=state.bury_at,
-            recreate_at=None if self._world.resume_idle_clock else recreate_at,
+            recreate_at=None if self._world.resume_idle_clock or state.drained else recreate_at,
             unused_since=self._clock.unused_since(self.in_flight),
             quiet_s=self.spec.limits.resync_interval_s,
         )

@@ -172,6 +172,8 @@ def _job(number: int) -> str:
 def _why_kept(view: View) -> str:
     if view.phase is not Phase.READY:
         return view.phase.value
+    if view.drained is not None:
+        return f"out of service ({view.drained.detail}), and kept running"
     if view.in_flight:
         return f"{view.in_flight} open leases"
     if view.pinned:

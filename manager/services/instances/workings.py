@@ -9,14 +9,16 @@ from manager.domain.container import LABEL_DEVICE, Reach, container_request, is_
 from manager.domain.instance import DeviceKind
 from manager.errors import EngineUnreachableError, Reason
 from manager.services.instances.container_run import Signals
+from manager.services.instances.instance import drained_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from manager.domain.container import ContainerRequest
+    from manager.domain.drained import Drained
     from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.domain.template import Template
-    from manager.errors import ManagerError
+    from manager.errors import DrainedError, ManagerError
     from manager.services.instances.condition import LiveCondition
     from manager.services.instances.container_run import ContainerRun
     from manager.services.instances.storing import Store
@@ -33,6 +35,7 @@ class Workings:
         signals: the engine's events about the current run.
         reach: how the container is reached; None where that cannot be told.
         engine_up: the engine answers.
+        remedy: the end of the message of a failed start, where an operator's choice may be the cause.
     """
 
     world: World
@@ -46,6 +49,7 @@ class Workings:
     signals: Signals = field(default_factory=Signals)
     reach: Reach | None = Reach.ADDRESS
     engine_up: bool = False
+    remedy: str = ""
 
     @property
     def id(self) -> str:
@@ -79,6 +83,9 @@ class Workings:
             facts, manager_id=world.manager_id, instance_id=self.id, owner=world.owner
         )
         return facts if ours else None
+
+    def out_of_service(self, drained: Drained) -> DrainedError:
+        return drained_error(self.id, drained, self.world.utcnow())
 
     def engine_away(self) -> EngineUnreachableError:
         error = EngineUnreachableError(f"the container engine at {self.world.engine.url} is not available")

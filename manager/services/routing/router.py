@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # stale snapshot costs one failed attempt, because the lease decides.
 _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
+# Below every priority that an instance can be given.
+_LAST = -1_000_000
 # Why an attempt is made on an instance that runs already.
 RUNNING = ("loaded", "running")
 
@@ -150,23 +152,28 @@ class Router:
         return self._revision.number, self._lists.version, self._settings.version
 
     def _candidate(self, instance: Instance) -> Candidate:
-        view = instance.view()
+        view, drained = instance.view(), instance.drained
         ready = instance.usable_endpoint() is not None
-        state, why_out, detail = State.STARTABLE, None, ""
-        if ready and not instance.is_silent:
+        state, why_out, priority = State.STARTABLE, None, instance.spec.priority
+        detail = "" if drained is None else drained.detail
+        if drained is not None:
+            state, why_out = State.OUT, Reason.INSTANCE_UNAVAILABLE
+        elif ready and not instance.is_silent:
             state = State.READY
         elif ready:
             state, why_out = State.OUT, Reason.INSTANCE_UNHEALTHY
         elif view.phase is Phase.UNAVAILABLE:
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+        elif instance.ends:
+            priority = _LAST  # it may be restarted, and can serve only after its stop
         if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
             state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
             state=state,
-            priority=instance.spec.priority,
+            priority=priority,
             models=self.models_of(instance),
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,

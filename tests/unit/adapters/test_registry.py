@@ -31,9 +31,10 @@ from sqlalchemy import create_engine
 from manager.adapters.registry import SqlRegistry, log, open_registry, opening, tables
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
+from manager.domain.drained import Drained, drained_from
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
-from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
+from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
 from tests.support.users import give
 
@@ -149,6 +150,7 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
     await registry.save_overrides({"roles.a.model": "m"})
     await registry.save_model_list("v", [{"name": "m"}])
+    await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
     await registry.close()
     with closing(sqlite3.connect(path)) as database:
         assert list(database.iterdump()) == before
@@ -242,6 +244,27 @@ async def test_only_the_newest_events_are_kept(registry: SqlRegistry) -> None:
     assert len(kept) == KEPT_EVENTS == 10_000
     assert (kept[0].id, kept[-1].id) == (8, 30_005)
     assert await registry.last_event_id() == 30_005
+
+
+async def test_an_order_of_each_kind_is_kept_for_each_instance_until_it_is_forgotten(
+    registry: SqlRegistry,
+) -> None:
+    drained = Drained(NOW, NOW + timedelta(hours=1), "driver update", stops=False, ran=True)
+    await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.save_order("gpu0", OrderKind.DRAINED, drained.stored())
+    await registry.save_order("nas", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.save_order("gpu0", OrderKind.LIFTED, {"until": "x"})
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {"gpu0": drained, "nas": Drained(NOW)}
+    await registry.save_order("gpu0", OrderKind.DRAINED, None)
+    await registry.save_order("gpu0", OrderKind.DRAINED, None)
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {"nas": Drained(NOW)}
+    assert await registry.orders(OrderKind.LIFTED, dict) == {"gpu0": {"until": "x"}}
+
+
+async def test_an_order_that_cannot_be_read_is_refused_and_not_reset(registry: SqlRegistry) -> None:
+    await registry.save_order("gpu0", OrderKind.DRAINED, {"since": "yesterday"})
+    with pytest.raises(RegistryCorruptError, match="a row in it cannot be read"):
+        await registry.orders(OrderKind.DRAINED, drained_from)
 
 
 async def test_a_learned_size_is_kept_once_for_instance_model_and_digest(registry: SqlRegistry) -> None:
@@ -405,7 +428,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists"):
+        for table in ("overrides", "model_lists", "operator_state"):
             connection.execute(f"DROP TABLE {table}")
     set_revision(path, "0001")
     monkeypatch.setenv("PYTHONWARNINGS", "error")
@@ -415,11 +438,12 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0003"
+    assert opening.verify(path) == tables.HEAD == "0004"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DROP TABLE operator_state")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"

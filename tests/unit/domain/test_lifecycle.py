@@ -89,7 +89,13 @@ def test_only_a_removed_container_ends_a_stop() -> None:
 
 
 def test_ready_is_only_what_has_answered() -> None:
-    assert {fact for (_, fact), there in TABLE.items() if there is Phase.READY} == {Fact.BECAME_READY}
+    to_ready = {fact for (_, fact), there in TABLE.items() if there is Phase.READY}
+    assert to_ready == {Fact.BECAME_READY, Fact.DRAIN_ENDED}
+
+
+def test_a_drain_that_is_taken_back_leads_from_where_it_began_to_there() -> None:
+    assert walked(Fact.DRAIN_BEGUN, Fact.DRAIN_ENDED, begin=Phase.READY) == [Phase.DRAINING, Phase.READY]
+    assert [phase for phase, fact in TABLE if fact is Fact.DRAIN_ENDED] == [Phase.DRAINING]
 
 
 def test_every_phase_with_a_container_can_be_stopped() -> None:

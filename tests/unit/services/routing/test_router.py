@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
+from manager.domain.drained import Drained
 from manager.domain.instance import DeviceKind, Explanation, Phase
 from manager.domain.models import MOST_NAME_LENGTH
 from manager.domain.roles import BodyChanges, RequestKind, Role
@@ -125,6 +128,38 @@ def test_what_is_unavailable_is_out_and_says_why(explanation: Explanation | None
     one = ground["a"]
     one.endpoint, one.phase, one.explanation = None, Phase.UNAVAILABLE, explanation
     assert (candidate(ground, "a").state, candidate(ground, "a").why_out) == (State.OUT, reason)
+
+
+@pytest.mark.parametrize(("reason", "detail"), [(None, "drained"), ("moves", "drained: moves")])
+def test_what_is_drained_is_out_and_says_so(reason: str | None, detail: str) -> None:
+    ground = Ground("a", "b")
+    ground["a"].drained = Drained(datetime(2026, 8, 1, tzinfo=UTC), reason=reason)
+    found = candidate(ground, "a")
+    assert (found.state, found.why_out, found.detail) == (
+        State.OUT,
+        Reason.INSTANCE_UNAVAILABLE,
+        detail,
+    )
+    decision = ground.router.decide(FACTS)
+    assert [(one.instance, one.detail) for one in decision.passed_over] == [("a", detail)]
+    ground["b"].drained = ground["a"].drained
+    ground.revision.advance()
+    refused = ground.router.decide(FACTS).refused
+    assert refused is not None
+    assert (refused.what, refused.reason) == ("unavailable", Reason.INSTANCE_UNAVAILABLE)
+    assert f"(instance_unavailable; {detail})" in refused.message
+
+
+def test_an_instance_that_ends_is_the_last_of_those_to_be_started_and_no_worse() -> None:
+    ground = Ground("a", "b")
+    for one in (ground["a"], ground["b"]):
+        one.endpoint, one.phase = None, Phase.STOPPED
+    ground["a"].spec = replace(ground["a"].spec, priority=1000)
+    ground["b"].spec = replace(ground["b"].spec, priority=-1000)
+    assert names(ground.router.attempts(FACTS)) == ["a", "b"]
+    ground["a"].ends, ground["a"].phase = True, Phase.STOPPING
+    ground.revision.advance()
+    assert names(ground.router.attempts(FACTS)) == ["b", "a"]
 
 
 def test_a_snapshot_is_kept_until_something_changes_or_a_second_has_passed() -> None:
