@@ -40,7 +40,7 @@ from tests.support.attempts import Journal
 from tests.support.virtual import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerStatus
@@ -230,6 +230,11 @@ class FakeEngine:
     async def logs_between(self, container_id: str, since: datetime, until: datetime) -> tuple[str, ...]:
         await self._called("logs_between")
         return tuple(line for at, line in self._known(container_id).log if since <= at <= until)
+
+    async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        yield ""
+        for line in await self.logs(container_id, tail):
+            yield f"{line}\n"
 
     async def counters(self, container_id: str) -> ContainerCounters:
         await self._called("counters")
