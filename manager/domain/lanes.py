@@ -3,7 +3,8 @@
 An instance has slots, a lane (a role) has rules. A lane may take a slot while it uses fewer of the instance
 than it has reserved there, or while a slot is free that no lane has reserved. Where several lanes wait for a
 slot, weighted start-time fair queuing decides (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM
-1996), with linear ageing; within a lane the same rule is fair between projects.
+1996), with linear ageing; within a lane the same rule is fair between projects. Each instance has a virtual
+time of its own, which reserved slots do not advance: lanes share what they compete for.
 
 After each call no request waits that could have a slot. So a newcomer that can have one overtakes nobody.
 """
@@ -90,7 +91,6 @@ class _Lane:
         "projects",
         "rules",
         "step",
-        "tag",
         "waiting",
         "waiting_on",
     )
@@ -98,7 +98,6 @@ class _Lane:
     def __init__(self) -> None:
         self.configure(_NO_RULES)
         self.in_flight = 0
-        self.tag = 0.0  # virtual time of its next request, among lanes
         self.at = 0.0  # virtual time within the lane, among projects
         self.projects: dict[str, float] = {}
         self.waiting: dict[Waiter, None] = {}
@@ -119,7 +118,17 @@ class _Lane:
 class _Slots:
     """The slots of one instance: how many, whose, and how many of them are reserved."""
 
-    __slots__ = ("reserved", "shared", "shared_used", "slots", "total", "used", "waiting_lanes")
+    __slots__ = (
+        "at",
+        "reserved",
+        "shared",
+        "shared_used",
+        "slots",
+        "tags",
+        "total",
+        "used",
+        "waiting_lanes",
+    )
 
     def __init__(self) -> None:
         self.slots: int | None = None
@@ -128,6 +137,8 @@ class _Slots:
         self.reserved: dict[str, int] = {}
         self.shared = 0  # slots that no lane has reserved
         self.shared_used = 0  # slots in use beyond what their lane has reserved
+        self.at = 0.0  # virtual time of the shared slots
+        self.tags: dict[str, float] = {}  # that of each lane's next request; `at` where it is not later
         self.waiting_lanes: dict[str, None] = {}
 
     @property
@@ -149,12 +160,14 @@ class _Slots:
         """Return whether the lane can ever have a slot here."""
         return self.slots is None or self.shared > 0 or self.reserved.get(lane, 0) > 0
 
-    def take(self, lane: str) -> None:
+    def take(self, lane: str, step: float) -> None:
         used = self.used.get(lane, 0)
         self.used[lane] = used + 1
         self.total += 1
         if used >= self.reserved.get(lane, 0):
             self.shared_used += 1
+            self.at = max(self.at, self.tags.get(lane, 0.0))
+            self.tags[lane] = self.at + step
 
     def give_back(self, lane: str) -> None:
         used = self.used[lane] - 1
@@ -171,6 +184,7 @@ class _Slots:
         self.reserved = reserved
         self.shared = (slots or 0) - sum(reserved.values())
         self.shared_used = sum(max(0, used - reserved.get(lane, 0)) for lane, used in self.used.items())
+        self.tags = {lane: tag for lane, tag in self.tags.items() if tag > self.at}
 
 
 class Lanes:
@@ -182,7 +196,6 @@ class Lanes:
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
         self._instances: dict[str, _Slots] = {}
-        self._now_tag = 0.0
         self._entries = 0
 
     # --- events ---
@@ -338,7 +351,7 @@ class Lanes:
             return None
         best: Waiter | None = None
         best_at = 0.0
-        has_shared, now_tag, lanes = instance.has_shared, self._now_tag, self._lanes
+        has_shared, now, tags, lanes = instance.has_shared, instance.at, instance.tags, self._lanes
         for name in instance.waiting_lanes:
             lane = lanes[name]
             limit = lane.concurrency
@@ -351,19 +364,15 @@ class Lanes:
             while not (head.is_waiting and id_ in head.instances):
                 heappop(heap)
                 head = heap[0][1]
-            tag = lane.tag
-            at = max(now_tag, tag) + AGEING_PER_S * head.since
+            at = max(now, tags.get(name, 0.0)) + AGEING_PER_S * head.since
             if best is None or at < best_at:
                 best, best_at = head, at
         return best
 
     def _grant(self, waiter: Waiter, lane: _Lane, id_: str) -> None:
-        start = max(lane.tag, self._now_tag)
-        self._now_tag = start
-        lane.tag = start + lane.step
         lane.at = max(lane.at, waiter.tag)
         lane.in_flight += 1
-        self._slots(id_).take(waiter.lane)
+        self._slots(id_).take(waiter.lane, lane.step)
         waiter.instance = id_
 
     def _queue(self, waiter: Waiter, lane: _Lane) -> None:

@@ -246,6 +246,8 @@ class Slots:
             if not waiter.is_waiting:
                 continue
             instances = place.choose()
+            if not waiter.is_waiting:  # the choice has renewed the snapshot, and with it the settings
+                continue
             if not instances:
                 place.settle("changed")
             elif self._lanes.change(waiter, instances):
