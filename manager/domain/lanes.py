@@ -11,8 +11,8 @@ After each call no request waits that could have a slot. So a newcomer that can 
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ AGEING_PER_S = 0.1
 RUN_PENALTY = 100.0
 # Projects that a lane remembers while requests wait.
 _MOST_PROJECTS = 4096
-# Entries of requests that left are dropped from a heap when they outnumber the others by this.
+# Entries of requests that left are dropped from a queue when they outnumber the others by this.
 _MOST_LEFT = 64
 
 
@@ -48,16 +48,20 @@ _NO_RULES = LaneRules()
 class Waiter:
     """A request that has a slot, or waits for one. `instance` is where its slot is, None while it waits."""
 
-    __slots__ = ("instance", "instances", "is_waiting", "key", "lane", "since", "tag")
+    __slots__ = ("entry", "instance", "instances", "key", "lane", "since", "tag")
 
     def __init__(self, lane: str, instances: tuple[str, ...], since: float) -> None:
         self.lane = lane
         self.instances = instances
         self.since = since
         self.instance: str | None = None
-        self.is_waiting = False
         self.tag = 0.0
         self.key: tuple[float, int] = (0.0, 0)
+        self.entry: _Entry | None = None  # in the queues of `instances`, while it waits
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.entry is not None
 
 
 class LaneLoad(NamedTuple):
@@ -76,23 +80,33 @@ class SlotLoad(NamedTuple):
     reserved_free: int
 
 
+class _Entry(NamedTuple):
+    """A place in queues; `number` is unique."""
+
+    tag: float
+    number: int
+    waiter: Waiter
+
+
 # `granted` and `waits` are final until the next call; the others leave nothing behind.
 Entry: TypeAlias = Literal["granted", "waits", "full", "never"]
 
 
 class _Lane:
-    """One lane. `heaps` has its waiting requests by instance; entries of those that left stay for a while."""
+    """One lane. `queues` has its waiting requests by instance, in order.
+
+    Entries of requests that wait there no longer stay for a while.
+    """
 
     __slots__ = (
         "at",
         "concurrency",
-        "heaps",
         "in_flight",
         "projects",
+        "queues",
         "rules",
         "step",
         "waiting",
-        "waiting_on",
     )
 
     def __init__(self) -> None:
@@ -101,8 +115,7 @@ class _Lane:
         self.at = 0.0  # virtual time within the lane, among projects
         self.projects: dict[str, float] = {}
         self.waiting: dict[Waiter, None] = {}
-        self.heaps: dict[str, list[tuple[tuple[float, int], Waiter]]] = {}
-        self.waiting_on: dict[str, int] = {}
+        self.queues: dict[str, list[_Entry]] = {}
 
     def configure(self, rules: LaneRules) -> None:
         self.rules = rules
@@ -151,7 +164,10 @@ class _Slots:
         return self.slots is None or self.shared_used < self.shared
 
     def has_room_for(self, lane: str) -> bool:
-        return not self.is_full and (self.has_shared or self.has_reserved(lane))
+        slots = self.slots
+        return slots is None or (
+            self.total < slots and (self.shared_used < self.shared or self.has_reserved(lane))
+        )
 
     def has_reserved(self, lane: str) -> bool:
         return self.used.get(lane, 0) < self.reserved.get(lane, 0)
@@ -262,7 +278,7 @@ class Lanes:
         if instances == waiter.instances:
             return False
         lane = self._lanes[waiter.lane]
-        self._unqueue(waiter, lane)
+        waiter.entry = None
         waiter.instances = instances
         if lane.has_room:
             for id_ in instances:
@@ -279,7 +295,7 @@ class Lanes:
         if lane is None:
             return []
         if waiter.is_waiting:
-            self._unqueue(waiter, lane)
+            waiter.entry = None
             del lane.waiting[waiter]
             self._forget(waiter.lane, lane)
             return []
@@ -291,7 +307,7 @@ class Lanes:
         self._instances[id_].give_back(waiter.lane)
         ids = [id_]
         if not had_room and lane.has_room:
-            ids += [one for one in lane.waiting_on if one != id_]
+            ids += [one for one in lane.queues if one != id_]
         found = self._assign(ids)
         self._forget(waiter.lane, lane)
         return found
@@ -339,7 +355,7 @@ class Lanes:
                 if waiter is None:
                     break
                 lane = self._lanes[waiter.lane]
-                self._unqueue(waiter, lane)
+                waiter.entry = None
                 del lane.waiting[waiter]
                 self._grant(waiter, lane, id_)
                 found.append(waiter)
@@ -351,6 +367,7 @@ class Lanes:
             return None
         best: Waiter | None = None
         best_at = 0.0
+        idle: list[str] = []
         has_shared, now, tags, lanes = instance.has_shared, instance.at, instance.tags, self._lanes
         for name in instance.waiting_lanes:
             lane = lanes[name]
@@ -359,14 +376,15 @@ class Lanes:
                 has_shared or instance.has_reserved(name)
             ):
                 continue
-            heap = lane.heaps[id_]
-            head = heap[0][1]
-            while not (head.is_waiting and id_ in head.instances):
-                heappop(heap)
-                head = heap[0][1]
+            head = _head(lane.queues[id_])
+            if head is None:
+                idle.append(name)
+                continue
             at = max(now, tags.get(name, 0.0)) + AGEING_PER_S * head.since
             if best is None or at < best_at:
                 best, best_at = head, at
+        for name in idle:
+            del lanes[name].queues[id_], instance.waiting_lanes[name]
         return best
 
     def _grant(self, waiter: Waiter, lane: _Lane, id_: str) -> None:
@@ -376,28 +394,19 @@ class Lanes:
         waiter.instance = id_
 
     def _queue(self, waiter: Waiter, lane: _Lane) -> None:
-        waiter.is_waiting = True
-        entry = waiter.key, waiter
+        entry = waiter.entry = _Entry(*waiter.key, waiter)
+        queues = lane.queues
         for id_ in waiter.instances:
-            count = lane.waiting_on.get(id_, 0) + 1
-            lane.waiting_on[id_] = count
-            if count == 1:
-                lane.heaps[id_] = [entry]
+            queue = queues.get(id_)
+            if queue is None:
+                queues[id_] = [entry]
                 self._slots(id_).waiting_lanes[waiter.lane] = None
-                continue
-            heap = lane.heaps[id_]
-            heappush(heap, entry)
-            if len(heap) > 2 * count + _MOST_LEFT:
-                heap[:] = {one: (one.key, one) for one in lane.waiting if id_ in one.instances}.values()
-                heapify(heap)
-
-    def _unqueue(self, waiter: Waiter, lane: _Lane) -> None:
-        waiter.is_waiting = False
-        waiting_on = lane.waiting_on
-        for id_ in waiter.instances:
-            count = waiting_on[id_] = waiting_on[id_] - 1
-            if not count:
-                del waiting_on[id_], lane.heaps[id_], self._instances[id_].waiting_lanes[waiter.lane]
+            elif entry > queue[-1]:
+                queue.append(entry)
+            else:
+                insort(queue, entry)
+            if queue is not None and len(queue) > 2 * len(lane.waiting) + _MOST_LEFT:
+                queue[:] = [one for one in queue if one.waiter.entry is one]
 
     def _remember_project(self, lane: _Lane, project: str, tag: float) -> None:
         if len(lane.projects) >= _MOST_PROJECTS:
@@ -411,6 +420,9 @@ class Lanes:
         """Drop what nothing needs any more."""
         if not lane.waiting:
             lane.projects.clear()
+            for id_ in lane.queues:
+                del self._instances[id_].waiting_lanes[name]
+            lane.queues.clear()
         if lane.rules is _NO_RULES and not lane.in_flight and not lane.waiting:
             del self._lanes[name]
 
@@ -425,3 +437,13 @@ class Lanes:
         if instance is None:
             instance = self._instances[id_] = _Slots()
         return instance
+
+
+def _head(queue: list[_Entry]) -> Waiter | None:
+    """Drop the first entries whose requests wait here no longer; return the first one that does."""
+    for number, entry in enumerate(queue):
+        if entry.waiter.entry is entry:
+            if number:
+                del queue[:number]
+            return entry.waiter
+    return None

@@ -1,4 +1,4 @@
-"""No slot is lost: many callers on real sockets, a fifth of them leave, servers die, settings change (A-10, U-8).
+"""No slot is lost: callers on real sockets, of whom a fifth leaves; servers die, settings change (A-10, U-8).
 
 LOAD_REQUESTS says how many requests are sent (20,000 by default). `pytest -s` shows what came of them.
 """
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import uvloop
 
-from tests.support.daemon import Daemon, free_port
+from tests.support.daemon import Daemon, free_port, wait_for
 from tests.support.slotted import Slotted, SlottedCaller, request_of
 
 if TYPE_CHECKING:
@@ -33,11 +33,12 @@ WAIT_S = 3.0
 MOST_GROWTH = 24 * 2**20
 SETTINGS = "/api/settings/models"
 INSTANCES = ("a", "b", "c")
+QUEUE = {"length": 30, "wait_s": WAIT_S}
 ROLES: dict[str, dict[str, Any]] = {
-    "alert-fast": {"instances": [*INSTANCES], "reserved": 1, "weight": 4, "queue": {"length": 40}},
-    "code-review": {"weight": 4, "queue": {"length": 30}},
-    "embedding": {"weight": 2},
-    "deep-rca": {"weight": 1, "concurrency": 4},
+    "alert-fast": {"instances": [*INSTANCES], "reserved": 1, "weight": 4, "queue": QUEUE},
+    "code-review": {"weight": 4, "queue": QUEUE},
+    "embedding": {"weight": 2, "queue": QUEUE},
+    "deep-rca": {"weight": 1, "concurrency": 4, "queue": QUEUE},
 }
 NO_ROLE = "tiny"
 LANES = (*ROLES, NO_ROLE)
@@ -62,12 +63,6 @@ class Load:
     async def call(self, method: str, path: str, **options: Any) -> Any:
         return await asyncio.to_thread(self.daemon.call, method, path, **options)
 
-    async def lanes(self) -> dict[str, Any]:
-        answer = await self.call("GET", "lanes")
-        assert answer.status_code == 200, answer.text
-        body: dict[str, Any] = answer.json()
-        return body
-
 
 def config(ports: dict[str, int], slots: dict[str, int]) -> dict[str, Any]:
     return {
@@ -81,10 +76,7 @@ def config(ports: dict[str, int], slots: dict[str, int]) -> dict[str, Any]:
             }
             for id_, port in ports.items()
         },
-        "roles": {
-            name: {"model": "tiny", **role, "queue": {"length": 100, "wait_s": WAIT_S, **role.get("queue", {})}}
-            for name, role in ROLES.items()
-        },
+        "roles": {name: {"model": "tiny", **role} for name, role in ROLES.items()},
         "lifecycle": {"probe_interval_s": 0.2},
     }
 
@@ -119,9 +111,12 @@ async def slots_change(load: Load, rng: random.Random) -> None:
     await asyncio.to_thread(load.daemon.configure, config(ports, slots))
     assert load.daemon.process is not None
     load.daemon.process.send_signal(signal.SIGHUP)
-    async with asyncio.timeout(20):
-        while {one["id"]: one["slots"] for one in (await load.lanes())["instances"]} != slots:
-            await asyncio.sleep(0.05)
+    await asyncio.to_thread(
+        wait_for,
+        lambda: {one["id"]: one["slots"] for one in load.daemon.get("lanes")["instances"]},
+        lambda found: found == slots,
+        within_s=20,
+    )
     await asyncio.sleep(0.5)
     for id_, server in load.servers.items():
         server.allowed = slots[id_]
@@ -157,6 +152,8 @@ async def calls(load: Load, number: int) -> None:
     caller = SlottedCaller()
     while load.left > 0:
         load.left -= 1
+        if load.left == int(0.8 * REQUESTS):
+            load.resident.append(resident(load))
         if not caller.is_open:
             caller = SlottedCaller()
             await caller.connect(port)
@@ -227,26 +224,10 @@ def resident(load: Load) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-async def watches_memory(load: Load) -> None:
-    while load.left > REQUESTS * 0.8:
-        await asyncio.sleep(0.05)
-    load.resident.append(resident(load))
-
-
 def is_at_rest(found: dict[str, Any]) -> bool:
     return not any(one["in_flight"] or one["queued"] for one in found["lanes"]) and not any(
         one["in_use"] for one in found["instances"]
     )
-
-
-async def at_rest(load: Load) -> dict[str, Any]:
-    """Return the lanes once nothing is in flight, or as they are after some seconds."""
-    deadline = monotonic() + 10
-    while True:
-        found = await load.lanes()
-        if is_at_rest(found) or monotonic() > deadline:
-            return found
-        await asyncio.sleep(0.05)
 
 
 async def run(load: Load, file: Path) -> None:
@@ -264,25 +245,22 @@ async def runs(load: Load, file: Path) -> None:
     rng = random.Random(0)
     await asyncio.to_thread(load.daemon.start, until_ready=False, watched=file)
     await asyncio.to_thread(load.daemon.wait_until_alive)
-    async with asyncio.timeout(30):
-        while {
-            one["phase"] for one in (await asyncio.to_thread(load.daemon.get, "instances"))["instances"]
-        } != {"ready"}:
-            await asyncio.sleep(0.05)
-    assert (await load.call("POST", "/api/chat", json={"model": "tiny", "stream": False})).status_code == 200
+    await asyncio.to_thread(
+        wait_for,
+        lambda: {one["phase"] for one in load.daemon.get("instances")["instances"]},
+        lambda phases: phases == {"ready"},
+    )
     tasks_before = (await asyncio.to_thread(held, load, file))["tasks"]
     load.began = monotonic()
     ends = asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
         meanwhile = [tasks.create_task(repeated(load, s, what, ends)) for s, what in DISTURBANCES]
-        tasks.create_task(watches_memory(load))
         callers = [tasks.create_task(calls(load, rng.randrange(2**32))) for _ in range(CALLERS)]
         await asyncio.wait(callers)
         ends.set()
         await asyncio.wait(meanwhile)
     load.took_s = monotonic() - load.began
-    found = await at_rest(load)
-    assert is_at_rest(found), found
+    await asyncio.to_thread(wait_for, lambda: load.daemon.get("lanes"), is_at_rest, within_s=10)
     load.resident.append(resident(load))
     instances = (await asyncio.to_thread(load.daemon.get, "instances"))["instances"]
     assert {one["id"]: one["in_flight"] for one in instances} == dict.fromkeys(INSTANCES, 0)
@@ -315,8 +293,10 @@ def test_no_slot_is_lost_while_callers_leave_servers_die_and_settings_change(tmp
     print(f"left: {dict(load.left_when)}; meanwhile: {dict(load.changes)}")
     print(f"longest wait: { {lane: round(s, 2) for lane, s in load.waited_s.items()} } s")
     print(f"resident: {[size // 2**20 for size in load.resident]} MiB")
-    print(f"most at once: { {id_: one.most for id_, one in servers.items()} }; over: {[o.over for o in servers.values()]}")
-    assert [one.over for one in servers.values()] == [[], [], []]
+    most = {id_: one.most for id_, one in servers.items()}
+    over = [one.over for one in servers.values()]
+    print(f"most at once: {most}; over: {over}")
+    assert over == [[], [], []]
     assert max(load.waited_s[name] for name in ROLES) <= WAIT_S + 1
     assert growth <= MOST_GROWTH
     assert set(load.statuses) <= {200, 429, 502, 503, -200, 0}, load.statuses

@@ -87,8 +87,8 @@ class Slotted:
         self.at_work.add(one)
         self.most = max(self.most, len(self.at_work))
         if self.allowed is not None and len(self.at_work) > self.allowed:
-            loop = asyncio.get_running_loop()
-            loop.call_later(_SEEN_WITHIN_S, self._look, {one: one.number for one in self.at_work}, self.allowed)
+            seen = {one: one.number for one in self.at_work}
+            asyncio.get_running_loop().call_later(_SEEN_WITHIN_S, self._look, seen, self.allowed)
 
     def _look(self, seen: dict[_Serving, int], allowed: int) -> None:
         held = sum(one in self.connections or one.number != number for one, number in seen.items())

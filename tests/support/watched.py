@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -30,7 +29,7 @@ def _count(file: Path) -> None:
     found = {kind.__name__: kinds[kind] for kind in _COUNTED}
     new = file.with_suffix(".new")
     new.write_text(json.dumps({"tasks": len(asyncio.all_tasks()), **found}), encoding="utf-8")
-    os.replace(new, file)
+    new.replace(file)
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def test_requests_that_leave_the_queue_leave_its_memory_too() -> None:
     for _ in range(1000):
         here.leave(queued(here, "x"))
     lane = here._lanes["x"]
-    assert len(lane.heaps["a"]) < 100
+    assert len(lane.queues["a"]) < 100
 
 
 # --- settings -------------------------------------------------------------------------------------
