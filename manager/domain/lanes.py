@@ -246,12 +246,9 @@ class Lanes:
         `full`: no slot is free, and as many wait already as the lane allows. `never`: no slot of those
         instances is for that lane. A run is not bounded by the length of the queue.
         """
+        if self.take(waiter):
+            return "granted"
         lane = self._lane(waiter.lane)
-        if lane.has_room:
-            for id_ in waiter.instances:
-                if self._slots(id_).has_room_for(waiter.lane):
-                    self._grant(waiter, lane, id_)
-                    return "granted"
         if not any(self._slots(id_).could_serve(waiter.lane) for id_ in waiter.instances):
             self._forget(waiter.lane, lane)
             return "never"
@@ -265,6 +262,17 @@ class Lanes:
         lane.waiting[waiter] = None
         self._queue(waiter, lane)
         return "waits"
+
+    def take(self, waiter: Waiter) -> bool:
+        """Give a request a slot of the first of its instances that has a free one; return whether it has one."""
+        lane = self._lane(waiter.lane)
+        limit = lane.concurrency
+        if limit is None or lane.in_flight < limit:
+            for id_ in waiter.instances:
+                if self._slots(id_).has_room_for(waiter.lane):
+                    self._grant(waiter, lane, id_)
+                    return True
+        return False
 
     def hold(self, waiter: Waiter, instance: str) -> None:
         """Count a slot that a request uses already, whether or not one is free."""
@@ -280,12 +288,9 @@ class Lanes:
         lane = self._lanes[waiter.lane]
         waiter.entry = None
         waiter.instances = instances
-        if lane.has_room:
-            for id_ in instances:
-                if self._slots(id_).has_room_for(waiter.lane):
-                    del lane.waiting[waiter]
-                    self._grant(waiter, lane, id_)
-                    return True
+        if self.take(waiter):
+            del lane.waiting[waiter]
+            return True
         self._queue(waiter, lane)
         return False
 
@@ -302,13 +307,15 @@ class Lanes:
         id_, waiter.instance = waiter.instance, None
         if id_ is None:
             return []
-        had_room = lane.has_room
+        limit = lane.concurrency
+        had_room = limit is None or lane.in_flight < limit
         lane.in_flight -= 1
-        self._instances[id_].give_back(waiter.lane)
-        ids = [id_]
-        if not had_room and lane.has_room:
-            ids += [one for one in lane.queues if one != id_]
-        found = self._assign(ids)
+        instance = self._instances[id_]
+        instance.give_back(waiter.lane)
+        found: list[Waiter] = []
+        if instance.waiting_lanes or not had_room:
+            others = [] if had_room or not lane.has_room else [one for one in lane.queues if one != id_]
+            found = self._assign([id_, *others])
         self._forget(waiter.lane, lane)
         return found
 
@@ -418,7 +425,7 @@ class Lanes:
 
     def _forget(self, name: str, lane: _Lane) -> None:
         """Drop what nothing needs any more."""
-        if not lane.waiting:
+        if lane.queues and not lane.waiting:
             lane.projects.clear()
             for id_ in lane.queues:
                 del self._instances[id_].waiting_lanes[name]
