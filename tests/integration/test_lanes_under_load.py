@@ -268,7 +268,7 @@ async def runs(load: Load, file: Path) -> None:
     while True:
         after = await asyncio.to_thread(held, load, file)
         tasks = after.pop("tasks") - tasks_before
-        if not tasks and not any(after.values()):
+        if tasks <= 0 and not any(after.values()):
             return
         assert monotonic() < deadline, (tasks, after)
         await asyncio.sleep(0.1)
