@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from manager.domain.drained import Drained
     from manager.domain.gpu import Gpu, NamedCard
     from manager.domain.image_override import ImageInForce
+    from manager.domain.lifted import Lifted
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
     from manager.services.routing.breakers import BreakerView
@@ -108,6 +109,14 @@ class DrainedBody(_Body):
     reason: str | None
 
 
+class LiftedBody(_Body):
+    """An order that the deny rules of an instance do not hold until then."""
+
+    since: Time
+    until: Time
+    reason: str | None
+
+
 class ImageOverrideBody(_Body):
     """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
 
@@ -153,6 +162,7 @@ class InstanceBody(_Body):
     container: ContainerBody | None
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
+    lifted: LiftedBody | None
     models: list[ModelBody]
     breaker: BreakerBody
 
@@ -186,14 +196,23 @@ def _timestamp(value: object) -> object:
     return value
 
 
+GivenTime = Annotated[AwareDatetime, BeforeValidator(_timestamp)]
+GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
 class DrainRequest(_Body):
     """What is left out is null: an order that comes again replaces reason, end and `stop`."""
 
-    reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)] | None = (
-        None
-    )
-    until: Annotated[AwareDatetime, BeforeValidator(_timestamp)] | None = None
+    reason: GivenReason | None = None
+    until: GivenTime | None = None
     stop: bool = Field(default=True, strict=True)
+
+
+class LiftRequest(_Body):
+    """The deny rules do not hold until then; an order that comes again replaces end and reason."""
+
+    until: GivenTime
+    reason: GivenReason | None = None
 
 
 class UpgradeRequest(_Body):
@@ -337,6 +356,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         else None,
         "image_override": _image_override(view.image),
         "drained": _drained(view.drained),
+        "lifted": _lifted(state.lifted),
         "models": [
             {
                 "name": model.name,
@@ -365,6 +385,12 @@ def _drained(drained: Drained | None) -> dict[str, object] | None:
     if drained is None:
         return None
     return {"since": _time(drained.since), "until": _time(drained.until), "reason": drained.reason}
+
+
+def _lifted(lifted: Lifted | None) -> dict[str, object] | None:
+    if lifted is None:
+        return None
+    return {"since": _time(lifted.since), "until": _time(lifted.until), "reason": lifted.reason}
 
 
 def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:

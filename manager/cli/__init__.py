@@ -8,8 +8,17 @@ from manager.cli.gpus import gpus_command
 from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
+from manager.cli.runs import runs_group
 
-for _command in (logs_command, events_command, gpus_command, models_command, roles_group, lanes_command):
+for _command in (
+    logs_command,
+    events_command,
+    gpus_command,
+    models_command,
+    roles_group,
+    lanes_command,
+    runs_group,
+):
     program.add_command(_command)
 
 __all__ = ["main"]

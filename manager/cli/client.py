@@ -34,6 +34,8 @@ _NEXT_STEPS = {
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
     "unknown_request": "`ollama-manager requests` lists the last ones",
+    "unknown_run": "`ollama-manager runs list` lists the runs",
+    "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -244,6 +246,20 @@ class Daemon:
     def stop(self, instance_id: str, *, force: bool) -> Change:
         return self._change(instance_id, "stop?force=true" if force else "stop")
 
+    def load(self, instance_id: str, model: str, keep_alive: str | float | None) -> Change:
+        """Returns when the model is in memory, however long that takes."""
+        body = {"model": model} if keep_alive is None else {"model": model, "keep_alive": keep_alive}
+        return self._change(instance_id, "load", body)
+
+    def unload(self, instance_id: str, model: str) -> Change:
+        return self._change(instance_id, "unload", {"model": model})
+
+    def lift(self, instance_id: str, until: str, reason: str | None) -> Change:
+        return self._change(instance_id, "lift", {"until": until, "reason": reason})
+
+    def end_lift(self, instance_id: str) -> Change:
+        return self._change(instance_id, "lift", method="DELETE")
+
     def drain(self, instance_id: str, *, reason: str | None, until: str | None, stop: bool) -> Change:
         """Returns when the open requests have ended and the container is stopped, if it is to be."""
         return self._change(instance_id, "drain", {"reason": reason, "until": until, "stop": stop})
@@ -307,6 +323,12 @@ class Daemon:
         """Return the JSON answer to one request."""
         with self._answer(method, path, body=body) as answer:
             return _document(answer)
+
+    @contextmanager
+    def fetch(self, path: str, *, also: int) -> Iterator[requests.Response]:
+        """Read an answer in pieces; one with the status `also` is no refusal."""
+        with self._answer("GET", path, stream=True, also=also) as answer:
+            yield answer
 
     def read(self, read: Callable[[dict[str, Any]], T], document: dict[str, Any]) -> T:
         """Return what `read` makes of an answer.
@@ -373,9 +395,9 @@ class Daemon:
         with self._answer("GET", f"{_API}/{path}?{given}" if given else f"{_API}/{path}") as answer:
             return _document(answer)
 
-    def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
+    def _change(self, instance_id: str, verb: str, body: object = None, *, method: str = "POST") -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
-        with self._answer("POST", path, body=body, silence_s=None) as answer:
+        with self._answer(method, path, body=body, silence_s=None) as answer:
             return self._read(_change, _document(answer))
 
     @contextmanager

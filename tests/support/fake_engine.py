@@ -27,7 +27,14 @@ from manager.errors import (
 )
 from manager.services.gpus import Gpus
 from manager.services.instances.supervisor import Supervisor
-from manager.services.ports import Archive, ContainerCounters, EngineEvent, EngineInfo, ProbeAnswer
+from manager.services.ports import (
+    Archive,
+    ContainerCounters,
+    EngineEvent,
+    EngineInfo,
+    ProbeAnswer,
+    ShowAnswer,
+)
 from manager.services.world import World
 from tests.support.attempts import Journal
 from tests.support.virtual import until
@@ -277,6 +284,10 @@ class FakeEngine:
             raise UnavailableError(f"{endpoint} does not answer", reason=Reason.INSTANCE_UNHEALTHY)
         box.network_bytes += 2000
         return ProbeAnswer("0.1", box.models, ({"name": "tiny"},) if tags else None, 2000)
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        del endpoint, model, timeout_s
+        return ShowAnswer(None, 0)
 
     # --- helpers ---
 

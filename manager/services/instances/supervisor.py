@@ -474,8 +474,8 @@ class Supervisor(Instance):
 
     @property
     def unused_since(self) -> float | None:
-        """The monotonic time of the last use; None while it is used, pinned, or does not run."""
-        if not self._condition.state.is_ready or self.pinned:
+        """The monotonic time of the last use; None while it is used, pinned, kept warm, or does not run."""
+        if not self._condition.state.is_ready or self.pinned or self.keeps_warm:
             return None
         return self._clock.unused_since(self.in_flight)
 
@@ -577,6 +577,7 @@ class Supervisor(Instance):
             models=self._models,
             available_models=self._available,
             drained=state.drained,
+            keeps_warm=self.keeps_warm,
             image=self.replacing.in_force,
         )
 
@@ -759,7 +760,8 @@ class Supervisor(Instance):
         return self._world.utcnow() if self.in_flight else self._clock.last_used_at
 
     def _ttl_remaining_s(self) -> float | None:
-        return self._clock.remaining_s(self.ttl_s, pinned=self.pinned, in_flight=self.in_flight)
+        stays = self.pinned or self.keeps_warm
+        return self._clock.remaining_s(self.ttl_s, pinned=stays, in_flight=self.in_flight)
 
     def _current_row(self, row: InstanceRow) -> InstanceRow:
         state = self._condition.state

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
-    from manager.services.routing.router import Router
+    from manager.services.routing.router import Opened, Router
     from manager.services.traffic import Traffic
 
 # Where asynchronous runs are begun.
@@ -185,6 +185,8 @@ class Attempting:
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
+    _body: Opened | None = None
+    _conversation = 0
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
     _trouble: Trouble | None = None
@@ -202,13 +204,17 @@ class Attempting:
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
         self.record = record
-        self._began_at = began_at
+        self._began_at = self._timed_from = began_at
 
     # --- from the request to a target ---
 
-    def enter(self, facts: RequestFacts) -> Step:
-        """Decide, and begin the first attempt. Waits for nothing."""
+    def enter(self, facts: RequestFacts, body: Opened | None = None) -> Step:
+        """Decide, and begin the first attempt. Waits for nothing.
+
+        A request with a body prefers the instance that has its conversation in memory.
+        """
         self._facts = facts
+        self._body = body
         return self._decide(waits=True)
 
     def enter_running(self, facts: RequestFacts) -> Step:
@@ -261,10 +267,14 @@ class Attempting:
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._first_byte_timeout_s(attempt)
+        if self.is_run:
+            self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
+        if self._conversation:
+            self._routing.router.affinity.note(self._conversation, attempt.instance)
 
     def hold_slot(self) -> None:
         """Take a slot of the current instance, whether or not one is free: limits were set just now."""
@@ -469,7 +479,7 @@ class Attempting:
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
-        if now - self._began_at >= deadlines.total_timeout_s:
+        if now - self._timed_from >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
                 why = f"no end within {deadlines.total_timeout_s:g} s"
                 self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, why, sent=True, ours=False)
@@ -495,7 +505,7 @@ class Attempting:
     @property
     def total_deadline(self) -> float:
         """The monotonic time by which the request must have ended."""
-        return self._began_at + self._routing.deadlines.total_timeout_s
+        return self._timed_from + self._routing.deadlines.total_timeout_s
 
     def hear(self, words: str) -> None:
         """Take progress of what the request waits for."""
@@ -549,6 +559,8 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
+            if self._body is not None and len(decision.groups[0].instances) > 1:
+                self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
                 attempts.leave_role()
@@ -585,9 +597,17 @@ class Attempting:
 
     def _next_slot(self, attempts: Attempts) -> Step:
         """Begin the next attempt whose instance has a free slot, or wait for one."""
+        first = attempts.first
+        if first is not None:
+            slots, role = self._routing.slots, self.record.role
+            place = slots.take(role, first.instance, self._choose, self._began_at)
+            if place is not None:
+                self._place = place
+                attempts.take_first(first)
+                return self._begin(first)
         while choices := attempts.choices():
             record = self.record
-            place = self._routing.slots.enter(
+            entry = self._routing.slots.enter(
                 record.role,
                 record.project_id,
                 tuple(one.instance for one in choices),
@@ -595,16 +615,16 @@ class Attempting:
                 since=self._began_at,
                 is_run=self.is_run,
             )
-            if not isinstance(place, Refusal):
-                self._place = place
-                if place.instance is not None:
-                    return self._take_slot(attempts, place.instance)
+            if not isinstance(entry, Refusal):
+                self._place = entry
+                if entry.instance is not None:
+                    return self._take_slot(attempts, entry.instance)
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
-            reason = Reason.QUEUE_FULL if place.what == "queue_full" else Reason.POLICY
-            message = f"{place.message} ({place.what})"
-            self._keep_trouble(Trouble(reason, message, place.retry_after_s, refused=place.what))
+            reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            message = f"{entry.message} ({entry.what})"
+            self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
 
     def _choose(self) -> tuple[str, ...]:
