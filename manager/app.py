@@ -23,6 +23,7 @@ from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
+from manager.adapters.run_files import DirectoryFiles
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -31,8 +32,10 @@ from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.breaker import BreakerLimits
 from manager.domain.drained import Drained, drained_from
+from manager.domain.gpu import AUTO
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
+from manager.domain.lifted import lifted_from
 from manager.domain.record import never
 from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
@@ -47,6 +50,7 @@ from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
+from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
@@ -54,6 +58,9 @@ from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
+from manager.services.models.details import ModelDetails
+from manager.services.models.keeping import Keeper
+from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -62,6 +69,7 @@ from manager.services.models.volumes import Volumes
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
+from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
@@ -69,6 +77,8 @@ from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
+from manager.services.runs.execution import Execution
+from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
@@ -86,9 +96,11 @@ if TYPE_CHECKING:
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
+    from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.services.instances.instance import Instance
+    from manager.services.ports import ModelServer
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
@@ -114,6 +126,7 @@ class Instances:
     cards: FoundCards
     first_look: FirstLook
     service: Service
+    lifts: Lifts
 
     def loops(self) -> dict[str, Loop]:
         return {
@@ -215,6 +228,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
+        history = _history(held, registry, settings)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
         held.push_async_callback(journal.retire)
@@ -258,9 +272,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             resume_idle_clock=resume_idle_clock,
             dry_run=dry_run,
             owner=owner,
+            others_work=others_work,
             revision=revision,
             server_changed=partial(_forget_server, breakers, overload),
-            others_work=others_work,
         )
         make = _Maker(
             world,
@@ -291,7 +305,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
-        status = ModelStatus(fleet)
+        status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
         slots = Slots(model_settings, partial(_slots_of, fleet), status.workers, now=time.monotonic)
         router = Router(
             fleet,
@@ -303,6 +317,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             breakers=breakers,
             overload=overload,
             now=time.monotonic,
+            lifted=parts.lifts.of,
             renewed=slots.refresh,
         )
         volume_reader = VolumeReader(
@@ -325,6 +340,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             gpus,
             lists=lists,
             settings=model_settings,
+            lifted=parts.lifts.of,
             breakers=breakers,
         )
         catalogue = Catalogue(
@@ -335,13 +351,10 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             lists,
             settings=model_settings,
             reader=volume_reader,
+            details=details,
             now=time.monotonic,
         )
-        server = PooledModelServer(
-            pools,
-            connect_timeout_s=settings.gateway.connect_timeout_s,
-            patience_s=settings.gateway.first_byte_timeout_s,
-        )
+        server = _model_server(settings, pools)
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -357,6 +370,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
             overload,
+            keep=history.add,
         )
         passing = Passing(
             routing=routing,
@@ -374,6 +388,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
                 stall_s=settings.gateway.idle_timeout_s,
             ),
             passages=Passages(),
+        )
+        loading, keeper = _warming(
+            world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
         refusals = Refusals(now=time.monotonic)
         backend = Backend(
@@ -394,6 +411,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             engine=engine,
             passing=passing,
             model_settings=model_settings,
+            lifts=parts.lifts,
+            loading=loading,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
@@ -402,21 +421,31 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
                 refusals,
                 slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
+                history=history,
             ).render,
             refusals=refusals,
+            history=history,
+            runs=await _runs(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
+            "history": history.run,
             "model lists": lists.run,
+            "model details": details.run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
-        if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
-        reconfigure = _Reconfigure(make, backend, traffic, sink)
+        if not resume_idle_clock:  # a sweep reads no volume, puts nothing back in service, executes no run
+            loops |= {
+                "volumes": volume_reader.run,
+                "service": parts.service.run,
+                "runs": backend.runs.run,
+                "lifts": parts.lifts.run,
+                "warm models": keeper.run,
+            }
         yield Daemon(
             settings,
             parts,
@@ -425,10 +454,65 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             state_lock,
             id_lock.claim,
             templates,
-            reconfigure,
+            _Reconfigure(make, backend, traffic, sink),
             let_go=held.aclose,
             loops=loops,
         )
+
+
+async def _runs(
+    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+) -> Runs:
+    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
+    stored = BodyBudget(settings.runs.max_stored)
+    runs = Runs(
+        world.registry,
+        files,
+        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        stored=stored,
+        limits=_run_limits(settings),
+        utcnow=world.utcnow,
+        on_step=world.on_step,
+    )
+    if recovers:
+        await runs.recover()
+    return runs
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(**settings.runs.model_dump())
+
+
+def _warming(
+    world: World,
+    parts: Instances,
+    routing: Routing,
+    *,
+    volumes: Volumes,
+    model_settings: ModelSettings,
+    server: ModelServer,
+) -> tuple[Loading, Keeper]:
+    """Return what loads models on instances, and what keeps them there."""
+    loading = Loading(
+        parts.fleet,
+        parts.capacity,
+        routing.router,
+        routing.placement,
+        routing.status,
+        volumes=volumes,
+        settings=model_settings,
+        server=server,
+    )
+    keeper = Keeper(
+        world,
+        parts.fleet,
+        parts.capacity,
+        parts.first_look,
+        routing.router,
+        settings=model_settings,
+        loading=loading,
+    )
+    return loading, keeper
 
 
 def _header_names(settings: Settings) -> HeaderNames:
@@ -473,7 +557,8 @@ def _instances(
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
     service = Service(world, fleet, capacity, link.asked)
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service)
+    lifts = Lifts(world, fleet, make.orders.lifted)
+    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service, lifts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -482,6 +567,7 @@ class _Orders:
 
     drained: dict[str, Drained]
     images: dict[str, ImageOverride]
+    lifted: dict[str, Lifted]
 
 
 async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
@@ -508,7 +594,7 @@ async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *
         for instance_id, override in images.items()
         if image_allowed(override.image, settings.allow.images)
     }
-    return _Orders(drained, allowed)
+    return _Orders(drained, allowed, await registry.orders(OrderKind.LIFTED, lifted_from))
 
 
 class _Maker:
@@ -523,7 +609,7 @@ class _Maker:
         orders: _Orders,
     ) -> None:
         self._world = world
-        self._orders = orders
+        self.orders = orders
         self.settings = settings
         self._templates = templates
         self._rows = rows
@@ -535,15 +621,15 @@ class _Maker:
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
-            return ExternalInstance(self._world, spec, drained=self._orders.drained.get(spec.id))
+            return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
             spec,
             self._with_port(row),
             may_run=capacity.may_run,
-            drained=self._orders.drained.get(spec.id),
-            image=self._orders.images.get(spec.id),
+            drained=self.orders.drained.get(spec.id),
+            image=self.orders.images.get(spec.id),
         )
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:
@@ -579,8 +665,10 @@ class _Reconfigure:
         self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.backend.runs.limits = _run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
+        self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
@@ -596,15 +684,36 @@ def _breaker_limits(settings: Settings) -> BreakerLimits:
     return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
 
 
+def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
+    """Return the history of requests; it is written to its end before the registry is closed."""
+    store = registry.requests()
+    held.push_async_callback(store.close)
+    history = History(store, retention=_retention(settings), utcnow=_utcnow)
+    held.push_async_callback(history.close)
+    return history
+
+
+def _model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
+    return PooledModelServer(
+        pools,
+        connect_timeout_s=settings.gateway.connect_timeout_s,
+        patience_s=settings.gateway.first_byte_timeout_s,
+    )
+
+
+def _retention(settings: Settings) -> Retention:
+    return Retention(settings.history.retention_days, settings.history.max_rows)
+
+
 def _schedules(settings: Settings) -> tuple[Schedule, ...]:
     return tuple(
         Schedule(entry.cron, entry.action, entry.instance, entry.timezone) for entry in settings.schedules
     )
 
 
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: spec.device or "auto"
+        spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

@@ -183,7 +183,7 @@ async def _serve_once(
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
             server = Server(
                 server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
-                (relay.drain, daemon.backend.passing.passages.drain),
+                (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),
                 settings.gateway.drain_timeout_s,
             )
 
@@ -215,13 +215,14 @@ async def _serve_once(
                 listener,
                 running,
                 is_busy=lambda: daemon.busy or (predecessor is not None and not predecessor.has_ended),
+                runs=daemon.backend.runs,
                 freeze=daemon.backend.passing.routing.placement.freeze,
                 let_go=let_go,
                 patience_s=settings.gateway.drain_timeout_s,
                 failed=serve_again,
             )
             succession = Succession(daemon.id_claim, settings.state.dir, giving.begin)
-            greeting = asyncio.ensure_future(_greet(server, start))
+            greeting = asyncio.ensure_future(_greet(server, start, daemon.backend.history.inherit))
             _log.info(
                 "serving",
                 url=url,
@@ -244,7 +245,7 @@ async def _serve_once(
                 raise _innermost(refusal) from group
             finally:
                 greeting.cancel()
-                giving.close()
+                await giving.end(daemon.backend.history.hand_over)
                 succession.close()
                 watch.stop()
                 await relay.close()
@@ -279,15 +280,18 @@ async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
     )
 
 
-async def _greet(server: Server, start: _Start) -> None:
-    """Take over the connections of the daemon before, once this one accepts its own."""
+async def _greet(server: Server, start: _Start, inherit: Callable[[bytes], None]) -> None:
+    """Take over the connections of the daemon before, once this one accepts its own.
+
+    `inherit` takes the requests that end there, for the history.
+    """
     if start.earlier is not None and start.earlier[0].is_stopped:
         server.stop()  # the signal came while this one was being built
     await server.accepts.wait()
     if start.predecessor is not None:
-        start.predecessor.serves(server.adopt)
+        start.predecessor.serves(server.adopt, inherit)
     if start.earlier is not None:
-        start.earlier[1].stand_in(server)
+        start.earlier[1].stand_in(server, inherit)
 
 
 async def sweep_once(loaded: LoadedSettings, *, dry_run: bool) -> tuple[Swept, ...]:
@@ -338,6 +342,7 @@ def relay_of(daemon: Daemon, settings: Settings, access: Access) -> Relay:
         requests=passing.requests,
         refusals=daemon.backend.refusals,
         unload=passing.volumes.unload,
+        open_requests=passing.passages.open_requests,
     )
 
 

@@ -3,17 +3,23 @@
 ManagerError
 ├── ConfigurationError        the operator wrote something that cannot be used (file, line, key)
 ├── UnknownInstanceError
+├── UnknownModelError         an instance does not have the model
+├── UnknownRequestError
+├── UnknownRunError
 ├── InvalidRequestError       well-formed, but not allowed
+├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
 │   ├── DrainedError          the instance is out of service by an operator's order
 │   ├── LimitReachedError
+│   ├── RunStateError         what is asked for does not fit the status of the run
 │   ├── LockedError           another process holds the instance
 │   ├── NameConflictError     a container that is not ours has our name
 │   ├── StateDirHeldError     another daemon holds the state directory
 │   ├── ManagerIdHeldError    another daemon serves the manager id
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
-│   └── ManagerIdChangedError the state directory has containers under its former manager id
+│   ├── ManagerIdChangedError the state directory has containers under its former manager id
+│   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
 │   │   ├── EngineUnreachableError
@@ -25,7 +31,8 @@ ManagerError
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
-│   └── RegistryUnwritableError
+│   ├── RegistryUnwritableError
+│   └── RunFilesError         a file of a run could not be read or written
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
 """
@@ -103,8 +110,28 @@ class UnknownInstanceError(ManagerError):
     code = "unknown_instance"
 
 
+class UnknownModelError(ManagerError):
+    """The instance that was named does not have the model that was named."""
+
+    code = Reason.MODEL_MISSING.value
+
+
+class UnknownRequestError(ManagerError):
+    code = "unknown_request"
+
+
+class UnknownRunError(ManagerError):
+    code = "unknown_run"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
+
+
+class RunsFullError(ManagerError):
+    """As many runs as may be kept have not ended, or their files take all the room there is."""
+
+    code = "queue_full"
 
 
 class ConflictError(ManagerError):
@@ -125,6 +152,14 @@ class DrainedError(ConflictError):
 
 class LimitReachedError(ConflictError):
     code = "max_running_reached"
+
+
+class RunStateError(ConflictError):
+    """The status of a run refuses it; `code` says which way."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
 
 
 class LockedError(ConflictError):
@@ -153,6 +188,10 @@ class ManagerIdChangedError(ConflictError):
     """`manager_id` was changed, and nobody would watch the containers under the former one."""
 
     code = "manager_id_changed"
+
+
+class RequestEndedError(ConflictError):
+    code = "request_ended"
 
 
 class UnavailableError(ManagerError):
@@ -272,6 +311,14 @@ class RegistryUnwritableError(UnavailableError):
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
         self.code = "registry_unwritable"
+
+
+class RunFilesError(UnavailableError):
+    """A file of a run could not be read or written (disk full, read-only, removed)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
+        self.code = "run_files_failed"
 
 
 class GpuQueryError(ManagerError):

@@ -4,11 +4,13 @@ Both daemons are on one machine and belong to one user, or the new one to root. 
 claims the manager id (`adapters.owner.ManagerIdLock`):
 
 1. The new daemon asks, and names its state directory.
-2. The old one waits until no instance starts or stops and no model is pulled. It stops accepting, stores its
+2. The old one waits until no instance starts or stops, no model is pulled and no async run executes. After
+   the drain time it refuses, unless only runs execute: those are interrupted. It stops accepting, stores its
    state and gives up its claims. It answers with its listener; connections that come meanwhile wait in there.
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
-   between two requests, with what the client has already sent of the next one. None is closed.
+   between two requests, with what the client has already sent of the next one. None is closed. What ends
+   there goes into the history of the new one.
 
 If the new daemon ends before it serves, the old one serves again.
 """
@@ -21,7 +23,7 @@ import json
 import os
 import socket
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -52,10 +54,20 @@ _LOOK_EVERY_S = 0.05
 CLAIMS_WITHIN_S = 5.0
 _SERVING = b"S"
 _CONNECTION = b"C"
+_REQUESTS = b"R"
 _ASKS = b"replace"
 
 
 # --- the old daemon -----------------------------------------------------------------------------------------
+
+
+class PausableRuns(Protocol):
+    """Async runs; see `manager.services.runs.runs.Runs`."""
+
+    @property
+    def is_executing(self) -> bool: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
 
 
 class Successor:
@@ -106,6 +118,16 @@ class Successor:
             with os.fdopen(os.dup(file), "wb") as stream:
                 stream.write(held)
             return self._send(_CONNECTION, peer, file)
+        finally:
+            os.close(file)
+
+    def take_requests(self, encoded: bytes) -> bool:
+        """Give it requests that have ended, for its history; whether they could be sent."""
+        file = os.memfd_create("requests", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(file), "wb") as stream:
+                stream.write(encoded)
+            return self.is_serving and self._send(_REQUESTS, file)
         finally:
             os.close(file)
 
@@ -230,6 +252,7 @@ class Heir:
     def __init__(self, successor: Successor) -> None:
         self._successor = successor
         self._server: Server | None = None
+        self._inherit: Callable[[bytes], None] | None = None
         self._adopting: set[asyncio.Task[None]] = set()
 
     @property
@@ -241,9 +264,14 @@ class Heir:
         """See `Successor.decided`."""
         await self._successor.decided()
 
-    def stand_in(self, server: Server) -> None:
-        """Take connections to a server of this process: the successor has ended before it served."""
-        self._server = server
+    def stand_in(self, server: Server, inherit: Callable[[bytes], None]) -> None:
+        """Take connections to a server of this process: the successor has ended before it served.
+
+        Args:
+            server: gets the connections.
+            inherit: gets requests that have ended.
+        """
+        self._server, self._inherit = server, inherit
 
     def take(self, peer: int, held: bytes) -> bool:
         """See `Successor.take`."""
@@ -251,6 +279,13 @@ class Heir:
             return self._successor.take(peer, held)
         adopting = self._server.adopt(socket.socket(fileno=os.dup(peer)), held)
         _keep(self._adopting, asyncio.ensure_future(adopting))
+        return True
+
+    def take_requests(self, encoded: bytes) -> bool:
+        """See `Successor.take_requests`."""
+        if self._inherit is None:
+            return self._successor.take_requests(encoded)
+        self._inherit(encoded)
         return True
 
 
@@ -268,6 +303,7 @@ class Giving:
         listener: of this daemon.
         running: its background loops; cancelled here.
         is_busy: whether something goes on that only this daemon can end, such as a start.
+        runs: the async runs; none begins once it gives, and those that execute are waited for.
         freeze: called before the loops are cancelled: nothing is begun that needs them.
         let_go: stores the state and gives up the claims, once the loops have ended.
         patience_s: how long it waits while `is_busy`.
@@ -282,6 +318,7 @@ class Giving:
         running: asyncio.Future[None],
         *,
         is_busy: Callable[[], bool],
+        runs: PausableRuns,
         freeze: Callable[[], None],
         let_go: Callable[[], Awaitable[None]],
         patience_s: float,
@@ -292,12 +329,14 @@ class Giving:
         self._listener = listener
         self._running = running
         self._is_busy = is_busy
+        self._runs = runs
         self._freeze = freeze
         self._let_go = let_go
         self._patience_s = patience_s
         self._failed = failed
         self._task: asyncio.Task[None] | None = None
         self._successor: Successor | None = None
+        self._heir: Heir | None = None
 
     def begin(self, successor: Successor) -> None:
         """Hand over to this daemon soon, or refuse."""
@@ -307,7 +346,10 @@ class Giving:
             self._successor = successor
             self._task = asyncio.ensure_future(self._give(successor))
 
-    def close(self) -> None:
+    async def end(self, hand_over: Callable[[Callable[[bytes], bool]], Awaitable[None]]) -> None:
+        """End. Where another daemon has taken over, `hand_over` gives it the last requests of this one."""
+        if self._heir is not None:
+            await hand_over(self._heir.take_requests)
         if self._task is not None:
             self._task.cancel()
         if self._successor is not None:
@@ -315,8 +357,11 @@ class Giving:
 
     async def _give(self, successor: Successor) -> None:
         try:
+            self._runs.pause()
             if await self._is_quiet(successor):
                 await self._hand_over(successor)
+            else:
+                self._runs.resume()
         except Exception as error:  # noqa: BLE001  (nobody awaits it)
             _log.error("handover_failed", exc_info=error)
             self._server.stop()
@@ -333,7 +378,7 @@ class Giving:
             await asyncio.wait({self._running})
             await self._let_go()
             successor.hand_over(kept)
-            heir = Heir(successor)
+            heir = self._heir = Heir(successor)
             self._server.leave_to(heir)
             await successor.decided()
             if not successor.is_serving and not self._server.is_stopped:
@@ -345,8 +390,13 @@ class Giving:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
         await asyncio.sleep(0)  # one that has left at once is noticed
-        while self._is_busy():
-            if self._server.should_exit or loop.time() >= deadline:
+        if self._runs.is_executing:
+            _log.info("replacement_waits", for_s=self._patience_s, hint="async runs end first")
+        while (is_busy := self._is_busy()) or self._runs.is_executing:
+            is_late = loop.time() >= deadline
+            if is_late and not is_busy:
+                break  # the runs are interrupted
+            if self._server.should_exit or is_late:
                 successor.refuse("an instance starts or stops, or a model is pulled; try again after that")
                 return False
             await asyncio.sleep(_LOOK_EVERY_S)
@@ -403,11 +453,16 @@ class Predecessor:
         self._listener.close()
         return None
 
-    def serves(self, adopt: Callable[[socket.socket, bytes], Coroutine[Any, Any, None]]) -> None:
+    def serves(
+        self,
+        adopt: Callable[[socket.socket, bytes], Coroutine[Any, Any, None]],
+        inherit: Callable[[bytes], None],
+    ) -> None:
         """Say that this daemon serves.
 
         Args:
             adopt: takes each connection that the old daemon gives away, and what the client has already sent.
+            inherit: takes requests that ended there, for the history.
         """
         channel, loop = self._channel, asyncio.get_running_loop()
         channel.setblocking(False)
@@ -422,17 +477,25 @@ class Predecessor:
                     channel.close()
                     self.has_ended = True
                     return
-                if descriptors:
+                if message == _REQUESTS:
+                    for file in descriptors:
+                        inherit(_content(file))
+                elif descriptors:
                     peer, held = socket.socket(fileno=descriptors[0]), b""
                     for file in descriptors[1:]:
-                        with os.fdopen(file, "rb") as stream:
-                            stream.seek(0)
-                            held = stream.read()
+                        held = _content(file)
                     _keep(self._adopting, loop.create_task(adopt(peer, held)))
 
         loop.add_reader(channel.fileno(), read)
         with suppress(OSError):  # the old daemon has ended: it had no more to give
             channel.send(_SERVING)
+
+
+def _content(descriptor: int) -> bytes:
+    """Return what a file in memory holds, and close it."""
+    with os.fdopen(descriptor, "rb") as stream:
+        stream.seek(0)
+        return stream.read()
 
 
 def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) -> Predecessor | None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from manager.services.lanes.slots import Slots
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
+    from manager.services.requests_history import History
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
@@ -39,12 +40,14 @@ class FleetMetrics:
         slots: Slots,
         *,
         log_lines_dropped: Callable[[], int],
+        history: History,
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
         self._traffic = traffic
         self._slots = slots
         self._log_lines_dropped = log_lines_dropped
+        self._history = history
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -100,7 +103,13 @@ class FleetMetrics:
             f"{_PREFIX}_orphans", "Containers with the manager's label that belong to no instance"
         )
         orphans.add_metric([], len(overview.orphans))
+        kept = CounterMetricFamily(
+            f"{_PREFIX}_history_requests", "Requests that ended, by what the history did", labels=["result"]
+        )
+        kept.add_metric(["stored"], self._history.stored)
+        kept.add_metric(["dropped"], self._history.dropped)
         yield from (phases, in_flight, breakers, starts, memory, lost, engine, orphans, dropped, refused)
+        yield kept
         yield from self._lanes()
         yield from self._requests()
 

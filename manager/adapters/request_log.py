@@ -74,7 +74,7 @@ def line(record: RequestRecord) -> bytes:
                 return data
         return orjson.dumps(_bounded(record), option=_OPTIONS)
     except TypeError:
-        values = {name: _encodable(value) for name, value in _bounded(record).items()}
+        values = {name: encodable(value) for name, value in _bounded(record).items()}
         return orjson.dumps(values, option=_OPTIONS)
 
 
@@ -87,7 +87,7 @@ def _bounded(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def _encodable(value: Any) -> Any:
+def encodable(value: Any) -> Any:
     """The value, or its text where orjson refuses it."""
     try:
         orjson.dumps(value)

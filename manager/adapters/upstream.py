@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -11,12 +12,13 @@ import orjson
 from manager.adapters.http_client import HttpClient, plainly
 from manager.descriptors import lacks_descriptors
 from manager.errors import OutOfDescriptorsError, Reason, UnavailableError
-from manager.services.ports import ProbeAnswer
+from manager.services.ports import ProbeAnswer, ShowAnswer
+from manager.wire.details import read_show
 from manager.wire.ollama import read_available, read_loaded, read_version
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from types import TracebackType
     from typing import Self
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 # An answer beyond this is not one of Ollama's status routes: thousands of models fit.
 _MOST_BYTES = 8 * 2**20
+# An answer of `/api/show` has the licences and the names of all tensors: up to hundreds of kilobytes.
+_MOST_SHOWN_BYTES = 2**20
 # Containers get new addresses: beyond this the servers that were known first are gone.
 _MOST_SERVERS = 1024
 
@@ -63,19 +67,15 @@ class HttpUpstream:
             return False
 
     async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
-        try:
-            async with asyncio.timeout(timeout_s):
-                return await self._probe(endpoint, tags=tags)
-        except TimeoutError as error:
-            raise UnavailableError(
-                f"{endpoint} did not answer within {timeout_s:g} s", reason=Reason.INSTANCE_UNHEALTHY
-            ) from error
-        except (OSError, ValueError) as error:
-            if isinstance(error, OSError) and lacks_descriptors(error):
-                raise OutOfDescriptorsError from error
-            raise UnavailableError(
-                f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
-            ) from error
+        async with _deadline(endpoint, timeout_s):
+            return await self._probe(endpoint, tags=tags)
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        body = orjson.dumps({"model": model})
+        async with _deadline(endpoint, timeout_s):
+            answer = await self._asked(f"{endpoint}/api/show", body, most_bytes=_MOST_SHOWN_BYTES)
+        wire_bytes = answer.http_bytes + (_SEGMENTS_PER_REQUEST + _SEGMENTS_PER_CONNECTION) * _SEGMENT_BYTES
+        return ShowAnswer(read_show(answer.body) if _is_success(answer) else None, wire_bytes)
 
     async def _probe(self, endpoint: str, *, tags: bool) -> ProbeAnswer:
         body, wire_bytes = await self._get(f"{endpoint}/api/ps")
@@ -108,7 +108,7 @@ class HttpUpstream:
         except orjson.JSONDecodeError:
             return None, wire_bytes
 
-    async def _asked(self, url: str) -> Answer:
+    async def _asked(self, url: str, body: bytes | None = None, *, most_bytes: int | None = None) -> Answer:
         parts = urlsplit(url)
         origin = f"{parts.scheme}://{parts.netloc}"
         server = self._servers.get(origin)
@@ -116,7 +116,26 @@ class HttpUpstream:
             if len(self._servers) >= _MOST_SERVERS:
                 self._servers.pop(next(iter(self._servers))).close()
             server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES, tls=self._tls)
-        return await server.ask("GET", parts.path + (f"?{parts.query}" if parts.query else ""))
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        return await server.ask("GET" if body is None else "POST", path, body, most_bytes=most_bytes)
+
+
+@asynccontextmanager
+async def _deadline(endpoint: str, timeout_s: float) -> AsyncIterator[None]:
+    """Limit what is done in it, and translate its errors."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise UnavailableError(
+            f"{endpoint} did not answer within {timeout_s:g} s", reason=Reason.INSTANCE_UNHEALTHY
+        ) from error
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and lacks_descriptors(error):
+            raise OutOfDescriptorsError from error
+        raise UnavailableError(
+            f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
+        ) from error
 
 
 def _is_success(answer: Answer) -> bool:

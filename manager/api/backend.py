@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
+    from manager.services.instances.lifts import Lifts
     from manager.services.instances.service import Service
     from manager.services.instances.sweeps import Sweeps
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
     from manager.services.models.volumes import Volumes
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
     from manager.services.ports import Engine, ModelServer
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
+    from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.runs.runs import Runs
 
 
 class Router(Protocol):
@@ -108,7 +112,11 @@ class Backend:
     engine: Engine
     passing: Passing
     model_settings: ModelSettings
+    loading: Loading
+    lifts: Lifts
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
+    history: History
+    runs: Runs

@@ -81,7 +81,7 @@ class AttemptBody(_Shape):
 
 
 class PassedOverBody(_Shape):
-    """An instance that a request does not go to; `detail` adds to the reason in words."""
+    """A candidate that a request does not go to; `detail` adds to the reason in words."""
 
     instance: str
     model: str
@@ -124,7 +124,7 @@ def routing_router(backend: Backend) -> APIRouter:
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Where a request would go, without making it. Starts nothing."""
         facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
-        return JSONResponse(_decision(backend, backend.router.decide(facts)))
+        return JSONResponse(decision_json(backend, backend.router.decide(facts)))
 
     return router
 
@@ -160,7 +160,8 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
     }
 
 
-def _decision(backend: Backend, decision: Decision) -> dict[str, Any]:
+def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
+    """Return the values of a `DecisionBody`."""
     refused = decision.refused
     return {
         "role": decision.role,

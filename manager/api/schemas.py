@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -29,7 +29,9 @@ from manager.domain.template import IMAGE_PATTERN
 
 if TYPE_CHECKING:
     from manager.domain.drained import Drained
+    from manager.domain.gpu import Gpu, NamedCard
     from manager.domain.image_override import ImageInForce
+    from manager.domain.lifted import Lifted
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
     from manager.services.routing.breakers import BreakerView
@@ -49,8 +51,24 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class DeviceCard(_Body):
+    """One card of an instance; `uuid` is null for a slot in which no card was ever found."""
+
+    uuid: str | None
+    index: int | None
+    name: str | None
+    pci_bus_id: str | None
+    vram_total_bytes: int | None
+    vram_used_bytes: int | None
+    vram_free_bytes: int | None
+
+
 class Device(_Body):
-    """Where an instance computes. `kind` is null for an external server that did not declare it."""
+    """Where an instance computes. `kind` is null for an external server that did not declare it.
+
+    `uuid`, `index` and `name` are those of its first card. The sizes are sums over `cards`, null where one of
+    them is not known.
+    """
 
     kind: DeviceKind | None
     uuid: str | None = None
@@ -59,6 +77,7 @@ class Device(_Body):
     vram_total_bytes: int | None = None
     vram_used_bytes: int | None = None
     vram_free_bytes: int | None = None
+    cards: list[DeviceCard] = Field(default_factory=list)
 
 
 class ReasonBody(_Body):
@@ -82,6 +101,30 @@ class ModelBody(_Body):
     expires_at: Time | None
 
 
+class DrainedBody(_Body):
+    """An order that keeps an instance out of service; `until` is null where only a resume ends it."""
+
+    since: Time
+    until: Time | None
+    reason: str | None
+
+
+class LiftedBody(_Body):
+    """An order that the deny rules of an instance do not hold until then."""
+
+    since: Time
+    until: Time
+    reason: str | None
+
+
+class ImageOverrideBody(_Body):
+    """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
+
+    image: str
+    previous: str
+    since: Time
+
+
 class BreakerBody(_Body):
     """The breaker of an instance. `failures` are those in a row, `reason` is that of the last one.
 
@@ -93,22 +136,6 @@ class BreakerBody(_Body):
     opened_at: Time | None
     retry_at: Time | None
     reason: str | None
-
-
-class DrainedBody(_Body):
-    """An order that keeps an instance out of service; `until` is null where only a resume ends it."""
-
-    since: Time
-    until: Time | None
-    reason: str | None
-
-
-class ImageOverrideBody(_Body):
-    """An upgrade that is in force; `previous` is the image that a roll-back returns to."""
-
-    image: str
-    previous: str
-    since: Time
 
 
 class InstanceBody(_Body):
@@ -135,6 +162,7 @@ class InstanceBody(_Body):
     container: ContainerBody | None
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
+    lifted: LiftedBody | None
     models: list[ModelBody]
     breaker: BreakerBody
 
@@ -168,14 +196,23 @@ def _timestamp(value: object) -> object:
     return value
 
 
+GivenTime = Annotated[AwareDatetime, BeforeValidator(_timestamp)]
+GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
+
+
 class DrainRequest(_Body):
     """What is left out is null: an order that comes again replaces reason, end and `stop`."""
 
-    reason: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)] | None = (
-        None
-    )
-    until: Annotated[AwareDatetime, BeforeValidator(_timestamp)] | None = None
+    reason: GivenReason | None = None
+    until: GivenTime | None = None
     stop: bool = Field(default=True, strict=True)
+
+
+class LiftRequest(_Body):
+    """The deny rules do not hold until then; an order that comes again replaces end and reason."""
+
+    until: GivenTime
+    reason: GivenReason | None = None
 
 
 class UpgradeRequest(_Body):
@@ -319,6 +356,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         else None,
         "image_override": _image_override(view.image),
         "drained": _drained(view.drained),
+        "lifted": _lifted(state.lifted),
         "models": [
             {
                 "name": model.name,
@@ -349,6 +387,12 @@ def _drained(drained: Drained | None) -> dict[str, object] | None:
     return {"since": _time(drained.since), "until": _time(drained.until), "reason": drained.reason}
 
 
+def _lifted(lifted: Lifted | None) -> dict[str, object] | None:
+    if lifted is None:
+        return None
+    return {"since": _time(lifted.since), "until": _time(lifted.until), "reason": lifted.reason}
+
+
 def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:
     if chosen is None:
         return None
@@ -356,16 +400,44 @@ def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:
 
 
 def _device(state: InstanceState) -> dict[str, object]:
-    view, gpu = state.view, state.gpu
+    view = state.view
+    cards = [_card(*one) for one in zip(view.cards, state.gpus, strict=True)]
+    first = cards[0] if cards else _NO_CARD
     return {
         "kind": view.spec.device_kind,
-        "uuid": view.gpu_uuid,
-        "index": gpu.index if gpu else None,
-        "name": gpu.name if gpu else None,
-        "vram_total_bytes": gpu.vram_total_bytes if gpu else None,
-        "vram_used_bytes": gpu.vram_used_bytes if gpu else None,
-        "vram_free_bytes": gpu.vram_free_bytes if gpu else None,
+        "uuid": first["uuid"],
+        "index": first["index"],
+        "name": first["name"],
+        "vram_total_bytes": _sum(cards, "vram_total_bytes"),
+        "vram_used_bytes": _sum(cards, "vram_used_bytes"),
+        "vram_free_bytes": _sum(cards, "vram_free_bytes"),
+        "cards": cards,
     }
+
+
+_NO_CARD: dict[str, Any] = {"uuid": None, "index": None, "name": None}
+
+
+def _card(named: NamedCard, gpu: Gpu | None) -> dict[str, Any]:
+    if gpu is None:
+        place = named.selector if named.uuid is None else None
+        none = dict.fromkeys(("index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"))
+        return {"uuid": named.uuid, "pci_bus_id": place, **none}
+    return {
+        "uuid": named.uuid,
+        "index": gpu.index,
+        "name": gpu.name,
+        "pci_bus_id": gpu.pci_bus_id,
+        "vram_total_bytes": gpu.vram_total_bytes,
+        "vram_used_bytes": gpu.vram_used_bytes,
+        "vram_free_bytes": gpu.vram_free_bytes,
+    }
+
+
+def _sum(cards: list[dict[str, Any]], key: str) -> int | None:
+    """Return the sum over all cards, None where there are none or one value is unknown."""
+    known = [card[key] for card in cards if card[key] is not None]
+    return sum(known) if known and len(known) == len(cards) else None
 
 
 def _time(time: datetime | None) -> str | None:

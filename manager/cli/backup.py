@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sqlite3
 import tarfile
 import tempfile
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manager.cli.failures import CommandError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from manager.settings import Settings
 
 _REGISTRY = "registry.sqlite3"
@@ -40,10 +41,11 @@ def back_up(settings: Settings, target: Path) -> list[str]:
         raise CommandError(f"{target} exists; name a new file") from None
     try:
         with open(descriptor, "wb") as stream, tarfile.open(fileobj=stream, mode="w") as archive:  # noqa: PTH123
-            _add(archive, _REGISTRY, _copy(registry))
+            with _copy(registry) as copy:
+                _add(archive, _REGISTRY, copy)
             for name in _FILES:
                 if (state_dir / name).is_file():
-                    _add(archive, name, (state_dir / name).read_bytes())
+                    _add(archive, name, state_dir / name)
             names = archive.getnames()
             stream.flush()
             os.fsync(descriptor)
@@ -55,7 +57,8 @@ def back_up(settings: Settings, target: Path) -> list[str]:
     return names
 
 
-def _copy(registry: Path) -> bytes:
+@contextmanager
+def _copy(registry: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, _REGISTRY)
         with (
@@ -63,11 +66,12 @@ def _copy(registry: Path) -> bytes:
             closing(sqlite3.connect(copy)) as destination,
         ):
             source.backup(destination)
-        return copy.read_bytes()
+        yield copy
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def _add(archive: tarfile.TarFile, name: str, file: Path) -> None:
     entry = tarfile.TarInfo(name)
-    entry.size = len(content)
-    entry.mode = 0o600
-    archive.addfile(entry, io.BytesIO(content))
+    with file.open("rb") as stream:  # the history of requests can be large
+        entry.size = os.fstat(stream.fileno()).st_size
+        entry.mode = 0o600
+        archive.addfile(entry, stream)

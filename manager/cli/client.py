@@ -6,7 +6,7 @@ import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 import requests
 
@@ -14,7 +14,7 @@ from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.cli.locate import Endpoint
 
@@ -33,6 +33,9 @@ _NEXT_STEPS = {
     "key_required": "put the key of the daemon (server.key_file) into $OLLAMA_MANAGER_KEY",
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
+    "unknown_request": "`ollama-manager requests` lists the last ones",
+    "unknown_run": "`ollama-manager runs list` lists the runs",
+    "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -71,8 +74,19 @@ class RefusalError(CommandError):
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One card of an instance; None where it is not known."""
+
+    index: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
-    """The device of an instance; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes of all its cards, None where it is not known.
+
+    `uuid`, `index` and `name` are those of its first card.
+    """
 
     kind: str | None
     uuid: str | None
@@ -80,6 +94,7 @@ class Device:
     name: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,21 +114,21 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class Drained:
+    """An order that keeps an instance out of service; times as the API has them."""
+
+    since: str
+    until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Breaker:
     """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
 
     state: str
     failures: int
     retry_at: str | None
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """An order that keeps an instance out of service; times as the API has them."""
-
-    since: str
-    until: str | None
     reason: str | None
 
 
@@ -144,7 +159,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
-    breaker: Breaker | None = None
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +246,20 @@ class Daemon:
     def stop(self, instance_id: str, *, force: bool) -> Change:
         return self._change(instance_id, "stop?force=true" if force else "stop")
 
+    def load(self, instance_id: str, model: str, keep_alive: str | float | None) -> Change:
+        """Returns when the model is in memory, however long that takes."""
+        body = {"model": model} if keep_alive is None else {"model": model, "keep_alive": keep_alive}
+        return self._change(instance_id, "load", body)
+
+    def unload(self, instance_id: str, model: str) -> Change:
+        return self._change(instance_id, "unload", {"model": model})
+
+    def lift(self, instance_id: str, until: str, reason: str | None) -> Change:
+        return self._change(instance_id, "lift", {"until": until, "reason": reason})
+
+    def end_lift(self, instance_id: str) -> Change:
+        return self._change(instance_id, "lift", method="DELETE")
+
     def drain(self, instance_id: str, *, reason: str | None, until: str | None, stop: bool) -> Change:
         """Returns when the open requests have ended and the container is stopped, if it is to be."""
         return self._change(instance_id, "drain", {"reason": reason, "until": until, "stop": stop})
@@ -290,19 +319,85 @@ class Daemon:
         with self._answer("GET", "/api/settings/models/effective") as answer:
             return _document(answer)
 
-    def events(self) -> Iterator[Event | None]:
-        """Events from now on; None once the stream stands, and for every sign of life."""
-        path = f"{_API}/events"
-        with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True) as answer:
+    def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Return the JSON answer to one request."""
+        with self._answer(method, path, body=body) as answer:
+            return _document(answer)
+
+    @contextmanager
+    def fetch(self, path: str, *, also: int) -> Iterator[requests.Response]:
+        """Read an answer in pieces; one with the status `also` is no refusal."""
+        with self._answer("GET", path, stream=True, also=also) as answer:
+            yield answer
+
+    def read(self, read: Callable[[dict[str, Any]], T], document: dict[str, Any]) -> T:
+        """Return what `read` makes of an answer.
+
+        Raises:
+            DaemonUnreachableError: it is no answer of a daemon of this version.
+        """
+        return self._read(read, document)
+
+    def instance_document(self, instance_id: str) -> dict[str, Any]:
+        """Return the API's answer about one instance."""
+        return self.ask("GET", f"{_API}/instances/{_quoted(instance_id)}")
+
+    def logs(self, instance_id: str, tail: int, *, follow: bool) -> Iterator[bytes]:
+        """The last lines of an instance's container; with `follow` what it writes until it ends."""
+        path = f"{_API}/instances/{_quoted(instance_id)}/logs?tail={tail}"
+        with self._answer(
+            "GET",
+            f"{path}&follow=true" if follow else path,
+            silence_s=None if follow else _ANSWER_S,
+            stream=True,
+        ) as answer:
+            yield from answer.iter_content(None)
+
+    def events(
+        self, after_id: int | None = None, *, last: int = 0, follow: bool = True
+    ) -> Iterator[Event | None]:
+        """Events as they happen; None once the stream stands, and for every sign of life.
+
+        Args:
+            after_id: begin after that one; None: see `last`.
+            last: begin with that many of those there are.
+            follow: go on after those there are.
+        """
+        query = "&".join([*([f"last={last}"] if last else []), *([] if follow else ["follow=false"])])
+        path = f"{_API}/events?{query}" if query else f"{_API}/events"
+        headers = {} if after_id is None else {"Last-Event-ID": str(after_id)}
+        with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True, headers=headers) as answer:
             for line in answer.iter_lines():
                 if line.startswith(b":"):
                     yield None
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
 
-    def _change(self, instance_id: str, verb: str, body: object = None) -> Change:
+    def last_requests(self, **query: str | int | None) -> dict[str, Any]:
+        """Return the API's list of requests; parameters that are None are left out."""
+        return self._get("requests", query)
+
+    def request(self, request_id: str) -> dict[str, Any]:
+        """Return one request with its decision."""
+        return self._get(f"requests/{_quoted(request_id)}", {})
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancel an open request."""
+        with self._answer("DELETE", f"{_API}/requests/{_quoted(request_id)}"):
+            pass
+
+    def explain(self, **query: str | None) -> dict[str, Any]:
+        """Return where a request would go."""
+        return self._get("explain", query)
+
+    def _get(self, path: str, query: Mapping[str, str | int | None]) -> dict[str, Any]:
+        given = urlencode({name: value for name, value in query.items() if value is not None})
+        with self._answer("GET", f"{_API}/{path}?{given}" if given else f"{_API}/{path}") as answer:
+            return _document(answer)
+
+    def _change(self, instance_id: str, verb: str, body: object = None, *, method: str = "POST") -> Change:
         path = f"{_API}/instances/{_quoted(instance_id)}/{verb}"
-        with self._answer("POST", path, body=body, silence_s=None) as answer:
+        with self._answer(method, path, body=body, silence_s=None) as answer:
             return self._read(_change, _document(answer))
 
     @contextmanager
@@ -315,6 +410,7 @@ class Daemon:
         silence_s: float | None = _ANSWER_S,
         stream: bool = False,
         also: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Iterator[requests.Response]:
         """A good answer, or one with the status `also`; transport errors are translated."""
         try:
@@ -322,6 +418,7 @@ class Daemon:
                 method,
                 self.endpoint.url + path,
                 json=body,
+                headers=headers,
                 timeout=(_CONNECT_S, silence_s),
                 stream=stream,
                 allow_redirects=False,
@@ -405,6 +502,7 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
+            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),

@@ -350,6 +350,59 @@ def rollback(instance: str, url: str | None, config: Path | None) -> None:
 
 
 @program.command()
+@click.argument("instance", metavar="ID")
+@click.option(
+    "--for", "for_s", callback=seconds, metavar="DURATION", help="How long, such as 90s, 15m, 2h or 30d."
+)
+@click.option("--end", "ends", is_flag=True, help="Put the rules in force again.")
+@click.option("--reason", metavar="TEXT", help="Why, for all who look.")
+@_talks
+def lift(
+    instance: str,
+    for_s: float | None,
+    reason: str | None,
+    url: str | None,
+    config: Path | None,
+    *,
+    ends: bool,
+) -> None:
+    """Lift the deny rules of an instance for a time (deny_models, max_parameters)."""
+    from manager.cli.lifts import lift_rules  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    lift_rules(find_daemon(url or _common_url(), config), instance, for_s=for_s, ends=ends, reason=reason)
+
+
+@program.command("load")
+@click.argument("instance", metavar="ID")
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "--keep-alive", metavar="TIME", help="How long it stays after its last use, such as 30m; -1 for good."
+)
+@_talks
+def load_command(
+    instance: str, model: str, keep_alive: str | None, url: str | None, config: Path | None
+) -> None:
+    """Load MODEL on an instance, which is started if need be; MODEL may be a role."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.models import load_model  # noqa: PLC0415
+
+    load_model(find_daemon(url or _common_url(), config), instance, model, keep_alive)
+
+
+@program.command()
+@click.argument("instance", metavar="ID")
+@click.argument("model", metavar="MODEL")
+@_talks
+def unload(instance: str, model: str, url: str | None, config: Path | None) -> None:
+    """Unload MODEL from an instance, once the requests that use it have ended; MODEL may be a role."""
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+    from manager.cli.models import unload_model  # noqa: PLC0415
+
+    unload_model(find_daemon(url or _common_url(), config), instance, model)
+
+
+@program.command()
 @click.argument("image", required=False)
 @_talks
 def pull(image: str | None, url: str | None, config: Path | None) -> None:

@@ -28,6 +28,12 @@ _LOOK_S = 0.3
 # A daemon that answers nothing for this long is given up, although the connection still stands.
 _PATIENCE_S = 30.0
 _LOG_LINES = 20
+_FAILED = {
+    "stop": "was not stopped",
+    "drain": "was not stopped",
+    "load": "did not load the model",
+    "unload": "may still have the model",
+}
 _UNDONE_BY = {
     "start": "stop",
     "stop": "start",
@@ -97,8 +103,9 @@ def follow(endpoint: Endpoint, instance_id: str, verb: str, call: Callable[[Daem
                 except RefusalError:
                     pass  # the call itself is refused as well, and says so better
     except KeyboardInterrupt:
-        undo = f"ollama-manager {_UNDONE_BY[verb]} {instance_id}"
-        click.echo(f"\nThe {verb} goes on in the daemon; `{undo}` would undo it.", err=True)
+        other = _UNDONE_BY.get(verb)
+        undo = f"; `ollama-manager {other} {instance_id}` would undo it" if other else ""
+        click.echo(f"\nThe {verb} goes on in the daemon{undo}.", err=True)
         raise
     try:
         return request.result()
@@ -115,7 +122,7 @@ def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb:
         with suppress(CommandError):
             reason = Daemon(endpoint).instance(instance_id).reason
             lines = reason.log_tail if reason is not None and reason.code == error.code else ()
-    outcome = "was not stopped" if verb in {"stop", "drain"} else "did not start"
+    outcome = _FAILED.get(verb, "did not start")
     message = f"{instance_id} {outcome}: {error.message}" + ("; its container said last:" if lines else "")
     return CommandError(
         message, exit_code=error.exit_code, next_step=error.next_step, lines=lines[-_LOG_LINES:]

@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from datetime import datetime
 
     from manager.domain.roles import RequestKind
@@ -113,7 +113,7 @@ class RequestRecord:
 
     def as_dict(self) -> dict[str, Any]:
         """Return every field, in order, as JSON can say it."""
-        document = {**_UNSET, **self.__dict__}
+        document = with_defaults(self.__dict__)
         if self.failed_attempts:
             document["failed_attempts"] = [attempt._asdict() for attempt in self.failed_attempts]
         return document
@@ -122,6 +122,11 @@ class RequestRecord:
 _UNSET: dict[str, Any] = {
     entry.name: None if entry.default is MISSING else entry.default for entry in fields(RequestRecord)
 }
+
+
+def with_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return every field of a record, in order; those that `values` lacks have their default."""
+    return {**_UNSET, **values}
 
 
 def never(_trace_id: str) -> bool:

@@ -132,6 +132,10 @@ class RoutingSettings:
         """The role of that name, in any case: names of models ignore case as well."""
         return self.roles.get(name) or self.roles.get(name.strip().lower())
 
+    def kept_on(self, instance: str) -> Iterator[Role]:
+        """Yield the roles whose models stay in the memory of an instance."""
+        return (one for one in self.roles.values() if one.model is not None and instance in one.keep_warm)
+
     def role_meant(self, name: str, *, is_model: Callable[[str], bool]) -> Role | None:
         """The role that a name in a request means; None where it means a model.
 

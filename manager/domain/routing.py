@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
@@ -16,8 +16,9 @@ from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from manager.domain.denial import Denials
     from manager.domain.overload import Order, Overloaded, Overloads
     from manager.domain.roles import Role, RoutingSettings
 
@@ -45,7 +46,7 @@ class Candidate:
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
     its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
     and `detail` adds to it in words. `serves` are the kinds of requests that it is there for. `overloads` is
-    None where it is not overloaded.
+    None where it is not overloaded. `denials` say which models it must not run, None where it may run any.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Candidate:
     serves: frozenset[RequestKind] = USUAL_KINDS
     detail: str = ""
     overloads: Overloads | None = None
+    denials: Denials | None = None
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,13 @@ class RequestFacts(NamedTuple):
 
 
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
-What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction"]
+What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied"]
+
+
+class Load(Protocol):
+    """Requests in flight by instance, or what instances are compared by in their place."""
+
+    def __getitem__(self, instance: str, /) -> float: ...
 
 
 class Attempt(NamedTuple):
@@ -236,7 +244,7 @@ class Decision:
     refused: Refused | None = None
     is_async: bool = False
 
-    def first(self, load: Mapping[str, int]) -> Attempt | None:
+    def first(self, load: Load) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
         if not self.groups:
             return None
@@ -244,7 +252,7 @@ class Decision:
         instances = group.instances
         return group.attempt(instances[0] if len(instances) == 1 else min(instances, key=load.__getitem__))
 
-    def in_order(self, load: Mapping[str, int]) -> Iterator[Attempt]:
+    def in_order(self, load: Load) -> Iterator[Attempt]:
         """The attempts in order; of a group always the one whose instance has the fewest requests in flight.
 
         Args:
@@ -440,16 +448,19 @@ class _Decider:
         preferred_out: Reason | None = None
         for stage, candidates in enumerate(self._found(key, places)):
             for candidate in candidates:
-                id_, device, reason = candidate.id, candidate.device, candidate.why_out
+                id_, device, why, detail = candidate.id, candidate.device, candidate.why_out, candidate.detail
                 rank = 0 if id_ == chosen else rank_of[device]
                 place = 0 if places is None else places.get(id_, -1)
                 if rank is None or place < 0 or (cpu_only and device is not _CPU):
                     detail = "" if place >= 0 else "not among the instances of the role"
                     self._passed_over.append(PassedOver(id_, model, Reason.POLICY, detail))
-                elif reason is not None:
-                    self._passed_over.append(PassedOver(id_, model, reason, candidate.detail))
+                    continue
+                if candidate.denials is not None and (rule := candidate.denials.rule(key)):
+                    why, detail = Reason.HOST_DENIED, rule
+                if why is not None:
+                    self._passed_over.append(PassedOver(id_, model, why, detail))
                     if rank == place == 0:
-                        preferred_out = preferred_out or reason
+                        preferred_out = preferred_out or why
                 elif id_ not in tried:
                     tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
                     order = (stage, rank, place, tier, -candidate.priority)
@@ -516,6 +527,9 @@ class _Decider:
         """The reason why there is no attempt, told by the leg that is preferred."""
         outs = [one for one in self._passed_over if one.reason is not Reason.POLICY]
         if outs and not self._is_unknown(leg):
+            if all(one.reason is Reason.HOST_DENIED for one in outs):
+                return Refused("denied", Reason.HOST_DENIED, denied_message(outs))
+            outs = [one for one in outs if one.reason is not Reason.HOST_DENIED]
             target = leg.role.target if leg.role else None
             return self._unavailable(next((one for one in outs if one.instance == target), outs[0]))
         having = self._snapshot.having(model_key(leg.model))
@@ -590,6 +604,16 @@ class _Decider:
 
     def _missing(self, model: str) -> str:
         return model_not_found(model, embeds=self._request.kind is RequestKind.EMBED)
+
+
+def denied_message(denied: Sequence[PassedOver]) -> str:
+    """Return the message about a model that no instance which has it, or could have it, is to run."""
+    first = denied[0]
+    rules = listed([f"{one.instance} ({one.detail})" for one in denied])
+    return (
+        f"{first.model!r} must not run on: {rules}; "
+        f"`ollama-manager lift {first.instance} --for 2h` permits it there for a time"
+    )
 
 
 def _places(role: Role | None) -> Mapping[str, int] | None:

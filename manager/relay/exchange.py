@@ -38,7 +38,7 @@ from manager.wire.statuses import (
 )
 from manager.wire.trace import traceparent
 from manager.wire.unload import unloaded, unloads
-from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -61,6 +61,8 @@ _MAX_HOLDING_S = 5.0
 _OK = 200
 _NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
 _LATER = {"Retry-After": "1"}
+# The libraries of OpenAI and Anthropic repeat a request at any 503, unless the answer says no.
+_NO_RETRY = {"X-Should-Retry": "false"}
 
 
 class _State(Enum):
@@ -142,6 +144,7 @@ class Exchange:
     _held_head: AnswerHead | None = None
     _held_since = 0.0
     _is_active = False
+    _left: Outcome = "client_gone"
 
     def __init__(
         self,
@@ -231,7 +234,7 @@ class Exchange:
             self.is_left = True
             if self._relay.loads.others_wait(self, self._load):
                 return  # to cancel this request could cancel the load that they wait for
-        self._finish("client_gone")
+        self._finish(self._left)
 
     def pause(self) -> None:
         """The client does not read."""
@@ -252,7 +255,27 @@ class Exchange:
     def give_up(self) -> None:
         """The client has left, and so have all that waited for the same load."""
         if self._state is not _State.DONE:
-            self._finish("client_gone")
+            self._finish(self._left)
+
+    @property
+    def attempting(self) -> Attempting | None:
+        """Its life; None before its turn."""
+        return self._attempting
+
+    def cancel(self, why: str) -> None:
+        """End it because the operator wants that. A load that other requests wait for goes on without it."""
+        attempting, front, load = self._attempting, self._front, self._load
+        if front is None or attempting is None:
+            return  # the client has left: it ends with the load
+        attempting.cancelled()
+        why = f"cut off: {why}"
+        if self._state is _State.WAITING and load is not None and self._relay.loads.others_wait(self, load):
+            self._left = "cut"
+            self.is_left = self.response_complete = True
+            self._tell(front, UNAVAILABLE, why, _NO_RETRY)
+            self._let_go()
+        else:
+            self._fail(UNAVAILABLE, why, "cut", _NO_RETRY)
 
     def check(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
@@ -300,7 +323,7 @@ class Exchange:
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish("client_gone")
+            self._finish(self._left)
             return
         if self._task is not None:
             self._cancel_task()
@@ -427,7 +450,7 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                error = message_of(_last_line(tail))
+                error = error_in(tail)
                 if error is None:
                     message = "the server ended the stream before its end"
                     return _End("upstream_error", 502, message, Reason.UPSTREAM_ERROR)
@@ -442,7 +465,7 @@ class Exchange:
         if self._state is _State.DONE:
             return
         if self._front is None:
-            self._finish("client_gone")
+            self._finish(self._left)
             return
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
@@ -517,7 +540,7 @@ class Exchange:
             self._state = _State.PREPARING
             self._spawn(partial(self._unload, facts))
         else:
-            self._follow(attempting.enter(facts))
+            self._follow(attempting.enter(facts, body))
 
     async def _unload(self, facts: RequestFacts) -> None:
         """Unload the model from every instance that runs; start none for it."""
@@ -554,7 +577,7 @@ class Exchange:
             if self._connection is not None:
                 self._drop_connection()
             if self._front is None:
-                self._finish("client_gone")  # the load that others wait for was this server's
+                self._finish(self._left)  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
             pool = self._relay.pools.pool(step.endpoint)
@@ -723,14 +746,22 @@ class Exchange:
         self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
     ) -> None:
         """Tell the client, in its dialect, as far as it can still be told."""
-        front, record = self._front, self._record
+        front = self._front
         self._cancel_task()
         self._drop_connection()
-        if front is None or record is None:
-            self._finish("client_gone")
+        if front is None or self._record is None:
+            self._finish(self._left)
             return
         if not self.received:
             self.keep_alive = False  # the rest of its body would be taken for the next request
+        self._tell(front, status, message, headers)
+        self._finish(outcome)
+
+    def _tell(self, front: Front, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+        record, attempting = self._record, self._attempting
+        assert record is not None  # noqa: S101  (its turn has come)
+        assert attempting is not None  # noqa: S101
+        attempting.message = message
         told = self._answer.fail(
             front,
             status,
@@ -742,7 +773,6 @@ class Exchange:
         )
         if told:
             record.status = status
-        self._finish(outcome)
 
     def _finish(self, outcome: Outcome) -> None:
         if self._state is _State.DONE:
@@ -831,8 +861,3 @@ class Exchange:
         load, self._load = self._load, None
         if load is not None:
             self._relay.loads.remove(self, load)
-
-
-def _last_line(tail: bytes) -> bytes:
-    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
-    return line.removeprefix(b"data:").strip()

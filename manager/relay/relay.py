@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from manager.relay.caller import Caller, KnownHead
     from manager.relay.upstream import UpstreamPools
     from manager.services.bodies import BodyBudget
+    from manager.services.open_requests import OpenRequests
     from manager.services.refusals import Refusals
     from manager.services.requests import Requests
-    from manager.services.routing.attempting import Routing
+    from manager.services.routing.attempting import Attempting, Routing
     from manager.wire.access import Access
 
 _log = structlog.get_logger("relay")
@@ -38,8 +39,15 @@ class Limits:
 class Running(Timed, Protocol):
     """A request under way."""
 
+    @property
+    def attempting(self) -> Attempting | None:
+        """Its life; None where it has not begun."""
+
     def cut(self, why: str) -> None:
         """End it now, and tell its client."""
+
+    def cancel(self, why: str) -> None:
+        """End it because the operator wants that, and tell its client."""
 
 
 class Relay:
@@ -56,6 +64,7 @@ class Relay:
         requests: Requests,
         refusals: Refusals,
         unload: Callable[[str, str], Awaitable[str | None]],
+        open_requests: OpenRequests | None = None,
     ) -> None:
         self.routing = routing
         self.access = access
@@ -66,6 +75,8 @@ class Relay:
         self.unload = unload
         self.loop = asyncio.get_running_loop()
         self.timers: Timers[Running] = Timers(self.loop)
+        if open_requests is not None:
+            open_requests.add(lambda: self.exchanges)
         self.loads = LoadWaits()
         self.pools = pools
         # Another daemon takes over: no request begins here any more.

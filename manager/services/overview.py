@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from manager.domain.gpu import Gpu, Holder
+    from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
     from manager.services.gpus import Gpus
@@ -34,16 +35,18 @@ T = TypeVar("T")
 class InstanceState:
     """One instance.
 
-    `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
-    where it has none. The starts are those since the daemon began.
+    `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
+    view, in their order; None for a card that was never read. The starts are those since the daemon began.
+    `lifted` is the order that its deny rules do not hold, None while they do.
     """
 
     view: View
     is_usable: bool
-    gpu: Gpu | None
+    gpus: tuple[Gpu | None, ...]
     starts_done: int
     starts_failed: int
     breaker: BreakerView
+    lifted: Lifted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,10 @@ class Overview:
     engine_up: bool
 
 
+def _never(_instance_id: str) -> None:
+    """Lift no rules."""
+
+
 class _Part(Generic[T]):
     """A value and what it was built from."""
 
@@ -122,6 +129,7 @@ class Overviews:
         gpus: the cards.
         lists: the models of each volume.
         settings: the lanes.
+        lifted: the order that lifts the deny rules of an instance, None where they hold.
         breakers: of the instances.
     """
 
@@ -134,8 +142,10 @@ class Overviews:
         *,
         lists: ModelLists,
         settings: SettingsSource,
+        lifted: Callable[[str], Lifted | None] = _never,
         breakers: Breakers,
     ) -> None:
+        self._lifted = lifted
         self._fleet = fleet
         self._capacity = capacity
         self._link = link
@@ -207,9 +217,10 @@ class Overviews:
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
-            gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
+            gpus=tuple([self._gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
+            lifted=self._lifted(instance.id),
             breaker=self._breakers.view(instance.id),
         )
 
@@ -225,7 +236,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     view = state.view
     return (
         view.spec,
-        view.gpu_uuid,
+        view.cards,
         view.endpoint,
         view.target,
         view.phase,
@@ -244,9 +255,10 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.drained,
         view.image,
         state.is_usable,
-        state.gpu,
+        state.gpus,
         state.starts_done,
         state.starts_failed,
+        state.lifted,
         state.breaker,
     )
 

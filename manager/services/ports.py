@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from manager.domain.container import LABEL_MANAGER
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
+    from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
+    from manager.domain.runs import Run, RunStatus
+    from manager.wire.details import Details
     from manager.wire.head import Header
 
 T = TypeVar("T")
@@ -109,6 +112,10 @@ class Engine(Protocol):
         """All lines of that time."""
         ...
 
+    def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        """Text of a container: its last lines, then what it writes until it ends. Empty text comes first."""
+        ...
+
     async def counters(self, container_id: str) -> ContainerCounters: ...
     async def ensure_network(self, name: str) -> None: ...
     async def connect(self, container_id: str, network: str) -> None:
@@ -153,6 +160,17 @@ class ProbeAnswer:
     wire_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class ShowAnswer:
+    """The answer of a server about one model, and about how many bytes that moved on the wire, both ways.
+
+    `details` is None where it would not say.
+    """
+
+    details: Details | None
+    wire_bytes: int
+
+
 class Upstream(Protocol):
     """The HTTP side of instances, for probes only."""
 
@@ -170,6 +188,15 @@ class Upstream(Protocol):
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
+            OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
+        """
+        ...
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        """Ask `/api/show` about a model.
+
+        Raises:
+            UnavailableError: no answer in time; the reason says which.
             OutOfDescriptorsError: the process lacks descriptors; no instance is at fault.
         """
         ...
@@ -268,6 +295,24 @@ class Registry(Protocol):
         ...
 
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
+    async def save_run(self, run: Run) -> None:
+        """Store a run, in place of an earlier state of it."""
+        ...
+
+    async def run(self, run_id: str) -> Run | None: ...
+    async def runs(self, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
+        """The newest runs first; None is no limit."""
+        ...
+
+    async def due_runs(self, now: datetime, limit: int) -> tuple[Run, ...]:
+        """Runs whose result has been kept for long enough."""
+        ...
+
+    async def next_run_expiry(self) -> datetime | None: ...
+    async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:
+        """Remove runs that ended before a time or are older than the newest `kept`; return some at a time."""
+        ...
+
     async def orders(self, kind: OrderKind, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
         """Instance id -> what an operator has ordered for it.
 
@@ -286,7 +331,101 @@ class Registry(Protocol):
         """Look whether what is written can still be found after a restart."""
         ...
 
+    def requests(self) -> RequestStore:
+        """Return the history of requests."""
+        ...
+
     async def close(self) -> None: ...
+
+
+class StoredPage(NamedTuple):
+    """A part of the history, newest first.
+
+    `items` are request ids and JSON objects with the fields of each record. `cursor` is the place of the last
+    one that was looked at.
+    """
+
+    items: list[tuple[str, dict[str, Any]]]
+    cursor: int
+
+
+class RequestStore(Protocol):
+    """The requests that have ended. A call that returns has happened completely or not at all.
+
+    Raises:
+        RegistryUnwritableError: it could not be read or written.
+    """
+
+    async def add(self, batch: Sequence[Ended]) -> None:
+        """Store requests; one that is stored already stays as it is."""
+        ...
+
+    async def encoded(self, batch: Sequence[Ended]) -> bytes:
+        """Return requests in the form that `add_encoded` takes."""
+        ...
+
+    async def add_encoded(self, rows: bytes) -> None:
+        """Store requests of another process."""
+        ...
+
+    async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
+        """Return the requests that ended last, or the first ones behind a cursor."""
+        ...
+
+    async def get(self, request_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return record and decision of a request; None where it is not stored."""
+        ...
+
+    async def prune(self, before: datetime, *, most_rows: int, at_most: int) -> bool:
+        """Forget requests that ended before a time, and the oldest beyond `most_rows`.
+
+        Returns:
+            Whether more than `at_most` of them had to go, so that some are left.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class FileWriter(Protocol):
+    """A file that is being written. It gets its name with `commit`."""
+
+    async def write(self, data: bytes) -> None: ...
+    async def commit(self) -> None:
+        """Put the file in its place, on disk."""
+        ...
+
+
+class RunFiles(Protocol):
+    """The files of runs, in one directory that only the daemon's user can read.
+
+    Raises:
+        RunFilesError: a file could not be read or written.
+    """
+
+    async def names(self) -> frozenset[str]:
+        """All files that there are, those that were never committed too."""
+        ...
+
+    async def save(self, name: str, data: bytes) -> None:
+        """Write a file: afterwards it is on disk, whole."""
+        ...
+
+    async def read(self, name: str, most_bytes: int) -> bytes:
+        """A whole file, of that size at most."""
+        ...
+
+    def writing(self, name: str) -> AbstractAsyncContextManager[FileWriter]:
+        """Write a file in pieces; it is dropped on leaving unless it was committed."""
+        ...
+
+    def pieces(self, name: str) -> AsyncIterator[bytes]:
+        """The file in pieces."""
+        ...
+
+    async def remove(self, *names: str) -> None:
+        """Remove files; one that is missing is no error."""
+        ...
 
 
 class InstanceLocks(Protocol):

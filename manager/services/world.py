@@ -53,9 +53,9 @@ class World:
     finishes no stop that an earlier process began. `in_flight` has the number of open leases by instance.
     `revision` is that of the fleet. `starting` is held while a container is created and started, and by
     nothing else. `owner` is that of the state directory; None where owners are not distinguished.
-    `server_changed` is called with the id of an instance whose server has gone, or is another one.
     `others_work` returns whether a daemon that this one has replaced still ends requests: those are in no
     `in_flight`.
+    `server_changed` is called with the id of an instance whose server has gone, or is another one.
     """
 
     manager_id: str
@@ -71,8 +71,8 @@ class World:
     resume_idle_clock: bool = False
     dry_run: bool = False
     owner: Owner | None = None
-    server_changed: Callable[[str], None] = no_change
     others_work: Callable[[], bool] = no_others
+    server_changed: Callable[[str], None] = no_change
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

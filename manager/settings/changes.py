@@ -51,7 +51,9 @@ LIVE = frozenset(
         "gateway.keep_alive_s",
         "gateway.default_project",
         "gateway.access_log",
+        "runs",
         "log.level",
+        "history",
     )
 )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from manager.domain.models import DEFAULT_TAG, model_key
+from manager.wire.details import details_of
 from manager.wire.ollama import name_of, read_time
 
 if TYPE_CHECKING:
@@ -131,12 +132,15 @@ def alias_document(alias: Alias) -> dict[str, Any]:
 
 def _hints(model: KnownModel | None) -> dict[str, Any]:
     model = model or KnownModel({}, (), ())
+    details = details_of(model.entry)
     return {
         "loaded": bool(model.loaded_on),
         "status": model.status,
         "offload": model.offload,
         "latency_ms": model.latency_ms,
         "instances": list(model.instances),
+        "context_length": details.context_length,
+        "capabilities": None if details.capabilities is None else list(details.capabilities),
     }
 
 

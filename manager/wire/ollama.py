@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Model
+from manager.domain.models import parameter_count
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,6 +48,16 @@ def read_available(body: Any) -> tuple[Mapping[str, Any], ...] | None:
 def name_of(entry: Mapping[str, Any]) -> str:
     """The name of the model that an entry of a list is about, empty where it has none."""
     return str(entry.get("name") or entry.get("model") or "")
+
+
+def parameters_of(entry: Mapping[str, Any]) -> int | None:
+    """The number of parameters that an entry of a list gives (`details.parameter_size`); None without one."""
+    details = entry.get("details")
+    size = details.get("parameter_size") if isinstance(details, dict) else None
+    try:
+        return parameter_count(size) if isinstance(size, str) else None
+    except ValueError:
+        return None
 
 
 def read_time(text: Any) -> datetime | None:

@@ -25,6 +25,7 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "impossible": 400,
         "unavailable": 503,
         "contradiction": 422,
+        "denied": 403,
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,
@@ -36,6 +37,7 @@ _TOLD: Mapping[Reason, int] = MappingProxyType(
         Reason.ATTEMPT_TIMEOUT: 504,
         Reason.START_TIMEOUT: 504,
         Reason.MODEL_MISSING: 404,
+        Reason.HOST_DENIED: 403,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
         Reason.MODEL_LOAD_FAILED: 502,
@@ -117,6 +119,6 @@ def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:
 
 def outcome_without_answer(status: int) -> Literal["refused", "timeout", "upstream_error"]:
     """The outcome of a request that no instance answered, and whose caller got this status."""
-    if status == _TOLD[Reason.MODEL_MISSING]:
+    if status in (_TOLD[Reason.MODEL_MISSING], _TOLD[Reason.HOST_DENIED]):
         return "refused"
     return "timeout" if status == _TOLD[Reason.ATTEMPT_TIMEOUT] else "upstream_error"

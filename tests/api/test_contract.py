@@ -31,7 +31,7 @@ INSTANCE = {
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
     "container", "image_override", "drained", "models", "breaker",
 }  # fmt: skip
-DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"}
+DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes", "cards"}
 CONTAINER = {"id", "name", "image", "template_hash"}
 MODEL = {"name", "digest", "size_bytes", "vram_bytes", "expires_at"}
 REASON = {"code", "message", "log_tail"}
@@ -93,7 +93,7 @@ def test_a_stopped_instance_says_so_everywhere(daemon: Daemon) -> None:
     check_shape(body)
     assert body["driver"] == "docker"
     assert body["template"] == "sim"
-    assert body["device"] == {key: "cpu" if key == "kind" else None for key in DEVICE}
+    assert body["device"] == dict.fromkeys(DEVICE) | {"kind": "cpu", "cards": []}
     assert (body["target"], body["phase"], body["health"]) == ("stopped", "stopped", "unknown")
     assert (body["endpoint"], body["container"], body["reason"], body["models"]) == (None, None, None, [])
     assert (body["started_at"], body["ttl_remaining_s"], body["in_flight"]) == (None, None, 0)

@@ -1,12 +1,13 @@
 """The daemon does what its own description says, with data that fits it and data that does not.
 
-schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; five things are
+schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; some things are
 helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
-- The stream of events has no end: it is read until it falls silent for a moment.
+- The stream of events and a log that is followed have no end: they are read until they fall silent.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
+- Runs have a request that fits every route, and a lane that there is.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
 """
@@ -38,6 +39,7 @@ IDS = ["cpu", "nas", "gone"]
 ALLOWED_IMAGE = "^ollama-manager/simulated:[a-z0-9]{1,20}$"
 SILENCE_S = 0.3
 EXAMPLES = 60
+KEPT_S = 1000
 UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 
@@ -50,6 +52,10 @@ def description() -> dict[str, Any]:
         link=None,
         first_look=None,
         overviews=None,
+        service=None,
+        upgrades=None,
+        loading=None,
+        lifts=None,
         refusals=Refusals(now=lambda: 0.0),
     )
     return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
@@ -65,6 +71,10 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
     schemas = document["components"]["schemas"]
     schemas["PullRequest"]["properties"]["image"] = image
+    for request in ("LoadRequest", "UnloadRequest"):
+        schemas[request]["properties"]["model"] = {"enum": ["tiny", "minilm", "nope"]}
+    schemas["LoadRequest"]["properties"]["keep_alive"] = {"enum": [300, -1, 1.5, "5m", "-1s", None]}
+    schemas["LiftRequest"]["properties"]["until"] = {"enum": ["2999-01-01T00:00:00Z"]}
     target = {"enum": ["auto", "cpu", "", None]}
     schemas["RoleChange"]["properties"] |= {
         "target": target,
@@ -77,6 +87,14 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     models["roles"] = by_role(models["roles"], "thinking", "control")
     models["layer_routing"] = by_role({"patternProperties": {"": target}}, "output", "tool_selector")
     models["embedding_target_instance"] = target
+    submission = document["paths"]["/api/v1/runs"]["post"]["requestBody"]["content"]["application/json"]
+    submission["schema"]["properties"] |= {
+        "body": {"const": {"model": "tiny", "prompt": "hi", "messages": [], "input": "hi", "max_tokens": 5}},
+        "lane": {"enum": ["output", None]},
+        "expires_s": {
+            "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": KEPT_S}, {"type": "null"}]
+        },
+    }
     routing = schemas["RoutingChange"]["properties"]
     routing["roles"] = by_role(routing["roles"], "thinking", "embedding")
     return document
@@ -111,7 +129,10 @@ def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "nas": {"driver": "external", "url": nas.url},
                 "gone": {"driver": "external", "url": "http://127.0.0.1:9"},
             },
-            config={"server": {"key_file": str(key_file)}},
+            config={
+                "server": {"key_file": str(key_file)},
+                "runs": {"retention_s": KEPT_S, "expires_s": KEPT_S},
+            },
         ).start(until_ready=False)
         daemon.wait_until_alive()
         yield daemon
@@ -132,7 +153,8 @@ def test_the_description_is_the_daemons_own(daemon: Daemon) -> None:
 def test_the_daemon_does_what_it_says(case: schemathesis.Case[Any], daemon: Daemon) -> None:
     if UNKNOWN_HEADER in case.headers:
         return
-    timeout = (5, SILENCE_S) if case.operation.path.endswith("/events") else 30
+    is_endless = case.operation.path.endswith(("/events", "/logs"))
+    timeout = (5, SILENCE_S) if is_endless else 30
     case.call_and_validate(base_url=daemon.url, headers={"X-API-Key": KEY}, timeout=timeout)
 
 

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 RECORDINGS = load_recordings()
 
 # Keys that only the gateway has, by path.
-OF_A_MODEL = {"loaded", "status", "offload", "latency_ms", "instances"}
+OF_A_MODEL = {"loaded", "status", "offload", "latency_ms", "instances", "context_length", "capabilities"}
 OWN_KEYS = {
     "/api/ps": {"instance"},
+    "/api/tags": {"capabilities"},  # newer servers say it, too
     "/v1/models": OF_A_MODEL,
     "/v1/models/tiny": OF_A_MODEL,
 }
@@ -71,12 +72,14 @@ def without_what_is_ours(recording: dict[str, Any], answer: Answer) -> Answer:
         text = recorded["message"] if isinstance(recorded, dict) else recorded
         assert "unknown" not in recording["name"] or holder[key].startswith(text)
         holder[key] = text
-    for entry in entries(document) if keys else ():
+    for entry in entries(document) if keys and document is not None else ():
         for key in keys:
             del entry[key]
+        if "capabilities" in keys and "details" in entry:
+            del entry["details"]["context_length"]
     if part is None and not keys:
         return replace(answer, headers=headers)
-    body = json.dumps(document).encode()
+    body = b"" if document is None else json.dumps(document).encode()
     if headers.get("Content-Length") == str(len(answer.body)):
         headers["Content-Length"] = str(len(body))
     return Answer(answer.status, headers, body)

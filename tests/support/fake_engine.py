@@ -27,13 +27,20 @@ from manager.errors import (
 )
 from manager.services.gpus import Gpus
 from manager.services.instances.supervisor import Supervisor
-from manager.services.ports import Archive, ContainerCounters, EngineEvent, EngineInfo, ProbeAnswer
+from manager.services.ports import (
+    Archive,
+    ContainerCounters,
+    EngineEvent,
+    EngineInfo,
+    ProbeAnswer,
+    ShowAnswer,
+)
 from manager.services.world import World
 from tests.support.attempts import Journal
 from tests.support.virtual import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerStatus
@@ -224,6 +231,11 @@ class FakeEngine:
         await self._called("logs_between")
         return tuple(line for at, line in self._known(container_id).log if since <= at <= until)
 
+    async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        yield ""
+        for line in await self.logs(container_id, tail):
+            yield f"{line}\n"
+
     async def counters(self, container_id: str) -> ContainerCounters:
         await self._called("counters")
         box = self._known(container_id)
@@ -272,6 +284,10 @@ class FakeEngine:
             raise UnavailableError(f"{endpoint} does not answer", reason=Reason.INSTANCE_UNHEALTHY)
         box.network_bytes += 2000
         return ProbeAnswer("0.1", box.models, ({"name": "tiny"},) if tags else None, 2000)
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        del endpoint, model, timeout_s
+        return ShowAnswer(None, 0)
 
     # --- helpers ---
 
@@ -337,6 +353,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.is_there = True
+        self.others: tuple[str, ...] = ()  # more cards, each in the next slot, all of them empty
         self.free = 20 * GIB
         self.refusal: GpuQueryError | None = None
         self.processes: tuple[GpuProcess, ...] = ()
@@ -348,7 +365,12 @@ class Machine:
         if not self.is_there:
             return ()
         used = 24 * GIB - self.free
-        return (Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes),)
+        first = Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes)
+        others = [
+            Gpu(uuid, index, f"00000000:{index + 1:02x}:00.0", "Card", 24 * GIB, 0, 24 * GIB)
+            for index, uuid in enumerate(self.others, start=1)
+        ]
+        return (first, *others)
 
     def container_of(self, pid: int) -> str | None:
         return self.containers.get(pid)
@@ -399,7 +421,14 @@ class Locks:
 class Ground:
     """A world in memory, and the supervisors on it."""
 
-    def __init__(self, *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        gpu: bool = False,
+        owner: Owner | None = None,
+        sweeps: bool = False,
+        device: tuple[str, ...] = (CARD,),
+    ) -> None:
         self.engine = FakeEngine()
         self.machine = Machine()
         self.registry = Registry()
@@ -409,11 +438,12 @@ class Ground:
         self.gates: dict[str, asyncio.Event] = {}
         self.refusal: Exception | None = None
         loop = asyncio.get_running_loop()
+        self.device: tuple[str, ...] = device
         self.gpus = Gpus(
             self.machine,
             self.machine,
             cast("Any", self.registry),
-            selectors={"gpu0": CARD} if gpu else {},
+            selectors={"gpu0": self.device} if gpu else {},
             taken_ids=["gpu0"],
             auto=False,
             now=loop.time,
@@ -499,9 +529,13 @@ class Ground:
 
 @asynccontextmanager
 async def on_ground(
-    *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False
+    *,
+    gpu: bool = False,
+    owner: Owner | None = None,
+    sweeps: bool = False,
+    device: tuple[str, ...] = (CARD,),
 ) -> AsyncIterator[Ground]:
-    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps)
+    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps, device=device)
     try:
         yield ground
     finally:

@@ -69,7 +69,7 @@ async def test_listener_and_connections_are_handed_over(tmp_path: Path) -> None:
         async def adopt(peer: socket.socket, held: bytes) -> None:
             came.append((peer, held))
 
-        predecessor.serves(adopt)
+        predecessor.serves(adopt, lambda _requests: None)
         await until(lambda: successor.is_serving)
         assert successor.take(ours.fileno(), b"")
         assert successor.take(ours.fileno(), b"GET / HTTP/1.1\r\n")
@@ -91,7 +91,7 @@ async def test_a_listener_of_another_address_is_closed(tmp_path: Path) -> None:
         asked[0].hand_over(listener)
         predecessor = await question
         assert predecessor.usable_listener("127.0.0.1", listener.getsockname()[1] + 1) is None
-        predecessor.serves(lambda _peer, _held: pytest.fail("nothing moves"))
+        predecessor.serves(lambda _peer, _held: pytest.fail("nothing moves"), lambda _requests: None)
         asked[0].close()
 
 
@@ -130,7 +130,7 @@ async def test_more_than_a_message_moves_with_its_connection(tmp_path: Path) -> 
             inheritable.append(peer.get_inheritable())
             peer.close()
 
-        predecessor.serves(adopt)
+        predecessor.serves(adopt, lambda _requests: None)
         await asked[0].decided()
         assert asked[0].take(listener.fileno(), b"x" * 400_000)
         await until(lambda: came)

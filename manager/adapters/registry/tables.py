@@ -8,7 +8,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import JSON, Boolean, Column, DateTime, Float, Integer, MetaData, String, Table, Text
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    Column,
+    DateTime,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+)
 
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
@@ -21,7 +34,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0004")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -67,6 +80,7 @@ learned_sizes = Table(
     Column("digest", String, primary_key=True),
     Column("vram_bytes", Integer, nullable=False),
     Column("measured_at", DateTime, nullable=False),
+    Column("by_card", JSON(none_as_null=True)),
 )
 
 overrides = Table(
@@ -93,6 +107,24 @@ operator_state = Table(
     Column("kind", String, primary_key=True),
     Column("value", JSON, nullable=False),
     Column("saved_at", DateTime, nullable=False),
+)
+
+# The index has all that the filters look at, so that a search reads no row that it does not return.
+requests = Table(
+    "requests",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("request_id", Text, nullable=False, unique=True),
+    Column("ended_us", Integer, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("role", Text),
+    Column("model", Text),
+    Column("instance", Text),
+    Column("outcome", Text, nullable=False),
+    Column("record", LargeBinary, nullable=False),
+    Column("decision", LargeBinary, nullable=False),
+    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome"),
+    sqlite_autoincrement=True,
 )
 
 
@@ -155,6 +187,7 @@ def from_learned_size(size: LearnedSize) -> dict[str, Any]:
         "digest": size.digest,
         "vram_bytes": size.vram_bytes,
         "measured_at": _stored(size.measured_at),
+        "by_card": dict(size.by_card) or None,
     }
 
 
@@ -165,7 +198,14 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         digest=row.digest,
         vram_bytes=row.vram_bytes,
         measured_at=_aware(row.measured_at),
+        by_card=_to_shares(row.by_card or {}),
     )
+
+
+def _to_shares(stored: object) -> dict[str, int]:
+    if not isinstance(stored, dict) or not all(type(share) is int for share in stored.values()):
+        raise TypeError(f"the shares of a learned size are no numbers by card: {stored!r}")
+    return stored
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:

@@ -49,6 +49,9 @@ class Capacity:
         fleet: the instances.
         max_running: how many instances with containers may run at a time, None for any number.
         recheck_s: how soon a place that has become free is found by instances that wait for one.
+
+    Attributes:
+        stopped_by_operator: instances that an operator or a schedule has stopped and none has started since.
     """
 
     def __init__(self, world: World, fleet: Fleet, *, max_running: int | None, recheck_s: float) -> None:
@@ -62,6 +65,7 @@ class Capacity:
         self._begun: dict[str, asyncio.Task[None] | None] = {}
         self._news = asyncio.Event()
         self._is_closed = False
+        self.stopped_by_operator: set[str] = set()
 
     def reconfigure(self, max_running: int | None) -> None:
         """Take over a new limit. What runs beyond it goes on."""
@@ -109,6 +113,7 @@ class Capacity:
             ManagerError: it cannot be started, or its start failed.
         """
         supervisor = self._fleet.managed(instance_id)
+        self.stopped_by_operator.discard(instance_id)
         try:
             return await supervisor.start()
         except LimitReachedError:
@@ -124,6 +129,7 @@ class Capacity:
             ManagerError: it cannot be started now; nothing was changed.
         """
         supervisor = self._fleet.managed(instance_id)
+        self.stopped_by_operator.discard(instance_id)
         try:
             return supervisor.begin_start()
         except LimitReachedError:
@@ -139,12 +145,14 @@ class Capacity:
         """Have an instance stopped; False when it already was and did not wait for a place."""
         supervisor = self._fleet.managed(instance_id)
         waited = self.withdraw(instance_id)
+        self.stopped_by_operator.add(instance_id)
         return await supervisor.stop(force=force) or waited
 
     def begin_stop(self, instance_id: str, *, force: bool = False) -> bool:
         """Ask for an instance to be stopped, without waiting; False as `stop`."""
         supervisor = self._fleet.managed(instance_id)
         waited = self.withdraw(instance_id)
+        self.stopped_by_operator.add(instance_id)
         return supervisor.begin_stop(force=force) or waited
 
     async def stop_all(self) -> None:

@@ -30,15 +30,19 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from manager.domain.drained import Drained
+    from manager.domain.gpu import NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
     from manager.services.world import World
+    from manager.wire.details import Details
 
 
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
 _UNANSWERED_BYTES = 1500
 # About what one probe moves, as long as none has been measured.
 PROBE_BYTES = 4096
+# The most that one answer of `/api/show` moves.
+_SHOWN_BYTES = 2**20
 
 _GRACE_PROBES = 3
 _GRACE_S = 5.0
@@ -46,10 +50,13 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One instance as everyone else sees it: a copy that nothing can be changed through."""
+    """One instance as everyone else sees it: a copy that nothing can be changed through.
+
+    `cards` are those of its `device`, in that order; none for the CPU and for an external instance.
+    """
 
     spec: InstanceSpec
-    gpu_uuid: str | None
+    cards: tuple[NamedCard, ...]
     endpoint: str | None
     target: Target
     phase: Phase
@@ -69,6 +76,7 @@ class View:
     models: tuple[Model, ...]
     available_models: tuple[str, ...] | None
     drained: Drained | None = None
+    keeps_warm: bool = False
     image: ImageInForce | None = None
 
 
@@ -92,6 +100,7 @@ class Instance(ABC):
         listed: the models on its volume as its server last listed them, None while it never did.
         listed_at: the monotonic time of that.
         version: the version that its server last told, None while it never did.
+        keeps_warm: a role keeps a model in its memory, so that it is not stopped for being idle.
     """
 
     def __init__(self, world: World, spec: InstanceSpec) -> None:
@@ -117,6 +126,7 @@ class Instance(ABC):
         self._to_probe = asyncio.Event()
         self._drained: Drained | None = None
         self._quiet = Waiters()
+        self.keeps_warm = False
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
     @abstractmethod
@@ -305,6 +315,29 @@ class Instance(ABC):
             self._tags_due = now + self.spec.limits.resync_interval_s
         self._set_health(Health.HEALTHY, None)
         await self._probed()
+
+    async def show(self, model: str) -> Details | None:
+        """Ask the server what a model can do; None where it does not say. That is a probe, too: no use.
+
+        Raises:
+            UnavailableError: it did not answer.
+        """
+        async with self._probing:
+            endpoint = self.usable_endpoint()
+            if endpoint is None:
+                return None
+            self.probe_bytes = _SHOWN_BYTES
+            try:
+                answer = await self._world.upstream.show(
+                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s
+                )
+            except UnavailableError:
+                self.own_bytes += _SHOWN_BYTES  # some of it may have come
+                raise
+            finally:
+                self.probe_bytes = 0
+            self.own_bytes += answer.wire_bytes
+            return answer.details
 
     async def _probed(self) -> None:  # noqa: B027  (most instances have nothing more to look at)
         """Called after each probe that was answered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ from manager.services.instances.usage import UsageWatch
 from manager.services.instances.workings import Workings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Coroutine
     from datetime import datetime
 
     from manager.domain.drained import Drained
@@ -303,6 +304,29 @@ class Supervisor(Instance):
                     raise
         return kept[-tail:]
 
+    async def follow_logs(self, tail: int) -> AsyncGenerator[str, None]:
+        """The last lines of the container, then what it writes until it ends. Empty text may come first.
+
+        Without a container: the kept lines of the last one.
+
+        Raises:
+            EngineError: as `logs`.
+        """
+        kept, container = self._w.run.kept_log, self._condition.state.container
+        if container is not None:
+            if not self._w.engine_up:
+                raise self._w.engine_away()
+            try:
+                async with aclosing(self._world.engine.follow_logs(container.id, tail)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            except EngineError as error:
+                if isinstance(error, EngineUnreachableError) or not kept:
+                    raise
+            else:
+                return
+        yield "".join(f"{line}\n" for line in kept[-tail:])
+
     async def configure(self, overrides: Overrides) -> None:
         """Override the configured TTL or pin; kept across restarts. None takes an override back.
 
@@ -450,8 +474,8 @@ class Supervisor(Instance):
 
     @property
     def unused_since(self) -> float | None:
-        """The monotonic time of the last use; None while it is used, pinned, or does not run."""
-        if not self._condition.state.is_ready or self.pinned:
+        """The monotonic time of the last use; None while it is used, pinned, kept warm, or does not run."""
+        if not self._condition.state.is_ready or self.pinned or self.keeps_warm:
             return None
         return self._clock.unused_since(self.in_flight)
 
@@ -511,7 +535,7 @@ class Supervisor(Instance):
             await self._world.gpus.refresh()
         except ManagerError:
             return None
-        held = self._world.gpus.holding(self.id).used_bytes if self.is_gpu else None
+        held = self._world.gpus.held_bytes(self.id) if self.is_gpu else None
         return Effort(cpu_s=counters.cpu_s, vram_bytes=held or 0)
 
     def view(self) -> View:
@@ -533,7 +557,7 @@ class Supervisor(Instance):
         container = state.container
         return View(
             spec=self.spec,
-            gpu_uuid=self._world.gpus.uuid_of(self.id) if self.is_gpu else None,
+            cards=self._world.gpus.cards_of(self.id) if self.is_gpu else (),
             endpoint=state.endpoint,
             target=state.target,
             phase=phase,
@@ -553,6 +577,7 @@ class Supervisor(Instance):
             models=self._models,
             available_models=self._available,
             drained=state.drained,
+            keeps_warm=self.keeps_warm,
             image=self.replacing.in_force,
         )
 
@@ -656,6 +681,8 @@ class Supervisor(Instance):
             wanted_hash=self._w.request().labels[LABEL_HASH] if self.reach else None,
             on_gpu=self.is_gpu,
         )
+        if self.is_gpu:
+            self._stale.compare_cards(started.container, self._world.gpus.wanted_usable(self.id))
         self._world.journal.record(
             "adopted" if started.adopted else "ready",
             instance=self.id,
@@ -685,10 +712,12 @@ class Supervisor(Instance):
         await super().probe(tags=tags)
 
     def _check_card(self) -> None:
-        """Compare the state of the card with the last reading; the fleet takes a reading every interval."""
-        lost = self._condition.state.card_lost
-        if not self.is_gpu or self.ready_container is None:
+        """Compare the state of its cards with the last reading; the fleet takes a reading every interval."""
+        lost, container = self._condition.state.card_lost, self.ready_container
+        if not self.is_gpu or container is None:
             return
+        if self._stale.compare_cards(container, self._world.gpus.wanted_usable(self.id)):
+            self._wake.set()
         missing = self._world.gpus.why_missing(self.id)
         if missing is not None:
             self._condition.apply(CardLost(missing))
@@ -731,7 +760,8 @@ class Supervisor(Instance):
         return self._world.utcnow() if self.in_flight else self._clock.last_used_at
 
     def _ttl_remaining_s(self) -> float | None:
-        return self._clock.remaining_s(self.ttl_s, pinned=self.pinned, in_flight=self.in_flight)
+        stays = self.pinned or self.keeps_warm
+        return self._clock.remaining_s(self.ttl_s, pinned=stays, in_flight=self.in_flight)
 
     def _current_row(self, row: InstanceRow) -> InstanceRow:
         state = self._condition.state

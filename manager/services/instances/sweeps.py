@@ -176,8 +176,8 @@ def _why_kept(view: View) -> str:
         return f"out of service ({view.drained.detail}), and kept running"
     if view.in_flight:
         return f"{view.in_flight} open leases"
-    if view.pinned:
-        return "pinned"
+    if view.pinned or view.keeps_warm:
+        return "pinned" if view.pinned else "a role keeps a model warm there"
     if view.ttl_s <= 0:
         return "its TTL is 0: it is never stopped for being idle"
     return f"used recently; {view.ttl_remaining_s or 0:.0f} s left of {view.ttl_s:g} s"

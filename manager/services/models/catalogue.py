@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from manager.domain.roles import Role
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
+    from manager.services.models.details import ModelDetails
     from manager.services.models.model_lists import ModelLists
     from manager.services.models.volume_reader import VolumeReader
     from manager.services.overview import ModelState, Overviews
@@ -37,6 +38,8 @@ _FALSE = ("", "0", "f", "false")
 _NEWS_S = 1.0
 # How long a list waits for the first reading of a volume. Names come within a second of the engine's answer.
 _READING_S = 5.0
+# How long a list waits for what it does not know of its models yet; later lists have it.
+_DETAILS_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +63,11 @@ class Catalogue:
         *,
         settings: SettingsSource,
         reader: VolumeReader,
+        details: ModelDetails,
         now: Callable[[], float],
     ) -> None:
         self._fleet = fleet
+        self._details = details
         self._reader = reader
         self._overviews = overviews
         self._status = status
@@ -80,8 +85,8 @@ class Catalogue:
         used through the gateway since is not asked again; what one does not answer stays as it was.
 
         Args:
-            lists: ask for the models on its volume too, not only for those in its memory, and have volumes
-                read that were never listed.
+            lists: ask for the models on its volume too, not only for those in its memory, and for details of
+                models that are not known; have volumes read that were never listed.
         """
         if lists:
             await self._reader.look(within_s=_READING_S)
@@ -90,6 +95,8 @@ class Catalogue:
         await asyncio.gather(*(self._ask(instance, since, lists=lists) for instance in ready))
         for instance in ready:
             self._lists.take(instance)
+        if lists:
+            await self._details.look(within_s=_DETAILS_S)
 
     def models(self) -> tuple[KnownModel, ...]:
         """Every model that some instance has, each once."""

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from manager.domain.models import model_key
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
-from manager.wire.ollama import name_of
+from manager.wire.details import details_of, lacks_details, with_details
+from manager.wire.ollama import name_of, parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ if TYPE_CHECKING:
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.ports import Registry
+    from manager.wire.details import Details
 
     Entries = Sequence[Mapping[str, Any]]
 
 _RETRY_S = 5.0
+_NO_SIZES: Mapping[str, int] = MappingProxyType({})
 
 
 def volume_of(spec: InstanceSpec) -> str:
@@ -37,7 +40,9 @@ def mount_of(spec: InstanceSpec) -> Volume | None:
 
 
 class ModelLists:
-    """Owns the last list read of each volume. `version` grows whenever the names in one of them change.
+    """Owns the last list read of each volume.
+
+    `version` grows whenever the names or the numbers of parameters in one of them change.
 
     Args:
         registry: keeps them.
@@ -50,6 +55,7 @@ class ModelLists:
         self._journal = journal
         self._entries = {volume: _by_key(entries) for volume, entries in stored.items()}
         self._names = {volume: _names(entries) for volume, entries in self._entries.items()}
+        self._sizes = {volume: _sizes(entries) for volume, entries in self._entries.items()}
         self._read_at: dict[str, float] = {}
         self._unsaved: set[str] = set()
         self._unstored: set[str] = set()  # lists that were read with `store=False`
@@ -59,6 +65,10 @@ class ModelLists:
     def of(self, volume: str) -> Mapping[str, str] | None:
         """The name of each model by its key, None when the list was never read."""
         return self._names.get(volume)
+
+    def sizes(self, volume: str) -> Mapping[str, int]:
+        """The number of parameters of each model by its key, of those whose number is known."""
+        return self._sizes.get(volume, _NO_SIZES)
 
     def entries(self, volume: str) -> Mapping[str, Mapping[str, Any]]:
         """All that a server said of each model, by its key; nothing when the list was never read."""
@@ -81,13 +91,34 @@ class ModelLists:
         if at <= self._read_at.get(volume, float("-inf")):
             return
         self._read_at[volume] = at
-        models = _by_key(entries)
-        if models == self._entries.get(volume) and volume not in self._unstored:
+        known = self._entries.get(volume, {})
+        models = MappingProxyType(
+            {key: _kept(entry, known.get(key)) for key, entry in _by_key(entries).items()}
+        )
+        if models == known and volume in self._entries and volume not in self._unstored:
             return
+        self._take(volume, models, store=store)
+
+    def learn(self, digest: str, found: Details) -> None:
+        """Add what is known of a model to its entries in all lists; it is kept as long as they name it."""
+        for volume, entries in self._entries.items():
+            changed = {
+                key: with_details(entry, found)
+                for key, entry in entries.items()
+                if entry.get("digest") == digest and lacks_details(entry)
+            }
+            if changed:
+                self._take(
+                    volume,
+                    MappingProxyType({**entries, **changed}),
+                    store=volume not in self._unstored,
+                )
+
+    def _take(self, volume: str, models: Mapping[str, Mapping[str, Any]], *, store: bool) -> None:
         self._entries[volume] = models
-        names = _names(models)
-        if names != self._names.get(volume):
-            self._names[volume] = names
+        names, sizes = _names(models), _sizes(models)
+        if names != self._names.get(volume) or sizes != self._sizes.get(volume):
+            self._names[volume], self._sizes[volume] = names, sizes
             self.version += 1
         if store:
             self._unstored.discard(volume)
@@ -102,13 +133,15 @@ class ModelLists:
             await self._news.wait()
             self._news.clear()
             volumes, self._unsaved = self._unsaved, set()
+            failed: set[str] = set()
             for volume in sorted(volumes):
                 try:
                     await self._registry.save_model_list(volume, tuple(self._entries[volume].values()))
                 except RegistryUnwritableError as error:
-                    self._unsaved.add(volume)
+                    failed.add(volume)
                     self._journal.record("model_list_not_stored", detail=f"{volume}: {error.message}")
-            if self._unsaved:
+            if failed:
+                self._unsaved |= failed
                 await asyncio.sleep(_RETRY_S)
                 self._news.set()
 
@@ -117,5 +150,17 @@ def _by_key(entries: Entries) -> Mapping[str, Mapping[str, Any]]:
     return MappingProxyType({model_key(name): entry for entry in entries if (name := name_of(entry))})
 
 
+def _kept(entry: Mapping[str, Any], known: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return an entry with the details that are known of the same model."""
+    if known is None or known.get("digest") != entry.get("digest") or not lacks_details(entry):
+        return entry
+    return with_details(entry, details_of(known))
+
+
 def _names(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, str]:
     return MappingProxyType({key: name_of(entry) for key, entry in entries.items()})
+
+
+def _sizes(entries: Mapping[str, Mapping[str, Any]]) -> Mapping[str, int]:
+    found = ((key, parameters_of(entry)) for key, entry in entries.items())
+    return MappingProxyType({key: count for key, count in found if count is not None})

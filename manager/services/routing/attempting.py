@@ -17,6 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.domain.breaker import is_counted
+from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
-    from manager.services.routing.router import Router
+    from manager.services.routing.router import Opened, Router
     from manager.services.traffic import Traffic
 
 # Where asynchronous runs are begun.
@@ -87,9 +88,16 @@ class Deadlines:
     total_timeout_s: float = 3600.0
 
 
+def _forget(_ended: Ended) -> None:
+    """Keep no history."""
+
+
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """The parts that all requests share. Built once by the composition root."""
+    """The parts that all requests share. Built once by the composition root.
+
+    `keep` takes each request that has ended into the history; it does not wait.
+    """
 
     router: Router
     placement: Placement
@@ -101,6 +109,7 @@ class Routing:
     deadlines: Deadlines
     breakers: Breakers
     overload: Overload
+    keep: Callable[[Ended], None] = _forget
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -121,9 +130,11 @@ class Routing:
 class FixedAttempts:
     """Attempts that no decision was made for, such as the writers of a volume."""
 
+    decision = None
+
     def __init__(self, attempts: Sequence[Attempt]) -> None:
         self._coming = list(attempts)
-        self._made: list[str] = []
+        self.made: list[Attempt] = []
 
     @property
     def more(self) -> bool:
@@ -131,13 +142,13 @@ class FixedAttempts:
 
     @property
     def failed_on(self) -> frozenset[str]:
-        return frozenset(self._made[:-1])
+        return frozenset(attempt.instance for attempt in self.made[:-1])
 
     def next(self) -> Attempt | None:
         if not self._coming:
             return None
         attempt = self._coming.pop(0)
-        self._made.append(attempt.instance)
+        self.made.append(attempt)
         return attempt
 
     def start_no_other(self) -> None:
@@ -151,6 +162,9 @@ class Attempting:
     `answered` or `failed`, each of which gives the next step. `delivered` ends all attempts: the client has
     got a byte. `close` gives everything back, exactly once, and ends the record.
 
+    Attributes:
+        message: the error that the client gets, for the history.
+
     Args:
         routing: what all requests share.
         record: the record of the request; ended by `close`.
@@ -163,12 +177,16 @@ class Attempting:
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
+    message = ""
     start_ms: float | None = None
     _attempts: Attempts | FixedAttempts | None = None
+    _failures: tuple[Failure, ...] = ()
     _lease: Lease | None = None
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
+    _body: Opened | None = None
+    _conversation = 0
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
     _trouble: Trouble | None = None
@@ -186,13 +204,17 @@ class Attempting:
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
         self.record = record
-        self._began_at = began_at
+        self._began_at = self._timed_from = began_at
 
     # --- from the request to a target ---
 
-    def enter(self, facts: RequestFacts) -> Step:
-        """Decide, and begin the first attempt. Waits for nothing."""
+    def enter(self, facts: RequestFacts, body: Opened | None = None) -> Step:
+        """Decide, and begin the first attempt. Waits for nothing.
+
+        A request with a body prefers the instance that has its conversation in memory.
+        """
         self._facts = facts
+        self._body = body
         return self._decide(waits=True)
 
     def enter_running(self, facts: RequestFacts) -> Step:
@@ -245,10 +267,14 @@ class Attempting:
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._first_byte_timeout_s(attempt)
+        if self.is_run:
+            self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
+        if self._conversation:
+            self._routing.router.affinity.note(self._conversation, attempt.instance)
 
     def hold_slot(self) -> None:
         """Take a slot of the current instance, whether or not one is free: limits were set just now."""
@@ -350,7 +376,7 @@ class Attempting:
         if sent and self.cut is not None:
             reason, message = Reason.CANCELLED, self.cut
         if self._is_delivered:
-            self._note(attempt, reason, sent=sent, ours=ours)
+            self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
         # A target that is not repeatable is sent a request once, whatever becomes of it.
         is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
@@ -376,7 +402,7 @@ class Attempting:
             and isinstance(self._attempts, Attempts)
         ):
             self._attempts.pull_failed()
-        self._note(attempt, reason, sent=sent, ours=ours)
+        self._note(attempt, reason, message, sent=sent, ours=ours)
         self._keep_trouble(
             Trouble(
                 reason,
@@ -436,7 +462,7 @@ class Attempting:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
             return None
-        self.record.attempt_failed(attempt.instance, reason)
+        self._add_failure(attempt, reason, message)
         endpoint = self.record.endpoint
         self._keep_trouble(Trouble(reason, message, attempt=attempt, endpoint=endpoint, answer=answer))
         self._release()
@@ -453,9 +479,10 @@ class Attempting:
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
-        if now - self._began_at >= deadlines.total_timeout_s:
+        if now - self._timed_from >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
-                self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, sent=True, ours=False)
+                why = f"no end within {deadlines.total_timeout_s:g} s"
+                self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, why, sent=True, ours=False)
             self._stop_waiting()
             if not self._is_delivered:
                 self.record.fallback, self.record.fallback_from = False, None  # nothing answered
@@ -478,11 +505,27 @@ class Attempting:
     @property
     def total_deadline(self) -> float:
         """The monotonic time by which the request must have ended."""
-        return self._began_at + self._routing.deadlines.total_timeout_s
+        return self._timed_from + self._routing.deadlines.total_timeout_s
 
     def hear(self, words: str) -> None:
         """Take progress of what the request waits for."""
         self.heard = words
+
+    @property
+    def began_at(self) -> float:
+        """The monotonic time of the request's beginning."""
+        return self._began_at
+
+    @property
+    def seen(self) -> Ended:
+        """The request as the history takes it, by reference."""
+        return Ended(self.record, self._attempts, self._failures, self.message)
+
+    def cancelled(self) -> None:
+        """The operator has cancelled the request; its caller ends it with `close`."""
+        record = self.record
+        record.fallback_reason = Reason.CANCELLED
+        record.fallback, record.fallback_from = False, None
 
     def close(self, outcome: Outcome) -> None:
         """Give everything back and end the record. Counts once however often it is called."""
@@ -497,6 +540,7 @@ class Attempting:
         record.outcome = outcome
         record.duration_ms = (monotonic() - self._began_at) * 1000
         self._routing.ended(record)
+        self._routing.keep(self.seen)
 
     # --- helpers, in call order ---
 
@@ -515,6 +559,8 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
+            if self._body is not None and len(decision.groups[0].instances) > 1:
+                self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
                 attempts.leave_role()
@@ -729,11 +775,16 @@ class Attempting:
             return False
         return self._attempts is not None and self._attempts.more
 
-    def _note(self, attempt: Attempt, reason: Reason, *, sent: bool, ours: bool) -> None:
+    def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
         self._settle(None if ours else reason)
-        self.record.attempt_failed(attempt.instance, reason)
+        self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
+
+    def _add_failure(self, attempt: Attempt, reason: Reason, message: str) -> None:
+        self.record.attempt_failed(attempt.instance, reason)
+        if len(self._failures) < MOST_ATTEMPTS:
+            self._failures = (*self._failures, Failure(attempt, reason, message))
 
     def _keep_trouble(self, trouble: Trouble) -> None:
         """Keep the first trouble, unless it only says that a model is missing.

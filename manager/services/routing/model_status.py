@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from manager.domain.models import model_key
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from manager.services.instances.fleet import Fleet
 
@@ -40,9 +42,9 @@ class Worker(Protocol):
 
 
 class ModelStatus:
-    """Owns the set of requests that servers work on, and the set of models whose last request failed.
+    """Owns the requests that servers work on, the mere loads, and the models whose last request failed.
 
-    Both are bounded: the first by the requests in flight, the second by `_MAX_BROKEN`, beyond which failures
+    All are bounded: by the requests in flight, by the instances, and by `_MAX_BROKEN`, beyond which failures
     are not noted.
 
     Args:
@@ -53,6 +55,7 @@ class ModelStatus:
         self._fleet = fleet
         self._workers: set[Worker] = set()
         self._broken: set[str] = set()
+        self._loads: Counter[str] = Counter()
 
     def sent(self, worker: Worker) -> None:
         """A request was sent to a server."""
@@ -61,6 +64,18 @@ class ModelStatus:
     def ended(self, worker: Worker) -> None:
         """The server works on the request no longer."""
         self._workers.discard(worker)
+
+    @contextmanager
+    def load(self, model: str) -> Iterator[None]:
+        """A model is being loaded, and nothing else is done with it."""
+        key = model_key(model)
+        self._loads[key] += 1
+        try:
+            yield
+        finally:
+            self._loads[key] -= 1
+            if not self._loads[key]:
+                del self._loads[key]
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the requests that servers work on."""
@@ -80,7 +95,7 @@ class ModelStatus:
         """Return what requests that are under way do with models, by their keys.
 
         A model is loading until its instance reports it in memory: an answer without streaming sends nothing
-        before its end.
+        before its end. A server reports a model that it still loads, too; the end of a mere load tells more.
         """
         doing: dict[str, Literal["in_use", "loading"]] = {}
         for worker in self._workers:
@@ -89,6 +104,8 @@ class ModelStatus:
             loading = loads and not self._is_loaded(instance, key)
             if not loading or key not in doing:
                 doing[key] = "loading" if loading else "in_use"
+        for key in self._loads:
+            doing.setdefault(key, "loading")
         return doing
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.models import model_key
+from manager.domain.routing import PassedOver, denied_message
 from manager.domain.wording import listed, model_not_found
 from manager.errors import BackingOffError, LimitReachedError, ManagerError, Reason, UnavailableError
 from manager.services.models.model_lists import volume_of
@@ -171,6 +172,7 @@ class Placement:
         if pulls and instance.usable_endpoint() is None and puller is not None:
             # The volume's writer pulls. This instance is not started for a model that cannot be had.
             await puller.pull(instance.id, attempt.model, tell)
+            self.refuse_denied(attempt)
             pulls = False
         began = self._now()
         async with AsyncExitStack() as turn:
@@ -179,21 +181,37 @@ class Placement:
                 if await self._is_read(instance):
                     await turn.aclose()
                     self._refuse_missing(attempt, puller, may_pull=patient)
+                    self.refuse_denied(attempt)
             runs = instance.usable_endpoint() is not None
             lease = await self._patient_lease(instance, failed_on, began, patient=patient)
             start_ms = None if runs else (self._now() - began) * 1000
             try:
                 if attempt.because == "unread":
                     pulls = not await self._has(instance, attempt.model, may_pull=patient)
+                    self.refuse_denied(attempt)
                 await turn.aclose()
                 if pulls and puller is not None:
                     await puller.pull(instance.id, attempt.model, tell)
+                    self.refuse_denied(attempt)
                 if attempt.because != "loaded":
                     await instance.make_room_for(attempt.model)
             except BaseException:
                 lease.release()
                 raise
         return Prepared(lease, start_ms)
+
+    def refuse_denied(self, attempt: Attempt) -> None:
+        """Refuse a model that its instance must not run; its size may have become known a moment ago.
+
+        Raises:
+            UnavailableError: it is denied.
+        """
+        rule = self._router.denial(attempt.instance, attempt.model)
+        if rule:
+            denied = PassedOver(attempt.instance, attempt.model, Reason.HOST_DENIED, rule)
+            raise UnavailableError(
+                denied_message([denied]), reason=Reason.HOST_DENIED, instance=attempt.instance
+            )
 
     def expect_on_cpu(self, attempt: Attempt) -> None:
         """The request of an attempt asks for its model to be computed by the processor."""

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from manager.domain.denial import Denials, DenyRules
 from manager.domain.instance import Phase
 from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
 from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
+from manager.services.routing.affinity import Affinity, LeaningLoad
+from manager.wire.opening import opening_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
-    from manager.domain.routing import Attempt
+    from manager.domain.routing import Attempt, Load
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from manager.services.routing.breakers import Breakers
     from manager.services.routing.overload import Overload
     from manager.services.world import Revision
+    from manager.wire.body import Fields
 
 # Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A
 # stale snapshot costs one failed attempt, because the lease decides.
@@ -31,6 +36,17 @@ _MAX_DECISIONS = 4096
 _LAST = -1_000_000
 # Why an attempt is made on an instance that runs already.
 RUNNING = ("loaded", "running")
+
+
+def _never(_instance_id: str) -> None:
+    """Lift no rules."""
+
+
+class Opened(Protocol):
+    """A request that may be part of a conversation: its fields, as `wire.body` reads them."""
+
+    @property
+    def fields(self) -> Fields: ...
 
 
 class SettingsSource(Protocol):
@@ -55,6 +71,7 @@ class Router:
         breakers: tells which instances are left alone.
         overload: tells which are used only where no other is available.
         now: seconds on a monotonic clock.
+        lifted: of an instance, tells the order that lifts its deny rules; None where they hold.
         renewed: called after each new snapshot.
     """
 
@@ -70,6 +87,7 @@ class Router:
         breakers: Breakers,
         overload: Overload,
         now: Callable[[], float],
+        lifted: Callable[[str], object] = _never,
         renewed: Callable[[], None] = lambda: None,
     ) -> None:
         self._renewed = renewed
@@ -82,6 +100,8 @@ class Router:
         self._breakers = breakers
         self._overload = overload
         self._now = now
+        self._lifted = lifted
+        self.affinity = Affinity()
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._taken_of: tuple[int, int, int] = (-1, -1, -1)
@@ -148,16 +168,30 @@ class Router:
         """Return the names of the models on the instance's volume by key; None before the first reading."""
         return self._lists.of(volume_of(instance.spec))
 
+    def denial(self, instance_id: str, model: str) -> str:
+        """Return the rule that denies a model on an instance as things are now; empty where none does."""
+        denials = self._denials(self._fleet.get(instance_id))
+        return "" if denials is None else denials.rule(model_key(model))
+
+    def _denials(self, instance: Instance) -> Denials | None:
+        spec = instance.spec
+        if not spec.deny_models and spec.max_parameters is None:
+            return None
+        if self._lifted(spec.id) is not None:
+            return None
+        rules = DenyRules(spec.deny_models, spec.max_parameters)
+        return Denials(rules, self._lists.sizes(volume_of(spec)))
+
     def _revisions(self) -> tuple[int, int, int]:
         return self._revision.number, self._lists.version, self._settings.version
 
     def _candidate(self, instance: Instance) -> Candidate:
         view, drained = instance.view(), instance.drained
         ready = instance.usable_endpoint() is not None
-        state, why_out, priority = State.STARTABLE, None, instance.spec.priority
-        detail = "" if drained is None else drained.detail
+        state, why_out, detail = State.STARTABLE, None, ""
+        priority = instance.spec.priority
         if drained is not None:
-            state, why_out = State.OUT, Reason.INSTANCE_UNAVAILABLE
+            state, why_out, detail = State.OUT, Reason.INSTANCE_UNAVAILABLE, drained.detail
         elif ready and not instance.is_silent:
             state = State.READY
         elif ready:
@@ -180,6 +214,7 @@ class Router:
             detail=detail,
             overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
+            denials=self._denials(instance),
         )
 
 
@@ -199,6 +234,7 @@ class Attempts:
         "_made",
         "_may_pull",
         "_may_start",
+        "_preferred",
         "_router",
         "decision",
     )
@@ -211,10 +247,16 @@ class Attempts:
         self._may_start = True
         self._may_pull = True
         self._keeps_role = False
+        self._preferred: str | None = None
         self._decided_by = router.version
         self.decision = router.decide(facts)
         # Most requests need the first attempt only, and never ask for the others.
         self._coming: Iterator[Attempt] | None = None
+
+    @property
+    def made(self) -> tuple[Attempt, ...]:
+        """Every attempt that was begun, in order."""
+        return self._made
 
     @property
     def more(self) -> bool:
@@ -226,7 +268,7 @@ class Attempts:
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
         if not self._made and self._coming is None and not self._keeps_role and self._may_pull:
-            attempt = self.decision.first(self._router.load())
+            attempt = self.decision.first(self._load())
         else:
             if self._made and self._decided_by != self._router.version:
                 self._decide_again()
@@ -256,6 +298,19 @@ class Attempts:
         """Decide again over the fleet as it is now; attempts that were made are not repeated."""
         self._decide_again()
 
+    def lean(self, body: Opened) -> int:
+        """Prefer the instance that has the conversation in memory, unless it is busier; to be called first.
+
+        Returns:
+            The conversation, for `Router.affinity`; 0 where the request is part of none.
+        """
+        opening = opening_of(body.fields) if self._facts.kind is RequestKind.GENERATE else None
+        if opening is None:
+            return 0
+        conversation = hash((self._facts.model, opening)) or 1
+        self._preferred = self._router.affinity.find(conversation)
+        return conversation
+
     def start_no_other(self) -> None:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
@@ -280,10 +335,14 @@ class Attempts:
         """The instances of the attempts before the latest one."""
         return frozenset(attempt.instance for attempt in self._made[:-1])
 
+    def _load(self) -> Load:
+        load = self._router.load()
+        return load if self._preferred is None else LeaningLoad(load, self._preferred)
+
     def _decide_again(self) -> None:
         made = {(one.instance, one.model, one.because == "pull") for one in self._made}
         self._decided_by = self._router.version
-        attempts = self._router.decide(self._facts).in_order(self._router.load())
+        attempts = self._router.decide(self._facts).in_order(self._load())
         self._coming = (
             one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
         )
@@ -301,7 +360,7 @@ class Attempts:
         """Return the attempts that follow those that were made."""
         if self._coming is None:
             made = self._made
-            in_order = self.decision.in_order(self._router.load())
+            in_order = self.decision.in_order(self._load())
             self._coming = (one for one in in_order if one not in made) if made else in_order
         return self._coming
 

@@ -38,6 +38,7 @@ LABELS = {
     "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
+    "ollama_manager_history_requests": ("result",),
     "ollama_manager_lane_in_flight": ("lane",),
     "ollama_manager_lane_queued": ("lane",),
     "ollama_manager_slots": ("instance",),
@@ -54,6 +55,7 @@ TYPES = {
     "ollama_manager_starts": "counter",
     "ollama_manager_log_lines_dropped": "counter",
     "ollama_manager_refusals": "counter",
+    "ollama_manager_history_requests": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
@@ -86,6 +88,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         refusals or Refusals(now=lambda: 0.0),
         cast("Any", SLOTS),
         log_lines_dropped=lambda: 7,
+        history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
@@ -177,6 +180,8 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
+    assert values(families["ollama_manager_history_requests"], result="stored") == [40]
+    assert values(families["ollama_manager_history_requests"], result="dropped") == [2]
 
 
 def test_lanes_and_slots_are_those_of_the_moment() -> None:

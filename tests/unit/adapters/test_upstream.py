@@ -15,6 +15,7 @@ import pytest
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
 from manager.errors import OutOfDescriptorsError, Reason, UnavailableError
+from manager.wire.details import Details
 from tests.support.sockets import no_descriptors
 
 if TYPE_CHECKING:
@@ -61,8 +62,11 @@ class _Connection(socketserver.StreamRequestHandler):
             while request := self.rfile.readline():
                 path = request.split()[1].decode()
                 self.server.asked.append(path)
-                while self.rfile.readline() not in (b"\r\n", b""):
-                    pass
+                length = 0
+                while (line := self.rfile.readline()) not in (b"\r\n", b""):
+                    if line.lower().startswith(b"content-length:"):
+                        length = int(line.partition(b":")[2])
+                self.rfile.read(length)
                 for piece in self.server.pieces.get(path, answer(b"404 page not found", "404 Not Found")):
                     self.wfile.write(piece)
                     time.sleep(0.001)  # lets the other end read this piece before the next one is sent
@@ -296,3 +300,33 @@ async def test_questions_at_once_do_not_wait_for_each_other() -> None:
         slow.cancel()
         await asyncio.wait({slow})
         assert server.asked == ["/slow", "/api/version"]
+
+
+# --- details of models ----------------------------------------------------------------------------
+
+
+async def test_a_model_is_shown_and_the_bytes_are_counted() -> None:
+    async with probing() as (upstream, server):
+        body = json.dumps({"capabilities": ["completion"], "licence": "x" * 10_000}).encode()
+        server.pieces["/api/show"] = answer(body)
+        shown = await upstream.show(server.url, "tiny", timeout_s=TIMEOUT_S)
+        assert server.asked == ["/api/show"]
+    assert shown.details == Details(None, ("completion",))
+    assert 10_000 < shown.wire_bytes < 13_000
+
+
+async def test_a_model_that_a_server_does_not_show_has_no_details() -> None:
+    async with probing() as (upstream, server):
+        assert (await upstream.show(server.url, "tiny", timeout_s=TIMEOUT_S)).details is None
+        server.pieces["/api/show"] = answer(b"no JSON")
+        assert (await upstream.show(server.url, "tiny", timeout_s=TIMEOUT_S)).details is None
+
+
+async def test_an_answer_about_a_model_is_bounded_in_size_and_time() -> None:
+    async with probing() as (upstream, server):
+        server.pieces["/api/show"] = answer(b" " * (2**20 + 1))
+        with pytest.raises(UnavailableError, match="more than 1048576 bytes"):
+            await upstream.show(server.url, "tiny", timeout_s=TIMEOUT_S)
+        server.pieces["/api/show"] = [head(5)]
+        with pytest.raises(UnavailableError, match="did not answer within"):
+            await upstream.show(server.url, "tiny", timeout_s=SHORT_S)

@@ -157,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._reply()
 
+    def do_DELETE(self) -> None:
+        self._reply()
+
     def do_POST(self) -> None:
         self._reply()
 

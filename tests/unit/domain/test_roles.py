@@ -261,3 +261,14 @@ def test_merging_keeps_everything_that_is_not_said_anew(
 def test_four_roles_generate_and_one_embeds() -> None:
     assert [name for name, kind in BUILT_IN_ROLES.items() if kind is RequestKind.EMBED] == ["embedding"]
     assert list(BUILT_IN_ROLES) == ["thinking", "control", "output", "tool_selector", "embedding"]
+
+
+def test_the_roles_that_keep_their_model_warm_on_an_instance_have_a_model() -> None:
+    roles = [
+        Role("a", RequestKind.GENERATE, "tiny", keep_warm=("one", "two")),
+        Role("b", RequestKind.GENERATE, None, keep_warm=("one",)),
+        Role("c", RequestKind.EMBED, "minilm", keep_warm=("one",)),
+    ]
+    settings = RoutingSettings({role.name: role for role in roles})
+    found = {name: [role.name for role in settings.kept_on(name)] for name in ("one", "two", "three")}
+    assert found == {"one": ["a", "c"], "two": ["a"], "three": []}

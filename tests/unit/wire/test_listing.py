@@ -26,6 +26,12 @@ KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",), "ready", 0.5, 12.5)
 BARE = KnownModel({"name": "bare"}, ("nas",), ())
 
 
+def test_a_model_for_openai_says_its_context_length_and_what_it_can_do() -> None:
+    said = {**TINY, "details": {"context_length": 4096}, "capabilities": ["completion", "vision"]}
+    document = model_document("tiny", KnownModel(said, ("cpu",), ()))
+    assert (document["context_length"], document["capabilities"]) == (4096, ["completion", "vision"])
+
+
 def test_an_entry_keeps_every_key_that_its_server_gave() -> None:
     (entry,) = tags_document([KNOWN])["models"]
     assert entry == {
@@ -98,6 +104,8 @@ def test_a_model_for_openai_is_called_as_it_was_asked_for() -> None:
         "offload": 0.5,
         "latency_ms": 12.5,
         "instances": ["cpu", "gpu0"],
+        "context_length": None,
+        "capabilities": None,
     }
 
 
@@ -119,6 +127,8 @@ def test_a_role_is_an_entry_that_names_its_model() -> None:
             "offload": 0.5,
             "latency_ms": 12.5,
             "instances": ["cpu", "gpu0"],
+            "context_length": None,
+            "capabilities": None,
             "model": "tiny",
             "kind": "generate",
         }

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.ollama import name_of, read_available, read_loaded, read_time, read_version
+from manager.wire.ollama import (
+    name_of,
+    parameters_of,
+    read_available,
+    read_loaded,
+    read_time,
+    read_version,
+)
 
 RECORDINGS = Path(__file__).parents[2] / "contract" / "recordings"
 
@@ -139,3 +146,18 @@ def test_nothing_a_server_can_say_is_an_error(body: object) -> None:
         read(body)
         read({"models": body, "version": body})
         read({"models": [body, {"name": body, "size": body, "expires_at": body}]})
+
+
+@pytest.mark.parametrize(
+    ("entry", "count"),
+    [
+        ({"details": {"parameter_size": "14.8B"}}, 14_800_000_000),
+        ({"details": {"parameter_size": "8x7B"}}, None),
+        ({"details": {"parameter_size": ""}}, None),
+        ({"details": {"parameter_size": 7}}, None),
+        ({"details": None}, None),
+        ({}, None),
+    ],
+)
+def test_an_entry_gives_its_number_of_parameters_or_none(entry: dict[str, Any], count: int | None) -> None:
+    assert parameters_of(entry) == count

@@ -85,6 +85,13 @@ class Reader:
         self.looks += 1
 
 
+class Details:
+    """Nothing is missing."""
+
+    async def look(self, *, within_s: float) -> None:
+        assert within_s == 1.0
+
+
 def catalogue(
     *instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = (), list_roles: bool = True
 ) -> Catalogue:
@@ -106,6 +113,7 @@ def catalogue(
         lists,
         settings=settings,
         reader=Reader(),  # type: ignore[arg-type]
+        details=Details(),  # type: ignore[arg-type]
         now=Clock(),
     )
 

@@ -11,6 +11,7 @@ from manager.domain.template import Template
 from manager.errors import RegistryUnwritableError
 from manager.services.models import model_lists
 from manager.services.models.model_lists import ModelLists, volume_of
+from manager.wire.details import Details
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -121,3 +122,65 @@ async def test_what_changed_is_stored_and_stored_again_when_that_failed(
     running.cancel()
     assert registry.saved == [("w", (QWEN,))]
     assert journal.kinds == ["model_list_not_stored"]
+
+
+async def test_what_changes_while_another_list_is_stored_is_stored_at_once() -> None:
+    stored, goes_on = asyncio.Event(), asyncio.Event()
+
+    class Slow(Registry):
+        async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None:
+            stored.set()
+            await goes_on.wait()
+            await super().save_model_list(volume, entries)
+
+    registry = Slow()
+    known = ModelLists(registry, Journal(), {})  # type: ignore[arg-type]
+    running = asyncio.ensure_future(known.run())
+    known.read("v", (TINY,), 1.0)
+    await stored.wait()
+    known.read("v", (TINY, QWEN), 2.0)
+    goes_on.set()
+    async with asyncio.timeout(2):  # not after the pause that follows a failure
+        while len(registry.saved) < 2:  # noqa: ASYNC110  (there is no event to wait for)
+            await asyncio.sleep(0)
+    running.cancel()
+    assert registry.saved[-1] == ("v", (TINY, QWEN))
+
+
+def test_a_number_of_parameters_that_becomes_known_is_news() -> None:
+    known = lists()
+    known.read("v", [TINY, QWEN], 1.0)
+    assert (known.version, known.sizes("v"), known.sizes("other")) == (1, {}, {})
+    detailed = {**TINY, "details": {"parameter_size": "14.8B"}}
+    known.read("v", [detailed, QWEN], 2.0)
+    assert (known.version, known.sizes("v")) == (2, {"tiny:latest": 14.8e9})
+    known.read("v", [{**detailed, "size": 1}, QWEN], 3.0)
+    assert known.version == 2
+
+
+def test_details_that_were_asked_for_stay_with_the_model_and_are_stored() -> None:
+    known = lists()
+    found = Details(2048, ("completion",))
+    one, other = {**TINY, "digest": "d1"}, {**QWEN, "digest": "d2"}
+    known.read("v", [one, other], 1.0)
+    known.read("w", [{**one, "name": "same:latest"}], 1.0)
+    known._unsaved.clear()
+    known.learn("d1", found)
+    assert known._unsaved == {"v", "w"}
+    said = {**one, "capabilities": ["completion"], "details": {"family": "llama", "context_length": 2048}}
+    assert known.entries("v") == {"tiny:latest": said, "qwen3:8b": other}
+    assert known.entries("w")["same:latest"]["capabilities"] == ["completion"]
+    before = known.entries("v")
+    known.learn("d1", Details(1, ()))
+    known.read("v", [one, other], 2.0)
+    assert known.entries("v") is before, "a server that says less takes nothing back"
+    known.read("v", [{**one, "digest": "d3"}, other], 3.0)
+    assert "capabilities" not in known.entries("v")["tiny:latest"], "another model has that name now"
+
+
+def test_details_of_a_list_that_is_not_to_be_stored_are_not_stored() -> None:
+    known = lists()
+    known.read("v", [{**TINY, "digest": "d1"}], 1.0, store=False)
+    known.learn("d1", Details(2048, ("completion",)))
+    assert known.entries("v")["tiny:latest"]["capabilities"] == ["completion"]
+    assert known._unsaved == set()

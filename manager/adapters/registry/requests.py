@@ -1,0 +1,264 @@
+"""The history of requests in the registry, through a connection and a thread of its own.
+
+Nothing here holds up the registry's other calls for longer than one small transaction takes. A write is not
+flushed to the disk at once (`synchronous=NORMAL`): it survives the end of the process, and a loss of power
+may take the last ones. The registry's other connection flushes all of its own writes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import orjson
+
+from manager.adapters.registry.opening import connect_existing, translated
+from manager.adapters.request_log import encodable
+from manager.domain.history import MOST_CHARACTERS, decision_values, record_values
+from manager.domain.models import model_key
+from manager.errors import RegistryUnwritableError
+from manager.services.ports import StoredPage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+    from pathlib import Path
+
+    from manager.domain.history import Ended, Filters
+    from manager.domain.record import RequestRecord
+
+T = TypeVar("T")
+Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
+
+_COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, record, decision"
+# A batch whose commit was reported as failed is written again: what is stored already stays as it is.
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES {_ROW}"  # noqa: S608
+# A statement gives up the interpreter's lock once, so that a busy event loop holds up few of them.
+_MANY = 100
+_ADD_MANY = ", ".join([_ADD, *[_ROW] * (_MANY - 1)])
+_GET = "SELECT record, decision FROM requests WHERE request_id = ?"
+_RECORD = "SELECT request_id, record FROM requests WHERE id = ?"
+_LAST_ID = "SELECT max(id) FROM requests"
+_OLD = """DELETE FROM requests WHERE id IN (
+    SELECT id FROM requests WHERE ended_us < ? ORDER BY ended_us LIMIT ?)"""
+# The difference of two ids bounds the number of rows between them: nothing is counted.
+_BEYOND = """DELETE FROM requests WHERE id IN (
+    SELECT id FROM requests WHERE id <= (SELECT max(id) FROM requests) - ? ORDER BY id LIMIT ?)"""
+_OPTIONS = orjson.OPT_UTC_Z
+
+
+class SqlRequests:
+    """Implements `services.ports.RequestStore`. All SQL runs in one thread, in the order of the calls.
+
+    Args:
+        path: of the registry, which is open.
+        refuse_if_moved: raises where the registry's files are not those any more that were opened.
+        busy_timeout_s: how long another connection may have it locked.
+        stores: whether anything is written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        refuse_if_moved: Callable[[], None],
+        *,
+        busy_timeout_s: float,
+        stores: bool = True,
+    ) -> None:
+        self._path = path
+        self._refuse_if_moved = refuse_if_moved
+        self._busy_timeout_s = busy_timeout_s
+        self._stores = stores
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requests")
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+
+    async def add(self, batch: Sequence[Ended]) -> None:
+        await self._call(lambda: self._insert(_rows(batch)))
+
+    async def encoded(self, batch: Sequence[Ended]) -> bytes:
+        return await asyncio.to_thread(lambda: _encoded(_rows(batch)))  # also once the store is closed
+
+    async def add_encoded(self, rows: bytes) -> None:
+        await self._call(lambda: self._insert(_decoded(rows)))
+
+    async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
+        found, values = search(filters, after)
+
+        def work() -> StoredPage:
+            connection = self._open()
+            last = connection.execute(_LAST_ID).fetchone()[0] or 0
+            ids = [row[0] for row in connection.execute(found, [*values, limit])]
+            cursor = last if after is None or len(ids) < limit else ids[-1]
+            if after is not None:
+                ids.reverse()
+            rows = [connection.execute(_RECORD, (id_,)).fetchone() for id_ in ids]
+            items = [(row[0], orjson.loads(row[1])) for row in rows]
+            return StoredPage(items, max(cursor, after or 0))
+
+        return await self._call(work, doing="read")
+
+    async def get(self, request_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        def work() -> tuple[dict[str, Any], dict[str, Any]] | None:
+            row = self._open().execute(_GET, (request_id,)).fetchone()
+            return None if row is None else (orjson.loads(row[0]), orjson.loads(row[1]))
+
+        return await self._call(work, doing="read")
+
+    async def prune(self, before: datetime, *, most_rows: int, at_most: int) -> bool:
+        def work() -> bool:
+            self._refuse_if_moved()
+            connection = self._open()
+            old = connection.execute(_OLD, (int(before.timestamp() * 1e6), at_most)).rowcount
+            beyond = connection.execute(_BEYOND, (most_rows, at_most)).rowcount
+            return old >= at_most or beyond >= at_most
+
+        return self._stores and await self._call(work)
+
+    async def close(self) -> None:
+        """End after the calls that are under way; closing twice is no error."""
+        if not self._closed:
+            self._closed = True
+            last = self._thread.submit(self._disconnect)
+            self._thread.shutdown(wait=False)
+            await asyncio.wrap_future(last)
+
+    def _insert(self, rows: list[Row]) -> None:
+        if not self._stores:
+            return
+        self._refuse_if_moved()
+        connection = self._open()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            whole = len(rows) - len(rows) % _MANY
+            for start in range(0, whole, _MANY):
+                connection.execute(_ADD_MANY, tuple(chain.from_iterable(rows[start : start + _MANY])))
+            connection.executemany(_ADD, rows[whole:])
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = connect_existing(self._path, self._busy_timeout_s)
+            try:
+                connection.execute("PRAGMA synchronous=NORMAL")
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    async def _call(self, work: Callable[[], T], *, doing: str = "written") -> T:
+        if self._closed:
+            raise RegistryUnwritableError(f"the registry {self._path} is closed")
+
+        def run() -> T:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                raise translated(self._path, error, doing) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+
+def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
+    """Return the statement that finds ids, and its parameters but the limit.
+
+    Args:
+        filters: what is wanted.
+        after: None: the requests that ended last, newest first; else the first ones behind this id, in order.
+    """
+    pairs = (
+        ("project = ?", filters.project),
+        ("role = ?", filters.role),
+        ("model = ?", filters.key),
+        ("instance = ?", filters.instance),
+        ("outcome = ?", filters.outcome),
+        ("ended_us >= ?", filters.since and int(filters.since.timestamp() * 1e6)),
+        ("id > ?", after),
+    )
+    named = [(condition, value) for condition, value in pairs if value is not None]
+    conditions = " AND ".join(condition for condition, _ in named) or "true"
+    order = "ended_us DESC, id DESC" if after is None else "id"
+    statement = f"SELECT id FROM requests WHERE {conditions} ORDER BY {order} LIMIT ?"  # noqa: S608  (constants)
+    return statement, [value for _, value in named]
+
+
+def _rows(batch: Sequence[Ended]) -> list[Row]:
+    # Requests with one decision that were answered at once have the same document.
+    plain: dict[Any, bytes] = {}
+    return [_row(ended, plain) for ended in batch]
+
+
+def _row(ended: Ended, plain: dict[Any, bytes]) -> Row:
+    record, attempts = ended.record, ended.attempts
+    key = None
+    if attempts is not None and not ended.failures and not ended.message:
+        key = (id(attempts.decision), tuple(attempts.made), record.outcome)
+    decision = None if key is None else plain.get(key)
+    if decision is None:
+        decision = _json(decision_values(ended))
+        if key is not None:
+            plain[key] = decision
+    return (
+        record.request_id,
+        int(record.ts.timestamp() * 1e6 + record.duration_ms * 1000),
+        _text(record.project_id),
+        record.role,
+        None if record.model is None else _text(model_key(record.model)),
+        record.effective_target,
+        record.outcome,
+        _record(record),
+        decision,
+    )
+
+
+def _record(record: RequestRecord) -> bytes:
+    """Return the fields of a record that were set. Most records are short, and need no look at each text."""
+    if not record.failed_attempts:
+        with suppress(TypeError):
+            data = orjson.dumps(record.__dict__, option=_OPTIONS)
+            if len(data) <= MOST_CHARACTERS:  # so no text in it is longer
+                return data
+    return _json(record_values(record))
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    try:
+        return orjson.dumps(values, option=_OPTIONS)
+    except TypeError:
+        return orjson.dumps(_plain(values), option=_OPTIONS)
+
+
+def _plain(value: Any) -> Any:
+    """Return a value with nothing that JSON has no form for, such as a lone surrogate."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return encodable(value)
+
+
+def _text(text: str) -> str:
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
+def _encoded(rows: list[Row]) -> bytes:
+    return orjson.dumps([(*row[:-2], row[-2].decode(), row[-1].decode()) for row in rows])
+
+
+def _decoded(rows: bytes) -> list[Row]:
+    return [(*row[:-2], row[-2].encode(), row[-1].encode()) for row in orjson.loads(rows)]

@@ -1,0 +1,93 @@
+"""`/api/runtime/compute/instances/{id}/load` and `/unload`: models in the memory of one instance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import orjson
+from fastapi import APIRouter, Query
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.responses import Response
+
+from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
+from manager.api.errors import refusals
+from manager.api.schemas import ChangeBody, instance_json
+from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
+from manager.wire.loading import is_duration, unloads_at_once
+
+if TYPE_CHECKING:
+    from manager.api.backend import Backend
+
+# Ollama counts in nanoseconds of 63 bits.
+_MOST_S = 9_000_000_000
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UnloadRequest(_Shape):
+    """`model` is the name of a model, or of a role that has one."""
+
+    model: Annotated[str, Field(strict=True, min_length=1, max_length=600)]
+
+
+class LoadRequest(UnloadRequest):
+    """`keep_alive` is how long the model stays after its last use, as Ollama takes it.
+
+    A number of seconds or a duration such as `30m`; negative means for good. Left out, the server decides.
+    """
+
+    keep_alive: (
+        Annotated[float, Field(strict=True, ge=-_MOST_S, le=_MOST_S, allow_inf_nan=False)]
+        | Annotated[str, Field(strict=True, max_length=64)]
+        | None
+    ) = None
+
+    @field_validator("keep_alive")
+    @classmethod
+    def _is_kept(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str) and not is_duration(value):
+            message = f"{value!r} is no duration; expected seconds, or a duration such as 90s, 30m or 2h"
+            raise ValueError(message)
+        if value is not None and unloads_at_once(value):
+            raise ValueError(
+                f"{value!r} would unload the model; expected more, or less than nothing for good"
+            )
+        return value
+
+
+def loading_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/runtime/compute/instances", tags=["compute"])
+    loading = backend.loading
+
+    def changed(instance_id: str, *, done: bool) -> Response:
+        body = {"instance": instance_json(backend.overviews.of(instance_id)), "changed": done}
+        return Response(orjson.dumps(body), media_type="application/json")
+
+    @router.post("/{instance_id}/load", response_model=ChangeBody, responses=refusals(404, 409, 503, 504))
+    async def load_model(
+        instance_id: str, request: LoadRequest, _query: Annotated[NoQuery, Query()]
+    ) -> Response:
+        """Load a model on an instance, which is started if need be; answers when it is in memory.
+
+        `changed` is false where it was in memory already.
+        """
+        backend.fleet.get(instance_id)
+        await backend.first_look.known(within_s=MAX_STARTUP_WAIT_S)
+        done = await loading.load(instance_id, request.model, request.keep_alive)
+        return changed(instance_id, done=done)
+
+    @router.post("/{instance_id}/unload", response_model=ChangeBody, responses=refusals(404, 409, 503, 504))
+    async def unload_model(
+        instance_id: str, request: UnloadRequest, _query: Annotated[NoQuery, Query()]
+    ) -> Response:
+        """Unload a model from an instance. Requests that use it come to their end first.
+
+        `changed` is false where it was not in memory. Nothing is started.
+        """
+        backend.fleet.get(instance_id)
+        await backend.first_look.known(within_s=MAX_STARTUP_WAIT_S)
+        return changed(instance_id, done=await loading.unload(instance_id, request.model))
+
+    return router

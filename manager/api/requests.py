@@ -1,0 +1,278 @@
+"""`/api/runtime/compute/requests`: the requests that ended last and those that are open; and `/explain`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import orjson
+from fastapi import APIRouter, Query
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
+from manager.api.errors import refusals
+from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
+from manager.api.schemas import Time  # noqa: TC001
+from manager.domain.durations import parse_duration
+from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
+from manager.domain.history import Filters, decision_values, record_values
+from manager.domain.record import Outcome, with_defaults
+from manager.domain.roles import RequestKind  # noqa: TC001
+from manager.domain.routing import Because, RequestFacts
+from manager.errors import Reason, RequestEndedError, UnknownRequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from manager.api.backend import Backend
+    from manager.domain.record import RequestRecord
+    from manager.services.routing.attempting import Attempting
+
+MOST_LISTED = 1000
+_CANCELLED = "the operator has cancelled the request"
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FailedAttemptBody(_Shape):
+    target: str
+    reason: Reason
+
+
+class RequestBody(_Shape):
+    """One request, under the names of the log. `outcome` is null while it is open."""
+
+    open: bool
+    ts: Time
+    request_id: str
+    trace_id: str
+    span_id: str
+    parent_span_id: str | None
+    project_id: str
+    path: str
+    sampled: bool
+    kind: RequestKind | None
+    lane: str | None
+    intent: str | None
+    local_only: bool
+    role: str | None
+    model: str | None
+    requested_target: str | None
+    effective_target: str | None
+    provider: str
+    endpoint: str | None
+    policy: str | None
+    fallback: bool
+    fallback_reason: Reason | None
+    fallback_from: str | None
+    attempts: int
+    failed_attempts: list[FailedAttemptBody]
+    status: int
+    outcome: Outcome | None
+    stream: bool
+    queue_ms: float
+    start_ms: float | None
+    ttfb_ms: float | None
+    duration_ms: float
+    input_tokens: int | None
+    output_tokens: int | None
+    cost_usd: float
+
+
+class RequestsBody(_Shape):
+    """Requests, newest first: the open ones, then those that ended. `cursor` is for `after`."""
+
+    requests: list[RequestBody]
+    count: int
+    cursor: int
+
+
+class AskedBody(_Shape):
+    """What the request asked for, as routing saw it."""
+
+    model: str
+    kind: RequestKind
+    instance: str | None
+    lane: str | None
+
+
+class MadeAttemptBody(_Shape):
+    """One attempt. `outcome` is `failed` with a reason, or that of the request; null while it is open."""
+
+    instance: str
+    model: str
+    role: str | None
+    because: Because
+    fallback: Reason | None
+    outcome: Outcome | Literal["failed"] | None
+    reason: Reason | None
+    message: str
+
+
+class CandidateBody(PassedOverBody):
+    """A candidate that was passed over; `words` say why."""
+
+    words: str
+
+
+class RequestDecisionBody(_Shape):
+    """Every attempt in order, and every candidate passed over; `more_…` count those that are not named."""
+
+    asked: AskedBody | None
+    attempts: list[MadeAttemptBody]
+    more_attempts: int
+    passed_over: list[CandidateBody]
+    more_passed_over: int
+    refused: RefusedBody | None
+    message: str
+
+
+class ExplainedRequestBody(RequestBody):
+    """One request with its decision; `summary` says it in a sentence."""
+
+    decision: RequestDecisionBody
+    summary: str
+
+
+class ExplanationBody(DecisionBody):
+    """A decision without a request; `summary` says it in a sentence."""
+
+    summary: str
+
+
+class CancelledBody(_Shape):
+    request_id: str
+    cancelled: bool
+
+
+def _since(text: str) -> datetime:
+    """Return a time that was written as such, or as a span of time before now."""
+    try:
+        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
+    except (ValueError, OverflowError):
+        pass
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None:
+        example = "a time with its zone such as 2026-03-01T12:00:00Z, or a span such as 15m or 2h"
+        raise ValueError(f"expected {example}")
+    return at
+
+
+def _since_text(text: str) -> str:
+    _since(text)
+    return text
+
+
+_Name = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class RequestsQuery(BaseModel):
+    """`since` is a time, or a span before now. `after` is the cursor of an earlier answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(default=100, ge=1, le=MOST_LISTED)
+    since: Annotated[str, Field(max_length=64), AfterValidator(_since_text)] | None = None
+    project: _Name | None = None
+    role: _Name | None = None
+    model: _Name | None = None
+    instance: _Name | None = None
+    outcome: Outcome | None = None
+    after: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+def requests_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/runtime/compute", tags=["requests"])
+
+    @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
+    async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
+        """The last requests, newest first: the open ones, then those that ended."""
+        filters = Filters(
+            since=None if query.since is None else _since(query.since),
+            project=query.project,
+            role=query.role,
+            model=query.model,
+            instance=query.instance,
+            outcome=query.outcome,
+        )
+        opened = list(_open(backend, filters))
+        await backend.history.flush()
+        page = await backend.history.store.last(filters, query.limit, after=query.after)
+        ended = {id_ for id_, _ in page.items}
+        opened = [one for one in opened if one["request_id"] not in ended]
+        listed = [*opened, *(_ended(values) for _, values in page.items)][: query.limit]
+        return _json({"requests": listed, "count": len(listed), "cursor": page.cursor})
+
+    @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
+    async def show_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+        """One request with its decision: every attempt, and every candidate passed over."""
+        found = backend.passing.passages.open_requests.find(request_id)
+        if found is not None:
+            attempting = found[1]
+            record, decision = _as_open(attempting), decision_values(attempting.seen, is_open=True)
+            waits_for = None if attempting.is_delivered else attempting.waits_for
+            summary = request_sentence(record, decision, is_open=True, waits_for=waits_for)
+        else:
+            await backend.history.flush()
+            stored = await backend.history.store.get(request_id)
+            if stored is None:
+                raise _unknown(request_id)
+            record, decision = _ended(stored[0]), stored[1]
+            summary = request_sentence(record, decision)
+        for one in decision["passed_over"]:
+            one["words"] = passed_over_words(one)
+        return _json({**record, "decision": decision, "summary": summary})
+
+    @router.delete("/requests/{request_id}", response_model=CancelledBody, responses=refusals(404, 409, 503))
+    async def cancel_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+        """Cancel an open request: its client gets an error, and what it holds is given back."""
+        found = backend.passing.passages.open_requests.find(request_id)
+        if found is None:
+            await backend.history.flush()
+            if await backend.history.store.get(request_id) is None:
+                raise _unknown(request_id)
+            raise RequestEndedError(f"the request {request_id} has ended already")
+        found[0].cancel(_CANCELLED)
+        return _json({"request_id": request_id, "cancelled": True})
+
+    @router.get("/explain", response_model=ExplanationBody, responses=refusals())
+    async def explain(query: Annotated[RequestDescription, Query()]) -> Response:
+        """Where a request would go, without making it. Starts nothing."""
+        facts = RequestFacts(query.model, query.kind, query.instance, query.lane)
+        decision = decision_json(backend, backend.router.decide(facts))
+        return _json({**decision, "summary": decision_sentence(decision, query.model)})
+
+    return router
+
+
+def _open(backend: Backend, filters: Filters) -> Iterator[dict[str, Any]]:
+    """Yield the open requests that are wanted, newest first, at most `MOST_LISTED`."""
+    wanted = [one for _, one in backend.passing.passages.open_requests if filters.match(one.record)]
+    wanted.sort(key=lambda one: one.began_at, reverse=True)
+    return map(_as_open, wanted[:MOST_LISTED])
+
+
+def _as_open(attempting: Attempting) -> dict[str, Any]:
+    record: RequestRecord = attempting.record
+    values = with_defaults(record_values(record))
+    duration_ms = (monotonic() - attempting.began_at) * 1000
+    return {"open": True, **values, "outcome": None, "duration_ms": round(duration_ms, 3)}
+
+
+def _ended(values: dict[str, Any]) -> dict[str, Any]:
+    return {"open": False, **with_defaults(values)}
+
+
+def _unknown(request_id: str) -> UnknownRequestError:
+    return UnknownRequestError(f"there is no request {request_id!r}: it is neither open nor in the history")
+
+
+def _json(document: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(document, option=orjson.OPT_UTC_Z), media_type="application/json")

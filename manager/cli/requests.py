@@ -1,0 +1,277 @@
+"""`requests` and `explain`: the last requests, one of them in a sentence, and where one would go."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from manager.cli.commands import _JSON, _common_url, _talks, program
+from manager.cli.failures import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from manager.cli.client import Daemon
+
+    Command = TypeVar("Command", bound=Callable[..., Any])
+
+_LISTED = 20
+_MOST = 1000
+_FOLLOW_S = 1.0
+_GAP = "  "
+_NONE = "-"
+_HEADINGS = ("TIME", "OUTCOME", "PROJECT", "ASKED", "INSTANCE", "MODEL", "TOOK", "TOKENS", "REASON", "ID")
+_FILTERS = ("project", "role", "model", "instance", "outcome")
+
+
+def _filtered(command: Command) -> Command:
+    for name in reversed(_FILTERS):
+        command = click.option(f"--{name}", metavar=name.upper(), help=f"Only those of this {name}.")(command)
+    since = click.option(
+        "--since", metavar="WHEN", help="Only those that ended since: 15m, 2h, 1d or 2026-03-01T12:00:00Z."
+    )
+    return since(command)
+
+
+@program.group("requests", invoke_without_command=True)
+@click.option("-f", "--follow", is_flag=True, help="Go on with each request that ends, until Ctrl-C.")
+@click.option(
+    "--limit", type=click.IntRange(1, _MOST), default=_LISTED, show_default=True, help="How many to list."
+)
+@_filtered
+@_JSON
+@_talks
+@click.pass_context
+def requests_group(
+    context: click.Context,
+    /,
+    *,
+    follow: bool,
+    limit: int,
+    url: str | None,
+    config: Path | None,
+    as_json: bool,
+    **filters: str | None,
+) -> None:
+    """List the last requests, newest first: the open ones, then those that ended.
+
+    `requests show ID` explains one of them, `requests cancel ID` ends one that is open.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    daemon = _daemon(url, config)
+    if follow:
+        _follow(daemon, limit, filters, as_json=as_json)
+        return
+    document = daemon.last_requests(limit=limit, **filters)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+    elif document["requests"]:
+        click.echo("\n".join(table(document["requests"])))
+    else:
+        click.echo("no requests", err=True)
+
+
+@requests_group.command("show")
+@click.argument("request_id", metavar="ID")
+@_JSON
+@_talks
+def show(request_id: str, url: str | None, config: Path | None, as_json: bool) -> None:
+    """Explain one request: where it went, and why not elsewhere."""
+    document = _daemon(url, config).request(request_id)
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(_explained(document)))
+
+
+@requests_group.command("cancel")
+@click.argument("request_id", metavar="ID")
+@_talks
+def cancel(request_id: str, url: str | None, config: Path | None) -> None:
+    """Cancel an open request. Its client gets an error."""
+    _daemon(url, config).cancel_request(request_id)
+    click.echo(f"{printable(request_id)}: cancelled")
+
+
+@program.command()
+@click.argument("model")
+@click.option("--kind", metavar="KIND", help="generate (the default), embed or transcribe.")
+@click.option("--lane", metavar="ROLE", help="As a request in this lane.")
+@click.option("--instance", metavar="ID", help="As a request that is pinned to this instance.")
+@_JSON
+@_talks
+def explain(
+    model: str,
+    *,
+    kind: str | None,
+    lane: str | None,
+    instance: str | None,
+    url: str | None,
+    config: Path | None,
+    as_json: bool,
+) -> None:
+    """Say where a request for MODEL (or a role) would go now, and why. Starts nothing."""
+    document = _daemon(url, config).explain(model=model, kind=kind, lane=lane, instance=instance)
+    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(_decided(document)))
+
+
+def table(requests: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return a heading and a line for each request."""
+    return _aligned([_HEADINGS, *map(_cells, requests)])
+
+
+def _daemon(url: str | None, config: Path | None) -> Daemon:
+    from manager.cli.client import Daemon  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    group = click.get_current_context().parent
+    given = {} if group is None else group.params  # `requests --config FILE show ID`
+    return Daemon(find_daemon(url or given.get("url") or _common_url(), config or given.get("config")))
+
+
+def _follow(daemon: Daemon, limit: int, filters: Mapping[str, str | None], *, as_json: bool) -> None:
+    """Print what ended, oldest first, then each request that ends."""
+    document = daemon.last_requests(limit=limit, **filters)
+    ended = [one for one in document["requests"] if not one["open"]]
+    widths = _print(reversed(ended), [], as_json=as_json)
+    while True:
+        cursor = document["cursor"]
+        if len(ended) < _MOST:
+            time.sleep(_FOLLOW_S)
+        document = daemon.last_requests(limit=_MOST, after=cursor, **filters)
+        ended = [one for one in document["requests"] if not one["open"]]
+        widths = _print(reversed(ended), widths, as_json=as_json)
+
+
+def _print(requests: Iterator[Mapping[str, Any]], widths: list[int], *, as_json: bool) -> list[int]:
+    """Print a line each; return the widths of the columns, which only grow."""
+    if as_json:
+        for one in requests:
+            click.echo(json.dumps(one))
+        return widths
+    lines = list(map(_cells, requests))
+    if not widths:
+        lines = [_HEADINGS, *lines]
+    widths = _widths(lines, widths)
+    for line in _aligned(lines, widths):
+        click.echo(line)
+    return widths
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
+    tokens = one["output_tokens"]
+    asked = one["role"] or one["lane"] or one["model"] or one["path"]
+    cells = (
+        _local_time(one["ts"]),
+        "open" if one["open"] else f"{one['outcome']}",
+        one["project_id"],
+        asked,
+        one["effective_target"],
+        one["model"] if one["model"] != asked else None,
+        _duration(one["duration_ms"]),
+        None if tokens is None else str(tokens),
+        one["fallback_reason"],
+        one["request_id"],
+    )
+    return tuple(" ".join(printable(cell or _NONE).split()) for cell in cells)
+
+
+def _explained(document: Mapping[str, Any]) -> list[str]:
+    decision = document["decision"]
+    lines = [
+        printable(document["summary"]),
+        "",
+        *_pairs(
+            ("request", document["request_id"]),
+            ("trace", document["trace_id"]),
+            ("began", _local_time(document["ts"], day=True)),
+            ("path", document["path"]),
+            ("project", document["project_id"]),
+            ("role", document["role"]),
+            ("lane", document["lane"]),
+            ("model", document["model"]),
+            ("policy", document["policy"]),
+            ("endpoint", document["endpoint"]),
+            ("status", document["status"] or None),
+            ("queued", _duration(document["queue_ms"])),
+            ("started in", _duration(document["start_ms"])),
+            ("first byte", _duration(document["ttfb_ms"])),
+            ("took", _duration(document["duration_ms"])),
+            ("tokens", _tokens(document)),
+        ),
+    ]
+    attempts = [
+        (one["instance"], one["model"], one["because"], one["outcome"] or "open", _why(one))
+        for one in decision["attempts"]
+    ]
+    passed = [(one["instance"], one["model"], one["words"]) for one in decision["passed_over"]]
+    lines += _section("attempts", attempts, decision["more_attempts"])
+    lines += _section("passed over", passed, decision["more_passed_over"])
+    return lines
+
+
+def _decided(document: Mapping[str, Any]) -> list[str]:
+    from manager.domain.explanation import passed_over_words  # noqa: PLC0415
+
+    attempts = [
+        (one["instance"], one["model"], one["because"], one["fallback"] or "") for one in document["attempts"]
+    ]
+    passed = [(one["instance"], one["model"], passed_over_words(one)) for one in document["passed_over"]]
+    lines = [printable(document["summary"])]
+    lines += _pairs(("role", document["role"]), ("policy", document["policy"]))
+    return [*lines, *_section("attempts", attempts), *_section("passed over", passed)]
+
+
+def _section(title: str, rows: Sequence[Sequence[str]], more: int = 0) -> list[str]:
+    lines = [f"  {line}" for line in _aligned([tuple(map(_one_line, row)) for row in rows])]
+    if more:
+        lines.append(f"  and {more} more")
+    return ["", f"{title}:", *lines] if lines else []
+
+
+def _pairs(*pairs: tuple[str, object]) -> list[str]:
+    known = [(name, _one_line(str(value))) for name, value in pairs if value is not None]
+    width = max((len(name) for name, _ in known), default=0)
+    return [f"{name.ljust(width)}  {value}" for name, value in known]
+
+
+def _aligned(lines: list[tuple[str, ...]], widths: list[int] | None = None) -> list[str]:
+    widths = _widths(lines, widths or [])
+    return [
+        _GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def _widths(lines: list[tuple[str, ...]], least: list[int]) -> list[int]:
+    columns = [[len(cell) for cell in column] for column in zip(*lines, strict=True)]
+    if not columns:
+        return least
+    return [max(*column, *least[index : index + 1], 0) for index, column in enumerate(columns)]
+
+
+def _why(attempt: Mapping[str, Any]) -> str:
+    return ": ".join(filter(None, (attempt["reason"] or attempt["fallback"], attempt["message"])))
+
+
+def _tokens(document: Mapping[str, Any]) -> str | None:
+    given, made = document["input_tokens"], document["output_tokens"]
+    return None if given is None and made is None else f"{given or 0} in, {made or 0} out"
+
+
+def _duration(milliseconds: float | None) -> str | None:
+    from manager.domain.explanation import duration_words  # noqa: PLC0415
+
+    return None if milliseconds is None else duration_words(milliseconds)
+
+
+def _local_time(text: str, *, day: bool = False) -> str:
+    at = datetime.fromisoformat(text).astimezone()
+    return at.isoformat(sep=" ", timespec="seconds") if day else at.strftime("%m-%d %H:%M:%S")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(printable(text).split())

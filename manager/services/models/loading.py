@@ -1,0 +1,239 @@
+"""Loads and unloads models on one instance, because an operator or the configuration asks for it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from typing import TYPE_CHECKING
+
+from manager.domain.drained import why_out
+from manager.domain.models import is_possible, model_key
+from manager.domain.routing import Attempt, State
+from manager.domain.wording import listed, model_not_found
+from manager.errors import (
+    ConflictError,
+    DrainedError,
+    InvalidRequestError,
+    ManagerError,
+    Reason,
+    UnavailableError,
+    UnknownModelError,
+)
+from manager.services.instances.supervisor import Supervisor
+from manager.services.ports import Question
+from manager.services.routing.placement import ModelMissingError
+from manager.wire.dialect import message_of
+from manager.wire.loading import load_request, only_embeds
+from manager.wire.statuses import judge
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from manager.domain.routing import Because, Candidate
+    from manager.services.instances.capacity import Capacity
+    from manager.services.instances.fleet import Fleet
+    from manager.services.instances.instance import Instance
+    from manager.services.models.volumes import Volumes
+    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.placement import Placement
+    from manager.services.routing.router import Router, SettingsSource
+    from manager.wire.loading import KeepAlive
+
+_JSON = ((b"content-type", b"application/json"),)
+_MOST_REFUSAL_BYTES = 64 * 1024
+_OK = 200
+_NOT_FOUND = 404
+
+
+class Loading:
+    """Loads and unloads models.
+
+    Args:
+        fleet: the instances.
+        capacity: starts them.
+        router: the models of each.
+        placement: gives leases, and sees to memory.
+        status: is told of loads.
+        volumes: unload models.
+        settings: the roles.
+        server: sends the requests.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        capacity: Capacity,
+        router: Router,
+        placement: Placement,
+        status: ModelStatus,
+        *,
+        volumes: Volumes,
+        settings: SettingsSource,
+        server: ModelServer,
+    ) -> None:
+        self._fleet = fleet
+        self._capacity = capacity
+        self._router = router
+        self._placement = placement
+        self._status = status
+        self._volumes = volumes
+        self._settings = settings
+        self._server = server
+
+    def model_meant(self, name: str) -> str:
+        """Return the model that a name means, which may be a role's.
+
+        Raises:
+            InvalidRequestError: it is a role without a model, or no possible name.
+        """
+        routing, snapshot = self._settings.routing, self._router.snapshot()
+        role = routing.role_meant(name, is_model=lambda key: bool(snapshot.having(key)))
+        if role is not None and role.model is None:
+            raise InvalidRequestError(f"model: the role {role.name!r} has no model")
+        model = name if role is None or role.model is None else role.model
+        if not is_possible(model):
+            raise InvalidRequestError(f"model: {name!r} is no possible name of a model or role")
+        return model
+
+    async def load(
+        self, instance_id: str, name: str, keep_alive: KeepAlive | None = None, *, explicit: bool = True
+    ) -> bool:
+        """Have a model in the memory of an instance, which is started if need be; False when it was there.
+
+        Args:
+            instance_id: the instance.
+            name: of the model, or of a role that has one.
+            keep_alive: how long it stays after its last use; None leaves that to the server.
+            explicit: an operator asks: the back-off after earlier failures is ignored.
+
+        Raises:
+            UnknownInstanceError: there is no such instance.
+            UnknownModelError: the instance does not have the model.
+            ManagerError: the instance cannot be used, or the model not be loaded.
+        """
+        instance, model = self._fleet.get(instance_id), self.model_meant(name)
+        candidate = await self._candidate(instance, model)
+        key = model_key(model)
+        was_loaded = key in candidate.loaded
+        attempt = Attempt(instance.id, model, None, _because(candidate, key))
+        self._placement.refuse_denied(attempt)
+        if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
+            await self._capacity.start(instance.id)
+        try:
+            prepared = await self._placement.prepare(attempt, patient=not explicit)
+        except ModelMissingError as error:
+            raise UnknownModelError(error.message, instance=instance.id) from error
+        with prepared.lease as lease:
+            try:
+                with nullcontext() if was_loaded else self._status.load(model):
+                    await self._ask(lease.endpoint, instance.id, model, keep_alive)
+            except UnavailableError as error:
+                self._status.failed(model, error.reason)
+                raise
+            self._status.answered(model)
+            await instance.probe()  # lists of models in memory are to have it
+        return not was_loaded
+
+    async def unload(self, instance_id: str, name: str) -> bool:
+        """Have a model out of the memory of an instance; False when it was not there.
+
+        The server frees the memory once the requests that use the model have ended.
+
+        Raises:
+            UnknownInstanceError: there is no such instance.
+            UnknownModelError: the instance does not have the model.
+            ConflictError: a role keeps the model in memory there.
+            ManagerError: the model may still be loaded.
+        """
+        instance, model = self._fleet.get(instance_id), self.model_meant(name)
+        key = model_key(model)
+        for role in self._settings.routing.kept_on(instance.id):
+            if model_key(str(role.model)) == key:
+                message = f"the role {role.name!r} keeps {model} warm on {instance.id}"
+                raise ConflictError(f"{message}; change roles.{role.name}.keep_warm", instance=instance.id)
+        if instance.usable_endpoint() is not None:
+            await instance.probe()
+        if all(model_key(loaded.name) != key for loaded in instance.models):
+            models = self._router.models_of(instance)
+            if models is not None and key not in models:
+                raise _unknown(instance, model, models)
+            return False
+        trouble = await self._volumes.unload(instance.id, model)
+        if trouble is not None:
+            message = f"{model} may still be loaded on {trouble}"
+            raise UnavailableError(message, reason=Reason.UPSTREAM_ERROR, instance=instance.id)
+        return True
+
+    # --- helpers, in call order ---
+
+    async def _candidate(self, instance: Instance, model: str) -> Candidate:
+        """Return the instance as routing sees it. Lists its models anew if this one is not among them."""
+        candidate, key = self._seen(instance), model_key(model)
+        if instance.drained is not None:
+            raise DrainedError(why_out(instance.id, instance.drained), instance=instance.id)
+        if candidate.state is State.OUT:
+            raise _out(candidate)
+        if candidate.models is not None and key not in candidate.models and instance.usable_endpoint():
+            with suppress(ManagerError):
+                await self._volumes.changed(instance.id)
+            candidate = self._seen(instance)
+        if candidate.models is not None and key not in candidate.models:
+            raise _unknown(instance, model, candidate.models)
+        return candidate
+
+    def _seen(self, instance: Instance) -> Candidate:
+        candidate = self._router.snapshot().get(instance.id)
+        assert candidate is not None  # noqa: S101  (every instance of the fleet is a candidate)
+        return candidate
+
+    async def _ask(self, endpoint: str, instance_id: str, model: str, keep_alive: KeepAlive | None) -> None:
+        status, message = await self._sent(endpoint, model, keep_alive, embeds=False)
+        if only_embeds(status, message or ""):
+            status, message = await self._sent(endpoint, model, keep_alive, embeds=True)
+        if status == _OK:
+            return
+        if message is None:
+            words = f"{instance_id} does not load models on request as Ollama does (status {status})"
+            raise ConflictError(words, instance=instance_id)
+        if status == _NOT_FOUND:
+            self._placement.reread_models(instance_id)
+            raise UnknownModelError(str(message), instance=instance_id)
+        reason = judge(status, str(message)).reason or Reason.MODEL_LOAD_FAILED
+        raise UnavailableError(
+            f"{instance_id} did not load {model}: {message}", reason=reason, instance=instance_id
+        )
+
+    async def _sent(
+        self, endpoint: str, model: str, keep_alive: KeepAlive | None, *, embeds: bool
+    ) -> tuple[int, str | None]:
+        """Send the request. Return the status and the error in the answer, None where it has none."""
+        path, body = load_request(model, keep_alive, embeds=embeds)
+        async with self._server.ask(Question(endpoint, "POST", path, _JSON, body)) as answer:
+            return answer.status, message_of(await _whole(answer))
+
+
+async def _whole(answer: ServerAnswer) -> bytes:
+    parts = bytearray()
+    while len(parts) < _MOST_REFUSAL_BYTES and (piece := await answer.piece()):
+        parts += piece
+    return bytes(parts)
+
+
+def _because(candidate: Candidate, key: str) -> Because:
+    if candidate.models is None:
+        return "unread"
+    if key in candidate.loaded:
+        return "loaded"
+    return "running" if candidate.state is State.READY else "startable"
+
+
+def _out(candidate: Candidate) -> ManagerError:
+    message = f"{candidate.id} cannot be used now ({candidate.why_out})"
+    return UnavailableError(
+        message, reason=candidate.why_out or Reason.INSTANCE_UNAVAILABLE, instance=candidate.id
+    )
+
+
+def _unknown(instance: Instance, model: str, models: Mapping[str, str]) -> UnknownModelError:
+    message = f"{model_not_found(model)}; models on {instance.id}: {listed(sorted(models.values()))}"
+    return UnknownModelError(message, instance=instance.id)

@@ -1,0 +1,56 @@
+"""Requests that load a model and do nothing else: no prompt, or no input."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, TypeAlias
+
+import orjson
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KeepAlive: TypeAlias = float | str
+# Ollama keeps a model for good when the time is negative (`api/types.go`, Duration).
+FOREVER = -1
+
+# A duration as Go's time.ParseDuration reads it; without a unit it is none.
+_DURATION = re.compile(
+    r"[+-]?(?:0|(?:(?:\d{1,12}(?:\.\d{0,9})?|\.\d{1,9})(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)"
+)
+_MOST_LENGTH = 64
+_BAD_REQUEST = 400
+_GENERATE, _EMBED = "/api/generate", "/api/embed"
+
+
+def is_duration(text: str) -> bool:
+    """Whether Ollama takes a text for `keep_alive`."""
+    return len(text) <= _MOST_LENGTH and _DURATION.fullmatch(text) is not None
+
+
+def unloads_at_once(keep_alive: KeepAlive) -> bool:
+    """Whether a time to keep a model is none at all."""
+    if isinstance(keep_alive, str):
+        return not re.search("[1-9]", keep_alive)
+    return keep_alive == 0
+
+
+def load_request(model: str, keep_alive: KeepAlive | None, *, embeds: bool) -> tuple[str, bytes]:
+    """Return the path and the body of a request to load a model.
+
+    Args:
+        model: its name.
+        keep_alive: how long it stays after its last use; None leaves that to the server.
+        embeds: the model does nothing but embed. Ollama loads one of those for `/api/embed` alone (0.24 to
+            0.33: `server/routes.go` GenerateHandler checks what a model can do before it loads it, and
+            EmbedHandler answers an empty input once the model is loaded).
+    """
+    kept: Mapping[str, object] = {} if keep_alive is None else {"keep_alive": keep_alive}
+    if embeds:
+        return _EMBED, orjson.dumps({"model": model, "input": [], **kept})
+    return _GENERATE, orjson.dumps({"model": model, "stream": False, **kept})
+
+
+def only_embeds(status: int, message: str) -> bool:
+    """Whether a load was refused because the model does not generate."""
+    return status == _BAD_REQUEST and "does not support generate" in message

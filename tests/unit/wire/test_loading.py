@@ -1,0 +1,45 @@
+"""Requests that load a model and do nothing else."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from manager.wire.loading import FOREVER, is_duration, load_request, only_embeds, unloads_at_once
+
+
+@pytest.mark.parametrize("text", ["5m", "1h30m", "-1s", "0", "1.5h", "300ms", ".5s", "+2h", "10µs"])
+def test_a_duration_of_go_is_taken(text: str) -> None:
+    assert is_duration(text)
+
+
+@pytest.mark.parametrize("text", ["", "5", "-1", "2d", "forever", "5m ", "m", "1" * 70 + "s"])
+def test_what_go_does_not_read_is_refused(text: str) -> None:
+    assert not is_duration(text)
+
+
+@pytest.mark.parametrize(
+    ("keep_alive", "none"), [(0, True), ("0s", True), ("0", True), ("5m", False), (-1, False)]
+)
+def test_a_time_of_zero_unloads(keep_alive: float | str, none: bool) -> None:
+    assert unloads_at_once(keep_alive) is none
+
+
+def test_a_load_has_no_prompt_and_no_stream() -> None:
+    path, body = load_request("qwen3:8b", FOREVER, embeds=False)
+    assert (path, json.loads(body)) == (
+        "/api/generate",
+        {"model": "qwen3:8b", "stream": False, "keep_alive": -1},
+    )
+
+
+def test_a_model_that_only_embeds_is_loaded_by_an_empty_input() -> None:
+    path, body = load_request("bge-m3", None, embeds=True)
+    assert (path, json.loads(body)) == ("/api/embed", {"model": "bge-m3", "input": []})
+
+
+def test_a_refusal_tells_a_model_that_only_embeds() -> None:
+    assert only_embeds(400, '"bge-m3" does not support generate')
+    assert not only_embeds(500, '"bge-m3" does not support generate')
+    assert not only_embeds(400, "model is required")
