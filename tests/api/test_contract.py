@@ -603,6 +603,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),
+        f"{COMPUTE}/instances/{{instance_id}}/breaker/reset",
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes")),
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",
