@@ -23,13 +23,16 @@ from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
+from manager.adapters.run_files import DirectoryFiles
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.domain.breaker import BreakerLimits
 from manager.domain.drained import Drained, drained_from
+from manager.domain.gpu import AUTO
 from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.record import never
@@ -63,12 +66,16 @@ from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
+from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
+from manager.services.runs.execution import Execution
+from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
-from manager.services.world import World, no_others, no_step
+from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
     auto_gpu_spec,
     load_templates,
@@ -238,6 +245,11 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
+        revision = Revision()
+        breakers = Breakers(
+            journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
+        )
+        overload = Overload(revision, now=time.monotonic)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -253,6 +265,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             dry_run=dry_run,
             owner=owner,
             others_work=others_work,
+            revision=revision,
+            server_changed=partial(_forget_server, breakers, overload),
         )
         make = _Maker(
             world,
@@ -292,6 +306,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             first_look=parts.first_look,
             revision=world.revision,
             in_flight=world.in_flight,
+            breakers=breakers,
+            overload=overload,
             now=time.monotonic,
             renewed=slots.refresh,
         )
@@ -308,7 +324,15 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         placement = Placement(
             fleet, parts.capacity, router, lists, model_settings, now=time.monotonic, reader=volume_reader
         )
-        overviews = Overviews(fleet, parts.capacity, parts.link, gpus, lists=lists, settings=model_settings)
+        overviews = Overviews(
+            fleet,
+            parts.capacity,
+            parts.link,
+            gpus,
+            lists=lists,
+            settings=model_settings,
+            breakers=breakers,
+        )
         catalogue = Catalogue(
             fleet,
             overviews,
@@ -333,6 +357,8 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             slots,
             pulls,
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
+            breakers,
+            overload,
             keep=history.add,
         )
         passing = Passing(
@@ -383,6 +409,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ).render,
             refusals=refusals,
             history=history,
+            runs=await _runs(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
@@ -394,8 +421,12 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
-        if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
-            loops |= {"volumes": volume_reader.run, "service": parts.service.run}
+        if not resume_idle_clock:  # a sweep reads no volume, puts nothing back in service, executes no run
+            loops |= {
+                "volumes": volume_reader.run,
+                "service": parts.service.run,
+                "runs": backend.runs.run,
+            }
         reconfigure = _Reconfigure(make, backend, traffic, sink)
         yield Daemon(
             settings,
@@ -409,6 +440,29 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             let_go=held.aclose,
             loops=loops,
         )
+
+
+async def _runs(
+    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+) -> Runs:
+    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
+    stored = BodyBudget(settings.runs.max_stored)
+    runs = Runs(
+        world.registry,
+        files,
+        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        stored=stored,
+        limits=_run_limits(settings),
+        utcnow=world.utcnow,
+        on_step=world.on_step,
+    )
+    if recovers:
+        await runs.recover()
+    return runs
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(**settings.runs.model_dump())
 
 
 def _header_names(settings: Settings) -> HeaderNames:
@@ -556,13 +610,26 @@ class _Reconfigure:
         fleet.reconfigure((*changed.specs, *found))
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(_schedules(settings))
+        self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.backend.runs.limits = _run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         self.backend.history.retention = _retention(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
+
+
+def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> None:
+    """The server of an instance is another one: nothing that is known of the old one holds for it."""
+    breakers.server_changed(instance)
+    overload.server_changed(instance)
+
+
+def _breaker_limits(settings: Settings) -> BreakerLimits:
+    breaker = settings.breaker
+    return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
 
 
 def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
@@ -592,9 +659,9 @@ def _schedules(settings: Settings) -> tuple[Schedule, ...]:
     )
 
 
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, str]:
+def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
     return {
-        spec.id: spec.device or "auto"
+        spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
         if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
     }

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from docker.types import ContainerConfig, DeviceRequest, HostConfig, LogConfig, Mount
 
+from manager.domain.container import cards_of_device
+
 if TYPE_CHECKING:
     from manager.domain.container import ContainerRequest
 
@@ -23,7 +25,7 @@ def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str,
 
     Args:
         request: what the container is.
-        by_cdi: ask for the card by the Container Device Interface, as Podman wants it.
+        by_cdi: ask for the cards by the Container Device Interface, as Podman wants it.
     """
     bindings: dict[int | str, Any] = {f"{request.port}/tcp": ("127.0.0.1", request.loopback_port)}
     host = HostConfig(
@@ -67,5 +69,6 @@ def _device_requests(gpu: str | None, *, by_cdi: bool) -> list[DeviceRequest] | 
     """By id alone: a count means the first so many cards."""
     if gpu is None:
         return None
-    driver, device = ("cdi", f"nvidia.com/gpu={gpu}") if by_cdi else ("nvidia", gpu)
-    return [DeviceRequest(driver=driver, device_ids=[device], capabilities=[["gpu"]])]
+    cards = cards_of_device(gpu)
+    driver, ids = ("cdi", [f"nvidia.com/gpu={uuid}" for uuid in cards]) if by_cdi else ("nvidia", [*cards])
+    return [DeviceRequest(driver=driver, device_ids=ids, capabilities=[["gpu"]])]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+from manager.domain.breaker import BreakerState
 from manager.domain.instance import Driver, Phase
 from manager.services.traffic import BUCKETS_S
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
+
+
+_BREAKER_STATES = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
 
 class FleetMetrics:
@@ -63,7 +67,11 @@ class FleetMetrics:
         starts = CounterMetricFamily(
             f"{_PREFIX}_starts", "Starts since the daemon began", labels=["instance", "result"]
         )
+        breakers = GaugeMetricFamily(
+            f"{_PREFIX}_breaker_state", "0 closed, 1 half-open, 2 open", labels=["instance"]
+        )
         for state in overview.instances:
+            breakers.add_metric([state.view.spec.id], _BREAKER_STATES[state.breaker.state])
             view, instance_id = state.view, state.view.spec.id
             for phase in Phase:
                 phases.add_metric([instance_id, phase.value], float(view.phase is phase))
@@ -100,7 +108,8 @@ class FleetMetrics:
         )
         kept.add_metric(["stored"], self._history.stored)
         kept.add_metric(["dropped"], self._history.dropped)
-        yield from (phases, in_flight, starts, memory, lost, engine, orphans, dropped, refused, kept)
+        yield from (phases, in_flight, breakers, starts, memory, lost, engine, orphans, dropped, refused)
+        yield kept
         yield from self._lanes()
         yield from self._requests()
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_offline import FastAPIOffline
 
 from manager import __version__
+from manager.api.breakers import breakers_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -16,6 +17,8 @@ from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.requests import requests_router
 from manager.api.routing import routing_router
+from manager.api.runs import PATH as RUNS
+from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
@@ -45,17 +48,24 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
     routers = (
         compute_router(backend),
         service_router(backend),
+        breakers_router(backend),
         routing_router(backend),
         requests_router(backend),
         lanes_router(backend),
         model_settings_router(backend),
+        runs_router(backend),
         health_router(backend),
     )
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
-    app.add_middleware(Gate, access=access, refused=backend.refusals.refused)
+    app.add_middleware(
+        Gate,
+        access=access,
+        refused=backend.refusals.refused,
+        larger={RUNS: lambda: most_body_bytes(backend)},
+    )
     return app
 
 

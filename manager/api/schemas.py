@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AwareDatetime,
@@ -17,6 +17,7 @@ from pydantic import (
     StringConstraints,
 )
 
+from manager.domain.breaker import BreakerState  # noqa: TC001
 from manager.domain.instance import (  # pydantic reads annotations at run time
     DeviceKind,  # noqa: TC001
     Driver,  # noqa: TC001
@@ -28,9 +29,11 @@ from manager.domain.template import IMAGE_PATTERN
 
 if TYPE_CHECKING:
     from manager.domain.drained import Drained
+    from manager.domain.gpu import Gpu, NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
+    from manager.services.routing.breakers import BreakerView
 
 _RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
@@ -47,8 +50,24 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class DeviceCard(_Body):
+    """One card of an instance; `uuid` is null for a slot in which no card was ever found."""
+
+    uuid: str | None
+    index: int | None
+    name: str | None
+    pci_bus_id: str | None
+    vram_total_bytes: int | None
+    vram_used_bytes: int | None
+    vram_free_bytes: int | None
+
+
 class Device(_Body):
-    """Where an instance computes. `kind` is null for an external server that did not declare it."""
+    """Where an instance computes. `kind` is null for an external server that did not declare it.
+
+    `uuid`, `index` and `name` are those of its first card. The sizes are sums over `cards`, null where one of
+    them is not known.
+    """
 
     kind: DeviceKind | None
     uuid: str | None = None
@@ -57,6 +76,7 @@ class Device(_Body):
     vram_total_bytes: int | None = None
     vram_used_bytes: int | None = None
     vram_free_bytes: int | None = None
+    cards: list[DeviceCard] = Field(default_factory=list)
 
 
 class ReasonBody(_Body):
@@ -96,6 +116,19 @@ class ImageOverrideBody(_Body):
     since: Time
 
 
+class BreakerBody(_Body):
+    """The breaker of an instance. `failures` are those in a row, `reason` is that of the last one.
+
+    It is `half_open` from `retry_at` on, and stays so until a request has tried the instance.
+    """
+
+    state: BreakerState
+    failures: int
+    opened_at: Time | None
+    retry_at: Time | None
+    reason: str | None
+
+
 class InstanceBody(_Body):
     """One instance. `ttl_remaining_s` is null while its clock does not run."""
 
@@ -121,6 +154,7 @@ class InstanceBody(_Body):
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
     models: list[ModelBody]
+    breaker: BreakerBody
 
 
 class InstancesBody(_Body):
@@ -313,6 +347,17 @@ def instance_json(state: InstanceState) -> dict[str, object]:
             }
             for model in view.models
         ],
+        "breaker": _breaker(state.breaker),
+    }
+
+
+def _breaker(breaker: BreakerView) -> dict[str, object]:
+    return {
+        "state": breaker.state,
+        "failures": breaker.failures,
+        "opened_at": _time(breaker.opened_at),
+        "retry_at": _time(breaker.retry_at),
+        "reason": breaker.reason,
     }
 
 
@@ -329,16 +374,44 @@ def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:
 
 
 def _device(state: InstanceState) -> dict[str, object]:
-    view, gpu = state.view, state.gpu
+    view = state.view
+    cards = [_card(*one) for one in zip(view.cards, state.gpus, strict=True)]
+    first = cards[0] if cards else _NO_CARD
     return {
         "kind": view.spec.device_kind,
-        "uuid": view.gpu_uuid,
-        "index": gpu.index if gpu else None,
-        "name": gpu.name if gpu else None,
-        "vram_total_bytes": gpu.vram_total_bytes if gpu else None,
-        "vram_used_bytes": gpu.vram_used_bytes if gpu else None,
-        "vram_free_bytes": gpu.vram_free_bytes if gpu else None,
+        "uuid": first["uuid"],
+        "index": first["index"],
+        "name": first["name"],
+        "vram_total_bytes": _sum(cards, "vram_total_bytes"),
+        "vram_used_bytes": _sum(cards, "vram_used_bytes"),
+        "vram_free_bytes": _sum(cards, "vram_free_bytes"),
+        "cards": cards,
     }
+
+
+_NO_CARD: dict[str, Any] = {"uuid": None, "index": None, "name": None}
+
+
+def _card(named: NamedCard, gpu: Gpu | None) -> dict[str, Any]:
+    if gpu is None:
+        place = named.selector if named.uuid is None else None
+        none = dict.fromkeys(("index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"))
+        return {"uuid": named.uuid, "pci_bus_id": place, **none}
+    return {
+        "uuid": named.uuid,
+        "index": gpu.index,
+        "name": gpu.name,
+        "pci_bus_id": gpu.pci_bus_id,
+        "vram_total_bytes": gpu.vram_total_bytes,
+        "vram_used_bytes": gpu.vram_used_bytes,
+        "vram_free_bytes": gpu.vram_free_bytes,
+    }
+
+
+def _sum(cards: list[dict[str, Any]], key: str) -> int | None:
+    """Return the sum over all cards, None where there are none or one value is unknown."""
+    known = [card[key] for card in cards if card[key] is not None]
+    return sum(known) if known and len(known) == len(cards) else None
 
 
 def _time(time: datetime | None) -> str | None:

@@ -34,6 +34,8 @@ _NEXT_STEPS = {
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
     "unknown_request": "`ollama-manager requests` lists the last ones",
+    "unknown_run": "`ollama-manager runs list` lists the runs",
+    "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -72,8 +74,19 @@ class RefusalError(CommandError):
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """One card of an instance; None where it is not known."""
+
+    index: int | None
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
-    """The device of an instance; memory in bytes, None where it is not known."""
+    """The device of an instance; memory in bytes of all its cards, None where it is not known.
+
+    `uuid`, `index` and `name` are those of its first card.
+    """
 
     kind: str | None
     uuid: str | None
@@ -81,6 +94,7 @@ class Device:
     name: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +119,16 @@ class Drained:
 
     since: str
     until: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
+
+    state: str
+    failures: int
+    retry_at: str | None
     reason: str | None
 
 
@@ -135,6 +159,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
+    breaker: Breaker | None = None  # an older daemon has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +263,10 @@ class Daemon:
     def rollback(self, instance_id: str) -> Change:
         return self._change(instance_id, "rollback")
 
+    def reset_breaker(self, instance_id: str) -> Instance:
+        with self._answer("POST", f"{_API}/instances/{_quoted(instance_id)}/breaker/reset") as answer:
+            return self._read(_instance, _document(answer))
+
     def reap(self, *, dry_run: bool) -> tuple[Swept, ...]:
         path = f"{_API}/reap?dry_run=true" if dry_run else f"{_API}/reap"
         with self._answer("POST", path, silence_s=None) as answer:
@@ -275,6 +304,17 @@ class Daemon:
         """All values of roles, each with its source."""
         with self._answer("GET", "/api/settings/models/effective") as answer:
             return _document(answer)
+
+    def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Return the JSON answer to one request."""
+        with self._answer(method, path, body=body) as answer:
+            return _document(answer)
+
+    @contextmanager
+    def fetch(self, path: str, *, also: int) -> Iterator[requests.Response]:
+        """Read an answer in pieces; one with the status `also` is no refusal."""
+        with self._answer("GET", path, stream=True, also=also) as answer:
+            yield answer
 
     def events(self) -> Iterator[Event | None]:
         """Events from now on; None once the stream stands, and for every sign of life."""
@@ -413,6 +453,7 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
+            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),
@@ -429,9 +470,21 @@ def _instance(body: dict[str, Any]) -> Instance:
         ttl_s=float(body["ttl_s"]),
         ttl_remaining_s=body["ttl_remaining_s"],
         models=tuple(Model(m["name"], m["size_bytes"], m["vram_bytes"]) for m in body["models"]),
-        # An older daemon has neither.
+        # An older daemon has none of these.
         drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
+        breaker=_breaker(body.get("breaker")),
+    )
+
+
+def _breaker(body: dict[str, Any] | None) -> Breaker | None:
+    if body is None:
+        return None
+    return Breaker(
+        state=str(body["state"]),
+        failures=int(body["failures"]),
+        retry_at=body["retry_at"],
+        reason=body["reason"],
     )
 
 

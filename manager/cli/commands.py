@@ -256,6 +256,22 @@ def stop(instance: str, force: bool, url: str | None, config: Path | None) -> No
     stop_instance(find_daemon(url or _common_url(), config), instance, force=force)
 
 
+@program.group("breaker")
+def breaker_group() -> None:
+    """The breakers: an instance whose requests fail in a row is left alone for a while."""
+
+
+@breaker_group.command("reset")
+@click.argument("instance", metavar="ID")
+@_talks
+def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
+    """Close the breaker of an instance, so that it gets requests again at once."""
+    from manager.cli.breaker import reset_breaker  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    reset_breaker(find_daemon(url or _common_url(), config), instance)
+
+
 @program.command()
 @click.argument("instance", metavar="ID")
 @click.option("--reason", metavar="TEXT", help="Why, for all who look.")

@@ -17,6 +17,7 @@ from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
+from manager.domain.gpu import AUTO
 from manager.domain.instance import DeviceKind, Driver
 from manager.errors import ConfigurationError, RegistryCorruptError, RegistryUnwritableError
 from manager.settings import (
@@ -111,7 +112,9 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         used.append(templates[GPU_TEMPLATE])
     needs = Needs(
         gpu_instances=gpu_ids,
-        selectors=tuple((spec.id, spec.device) for spec in specs if spec.id in gpu_ids and spec.device),
+        selectors=tuple(
+            (spec.id, spec.devices or (spec.device or AUTO,)) for spec in specs if spec.id in gpu_ids
+        ),
         images=tuple(dict.fromkeys(template.image for template in used)),
         networks=tuple(dict.fromkeys(template.network for template in used)),
         instances=tuple(spec.id for spec in specs if spec.driver is Driver.DOCKER),

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING
 from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.owner import known_owner
 from manager.cli.findings import Finding, broken, fine, skipped, warning
-from manager.domain.gpu import Gpu, Holder, find_gpu, gib, held_by
+from manager.domain.gpu import (
+    ALL,
+    AUTO,
+    Gpu,
+    Holder,
+    NamedCard,
+    find_gpu,
+    gib,
+    held_by,
+    why_not_together,
+)
 from manager.domain.orphans import find_orphans
 from manager.domain.ownership import left_behind, owner_of
 from manager.errors import EngineError, GpuQueryError
@@ -39,7 +49,7 @@ class Needs:
     """
 
     gpu_instances: tuple[str, ...] = ()
-    selectors: tuple[tuple[str, str], ...] = ()
+    selectors: tuple[tuple[str, tuple[str, ...]], ...] = ()
     images: tuple[str, ...] = ()
     networks: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
@@ -76,13 +86,31 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
         return broken("GPUs", "\n".join(lines), "\n".join(dict.fromkeys(remedy for *_, remedy in whys)))
     missing = [
         f"{instance} wants {selector}, which is not there"
-        for instance, selector in needs.selectors
-        if selector != "auto" and find_gpu(cards, selector) is None
+        for instance, selectors in needs.selectors
+        for selector in selectors
+        if selector not in (AUTO, ALL) and find_gpu(cards, selector) is None
+    ]
+    missing += [
+        f"{instance} wants all cards, and there is none"
+        for instance, selectors in needs.selectors
+        if selectors == (ALL,) and not cards
     ]
     if missing:
         return broken("GPUs", "\n".join([*lines, *missing]), "correct its `device`, or put that card in")
-    named = {found.uuid for _, selector in needs.selectors if (found := find_gpu(cards, selector))}
-    explicit = {instance for instance, selector in needs.selectors if selector != "auto"}
+    unfit = [
+        f"{instance}: {why}"
+        for instance, selectors in needs.selectors
+        if (why := why_not_together(_named(selectors, cards))) is not None
+    ]
+    if unfit:
+        return broken("GPUs", "\n".join([*lines, *unfit]), "correct its `device`")
+    named = {
+        found.uuid
+        for _, selectors in needs.selectors
+        for selector in selectors
+        if (found := find_gpu(cards, selector))
+    }
+    explicit = {instance for instance, selectors in needs.selectors if selectors != (AUTO,)}
     automatic = [instance for instance in needs.gpu_instances if instance not in explicit]
     if len(automatic) > len(cards) - len(named):
         lines.append(f"{', '.join(automatic)} want a card each that no other instance names")
@@ -90,6 +118,13 @@ def card_finding(cards: tuple[Gpu, ...], refused: GpuQueryError | None, needs: N
             "GPUs", "\n".join(lines), "name a card as `device` to share it, or take an instance out"
         )
     return fine("GPUs", "\n".join(lines))
+
+
+def _named(selectors: tuple[str, ...], cards: tuple[Gpu, ...]) -> list[NamedCard]:
+    if selectors == (ALL,):
+        return [NamedCard(card.uuid, card.uuid) for card in cards]
+    found = {selector: find_gpu(cards, selector) for selector in selectors}
+    return [NamedCard(selector, gpu.uuid if gpu else None) for selector, gpu in found.items()]
 
 
 def _refusal_finding(refused: GpuQueryError, wanted: str) -> Finding:

@@ -169,8 +169,13 @@ def _without_clock(document: dict[str, Any]) -> str:
         {key: value for key, value in one.items() if key not in clocks} for one in document["instances"]
     ]
     for one in instances:
-        one["device"] = {key: value for key, value in one["device"].items() if "vram" not in key}
+        one["device"] = _without_memory(one["device"])
     return json.dumps([instances, document.get("orphans")])
+
+
+def _without_memory(device: dict[str, Any]) -> dict[str, Any]:
+    cards = [_without_memory(card) for card in device.get("cards", ())]
+    return {key: value for key, value in device.items() if "vram" not in key} | {"cards": cards}
 
 
 def _event_line(event: Event) -> str:

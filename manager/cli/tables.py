@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from manager.cli.client import Device, Drained, Instance, Model, Orphan
+    from manager.cli.client import Card, Device, Drained, Instance, Model, Orphan
 
 _GAP = 2
 _NONE = "-"
@@ -42,7 +43,7 @@ class _Row:
     cells: dict[str, str]
     reason: str
     log_tail: tuple[str, ...]
-    brief_device: str  # without the name of the card
+    brief_device: str  # without the names of cards
 
 
 def plain_table(instances: Sequence[Instance]) -> str:
@@ -131,6 +132,7 @@ def _notes(instance: Instance) -> str:
     if instance.image_override is not None:
         chosen = instance.image_override
         notes.append(f"upgraded to {chosen.image} from {chosen.previous}")
+    notes += _breaker(instance)
     return _one_line("; ".join(notes))
 
 
@@ -151,24 +153,47 @@ def _row(instance: Instance) -> _Row:
         cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
         reason=_notes(instance),
         log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
-        brief_device=_one_line(_device(replace(instance.device, name=None))),
+        brief_device=_one_line(_device(instance.device, names=False)),
     )
 
 
-def _device(device: Device) -> str:
+def _breaker(instance: Instance) -> list[str]:
+    """Return what a breaker that is not closed keeps away; nothing for a closed one."""
+    breaker = instance.breaker
+    if breaker is None or breaker.state == "closed":
+        return []
+    after = f"after {breaker.failures} failures in a row, the last one {breaker.reason}"
+    if breaker.state == "half_open":
+        return [f"breaker_open: half-open {after}; the next request tries the instance"]
+    return [f"breaker_open: no requests {after}; retry at {breaker.retry_at}"]
+
+
+def _device(device: Device, *, names: bool = True) -> str:
+    """`gpu 0 Card 2.0/24.0 GiB`, or `gpu 0+1 2 x Card 4.0/48.0 GiB` over several cards."""
     if device.kind is None:
         return "undeclared"
     if device.kind != "gpu":
         return device.kind
-    known = [] if device.index is None else [f"gpu {device.index}", *([device.name] if device.name else [])]
+    several = len(device.cards) > 1
+    if several:
+        indexes = ("?" if card.index is None else str(card.index) for card in device.cards)
+        known = [f"gpu {'+'.join(indexes)}", *([_names(device.cards)] if names else [])]
+    else:
+        name = [device.name] if device.name and names else []
+        known = [] if device.index is None else [f"gpu {device.index}", *name]
     if device.uuid and not known:
         known = [f"gpu {device.uuid[:_SHORT_UUID]}… not seen"]
     if device.vram_total_bytes is not None and device.vram_used_bytes is not None:
         used, total = device.vram_used_bytes / 2**30, device.vram_total_bytes / 2**30
         known.append(f"{used:.1f}/{total:.1f} GiB")
-    elif device.index is not None:
+    elif several or device.index is not None:
         known.append("VRAM unknown")
     return " ".join(known) or "gpu"
+
+
+def _names(cards: Sequence[Card]) -> str:
+    numbers = Counter(card.name or "unknown" for card in cards)
+    return " + ".join(f"{number} x {name}" if number > 1 else name for name, number in numbers.items())
 
 
 def _ttl_left(instance: Instance) -> str:

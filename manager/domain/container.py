@@ -13,6 +13,8 @@ from manager.domain.ownership import LABEL_OWNER, Owner
 from manager.domain.template import CPU_ONLY_ENVIRONMENT
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from manager.domain.template import Template, Volume
 
 LABEL = "ollama-manager"
@@ -50,8 +52,9 @@ class Mount:
 class ContainerRequest:
     """Everything a container is created with. Sizes in bytes.
 
-    `gpu` is the UUID of the one card it may see, None for a CPU-only container, whose `runtime` is then
-    forced to plain `runc`. `loopback_port` publishes the port on 127.0.0.1 only.
+    `gpu` is the UUID of the one card it may see, or those of several, see `device_text`; None for a CPU-only
+    container, whose `runtime` is then forced to plain `runc`. `loopback_port` publishes the port on
+    127.0.0.1 only.
     """
 
     name: str
@@ -68,6 +71,19 @@ class ContainerRequest:
     memory_bytes: int | None
     pids: int | None
     shm_bytes: int | None
+
+
+def device_text(uuids: Iterable[str]) -> str | None:
+    """Return the cards of a container in one text, as its label and NVIDIA_VISIBLE_DEVICES have them.
+
+    Their order is that of the UUIDs: the same cards in another order are no other container.
+    """
+    return ",".join(sorted(uuids)) or None
+
+
+def cards_of_device(text: str) -> tuple[str, ...]:
+    """Return the UUIDs in such a text; none where it is that of a container for the CPU."""
+    return () if text in ("", DeviceKind.CPU.value) else tuple(text.split(","))
 
 
 def container_name(manager_id: str, instance_id: str) -> str:

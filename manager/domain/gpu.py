@@ -21,6 +21,12 @@ _KEPT_SHARE = 0.1
 _WHOLE_SHARE = 0.9
 _MOST_HOLDERS = 5
 
+# Words of `device` beside the names of cards: a free card, and all cards together.
+AUTO = "auto"
+ALL = "all"
+SLICE = "MIG-"  # what the UUID of a slice of a card begins with
+_UUIDS = ("GPU-", SLICE)
+
 
 @dataclass(frozen=True, slots=True)
 class GpuProcess:
@@ -53,8 +59,16 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class NamedCard:
+    """A card of an instance: its name in `device`, and its UUID, None while that is not known."""
+
+    selector: str
+    uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Holding:
-    """The memory of an instance's processes on its card.
+    """The memory of an instance's processes on one card.
 
     Attributes:
         pids: its processes.
@@ -100,43 +114,58 @@ def find_gpu(gpus: Iterable[Gpu], selector: str) -> Gpu | None:
     return None
 
 
+def is_uuid(selector: str) -> bool:
+    """Return whether a selector is the UUID of a card or a slice."""
+    return selector.startswith(_UUIDS)
+
+
+def in_bus_order(gpus: Iterable[Gpu]) -> list[Gpu]:
+    """Return the cards in the order of their PCI bus ids: NVML's own order may change at a reboot."""
+    return sorted(gpus, key=lambda gpu: (normal_pci(gpu.pci_bus_id) or gpu.pci_bus_id, gpu.uuid))
+
+
+def cards_in_slots(gpus: Sequence[Gpu], selectors: Iterable[str]) -> dict[str, str]:
+    """Return the UUID of the card in each slot that a selector names and that is not empty."""
+    present = in_bus_order(gpus)
+    found = {
+        selector: find_gpu(present, selector)
+        for selector in selectors
+        if not is_uuid(selector) and selector not in (AUTO, ALL)
+    }
+    return {selector: gpu.uuid for selector, gpu in found.items() if gpu is not None}
+
+
 def bind_gpus(
     gpus: Sequence[Gpu],
     *,
-    selectors: Mapping[str, str],
+    automatic: Iterable[str],
+    named: Collection[str],
     bindings: Mapping[str, str],
     taken_ids: Collection[str],
     auto: bool,
 ) -> dict[str, str]:
-    """The bindings that have to be added: instance id -> UUID. What is bound stays bound for good.
+    """Return the bindings that have to be added: instance id -> UUID. What is bound stays bound for good.
 
     Args:
         gpus: the cards that are there now.
-        selectors: configured GPU instances -> `auto`, a UUID or a PCI bus id, in order of configuration.
+        automatic: the configured instances with `device: auto`, in order of configuration.
+        named: the UUIDs of cards that instances name, alone or among others; nobody else gets one of them.
         bindings: what was bound before, of any age.
         taken_ids: ids that a new card must not get (every configured id).
         auto: whether cards that nobody names get instances gpu0, gpu1, … of their own.
-
-    Cards are taken in the order of their PCI bus id, because NVML's own order may change at a reboot.
     """
-    present = sorted(gpus, key=lambda gpu: (normal_pci(gpu.pci_bus_id) or gpu.pci_bus_id, gpu.uuid))
+    present = in_bus_order(gpus)
     added: dict[str, str] = {}
-    spoken_for = set(bindings.values())
-    for instance_id, selector in selectors.items():
-        if instance_id in bindings or selector == "auto":
-            continue
-        if (gpu := find_gpu(present, selector)) is not None:
-            added[instance_id] = gpu.uuid
-            spoken_for.add(gpu.uuid)
-    for instance_id, selector in selectors.items():
-        if selector != "auto" or instance_id in bindings:
+    spoken_for = {*bindings.values(), *named}
+    for instance_id in automatic:
+        if instance_id in bindings:
             continue
         free = [gpu for gpu in present if gpu.uuid not in spoken_for]
         if free:
             added[instance_id] = free[0].uuid
             spoken_for.add(free[0].uuid)
     if auto:
-        used = {*bindings, *selectors, *taken_ids}
+        used = {*bindings, *added, *taken_ids}
         for gpu in present:
             if gpu.uuid in spoken_for:
                 continue
@@ -147,49 +176,119 @@ def bind_gpus(
     return added
 
 
+def why_not_together(cards: Sequence[NamedCard]) -> str | None:
+    """Return the reason why one instance cannot have these cards together; None when it can.
+
+    A program of CUDA uses one slice, and no whole card beside it (MIG User Guide, "Device Enumeration").
+    """
+    names: dict[str, str] = {}
+    for card in cards:
+        if card.uuid is None:
+            continue
+        if card.uuid in names:
+            return (
+                f"`device` names GPU {card.uuid} twice, as {names[card.uuid]} and as {card.selector}; "
+                "name each card once"
+            )
+        names[card.uuid] = card.selector
+    sliced = [uuid for uuid in names if uuid.startswith(SLICE)]
+    if sliced and len(cards) > 1:
+        return (
+            f"{sliced[0]} is a slice of a card (MIG), and a program uses one slice alone or whole cards; "
+            "name whole cards in `device`, or one slice"
+        )
+    return None
+
+
 # --- what still fits ---
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The memory that an instance may come to hold, and that it is seen to hold already."""
+def room_bytes(free_bytes: int | None, reserved_bytes: int) -> int | None:
+    """Return the memory of a card that may still be taken; negative where more was promised than is free.
 
-    needed_bytes: int
-    used_bytes: int
-
-
-def missing_bytes(*, free_bytes: int | None, needed_bytes: int, claims: Iterable[Claim]) -> int:
-    """The memory that a start or a load lacks on its card; 0 when it fits, or when nothing is known.
-
-    Foreign processes count because `free_bytes` is measured. What other instances were promised and have
-    not allocated yet is set aside, so that the same free memory lets in only one of two.
+    Foreign processes count because `free_bytes` is measured, None where it is unknown. What other instances
+    were promised and have not allocated yet is set aside, so that the same free memory lets in only one of
+    two.
     """
-    if free_bytes is None:
+    return None if free_bytes is None else free_bytes - reserved_bytes
+
+
+def missing_bytes(needed_bytes: int, rooms: Collection[int | None]) -> int:
+    """Return the memory that a start or a load lacks on its cards; 0 when it fits, or one room is unknown.
+
+    Ollama divides a model by what is free on each card, so that the sum decides. What was promised beyond
+    one card is no debt of the others.
+    """
+    known = [room for room in rooms if room is not None]
+    if len(known) != len(rooms) or not known:
         return 0
-    return max(0, needed_bytes - (free_bytes - _outstanding(claims)))
+    return max(0, needed_bytes - (sum(room for room in known if room > 0) or max(known)))
+
+
+def outstanding_bytes(promised: Mapping[str, int], used: Mapping[str, int]) -> dict[str, int]:
+    """Return the memory of each card that an instance was promised and does not hold yet.
+
+    A server that has placed a model otherwise than it was promised takes the rest of it nowhere.
+
+    Args:
+        promised: by UUID, what it may come to hold.
+        used: by UUID, what it is seen to hold.
+    """
+    rest = max(0, sum(promised.values()) - sum(used.values()))
+    return {uuid: min(rest, max(0, most - used.get(uuid, 0))) for uuid, most in promised.items()}
+
+
+def divide(total_bytes: int, rooms: Mapping[str, int | None], likely: Mapping[str, int]) -> dict[str, int]:
+    """Return the share of each card in the memory of a model, as its server is expected to divide it.
+
+    Each card gets what the model took there before, as far as there is room; what is left is divided by the
+    room that is left. The shares add up to `total_bytes`. None exceeds its room unless all of it together
+    does not fit: then the card with the most room gets the rest.
+
+    Args:
+        total_bytes: of the model.
+        rooms: the room on each card by UUID, at least one; None where it is unknown.
+        likely: what the model took on each card before; empty where that is unknown.
+    """
+    known = sum(likely.get(uuid, 0) for uuid in rooms)
+    left = {uuid: total_bytes if room is None else max(0, room) for uuid, room in rooms.items()}
+    shares = dict.fromkeys(rooms, 0)
+
+    def give(uuid: str, wanted_bytes: int) -> None:
+        given = min(wanted_bytes, left[uuid])
+        shares[uuid] += given
+        left[uuid] -= given
+
+    for uuid in rooms:
+        give(uuid, likely.get(uuid, 0) * min(total_bytes, known) // known if known else 0)
+    rest, room = total_bytes - sum(shares.values()), sum(left.values())
+    for uuid, part in list(left.items()):
+        give(uuid, rest * part // room if room else 0)
+    for uuid in rooms:  # what was lost in rounding
+        give(uuid, total_bytes - sum(shares.values()))
+    shares[max(left, key=lambda uuid: rooms[uuid] or 0)] += total_bytes - sum(shares.values())
+    return shares
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A load that was admitted: `bytes` more than the `held_bytes` that its instance held by then."""
+    """A load that was admitted: `bytes` of a card beside the `held_bytes` that its instance held by then."""
 
     held_bytes: int
     bytes: int
 
 
-def admitted_load(
-    *, free_bytes: int | None, needed_bytes: int, held_bytes: int, claims: Iterable[Claim]
-) -> Load:
-    """The memory to reserve for a load on an instance that holds `held_bytes`.
+def admitted_load(*, room_bytes: int | None, needed_bytes: int, held_bytes: int) -> Load:
+    """Return the memory of a card to reserve for a load on an instance that holds `held_bytes` of it.
 
     A server loads a model beside the others where there is room, and unloads those first where there is not.
     """
-    room = needed_bytes if free_bytes is None else max(0, free_bytes - _outstanding(claims))
+    room = needed_bytes if room_bytes is None else max(0, room_bytes)
     return Load(held_bytes, max(0, needed_bytes - held_bytes, min(needed_bytes, room)))
 
 
 def promised_bytes(claimed_bytes: int, loads: Iterable[Load]) -> int:
-    """The memory that an instance may come to hold: its claim, or more while models are being loaded."""
+    """The memory of a card that an instance may come to hold: its claim, or more while models are loaded."""
     known = tuple(loads)
     if not known:
         return claimed_bytes
@@ -198,21 +297,17 @@ def promised_bytes(claimed_bytes: int, loads: Iterable[Load]) -> int:
 
 
 def least_need(*, likely_bytes: int, free_bytes: int | None, used_bytes: int | None) -> int:
-    """A lower bound for the memory of a model that was never measured on a card; 0 where there is none.
+    """A lower bound for the memory of a model that was never measured on these cards; 0 where there is none.
 
     Args:
         likely_bytes: what it took elsewhere, or the size of its file: the weights have to fit. A model that
-            is too large for the card in any case has no bound, as Ollama splits it.
-        free_bytes: on the card.
-        used_bytes: on the card, by anyone.
+            is too large for the cards in any case has no bound, as Ollama gives the rest to the processor.
+        free_bytes: on all cards of the instance together.
+        used_bytes: on all of them, by anyone.
     """
     if free_bytes is None or used_bytes is None:
         return 0
     return likely_bytes if likely_bytes <= _WHOLE_SHARE * (free_bytes + used_bytes) else 0
-
-
-def _outstanding(claims: Iterable[Claim]) -> int:
-    return sum(max(0, claim.needed_bytes - claim.used_bytes) for claim in claims)
 
 
 # --- what is measured ---
@@ -278,17 +373,13 @@ def gib(count: int) -> str:
 
 def held_by(holders: Iterable[Holder]) -> str:
     """The holders of memory, those with the most first: `gpu1 4.0 GiB, python3 (pid 77) 2.5 GiB`."""
-    of_instances: dict[str, int | None] = {}
-    found: list[tuple[str, int | None]] = []
+    by_label: dict[str, int | None] = {}
     for holder in holders:
-        if holder.instance is None:
-            found.append((f"{holder.name or 'a process'} (pid {holder.pid})", holder.used_bytes))
-            continue
-        before = of_instances.get(holder.instance, 0)
+        label = holder.instance or f"{holder.name or 'a process'} (pid {holder.pid})"
+        before = by_label.get(label, 0)
         known = before is not None and holder.used_bytes is not None
-        of_instances[holder.instance] = (before or 0) + (holder.used_bytes or 0) if known else None
-    found += of_instances.items()
-    found.sort(key=lambda one: -(one[1] or 0))
+        by_label[label] = (before or 0) + (holder.used_bytes or 0) if known else None
+    found = sorted(by_label.items(), key=lambda one: -(one[1] or 0))
     words = [f"{label} {'unknown' if used is None else gib(used)}" for label, used in found]
     rest = len(words) - _MOST_HOLDERS
     return ", ".join([*words[:_MOST_HOLDERS], *([f"{rest} more"] if rest > 0 else [])])

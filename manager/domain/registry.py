@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from datetime import datetime  # noqa: TC003  (a field type, resolved at run time by the adapter)
+from collections.abc import Mapping  # noqa: TC003  (field types, resolved at run time by the adapter)
+from dataclasses import dataclass, field
+from datetime import datetime  # noqa: TC003
 from enum import StrEnum
 
 from manager.domain.idle import UsageSample  # noqa: TC001
@@ -58,10 +59,15 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class LearnedSize:
-    """The GPU memory a model really took on an instance, measured through NVML."""
+    """The GPU memory a model really took on an instance, measured through NVML.
+
+    `by_card` has the share of each card by UUID where the instance has several, and is empty where it has
+    one: no row of one card says which it was.
+    """
 
     instance: str
     model: str
     digest: str
     vram_bytes: int
     measured_at: datetime
+    by_card: Mapping[str, int] = field(default_factory=dict, hash=False)

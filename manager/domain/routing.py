@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
+from manager.domain.overload import behind_others
 from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
 from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
@@ -17,6 +18,7 @@ from manager.errors import Reason
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from manager.domain.overload import Order, Overloaded, Overloads
     from manager.domain.roles import Role, RoutingSettings
 
 # The role whose model every embedding request of that name obeys: vectors of two places must be comparable.
@@ -32,6 +34,7 @@ class State(StrEnum):
 # Looked up once for every candidate.
 _STARTABLE = State.STARTABLE
 _CPU = DeviceKind.CPU
+_NOTHING_MOVED: Mapping[str, Order] = {}
 _GPU = DeviceKind.GPU
 
 
@@ -41,7 +44,8 @@ class Candidate:
 
     `device` is None for an external instance that does not say. `models` maps the key of each model it has to
     its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
-    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for.
+    and `detail` adds to it in words. `serves` are the kinds of requests that it is there for. `overloads` is
+    None where it is not overloaded.
     """
 
     id: str
@@ -53,6 +57,7 @@ class Candidate:
     why_out: Reason | None = None
     serves: frozenset[RequestKind] = USUAL_KINDS
     detail: str = ""
+    overloads: Overloads | None = None
 
 
 @dataclass(frozen=True)
@@ -217,8 +222,9 @@ class Decision:
     """The groups of instances that one request may go to, the first one first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
-    never twice for one model. `refused` is set exactly when there is no attempt. `is_async` is whether the
-    role takes runs only, no requests that wait for their answer.
+    never twice for one model. Only an overloaded one may be both: it is attempted after the others. `refused`
+    is set exactly when there is no attempt. `is_async` is whether the role takes runs only, no requests that
+    wait for their answer.
     """
 
     request: RequestFacts
@@ -398,11 +404,39 @@ class _Decider:
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
         """The attempts of one leg; `fallback` is why it is not the preferred one."""
-        model, key = leg.model, model_key(leg.model)
+        model, key, role = leg.model, model_key(leg.model), leg.role
+        name = role.name if role else None
+        found, busy, preferred_out = self._usable(leg, key)
+        in_order, moved = sorted(found.items()), _NOTHING_MOVED
+        if busy:
+            in_order, moved = behind_others(in_order, busy)
+            self._passed_over += (PassedOver(id_, model, Reason.OVERLOADED, busy[id_].why) for id_ in moved)
+            if any(order[1] == order[2] == 0 for order in moved.values()):
+                preferred_out = preferred_out or Reason.OVERLOADED
+        preferred_there = any(order[:3] == (0, 0, 0) and ids[0] not in moved for order, ids in in_order)
+        for (stage, rank, place, tier, _), ids in in_order:
+            reason = fallback
+            if reason is None and (rank or place):
+                reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
+            timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
+            choice = self._legs * len(_WAYS) + rank
+            self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
+            self._tried[key].update(ids)
+        self._legs += 1
+
+    def _usable(
+        self, leg: _Leg, key: str
+    ) -> tuple[dict[Order, list[str]], dict[str, Overloaded], Reason | None]:
+        """Pass over what cannot be used for a leg.
+
+        Returns:
+            The other instances by their order, those of them that are overloaded, and why a preferred one
+            cannot be used.
+        """
+        model, tried, places = leg.model, self._tried[key], _places(leg.role)
         chosen, rank_of, cpu_only = self._ranking(leg)
-        tried = self._tried[key]
-        places = _places(leg.role)
-        found: dict[tuple[int, int, int, int, int], list[str]] = {}
+        found: dict[Order, list[str]] = {}
+        busy: dict[str, Overloaded] = {}
         preferred_out: Reason | None = None
         for stage, candidates in enumerate(self._found(key, places)):
             for candidate in candidates:
@@ -419,23 +453,14 @@ class _Decider:
                 elif id_ not in tried:
                     tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
                     order = (stage, rank, place, tier, -candidate.priority)
+                    if candidate.overloads is not None and (one := candidate.overloads.of(key)) is not None:
+                        busy[id_] = one
                     group = found.get(order)
                     if group is None:
                         found[order] = [id_]
                     else:
                         group.append(id_)
-        role = leg.role
-        name = role.name if role else None
-        preferred_there = any(stage == rank == place == 0 for stage, rank, place, _, _ in found)
-        for (stage, rank, place, tier, _), ids in sorted(found.items()):
-            reason = fallback
-            if reason is None and (rank or place):
-                reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
-            timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
-            choice = self._legs * len(_WAYS) + rank
-            self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
-            tried.update(ids)
-        self._legs += 1
+        return found, busy, preferred_out
 
     def _found(self, key: str, places: Mapping[str, int] | None) -> tuple[tuple[Candidate, ...], ...]:
         """Instances that have the model, those that may have it, and those that may pull it."""
@@ -468,7 +493,11 @@ class _Decider:
             place = one.instance, model_key(one.model)
             if place not in found or found[place].reason is Reason.POLICY:
                 found[place] = one
-        return (one for (instance, key), one in found.items() if instance not in self._tried[key])
+        return (
+            one
+            for (instance, key), one in found.items()
+            if one.reason is Reason.OVERLOADED or instance not in self._tried[key]
+        )
 
     def _why_not_preferred(self, leg: _Leg, out: Reason | None, *, is_there: bool) -> Reason:
         """The reason why no GPU, or not the one that is the target, answers."""

@@ -33,11 +33,12 @@ from manager.wire.statuses import (
     judge,
     outcome_of,
     outcome_without_answer,
+    retry_after_s,
     status_of,
 )
 from manager.wire.trace import traceparent
 from manager.wire.unload import unloaded, unloads
-from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -75,11 +76,15 @@ class _State(Enum):
 
 
 class _End(NamedTuple):
-    """The end of an answer. One that is not whole has a `message`, for an error of that status."""
+    """The end of an answer. One that is not whole has a `message`, for an error of that status.
+
+    `fault` is why the server is to blame; None where it is not.
+    """
 
     outcome: Outcome
     status: int = 0
     message: str = ""
+    fault: Reason | None = None
 
 
 class _Held(NamedTuple):
@@ -306,6 +311,8 @@ class Exchange:
             self._front.abort()
             self._finish("timeout")
         else:
+            assert self._attempting is not None  # noqa: S101  (its answer has begun)
+            self._attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             self._fail(504, f"nothing moved for {limit_s:g} s", "timeout")
 
     # --- what the server's side calls ---
@@ -325,14 +332,13 @@ class Exchange:
         assert attempting is not None  # noqa: S101  (it has asked)
         judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
         # Only the words of an internal error say whether it is about the request or the server.
-        if attempting.might_follow(judgement) or (
-            head.status == INTERNAL_ERROR and not attempting.is_delivered
-        ):
+        if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
             self._state = _State.HOLDING
             self._held_head = head
             self._held_since = monotonic()
             return
-        attempting.answered(judgement)
+        wait_s = retry_after_s(head.lines) if head.status >= BAD_REQUEST else None
+        attempting.answered(judgement, retry_after_s=wait_s)
         if self._still_loaded and head.status == _OK:
             self._fail_to_unload()
         else:
@@ -377,10 +383,16 @@ class Exchange:
             self._attempting.delivered()
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
-            if end.message:
-                self._fail(end.status, end.message, end.outcome)
-            else:
-                self._finish(end.outcome)
+            self._end_with(end)
+
+    def _end_with(self, end: _End) -> None:
+        if end.fault is not None:
+            assert self._attempting is not None  # noqa: S101  (it has asked)
+            self._attempting.broke_off(end.fault)
+        if end.message:
+            self._fail(end.status, end.message, end.outcome)
+        else:
+            self._finish(end.outcome)
 
     def _hold(self, data: bytes, *, complete: bool) -> None:
         """Read the answer of a server that failed, before another attempt is made."""
@@ -391,7 +403,7 @@ class Exchange:
             kept, self._tail = bytes(self._tail), bytearray()
             assert self._attempting is not None  # noqa: S101
             self._attempting.spend()  # an answer of this size is the client's
-            self._attempting.answered(judge(head.status))
+            self._attempting.answered(judge(head.status), retry_after_s=retry_after_s(head.lines))
             self._deliver(head)
             self.answer_came(kept, complete=complete)
         elif complete:
@@ -409,7 +421,9 @@ class Exchange:
         if body is not None:
             held = _Held(head, body)
             message = message_of(body) or message
-        step = attempting.answered(judge(head.status, message), message, held)
+        step = attempting.answered(
+            judge(head.status, message), message, held, retry_after_s=retry_after_s(head.lines)
+        )
         if step is not None:
             self._follow(step)
         elif held is not None:
@@ -436,10 +450,12 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                if message_of(_last_line(tail)) is None:
+                error = error_in(tail)
+                if error is None:
                     message = "the server ended the stream before its end"
-                    return _End("upstream_error", 502, message)
-                return _End("upstream_error")  # the server said so itself, in its last line
+                    return _End("upstream_error", 502, message, Reason.UPSTREAM_ERROR)
+                # The server said so itself, in its last line.
+                return _End("upstream_error", fault=judge(INTERNAL_ERROR, error).reason)
         return _ENDED_WELL if self._status == _OK else _End(outcome_of(self._status))
 
     def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
@@ -845,8 +861,3 @@ class Exchange:
         load, self._load = self._load, None
         if load is not None:
             self._relay.loads.remove(self, load)
-
-
-def _last_line(tail: bytes) -> bytes:
-    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
-    return line.removeprefix(b"data:").strip()

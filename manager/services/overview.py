@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance, View
     from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.breakers import Breakers, BreakerView
     from manager.services.routing.router import SettingsSource
 
 T = TypeVar("T")
@@ -33,15 +34,16 @@ T = TypeVar("T")
 class InstanceState:
     """One instance.
 
-    `is_usable` is whether leases can be had without a start. `gpu` is the last reading of its card, None
-    where it has none. The starts are those since the daemon began.
+    `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
+    view, in their order; None for a card that was never read. The starts are those since the daemon began.
     """
 
     view: View
     is_usable: bool
-    gpu: Gpu | None
+    gpus: tuple[Gpu | None, ...]
     starts_done: int
     starts_failed: int
+    breaker: BreakerView
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Overviews:
         gpus: the cards.
         lists: the models of each volume.
         settings: the lanes.
+        breakers: of the instances.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class Overviews:
         *,
         lists: ModelLists,
         settings: SettingsSource,
+        breakers: Breakers,
     ) -> None:
         self._fleet = fleet
         self._capacity = capacity
@@ -138,6 +142,7 @@ class Overviews:
         self._gpus = gpus
         self._lists = lists
         self._settings = settings
+        self._breakers = breakers
         self._cards: _Part[tuple[Card, ...]] = _Part()
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
@@ -202,9 +207,10 @@ class Overviews:
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
-            gpu=self._gpus.gpu_of(instance.id) if view.gpu_uuid else None,
+            gpus=tuple([self._gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
+            breaker=self._breakers.view(instance.id),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -219,7 +225,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     view = state.view
     return (
         view.spec,
-        view.gpu_uuid,
+        view.cards,
         view.endpoint,
         view.target,
         view.phase,
@@ -238,9 +244,10 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.drained,
         view.image,
         state.is_usable,
-        state.gpu,
+        state.gpus,
         state.starts_done,
         state.starts_failed,
+        state.breaker,
     )
 
 

@@ -29,6 +29,10 @@ async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
 
 
+def no_change(_instance: str) -> None:
+    """Called when the server of an instance has gone or is another one, where nobody minds."""
+
+
 @dataclass(slots=True)
 class Revision:
     """Grows with every change of the fleet that routing reads. A snapshot of an older one is out of date."""
@@ -51,6 +55,7 @@ class World:
     nothing else. `owner` is that of the state directory; None where owners are not distinguished.
     `others_work` returns whether a daemon that this one has replaced still ends requests: those are in no
     `in_flight`.
+    `server_changed` is called with the id of an instance whose server has gone, or is another one.
     """
 
     manager_id: str
@@ -67,6 +72,7 @@ class World:
     dry_run: bool = False
     owner: Owner | None = None
     others_work: Callable[[], bool] = no_others
+    server_changed: Callable[[str], None] = no_change
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

@@ -15,7 +15,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.domain import cron
 from manager.domain.container import container_name
-from manager.domain.gpu import normal_pci
+from manager.domain.durations import duration_text
+from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
 from manager.domain.roles import USUAL_KINDS, RequestKind
@@ -32,12 +33,15 @@ from manager.settings.routing import (
     GatewaySettings,
     ModelsSettings,
     RolesSettings,
+    Size,
     default_roles,
     role_refusals,
     writer_refusals,
 )
 from manager.settings.section import (
     AUTO_GPU_ID,
+    YEAR_S,
+    Duration,
     InstanceId,
     Interval,
     Section,
@@ -58,7 +62,6 @@ DEFAULT_INSTANCE = "cpu"
 CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
 
-ALL_CARDS = "all"
 MOST_CARDS = 64
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
@@ -149,8 +152,11 @@ def _each_device_once(devices: tuple[str, ...]) -> tuple[str, ...]:
         raise ValueError("an empty list; expected auto, all, or the UUIDs or PCI bus ids of cards")
     seen: set[str] = set()
     for device in devices:
-        if len(devices) > 1 and device in ("auto", ALL_CARDS):
+        if len(devices) > 1 and device in (AUTO, ALL):
             raise ValueError(f"{device!r} in a list; expected the UUIDs or PCI bus ids of cards")
+        if len(devices) > 1 and device.startswith(SLICE):
+            message = "is a slice of a card (MIG), and a program uses one slice alone or whole cards"
+            raise ValueError(f"{device!r} {message}; expected whole cards in a list")
         key = normal_pci(device) or device.lower()
         if key in seen:
             raise ValueError(f"{device!r} is listed twice; expected each card once")
@@ -311,6 +317,36 @@ class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class RunsSettings(Section):
+    """Async runs. `concurrency` is how many are begun at once, `max_queued` how many may not have ended.
+
+    `max_body` and `max_result` bound the files of one run, `max_stored` those of all runs together. A result
+    is kept for `expires_s` after the end of its run, unless the run says otherwise, and the run itself is
+    listed for `retention_s`.
+    """
+
+    concurrency: Annotated[WholeNumber, Field(ge=1, le=64)] = 4
+    max_queued: Annotated[WholeNumber, Field(ge=1, le=10_000)] = 1000
+    max_body: Size = 8 * 2**20
+    max_result: Size = 64 * 2**20
+    max_stored: Size = 4 * 2**30
+    expires_s: Annotated[Duration, Field(gt=0, le=YEAR_S)] = 86_400.0
+    retention_s: Annotated[Duration, Field(gt=0, le=YEAR_S)] = 604_800.0
+
+    @model_validator(mode="after")
+    def _bounds_fit_each_other(self) -> Self:
+        refusals = []
+        if self.expires_s > self.retention_s:
+            allowed = f"at most runs.retention_s, {duration_text(self.retention_s)}"
+            message = f"{duration_text(self.expires_s)}; expected {allowed}"
+            refusals.append(Refusal(key=("expires_s",), message=message))
+        if self.max_body + self.max_result > self.max_stored:
+            message = "expected room for one body and one result, max_body + max_result"
+            refusals.append(Refusal(key=("max_stored",), message=message))
+        refuse(refusals)
+        return self
+
+
 class Settings(BaseSettings):
     """All settings, checked. Building one reads no environment: `load_settings` brings the sources."""
 
@@ -331,6 +367,7 @@ class Settings(BaseSettings):
     roles: RolesSettings = Field(default_factory=default_roles)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    runs: RunsSettings = Field(default_factory=RunsSettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     history: HistorySettings = Field(default_factory=HistorySettings)
@@ -376,9 +413,7 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         )
     for device in instance.device or ():
         if not (
-            device in ("auto", ALL_CARDS)
-            or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device)
-            or normal_pci(device)
+            device in (AUTO, ALL) or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
         ):
             allowed = "auto, all, a UUID (GPU-… or MIG-…), a PCI bus id such as 00000000:01:00.0, or a list"
             yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from manager.domain.gpu import ALL, AUTO
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
 from manager.domain.template import Template, bind_dangers, refusals
-from manager.settings.model import ALL_CARDS, GPU_TEMPLATE, InstanceSettings
+from manager.settings.model import GPU_TEMPLATE, InstanceSettings
 from manager.settings.ownership import weaknesses
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
 from manager.settings.routing import role_refusals
@@ -291,10 +292,10 @@ def _spec(
     devices: tuple[str, ...] = ()
     if template is not None:
         kind = template.device
-        if kind is DeviceKind.GPU and (len(written) > 1 or written == (ALL_CARDS,)):
+        if kind is DeviceKind.GPU and (len(written) > 1 or written == (ALL,)):
             devices = written
         elif kind is DeviceKind.GPU:
-            device = written[0] if written else "auto"
+            device = written[0] if written else AUTO
     elif written and written[0] in set(DeviceKind):
         kind = DeviceKind(written[0])
     return InstanceSpec(

@@ -10,7 +10,7 @@ from manager.domain.judgement import ABOUT_THE_REQUEST, Judgement
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 UNAVAILABLE = 503
 TOO_MANY_REQUESTS = 429
@@ -90,6 +90,22 @@ def judge(status: int, message: str = "") -> Judgement:
     if _OF_LOAD.search(words):
         return Judgement(Reason.MODEL_LOAD_FAILED)
     return Judgement(Reason.UPSTREAM_ERROR, may_start=status != INTERNAL_ERROR)
+
+
+def retry_after_s(lines: Iterable[bytes]) -> float | None:
+    """Return the seconds of a Retry-After.
+
+    Args:
+        lines: of a head, `Name: value`.
+
+    Returns:
+        None where there is none, or where it is a date.
+    """
+    for line in lines:
+        name, _, value = line.partition(b":")
+        if name.lower() == b"retry-after" and value.strip().isdigit():
+            return float(value)
+    return None
 
 
 def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:

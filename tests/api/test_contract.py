@@ -29,12 +29,13 @@ if TYPE_CHECKING:
 INSTANCE = {
     "id", "driver", "template", "device", "endpoint", "target", "phase", "health", "reason", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
-    "container", "image_override", "drained", "models",
+    "container", "image_override", "drained", "models", "breaker",
 }  # fmt: skip
-DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"}
+DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes", "cards"}
 CONTAINER = {"id", "name", "image", "template_hash"}
 MODEL = {"name", "digest", "size_bytes", "vram_bytes", "expires_at"}
 REASON = {"code", "message", "log_tail"}
+BREAKER = {"state", "failures", "opened_at", "retry_at", "reason"}
 EVENT = {"id", "at", "instance", "kind", "reason", "detail"}
 PHASES = {"stopped", "starting", "ready", "draining", "stopping", "failed", "unavailable"}
 TIMES = ("started_at", "ready_at", "last_used_at", "last_seen_at")
@@ -66,6 +67,7 @@ def check_shape(body: dict[str, Any]) -> None:
     assert body["health"] in {"healthy", "unhealthy", "unknown"}
     assert body["container"] is None or set(body["container"]) == CONTAINER
     assert body["reason"] is None or set(body["reason"]) == REASON
+    assert set(body["breaker"]) == BREAKER
     assert all(set(model) == MODEL for model in body["models"])
     for name in TIMES:
         assert body[name] is None or RFC3339_UTC.fullmatch(body[name]), (name, body[name])
@@ -91,7 +93,7 @@ def test_a_stopped_instance_says_so_everywhere(daemon: Daemon) -> None:
     check_shape(body)
     assert body["driver"] == "docker"
     assert body["template"] == "sim"
-    assert body["device"] == {key: "cpu" if key == "kind" else None for key in DEVICE}
+    assert body["device"] == dict.fromkeys(DEVICE) | {"kind": "cpu", "cards": []}
     assert (body["target"], body["phase"], body["health"]) == ("stopped", "stopped", "unknown")
     assert (body["endpoint"], body["container"], body["reason"], body["models"]) == (None, None, None, [])
     assert (body["started_at"], body["ttl_remaining_s"], body["in_flight"]) == (None, None, 0)

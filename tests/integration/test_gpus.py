@@ -85,6 +85,17 @@ def test_each_instance_has_its_card_by_uuid_and_keeps_it_when_cards_are_renumber
         "vram_total_bytes": 24 * GIB,
         "vram_used_bytes": GIB,
         "vram_free_bytes": 23 * GIB,
+        "cards": [
+            {
+                "uuid": A,
+                "index": 0,
+                "name": "Card 1",
+                "pci_bus_id": "00000000:01:00.0",
+                "vram_total_bytes": 24 * GIB,
+                "vram_used_bytes": GIB,
+                "vram_free_bytes": 23 * GIB,
+            }
+        ],
     }
     for id_, uuid in (("gpu0", A), ("gpu1", B)):
         assert requested(docker_client, first[id_]) == [uuid]

@@ -336,7 +336,8 @@ async def test_all_attempts_together_have_one_deadline(tmp_path: Path) -> None:
 
 
 async def test_when_nothing_is_left_to_try_the_caller_is_told_why(tmp_path: Path) -> None:
-    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+    patient = {"breaker": {"failures": 100}}
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}, config=patient) as front:
         server.answer = dies
         reply = await front.ask(TINY)
         assert reply.status == 502

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from manager.domain.breaker import BreakerLimits
 from manager.domain.roles import BodyChanges, Policy, RequestKind, RoutingSettings
 from manager.domain.routing import (
     Attempt,
@@ -22,11 +24,14 @@ from manager.errors import Reason, UnavailableError
 from manager.services.instances.leases import LeaseBook
 from manager.services.lanes.slots import Slots
 from manager.services.routing.attempting import Attempting, Deadlines, Routing
+from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Prepared
 from manager.services.routing.router import Attempts
 from manager.services.traffic import Traffic
+from manager.services.world import Revision
 from tests.support.records import a_record
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
     from manager.services.routing.attempting import Step
 
 FACTS = RequestFacts("tiny", RequestKind.GENERATE)
+NEVER_OPENS = BreakerLimits(failures=1_000_000)
 NOBODY = Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, "a has it and cannot be used now")
 
 
@@ -195,7 +201,12 @@ class Placement:
 class Stage:
     """One `Routing`, and what has come of its requests."""
 
-    def __init__(self, *attempts: Attempt, deadlines: Deadlines | None = None) -> None:
+    def __init__(
+        self,
+        *attempts: Attempt,
+        deadlines: Deadlines | None = None,
+        breaker: BreakerLimits = NEVER_OPENS,
+    ) -> None:
         self.clock = Clock()
         self.router = Router()
         self.placement = Placement(self.router)
@@ -204,11 +215,21 @@ class Stage:
         self.ended: list[RequestRecord] = []
         self.traffic = Traffic(self.ended.append)
         self.status = ModelStatus(cast("Any", self.fleet))
+        self.timers: list[Callable[[], None]] = []
+        self.breakers = Breakers(
+            cast("Any", self.journal),
+            Revision(),
+            limits=breaker,
+            now=self.clock,
+            utcnow=lambda: datetime(2026, 11, 28, tzinfo=UTC),
+            call_later=self._call_later,
+        )
         self.settings: Any = SimpleNamespace(routing=RoutingSettings({}), version=1)
         self.slots_of: dict[str, int | None] = {}
         self.slots = Slots(self.settings, lambda: dict(self.slots_of), self.status.workers, now=self.clock)
         if attempts:
             self.router.decision = decision(*attempts)
+        self.overload = Overload(Revision(), now=self.clock)
         self.routing = Routing(
             router=cast("Any", self.router),
             placement=cast("Any", self.placement),
@@ -218,7 +239,13 @@ class Stage:
             slots=self.slots,
             puller=cast("Any", SimpleNamespace()),
             deadlines=deadlines or Deadlines(first_byte_timeout_s=60.0, total_timeout_s=600.0),
+            breakers=self.breakers,
+            overload=self.overload,
         )
+
+    def _call_later(self, _delay_s: float, call: Callable[[], None]) -> Any:
+        self.timers.append(call)
+        return SimpleNamespace(cancel=lambda: None)
 
     def use_clock(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for module in ("manager.services.routing.attempting", "manager.relay.exchange"):

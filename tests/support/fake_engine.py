@@ -337,6 +337,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.is_there = True
+        self.others: tuple[str, ...] = ()  # more cards, each in the next slot, all of them empty
         self.free = 20 * GIB
         self.refusal: GpuQueryError | None = None
         self.processes: tuple[GpuProcess, ...] = ()
@@ -348,7 +349,12 @@ class Machine:
         if not self.is_there:
             return ()
         used = 24 * GIB - self.free
-        return (Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes),)
+        first = Gpu(CARD, 0, "00000000:01:00.0", "Card", 24 * GIB, used, self.free, self.processes)
+        others = [
+            Gpu(uuid, index, f"00000000:{index + 1:02x}:00.0", "Card", 24 * GIB, 0, 24 * GIB)
+            for index, uuid in enumerate(self.others, start=1)
+        ]
+        return (first, *others)
 
     def container_of(self, pid: int) -> str | None:
         return self.containers.get(pid)
@@ -399,7 +405,14 @@ class Locks:
 class Ground:
     """A world in memory, and the supervisors on it."""
 
-    def __init__(self, *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        gpu: bool = False,
+        owner: Owner | None = None,
+        sweeps: bool = False,
+        device: tuple[str, ...] = (CARD,),
+    ) -> None:
         self.engine = FakeEngine()
         self.machine = Machine()
         self.registry = Registry()
@@ -409,16 +422,18 @@ class Ground:
         self.gates: dict[str, asyncio.Event] = {}
         self.refusal: Exception | None = None
         loop = asyncio.get_running_loop()
+        self.device: tuple[str, ...] = device
         self.gpus = Gpus(
             self.machine,
             self.machine,
             cast("Any", self.registry),
-            selectors={"gpu0": CARD} if gpu else {},
+            selectors={"gpu0": self.device} if gpu else {},
             taken_ids=["gpu0"],
             auto=False,
             now=loop.time,
             utcnow=self.engine.now,
         )
+        self.servers_changed: list[str] = []
         self.world = World(
             manager_id=MANAGER,
             engine=self.engine,
@@ -432,6 +447,7 @@ class Ground:
             on_step=self._on_step,
             resume_idle_clock=sweeps,
             owner=owner,
+            server_changed=self.servers_changed.append,
         )
         self.id = "gpu0" if gpu else "cpu"
         self._tasks: list[asyncio.Task[None]] = []
@@ -497,9 +513,13 @@ class Ground:
 
 @asynccontextmanager
 async def on_ground(
-    *, gpu: bool = False, owner: Owner | None = None, sweeps: bool = False
+    *,
+    gpu: bool = False,
+    owner: Owner | None = None,
+    sweeps: bool = False,
+    device: tuple[str, ...] = (CARD,),
 ) -> AsyncIterator[Ground]:
-    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps)
+    ground = Ground(gpu=gpu, owner=owner, sweeps=sweeps, device=device)
     try:
         yield ground
     finally:

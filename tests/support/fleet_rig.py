@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER, container_name
-from manager.domain.gpu import Gpu, Holder
+from manager.domain.gpu import Gpu, Holder, NamedCard
 from manager.domain.instance import ALIVE, ContainerFacts, DeviceKind, Driver, InstanceSpec, Limits, Model
 from manager.domain.registry import InstanceRow
 from manager.domain.template import Template
@@ -243,10 +243,15 @@ class Cards:
     def why_missing(self, instance: str) -> str | None:
         return self.missing.get(instance)
 
-    def uuid_of(self, _instance: str) -> str:
-        return CARD.uuid
+    def cards_of(self, _instance: str) -> tuple[NamedCard, ...]:
+        return (NamedCard(CARD.uuid, CARD.uuid),)
 
-    def gpu_of(self, _instance: str) -> Gpu:
+    def uuids_of(self, _instance: str) -> tuple[str, ...]:
+        return (CARD.uuid,)
+
+    wanted_uuids = wanted_usable = uuids_of
+
+    def gpu(self, _uuid: str) -> Gpu:
         return CARD
 
     @property
@@ -272,16 +277,20 @@ class Cards:
     def need_of(self, _instance: str, _limit: int | None) -> int:
         return 0
 
-    def holding(self, _instance: str) -> Any:
-        return SimpleNamespace(pids=frozenset(), used_bytes=0)
+    def holdings(self, _instance: str) -> dict[str, Any]:
+        return {}
+
+    def held_bytes(self, _instance: str) -> int:
+        return 0
 
     async def admit(self, *_: object, **__: object) -> None: ...
     async def learn(self, *_: object) -> None: ...
-    async def given_back(self, *_: object, **__: object) -> bool:
-        return True
+    async def given_back(self, *_: object, **__: object) -> tuple[str, ...]:
+        return ()
 
     def claim(self, *_: object) -> None: ...
     def drop_claim(self, _instance: str) -> None: ...
+    def note_given(self, *_: object) -> None: ...
     def note_container(self, *_: object) -> None:
         self.holders_version += 1
 

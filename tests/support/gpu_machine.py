@@ -100,7 +100,8 @@ class Machine:
         if self.disk_full:
             raise RegistryUnwritableError("the disk is full")
 
-    async def gpus(self, *, auto: bool = False, **selectors: str) -> Gpus:
+    async def gpus(self, *, auto: bool = False, **devices: str | tuple[str, ...]) -> Gpus:
+        selectors = {id_: (one,) if isinstance(one, str) else one for id_, one in devices.items()}
         gpus = Gpus(
             self,
             self,

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from manager.domain.breaker import BreakerLimits
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits, Phase
 from manager.domain.roles import RequestKind, RoutingSettings
 from manager.domain.target import Target
 from manager.errors import UnknownInstanceError
 from manager.services.instances.leases import LeaseBook
 from manager.services.models.model_lists import ModelLists
+from manager.services.routing.breakers import Breakers
+from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
 from manager.services.world import Revision
@@ -163,6 +167,15 @@ class Ground:
         self.settings = FakeSettings()
         self.revision = Revision()
         self.lists = ModelLists(cast("Any", None), cast("Any", Journal()), {})
+        self.breakers = Breakers(
+            cast("Any", Journal()),
+            self.revision,
+            limits=BreakerLimits(),
+            now=self.fleet.clock,
+            utcnow=lambda: datetime(2026, 11, 28, tzinfo=UTC),
+            call_later=lambda _delay_s, _call: SimpleNamespace(cancel=lambda: None),
+        )
+        self.overload = Overload(self.revision, now=self.fleet.clock)
         self.router = Router(
             cast("Any", self.fleet),
             self.settings,
@@ -170,6 +183,8 @@ class Ground:
             first_look=cast("Any", self.fleet),
             revision=self.revision,
             in_flight=self.fleet.in_flight,
+            breakers=self.breakers,
+            overload=self.overload,
             now=self.fleet.clock,
         )
         self.placement = Placement(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -80,6 +80,7 @@ learned_sizes = Table(
     Column("digest", String, primary_key=True),
     Column("vram_bytes", Integer, nullable=False),
     Column("measured_at", DateTime, nullable=False),
+    Column("by_card", JSON(none_as_null=True)),
 )
 
 overrides = Table(
@@ -186,6 +187,7 @@ def from_learned_size(size: LearnedSize) -> dict[str, Any]:
         "digest": size.digest,
         "vram_bytes": size.vram_bytes,
         "measured_at": _stored(size.measured_at),
+        "by_card": dict(size.by_card) or None,
     }
 
 
@@ -196,7 +198,14 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         digest=row.digest,
         vram_bytes=row.vram_bytes,
         measured_at=_aware(row.measured_at),
+        by_card=_to_shares(row.by_card or {}),
     )
+
+
+def _to_shares(stored: object) -> dict[str, int]:
+    if not isinstance(stored, dict) or not all(type(share) is int for share in stored.values()):
+        raise TypeError(f"the shares of a learned size are no numbers by card: {stored!r}")
+    return stored
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from manager.domain.gpu import Claim, Load, admitted_load, missing_bytes, promised_bytes
+from manager.domain.gpu import (
+    Load,
+    admitted_load,
+    divide,
+    missing_bytes,
+    outstanding_bytes,
+    promised_bytes,
+    room_bytes,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
     from manager.services.gpus.cards import Cards
 
@@ -21,65 +30,72 @@ _SEEN_SHARE = 0.95
 
 @dataclass(frozen=True, slots=True)
 class _Reserved:
-    load: Load
+    """A load, by the UUID of each card that it may take memory of."""
+
+    loads: Mapping[str, Load]
     until: float
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(load.held_bytes for load in self.loads.values())
 
 
 class Admission:
-    """Owns the claims of instances and the reservations of loads.
+    """Owns the claims of instances and the reservations of loads, for each card.
 
     A claim lasts as long as its instance runs. A reservation lasts until the memory is seen in use, until
     the load has ended, or for `_LONGEST_LOAD_S`. Beyond `_MOST_LOADS` of an instance the oldest is dropped.
+    An instance over several cards holds what it was promised on each of them.
 
     Args:
         cards: their memory.
-        used_bytes: what an instance is seen to hold, None where that cannot be told.
+        held: returns the memory that an instance is seen to hold, by the UUID of each of its cards; None
+            where that cannot be told.
         now: seconds on a monotonic clock.
     """
 
     def __init__(
-        self, cards: Cards, *, used_bytes: Callable[[str], int | None], now: Callable[[], float]
+        self, cards: Cards, *, held: Callable[[str], Mapping[str, int | None]], now: Callable[[], float]
     ) -> None:
         self._cards = cards
-        self._used_bytes = used_bytes
+        self._held = held
         self._now = now
-        self._claims: dict[str, int] = {}
+        self._claims: dict[str, Mapping[str, int]] = {}
         self._loads: dict[str, dict[str, _Reserved]] = {}
 
-    def claim(self, instance: str, needed_bytes: int) -> None:
-        """Set memory aside for an instance, whatever is free."""
+    def claim(self, instance: str, needed_bytes: int, likely: Mapping[str, int]) -> None:
+        """Set memory aside for an instance, whatever is free; `likely` is as in `domain.gpu.divide`."""
         if needed_bytes:
-            self._claims[instance] = needed_bytes
+            self._claims[instance] = self._divided(instance, needed_bytes, likely)
 
     def drop(self, instance: str) -> None:
         """The instance has ended."""
         self._claims.pop(instance, None)
         self._loads.pop(instance, None)
 
-    def reserve(self, instance: str, key: str, needed_bytes: int) -> None:
+    def reserve(self, instance: str, key: str, needed_bytes: int, likely: Mapping[str, int]) -> None:
         """Set memory aside for the load of a model, until the load is over. The same load counts once."""
         loads = self._loads.setdefault(instance, {})
         if key in loads and self._now() < loads[key].until:
             return
         if len(loads) >= _MOST_LOADS:
             del loads[next(iter(loads))]
-        load = admitted_load(
-            free_bytes=self._free_bytes(instance),
-            needed_bytes=needed_bytes,
-            held_bytes=self._used_bytes(instance) or 0,
-            claims=self._claims_of_others(instance),
-        )
+        rooms, used = self.rooms(instance), self._used(instance)
+        admitted = {
+            uuid: admitted_load(room_bytes=rooms[uuid], needed_bytes=share, held_bytes=used.get(uuid, 0))
+            for uuid, share in self._divided(instance, needed_bytes, likely).items()
+        }
         loads.pop(key, None)
-        loads[key] = _Reserved(load, self._now() + _LONGEST_LOAD_S)
+        loads[key] = _Reserved(admitted, self._now() + _LONGEST_LOAD_S)
 
     def stands_still(self, instance: str, key: str) -> None:
         """A model is in memory, and its instance holds no more than a moment ago: its load is over.
 
         A load that has not taken anything yet stands still as well, where the memory of processes is known.
         """
-        loads, used = self._loads.get(instance, {}), self._used_bytes(instance)
+        loads, used = self._loads.get(instance, {}), total(self._held(instance))
         reserved = loads.get(key)
-        if reserved is not None and (used is None or used > reserved.load.held_bytes):
+        if reserved is not None and (used is None or used > reserved.held_bytes):
             del loads[key]
 
     def end_loads(self, instance: str) -> None:
@@ -91,37 +107,62 @@ class Admission:
         now = self._now()
         for instance, loads in list(self._loads.items()):
             going_on = {key: one for key, one in loads.items() if now < one.until}
-            promised = promised_bytes(0, [one.load for one in going_on.values()])
-            used = self._used_bytes(instance)
+            promised = sum(_promised({}, going_on).values())
+            used = total(self._held(instance))
             if not going_on or (used is not None and used >= _SEEN_SHARE * promised):
                 del self._loads[instance]
             else:
                 self._loads[instance] = going_on
 
+    def rooms(self, instance: str) -> dict[str, int | None]:
+        """Return the memory that the instance may still take on each of its cards, by UUID."""
+        reserved = self.reserved_for_others(instance)
+        rooms = {}
+        for uuid in self._cards.uuids_of(instance):
+            gpu = self._cards.gpu(uuid)
+            rooms[uuid] = room_bytes(gpu.vram_free_bytes if gpu else None, reserved[uuid])
+        return rooms
+
     def lacking(self, instance: str, needed_bytes: int) -> int:
-        """The memory that is missing on the instance's card for as much more; 0 where that is unknown."""
-        return missing_bytes(
-            free_bytes=self._free_bytes(instance),
-            needed_bytes=needed_bytes,
-            claims=self._claims_of_others(instance),
-        )
+        """Return the memory that is missing on the cards of the instance for as much more; 0 if unknown."""
+        return missing_bytes(needed_bytes, self.rooms(instance).values())
 
-    def reserved_for_others(self, instance: str) -> int:
-        """The memory that others on the same card were promised and do not hold yet."""
-        return sum(max(0, one.needed_bytes - one.used_bytes) for one in self._claims_of_others(instance))
-
-    def _free_bytes(self, instance: str) -> int | None:
-        gpu = self._cards.gpu_of(instance)
-        return gpu.vram_free_bytes if gpu else None
-
-    def _claims_of_others(self, instance: str) -> list[Claim]:
-        return list(self._others(instance))
-
-    def _others(self, instance: str) -> Iterator[Claim]:
-        uuid = self._cards.uuid_of(instance)
+    def reserved_for_others(self, instance: str) -> Counter[str]:
+        """Return the memory of each card that others were promised and do not hold yet, by UUID."""
+        reserved: Counter[str] = Counter()
         for other in self._claims.keys() | self._loads.keys():
-            if other == instance or self._cards.uuid_of(other) != uuid:
-                continue
-            loads = [one.load for one in self._loads.get(other, {}).values()]
-            promised = promised_bytes(self._claims.get(other, 0), loads)
-            yield Claim(needed_bytes=promised, used_bytes=self._used_bytes(other) or 0)
+            if other != instance:
+                promised = _promised(self._claims.get(other, {}), self._loads.get(other, {}))
+                reserved.update(outstanding_bytes(promised, self._used(other)))
+        return reserved
+
+    # --- helpers ---
+
+    def _divided(self, instance: str, needed_bytes: int, likely: Mapping[str, int]) -> dict[str, int]:
+        """Divide memory among the cards of an instance: what it holds itself is room, too."""
+        used = self._used(instance)
+        rooms = {
+            uuid: None if room is None else max(0, room) + used.get(uuid, 0)
+            for uuid, room in self.rooms(instance).items()
+        }
+        return divide(needed_bytes, rooms, likely) if rooms else {}
+
+    def _used(self, instance: str) -> dict[str, int]:
+        return {uuid: used or 0 for uuid, used in self._held(instance).items()}
+
+
+def total(amounts: Mapping[str, int | None]) -> int | None:
+    """Return the sum; None where one of the amounts is unknown."""
+    known = [amount for amount in amounts.values() if amount is not None]
+    return sum(known) if len(known) == len(amounts) else None
+
+
+def _promised(claims: Mapping[str, int], loads: Mapping[str, _Reserved]) -> dict[str, int]:
+    """Return the memory of each card that an instance may come to hold."""
+    uuids = dict.fromkeys([*claims, *(uuid for one in loads.values() for uuid in one.loads)])
+    return {
+        uuid: promised_bytes(
+            claims.get(uuid, 0), [one.loads[uuid] for one in loads.values() if uuid in one.loads]
+        )
+        for uuid in uuids
+    }

@@ -7,7 +7,18 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
-from manager.domain.gpu import Gpu, bind_gpus, find_gpu, unmeasured
+from manager.domain.gpu import (
+    ALL,
+    AUTO,
+    Gpu,
+    NamedCard,
+    bind_gpus,
+    cards_in_slots,
+    in_bus_order,
+    is_uuid,
+    unmeasured,
+    why_not_together,
+)
 from manager.errors import GpuQueryError, Reason, RegistryUnwritableError
 
 if TYPE_CHECKING:
@@ -20,6 +31,8 @@ if TYPE_CHECKING:
 # `details["nvml"]` of refusals after which no card can be used. The others may pass: a driver that hangs for
 # a moment, or one whose library was updated under containers that go on with the old one.
 _NO_CARD_WORKS: Final = frozenset({"driver_not_loaded", "library_missing", "gpu_lost", "reset_required"})
+# Slices that are made and removed again have a new UUID each time: the oldest are forgotten.
+_MOST_GONE: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +62,15 @@ class Cards:
     after the card had been seen. A card that was never seen, for want of a driver, is not lost: the engine
     may know better.
 
+    An instance with `device: all` has every card that was seen since the daemon began, and a lost one stays
+    among them: it never gets fewer cards silently. While its container runs, it has the cards that this one
+    was made with.
+
     Args:
         processes: identifies the processes on the cards of each reading.
         journal: gets `gpu_lost` and `gpu_back`; None records nothing.
-        selectors: GPU instances of the configuration -> `auto`, a UUID or a PCI bus id.
+        selectors: GPU instances of the configuration -> `auto`, or `all`, or one or several cards, each by
+            UUID or PCI bus id.
         taken_ids: every configured id; a card without an instance is given another one.
         auto: whether cards that no instance names get instances of their own.
     """
@@ -64,7 +82,7 @@ class Cards:
         registry: Registry,
         journal: Journal | None,
         *,
-        selectors: Mapping[str, str],
+        selectors: Mapping[str, tuple[str, ...]],
         taken_ids: Collection[str],
         auto: bool,
     ) -> None:
@@ -74,12 +92,16 @@ class Cards:
         self._journal = journal
         self._selectors = dict(selectors)
         self._taken_ids = frozenset(taken_ids)
-        self._auto = auto
+        # With `all`, each card has an instance.
+        self._auto = auto and (ALL,) not in self._selectors.values()
         self._reading = asyncio.Lock()
         self._stored: dict[str, str] = {}
-        self._explicit: dict[str, str] = {}
+        self._slots: dict[str, str] = {}  # by the name of the slot: the card that was last in it
+        self._given: dict[str, tuple[str, ...]] = {}  # by instance with `all`: the cards of its container
         self._seen: dict[str, Gpu] = {}  # by UUID: those of the last reading, and those of instances
         self._lost: dict[str, str] = {}  # UUID -> why
+        self._all: tuple[NamedCard, ...] = ()
+        self._by_uuid: dict[str, Gpu] = {}
         self.snapshot = GpuSnapshot()
 
     async def load(self) -> None:
@@ -105,7 +127,7 @@ class Cards:
         """
         if not self._auto:
             return ()
-        named = {self.uuid_of(instance) for instance in self._selectors}
+        named = {uuid for instance in self._selectors for uuid in self.uuids_of(instance)}
         return tuple(
             sorted(
                 (
@@ -117,26 +139,59 @@ class Cards:
             )
         )
 
-    def uuid_of(self, instance: str) -> str | None:
-        """The UUID of the card that an instance is bound to, None while it is bound to none."""
-        selector = self._selectors.get(instance, "auto")
-        if selector.startswith(("GPU-", "MIG-")):
-            return selector
-        return self._explicit.get(instance) if selector != "auto" else self._stored.get(instance)
+    def cards_of(self, instance: str) -> tuple[NamedCard, ...]:
+        """Return the cards of an instance, those that were never seen too, in the order of its `device`.
 
-    def gpu_of(self, instance: str) -> Gpu | None:
-        uuid = self.uuid_of(instance)
-        return find_gpu(self.snapshot.gpus, uuid) if uuid else None
+        There are none where any card would do and none was found.
+        """
+        given = self._given.get(instance)
+        if given is None:
+            return self._wanted(instance)
+        return tuple(NamedCard(uuid, uuid) for uuid in given)
+
+    def uuids_of(self, instance: str) -> tuple[str, ...]:
+        """Return the UUIDs of the instance's cards, as far as they are known, each once."""
+        return tuple(dict.fromkeys([card.uuid for card in self.cards_of(instance) if card.uuid is not None]))
+
+    def wanted_uuids(self, instance: str) -> tuple[str, ...]:
+        """Return the UUIDs for a new container of the instance; none while one of them is not known."""
+        uuids = [card.uuid for card in self._wanted(instance)]
+        known = [uuid for uuid in uuids if uuid is not None]
+        return tuple(known) if len(known) == len(uuids) else ()
+
+    def wanted_usable(self, instance: str) -> tuple[str, ...]:
+        """Return `wanted_uuids`; none where one of the cards is lost, or they do not go together."""
+        uuids = self.wanted_uuids(instance)
+        is_usable = not self._lost.keys() & set(uuids) and why_not_together(self._wanted(instance)) is None
+        return uuids if is_usable else ()
+
+    def note_given(self, instance: str, uuids: tuple[str, ...]) -> None:
+        """Take in the cards of the container of an instance that runs; none when it runs no more."""
+        if self._selectors.get(instance) == (ALL,) and uuids:
+            self._given[instance] = uuids
+        else:
+            self._given.pop(instance, None)
+
+    def gpu(self, uuid: str) -> Gpu | None:
+        """Return the last reading of a card."""
+        return self._by_uuid.get(uuid)
+
+    def gpus_of(self, instance: str) -> tuple[Gpu, ...]:
+        """Return the last readings of the instance's cards, without those that were never seen."""
+        found = map(self.gpu, self.uuids_of(instance))
+        return tuple([gpu for gpu in found if gpu is not None])
 
     def why_missing(self, instance: str) -> str | None:
-        """The reason why the instance's card cannot be used; None when it can, or nobody can tell."""
-        uuid = self.uuid_of(instance)
-        if uuid is not None:
-            return self._lost.get(uuid)
+        """Return the reason why a card of the instance cannot be used; None if all can, or it is unknown."""
+        cards = self.cards_of(instance)
         error = self.snapshot.error
-        selector = self._selectors.get(instance, "auto")
-        wanted = "no free GPU was found" if selector == "auto" else f"GPU {selector} was not found"
-        return f"{wanted}: {error.message}" if error else wanted
+        whys = [self._lost[card.uuid] for card in cards if card.uuid is not None and card.uuid in self._lost]
+        unknown = [f"GPU {card.selector} was not found" for card in cards if card.uuid is None]
+        if not cards:
+            is_auto = self._selectors.get(instance, (AUTO,)) == (AUTO,)
+            unknown = ["no free GPU was found" if is_auto else "no GPU was found"]
+        whys += [f"{why}: {error.message}" if error else why for why in unknown]
+        return "; ".join(dict.fromkeys(whys)) or why_not_together(cards)
 
     @property
     def trouble(self) -> GpuTrouble | None:
@@ -150,34 +205,50 @@ class Cards:
 
     # --- helpers ---
 
+    def _wanted(self, instance: str) -> tuple[NamedCard, ...]:
+        """Return the cards that the configuration gives to an instance."""
+        selectors = self._selectors.get(instance, (AUTO,))
+        if selectors == (AUTO,):
+            uuid = self._stored.get(instance)
+            return () if uuid is None else (NamedCard(AUTO, uuid),)
+        if selectors == (ALL,):
+            return self._all
+        return tuple([NamedCard(one, one if is_uuid(one) else self._slots.get(one)) for one in selectors])
+
     async def _bind(self, gpus: tuple[Gpu, ...]) -> None:
-        explicit = {i for i, selector in self._selectors.items() if selector != "auto"}
-        bindings = {i: uuid for i, uuid in self._stored.items() if i not in explicit}
+        # A slot whose card has gone keeps that card's UUID, until another one is in it.
+        named = dict.fromkeys(one for selectors in self._selectors.values() for one in selectors)
+        self._slots |= cards_in_slots(gpus, named)
+        uuids = {one if is_uuid(one) else self._slots.get(one, one) for one in named}
+        automatic = [i for i, selectors in self._selectors.items() if selectors == (AUTO,)]
+        bindings = {i: uuid for i, uuid in self._stored.items() if i in automatic or i not in self._selectors}
         added = bind_gpus(
             gpus,
-            selectors=self._selectors,
+            automatic=automatic,
+            named=uuids,
             bindings=bindings,
             taken_ids=self._taken_ids,
             auto=self._auto,
         )
-        bound = bindings | added
-        left = {i: selector for i, selector in self._selectors.items() if i not in bound}
+        left = [i for i in automatic if i not in bindings | added]
         if left:
             # Every card has an instance already: those without a configured one give way.
-            configured = {i: uuid for i, uuid in bound.items() if i in self._selectors}
+            configured = {i: uuid for i, uuid in (bindings | added).items() if i in automatic}
             added |= bind_gpus(
-                gpus, selectors=left, bindings=configured, taken_ids=self._taken_ids, auto=False
+                gpus,
+                automatic=left,
+                named=uuids,
+                bindings=configured,
+                taken_ids=self._taken_ids,
+                auto=False,
             )
-        # A slot whose card has gone keeps that card's UUID, until another one is in it.
-        self._explicit |= {i: uuid for i, uuid in added.items() if i in explicit}
-        new = {i: uuid for i, uuid in added.items() if i not in explicit}
-        if new:
+        if added:
             # Stored first: a binding that is lost in a crash could come out differently next time.
             try:
-                await self._registry.add_bindings(new)
+                await self._registry.add_bindings(added)
             except RegistryUnwritableError:
                 return  # a full disk ends nothing: the next reading binds again
-            self._stored |= new
+            self._stored |= added
 
     def _take(self, gpus: tuple[Gpu, ...]) -> None:
         bound = self._bound()
@@ -185,7 +256,8 @@ class Cards:
         lost = {gpu.uuid: f"GPU {gpu.uuid} is lost: {gpu.lost}" for gpu in gpus if gpu.lost is not None}
         for uuid in bound.keys() - present.keys():
             lost[uuid] = self._lost.get(uuid) or f"GPU {uuid} is not in this machine (any more)"
-        seen = {uuid: gpu for uuid, gpu in self._seen.items() if uuid in bound} | present
+        gone = [uuid for uuid in self._seen if uuid in bound and uuid not in present][-_MOST_GONE:]
+        seen = {uuid: self._seen[uuid] for uuid in gone} | present
         self._publish(GpuSnapshot(attempted=True), seen, lost)
 
     def _take_refusal(self, error: GpuQueryError) -> None:
@@ -201,6 +273,8 @@ class Cards:
             replace(unmeasured(gpu), lost=lost[uuid]) if uuid in lost else gpu for uuid, gpu in seen.items()
         ]
         self.snapshot = replace(snapshot, gpus=tuple(sorted(listed, key=lambda gpu: gpu.index)))
+        self._by_uuid = {gpu.uuid: gpu for gpu in listed}
+        self._all = tuple([NamedCard(gpu.uuid, gpu.uuid) for gpu in in_bus_order(listed)])
         before, self._lost, self._seen = self._lost, lost, seen
         for uuid in [uuid for uuid in lost if uuid not in before and uuid in seen]:
             self._record("gpu_lost", uuid, Reason.GPU_MISSING, lost[uuid])
@@ -217,6 +291,8 @@ class Cards:
         """The instances of each card that has any, by the UUID of the card."""
         bound: defaultdict[str, list[str]] = defaultdict(list)
         for instance in (*self._selectors, *self.instance_ids()):
-            if (uuid := self.uuid_of(instance)) is not None:
-                bound[uuid].append(instance)
+            wanted = [card.uuid for card in self._wanted(instance)]
+            for uuid in dict.fromkeys([*self.uuids_of(instance), *wanted]):
+                if uuid is not None:
+                    bound[uuid].append(instance)
         return bound

@@ -10,7 +10,7 @@ from manager.domain.gpu import Holder, Holding, gib, held_by, is_given_back, lea
 from manager.domain.instance import Explanation
 from manager.domain.models import model_key
 from manager.errors import Reason, UnavailableError
-from manager.services.gpus.admission import Admission
+from manager.services.gpus.admission import Admission, total
 from manager.services.gpus.cards import Cards
 from manager.services.gpus.learning import Learned
 from manager.services.gpus.processes import Processes
@@ -36,7 +36,7 @@ class Gpus:
     """The cards, the processes on them, the promises of their memory, and the learned sizes.
 
     Args:
-        selectors: GPU instances of the configuration -> `auto`, a UUID or a PCI bus id.
+        selectors: GPU instances of the configuration -> their cards, as `Cards` takes them.
         taken_ids: every configured id; a card without an instance is given another one.
         auto: whether cards that no instance names get instances of their own.
         journal: gets the events of cards; None records nothing.
@@ -48,7 +48,7 @@ class Gpus:
         pids: ContainerPids,
         registry: Registry,
         *,
-        selectors: Mapping[str, str],
+        selectors: Mapping[str, tuple[str, ...]],
         taken_ids: Collection[str],
         auto: bool,
         now: Callable[[], float],
@@ -61,19 +61,20 @@ class Gpus:
             reader, self._processes, registry, journal, selectors=selectors, taken_ids=taken_ids, auto=auto
         )
         self._learned = Learned(registry, utcnow=utcnow)
-        self._admission = Admission(
-            self._cards, used_bytes=lambda instance: self.holding(instance).used_bytes, now=now
-        )
+        self._admission = Admission(self._cards, held=self.held, now=now)
         self._read_at = float("-inf")
         self._shortages: dict[str, tuple[int, Explanation]] = {}  # by instance: bytes needed, and the words
         self.instance_ids = self._cards.instance_ids
-        self.uuid_of = self._cards.uuid_of
-        self.gpu_of = self._cards.gpu_of
+        self.cards_of = self._cards.cards_of
+        self.uuids_of = self._cards.uuids_of
+        self.wanted_uuids = self._cards.wanted_uuids
+        self.wanted_usable = self._cards.wanted_usable
+        self.note_given = self._cards.note_given
+        self.gpu = self._cards.gpu
         self.why_missing = self._cards.why_missing
         self.note_container = self._processes.note_container
         self.forget_container = self._processes.forget_container
         self.instance_of = self._processes.instance_of
-        self.claim = self._admission.claim
 
     async def load(self) -> None:
         """Read what earlier runs have stored, and the cards for the first time."""
@@ -101,11 +102,19 @@ class Gpus:
 
     # --- what is held ---
 
-    def holding(self, instance: str) -> Holding:
-        """The memory of the instance's processes on its card, by the last reading."""
-        gpu = self.gpu_of(instance)
-        if gpu is None:
-            return Holding()
+    def holdings(self, instance: str) -> dict[str, Holding]:
+        """Return the memory of the instance's processes on each of its cards, by the last reading."""
+        return {gpu.uuid: self._holding(instance, gpu) for gpu in self._cards.gpus_of(instance)}
+
+    def held(self, instance: str) -> dict[str, int | None]:
+        """Return the bytes that the instance holds on each of its cards; None where that is unknown."""
+        return {uuid: one.used_bytes for uuid, one in self.holdings(instance).items()}
+
+    def held_bytes(self, instance: str) -> int | None:
+        """Return the bytes that the instance holds on all its cards; None where that is unknown."""
+        return total(self.held(instance))
+
+    def _holding(self, instance: str, gpu: Gpu) -> Holding:
         mine = [process for process in gpu.processes if self.instance_of(process.pid) == instance]
         known = [process.used_bytes for process in mine if process.used_bytes is not None]
         return Holding(
@@ -115,18 +124,19 @@ class Gpus:
         )
 
     def holds_memory(self, instance: str) -> bool | None:
-        """Whether a process of the instance holds memory on its card, by the last reading.
+        """Whether a process of the instance holds memory on one of its cards, by the last reading.
 
-        None where that cannot be told: the driver lists no processes, the card cannot be asked, or the
+        None where that cannot be told: the driver lists no processes, a card cannot be asked, or the
         processes of containers are not seen from the daemon's pid namespace.
         """
-        gpu = self.gpu_of(instance)
-        if self.snapshot.error is not None or gpu is None or not gpu.lists_processes:
+        uuids, gpus = self._cards.uuids_of(instance), self._cards.gpus_of(instance)
+        if self.snapshot.error is not None:
             return None
-        if any(self.instance_of(process.pid) == instance for process in gpu.processes):
+        if any(self.instance_of(process.pid) == instance for gpu in gpus for process in gpu.processes):
             return True
-        can_tell = self._processes.are_visible and self._processes.has_container(instance)
-        return False if can_tell else None
+        tell = bool(uuids) and len(gpus) == len(uuids) and all(gpu.lists_processes for gpu in gpus)
+        tell = tell and self._processes.are_visible and self._processes.has_container(instance)
+        return False if tell else None
 
     @property
     def holders_version(self) -> int:
@@ -145,24 +155,35 @@ class Gpus:
             for process in gpu.processes
         )
 
-    async def given_back(self, instance: str, held: Holding, wait_s: float) -> bool:
-        """Wait until what a stopped instance held is free again; False when `wait_s` was not enough."""
-        if not held.pids:
-            return True
+    async def given_back(self, held: Mapping[str, Holding], wait_s: float) -> tuple[str, ...]:
+        """Wait until what a stopped instance held is free again.
+
+        Args:
+            held: the `holdings` of the instance before it was stopped.
+            wait_s: how long to wait.
+
+        Returns:
+            The UUIDs of the cards on which it was not free again within `wait_s`.
+        """
+        left = {uuid: one for uuid, one in held.items() if one.pids}
         deadline = self._now() + wait_s
-        while True:
+        while left:
             await self.refresh()
-            gpu = self.gpu_of(instance)
-            if gpu is None or is_given_back(gpu, held):
-                return True
+            left = {
+                uuid: one
+                for uuid, one in left.items()
+                if (gpu := self.gpu(uuid)) is not None and not is_given_back(gpu, one)
+            }
             remaining = deadline - self._now()
             if remaining <= 0:
-                return False
-            await asyncio.sleep(min(_RECHECK_S, remaining))
+                break
+            if left:
+                await asyncio.sleep(min(_RECHECK_S, remaining))
+        return tuple(left)
 
     async def learn(self, instance: str, models: Sequence[Model]) -> None:
         """Take in the models that an instance has in memory, after each probe."""
-        if not await self._learned.measure(instance, models, self.holding(instance).used_bytes):
+        if not await self._learned.measure(instance, models, self.held(instance)):
             return
         for model in models:
             self._admission.stands_still(instance, model_key(model.name))
@@ -170,11 +191,22 @@ class Gpus:
     # --- starts ---
 
     def need_of(self, instance: str, limit: int | None) -> int:
-        """Bytes that a start must find free: the template's own figure, else what its last model took."""
-        return self._learned.of_start(instance) if limit is None else limit
+        """Bytes that a start must find free: the template's own figure, else what its last model took.
+
+        On an instance over several cards they are those of all its cards together.
+        """
+        if limit is not None:
+            return limit
+        learned = self._learned.of_start(instance, self.uuids_of(instance))
+        return learned.vram_bytes if learned else 0
+
+    def claim(self, instance: str, needed_bytes: int) -> None:
+        """Set memory aside for an instance, whatever is free, until it ends."""
+        learned = self._learned.of_start(instance, self.uuids_of(instance))
+        self._admission.claim(instance, needed_bytes, learned.by_card if learned else {})
 
     async def admit(self, instance: str, *, needed_bytes: int, wait_s: float) -> None:
-        """Claim memory on the instance's card, waiting up to `wait_s` for it to become free.
+        """Claim memory on the instance's cards, waiting up to `wait_s` for it to become free.
 
         Raises:
             UnavailableError: it did not, with reason `vram_insufficient`.
@@ -206,10 +238,10 @@ class Gpus:
             model: the name of the model.
             listed: the models that its server has listed, which tell digest and size.
         """
-        needed = self._need_of_load(instance, model, listed)
+        needed, likely = self._need_of_load(instance, model, listed)
         if needed and (self._now() - self._read_at > _FRESH_S or self._lacks(instance, needed)):
             return False
-        self._reserve(instance, model, needed)
+        self._reserve(instance, model, needed, likely)
         return True
 
     async def admit_load(
@@ -226,7 +258,7 @@ class Gpus:
             UnavailableError: it did not, with reason `vram_insufficient`; the instance says so, too, until
                 the model would fit.
         """
-        needed = self._need_of_load(instance, model, listed)
+        needed, likely = self._need_of_load(instance, model, listed)
         if needed == 0:
             return
         lacking = await self._room(partial(self._lacks, instance, needed), wait_s)
@@ -234,7 +266,7 @@ class Gpus:
             refusal = self._refusal(instance, f"{model} on {instance} needs", needed, lacking)
             self._shortages[instance] = needed, Explanation(refusal.reason, refusal.message)
             raise refusal
-        self._reserve(instance, model, needed)
+        self._reserve(instance, model, needed, likely)
 
     def end_loads(self, instance: str) -> None:
         """No request is open at the instance: no load goes on there."""
@@ -247,26 +279,31 @@ class Gpus:
 
     # --- helpers ---
 
-    def _need_of_load(self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None) -> int:
+    def _need_of_load(
+        self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[int, Mapping[str, int]]:
+        """Return the bytes that a load needs in all, and those of each card as far as they were measured."""
         key = model_key(model)
         entry = next((one for one in listed or () if model_key(name_of(one)) == key), {})
         digest, size = entry.get("digest"), entry.get("size")
         digest = digest if isinstance(digest, str) else None
-        gpu = self.gpu_of(instance)
-        known = self._learned.here(instance, model, digest)
-        if known or gpu is None:
-            return known
+        known = self._learned.here(instance, model, digest, self.uuids_of(instance))
+        if known is not None:
+            return known.vram_bytes, known.by_card
+        gpus = self._cards.gpus_of(instance)
         likely = self._learned.elsewhere(digest) or (size if isinstance(size, int) else 0)
-        return least_need(likely_bytes=likely, free_bytes=gpu.vram_free_bytes, used_bytes=gpu.vram_used_bytes)
+        free = total({gpu.uuid: gpu.vram_free_bytes for gpu in gpus})
+        used = total({gpu.uuid: gpu.vram_used_bytes for gpu in gpus})
+        return least_need(likely_bytes=likely, free_bytes=free, used_bytes=used), {}
 
     def _lacks(self, instance: str, needed_bytes: int) -> int:
-        more = needed_bytes - (self.holding(instance).used_bytes or 0)
+        more = needed_bytes - (self.held_bytes(instance) or 0)
         return self._admission.lacking(instance, more) if more > 0 else 0
 
-    def _reserve(self, instance: str, model: str, needed_bytes: int) -> None:
+    def _reserve(self, instance: str, model: str, needed_bytes: int, likely: Mapping[str, int]) -> None:
         self._shortages.pop(instance, None)
         if needed_bytes:
-            self._admission.reserve(instance, model_key(model), needed_bytes)
+            self._admission.reserve(instance, model_key(model), needed_bytes, likely)
 
     async def _room(self, lacks: Callable[[], int], wait_s: float) -> int:
         """Wait up to `wait_s` until nothing is lacking. Return what is lacking then; it was just measured."""
@@ -280,14 +317,18 @@ class Gpus:
             await asyncio.sleep(min(_RECHECK_S, remaining))
 
     def _refusal(self, instance: str, who_needs: str, needed: int, lacking: int) -> UnavailableError:
-        gpu = self.gpu_of(instance)
-        holders = self.holders(gpu) if gpu else ()
+        gpus = self._cards.gpus_of(instance)
+        holders = [holder for gpu in gpus for holder in self.holders(gpu)]
         reserved = self._admission.reserved_for_others(instance)
+        reserved_bytes = sum(reserved[gpu.uuid] for gpu in gpus)
         words = [f"{who_needs} {gib(needed)} of GPU memory, {gib(lacking)} more than are free"]
+        if len(gpus) > 1:
+            free = [f"{gpu.uuid} {gib(gpu.vram_free_bytes or 0)}" for gpu in gpus]
+            words.append(f"free on its cards: {', '.join(free)}")
         if holders:
             words.append(f"held by {held_by(holders)}")
-        if reserved:
-            words.append(f"{gib(reserved)} are reserved for other instances")
+        if reserved_bytes:
+            words.append(f"{gib(reserved_bytes)} are reserved for other instances")
         return UnavailableError(
             "; ".join(words),
             reason=Reason.VRAM_INSUFFICIENT,
@@ -295,8 +336,16 @@ class Gpus:
             details={
                 "needed_bytes": needed,
                 "lacking_bytes": lacking,
-                "reserved_bytes": reserved,
-                "vram_free_bytes": gpu.vram_free_bytes if gpu else None,
+                "reserved_bytes": reserved_bytes,
+                "vram_free_bytes": total({gpu.uuid: gpu.vram_free_bytes for gpu in gpus}) if gpus else None,
+                "cards": [
+                    {
+                        "uuid": gpu.uuid,
+                        "vram_free_bytes": gpu.vram_free_bytes,
+                        "reserved_bytes": reserved[gpu.uuid],
+                    }
+                    for gpu in gpus
+                ],
                 "holders": [
                     {"pid": it.pid, "name": it.name, "instance": it.instance, "used_bytes": it.used_bytes}
                     for it in holders

@@ -14,6 +14,8 @@ from manager.domain.condition import (
     Record,
     step,
 )
+from manager.domain.container import LABEL_DEVICE, cards_of_device
+from manager.domain.instance import ALIVE
 from manager.errors import StartFailedError
 from manager.services.waiters import Waiters
 
@@ -66,10 +68,15 @@ class LiveCondition:
             self._carry_out(effect)
 
     def _note_container(self, before: ContainerFacts | None, after: ContainerFacts | None) -> None:
+        gpus = self._world.gpus
         if before is not None and (after is None or after.id != before.id):
-            self._world.gpus.forget_container(before.id)
+            gpus.forget_container(before.id)
         if after is not None and (before is None or (after.id, after.pid) != (before.id, before.pid)):
-            self._world.gpus.note_container(after.id, self._id, after.pid)
+            gpus.note_container(after.id, self._id, after.pid)
+        if after is not before:
+            runs = after is not None and after.status in ALIVE
+            device = after.labels.get(LABEL_DEVICE, "") if after is not None and runs else ""
+            gpus.note_given(self._id, cards_of_device(device))
 
     def _carry_out(self, effect: Effect) -> None:
         match effect:

@@ -72,7 +72,7 @@ class ExternalInstance(Instance):
     def view(self) -> View:
         return View(
             spec=self.spec,
-            gpu_uuid=None,
+            cards=(),
             endpoint=self._url,
             target=Target.RUNNING,
             phase=self._phase,

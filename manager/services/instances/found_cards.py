@@ -66,6 +66,8 @@ class FoundCards:
             self._world.journal.record("found_unusable", instance=instance_id, detail=error.message)
             return
         self._fleet.add(instance)
-        self._world.journal.record("found", instance=instance.id, detail=str(instance.view().gpu_uuid))
+        self._world.journal.record(
+            "found", instance=instance.id, detail=", ".join(self._world.gpus.uuids_of(instance.id))
+        )
         if isinstance(instance, Supervisor):
             self._link.join(instance)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from manager.domain.drained import Drained
+    from manager.domain.gpu import NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
     from manager.services.world import World
@@ -46,10 +47,13 @@ _GRACE_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One instance as everyone else sees it: a copy that nothing can be changed through."""
+    """One instance as everyone else sees it: a copy that nothing can be changed through.
+
+    `cards` are those of its `device`, in that order; none for the CPU and for an external instance.
+    """
 
     spec: InstanceSpec
-    gpu_uuid: str | None
+    cards: tuple[NamedCard, ...]
     endpoint: str | None
     target: Target
     phase: Phase
@@ -342,6 +346,7 @@ class Instance(ABC):
 
     def _reset_health(self) -> None:
         self._world.revision.advance()
+        self._world.server_changed(self.id)
         self._health = Health.UNKNOWN
         self._health_issue = None
         self._models = ()

@@ -6,7 +6,7 @@ from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from manager.domain.container import LABEL_HASH
+from manager.domain.container import LABEL_DEVICE, LABEL_HASH, device_text
 from manager.domain.instance import Explanation
 from manager.domain.models import model_key
 from manager.domain.reconcile import RECREATE_PAUSE_S
@@ -40,6 +40,7 @@ class Staleness:
         self._not_before = 0.0
         self._without_memory_since: float | None = None
         self._cpu_requests: dict[str, float] = {}
+        self._other_cards: Explanation | None = None
         self.why: Explanation | None = None
 
     def expect_on_cpu(self, model: str) -> None:
@@ -68,10 +69,37 @@ class Staleness:
             )
 
     def clear(self) -> None:
-        self.why = None
+        self.why = self._other_cards = None
         self._device_unproven = False
         self._without_memory_since = None
         self._cpu_requests.clear()
+
+    def compare_cards(self, container: ContainerFacts, uuids: Sequence[str]) -> bool:
+        """Compare the cards of a container with those that a new one would get.
+
+        Args:
+            container: the one that runs.
+            uuids: the cards of a new one; none where it would not start.
+
+        Returns:
+            True when a difference was found just now.
+        """
+        made_for, wanted = container.labels.get(LABEL_DEVICE), device_text(uuids)
+        if made_for is None or wanted is None or made_for == wanted:
+            if self._other_cards is not None and self.why is self._other_cards:
+                self.why = None
+            self._other_cards = None
+            return False
+        if self._other_cards is not None:
+            return False
+        self._other_cards = Explanation(
+            Reason.TEMPLATE_OUTDATED,
+            f"{container.name} was made for {made_for}, and its cards are {wanted} by now; "
+            "it is recreated when idle",
+        )
+        if self.why is None or self.why.code is Reason.TEMPLATE_OUTDATED:
+            self.why = self._other_cards
+        return True
 
     def card_was_lost(self, message: str) -> None:
         """The card of the container was lost and is back: only a new container can use it."""

@@ -134,15 +134,12 @@ class Stopping:
             self._cut_leases()
         w.condition.apply(StopBegun())
         w.world.journal.record("stopping", instance=w.id, detail=self.detail)
-        held = gpus.holding(w.id)
-        gpu = gpus.gpu_of(w.id) if w.is_gpu else None
+        held = gpus.holdings(w.id) if w.is_gpu else {}
         async with w.world.locks.hold(w.id):
             await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
         w.condition.apply(RunEnded())
-        if gpu is not None:
-            wait_s = w.spec.limits.vram_wait_s
-            if not await gpus.given_back(w.id, held, wait_s):
-                w.world.journal.record("vram_not_given_back", instance=w.id, detail=gpu.uuid)
+        for uuid in await gpus.given_back(held, w.spec.limits.vram_wait_s):
+            w.world.journal.record("vram_not_given_back", instance=w.id, detail=uuid)
 
     async def _has_died(self) -> bool:
         self._w.signals.news.clear()

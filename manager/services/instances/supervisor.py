@@ -511,7 +511,7 @@ class Supervisor(Instance):
             await self._world.gpus.refresh()
         except ManagerError:
             return None
-        held = self._world.gpus.holding(self.id).used_bytes if self.is_gpu else None
+        held = self._world.gpus.held_bytes(self.id) if self.is_gpu else None
         return Effort(cpu_s=counters.cpu_s, vram_bytes=held or 0)
 
     def view(self) -> View:
@@ -533,7 +533,7 @@ class Supervisor(Instance):
         container = state.container
         return View(
             spec=self.spec,
-            gpu_uuid=self._world.gpus.uuid_of(self.id) if self.is_gpu else None,
+            cards=self._world.gpus.cards_of(self.id) if self.is_gpu else (),
             endpoint=state.endpoint,
             target=state.target,
             phase=phase,
@@ -656,6 +656,8 @@ class Supervisor(Instance):
             wanted_hash=self._w.request().labels[LABEL_HASH] if self.reach else None,
             on_gpu=self.is_gpu,
         )
+        if self.is_gpu:
+            self._stale.compare_cards(started.container, self._world.gpus.wanted_usable(self.id))
         self._world.journal.record(
             "adopted" if started.adopted else "ready",
             instance=self.id,
@@ -685,10 +687,12 @@ class Supervisor(Instance):
         await super().probe(tags=tags)
 
     def _check_card(self) -> None:
-        """Compare the state of the card with the last reading; the fleet takes a reading every interval."""
-        lost = self._condition.state.card_lost
-        if not self.is_gpu or self.ready_container is None:
+        """Compare the state of its cards with the last reading; the fleet takes a reading every interval."""
+        lost, container = self._condition.state.card_lost, self.ready_container
+        if not self.is_gpu or container is None:
             return
+        if self._stale.compare_cards(container, self._world.gpus.wanted_usable(self.id)):
+            self._wake.set()
         missing = self._world.gpus.why_missing(self.id)
         if missing is not None:
             self._condition.apply(CardLost(missing))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manager.domain.container import LABEL_DEVICE, Reach, container_request, is_ours
+from manager.domain.container import LABEL_DEVICE, Reach, container_request, device_text, is_ours
 from manager.domain.instance import DeviceKind
 from manager.errors import EngineUnreachableError, Reason
 from manager.services.instances.container_run import Signals
@@ -71,10 +71,10 @@ class Workings:
         )
 
     def _gpu(self) -> str | None:
-        """The UUID of its card; while that is not known, of the card its container was made for."""
+        """The UUIDs of its cards; while they are not known, of the cards its container was made for."""
         container = self.condition.state.container
         made_for = container.labels.get(LABEL_DEVICE) if container else None
-        return self.world.gpus.uuid_of(self.id) or made_for
+        return device_text(self.world.gpus.wanted_uuids(self.id)) or made_for
 
     def mine(self, facts: ContainerFacts | None) -> ContainerFacts | None:
         """`facts`, unless the container only has the name."""

@@ -10,7 +10,7 @@ import orjson
 import structlog
 
 from manager.domain.models import model_key
-from manager.domain.routing import Attempt, not_asked
+from manager.domain.routing import Attempt, State, not_asked
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
 from manager.errors import ManagerError, Reason, UnavailableError, UnknownInstanceError
@@ -264,7 +264,7 @@ class Volumes:
 
     def _members(self, volume: str) -> list[Member]:
         return [
-            Member(one.id, one.state, one.priority, writable=self._may_write(one.id))
+            Member(one.id, _state(one), one.priority, writable=self._may_write(one.id))
             for one in self._candidates(volume)
         ]
 
@@ -283,3 +283,8 @@ class Volumes:
 
     def _runs(self, instance_id: str) -> bool:
         return self._fleet.get(instance_id).usable_endpoint() is not None
+
+
+def _state(one: Candidate) -> State:
+    """Return the state for the management of models: a breaker is about inference, and bars nothing else."""
+    return State.READY if one.why_out is Reason.BREAKER_OPEN else one.state

@@ -16,7 +16,10 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from manager.domain.breaker import is_counted
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
+from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import Refusal
@@ -30,12 +33,14 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
-    from manager.domain.routing import Attempt, RequestFacts
+    from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
+    from manager.services.routing.breakers import Breakers
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.overload import Overload
     from manager.services.routing.placement import ModelPuller, Placement
     from manager.services.routing.router import Router
     from manager.services.traffic import Traffic
@@ -102,6 +107,8 @@ class Routing:
     slots: Slots
     puller: ModelPuller
     deadlines: Deadlines
+    breakers: Breakers
+    overload: Overload
     keep: Callable[[Ended], None] = _forget
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
@@ -176,6 +183,7 @@ class Attempting:
     _failures: tuple[Failure, ...] = ()
     _lease: Lease | None = None
     _place: Place | None = None
+    _permit = 0  # of the breaker; 0: none
     _facts: RequestFacts | None = None
     _pending: Callable[[], Awaitable[Step | None]] | None = None
     _fallback_reason: Reason | None = None
@@ -194,7 +202,7 @@ class Attempting:
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
         self.record = record
-        self._began_at = began_at
+        self._began_at = self._timed_from = began_at
 
     # --- from the request to a target ---
 
@@ -253,6 +261,8 @@ class Attempting:
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._first_byte_timeout_s(attempt)
+        if self.is_run:
+            self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
@@ -374,6 +384,7 @@ class Attempting:
             elif not self._has_recovered and not self._may_follow():
                 # The container may have ended a moment ago. It is started again, as a stopped one would be.
                 self._has_recovered = True
+                self._settle(reason)
                 self._release_lease()
                 self._pending = lambda: self._recover(attempt, reason, message)
                 return WAIT
@@ -409,13 +420,21 @@ class Attempting:
             return False
         return self._may_follow() or (reason is Reason.MODEL_MISSING and self._trouble is not None)
 
-    def answered(self, judgement: Judgement, message: str = "", answer: object = None) -> Step | None:
+    def answered(
+        self,
+        judgement: Judgement,
+        message: str = "",
+        answer: object = None,
+        *,
+        retry_after_s: float | None = None,
+    ) -> Step | None:
         """The server has answered. Return None where the client gets that answer, else the next step.
 
         Args:
             judgement: what the answer says; without a reason it is the client's.
             message: the error in the answer.
             answer: kept for the client, should no later attempt answer.
+            retry_after_s: of the answer.
         """
         attempt = self.attempt
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
@@ -428,6 +447,9 @@ class Attempting:
                 self._routing.placement.reread_models(attempt.instance)
             return None
         self._routing.failed(attempt, reason, sent=self.record.kind is not None)
+        self._settle(reason)
+        if reason is Reason.OVERLOADED and self.record.kind is not None:
+            self._routing.overload.saturated(attempt.instance, retry_after_s)
         if not judgement.may_start and self._attempts is not None:
             self._attempts.start_no_other()
         if not self.might_follow(judgement):
@@ -442,10 +464,14 @@ class Attempting:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
 
+    def broke_off(self, reason: Reason) -> None:
+        """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
+        self._settle(reason)
+
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
-        if now - self._began_at >= deadlines.total_timeout_s:
+        if now - self._timed_from >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
                 why = f"no end within {deadlines.total_timeout_s:g} s"
                 self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, why, sent=True, ours=False)
@@ -471,7 +497,7 @@ class Attempting:
     @property
     def total_deadline(self) -> float:
         """The monotonic time by which the request must have ended."""
-        return self._began_at + self._routing.deadlines.total_timeout_s
+        return self._timed_from + self._routing.deadlines.total_timeout_s
 
     def hear(self, words: str) -> None:
         """Take progress of what the request waits for."""
@@ -499,6 +525,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        if self._permit and outcome == "ok":
+            self._succeeded()
         self._release()
         record = self.record
         record.outcome = outcome
@@ -533,7 +561,15 @@ class Attempting:
             self._pending = self._wait_for_first_look
             return WAIT
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, refused=refused.what)
+        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+
+    def _retry_after_s(self, decision: Decision) -> float | None:
+        """Return when a refused request is worth another try; None where nothing tells."""
+        refused = decision.refused
+        if refused is None or refused.reason is not Reason.BREAKER_OPEN:
+            return None
+        shut = [one.instance for one in decision.passed_over if one.reason is Reason.BREAKER_OPEN]
+        return self._routing.breakers.retry_after_s(shut)
 
     async def _wait_for_first_look(self) -> Step:
         """Decide after the first look at the fleet: a daemon that has just started knows nothing."""
@@ -652,11 +688,29 @@ class Attempting:
         passed = next((one.instance for one in decision.passed_over if one.reason is reason), None)
         return passed or str(decision.policy)
 
-    def _leased(self, lease: Lease) -> Target:
+    def _leased(self, lease: Lease) -> Step:
         self._lease = lease
-        target = self.target = lease.target
-        self.record.endpoint = target.endpoint
+        target, record = lease.target, self.record
+        # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
+        if record.kind is not None and not self._starts_nothing:
+            self._permit = self._routing.breakers.admit(target.instance)
+            if not self._permit:
+                self._release()
+                return self._shut_out(target.instance)
+        self.target = target
+        record.endpoint = target.endpoint
         return target
+
+    def _shut_out(self, instance: str) -> Step:
+        """The breaker has opened since the decision: begin the next attempt, or give up."""
+        breakers, attempt = self._routing.breakers, self.attempt
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        self.record.attempt_failed(instance, Reason.BREAKER_OPEN)
+        message = f"{instance}: {breakers.why_shut(instance)}"
+        retry_after_s = breakers.retry_after_s((instance,))
+        trouble = Trouble(Reason.BREAKER_OPEN, message, retry_after_s, refused="unavailable", attempt=attempt)
+        self._keep_trouble(trouble)
+        return self._next()
 
     async def _prepare(self) -> Step:
         attempt, attempts = self.attempt, self._attempts
@@ -712,6 +766,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
+        self._settle(None if ours else reason)
         self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -753,6 +808,34 @@ class Attempting:
             self._is_waiting = False
             self._pending = None
 
+    def _settle(self, reason: Reason | None) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+        permit, self._permit, attempt = self._permit, 0, self.attempt
+        if not permit or attempt is None:
+            return
+        breakers = self._routing.breakers
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        if reason is not None and is_fault and self.cut is None:
+            breakers.failed(attempt.instance, permit, reason)
+        else:
+            breakers.cancelled(attempt.instance, permit)
+
+    def _succeeded(self) -> None:
+        """The answer has come to its end."""
+        permit, self._permit, attempt, record = self._permit, 0, self.attempt, self.record
+        assert attempt is not None  # noqa: S101  (a permit belongs to an attempt)
+        self._routing.breakers.succeeded(attempt.instance, permit)
+        # A load takes as long as it takes, and an answer in one piece has no first token.
+        if (
+            record.stream
+            and record.kind is RequestKind.GENERATE
+            and record.ttfb_ms is not None
+            and record.start_ms is None
+            and attempt.because == "loaded"
+        ):
+            value_ms = record.ttfb_ms - record.queue_ms
+            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
+
     def _release(self) -> None:
         self._release_lease()
         if self._place is not None:
@@ -760,6 +843,8 @@ class Attempting:
 
     def _release_lease(self) -> None:
         self._is_waiting = False
+        if self._permit:
+            self._settle(None)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)

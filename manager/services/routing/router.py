@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
     from manager.services.models.model_lists import ModelLists
+    from manager.services.routing.breakers import Breakers
+    from manager.services.routing.overload import Overload
     from manager.services.world import Revision
 
 # Silence of a server is a matter of time, which advances no revision: a snapshot lives this long at most. A
@@ -50,6 +52,8 @@ class Router:
         lists: the models of each volume.
         revision: the revision of the fleet.
         in_flight: open leases by instance, read live.
+        breakers: tells which instances are left alone.
+        overload: tells which are used only where no other is available.
         now: seconds on a monotonic clock.
         renewed: called after each new snapshot.
     """
@@ -63,6 +67,8 @@ class Router:
         first_look: FirstLook,
         revision: Revision,
         in_flight: Mapping[str, int],
+        breakers: Breakers,
+        overload: Overload,
         now: Callable[[], float],
         renewed: Callable[[], None] = lambda: None,
     ) -> None:
@@ -73,6 +79,8 @@ class Router:
         self._lists = lists
         self._revision = revision
         self._in_flight = in_flight
+        self._breakers = breakers
+        self._overload = overload
         self._now = now
         self._decisions: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
@@ -146,9 +154,10 @@ class Router:
     def _candidate(self, instance: Instance) -> Candidate:
         view, drained = instance.view(), instance.drained
         ready = instance.usable_endpoint() is not None
-        state, why_out, priority = State.STARTABLE, None, instance.spec.priority
+        state, why_out, detail = State.STARTABLE, None, ""
+        priority = instance.spec.priority
         if drained is not None:
-            state, why_out = State.OUT, Reason.INSTANCE_UNAVAILABLE
+            state, why_out, detail = State.OUT, Reason.INSTANCE_UNAVAILABLE, drained.detail
         elif ready and not instance.is_silent:
             state = State.READY
         elif ready:
@@ -158,6 +167,8 @@ class Router:
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
         elif instance.ends:
             priority = _LAST  # it may be restarted, and can serve only after its stop
+        if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
+            state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
@@ -166,7 +177,8 @@ class Router:
             models=self.models_of(instance),
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,
-            detail="" if drained is None else drained.detail,
+            detail=detail,
+            overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
         )
 

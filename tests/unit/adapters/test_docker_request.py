@@ -80,6 +80,14 @@ def test_a_card_is_asked_for_by_the_container_device_interface_where_the_engine_
     assert "DeviceRequests" not in create_body(CPU, by_cdi=True)["HostConfig"]
 
 
+def test_several_cards_are_one_request_with_the_id_of_each() -> None:
+    gpus = replace(CPU, gpu="GPU-1,GPU-2", runtime=None)
+    (device,) = create_body(gpus)["HostConfig"]["DeviceRequests"]
+    assert (device["Driver"], device["DeviceIDs"], device["Count"]) == ("nvidia", ["GPU-1", "GPU-2"], 0)
+    (device,) = create_body(gpus, by_cdi=True)["HostConfig"]["DeviceRequests"]
+    assert device["DeviceIDs"] == ["nvidia.com/gpu=GPU-1", "nvidia.com/gpu=GPU-2"]
+
+
 def test_a_port_is_published_on_loopback_only() -> None:
     body = create_body(replace(CPU, loopback_port=11500))
     assert body["ExposedPorts"] == {"11434/tcp": {}}

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client.parser import text_string_to_metric_families
 
 from manager.adapters.metrics import FleetMetrics
+from manager.domain.breaker import BreakerState
 from manager.domain.instance import Driver, Phase
 from manager.errors import Reason
 from manager.services.lanes.slots import LaneState, SlotState
@@ -29,6 +30,7 @@ LABELS = {
     "ollama_manager_time_to_first_token_seconds": ("target",),
     "ollama_manager_in_flight": ("target",),
     "ollama_manager_instance_phase": ("instance", "phase"),
+    "ollama_manager_breaker_state": ("instance",),
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
     "ollama_manager_gpu_lost": ("uuid",),
     "ollama_manager_starts": ("instance", "result"),
@@ -62,7 +64,10 @@ TYPES = {
 def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
     def state(id_: str, driver: Driver, **values: Any) -> Any:
         view = SimpleNamespace(spec=SimpleNamespace(id=id_, driver=driver), phase=Phase.READY, in_flight=3)
-        return SimpleNamespace(view=view, **{"starts_done": 0, "starts_failed": 0, **values})
+        breaker = SimpleNamespace(state=BreakerState.OPEN if id_ == "nas" else BreakerState.CLOSED)
+        return SimpleNamespace(
+            view=view, **{"starts_done": 0, "starts_failed": 0, "breaker": breaker, **values}
+        )
 
     cards = [
         SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None)),

@@ -18,6 +18,7 @@ from manager.domain.instance import Phase
 from manager.errors import EngineUnreachableError
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Overviews
+from tests.support.breakers import quiet_breakers
 from tests.support.fleet_rig import IMAGE, Rig, until
 
 if TYPE_CHECKING:
@@ -54,7 +55,15 @@ async def client_of(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
         link=rig.link,
         first_look=rig.first_look,
         engine=rig.engine,
-        overviews=Overviews(rig.fleet, rig.capacity, rig.link, cards, lists=lists, settings=settings),
+        overviews=Overviews(
+            rig.fleet,
+            rig.capacity,
+            rig.link,
+            cards,
+            lists=lists,
+            settings=settings,
+            breakers=quiet_breakers(),
+        ),
         may_pull=lambda _image: True,
     )
     api, router = FastAPI(), compute_router(backend)

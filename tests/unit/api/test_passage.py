@@ -14,6 +14,7 @@ import pytest
 from manager.api import passage as module
 from manager.api.passage import Passage, PassageLimits, Passages
 from manager.api.refusal import RefusedError
+from manager.domain.roles import RequestKind
 from manager.domain.target import Target
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.bodies import BodyBudget
@@ -517,6 +518,30 @@ async def test_a_body_of_a_declared_length_that_breaks_off_is_left_without_its_e
     rig.server.answers[url("a")] = Answer(pieces=(b"half", broke), headers=(PLAIN,), length=60)
     await rig.run()
     assert (rig.client.body, rig.client.has_end) == (b"half", False)
+
+
+@pytest.mark.parametrize(("kind", "counted"), [(RequestKind.TRANSCRIBE, 1), (None, 0)])
+async def test_an_answer_of_a_model_that_breaks_off_counts_against_its_server(
+    kind: RequestKind | None, counted: int
+) -> None:
+    for answer in (
+        Answer(pieces=(b"half", UnavailableError("a broke off", reason=Reason.UPSTREAM_ERROR))),
+        Answer(pieces=(b"half", UnavailableError("a stands still", reason=Reason.ATTEMPT_TIMEOUT))),
+        Answer(500, (b'{"error":"what"}',), (PLAIN,)),
+    ):
+        rig = Rig(attempts=(attempt("a"),))
+        rig.record.kind = kind
+        rig.server.answers[url("a")] = answer
+        await rig.run()
+        assert rig.stage.breakers.view("a").failures == counted
+
+
+async def test_an_answer_of_a_model_to_its_end_counts_for_its_server() -> None:
+    rig = Rig(attempts=(attempt("a"),))
+    rig.record.kind = RequestKind.TRANSCRIBE
+    rig.stage.breakers.failed("a", rig.stage.breakers.admit("a"), Reason.UPSTREAM_ERROR)
+    await rig.run()
+    assert rig.stage.breakers.view("a").failures == 0
 
 
 async def test_a_defect_is_a_500_in_the_clients_dialect_and_the_record_ends() -> None:

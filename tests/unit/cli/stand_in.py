@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 API = "/api/runtime/compute"
+CLOSED = {"state": "closed", "failures": 0, "opened_at": None, "retry_at": None, "reason": None}
 
 
 @dataclass
@@ -110,6 +111,7 @@ def instance(instance_id: str, **changes: Any) -> dict[str, Any]:
         "starts": 0,
         "container": None,
         "models": [],
+        "breaker": CLOSED,
     } | changes
 
 

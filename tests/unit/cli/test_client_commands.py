@@ -401,3 +401,45 @@ def test_wrong_usage_is_exit_2_with_usage_and_error(run: Run, arguments: tuple[s
     assert result.exit_code == 2
     assert "Usage: " in result.stderr
     assert "error: " in result.stderr
+
+
+OPEN = {
+    "state": "open",
+    "failures": 2,
+    "opened_at": "2026-11-28T12:00:00.000Z",
+    "retry_at": "2026-11-28T12:00:30.000Z",
+    "reason": "attempt_timeout",
+}
+
+
+def test_status_says_of_a_breaker_that_is_not_closed_what_it_keeps_away(
+    daemon: StandInDaemon, run: Run
+) -> None:
+    older = {key: value for key, value in ready("old").items() if key != "breaker"}
+    daemon.has(
+        ready("shut", breaker=OPEN),
+        ready("tried", breaker={**OPEN, "state": "half_open"}, reason=FALLBACK),
+        ready("well"),
+        older,
+    )
+    _, shut, tried, well, old = run("status", "--url", daemon.url).stdout.splitlines()
+    after = "after 2 failures in a row, the last one attempt_timeout"
+    assert shut.endswith(f"breaker_open: no requests {after}; retry at 2026-11-28T12:00:30.000Z")
+    half = f"breaker_open: half-open {after}; the next request tries the instance"
+    assert tried.endswith(f"gpu_fallback: it computes on the CPU; {half}")
+    assert well.endswith("-")
+    assert old.endswith("-")
+
+
+def test_a_breaker_is_reset_by_name(daemon: StandInDaemon, run: Run) -> None:
+    daemon.answers[f"POST {API}/instances/gpu0/breaker/reset"] = Answer(ready("gpu0"))
+    result = run("breaker", "reset", "gpu0", "--url", daemon.url)
+    assert (result.exit_code, result.stdout) == (
+        0,
+        "the breaker of gpu0 is closed: it gets requests again\n",
+    )
+    refused = error("unknown_instance", "there is no instance 'x'")
+    daemon.answers[f"POST {API}/instances/x/breaker/reset"] = Answer(refused, 404)
+    result = run("breaker", "reset", "x", "--url", daemon.url)
+    assert result.exit_code == 2
+    assert "there is no instance 'x'" in result.stderr

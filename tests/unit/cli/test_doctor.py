@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 UUID = "GPU-6f4b3a52-0000-4000-8000-000000000001"
 CARD = Gpu(UUID, 0, "00000000:01:00.0", "NVIDIA H200", 140 * 2**30, 0, 140 * 2**30)
+SECOND = replace(CARD, uuid="GPU-2", index=1, pci_bus_id="00000000:02:00.0")
 
 
 def checks(result: Result) -> dict[str, dict[str, Any]]:
@@ -248,6 +249,12 @@ def refusal(kind: str) -> GpuQueryError:
     return GpuQueryError("the driver is away; load it", details={"nvml": kind})
 
 
+def over_cards(*selectors: str, besides: tuple[str, ...] = ()) -> Needs:
+    """An instance over these cards, and others that take any card."""
+    others = tuple((instance, ("auto",)) for instance in besides)
+    return Needs(gpu_instances=("both", *besides), selectors=(("both", selectors), *others))
+
+
 @pytest.mark.parametrize(
     ("cards", "refused", "needs", "verdict"),
     [
@@ -256,10 +263,18 @@ def refusal(kind: str) -> GpuQueryError:
         ((), refusal("library_missing"), Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
         ((), None, Needs(), Verdict.FINE),
         ((), None, Needs(gpu_instances=("gpu0",)), Verdict.BROKEN),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", UUID),)), Verdict.FINE),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "01:00.0"),)), Verdict.FINE),
-        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", "02:00.0"),)), Verdict.BROKEN),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", (UUID,)),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", ("01:00.0",)),)), Verdict.FINE),
+        ((CARD,), None, Needs(gpu_instances=("gpu0",), selectors=(("gpu0", ("02:00.0",)),)), Verdict.BROKEN),
         ((CARD,), None, Needs(gpu_instances=("gpu0", "gpu1")), Verdict.BROKEN),
+        ((CARD, SECOND), None, over_cards(UUID, "02:00.0"), Verdict.FINE),
+        ((CARD, SECOND), None, over_cards(UUID, "03:00.0"), Verdict.BROKEN),
+        ((CARD, SECOND), None, over_cards(UUID, "01:00.0"), Verdict.BROKEN),
+        ((CARD, SECOND), None, over_cards("all"), Verdict.FINE),
+        ((CARD, replace(SECOND, uuid="MIG-1")), None, over_cards("all"), Verdict.BROKEN),
+        ((), None, over_cards("all"), Verdict.BROKEN),
+        ((CARD, SECOND), None, over_cards(UUID, "02:00.0", besides=("gpu0",)), Verdict.BROKEN),
+        ((CARD, SECOND), None, over_cards("all", besides=("gpu0",)), Verdict.FINE),
     ],
 )
 def test_cards_are_judged_by_what_the_instances_need(

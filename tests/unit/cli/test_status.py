@@ -93,6 +93,40 @@ def test_the_name_of_a_card_is_shown_where_it_fits(daemon: StandInDaemon) -> Non
     assert "gpu 0 NVIDIA GeForce RTX 4070 Laptop GPU 1.0/12.0 GiB" in drawn(daemon, 140)
 
 
+def over_cards(*cards: tuple[int | None, str | None]) -> dict[str, Any]:
+    unknown: dict[str, Any] = {
+        "uuid": "GPU-1",
+        "pci_bus_id": None,
+        "vram_total_bytes": None,
+        "vram_used_bytes": None,
+    }
+    shown = [unknown | {"index": index, "name": name} for index, name in cards]
+    return CARD | {"cards": shown, "vram_total_bytes": 48 * 2**30, "vram_used_bytes": 3 * 2**30}
+
+
+@pytest.mark.parametrize(
+    ("device", "shown"),
+    [
+        (over_cards((0, "RTX"), (1, "RTX")), "gpu 0+1 2 x RTX 3.0/48.0 GiB"),
+        (over_cards((0, "RTX"), (2, "A100"), (3, "RTX")), "gpu 0+2+3 2 x RTX + A100 3.0/48.0 GiB"),
+        (over_cards((0, "RTX"), (None, None)), "gpu 0+? RTX + unknown 3.0/48.0 GiB"),
+        (
+            over_cards((None, None), (1, "RTX")) | {"index": None, "vram_total_bytes": None},
+            "gpu ?+1 unknown + RTX VRAM unknown",
+        ),
+        (over_cards((0, "RTX")) | {"name": "RTX"}, "gpu 0 RTX 3.0/48.0 GiB"),
+    ],
+)
+def test_every_card_of_an_instance_is_shown(daemon: StandInDaemon, device: Any, shown: str) -> None:
+    daemon.has(ready("both", device=device))
+    assert shown in drawn(daemon, 160)
+
+
+def test_a_narrow_table_has_the_numbers_of_several_cards_without_their_names(daemon: StandInDaemon) -> None:
+    daemon.has(ready("both", device=over_cards((0, "N" * 40), (1, "N" * 40))))
+    assert "gpu 0+1 3.0/48.0 GiB" in drawn(daemon, 100)
+
+
 @pytest.mark.parametrize(
     ("size_bytes", "shown"),
     [

@@ -18,9 +18,11 @@ from manager.domain.container import (
     ContainerRequest,
     Mount,
     Reach,
+    cards_of_device,
     choose_reach,
     container_name,
     container_request,
+    device_text,
     endpoint_of,
     is_ours,
     reader_request,
@@ -249,3 +251,27 @@ def test_the_owner_is_a_label_that_does_not_change_the_template_hash() -> None:
     facts = ContainerFacts("1", "m-ollama-cpu", "image", "running", labels=owned.labels)
     assert is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("me"))
     assert not is_ours(facts, manager_id="m", instance_id="cpu", owner=Owner("other"))
+
+
+# Several cards
+
+
+def test_the_cards_of_a_container_are_one_text_whatever_their_order() -> None:
+    assert device_text(("GPU-b", "GPU-a")) == device_text(("GPU-a", "GPU-b")) == "GPU-a,GPU-b"
+    assert device_text(()) is None
+    assert cards_of_device("GPU-a,GPU-b") == ("GPU-a", "GPU-b")
+    assert cards_of_device("MIG-GPU-a/1/2") == ("MIG-GPU-a/1/2",)
+    assert cards_of_device("cpu") == cards_of_device("") == ()
+
+
+def test_a_container_over_several_cards_has_all_of_them_in_its_label_its_environment_and_its_hash() -> None:
+    one, both = (request(gpu=gpu) for gpu in ("GPU-a", "GPU-a,GPU-b"))
+    assert both.env["NVIDIA_VISIBLE_DEVICES"] == both.gpu == both.labels[LABEL_DEVICE] == "GPU-a,GPU-b"
+    assert both.runtime is None
+    assert one.labels[LABEL_HASH] != both.labels[LABEL_HASH]
+
+
+def test_the_hash_of_a_container_with_one_card_is_what_it_always_was() -> None:
+    """Otherwise every container of an older version would be made anew."""
+    assert request(gpu=GPU).labels[LABEL_HASH] == "52e9e24bbb38bca6"
+    assert request().labels[LABEL_HASH] == "5661c98dab4737c7"

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.gpu import (
-    Claim,
     Gpu,
     GpuProcess,
     Holder,
@@ -20,15 +19,19 @@ from manager.domain.gpu import (
     admitted_load,
     agree,
     bind_gpus,
+    cards_in_slots,
     find_gpu,
     gib,
     held_by,
     is_given_back,
     is_news,
+    is_uuid,
     least_need,
     missing_bytes,
     normal_pci,
+    outstanding_bytes,
     promised_bytes,
+    room_bytes,
     unattributed_bytes,
     unmeasured,
 )
@@ -50,7 +53,29 @@ def bind(
     taken: Sequence[str] = (),
     auto: bool = True,
 ) -> dict[str, str]:
-    return bind_gpus(gpus, selectors=selectors or {}, bindings=bindings or {}, taken_ids=taken, auto=auto)
+    return bound(gpus, selectors or {}, bindings or {}, taken, auto=auto)
+
+
+def bound(
+    gpus: Sequence[Gpu],
+    selectors: Mapping[str, str],
+    bindings: Mapping[str, str],
+    taken: Sequence[str],
+    *,
+    auto: bool,
+) -> dict[str, str]:
+    """Both rules together, as `Cards` applies them: what is named is taken, the rest is given out."""
+    named = {one: one for one in selectors.values() if is_uuid(one)} | cards_in_slots(
+        gpus, selectors.values()
+    )
+    return bind_gpus(
+        gpus,
+        automatic=[instance for instance, selector in selectors.items() if selector == "auto"],
+        named=named.values(),
+        bindings={i: uuid for i, uuid in bindings.items() if selectors.get(i, "auto") == "auto"},
+        taken_ids=[*taken, *selectors],
+        auto=auto,
+    )
 
 
 # Spelling of a PCI bus id
@@ -126,7 +151,7 @@ def test_cards_without_a_pci_bus_id_are_ordered_by_uuid() -> None:
 
 
 def test_without_auto_only_the_configured_are_bound() -> None:
-    assert bind([gpu(1), gpu(2)], selectors={"big": "GPU-2"}, auto=False) == {"big": "GPU-2"}
+    assert bind([gpu(1), gpu(2)], selectors={"big": "auto"}, auto=False) == {"big": "GPU-1"}
 
 
 def test_a_card_that_is_bound_adds_nothing() -> None:
@@ -147,32 +172,22 @@ def test_a_configured_id_stays_its_own_while_its_card_is_missing() -> None:
 
 def test_a_configured_card_is_not_given_a_second_instance() -> None:
     selectors = {"big": "01:00.0"}
-    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"big": "GPU-1", "gpu0": "GPU-2"}
+    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"gpu0": "GPU-2"}
 
 
 def test_an_auto_selector_takes_the_first_card_that_nobody_named() -> None:
     selectors = {"any": "auto", "big": "GPU-1"}
-    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"big": "GPU-1", "any": "GPU-2"}
+    assert bind([gpu(1), gpu(2)], selectors=selectors) == {"any": "GPU-2"}
 
 
 def test_an_auto_selector_waits_while_no_card_is_free() -> None:
     assert bind([gpu(1)], selectors={"any": "auto"}, bindings={"gpu0": "GPU-1"}) == {}
 
 
-def test_a_changed_selector_does_not_move_a_bound_instance() -> None:
+def test_an_instance_that_was_bound_before_it_named_a_card_gives_its_old_one_back() -> None:
     bindings = {"big": "GPU-1", "any": "GPU-2"}
     selectors = {"big": "GPU-3", "any": "auto"}
-    assert bind([gpu(1), gpu(2), gpu(3)], selectors=selectors, bindings=bindings) == {"gpu0": "GPU-3"}
-
-
-def test_explicit_selectors_may_share_a_card() -> None:
-    selectors = {"chat": "GPU-1", "embed": "01:00.0"}
-    assert bind([gpu(1)], selectors=selectors) == {"chat": "GPU-1", "embed": "GPU-1"}
-
-
-def test_an_explicit_selector_may_share_the_card_of_an_automatic_instance() -> None:
-    added = bind([gpu(1)], selectors={"chat": "GPU-1"}, bindings={"gpu0": "GPU-1"})
-    assert added == {"chat": "GPU-1"}
+    assert bind([gpu(1), gpu(2), gpu(3)], selectors=selectors, bindings=bindings) == {"gpu0": "GPU-1"}
 
 
 # What holds for all bindings
@@ -202,12 +217,17 @@ def setups(draw: st.DrawFn) -> Setup:
 
 
 def added_to(it: Setup) -> dict[str, str]:
-    return bind_gpus(it.cards, selectors=it.selectors, bindings=it.bindings, taken_ids=it.taken, auto=it.auto)
+    return bound(it.cards, it.selectors, it.bindings, it.taken, auto=it.auto)
 
 
-def automatic(it: Setup, added: Mapping[str, str]) -> list[str]:
-    """The instances whose card was chosen for them."""
-    return [instance for instance in added if it.selectors.get(instance, "auto") == "auto"]
+def named_in(it: Setup) -> set[str]:
+    slots = cards_in_slots(it.cards, it.selectors.values())
+    return {slots.get(one, one) for one in it.selectors.values()}
+
+
+def bindings_in(it: Setup) -> dict[str, str]:
+    """The bindings that are in force: an instance that names its card has no other one."""
+    return {i: uuid for i, uuid in it.bindings.items() if it.selectors.get(i, "auto") == "auto"}
 
 
 @given(setups())
@@ -234,11 +254,11 @@ def test_only_cards_that_are_there_are_bound(it: Setup) -> None:
 
 @given(setups())
 def test_a_card_that_is_chosen_belongs_to_nobody_else(it: Setup) -> None:
-    added = added_to(it)
-    for instance in automatic(it, added):
-        others = {**it.bindings, **added}
+    added, named = added_to(it), named_in(it)
+    for instance in added:
+        others = {**bindings_in(it), **added}
         del others[instance]
-        assert added[instance] not in others.values()
+        assert added[instance] not in {*others.values(), *named}
 
 
 @given(setups())
@@ -259,18 +279,10 @@ def test_a_new_card_gets_the_lowest_number_never_used(it: Setup) -> None:
 def test_with_auto_every_card_has_an_instance_and_without_it_none_is_invented(it: Setup) -> None:
     added = added_to(it)
     if it.auto:
-        assert {card.uuid for card in it.cards} <= {*it.bindings.values(), *added.values()}
+        have = {*bindings_in(it).values(), *added.values(), *named_in(it)}
+        assert {card.uuid for card in it.cards} <= have
     else:
         assert added.keys() <= it.selectors.keys()
-
-
-@given(setups())
-def test_an_explicit_selector_gets_its_card_whoever_else_has_it(it: Setup) -> None:
-    added = added_to(it)
-    for instance, selector in it.selectors.items():
-        named = find_gpu(it.cards, selector)
-        if selector != "auto" and instance not in it.bindings and named is not None:
-            assert added[instance] == named.uuid
 
 
 @given(setups(), st.permutations(range(6)))
@@ -283,6 +295,23 @@ def test_renumbering_the_indexes_changes_nothing(it: Setup, indexes: list[int]) 
 # What is missing on a card
 
 amounts = st.integers(0, 2**40)
+
+
+class Claim(NamedTuple):
+    needed_bytes: int
+    used_bytes: int
+
+
+def room(free: int | None, claims: Sequence[Claim]) -> int | None:
+    """The room on one card beside instances that were promised and hold so much of it."""
+    reserved = [outstanding_bytes({"A": one.needed_bytes}, {"A": one.used_bytes})["A"] for one in claims]
+    return room_bytes(free, sum(reserved))
+
+
+def lacking(free: int | None, needed: int, claims: Sequence[Claim]) -> int:
+    return missing_bytes(needed, [room(free, claims)])
+
+
 claim_lists = st.lists(st.builds(Claim, needed_bytes=amounts, used_bytes=amounts), max_size=5)
 
 
@@ -302,23 +331,23 @@ claim_lists = st.lists(st.builds(Claim, needed_bytes=amounts, used_bytes=amounts
 def test_what_is_promised_and_not_yet_taken_is_set_aside(
     free: int, needed: int, claims: list[Claim], missing: int
 ) -> None:
-    assert missing_bytes(free_bytes=free, needed_bytes=needed, claims=claims) == missing
+    assert lacking(free, needed, claims) == missing
 
 
 @given(amounts, claim_lists)
 def test_where_free_memory_is_unknown_nothing_is_said_to_be_missing(needed: int, claims: list[Claim]) -> None:
-    assert missing_bytes(free_bytes=None, needed_bytes=needed, claims=claims) == 0
+    assert lacking(None, needed, claims) == 0
 
 
 @given(amounts, amounts, claim_lists)
 def test_a_start_fits_once_what_is_missing_has_become_free(
     free: int, needed: int, claims: list[Claim]
 ) -> None:
-    missing = missing_bytes(free_bytes=free, needed_bytes=needed, claims=claims)
+    missing = lacking(free, needed, claims)
     assert missing >= max(0, needed - free)
-    assert missing_bytes(free_bytes=free + missing, needed_bytes=needed, claims=claims) == 0
+    assert lacking(free + missing, needed, claims) == 0
     if missing:
-        assert missing_bytes(free_bytes=free + missing - 1, needed_bytes=needed, claims=claims) == 1
+        assert lacking(free + missing - 1, needed, claims) == 1
 
 
 @given(amounts, amounts, amounts, claim_lists)
@@ -326,11 +355,7 @@ def test_two_starts_are_not_let_in_by_the_same_memory(
     free: int, first: int, second: int, claims: list[Claim]
 ) -> None:
     admitted = [*claims, Claim(needed_bytes=first, used_bytes=0)]
-    if (
-        missing_bytes(free_bytes=free, needed_bytes=first, claims=claims) == 0
-        and missing_bytes(free_bytes=free, needed_bytes=second, claims=admitted) == 0
-        and second > 0
-    ):
+    if lacking(free, first, claims) == 0 and lacking(free, second, admitted) == 0 and second > 0:
         assert first + second <= free
 
 
@@ -340,9 +365,7 @@ def test_memory_that_moves_from_promise_to_use_changes_nothing(
 ) -> None:
     before = [*claims, Claim(needed_bytes=promised, used_bytes=0)]
     after = [*claims, Claim(needed_bytes=promised, used_bytes=promised)]
-    assert missing_bytes(free_bytes=free + promised, needed_bytes=needed, claims=before) == missing_bytes(
-        free_bytes=free, needed_bytes=needed, claims=after
-    )
+    assert lacking(free + promised, needed, before) == lacking(free, needed, after)
 
 
 # What a load may come to hold
@@ -364,7 +387,7 @@ def test_memory_that_moves_from_promise_to_use_changes_nothing(
 def test_a_load_reserves_what_its_server_will_take(
     free: int | None, needed: int, held: int, claims: list[Claim], reserved: int
 ) -> None:
-    load = admitted_load(free_bytes=free, needed_bytes=needed, held_bytes=held, claims=claims)
+    load = admitted_load(room_bytes=room(free, claims), needed_bytes=needed, held_bytes=held)
     assert load == Load(held_bytes=held, bytes=reserved)
 
 
@@ -392,8 +415,8 @@ def test_loads_that_are_let_in_one_after_the_other_fit_together(
 ) -> None:
     """A load fits beside all that were let in before exactly when the sum does."""
     before = [*claims, Claim(needed_bytes=promised_bytes(0, loads), used_bytes=0)]
-    if missing_bytes(free_bytes=free, needed_bytes=needed, claims=before) == 0 and needed:
-        admitted = admitted_load(free_bytes=free, needed_bytes=needed, held_bytes=0, claims=before)
+    if lacking(free, needed, before) == 0 and needed:
+        admitted = admitted_load(room_bytes=room(free, before), needed_bytes=needed, held_bytes=0)
         assert admitted.bytes == needed
         assert sum(load.bytes for load in loads) + needed <= free
 

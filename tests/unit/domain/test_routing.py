@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
+from manager.domain.overload import Overloads
 from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
 from manager.domain.routing import (
     Attempt,
@@ -157,6 +158,56 @@ def test_whose_models_nobody_has_read_comes_last_and_those_that_run_before_the_o
 def test_a_model_is_found_by_any_of_its_spellings() -> None:
     decision = routed("library/M", instance("a", CPU, "m:latest"))
     assert attempts(decision) == [Attempt("a", "library/M", None, "running")]
+
+
+# --- overload -------------------------------------------------------------------------------------
+
+FULL, SLOW = Overloads("full", {}), Overloads("", {"m:latest": "slow"})
+
+
+def test_an_overloaded_instance_is_passed_over_while_another_is_available_and_attempted_last() -> None:
+    for overloads, why in ((FULL, "full"), (SLOW, "slow")):
+        preferred = replace(instance("a", loaded="m", priority=9), overloads=overloads)
+        decision = routed("m", preferred, instance("b", loaded="m"), instance("c", state=State.STARTABLE))
+        assert where(decision) == ["b", "a", "c"]
+        assert decision.passed_over == (PassedOver("a", "m", Reason.OVERLOADED, why),)
+        assert decision.first({"a": 0, "b": 9}) == Attempt("b", "m", None, "loaded")
+
+
+def test_an_overloaded_instance_is_used_where_it_is_the_only_one() -> None:
+    for overloads in (FULL, SLOW):
+        decision = routed("m", replace(instance("a", loaded="m"), overloads=overloads))
+        assert (where(decision), decision.passed_over) == (["a"], ())
+
+
+def test_slowness_of_another_model_changes_nothing() -> None:
+    slow = replace(instance("a", loaded="m", priority=1), overloads=Overloads("", {"n:latest": "slow"}))
+    decision = routed("m", slow, instance("b", loaded="m"))
+    assert (where(decision), decision.passed_over) == (["a", "b"], ())
+
+
+def test_a_card_that_refuses_requests_is_a_reason_to_fall_back_and_a_slow_one_is_not() -> None:
+    thinking = role("thinking", policy=Policy.PREFER_GPU)
+    cpu = instance("cpu", loaded="m")
+    card = instance("gpu0", GPU, loaded="m")
+    decision = routed("thinking", replace(card, overloads=FULL), cpu, roles=(thinking,))
+    assert ways(decision) == [("cpu", "loaded", Reason.OVERLOADED), ("gpu0", "loaded", None)]
+    decision = routed("thinking", replace(card, overloads=SLOW), cpu, roles=(thinking,))
+    assert where(decision) == ["gpu0", "cpu"]
+
+
+def test_a_slow_instance_at_the_first_place_of_a_role_is_a_reason_to_use_the_second() -> None:
+    alert = role("alert", instances=("a", "b"))
+    slow = replace(instance("a", loaded="m"), overloads=SLOW)
+    decision = routed("alert", slow, instance("b", loaded="m"), roles=(alert,))
+    assert ways(decision) == [("b", "loaded", Reason.OVERLOADED), ("a", "loaded", None)]
+
+
+def test_an_overloaded_instance_is_told_of_once_where_two_roles_lead_to_it() -> None:
+    roles = (role("one", fallbacks=("two",)), role("two"))
+    decision = routed("one", replace(instance("a", loaded="m"), overloads=FULL), instance("b"), roles=roles)
+    assert where(decision) == ["b", "a"]
+    assert decision.passed_over == (PassedOver("a", "m", Reason.OVERLOADED, "full"),)
 
 
 # --- what cannot be used now ----------------------------------------------------------------------
@@ -888,6 +939,14 @@ REQUESTS = [
     )
 ]
 
+OVERLOADS = [
+    None,
+    None,
+    Overloads("full", {}),
+    Overloads("", {"m:latest": "slow"}),
+    Overloads("full", {"x": ""}),
+]
+
 snapshots = st.lists(st.none() | st.sampled_from(CANDIDATES), max_size=len(IDS)).map(
     lambda drawn: Snapshot(
         tuple(replace(one, id=id_) for id_, one in zip(IDS, drawn, strict=False) if one is not None)
@@ -967,6 +1026,32 @@ def test_every_instance_that_has_the_model_or_may_have_it_is_tried_or_passed_ove
         candidate = snapshot.get(one.instance)
         assert candidate is not None
         assert one.reason in (Reason.POLICY, candidate.why_out)
+
+
+@given(requests, settings, snapshots, st.lists(st.sampled_from(OVERLOADS), min_size=len(IDS)))
+def test_overload_changes_the_order_alone_and_is_told(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot, loads: list[Overloads | None]
+) -> None:
+    before = decide(request, settings, snapshot)
+    loaded = [
+        replace(one, overloads=load if one.state is State.READY else None)
+        for one, load in zip(snapshot.candidates, loads, strict=False)
+    ]
+    after = decide(request, settings, Snapshot(tuple(loaded)))
+    assert sorted(one[:4] for one in attempts(after)) == sorted(one[:4] for one in attempts(before))
+    assert after.refused == before.refused
+    overloaded = {one.id for one in loaded if one.overloads is not None}
+    told = [one for one in after.passed_over if one.reason is Reason.OVERLOADED]
+    assert {one.instance for one in told} <= overloaded
+    assert all(one.detail in ("full", "slow") for one in told)
+    others = [one for one in after.passed_over if one.reason is not Reason.OVERLOADED]
+    assert others == list(before.passed_over)
+    if not told:
+        assert [one[:4] for one in attempts(after)] == [one[:4] for one in attempts(before)] or overloaded
+    for one in told:
+        key = model_key(one.model)
+        order = [way.instance for way in attempts(after) if model_key(way.model) == key]
+        assert set(order[: order.index(one.instance)]) - overloaded, "another one goes first"
 
 
 @anything

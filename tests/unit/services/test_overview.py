@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,13 @@ import orjson
 import pytest
 
 from manager.api.schemas import GpusBody, InstanceBody, OrphansBody, gpus_body, instance_json, orphans_body
-from manager.domain.gpu import Gpu, GpuProcess, Holder
+from manager.domain.gpu import Gpu, GpuProcess, Holder, NamedCard
 from manager.domain.instance import Model, Phase, Target
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.errors import GpuQueryError, Reason, UnknownInstanceError
 from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Lane, Overviews
+from tests.support.breakers import quiet_breakers
 from tests.support.fleet_rig import CARD, Rig, until
 from tests.support.gpu_machine import GIB, A, Machine, filled
 
@@ -36,7 +38,13 @@ class Stage:
         self.settings: Any = SimpleNamespace(version=1, routing=RoutingSettings({}))
         cards: Any = rig.cards
         self.overviews = Overviews(
-            rig.fleet, rig.capacity, rig.link, cards, lists=self.lists, settings=self.settings
+            rig.fleet,
+            rig.capacity,
+            rig.link,
+            cards,
+            lists=self.lists,
+            settings=self.settings,
+            breakers=quiet_breakers(),
         )
 
     def read(self, volume: str, *entries: dict[str, Any]) -> None:
@@ -255,6 +263,26 @@ async def test_the_json_is_what_the_documented_models_say() -> None:
     error = gpus_body(stage.overviews.current()).error
     assert error is not None
     assert (error.code, error.message) == ("unknown", "it hangs")
+
+
+@pytest.mark.parametrize("known", [True, False])
+async def test_an_instance_over_several_cards_shows_the_sums_and_each_card(known: bool) -> None:
+    stage = Stage(Rig())
+    stage.rig.add("gpu0", gpu=True)
+    (state,) = stage.overviews.current().instances
+    second = replace(CARD, uuid="GPU-2", index=5, vram_used_bytes=7)
+    names = (NamedCard(CARD.uuid, CARD.uuid), NamedCard("02:00.0", "GPU-2" if known else None))
+    view = replace(state.view, cards=names)
+    state = replace(state, view=view, gpus=(CARD, second if known else None))
+    device = InstanceBody.model_validate_json(orjson.dumps(instance_json(state))).device
+    assert (device.uuid, device.index, device.name) == (CARD.uuid, CARD.index, CARD.name)
+    assert [one.uuid for one in device.cards] == [CARD.uuid, "GPU-2" if known else None]
+    assert device.cards[0].pci_bus_id == CARD.pci_bus_id
+    used = CARD.vram_used_bytes
+    assert used is not None
+    assert device.vram_used_bytes == (used + 7 if known else None)
+    if not known:
+        assert (device.cards[1].pci_bus_id, device.cards[1].index) == ("02:00.0", None)
 
 
 def test_sixty_four_instances_are_read_in_a_few_milliseconds() -> None:

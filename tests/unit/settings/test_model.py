@@ -54,6 +54,10 @@ REFUSED: list[tuple[str, str]] = [
         "lifecycle: {ttl_s: 15 minutes}",
         "lifecycle.ttl_s: '15 minutes'; expected seconds, or a duration such as 90s, 15m, 2h or 30d",
     ),
+    ("runs: {concurrency: 0}", "runs.concurrency: 0; expected 1 or more"),
+    ("runs: {max_body: much}", "runs.max_body: 'much'; expected a size such as"),
+    ("runs: {expires_s: 30d}", "runs.expires_s: 30d; expected at most runs.retention_s, 7d"),
+    ("runs: {max_stored: 8m}", "runs.max_stored: expected room for one body and one result"),
     ("breaker: {max_open_s: 10}", "breaker.max_open_s: 10, less than open_s; expected 30 or more"),
     ("breaker: {failures: 0}", "breaker.failures: 0; expected 1 or more"),
     ("roles: {output: {queue: {wait_s: soon}}}", "roles.output.queue.wait_s: 'soon'; expected seconds, or a"),
@@ -72,6 +76,14 @@ REFUSED: list[tuple[str, str]] = [
     (
         "instances: {gpu0: {template: a, device: [00000000:01:00.0, '01:00.0']}}",
         "instances.gpu0.device: a list; '01:00.0' is listed twice; expected each card once",
+    ),
+    (
+        "instances: {both: {template: a, device: [GPU-8c1f2d34, MIG-1]}}",
+        "instances.both.device: a list; 'MIG-1' is a slice of a card (MIG), and a program uses one",
+    ),
+    (
+        "instances: {nas: {driver: external, url: 'http://nas:11434', device: [GPU-1, GPU-2]}}",
+        "instances.nas.device: ['GPU-1', 'GPU-2']; expected cpu or gpu for driver external",
     ),
     ("lifecycle: {ttl_s: true}", "lifecycle.ttl_s: true; expected a number"),
     # bounds

@@ -247,6 +247,7 @@ instances:
     template: ollama-cpu
     device: auto
   c: {template: zzz}
+  d: {template: ollama-cpu, device: [GPU-1, GPU-2]}
 """,
     )
     with pytest.raises(ConfigurationError) as caught:
@@ -257,6 +258,7 @@ instances:
         f"{place}:2: instances.a.template: 'ollama-gup' is no template; did you mean 'ollama-gpu'? {known}",
         f"{place}:5: instances.b.device: 'auto' contradicts the template 'ollama-cpu', {cpu}",
         f"{place}:6: instances.c.template: 'zzz' is no template; {known}",
+        f"{place}:7: instances.d.device: ['GPU-1', 'GPU-2'] contradicts the template 'ollama-cpu', {cpu}",
     ]
 
 

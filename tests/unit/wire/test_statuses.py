@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from manager.errors import Reason
-from manager.wire.statuses import REFUSED, judge, outcome_of, outcome_without_answer, status_of
+from manager.wire.statuses import (
+    REFUSED,
+    judge,
+    outcome_of,
+    outcome_without_answer,
+    retry_after_s,
+    status_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,3 +85,18 @@ def test_a_load_that_failed_may_be_worth_a_start_elsewhere(message: str) -> None
 def test_an_internal_error_without_a_known_meaning_starts_nobody() -> None:
     assert judge(500, "something went wrong") == (Reason.UPSTREAM_ERROR, False)
     assert judge(502, "bad gateway") == (Reason.UPSTREAM_ERROR, True)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([b"Content-Type: x\r\n", b"Retry-After: 7\r\n"], 7.0),
+        ([b"retry-after:0\r\n"], 0.0),
+        ([b"Retry-After: Fri, 31 Dec 1999 23:59:59 GMT\r\n"], None),
+        ([b"Retry-After: -1\r\n"], None),
+        ([b"X-Retry-After: 1\r\n"], None),
+        ([], None),
+    ],
+)
+def test_a_retry_after_is_taken_in_seconds(lines: list[bytes], expected: float | None) -> None:
+    assert retry_after_s(lines) == expected

@@ -59,7 +59,7 @@ async def test_a_card_that_vanishes_stays_listed_as_lost_with_nothing_known_of_i
     assert (lost.vram_total_bytes, lost.vram_free_bytes, lost.processes) == (None, None, ())
     assert lost.lost == gpus.why_missing("one") == f"GPU {A} is not in this machine (any more)"
     assert gpus.why_missing("slot") == lost.lost  # the slot is that of the card that was in it
-    assert gpus.gpu_of("two") == busy
+    assert gpus.gpu(B) == busy
 
 
 async def test_a_card_that_is_back_is_back_once(machine: Machine) -> None:
@@ -189,7 +189,7 @@ async def test_a_selector_that_names_no_card_says_which(machine: Machine) -> Non
     assert gpus.why_missing("slot") == "GPU 07:00.0 was not found"
     assert gpus.why_missing("first") is None
     assert gpus.why_missing("second") == "no free GPU was found"
-    assert gpus.gpu_of("second") is None
+    assert gpus.cards_of("second") == ()
     await machine.refuse(gpus)
     assert gpus.why_missing("second") == "no free GPU was found: the driver is gone"
 
@@ -199,7 +199,7 @@ async def test_another_card_in_a_slot_is_the_card_of_the_slot(machine: Machine) 
     gpus = await machine.gpus(slot="01:00.0")
     await machine.show(gpus)
     await machine.show(gpus, card(B))
-    assert gpus.uuid_of("slot") == B
+    assert gpus.uuids_of("slot") == (B,)
     assert gpus.why_missing("slot") is None
 
 
@@ -207,7 +207,7 @@ async def test_an_instance_without_a_selector_takes_the_card_of_one_that_was_fou
     machine.stored_bindings = {"gpu0": A}
     machine.cards = (card(A),)
     gpus = await machine.gpus(auto=True, mine="auto")
-    assert gpus.uuid_of("mine") == A
+    assert gpus.uuids_of("mine") == (A,)
     assert gpus.instance_ids() == ()
 
 
@@ -215,7 +215,7 @@ async def test_an_instance_that_takes_a_found_card_adds_no_instance_for_the_othe
     machine.stored_bindings = {"gpu0": A, "gpu1": B}
     machine.cards = (card(A), card(B))
     gpus = await machine.gpus(auto=True, mine="auto")
-    assert gpus.uuid_of("mine") == A
+    assert gpus.uuids_of("mine") == (A,)
     assert gpus.instance_ids() == ("gpu1",)
     assert set(machine.stored_bindings.values()) == {A, B}
     assert set(machine.stored_bindings) == {"gpu0", "gpu1", "mine"}

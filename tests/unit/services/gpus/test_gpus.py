@@ -63,6 +63,7 @@ async def test_a_refused_start_says_how_much_is_lacking_and_who_holds_it(machine
         "lacking_bytes": 3 * GIB,
         "reserved_bytes": GIB,
         "vram_free_bytes": 3 * GIB,
+        "cards": [{"uuid": A, "vram_free_bytes": 3 * GIB, "reserved_bytes": GIB}],
         "holders": [{"pid": 77, "name": "python3", "instance": None, "used_bytes": 21 * GIB}],
     }
 
@@ -354,4 +355,4 @@ async def test_a_load_that_is_asked_for_again_half_way_reserves_no_more_and_no_l
         await gpus.admit("two", needed_bytes=20 * GIB, wait_s=0)
     machine.advance(101)
     await gpus.refresh()
-    assert gpus._admission.reserved_for_others("two") == 0
+    assert gpus._admission.reserved_for_others("two")[A] == 0

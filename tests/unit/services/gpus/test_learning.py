@@ -130,6 +130,6 @@ async def test_the_sizes_of_thousands_of_models_do_not_pile_up(
         await probed(machine, gpus, (number + 1) * GIB, model(f"m{number}:latest", digest=str(number)))
     await machine.show(gpus, filled((7, 0)))
     listed = [{"name": f"m{number}:latest", "digest": str(number)} for number in range(5)]
-    known = [gpus._learned.here("one", entry["name"], entry["digest"]) // GIB for entry in listed]
-    assert known == [0, 0, 3, 4, 5]
+    sizes = [gpus._learned.here("one", entry["name"], entry["digest"], (A,)) for entry in listed]
+    assert [size and size.vram_bytes // GIB for size in sizes] == [None, None, 3, 4, 5]
     assert len((await machine.gpus(one=A))._learned._sizes) == 3

@@ -24,7 +24,7 @@ async def test_processes_are_those_of_the_instance_whose_container_they_run_in(m
     machine.cards = (filled((7, GIB), (8, None), (9, GIB), (10, GIB)),)
     gpus = await machine.gpus(one=A)
     gpus.note_container(CONTAINER, "one")
-    held = gpus.holding("one")
+    held = gpus.holdings("one")[A]
     assert held.pids == frozenset({7, 8})
     assert held.used_bytes is None  # the driver does not tell of one of them
     assert [(it.pid, it.name, it.instance) for it in gpus.holders(machine.cards[0])] == [
@@ -34,7 +34,7 @@ async def test_processes_are_those_of_the_instance_whose_container_they_run_in(m
         (10, "python3", None),
     ]
     gpus.forget_container(CONTAINER)
-    assert gpus.holding("one").pids == frozenset()
+    assert gpus.holdings("one")[A].pids == frozenset()
     assert gpus.instance_of(99) is None
 
 
@@ -48,7 +48,7 @@ async def test_a_process_of_a_container_is_looked_at_once_and_a_foreign_one_agai
     machine.containers[8] = CONTAINER  # it has joined the container since
     await gpus.refresh()
     assert machine.asked_pids == [8]
-    assert gpus.holding("one").used_bytes == 2 * GIB
+    assert gpus.held_bytes("one") == 2 * GIB
     await machine.show(gpus, filled())
     await machine.show(gpus, filled((7, GIB)))
     assert machine.asked_pids == [8, 7]  # it may be another process with the number of one that has ended
@@ -140,7 +140,7 @@ async def test_whether_memory_is_held_cannot_be_told_without_a_container_or_a_ca
     gpus.forget_container(CONTAINER)
     assert gpus.holds_memory("one") is None
     assert gpus.holds_memory("unbound") is None
-    assert gpus.holding("unbound").pids == frozenset()
+    assert gpus.holdings("unbound") == {}
 
 
 # What a stop waits for
@@ -156,42 +156,42 @@ async def stopping(machine: Machine, used: int | None = 6 * GIB, driver: int = G
 
 async def test_memory_is_given_back_when_the_processes_have_gone_and_it_is_free(machine: Machine) -> None:
     gpus = await stopping(machine)
-    held = gpus.holding("one")
-    assert not await gpus.given_back("one", held, 0)
+    held = gpus.holdings("one")
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=7 * GIB),)  # nobody's, and not free either
-    assert not await gpus.given_back("one", held, 0)
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=GIB + 6 * GIB // 20),)
-    assert await gpus.given_back("one", held, 0)
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_memory_that_others_take_meanwhile_does_not_keep_a_stop_waiting(machine: Machine) -> None:
     gpus = await stopping(machine)
-    held = gpus.holding("one")
+    held = gpus.holdings("one")
     machine.cards = (filled((9, 15 * GIB), driver=GIB),)
-    assert await gpus.given_back("one", held, 0)
+    assert await gpus.given_back(held, 0) == ()
 
 
 @pytest.mark.parametrize("cards", [(), (card(free=None),), (card(lost="lost"),), (filled((9, None)),)])
 async def test_a_card_that_tells_nothing_keeps_no_stop_waiting(machine: Machine, cards: tuple[()]) -> None:
     gpus = await stopping(machine)
-    held = gpus.holding("one")
+    held = gpus.holdings("one")
     machine.cards = cards
-    assert await gpus.given_back("one", held, 0)
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_without_figures_memory_is_given_back_when_the_processes_have_gone(machine: Machine) -> None:
     gpus = await stopping(machine, None)
-    held = gpus.holding("one")
-    assert not await gpus.given_back("one", held, 0)
+    held = gpus.holdings("one")
+    assert await gpus.given_back(held, 0) == (A,)
     machine.cards = (filled(driver=12 * GIB),)
-    assert await gpus.given_back("one", held, 0)
+    assert await gpus.given_back(held, 0) == ()
 
 
 async def test_an_instance_without_a_process_on_its_card_has_nothing_to_give_back(machine: Machine) -> None:
     machine.cards = (card(B),)
     gpus = await machine.gpus(one=A)
     machine.cards = (card(A, processes=(GpuProcess(7, GIB),)),)
-    assert await gpus.given_back("one", gpus.holding("one"), 0)
+    assert await gpus.given_back(gpus.holdings("one"), 0) == ()
     assert gpus.snapshot.gpus[0].uuid == B  # not even a reading
 
 
@@ -207,5 +207,5 @@ async def test_a_stop_goes_on_as_soon_as_memory_is_given_back(
 
     begun = machine.now()
     monkeypatch.setattr("manager.services.gpus.gpus.asyncio.sleep", passes)
-    assert await gpus.given_back("one", gpus.holding("one"), 20)
+    assert await gpus.given_back(gpus.holdings("one"), 20) == ()
     assert machine.now() - begun == pytest.approx(1)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from manager.domain.container import LABEL_DEVICE
 from manager.domain.gpu import GpuProcess
 from manager.domain.instance import Model, Phase
 from manager.errors import EngineError, Reason, UnavailableError
-from tests.support.fake_engine import GIB, LIMITS, Ground, on_ground
+from tests.support.fake_engine import CARD, GIB, LIMITS, Ground, on_ground
 from tests.support.virtual import in_virtual_time, until
 
 if TYPE_CHECKING:
@@ -210,3 +211,86 @@ async def test_memory_is_claimed_made_room_for_and_given_back() -> None:
         await ground.gpus.refresh()
         assert await one.stop()
         assert "vram_not_given_back" in ground.journal.kinds
+
+
+# --- several cards ---
+
+
+def made_for(ground: Ground) -> str:
+    return ground.engine.box.labels[LABEL_DEVICE]
+
+
+@in_virtual_time
+async def test_an_instance_over_several_cards_is_out_while_one_of_them_is_lost() -> None:
+    async with on_ground(gpu=True, device=(CARD, "02:00.0")) as ground:
+        ground.machine.others = ("GPU-two",)
+        one = await ground.ready()
+        assert made_for(ground) == f"{CARD},GPU-two"
+        before = ground.engine.box.id
+        ground.machine.others = ()
+        await read_cards(ground, one)
+        assert one.try_lease() is None
+        explanation = one.view().explanation
+        assert explanation is not None
+        assert (explanation.code, "GPU-two" in explanation.message) == (Reason.GPU_MISSING, True)
+        ground.machine.others = ("GPU-two",)
+        await read_cards(ground, one)
+        await until(lambda: one.view().starts == 2, within_s=3 * LIMITS.resync_interval_s)
+        assert ground.engine.box.id != before
+        assert made_for(ground) == f"{CARD},GPU-two"
+
+
+@in_virtual_time
+async def test_a_card_that_joins_all_cards_is_in_the_next_container_and_not_in_this_one() -> None:
+    async with on_ground(gpu=True, device=("all",)) as ground:
+        one = await ground.ready()
+        assert made_for(ground) == CARD
+        lease = await one.lease()
+        ground.machine.others = ("GPU-two",)
+        await read_cards(ground, one, times=2)
+        assert code(one) is Reason.TEMPLATE_OUTDATED
+        assert [card.uuid for card in one.view().cards] == [CARD]
+        await asyncio.sleep(5 * LIMITS.resync_interval_s)
+        assert made_for(ground) == CARD  # a lease is open
+        ground.machine.others = ()
+        await read_cards(ground, one)
+        assert (one.view().phase, code(one)) == (Phase.READY, None)  # it does not use that card
+        ground.machine.others = ("GPU-two",)
+        await read_cards(ground, one)
+        lease.release()
+        await until(lambda: one.view().starts == 2, within_s=3 * LIMITS.resync_interval_s)
+        await until(lambda: one.view().phase is Phase.READY)
+        assert made_for(ground) == f"{CARD},GPU-two"
+        assert code(one) is None
+
+
+@in_virtual_time
+async def test_a_container_of_all_cards_that_lost_one_for_good_is_replaced_by_the_next_daemon() -> None:
+    async with on_ground(gpu=True, device=("all",)) as ground:
+        one = ground.supervisor()
+        labels = ground.labels | {LABEL_DEVICE: f"{CARD},GPU-gone"}
+        ground.engine.put(ground.name, labels)
+        await ground.listed(one)
+        await read_cards(ground, one)
+        await until(lambda: one.view().starts == 1, within_s=3 * LIMITS.resync_interval_s)
+        await until(lambda: one.view().phase is Phase.READY)
+        assert made_for(ground) == CARD
+
+
+@in_virtual_time
+async def test_a_container_is_not_replaced_while_the_cards_of_a_new_one_are_not_known() -> None:
+    device = (CARD, "02:00.0")
+    async with on_ground(gpu=True, device=device) as ground:
+        ground.machine.others = ("GPU-two",)
+        await ground.gpus.load()
+        labels = ground.supervisor()._w.request().labels
+    async with on_ground(gpu=True, device=device) as ground:
+        one = ground.supervisor()
+        ground.engine.put(ground.name, labels)
+        await ground.listed(one)
+        await read_cards(ground, one)
+        assert code(one) is Reason.GPU_MISSING
+        assert one._stale.why is None
+        ground.machine.others = ("GPU-two",)
+        await read_cards(ground, one)
+        assert made_for(ground) == f"{CARD},GPU-two"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from manager.domain.container import LABEL_HASH
+from manager.domain.container import LABEL_DEVICE, LABEL_HASH
 from manager.domain.instance import ContainerFacts, Model
 from manager.errors import Reason
 from manager.services.instances.staleness import Staleness
@@ -64,6 +64,52 @@ async def test_an_older_template_does_not_wait_for_that_pause() -> None:
     )
     stale.fresh(CONTAINER, wanted_hash="newer", on_gpu=False)
     assert stale.recreate_at(TODAY) == 0.0
+
+
+def on_cards(stale: Staleness, *uuids: str, made_for: str | None = "GPU-a,GPU-b") -> bool:
+    labels = {LABEL_HASH: "new"} | ({} if made_for is None else {LABEL_DEVICE: made_for})
+    return stale.compare_cards(replace(CONTAINER, labels=labels), uuids)
+
+
+def compared() -> Staleness:
+    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "every")
+    stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
+    return stale
+
+
+def test_a_container_with_the_cards_of_a_new_one_is_not_replaced() -> None:
+    stale = compared()
+    assert not on_cards(stale, "GPU-b", "GPU-a")
+    assert not on_cards(stale)  # a new one would not start
+    assert not on_cards(stale, "GPU-c", made_for=None)  # somebody else made it
+    assert stale.why is None
+
+
+def test_a_container_with_other_cards_than_a_new_one_is_replaced_and_told_once() -> None:
+    stale = compared()
+    assert on_cards(stale, "GPU-a", "GPU-b", "GPU-c")
+    assert not on_cards(stale, "GPU-a", "GPU-b", "GPU-c")
+    assert stale.why is not None
+    assert stale.why.code is Reason.TEMPLATE_OUTDATED
+    assert "was made for GPU-a,GPU-b, and its cards are GPU-a,GPU-b,GPU-c by now" in stale.why.message
+    assert stale.recreate_at(None) == 0.0
+
+
+def test_a_card_that_came_and_went_replaces_no_container() -> None:
+    stale = compared()
+    on_cards(stale, "GPU-a", "GPU-b", "GPU-c")
+    assert not on_cards(stale)
+    assert stale.why is None
+    assert on_cards(stale, "GPU-a", "GPU-b", "GPU-c")
+
+
+async def test_other_cards_do_not_hide_that_a_container_computes_on_the_processor() -> None:
+    stale = await fallen_back()
+    assert on_cards(stale, "GPU-c")
+    assert stale.why is not None
+    assert stale.why.code is Reason.GPU_FALLBACK
+    assert not on_cards(stale)
+    assert stale.why is not None
 
 
 async def test_an_image_that_is_missing_postpones_the_repair() -> None:

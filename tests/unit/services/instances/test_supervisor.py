@@ -461,6 +461,29 @@ async def test_a_container_restarted_by_hand_is_adopted() -> None:
         assert one.view().target is Target.RUNNING
 
 
+@pytest.mark.parametrize("how", ["stop", "end", "restart by hand"])
+@in_virtual_time
+async def test_that_its_server_has_gone_or_is_another_one_is_told(how: str) -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        changed = ground.servers_changed
+        assert set(changed) == {one.id}
+        changed.clear()
+        if how == "stop":
+            await one.stop()
+        else:
+            box = ground.engine.box
+            ground.engine.end(box, 3)
+            if how == "restart by hand":
+                ground.engine.run(box)
+            await until(lambda: changed, within_s=5)
+        assert set(changed) == {one.id}
+        if how != "restart by hand":
+            changed.clear()
+            await one.start()
+            assert set(changed) == {one.id}, "a start makes a new server"
+
+
 @in_virtual_time
 async def test_a_killed_child_is_told_although_only_an_event_says_so() -> None:
     async with on_ground() as ground:

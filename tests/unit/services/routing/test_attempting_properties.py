@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from manager.domain.breaker import BreakerLimits
 from manager.domain.judgement import ABOUT_THE_REQUEST, Judgement
 from manager.domain.record import Outcome
 from manager.domain.routing import Because
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SOUND = BreakerLimits(2, 30, 300)
 REASONS = st.sampled_from([*Reason])
 # What may become of a request that was given a target.
 EVENTS = st.sampled_from(
@@ -156,10 +158,16 @@ attempts = st.lists(
     st.sets(st.sampled_from("abcde")),
     st.lists(EVENTS, max_size=12),
     st.lists(st.sampled_from(get_args(Outcome)), min_size=1, max_size=3),
+    st.dictionaries(st.sampled_from("abcde"), st.integers(1, 3)),
+    st.sampled_from([BreakerLimits(2, 30, 300), BreakerLimits(1, 0.0, 0.0)]),
 )
-@example([("a", "loaded", None)], {}, {"a"}, set(), ["cannot connect", "cannot connect"], ["cut"])
-@example([("a", "loaded", None), ("b", "loaded", None)], {}, set(), {"a"}, ["stale", "stale"], ["ok"])
-@example([("a", "loaded", None)], {"a": "defect"}, {"a"}, set(), ["stale", "stale"], ["refused", "ok"])
+@example([("a", "loaded", None)], {}, {"a"}, set(), ["cannot connect", "cannot connect"], ["cut"], {}, SOUND)
+@example(
+    [("a", "loaded", None), ("b", "loaded", None)], {}, set(), {"a"}, ["stale", "stale"], ["ok"], {}, SOUND
+)
+@example(
+    [("a", "loaded", None)], {"a": "defect"}, {"a"}, set(), ["stale", "stale"], ["refused", "ok"], {}, SOUND
+)
 def test_no_sequence_of_failures_leaks_a_lease_repeats_what_may_not_be_or_ends_twice(  # noqa: PLR0917
     ways: list[tuple[str, Because, Reason | None]],
     prepared: dict[str, str],
@@ -167,10 +175,15 @@ def test_no_sequence_of_failures_leaks_a_lease_repeats_what_may_not_be_or_ends_t
     once: set[str],
     events: list[str],
     outcomes: list[Outcome],
+    failures: dict[str, int],
+    limits: BreakerLimits,
 ) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        stage = Stage()
+        stage = Stage(breaker=limits)
         stage.use_clock(monkeypatch)
+        for name, count in failures.items():  # of earlier requests
+            for _ in range(count):
+                stage.breakers.failed(name, stage.breakers.admit(name), Reason.UPSTREAM_ERROR)
         made = [attempt(name, because, fallback=reason) for name, because, reason in ways]
         stage.router.decision = decision(*made) if made else stage.router.decision
         stage.placement.gone = gone
@@ -192,6 +205,7 @@ def test_no_sequence_of_failures_leaks_a_lease_repeats_what_may_not_be_or_ends_t
         assert sorted(stage.placement.released) == sorted(stage.placement.granted)
         assert [record.outcome for record in stage.ended] == outcomes[:1]
         assert stage.status.at_work() == {}
+        assert not any(breaker.is_probed for breaker in stage.breakers._breakers.values())
         assert finished(one.wait()) is None, "nothing is left to wait for"
         for name in once:
             assert play.sends.count(name) <= 1

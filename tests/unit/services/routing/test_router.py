@@ -39,6 +39,48 @@ def names(attempts: Attempts) -> list[str]:
 # --- the snapshot ---
 
 
+def test_an_open_breaker_takes_an_instance_out_at_once_and_its_end_brings_it_back() -> None:
+    ground = Ground("a", "b")
+    assert candidate(ground, "a").state is State.READY
+    for _ in range(2):
+        ground.breakers.failed("a", ground.breakers.admit("a"), Reason.ATTEMPT_TIMEOUT)
+    found = candidate(ground, "a")
+    assert (found.state, found.why_out) == (State.OUT, Reason.BREAKER_OPEN)
+    assert found.detail.startswith("breaker open after 2 failures in a row, the last one attempt_timeout")
+    assert names(ground.router.attempts(FACTS)) == ["b"]
+    ground.fleet.clock.advance(30)
+    assert candidate(ground, "a").state is State.READY, "the next request tries it"
+    ground.breakers.admit("a")
+    found = candidate(ground, "a")
+    assert found.why_out is Reason.BREAKER_OPEN, "one request at a time"
+    ground.breakers.reset("a")
+    assert (candidate(ground, "a").state, candidate(ground, "a").detail) == (State.READY, "")
+
+
+def test_an_instance_that_does_not_run_is_not_held_back_by_its_breaker() -> None:
+    ground = Ground("a")
+    for _ in range(2):
+        ground.breakers.failed("a", ground.breakers.admit("a"), Reason.ATTEMPT_TIMEOUT)
+    ground["a"].endpoint = None
+    ground["a"].phase = Phase.STOPPED
+    ground.revision.advance()
+    assert candidate(ground, "a").state is State.STARTABLE
+    ground["a"].phase = Phase.UNAVAILABLE
+    ground.revision.advance()
+    assert candidate(ground, "a").why_out is Reason.INSTANCE_UNAVAILABLE
+
+
+def test_an_overloaded_instance_is_known_at_once_and_for_as_long_as_it_lasts() -> None:
+    ground = Ground("a", "b")
+    assert names(ground.router.attempts(FACTS)) == ["a", "b"]
+    ground.overload.saturated("a", 5)
+    assert candidate(ground, "a").overloads is not None
+    assert names(ground.router.attempts(FACTS)) == ["b", "a"]
+    ground.fleet.clock.advance(5.1)
+    assert candidate(ground, "a").overloads is None
+    assert names(ground.router.attempts(FACTS)) == ["a", "b"]
+
+
 def test_a_candidate_says_what_routing_has_to_know_of_an_instance() -> None:
     ground = Ground()
     serves = frozenset({RequestKind.EMBED})

@@ -1,0 +1,68 @@
+"""Times to the first token: what is usual for a model on an instance, and whether it is slow of late.
+
+Two exponentially weighted means are compared, as Netflix' concurrency-limits does
+(https://github.com/Netflix/concurrency-limits, `Gradient2Limit`).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# A recent mean follows a change within about eight values (RFC 6298, SRTT).
+_RECENT_WEIGHT = 1 / 8
+# The usual one has a window of about 600 values (`Gradient2Limit`, long window: 2 / (n + 1)), after a plain
+# mean of the first ones, which alone are no measure of what is usual.
+_USUAL_WEIGHT = 2 / 601
+LEAST_VALUES = 20
+# Twice the usual time is slow, unless nobody notices the difference. A single value counts for at most three
+# times that excess: it takes four of them in a row, and one long prompt makes nothing slow.
+_LEAST_EXCESS_MS = 50.0
+_MOST_EXCESSES = 3.0
+# Slowness is forgotten when so long nothing came, so that the instance is tried again. A server that takes
+# long for each token has longer pauses between its values.
+_MEMORY_S = 10.0
+_MEMORY_VALUES = 5.0
+
+
+class Latency(NamedTuple):
+    """The times of one model on one instance: how many, and the monotonic time of the latest."""
+
+    usual_ms: float
+    recent_ms: float
+    seen: int
+    at: float
+
+
+def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
+    """Return the latency after one more value; `before` is None for the first one."""
+    if before is None:
+        return Latency(value_ms, value_ms, 1, now)
+    usual_ms, seen = before.usual_ms, before.seen + 1
+    recent_ms = usual_ms if _is_forgotten(before, now) else before.recent_ms
+    weight = 1 / seen
+    if seen > LEAST_VALUES:
+        weight, value_ms = _USUAL_WEIGHT, min(value_ms, usual_ms + _MOST_EXCESSES * _excess_ms(usual_ms))
+    return Latency(
+        usual_ms + (value_ms - usual_ms) * weight,
+        recent_ms + (value_ms - recent_ms) * _RECENT_WEIGHT,
+        seen,
+        now,
+    )
+
+
+def is_slow(latency: Latency, now: float) -> bool:
+    """Return whether the recent times are more than twice the usual ones."""
+    return (
+        latency.recent_ms - latency.usual_ms > _excess_ms(latency.usual_ms)
+        and latency.seen >= LEAST_VALUES
+        and not _is_forgotten(latency, now)
+    )
+
+
+def _excess_ms(usual_ms: float) -> float:
+    """Return by how much a recent time may exceed the usual one."""
+    return max(usual_ms, _LEAST_EXCESS_MS)
+
+
+def _is_forgotten(latency: Latency, now: float) -> bool:
+    return now - latency.at > max(_MEMORY_S, _MEMORY_VALUES * latency.recent_ms / 1000)

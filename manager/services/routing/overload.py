@@ -1,0 +1,124 @@
+"""Overload: instances that refuse requests for now, and models that have become slow on an instance.
+
+Both only put an instance behind others that are available. No request fails because of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from manager.domain.latency import is_slow, with_value
+from manager.domain.overload import Overloads
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from manager.domain.latency import Latency
+    from manager.services.world import Revision
+
+_log = structlog.get_logger("routing")
+
+# Ollama's full queue is a 503 without Retry-After; it may have room a moment later.
+_SATURATED_S = 1.0
+_MOST_SATURATED_S = 30.0
+# Pairs of an instance and a model whose times are kept; at the bound the one used longest ago is forgotten.
+_MOST_LATENCIES = 4096
+
+
+class Overload:
+    """Owns what is known of the load of instances. A change advances the revision of the fleet.
+
+    Args:
+        revision: of the fleet.
+        now: seconds on a monotonic clock.
+    """
+
+    def __init__(self, revision: Revision, *, now: Callable[[], float]) -> None:
+        self._revision = revision
+        self._now = now
+        self._saturated_until: dict[str, float] = {}
+        self._latencies: dict[tuple[str, str], Latency] = {}
+        # The models that are slow, by instance.
+        self._slow: dict[str, set[str]] = {}
+
+    def saturated(self, instance: str, for_s: float | None) -> None:
+        """Take in that a server refused a request because of its load.
+
+        Args:
+            instance: its id.
+            for_s: the server's Retry-After; None where it gave none.
+        """
+        now = self._now()
+        wait_s = _SATURATED_S if for_s is None else min(max(for_s, 0.0), _MOST_SATURATED_S)
+        known = self._saturated_until.get(instance, now)
+        if known <= now:
+            self._revision.advance()
+            _log.info("saturated", instance=instance, for_s=wait_s)
+        self._saturated_until[instance] = max(known, now + wait_s)
+
+    def first_token(self, instance: str, key: str, value_ms: float) -> None:
+        """Take in how long a model that was loaded took to its first token.
+
+        Args:
+            instance: where.
+            key: of the model (`model_key`).
+            value_ms: from the request's sending to the head of the answer.
+        """
+        place, now = (instance, key), self._now()
+        latency = with_value(self._latencies.pop(place, None), value_ms, now)
+        if len(self._latencies) >= _MOST_LATENCIES:
+            self._forget(next(iter(self._latencies)))
+        self._latencies[place] = latency
+        slow = is_slow(latency, now)
+        if slow is not (key in self._slow.get(instance, ())):
+            self._mark(instance, key, slow=slow)
+            if slow:
+                _log.info("slow", instance=instance, model=key, detail=_words(latency))
+
+    def server_changed(self, instance: str) -> None:
+        """Take in that an instance has another server: the load of the old one is over."""
+        self._saturated_until.pop(instance, None)
+        for key in self._slow.pop(instance, ()):
+            latency = self._latencies[instance, key]
+            self._latencies[instance, key] = latency._replace(recent_ms=latency.usual_ms)
+
+    def of(self, instance: str) -> Overloads | None:
+        """Return the overload of an instance; None where there is none."""
+        until, slow = self._saturated_until.get(instance), self._slow.get(instance)
+        if until is None and slow is None:
+            return None
+        now, refuses = self._now(), ""
+        if until is not None and until > now:
+            refuses = "the server has too many requests"
+        elif until is not None:
+            del self._saturated_until[instance]
+        found = {}
+        for key in tuple(slow or ()):
+            latency = self._latencies[instance, key]
+            if is_slow(latency, now):
+                found[key] = _words(latency)
+            else:
+                self._mark(instance, key, slow=False)
+        return Overloads(refuses, found) if refuses or found else None
+
+    def _mark(self, instance: str, key: str, *, slow: bool) -> None:
+        self._revision.advance()
+        keys = self._slow.setdefault(instance, set())
+        if slow:
+            keys.add(key)
+        else:
+            keys.discard(key)
+        if not keys:
+            del self._slow[instance]
+
+    def _forget(self, place: tuple[str, str]) -> None:
+        del self._latencies[place]
+        instance, key = place
+        if key in self._slow.get(instance, ()):
+            self._mark(instance, key, slow=False)
+
+
+def _words(latency: Latency) -> str:
+    return f"first token after {latency.recent_ms:.0f} ms of late, usually {latency.usual_ms:.0f} ms"
