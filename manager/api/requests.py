@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -151,10 +152,12 @@ class CancelledBody(_Shape):
 
 def _since(text: str) -> datetime:
     """Return a time that was written as such, or as a span of time before now."""
-    try:
-        return datetime.now(UTC) - timedelta(seconds=parse_duration(text))
-    except (ValueError, OverflowError):
-        pass
+    with suppress(ValueError):
+        span_s = parse_duration(text)
+        try:
+            return datetime.now(UTC) - timedelta(seconds=span_s)
+        except OverflowError:  # longer than there are dates
+            return datetime.min.replace(tzinfo=UTC)
     try:
         at = datetime.fromisoformat(text)
     except ValueError:

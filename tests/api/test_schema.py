@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 KEY = "correct-horse-battery-staple-0123456789"
 IDS = ["cpu", "nas", "gone"]
 ALLOWED_IMAGE = "^ollama-manager/simulated:[a-z0-9]{1,20}$"
+SPAN = r"^[0-9]{1,9}(\.[0-9]{1,6})?[smhd]?$"
 SILENCE_S = 0.3
 EXAMPLES = 60
 KEPT_S = 1000
@@ -62,12 +63,14 @@ def description() -> dict[str, Any]:
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:
-    """What no schema can know: which ids there are, which images are allowed, and what contradicts what."""
+    """What no schema can know: ids, times, which images are allowed, and what contradicts what."""
     for path in document["paths"].values():
         for operation in path.values():
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":
                     parameter["schema"] = {"anyOf": [{"enum": IDS}, {"type": "string", "minLength": 1}]}
+                elif parameter["name"] == "since":
+                    parameter["schema"] = {"type": "string", "pattern": SPAN}
     image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
     schemas = document["components"]["schemas"]
     schemas["PullRequest"]["properties"]["image"] = image

@@ -94,6 +94,7 @@ async def test_every_request_is_listed_with_the_fields_of_the_log_whatever_is_lo
         assert [one["model"] for one in await listed(front, "?outcome=refused&since=1h")] == ["unknown"]
         assert len(await listed(front, "?model=tiny:latest&instance=a&limit=1")) == 1
         assert await listed(front, "?since=2100-01-01T00:00:00Z") == []
+        assert len(await listed(front, "?since=999999999d")) == 3
 
 
 async def test_one_request_is_shown_with_its_attempts_and_what_was_passed_over(tmp_path: Path) -> None:
@@ -189,7 +190,6 @@ async def test_the_cursor_follows_what_ends(tmp_path: Path) -> None:
         ("limit=1001", "query.limit"),
         ("since=yesterday", "query.since"),
         ("since=2026-03-01T12:00:00", "query.since"),
-        ("since=999999999d", "query.since"),
         ("outcome=good", "query.outcome"),
         ("project=", "query.project"),
         ("after=-1", "query.after"),

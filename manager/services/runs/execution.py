@@ -196,6 +196,7 @@ class _Work:
     async def fail(self, failure: _FailedError) -> Done:
         """Store an error as the result, in the words of the dialect."""
         record = self.record
+        self.attempting.message = failure.message
         record.status = failure.status
         if failure.outcome == "refused":
             record.fallback = False  # nothing answered
