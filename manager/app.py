@@ -474,6 +474,7 @@ async def _runs(
         utcnow=world.utcnow,
         on_step=world.on_step,
     )
+    passing.passages.open_requests.add(runs.open)
     if recovers:
         await runs.recover()
     return runs

@@ -351,6 +351,21 @@ async def test_a_run_is_cancelled_before_its_server_answers(tmp_path: Path) -> N
         await until(lambda: client.front.at_rest)
 
 
+async def test_the_request_of_a_run_is_listed_and_can_be_cancelled_as_any_other(tmp_path: Path) -> None:
+    requests = "/api/runtime/compute/requests"
+    async with Scripted().serving() as server, running(tmp_path, server) as client:
+        gate = server.answer = Gate()
+        run_id = await client.submit()
+        await gate.begun.wait()
+        request_id = (await client.show(run_id))["request_id"]
+        assert (await client.call("GET", f"{requests}/{request_id}")).json()["path"] == "/api/chat"
+        reply = await client.call("DELETE", f"{requests}/{request_id}")
+        assert (reply.status, reply.json()["cancelled"]) == (200, True)
+        assert (await client.ended(run_id))["status"] == "cancelled"
+        await gate.left.wait()
+        assert (await client.front.record()).outcome == "cut"
+
+
 async def test_a_run_that_waits_for_a_slot_is_queued_and_can_be_cancelled(tmp_path: Path) -> None:
     config = {"instances": {"a": {"driver": "external", "slots": 1}}}
     async with Scripted().serving() as server:

@@ -63,6 +63,7 @@ class Execution:
         most_result_bytes: int,
         sent: Callable[[str, str], Awaitable[None]],
         is_cancelled: Callable[[], bool],
+        **_more: Any,
     ) -> Done:
         slot = self.ends[run.id] = asyncio.get_running_loop().create_future()
         try:

@@ -112,6 +112,7 @@ class Execution:
         run: Run,
         *,
         most_result_bytes: int,
+        begun: Callable[[Attempting], None],
         sent: Callable[[str, str], Awaitable[None]],
         is_cancelled: Callable[[], bool],
     ) -> Done:
@@ -120,6 +121,7 @@ class Execution:
         Args:
             run: a queued one.
             most_result_bytes: how large its answer may be.
+            begun: called with the life of the request.
             sent: called with the instance and the id of the request before it is sent for the first time.
             is_cancelled: whether the owner of the run has ended it, should it be cancelled.
 
@@ -128,6 +130,7 @@ class Execution:
             RegistryUnwritableError: of `sent`; nothing was sent.
         """
         work = _Work(self, run, most_result_bytes, sent)
+        begun(work.attempting)
         outcome: Outcome = "cut"
         try:
             return await work.do()

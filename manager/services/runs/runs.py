@@ -42,12 +42,14 @@ from manager.errors import (
 from manager.services.world import no_step
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
     from datetime import datetime
 
     from manager.domain.runs import RunCaller
     from manager.services.bodies import BodyBudget
+    from manager.services.open_requests import OpenRequest
     from manager.services.ports import Registry, RunFiles
+    from manager.services.routing.attempting import Attempting
     from manager.services.runs.execution import Done, Execution
 
 _log = structlog.get_logger("runs")
@@ -93,13 +95,31 @@ class NewRun:
 
 @dataclass(slots=True, eq=False)
 class _Begun:
-    """A run that a worker has taken. `run` is its state as it is stored."""
+    """A run that a worker has taken. Implements `services.open_requests.OpenRequest`.
+
+    Attributes:
+        run: its state as it is stored.
+        attempting: the life of its request.
+        is_sent: whether a server was asked.
+        is_cancelled: whether it is to end as cancelled once `stop` is set.
+        is_cut: whether the operator has ended its request.
+        stop: ends its execution.
+        over: set once its end is stored.
+    """
 
     run: Run
+    attempting: Attempting | None = None
     is_sent: bool = False
     is_cancelled: bool = False
+    is_cut: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def cancel(self, why: str) -> None:
+        """Cancel the run, because the operator ends its request."""
+        _log.info("run_cancelled", run=self.run.id, why=why)
+        self.is_cancelled = self.is_cut = True
+        self.stop.set()
 
 
 class Runs:
@@ -161,6 +181,10 @@ class Runs:
     def is_executing(self) -> bool:
         """Whether the request of a run has been sent, and its end is not stored."""
         return any(begun.run.status is RunStatus.RUNNING for begun in self._begun.values())
+
+    def open(self) -> Iterable[OpenRequest]:
+        """Return the requests of runs that are under way."""
+        return self._begun.values()
 
     # --- what clients ask for ---
 
@@ -367,6 +391,9 @@ class Runs:
             await _to_its_end(self._settle(begun, executing))
 
     async def _execute(self, begun: _Begun) -> Done:
+        def begun_with(attempting: Attempting) -> None:
+            begun.attempting = attempting
+
         async def store_as_sent(instance: str, request_id: str) -> None:
             run = sent(begun.run, self._utcnow(), instance=instance, request_id=request_id)
             await self._registry.save_run(run)
@@ -382,7 +409,8 @@ class Runs:
                 begun.run,
                 most_result_bytes=self._limits.max_result,
                 sent=about_to_send,
-                is_cancelled=lambda: begun.is_cancelled,
+                begun=begun_with,
+                is_cancelled=lambda: begun.is_cancelled and not begun.is_cut,
             )
         except RegistryUnwritableError:
             await asyncio.sleep(_RETRY_S)  # it is begun again after that
