@@ -23,6 +23,7 @@ from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
 from manager.adapters.registry import open_registry
 from manager.adapters.request_log import RequestLog
+from manager.adapters.run_files import DirectoryFiles
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -76,6 +77,8 @@ from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
+from manager.services.runs.execution import Execution
+from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
@@ -422,6 +425,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ).render,
             refusals=refusals,
             history=history,
+            runs=await _runs(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
@@ -434,12 +438,13 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),
         }
-        if not resume_idle_clock:  # a sweep reads no volume, and puts nothing back in service
+        if not resume_idle_clock:  # a sweep reads no volume, puts nothing back in service, executes no run
             loops |= {
                 "volumes": volume_reader.run,
                 "service": parts.service.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
+                "runs": backend.runs.run,
             }
         yield Daemon(
             settings,
@@ -485,6 +490,29 @@ def _warming(
         loading=loading,
     )
     return loading, keeper
+
+
+async def _runs(
+    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+) -> Runs:
+    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
+    stored = BodyBudget(settings.runs.max_stored)
+    runs = Runs(
+        world.registry,
+        files,
+        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        stored=stored,
+        limits=_run_limits(settings),
+        utcnow=world.utcnow,
+        on_step=world.on_step,
+    )
+    if recovers:
+        await runs.recover()
+    return runs
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(**settings.runs.model_dump())
 
 
 def _header_names(settings: Settings) -> HeaderNames:
@@ -637,6 +665,7 @@ class _Reconfigure:
         self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
         self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
         self.backend.passing.requests.default_project = settings.gateway.default_project
+        self.backend.runs.limits = _run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         self.backend.history.retention = _retention(settings)

@@ -183,7 +183,7 @@ async def _serve_once(
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
             server = Server(
                 server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
-                (relay.drain, daemon.backend.passing.passages.drain),
+                (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),
                 settings.gateway.drain_timeout_s,
             )
 
@@ -215,6 +215,7 @@ async def _serve_once(
                 listener,
                 running,
                 is_busy=lambda: daemon.busy or (predecessor is not None and not predecessor.has_ended),
+                runs=daemon.backend.runs,
                 freeze=daemon.backend.passing.routing.placement.freeze,
                 let_go=let_go,
                 patience_s=settings.gateway.drain_timeout_s,

@@ -5,11 +5,14 @@ ManagerError
 ├── UnknownInstanceError
 ├── UnknownModelError         an instance does not have the model
 ├── UnknownRequestError
+├── UnknownRunError
 ├── InvalidRequestError       well-formed, but not allowed
+├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
 │   ├── DrainedError          the instance is out of service by an operator's order
 │   ├── LimitReachedError
+│   ├── RunStateError         what is asked for does not fit the status of the run
 │   ├── LockedError           another process holds the instance
 │   ├── NameConflictError     a container that is not ours has our name
 │   ├── StateDirHeldError     another daemon holds the state directory
@@ -28,7 +31,8 @@ ManagerError
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
-│   └── RegistryUnwritableError
+│   ├── RegistryUnwritableError
+│   └── RunFilesError         a file of a run could not be read or written
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
 """
@@ -116,8 +120,18 @@ class UnknownRequestError(ManagerError):
     code = "unknown_request"
 
 
+class UnknownRunError(ManagerError):
+    code = "unknown_run"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
+
+
+class RunsFullError(ManagerError):
+    """As many runs as may be kept have not ended, or their files take all the room there is."""
+
+    code = "queue_full"
 
 
 class ConflictError(ManagerError):
@@ -138,6 +152,14 @@ class DrainedError(ConflictError):
 
 class LimitReachedError(ConflictError):
     code = "max_running_reached"
+
+
+class RunStateError(ConflictError):
+    """The status of a run refuses it; `code` says which way."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code
 
 
 class LockedError(ConflictError):
@@ -289,6 +311,14 @@ class RegistryUnwritableError(UnavailableError):
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
         self.code = "registry_unwritable"
+
+
+class RunFilesError(UnavailableError):
+    """A file of a run could not be read or written (disk full, read-only, removed)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
+        self.code = "run_files_failed"
 
 
 class GpuQueryError(ManagerError):

@@ -4,7 +4,8 @@ Both daemons are on one machine and belong to one user, or the new one to root. 
 claims the manager id (`adapters.owner.ManagerIdLock`):
 
 1. The new daemon asks, and names its state directory.
-2. The old one waits until no instance starts or stops and no model is pulled. It stops accepting, stores its
+2. The old one waits until no instance starts or stops, no model is pulled and no async run executes. After
+   the drain time it refuses, unless only runs execute: those are interrupted. It stops accepting, stores its
    state and gives up its claims. It answers with its listener; connections that come meanwhile wait in there.
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
@@ -22,7 +23,7 @@ import json
 import os
 import socket
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import structlog
 
@@ -58,6 +59,15 @@ _ASKS = b"replace"
 
 
 # --- the old daemon -----------------------------------------------------------------------------------------
+
+
+class PausableRuns(Protocol):
+    """Async runs; see `manager.services.runs.runs.Runs`."""
+
+    @property
+    def is_executing(self) -> bool: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
 
 
 class Successor:
@@ -293,6 +303,7 @@ class Giving:
         listener: of this daemon.
         running: its background loops; cancelled here.
         is_busy: whether something goes on that only this daemon can end, such as a start.
+        runs: the async runs; none begins once it gives, and those that execute are waited for.
         freeze: called before the loops are cancelled: nothing is begun that needs them.
         let_go: stores the state and gives up the claims, once the loops have ended.
         patience_s: how long it waits while `is_busy`.
@@ -307,6 +318,7 @@ class Giving:
         running: asyncio.Future[None],
         *,
         is_busy: Callable[[], bool],
+        runs: PausableRuns,
         freeze: Callable[[], None],
         let_go: Callable[[], Awaitable[None]],
         patience_s: float,
@@ -317,6 +329,7 @@ class Giving:
         self._listener = listener
         self._running = running
         self._is_busy = is_busy
+        self._runs = runs
         self._freeze = freeze
         self._let_go = let_go
         self._patience_s = patience_s
@@ -344,8 +357,11 @@ class Giving:
 
     async def _give(self, successor: Successor) -> None:
         try:
+            self._runs.pause()
             if await self._is_quiet(successor):
                 await self._hand_over(successor)
+            else:
+                self._runs.resume()
         except Exception as error:  # noqa: BLE001  (nobody awaits it)
             _log.error("handover_failed", exc_info=error)
             self._server.stop()
@@ -374,8 +390,13 @@ class Giving:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience_s
         await asyncio.sleep(0)  # one that has left at once is noticed
-        while self._is_busy():
-            if self._server.should_exit or loop.time() >= deadline:
+        if self._runs.is_executing:
+            _log.info("replacement_waits", for_s=self._patience_s, hint="async runs end first")
+        while (is_busy := self._is_busy()) or self._runs.is_executing:
+            is_late = loop.time() >= deadline
+            if is_late and not is_busy:
+                break  # the runs are interrupted
+            if self._server.should_exit or is_late:
                 successor.refuse("an instance starts or stops, or a model is pulled; try again after that")
                 return False
             await asyncio.sleep(_LOOK_EVERY_S)

@@ -19,6 +19,8 @@ from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
 from manager.api.requests import requests_router
 from manager.api.routing import routing_router
+from manager.api.runs import PATH as RUNS
+from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
 from manager.wire.access import WITHOUT_KEY
 
@@ -55,13 +57,19 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         requests_router(backend),
         lanes_router(backend),
         model_settings_router(backend),
+        runs_router(backend),
         health_router(backend),
     )
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
-    app.add_middleware(Gate, access=access, refused=backend.refusals.refused)
+    app.add_middleware(
+        Gate,
+        access=access,
+        refused=backend.refusals.refused,
+        larger={RUNS: lambda: most_body_bytes(backend)},
+    )
     return app
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Requests
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.runs.runs import Runs
 
 
 class Router(Protocol):
@@ -118,3 +119,4 @@ class Backend:
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    runs: Runs

@@ -17,10 +17,12 @@ from manager.errors import (
     InvalidRequestError,
     ManagerError,
     Reason,
+    RunsFullError,
     UnavailableError,
     UnknownInstanceError,
     UnknownModelError,
     UnknownRequestError,
+    UnknownRunError,
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
@@ -37,12 +39,14 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("api")
 
 # Below these all errors have the control API's shape, those of paths that do not exist too.
-_OWN_PREFIXES = ("/api/runtime", "/api/settings")
+_OWN_PREFIXES = ("/api/runtime", "/api/settings", "/api/v1")
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
     (UnknownModelError, 404),
     (UnknownRequestError, 404),
+    (UnknownRunError, 404),
+    (RunsFullError, 429),
     (ConflictError, 409),
     (InvalidRequestError, 422),
     (UnavailableError, 503),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -15,7 +16,7 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.paths import decoded, normalised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -27,7 +28,6 @@ MOST_BODY_BYTES = 2**20
 _MOST_DIGITS = 18
 _UNAVAILABLE = 503
 _STOPPED = "cut off: the manager is being stopped"
-_TOO_LARGE = f"a body may have at most {MOST_BODY_BYTES} bytes"
 # A page of the daemon in a frame of another page could be clicked without being seen.
 _UNFRAMED: tuple[Header, ...] = (
     (b"Content-Security-Policy", b"frame-ancestors 'none'"),
@@ -44,12 +44,21 @@ class Gate:
         app: the routes.
         access: the check.
         refused: is called with reason, address and path of each refused request.
+        larger: paths whose bodies may be larger than `MOST_BODY_BYTES`, and how large.
     """
 
-    def __init__(self, app: ASGIApp, *, access: Access, refused: Callable[[str, str, str], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        access: Access,
+        refused: Callable[[str, str, str], None],
+        larger: Mapping[str, Callable[[], int]] = MappingProxyType({}),
+    ) -> None:
         self._app = app
         self._access = access
         self._refused = refused
+        self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -75,11 +84,13 @@ class Gate:
             )
             await answer(scope, receive, send)
             return
+        larger = self._larger.get(scope["path"])
+        most = MOST_BODY_BYTES if larger is None else larger()
         lengths = (value for name, value in scope["headers"] if name == b"content-length")
-        if any(_is_too_large(length.decode("latin-1")) for length in lengths):
-            await error_response(413, "body_too_large", _TOO_LARGE)(scope, receive, send)
+        if any(_is_too_large(length.decode("latin-1"), most) for length in lengths):
+            await error_response(413, "body_too_large", _too_large(most))(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive), send)
+        await self._app(scope, _bounded(receive, most), send)
 
     async def _for_models(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve Ollama's routes, which pages of other origins may use as well."""
@@ -168,16 +179,17 @@ def _with(send: Send, headers: list[Header]) -> Send:
     return sending
 
 
-def _is_too_large(length: str) -> bool:
+def _too_large(most_bytes: int) -> str:
+    return f"a body may have at most {most_bytes} bytes"
+
+
+def _is_too_large(length: str, most_bytes: int) -> bool:
     return (
-        not length.isascii()
-        or not length.isdigit()
-        or len(length) > _MOST_DIGITS
-        or int(length) > MOST_BODY_BYTES
+        not length.isascii() or not length.isdigit() or len(length) > _MOST_DIGITS or int(length) > most_bytes
     )
 
 
-def _bounded(receive: Receive) -> Receive:
+def _bounded(receive: Receive, most_bytes: int) -> Receive:
     seen = 0
 
     async def bounded() -> Message:
@@ -185,8 +197,8 @@ def _bounded(receive: Receive) -> Receive:
         message = await receive()
         if message["type"] == "http.request":
             seen += len(message.get("body", b""))
-            if seen > MOST_BODY_BYTES:
-                raise HTTPException(413, _TOO_LARGE)
+            if seen > most_bytes:
+                raise HTTPException(413, _too_large(most_bytes))
         return message
 
     return bounded

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
-from manager.domain.judgement import ABOUT_THE_REQUEST
-from manager.errors import AskFailedError, ManagerError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.errors import ManagerError, UnavailableError
 from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
+from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
 from manager.wire.caller import printable
-from manager.wire.dialect import error_in_stream, message_of
+from manager.wire.dialect import error_in_stream
 from manager.wire.head import NOT_RETURNED, without_named
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
@@ -25,15 +25,13 @@ from manager.wire.statuses import (
     BAD_REQUEST,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
-    judge,
     outcome_of,
     outcome_without_answer,
-    retry_after_s,
     status_of,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 
     from starlette.types import Message, Receive, Scope, Send
 
@@ -54,16 +52,6 @@ _EVENT_STREAM = b"text/event-stream"
 # For the proxies on the way: what comes is to be passed on as it comes.
 _NO_BUFFERING = ((b"Cache-Control", b"no-cache"), (b"X-Accel-Buffering", b"no"))
 _NEWLINE = b"\n"
-# An answer with an error is held up to this size, to be read before another attempt is made.
-_MAX_HELD_BYTES = 64 * 1024
-
-
-class WholeAnswer(NamedTuple):
-    """The answer of a server, read to its end or to the bound of what is held."""
-
-    status: int
-    headers: Sequence[Header]
-    content: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,64 +293,19 @@ class Passage:
         Raises:
             RefusedError: none has answered.
         """
-        attempting = self.attempting
-        while True:
-            found = await first_target(attempting, step)
-            if isinstance(found, Trouble):
-                if isinstance(found.answer, WholeAnswer):
-                    yield found.answer
-                    return
-                raise _refused(found)
-            async with AsyncExitStack() as stack:
-                attempting.sent()
-                try:
-                    answer = await stack.enter_async_context(server.ask(question(found)))
-                except AskFailedError as error:
-                    step = attempting.failed(error.reason, error.message, sent=error.begun)
-                    continue
-                except OutOfDescriptorsError as error:
-                    step = attempting.failed(
-                        error.reason, error.message, sent=False, ours=True, retry_after_s=error.retry_after_s
-                    )
-                    continue
-                judged, following = await self._judge(answer)
-                if following is None:
-                    try:
-                        yield judged
-                    except UnavailableError as error:  # the answer breaks off
-                        attempting.broke_off(error.reason)
-                        raise
-                    return
-                step = following
 
-    async def _judge(self, answer: ServerAnswer) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
-        """Return an answer for the client, or the step that follows an answer with an error."""
-        attempting = self.attempting
-        judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
-        wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
-        if not attempting.might_follow(judgement):
-            attempting.answered(judgement, retry_after_s=wait_s)
-            return answer, None
-        message = f"{attempting.work.instance} answered with status {answer.status}"
-        content = bytearray()
+        async def make(target: Target) -> Question:
+            return question(target)
+
         try:
-            while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
-                content += piece
-        except UnavailableError:
-            following = attempting.answered(judgement, message, retry_after_s=wait_s)
-            if following is None:
-                raise
-            return answer, following
-        if len(content) > _MAX_HELD_BYTES:
-            # A part must not be taken for the whole: the next attempt follows without this answer.
-            following = attempting.answered(judgement, message, retry_after_s=wait_s)
-            if following is None:
-                raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
-            return answer, following
-        whole = WholeAnswer(answer.status, answer.headers, bytes(content))
-        message = message_of(whole.content) or message
-        judgement = judge(answer.status, message)
-        return whole, attempting.answered(judgement, message, whole, retry_after_s=wait_s)
+            async with answered(self.attempting, server, step, make) as answer:
+                try:
+                    yield answer
+                except UnavailableError as error:  # the answer breaks off
+                    self.attempting.broke_off(error.reason)
+                    raise
+        except UnansweredError as error:
+            raise _refused(error.trouble) from None
 
     async def pass_on(
         self,

@@ -34,6 +34,8 @@ _NEXT_STEPS = {
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
     "unknown_request": "`ollama-manager requests` lists the last ones",
+    "unknown_run": "`ollama-manager runs list` lists the runs",
+    "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
     "engine_unavailable": "`ollama-manager doctor` says more",
@@ -316,6 +318,17 @@ class Daemon:
         """All values of roles, each with its source."""
         with self._answer("GET", "/api/settings/models/effective") as answer:
             return _document(answer)
+
+    def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Return the JSON answer to one request."""
+        with self._answer(method, path, body=body) as answer:
+            return _document(answer)
+
+    @contextmanager
+    def fetch(self, path: str, *, also: int) -> Iterator[requests.Response]:
+        """Read an answer in pieces; one with the status `also` is no refusal."""
+        with self._answer("GET", path, stream=True, also=also) as answer:
+            yield answer
 
     def events(self) -> Iterator[Event | None]:
         """Events from now on; None once the stream stands, and for every sign of life."""

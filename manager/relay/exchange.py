@@ -38,7 +38,7 @@ from manager.wire.statuses import (
 )
 from manager.wire.trace import traceparent
 from manager.wire.unload import unloaded, unloads
-from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -450,7 +450,7 @@ class Exchange:
         if self._status == _OK and self._body is not None and self._body.stream:
             tail = bytes(self._tail)
             if not is_ended(self._route, tail):
-                error = message_of(_last_line(tail))
+                error = error_in(tail)
                 if error is None:
                     message = "the server ended the stream before its end"
                     return _End("upstream_error", 502, message, Reason.UPSTREAM_ERROR)
@@ -861,8 +861,3 @@ class Exchange:
         load, self._load = self._load, None
         if load is not None:
             self._relay.loads.remove(self, load)
-
-
-def _last_line(tail: bytes) -> bytes:
-    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
-    return line.removeprefix(b"data:").strip()

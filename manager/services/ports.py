@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
+    from manager.domain.runs import Run, RunStatus
     from manager.wire.details import Details
     from manager.wire.head import Header
 
@@ -290,6 +291,24 @@ class Registry(Protocol):
         ...
 
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
+    async def save_run(self, run: Run) -> None:
+        """Store a run, in place of an earlier state of it."""
+        ...
+
+    async def run(self, run_id: str) -> Run | None: ...
+    async def runs(self, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
+        """The newest runs first; None is no limit."""
+        ...
+
+    async def due_runs(self, now: datetime, limit: int) -> tuple[Run, ...]:
+        """Runs whose result has been kept for long enough."""
+        ...
+
+    async def next_run_expiry(self) -> datetime | None: ...
+    async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:
+        """Remove runs that ended before a time or are older than the newest `kept`; return some at a time."""
+        ...
+
     async def orders(self, kind: OrderKind, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
         """Instance id -> what an operator has ordered for it.
 
@@ -362,6 +381,47 @@ class RequestStore(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class FileWriter(Protocol):
+    """A file that is being written. It gets its name with `commit`."""
+
+    async def write(self, data: bytes) -> None: ...
+    async def commit(self) -> None:
+        """Put the file in its place, on disk."""
+        ...
+
+
+class RunFiles(Protocol):
+    """The files of runs, in one directory that only the daemon's user can read.
+
+    Raises:
+        RunFilesError: a file could not be read or written.
+    """
+
+    async def names(self) -> frozenset[str]:
+        """All files that there are, those that were never committed too."""
+        ...
+
+    async def save(self, name: str, data: bytes) -> None:
+        """Write a file: afterwards it is on disk, whole."""
+        ...
+
+    async def read(self, name: str, most_bytes: int) -> bytes:
+        """A whole file, of that size at most."""
+        ...
+
+    def writing(self, name: str) -> AbstractAsyncContextManager[FileWriter]:
+        """Write a file in pieces; it is dropped on leaving unless it was committed."""
+        ...
+
+    def pieces(self, name: str) -> AsyncIterator[bytes]:
+        """The file in pieces."""
+        ...
+
+    async def remove(self, *names: str) -> None:
+        """Remove files; one that is missing is no error."""
+        ...
 
 
 class InstanceLocks(Protocol):

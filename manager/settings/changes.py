@@ -51,6 +51,7 @@ LIVE = frozenset(
         "gateway.keep_alive_s",
         "gateway.default_project",
         "gateway.access_log",
+        "runs",
         "log.level",
         "history",
     )

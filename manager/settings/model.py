@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.domain import cron
 from manager.domain.container import container_name
+from manager.domain.durations import duration_text
 from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
@@ -32,12 +33,15 @@ from manager.settings.routing import (
     GatewaySettings,
     ModelsSettings,
     RolesSettings,
+    Size,
     default_roles,
     role_refusals,
     writer_refusals,
 )
 from manager.settings.section import (
     AUTO_GPU_ID,
+    YEAR_S,
+    Duration,
     InstanceId,
     Interval,
     Section,
@@ -313,6 +317,36 @@ class LogSettings(Section):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
+class RunsSettings(Section):
+    """Async runs. `concurrency` is how many are begun at once, `max_queued` how many may not have ended.
+
+    `max_body` and `max_result` bound the files of one run, `max_stored` those of all runs together. A result
+    is kept for `expires_s` after the end of its run, unless the run says otherwise, and the run itself is
+    listed for `retention_s`.
+    """
+
+    concurrency: Annotated[WholeNumber, Field(ge=1, le=64)] = 4
+    max_queued: Annotated[WholeNumber, Field(ge=1, le=10_000)] = 1000
+    max_body: Size = 8 * 2**20
+    max_result: Size = 64 * 2**20
+    max_stored: Size = 4 * 2**30
+    expires_s: Annotated[Duration, Field(gt=0, le=YEAR_S)] = 86_400.0
+    retention_s: Annotated[Duration, Field(gt=0, le=YEAR_S)] = 604_800.0
+
+    @model_validator(mode="after")
+    def _bounds_fit_each_other(self) -> Self:
+        refusals = []
+        if self.expires_s > self.retention_s:
+            allowed = f"at most runs.retention_s, {duration_text(self.retention_s)}"
+            message = f"{duration_text(self.expires_s)}; expected {allowed}"
+            refusals.append(Refusal(key=("expires_s",), message=message))
+        if self.max_body + self.max_result > self.max_stored:
+            message = "expected room for one body and one result, max_body + max_result"
+            refusals.append(Refusal(key=("max_stored",), message=message))
+        refuse(refusals)
+        return self
+
+
 class Settings(BaseSettings):
     """All settings, checked. Building one reads no environment: `load_settings` brings the sources."""
 
@@ -333,6 +367,7 @@ class Settings(BaseSettings):
     roles: RolesSettings = Field(default_factory=default_roles)
     models: ModelsSettings = Field(default_factory=ModelsSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    runs: RunsSettings = Field(default_factory=RunsSettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     history: HistorySettings = Field(default_factory=HistorySettings)

@@ -19,7 +19,7 @@ AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
 
 # The longest time that most settings allow, in seconds.
 MOST_S = 86_400
-_YEAR_S = 366 * MOST_S
+YEAR_S = 366 * MOST_S
 
 
 def _seconds(value: object) -> object:
@@ -33,7 +33,7 @@ Duration = Annotated[Number, BeforeValidator(_seconds)]
 Timeout = Annotated[Duration, Field(gt=0, le=MOST_S)]
 Wait = Annotated[Duration, Field(ge=0, le=MOST_S)]
 Interval = Annotated[Duration, Field(ge=0.01, le=MOST_S)]
-Ttl = Annotated[Duration, Field(ge=0, le=_YEAR_S)]
+Ttl = Annotated[Duration, Field(ge=0, le=YEAR_S)]
 Text = Annotated[str, Field(min_length=1)]
 InstanceId = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,31}$")]
 

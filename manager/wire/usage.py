@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from manager.wire.dialect import message_of
 from manager.wire.routes import Dialect
 
 if TYPE_CHECKING:
@@ -55,6 +56,19 @@ def is_ended(route: Route, tail: bytes) -> bool:
         return _RESPONSE_DONE.search(tail) is not None or _last((b'"output_tokens"',), tail) is not None
     at = tail.rfind(b"[DONE]")
     return at >= 0 and tail[tail.rfind(b"\n", 0, at) + 1 : at].strip() == b"data:"
+
+
+def fault_of(route: Route, tail: bytes) -> str | None:
+    """Return what is wrong with a stream whose last byte has come, in words; None where it has its end."""
+    if is_ended(route, tail):
+        return None
+    return error_in(tail) or "the server ended the stream before its end"
+
+
+def error_in(tail: bytes) -> str | None:
+    """Return the error that a server tells in the last line of a stream, or None."""
+    line = tail.rstrip(b"\r\n").rpartition(b"\n")[2]
+    return message_of(line.removeprefix(b"data:").strip())
 
 
 def _last(names: tuple[bytes, ...], tail: bytes | bytearray) -> int | None:

@@ -1,12 +1,13 @@
 """The daemon does what its own description says, with data that fits it and data that does not.
 
-schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; five things are
+schemathesis makes the requests: the same ones in every run. Nothing of the API is left out; some things are
 helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
 - The stream of events has no end: it is read until it falls silent for a moment.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
+- Runs have a request that fits every route, and a lane that there is.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
 """
@@ -38,6 +39,7 @@ IDS = ["cpu", "nas", "gone"]
 ALLOWED_IMAGE = "^ollama-manager/simulated:[a-z0-9]{1,20}$"
 SILENCE_S = 0.3
 EXAMPLES = 60
+KEPT_S = 1000
 UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 
@@ -85,6 +87,14 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     models["roles"] = by_role(models["roles"], "thinking", "control")
     models["layer_routing"] = by_role({"patternProperties": {"": target}}, "output", "tool_selector")
     models["embedding_target_instance"] = target
+    submission = document["paths"]["/api/v1/runs"]["post"]["requestBody"]["content"]["application/json"]
+    submission["schema"]["properties"] |= {
+        "body": {"const": {"model": "tiny", "prompt": "hi", "messages": [], "input": "hi", "max_tokens": 5}},
+        "lane": {"enum": ["output", None]},
+        "expires_s": {
+            "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": KEPT_S}, {"type": "null"}]
+        },
+    }
     routing = schemas["RoutingChange"]["properties"]
     routing["roles"] = by_role(routing["roles"], "thinking", "embedding")
     return document
@@ -119,7 +129,10 @@ def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
                 "nas": {"driver": "external", "url": nas.url},
                 "gone": {"driver": "external", "url": "http://127.0.0.1:9"},
             },
-            config={"server": {"key_file": str(key_file)}},
+            config={
+                "server": {"key_file": str(key_file)},
+                "runs": {"retention_s": KEPT_S, "expires_s": KEPT_S},
+            },
         ).start(until_ready=False)
         daemon.wait_until_alive()
         yield daemon

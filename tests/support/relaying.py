@@ -393,7 +393,7 @@ async def relaying(
                 access_log=False,
                 timeout_graceful_shutdown=1,
             ),
-            (relay.drain, daemon.backend.passing.passages.drain),
+            (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),
             loaded.settings.gateway.drain_timeout_s,
         )
         running = asyncio.ensure_future(daemon.run())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from manager.domain.instance import Health, Phase
+from manager.domain.runs import RunStatus
 from manager.errors import Reason
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,10 @@ def test_every_phase_and_reason_is_named() -> None:
     assert named("Phases of an instance") == {phase.value for phase in Phase}
     assert named("Reasons") == {reason.value for reason in Reason}
     assert {health.value for health in Health} <= set(re.findall(r"`([a-z]+)`", REFERENCE))
+
+
+def test_every_status_of_a_run_is_named() -> None:
+    assert named("Statuses of a run") == {status.value for status in RunStatus}
 
 
 def test_every_event_is_named() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +14,7 @@ from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, se
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from manager.adapters.registry import tables
+from manager.adapters.registry import runs, tables
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
 from manager.errors import RegistryUnwritableError
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Table
 
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
+    from manager.domain.runs import Run, RunStatus
 
 T = TypeVar("T")
 
@@ -226,6 +228,31 @@ class SqlRegistry:
             row = tables.from_order(instance, kind, value, datetime.now(UTC))
             await self._write(lambda connection: connection.execute(_SAVE_ORDER, row))
 
+    async def save_run(self, run: Run) -> None:
+        """Store a run, in place of an earlier state of it."""
+        await self._write(partial(runs.save, run=run))
+
+    async def run(self, run_id: str) -> Run | None:
+        return await self._read(partial(runs.find, run_id=run_id))
+
+    async def runs(self, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
+        """Return the newest runs first; None is no limit."""
+        return await self._read(partial(runs.newest, status=status, limit=limit))
+
+    async def due_runs(self, now: datetime, limit: int) -> tuple[Run, ...]:
+        """Return runs whose result has been kept for long enough."""
+        return await self._read(partial(runs.due, now=now, limit=limit))
+
+    async def next_run_expiry(self) -> datetime | None:
+        return await self._read(runs.next_expiry)
+
+    async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:
+        """Remove runs that ended before a time or are older than the newest `kept`; return some at a time."""
+        found = await self._read(partial(runs.forgettable, ended_before=ended_before, kept=kept))
+        if found:
+            await self._write(partial(runs.forget, ids=[run.id for run in found]))
+        return found
+
     async def check(self) -> None:
         """Look whether the files are still those that were opened.
 
@@ -321,6 +348,9 @@ class UnchangedRegistry(SqlRegistry):
     async def save_overrides(self, overrides: Mapping[str, Any]) -> None: ...
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None: ...
+    async def save_run(self, run: Run) -> None: ...
+    async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:  # noqa: ARG002
+        return ()
 
     def requests(self) -> SqlRequests:
         return SqlRequests(

@@ -204,7 +204,7 @@ class Attempting:
     def __init__(self, routing: Routing, record: RequestRecord, began_at: float) -> None:
         self._routing = routing
         self.record = record
-        self._began_at = began_at
+        self._began_at = self._timed_from = began_at
 
     # --- from the request to a target ---
 
@@ -267,6 +267,8 @@ class Attempting:
         record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._first_byte_timeout_s(attempt)
+        if self.is_run:
+            self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
         if record.kind is not None:  # a request that manages models does not use them
@@ -477,7 +479,7 @@ class Attempting:
     def look(self, now: float) -> Step | None:
         """Look at the deadlines; None while none has passed. Called a few times a second."""
         deadlines = self._routing.deadlines
-        if now - self._began_at >= deadlines.total_timeout_s:
+        if now - self._timed_from >= deadlines.total_timeout_s:
             if self._is_waiting and self.attempt is not None:
                 why = f"no end within {deadlines.total_timeout_s:g} s"
                 self._note(self.attempt, Reason.ATTEMPT_TIMEOUT, why, sent=True, ours=False)
@@ -503,7 +505,7 @@ class Attempting:
     @property
     def total_deadline(self) -> float:
         """The monotonic time by which the request must have ended."""
-        return self._began_at + self._routing.deadlines.total_timeout_s
+        return self._timed_from + self._routing.deadlines.total_timeout_s
 
     def hear(self, words: str) -> None:
         """Take progress of what the request waits for."""

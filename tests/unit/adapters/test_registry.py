@@ -36,7 +36,9 @@ from manager.domain.history import Filters
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
+from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
+from tests.support.runs import a_run
 from tests.support.users import give
 
 if TYPE_CHECKING:
@@ -151,6 +153,8 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
     await registry.save_overrides({"roles.a.model": "m"})
     await registry.save_model_list("v", [{"name": "m"}])
+    await registry.save_run(a_run())
+    assert await registry.forget_runs(NOW, 0) == ()
     await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
     await registry.close()
     with closing(sqlite3.connect(path)) as database:
@@ -169,6 +173,83 @@ async def test_an_instance_comes_back_as_it_was_saved(path: Path, row: InstanceR
     registry = await open_registry(path)
     assert await registry.instances() == {"gpu0": row}
     await registry.close()
+
+
+FULL_RUN = Run(
+    number=7,
+    id="run_7",
+    status=RunStatus.FAILED,
+    path="/api/chat",
+    model="tiny",
+    lane="deep-rca",
+    caller=RunCaller("alpha", "why", "gpu0", True, ("a" * 32, "b" * 16, "01")),
+    idempotent=True,
+    expires_s=60.5,
+    body_bytes=12,
+    created_at=NOW,
+    started_at=NOW,
+    ended_at=NOW,
+    expires_at=NOW,
+    executions=2,
+    instance="gpu0",
+    request_id="r1",
+    error=RunError("upstream_error", "no"),
+    result=RunResult(500, "application/json", 17),
+)
+
+
+@pytest.mark.parametrize("run", [FULL_RUN, a_run()])
+async def test_a_run_comes_back_as_it_was_saved(path: Path, run: Run) -> None:
+    registry = await open_registry(path)
+    await registry.save_run(run)
+    await registry.close()
+    registry = await open_registry(path)
+    assert await registry.run(run.id) == run
+    assert await registry.run("run_0") is None
+    await registry.close()
+
+
+async def test_a_later_state_of_a_run_replaces_the_earlier_one(registry: SqlRegistry) -> None:
+    await registry.save_run(a_run())
+    await registry.save_run(replace(a_run(), status=RunStatus.CANCELLED, ended_at=NOW))
+    (run,) = await registry.runs(None, None)
+    assert (run.status, run.ended_at) == (RunStatus.CANCELLED, NOW)
+
+
+async def test_runs_are_listed_newest_first_by_status_and_up_to_a_limit(registry: SqlRegistry) -> None:
+    for number in range(1, 5):
+        status = RunStatus.QUEUED if number % 2 else RunStatus.RUNNING
+        await registry.save_run(a_run(number, status=status))
+    assert [run.number for run in await registry.runs(None, None)] == [4, 3, 2, 1]
+    assert [run.number for run in await registry.runs(RunStatus.QUEUED, None)] == [3, 1]
+    assert [run.number for run in await registry.runs(None, 1)] == [4]
+
+
+async def test_results_are_due_at_their_time_and_the_next_one_is_known(registry: SqlRegistry) -> None:
+    assert await registry.next_run_expiry() is None
+    later = NOW + timedelta(seconds=1)
+    for number, status in enumerate(RunStatus, 1):
+        await registry.save_run(a_run(number, status=status, ended_at=NOW, expires_at=later))
+    assert await registry.due_runs(NOW, 10) == ()
+    assert {run.status for run in await registry.due_runs(later, 10)} == {
+        RunStatus.SUCCEEDED,
+        RunStatus.FAILED,
+    }
+    assert len(await registry.due_runs(later, 1)) == 1
+    assert await registry.next_run_expiry() == later
+
+
+async def test_runs_that_ended_long_ago_or_are_too_many_are_forgotten(registry: SqlRegistry) -> None:
+    old = NOW - timedelta(days=1)
+    for number in range(1, 9):
+        ended_at = old if number < 3 else NOW
+        await registry.save_run(a_run(number, status=RunStatus.EXPIRED, ended_at=ended_at))
+    for number in (9, 10):
+        await registry.save_run(a_run(number, status=RunStatus.QUEUED))
+    forgotten = await registry.forget_runs(NOW, 4)
+    assert sorted(run.number for run in forgotten) == [1, 2, 3, 4]
+    assert [run.number for run in await registry.runs(None, None)] == [10, 9, 8, 7, 6, 5]
+    assert await registry.forget_runs(NOW, 4) == ()
 
 
 async def test_saving_an_instance_replaces_all_of_it(registry: SqlRegistry) -> None:
@@ -429,7 +510,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "operator_state", "requests"):
+        for table in ("overrides", "model_lists", "operator_state", "requests", "runs"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
@@ -449,6 +530,7 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
         connection.execute("DROP TABLE requests")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
+        connection.execute("DROP TABLE runs")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
             " ('/srv/models', '[]', '2026-01-01')"
@@ -462,7 +544,8 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
 
 async def test_a_learned_size_of_the_third_schema_is_one_of_a_single_card(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("DROP TABLE operator_state")
+        for table in ("operator_state", "requests", "runs"):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute("INSERT INTO learned_sizes VALUES ('gpu0', 'm', 'd', 7, '2026-01-01 00:00:00')")
     set_revision(path, "0003")

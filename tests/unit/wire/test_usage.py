@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manager.wire.routes import INFERENCE, Dialect, Route
-from manager.wire.usage import TAIL_BYTES, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, fault_of, is_ended, token_counts
 
 RECORDINGS = Path(__file__).parents[2] / "contract" / "recordings"
 CHAT, GENERATE = INFERENCE[b"/api/chat"], INFERENCE[b"/api/generate"]
@@ -221,3 +221,18 @@ def test_what_a_model_calls_a_tool_with_is_not_taken_for_the_end() -> None:
     last = compact({"message": message, "done": True, "prompt_eval_count": 7, "eval_count": 4}) + b"\n"
     assert is_ended(CHAT, call + last)
     assert token_counts(Dialect.NATIVE, call + last) == (7, 4)
+
+
+@pytest.mark.parametrize(
+    ("path", "tail", "fault"),
+    [
+        ("/api/chat", b'{"done":false}\n{"done":true}\n', None),
+        ("/api/chat", b'{"done":false}\n', "the server ended the stream before its end"),
+        ("/api/chat", b'{"done":false}\n{"error":"it broke"}\n', "it broke"),
+        ("/v1/chat/completions", b'data: {"error":{"message":"it broke"}}\n\n', "it broke"),
+        ("/v1/chat/completions", b"data: [DONE]\n\n", None),
+        ("/v1/chat/completions", b"", "the server ended the stream before its end"),
+    ],
+)
+def test_a_stream_without_its_end_has_a_fault(path: str, tail: bytes, fault: str | None) -> None:
+    assert fault_of(INFERENCE[path.encode()], tail) == fault

@@ -1,0 +1,171 @@
+"""Asks one server after the other, as `Attempting` says, for requests that are no exchange of the relay."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack, asynccontextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, NamedTuple
+
+from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.services.routing.attempting import Trouble, Wait, first_target
+from manager.wire.dialect import message_of
+from manager.wire.statuses import BAD_REQUEST, judge, retry_after_s
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from manager.domain.target import Target
+    from manager.services.ports import ModelServer, Question, ServerAnswer
+    from manager.services.routing.attempting import Attempting, Step
+    from manager.wire.head import Header
+
+# An answer with an error is held up to this size, to be read before another attempt is made.
+_MAX_HELD_BYTES = 64 * 1024
+# The deadlines of a run whose server has not answered are looked at so often.
+_LOOK_EVERY_S = 0.25
+
+
+class WholeAnswer(NamedTuple):
+    """The answer of a server, read to its end or to the bound of what is held."""
+
+    status: int
+    headers: Sequence[Header]
+    content: bytes
+
+
+class UnansweredError(Exception):
+    """No server has answered."""
+
+    def __init__(self, trouble: Trouble) -> None:
+        super().__init__(trouble.message)
+        self.trouble = trouble
+
+
+@asynccontextmanager
+async def answered(
+    attempting: Attempting,
+    server: ModelServer,
+    step: Step,
+    question: Callable[[Target], Awaitable[Question]],
+) -> AsyncIterator[ServerAnswer | WholeAnswer]:
+    """Ask one target after the other until one answers. On leaving, the connection to it ends.
+
+    Args:
+        attempting: the request.
+        server: sends it.
+        step: the first step of it.
+        question: makes the request for a target, right before it is sent.
+
+    Raises:
+        UnansweredError: none has answered.
+    """
+    while True:
+        found = await first_target(attempting, step)
+        if isinstance(found, Trouble):
+            if isinstance(found.answer, WholeAnswer):
+                yield found.answer
+                return
+            raise UnansweredError(found)
+        asked = await question(found)
+        async with AsyncExitStack() as stack:
+            attempting.sent()
+            try:
+                answer = await _ask(attempting, server, asked, stack)
+            except AskFailedError as error:
+                step = attempting.failed(error.reason, error.message, sent=error.begun)
+                continue
+            except OutOfDescriptorsError as error:
+                step = attempting.failed(
+                    error.reason, error.message, sent=False, ours=True, retry_after_s=error.retry_after_s
+                )
+                continue
+            except _LateError as late:
+                step = late.step
+                continue
+            judged, following = await _judge(attempting, answer)
+            if following is None:
+                try:
+                    yield judged
+                except UnavailableError as error:  # the answer breaks off
+                    attempting.broke_off(error.reason)
+                    raise
+                return
+            step = following
+
+
+class _LateError(Exception):
+    """A deadline has passed, and the attempt was abandoned."""
+
+    def __init__(self, step: Step) -> None:
+        super().__init__()
+        self.step = step
+
+
+async def _ask(
+    attempting: Attempting, server: ModelServer, asked: Question, stack: AsyncExitStack
+) -> ServerAnswer:
+    """Wait for the head of the answer.
+
+    The deadlines of a run are looked at meanwhile. The others upload files, which takes any time: they end
+    when nothing moves any more.
+    """
+    if not attempting.is_run:
+        return await stack.enter_async_context(server.ask(asked))
+    asking = asyncio.ensure_future(stack.enter_async_context(server.ask(asked)))
+    looking = asyncio.ensure_future(_late(attempting))
+    try:
+        await asyncio.wait({asking, looking}, return_when=asyncio.FIRST_COMPLETED)
+        if not looking.done():
+            return asking.result()
+        raise _LateError(looking.result())
+    finally:
+        for task in (asking, looking):
+            task.cancel()
+        await asyncio.wait({asking, looking})
+        if not asking.cancelled():
+            asking.exception()  # of a server that was abandoned
+        del asking  # its error refers to this frame, and the question holds the whole body
+
+
+async def _late(attempting: Attempting) -> Step:
+    """Wait until a deadline has passed; return the step that follows."""
+    while True:
+        await asyncio.sleep(_LOOK_EVERY_S)
+        step = attempting.look(monotonic())
+        if isinstance(step, Wait):
+            step = await attempting.wait()
+        if step is not None:
+            return step
+
+
+async def _judge(
+    attempting: Attempting, answer: ServerAnswer
+) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
+    """Return an answer for the client, or the step that follows an answer with an error."""
+    judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+    wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
+    if not attempting.might_follow(judgement):
+        attempting.answered(judgement, retry_after_s=wait_s)
+        return answer, None
+    message = f"{attempting.work.instance} answered with status {answer.status}"
+    content = bytearray()
+    try:
+        while len(content) <= _MAX_HELD_BYTES and (piece := await answer.piece()):
+            content += piece
+    except UnavailableError:
+        following = attempting.answered(judgement, message, retry_after_s=wait_s)
+        if following is None:
+            raise
+        return answer, following
+    if len(content) > _MAX_HELD_BYTES:
+        # A part must not be taken for the whole: the next attempt follows without this answer.
+        following = attempting.answered(judgement, message, retry_after_s=wait_s)
+        if following is None:
+            raise UnavailableError(f"{message}, at great length", reason=Reason.UPSTREAM_ERROR)
+        return answer, following
+    whole = WholeAnswer(answer.status, answer.headers, bytes(content))
+    message = message_of(whole.content) or message
+    judgement = judge(answer.status, message)
+    return whole, attempting.answered(judgement, message, whole, retry_after_s=wait_s)
