@@ -442,9 +442,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             loops |= {
                 "volumes": volume_reader.run,
                 "service": parts.service.run,
+                "runs": backend.runs.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
-                "runs": backend.runs.run,
             }
         yield Daemon(
             settings,
@@ -458,6 +458,29 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             let_go=held.aclose,
             loops=loops,
         )
+
+
+async def _runs(
+    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+) -> Runs:
+    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
+    stored = BodyBudget(settings.runs.max_stored)
+    runs = Runs(
+        world.registry,
+        files,
+        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        stored=stored,
+        limits=_run_limits(settings),
+        utcnow=world.utcnow,
+        on_step=world.on_step,
+    )
+    if recovers:
+        await runs.recover()
+    return runs
+
+
+def _run_limits(settings: Settings) -> RunLimits:
+    return RunLimits(**settings.runs.model_dump())
 
 
 def _warming(
@@ -490,29 +513,6 @@ def _warming(
         loading=loading,
     )
     return loading, keeper
-
-
-async def _runs(
-    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
-) -> Runs:
-    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
-    stored = BodyBudget(settings.runs.max_stored)
-    runs = Runs(
-        world.registry,
-        files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored),
-        stored=stored,
-        limits=_run_limits(settings),
-        utcnow=world.utcnow,
-        on_step=world.on_step,
-    )
-    if recovers:
-        await runs.recover()
-    return runs
-
-
-def _run_limits(settings: Settings) -> RunLimits:
-    return RunLimits(**settings.runs.model_dump())
 
 
 def _header_names(settings: Settings) -> HeaderNames:

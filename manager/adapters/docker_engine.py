@@ -1,4 +1,4 @@
-"""Docker Engine, or Podman's Docker-compatible API, over HTTP; events and pulls are in `docker_streams`.
+"""Docker Engine, or Podman's Docker-compatible API, over HTTP; what streams is in `docker_streams`.
 
 Calls go over a few kept connections on the event loop. Measured against the SDK and aiodocker:
 docs/decisions/0015-docker-types.md.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlencode
 
@@ -32,7 +33,7 @@ from manager.errors import (
 from manager.services.ports import Archive
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
     from datetime import datetime
 
     from manager.adapters.http_client import Answer
@@ -209,6 +210,17 @@ class DockerEngine:
         async for progress in streams.pull(self.url, image):
             yield progress
 
+    async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        async with aclosing(streams.logs(self.url, container_id, tail)) as pieces:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    first = await anext(pieces)
+            except TimeoutError as error:
+                raise self._silent(self._timeout_s) from error
+            yield first
+            async for piece in pieces:
+                yield piece
+
     async def _podman(self) -> tuple[int, int] | None:
         """Return Podman's version, None for Docker and where a proxy forbids the question."""
         try:
@@ -272,15 +284,18 @@ class DockerEngine:
             async with asyncio.timeout(deadline_s):
                 return await self._client.ask(method, path, body, most_bytes=most_bytes)
         except TimeoutError as error:
-            raise EngineUnreachableError(
-                f"the container engine at {self.url} did not answer within {deadline_s:g} s"
-            ) from error
+            raise self._silent(deadline_s) from error
         except OSError as error:
             if lacks_descriptors(error):
                 raise NoDescriptorForEngineError from error
             raise EngineUnreachableError(
                 f"the container engine at {self.url} cannot be reached ({plainly(error)})"
             ) from error
+
+    def _silent(self, deadline_s: float) -> EngineUnreachableError:
+        return EngineUnreachableError(
+            f"the container engine at {self.url} did not answer within {deadline_s:g} s"
+        )
 
     def _read(self, convert: Callable[[Any], T], raw: bytes) -> T:
         """The meaning of an answer.

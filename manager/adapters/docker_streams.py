@@ -1,4 +1,4 @@
-"""Streams of a Docker Engine: events and pulls, through the `docker` SDK.
+"""Streams of a Docker Engine: events, pulls and logs, through the `docker` SDK.
 
 The only file that imports it. Its iterators block, so each stream is read by a thread of its own, with a
 client of its own (they are not thread-safe). The threads are daemons on purpose: a hung engine must not keep
@@ -8,6 +8,7 @@ the program from ending.
 from __future__ import annotations
 
 import asyncio
+import codecs
 import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -20,11 +21,14 @@ from manager.adapters import docker_answers as answers
 from manager.errors import EngineError, EngineUnreachableError
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from manager.services.ports import EngineEvent, PullProgress
 
 T = TypeVar("T")
+
+# Items that wait for their reader. An engine that is faster is not read meanwhile.
+_MOST_WAITING = 64
 
 
 async def events(url: str, filters: dict[str, str], opened: Callable[[], None]) -> AsyncIterator[EngineEvent]:
@@ -55,8 +59,26 @@ async def pull(url: str, image: str) -> AsyncIterator[PullProgress]:
         yield progress
 
 
+async def logs(url: str, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+    """As `services.ports.Engine.follow_logs`."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    stream = _Stream(
+        url,
+        lambda client: client.logs(container_id, stream=True, follow=True, tail=tail),
+        lambda piece: decoder.decode(piece) or None,
+        lambda error: answers.refusal(error.status_code, _said(error)),
+        "logs",
+        first="",
+    )
+    async with contextlib.aclosing(stream.items()) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
 class _Stream(Generic[T]):
     """Items of a blocking iterator of the SDK, read in a thread, closed when the reader leaves.
+
+    At most `_MOST_WAITING` items wait for the reader.
 
     Args:
         url: where the engine is.
@@ -65,17 +87,19 @@ class _Stream(Generic[T]):
         refused: what a refusal of the whole stream means.
         name: what the stream has.
         opened: called on the loop once the engine has begun to answer.
+        first: an item for that moment; None: no such item.
     """
 
     def __init__(
         self,
         url: str,
         begin: Callable[[docker.APIClient], Any],
-        convert: Callable[[dict[str, Any]], T | None],
+        convert: Callable[[Any], T | None],
         refused: Callable[[APIError], EngineError],
         name: str,
         *,
         opened: Callable[[], None] = lambda: None,
+        first: T | None = None,
     ) -> None:
         self._url = url
         self._begin = begin
@@ -83,15 +107,18 @@ class _Stream(Generic[T]):
         self._refused = refused
         self._name = name
         self._opened = opened
+        self._first = first
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[T | Exception | None] = asyncio.Queue()
+        self._room = threading.Semaphore(_MOST_WAITING)
         self._closed = threading.Event()
         self._source: Any = None
 
-    async def items(self) -> AsyncIterator[T]:
+    async def items(self) -> AsyncGenerator[T, None]:
         threading.Thread(target=self._read, name=f"docker-{self._name}", daemon=True).start()
         try:
             while (item := await self._queue.get()) is not None:
+                self._room.release()
                 if isinstance(item, APIError):
                     raise self._refused(item) from item
                 if isinstance(item, EngineError):
@@ -103,6 +130,7 @@ class _Stream(Generic[T]):
                 yield item
         finally:
             self._closed.set()
+            self._room.release()
             self._close_source()
 
     def _close_source(self) -> None:
@@ -122,10 +150,13 @@ class _Stream(Generic[T]):
                     self._close_source()
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(self._opened)
+                if self._first is not None:
+                    self._post(self._first)
                 for entry in self._source:
                     if self._closed.is_set():
                         break
                     if (item := self._convert(entry)) is not None:
+                        self._room.acquire()
                         self._post(item)
             finally:
                 client.close()

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, StreamingResponse
 
 from manager.api.errors import manager_error_response, refusals, text
+from manager.api.log_followers import LogFollowers
 from manager.api.schemas import (
     ChangeBody,
     EventBody,
@@ -74,6 +75,12 @@ class ReapQuery(_Query):
 
 class LogsQuery(_Query):
     tail: int = Field(default=100, ge=1, le=10_000)
+    follow: bool = False
+
+
+class EventsQuery(_Query):
+    last: int = Field(default=0, ge=0, le=10_000)
+    follow: bool = True
 
 
 def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
@@ -85,6 +92,7 @@ def _json(body: BaseModel | dict[str, object], status: int = 200) -> Response:
 def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function for each route, none of them long)
     router = APIRouter(prefix="/api/runtime/compute", tags=["compute"])
     fleet, capacity = backend.fleet, backend.capacity
+    followers = LogFollowers()
 
     def shown(instance_id: str) -> dict[str, object]:
         return instance_json(backend.overviews.of(instance_id))
@@ -144,9 +152,14 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         response_class=Response,  # says nothing of the type of errors, which are JSON here too
         responses={200: text("text/plain"), **refusals(404, 409, 503)},
     )
-    async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> PlainTextResponse:
-        """The last lines an instance's container wrote; after a stop, the ones that were kept."""
+    async def show_logs(instance_id: str, query: Annotated[LogsQuery, Query()]) -> Response:
+        """The last lines an instance's container wrote; after a stop, the ones that were kept.
+
+        With `follow` the answer goes on with what the container writes, until it ends.
+        """
         await _engine_asked(backend, instance_id)
+        if query.follow:
+            return await followers.answer(fleet.managed(instance_id).follow_logs(query.tail))
         lines = await fleet.managed(instance_id).logs(query.tail)
         return PlainTextResponse("".join(f"{line}\n" for line in lines))
 
@@ -196,16 +209,14 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         responses={200: text("text/event-stream", _EVENT), **refusals()},
     )
     async def follow_events(
-        _query: Annotated[NoQuery, Query()],
+        query: Annotated[EventsQuery, Query()],
         last_event_id: Annotated[int, Header(ge=0, le=2**62)] = None,  # type: ignore[assignment]  # noqa: RUF013  (None stands for "left out" and is no value)
     ) -> StreamingResponse:
-        """What happens, as server-sent events; `Last-Event-ID` resumes after that event."""
-        after = backend.journal.last_id if last_event_id is None else last_event_id
-        return StreamingResponse(
-            _event_lines(backend, after),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-        )
+        """What happens, as server-sent events; `Last-Event-ID` resumes after that event.
+
+        Without it, `last` begins with that many of the events there are. `follow=false` ends after those.
+        """
+        return _events_answer(backend, query, last_event_id)
 
     return router
 
@@ -269,9 +280,27 @@ class PullLine(BaseModel):
         return self.model_dump_json(exclude_none=True).encode() + b"\n"
 
 
-async def _event_lines(backend: Backend, after_id: int) -> AsyncIterator[bytes]:
-    """Server-sent events, with a comment now and then so that a dead client is noticed."""
+def _events_answer(backend: Backend, query: EventsQuery, last_event_id: int | None) -> StreamingResponse:
+    newest = backend.journal.last_id
+    after = max(0, newest - query.last) if last_event_id is None else last_event_id
+    return StreamingResponse(
+        _event_lines(backend, after, None if query.follow else newest),
+        media_type="text/event-stream",
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _event_lines(backend: Backend, after_id: int, until_id: int | None) -> AsyncIterator[bytes]:
+    """Server-sent events, with a comment now and then so that a dead client is noticed.
+
+    Args:
+        backend: whose events they are.
+        after_id: begin after that one.
+        until_id: end with that one; None: never.
+    """
     yield b": events follow\n\n"
+    if until_id is not None and after_id >= until_id:
+        return
     events = backend.journal.follow(after_id)
     upcoming = asyncio.ensure_future(anext(events))
     try:
@@ -290,6 +319,8 @@ async def _event_lines(backend: Backend, after_id: int) -> AsyncIterator[bytes]:
                 detail=event.detail,
             )
             yield f"id: {event.id}\ndata: {body.model_dump_json()}\n\n".encode()
+            if until_id is not None and event.id >= until_id:
+                return
             upcoming = asyncio.ensure_future(anext(events))
     finally:
         upcoming.cancel()

@@ -2,8 +2,23 @@
 
 from manager.cli import requests as _requests  # noqa: F401  (adds its commands)
 from manager.cli.commands import main, program
+from manager.cli.container_logs import logs_command
+from manager.cli.events import events_command
+from manager.cli.gpus import gpus_command
+from manager.cli.lanes import lanes_command
+from manager.cli.model_list import models_command
+from manager.cli.roles import roles_group
 from manager.cli.runs import runs_group
 
-program.add_command(runs_group)
+for _command in (
+    logs_command,
+    events_command,
+    gpus_command,
+    models_command,
+    roles_group,
+    lanes_command,
+    runs_group,
+):
+    program.add_command(_command)
 
 __all__ = ["main"]

@@ -330,10 +330,43 @@ class Daemon:
         with self._answer("GET", path, stream=True, also=also) as answer:
             yield answer
 
-    def events(self) -> Iterator[Event | None]:
-        """Events from now on; None once the stream stands, and for every sign of life."""
-        path = f"{_API}/events"
-        with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True) as answer:
+    def read(self, read: Callable[[dict[str, Any]], T], document: dict[str, Any]) -> T:
+        """Return what `read` makes of an answer.
+
+        Raises:
+            DaemonUnreachableError: it is no answer of a daemon of this version.
+        """
+        return self._read(read, document)
+
+    def instance_document(self, instance_id: str) -> dict[str, Any]:
+        """Return the API's answer about one instance."""
+        return self.ask("GET", f"{_API}/instances/{_quoted(instance_id)}")
+
+    def logs(self, instance_id: str, tail: int, *, follow: bool) -> Iterator[bytes]:
+        """The last lines of an instance's container; with `follow` what it writes until it ends."""
+        path = f"{_API}/instances/{_quoted(instance_id)}/logs?tail={tail}"
+        with self._answer(
+            "GET",
+            f"{path}&follow=true" if follow else path,
+            silence_s=None if follow else _ANSWER_S,
+            stream=True,
+        ) as answer:
+            yield from answer.iter_content(None)
+
+    def events(
+        self, after_id: int | None = None, *, last: int = 0, follow: bool = True
+    ) -> Iterator[Event | None]:
+        """Events as they happen; None once the stream stands, and for every sign of life.
+
+        Args:
+            after_id: begin after that one; None: see `last`.
+            last: begin with that many of those there are.
+            follow: go on after those there are.
+        """
+        query = "&".join([*([f"last={last}"] if last else []), *([] if follow else ["follow=false"])])
+        path = f"{_API}/events?{query}" if query else f"{_API}/events"
+        headers = {} if after_id is None else {"Last-Event-ID": str(after_id)}
+        with self._answer("GET", path, silence_s=_EVENT_SILENCE_S, stream=True, headers=headers) as answer:
             for line in answer.iter_lines():
                 if line.startswith(b":"):
                     yield None
@@ -377,6 +410,7 @@ class Daemon:
         silence_s: float | None = _ANSWER_S,
         stream: bool = False,
         also: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Iterator[requests.Response]:
         """A good answer, or one with the status `also`; transport errors are translated."""
         try:
@@ -384,6 +418,7 @@ class Daemon:
                 method,
                 self.endpoint.url + path,
                 json=body,
+                headers=headers,
                 timeout=(_CONNECT_S, silence_s),
                 stream=stream,
                 allow_redirects=False,

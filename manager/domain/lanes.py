@@ -3,15 +3,16 @@
 An instance has slots, a lane (a role) has rules. A lane may take a slot while it uses fewer of the instance
 than it has reserved there, or while a slot is free that no lane has reserved. Where several lanes wait for a
 slot, weighted start-time fair queuing decides (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM
-1996), with linear ageing; within a lane the same rule is fair between projects.
+1996), with linear ageing; within a lane the same rule is fair between projects. Each instance has a virtual
+time of its own, which reserved slots do not advance: lanes share what they compete for.
 
 After each call no request waits that could have a slot. So a newcomer that can have one overtakes nobody.
 """
 
 from __future__ import annotations
 
+from bisect import insort
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ AGEING_PER_S = 0.1
 RUN_PENALTY = 100.0
 # Projects that a lane remembers while requests wait.
 _MOST_PROJECTS = 4096
-# Entries of requests that left are dropped from a heap when they outnumber the others by this.
+# Entries of requests that left are dropped from a queue when they outnumber the others by this.
 _MOST_LEFT = 64
 
 
@@ -47,16 +48,20 @@ _NO_RULES = LaneRules()
 class Waiter:
     """A request that has a slot, or waits for one. `instance` is where its slot is, None while it waits."""
 
-    __slots__ = ("instance", "instances", "is_waiting", "key", "lane", "since", "tag")
+    __slots__ = ("entry", "instance", "instances", "key", "lane", "since", "tag")
 
     def __init__(self, lane: str, instances: tuple[str, ...], since: float) -> None:
         self.lane = lane
         self.instances = instances
         self.since = since
         self.instance: str | None = None
-        self.is_waiting = False
         self.tag = 0.0
         self.key: tuple[float, int] = (0.0, 0)
+        self.entry: _Entry | None = None  # in the queues of `instances`, while it waits
+
+    @property
+    def is_waiting(self) -> bool:
+        return self.entry is not None
 
 
 class LaneLoad(NamedTuple):
@@ -75,35 +80,42 @@ class SlotLoad(NamedTuple):
     reserved_free: int
 
 
+class _Entry(NamedTuple):
+    """A place in queues; `number` is unique."""
+
+    tag: float
+    number: int
+    waiter: Waiter
+
+
 # `granted` and `waits` are final until the next call; the others leave nothing behind.
 Entry: TypeAlias = Literal["granted", "waits", "full", "never"]
 
 
 class _Lane:
-    """One lane. `heaps` has its waiting requests by instance; entries of those that left stay for a while."""
+    """One lane. `queues` has its waiting requests by instance, in order.
+
+    Entries of requests that wait there no longer stay for a while.
+    """
 
     __slots__ = (
         "at",
         "concurrency",
-        "heaps",
         "in_flight",
         "projects",
+        "queues",
         "rules",
         "step",
-        "tag",
         "waiting",
-        "waiting_on",
     )
 
     def __init__(self) -> None:
         self.configure(_NO_RULES)
         self.in_flight = 0
-        self.tag = 0.0  # virtual time of its next request, among lanes
         self.at = 0.0  # virtual time within the lane, among projects
         self.projects: dict[str, float] = {}
         self.waiting: dict[Waiter, None] = {}
-        self.heaps: dict[str, list[tuple[tuple[float, int], Waiter]]] = {}
-        self.waiting_on: dict[str, int] = {}
+        self.queues: dict[str, list[_Entry]] = {}
 
     def configure(self, rules: LaneRules) -> None:
         self.rules = rules
@@ -119,7 +131,17 @@ class _Lane:
 class _Slots:
     """The slots of one instance: how many, whose, and how many of them are reserved."""
 
-    __slots__ = ("reserved", "shared", "shared_used", "slots", "total", "used", "waiting_lanes")
+    __slots__ = (
+        "at",
+        "reserved",
+        "shared",
+        "shared_used",
+        "slots",
+        "tags",
+        "total",
+        "used",
+        "waiting_lanes",
+    )
 
     def __init__(self) -> None:
         self.slots: int | None = None
@@ -128,6 +150,8 @@ class _Slots:
         self.reserved: dict[str, int] = {}
         self.shared = 0  # slots that no lane has reserved
         self.shared_used = 0  # slots in use beyond what their lane has reserved
+        self.at = 0.0  # virtual time of the shared slots
+        self.tags: dict[str, float] = {}  # that of each lane's next request; `at` where it is not later
         self.waiting_lanes: dict[str, None] = {}
 
     @property
@@ -140,7 +164,10 @@ class _Slots:
         return self.slots is None or self.shared_used < self.shared
 
     def has_room_for(self, lane: str) -> bool:
-        return not self.is_full and (self.has_shared or self.has_reserved(lane))
+        slots = self.slots
+        return slots is None or (
+            self.total < slots and (self.shared_used < self.shared or self.has_reserved(lane))
+        )
 
     def has_reserved(self, lane: str) -> bool:
         return self.used.get(lane, 0) < self.reserved.get(lane, 0)
@@ -149,12 +176,14 @@ class _Slots:
         """Return whether the lane can ever have a slot here."""
         return self.slots is None or self.shared > 0 or self.reserved.get(lane, 0) > 0
 
-    def take(self, lane: str) -> None:
+    def take(self, lane: str, step: float) -> None:
         used = self.used.get(lane, 0)
         self.used[lane] = used + 1
         self.total += 1
         if used >= self.reserved.get(lane, 0):
             self.shared_used += 1
+            self.at = max(self.at, self.tags.get(lane, 0.0))
+            self.tags[lane] = self.at + step
 
     def give_back(self, lane: str) -> None:
         used = self.used[lane] - 1
@@ -171,6 +200,7 @@ class _Slots:
         self.reserved = reserved
         self.shared = (slots or 0) - sum(reserved.values())
         self.shared_used = sum(max(0, used - reserved.get(lane, 0)) for lane, used in self.used.items())
+        self.tags = {lane: tag for lane, tag in self.tags.items() if tag > self.at}
 
 
 class Lanes:
@@ -182,7 +212,6 @@ class Lanes:
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
         self._instances: dict[str, _Slots] = {}
-        self._now_tag = 0.0
         self._entries = 0
 
     # --- events ---
@@ -217,12 +246,9 @@ class Lanes:
         `full`: no slot is free, and as many wait already as the lane allows. `never`: no slot of those
         instances is for that lane. A run is not bounded by the length of the queue.
         """
+        if self.take(waiter):
+            return "granted"
         lane = self._lane(waiter.lane)
-        if lane.has_room:
-            for id_ in waiter.instances:
-                if self._slots(id_).has_room_for(waiter.lane):
-                    self._grant(waiter, lane, id_)
-                    return "granted"
         if not any(self._slots(id_).could_serve(waiter.lane) for id_ in waiter.instances):
             self._forget(waiter.lane, lane)
             return "never"
@@ -237,6 +263,17 @@ class Lanes:
         self._queue(waiter, lane)
         return "waits"
 
+    def take(self, waiter: Waiter) -> bool:
+        """Give a request a slot of the first of its instances that has a free one; return whether it has one."""
+        lane = self._lane(waiter.lane)
+        limit = lane.concurrency
+        if limit is None or lane.in_flight < limit:
+            for id_ in waiter.instances:
+                if self._slots(id_).has_room_for(waiter.lane):
+                    self._grant(waiter, lane, id_)
+                    return True
+        return False
+
     def hold(self, waiter: Waiter, instance: str) -> None:
         """Count a slot that a request uses already, whether or not one is free."""
         self._grant(waiter, self._lane(waiter.lane), instance)
@@ -249,14 +286,11 @@ class Lanes:
         if instances == waiter.instances:
             return False
         lane = self._lanes[waiter.lane]
-        self._unqueue(waiter, lane)
+        waiter.entry = None
         waiter.instances = instances
-        if lane.has_room:
-            for id_ in instances:
-                if self._slots(id_).has_room_for(waiter.lane):
-                    del lane.waiting[waiter]
-                    self._grant(waiter, lane, id_)
-                    return True
+        if self.take(waiter):
+            del lane.waiting[waiter]
+            return True
         self._queue(waiter, lane)
         return False
 
@@ -266,20 +300,22 @@ class Lanes:
         if lane is None:
             return []
         if waiter.is_waiting:
-            self._unqueue(waiter, lane)
+            waiter.entry = None
             del lane.waiting[waiter]
             self._forget(waiter.lane, lane)
             return []
         id_, waiter.instance = waiter.instance, None
         if id_ is None:
             return []
-        had_room = lane.has_room
+        limit = lane.concurrency
+        had_room = limit is None or lane.in_flight < limit
         lane.in_flight -= 1
-        self._instances[id_].give_back(waiter.lane)
-        ids = [id_]
-        if not had_room and lane.has_room:
-            ids += [one for one in lane.waiting_on if one != id_]
-        found = self._assign(ids)
+        instance = self._instances[id_]
+        instance.give_back(waiter.lane)
+        found: list[Waiter] = []
+        if instance.waiting_lanes or not had_room:
+            others = [] if had_room or not lane.has_room else [one for one in lane.queues if one != id_]
+            found = self._assign([id_, *others])
         self._forget(waiter.lane, lane)
         return found
 
@@ -326,7 +362,7 @@ class Lanes:
                 if waiter is None:
                     break
                 lane = self._lanes[waiter.lane]
-                self._unqueue(waiter, lane)
+                waiter.entry = None
                 del lane.waiting[waiter]
                 self._grant(waiter, lane, id_)
                 found.append(waiter)
@@ -338,7 +374,8 @@ class Lanes:
             return None
         best: Waiter | None = None
         best_at = 0.0
-        has_shared, now_tag, lanes = instance.has_shared, self._now_tag, self._lanes
+        idle: list[str] = []
+        has_shared, now, tags, lanes = instance.has_shared, instance.at, instance.tags, self._lanes
         for name in instance.waiting_lanes:
             lane = lanes[name]
             limit = lane.concurrency
@@ -346,49 +383,37 @@ class Lanes:
                 has_shared or instance.has_reserved(name)
             ):
                 continue
-            heap = lane.heaps[id_]
-            head = heap[0][1]
-            while not (head.is_waiting and id_ in head.instances):
-                heappop(heap)
-                head = heap[0][1]
-            tag = lane.tag
-            at = max(now_tag, tag) + AGEING_PER_S * head.since
+            head = _head(lane.queues[id_])
+            if head is None:
+                idle.append(name)
+                continue
+            at = max(now, tags.get(name, 0.0)) + AGEING_PER_S * head.since
             if best is None or at < best_at:
                 best, best_at = head, at
+        for name in idle:
+            del lanes[name].queues[id_], instance.waiting_lanes[name]
         return best
 
     def _grant(self, waiter: Waiter, lane: _Lane, id_: str) -> None:
-        start = max(lane.tag, self._now_tag)
-        self._now_tag = start
-        lane.tag = start + lane.step
         lane.at = max(lane.at, waiter.tag)
         lane.in_flight += 1
-        self._slots(id_).take(waiter.lane)
+        self._slots(id_).take(waiter.lane, lane.step)
         waiter.instance = id_
 
     def _queue(self, waiter: Waiter, lane: _Lane) -> None:
-        waiter.is_waiting = True
-        entry = waiter.key, waiter
+        entry = waiter.entry = _Entry(*waiter.key, waiter)
+        queues = lane.queues
         for id_ in waiter.instances:
-            count = lane.waiting_on.get(id_, 0) + 1
-            lane.waiting_on[id_] = count
-            if count == 1:
-                lane.heaps[id_] = [entry]
+            queue = queues.get(id_)
+            if queue is None:
+                queues[id_] = [entry]
                 self._slots(id_).waiting_lanes[waiter.lane] = None
-                continue
-            heap = lane.heaps[id_]
-            heappush(heap, entry)
-            if len(heap) > 2 * count + _MOST_LEFT:
-                heap[:] = {one: (one.key, one) for one in lane.waiting if id_ in one.instances}.values()
-                heapify(heap)
-
-    def _unqueue(self, waiter: Waiter, lane: _Lane) -> None:
-        waiter.is_waiting = False
-        waiting_on = lane.waiting_on
-        for id_ in waiter.instances:
-            count = waiting_on[id_] = waiting_on[id_] - 1
-            if not count:
-                del waiting_on[id_], lane.heaps[id_], self._instances[id_].waiting_lanes[waiter.lane]
+            elif entry > queue[-1]:
+                queue.append(entry)
+            else:
+                insort(queue, entry)
+            if queue is not None and len(queue) > 2 * len(lane.waiting) + _MOST_LEFT:
+                queue[:] = [one for one in queue if one.waiter.entry is one]
 
     def _remember_project(self, lane: _Lane, project: str, tag: float) -> None:
         if len(lane.projects) >= _MOST_PROJECTS:
@@ -400,8 +425,11 @@ class Lanes:
 
     def _forget(self, name: str, lane: _Lane) -> None:
         """Drop what nothing needs any more."""
-        if not lane.waiting:
+        if lane.queues and not lane.waiting:
             lane.projects.clear()
+            for id_ in lane.queues:
+                del self._instances[id_].waiting_lanes[name]
+            lane.queues.clear()
         if lane.rules is _NO_RULES and not lane.in_flight and not lane.waiting:
             del self._lanes[name]
 
@@ -416,3 +444,13 @@ class Lanes:
         if instance is None:
             instance = self._instances[id_] = _Slots()
         return instance
+
+
+def _head(queue: list[_Entry]) -> Waiter | None:
+    """Drop the first entries whose requests wait here no longer; return the first one that does."""
+    for number, entry in enumerate(queue):
+        if entry.waiter.entry is entry:
+            if number:
+                del queue[:number]
+            return entry.waiter
+    return None

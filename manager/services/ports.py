@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 from manager.domain.container import LABEL_MANAGER
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
@@ -110,6 +110,10 @@ class Engine(Protocol):
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]: ...
     async def logs_between(self, container_id: str, since: datetime, until: datetime) -> tuple[str, ...]:
         """All lines of that time."""
+        ...
+
+    def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        """Text of a container: its last lines, then what it writes until it ends. Empty text comes first."""
         ...
 
     async def counters(self, container_id: str) -> ContainerCounters: ...

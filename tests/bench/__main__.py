@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tests.bench.crash import crash_detection
 from tests.bench.decide import decisions
 from tests.bench.idle import RUNNING, idle_cost
+from tests.bench.lanes import lanes_under_load
 from tests.bench.relay import relay_cost
 from tests.bench.rig import INSTANCES, MeasurementError, open_rig
 from tests.bench.starts import cold_first_reply, start_many, start_to_ready
@@ -30,7 +31,11 @@ if TYPE_CHECKING:
 _MOST_TOLD = 160
 
 # These bring their own surroundings, and no engine.
-ALONE: dict[str, Callable[[], Iterable[Row]]] = {"decide": decisions, "relay": relay_cost}
+ALONE: dict[str, Callable[[], Iterable[Row]]] = {
+    "decide": decisions,
+    "lanes": lanes_under_load,
+    "relay": relay_cost,
+}
 # Idle cost is that of as many instances as run; everything else is measured with many.
 WITH_FEW: dict[str, Callable[[Rig], Iterable[Row]]] = {"idle": idle_cost}
 WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {

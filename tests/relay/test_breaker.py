@@ -357,7 +357,7 @@ async def test_the_routing_of_roles_says_what_an_open_breaker_changes(tmp_path: 
         thinking, held = shown["thinking"], shown["control"]
         assert (thinking["effective_target"], thinking["fallback_reason"]) == ("cpu", "breaker_open")
         assert (held["effective_target"], held["fallback_reason"]) == (None, "breaker_open")
-        assert "breaker_open: breaker open after 2 failures" in held["message"]
+        assert "breaker_open; breaker open after 2 failures" in held["message"]
         reply = await front.ask({**TINY, "model": "thinking"})
         assert (reply.headers["x-instance"], reply.headers["x-fallback-reason"]) == ("cpu", "breaker_open")
 

@@ -112,7 +112,12 @@ class Daemon:
         self.config_file.write_text(text, encoding="utf-8")
 
     def start(
-        self, *, die_at: str | None = None, until_ready: bool = True, arguments: Sequence[str] = ()
+        self,
+        *,
+        die_at: str | None = None,
+        until_ready: bool = True,
+        arguments: Sequence[str] = (),
+        watched: Path | None = None,
     ) -> Self:
         """Start the process.
 
@@ -120,11 +125,13 @@ class Daemon:
             arguments: added to those of `serve`.
             die_at: `INSTANCE:STEP[:NTH]`, where it is to kill itself.
             until_ready: wait until it says so of itself.
+            watched: where it counts what it holds, on SIGUSR1 (`tests.support.watched`).
         """
+        main = ["tests.support.watched", str(watched)] if watched else ["manager"]
         program = (
             ["-m", "tests.support.launch", str(self.config_file), die_at]
             if die_at
-            else ["-m", "manager", "serve", "--config", str(self.config_file), *arguments]
+            else ["-m", *main, "serve", "--config", str(self.config_file), *arguments]
         )
         with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(

@@ -27,13 +27,20 @@ from manager.errors import (
 )
 from manager.services.gpus import Gpus
 from manager.services.instances.supervisor import Supervisor
-from manager.services.ports import Archive, ContainerCounters, EngineEvent, EngineInfo, ProbeAnswer
+from manager.services.ports import (
+    Archive,
+    ContainerCounters,
+    EngineEvent,
+    EngineInfo,
+    ProbeAnswer,
+    ShowAnswer,
+)
 from manager.services.world import World
 from tests.support.attempts import Journal
 from tests.support.virtual import until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerStatus
@@ -224,6 +231,11 @@ class FakeEngine:
         await self._called("logs_between")
         return tuple(line for at, line in self._known(container_id).log if since <= at <= until)
 
+    async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        yield ""
+        for line in await self.logs(container_id, tail):
+            yield f"{line}\n"
+
     async def counters(self, container_id: str) -> ContainerCounters:
         await self._called("counters")
         box = self._known(container_id)
@@ -272,6 +284,10 @@ class FakeEngine:
             raise UnavailableError(f"{endpoint} does not answer", reason=Reason.INSTANCE_UNHEALTHY)
         box.network_bytes += 2000
         return ProbeAnswer("0.1", box.models, ({"name": "tiny"},) if tags else None, 2000)
+
+    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+        del endpoint, model, timeout_s
+        return ShowAnswer(None, 0)
 
     # --- helpers ---
 

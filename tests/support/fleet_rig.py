@@ -30,7 +30,7 @@ from manager.services.world import World
 from tests.support.attempts import Journal as Events
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import ContainerStatus
@@ -146,6 +146,9 @@ class Engine:
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]:
         self._called("logs")
         return ("its last words",)
+
+    async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
+        yield "its last words\n"
 
     async def counters(self, container_id: str) -> ContainerCounters:
         self._called("counters")

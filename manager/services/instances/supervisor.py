@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ from manager.services.instances.usage import UsageWatch
 from manager.services.instances.workings import Workings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncGenerator, Callable, Coroutine
     from datetime import datetime
 
     from manager.domain.drained import Drained
@@ -302,6 +303,29 @@ class Supervisor(Instance):
                 if isinstance(error, EngineUnreachableError) or not kept:
                     raise
         return kept[-tail:]
+
+    async def follow_logs(self, tail: int) -> AsyncGenerator[str, None]:
+        """The last lines of the container, then what it writes until it ends. Empty text may come first.
+
+        Without a container: the kept lines of the last one.
+
+        Raises:
+            EngineError: as `logs`.
+        """
+        kept, container = self._w.run.kept_log, self._condition.state.container
+        if container is not None:
+            if not self._w.engine_up:
+                raise self._w.engine_away()
+            try:
+                async with aclosing(self._world.engine.follow_logs(container.id, tail)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            except EngineError as error:
+                if isinstance(error, EngineUnreachableError) or not kept:
+                    raise
+            else:
+                return
+        yield "".join(f"{line}\n" for line in kept[-tail:])
 
     async def configure(self, overrides: Overrides) -> None:
         """Override the configured TTL or pin; kept across restarts. None takes an override back.

@@ -205,6 +205,13 @@ class Slots:
             return Refusal("policy", message, 1.0)
         return place
 
+    def take(
+        self, lane: str | None, instance: str, choose: Callable[[], tuple[str, ...]], since: float
+    ) -> Place | None:
+        """Give a request a slot of an instance, if one is free; see `enter`."""
+        waiter = Waiter(lane or NO_ROLE, (instance,), since)
+        return Place(self, waiter, choose) if self._lanes.take(waiter) else None
+
     def hold(self, lane: str | None, instance: str, since: float) -> Place:
         """Count a slot that a request uses already."""
         waiter = Waiter(lane or NO_ROLE, (instance,), since)
@@ -222,7 +229,8 @@ class Slots:
     def give_back(self, place: Place) -> None:
         """See `Place.give_back`."""
         self._waiting.pop(place.waiter, None)
-        self._wake(self._lanes.leave(place.waiter))
+        if granted := self._lanes.leave(place.waiter):
+            self._wake(granted)
 
     async def run(self, look: Callable[[], object]) -> None:
         """Compare waiting requests with the fleet, until cancelled.
@@ -246,6 +254,8 @@ class Slots:
             if not waiter.is_waiting:
                 continue
             instances = place.choose()
+            if not waiter.is_waiting:  # the choice has renewed the snapshot, and with it the settings
+                continue
             if not instances:
                 place.settle("changed")
             elif self._lanes.change(waiter, instances):

@@ -597,9 +597,17 @@ class Attempting:
 
     def _next_slot(self, attempts: Attempts) -> Step:
         """Begin the next attempt whose instance has a free slot, or wait for one."""
+        first = attempts.first
+        if first is not None:
+            slots, role = self._routing.slots, self.record.role
+            place = slots.take(role, first.instance, self._choose, self._began_at)
+            if place is not None:
+                self._place = place
+                attempts.take_first(first)
+                return self._begin(first)
         while choices := attempts.choices():
             record = self.record
-            place = self._routing.slots.enter(
+            entry = self._routing.slots.enter(
                 record.role,
                 record.project_id,
                 tuple(one.instance for one in choices),
@@ -607,16 +615,16 @@ class Attempting:
                 since=self._began_at,
                 is_run=self.is_run,
             )
-            if not isinstance(place, Refusal):
-                self._place = place
-                if place.instance is not None:
-                    return self._take_slot(attempts, place.instance)
+            if not isinstance(entry, Refusal):
+                self._place = entry
+                if entry.instance is not None:
+                    return self._take_slot(attempts, entry.instance)
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
-            reason = Reason.QUEUE_FULL if place.what == "queue_full" else Reason.POLICY
-            message = f"{place.message} ({place.what})"
-            self._keep_trouble(Trouble(reason, message, place.retry_after_s, refused=place.what))
+            reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            message = f"{entry.message} ({entry.what})"
+            self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
 
     def _choose(self) -> tuple[str, ...]:

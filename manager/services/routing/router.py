@@ -265,11 +265,17 @@ class Attempts:
             self._ahead = self._following()
         return self._ahead is not None
 
+    @property
+    def first(self) -> Attempt | None:
+        """The attempt that `next` returns first; None once the attempts have been looked at otherwise."""
+        if self._made or self._coming is not None or self._keeps_role or not self._may_pull:
+            return None
+        return self.decision.first(self._load())
+
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
-        if not self._made and self._coming is None and not self._keeps_role and self._may_pull:
-            attempt = self.decision.first(self._load())
-        else:
+        attempt = self.first
+        if attempt is None:
             if self._made and self._decided_by != self._router.version:
                 self._decide_again()
             attempt, self._ahead = self._ahead or self._following(), None
@@ -288,6 +294,10 @@ class Attempts:
         """Make one of `choices`."""
         self._coming = iter([one for one in self._rest() if one != attempt])
         self._made = (*self._made, attempt)
+
+    def take_first(self, attempt: Attempt) -> None:
+        """Make the `first` one."""
+        self._made = (attempt,)
 
     def skip(self) -> None:
         """Drop `choices`: none of them has a free slot."""

@@ -122,7 +122,7 @@ async def test_a_wrong_field_is_told_with_what_was_given_and_what_is_allowed(
     [
         ("GET", "/logs?tail=x", "query.tail: 'x'; expected a whole number"),
         ("GET", "/logs?tail=0", "query.tail: '0'; expected 1 or more"),
-        ("GET", "/logs?lines=1", "query.lines: unknown key; allowed: tail"),
+        ("GET", "/logs?lines=1", "query.lines: unknown key; allowed: tail, follow"),
         ("PATCH", "/instance?wait=maybe", "query.wait: 'maybe'; expected true or false"),
         ("POST", "/models?x=1", "query.x: unknown key; allowed: none"),
     ],

@@ -163,9 +163,6 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._reply()
 
-    def do_DELETE(self) -> None:
-        self._reply()
-
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the name of the base class)
         pass
 

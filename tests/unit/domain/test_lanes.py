@@ -198,6 +198,43 @@ def test_a_lane_that_was_idle_has_no_credit() -> None:
     assert turns(here, current, names)[:10].count("idle") == pytest.approx(5, abs=1)
 
 
+def test_what_a_lane_does_on_another_instance_leaves_the_shares_as_they_are() -> None:
+    here = opened({"a": None, "b": 1}, big=LaneRules(weight=3), small=LaneRules(), busy=LaneRules())
+    first = held(here, "big", "b")
+    names = {queued(here, lane, "b"): lane for _ in range(60) for lane in ("big", "small")}
+    order, current = [], first
+    for _ in range(40):
+        for _ in range(5):
+            here.leave(held(here, "busy", "a"))
+        (current,) = here.leave(current)
+        order.append(names[current])
+    assert order.count("big") == pytest.approx(30, abs=1)
+
+
+def test_reserved_slots_leave_the_shares_of_the_others_as_they_are() -> None:
+    safe = LaneRules(reserved=1, instances=("a",))
+    here = opened({"a": 2}, big=LaneRules(weight=3), small=LaneRules(), safe=safe)
+    first = held(here, "big")
+    names = {queued(here, lane): lane for _ in range(60) for lane in ("big", "small")}
+    order, current = [], first
+    for _ in range(40):
+        for _ in range(5):
+            assert here.leave(held(here, "safe")) == []
+        (current,) = here.leave(current)
+        order.append(names[current])
+    assert order.count("big") == pytest.approx(30, abs=1)
+
+
+def test_a_lane_pays_nothing_for_the_slots_that_it_has_reserved() -> None:
+    here = opened({"a": 3}, safe=LaneRules(reserved=1, instances=("a",)), x=LaneRules())
+    for _ in range(100):
+        here.leave(held(here, "safe"))
+    held(here, "safe")
+    current, _ = held(here, "x"), held(here, "x")
+    names = {queued(here, lane): lane for _ in range(10) for lane in ("safe", "x")}
+    assert turns(here, current, names)[:10].count("safe") == pytest.approx(5, abs=1)
+
+
 def test_a_request_that_waits_long_goes_before_a_lane_of_more_weight() -> None:
     here = opened({"a": 1}, big=LaneRules(weight=1000, queue_length=1000), small=LaneRules())
     first = held(here, "small")
@@ -251,7 +288,7 @@ def test_requests_that_leave_the_queue_leave_its_memory_too() -> None:
     for _ in range(1000):
         here.leave(queued(here, "x"))
     lane = here._lanes["x"]
-    assert len(lane.heaps["a"]) < 100
+    assert len(lane.queues["a"]) < 100
 
 
 # --- settings -------------------------------------------------------------------------------------

@@ -131,6 +131,12 @@ def test_an_order_to_stop_what_was_to_run_on_stops_it_and_the_other_way_round() 
     assert (back.intent, back.target, back.drained) == (None, Target.RUNNING, KEEP)
 
 
+def test_a_start_that_was_wanted_after_the_stop_does_not_follow_it() -> None:
+    wanted = replace(STOPPING, target=Target.RUNNING, drained=ORDER)
+    gone = after(wanted, c.Stopped(may_start=True))
+    assert (gone.phase, gone.intent, gone.target) == (Phase.STOPPED, None, Target.STOPPED)
+
+
 def test_before_the_first_listing_an_order_only_makes_sure_that_nothing_is_started() -> None:
     found = after(replace(NEW, target=Target.RUNNING), OUT)
     assert (found.phase, found.intent, found.target) == (Phase.UNAVAILABLE, None, Target.STOPPED)
@@ -271,6 +277,10 @@ def test_whatever_happens_nothing_out_of_service_gives_leases_or_begins_a_start(
 ) -> None:
     condition = NEW
     for event in events:
+        if condition.phase is Phase.UNAVAILABLE and isinstance(event, c.BecameReady):
+            continue  # an answer out of nowhere is for external servers only
+        if condition.intent is not Operation.START and isinstance(event, c.StartBegun):
+            continue  # only a requested start is begun: see `Starting.once`
         before = condition
         if isinstance(event, c.BecameReady) and before.phase is Phase.UNAVAILABLE:
             continue  # only an external server becomes ready so

@@ -10,7 +10,7 @@ import pytest
 
 from manager.domain.drained import Drained
 from manager.domain.instance import Limits, Phase, Target
-from manager.domain.registry import InstanceRow, OrderKind
+from manager.domain.registry import InstanceRow, Operation, OrderKind
 from manager.errors import (
     ConflictError,
     DrainedError,
@@ -290,7 +290,7 @@ async def test_one_that_was_to_start_with_the_daemon_starts_once_it_is_back() ->
         await drain(rig, "cpu")
         await out(rig["cpu"])
         await rig.service.resume("cpu")  # it starts with the daemon, not with every resume
-        assert rig.view("cpu").phase is Phase.STOPPED
+        assert (rig.view("cpu").phase, rig["cpu"].busy) == (Phase.STOPPED, False)
 
 
 async def test_a_start_that_cannot_follow_a_resume_is_told() -> None:
@@ -362,6 +362,19 @@ async def test_a_container_that_is_found_is_stopped_and_not_used() -> None:
         await until(lambda: rig.engine.containers == {})
         assert "adopting" not in [kind for kind, *_ in rig.journal.events]
         assert (rig.view("cpu").phase, rig.view("cpu").target) == (Phase.STOPPED, Target.STOPPED)
+
+
+@pytest.mark.parametrize("operation", [None, Operation.START])
+async def test_a_start_that_an_earlier_daemon_wanted_is_not_made_and_nothing_counts_as_ended(
+    operation: Operation | None,
+) -> None:
+    rig = Rig()
+    row = InstanceRow("cpu", target=Target.RUNNING, operation=operation)
+    rig.add("cpu", row=row, drained=Drained(datetime.now(UTC)))
+    async with rig.running():
+        assert (rig.view("cpu").phase, rig["cpu"].busy) == (Phase.STOPPED, False)
+        assert rig.journal.details_of("container_ended") == []
+        assert rig.engine.containers == {}
 
 
 async def test_a_container_that_was_to_run_on_is_adopted_and_not_used() -> None:

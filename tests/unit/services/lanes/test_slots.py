@@ -202,6 +202,20 @@ async def test_a_waiting_request_follows_the_fleet() -> None:
         await running
 
 
+def test_a_request_that_gets_its_slot_while_it_chooses_anew_keeps_it() -> None:
+    rig = Rig(a=1, b=1)
+
+    def choose() -> tuple[str, ...]:
+        rig.set(a=2)
+        return ("b",)
+
+    rig.place()
+    second = rig.place(choose=choose)
+    rig.slots.choose_again()
+    assert second.instance == "a"
+    assert [one.in_use for one in rig.slots.instances()] == [2, 0]
+
+
 async def test_nothing_is_looked_at_while_no_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("manager.services.lanes.slots._RECHECK_S", 0.0)
     rig = Rig(a=1)

@@ -95,6 +95,7 @@ async def test_a_refused_connection_of_the_last_attempt_counts_before_the_closer
     "failure",
     [
         {"reason": Reason.OVERLOADED, "sent": False, "ours": True},
+        {"reason": Reason.UPSTREAM_UNREACHABLE, "sent": False, "ours": True},
         {"reason": Reason.CANCELLED, "sent": True},
         {"reason": Reason.MODEL_MISSING, "sent": True},
     ],
