@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from manager.domain.denial import Denials, DenyRules
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
 from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
@@ -19,6 +20,7 @@ _MODELS = 200
 _MOST_US = 50
 _CALLS = 100
 _ROUNDS = 100
+_RULES = DenyRules(("*:32b", "*:70b"), 14 * 10**9)
 
 
 def decisions() -> Iterator[Row]:
@@ -46,17 +48,21 @@ def decisions() -> Iterator[Row]:
     ):
         spent_us = _spent_us(RequestFacts(model, RequestKind.GENERATE), settings, snapshot)
         yield at_most(f"decision, {many}: {what}", spent_us, _MOST_US, " µs")
+    spent_us = _spent_us(RequestFacts(_name(0), RequestKind.GENERATE), settings, _snapshot(_RULES))
+    yield at_most(f"decision, {many}: a model, with deny rules everywhere", spent_us, _MOST_US, " µs")
     spent_us = _spent_us(RequestFacts("control", RequestKind.GENERATE), settings, snapshot)
     yield Row(f"decision, {many}: a role with two fallbacks", f"{spent_us:.1f} µs")
 
 
-def _snapshot() -> Snapshot:
+def _snapshot(rules: DenyRules | None = None) -> Snapshot:
     names = [_name(number) for number in range(_MODELS)]
     models = {model_key(name): name for name in names}
+    sizes = dict.fromkeys(models, 8 * 10**9)
     return Snapshot(
         tuple(
             Candidate(
                 id=f"i{number:02}",
+                denials=None if rules is None else Denials(rules, sizes),
                 device=DeviceKind.GPU if number % 4 else DeviceKind.CPU,
                 state=State.READY if number % 2 else State.STARTABLE,
                 priority=number % 3,
