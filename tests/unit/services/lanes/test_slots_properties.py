@@ -132,7 +132,7 @@ class Play:
             return decision(refused=Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, "none"), role=role)
         return decision(*ways, role=role)
 
-    async def do(self, what: str, *values: Any) -> None:
+    async def do(self, what: str, *values: Any) -> None:  # noqa: C901, PLR0912  (a case for each operation)
         match what:
             case "arrives":
                 self.requests.append(Request(self, values[0]))
@@ -152,7 +152,8 @@ class Play:
             case "starts":
                 starting = self.stage.placement.prepares["c"]
                 self._await_start()
-                starting.set_result(5.0 if values[0] else None)
+                if not starting.done():  # a request that left has cancelled it
+                    starting.set_result(5.0 if values[0] else None)
             case "ticks":
                 for _ in range(values[0]):
                     await asyncio.sleep(0)
