@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -101,8 +101,7 @@ class Play:
         self.requests: list[Request] = []
         self.most: dict[str, int] = {}
         stage.slots_of = {"a": 2, "b": 1, "c": 1}
-        self.router: Any = stage.router
-        self.router.decide = self._decide
+        cast("Any", stage.router).decide = self._decide
         stage.placement.gone.add("b")
         self._await_start()
         self.configure()
@@ -160,9 +159,10 @@ class Play:
             case "time passes":
                 await asyncio.sleep(values[0])
             case _:
-                asked = [one for one in self.requests if one.happens is not None and not one.happens.done()]
+                futures = [one.happens for one in self.requests]
+                asked = [one for one in futures if one is not None and not one.done()]
                 if asked:
-                    asked[values[0] % len(asked)].happens.set_result(what)  # type: ignore[union-attr]
+                    asked[values[0] % len(asked)].set_result(what)
 
     async def settle(self) -> None:
         """Let every task go on as far as it can."""
