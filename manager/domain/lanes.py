@@ -4,7 +4,8 @@ An instance has slots, a lane (a role) has rules. A lane may take a slot while i
 than it has reserved there, or while a slot is free that no lane has reserved. Where several lanes wait for a
 slot, weighted start-time fair queuing decides (Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM
 1996), with linear ageing; within a lane the same rule is fair between projects. Each instance has a virtual
-time of its own, which reserved slots do not advance: lanes share what they compete for.
+time of its own, which begins when a first request waits and which reserved slots do not advance: lanes share
+what they compete for. No request is due before the one that got the last slot.
 
 After each call no request waits that could have a slot. So a newcomer that can have one overtakes nobody.
 """
@@ -23,6 +24,7 @@ NO_ROLE = "*"
 # Ten seconds of waiting count as much as one request of weight 1. The order of two lanes depends on tag and
 # arrival alone, because all of them age at the same rate.
 AGEING_PER_S = 0.1
+_LONG_AGO = float("-inf")
 # A run lets so many waiting requests of its lane go first.
 RUN_PENALTY = 100.0
 # Projects that a lane remembers while requests wait.
@@ -150,8 +152,8 @@ class _Slots:
         self.reserved: dict[str, int] = {}
         self.shared = 0  # slots that no lane has reserved
         self.shared_used = 0  # slots in use beyond what their lane has reserved
-        self.at = 0.0  # virtual time of the shared slots
-        self.tags: dict[str, float] = {}  # that of each lane's next request; `at` where it is not later
+        self.at = _LONG_AGO  # virtual time: the turn of the request that got the last shared slot
+        self.tags: dict[str, float] = {}  # the next turn of each lane, without what ageing adds
         self.waiting_lanes: dict[str, None] = {}
 
     @property
@@ -176,14 +178,26 @@ class _Slots:
         """Return whether the lane can ever have a slot here."""
         return self.slots is None or self.shared > 0 or self.reserved.get(lane, 0) > 0
 
-    def take(self, lane: str, step: float) -> None:
+    def turn(self, lane: str, since: float) -> float:
+        """Return the virtual time at which a request of a lane is due."""
+        return max(self.at, self.tags.get(lane, 0.0) + AGEING_PER_S * since)
+
+    def wait(self, lane: str) -> None:
+        """A first request of a lane waits here. The first lane finds no debts of earlier times."""
+        if not self.waiting_lanes:
+            self.at = _LONG_AGO
+            self.tags.clear()
+        self.waiting_lanes[lane] = None
+
+    def take(self, lane: str, step: float, since: float) -> None:
         used = self.used.get(lane, 0)
         self.used[lane] = used + 1
         self.total += 1
         if used >= self.reserved.get(lane, 0):
             self.shared_used += 1
-            self.at = max(self.at, self.tags.get(lane, 0.0))
-            self.tags[lane] = self.at + step
+            if self.waiting_lanes:
+                self.at = self.turn(lane, since)
+                self.tags[lane] = self.at - AGEING_PER_S * since + step
 
     def give_back(self, lane: str) -> None:
         used = self.used[lane] - 1
@@ -200,7 +214,6 @@ class _Slots:
         self.reserved = reserved
         self.shared = (slots or 0) - sum(reserved.values())
         self.shared_used = sum(max(0, used - reserved.get(lane, 0)) for lane, used in self.used.items())
-        self.tags = {lane: tag for lane, tag in self.tags.items() if tag > self.at}
 
 
 class Lanes:
@@ -264,7 +277,7 @@ class Lanes:
         return "waits"
 
     def take(self, waiter: Waiter) -> bool:
-        """Give a request a slot of the first of its instances that has a free one; return whether it has one."""
+        """Give a request the first free slot of its instances; return whether it has one."""
         lane = self._lane(waiter.lane)
         limit = lane.concurrency
         if limit is None or lane.in_flight < limit:
@@ -375,7 +388,7 @@ class Lanes:
         best: Waiter | None = None
         best_at = 0.0
         idle: list[str] = []
-        has_shared, now, tags, lanes = instance.has_shared, instance.at, instance.tags, self._lanes
+        has_shared, lanes = instance.has_shared, self._lanes
         for name in instance.waiting_lanes:
             lane = lanes[name]
             limit = lane.concurrency
@@ -387,7 +400,7 @@ class Lanes:
             if head is None:
                 idle.append(name)
                 continue
-            at = max(now, tags.get(name, 0.0)) + AGEING_PER_S * head.since
+            at = instance.turn(name, head.since)
             if best is None or at < best_at:
                 best, best_at = head, at
         for name in idle:
@@ -397,7 +410,7 @@ class Lanes:
     def _grant(self, waiter: Waiter, lane: _Lane, id_: str) -> None:
         lane.at = max(lane.at, waiter.tag)
         lane.in_flight += 1
-        self._slots(id_).take(waiter.lane, lane.step)
+        self._slots(id_).take(waiter.lane, lane.step, waiter.since)
         waiter.instance = id_
 
     def _queue(self, waiter: Waiter, lane: _Lane) -> None:
@@ -407,7 +420,7 @@ class Lanes:
             queue = queues.get(id_)
             if queue is None:
                 queues[id_] = [entry]
-                self._slots(id_).waiting_lanes[waiter.lane] = None
+                self._slots(id_).wait(waiter.lane)
             elif entry > queue[-1]:
                 queue.append(entry)
             else:

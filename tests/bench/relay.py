@@ -81,6 +81,7 @@ def relay_cost() -> Iterator[Row]:
             _check(daemon)
         yield from _rows(ours, theirs, resident)
         yield from _many_instances(home, ports)
+        yield _with_lanes(home, ports[0])
 
 
 def _rows(ours: Measured, nginx: Measured, resident_mib: float) -> Iterator[Row]:
@@ -119,6 +120,22 @@ def _many_instances(home: Path, ports: list[int]) -> Iterator[Row]:
         share = rates[count] / rates[1]
         figure = f"{rates[count]:.0f} requests/s, {share:.2f} of those with 1"
         yield Row(f"{count} instances", figure, ">= 0.95", "ok" if share >= 0.95 else "OVER")
+
+
+def _with_lanes(home: Path, port: int) -> Row:
+    """The same requests where they count slots that are never full, beside a gateway without slots."""
+    with (
+        _gateway(home / "without-lanes", [port]) as (without, _),
+        _gateway(home / "with-lanes", [port], slots=1000) as (with_lanes, _),
+    ):
+        spent: dict[Proxy, list[float]] = {without: [], with_lanes: []}
+        for proxy, found in [*spent.items()] * (_ROUNDS + 1):
+            before = proxy.cpu_s
+            _load("requests", proxy.port, 64, _REQUESTS // 4)
+            found.append((proxy.cpu_s - before) / (_REQUESTS // 4) * 1e6)
+    off, on = min(spent[without][1:]), min(spent[with_lanes][1:])
+    beside = f"{on:.1f} and {off:.1f} us"
+    return at_most("CPU of a request with lanes, over without", on / off, 1.1, " x", digits=2, beside=beside)
 
 
 def _measure(proxies: tuple[Proxy, ...], direct: tuple[float, float]) -> list[Measured]:
@@ -200,9 +217,14 @@ def _canned(ports: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _gateway(home: Path, ports: list[int]) -> Iterator[tuple[Proxy, Daemon]]:
+def _gateway(home: Path, ports: list[int], *, slots: int | None = None) -> Iterator[tuple[Proxy, Daemon]]:
     instances = {
-        f"i{number}": {"driver": "external", "url": f"http://127.0.0.1:{port}", "device": "cpu"}
+        f"i{number}": {
+            "driver": "external",
+            "url": f"http://127.0.0.1:{port}",
+            "device": "cpu",
+            "slots": slots,
+        }
         for number, port in enumerate(ports)
     }
     config = {"gpus": "none", "instances": instances, "log": {"format": "json"}}

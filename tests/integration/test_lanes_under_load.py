@@ -117,7 +117,7 @@ async def slots_change(load: Load, rng: random.Random) -> None:
         lambda found: found == slots,
         within_s=20,
     )
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(1.0)
     for id_, server in load.servers.items():
         server.allowed = slots[id_]
 
@@ -267,10 +267,10 @@ async def runs(load: Load, file: Path) -> None:
     deadline = monotonic() + 5
     while True:
         after = await asyncio.to_thread(held, load, file)
-        tasks = after.pop("tasks") - tasks_before
-        if tasks <= 0 and not any(after.values()):
+        more_tasks = after.pop("tasks") - tasks_before
+        if more_tasks <= 0 and not any(after.values()):
             return
-        assert monotonic() < deadline, (tasks, after)
+        assert monotonic() < deadline, (more_tasks, after)
         await asyncio.sleep(0.1)
 
 

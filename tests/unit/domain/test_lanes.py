@@ -242,10 +242,45 @@ def test_a_request_that_waits_long_goes_before_a_lane_of_more_weight() -> None:
     names |= {queued(here, "big", since=11.0 + i): "big" for i in range(100)}
     assert turns(here, first, names)[:1] == ["small"]
     last = held(here, "small")
-    names = {queued(here, "small", since=0.0): "small"}
+    names = {queued(here, "small", since=0.0): "small", queued(here, "small", since=0.0): "second"}
     names |= {queued(here, "big", since=0.1 * i): "big" for i in range(300)}
     # Ten seconds count as one request of weight 1: the lane with more weight goes first for so long.
-    assert 90 <= turns(here, last, names).index("small") <= 110
+    assert 85 <= turns(here, last, names).index("second") <= 105
+
+
+def test_a_request_that_comes_late_is_level_with_those_of_lanes_that_wait_long() -> None:
+    here = opened({"a": 1}, low=LaneRules(), high=LaneRules(weight=8))
+    current = held(here, "low")
+    names = {queued(here, "low", since=float(i)): "low" for i in range(20)}
+    for _ in range(5):
+        (current,) = here.leave(current)
+    names |= {queued(here, "high", since=20.0): "high" for _ in range(2)}
+    assert "high" in turns(here, current, names)[:2]
+
+
+def test_ageing_leaves_the_shares_of_lanes_that_wait_as_they_are() -> None:
+    """Queues are full: the lane of less weight waits longer, which must not add to its share."""
+    here = opened({"a": 4}, big=LaneRules(weight=4), small=LaneRules())
+    now, order, at_work = 0.0, [], [held(here, "big") for _ in range(4)]
+    for _ in range(50):
+        queued(here, "big", since=now)
+        queued(here, "small", since=now)
+    for _ in range(2000):
+        now += 0.05
+        for waiter in here.leave(at_work.pop(0)):
+            order.append(waiter.lane)
+            at_work.append(waiter)
+            queued(here, waiter.lane, since=now)
+    assert order[1000:].count("big") == pytest.approx(800, abs=20)
+
+
+def test_a_lane_that_uses_free_slots_has_no_debt_later() -> None:
+    here = opened({"a": 1}, x=LaneRules(), y=LaneRules())
+    for i in range(100):
+        here.leave(held(here, "x", since=float(i)))
+    current = held(here, "y", since=2000.0)
+    names = {queued(here, lane, since=2000.0): lane for _ in range(10) for lane in ("x", "y")}
+    assert turns(here, current, names)[:10].count("x") == pytest.approx(5, abs=1)
 
 
 def test_projects_of_a_lane_take_turns() -> None:
