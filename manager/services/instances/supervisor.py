@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from manager.domain.registry import InstanceRow
     from manager.services.ports import EngineEvent
     from manager.services.world import World
+    from manager.wire.details import Details
 
 # A direct user who streams from an instance shows within this time.
 _GLANCE_S = 0.5
@@ -710,6 +711,12 @@ class Supervisor(Instance):
     async def probe(self, *, tags: bool = False) -> None:
         self._check_card()
         await super().probe(tags=tags)
+
+    async def show(self, model: str) -> Details | None:
+        try:
+            return await super().show(model)
+        finally:
+            self._usage.leased()  # a server reads the model's file for it: that processor time is no use
 
     def _check_card(self) -> None:
         """Compare the state of its cards with the last reading; the fleet takes a reading every interval."""
