@@ -438,7 +438,7 @@ class Lanes:
 
     def _forget(self, name: str, lane: _Lane) -> None:
         """Drop what nothing needs any more."""
-        if lane.queues and not lane.waiting:
+        if not lane.waiting and (lane.queues or lane.projects):
             lane.projects.clear()
             for id_ in lane.queues:
                 del self._instances[id_].waiting_lanes[name]

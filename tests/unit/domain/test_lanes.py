@@ -316,6 +316,18 @@ def test_a_lane_remembers_a_bounded_number_of_projects(monkeypatch: pytest.Monke
     assert len(lane.projects) <= 4
 
 
+def test_projects_whose_turn_is_over_are_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes, "_MOST_PROJECTS", 4)
+    here = opened({"a": 1}, x=LaneRules())
+    current = held(here, "x")
+    for project in "000123":
+        queued(here, "x", project=project)
+    for _ in range(5):
+        (current,) = here.leave(current)
+    queued(here, "x", project="new")
+    assert set(here._lanes["x"].projects) == {"0", "new"}
+
+
 def test_requests_that_leave_the_queue_leave_its_memory_too() -> None:
     here = opened({"a": 1}, x=LaneRules(queue_length=1000))
     held(here, "x")
