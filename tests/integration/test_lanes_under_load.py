@@ -78,6 +78,8 @@ def config(ports: dict[str, int], slots: dict[str, int]) -> dict[str, Any]:
         },
         "roles": {name: {"model": "tiny", **role} for name, role in ROLES.items()},
         "lifecycle": {"probe_interval_s": 0.2},
+        # Breakers open and close many times, and leave most of the time to the lanes.
+        "breaker": {"failures": 3, "open_s": 0.1, "max_open_s": 0.2},
     }
 
 
@@ -122,12 +124,25 @@ async def slots_change(load: Load, rng: random.Random) -> None:
         server.allowed = slots[id_]
 
 
-# Each of them goes on by itself, as often as the seconds say. A drain of an instance belongs here too.
+async def instances_are_drained(load: Load, rng: random.Random) -> None:
+    """Requests that wait for the instance go elsewhere; those that have a slot there keep it."""
+    path = f"instances/{rng.choice(INSTANCES)}"
+    answer = await load.call(
+        "POST", f"{path}/drain", json={"reason": "test", "stop": False}, params={"wait": "false"}
+    )
+    assert answer.ok, answer.text
+    await asyncio.sleep(rng.uniform(0.1, 0.5))
+    answer = await load.call("POST", f"{path}/resume")
+    assert answer.ok, answer.text
+
+
+# Each of them goes on by itself, as often as the seconds say.
 DISTURBANCES: tuple[tuple[float, Callable[[Load, random.Random], Awaitable[None]]], ...] = (
     (2.0, servers_die),
     (1.5, connections_are_cut),
     (0.7, lanes_change),
     (1.5, slots_change),
+    (1.2, instances_are_drained),
 )
 
 
