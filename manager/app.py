@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import socket
 import time
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
-
-import structlog
 
 from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
@@ -22,45 +17,42 @@ from manager.adapters.metrics import FleetMetrics
 from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
 from manager.adapters.registry import open_registry
-from manager.adapters.request_log import RequestLog
-from manager.adapters.run_files import DirectoryFiles
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
-from manager.domain.breaker import BreakerLimits
-from manager.domain.drained import Drained, drained_from
-from manager.domain.gpu import AUTO
-from manager.domain.image_override import ImageOverride, override_from
-from manager.domain.instance import DeviceKind, Driver, InstanceSpec
-from manager.domain.lifted import lifted_from
-from manager.domain.record import never
-from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
-from manager.errors import ConfigurationError
-from manager.relay.model_server import PooledModelServer
+from manager.parts import (
+    Instances,
+    Maker,
+    Reconfigure,
+    RecordSink,
+    breaker_limits,
+    forget_server,
+    header_names,
+    history_of,
+    instances_of,
+    model_server,
+    on_gpu,
+    own_names_of,
+    read_orders,
+    runs_of,
+    selectors_of,
+    slots_of,
+    traffic_of,
+    utcnow,
+    warming,
+)
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
-from manager.services.instances.capacity import Capacity
-from manager.services.instances.engine_link import EngineLink
-from manager.services.instances.external import ExternalInstance
-from manager.services.instances.first_look import FirstLook
-from manager.services.instances.fleet import Fleet
-from manager.services.instances.found_cards import FoundCards
-from manager.services.instances.lifts import Lifts
-from manager.services.instances.service import Service
-from manager.services.instances.supervisor import Supervisor
-from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.instances.upgrades import Upgrades
 from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
-from manager.services.models.keeping import Keeper
-from manager.services.models.loading import Loading
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -69,7 +61,6 @@ from manager.services.models.volumes import Volumes
 from manager.services.overview import Overviews
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
-from manager.services.requests_history import History, Retention
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.fallback_events import FallbackEvents
@@ -77,65 +68,28 @@ from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
 from manager.services.routing.router import Router
-from manager.services.runs.execution import Execution
-from manager.services.runs.runs import RunLimits, Runs
-from manager.services.traffic import Traffic
 from manager.services.world import Revision, World, no_others, no_step
 from manager.settings import (
-    auto_gpu_spec,
     load_templates,
     real_writers,
     resolve_instances,
     written_roles,
 )
-from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
+    import socket
+    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 
     from manager.adapters.log_writer import LogWriter
-    from manager.adapters.otel import Spans
-    from manager.adapters.registry import SqlRegistry
-    from manager.domain.lifted import Lifted
-    from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
-    from manager.services.instances.instance import Instance
-    from manager.services.ports import ModelServer
+    from manager.services.instances.fleet import Fleet
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
-    from manager.settings.model import LogSettings
 
     Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
 
-_log = structlog.get_logger("daemon")
-
 # How long another process (a clean-up from cron) may hold an instance before a request is refused.
 _LOCK_WAIT_S = 10.0
-# The first of the fixed loopback ports; each instance keeps the one it got first.
-_FIRST_LOOPBACK_PORT = 11500
-
-
-@dataclass(frozen=True, slots=True)
-class Instances:
-    """The instances and what goes on around all of them."""
-
-    fleet: Fleet
-    capacity: Capacity
-    link: EngineLink
-    sweeps: Sweeps
-    cards: FoundCards
-    first_look: FirstLook
-    service: Service
-    lifts: Lifts
-
-    def loops(self) -> dict[str, Loop]:
-        return {
-            "instances": self.fleet.run,
-            "places": self.capacity.run,
-            "engine": self.link.run,
-            "gpus": self.cards.run,
-            "sweeps": self.sweeps.run,
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +143,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs are wired)
+async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -228,9 +182,9 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
         held.push_async_callback(registry.close)
-        history = _history(held, registry, settings)
+        history = history_of(held, registry, settings)
         rows = await registry.instances()
-        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=_utcnow)
+        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
         held.push_async_callback(journal.retire)
         reader = Nvml()
         stack.push_async_callback(reader.close)
@@ -239,11 +193,11 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             reader,
             pids,
             registry,
-            selectors=_selectors(specs),
+            selectors=selectors_of(specs),
             taken_ids=[spec.id for spec in specs],
             auto=settings.gpus == "auto",
             now=time.monotonic,
-            utcnow=_utcnow,
+            utcnow=utcnow,
             journal=journal,
         )
         await gpus.load()
@@ -255,7 +209,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
         revision = Revision()
         breakers = Breakers(
-            journal, revision, limits=_breaker_limits(settings), now=time.monotonic, utcnow=_utcnow
+            journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
         )
         overload = Overload(revision, now=time.monotonic)
         world = World(
@@ -267,46 +221,46 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             gpus=gpus,
             journal=journal,
             now=time.monotonic,
-            utcnow=_utcnow,
+            utcnow=utcnow,
             on_step=on_step,
             resume_idle_clock=resume_idle_clock,
             dry_run=dry_run,
             owner=owner,
             others_work=others_work,
             revision=revision,
-            server_changed=partial(_forget_server, breakers, overload),
+            server_changed=partial(forget_server, breakers, overload),
         )
-        make = _Maker(
+        make = Maker(
             world,
             settings,
             templates,
             rows,
-            await _orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
+            await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
         )
-        parts = _instances(
+        parts = instances_of(
             world,
             settings,
             specs=(*specs, *map(make.spec, gpus.instance_ids())),
             make=make,
-            own_names=_own_names(pids),
+            own_names=own_names_of(pids),
         )
         fleet = parts.fleet
         held.push_async_callback(fleet.save)
-        sink = _RecordSink(log, settings.log)
-        traffic, samples = _traffic(stack, settings, sink)
+        sink = RecordSink(log, settings.log)
+        traffic, samples = traffic_of(stack, settings, sink)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
             registry,
             journal,
             written=written_roles(loaded),
             models=settings.models,
-            instances=lambda: {instance.id: _on_gpu(instance.spec) for instance in fleet.instances()},
-            slots=partial(_slots_of, fleet),
+            instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
+            slots=partial(slots_of, fleet),
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
-        slots = Slots(model_settings, partial(_slots_of, fleet), status.workers, now=time.monotonic)
+        slots = Slots(model_settings, partial(slots_of, fleet), status.workers, now=time.monotonic)
         router = Router(
             fleet,
             model_settings,
@@ -354,7 +308,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             details=details,
             now=time.monotonic,
         )
-        server = _model_server(settings, pools)
+        server = model_server(settings, pools)
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -379,7 +333,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             pulls=pulls,
             server=server,
             requests=Requests(
-                _header_names(settings), default_project=settings.gateway.default_project, samples=samples
+                header_names(settings), default_project=settings.gateway.default_project, samples=samples
             ),
             bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
@@ -389,7 +343,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ),
             passages=Passages(),
         )
-        loading, keeper = _warming(
+        loading, keeper = warming(
             world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
         refusals = Refusals(now=time.monotonic)
@@ -425,7 +379,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             ).render,
             refusals=refusals,
             history=history,
-            runs=await _runs(stack, settings, world, passing, recovers=not resume_idle_clock),
+            runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
@@ -454,321 +408,7 @@ async def open_daemon(  # noqa: PLR0915  (split once lanes, breakers and runs ar
             state_lock,
             id_lock.claim,
             templates,
-            _Reconfigure(make, backend, traffic, sink),
+            Reconfigure(make, backend, traffic, sink),
             let_go=held.aclose,
             loops=loops,
         )
-
-
-async def _runs(
-    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
-) -> Runs:
-    files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
-    stored = BodyBudget(settings.runs.max_stored)
-    runs = Runs(
-        world.registry,
-        files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored),
-        stored=stored,
-        limits=_run_limits(settings),
-        utcnow=world.utcnow,
-        on_step=world.on_step,
-    )
-    passing.passages.open_requests.add(runs.open)
-    if recovers:
-        await runs.recover()
-    return runs
-
-
-def _run_limits(settings: Settings) -> RunLimits:
-    return RunLimits(**settings.runs.model_dump())
-
-
-def _warming(
-    world: World,
-    parts: Instances,
-    routing: Routing,
-    *,
-    volumes: Volumes,
-    model_settings: ModelSettings,
-    server: ModelServer,
-) -> tuple[Loading, Keeper]:
-    """Return what loads models on instances, and what keeps them there."""
-    loading = Loading(
-        parts.fleet,
-        parts.capacity,
-        routing.router,
-        routing.placement,
-        routing.status,
-        volumes=volumes,
-        settings=model_settings,
-        server=server,
-    )
-    keeper = Keeper(
-        world,
-        parts.fleet,
-        parts.capacity,
-        parts.first_look,
-        routing.router,
-        settings=model_settings,
-        loading=loading,
-    )
-    return loading, keeper
-
-
-def _header_names(settings: Settings) -> HeaderNames:
-    names = settings.gateway.headers
-    return HeaderNames(
-        instance=names.instance.lower().encode(),
-        lane=names.lane.lower().encode(),
-        project=names.project.lower().encode(),
-        intent=names.intent.lower().encode(),
-        local_only=names.local_only.lower().encode(),
-    )
-
-
-def _instances(
-    world: World,
-    settings: Settings,
-    *,
-    specs: Iterable[InstanceSpec],
-    make: _Maker,
-    own_names: tuple[str, ...],
-) -> Instances:
-    lifecycle = settings.lifecycle
-    probe_interval_s, resync_interval_s = lifecycle.probe_interval_s, lifecycle.resync_interval_s
-    fleet = Fleet(world, save_interval_s=resync_interval_s)
-    capacity = Capacity(world, fleet, max_running=lifecycle.max_running, recheck_s=probe_interval_s)
-    link = EngineLink(
-        world,
-        fleet,
-        capacity,
-        own_names=own_names,
-        probe_interval_s=probe_interval_s,
-        resync_interval_s=resync_interval_s,
-    )
-    sweeps = Sweeps(world, fleet, capacity, link, schedules=_schedules(settings), interval_s=probe_interval_s)
-    cards = FoundCards(
-        world,
-        fleet,
-        link,
-        make=lambda instance_id: make.found(capacity, instance_id),
-        interval_s=probe_interval_s,
-    )
-    for spec in specs:
-        fleet.add(make.instance(capacity, spec))
-    service = Service(world, fleet, capacity, link.asked)
-    lifts = Lifts(world, fleet, make.orders.lifted)
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service, lifts)
-
-
-@dataclass(frozen=True, slots=True)
-class _Orders:
-    """What operators have ordered for instances, by id."""
-
-    drained: dict[str, Drained]
-    images: dict[str, ImageOverride]
-    lifted: dict[str, Lifted]
-
-
-async def _orders(registry: SqlRegistry, settings: Settings, journal: Journal, *, ends_none: bool) -> _Orders:
-    """Read the orders of an earlier run; `ends_none` is whether no container is to be stopped for one.
-
-    No container is stopped for an order whose time has passed. An image that is not allowed any more is not
-    used.
-    """
-    now = _utcnow()
-    drained = {
-        instance_id: replace(order, stops=False) if ends_none or order.has_passed(now) else order
-        for instance_id, order in (await registry.orders(OrderKind.DRAINED, drained_from)).items()
-    }
-    images = await registry.orders(OrderKind.IMAGE, override_from)
-    for instance_id, override in images.items():
-        if not image_allowed(override.image, settings.allow.images):
-            journal.record(
-                "image_not_allowed",
-                instance=instance_id,
-                detail=f"{override.image} is not in allow.images any more: its template's image is used",
-            )
-    allowed = {
-        instance_id: override
-        for instance_id, override in images.items()
-        if image_allowed(override.image, settings.allow.images)
-    }
-    return _Orders(drained, allowed, await registry.orders(OrderKind.LIFTED, lifted_from))
-
-
-class _Maker:
-    """Makes instances from their specs and what was stored of them."""
-
-    def __init__(
-        self,
-        world: World,
-        settings: Settings,
-        templates: dict[str, Template],
-        rows: dict[str, InstanceRow],
-        orders: _Orders,
-    ) -> None:
-        self._world = world
-        self.orders = orders
-        self.settings = settings
-        self._templates = templates
-        self._rows = rows
-        self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
-
-    def spec(self, instance_id: str) -> InstanceSpec:
-        """Return the specification of an instance that no configuration names: of a card that was found."""
-        return auto_gpu_spec(instance_id, self.settings, self._templates)
-
-    def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
-        if spec.driver is Driver.EXTERNAL:
-            return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
-        row = self._rows.get(spec.id, InstanceRow(id=spec.id))
-        return Supervisor(
-            self._world,
-            spec,
-            self._with_port(row),
-            may_run=capacity.may_run,
-            drained=self.orders.drained.get(spec.id),
-            image=self.orders.images.get(spec.id),
-        )
-
-    def found(self, capacity: Capacity, instance_id: str) -> Instance:
-        return self.instance(capacity, self.spec(instance_id))
-
-    def _with_port(self, row: InstanceRow) -> InstanceRow:
-        if row.loopback_port is not None:
-            return row
-        port = _FIRST_LOOPBACK_PORT
-        while port in self._ports:
-            port += 1
-        self._ports.add(port)
-        return replace(row, loopback_port=port)
-
-
-@dataclass(frozen=True, slots=True)
-class _Reconfigure:
-    """Puts in force what can change while the daemon runs."""
-
-    make: _Maker
-    backend: Backend
-    traffic: Traffic
-    sink: _RecordSink
-
-    def __call__(self, changed: Changes) -> None:
-        settings, fleet = changed.loaded.settings, self.backend.fleet
-        self.make.settings = settings
-        written = {spec.id for spec in changed.specs}
-        found = [self.make.spec(one.id) for one in fleet.instances() if one.id not in written]
-        fleet.reconfigure((*changed.specs, *found))
-        self.backend.capacity.reconfigure(settings.lifecycle.max_running)
-        self.backend.sweeps.reconfigure(_schedules(settings))
-        self.backend.passing.routing.breakers.reconfigure(_breaker_limits(settings))
-        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
-        self.backend.passing.requests.default_project = settings.gateway.default_project
-        self.backend.runs.limits = _run_limits(settings)
-        self.traffic.share_logged = settings.gateway.access_log
-        self.sink.level = settings.log.level
-        self.backend.history.retention = _retention(settings)
-        if changed.applied:
-            self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
-
-
-def _forget_server(breakers: Breakers, overload: Overload, instance: str) -> None:
-    """The server of an instance is another one: nothing that is known of the old one holds for it."""
-    breakers.server_changed(instance)
-    overload.server_changed(instance)
-
-
-def _breaker_limits(settings: Settings) -> BreakerLimits:
-    breaker = settings.breaker
-    return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
-
-
-def _history(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
-    """Return the history of requests; it is written to its end before the registry is closed."""
-    store = registry.requests()
-    held.push_async_callback(store.close)
-    history = History(store, retention=_retention(settings), utcnow=_utcnow)
-    held.push_async_callback(history.close)
-    return history
-
-
-def _model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
-    return PooledModelServer(
-        pools,
-        connect_timeout_s=settings.gateway.connect_timeout_s,
-        patience_s=settings.gateway.first_byte_timeout_s,
-    )
-
-
-def _retention(settings: Settings) -> Retention:
-    return Retention(settings.history.retention_days, settings.history.max_rows)
-
-
-def _schedules(settings: Settings) -> tuple[Schedule, ...]:
-    return tuple(
-        Schedule(entry.cron, entry.action, entry.instance, entry.timezone) for entry in settings.schedules
-    )
-
-
-def _selectors(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
-    return {
-        spec.id: spec.devices or (spec.device or AUTO,)
-        for spec in specs
-        if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
-    }
-
-
-def _slots_of(fleet: Fleet) -> dict[str, int | None]:
-    return {instance.id: instance.spec.slots for instance in fleet.instances()}
-
-
-def _on_gpu(spec: InstanceSpec) -> bool | None:
-    return None if spec.device_kind is None else spec.device_kind is DeviceKind.GPU
-
-
-def _own_names(pids: ProcCgroups) -> tuple[str, ...]:
-    """The engine's names for this process if it runs in a container: the id, or the host name."""
-    return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
-
-
-def _traffic(stack: AsyncExitStack, settings: Settings, sink: _RecordSink) -> tuple[Traffic, Samples]:
-    """Return the counters of requests, and which traces are sampled; spans are closed with the stack."""
-    spans = _spans() if settings.gateway.tracing else None
-    if spans is None:
-        return Traffic(sink.write, share_logged=settings.gateway.access_log), never
-    stack.push_async_callback(spans.close)
-    traffic = Traffic(sink.write, share_logged=settings.gateway.access_log, trace=spans.write)
-    return traffic, spans.samples
-
-
-def _spans() -> Spans:
-    try:
-        from manager.adapters.otel import Spans  # noqa: PLC0415  (an optional extra)
-    except ModuleNotFoundError as error:
-        message = (
-            "gateway.tracing: OpenTelemetry is not installed; "
-            "run: pip install 'ollama-endpoint-manager[otel]'"
-        )
-        raise ConfigurationError(message) from error
-    return Spans()
-
-
-class _RecordSink:
-    """Writes requests to the log, at level info."""
-
-    def __init__(self, log: LogWriter | None, settings: LogSettings) -> None:
-        self.level = settings.level
-        readable = settings.format == "console" or (
-            settings.format == "auto" and log is not None and log.is_terminal
-        )
-        self._log = None if log is None else RequestLog(log.write, readable=readable)
-
-    def write(self, record: RequestRecord) -> None:
-        if self._log is not None and self.level in ("debug", "info"):
-            self._log.write(record)
-
-
-def _utcnow() -> datetime:
-    return datetime.now(UTC)

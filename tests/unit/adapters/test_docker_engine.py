@@ -124,6 +124,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if self.server.silent:
             self.server.done.wait(10)
+            self.close_connection = True  # the end of the connection ends a stream that waits
             return
         self._send(self.server.status, self.server.body)
 
