@@ -50,13 +50,14 @@ _NO_RULES = LaneRules()
 class Waiter:
     """A request that has a slot, or waits for one. `instance` is where its slot is, None while it waits."""
 
-    __slots__ = ("entry", "instance", "instances", "key", "lane", "since", "tag")
+    __slots__ = ("entry", "instance", "instances", "is_run", "key", "lane", "since", "tag")
 
     def __init__(self, lane: str, instances: tuple[str, ...], since: float) -> None:
         self.lane = lane
         self.instances = instances
         self.since = since
         self.instance: str | None = None
+        self.is_run = False
         self.tag = 0.0
         self.key: tuple[float, int] = (0.0, 0)
         self.entry: _Entry | None = None  # in the queues of `instances`, while it waits
@@ -109,6 +110,7 @@ class _Lane:
         "rules",
         "step",
         "waiting",
+        "waiting_runs",
     )
 
     def __init__(self) -> None:
@@ -117,12 +119,17 @@ class _Lane:
         self.at = 0.0  # virtual time within the lane, among projects
         self.projects: dict[str, float] = {}
         self.waiting: dict[Waiter, None] = {}
+        self.waiting_runs = 0  # they do not count against the length of the queue
         self.queues: dict[str, list[_Entry]] = {}
 
     def configure(self, rules: LaneRules) -> None:
         self.rules = rules
         self.concurrency = rules.concurrency
         self.step = 1.0 / rules.weight
+
+    def dequeue(self, waiter: Waiter) -> None:
+        del self.waiting[waiter]
+        self.waiting_runs -= waiter.is_run
 
     @property
     def has_room(self) -> bool:
@@ -262,16 +269,18 @@ class Lanes:
         if self.take(waiter):
             return "granted"
         lane = self._lane(waiter.lane)
-        if not any(self._slots(id_).could_serve(waiter.lane) for id_ in waiter.instances):
+        if not self.could_serve(waiter, waiter.instances):
             self._forget(waiter.lane, lane)
             return "never"
-        if len(lane.waiting) >= lane.rules.queue_length and not is_run:
+        if not is_run and len(lane.waiting) - lane.waiting_runs >= lane.rules.queue_length:
             self._forget(waiter.lane, lane)
             return "full"
         self._entries += 1
         tag = waiter.tag = max(lane.at, lane.projects.get(project, 0.0))
         self._remember_project(lane, project, tag + 1.0)
         waiter.key = (tag + RUN_PENALTY if is_run else tag, self._entries)
+        waiter.is_run = is_run
+        lane.waiting_runs += is_run
         lane.waiting[waiter] = None
         self._queue(waiter, lane)
         return "waits"
@@ -302,10 +311,14 @@ class Lanes:
         waiter.entry = None
         waiter.instances = instances
         if self.take(waiter):
-            del lane.waiting[waiter]
+            lane.dequeue(waiter)
             return True
         self._queue(waiter, lane)
         return False
+
+    def could_serve(self, waiter: Waiter, instances: Iterable[str]) -> bool:
+        """Return whether the lane of a request can ever have a slot of one of these instances."""
+        return any(self._slots(id_).could_serve(waiter.lane) for id_ in instances)
 
     def leave(self, waiter: Waiter) -> list[Waiter]:
         """Take a slot back, or a place in the queue; return the waiting requests that have a slot now."""
@@ -314,7 +327,7 @@ class Lanes:
             return []
         if waiter.is_waiting:
             waiter.entry = None
-            del lane.waiting[waiter]
+            lane.dequeue(waiter)
             self._forget(waiter.lane, lane)
             return []
         id_, waiter.instance = waiter.instance, None
@@ -376,7 +389,7 @@ class Lanes:
                     break
                 lane = self._lanes[waiter.lane]
                 waiter.entry = None
-                del lane.waiting[waiter]
+                lane.dequeue(waiter)
                 self._grant(waiter, lane, id_)
                 found.append(waiter)
         return found

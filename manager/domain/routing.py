@@ -427,7 +427,7 @@ class _Decider:
             if reason is None and (rank or place):
                 reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
             timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
-            choice = self._legs * len(_WAYS) + rank
+            choice = (self._legs * len(_WAYS) + rank) * len(_WAYS) + stage
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             self._tried[key].update(ids)
         self._legs += 1

@@ -732,9 +732,13 @@ class Exchange:
         self._next_comment_at = now + every_s
         record = self._record
         assert record is not None  # noqa: S101
+        queues = attempting.is_queued
+        if queues:
+            attempting.count_wait()
         if self._answer.comment(front, self._stamp(), f"waiting for {waits_for}"):
             record.status = _OK
-            attempting.delivered()
+            if not queues:  # no server was chosen yet: any of them can answer behind the comment
+                attempting.delivered()
 
     def _answer_refusal(self) -> None:
         if self._refusal is None or self._record is None or self._state is _State.DONE:

@@ -29,7 +29,7 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,
-        "policy": 503,
+        "policy": 422,
     }
 )
 _TOLD: Mapping[Reason, int] = MappingProxyType(

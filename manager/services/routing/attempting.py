@@ -191,6 +191,10 @@ class Attempting:
     _fallback_reason: Reason | None = None
     _trouble: Trouble | None = None
     _first_byte_at = 0.0
+    _sent_at = 0.0
+    _asked_s = 0.0  # how long servers were asked that brought no answer
+    _queued_s = 0.0  # how long slots were waited for
+    _full: str | None = None  # the preferred instance, where it had no free slot
     _is_waiting = False
     _looks_closer = False
     _is_delivered = False
@@ -264,7 +268,8 @@ class Attempting:
         assert attempt is not None  # noqa: S101  (a target belongs to an attempt)
         now = monotonic()
         record = self.record
-        record.queue_ms = max(0.0, (now - self._began_at) * 1000 - (self.start_ms or 0.0))
+        self._sent_at = now
+        record.queue_ms = self._waited_ms(now)
         record.start_ms = self.start_ms
         self._first_byte_at = now + self._first_byte_timeout_s(attempt)
         if self.is_run:
@@ -275,6 +280,10 @@ class Attempting:
             self._routing.status.sent(self)
         if self._conversation:
             self._routing.router.affinity.note(self._conversation, attempt.instance)
+
+    def count_wait(self) -> None:
+        """Have the record say how long the request has waited so far."""
+        self.record.queue_ms = self._waited_ms(monotonic())
 
     def hold_slot(self) -> None:
         """Take a slot of the current instance, whether or not one is free: limits were set just now."""
@@ -290,6 +299,11 @@ class Attempting:
     def holds(self) -> str:
         """The instance of the current attempt."""
         return self.work.instance
+
+    @property
+    def is_queued(self) -> bool:
+        """Whether the request waits for a slot."""
+        return self._place is not None and self._place.instance is None
 
     @property
     def waits_for(self) -> str | None:
@@ -535,6 +549,8 @@ class Attempting:
         self._pending = None
         if self._permit and outcome == "ok":
             self._succeeded()
+        if self.is_queued:
+            self.count_wait()  # it ends in the queue
         self._release()
         record = self.record
         record.outcome = outcome
@@ -555,7 +571,7 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
-        if decision.is_async and not self.is_run:
+        if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
@@ -622,6 +638,7 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
+            self._full = self._full or choices[0].instance
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
@@ -642,6 +659,7 @@ class Attempting:
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
         if attempt is not choices[0] and attempt.fallback is not None:
+            self._full = self._full or choices[0].instance
             attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
         return self._begin(attempt)
 
@@ -650,14 +668,18 @@ class Attempting:
         assert place is not None  # noqa: S101  (it waits there)
         assert isinstance(attempts, Attempts)  # noqa: S101
         wait_s = None if self.is_run else self._routing.slots.wait_s(self.record.role)
-        how = await place.settled(within_s=wait_s)
+        began = monotonic()
+        # All waits of a request together have that time.
+        how = await place.settled(within_s=None if wait_s is None else max(0.0, wait_s - self._queued_s))
+        self._queued_s += monotonic() - began
         instance = place.instance
         if how == "granted" and instance is not None:
             return self._take_slot(attempts, instance)
         self._give_slot_back()
-        self.record.queue_ms = (monotonic() - self._began_at) * 1000
+        self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
+        self._full = self._full or place.waiter.instances[0]
         attempts.skip()
         message = f"no slot became free within {wait_s:g} s (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
@@ -698,6 +720,8 @@ class Attempting:
         record = self.record
         if record.requested_target is not None:
             return record.requested_target
+        if self._full is not None and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            return self._full
         if record.failed_attempts:
             return record.failed_attempts[0].target
         decision = getattr(self._attempts, "decision", None)
@@ -711,6 +735,8 @@ class Attempting:
         target, record = lease.target, self.record
         # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
         if record.kind is not None and not self._starts_nothing:
+            if self._place is None and self._routing.slots.is_on:
+                self.hold_slot()  # the first limit was set while the instance was being prepared
             self._permit = self._routing.breakers.admit(target.instance)
             if not self._permit:
                 self._release()
@@ -723,8 +749,8 @@ class Attempting:
         """The breaker has opened since the decision: begin the next attempt, or give up."""
         breakers, attempt = self._routing.breakers, self.attempt
         assert attempt is not None  # noqa: S101  (it has got a lease)
-        self.record.attempt_failed(instance, Reason.BREAKER_OPEN)
         message = f"{instance}: {breakers.why_shut(instance)}"
+        self._add_failure(attempt, Reason.BREAKER_OPEN, message)
         retry_after_s = breakers.retry_after_s((instance,))
         trouble = Trouble(Reason.BREAKER_OPEN, message, retry_after_s, refused="unavailable", attempt=attempt)
         self._keep_trouble(trouble)
@@ -821,9 +847,15 @@ class Attempting:
             record.endpoint = trouble.endpoint
         return trouble
 
+    def _waited_ms(self, now: float) -> float:
+        """Return how long the request has waited: without starts, and without servers that were asked."""
+        waited_s = now - self._began_at - self._asked_s
+        return max(0.0, waited_s * 1000 - (self.start_ms or 0.0))
+
     def _stop_waiting(self) -> None:
         if self._is_waiting:
             self._is_waiting = False
+            self._asked_s += monotonic() - self._sent_at
             self._pending = None
 
     def _settle(self, reason: Reason | None) -> None:

@@ -236,6 +236,7 @@ class Attempts:
         "_may_start",
         "_preferred",
         "_router",
+        "_skipped",
         "decision",
     )
 
@@ -248,6 +249,7 @@ class Attempts:
         self._may_pull = True
         self._keeps_role = False
         self._preferred: str | None = None
+        self._skipped: frozenset[int] = frozenset()
         self._decided_by = router.version
         self.decision = router.decide(facts)
         # Most requests need the first attempt only, and never ask for the others.
@@ -300,9 +302,10 @@ class Attempts:
         self._made = (attempt,)
 
     def skip(self) -> None:
-        """Drop `choices`: none of them has a free slot."""
+        """Drop `choices` for good: none of them has a free slot, and the request waits for them no longer."""
         coming = self._rest()
-        self._coming = iter([one for one in coming if one.choice != coming[0].choice])
+        if coming:
+            self._skipped |= {coming[0].choice}
 
     def renew(self) -> None:
         """Decide again over the fleet as it is now; attempts that were made are not repeated."""
@@ -381,6 +384,8 @@ class Attempts:
         return None
 
     def _is_allowed(self, attempt: Attempt) -> bool:
+        if attempt.choice in self._skipped:
+            return False
         if self._keeps_role and attempt.role != self.decision.role:
             return False
         if not self._may_start:

@@ -164,6 +164,18 @@ def test_a_full_queue_refuses_at_once_and_a_run_is_not_bounded_by_it() -> None:
     assert here.lane("x").queued == 2
 
 
+def test_waiting_runs_take_no_place_in_the_queue_of_others() -> None:
+    here = opened({"a": 1}, x=LaneRules(queue_length=1))
+    first = held(here, "x")
+    run = queued(here, "x", is_run=True)
+    second = queued(here, "x")
+    assert entering(here, "x")[0] == "full"
+    assert here.leave(run) == []
+    assert entering(here, "x")[0] == "full"
+    assert here.leave(first) == [second]
+    queued(here, "x")
+
+
 def test_a_run_lets_requests_of_its_lane_go_first_but_not_for_ever() -> None:
     here = opened({"a": 1}, x=LaneRules(queue_length=1000))
     first = held(here, "x")

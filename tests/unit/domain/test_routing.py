@@ -513,7 +513,7 @@ def test_a_role_without_a_model_has_those_that_it_falls_back_to() -> None:
     assert attempts(decision) == [Attempt("a", "m", "other", "running", Reason.MODEL_MISSING)]
     roles = (role("output", None, fallbacks=("other", "third")), role("other", "x"), role("third", "m"))
     decision = routed("output", instance("a"), roles=roles)
-    assert attempts(decision) == [Attempt("a", "m", "third", "running", Reason.MODEL_MISSING, choice=3)]
+    assert attempts(decision) == [Attempt("a", "m", "third", "running", Reason.MODEL_MISSING, choice=9)]
 
 
 def test_an_embedding_without_a_model_gets_none_from_others() -> None:
@@ -727,9 +727,9 @@ def test_a_role_falls_back_to_others_in_order_and_through_them() -> None:
     then = Reason.INSTANCE_UNAVAILABLE
     assert attempts(decision) == [
         Attempt("a", "m", "one", "running"),
-        Attempt("a", "n", "two", "running", then, choice=3),
-        Attempt("a", "o", "three", "running", then, choice=6),
-        Attempt("a", "p", "four", "running", then, choice=9),
+        Attempt("a", "n", "two", "running", then, choice=9),
+        Attempt("a", "o", "three", "running", then, choice=18),
+        Attempt("a", "p", "four", "running", then, choice=27),
     ]
     assert decision.role == "one"
 
@@ -777,7 +777,7 @@ def test_an_embedding_may_change_its_place_but_not_its_model() -> None:
     decision = routed("embedding", instance("a", CPU, "m", "n"), instance("b"), roles=roles, kind=EMBED)
     assert attempts(decision) == [
         Attempt("b", "m", "embedding", "running"),
-        Attempt("a", "library/M:latest", "same", "running", Reason.INSTANCE_UNAVAILABLE, choice=3),
+        Attempt("a", "library/M:latest", "same", "running", Reason.INSTANCE_UNAVAILABLE, choice=9),
     ]
     assert decision.passed_over == ()
 
@@ -825,7 +825,7 @@ def test_policy_and_pin_hold_within_the_instances_of_a_role() -> None:
     gpu = role("output", instances=("c", "g"), policy=Policy.PREFER_GPU)
     decision = routed("output", *here, roles=(gpu,))
     assert where(decision) == ["g", "c"]
-    assert [one.choice for one in attempts(decision)] == [0, 1]
+    assert [one.choice for one in attempts(decision)] == [0, 3]
     assert refusal(routed("output@d", *here, roles=(gpu,)))[1:] == (
         Reason.POLICY,
         "d is barred: the role may use only: c, g",
@@ -842,6 +842,15 @@ def test_a_model_that_is_only_outside_the_instances_of_a_role_is_missing() -> No
     assert ways(decision) == [("b", "pull", None)]
     barred = role("output", instances=("g",), policy=Policy.CPU_ONLY)
     assert refusal(routed("output", *here, roles=(barred,)))[2] == "policy cpu_only permits none of: g"
+
+
+def test_an_instance_that_may_have_the_model_stands_in_for_none_that_has_it() -> None:
+    here = (instance("a"), instance("b", state=State.STARTABLE), instance("c", CPU, UNREAD))
+    assert [(one.instance, one.choice) for one in attempts(routed("m", *here))] == [
+        ("a", 0),
+        ("b", 0),
+        ("c", 1),
+    ]
 
 
 def test_attempts_have_the_time_of_their_place() -> None:

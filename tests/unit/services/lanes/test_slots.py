@@ -151,7 +151,7 @@ def test_a_queue_of_no_length_is_full_at_once() -> None:
 def test_slots_that_are_all_reserved_for_others_are_not_waited_for() -> None:
     rig = Rig(role("safe", reserved=1, instances=("a",)), a=1)
     message = "all slots of a are reserved for other roles than requests without a role"
-    assert rig.enter(None) == Refusal("policy", message, 1.0)
+    assert rig.enter(None) == Refusal("policy", message, None)
 
 
 def test_the_time_in_the_queue_is_that_of_the_role() -> None:
@@ -211,9 +211,29 @@ def test_a_request_that_gets_its_slot_while_it_chooses_anew_keeps_it() -> None:
 
     rig.place()
     second = rig.place(choose=choose)
-    rig.slots.choose_again()
+    list(rig.slots.choose_again())
     assert second.instance == "a"
     assert [one.in_use for one in rig.slots.instances()] == [2, 0]
+
+
+async def test_a_request_that_could_never_have_a_slot_of_its_new_instances_is_decided_anew() -> None:
+    rig = Rig(role("safe", reserved=1, instances=("a",)), a=1, b=1)
+    rig.place(None, "b")
+    allowed: tuple[str, ...] = ("b",)
+    second = rig.place(None, "b", choose=lambda: allowed)
+    waiting = asyncio.ensure_future(second.settled(within_s=None))
+    await asyncio.sleep(0)
+    allowed = ("a",)
+    list(rig.slots.choose_again())
+    assert await waiting == "changed"
+
+
+async def test_many_waiting_requests_are_compared_in_slices() -> None:
+    rig = Rig(role("x", queue_length=1000), a=1)
+    rig.place("x")
+    for _ in range(200):
+        rig.place("x")
+    assert len(list(rig.slots.choose_again())) == 3
 
 
 async def test_nothing_is_looked_at_while_no_request_waits(monkeypatch: pytest.MonkeyPatch) -> None:

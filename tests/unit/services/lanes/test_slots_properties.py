@@ -147,7 +147,7 @@ class Play:
             case "goes" | "comes":
                 (self.there.discard if what == "goes" else self.there.add)(values[0])
                 self.stage.router.version += 1
-                self.stage.slots.choose_again()
+                list(self.stage.slots.choose_again())
             case "starts":
                 starting = self.stage.placement.prepares["c"]
                 self._await_start()

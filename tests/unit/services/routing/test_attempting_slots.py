@@ -12,7 +12,8 @@ from manager.domain.judgement import Judgement
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.domain.routing import Refused
 from manager.errors import Reason
-from manager.services.routing.attempting import WAIT, Trouble
+from manager.services.routing.attempting import WAIT, Trouble, first_target
+from manager.services.routing.router import Attempts
 from tests.support.attempts import FACTS, Stage, attempt, decision, shown, unavailable
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def test_a_full_instance_is_passed_by_for_one_that_stands_in(monkeypatch: pytest
     entered(stage, "a")
     second = entered(stage, "b")
     assert (second.record.fallback, second.record.fallback_reason) == (True, Reason.OVERLOADED)
+    assert second.record.fallback_from == "a"
     equal = staged(monkeypatch, [attempt("a"), attempt("b")])
     entered(equal, "a")
     assert entered(equal, "b").record.fallback is False
@@ -105,6 +107,50 @@ def test_a_fallback_is_used_at_once_where_the_queue_is_full(monkeypatch: pytest.
     stage = staged(monkeypatch, APART, role(queue_length=0))
     entered(stage, "a")
     assert entered(stage, "b").record.fallback_reason is Reason.QUEUE_FULL
+
+
+async def test_a_request_that_has_left_a_queue_does_not_return_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = staged(monkeypatch, APART, role(queue_wait_s=0.0))
+    entered(stage, "a")
+    other = stage.request()
+    assert other.enter(FACTS) is WAIT
+    assert shown(await other.wait()) == "b"
+    second = stage.request()
+    assert second.enter(FACTS) is WAIT
+    found = await first_target(second, WAIT)
+    assert isinstance(found, Trouble)
+    assert found.reason is Reason.OVERLOADED
+
+
+async def test_the_recheck_keeps_a_request_at_its_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = staged(monkeypatch, APART, role(queue_length=0), role("y"))
+    entered(stage, "a")
+    stage.router.decision = decision(*APART, role="y")
+    holder = stage.request()
+    holder.record.role = "y"
+    stage.router.decision = decision(attempt("b"), role="y")
+    assert shown(holder.enter(FACTS)) == "b"
+    stage.router.decision = decision(*APART, role="y")
+    second = stage.request()
+    assert second.enter(FACTS) is WAIT  # for `a`
+    attempts = second._attempts
+    assert isinstance(attempts, Attempts)
+    attempts.skip()  # as after the time in that queue
+    assert second._choose() == ("b",)
+    assert second._choose() == ("b",)
+
+
+async def test_all_waits_of_a_request_together_have_the_time_of_the_role(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = staged(monkeypatch, [attempt("a")], role(queue_wait_s=10.0))
+    entered(stage, "a")
+    one = stage.request()
+    assert one.enter(FACTS) is WAIT
+    one._queued_s = 10.0  # it has waited for another slot before
+    found = await one.wait()
+    assert isinstance(found, Trouble)
+    assert found.reason is Reason.OVERLOADED
 
 
 def test_a_full_queue_refuses_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +180,33 @@ def test_slots_that_are_reserved_for_others_are_no_place_to_wait(monkeypatch: py
     found = stage.request().enter(FACTS)
     assert isinstance(found, Trouble)
     assert (found.reason, found.refused) == (Reason.POLICY, "policy")
+
+
+async def test_the_wait_of_a_client_that_leaves_the_queue_is_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = staged(monkeypatch, [attempt("a")])
+    entered(stage, "a")
+    one = stage.request()
+    assert one.enter(FACTS) is WAIT
+    stage.clock.advance(50.0)
+    one.close("client_gone")
+    assert one.record.queue_ms == 50_000
+
+
+def test_the_time_of_a_failed_attempt_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = staged(monkeypatch, ORDERED)
+    one = entered(stage, "a")
+    stage.clock.advance(45.0)
+    assert shown(one.failed(Reason.ATTEMPT_TIMEOUT, "", sent=True)) == "b"
+    one.sent()
+    assert one.record.queue_ms == 0
+
+
+def test_an_unload_reaches_the_model_of_a_role_for_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = staged(monkeypatch, [attempt("a", role="deep")])
+    stage.router.decision = replace(stage.router.decision, role="deep", is_async=True)
+    assert shown(stage.request().enter_running(FACTS)) == "a"
 
 
 async def test_a_client_that_leaves_gives_its_place_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +265,7 @@ async def test_a_request_that_no_instance_is_left_for_is_decided_anew(
     await asyncio.sleep(0)
     away = Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, "a is drained")
     stage.router.decision = decision(refused=away)
-    stage.slots.choose_again()
+    list(stage.slots.choose_again())
     found = await waiting
     assert isinstance(found, Trouble)
     assert found.message == "a is drained"
@@ -207,7 +280,7 @@ async def test_a_request_that_has_failed_before_reports_that(monkeypatch: pytest
     waiting = asyncio.ensure_future(one.wait())
     await asyncio.sleep(0)
     stage.router.decision = decision(refused=Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, "gone"))
-    stage.slots.choose_again()
+    list(stage.slots.choose_again())
     found = await waiting
     assert isinstance(found, Trouble)
     assert found.message == "broken"
