@@ -14,4 +14,6 @@ if TYPE_CHECKING:
 
 def reset_breaker(endpoint: Endpoint, instance_id: str) -> None:
     instance = Daemon(endpoint).reset_breaker(instance_id)
-    click.echo(f"the breaker of {instance.id} is closed: it gets requests again")
+    click.echo(
+        f"the breaker of {instance.id} is closed: it gets requests again as soon as its server answers"
+    )

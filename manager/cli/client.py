@@ -123,6 +123,14 @@ class Drained:
 
 
 @dataclass(frozen=True, slots=True)
+class Lifted:
+    """An order that suspends the deny rules of an instance; `until` as the API has it."""
+
+    until: str
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Breaker:
     """The breaker of an instance: `open` means that no request goes there until `retry_at`."""
 
@@ -159,6 +167,7 @@ class Instance:
     models: tuple[Model, ...]
     drained: Drained | None = None
     image_override: ImageOverride | None = None
+    lifted: Lifted | None = None
     breaker: Breaker | None = None  # an older daemon has none
 
 
@@ -428,6 +437,11 @@ class Daemon:
                 yield answer
         except _Strange as error:
             raise self._stranger() from error
+        except requests.exceptions.ChunkedEncodingError as error:
+            raise DaemonUnreachableError(
+                f"the connection to the daemon at {self.endpoint.url} broke off in the middle of an answer",
+                "it may have ended: `ollama-manager status` says if it runs",
+            ) from error
         except requests.Timeout as error:
             raise DaemonUnreachableError(
                 f"the daemon at {self.endpoint.url} does not answer in time",
@@ -522,6 +536,7 @@ def _instance(body: dict[str, Any]) -> Instance:
         # An older daemon has none of these.
         drained=(out := body.get("drained")) and Drained(out["since"], out["until"], out["reason"]),
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
+        lifted=(lift := body.get("lifted")) and Lifted(lift["until"], lift["reason"]),
         breaker=_breaker(body.get("breaker")),
     )
 

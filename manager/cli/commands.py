@@ -258,14 +258,14 @@ def stop(instance: str, force: bool, url: str | None, config: Path | None) -> No
 
 @program.group("breaker")
 def breaker_group() -> None:
-    """The breakers: an instance whose requests fail in a row is left alone for a while."""
+    """The breakers: an instance whose requests fail in a row is passed over for a while."""
 
 
 @breaker_group.command("reset")
 @click.argument("instance", metavar="ID")
 @_talks
 def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
-    """Close the breaker of an instance, so that it gets requests again at once."""
+    """Close the breaker of an instance: it gets requests again as soon as its server answers."""
     from manager.cli.breaker import reset_breaker  # noqa: PLC0415
     from manager.cli.locate import find_daemon  # noqa: PLC0415
 

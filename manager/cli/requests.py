@@ -216,9 +216,7 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
 def _decided(document: Mapping[str, Any]) -> list[str]:
     from manager.domain.explanation import passed_over_words  # noqa: PLC0415
 
-    attempts = [
-        (one["instance"], one["model"], one["because"], one["fallback"] or "") for one in document["attempts"]
-    ]
+    attempts = [(one["instance"], one["model"], one["because"]) for one in document["attempts"]]
     passed = [(one["instance"], one["model"], passed_over_words(one)) for one in document["passed_over"]]
     lines = [printable(document["summary"])]
     lines += _pairs(("role", document["role"]), ("policy", document["policy"]))
@@ -254,7 +252,8 @@ def _widths(lines: list[tuple[str, ...]], least: list[int]) -> list[int]:
 
 
 def _why(attempt: Mapping[str, Any]) -> str:
-    return ": ".join(filter(None, (attempt["reason"] or attempt["fallback"], attempt["message"])))
+    """Return why an attempt failed; nothing for one that did not."""
+    return ": ".join(filter(None, (attempt["reason"], attempt["message"])))
 
 
 def _tokens(document: Mapping[str, Any]) -> str | None:

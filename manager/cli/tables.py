@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from manager.cli.client import Card, Device, Drained, Instance, Model, Orphan
+    from manager.cli.client import Card, Device, Drained, Instance, Lifted, Model, Orphan
 
 _GAP = 2
 _NONE = "-"
@@ -117,13 +117,24 @@ def size(size_bytes: int) -> str:
 
 def drained_text(drained: Drained) -> str:
     """`drained until 2026-08-01 18:00 UTC: driver update`."""
-    until = "" if drained.until is None else f" until {drained.until[:10]} {drained.until[11:16]} UTC"
+    until = "" if drained.until is None else f" until {_minute(drained.until)}"
     reason = "" if drained.reason is None else f": {drained.reason}"
     return _one_line(f"drained{until}{reason}")
 
 
+def _lifted_text(lifted: Lifted) -> str:
+    """`deny rules lifted until 2026-08-01 18:00 UTC (incident 7)`."""
+    reason = "" if lifted.reason is None else f" ({lifted.reason})"
+    return f"deny rules lifted until {_minute(lifted.until)}{reason}"
+
+
+def _minute(time: str) -> str:
+    """`2026-08-01 18:00 UTC`, from a time of the API."""
+    return f"{time[:10]} {time[11:16]} UTC"
+
+
 def _notes(instance: Instance) -> str:
-    """What is not as usual: out of service, the daemon's reason, another image than the template's."""
+    """What is not as usual: orders in force, the daemon's reason, another image than the template's."""
     notes = []
     if instance.drained is not None:
         notes.append(drained_text(instance.drained))
@@ -132,6 +143,8 @@ def _notes(instance: Instance) -> str:
     if instance.image_override is not None:
         chosen = instance.image_override
         notes.append(f"upgraded to {chosen.image} from {chosen.previous}")
+    if instance.lifted is not None:
+        notes.append(_lifted_text(instance.lifted))
     notes += _breaker(instance)
     return _one_line("; ".join(notes))
 

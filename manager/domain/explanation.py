@@ -32,7 +32,7 @@ REASON_WORDS: Mapping[str, str] = {
     "upstream_unreachable": "{} could not be reached",
     "upstream_error": "{} failed with an error",
     "invalid_output": "{} gave an invalid answer",
-    "breaker_open": "{} had failed several times and was left alone",
+    "breaker_open": "{} had failed several times and was passed over",
     "queue_full": "the queue for {} was full",
     "overloaded": "{} was overloaded",
     "host_denied": "{} does not take this model",

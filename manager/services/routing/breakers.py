@@ -1,4 +1,4 @@
-"""Breakers: an instance whose requests fail is left alone for a while, then tried with one request."""
+"""Breakers: an instance whose requests fail is passed over for a while, then tried with one request."""
 
 from __future__ import annotations
 

@@ -436,7 +436,7 @@ def test_a_breaker_is_reset_by_name(daemon: StandInDaemon, run: Run) -> None:
     result = run("breaker", "reset", "gpu0", "--url", daemon.url)
     assert (result.exit_code, result.stdout) == (
         0,
-        "the breaker of gpu0 is closed: it gets requests again\n",
+        "the breaker of gpu0 is closed: it gets requests again as soon as its server answers\n",
     )
     refused = error("unknown_instance", "there is no instance 'x'")
     daemon.answers[f"POST {API}/instances/x/breaker/reset"] = Answer(refused, 404)

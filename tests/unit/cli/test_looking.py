@@ -178,6 +178,17 @@ def test_a_followed_stream_that_ends_is_resumed_after_the_last_event(
     assert result.stderr.splitlines()[:3] == [away, "the daemon is back", away]
 
 
+def test_a_stream_of_events_that_breaks_off_is_named_as_that(daemon: StandInDaemon, run: Run) -> None:
+    def cut() -> Any:
+        yield from sse(event(1))
+        raise ConnectionAbortedError
+
+    daemon.answers[f"GET {API}/events?last=20&follow=false"] = Answer(cut())
+    result = run("events", "--url", daemon.url)
+    assert result.exit_code == 3
+    assert f"the connection to the daemon at {daemon.url} broke off" in result.stderr
+
+
 # --- gpus -----------------------------------------------------------------------------------------
 
 

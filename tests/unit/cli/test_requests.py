@@ -137,7 +137,7 @@ def test_one_request_is_explained(run: Run, daemon: StandInDaemon) -> None:
     attempts = lines[lines.index("attempts:") + 1 :]
     assert attempts == [
         "  gpu0  qwen3:8b  loaded   failed  attempt_timeout: gpu0 did not answer within 60 s",
-        "  cpu   qwen3:8b  running  ok      instance_unavailable",
+        "  cpu   qwen3:8b  running  ok",
         "  and 2 more",
         "",
         "passed over:",
@@ -215,7 +215,7 @@ def test_where_a_request_would_go(run: Run, daemon: StandInDaemon) -> None:
             "policy": "auto",
             "requested_target": "auto",
             "attempts": [
-                {"instance": "cpu", "model": "m", "role": None, "because": "running", "fallback": None}
+                {"instance": "cpu", "model": "m", "role": None, "because": "running", "fallback": "policy"}
             ],
             "passed_over": [
                 {"instance": "gpu1", "model": "m", "reason": "breaker_open", "detail": "until 12:00"}
@@ -234,5 +234,5 @@ def test_where_a_request_would_go(run: Run, daemon: StandInDaemon) -> None:
         "  cpu  m  running",
         "",
         "passed over:",
-        "  gpu1  m  gpu1 had failed several times and was left alone (until 12:00)",
+        "  gpu1  m  gpu1 had failed several times and was passed over (until 12:00)",
     ]

@@ -159,3 +159,11 @@ def test_status_shows_who_is_out_of_service_and_who_was_upgraded(daemon: StandIn
     _, cpu, gpu0 = run("status", "--url", daemon.url).stdout.splitlines()
     assert cpu.endswith(SHOWN)
     assert gpu0.endswith(f"upgraded to {IMAGE} from ollama/ollama:1")
+
+
+def test_status_shows_lifted_deny_rules_with_their_end(daemon: StandInDaemon, run: Run) -> None:
+    lifted = {"since": "2026-08-01T16:00:00Z", "until": "2026-08-01T16:34:10Z", "reason": "incident 7"}
+    daemon.has(ready("cpu", lifted=lifted), ready("gpu0", lifted=lifted | {"reason": None}))
+    _, cpu, gpu0 = run("status", "--url", daemon.url).stdout.splitlines()
+    assert cpu.endswith("  deny rules lifted until 2026-08-01 16:34 UTC (incident 7)")
+    assert gpu0.endswith("  deny rules lifted until 2026-08-01 16:34 UTC")

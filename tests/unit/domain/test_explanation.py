@@ -156,7 +156,7 @@ def test_candidates_out_of_service_are_named_without_a_fallback_too() -> None:
         decision(attempt("cpu"), passed_over=(over("gpu1", "breaker_open"), over("nas", "policy"))),
     )
     assert sentence == (
-        "asked for qwen3:8b, went to cpu; gpu1 had failed several times and was left alone; "
+        "asked for qwen3:8b, went to cpu; gpu1 had failed several times and was passed over; "
         "answered in 1.5 s (34 tokens)"
     )
 
