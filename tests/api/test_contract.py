@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 INSTANCE = {
     "id", "driver", "template", "device", "endpoint", "target", "phase", "health", "reason", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
-    "container", "image_override", "drained", "models", "breaker",
+    "container", "image_override", "drained", "lifted", "models", "breaker",
 }  # fmt: skip
 DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes", "cards"}
 CONTAINER = {"id", "name", "image", "template_hash"}
@@ -603,8 +603,11 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),
+        *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("lift", "load", "unload")),
         f"{COMPUTE}/instances/{{instance_id}}/breaker/reset",
-        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes")),
+        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain")),
+        *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
+        *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",
         "/readyz",

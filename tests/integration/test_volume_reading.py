@@ -38,16 +38,28 @@ def on(volume: str, *ids: str, **knobs: object) -> dict[str, Any]:
     }
 
 
+# What only a running server tells of a model, in answer to a question about it.
+_ASKED_FOR = ("context_length", "capabilities")
+
+
+def listed(daemon: Daemon) -> list[dict[str, Any]]:
+    """The models as the server lists them."""
+    return [
+        {key: value for key, value in model.items() if key not in _ASKED_FOR}
+        for model in daemon.get("/api/tags")["models"]
+    ]
+
+
 def fill(new_daemon: NewDaemon, volume: str) -> list[dict[str, Any]]:
     """Pull models to the volume through a first daemon, which goes; what its server lists."""
     with new_daemon(**on(volume), name="first").start() as first:
         for model in MODELS:
             assert pull(first, model)[-1] == {"status": "success"}
         assert first.call("POST", "/api/create", json={"model": "Made", "from": "big", "system": "x"}).ok
-        listed: list[dict[str, Any]] = first.get("/api/tags")["models"]
+        found = listed(first)
         first.stopped("one")
         first.stop()
-    return listed
+    return found
 
 
 def starts(daemon: Daemon) -> int:
@@ -103,7 +115,7 @@ def test_a_fresh_daemon_lists_what_is_on_a_volume_and_a_client_picks_one(
     ]
     with closing(engine.client()) as client, watching(client) as watched:
         daemon = new_daemon(**on(volume, "one", "two")).start()
-        assert daemon.get("/api/tags")["models"] == before, "every value as the server lists it"
+        assert listed(daemon) == before, "every value as the server lists it"
         openai = {entry["id"]: entry for entry in daemon.get("/v1/models")["data"]}
         assert set(openai) == {model["name"] for model in before}
         assert openai["big:latest"]["instances"] == ["one", "two"]
@@ -119,7 +131,7 @@ def test_a_fresh_daemon_lists_what_is_on_a_volume_and_a_client_picks_one(
     picked = before[0]["name"]
     assert chat(daemon, picked, "two") == 200
     assert starts(daemon) == 1
-    assert daemon.get("/api/tags")["models"] == before, "now the server's own list"
+    assert listed(daemon) == before, "now the server's own list"
 
 
 def test_the_list_survives_a_restart_and_a_volume_is_read_once(
@@ -168,7 +180,7 @@ def test_an_image_that_is_missing_leaves_the_reading_to_another_instance_s(
     made["instances"] = {"none": {"template": "none"}, **made["instances"]}
     made["templates"]["none"] = {**made["templates"]["sim"], "image": "ollama-manager/simulated:none"}
     daemon = new_daemon(**made).start()
-    assert daemon.get("/api/tags")["models"] == before
+    assert listed(daemon) == before
     daemon.stop()
     made["instances"] = {"none": {"template": "none"}}
     daemon = new_daemon(**made, name="second").start()
@@ -185,7 +197,7 @@ def test_a_host_directory_is_read_as_a_volume_is(
     made = on(source)
     made["config"] = {"allow": {"binds": [f"{source}:rw"]}}
     daemon = new_daemon(**made).start()
-    assert daemon.get("/api/tags")["models"] == before
+    assert listed(daemon) == before
     assert starts(daemon) == 0
 
 
