@@ -38,16 +38,13 @@ def on(volume: str, *ids: str, **knobs: object) -> dict[str, Any]:
     }
 
 
-# What only a running server tells of a model, in answer to a question about it.
-_ASKED_FOR = ("context_length", "capabilities")
-
-
 def listed(daemon: Daemon) -> list[dict[str, Any]]:
-    """The models as the server lists them."""
-    return [
-        {key: value for key, value in model.items() if key not in _ASKED_FOR}
-        for model in daemon.get("/api/tags")["models"]
-    ]
+    """The models as they are listed, without what only a running server tells when it is asked about one."""
+    models: list[dict[str, Any]] = daemon.get("/api/tags")["models"]
+    for model in models:
+        model.pop("capabilities", None)
+        model["details"].pop("context_length", None)
+    return models
 
 
 def fill(new_daemon: NewDaemon, volume: str) -> list[dict[str, Any]]:
