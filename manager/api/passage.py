@@ -14,7 +14,7 @@ from manager.errors import ManagerError, UnavailableError
 from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
-from manager.services.routing.attempting import Attempting, Trouble, first_target
+from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
 from manager.wire.caller import printable
 from manager.wire.dialect import error_in_stream
@@ -494,6 +494,8 @@ class Passage:
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
             if failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
+            if failure.location is not None:
+                headers["Location"] = failure.location
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
             await answer_error(self._say, self.dialect, failure.status, failure.message, headers)
@@ -519,4 +521,7 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
 def _refused(trouble: Trouble) -> RefusedError:
     status = status_of(trouble.reason, trouble.refused)
     outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-    return RefusedError(status, trouble.message, outcome, retry_after_s=trouble.retry_after_s)
+    location = RUNS_PATH if trouble.refused == "async_only" else None
+    return RefusedError(
+        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, location=location
+    )

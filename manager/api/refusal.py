@@ -23,7 +23,7 @@ class CallerGoneError(Exception):
 
 
 class RefusedError(Exception):
-    """The request is not passed on; the message is for the caller."""
+    """The request is not passed on; the message is for the caller, `location` where it has to go instead."""
 
     def __init__(
         self,
@@ -32,12 +32,14 @@ class RefusedError(Exception):
         outcome: Outcome = "client_error",
         *,
         retry_after_s: float | None = None,
+        location: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.outcome = outcome
         self.retry_after_s = retry_after_s
+        self.location = location
 
 
 def refusal_of(error: Exception, path: str) -> RefusedError:

@@ -85,7 +85,10 @@ class RequestBody(_Shape):
 
 
 class RequestsBody(_Shape):
-    """Requests, newest first: the open ones, then those that ended. `cursor` is for `after`."""
+    """Requests, newest first: the open ones, then those that ended. `cursor` is for `after`.
+
+    With `after` the open ones are left out.
+    """
 
     requests: list[RequestBody]
     count: int
@@ -205,7 +208,8 @@ def requests_router(backend: Backend) -> APIRouter:
             instance=query.instance,
             outcome=query.outcome,
         )
-        opened = list(_open(backend, filters))
+        # With a cursor the answer is what was stored since: open ones would take the place of some of it.
+        opened = list(_open(backend, filters)) if query.after is None else []
         await backend.history.flush()
         page = await backend.history.store.last(filters, query.limit, after=query.after)
         ended = {id_ for id_, _ in page.items}

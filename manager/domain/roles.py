@@ -228,6 +228,8 @@ def role_contradictions(
     """
     for role in roles.values():
         yield from _instance_contradictions(role, gpu_of)
+        if role.mode == "async" and role.kind is RequestKind.TRANSCRIBE:
+            yield role.name, "mode", "runs take no transcriptions; expected sync"
         if role.target is not None and role.target not in gpu_of:
             yield role.name, "target", f"{role.target!r} is no instance; expected {', '.join(gpu_of)} or auto"
         elif role.policy is Policy.CPU_ONLY and role.target is not None and gpu_of[role.target] is not False:

@@ -9,11 +9,14 @@ from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from manager.domain import backoff
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
 # An idempotent run is begun so many times at most: it may be the cause of what interrupts it.
 MOST_EXECUTIONS = 5
+_LONGEST_PAUSE_S = 60.0
 _BODY, _RESULT = ".body", ".result"
 
 
@@ -37,6 +40,7 @@ class RunFact(Enum):
     INTERRUPTED = "the daemon ended while a server worked on it"
     REQUEUED = "it may be executed again"
     WITHDRAWN = "its request was not sent after all"
+    POSTPONED = "nothing could serve it"
     EXPIRED = "its result is not kept any longer"
 
 
@@ -51,6 +55,7 @@ class IllegalRunTransitionError(Exception):
 _TABLE: Mapping[tuple[RunStatus, RunFact], RunStatus] = MappingProxyType(
     {
         (RunStatus.QUEUED, RunFact.SENT): RunStatus.RUNNING,
+        (RunStatus.QUEUED, RunFact.POSTPONED): RunStatus.QUEUED,
         (RunStatus.QUEUED, RunFact.FAILED): RunStatus.FAILED,
         (RunStatus.QUEUED, RunFact.CANCELLED): RunStatus.CANCELLED,
         (RunStatus.RUNNING, RunFact.SUCCEEDED): RunStatus.SUCCEEDED,
@@ -106,6 +111,7 @@ class Run:
         executions: how many times its request was sent by a worker of the daemon.
         instance: the one that answered, or was asked last.
         request_id: of its record.
+        error: why it has failed; of a queued one why nothing could serve it when that was tried last.
     """
 
     number: int
@@ -163,6 +169,7 @@ def sent(run: Run, now: datetime, *, instance: str, request_id: str) -> Run:
         executions=run.executions + 1,
         instance=instance,
         request_id=request_id,
+        error=None,
     )
 
 
@@ -170,6 +177,18 @@ def withdrawn(run: Run) -> Run:
     """Return the run whose request was stored as sent, and was not sent."""
     status = advance(run.status, RunFact.WITHDRAWN)
     return replace(run, status=status, started_at=None, executions=run.executions - 1)
+
+
+def postponed(run: Run, error: RunError) -> Run:
+    """Return the run that nothing could serve for now: it is queued, whatever was tried."""
+    if run.status is RunStatus.RUNNING:
+        run = withdrawn(run)
+    return replace(run, status=advance(run.status, RunFact.POSTPONED), error=error)
+
+
+def pause_s(failures: int) -> float:
+    """Return how long a run waits after so many tries in a row in which nothing could serve it."""
+    return min(_LONGEST_PAUSE_S, backoff.delay_s(failures))
 
 
 def ended(
@@ -197,7 +216,7 @@ def ended(
 
 
 def cancelled(run: Run, now: datetime) -> Run:
-    return _over(run, RunFact.CANCELLED, now)
+    return _over(run, RunFact.CANCELLED, now, error=None)
 
 
 def interrupted(run: Run, now: datetime) -> Run:

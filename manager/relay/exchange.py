@@ -233,8 +233,14 @@ class Exchange:
         if self._state is _State.WAITING and self._load is not None:
             self.is_left = True
             if self._relay.loads.others_wait(self, self._load):
-                return  # to cancel this request could cancel the load that they wait for
+                # To cancel this request could cancel the load that they wait for. It needs no slot any more.
+                self._give_slot_back()
+                return
         self._finish(self._left)
+
+    def _give_slot_back(self) -> None:
+        if self._attempting is not None:
+            self._attempting.give_slot_back()
 
     def pause(self) -> None:
         """The client does not read."""
@@ -273,6 +279,7 @@ class Exchange:
             self._left = "cut"
             self.is_left = self.response_complete = True
             self._tell(front, UNAVAILABLE, why, _NO_RETRY)
+            self._give_slot_back()
             self._let_go()
         else:
             self._fail(UNAVAILABLE, why, "cut", _NO_RETRY)

@@ -277,6 +277,7 @@ def _culprit(
         "target": [setting_key(role, name) for name in ("target", "policy", "instances")],
         "fallbacks": [setting_key(role, "fallbacks"), setting_key(role, "model"), *others],
         "instances": [setting_key(role, "instances")],
+        "mode": [setting_key(role, name) for name in ("mode", "kind")],
         "keep_warm": [setting_key(role, "keep_warm"), setting_key(role, "instances")],
         # The reservations of several roles may add up to too many.
         "reserved": [

@@ -130,3 +130,9 @@ def test_a_denied_model_is_not_loaded_for_a_role(tmp_path: Path) -> None:
         until = {"until": "2999-01-01T00:00:00Z"}
         assert gateway.call("POST", "instances/one/lift", json=until).status_code == 200
         kept(gateway, "one", "tiny:latest")
+        wait_for(lambda: events(gateway, "kept_warm"), lambda found: found)
+        assert gateway.call("DELETE", "instances/one/lift").status_code == 200
+        wait_for(lambda: loaded(gateway, "one"), lambda found: found == {}, within_s=15)
+        assert [event["reason"] for event in events(gateway, "keep_warm_failed")] == ["host_denied"] * 2
+        assert gateway.call("POST", "instances/one/lift", json=until).status_code == 200
+        kept(gateway, "one", "tiny:latest")

@@ -273,3 +273,19 @@ async def test_a_slot_goes_to_the_next_when_the_server_dies(tmp_path: Path) -> N
         assert (await first.reply()).status == 502
         reply = await second.reply()
         assert (reply.status, reply.body) == (200, LAST.strip())
+
+
+async def test_a_client_that_leaves_a_load_to_others_gives_its_slot_back(tmp_path: Path) -> None:
+    server = Gated()
+    async with server.serving(), relaying(tmp_path, {"a": server}, slots={"a": 2}) as front:
+        first, second = await asked(front), await asked(front)
+        await until(lambda: server.at_once == 2)
+        third = await asked(front)
+        await until(lambda: len(front.relay.exchanges) == 3)
+        first.leave()  # the server goes on: the second request waits for the same load
+        await until(lambda: len(server.seen) == 3)
+        for _ in range(3):
+            server.open.release()
+        assert [(await one.reply()).status for one in (second, third)] == [200, 200]
+        await until(lambda: front.at_rest)
+        assert (await lanes(front))["a"]["in_use"] == 0

@@ -183,6 +183,28 @@ async def test_the_cursor_follows_what_ends(tmp_path: Path) -> None:
         assert (last["count"], last["cursor"]) == (0, after["cursor"])
 
 
+async def test_an_open_request_takes_no_place_of_those_that_ended_after_a_cursor(tmp_path: Path) -> None:
+    async def never(talk: Conversation) -> None:
+        await talk.left()
+
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        await front.ask(TINY)
+        cursor = (await ask(front, "GET", REQUESTS)).json()["cursor"]
+        wanted = [(await front.ask(TINY)).headers["x-request-id"] for _ in range(3)]
+        server.answer = never
+        waiting = asyncio.ensure_future(front.ask(TINY))
+        await until(lambda: len(server.seen) == 5)
+        assert [one["open"] for one in await listed(front, "?limit=2")] == [True, False]
+        found = []
+        for _ in range(4):
+            page = (await ask(front, "GET", f"{REQUESTS}?after={cursor}&limit=1")).json()
+            cursor = page["cursor"]
+            found += [one["request_id"] for one in page["requests"]]
+        assert found == wanted
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
+
 @pytest.mark.parametrize(
     ("query", "field"),
     [

@@ -71,6 +71,19 @@ class Client:
     async def ended(self, run_id: str) -> dict[str, Any]:
         return await self.reaches(run_id, "succeeded", "failed", "cancelled", "interrupted", "expired")
 
+    async def tried(self, run_id: str) -> dict[str, Any]:
+        """Wait until nothing could serve a run."""
+        async with asyncio.timeout(20):
+            while True:
+                run = await self.show(run_id)
+                if run["error"] is not None:
+                    return run
+                await asyncio.sleep(0.01)
+
+    async def order(self, instance: str, action: str, body: Mapping[str, Any]) -> None:
+        reply = await self.front.ask(body, f"/api/runtime/compute/instances/{instance}/{action}", JSON)
+        assert reply.status == 200, reply.body
+
     async def result(self, run_id: str) -> Reply:
         return await self.call("GET", f"{RUNS}/{run_id}/result")
 
@@ -321,6 +334,33 @@ async def test_an_answer_that_is_too_large_is_a_failure_and_leaves_no_part(tmp_p
         assert files(tmp_path) == [f"{run_id}.result"]
 
 
+# --- nothing can serve it -------------------------------------------------------------------------
+
+
+async def test_a_run_waits_in_the_queue_while_every_instance_is_drained(tmp_path: Path) -> None:
+    config = {"runs": {"concurrency": 1}}
+    async with (
+        Scripted().serving() as a,
+        Scripted().serving() as b,
+        running(tmp_path, a, b, config=config) as client,
+    ):
+        for instance in "ab":
+            await client.order(instance, "drain", {"reason": "repair"})
+        run_id = await client.submit()
+        run = await client.tried(run_id)
+        assert (run["status"], run["error"]["code"]) == ("queued", "instance_unavailable")
+        assert "drained: repair" in run["error"]["message"]
+        assert (run["executions"], run["started_at"], run["result"]) == (0, None, None)
+        assert (await client.front.record()).outcome == "refused"
+        # It does not hold the only place of those that are begun.
+        gone = await client.ended(await client.submit({"model": "nope", "messages": []}))
+        assert (gone["status"], gone["error"]["code"]) == ("failed", "model_missing")
+        await client.order("b", "resume", {})
+        run = await client.ended(run_id)
+        assert (run["status"], run["error"], run["executions"]) == ("succeeded", None, 1)
+        assert (len(a.seen), len(b.seen)) == (0, 1)
+
+
 # --- cancelling -----------------------------------------------------------------------------------
 
 
@@ -336,7 +376,8 @@ async def test_a_cancelled_run_gives_everything_back_before_the_answer_comes(tmp
         assert (reply.status, reply.json()["status"]) == (200, "cancelled")
         await gate.left.wait()
         assert files(tmp_path) == []
-        assert (await client.front.record()).outcome == "client_gone"
+        record = await client.front.record()
+        assert (record.outcome, record.fallback_reason) == ("cut", "cancelled")
         assert (await client.call("DELETE", f"{RUNS}/{run_id}")).json()["status"] == "cancelled"
         refusal = await client.result(run_id)
         assert (refusal.status, refusal.json()["error"]["code"]) == (409, "run_without_result")
@@ -363,7 +404,8 @@ async def test_the_request_of_a_run_is_listed_and_can_be_cancelled_as_any_other(
         assert (reply.status, reply.json()["cancelled"]) == (200, True)
         assert (await client.ended(run_id))["status"] == "cancelled"
         await gate.left.wait()
-        assert (await client.front.record()).outcome == "cut"
+        record = await client.front.record()
+        assert (record.outcome, record.fallback_reason) == ("cut", "cancelled")
 
 
 async def test_a_run_that_waits_for_a_slot_is_queued_and_can_be_cancelled(tmp_path: Path) -> None:
@@ -467,7 +509,7 @@ async def test_the_files_of_all_runs_together_are_bounded(tmp_path: Path) -> Non
         assert (reply.status, reply.json()["error"]["code"]) == (429, "queue_full")
         for run in (first, second, full):
             await client.reaches(run["id"], "expired")
-        assert files(tmp_path) == []
+        await until(lambda: files(tmp_path) == [])
         assert (await client.ended(await client.submit(WHOLE)))["status"] == "succeeded"
 
 

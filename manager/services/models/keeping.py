@@ -124,7 +124,8 @@ class Keeper:
             if self._keeping.pop(place).is_kept:
                 self._to_release[place] = place[1]
         for place in self._to_release.keys() & kept:
-            del self._to_release[place]
+            if not self._router.denial(*place):
+                del self._to_release[place]
 
     def _meet(self, instance: Instance) -> None:
         """Note the models of an instance that starts with the daemon, the first time that it is seen."""
@@ -181,6 +182,8 @@ class Keeper:
         key = model_key(wanted.model)
         keeping = self._keeping.setdefault((instance.id, key), Keeping())
         if self._router.denial(instance.id, wanted.model):
+            if keeping.is_kept:  # it was loaded while the rule was lifted
+                self._to_release[instance.id, key] = wanted.model
             self._note(wanted, keeping.barred(Reason.HOST_DENIED), "it is denied there")
             return False
         known = self._router.models_of(instance)
@@ -197,7 +200,11 @@ class Keeper:
 
     async def _load(self, instance: Instance, wanted: _Wanted) -> None:
         try:
-            await self._loading.load(instance.id, wanted.model, wanted.keep_alive, explicit=False)
+            is_release = wanted.role is None and wanted.keep_alive is not None
+            if is_release and self._router.denial(instance.id, wanted.model):
+                await self._loading.unload(instance.id, wanted.model)
+            else:
+                await self._loading.load(instance.id, wanted.model, wanted.keep_alive, explicit=False)
         except ManagerError as error:
             self._failed(wanted, error)
         else:

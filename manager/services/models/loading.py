@@ -147,8 +147,9 @@ class Loading:
         """
         instance, model = self._fleet.get(instance_id), self.model_meant(name)
         key = model_key(model)
+        is_denied = bool(self._router.denial(instance.id, model))
         for role in self._settings.routing.kept_on(instance.id):
-            if model_key(str(role.model)) == key:
+            if model_key(str(role.model)) == key and not is_denied:
                 message = f"the role {role.name!r} keeps {model} warm on {instance.id}"
                 raise ConflictError(f"{message}; change roles.{role.name}.keep_warm", instance=instance.id)
         if instance.usable_endpoint() is not None:

@@ -36,11 +36,12 @@ class WholeAnswer(NamedTuple):
 
 
 class UnansweredError(Exception):
-    """No server has answered."""
+    """No server has answered. `begun` is whether one may have begun with the request."""
 
-    def __init__(self, trouble: Trouble) -> None:
+    def __init__(self, trouble: Trouble, *, begun: bool) -> None:
         super().__init__(trouble.message)
         self.trouble = trouble
+        self.begun = begun
 
 
 @asynccontextmanager
@@ -61,19 +62,21 @@ async def answered(
     Raises:
         UnansweredError: none has answered.
     """
+    begun = False
     while True:
         found = await first_target(attempting, step)
         if isinstance(found, Trouble):
             if isinstance(found.answer, WholeAnswer):
                 yield found.answer
                 return
-            raise UnansweredError(found)
+            raise UnansweredError(found, begun=begun)
         asked = await question(found)
         async with AsyncExitStack() as stack:
             attempting.sent()
             try:
                 answer = await _ask(attempting, server, asked, stack)
             except AskFailedError as error:
+                begun = begun or error.begun
                 step = attempting.failed(error.reason, error.message, sent=error.begun)
                 continue
             except OutOfDescriptorsError as error:
@@ -82,8 +85,10 @@ async def answered(
                 )
                 continue
             except _LateError as late:
+                begun = True
                 step = late.step
                 continue
+            begun = True
             judged, following = await _judge(attempting, answer)
             if following is None:
                 try:

@@ -300,6 +300,12 @@ class Attempting:
         """The instance of the current attempt."""
         return self.work.instance
 
+    def give_slot_back(self) -> None:
+        """Give the slot, or the place in the queue, to the next request."""
+        place, self._place = self._place, None
+        if place is not None:
+            place.give_back()
+
     @property
     def is_queued(self) -> bool:
         """Whether the request waits for a slot."""
@@ -655,7 +661,7 @@ class Attempting:
         choices = attempts.choices()
         attempt = next((one for one in choices if one.instance == instance), None)
         if attempt is None:  # the settings have changed since the slot was given
-            self._give_slot_back()
+            self.give_slot_back()
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
         if attempt is not choices[0] and attempt.fallback is not None:
@@ -675,7 +681,7 @@ class Attempting:
         instance = place.instance
         if how == "granted" and instance is not None:
             return self._take_slot(attempts, instance)
-        self._give_slot_back()
+        self.give_slot_back()
         self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
@@ -889,7 +895,7 @@ class Attempting:
     def _release(self) -> None:
         self._release_lease()
         if self._place is not None:
-            self._give_slot_back()
+            self.give_slot_back()
 
     def _release_lease(self) -> None:
         self._is_waiting = False
@@ -899,11 +905,6 @@ class Attempting:
         if lease is not None:
             self._routing.status.ended(self)
             lease.release()
-
-    def _give_slot_back(self) -> None:
-        place, self._place = self._place, None
-        if place is not None:
-            place.give_back()
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")

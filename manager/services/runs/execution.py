@@ -67,6 +67,28 @@ _WRITE_BYTES = 64 * 1024
 _LONGEST_MESSAGE = 1000
 _LONGEST_TYPE = 256
 _UNKNOWN_TYPE = "application/octet-stream"
+# What a run waits for: the state of the instances, which changes.
+_PASSING = frozenset(
+    {
+        Reason.INSTANCE_STOPPED,
+        Reason.INSTANCE_UNAVAILABLE,
+        Reason.INSTANCE_UNHEALTHY,
+        Reason.GPU_MISSING,
+        Reason.START_FAILED,
+        Reason.START_TIMEOUT,
+        Reason.VRAM_INSUFFICIENT,
+        Reason.UPSTREAM_UNREACHABLE,
+        Reason.BREAKER_OPEN,
+        Reason.QUEUE_FULL,
+        Reason.OVERLOADED,
+        Reason.ENGINE_UNAVAILABLE,
+        Reason.IMAGE_MISSING,
+        Reason.NAME_CONFLICT,
+        Reason.PORT_TAKEN,
+        Reason.CONTAINER_EXITED,
+    }
+)
+_PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
 
 
 class Done(NamedTuple):
@@ -76,6 +98,14 @@ class Done(NamedTuple):
     error: RunError | None
     instance: str | None
     request_id: str
+
+
+class PostponedError(Exception):
+    """No server was asked, because none could be: a later try may succeed."""
+
+    def __init__(self, error: RunError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 class _FailedError(Exception):
@@ -123,9 +153,10 @@ class Execution:
             most_result_bytes: how large its answer may be.
             begun: called with the life of the request.
             sent: called with the instance and the id of the request before it is sent for the first time.
-            is_cancelled: whether the owner of the run has ended it, should it be cancelled.
+            is_cancelled: whether the operator has ended the run, should this be cancelled.
 
         Raises:
+            PostponedError: nothing can serve it now.
             RunFilesError: the result could not be stored.
             RegistryUnwritableError: of `sent`; nothing was sent.
         """
@@ -137,7 +168,8 @@ class Execution:
         except asyncio.CancelledError:
             if work.done is not None:
                 return work.done  # it came too late
-            outcome = "client_gone" if is_cancelled() else "cut"
+            if is_cancelled():
+                work.attempting.cancelled()
             raise
         except RegistryUnwritableError:
             outcome = "refused"
@@ -145,6 +177,9 @@ class Execution:
         except Exception as error:  # noqa: BLE001  (sorted out there; a defect is logged, the others go on)
             failure = _failure_of(error, run)
             outcome = failure.outcome
+            work.note(failure)
+            if _is_passing(error):
+                raise PostponedError(_error_of(failure)) from None
             return await work.fail(failure)
         finally:
             work.attempting.close(outcome)
@@ -196,15 +231,19 @@ class _Work:
             record.ttfb_ms = (monotonic() - self._began_at) * 1000
             return await self._store(answer, is_stream=record.stream)
 
-    async def fail(self, failure: _FailedError) -> Done:
-        """Store an error as the result, in the words of the dialect."""
+    def note(self, failure: _FailedError) -> None:
+        """Note in the record why there is no answer."""
         record = self.record
         self.attempting.message = failure.message
         record.status = failure.status
         if failure.outcome == "refused":
             record.fallback = False  # nothing answered
+
+    async def fail(self, failure: _FailedError) -> Done:
+        """Store an error as the result, in the words of the dialect."""
+        record = self.record
         content, kind = error_body(self._route.dialect, failure.status, failure.message, record.request_id)
-        error = RunError(failure.code, failure.message[:_LONGEST_MESSAGE])
+        error = _error_of(failure)
         if not self._parts.stored.take(len(content)):
             return self._done(None, error)
         await self._parts.files.save(result_file(self._run.id), content)
@@ -345,6 +384,17 @@ class _Storing:
         held, self._held = self._held, bytearray()
         if held:
             await self._file.write(bytes(held))
+
+
+def _is_passing(error: Exception) -> bool:
+    """Return whether no server was asked, for a reason that may be gone some time later."""
+    if not isinstance(error, UnansweredError) or error.begun:
+        return False
+    return error.trouble.reason in _PASSING and error.trouble.refused in _PASSING_REFUSALS
+
+
+def _error_of(failure: _FailedError) -> RunError:
+    return RunError(failure.code, failure.message[:_LONGEST_MESSAGE])
 
 
 def _failure_of(error: Exception, run: Run) -> _FailedError:

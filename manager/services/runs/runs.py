@@ -26,6 +26,8 @@ from manager.domain.runs import (
     interrupted,
     is_final,
     next_run,
+    pause_s,
+    postponed,
     recovery,
     result_file,
     sent,
@@ -39,6 +41,7 @@ from manager.errors import (
     UnavailableError,
     UnknownRunError,
 )
+from manager.services.runs.execution import PostponedError
 from manager.services.world import no_step
 
 if TYPE_CHECKING:
@@ -102,7 +105,6 @@ class _Begun:
         attempting: the life of its request.
         is_sent: whether a server was asked.
         is_cancelled: whether it is to end as cancelled once `stop` is set.
-        is_cut: whether the operator has ended its request.
         stop: ends its execution.
         over: set once its end is stored.
     """
@@ -111,14 +113,13 @@ class _Begun:
     attempting: Attempting | None = None
     is_sent: bool = False
     is_cancelled: bool = False
-    is_cut: bool = False
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def cancel(self, why: str) -> None:
         """Cancel the run, because the operator ends its request."""
         _log.info("run_cancelled", run=self.run.id, why=why)
-        self.is_cancelled = self.is_cut = True
+        self.is_cancelled = True
         self.stop.set()
 
 
@@ -158,6 +159,9 @@ class Runs:
         self._number = 0
         self._waiting: dict[str, Run] = {}
         self._begun: dict[str, _Begun] = {}
+        # Of runs that wait although it is their turn: nothing could serve them, so many times in a row.
+        self._failures: dict[str, int] = {}
+        self._resting: dict[str, asyncio.TimerHandle] = {}
         self._submitting = 0
         self._cancelling: dict[str, asyncio.Task[Run]] = {}
         self._is_paused = False
@@ -248,6 +252,7 @@ class Runs:
             begun.stop.set()
             await begun.over.wait()
         elif (run := self._waiting.pop(run_id, None)) is not None:
+            self._forget_failures(run_id)
             self._cancelling[run_id] = self._spawn(self._cancel_waiting(run))
         if run_id in self._cancelling:
             return await asyncio.shield(self._cancelling[run_id])
@@ -376,7 +381,8 @@ class Runs:
     def _next(self) -> Run | None:
         if self._is_paused or len(self._begun) >= self._limits.concurrency:
             return None
-        return next_run(self._waiting.values(), (begun.run for begun in self._begun.values()))
+        waiting = (run for run in self._waiting.values() if run.id not in self._resting)
+        return next_run(waiting, (begun.run for begun in self._begun.values()))
 
     async def _work(self, begun: _Begun) -> None:
         """Execute a run and store what becomes of it, whatever ends it."""
@@ -410,7 +416,7 @@ class Runs:
                 most_result_bytes=self._limits.max_result,
                 sent=about_to_send,
                 begun=begun_with,
-                is_cancelled=lambda: begun.is_cancelled and not begun.is_cut,
+                is_cancelled=lambda: begun.is_cancelled,
             )
         except RegistryUnwritableError:
             await asyncio.sleep(_RETRY_S)  # it is begun again after that
@@ -432,22 +438,45 @@ class Runs:
             del self._begun[before.id]
             if begun.run.status is RunStatus.QUEUED:
                 self._waiting[before.id] = begun.run
+            if begun.run.status is RunStatus.QUEUED and _is_postponed(executing):
+                self._rest(before.id)
+            else:
+                self._forget_failures(before.id)
             begun.over.set()
             self._news.set()
+
+    def _rest(self, run_id: str) -> None:
+        """Leave a run alone for a while."""
+        failures = self._failures[run_id] = self._failures.get(run_id, 0) + 1
+        loop = asyncio.get_running_loop()
+        self._resting[run_id] = loop.call_later(pause_s(failures), self._rested, run_id)
+
+    def _rested(self, run_id: str) -> None:
+        del self._resting[run_id]
+        self._news.set()
+
+    def _forget_failures(self, run_id: str) -> None:
+        self._failures.pop(run_id, None)
+        timer = self._resting.pop(run_id, None)
+        if timer is not None:
+            timer.cancel()
 
     def _outcome(self, begun: _Begun, executing: asyncio.Future[Done]) -> Run:
         """Return the run after its execution has ended, in whatever way."""
         run, now = begun.run, self._utcnow()
+        is_over = executing.cancelled() or _is_postponed(executing)
+        if is_over and begun.is_cancelled:
+            return cancelled(run, now)
         if executing.cancelled():
-            if begun.is_cancelled:
-                return cancelled(run, now)
-            if run.status is RunStatus.QUEUED:
-                return run
-            return interrupted(run, now) if begun.is_sent else withdrawn(run)
+            if run.status is not RunStatus.QUEUED:
+                run = interrupted(run, now) if begun.is_sent else withdrawn(run)
+            return run
         error = executing.exception()
         if error is None:
             done = executing.result()
             return ended(run, now, **done._asdict())
+        if isinstance(error, PostponedError):
+            return postponed(run, error.error)
         if isinstance(error, RegistryUnwritableError) and run.status is RunStatus.QUEUED:
             return run  # nothing was sent
         _log.error("run_failed", run=run.id, path=run.path, exc_info=error)
@@ -517,6 +546,10 @@ class Runs:
                 if run.status in WITH_RESULT:
                     await self._files.remove(*files_of(run))
                     self._stored.give_back(_bytes_of(run))
+
+
+def _is_postponed(executing: asyncio.Future[Done]) -> bool:
+    return not executing.cancelled() and isinstance(executing.exception(), PostponedError)
 
 
 async def _to_its_end(work: Coroutine[None, None, None]) -> None:

@@ -368,6 +368,17 @@ async def test_a_request_that_no_instance_can_be_had_for_is_told_why() -> None:
     assert rig.record.outcome == "upstream_error"
 
 
+async def test_a_request_that_only_a_run_may_make_is_told_where_to_go() -> None:
+    rig = Rig()
+
+    async def work(passage: Passage) -> None:
+        await passage.target(Trouble(Reason.POLICY, "runs only", refused="async_only"))
+
+    await rig.run(work)
+    assert (rig.client.status, rig.client.headers["location"]) == (409, "/api/v1/runs")
+    assert rig.error() == "runs only"
+
+
 async def test_a_target_is_had_before_anything_is_sent_or_there_is_none() -> None:
     for outcome in (12.0, unavailable()):
         rig = Rig(attempts=(attempt("a", "startable"),))

@@ -52,6 +52,13 @@ def test_only_what_is_known_to_be_on_the_cpu_is_for_the_cpu_only(target: str) ->
     assert all(text.endswith("which policy cpu_only asks for; expected cpu") for _, _, text in found)
 
 
+@pytest.mark.parametrize("kind", RequestKind)
+def test_a_role_that_takes_runs_only_does_not_transcribe(kind: RequestKind) -> None:
+    assert said(role(kind=kind)) == []
+    refused = [("output", "mode", "runs take no transcriptions; expected sync")]
+    assert said(role(kind=kind, mode="async")) == (refused if kind is RequestKind.TRANSCRIBE else [])
+
+
 def test_where_nothing_is_on_the_cpu_only_auto_is_left() -> None:
     wrong = role(target="gpu0", policy=Policy.CPU_ONLY)
     ((_, _, text),) = role_contradictions({"output": wrong}, {"gpu0": True}, {})

@@ -31,6 +31,8 @@ from manager.domain.runs import (
     is_due,
     is_final,
     next_run,
+    pause_s,
+    postponed,
     recovery,
     result_file,
     sent,
@@ -45,6 +47,7 @@ Q, R, S, F, C, I, E = RunStatus  # noqa: E741
 
 LEGAL = {
     (Q, RunFact.SENT): R,
+    (Q, RunFact.POSTPONED): Q,
     (Q, RunFact.FAILED): F,
     (Q, RunFact.CANCELLED): C,
     (R, RunFact.SUCCEEDED): S,
@@ -105,6 +108,20 @@ def test_a_run_that_has_not_ended_can_be_cancelled(run: Run) -> None:
 def test_a_run_that_was_not_sent_after_all_is_as_it_was() -> None:
     run = withdrawn(sent(a_run(), NOW, instance="a", request_id="1"))
     assert (run.status, run.started_at, run.executions) == (Q, None, 0)
+
+
+@pytest.mark.parametrize("run", [a_run(), sent(a_run(), NOW, instance="a", request_id="1")])
+def test_a_run_that_nothing_could_serve_is_queued_and_tells_why_until_it_is_sent_or_over(run: Run) -> None:
+    run = postponed(run, ERROR)
+    assert (run.status, run.started_at, run.executions, run.error) == (Q, None, 0, ERROR)
+    assert postponed(run, ERROR) == run
+    assert sent(run, NOW, instance="a", request_id="1").error is None
+    assert cancelled(run, NOW).error is None
+    assert found(run, "run_1.body") == ()
+
+
+def test_the_pauses_of_a_run_that_nothing_can_serve_double_up_to_a_minute() -> None:
+    assert [pause_s(failures) for failures in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
 
 
 def test_an_interrupted_run_is_queued_again_only_if_it_is_idempotent() -> None:

@@ -151,6 +151,15 @@ def test_all_that_was_said_of_a_role_that_is_gone_is_ignored(written: Written) -
     assert {one.key for one in found.ignored} == set(saved)
 
 
+def test_a_role_for_transcriptions_is_not_left_without_requests(written: Written) -> None:
+    saved = {"roles.ears.kind": "transcribe", "roles.ears.mode": "async"}
+    found = over(written, saved, preferred=["roles.ears.kind"])
+    assert [(one.key, one.reason) for one in found.ignored] == [
+        ("roles.ears.mode", "runs take no transcriptions; expected sync")
+    ]
+    assert found.roles["ears"].mode == "sync"
+
+
 def test_of_two_that_contradict_each_other_the_preferred_one_stays(written: Written) -> None:
     saved = {"roles.control.target": "gpu0", "roles.control.policy": "cpu_only"}
     assert [one.key for one in over(written, saved).ignored] == ["roles.control.target"]

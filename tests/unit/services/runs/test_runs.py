@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
+from operator import eq
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from manager.adapters.registry import open_registry
 from manager.adapters.run_files import DirectoryFiles
-from manager.domain.runs import Run, RunCaller, RunStatus
+from manager.domain.runs import Run, RunCaller, RunError, RunStatus
 from manager.errors import RegistryUnwritableError, RunFilesError
 from manager.services.bodies import BodyBudget
+from manager.services.runs.execution import PostponedError
 from manager.services.runs.runs import NewRun, Runs
 from tests.support.inside import until
 from tests.support.runs import LIMITS, NOW, Execution
@@ -144,6 +147,52 @@ async def test_a_run_that_cannot_be_stored_as_sent_is_not_sent_until_it_can(tmp_
         one.execution.ends[run.id].set_result(True)
         found = await one.ended(run)
         assert (found.status, found.executions) == (RunStatus.SUCCEEDED, 1)
+
+
+async def test_a_run_whose_server_could_not_be_reached_is_tried_again_and_holds_no_place_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[int] = []
+
+    def pause_s(failures: int) -> float:
+        pauses.append(failures)
+        return 0.01 if failures < 3 else 1000
+
+    monkeypatch.setattr("manager.services.runs.runs.pause_s", pause_s)
+    async with rig(tmp_path) as one:
+        one.runs.limits = replace(LIMITS, concurrency=1)
+        run = await one.runs.submit(NEW)
+        for number in (1, 2, 3):
+            times = partial(one.execution.sent_to.get, run.id)
+            await until(times, partial(eq, number))
+            one.execution.ends[run.id].set_exception(PostponedError(RunError("overloaded", f"no {number}")))
+        await until(lambda: pauses == [1, 2, 3])
+        found = await one.runs.find(run.id)
+        assert (found.status, found.executions, found.error) == (
+            RunStatus.QUEUED,
+            0,
+            RunError("overloaded", "no 3"),
+        )
+        other = await one.runs.submit(NEW)
+        await one.sent(other)
+        one.execution.ends[other.id].set_result(True)
+        assert (await one.ended(other)).status is RunStatus.SUCCEEDED
+        assert (await one.runs.cancel(run.id)).status is RunStatus.CANCELLED
+        assert (one.runs._failures, one.runs._resting) == ({}, {})
+        assert len(await one.files.names()) == 1
+
+
+async def test_a_run_that_is_cancelled_as_nothing_can_serve_it_is_over(tmp_path: Path) -> None:
+    async with rig(tmp_path) as one:
+        one.holds = "settled"
+        run = await one.runs.submit(NEW)
+        await one.sent(run)
+        begun = one.runs._begun[run.id]
+        begun.is_cancelled = True
+        one.execution.ends[run.id].set_exception(PostponedError(RunError("overloaded", "no")))
+        await one.is_held.wait()
+        one.goes_on.set()
+        assert (await one.ended(run)).status is RunStatus.CANCELLED
 
 
 async def test_a_run_whose_end_cannot_be_stored_ends_once_it_can(tmp_path: Path) -> None:
