@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
@@ -59,8 +58,7 @@ def service_router(backend: Backend) -> APIRouter:
         The order is kept across restarts of the daemon until a resume, or until `until`. With `wait` the
         answer comes when the open requests have ended and the container is stopped.
         """
-        until = None if order.until is None else order.until.astimezone(UTC)
-        done = await service.drain(instance_id, reason=order.reason, until=until, stops=order.stop)
+        done = await service.drain(instance_id, reason=order.reason, until=order.until, stops=order.stop)
         if query.wait:
             await backend.fleet.get(instance_id).out()
         return changed(instance_id, done, query)
