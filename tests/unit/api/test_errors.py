@@ -11,6 +11,7 @@ from fastapi import FastAPI, Header, Query
 # FastAPI reads annotations at run time.
 from manager.api.compute import LogsQuery, NoQuery, StartQuery  # noqa: TC001
 from manager.api.errors import add_error_handlers
+from manager.api.loading import LoadRequest  # noqa: TC001
 from manager.api.model_settings import ModelsChange  # noqa: TC001
 from manager.api.routing import RoutingChange  # noqa: TC001
 from manager.api.schemas import DrainRequest, InstancePatch, LiftRequest, PullRequest  # noqa: TC001
@@ -43,6 +44,9 @@ def api() -> FastAPI:
 
     @api.patch("/instance")
     async def instance(_patch: InstancePatch, _query: Annotated[StartQuery, Query()]) -> None: ...
+
+    @api.post("/load")
+    async def load(_order: LoadRequest) -> None: ...
 
     @api.post("/drain")
     async def drain(order: DrainRequest) -> str:
@@ -118,6 +122,20 @@ BODIES: Iterable[tuple[str, str, Any, str]] = [
         )
         for path in ("/drain", "/lift")
         for until in ("9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59")
+    ),
+    *(
+        ("POST", "/load", {"model": "m", "keep_alive": given}, f"body.keep_alive: {shown}; {problem}")
+        for given, shown, problem in (
+            ("2d", "'2d'", "expected seconds, or a duration"),
+            ("5 m", "'5 m'", "expected seconds, or a duration"),
+            (True, "true", "expected seconds, or a duration"),
+            ([], "a list", "expected seconds, or a duration"),
+            (10**10, "10000000000", "expected 9000000000 seconds at most"),
+            (-1e300, "-1e+300", "expected 9000000000 seconds at most"),
+            ("9999999999h", "'9999999999h'", "expected 9000000000 seconds at most"),
+            (0, "0", "that would unload the model"),
+            ("0s", "'0s'", "that would unload the model"),
+        )
     ),
     ("POST", "/pull", {"image": "a b"}, "body.image: 'a b'; expected text that matches"),
     ("POST", "/pull", {"image": "a" * 600}, "…; expected at most 512 characters"),
