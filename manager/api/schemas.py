@@ -223,6 +223,13 @@ class LiftRequest(_Body):
     reason: GivenReason | None = None
 
 
+class EmptyRequest(_Body):
+    """No fields: the body is left out, or an empty object."""
+
+
+NOTHING = EmptyRequest()
+
+
 class UpgradeRequest(_Body):
     image: str = Field(max_length=255, pattern=IMAGE_PATTERN)
 

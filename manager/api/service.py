@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from manager.api.errors import refusals
 from manager.api.schemas import (
+    NOTHING,
     ChangeBody,
     DrainRequest,
+    EmptyRequest,
     UpgradeRequest,
     instance_json,
 )
@@ -64,7 +66,9 @@ def service_router(backend: Backend) -> APIRouter:
         return changed(instance_id, done, query)
 
     @router.post("/resume", response_model=ChangeBody, responses=refusals(404, 503))
-    async def resume_instance(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+    async def resume_instance(
+        instance_id: str, _query: Annotated[NoQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Put an instance back in service. A pinned one that ran starts again, the others on demand."""
         return changed(instance_id, await service.resume(instance_id))
 
@@ -73,7 +77,9 @@ def service_router(backend: Backend) -> APIRouter:
         response_model=ChangeBody,
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
-    async def restart_instance(instance_id: str, query: Annotated[WaitQuery, Query()]) -> Response:
+    async def restart_instance(
+        instance_id: str, query: Annotated[WaitQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Replace the container of an instance by a new one; one that does not run is started.
 
         Open requests end first, however long they take. New ones go to other instances; those that only this
@@ -102,7 +108,9 @@ def service_router(backend: Backend) -> APIRouter:
         response_model=ChangeBody,
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
-    async def roll_instance_back(instance_id: str, query: Annotated[WaitQuery, Query()]) -> Response:
+    async def roll_instance_back(
+        instance_id: str, query: Annotated[WaitQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Return to the image before the last upgrade; as a restart, unless the instance is stopped."""
         backend.fleet.managed(instance_id)
         await backend.first_look.engine_asked()
