@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
+from anyio import CancelScope
+
 from manager.errors import RunFilesError
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ _OLD = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 class DirectoryFiles:
     """Implements `services.ports.RunFiles`. All of it happens in threads.
 
-    A call that is cancelled ends once its work is done: no file changes afterwards.
+    A call that is cancelled, however often, ends once its work is done: no file changes afterwards, and no
+    descriptor is closed while a thread uses it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -65,12 +68,13 @@ class DirectoryFiles:
             await self._call(f"written: {name}", writer.close)
 
     async def pieces(self, name: str) -> AsyncIterator[bytes]:
-        descriptor = await self._call(f"read: {name}", lambda: os.open(self._directory / name, _OLD))
+        reader = _Reader(self._directory / name)
         try:
-            while piece := await self._call(f"read: {name}", lambda: os.read(descriptor, _PIECE_BYTES)):
+            await self._call(f"read: {name}", reader.open)
+            while piece := await self._call(f"read: {name}", reader.read):
                 yield piece
         finally:
-            os.close(descriptor)
+            await self._call(f"read: {name}", reader.close)
 
     async def remove(self, *names: str) -> None:
         def work() -> None:
@@ -98,13 +102,38 @@ class DirectoryFiles:
     async def _call(self, doing: str, work: Callable[[], T]) -> T:
         future = asyncio.get_running_loop().run_in_executor(self._pool, work)
         try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
             await asyncio.wait({future})
+        except asyncio.CancelledError:
+            with CancelScope(shield=True):  # a cancelled scope cancels again on every turn of the loop
+                while not future.done():
+                    with suppress(asyncio.CancelledError):
+                        await asyncio.wait({future})
+            future.exception()  # nobody is left to be told
             raise
+        try:
+            return future.result()
         except OSError as error:
             why = error.strerror or str(error)
             raise RunFilesError(f"files in {self._directory} cannot be {doing} ({why})") from error
+
+
+class _Reader:
+    """A file that is read in pieces; it owns its descriptor even if the call that opens it is cancelled."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def open(self) -> None:
+        self._descriptor = os.open(self._path, _OLD)
+
+    def read(self) -> bytes:
+        return os.read(self._descriptor, _PIECE_BYTES)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class _Writer:

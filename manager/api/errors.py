@@ -9,6 +9,7 @@ import structlog
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from manager.api.schemas import ErrorBody
@@ -169,10 +170,17 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
         )
         return error_response(error.status_code, code, str(error.detail), headers=headers)
 
+    app.add_exception_handler(ClientDisconnect, _left)
+
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> JSONResponse:
         _log.error("request_failed", path=request.url.path, exc_info=error)
         return error_response(500, "internal_error", "the daemon failed; its log says more")
+
+
+async def _left(_request: Request, _error: Exception) -> Response:
+    """End a request whose client left while it sent the body: nobody gets this answer."""
+    return Response(status_code=400)
 
 
 def _nothing_there(method: str, path: str) -> Response:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
@@ -33,8 +32,8 @@ def lifts_router(backend: Backend) -> APIRouter:
 
         Kept across restarts of the daemon.
         """
-        until = request.until.astimezone(UTC)
-        return changed(instance_id, done=await lifts.lift(instance_id, until=until, reason=request.reason))
+        done = await lifts.lift(instance_id, until=request.until, reason=request.reason)
+        return changed(instance_id, done=done)
 
     @router.delete("", response_model=ChangeBody, responses=refusals(404, 503))
     async def end_lift(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:

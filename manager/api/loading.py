@@ -13,13 +13,14 @@ from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotatio
 from manager.api.errors import refusals
 from manager.api.schemas import ChangeBody, instance_json
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.wire.loading import is_duration, unloads_at_once
+from manager.wire.loading import duration_s, unloads_at_once
 
 if TYPE_CHECKING:
     from manager.api.backend import Backend
 
 # Ollama counts in nanoseconds of 63 bits.
 _MOST_S = 9_000_000_000
+_EXPECTED = "expected seconds, or a duration such as 90s, 30m or 2h"
 
 
 class _Shape(BaseModel):
@@ -44,16 +45,21 @@ class LoadRequest(UnloadRequest):
         | None
     ) = None
 
-    @field_validator("keep_alive")
+    @field_validator("keep_alive", mode="before")
     @classmethod
-    def _is_kept(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, str) and not is_duration(value):
-            message = f"{value!r} is no duration; expected seconds, or a duration such as 90s, 30m or 2h"
-            raise ValueError(message)
-        if value is not None and unloads_at_once(value):
-            raise ValueError(
-                f"{value!r} would unload the model; expected more, or less than nothing for good"
-            )
+    def _is_kept(cls, value: object) -> object:
+        """Check it whole: what none of several types takes would be told once for each of them."""
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, float | int | str):
+            raise ValueError(_EXPECTED)  # noqa: TRY004  (a wrong value as any other)
+        seconds = duration_s(value) if isinstance(value, str) else value
+        if seconds is None:
+            raise ValueError(_EXPECTED)
+        if not -_MOST_S <= seconds <= _MOST_S:
+            raise ValueError(f"expected {_MOST_S} seconds at most, or a negative number for good")
+        if unloads_at_once(value):
+            raise ValueError("that would unload the model; expected more, or less than nothing for good")
         return value
 
 

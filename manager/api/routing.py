@@ -96,7 +96,10 @@ class RefusedBody(_Shape):
 
 
 class DecisionBody(_Shape):
-    """The attempts in the order in which they would be made; `refused` says why there is none."""
+    """The attempts in the order in which they would be made; `refused` says why there is none.
+
+    With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
+    """
 
     role: str | None
     policy: Policy
@@ -104,6 +107,7 @@ class DecisionBody(_Shape):
     attempts: list[AttemptBody]
     passed_over: list[PassedOverBody]
     refused: RefusedBody | None
+    runs_only: bool
 
 
 def routing_router(backend: Backend) -> APIRouter:
@@ -182,4 +186,5 @@ def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
             for one in decision.passed_over
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
+        "runs_only": decision.is_async,
     }

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AwareDatetime,
     BaseModel,
     BeforeValidator,
@@ -196,7 +197,14 @@ def _timestamp(value: object) -> object:
     return value
 
 
-GivenTime = Annotated[AwareDatetime, BeforeValidator(_timestamp)]
+def _in_utc(time: datetime) -> datetime:
+    try:
+        return time.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("expected a time that has a year of 1 to 9999 in UTC too") from None
+
+
+GivenTime = Annotated[AwareDatetime, BeforeValidator(_timestamp), AfterValidator(_in_utc)]
 GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
 
 
@@ -213,6 +221,13 @@ class LiftRequest(_Body):
 
     until: GivenTime
     reason: GivenReason | None = None
+
+
+class EmptyRequest(_Body):
+    """No fields: the body is left out, or an empty object."""
+
+
+NOTHING = EmptyRequest()
 
 
 class UpgradeRequest(_Body):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC
 from typing import TYPE_CHECKING, Annotated
 
 import orjson
@@ -11,8 +10,10 @@ from pydantic import BaseModel, ConfigDict
 
 from manager.api.errors import refusals
 from manager.api.schemas import (
+    NOTHING,
     ChangeBody,
     DrainRequest,
+    EmptyRequest,
     UpgradeRequest,
     instance_json,
 )
@@ -59,14 +60,15 @@ def service_router(backend: Backend) -> APIRouter:
         The order is kept across restarts of the daemon until a resume, or until `until`. With `wait` the
         answer comes when the open requests have ended and the container is stopped.
         """
-        until = None if order.until is None else order.until.astimezone(UTC)
-        done = await service.drain(instance_id, reason=order.reason, until=until, stops=order.stop)
+        done = await service.drain(instance_id, reason=order.reason, until=order.until, stops=order.stop)
         if query.wait:
             await backend.fleet.get(instance_id).out()
         return changed(instance_id, done, query)
 
     @router.post("/resume", response_model=ChangeBody, responses=refusals(404, 503))
-    async def resume_instance(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+    async def resume_instance(
+        instance_id: str, _query: Annotated[NoQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Put an instance back in service. A pinned one that ran starts again, the others on demand."""
         return changed(instance_id, await service.resume(instance_id))
 
@@ -75,7 +77,9 @@ def service_router(backend: Backend) -> APIRouter:
         response_model=ChangeBody,
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
-    async def restart_instance(instance_id: str, query: Annotated[WaitQuery, Query()]) -> Response:
+    async def restart_instance(
+        instance_id: str, query: Annotated[WaitQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Replace the container of an instance by a new one; one that does not run is started.
 
         Open requests end first, however long they take. New ones go to other instances; those that only this
@@ -104,7 +108,9 @@ def service_router(backend: Backend) -> APIRouter:
         response_model=ChangeBody,
         responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
     )
-    async def roll_instance_back(instance_id: str, query: Annotated[WaitQuery, Query()]) -> Response:
+    async def roll_instance_back(
+        instance_id: str, query: Annotated[WaitQuery, Query()], _order: EmptyRequest = NOTHING
+    ) -> Response:
         """Return to the image before the last upgrade; as a restart, unless the instance is stopped."""
         backend.fleet.managed(instance_id)
         await backend.first_look.engine_asked()

@@ -113,14 +113,17 @@ def decision_sentence(decision: Mapping[str, Any], asked: str) -> str:
     """Return one sentence about where a request would go.
 
     Args:
-        decision: with `attempts`, `passed_over` and `refused`, in the shape of the API.
+        decision: with `attempts`, `passed_over`, `refused`, `role` and `runs_only`, in the shape of the API.
         asked: the name that the request would give.
     """
     refused, attempts = decision["refused"], decision["attempts"]
+    one = asked
+    if decision["runs_only"]:
+        one = f"{decision['role']} takes runs only (POST /api/v1/runs); a run"
     if refused is not None or not attempts:
-        return f"{asked} would be refused: {refused['message'] if refused else 'no instance is left'}"
+        return f"{one} would be refused: {refused['message'] if refused else 'no instance is left'}"
     first = attempts[0]
-    words = f"{asked} would go to {_place(first['instance'], first['model'], asked)}"
+    words = f"{one} would go to {_place(first['instance'], first['model'], asked)}"
     if first["fallback"] is not None:
         words += f", since {_since(first['fallback'], decision['passed_over'], None)}"
     return words + _then(attempts[1:])

@@ -15,17 +15,20 @@ KeepAlive: TypeAlias = float | str
 FOREVER = -1
 
 # A duration as Go's time.ParseDuration reads it; without a unit it is none.
-_DURATION = re.compile(
-    r"[+-]?(?:0|(?:(?:\d{1,12}(?:\.\d{0,9})?|\.\d{1,9})(?:ns|us|\u00b5s|\u03bcs|ms|s|m|h))+)"
-)
+_PART = re.compile(r"(\d{1,12}(?:\.\d{0,9})?|\.\d{1,9})(ns|us|\u00b5s|\u03bcs|ms|s|m|h)", re.ASCII)
+_DURATION = re.compile(rf"[+-]?(?:0|(?:{_PART.pattern})+)", re.ASCII)
+_UNITS_S = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 _MOST_LENGTH = 64
 _BAD_REQUEST = 400
 _GENERATE, _EMBED = "/api/generate", "/api/embed"
 
 
-def is_duration(text: str) -> bool:
-    """Whether Ollama takes a text for `keep_alive`."""
-    return len(text) <= _MOST_LENGTH and _DURATION.fullmatch(text) is not None
+def duration_s(text: str) -> float | None:
+    """Return the seconds of a text that Ollama takes for `keep_alive`; None for another one."""
+    if len(text) > _MOST_LENGTH or _DURATION.fullmatch(text) is None:
+        return None
+    seconds = sum(float(count) * _UNITS_S[unit] for count, unit in _PART.findall(text))
+    return -seconds if text.startswith("-") else seconds
 
 
 def unloads_at_once(keep_alive: KeepAlive) -> bool:

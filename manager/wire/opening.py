@@ -25,6 +25,8 @@ _ARRAY = ord("[")
 _INSTRUCTIONS = ("system", "instructions")
 _MESSAGES = ("messages", "input")
 _BEFORE_USER = frozenset({"system", "developer"})
+# msgspec goes about a thousand levels deep.
+_UNREADABLE = (ValueError, RecursionError)
 
 
 class _Message(msgspec.Struct):
@@ -63,7 +65,7 @@ def _first(messages: Buffer) -> list[bytes]:
         found.append(bytes(element))
         try:
             role = _MESSAGE.decode(element).role
-        except ValueError:
+        except _UNREADABLE:
             role = ""
         if role not in _BEFORE_USER:
             break
@@ -74,7 +76,7 @@ def _elements(messages: Buffer) -> Iterator[Buffer]:
     if len(messages) <= _SHORT_BYTES:
         try:
             yield from _ELEMENTS.decode(messages)
-        except ValueError:
+        except _UNREADABLE:
             return  # the server refuses it
         return
     view = memoryview(messages)[:STEP_BYTES]

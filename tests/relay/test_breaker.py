@@ -597,3 +597,24 @@ async def test_an_instance_that_has_become_slow_for_a_model_is_passed_over_and_t
         await until(lambda: overload.of("a") is None)
         delay_s = 0.0
         assert (await front.ask(TINY)).headers["x-instance"] == "a"
+
+
+async def test_an_order_without_fields_takes_an_empty_body_alone(tmp_path: Path) -> None:
+    json = "application/json"
+    wrong = (
+        (json, b'{"force":true}', "body.force: unknown key; allowed: none"),
+        (json, b"[]", "body: a list; expected an object"),
+        (json, b"{", "body: it is not JSON"),
+        ("text/plain", b"{}", f"body: expected JSON, with the header `Content-Type: {json}`"),
+    )
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for order in ("breaker/reset", "resume", "restart", "rollback"):
+            path = f"/api/runtime/compute/instances/a/{order}"
+            for kind, body, problem in wrong:
+                reply = await front.ask(body, path, {"Content-Type": kind})
+                assert (reply.status, reply.json()["error"]["message"]) == (422, problem), order
+            for kind, body in ((json, b"{}"), (json, b""), ("text/plain", b"")):
+                reply = await front.ask(body, path, {"Content-Type": kind})
+                # The daemon did not start this instance, and replaces nothing there.
+                assert (reply.status == 200) is (order in {"breaker/reset", "resume"}), reply.body
+                assert reply.status != 422, reply.body

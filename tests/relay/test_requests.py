@@ -503,6 +503,19 @@ async def test_many_requests_are_each_in_the_history_once(
 # --- the decision without a request
 
 
+async def test_the_decision_of_a_role_that_takes_runs_only_says_so(tmp_path: Path) -> None:
+    config = {"roles": {"deep": {"kind": "generate", "model": "tiny", "mode": "async"}}}
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}, config=config) as front:
+        assert (await front.ask({"model": "deep", "messages": []})).status == 409
+        for asked in ("model=deep", "model=tiny&lane=deep"):
+            explained = (await ask(front, "GET", f"/api/runtime/compute/explain?{asked}")).json()
+            assert explained["runs_only"]
+            assert [one["instance"] for one in explained["attempts"]] == ["a"]
+            assert explained["summary"].startswith(
+                "deep takes runs only (POST /api/v1/runs); a run would go to a"
+            )
+
+
 async def test_a_decision_is_explained_without_a_request(tmp_path: Path) -> None:
     async with (
         Scripted().serving() as one,
@@ -511,7 +524,7 @@ async def test_a_decision_is_explained_without_a_request(tmp_path: Path) -> None
     ):
         explained = (await ask(front, "GET", "/api/runtime/compute/explain?model=tiny")).json()
         assert [each["instance"] for each in explained["attempts"]] == ["a"]
-        assert explained["summary"] == "tiny would go to a"
+        assert (explained["summary"], explained["runs_only"]) == ("tiny would go to a", False)
         refused = (await ask(front, "GET", "/api/runtime/compute/explain?model=tiny&instance=b")).json()
         assert refused["summary"].startswith("tiny would be refused: ")
         bad = await ask(front, "GET", "/api/runtime/compute/explain?model=tiny&kind=sing")

@@ -127,6 +127,22 @@ async def never(talk: Conversation) -> None:
     await talk.left()
 
 
+async def test_a_client_that_leaves_while_it_sends_a_run_is_no_failure(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with Scripted().serving() as server, running(tmp_path, server) as client:
+        bodies = client.front.daemon.backend.passing.bodies
+        caller = await client.front.connect()
+        head = f"POST {RUNS} HTTP/1.1\r\nHost: 127.0.0.1:{client.front.port}\r\n"
+        await caller.raw(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
+        await until(lambda: bodies.held_bytes)
+        caller.leave()
+        await until(lambda: not bodies.held_bytes)
+        assert (await client.call("GET", RUNS)).json()["runs"] == []
+    assert not [one for one in caplog.records if one.exc_info]
+    assert "Traceback" not in "".join(capsys.readouterr())
+
+
 # --- the answer -----------------------------------------------------------------------------------
 
 

@@ -11,9 +11,10 @@ from fastapi import FastAPI, Header, Query
 # FastAPI reads annotations at run time.
 from manager.api.compute import LogsQuery, NoQuery, StartQuery  # noqa: TC001
 from manager.api.errors import add_error_handlers
+from manager.api.loading import LoadRequest  # noqa: TC001
 from manager.api.model_settings import ModelsChange  # noqa: TC001
 from manager.api.routing import RoutingChange  # noqa: TC001
-from manager.api.schemas import InstancePatch, PullRequest  # noqa: TC001
+from manager.api.schemas import DrainRequest, InstancePatch, LiftRequest, PullRequest  # noqa: TC001
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -43,6 +44,16 @@ def api() -> FastAPI:
 
     @api.patch("/instance")
     async def instance(_patch: InstancePatch, _query: Annotated[StartQuery, Query()]) -> None: ...
+
+    @api.post("/load")
+    async def load(_order: LoadRequest) -> None: ...
+
+    @api.post("/drain")
+    async def drain(order: DrainRequest) -> str:
+        return str(order.until)
+
+    @api.post("/lift")
+    async def lift(_order: LiftRequest) -> None: ...
 
     @api.post("/pull")
     async def pull(_request: PullRequest) -> None: ...
@@ -102,6 +113,30 @@ BODIES: Iterable[tuple[str, str, Any, str]] = [
         "body.tt_s: unknown key; did you mean 'ttl_s'? allowed: ttl_s, pinned",
     ),
     ("PATCH", "/instance", None, "body: missing; expected an object"),
+    *(
+        (
+            "POST",
+            path,
+            {"until": until},
+            f"body.until: '{until}'; expected a time that has a year of 1 to 9999",
+        )
+        for path in ("/drain", "/lift")
+        for until in ("9999-12-31T23:59:59-23:59", "0001-01-01T00:00:00+23:59")
+    ),
+    *(
+        ("POST", "/load", {"model": "m", "keep_alive": given}, f"body.keep_alive: {shown}; {problem}")
+        for given, shown, problem in (
+            ("2d", "'2d'", "expected seconds, or a duration"),
+            ("5 m", "'5 m'", "expected seconds, or a duration"),
+            (True, "true", "expected seconds, or a duration"),
+            ([], "a list", "expected seconds, or a duration"),
+            (10**10, "10000000000", "expected 9000000000 seconds at most"),
+            (-1e300, "-1e+300", "expected 9000000000 seconds at most"),
+            ("9999999999h", "'9999999999h'", "expected 9000000000 seconds at most"),
+            (0, "0", "that would unload the model"),
+            ("0s", "'0s'", "that would unload the model"),
+        )
+    ),
     ("POST", "/pull", {"image": "a b"}, "body.image: 'a b'; expected text that matches"),
     ("POST", "/pull", {"image": "a" * 600}, "…; expected at most 512 characters"),
 ]
@@ -153,3 +188,10 @@ async def test_every_problem_of_a_request_is_told(api: FastAPI) -> None:
         "body.ttl_s: a list; expected a number",
         "body.pinned: 'no'; expected true or false",
     ]
+
+
+async def test_a_time_is_read_in_utc(api: FastAPI) -> None:
+    transport = httpx.ASGITransport(app=api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://manager") as client:
+        answer = await client.post("/drain", json={"until": "9999-12-31T23:59:59+01:00"})
+    assert answer.json() == "9999-12-31 22:59:59+00:00"

@@ -49,8 +49,11 @@ def decision(
     passed_over: tuple[dict[str, Any], ...] = (),
     refused: str = "",
     message: str = "",
+    runs_only: bool = False,
 ) -> dict[str, Any]:
     return {
+        "role": "deep" if runs_only else None,
+        "runs_only": runs_only,
         "asked": asked and {"model": asked, "kind": "generate", "instance": instance, "lane": None},
         "attempts": list(attempts),
         "passed_over": list(passed_over),
@@ -275,3 +278,10 @@ def test_where_no_request_would_go() -> None:
     refused = decision_sentence(decision(refused="model 'nix' not found"), "nix")
     assert refused == "nix would be refused: model 'nix' not found"
     assert decision_sentence(decision(), "nix") == "nix would be refused: no instance is left"
+
+
+def test_a_role_that_takes_runs_only_is_said_to_do_so() -> None:
+    begin = "deep takes runs only (POST /api/v1/runs); a run would"
+    assert decision_sentence(decision(attempt("gpu0"), runs_only=True), "qwen3:8b") == f"{begin} go to gpu0"
+    refused = decision(refused="no instance", runs_only=True)
+    assert decision_sentence(refused, "deep") == f"{begin} be refused: no instance"

@@ -6,17 +6,34 @@ import json
 
 import pytest
 
-from manager.wire.loading import FOREVER, is_duration, load_request, only_embeds, unloads_at_once
+from manager.wire.loading import FOREVER, duration_s, load_request, only_embeds, unloads_at_once
 
 
-@pytest.mark.parametrize("text", ["5m", "1h30m", "-1s", "0", "1.5h", "300ms", ".5s", "+2h", "10µs"])
-def test_a_duration_of_go_is_taken(text: str) -> None:
-    assert is_duration(text)
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("5m", 300),
+        ("1h30m", 5400),
+        ("-1s", -1),
+        ("-1h1m", -3660),
+        ("0", 0),
+        ("-0", 0),
+        ("1.5h", 5400),
+        ("300ms", 0.3),
+        (".5s", 0.5),
+        ("+2h", 7200),
+        ("10µs", 1e-5),
+        ("3us7ns", 3.007e-6),
+        ("9999999999h", 9_999_999_999 * 3600),
+    ],
+)
+def test_a_duration_of_go_is_taken(text: str, seconds: float) -> None:
+    assert duration_s(text) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize("text", ["", "5", "-1", "2d", "forever", "5m ", "m", "1" * 70 + "s"])
+@pytest.mark.parametrize("text", ["", "5", "-1", "2d", "forever", "5m ", "m", "1" * 70 + "s", "\u0661s"])
 def test_what_go_does_not_read_is_refused(text: str) -> None:
-    assert not is_duration(text)
+    assert duration_s(text) is None
 
 
 @pytest.mark.parametrize(

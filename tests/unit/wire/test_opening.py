@@ -98,3 +98,17 @@ def test_what_is_no_json_is_no_error(raw: bytes) -> None:
 @given(st.dictionaries(st.sampled_from(["messages", "input", "prompt", "system"]), st.binary(max_size=40)))
 def test_nothing_is_an_error(fields: dict[str, bytes]) -> None:
     opening_of(dict(fields))
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize("depth", [10, 900, 1_100, 1_900, 5_000, 50_000])
+def test_messages_of_any_depth_have_an_opening(depth: int) -> None:
+    deep = nested(depth)
+    for element in (deep, b'{"role":"user","content":' + deep + b"}", b'{"x":' + deep + b',"role":"user"}'):
+        first = opening_of({"messages": b"[" + element + b"]"})
+        assert first is not None
+        assert first != opening_of({"messages": b"[0," + element + b"]"})
+    assert opening_of({"messages": b"[" + deep}) is not None
