@@ -64,6 +64,7 @@ def unload(gateway: Gateway, instance: str, model: str) -> requests.Response:
 def test_a_model_is_loaded_on_the_instance_that_is_named_and_unloaded_again(
     gateway: Gateway, model: str
 ) -> None:
+    unload(gateway, "one", model)  # another test may have loaded it
     answer = load(gateway, "one", model)
     assert answer.status_code == 200, answer.text
     body = answer.json()

@@ -15,6 +15,7 @@ from tests.support.relaying import LAST, LINE, Conversation, Scripted, a_word, r
 from tests.support.sockets import no_descriptors
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from manager.relay.upstream import AnswerHead
@@ -197,18 +198,30 @@ async def test_a_request_that_its_server_may_have_begun_is_not_sent_to_it_again(
         assert len(server.seen) == 2
 
 
+async def _filled(fill: Callable[[], None]) -> None:
+    while True:
+        fill()
+        await asyncio.sleep(0)
+
+
 async def test_a_lack_of_descriptors_is_told_and_blames_no_instance(tmp_path: Path) -> None:
+    # No probe of the daemon's own comes in between: it would take a descriptor that was freed a moment ago.
+    config = {"lifecycle": {"probe_interval_s": 60}}
     async with (
         Scripted().serving() as one,
         Scripted().serving() as other,
-        relaying(tmp_path, {"a": one, "b": other}) as front,
+        relaying(tmp_path, {"a": one, "b": other}, config=config) as front,
     ):
         clients = front.daemon.fleet.instances()[0]._world.upstream._servers  # type: ignore[attr-defined]
         caller = await front.connect()
         await until(lambda: len(front.server.server_state.connections) == 1)
         with no_descriptors() as fill:
-            await caller.send(TINY)
-            reply = await caller.reply()
+            filling = asyncio.ensure_future(_filled(fill))  # the daemon frees some meanwhile
+            try:
+                await caller.send(TINY)
+                reply = await caller.reply()
+            finally:
+                filling.cancel()
             # Probes fail for the same reason, which says nothing of the instances either.
             for instance in front.daemon.fleet.instances():
                 kept = [client for server in clients.values() for client in server._kept]
