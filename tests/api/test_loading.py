@@ -41,6 +41,11 @@ def gateway(shared: Gateway) -> Iterator[Gateway]:
         for entry in requests.get(f"{server.url}/api/ps", timeout=10).json()["models"]:
             body = {"model": entry["name"], "keep_alive": 0}
             requests.post(f"{server.url}/api/generate", json=body, timeout=10).raise_for_status()
+    # The daemon sees that with its next probe.
+    wait_for(
+        lambda: [one["models"] for one in shared.get("instances")["instances"]],
+        lambda models: not any(models),
+    )
 
 
 def loaded(gateway: Gateway, instance: str) -> dict[str, Any]:
@@ -64,7 +69,6 @@ def unload(gateway: Gateway, instance: str, model: str) -> requests.Response:
 def test_a_model_is_loaded_on_the_instance_that_is_named_and_unloaded_again(
     gateway: Gateway, model: str
 ) -> None:
-    unload(gateway, "one", model)  # another test may have loaded it
     answer = load(gateway, "one", model)
     assert answer.status_code == 200, answer.text
     body = answer.json()
