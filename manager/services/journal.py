@@ -11,6 +11,7 @@ import structlog
 
 from manager.domain.registry import Event
 from manager.errors import RegistryUnwritableError
+from manager.services.finishing import finish
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -118,22 +119,12 @@ class Journal:
         """Store what waits. A cancelled flush still ends its write: no batch is lost or doubled."""
         async with self._storing:
             batch, self._unsaved = self._unsaved, []
-            if not batch:
-                return
-            writing = asyncio.ensure_future(self._registry.append_events(batch))
-            try:
-                await asyncio.shield(writing)
-            except asyncio.CancelledError:
-                await asyncio.wait({writing})
-                self._end_write(batch, writing)
-                raise
-            except RegistryUnwritableError:
-                pass
-            self._end_write(batch, writing)
+            if batch:
+                await finish(self._write(batch))
 
-    def _end_write(self, batch: list[Event], writing: asyncio.Future[None]) -> None:
+    async def _write(self, batch: list[Event]) -> None:
         try:
-            writing.result()
+            await self._registry.append_events(batch)
             self.trouble = None
         except RegistryUnwritableError as error:
             # The events stay visible in memory, and are tried again; a full disk must not stop the daemon.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.errors import ManagerError
+from manager.services.finishing import finish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Sequence
@@ -165,20 +166,11 @@ class History:
 
     async def _written(self, write: Coroutine[None, None, None], batch: Sequence[Ended] = ()) -> bool:
         """Write; return whether that was possible. A cancelled write comes to its end first."""
-        writing = asyncio.ensure_future(write)
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait({writing})
-            self._end_write(batch, writing)
-            raise
-        except Exception:  # noqa: BLE001, S110  (sorted out below)
-            pass
-        return self._end_write(batch, writing)
+        return await finish(self._write(write, batch))
 
-    def _end_write(self, batch: Sequence[Ended], writing: asyncio.Future[None]) -> bool:
+    async def _write(self, write: Coroutine[None, None, None], batch: Sequence[Ended]) -> bool:
         try:
-            writing.result()
+            await write
         except ManagerError as error:
             if self._trouble is None:
                 self._say_trouble(error.message)

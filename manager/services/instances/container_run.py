@@ -26,9 +26,10 @@ from manager.errors import (
     StartFailedError,
     UnavailableError,
 )
+from manager.services.finishing import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable
 
     from manager.domain.container import ContainerRequest
     from manager.domain.instance import Limits
@@ -130,7 +131,7 @@ class ContainerRun:
             raise await self._explained(error, request.name, keep=adopted) from error
         except ManagerError:
             if not adopted:
-                await _finish(self._remove_leftover(request.name))
+                await finish(self._remove_leftover(request.name))
             raise
         await self._step("ready")
         return Started(container, endpoint, adopted)
@@ -201,7 +202,7 @@ class ContainerRun:
     async def _begun(self, request: ContainerRequest) -> tuple[ContainerFacts, bool]:
         """A container that was made and started, or one that somebody else has started meanwhile."""
         try:
-            container_id = await _finish(self._create(request))
+            container_id = await finish(self._create(request))
         except EngineError as error:
             if error.reason is not Reason.NAME_CONFLICT:
                 raise
@@ -211,13 +212,13 @@ class ContainerRun:
                 return other, True
             if other is not None:  # what an earlier run left between two steps
                 await self._world.engine.remove(other.id)
-            container_id = await _finish(self._create(request))
+            container_id = await finish(self._create(request))
         container = await self._started(container_id, request)
         if container.networks and container.address is None:
             # Docker 28.5 starts a container whose network is made meanwhile, but may never connect it.
             await self._world.engine.remove(container.id)
             self._on_container(None)
-            container = await self._started(await _finish(self._create(request)), request)
+            container = await self._started(await finish(self._create(request)), request)
         return container, False
 
     async def _started(self, container_id: str, request: ContainerRequest) -> ContainerFacts:
@@ -234,10 +235,10 @@ class ContainerRun:
         )
         await self._step("created")
         try:
-            await _finish(engine.start(container_id))
+            await finish(engine.start(container_id))
         except NetworkMissingError:
             await engine.ensure_network(request.network)
-            await _finish(engine.start(container_id))
+            await finish(engine.start(container_id))
         await self._step("started")
         return await self._inspected(container_id)
 
@@ -369,7 +370,7 @@ class ContainerRun:
         """The error with the container's last words; unless it is to be kept, the container is removed."""
         tail = await self._keep_log(name)
         if not keep:
-            await _finish(self._remove_leftover(name))
+            await finish(self._remove_leftover(name))
         return StartFailedError(
             error.message,
             reason=error.reason,
@@ -404,15 +405,3 @@ async def happens(event: asyncio.Event, within_s: float) -> bool:
     except TimeoutError:
         return False
     return True
-
-
-async def _finish(call: Coroutine[None, None, T]) -> T:
-    """Run `call` to its end even when the caller is cancelled meanwhile; then let the cancellation go on."""
-    task = asyncio.ensure_future(call)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()
-        raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from manager.errors import InvalidRequestError
+from manager.services.finishing import finish
 from manager.settings.overrides import overlaid, with_change
 from manager.settings.routing import routing_settings
 from manager.settings.section import AUTO_GPU_ID
@@ -103,18 +104,10 @@ class ModelSettings:
             keys = sorted({*after, *self._overrides})
             changed = [key for key in keys if _text(after, key) != _text(self._overrides, key)]
             if changed:
-                await self._save(after, changed)
+                await finish(self._save(after, changed))  # what is in force is what was saved
 
     async def _save(self, after: dict[str, Any], changed: list[str]) -> None:
-        """A cancelled change still ends its write: what is in force is what was saved."""
-        writing = asyncio.ensure_future(self._registry.save_overrides(after))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            await asyncio.wait({writing})
-            if writing.exception() is None:
-                self._put_in_force(after, changed)
-            raise
+        await self._registry.save_overrides(after)
         self._put_in_force(after, changed)
 
     def _put_in_force(self, after: dict[str, Any], changed: list[str]) -> None:

@@ -41,6 +41,7 @@ from manager.errors import (
     UnavailableError,
     UnknownRunError,
 )
+from manager.services.finishing import finish
 from manager.services.runs.execution import PostponedError
 from manager.services.world import no_step
 
@@ -394,7 +395,7 @@ class Runs:
             executing.cancel()
             stopping.cancel()
             await asyncio.wait({executing, stopping})
-            await _to_its_end(self._settle(begun, executing))
+            await finish(self._settle(begun, executing))
 
     async def _execute(self, begun: _Begun) -> Done:
         def begun_with(attempting: Attempting) -> None:
@@ -406,7 +407,7 @@ class Runs:
             begun.run = run
 
         async def about_to_send(instance: str, request_id: str) -> None:
-            await _to_its_end(store_as_sent(instance, request_id))
+            await finish(store_as_sent(instance, request_id))
             await self._on_step(_STEP, "running")
             begun.is_sent = True
 
@@ -550,16 +551,6 @@ class Runs:
 
 def _is_postponed(executing: asyncio.Future[Done]) -> bool:
     return not executing.cancelled() and isinstance(executing.exception(), PostponedError)
-
-
-async def _to_its_end(work: Coroutine[None, None, None]) -> None:
-    """Await something that a cancelled caller waits for as well: it is not left half done."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
 
 
 def _bytes_of(run: Run) -> int:

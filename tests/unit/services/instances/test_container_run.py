@@ -8,7 +8,7 @@ import pytest
 from manager.domain.condition import explain_end
 from manager.domain.instance import ContainerFacts, Explanation
 from manager.errors import EngineUnreachableError, Reason
-from manager.services.instances.container_run import _finish
+from manager.services.finishing import finish
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ async def test_a_call_goes_on_when_its_caller_is_cancelled() -> None:
         await gate.wait()
         ended = True
 
-    caller = asyncio.ensure_future(_finish(call()))
+    caller = asyncio.ensure_future(finish(call()))
     await begun.wait()
     caller.cancel()
     await asyncio.sleep(0)
@@ -68,7 +68,7 @@ async def test_an_error_of_a_call_whose_caller_was_cancelled_is_no_defect_of_the
         await gate.wait()
         raise EngineUnreachableError("it has gone")
 
-    caller = asyncio.ensure_future(_finish(call()))
+    caller = asyncio.ensure_future(finish(call()))
     await begun.wait()
     caller.cancel()
     await asyncio.sleep(0)
