@@ -29,10 +29,15 @@ def print_rows(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    cells = [tuple(heading), *(tuple(map(cell, row)) for row in rows)]
+    """Return a heading and a line for each row. None in a cell is `-`."""
+    return aligned([tuple(heading), *(tuple(map(cell, row)) for row in rows)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line for each row, in columns."""
     columns = Columns()
-    columns.widen(cells)
-    return [columns.line(row) for row in cells]
+    columns.widen(rows)
+    return [columns.line(row) for row in rows]
 
 
 class Columns:
@@ -54,8 +59,13 @@ class Columns:
 
 
 def cell(value: object) -> str:
-    """Return a value as one line that cannot steer the terminal."""
-    return " ".join(printable(str(value)).split()) or NONE if value is not None else NONE
+    """Return a value as `one_line`; `-` for None and for nothing."""
+    return NONE if value is None else one_line(str(value)) or NONE
+
+
+def one_line(text: str) -> str:
+    """Return text as one line that cannot steer the terminal."""
+    return " ".join(printable(text).split())
 
 
 def local_time(text: str) -> str:

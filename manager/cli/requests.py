@@ -11,9 +11,10 @@ import click
 
 from manager.cli.commands import _JSON, _common_url, _talks, program
 from manager.cli.failures import printable
+from manager.cli.printing import Columns, aligned, one_line, print_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from pathlib import Path
 
     from manager.cli.client import Daemon
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _LISTED = 20
 _MOST = 1000
 _FOLLOW_S = 1.0
-_GAP = "  "
 _NONE = "-"
 _HEADINGS = ("TIME", "OUTCOME", "PROJECT", "ASKED", "INSTANCE", "MODEL", "TOOK", "TOKENS", "REASON", "ID")
 _FILTERS = ("project", "role", "model", "instance", "outcome")
@@ -70,7 +70,7 @@ def requests_group(
         return
     document = daemon.last_requests(limit=limit, **filters)
     if as_json:
-        click.echo(json.dumps(document, indent=2))
+        print_json(document)
     elif document["requests"]:
         click.echo("\n".join(table(document["requests"])))
     else:
@@ -84,7 +84,7 @@ def requests_group(
 def show(request_id: str, url: str | None, config: Path | None, as_json: bool) -> None:
     """Explain one request: where it went, and why not elsewhere."""
     document = _daemon(url, config).request(request_id)
-    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(_explained(document)))
+    _print(document, _explained, as_json=as_json)
 
 
 @requests_group.command("cancel")
@@ -115,12 +115,19 @@ def explain(
 ) -> None:
     """Say where a request for MODEL (or a role) would go now, and why. Starts nothing."""
     document = _daemon(url, config).explain(model=model, kind=kind, lane=lane, instance=instance)
-    click.echo(json.dumps(document, indent=2) if as_json else "\n".join(_decided(document)))
+    _print(document, _decided, as_json=as_json)
+
+
+def _print(document: dict[str, Any], say: Callable[[Mapping[str, Any]], list[str]], *, as_json: bool) -> None:
+    if as_json:
+        print_json(document)
+    else:
+        click.echo("\n".join(say(document)))
 
 
 def table(requests: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return a heading and a line for each request."""
-    return _aligned([_HEADINGS, *map(_cells, requests)])
+    return aligned([_HEADINGS, *map(_cells, requests)])
 
 
 def _daemon(url: str | None, config: Path | None) -> Daemon:
@@ -134,31 +141,21 @@ def _daemon(url: str | None, config: Path | None) -> Daemon:
 
 def _follow(daemon: Daemon, limit: int, filters: Mapping[str, str | None], *, as_json: bool) -> None:
     """Print what ended, oldest first, then each request that ends."""
-    document = daemon.last_requests(limit=limit, **filters)
-    ended = [one for one in document["requests"] if not one["open"]]
-    widths = _print(reversed(ended), [], as_json=as_json)
+    columns, heading, cursor = Columns(), [_HEADINGS], None
     while True:
-        cursor = document["cursor"]
+        document = daemon.last_requests(limit=limit, after=cursor, **filters)
+        ended = [one for one in reversed(document["requests"]) if not one["open"]]
+        if as_json:
+            for one in ended:
+                click.echo(json.dumps(one))
+        else:
+            rows = [*heading, *map(_cells, ended)]
+            columns.widen(rows)
+            for row in rows:
+                click.echo(columns.line(row))
         if len(ended) < _MOST:
             time.sleep(_FOLLOW_S)
-        document = daemon.last_requests(limit=_MOST, after=cursor, **filters)
-        ended = [one for one in document["requests"] if not one["open"]]
-        widths = _print(reversed(ended), widths, as_json=as_json)
-
-
-def _print(requests: Iterator[Mapping[str, Any]], widths: list[int], *, as_json: bool) -> list[int]:
-    """Print a line each; return the widths of the columns, which only grow."""
-    if as_json:
-        for one in requests:
-            click.echo(json.dumps(one))
-        return widths
-    lines = list(map(_cells, requests))
-    if not widths:
-        lines = [_HEADINGS, *lines]
-    widths = _widths(lines, widths)
-    for line in _aligned(lines, widths):
-        click.echo(line)
-    return widths
+        cursor, limit, heading = document["cursor"], _MOST, []
 
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
@@ -224,31 +221,16 @@ def _decided(document: Mapping[str, Any]) -> list[str]:
 
 
 def _section(title: str, rows: Sequence[Sequence[str]], more: int = 0) -> list[str]:
-    lines = [f"  {line}" for line in _aligned([tuple(map(_one_line, row)) for row in rows])]
+    lines = [f"  {line}" for line in aligned([tuple(map(one_line, row)) for row in rows])]
     if more:
         lines.append(f"  and {more} more")
     return ["", f"{title}:", *lines] if lines else []
 
 
 def _pairs(*pairs: tuple[str, object]) -> list[str]:
-    known = [(name, _one_line(str(value))) for name, value in pairs if value is not None]
+    known = [(name, one_line(str(value))) for name, value in pairs if value is not None]
     width = max((len(name) for name, _ in known), default=0)
     return [f"{name.ljust(width)}  {value}" for name, value in known]
-
-
-def _aligned(lines: list[tuple[str, ...]], widths: list[int] | None = None) -> list[str]:
-    widths = _widths(lines, widths or [])
-    return [
-        _GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    ]
-
-
-def _widths(lines: list[tuple[str, ...]], least: list[int]) -> list[int]:
-    columns = [[len(cell) for cell in column] for column in zip(*lines, strict=True)]
-    if not columns:
-        return least
-    return [max(*column, *least[index : index + 1], 0) for index, column in enumerate(columns)]
 
 
 def _why(attempt: Mapping[str, Any]) -> str:
@@ -270,7 +252,3 @@ def _duration(milliseconds: float | None) -> str | None:
 def _local_time(text: str, *, day: bool = False) -> str:
     at = datetime.fromisoformat(text).astimezone()
     return at.isoformat(sep=" ", timespec="seconds") if day else at.strftime("%m-%d %H:%M:%S")
-
-
-def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())

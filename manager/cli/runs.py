@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
-from manager.cli.commands import _common_url, _talks
+from manager.cli.commands import _JSON, _common_url, _talks
 from manager.cli.failures import DONE, FAILED, MISUSED, CommandError, complain, printable
+from manager.cli.printing import print_json, table
 from manager.domain.durations import parse_duration
 
 if TYPE_CHECKING:
@@ -20,12 +21,9 @@ if TYPE_CHECKING:
 _API = "/api/v1/runs"
 _ERROR = 400
 _COLUMNS = ("ID", "STATUS", "LANE", "MODEL", "INSTANCE", "CREATED", "ENDED", "RESULT")
-_NONE = "-"
-_GAP = "  "
 _PIECE_BYTES = 64 * 1024
 
 _ID = click.argument("run_id", metavar="ID")
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def _seconds(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:
@@ -86,7 +84,10 @@ def list_runs(status: str | None, limit: int, url: str | None, config: Path | No
     """List the newest runs first."""
     query = f"?limit={limit}" + (f"&status={status}" if status else "")
     document = _daemon(url, config).ask("GET", _API + query)
-    click.echo(json.dumps(document, indent=2) if as_json else _table(document["runs"]))
+    if as_json:
+        print_json(document)
+    else:
+        click.echo(_table(document["runs"]))
 
 
 @runs_group.command("show")
@@ -96,7 +97,10 @@ def list_runs(status: str | None, limit: int, url: str | None, config: Path | No
 def show_run(run_id: str, url: str | None, config: Path | None, *, as_json: bool) -> None:
     """Show all of one run."""
     run = _daemon(url, config).ask("GET", _path(run_id))
-    click.echo(json.dumps(run, indent=2) if as_json else _described(run))
+    if as_json:
+        print_json(run)
+    else:
+        click.echo(_described(run))
 
 
 @runs_group.command("cancel")
@@ -155,21 +159,16 @@ def _table(runs: list[dict[str, Any]]) -> str:
         (
             run["id"],
             run["status"],
-            run["lane"] or _NONE,
+            run["lane"],
             run["model"],
-            run["instance"] or _NONE,
+            run["instance"],
             run["created_at"],
-            run["ended_at"] or _NONE,
-            _NONE if run["result"] is None else f"{run['result']['status']}, {run['result']['size_bytes']} B",
+            run["ended_at"],
+            None if run["result"] is None else f"{run['result']['status']}, {run['result']['size_bytes']} B",
         )
         for run in runs
     ]
-    lines = [_COLUMNS, *(tuple(printable(str(cell)) for cell in row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        _GAP.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
+    return "\n".join(table(_COLUMNS, rows))
 
 
 def _described(run: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from manager.cli.failures import printable
+from manager.cli.printing import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -85,7 +85,7 @@ def terminal_view(
 def orphan_lines(orphans: Sequence[Orphan]) -> list[str]:
     """One line an orphan: its name, whether it runs, why it is one, and the command that removes it."""
     return [
-        _one_line(
+        one_line(
             f"orphan {one.name} ({'running' if one.is_running else 'ended'}): {one.why}; "
             f"`{one.remedy}` removes it"
         )
@@ -119,7 +119,7 @@ def drained_text(drained: Drained) -> str:
     """`drained until 2026-08-01 18:00 UTC: driver update`."""
     until = "" if drained.until is None else f" until {_minute(drained.until)}"
     reason = "" if drained.reason is None else f": {drained.reason}"
-    return _one_line(f"drained{until}{reason}")
+    return one_line(f"drained{until}{reason}")
 
 
 def _lifted_text(lifted: Lifted) -> str:
@@ -146,7 +146,7 @@ def _notes(instance: Instance) -> str:
     if instance.lifted is not None:
         notes.append(_lifted_text(instance.lifted))
     notes += _breaker(instance)
-    return _one_line("; ".join(notes))
+    return one_line("; ".join(notes))
 
 
 def _row(instance: Instance) -> _Row:
@@ -163,10 +163,10 @@ def _row(instance: Instance) -> _Row:
     )
     reason = instance.reason
     return _Row(
-        cells={name: _one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
+        cells={name: one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
         reason=_notes(instance),
-        log_tail=tuple(map(_one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
-        brief_device=_one_line(_device(instance.device, names=False)),
+        log_tail=tuple(map(one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
+        brief_device=one_line(_device(instance.device, names=False)),
     )
 
 
@@ -223,10 +223,6 @@ def _ttl_left(instance: Instance) -> str:
 
 def _model(model: Model) -> str:
     return f"{model.name} {size(model.size_bytes)}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(printable(text).split())
 
 
 def _fitting(rows: list[_Row], width: int) -> tuple[str, ...] | None:

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from manager.cli import requests as command
 from manager.cli.commands import program
 from manager.cli.failures import MISUSED, REFUSED, UNREACHABLE
+from manager.cli.printing import Columns
 from tests.support.records import a_record
 from tests.unit.cli.stand_in import API, Answer, error
 
@@ -202,9 +203,14 @@ def test_following_prints_each_request_once_oldest_first(
 
 
 def test_columns_of_a_follower_only_grow() -> None:
-    widths = command._print(iter([a_request(project_id="a-long-project")]), [], as_json=False)
-    assert command._print(iter([a_request()]), widths, as_json=False) == widths
-    assert command._print(iter([]), widths, as_json=False) == widths
+    columns = Columns()
+    wide, narrow = (command._cells(one) for one in (a_request(project_id="a-long-project"), a_request()))
+    columns.widen([wide])
+    before = columns.line(wide)
+    columns.widen([narrow])
+    columns.widen([])
+    assert columns.line(wide) == before
+    assert columns.line(narrow).rindex(narrow[-1]) == before.rindex(wide[-1])
 
 
 def test_where_a_request_would_go(run: Run, daemon: StandInDaemon) -> None:
