@@ -8,7 +8,7 @@ import time
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
@@ -78,15 +78,14 @@ from manager.settings import (
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from manager.adapters.log_writer import LogWriter
     from manager.domain.template import Template
+    from manager.parts import Loop
     from manager.services.instances.fleet import Fleet
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
-
-    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
 
 # How long another process (a clean-up from cron) may hold an instance before a request is refused.
 _LOCK_WAIT_S = 10.0

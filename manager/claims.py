@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -14,14 +14,12 @@ from manager.domain.ownership import foreign, left_behind, owner_of
 from manager.errors import EngineError, ForeignOwnerError, ManagerIdChangedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Iterator
 
     from manager.adapters.docker_engine import DockerEngine
     from manager.domain.instance import ContainerFacts
     from manager.domain.ownership import Owner
     from manager.settings import Settings
-
-    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
 
 _log = structlog.get_logger("daemon")
 

@@ -7,7 +7,7 @@ import contextlib
 import socket
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
@@ -44,15 +44,13 @@ from manager.settings.addresses import is_loopback
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
+    from collections.abc import Awaitable, Callable
 
     from manager.adapters.log_writer import LogWriter
     from manager.services.instances.sweeps import Swept
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
-
-    Loop: TypeAlias = Callable[[], Coroutine[None, None, None]]
 
 from manager.app import Daemon, open_daemon
 

@@ -206,7 +206,7 @@ def instances_of(
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """What operators have ordered for instances, by id."""
+    """Orders of operators for instances, by id."""
 
     drained: dict[str, Drained]
     images: dict[str, ImageOverride]

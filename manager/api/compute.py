@@ -212,7 +212,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         query: Annotated[EventsQuery, Query()],
         last_event_id: Annotated[int, Header(ge=0, le=2**62)] = None,  # type: ignore[assignment]  # noqa: RUF013  (None stands for "left out" and is no value)
     ) -> StreamingResponse:
-        """What happens, as server-sent events; `Last-Event-ID` resumes after that event.
+        """Stream events as they happen, as server-sent events; `Last-Event-ID` resumes after that event.
 
         Without it, `last` begins with that many of the events there are. `follow=false` ends after those.
         """

@@ -96,7 +96,7 @@ class RequestsBody(_Shape):
 
 
 class AskedBody(_Shape):
-    """What the request asked for, as routing saw it."""
+    """The wishes of the request, as routing saw them."""
 
     model: str
     kind: RequestKind
@@ -251,7 +251,7 @@ def requests_router(backend: Backend) -> APIRouter:
 
     @router.get("/explain", response_model=ExplanationBody, responses=refusals())
     async def explain(query: Annotated[RequestDescription, Query()]) -> Response:
-        """Where a request would go, without making it. Starts nothing."""
+        """Explain the route of a request, without making it. Starts nothing."""
         facts = RequestFacts(query.model, query.kind, query.instance, query.lane)
         decision = decision_json(backend, backend.router.decide(facts))
         return _json({**decision, "summary": decision_sentence(decision, query.model)})

@@ -126,7 +126,7 @@ def routing_router(backend: Backend) -> APIRouter:
 
     @router.post("/explain", response_model=DecisionBody, responses=refusals())
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
-        """Where a request would go, without making it. Starts nothing."""
+        """Explain the route of a request, without making it. Starts nothing."""
         facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
         return JSONResponse(decision_json(backend, backend.router.decide(facts)))
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Origin
 
 PATH = "/api/v1/runs"
-# What a submission may have beside the body of the request.
+# Bytes of a submission beside the body of the request, at most.
 _AROUND_BODY = 64 * 1024
 _Path = Literal[
     "/api/generate",

@@ -65,7 +65,7 @@ class DeviceCard(_Body):
 
 
 class Device(_Body):
-    """Where an instance computes. `kind` is null for an external server that did not declare it.
+    """The device of an instance. `kind` is null for an external server that did not declare it.
 
     `uuid`, `index` and `name` are those of its first card. The sizes are sums over `cards`, null where one of
     them is not known.
@@ -209,7 +209,7 @@ GivenReason = Annotated[str, StringConstraints(strip_whitespace=True, min_length
 
 
 class DrainRequest(_Body):
-    """What is left out is null: an order that comes again replaces reason, end and `stop`."""
+    """An order. Fields that are left out are null: a second order replaces reason, end and `stop`."""
 
     reason: GivenReason | None = None
     until: GivenTime | None = None

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """How a value is written. `read` raises ValueError."""
+    """The notation of a value. `read` raises ValueError."""
 
     expected: str
     read: Callable[[str], Any]

@@ -134,7 +134,7 @@ def _minute(time: str) -> str:
 
 
 def _notes(instance: Instance) -> str:
-    """What is not as usual: orders in force, the daemon's reason, another image than the template's."""
+    """Return what is unusual: orders in force, the daemon's reason, another image than the template's."""
     notes = []
     if instance.drained is not None:
         notes.append(drained_text(instance.drained))

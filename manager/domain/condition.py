@@ -90,17 +90,17 @@ class Condition:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the server is ready and in service, and no operation was requested."""
+        """Return whether the server is ready and in service, and no operation was requested."""
         return self.is_in_service and self.intent is None
 
     @property
     def is_in_service(self) -> bool:
-        """Whether the server is ready and no order keeps it out of service."""
+        """Return whether the server is ready and no order keeps it out of service."""
         return self.phase is Phase.READY and self.drained is None
 
     @property
     def ends(self) -> bool:
-        """Whether a stop goes on, or was requested."""
+        """Return whether a stop goes on, or was requested."""
         return self.intent is Operation.STOP
 
     @property
@@ -486,7 +486,7 @@ def _inspected(c: Condition, known: ContainerFacts | None, now: float, *, out_of
             return _ended(_move(c, Fact.DIED), now)
         return _with_carcass(c, now), ()
     if c.phase is not Phase.READY or known is None or _is_another_run(known, facts) or facts.is_detached:
-        # Somebody may have started it by hand although the instance is out of service.
+        # An operator may have started it by hand although the instance is out of service.
         return (_ending(_move(c, Fact.FOUND_RUNNING)), ()) if _must_end(c) else _adopted(c)
     if (facts.out_of_memory or out_of_memory) and c.failure is None:
         # Any process of the container may have been killed; the server may run on.
@@ -546,7 +546,7 @@ def _with_carcass(c: Condition, now: float) -> Condition:
 
 
 def _restarts(c: Condition) -> bool:
-    """Whether it is started again by itself after a failure."""
+    """Return whether it is started again by itself after a failure."""
     return c.pinned and c.drained is None
 
 
@@ -554,7 +554,7 @@ def _restarts(c: Condition) -> bool:
 
 
 def _must_end(c: Condition) -> bool:
-    """Whether a container that runs is to be stopped because the instance is out of service."""
+    """Return whether a container that runs is to be stopped because the instance is out of service."""
     return c.drained is not None and c.drained.stops
 
 
@@ -596,7 +596,7 @@ def _taken_out(c: Condition, drained: Drained, now: float) -> Condition:
 
 
 def _may_be_kept(c: Condition) -> bool:
-    """Whether a requested stop still waits for open leases and may be taken back."""
+    """Return whether a requested stop still waits for open leases and may be taken back."""
     return c.ends and c.is_patient and c.phase in (Phase.READY, Phase.DRAINING)
 
 

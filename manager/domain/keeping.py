@@ -62,5 +62,5 @@ class Keeping:
 
 
 def is_kept(expires_at: datetime | None, now: datetime) -> bool:
-    """Whether a model that is in memory stays there; None is a time too far away to be compared with."""
+    """Return whether a model in memory stays there; None is a time too far away to be compared with."""
     return expires_at is None or (expires_at - now).total_seconds() > RENEWED_S

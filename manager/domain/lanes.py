@@ -288,8 +288,7 @@ class Lanes:
     def take(self, waiter: Waiter) -> bool:
         """Give a request the first free slot of its instances; return whether it has one."""
         lane = self._lane(waiter.lane)
-        limit = lane.concurrency
-        if limit is None or lane.in_flight < limit:
+        if lane.has_room:
             for id_ in waiter.instances:
                 if self._slots(id_).has_room_for(waiter.lane):
                     self._grant(waiter, lane, id_)
@@ -333,8 +332,7 @@ class Lanes:
         id_, waiter.instance = waiter.instance, None
         if id_ is None:
             return []
-        limit = lane.concurrency
-        had_room = limit is None or lane.in_flight < limit
+        had_room = lane.has_room
         lane.in_flight -= 1
         instance = self._instances[id_]
         instance.give_back(waiter.lane)

@@ -19,7 +19,7 @@ class Operation(StrEnum):
 
 
 class OrderKind(StrEnum):
-    """What an operator can order for an instance of any driver, beside its row."""
+    """The kinds of orders for an instance of any driver, stored beside its row."""
 
     DRAINED = "drained"
     LIFTED = "lifted"

@@ -189,11 +189,13 @@ def stamp(record: RequestRecord, for_page: bytes, attempt: tuple[str, str] | Non
         for_page: lines that let a page in a browser read the answer.
         attempt: instance and model; None where no instance was asked.
     """
-    lines = b"%bX-Request-Id: %b\r\n" % (for_page, record.request_id.encode())
-    if attempt is not None:
-        lines = b"%b%bX-Queue-Ms: %d\r\n" % (lines, _where(*attempt), record.queue_ms)
-    else:
-        lines += b"X-Queue-Ms: %d\r\n" % record.queue_ms
+    where = b"" if attempt is None else _where(*attempt)
+    lines = b"%bX-Request-Id: %b\r\n%bX-Queue-Ms: %d\r\n" % (
+        for_page,
+        record.request_id.encode(),
+        where,
+        record.queue_ms,
+    )
     if record.fallback and record.fallback_reason is not None:
         lines += b"X-Fallback-Reason: %b\r\n" % record.fallback_reason.value.encode()
     if record.start_ms is not None:

@@ -48,7 +48,7 @@ def read_show(body: bytes) -> Details | None:
 
 
 def lacks_details(entry: Mapping[str, Any]) -> bool:
-    """Whether an entry of `/api/tags` does not say all of it; newer servers do."""
+    """Return whether an entry of `/api/tags` does not say all of it; newer servers do."""
     details = entry.get(_NAMED)
     return _CAN not in entry or not isinstance(details, dict) or not details.get(_LENGTH)
 

@@ -32,7 +32,7 @@ def duration_s(text: str) -> float | None:
 
 
 def unloads_at_once(keep_alive: KeepAlive) -> bool:
-    """Whether a time to keep a model is none at all."""
+    """Return whether a time to keep a model is none at all."""
     if isinstance(keep_alive, str):
         return not re.search("[1-9]", keep_alive)
     return keep_alive == 0
@@ -55,5 +55,5 @@ def load_request(model: str, keep_alive: KeepAlive | None, *, embeds: bool) -> t
 
 
 def only_embeds(status: int, message: str) -> bool:
-    """Whether a load was refused because the model does not generate."""
+    """Return whether a load was refused because the model does not generate."""
     return status == _BAD_REQUEST and "does not support generate" in message

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.sqlite import insert
 
-from manager.adapters.registry.tables import _aware, _stored, metadata
+from manager.adapters.registry.tables import aware, metadata, stored
 from manager.domain.runs import OPEN, WITH_RESULT, Run, RunCaller, RunError, RunResult, RunStatus
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def newest(connection: Connection, status: RunStatus | None, limit: int | None) 
 
 
 def due(connection: Connection, now: datetime, limit: int) -> tuple[Run, ...]:
-    is_due = runs.c.status.in_(_WITH_RESULT) & (runs.c.expires_at <= _stored(now))
+    is_due = runs.c.status.in_(_WITH_RESULT) & (runs.c.expires_at <= stored(now))
     return tuple(map(_to_run, connection.execute(select(runs).where(is_due).limit(limit))))
 
 
@@ -89,13 +89,13 @@ def next_expiry(connection: Connection) -> datetime | None:
     """Return the time at which the next result has been kept for long enough."""
     statement = select(func.min(runs.c.expires_at)).where(runs.c.status.in_(_WITH_RESULT))
     found: datetime | None = connection.execute(statement).scalar()
-    return None if found is None else _aware(found)
+    return None if found is None else aware(found)
 
 
 def forgettable(connection: Connection, ended_before: datetime, kept: int) -> tuple[Run, ...]:
     """Return some of the runs that need not be kept: they ended long ago, or there are too many."""
     has_ended = runs.c.status.not_in(_OPEN)
-    old = select(runs).where(has_ended & (runs.c.ended_at < _stored(ended_before))).limit(_AT_ONCE)
+    old = select(runs).where(has_ended & (runs.c.ended_at < stored(ended_before))).limit(_AT_ONCE)
     beyond = select(runs).where(has_ended).order_by(runs.c.number.desc()).offset(kept).limit(_AT_ONCE)
     found = {row.id: _to_run(row) for part in (old, beyond) for row in connection.execute(part)}
     return tuple(found.values())
@@ -124,10 +124,10 @@ def _from_run(run: Run) -> dict[str, Any]:
         "idempotent": run.idempotent,
         "expires_s": run.expires_s,
         "body_bytes": run.body_bytes,
-        "created_at": _stored(run.created_at),
-        "started_at": _stored(run.started_at),
-        "ended_at": _stored(run.ended_at),
-        "expires_at": _stored(run.expires_at),
+        "created_at": stored(run.created_at),
+        "started_at": stored(run.started_at),
+        "ended_at": stored(run.ended_at),
+        "expires_at": stored(run.expires_at),
         "executions": run.executions,
         "instance": run.instance,
         "request_id": run.request_id,
@@ -160,10 +160,10 @@ def _to_run(row: Row[Any]) -> Run:
         idempotent=row.idempotent,
         expires_s=row.expires_s,
         body_bytes=row.body_bytes,
-        created_at=_aware(row.created_at),
-        started_at=row.started_at and _aware(row.started_at),
-        ended_at=row.ended_at and _aware(row.ended_at),
-        expires_at=row.expires_at and _aware(row.expires_at),
+        created_at=aware(row.created_at),
+        started_at=row.started_at and aware(row.started_at),
+        ended_at=row.ended_at and aware(row.ended_at),
+        expires_at=row.expires_at and aware(row.expires_at),
         executions=row.executions,
         instance=row.instance,
         request_id=row.request_id,

@@ -99,7 +99,7 @@ model_lists = Table(
     Column("read_at", DateTime, nullable=False),
 )
 
-# What operators have ordered for an instance, of any driver, beside its row; one row a kind of order.
+# Orders of operators for an instance of any driver, beside its row; one row a kind of order.
 operator_state = Table(
     "operator_state",
     metadata,
@@ -137,8 +137,8 @@ def from_instance(row: InstanceRow) -> dict[str, Any]:
         "pinned": row.pinned,
         "starts": row.starts,
         "loopback_port": row.loopback_port,
-        "last_used_at": _stored(row.last_used_at),
-        "recreated_at": _stored(row.recreated_at),
+        "last_used_at": stored(row.last_used_at),
+        "recreated_at": stored(row.recreated_at),
         "usage": row.usage and _from_usage(row.usage),
     }
 
@@ -152,8 +152,8 @@ def to_instance(row: Row[Any]) -> InstanceRow:
         pinned=row.pinned,
         starts=row.starts,
         loopback_port=row.loopback_port,
-        last_used_at=row.last_used_at and _aware(row.last_used_at),
-        recreated_at=row.recreated_at and _aware(row.recreated_at),
+        last_used_at=row.last_used_at and aware(row.last_used_at),
+        recreated_at=row.recreated_at and aware(row.recreated_at),
         usage=None if row.usage is None else _to_usage(row.usage),
     )
 
@@ -161,7 +161,7 @@ def to_instance(row: Row[Any]) -> InstanceRow:
 def from_event(event: Event) -> dict[str, Any]:
     return {
         "id": event.id,
-        "at": _stored(event.at),
+        "at": stored(event.at),
         "instance": event.instance,
         "kind": event.kind,
         "reason": event.reason,
@@ -172,7 +172,7 @@ def from_event(event: Event) -> dict[str, Any]:
 def to_event(row: Row[Any]) -> Event:
     return Event(
         id=row.id,
-        at=_aware(row.at),
+        at=aware(row.at),
         instance=row.instance,
         kind=row.kind,
         reason=row.reason,
@@ -186,7 +186,7 @@ def from_learned_size(size: LearnedSize) -> dict[str, Any]:
         "model": size.model,
         "digest": size.digest,
         "vram_bytes": size.vram_bytes,
-        "measured_at": _stored(size.measured_at),
+        "measured_at": stored(size.measured_at),
         "by_card": dict(size.by_card) or None,
     }
 
@@ -197,7 +197,7 @@ def to_learned_size(row: Row[Any]) -> LearnedSize:
         model=row.model,
         digest=row.digest,
         vram_bytes=row.vram_bytes,
-        measured_at=_aware(row.measured_at),
+        measured_at=aware(row.measured_at),
         by_card=_to_shares(row.by_card or {}),
     )
 
@@ -209,11 +209,11 @@ def _to_shares(stored: object) -> dict[str, int]:
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:
-    return [{"key": key, "value": value, "saved_at": _stored(at)} for key, value in values.items()]
+    return [{"key": key, "value": value, "saved_at": stored(at)} for key, value in values.items()]
 
 
 def from_model_list(volume: str, entries: Sequence[Mapping[str, Any]], at: datetime) -> dict[str, Any]:
-    return {"volume": volume, "entries": list(entries), "read_at": _stored(at)}
+    return {"volume": volume, "entries": list(entries), "read_at": stored(at)}
 
 
 def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
@@ -223,7 +223,7 @@ def to_model_list(row: Row[Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def from_order(instance: str, kind: str, value: Mapping[str, Any], at: datetime) -> dict[str, Any]:
-    return {"instance": instance, "kind": kind, "value": dict(value), "saved_at": _stored(at)}
+    return {"instance": instance, "kind": kind, "value": dict(value), "saved_at": stored(at)}
 
 
 def to_order(row: Row[Any]) -> Mapping[str, Any]:
@@ -232,7 +232,7 @@ def to_order(row: Row[Any]) -> Mapping[str, Any]:
     return row.value
 
 
-def _stored(at: datetime | None) -> datetime | None:
+def stored(at: datetime | None) -> datetime | None:
     if at is None:
         return None
     if at.tzinfo is None:
@@ -240,7 +240,7 @@ def _stored(at: datetime | None) -> datetime | None:
     return at.astimezone(UTC).replace(tzinfo=None)
 
 
-def _aware(at: datetime) -> datetime:
+def aware(at: datetime) -> datetime:
     return at.replace(tzinfo=UTC)
 
 

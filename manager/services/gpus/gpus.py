@@ -124,7 +124,7 @@ class Gpus:
         )
 
     def holds_memory(self, instance: str) -> bool | None:
-        """Whether a process of the instance holds memory on one of its cards, by the last reading.
+        """Return whether a process of the instance holds memory on one of its cards, by the last reading.
 
         None where that cannot be told: the driver lists no processes, a card cannot be asked, or the
         processes of containers are not seen from the daemon's pid namespace.

@@ -124,7 +124,7 @@ def _newest(sizes: Sequence[LearnedSize]) -> LearnedSize | None:
 
 
 def _is_of(size: LearnedSize, uuids: Collection[str]) -> bool:
-    """Whether a size was measured on these cards; a size of one card is one of any card."""
+    """Return whether a size was measured on these cards; a size of one card is one of any card."""
     return set(size.by_card) == set(uuids) if size.by_card else len(uuids) <= 1
 
 

@@ -170,12 +170,12 @@ class Instance(ABC):
 
     @property
     def ends(self) -> bool:
-        """Whether a stop goes on, or was requested."""
+        """Return whether a stop goes on, or was requested."""
         return False
 
     @property
     def returns(self) -> bool:
-        """Whether it is started again once it is back in service."""
+        """Return whether it is started again once it is back in service."""
         return False
 
     def take_out(self, drained: Drained) -> None:

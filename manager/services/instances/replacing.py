@@ -61,18 +61,18 @@ class Replacing:
 
     @property
     def has_container(self) -> bool:
-        """Whether a container runs, as of the last inspection."""
+        """Return whether a container runs, as of the last inspection."""
         return self._w.condition.state.is_alive
 
     @property
     def is_stopped(self) -> bool:
-        """Whether nothing runs, nothing has failed and nothing was requested."""
+        """Return whether nothing runs, nothing has failed and nothing was requested."""
         state = self._w.condition.state
         return state.phase is Phase.STOPPED and state.intent is None
 
     @property
     def can_restart(self) -> bool:
-        """Whether there is something to replace; a start does for the rest."""
+        """Return whether there is something to replace; a start does for the rest."""
         state = self._w.condition.state
         return state.is_alive or state.intent is not None or state.occupies
 

@@ -120,7 +120,7 @@ class Stopping:
         w.world.journal.record("drain_waits", instance=w.id, detail=f"{self._open_leases()}; {how}")
 
     def _is_used(self) -> bool:
-        """Whether leases are open. A patient stop waits for those of the daemon before this one, too."""
+        """Return whether leases are open; a patient stop waits for those of the daemon before, too."""
         w = self._w
         return w.in_flight() > 0 or (w.condition.state.is_patient and w.world.others_work())
 

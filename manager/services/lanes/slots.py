@@ -149,7 +149,6 @@ class Slots:
         self._waiting: dict[Waiter, Place] = {}
         self._version = -1
         self._configured: Mapping[str, int | None] = {}
-        self._wait_s: dict[str, float] = {}
         self._is_stale = False
         self._has_waiting = asyncio.Event()
         self.is_on = False
@@ -166,7 +165,6 @@ class Slots:
         self.is_on = any(count is not None for count in slots.values()) or any(
             role.concurrency is not None for role in roles.values()
         )
-        self._wait_s = {name: role.queue_wait_s for name, role in roles.items()}
         if self.is_on and not was_on:
             for holder in self._at_work():
                 holder.hold_slot()
@@ -222,7 +220,8 @@ class Slots:
 
     def wait_s(self, lane: str | None) -> float:
         """Return how long a request of a lane waits for a slot."""
-        return self._wait_s.get(lane or NO_ROLE, DEFAULT_QUEUE_WAIT_S)
+        role = None if lane is None else self._settings.routing.roles.get(lane)
+        return DEFAULT_QUEUE_WAIT_S if role is None else role.queue_wait_s
 
     def before(self, waiter: Waiter) -> int:
         """Return how many requests of its lane are ahead of a waiting one."""

@@ -142,7 +142,7 @@ class Keeper:
                 self._to_prewarm[instance.id] = list(models.values())
 
     def _is_usable(self, instance: Instance) -> bool:
-        """Whether something may have to be loaded there, and can be now, after a start at most."""
+        """Return whether something may have to be loaded there, and can be now, after a start at most."""
         if instance.id in self._busy or instance.drained is not None:
             return False
         if not instance.keeps_warm and instance.id not in self._to_prewarm and not self._to_release:
@@ -178,7 +178,7 @@ class Keeper:
         return None
 
     def _is_due(self, instance: Instance, wanted: _Wanted) -> bool:
-        """Whether a model has to be loaded now; notes what keeps it from that."""
+        """Return whether a model has to be loaded now; notes what keeps it from that."""
         key = model_key(wanted.model)
         keeping = self._keeping.setdefault((instance.id, key), Keeping())
         if self._router.denial(instance.id, wanted.model):

@@ -149,8 +149,10 @@ async def _judge(
     attempting: Attempting, answer: ServerAnswer
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """Return an answer for the client, or the step that follows an answer with an error."""
-    judgement = judge(answer.status) if answer.status >= BAD_REQUEST else ABOUT_THE_REQUEST
-    wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
+    judgement, wait_s = ABOUT_THE_REQUEST, None
+    if answer.status >= BAD_REQUEST:
+        judgement = judge(answer.status)
+        wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
     if not attempting.might_follow(judgement):
         attempting.answered(judgement, retry_after_s=wait_s)
         return answer, None

@@ -308,12 +308,12 @@ class Attempting:
 
     @property
     def is_queued(self) -> bool:
-        """Whether the request waits for a slot."""
+        """Return whether the request waits for a slot."""
         return self._place is not None and self._place.instance is None
 
     @property
     def waits_for(self) -> str | None:
-        """What the request waits for, in words; None before anything was attempted."""
+        """Return what the request waits for, in words; None before anything was attempted."""
         ahead = None if self._place is None else self._place.ahead
         if ahead is not None:
             return f"a slot, {ahead} ahead in the queue"
@@ -741,7 +741,7 @@ class Attempting:
         target, record = lease.target, self.record
         # Only inference shows whether a server works: an unload, or a list, is answered by a hung one too.
         if record.kind is not None and not self._starts_nothing:
-            if self._place is None and self._routing.slots.is_on:
+            if self._routing.slots.is_on:
                 self.hold_slot()  # the first limit was set while the instance was being prepared
             self._permit = self._routing.breakers.admit(target.instance)
             if not self._permit:

@@ -279,7 +279,7 @@ class Attempts:
         attempt = self.first
         if attempt is None:
             if self._made and self._decided_by != self._router.version:
-                self._decide_again()
+                self.renew()
             attempt, self._ahead = self._ahead or self._following(), None
         if attempt is not None:
             self._made = (*self._made, attempt)
@@ -288,7 +288,7 @@ class Attempts:
     def choices(self) -> tuple[Attempt, ...]:
         """Return the next attempt and those that stand in for it where it has no free slot, in order."""
         if self._made and self._decided_by != self._router.version:
-            self._decide_again()
+            self.renew()
         coming = self._rest()
         return tuple(one for one in coming if one.choice == coming[0].choice)
 
@@ -309,7 +309,13 @@ class Attempts:
 
     def renew(self) -> None:
         """Decide again over the fleet as it is now; attempts that were made are not repeated."""
-        self._decide_again()
+        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
+        self._decided_by = self._router.version
+        attempts = self._router.decide(self._facts).in_order(self._load())
+        self._coming = (
+            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
+        )
+        self._ahead = None
 
     def lean(self, body: Opened) -> int:
         """Prefer the instance that has the conversation in memory, unless it is busier; to be called first.
@@ -351,15 +357,6 @@ class Attempts:
     def _load(self) -> Load:
         load = self._router.load()
         return load if self._preferred is None else LeaningLoad(load, self._preferred)
-
-    def _decide_again(self) -> None:
-        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
-        self._decided_by = self._router.version
-        attempts = self._router.decide(self._facts).in_order(self._load())
-        self._coming = (
-            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
-        )
-        self._ahead = None
 
     def _rest(self) -> list[Attempt]:
         """Return all attempts that could follow."""

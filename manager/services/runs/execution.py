@@ -398,7 +398,7 @@ def _error_of(failure: _FailedError) -> RunError:
 
 
 def _failure_of(error: Exception, run: Run) -> _FailedError:
-    """What the client is told of an error."""
+    """Return the error as the client gets it."""
     if isinstance(error, _FailedError):
         return error
     if isinstance(error, UnansweredError):

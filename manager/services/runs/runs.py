@@ -184,7 +184,7 @@ class Runs:
 
     @property
     def is_executing(self) -> bool:
-        """Whether the request of a run has been sent, and its end is not stored."""
+        """Return whether the request of a run has been sent, and its end is not stored."""
         return any(begun.run.status is RunStatus.RUNNING for begun in self._begun.values())
 
     def open(self) -> Iterable[OpenRequest]:

@@ -1,4 +1,4 @@
-"""What operators have ordered for an instance: out of service, deny rules lifted, another image."""
+"""Orders of operators for an instance: out of service, deny rules lifted, another image."""
 
 from __future__ import annotations
 
