@@ -8,6 +8,7 @@ from fastapi_offline import FastAPIOffline
 
 from manager import __version__
 from manager.api.breakers import breakers_router
+from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -58,6 +59,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
+        budgets_router(backend),
         health_router(backend),
     )
     for router in routers:

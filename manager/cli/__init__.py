@@ -1,6 +1,7 @@
 """The command line. Importing it is cheap: each command imports what it needs when it runs."""
 
 from manager.cli import requests as _requests  # noqa: F401  (adds its commands)
+from manager.cli.budgets import budgets_command
 from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
 from manager.cli.events import events_command
@@ -18,6 +19,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    budgets_command,
 ):
     program.add_command(_command)
 

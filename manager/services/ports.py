@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
     from manager.domain.history import Ended, Filters
@@ -382,6 +383,48 @@ class RequestStore(Protocol):
         Returns:
             Whether more than `at_most` of them had to go, so that some are left.
         """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LedgerStore(Protocol):
+    """The ledger of paid requests. A call that returns has happened completely and is on the disk.
+
+    Raises:
+        RegistryUnwritableError: it could not be read or written.
+    """
+
+    async def reserve(
+        self, reservation: Reservation, budgets: Mapping[Budget, str]
+    ) -> Overdrawn | dict[Budget, Balance]:
+        """Reserve money, unless a budget has too little left. Check and reservation are one transaction.
+
+        Args:
+            reservation: what is reserved, for whom.
+            budgets: each budget it is taken from, with the first day of its period.
+
+        Returns:
+            The balances with the reservation; or the limit that it would exceed, and nothing is reserved.
+        """
+        ...
+
+    async def close_reservation(self, closing: Closing, at_us: int) -> bool:
+        """Close a reservation; False where that was done before, or where there is none."""
+        ...
+
+    async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
+        """Close all open reservations that are older than a time; return how many.
+
+        Args:
+            make: returns the closing of a reservation, by its id and amount.
+            before_us: Unix time in microseconds.
+            at_us: the time of the closing.
+        """
+        ...
+
+    async def balances(self, budgets: Mapping[Budget, str]) -> dict[Budget, Balance]:
+        """Return the money of budgets since the first day of their periods."""
         ...
 
     async def close(self) -> None: ...

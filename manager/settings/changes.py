@@ -54,6 +54,7 @@ LIVE = frozenset(
         "runs",
         "log.level",
         "history",
+        "budgets",
     )
 )
 

@@ -28,6 +28,7 @@ from manager.settings.addresses import (
     is_loopback,
     listen_host,
 )
+from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
 from manager.settings.routing import (
     ANY_INSTANCE,
     GatewaySettings,
@@ -371,6 +372,7 @@ class Settings(BaseSettings):
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     history: HistorySettings = Field(default_factory=HistorySettings)
+    budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
 
     @classmethod
     def settings_customise_sources(
@@ -391,13 +393,14 @@ class Settings(BaseSettings):
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
                 *_routing_refusals(self),
+                *repeated(self.budgets),
             ]
         )
         return self
 
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
-COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models"})
+COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "budgets"})
 
 
 # What an external instance may not say, because somebody else starts and stops its server.
