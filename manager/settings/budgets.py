@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, Field, PlainSerializer, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from manager.domain.budgets import GLOBAL, Budget, Period
 from manager.domain.money import micro_usd
@@ -24,8 +24,15 @@ def _scope(value: str) -> str:
     raise ValueError(f"expected {_SCOPES}")
 
 
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("expected dollars")  # noqa: TRY004  (pydantic reports ValueError alone)
+    return value
+
+
 Usd = Annotated[
     Decimal,
+    BeforeValidator(_no_flag),
     Field(ge=0, le=_MOST_USD, max_digits=16, decimal_places=6),
     PlainSerializer(float, when_used="json"),
 ]

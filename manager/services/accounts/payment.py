@@ -79,7 +79,7 @@ class Payment:
         return min(self._price.cost(input_tokens, output_tokens or 0), self._reserved.reservation.amount)
 
     def close(self, record: RequestRecord) -> None:
-        """Settle on the tokens of the record, or release where nothing was spent. The record gets the cost."""
+        """Settle on the tokens of the record, or release where nothing was spent. Note the cost there."""
         if self._is_closed:
             return
         self._is_closed = True
