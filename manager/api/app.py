@@ -22,6 +22,7 @@ from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
+from manager.api.usage import usage_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
+        usage_router(backend),
         health_router(backend),
     )
     for router in routers:
