@@ -367,7 +367,7 @@ def model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
 
 
 def retention_of(settings: Settings) -> Retention:
-    return Retention(settings.history.retention_days, settings.history.max_rows)
+    return Retention(**settings.audit.model_dump())
 
 
 def schedules_of(settings: Settings) -> tuple[Schedule, ...]:

@@ -23,6 +23,7 @@ from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
+from manager.api.usage import usage_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         model_settings_router(backend),
         runs_router(backend),
         budgets_router(backend),
+        usage_router(backend),
         health_router(backend),
     )
     for router in routers:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.moments import MomentText, moment
 from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
 from manager.api.schemas import Time  # noqa: TC001
-from manager.domain.durations import parse_duration
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
 from manager.domain.history import Filters, decision_values, record_values
 from manager.domain.record import Outcome, with_defaults
@@ -153,29 +151,6 @@ class CancelledBody(_Shape):
     cancelled: bool
 
 
-def _since(text: str) -> datetime:
-    """Return a time that was written as such, or as a span of time before now."""
-    with suppress(ValueError):
-        span_s = parse_duration(text)
-        try:
-            return datetime.now(UTC) - timedelta(seconds=span_s)
-        except OverflowError:  # longer than there are dates
-            return datetime.min.replace(tzinfo=UTC)
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        at = None
-    if at is None or at.tzinfo is None:
-        example = "a time with its zone such as 2026-03-01T12:00:00Z, or a span such as 15m or 2h"
-        raise ValueError(f"expected {example}")
-    return at
-
-
-def _since_text(text: str) -> str:
-    _since(text)
-    return text
-
-
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -185,7 +160,7 @@ class RequestsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(default=100, ge=1, le=MOST_LISTED)
-    since: Annotated[str, Field(max_length=64), AfterValidator(_since_text)] | None = None
+    since: MomentText | None = None
     project: _Name | None = None
     role: _Name | None = None
     model: _Name | None = None
@@ -201,7 +176,7 @@ def requests_router(backend: Backend) -> APIRouter:
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
         """The last requests, newest first: the open ones, then those that ended."""
         filters = Filters(
-            since=None if query.since is None else _since(query.since),
+            since=None if query.since is None else moment(query.since),
             project=query.project,
             role=query.role,
             model=query.model,

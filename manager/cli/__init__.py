@@ -10,6 +10,7 @@ from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.runs import runs_group
+from manager.cli.usage import usage_command
 
 for _command in (
     logs_command,
@@ -20,6 +21,7 @@ for _command in (
     lanes_command,
     runs_group,
     budgets_command,
+    usage_command,
 ):
     program.add_command(_command)
 

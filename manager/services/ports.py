@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
+    from manager.domain.usage import Dimension, Span, Sums
     from manager.wire.details import Details
     from manager.wire.head import Header
 
@@ -357,16 +358,36 @@ class RequestStore(Protocol):
         RegistryUnwritableError: it could not be read or written.
     """
 
-    async def add(self, batch: Sequence[Ended]) -> None:
-        """Store requests; one that is stored already stays as it is."""
+    async def add(self, batch: Sequence[Ended], *, keeps: bool = True) -> None:
+        """Store requests, and add up what they have used; one that is stored already stays as it is.
+
+        Args:
+            batch: the requests.
+            keeps: whether the requests themselves are kept.
+        """
         ...
 
     async def encoded(self, batch: Sequence[Ended]) -> bytes:
         """Return requests in the form that `add_encoded` takes."""
         ...
 
-    async def add_encoded(self, rows: bytes) -> None:
-        """Store requests of another process."""
+    async def add_encoded(self, rows: bytes, *, keeps: bool = True) -> None:
+        """Store requests of another process, as `add` does."""
+        ...
+
+    async def usage(
+        self, wanted: Span, by: Sequence[Dimension], *, now_s: int
+    ) -> tuple[dict[tuple[str, ...], Sums], Span]:
+        """Return what the requests that ended in a time have used, by group.
+
+        Returns:
+            The sums by the values of `by`, in its order; and the time that they are of, which is widened to
+            whole hours, or to whole days where the hours are forgotten.
+        """
+        ...
+
+    async def forget_usage(self, *, now_s: int, days: int) -> None:
+        """Forget what was used longer ago."""
         ...
 
     async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:

@@ -53,7 +53,7 @@ LIVE = frozenset(
         "gateway.access_log",
         "runs",
         "log.level",
-        "history",
+        "audit",
         "budgets",
     )
 )

@@ -289,11 +289,12 @@ class ScheduleSettings(Section):
         return self
 
 
-class HistorySettings(Section):
-    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+class AuditSettings(Section):
+    """The bounds of the history of requests and of usage; `retention_days` 0 keeps no request."""
 
-    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 90
     max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+    usage_days: Annotated[WholeNumber, Field(ge=1, le=36_500)] = 400
 
 
 class BreakerSettings(Section):
@@ -371,7 +372,7 @@ class Settings(BaseSettings):
     runs: RunsSettings = Field(default_factory=RunsSettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
-    history: HistorySettings = Field(default_factory=HistorySettings)
+    audit: AuditSettings = Field(default_factory=AuditSettings)
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
 
     @classmethod
