@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 from manager.cli.failures import FAILED, MISUSED
 from tests.support.daemon import ROOT, wait_for
 from tests.support.fixtures import write_templates
+from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -29,47 +28,11 @@ if TYPE_CHECKING:
     from tests.support.daemon import Daemon
     from tests.support.fixtures import NewDaemon
 
+__all__ = ["processes"]
+
 TOKENS = 120
 SLOW = {"OLLAMA_SIM_TOKENS": str(TOKENS), "OLLAMA_SIM_TOKENS_PER_S": "40"}
 KEPT, PER_S, STREAMS, TIMES = 10, 200, 20, 10
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """All processes that were replaced; none of them is left."""
-    found: list[subprocess.Popen[bytes]] = []
-    yield found
-    for process in found:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-class Replaceable:
-    """A daemon whose process is replaced by the next one."""
-
-    def __init__(self, daemon: Daemon, processes: list[subprocess.Popen[bytes]]) -> None:
-        self.daemon = daemon
-        self._processes = processes
-
-    def replace(self) -> subprocess.Popen[bytes]:
-        """Start a process that replaces the running one; return the old one once the new one serves."""
-        old = self.daemon.process
-        assert old is not None
-        self._processes.append(old)
-        self.daemon.start(arguments=("--replace",), until_ready=False)
-        new = self.daemon.process
-        assert new is not None
-        wait_for(lambda: described_pid(self.daemon) == new.pid or new.poll() is not None)
-        assert new.poll() is None, self.daemon.log()
-        return old
-
-
-def described_pid(daemon: Daemon) -> int | None:
-    with suppress(OSError, ValueError):
-        pid: int = json.loads((daemon.state_dir / "daemon.json").read_text(encoding="utf-8"))["pid"]
-        return pid
-    return None
 
 
 @dataclass
