@@ -205,7 +205,12 @@ async def _serve_once(
 
             def serve_again(listener: socket.socket, heir: Heir) -> None:
                 failed.set_result(
-                    _Start(*reloader.in_force, listener, None, (server, heir), remaining.begin_here())
+                    _Start(
+                        *reloader.in_force,
+                        listener,
+                        earlier=(server, heir),
+                        elsewhere=remaining.begin_here(),
+                    )
                 )
 
             reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)

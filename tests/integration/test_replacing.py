@@ -263,6 +263,31 @@ def test_an_answer_of_the_old_daemon_keeps_its_container_from_being_recreated(
     )
 
 
+def test_a_stop_and_a_drain_in_the_new_daemon_wait_for_the_answers_of_the_old_one_on_that_instance(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    slow = {"OLLAMA_SIM_TOKENS": "600", "OLLAMA_SIM_TOKENS_PER_S": "40"}
+    two = {"cpu": {"template": "sim"}, "other": {"template": "sim"}}
+    daemon = new_daemon(instances=two, templates={"sim": {"env": slow}}).start()
+    for id_ in two:
+        daemon.started(id_)
+    hi = {"model": "tiny", "prompt": "hi"}
+    to_cpu = {"X-Instance": "cpu"}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(daemon.call, "POST", "/api/generate", json=hi, headers=to_cpu)
+        wait_for(lambda: daemon.instance("cpu")["in_flight"] == 1)
+        old = Replaceable(daemon, processes).replace()
+        daemon.wait_for_phase("cpu", "ready")
+        assert daemon.instance("cpu")["in_flight"] == 1
+        daemon.wait_for_phase("other", "ready")
+        assert daemon.begin("other", "drain").status_code == 200  # nothing is open there
+        assert not answer.done()
+        assert daemon.stopped("cpu")["phase"] == "stopped"
+        lines = answer.result(timeout=1).text.splitlines()
+    assert json.loads(lines[-1])["done"] is True
+    assert old.wait(timeout=30) == 0
+
+
 def test_what_a_client_has_sent_of_its_next_request_moves_too(
     new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
 ) -> None:

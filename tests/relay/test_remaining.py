@@ -175,6 +175,32 @@ async def test_a_request_of_the_old_daemon_is_listed_shown_and_cancelled(
         await ended_well(stays)
 
 
+async def test_a_daemon_that_is_not_replaced_after_all_counts_the_slots_of_its_own_open_requests(
+    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    async with rig_of(tmp_path, processes) as rig:
+        earlier = [rig.ask() for _ in range(SLOTS + 1)]
+        await until(lambda: rig.server.at_once == SLOTS)
+        old = rig.gateway.process
+        assert old is not None
+        rig.gateway.start(arguments=("--replace",), until_ready=False)
+        new = rig.gateway.process
+        assert new is not None
+        await until(lambda: '"replaced"' in rig.gateway.log())
+        new.kill()
+        new.wait()
+        rig.gateway.process = old
+        await until(lambda: '"not_replaced"' in rig.gateway.log())
+        await rig.until_slots(in_use=2, queued=1)
+        assert len(await rig.opened()) == SLOTS + 1
+        later = rig.ask()
+        await rig.until_slots(in_use=2, queued=2)
+        for _ in range(SLOTS + 2):
+            rig.server.open.release()
+        await ended_well(*earlier, later)
+        assert rig.server.most == SLOTS
+
+
 @pytest.mark.parametrize("lane", ["*", "x"])
 async def test_a_kill_of_the_old_daemon_gives_its_slots_back(
     tmp_path: Path, processes: list[subprocess.Popen[bytes]], lane: str
