@@ -206,7 +206,8 @@ async def _serve_once(
             def serve_again(listener: socket.socket, heir: Heir) -> None:
                 failed.set_result(
                     _Start(
-                        *reloader.in_force,
+                        reloader.in_force[0],
+                        reloader.in_force[1],
                         listener,
                         earlier=(server, heir),
                         elsewhere=remaining.begin_here(),
