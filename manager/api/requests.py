@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
@@ -16,21 +15,15 @@ from manager.api.moments import MomentText, moment
 from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
 from manager.api.schemas import Time  # noqa: TC001
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
-from manager.domain.history import Filters, decision_values, record_values
+from manager.domain.history import Filters
 from manager.domain.record import Outcome, with_defaults
 from manager.domain.roles import RequestKind  # noqa: TC001
 from manager.domain.routing import Because, RequestFacts
 from manager.errors import Reason, RequestEndedError, UnknownRequestError
+from manager.services.open_requests import MOST_LISTED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from manager.api.backend import Backend
-    from manager.domain.record import RequestRecord
-    from manager.services.routing.attempting import Attempting
-
-MOST_LISTED = 1000
-_CANCELLED = "the operator has cancelled the request"
 
 
 class _Shape(BaseModel):
@@ -171,6 +164,7 @@ class RequestsQuery(BaseModel):
 
 def requests_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute", tags=["requests"])
+    open_requests = backend.passing.passages.open_requests
 
     @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
@@ -184,7 +178,7 @@ def requests_router(backend: Backend) -> APIRouter:
             outcome=query.outcome,
         )
         # With a cursor the answer is what was stored since: open ones would take the place of some of it.
-        opened = list(_open(backend, filters)) if query.after is None else []
+        opened = await open_requests.listed(filters) if query.after is None else []
         await backend.history.flush()
         page = await backend.history.store.last(filters, query.limit, after=query.after)
         ended = {id_ for id_, _ in page.items}
@@ -195,33 +189,26 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
     async def show_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """One request with its decision: every attempt, and every candidate passed over."""
-        found = backend.passing.passages.open_requests.find(request_id)
-        if found is not None:
-            attempting = found[1]
-            record, decision = _as_open(attempting), decision_values(attempting.seen, is_open=True)
-            waits_for = None if attempting.is_delivered else attempting.waits_for
-            summary = request_sentence(record, decision, is_open=True, waits_for=waits_for)
-        else:
+        found = await open_requests.shown(request_id)
+        if found is None:
             await backend.history.flush()
             stored = await backend.history.store.get(request_id)
             if stored is None:
                 raise _unknown(request_id)
             record, decision = _ended(stored[0]), stored[1]
-            summary = request_sentence(record, decision)
-        for one in decision["passed_over"]:
+            found = {**record, "decision": decision, "summary": request_sentence(record, decision)}
+        for one in found["decision"]["passed_over"]:
             one["words"] = passed_over_words(one)
-        return _json({**record, "decision": decision, "summary": summary})
+        return _json(found)
 
     @router.delete("/requests/{request_id}", response_model=CancelledBody, responses=refusals(404, 409, 503))
     async def cancel_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel an open request: its client gets an error, and what it holds is given back."""
-        found = backend.passing.passages.open_requests.find(request_id)
-        if found is None:
+        if not await open_requests.cancel(request_id):
             await backend.history.flush()
             if await backend.history.store.get(request_id) is None:
                 raise _unknown(request_id)
             raise RequestEndedError(f"the request {request_id} has ended already")
-        found[0].cancel(_CANCELLED)
         return _json({"request_id": request_id, "cancelled": True})
 
     @router.get("/explain", response_model=ExplanationBody, responses=refusals())
@@ -232,20 +219,6 @@ def requests_router(backend: Backend) -> APIRouter:
         return _json({**decision, "summary": decision_sentence(decision, query.model)})
 
     return router
-
-
-def _open(backend: Backend, filters: Filters) -> Iterator[dict[str, Any]]:
-    """Yield the open requests that are wanted, newest first, at most `MOST_LISTED`."""
-    wanted = [one for _, one in backend.passing.passages.open_requests if filters.match(one.record)]
-    wanted.sort(key=lambda one: one.began_at, reverse=True)
-    return map(_as_open, wanted[:MOST_LISTED])
-
-
-def _as_open(attempting: Attempting) -> dict[str, Any]:
-    record: RequestRecord = attempting.record
-    values = with_defaults(record_values(record))
-    duration_ms = (monotonic() - attempting.began_at) * 1000
-    return {"open": True, **values, "outcome": None, "duration_ms": round(duration_ms, 3)}
 
 
 def _ended(values: dict[str, Any]) -> dict[str, Any]:

@@ -313,6 +313,11 @@ class Attempting:
         """The instance of the current attempt."""
         return self.work.instance
 
+    @property
+    def place(self) -> Place | None:
+        """Its slot, or its place in the queue; None where it has neither."""
+        return self._place
+
     def give_slot_back(self) -> None:
         """Give the slot, or the place in the queue, to the next request."""
         place, self._place = self._place, None
@@ -702,7 +707,10 @@ class Attempting:
             return self._next() if self._trouble is not None else self._decide(waits=False)
         self._full = self._full or place.waiter.instances[0]
         attempts.skip()
-        message = f"no slot became free within {wait_s:g} s (overloaded)"
+        if how == "refused":
+            message = "no slot is free, and no more requests may wait for one (overloaded)"
+        else:
+            message = f"no slot became free within {wait_s:g} s (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
 
