@@ -102,7 +102,10 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         remedy = (
             "correct the template, or allow it under `allow`; `ollama-manager templates check` looks again"
         )
-        return Needs(), broken("templates", error.message, remedy)
+        needs = Needs(
+            instances=tuple(id_ for id_, one in settings.instances.items() if one.driver is Driver.DOCKER)
+        )
+        return needs, broken("templates", error.message, remedy)
     used = [spec.template for spec in specs if spec.template is not None]
     gpu_ids = tuple(
         spec.id for spec in specs if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU

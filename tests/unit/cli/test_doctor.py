@@ -68,6 +68,32 @@ def test_without_an_engine_it_says_what_is_broken_and_what_to_do_and_changes_not
     assert sorted(tmp_path.rglob("*")) == before
 
 
+EXTERNAL = "instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "cards", "verdict"),
+    [
+        (EXTERNAL, (), "ok"),
+        (EXTERNAL + "gpus: none\n", (CARD,), "ok"),
+        (EXTERNAL, (CARD,), "broken"),
+        ("instances: {cpu: {template: none-such}}\n", (), "broken"),
+    ],
+)
+def test_an_engine_is_needed_only_where_an_instance_has_a_container(
+    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, cards: Any, verdict: str
+) -> None:
+    monkeypatch.setattr("manager.cli.doctor.read_cards", lambda: (cards, None))
+    file = tmp_path / "ollama-manager.yaml"
+    file.write_text(file.read_text() + more)
+    found = checks(run("doctor", "--json"))
+    assert found["engine"]["verdict"] == verdict
+    assert found["engine"]["message"].startswith("not needed: no instance has a container") == (
+        verdict == "ok"
+    )
+    assert ("containers" in found) == (verdict == "broken")
+
+
 def test_a_daemon_on_another_port_is_not_judged_by_the_configured_one(
     run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
 ) -> None:

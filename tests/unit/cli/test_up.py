@@ -54,6 +54,20 @@ def test_it_needs_each_image_and_each_named_volume_once(tmp_path: Path) -> None:
     assert need.volumes == ("ollama-models",)
 
 
+@pytest.mark.parametrize(("cards", "needs"), [((), 0), (("a card",), 1)])
+def test_without_a_container_no_engine_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: tuple[str, ...], needs: int
+) -> None:
+    monkeypatch.setattr(up, "read_cards", lambda: (cards, None))
+    monkeypatch.setattr(up.machine, "why_no_engine", lambda _url: pytest.fail("it asks for the engine"))
+    file = tmp_path / "config.yaml"
+    file.write_text("instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n")
+    loaded = load_settings(file)
+    assert len(up.needed(loaded).images) == needs
+    if not needs:
+        up.prepare(loaded, yes=False)
+
+
 def test_without_a_terminal_nothing_is_asked_and_nothing_changed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
