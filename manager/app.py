@@ -53,6 +53,7 @@ from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
+from manager.services.models.differing import DifferingModels
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -300,7 +301,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             fleet,
             overviews,
             status,
-            traffic,
+            overload,
             lists,
             settings=model_settings,
             reader=volume_reader,
@@ -387,6 +388,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             "history": history.run,
             "model lists": lists.run,
             "model details": details.run,
+            "differing models": DifferingModels(overviews, journal).run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),

@@ -15,10 +15,12 @@ from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.failures import DONE, FAILED
-from manager.cli.findings import Finding, broken, fine, skipped, warning
+from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
+from manager.cli.model_list import PULL_AGAIN, differing_models
 from manager.domain.gpu import AUTO
 from manager.domain.instance import DeviceKind, Driver
+from manager.domain.wording import digests_text, listed
 from manager.errors import ConfigurationError, RegistryCorruptError, RegistryUnwritableError
 from manager.settings import (
     key_weaknesses,
@@ -156,7 +158,10 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
         yield broken("lock", error.message, "run this as the user that the daemon runs as")
         yield skipped("registry", "not looked at: the state directory cannot be read")
         return
-    yield _daemon(loaded, holder)
+    found = _daemon(loaded, holder)
+    yield found
+    if holder is not None and found.verdict is Verdict.FINE:
+        yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)
     yield _port(settings, holder)
 
@@ -258,6 +263,17 @@ def _state_of_daemon(holder: Holder, reasons: tuple[str, ...], lost: tuple[str, 
             "bring the card back: `nvidia-smi`, the kernel log and `ollama-manager status` say more",
         )
     return fine("daemon", f"running and ready, {holder}")
+
+
+def _models(daemon: Daemon) -> Iterator[Finding]:
+    """Warn of models of one name that differ between instances."""
+    try:
+        differing = daemon.read(differing_models, daemon.ask("GET", "/v1/models"))
+    except (RefusalError, DaemonUnreachableError):
+        return  # it has just been ready
+    if differing:
+        texts = [digests_text(name, digests) for name, digests in differing.items()]
+        yield warning("models", f"not the same on all instances: {listed(texts)}", PULL_AGAIN)
 
 
 def _registry(path: Path, holder: Holder | None) -> Finding:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
@@ -17,9 +16,6 @@ if TYPE_CHECKING:
     from manager.domain.record import RequestRecord
     from manager.errors import Reason
 
-
-# Pairs of a model and an instance that have a mean of their own.
-_MOST_MEANS = 4096
 # Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
 BUCKETS_S: Sequence[float] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -34,12 +30,6 @@ class Histogram:
     def observe(self, value_s: float) -> None:
         self.counts[bisect_left(BUCKETS_S, value_s)] += 1
         self.total_s += value_s
-
-
-@dataclass(slots=True)
-class _Mean:
-    total_ms: float = 0.0
-    count: int = 0
 
 
 class Traffic:
@@ -66,21 +56,10 @@ class Traffic:
         self.target_errors: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
-        self._first_token_means: dict[tuple[str, str], _Mean] = {}
 
     def failed(self, instance: str, reason: Reason) -> None:
         """An attempt on an instance failed, whatever became of the request."""
         self.target_errors[instance, reason.value] += 1
-
-    def first_token_ms(self, instance: str, key: str) -> float | None:
-        """The mean time to the first token of a model on an instance; None where it never answered there.
-
-        Args:
-            instance: its id.
-            key: of the model (`model_key`).
-        """
-        mean = self._first_token_means.get((instance, key))
-        return None if mean is None else round(mean.total_ms / mean.count, 1)
 
     def ended(self, record: RequestRecord) -> None:
         record.queue_ms = _to_microseconds(record.queue_ms)
@@ -97,21 +76,10 @@ class Traffic:
             self.durations[target].observe(record.duration_ms / 1000)
             if record.ttfb_ms is not None and _has_first_token(record):
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
-                if record.model is not None:
-                    self._add_first_token(target, model_key(record.model), record.ttfb_ms)
         if self._trace is not None and record.sampled:
             self._trace(record)
         if record.outcome != "ok" or random.random() < self.share_logged:  # noqa: S311  (a sample, no secret)
             self._write(record)
-
-    def _add_first_token(self, instance: str, key: str, value_ms: float) -> None:
-        """Add to a mean; at the bound the model that answered longest ago is forgotten."""
-        mean = self._first_token_means.pop((instance, key), None) or _Mean()
-        mean.total_ms += value_ms
-        mean.count += 1
-        if len(self._first_token_means) >= _MOST_MEANS:
-            del self._first_token_means[next(iter(self._first_token_means))]
-        self._first_token_means[instance, key] = mean
 
 
 def _has_first_token(record: RequestRecord) -> bool:

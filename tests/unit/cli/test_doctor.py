@@ -81,7 +81,14 @@ EXTERNAL = "instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n"
     ],
 )
 def test_an_engine_is_needed_only_where_an_instance_has_a_container(
-    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, cards: Any, verdict: str
+    run: Run,
+    port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    more: str,
+    cards: Any,
+    verdict: str,
 ) -> None:
     monkeypatch.setattr("manager.cli.doctor.read_cards", lambda: (cards, None))
     file = tmp_path / "ollama-manager.yaml"
@@ -247,6 +254,30 @@ def test_a_card_that_a_running_daemon_has_lost_is_a_fault(
     assert "GPU GPU-b is lost: Xid 79" in broken["message"]
     assert broken["remedy"]
     assert fine["verdict"] == "ok"
+
+
+def test_models_that_differ_between_instances_are_a_warning(
+    run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{port: {daemon.port}}}\nstate: {{dir: state}}\n")
+    daemon.answers["GET /readyz"] = Answer({"status": "ready", "reasons": []})
+    daemon.answers["GET /api/runtime/compute/gpus"] = Answer({"gpus": [], "error": None})
+    entry = {"id": "tiny:latest", "owned_by": "library", "digests": {"a" * 64: ["cpu"], "b" * 64: ["nas"]}}
+    daemon.answers["GET /v1/models"] = Answer({"data": [entry]})
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        found = checks(run("doctor", "--json"))["models"]
+        entry["digests"] = {"a" * 64: ["cpu", "nas"]}
+        assert "models" not in checks(run("doctor", "--json"))
+        del daemon.answers["GET /v1/models"]
+        assert "models" not in checks(run("doctor", "--json"))
+    finally:
+        lock.release()
+    assert found["verdict"] == "warning"
+    assert "tiny:latest (aaaaaaaaaaaa on cpu; bbbbbbbbbbbb on nas)" in found["message"]
+    assert "ollama pull NAME@INSTANCE" in found["remedy"]
 
 
 def test_a_key_file_that_others_can_read_is_a_warning(run: Run, tmp_path: Path) -> None:
