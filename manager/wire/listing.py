@@ -39,7 +39,7 @@ class KnownModel:
 
     `entry` is what a server last said of it in `/api/tags`. `offload` is the share of it that is in a card's
     memory, where it is loaded; `latency_ms` its recent time to the first token on the fastest of its
-    instances, None while it has streamed nothing. `digests` are the instances by the digest that it has there.
+    instances, None while it has streamed nothing. `digests` are the instances by its digest there.
     """
 
     entry: Mapping[str, Any]
