@@ -280,7 +280,7 @@ def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
     "for_s",
     callback=seconds,
     metavar="DURATION",
-    help="Put it back after that time, such as 90s, 15m, 2h or 30d.",
+    help="Put it back after that time, such as 90s, 15m, 2h, 1h30m or 30d.",
 )
 @click.option("--keep-running", is_flag=True, help="Do not stop its container.")
 @_talks
@@ -352,7 +352,11 @@ def rollback(instance: str, url: str | None, config: Path | None) -> None:
 @program.command()
 @click.argument("instance", metavar="ID")
 @click.option(
-    "--for", "for_s", callback=seconds, metavar="DURATION", help="How long, such as 90s, 15m, 2h or 30d."
+    "--for",
+    "for_s",
+    callback=seconds,
+    metavar="DURATION",
+    help="How long, such as 90s, 15m, 2h, 1h30m or 30d.",
 )
 @click.option("--end", "ends", is_flag=True, help="Put the rules in force again.")
 @click.option("--reason", metavar="TEXT", help="Why, for all who look.")
