@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from manager.adapters.docker_answers import not_pulled
 from manager.adapters.docker_engine import DockerEngine
 from manager.cli import machine, up
+from manager.cli.commands import program
 from manager.cli.failures import MISUSED, CommandError
 from manager.cli.up import ImagesMissingError
 from manager.settings import load_settings
@@ -130,3 +132,29 @@ def test_the_engine_of_this_machine_is_started_by_root_alone(monkeypatch: pytest
     assert machine.how_to_start(machine.SYSTEM_SOCKET, "refused")[0] == (
         "install docker.io iptables (apt-get)"
     )
+
+
+def test_where_images_are_missing_the_stand_in_of_a_clone_gets_the_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def prepare(_loaded: object, *, yes: bool) -> None:
+        assert yes
+        raise ImagesMissingError({"ollama/ollama:1": "no such host"})
+
+    executed: list[list[str]] = []
+
+    def execute(_program: str, command: list[str]) -> None:
+        executed.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(up, "prepare", prepare)
+    monkeypatch.setattr(os, "execvp", execute)
+    config = tmp_path / "a b.yaml"
+    config.touch()
+    options = ["up", "--yes", "--port", "11500", "--config", str(config), "--take-over"]
+    result = CliRunner().invoke(program, options)
+    assert (result.exit_code, executed) == (1, [])
+    assert result.stderr.startswith("error: an image cannot be pulled\n")
+    result = CliRunner().invoke(program, [*options, "--without-images", "python -m stand_in"])
+    assert "ollama/ollama:1: no such host" in result.stderr
+    assert executed == [["python", "-m", "stand_in", "--port=11500", f"--config={config}", "--take-over"]]
