@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from manager.domain.denial import Denials
+    from manager.domain.keys import Permit
     from manager.domain.overload import Order, Overloaded, Overloads
     from manager.domain.roles import Role, RoutingSettings
 
@@ -154,13 +155,16 @@ def missing_models(settings: RoutingSettings, snapshot: Snapshot) -> Iterator[tu
 class RequestFacts(NamedTuple):
     """The wishes of a request about where it should go.
 
-    `instance` is a pin given beside the model's name, `lane` the name of a role.
+    `instance` is a pin given beside the model's name, `lane` the name of a role. `permit` is that of the
+    client's key, None where it may go anywhere. `local_only` forbids paid servers.
     """
 
     model: str
     kind: RequestKind
     instance: str | None = None
     lane: str | None = None
+    permit: Permit | None = None
+    local_only: bool = False
 
 
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
