@@ -14,9 +14,7 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
-from manager.adapters.registry import open_registry
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -24,6 +22,7 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
+from manager.opening import opened_gpus, opened_journal, opened_registry
 from manager.parts import (
     Instances,
     Maker,
@@ -39,7 +38,6 @@ from manager.parts import (
     own_names_of,
     read_orders,
     runs_of,
-    selectors_of,
     slots_of,
     traffic_of,
     utcnow,
@@ -47,9 +45,7 @@ from manager.parts import (
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
-from manager.services.gpus import Gpus
 from manager.services.instances.upgrades import Upgrades
-from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
@@ -143,7 +139,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
+async def open_daemon(
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -180,27 +176,12 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
-        registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
-        held.push_async_callback(registry.close)
+        registry = await opened_registry(held, settings, stores=not dry_run)
         history = history_of(held, registry, settings)
         rows = await registry.instances()
-        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
-        held.push_async_callback(journal.retire)
-        reader = Nvml()
-        stack.push_async_callback(reader.close)
+        journal = await opened_journal(held, registry)
         pids = ProcCgroups()
-        gpus = Gpus(
-            reader,
-            pids,
-            registry,
-            selectors=selectors_of(specs),
-            taken_ids=[spec.id for spec in specs],
-            auto=settings.gpus == "auto",
-            now=time.monotonic,
-            utcnow=utcnow,
-            journal=journal,
-        )
-        await gpus.load()
+        gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
         tls = SharedTls().context
         pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
         engine = stack.enter_context(

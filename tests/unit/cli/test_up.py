@@ -61,7 +61,7 @@ def test_without_a_container_no_engine_is_prepared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: tuple[str, ...], needs: int
 ) -> None:
     monkeypatch.setattr(up, "read_cards", lambda: (cards, None))
-    monkeypatch.setattr(up.machine, "why_no_engine", lambda _url: pytest.fail("it asks for the engine"))
+    monkeypatch.setattr(machine, "why_no_engine", lambda _url: pytest.fail("it asks for the engine"))
     file = tmp_path / "config.yaml"
     file.write_text("instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n")
     loaded = load_settings(file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -14,9 +14,6 @@ from manager.services.models.model_lists import ModelLists
 from manager.services.overview import Overviews
 from tests.support.breakers import quiet_breakers
 from tests.support.fleet_rig import Journal, Rig, until
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 class Stage:
@@ -56,7 +53,7 @@ class Stage:
 
 
 @pytest.fixture
-def stage() -> Iterator[Stage]:
+def stage() -> Stage:
     return Stage()
 
 
