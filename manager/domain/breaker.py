@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from manager.errors import Reason
+from manager.errors import IllegalTransitionError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -102,13 +102,6 @@ class LimitsChanged(NamedTuple):
 BreakerEvent: TypeAlias = Admitted | OpenTimeEnded | Succeeded | Failed | Cancelled | Reset | LimitsChanged
 
 
-class IllegalBreakerEventError(Exception):
-    """The table has no such row: the program is wrong, not the world."""
-
-    def __init__(self, breaker: Breaker, event: BreakerEvent) -> None:
-        super().__init__(f"{event} cannot happen to {breaker}")
-
-
 # A load that fails says that the model does not fit there, and nothing about other models. Where the model
 # was loaded already the same words mean that its runner has died.
 _COUNTED = frozenset(
@@ -137,13 +130,13 @@ def step(breaker: Breaker, event: BreakerEvent, limits: BreakerLimits) -> Breake
     """Return the breaker after `event`.
 
     Raises:
-        IllegalBreakerEventError: it cannot happen in this state; that is a defect.
+        IllegalTransitionError: it cannot happen in this state; that is a defect.
     """
     if isinstance(event, (Succeeded, Failed, Cancelled)) and event.generation != breaker.generation:
         return breaker
     follow = _TABLE.get((breaker.state, type(event)))
     if follow is None:
-        raise IllegalBreakerEventError(breaker, event)
+        raise IllegalTransitionError(breaker, event)
     return follow(breaker, event, limits)
 
 
@@ -157,7 +150,7 @@ def _same(breaker: Breaker, _event: BreakerEvent, _limits: BreakerLimits) -> Bre
 
 def _probed(breaker: Breaker, event: Admitted, _limits: BreakerLimits) -> Breaker:
     if not admits(breaker, event.now):
-        raise IllegalBreakerEventError(breaker, event)
+        raise IllegalTransitionError(breaker, event)
     return breaker._replace(state=BreakerState.HALF_OPEN, generation=breaker.generation + 1, is_probed=True)
 
 

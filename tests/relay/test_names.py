@@ -110,8 +110,23 @@ async def test_what_nobody_has_is_told_as_ollama_tells_it_and_names_ten_things_a
             assert message.endswith("m009:latest and 30 more"), message
 
 
+async def test_a_model_that_differs_between_instances_is_an_event_and_shown(tmp_path: Path) -> None:
+    same, other = Scripted(), Scripted()
+    other.digest = "another"
+    async with (
+        same.serving() as one,
+        other.serving() as two,
+        relaying(tmp_path, {"a": one, "b": two}) as front,
+    ):
+        (entry,) = json.loads((await ask(front, "GET", "/v1/models")).body)["data"]
+        assert entry["digests"] == {"d": ["a"], "another": ["b"]}
+        await until(lambda: "models_differ" in front.kinds())
+
+
 async def test_a_model_that_never_answered_has_no_latency(tmp_path: Path) -> None:
-    async with Scripted(("tiny", "other")).serving() as server, relaying(tmp_path, {"a": server}) as front:
+    names = ("tiny", "other")
+    async with Scripted(names, names).serving() as server, relaying(tmp_path, {"a": server}) as front:
+        await until(lambda: front.daemon.fleet.get("a").models)
         await front.ask({**CHAT, "stream": True})
         await until(lambda: len(front.records) == 1)
         listed = json.loads((await ask(front, "GET", "/v1/models")).body)["data"]

@@ -188,9 +188,13 @@ class Loading:
         return candidate
 
     async def _ask(self, endpoint: str, instance_id: str, model: str, keep_alive: KeepAlive | None) -> None:
-        status, message = await self._sent(endpoint, model, keep_alive, embeds=False)
+        def request(*, embeds: bool) -> Question:
+            path, body = load_request(model, keep_alive, embeds=embeds)
+            return Question(instance_id, endpoint, "POST", path, _JSON, body)
+
+        status, message = await self._sent(request(embeds=False))
         if only_embeds(status, message or ""):
-            status, message = await self._sent(endpoint, model, keep_alive, embeds=True)
+            status, message = await self._sent(request(embeds=True))
         if status == _OK:
             return
         if message is None:
@@ -204,12 +208,9 @@ class Loading:
             f"{instance_id} did not load {model}: {message}", reason=reason, instance=instance_id
         )
 
-    async def _sent(
-        self, endpoint: str, model: str, keep_alive: KeepAlive | None, *, embeds: bool
-    ) -> tuple[int, str | None]:
+    async def _sent(self, request: Question) -> tuple[int, str | None]:
         """Send the request. Return the status and the error in the answer, None where it has none."""
-        path, body = load_request(model, keep_alive, embeds=embeds)
-        async with self._server.ask(Question(endpoint, "POST", path, _JSON, body)) as answer:
+        async with self._server.ask(request) as answer:
             return answer.status, message_of(await _whole(answer))
 
 
