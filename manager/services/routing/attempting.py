@@ -492,6 +492,16 @@ class Attempting:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
 
+    @property
+    def is_probe(self) -> bool:
+        """Return whether the request may be the one that tries a half-open breaker."""
+        return self._permit != 0 and self._routing.breakers.is_half_open(self.holds)
+
+    def begun(self) -> None:
+        """The server has sent the beginning of a good answer: a half-open breaker waits for no more."""
+        if self._permit:
+            self._permit = self._routing.breakers.begun(self.holds, self._permit)
+
     def broke_off(self, reason: Reason) -> None:
         """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
         self._settle(reason)
@@ -816,7 +826,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
-        self._settle(None if ours else reason)
+        self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -864,15 +874,25 @@ class Attempting:
             self._asked_s += monotonic() - self._sent_at
             self._pending = None
 
-    def _settle(self, reason: Reason | None) -> None:
-        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+    def _settle(self, reason: Reason | None, *, sent: bool = False) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts.
+
+        `sent` is whether the server was asked, and has not begun to answer.
+        """
         permit, self._permit, attempt = self._permit, 0, self.attempt
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
         is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
         if reason is not None and is_fault and self.cut is None:
-            breakers.failed(attempt.instance, permit, reason)
+            loads = (
+                sent
+                and reason is Reason.ATTEMPT_TIMEOUT
+                and attempt.because != "loaded"
+                and self.record.ttfb_ms is None
+                and not self._routing.placement.is_silent(attempt.instance)
+            )
+            breakers.failed(attempt.instance, permit, reason, loads=loads)
         else:
             breakers.cancelled(attempt.instance, permit)
 
