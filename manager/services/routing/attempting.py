@@ -591,7 +591,7 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
-            if self._body is not None and len(decision.groups[0].instances) > 1:
+            if self._body is not None and decision.has_equals:
                 self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
