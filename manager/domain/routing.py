@@ -307,11 +307,16 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     name, pin = split_pin(request.model)
     pin = pin or request.instance
     lane = settings.role(request.lane) if request.lane else None
-    if request.lane and lane is None:
-        message = f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    if request.lane and (lane is None or lane.kind is not request.kind):
+        message = _no_lane(request, lane, settings)
         return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
     if lane is not None and lane.kind is not request.kind:
-        lane = None  # its rules are for another kind of request
+        able_lanes = [one.name for one in settings.roles.values() if one.kind is request.kind]
+        message = (
+            f"X-Lane: the lane {lane.name!r} does {lane.kind}, and this request wants to {request.kind}; "
+        )
+        message += f"lanes for that: {listed(able_lanes)}"
+        return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
@@ -337,6 +342,15 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         if lane is None and embedding is not None:
             role, legs = embedding, [_Leg(name, leg.role) for leg in _legs(embedding, settings)]
     return _Decider(request, settings, able, role, pin, everybody=snapshot).over(legs)
+
+
+def _no_lane(request: RequestFacts, lane: Role | None, settings: RoutingSettings) -> str:
+    """Return the message about a lane that is no role, or one of another kind."""
+    if lane is None:
+        return f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    able = [one.name for one in settings.roles.values() if one.kind is request.kind]
+    wants = f"this request wants to {request.kind}; lanes for that: {listed(able)}"
+    return f"X-Lane: the lane {lane.name!r} does {lane.kind}, and {wants}"
 
 
 def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> Role | None:

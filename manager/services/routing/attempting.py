@@ -20,9 +20,10 @@ from manager.domain.breaker import is_counted
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
+from manager.domain.routing import PassedOver
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.services.lanes.slots import Refusal
+from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.router import RUNNING, Attempts
@@ -194,7 +195,7 @@ class Attempting:
     _sent_at = 0.0
     _asked_s = 0.0  # how long servers were asked that brought no answer
     _queued_s = 0.0  # how long slots were waited for
-    _full: str | None = None  # the preferred instance, where it had no free slot
+    _full: tuple[PassedOver, ...] = ()  # the instances that had no free slot, the preferred one first
     _is_waiting = False
     _looks_closer = False
     _is_delivered = False
@@ -549,7 +550,7 @@ class Attempting:
     @property
     def seen(self) -> Ended:
         """The request as the history takes it, by reference."""
-        return Ended(self.record, self._attempts, self._failures, self.message)
+        return Ended(self.record, self._attempts, self._failures, self.message, self._full)
 
     def cancelled(self) -> None:
         """The operator has cancelled the request; its caller ends it with `close`."""
@@ -654,8 +655,8 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
-            self._full = self._full or choices[0].instance
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
@@ -674,8 +675,9 @@ class Attempting:
             self.give_slot_back()
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
+        if attempt is not choices[0]:
+            self._pass_over(choices[: choices.index(attempt)], Reason.OVERLOADED, FULL)
         if attempt is not choices[0] and attempt.fallback is not None:
-            self._full = self._full or choices[0].instance
             attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
         return self._begin(attempt)
 
@@ -695,11 +697,18 @@ class Attempting:
         self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
-        self._full = self._full or place.waiter.instances[0]
+        why = f"no slot became free within {wait_s:g} s"
+        self._pass_over(attempts.choices(), Reason.OVERLOADED, why)
         attempts.skip()
-        message = f"no slot became free within {wait_s:g} s (overloaded)"
+        message = f"{why} (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
+
+    def _pass_over(self, full: Sequence[Attempt], reason: Reason, why: str) -> None:
+        known = {one.instance for one in self._full}
+        self._full += tuple(
+            PassedOver(one.instance, one.model, reason, why) for one in full if one.instance not in known
+        )
 
     def _begin(self, attempt: Attempt) -> Step:
         """Begin an attempt."""
@@ -736,8 +745,8 @@ class Attempting:
         record = self.record
         if record.requested_target is not None:
             return record.requested_target
-        if self._full is not None and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
-            return self._full
+        if self._full and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            return self._full[0].instance
         if record.failed_attempts:
             return record.failed_attempts[0].target
         decision = getattr(self._attempts, "decision", None)

@@ -544,10 +544,11 @@ def test_a_lane_puts_the_rules_of_a_role_on_a_model_but_not_its_fallbacks() -> N
     assert (decision.role, decision.policy) == ("output", Policy.CPU_ONLY)
 
 
-def test_a_lane_for_something_else_changes_nothing() -> None:
+def test_a_lane_for_something_else_is_refused_and_names_those_that_fit() -> None:
     roles = (role("thinking", "x", policy=Policy.CPU_ONLY), role("embedding", "y", kind=EMBED, target="b"))
     decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="thinking")
-    assert (where(decision), decision.role) == (["a", "b"], None)
+    text = "X-Lane: the lane 'thinking' does generate, and this request wants to embed; lanes for that: "
+    assert refusal(decision) == ("unknown_lane", Reason.POLICY, f"{text}embedding")
     decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="embedding")
     assert (where(decision), decision.role) == (["b"], "embedding")
 
