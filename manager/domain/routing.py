@@ -310,13 +310,6 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     if request.lane and (lane is None or lane.kind is not request.kind):
         message = _no_lane(request, lane, settings)
         return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
-    if lane is not None and lane.kind is not request.kind:
-        able_lanes = [one.name for one in settings.roles.values() if one.kind is request.kind]
-        message = (
-            f"X-Lane: the lane {lane.name!r} does {lane.kind}, and this request wants to {request.kind}; "
-        )
-        message += f"lanes for that: {listed(able_lanes)}"
-        return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
