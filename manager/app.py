@@ -238,6 +238,7 @@ async def open_daemon(
             models=settings.models,
             instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
             slots=partial(slots_of, fleet),
+            denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
         )
         await model_settings.load()
@@ -350,6 +351,7 @@ async def open_daemon(
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(

@@ -137,6 +137,7 @@ class Exchange:
     _load: tuple[str, str] | None = None
     _next_comment_at: float | None = None
     _swallow = False
+    _is_probe = False
     _unloads = False
     _still_loaded = ""
     _status = 0
@@ -358,6 +359,7 @@ class Exchange:
         self._state = _State.STREAMING
         self._status = head.status
         record.ttfb_ms = (monotonic() - self._began_at) * 1000  # comments do not count
+        self._is_probe = record.stream and head.status == _OK and attempting.is_probe
         if not self._answer.is_begun:
             record.status = head.status
             body = self._body
@@ -380,6 +382,8 @@ class Exchange:
             tail += data
             if len(tail) > 4 * TAIL_BYTES:
                 del tail[:-TAIL_BYTES]
+            if self._is_probe and not complete:  # the end of a whole answer decides
+                self._probed(data)
             if self._swallow:
                 data = b""
         end = self._end_of_answer() if complete else None
@@ -390,6 +394,12 @@ class Exchange:
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
             self._end_with(end)
+
+    def _probed(self, data: bytes) -> None:
+        """Take in the beginning of the stream of a request that tries a half-open breaker."""
+        self._is_probe = False
+        if self._attempting is not None and not self._swallow and error_in(data) is None:
+            self._attempting.begun()
 
     def _end_with(self, end: _End) -> None:
         if end.fault is not None:

@@ -295,9 +295,14 @@ class _Work:
             await storing.add(answer.content)
             return
         attempting = self.attempting
+        is_probe = self.record.stream and answer.status == _OK and attempting.is_probe
         try:
             async with asyncio.timeout(max(0.0, attempting.total_deadline - monotonic())):
                 while piece := await answer.piece():
+                    if is_probe:
+                        is_probe = False
+                        if error_in(piece) is None:
+                            attempting.begun()
                     await storing.add(piece)
         except TimeoutError:
             attempting.broke_off(Reason.ATTEMPT_TIMEOUT)

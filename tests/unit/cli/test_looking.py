@@ -354,6 +354,23 @@ def test_lanes_are_a_table_of_lanes_and_one_of_slots(daemon: StandInDaemon, run:
     ]
 
 
+def test_lanes_show_what_is_kept_warm_and_why_not(daemon: StandInDaemon, run: Run) -> None:
+    denied = "it is denied there (max_parameters 14b)"
+    lanes(
+        daemon,
+        keep_warm=[
+            {"instance": "gcp-a", "is_kept": True, "reason": None, "detail": ""},
+            {"instance": "nas", "is_kept": False, "reason": "host_denied", "detail": denied},
+        ],
+    )
+    lines = run("lanes", "--url", daemon.url).stdout.splitlines()
+    assert [columns(line) for line in lines[-3:]] == [
+        ["KEPT WARM", "INSTANCE", "IN MEMORY", "REASON", "DETAIL"],
+        ["alert-fast", "gcp-a", "yes", "-", "-"],
+        ["alert-fast", "nas", "no", "host_denied", denied],
+    ]
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 def test_watched_lanes_are_printed_when_they_change(
     daemon: StandInDaemon, run: Run, monkeypatch: pytest.MonkeyPatch, *, as_json: bool

@@ -64,6 +64,45 @@ def test_a_request_that_says_nothing_neither_counts_nor_ends_the_row() -> None:
     assert step(once, Cancelled(once.generation), LIMITS) == once
 
 
+def timed_out(breaker: Breaker, now: float, *, loads: bool, limits: BreakerLimits = LIMITS) -> Breaker:
+    return step(breaker, Failed(breaker.generation, TIMEOUT, now, loads), limits)
+
+
+def test_a_time_out_while_the_model_is_loaded_counts_only_with_the_next_one() -> None:
+    once = timed_out(NEW, 1, loads=True)
+    assert (once.state, once.failures, once.is_in_doubt) == (BreakerState.CLOSED, 0, True)
+    for loads in (True, False):
+        twice = timed_out(once, 2, loads=loads)
+        assert (twice.state, twice.failures, twice.reason) == (BreakerState.OPEN, 2, TIMEOUT)
+    healed = step(once, Succeeded(once.generation), LIMITS)
+    assert healed == NEW
+    assert timed_out(healed, 3, loads=True).state is BreakerState.CLOSED
+
+
+def test_a_time_out_of_a_load_that_another_fault_follows_does_not_count() -> None:
+    once = failed(timed_out(NEW, 1, loads=True), 2, Reason.UPSTREAM_ERROR)
+    assert (once.state, once.failures, once.is_in_doubt) == (BreakerState.CLOSED, 1, False)
+
+
+def test_a_time_out_that_follows_a_failure_counts_at_once() -> None:
+    assert timed_out(failed(NEW, 1), 2, loads=True).state is BreakerState.OPEN
+    probed = step(opened(), Admitted(30), LIMITS)
+    assert timed_out(probed, 31, loads=True).openings == 2
+
+
+def test_with_other_limits_as_many_time_outs_in_a_row_open_it_but_never_one_load_alone() -> None:
+    three = BreakerLimits(failures=3)
+    breaker = NEW
+    for now in range(2):
+        breaker = timed_out(breaker, now, loads=True, limits=three)
+    assert (breaker.state, breaker.failures) == (BreakerState.CLOSED, 2)
+    assert timed_out(breaker, 3, loads=True, limits=three).state is BreakerState.OPEN
+    one = BreakerLimits(failures=1)
+    once = timed_out(NEW, 0, loads=True, limits=one)
+    assert once.state is BreakerState.CLOSED
+    assert timed_out(once, 1, loads=True, limits=one).state is BreakerState.OPEN
+
+
 def test_a_late_result_of_an_older_generation_changes_nothing() -> None:
     before, now = NEW.generation, opened()
     half = step(now, OpenTimeEnded(30), LIMITS)
@@ -168,6 +207,7 @@ class Breakers(RuleBasedStateMachine):
         self.now = 0.0
         self.open_requests: list[int] = []
         self.row = 0
+        self.in_doubt = False
 
     def take(self, event: BreakerEvent) -> None:
         before, self.breaker = self.breaker, step(self.breaker, event, self.limits)
@@ -183,7 +223,10 @@ class Breakers(RuleBasedStateMachine):
             self.take(Admitted(self.now))
             self.open_requests.append(self.breaker.generation)
 
-    @rule(which=st.integers(0, 50), how=st.sampled_from(["succeeds", "fails", "is cancelled"]))
+    @rule(
+        which=st.integers(0, 50),
+        how=st.sampled_from(["succeeds", "fails", "times out in a load", "is cancelled"]),
+    )
     @precondition(lambda self: self.open_requests)
     def a_request_ends(self, which: int, how: str) -> None:
         generation = self.open_requests.pop(which % len(self.open_requests))
@@ -191,6 +234,7 @@ class Breakers(RuleBasedStateMachine):
         events: dict[str, BreakerEvent] = {
             "succeeds": Succeeded(generation),
             "fails": Failed(generation, TIMEOUT, self.now),
+            "times out in a load": Failed(generation, TIMEOUT, self.now, loads=True),
             "is cancelled": Cancelled(generation),
         }
         self.take(events[how])
@@ -199,8 +243,18 @@ class Breakers(RuleBasedStateMachine):
         elif how == "succeeds":
             assert self.breaker.state is BreakerState.CLOSED
             self.row = 0
-        elif how == "fails":
-            self.row += 1
+            self.in_doubt = False
+        elif (
+            how == "times out in a load"
+            and before.state is BreakerState.CLOSED
+            and not self.row
+            and not self.in_doubt
+        ):
+            self.in_doubt = True
+            assert self.breaker.state is BreakerState.CLOSED
+        elif how != "is cancelled":
+            self.row += 1 + self.in_doubt
+            self.in_doubt = False
             is_open = before.state is BreakerState.HALF_OPEN or self.row >= self.limits.failures
             assert (self.breaker.state is BreakerState.OPEN) is is_open
             if is_open:
@@ -224,6 +278,7 @@ class Breakers(RuleBasedStateMachine):
         self.take(Reset())
         assert self.breaker.state is BreakerState.CLOSED
         self.row = 0
+        self.in_doubt = False
 
     @rule(failures=st.integers(1, 4), open_s=st.sampled_from([1.0, 30.0]))
     def settings_change(self, failures: int, open_s: float) -> None:
