@@ -25,6 +25,10 @@ class Untranslatable(BadBodyError):  # noqa: N818 - a verdict
     """The server's dialect has no word for a part of the request; the message names the field."""
 
 
+class UnsayableError(ValueError):
+    """The client's dialect has no word for a part of the answer; the message is for the client."""
+
+
 @dataclass(frozen=True, slots=True)
 class Traits:
     """What tells servers of one protocol apart.
@@ -67,6 +71,9 @@ class ClientCodec(Protocol):
         """Return the bytes for the client; those of a whole answer come with `Ended` or `VectorsCame`.
 
         `Failed` is never written: the caller of the translation reports it.
+
+        Raises:
+            UnsayableError: the dialect has no word for the event, which ends the answer as a fault.
         """
 
 
