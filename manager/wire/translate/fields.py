@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import orjson
 
@@ -102,14 +102,14 @@ class Fields:
                 wrong(f"{self.place(name)}[{at}]", one, "a string")
         return tuple(found)
 
-    def inner(self, name: str) -> Fields | None:
+    def inner(self, name: str) -> Self | None:
         """Take an object; None where there is none."""
         value = self.value(name)
-        return None if value is None else Fields(value, self.place(name))
+        return None if value is None else type(self)(value, self.place(name))
 
-    def inners(self, name: str) -> list[Fields]:
+    def inners(self, name: str) -> list[Self]:
         """Take a list of objects."""
-        return [Fields(one, f"{self.place(name)}[{at}]") for at, one in enumerate(self.items(name))]
+        return [type(self)(one, f"{self.place(name)}[{at}]") for at, one in enumerate(self.items(name))]
 
     def mapping(self, name: str) -> dict[str, Any] | None:
         """Take an object as it is; None where there is none."""

@@ -6,21 +6,21 @@ from math import hypot, isfinite
 from typing import TYPE_CHECKING, Any
 
 from manager.wire.body import dumped
-from manager.wire.translate.codec import Untranslatable
+from manager.wire.translate.fields import unsayable, wrong
 from manager.wire.translate.native_answer import NativeAnswer
-from manager.wire.translate.reader import Reader
-from manager.wire.translate.vectors import EmbeddingRequest, VectorsCame
+from manager.wire.translate.native_request import LOADS, NativeFields
+from manager.wire.translate.vectors import EmbeddingRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from manager.wire.translate.codec import Clock
-    from manager.wire.translate.hub import AnswerEvent, AnswerFacts, Conversation, Failed
+    from manager.wire.translate.hub import AnswerEvent, AnswerFacts, Conversation
+    from manager.wire.translate.vectors import VectorsCame
 
 # Without effect on a vector: how a model runs, and what becomes of a text that does not fit. A server of
 # another kind refuses such a text.
-_EMBED = frozenset({"model", "stream", "input", "dimensions", "truncate", "keep_alive", "options"})
-_EMBEDDINGS = frozenset({"model", "stream", "prompt", "keep_alive", "options"})
+_HINTS = ("stream", "truncate", "keep_alive")
 
 
 class NativeChat:
@@ -53,27 +53,21 @@ class NativeEmbedding:
         self._is_old = is_old
 
     def read(self, fields: Mapping[str, Any], *, stream: bool) -> EmbeddingRequest:  # noqa: ARG002
-        reader = Reader(fields)
-        for name in reader.names():
-            if name not in (_EMBEDDINGS if self._is_old else _EMBED):
-                raise Untranslatable(
-                    f"{name} has no equivalent at the server that has this model: leave it out"
-                )
-        reader.object("options")
-        inputs = self._inputs(reader)
+        given = NativeFields(fields)
+        given.hints(*_HINTS)
+        given.mapping("options")
+        name = "prompt" if self._is_old else "input"
+        inputs = _inputs(given.text(name) if self._is_old else given.value(name))
         if not inputs:
-            name = "prompt" if self._is_old else "input"
-            raise Untranslatable(
-                f"{name} is empty, which loads a model: the server that has this one loads itself"
-            )
-        return EmbeddingRequest(reader.text("model") or "", inputs, reader.integer("dimensions") or None)
+            unsayable(f"an empty {name}, which loads a model,", LOADS)
+        asked = EmbeddingRequest(given.text("model"), inputs, given.count("dimensions") or None)
+        given.finish()
+        return asked
 
     def begin(self, facts: AnswerFacts, clock: Clock) -> None:
         self._facts, self._clock, self._began_ns = facts, clock, clock()
 
-    def write(self, event: VectorsCame | Failed) -> bytes:
-        if not isinstance(event, VectorsCame):
-            return b""
+    def write(self, event: VectorsCame) -> bytes:
         if self._is_old:
             return dumped({"embedding": event.vectors[0]})
         figures = {
@@ -84,11 +78,13 @@ class NativeEmbedding:
         answer = {"model": self._facts.model, "embeddings": vectors}
         return dumped({**answer, **{name: figure for name, figure in figures.items() if figure > 0}})
 
-    def _inputs(self, reader: Reader) -> tuple[str, ...]:
-        if self._is_old or not isinstance(reader.value("input"), list):
-            text = reader.text("prompt" if self._is_old else "input")
-            return (text,) if text else ()
-        return reader.texts("input")
+
+def _inputs(value: Any) -> tuple[str, ...]:
+    if value is None or isinstance(value, str):
+        return (value,) if value else ()
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        wrong("input", value, "a string or a list of strings")
+    return tuple(value)
 
 
 def _normal(vector: Sequence[float]) -> Sequence[float]:

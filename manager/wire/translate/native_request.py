@@ -6,84 +6,54 @@ effect are those that cannot change an answer at a server that manages its memor
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from itertools import count
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from manager.wire.body import dumped
-from manager.wire.translate.codec import Untranslatable
+from manager.wire.scan import folded
+from manager.wire.translate.fields import Fields, shown, unsayable, wrong
 from manager.wire.translate.hub import Conversation, Image, Message, Role, Text, Think, Tool, ToolCall
-from manager.wire.translate.reader import Reader
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from manager.wire.translate.hub import Part
 
-_EITHER = frozenset(
-    {
-        "model",
-        "stream",
-        "format",
-        "options",
-        "think",
-        "logprobs",
-        "top_logprobs",
-        "_debug_render_only",
-        # Without effect: where a model stays in memory, and what becomes of a prompt that does not fit. A
-        # server of another kind refuses such a prompt.
-        "keep_alive",
-        "truncate",
-        "shift",
-    }
+# Where a model stays in memory, and what becomes of a prompt that does not fit: a server of another kind
+# refuses it. `top_logprobs` counts beside `logprobs` only.
+_HINTS = ("stream", "keep_alive", "truncate", "shift", "top_logprobs")
+# How a model runs, and what becomes of a prompt that does not fit. `mirostat_tau` and `mirostat_eta` count
+# beside `mirostat` only, `draft_num_predict` makes an answer faster.
+_HINT_OPTIONS = (
+    "num_ctx",
+    "num_keep",
+    "num_batch",
+    "num_gpu",
+    "main_gpu",
+    "num_thread",
+    "use_mmap",
+    "use_mlock",
+    "numa",
+    "low_vram",
+    "f16_kv",
+    "draft_num_predict",
+    "mirostat_tau",
+    "mirostat_eta",
 )
-_OF_CHATS = _EITHER | {"messages", "tools"}
-_OF_PROMPTS = _EITHER | {"prompt", "suffix", "system", "template", "context", "raw", "images"}
+# What happens without these, and elsewhere always.
+_NEUTRAL_OPTIONS = {"repeat_penalty": 1, "typical_p": 1, "tfs_z": 1, "mirostat": 0, "penalize_newline": False}
+_MOST = 1e300
+LOADS = "the server that has this model loads it by itself"
+_THINK_WORDS = [word for word in get_args(Think) if isinstance(word, str)]
+_ROLES = get_args(Role)
 
-_SAID_OPTIONS = frozenset(
-    {
-        "num_predict",
-        "temperature",
-        "top_p",
-        "top_k",
-        "min_p",
-        "seed",
-        "stop",
-        "frequency_penalty",
-        "presence_penalty",
-    }
-)
-# How a model runs, and what becomes of a prompt that does not fit.
-_IDLE_OPTIONS = frozenset(
-    {
-        "num_ctx",
-        "num_keep",
-        "num_batch",
-        "num_gpu",
-        "main_gpu",
-        "num_thread",
-        "use_mmap",
-        "use_mlock",
-        "numa",
-        "low_vram",
-        "f16_kv",
-        "draft_num_predict",
-        # Without effect beside `mirostat: 0`.
-        "mirostat_tau",
-        "mirostat_eta",
-    }
-)
-# Without effect at these values, without a word elsewhere at all others.
-_NEUTRAL_OPTIONS: Mapping[str, Any] = {
-    "repeat_penalty": 1,
-    "typical_p": 1,
-    "tfs_z": 1,
-    "mirostat": 0,
-    "penalize_newline": False,
-}
-_WINDOW = "repeat_last_n"
-_THINK_WORDS = frozenset(word for word in get_args(Think) if isinstance(word, str))
-_ROLES: frozenset[str] = frozenset(get_args(Role))
+
+class NativeFields(Fields):
+    """Fields whose names count in any case, as Go reads them."""
+
+    def __init__(self, value: Any, place: str = "") -> None:
+        if isinstance(value, Mapping):
+            value = {folded(name): one for name, one in value.items()}
+        super().__init__(value, place)
 
 
 def chat_of(fields: Mapping[str, Any], *, stream: bool) -> Conversation:
@@ -93,14 +63,11 @@ def chat_of(fields: Mapping[str, Any], *, stream: bool) -> Conversation:
         Untranslatable: a field has no equivalent.
         BadBodyError: a field has the wrong type.
     """
-    reader = Reader(fields)
-    _check(reader, _OF_CHATS)
-    readers = reader.objects("messages")
-    if not readers:
-        raise Untranslatable(
-            "messages is empty, which loads a model: the server that has this one loads itself"
-        )
-    return _conversation(reader, _messages(readers), stream, _tools(reader))
+    given = NativeFields(fields)
+    messages = given.inners("messages")
+    if not messages:
+        unsayable("a chat without messages, which loads a model,", LOADS)
+    return _conversation(given, _messages(messages), stream, tuple(map(_tool, given.inners("tools"))))
 
 
 def prompt_of(fields: Mapping[str, Any], *, stream: bool) -> Conversation:
@@ -110,161 +77,146 @@ def prompt_of(fields: Mapping[str, Any], *, stream: bool) -> Conversation:
         Untranslatable: a field has no equivalent.
         BadBodyError: a field has the wrong type.
     """
-    reader = Reader(fields)
-    _check(reader, _OF_PROMPTS)
-    prompt, system = reader.text("prompt"), reader.text("system")
+    given = NativeFields(fields)
+    prompt, system = given.text("prompt"), given.text("system")
     if not prompt:
-        raise Untranslatable(
-            "prompt is empty, which loads a model: the server that has this one loads itself"
-        )
-    for name, instead in (
-        ("template", "the server has the model's own; leave it out"),
-        ("context", "send the earlier messages to /api/chat"),
-        ("suffix", "only Ollama inserts text before a suffix here; leave it out"),
-    ):
-        if reader.value(name):
-            raise _unsayable(name, instead)
-    if reader.flag("raw"):
-        raise _unsayable("raw", "the server puts the prompt into the model's template; leave it out")
-    said = Message("user", (Text(prompt), *_images(reader)))
+        unsayable("an empty prompt, which loads a model,", LOADS)
+    given.only("raw", False)
+    given.only("suffix", "")
+    given.only("template", "")
+    if given.items("context"):
+        unsayable("context", "send the earlier messages to /api/chat")
+    said = Message("user", (Text(prompt), *_images(given)))
     messages = (Message("system", (Text(system),)), said) if system else (said,)
-    return _conversation(reader, messages, stream, ())
+    return _conversation(given, messages, stream, ())
 
 
 # --- helpers --------------------------------------------------------------------------------------
 
 
-def _unsayable(name: str, instead: str) -> Untranslatable:
-    return Untranslatable(f"{name} has no equivalent at the server that has this model: {instead}")
-
-
-def _check(reader: Reader, known: frozenset[str]) -> None:
-    for name in reader.names():
-        if name not in known:
-            raise _unsayable(name, "leave it out")
-    for name in ("logprobs", "_debug_render_only"):
-        if reader.flag(name):
-            raise _unsayable(name, "leave it out")
-
-
 def _conversation(
-    reader: Reader, messages: tuple[Message, ...], stream: bool, tools: tuple[Tool, ...]
+    given: NativeFields, messages: tuple[Message, ...], stream: bool, tools: tuple[Tool, ...]
 ) -> Conversation:
-    options = Reader(reader.object("options") or {}, "options.", exact=True)
-    _check_options(options)
-    most, seed = options.integer("num_predict"), options.integer("seed")
-    return Conversation(
-        model=reader.text("model") or "",
+    given.hints(*_HINTS)
+    given.only("logprobs", False)
+    given.only("_debug_render_only", False)
+    conversation = Conversation(
+        model=given.text("model"),
         messages=messages,
         stream=stream,
         tools=tools,
-        max_tokens=most if most is not None and most > 0 else None,  # -1 and -2: no limit
-        temperature=options.number("temperature"),
-        top_p=options.number("top_p"),
-        top_k=options.integer("top_k"),
-        min_p=options.number("min_p"),
-        seed=seed if seed != -1 else None,  # -1: any
-        stop=options.texts("stop"),
-        frequency_penalty=options.number("frequency_penalty"),
-        presence_penalty=options.number("presence_penalty"),
-        schema=_schema(reader),
-        think=_think(reader),
+        schema=_schema(given),
+        think=_think(given),
         wants_usage=True,
+        **_options(Fields(given.mapping("options") or {}, "options")),
     )
+    given.finish()
+    return conversation
 
 
-def _check_options(options: Reader) -> None:
-    for name in options.names():
-        if name in _NEUTRAL_OPTIONS:
-            if options.value(name) != _NEUTRAL_OPTIONS[name]:
-                neutral = json.dumps(_NEUTRAL_OPTIONS[name])
-                raise _unsayable(f"options.{name}", f"leave it out, or give {neutral}")
-        elif name not in _SAID_OPTIONS and name not in _IDLE_OPTIONS and name != _WINDOW:
-            raise _unsayable(f"options.{name}", "leave it out")
-    penalties = options.number("frequency_penalty") or options.number("presence_penalty")
-    if penalties and options.value(_WINDOW) is not None:
-        raise _unsayable(f"options.{_WINDOW}", "penalties count over the whole answer there; leave it out")
+def _options(given: Fields) -> dict[str, Any]:
+    given.hints(*_HINT_OPTIONS)
+    for name, neutral in _NEUTRAL_OPTIONS.items():
+        given.only(name, neutral)
+    most, seed = _whole(given, "num_predict"), _whole(given, "seed")
+    options = {
+        "max_tokens": most if most is not None and most > 0 else None,  # -1 and -2 are no limit
+        "temperature": given.number("temperature", 0, _MOST),
+        "top_p": given.number("top_p", 0, _MOST),
+        "top_k": _whole(given, "top_k"),
+        "min_p": given.number("min_p", 0, _MOST),
+        "seed": seed if seed != -1 else None,  # -1 is any
+        "stop": given.texts("stop"),
+        "frequency_penalty": given.number("frequency_penalty", -_MOST, _MOST),
+        "presence_penalty": given.number("presence_penalty", -_MOST, _MOST),
+    }
+    if options["frequency_penalty"] or options["presence_penalty"]:
+        given.only("repeat_last_n", -1)  # elsewhere penalties count over the whole answer
+    given.hints("repeat_last_n")
+    given.finish()
+    return options
 
 
-def _schema(reader: Reader) -> Mapping[str, Any] | None:
-    value = reader.value("format")
-    if value is None or value == "":
-        return None
-    if value == "json":
-        return {}
+def _whole(given: Fields, name: str) -> int | None:
+    """Take a whole number; one with a fraction loses it, as in Ollama."""
+    value = given.number(name, -_MOST, _MOST)
+    return None if value is None else int(value)
+
+
+def _schema(given: Fields) -> Mapping[str, Any] | None:
+    value = given.value("format")
+    if value in (None, "", "json"):
+        return {} if value else None
     if not isinstance(value, dict):
-        raise reader.wrong("format", '"json" or a JSON Schema')
+        wrong("format", value, '"json" or a JSON Schema')
     return value
 
 
-def _think(reader: Reader) -> Think | None:
-    value = reader.value("think")
-    if value is None or isinstance(value, bool) or (isinstance(value, str) and value in _THINK_WORDS):
-        return cast("Think | None", value)
-    raise reader.wrong("think", 'true, false, "low", "medium", "high" or "max"')
+def _think(given: Fields) -> Think | None:
+    value = given.value("think")
+    if value is not None and not isinstance(value, bool) and value not in _THINK_WORDS:
+        wrong("think", value, 'true, false, "low", "medium", "high" or "max"')
+    return cast("Think | None", value)
 
 
-def _tools(reader: Reader) -> tuple[Tool, ...]:
-    found = []
-    for one in reader.objects("tools"):
-        if one.text("type") not in (None, "", "function"):
-            raise one.wrong("type", '"function"')
-        function = one.inner("function")
-        name = function.text("name")
-        if not name:
-            raise function.wrong("name", "the name of the function")
-        found.append(Tool(name, function.text("description") or "", function.object("parameters") or {}))
-    return tuple(found)
+def _tool(given: NativeFields) -> Tool:
+    if given.text("type") not in ("", "function"):
+        unsayable(given.place("type"), "possible is function")
+    function = given.inner("function") or NativeFields({}, given.place("function"))
+    return Tool(function.needed("name"), function.text("description"), function.mapping("parameters") or {})
 
 
-def _images(reader: Reader) -> list[Part]:
-    return [Image("", data=data) for data in reader.texts("images")]
+def _images(given: Fields) -> list[Part]:
+    return [Image("", data=data) for data in given.texts("images")]
 
 
-# --- messages -------------------------------------------------------------------------------------
+# --- messages: fields that Ollama has no name for have no effect there, and none here ----------------
 
 
-def _messages(readers: list[Reader]) -> tuple[Message, ...]:
+def _messages(given: list[NativeFields]) -> tuple[Message, ...]:
     """Read messages. Calls without an id get one that depends on their place only.
 
     Results without an id answer the calls of the last message with calls: by name, in their order.
     """
-    given = {call.text("id") for one in readers for call in one.objects("tool_calls")}
-    ids = (made for number in count() if (made := f"call_{number}") not in given)
+    calls = [_calls(one) for one in given]
+    known = {call.id for some in calls for call in some}
+    ids = (made for number in count() if (made := f"call_{number}") not in known)
     waiting: list[ToolCall] = []
     found = []
-    for one in readers:
-        role = (one.text("role") or "").lower()
+    for one, some in zip(given, calls, strict=True):
+        role = one.text("role").lower()
         if role not in _ROLES:
-            raise one.wrong("role", "system, user, assistant or tool")
-        text = one.text("content")
-        parts = (*([Text(text)] if text else []), *_images(one))
+            wrong(one.place("role"), role, ", ".join(_ROLES))
+        content, thinking = one.text("content"), one.text("thinking")
+        parts = (*([Text(content)] if content else []), *_images(one))
         if role == "tool":
-            call = _answered(one, waiting)
-            waiting.remove(call)
-            found.append(Message("tool", parts, call_id=call.id, tool_name=call.name))
+            answered = _answered(one, waiting)
+            waiting.remove(answered)
+            found.append(Message("tool", parts, call_id=answered.id, tool_name=answered.name))
             continue
-        calls = tuple(_call(call, ids) for call in one.objects("tool_calls"))
-        waiting = list(calls) or waiting
-        found.append(Message(cast("Role", role), parts, calls, thinking=one.text("thinking") or ""))
+        with_ids = tuple(call if call.id else call._replace(id=next(ids)) for call in some)
+        waiting = list(with_ids) or waiting
+        found.append(Message(cast("Role", role), parts, with_ids, thinking=thinking))
     return tuple(found)
 
 
-def _call(reader: Reader, ids: Iterator[str]) -> ToolCall:
-    function = reader.inner("function")
-    name = function.text("name")
-    if not name:
-        raise function.wrong("name", "the name of the function")
-    return ToolCall(reader.text("id") or next(ids), name, dumped(function.object("arguments") or {}).decode())
+def _calls(given: NativeFields) -> list[ToolCall]:
+    found = []
+    for call in given.inners("tool_calls"):
+        function = call.inner("function") or NativeFields({}, call.place("function"))
+        arguments = dumped(function.mapping("arguments") or {}).decode()
+        found.append(ToolCall(call.text("id"), function.needed("name"), arguments))
+    return found
 
 
-def _answered(reader: Reader, waiting: list[ToolCall]) -> ToolCall:
+def _answered(given: Fields, waiting: list[ToolCall]) -> ToolCall:
     """Return the call that a message of a tool answers."""
-    given, name = reader.text("tool_call_id"), reader.text("tool_name")
-    for call in waiting:
-        if call.id == given if given else name in (None, "", call.name):
-            return call
-    raise Untranslatable(
-        f"{reader.where}tool_name must name a call of the assistant before it that has no result yet: the"
-        " server that has this model takes no other results"
-    )
+    call_id, name = given.text("tool_call_id"), given.text("tool_name")
+    found = (one for one in waiting if (one.id == call_id if call_id else name in ("", one.name)))
+    call = next(found, None)
+    if call is None:
+        place = given.place("tool_call_id" if call_id else "tool_name")
+        unsayable(
+            f"{place}: {shown(call_id or name)}", "a result must answer a call of the assistant before it"
+        )
+    return call

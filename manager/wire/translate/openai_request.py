@@ -121,6 +121,8 @@ def _tool(tool: Tool) -> dict[str, Any]:
     function: dict[str, Any] = {"name": tool.name, "parameters": tool.parameters}
     if tool.description:
         function["description"] = tool.description
+    if tool.is_strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 
