@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NoReturn
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 _OK = 200
 _NS = 10**9
-_TOO_DEEP = "the request body is not JSON, or nests too deep"
+_NO_JSON = "the request body is not JSON, or nests too deep"
 _JSON = b"application/json"
 _STREAMS = {Dialect.NATIVE: b"application/x-ndjson", Dialect.OPENAI: b"text/event-stream"}
 _NATIVE_JSON = b"application/json; charset=utf-8"
@@ -100,24 +101,20 @@ class Translation:
             BadBodyError: a field has the wrong type.
         """
         self._streams = body.stream
-        asked = self._client.read(_values(_changed(body, self._route, model, changes)), stream=body.stream)
-        facts = AnswerFacts(self._request_id, model, self._clock() // _NS, body.stream)
-        if isinstance(asked, Conversation):
-            facts = replace(facts, wants_usage=asked.wants_usage, completes=asked.completes)
-            most = [limit for limit in (asked.max_tokens, max_tokens) if limit is not None]
-            asked = replace(
-                asked,
-                model=model,
-                max_tokens=min(most, default=None),
-                wants_usage=asked.wants_usage or wants_usage,
-            )
-        else:
-            asked = replace(asked, model=model)
-        self._client.begin(facts, self._clock)
         try:
+            fields = _values(_changed(body, self._route, model, changes))
+            asked = replace(self._client.read(fields, stream=body.stream), model=model)
+            facts = AnswerFacts(self._request_id, model, self._clock() // _NS, body.stream)
+            if isinstance(asked, Conversation):
+                facts = replace(facts, wants_usage=asked.wants_usage, completes=asked.completes)
+                most = [limit for limit in (asked.max_tokens, max_tokens) if limit is not None]
+                asked = replace(
+                    asked, max_tokens=min(most, default=None), wants_usage=asked.wants_usage or wants_usage
+                )
+            self._client.begin(facts, self._clock)
             return dumped(self._server.document(asked))
         except RecursionError:
-            raise BadBodyError(_TOO_DEEP) from None
+            raise BadBodyError(_NO_JSON) from None
 
     def head(self, status: int) -> tuple[int, bytes]:
         """Return the status and the content type for the client."""
@@ -152,9 +149,9 @@ class Translation:
                 pieces.append(self._client.write(self._with_id(event)))
             except UnsayableError as error:
                 self._fail(str(error))
-                break
             except RecursionError:
                 self._fail("the server sent an answer that nests too deep")
+            if self._is_over:
                 break
         return b"".join(pieces)
 
@@ -226,14 +223,19 @@ def _values(fields: Fields) -> dict[str, Any]:
 
 def _loaded(value: Buffer) -> Any:
     try:
-        return orjson.loads(value)
+        return orjson.loads(memoryview(value))
     except orjson.JSONDecodeError:
         pass
-    try:  # half a surrogate pair, or numbers beyond 64 bits
-        return json.loads(bytes(value), parse_constant=_refuse)
+    # Go takes more than orjson does: half a surrogate pair, numbers beyond 64 bits, bytes that are no UTF-8.
+    text = bytes(value).decode(errors="replace")
+    try:
+        return json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError):
-        raise BadBodyError(_TOO_DEEP) from None
+        raise BadBodyError(_NO_JSON) from None
 
 
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(word)
+def _finite(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        raise ValueError(text)
+    return number
