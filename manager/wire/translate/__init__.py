@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from manager.wire.translate.codec import DEFAULT_TRAITS, Clock, Traits, Untranslatable
+from manager.wire.translate.idle import idle_answer
 from manager.wire.translate.translation import Translation, refusal, speaks, translation
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "Traits",
     "Translation",
     "Untranslatable",
+    "idle_answer",
     "refusal",
     "speaks",
     "translation",

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from manager.wire.errors import BadBodyError
-from manager.wire.translate.hub import AnswerEvent, Conversation
-from manager.wire.translate.vectors import EmbeddingRequest, VectorsCame
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from manager.wire.translate.hub import AnswerFacts
 
 # Returns the Unix time in nanoseconds.
 Clock: TypeAlias = "Callable[[], int]"
-# What is translated: chats, and vectors of texts.
-Asked: TypeAlias = Conversation | EmbeddingRequest
-Event: TypeAlias = AnswerEvent | VectorsCame
+# What is translated: `Conversation` and `AnswerEvent`, or `EmbeddingRequest` and `VectorsCame`.
+ReadT_co = TypeVar("ReadT_co", covariant=True)
+WrittenT_contra = TypeVar("WrittenT_contra", contravariant=True)
 
 
 class Untranslatable(BadBodyError):  # noqa: N818 - a verdict
@@ -49,10 +47,10 @@ class Traits:
 DEFAULT_TRAITS = Traits()
 
 
-class ClientCodec(Protocol):
+class ClientCodec(Protocol[ReadT_co, WrittenT_contra]):
     """Reads requests and writes answers in the dialect of a client. One object a request."""
 
-    def read(self, fields: Mapping[str, Any], *, stream: bool) -> Asked:
+    def read(self, fields: Mapping[str, Any], *, stream: bool) -> ReadT_co:
         """Return the request.
 
         Args:
@@ -67,7 +65,7 @@ class ClientCodec(Protocol):
     def begin(self, facts: AnswerFacts, clock: Clock) -> None:
         """Take what every piece of the answer repeats; called once, after `read`."""
 
-    def write(self, event: Event) -> bytes:
+    def write(self, event: WrittenT_contra) -> bytes:
         """Return the bytes for the client; those of a whole answer come with `Ended` or `VectorsCame`.
 
         `Failed` is never written: the caller of the translation reports it.
@@ -77,20 +75,20 @@ class ClientCodec(Protocol):
         """
 
 
-class ServerCodec(Protocol):
+class ServerCodec(Protocol[WrittenT_contra, ReadT_co]):
     """Writes requests and reads answers in the protocol of a server. One object a request."""
 
     path: str
 
-    def document(self, asked: Asked) -> dict[str, Any]:
+    def document(self, asked: WrittenT_contra) -> dict[str, Any]:
         """Return the body of the request to the server.
 
         Raises:
             Untranslatable: the server has no word for a part of it.
         """
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> Sequence[ReadT_co]:
         """Return the events in the next piece of an answer with status 200. Garbage becomes `Failed`."""
 
-    def end(self) -> list[Event]:
+    def end(self) -> Sequence[ReadT_co]:
         """Return the last events, once the server's last byte has come; `Failed` where it was not whole."""

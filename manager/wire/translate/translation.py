@@ -13,9 +13,9 @@ from manager.wire.body import BadBodyError, combined, dumped, reading
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import Dialect
 from manager.wire.steps import run
-from manager.wire.translate.codec import DEFAULT_TRAITS
+from manager.wire.translate.codec import DEFAULT_TRAITS, UnsayableError
 from manager.wire.translate.errors import message_in
-from manager.wire.translate.hub import AnswerFacts, Conversation, Ended, Failed
+from manager.wire.translate.hub import AnswerFacts, CallBegan, Conversation, Ended, Failed
 from manager.wire.translate.table import CLIENTS, SERVERS
 from manager.wire.translate.vectors import VectorsCame
 
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from manager.domain.roles import BodyChanges
     from manager.wire.body import Buffer, Fields, InferenceBody
     from manager.wire.routes import Route
-    from manager.wire.translate.codec import ClientCodec, Clock, Event, ServerCodec, Traits
-    from manager.wire.translate.hub import Usage
+    from manager.wire.translate.codec import ClientCodec, Clock, ServerCodec, Traits
+    from manager.wire.translate.hub import AnswerEvent, Usage
 
 _OK = 200
 _NS = 10**9
+_TOO_DEEP = "the request body is not JSON, or nests too deep"
 _JSON = b"application/json"
 _STREAMS = {Dialect.NATIVE: b"application/x-ndjson", Dialect.OPENAI: b"text/event-stream"}
 _NATIVE_JSON = b"application/json; charset=utf-8"
@@ -56,7 +57,13 @@ class Translation:
     """
 
     def __init__(
-        self, client: ClientCodec, server: ServerCodec, route: Route, *, request_id: str, clock: Clock
+        self,
+        client: ClientCodec[Any, Any],
+        server: ServerCodec[Any, Any],
+        route: Route,
+        *,
+        request_id: str,
+        clock: Clock,
     ) -> None:
         self.path = server.path
         self.usage: Usage | None = None
@@ -107,7 +114,10 @@ class Translation:
         else:
             asked = replace(asked, model=model)
         self._client.begin(facts, self._clock)
-        return dumped(self._server.document(asked))
+        try:
+            return dumped(self._server.document(asked))
+        except RecursionError:
+            raise BadBodyError(_TOO_DEEP) from None
 
     def head(self, status: int) -> tuple[int, bytes]:
         """Return the status and the content type for the client."""
@@ -123,23 +133,39 @@ class Translation:
         """Return the last bytes for the client, once the server's last byte has come; sets `fault`."""
         written = b"" if self._is_over else self._written(self._server.end())
         if not self._is_over:
-            self._is_over, self.fault = True, "the server ended the answer before its end"
+            self._fail("the server ended the answer before its end")
         return written
 
     def error(self, status: int, body: bytes) -> str:
         """Return the message of an answer with an error."""
         return message_in(body) or f"the server answered with status {status}"
 
-    def _written(self, events: Iterable[Event]) -> bytes:
+    def _written(self, events: Iterable[AnswerEvent | VectorsCame]) -> bytes:
         pieces: list[bytes] = []
         for event in events:
             if isinstance(event, Failed):
-                self._is_over, self.fault = True, event.message
-                return b"".join(pieces)
+                self._fail(event.message)
+                break
             if isinstance(event, Ended | VectorsCame):
                 self._is_over, self.usage = True, event.usage
-            pieces.append(self._client.write(event))
+            try:
+                pieces.append(self._client.write(self._with_id(event)))
+            except UnsayableError as error:
+                self._fail(str(error))
+                break
+            except RecursionError:
+                self._fail("the server sent an answer that nests too deep")
+                break
         return b"".join(pieces)
+
+    def _with_id(self, event: AnswerEvent | VectorsCame) -> AnswerEvent | VectorsCame:
+        """Return the event; the call of a tool gets an id where the server gives none."""
+        if isinstance(event, CallBegan) and not event.id:
+            return event._replace(id=f"call_{self._request_id}_{event.number}")
+        return event
+
+    def _fail(self, fault: str) -> None:
+        self._is_over, self.fault = True, fault
 
 
 def translation(
@@ -206,7 +232,7 @@ def _loaded(value: Buffer) -> Any:
     try:  # half a surrogate pair, or numbers beyond 64 bits
         return json.loads(bytes(value), parse_constant=_refuse)
     except (ValueError, RecursionError):
-        raise BadBodyError("the request body is not JSON, or nests too deep") from None
+        raise BadBodyError(_TOO_DEEP) from None
 
 
 def _refuse(word: str) -> NoReturn:
