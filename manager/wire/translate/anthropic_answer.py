@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from manager.wire.translate.blocks import Block, Step
-    from manager.wire.translate.codec import Clock, Event
-    from manager.wire.translate.hub import AnswerFacts
+    from manager.wire.translate.codec import Clock
+    from manager.wire.translate.hub import AnswerEvent, AnswerFacts
 
 _STOPS = {
     Stop.END: "end_turn",
@@ -36,7 +36,7 @@ class MessagesAnswer:
         self._blocks = Blocks(keeps_all=not facts.stream)
         self._has_begun = False
 
-    def write(self, event: Event) -> bytes:
+    def write(self, event: AnswerEvent) -> bytes:
         """Return the bytes of an event; see `codec.ClientCodec`."""
         steps = self._blocks.take(event)
         if self._facts.stream:
@@ -64,11 +64,7 @@ class MessagesAnswer:
             return {"type": "text", "text": block.text}
         if block.kind == "thinking":
             return {"type": "thinking", "thinking": block.text, "signature": block.signature}
-        return {**self._call(block), "input": arguments_of(block, stop)}
-
-    def _call(self, block: Block) -> dict[str, Any]:
-        call_id = block.id or f"toolu_{self._facts.id}_{block.number}"
-        return {"type": "tool_use", "id": call_id, "name": block.name}
+        return {**_call(block), "input": arguments_of(block, stop)}
 
     # --- a stream ---
 
@@ -97,9 +93,9 @@ class MessagesAnswer:
             return {"type": "text", "text": ""}
         if block.kind == "thinking":
             return {"type": "thinking", "thinking": "", "signature": ""}
-        return {**self._call(block), "input": {}}
+        return {**_call(block), "input": {}}
 
-    def _closing(self, event: Event) -> bytes:
+    def _closing(self, event: AnswerEvent) -> bytes:
         if not isinstance(event, Ended):
             return b""
         delta = {
@@ -110,6 +106,10 @@ class MessagesAnswer:
 
 
 # --- helpers --------------------------------------------------------------------------------------
+
+
+def _call(block: Block) -> dict[str, Any]:
+    return {"type": "tool_use", "id": block.id, "name": block.name}
 
 
 def _delta(block: Block, text: str) -> dict[str, str]:

@@ -142,7 +142,10 @@ def _assistant_message(given: Fields, names: dict[str, str]) -> Message:
 
 def _call(block: Fields) -> ToolCall:
     block.only("caller", {"type": "direct"})
-    arguments = dumped(block.mapping("input") or {}).decode()
+    try:
+        arguments = dumped(block.mapping("input") or {}).decode()
+    except RecursionError:
+        raise BadBodyError(f"{block.place('input')} nests too deep") from None
     return ToolCall(block.needed("id"), block.needed("name"), arguments)
 
 

@@ -25,7 +25,7 @@ from manager.wire.translate.hub import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from manager.wire.translate.codec import Event
+    from manager.wire.translate.hub import AnswerEvent
 
 # Of a whole answer.
 MOST_ANSWER_BYTES = 32 * 1024 * 1024
@@ -60,7 +60,7 @@ class MessagesEvents:
         """Take whether the answer comes as a stream."""
         self._stream = EventStream() if stream else None
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[AnswerEvent]:
         """Return the events in a piece of the answer; see `codec.ServerCodec`."""
         if self._has_ended:
             return []
@@ -71,7 +71,7 @@ class MessagesEvents:
             return self._failed(f"the server's answer has more than {MOST_ANSWER_BYTES} bytes")
         return []
 
-    def end(self) -> list[Event]:
+    def end(self) -> list[AnswerEvent]:
         """Return the last events; see `codec.ServerCodec`."""
         if self._has_ended:
             return []
@@ -85,8 +85,8 @@ class MessagesEvents:
 
     # --- a whole message ---
 
-    def _from_message(self, message: Mapping[str, Any]) -> list[Event]:
-        found: list[Event] = []
+    def _from_message(self, message: Mapping[str, Any]) -> list[AnswerEvent]:
+        found: list[AnswerEvent] = []
         for index, block in enumerate(_objects(message.get("content"))):
             found += self._begun(index, block)
         self._take_end(message)
@@ -94,8 +94,8 @@ class MessagesEvents:
 
     # --- a stream ---
 
-    def _from_stream(self, stream: EventStream, data: bytes) -> list[Event]:
-        found: list[Event] = []
+    def _from_stream(self, stream: EventStream, data: bytes) -> list[AnswerEvent]:
+        found: list[AnswerEvent] = []
         for sent in stream.feed(data):
             if not self._has_ended:
                 found += self._from_event(_object(sent.data))
@@ -103,7 +103,7 @@ class MessagesEvents:
             found += self._failed(stream.fault)
         return found
 
-    def _from_event(self, event: Mapping[str, Any]) -> list[Event]:
+    def _from_event(self, event: Mapping[str, Any]) -> list[AnswerEvent]:
         index = event.get("index")
         at = index if isinstance(index, int) else -1
         match event.get("type"):
@@ -123,7 +123,7 @@ class MessagesEvents:
                 return self._failed("the server sent an event that is no JSON object with a type")
         return []
 
-    def _begun(self, index: int, block: Mapping[str, Any]) -> list[Event]:
+    def _begun(self, index: int, block: Mapping[str, Any]) -> list[AnswerEvent]:
         """What a block has at its beginning: all of it in a whole message."""
         kind = block.get("type")
         if kind == "text":
@@ -139,7 +139,7 @@ class MessagesEvents:
         empty = self._stream is not None and not arguments
         return [began] if empty else [began, ArgumentsCame(number, dumped(arguments or {}).decode())]
 
-    def _more(self, index: int, delta: Mapping[str, Any]) -> list[Event]:
+    def _more(self, index: int, delta: Mapping[str, Any]) -> list[AnswerEvent]:
         match delta.get("type"):
             case "text_delta":
                 return [TextCame(_text(delta, "text"))]
@@ -176,7 +176,7 @@ class MessagesEvents:
             )
         return Ended(self._stop, usage, self._stop_sequence)
 
-    def _failed(self, message: str) -> list[Event]:
+    def _failed(self, message: str) -> list[AnswerEvent]:
         self._has_ended = True
         return [Failed(message)]
 

@@ -13,13 +13,14 @@ import orjson
 from manager.wire.errors import BadBodyError
 from manager.wire.translate.anthropic_events import MessagesEvents
 from manager.wire.translate.codec import Untranslatable
-from manager.wire.translate.hub import Conversation, Text
+from manager.wire.translate.hub import Text
+from manager.wire.translate.media import media_type_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from manager.wire.translate.codec import Asked, Traits
-    from manager.wire.translate.hub import Image, Message, Part, Think, Tool, ToolCall
+    from manager.wire.translate.codec import Traits
+    from manager.wire.translate.hub import Conversation, Image, Message, Part, Think, Tool, ToolCall
 
 # Claude up to 4.5 thinks within a budget, as do the models of other makers. Later ones decide themselves, and
 # refuse a budget from 4.7 on.
@@ -29,14 +30,7 @@ _BUDGETS: Mapping[Think, int] = {True: 8192, "low": 2048, "medium": 8192, "high"
 # What an id of a call may have in it; other servers are less strict.
 _NOT_IN_ID = re.compile(r"[^a-zA-Z0-9_-]")
 _CHOICES = {"auto": "auto", "required": "any", "none": "none"}
-# The first bytes of an image in base64.
-_SIGNATURES = {
-    "iVBORw0KGgo": "image/png",
-    "/9j/": "image/jpeg",
-    "R0lGOD": "image/gif",
-    "UklGR": "image/webp",
-}
-_MEDIA = frozenset(_SIGNATURES.values())
+_MEDIA = ("image/gif", "image/jpeg", "image/png", "image/webp")
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -49,10 +43,8 @@ class MessagesServer(MessagesEvents):
         super().__init__()
         self._traits = traits
 
-    def document(self, asked: Asked) -> dict[str, Any]:
+    def document(self, asked: Conversation) -> dict[str, Any]:
         """Return the body of the request; see `codec.ServerCodec`."""
-        if not isinstance(asked, Conversation):
-            raise Untranslatable("an Anthropic server makes no embeddings")
         self.expect(stream=asked.stream)
         _refuse_unknown(asked)
         max_tokens = asked.max_tokens or self._traits.max_tokens
@@ -147,11 +139,10 @@ def _image(image: Image) -> dict[str, Any]:
     if image.url is not None:
         return {"type": "image", "source": {"type": "url", "url": image.url}}
     data = image.data or ""
-    sniffed = next((kind for begin, kind in _SIGNATURES.items() if data.startswith(begin)), "")
-    media_type = image.media_type or sniffed
+    media_type = image.media_type or media_type_of(data)
     if media_type not in _MEDIA:
         raise Untranslatable(
-            f"an Anthropic server takes images of the types {', '.join(sorted(_MEDIA))}, "
+            f"an image must be one of {', '.join(_MEDIA)} for an Anthropic server, "
             f"not {media_type or 'of an unknown type'}"
         )
     return {"type": "image", "source": {"type": "base64", "media_type": media_type, "data": data}}

@@ -12,7 +12,7 @@ from manager.wire.translate.codec import UnsayableError
 from manager.wire.translate.hub import ArgumentsCame, CallBegan, Ended, Stop, TextCame, ThinkingCame
 
 if TYPE_CHECKING:
-    from manager.wire.translate.codec import Event
+    from manager.wire.translate.hub import AnswerEvent
 
 # Of one answer, as far as it has to be kept: a whole one, or calls that wait for their turn.
 MOST_KEPT_CHARACTERS = 32 * 1024 * 1024
@@ -71,7 +71,7 @@ class Blocks:
         self._open: deque[Block] = deque()  # the first one has begun for the client, the others wait
         self._kept = 0
 
-    def take(self, event: Event) -> list[Step]:
+    def take(self, event: AnswerEvent) -> list[Step]:
         """Return what the event makes of the blocks; `Ended` ends them all.
 
         Raises:

@@ -12,8 +12,8 @@ from manager.wire.translate.blocks import Blocks
 from manager.wire.translate.hub import ArgumentsCame, CallBegan, Ended, Stop, TextCame, ThinkingCame
 
 if TYPE_CHECKING:
-    from manager.wire.translate.codec import Clock, Event
-    from manager.wire.translate.hub import AnswerFacts, Usage
+    from manager.wire.translate.codec import Clock
+    from manager.wire.translate.hub import AnswerEvent, AnswerFacts, Usage
 
 _FINISHES = {
     Stop.END: "stop",
@@ -37,7 +37,7 @@ class ChatAnswer:
         self._has_begun = False
         self._has_calls = False
 
-    def write(self, event: Event) -> bytes:
+    def write(self, event: AnswerEvent) -> bytes:
         """Return the bytes of an event; see `codec.ClientCodec`."""
         if not self._facts.stream:
             self._blocks.take(event)
@@ -55,7 +55,7 @@ class ChatAnswer:
         """Return what a stream begins with."""
         return self.chunk({"delta": {"role": "assistant", "content": ""}})
 
-    def more(self, event: Event) -> bytes:
+    def more(self, event: AnswerEvent) -> bytes:
         """Return the piece of a stream for an event."""
         delta: dict[str, Any] = {}
         if isinstance(event, TextCame) and event.text:
@@ -64,7 +64,7 @@ class ChatAnswer:
             delta = {"reasoning": event.text}
         elif isinstance(event, CallBegan):
             function = {"name": event.name, "arguments": ""}
-            delta = {"tool_calls": [{"index": event.number, **self._call(event.number, event.id, function)}]}
+            delta = {"tool_calls": [{"index": event.number, **_call(event.id, function)}]}
         elif isinstance(event, ArgumentsCame):
             delta = {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]}
         return self.chunk({"delta": delta}) if delta else b""
@@ -82,8 +82,7 @@ class ChatAnswer:
             message["reasoning"] = thinking
         if calls:
             message["tool_calls"] = [
-                self._call(at, block.id, {"name": block.name, "arguments": block.text or "{}"})
-                for at, block in enumerate(calls)
+                _call(block.id, {"name": block.name, "arguments": block.text or "{}"}) for block in calls
             ]
         return {"message": message}
 
@@ -97,10 +96,6 @@ class ChatAnswer:
         if self._facts.wants_usage:
             more.setdefault("usage", None)
         return b"data: %b\n\n" % dumped({**self._head(self.chunk_kind), "choices": choices, **more})
-
-    def _call(self, number: int, call_id: str, function: dict[str, str]) -> dict[str, Any]:
-        known = call_id or f"call_{self._facts.id}_{number}"
-        return {"id": known, "type": "function", "function": function}
 
     def _end(self, ended: Ended) -> bytes:
         stop = Stop.TOOL_CALLS if ended.stop is Stop.END and self._has_calls else ended.stop
@@ -136,7 +131,7 @@ class CompletionAnswer(ChatAnswer):
         """Return nothing: the first piece is like the others."""
         return b""
 
-    def more(self, event: Event) -> bytes:
+    def more(self, event: AnswerEvent) -> bytes:
         """Return the piece of a stream for an event."""
         if not isinstance(event, TextCame) or not event.text:
             return b""
@@ -154,6 +149,10 @@ class CompletionAnswer(ChatAnswer):
 def text_of(blocks: Blocks, kind: str) -> str:
     """Return the text of all blocks of a kind."""
     return "".join(block.text for block in blocks.done if block.kind == kind)
+
+
+def _call(call_id: str, function: dict[str, str]) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def _usage(usage: Usage) -> dict[str, Any]:

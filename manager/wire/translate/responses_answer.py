@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from manager.wire.translate.blocks import Block, Step
-    from manager.wire.translate.codec import Clock, Event
-    from manager.wire.translate.hub import AnswerFacts, Usage
+    from manager.wire.translate.codec import Clock
+    from manager.wire.translate.hub import AnswerEvent, AnswerFacts, Usage
 
 # What a response repeats of its request, and what stands there where the request does not say.
 _ECHOED: Mapping[str, Any] = {
@@ -55,7 +55,7 @@ class ResponsesAnswer:
         self._blocks = Blocks(keeps_all=True)
         self._sent = 0
 
-    def write(self, event: Event) -> bytes:
+    def write(self, event: AnswerEvent) -> bytes:
         """Return the bytes of an event; see `codec.ClientCodec`."""
         steps = self._blocks.take(event)
         if not self._facts.stream:
@@ -113,7 +113,7 @@ class ResponsesAnswer:
         return {
             **item,
             "type": "function_call",
-            "call_id": block.id or f"call_{self._facts.id}_{block.number}",
+            "call_id": block.id,
             "name": block.name,
             "arguments": (block.text or "{}") if is_over else "",
         }
