@@ -1,83 +1,77 @@
-"""Runs translations: a request of a client to a server of another dialect, and the answer back."""
+"""One request through a translation, and answers of servers for it."""
 
 from __future__ import annotations
 
-import itertools
 import json
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.roles import BodyChanges
-from manager.domain.target import Protocol
-from manager.wire.body import SMALL_BYTES, read_body, reading
+from manager.wire.body import read_body
 from manager.wire.routes import INFERENCE
-from manager.wire.steps import run
-from manager.wire.translate import DEFAULT_TRAITS, Traits, Translation, translation
+from manager.wire.translate import translation
+from manager.wire.translate.codec import DEFAULT_TRAITS
+from manager.wire.translate.hub import AnswerFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-UNCHANGED = BodyChanges()
-BEGIN_NS = 1_795_249_951_000_000_000
-MS = 1_000_000
+    from manager.domain.target import Protocol
+    from manager.wire.translate import Traits, Translation
+    from manager.wire.translate.codec import ClientCodec
+    from manager.wire.translate.hub import AnswerEvent
+
+CREATED_S = 1_700_000_000
 
 
-def translating(
-    path: str, protocol: Protocol = Protocol.OPENAI, traits: Traits = DEFAULT_TRAITS
-) -> Translation:
-    """Return a translation whose clock goes on by a millisecond each time it is read."""
-    times = itertools.count(BEGIN_NS, MS)
-    found = translation(
-        INFERENCE[path.encode()], protocol, request_id="r1", clock=lambda: next(times), traits=traits
-    )
-    assert found is not None
-    return found
+def clock() -> int:
+    return CREATED_S * 10**9
 
 
 def sent(
-    path: str, document: dict[str, Any], changes: BodyChanges = UNCHANGED, **more: Any
-) -> dict[str, Any]:
-    """Return what the server gets for a request to its model `served`."""
-    return asked(path, document, changes, **more)[1]
-
-
-def asked(
     path: str,
-    document: dict[str, Any] | bytes,
-    changes: BodyChanges = UNCHANGED,
+    protocol: Protocol,
+    request: dict[str, Any],
     *,
-    protocol: Protocol = Protocol.OPENAI,
+    model: str = "theirs",
     traits: Traits = DEFAULT_TRAITS,
     max_tokens: int | None = None,
-    wants_usage: bool = False,
 ) -> tuple[Translation, dict[str, Any]]:
-    """Return the translation of a request, and what the server gets."""
-    through = translating(path, protocol, traits)
+    """The translation of a request, and what the server gets."""
     route = INFERENCE[path.encode()]
-    raw = document if isinstance(document, bytes) else json.dumps({"model": "role", **document}).encode()
-    body = read_body(raw, route) if len(raw) <= SMALL_BYTES else run(reading([raw], route, 0))
-    written = through.request(body, "served", changes, max_tokens=max_tokens, wants_usage=wants_usage)
-    return through, json.loads(written)
+    body = read_body(json.dumps({"model": "ours", **request}).encode(), route)
+    translated = translation(route, protocol, request_id="r1", clock=clock, traits=traits)
+    assert translated is not None
+    document = translated.request(body, model, BodyChanges(), max_tokens=max_tokens)
+    return translated, json.loads(document)
 
 
-def answered(through: Translation, pieces: Iterable[bytes]) -> bytes:
-    """Return what the client gets for an answer that comes in pieces."""
-    return b"".join([through.feed(piece) for piece in pieces]) + through.end()
+def answered(translated: Translation, answer: bytes, cuts: Iterable[int] = ()) -> bytes:
+    """What the client gets of an answer that comes in pieces, cut at these places."""
+    places = [0, *sorted(cuts), len(answer)]
+    pieces = [answer[begin:end] for begin, end in pairwise(places)]
+    return b"".join(translated.feed(piece) for piece in pieces) + translated.end()
 
 
-def chunk(delta: dict[str, Any] | None = None, finish: str | None = None, **more: Any) -> dict[str, Any]:
-    """Return a chunk of an OpenAI stream."""
-    choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": finish}]
-    return {
-        "id": "c1",
-        "object": "chat.completion.chunk",
-        "created": 1,
-        "model": "x",
-        "choices": choices,
-        **more,
-    }
+def written(client: ClientCodec[Any, AnswerEvent], events: Iterable[AnswerEvent], *, stream: bool) -> bytes:
+    """What a client gets of these events."""
+    client.begin(AnswerFacts("r1", "m", CREATED_S, stream, wants_usage=True), clock)
+    return b"".join(client.write(event) for event in events)
 
 
-def stream_of(*chunks: dict[str, Any] | str, end: bytes = b"data: [DONE]\n\n") -> bytes:
-    """Return chunks as server-sent events."""
-    written = (one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in chunks)
-    return b"".join(f"data: {one}\n\n".encode() for one in written) + end
+def events_in(stream: bytes) -> list[tuple[str, dict[str, Any]]]:
+    """The names and documents of server-sent events, `[DONE]` as an empty one."""
+    assert stream.endswith(b"\n\n")
+    found = []
+    for event in stream.decode().split("\n\n")[:-1]:
+        lines = dict(line.split(": ", 1) for line in event.split("\n"))
+        data = lines["data"]
+        found.append((lines.get("event", ""), {} if data == "[DONE]" else json.loads(data)))
+    return found
+
+
+def stream_of(*events: dict[str, Any]) -> bytes:
+    """The bytes of an Anthropic server's stream."""
+    return b"".join(
+        b"event: %b\ndata: %b\n\n" % (event["type"].encode(), json.dumps(event).encode()) for event in events
+    )

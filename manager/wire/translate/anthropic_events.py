@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Of a whole answer.
 MOST_ANSWER_BYTES = 32 * 1024 * 1024
+# Of one answer.
+MOST_CALLS = 4096
 
 # A stop that is not known is the end of the turn: `pause_turn` is for tools of the server, which no client
 # of another dialect can ask for.
@@ -42,6 +44,7 @@ _STOPS = {
 }
 _INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _OUTPUT_COUNT = "output_tokens"
+_MOST_COUNT = 2**53
 
 
 class MessagesEvents:
@@ -90,7 +93,7 @@ class MessagesEvents:
         for index, block in enumerate(_objects(message.get("content"))):
             found += self._begun(index, block)
         self._take_end(message)
-        return [*found, self._ended()]
+        return found if self._has_ended else [*found, self._ended()]
 
     # --- a stream ---
 
@@ -132,6 +135,8 @@ class MessagesEvents:
             return [ThinkingCame(_text(block, "thinking"), _text(block, "signature"))]
         if kind != "tool_use":
             return []
+        if len(self._calls) == MOST_CALLS:
+            return self._failed(f"the server sent more than {MOST_CALLS} calls of tools")
         number = self._calls[index] = len(self._calls)
         arguments = block.get("input")
         began = CallBegan(number, _text(block, "id"), _text(block, "name"))
@@ -162,8 +167,9 @@ class MessagesEvents:
         """Take numbers of tokens; later ones replace earlier ones."""
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
-                if isinstance(usage.get(name), int):
-                    self._counts[name] = max(0, usage[name])
+                count = usage.get(name)
+                if isinstance(count, int) and 0 <= count <= _MOST_COUNT:
+                    self._counts[name] = count
 
     def _ended(self) -> Ended:
         self._has_ended = True

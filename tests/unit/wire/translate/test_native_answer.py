@@ -15,7 +15,7 @@ from manager.wire.translate.hub import Usage
 from manager.wire.translate.native_answer import stamp
 from manager.wire.translate.openai_answer import MOST_CALL_BYTES, MOST_WHOLE_BYTES
 from tests.contract.compare import load_recordings
-from tests.support.translating import MS, answered, asked, chunk, stream_of
+from tests.support.native_clients import MS, answered, asked, chunk, stream_of
 
 if TYPE_CHECKING:
     from manager.wire.translate import Translation

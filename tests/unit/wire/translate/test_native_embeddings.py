@@ -17,7 +17,7 @@ from manager.wire.translate import Translation, Untranslatable
 from manager.wire.translate.hub import Usage
 from manager.wire.translate.openai_vectors import MOST_VECTOR_BYTES
 from tests.contract.compare import load_recordings
-from tests.support.translating import answered, asked, sent
+from tests.support.native_clients import answered, asked, sent
 
 RECORDED = {one["name"]: one for one in load_recordings()}
 NO_API = "the server sent an answer that is not of OpenAI's API"

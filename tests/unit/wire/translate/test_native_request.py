@@ -10,7 +10,7 @@ import pytest
 from manager.domain.roles import BodyChanges
 from manager.wire.body import SMALL_BYTES, BadBodyError
 from manager.wire.translate import Traits, Untranslatable
-from tests.support.translating import asked, sent
+from tests.support.native_clients import asked, sent
 
 HI = [{"role": "user", "content": "hi"}]
 STRICT = Traits(extended=False, max_tokens_field="max_completion_tokens")

@@ -18,7 +18,7 @@ from manager.wire.translate.media import media_type_of
 from manager.wire.translate.native_answer import stamp
 from manager.wire.unload import unloaded
 from tests.contract.compare import Answer, differences, load_recordings
-from tests.support.translating import BEGIN_NS, asked, translating
+from tests.support.native_clients import BEGIN_NS, asked, translating
 
 RECORDED = {one["name"]: one for one in load_recordings()}
 HI = {"messages": [{"role": "user", "content": "hi"}]}
