@@ -15,6 +15,7 @@ from manager.wire.translate.anthropic_events import MessagesEvents
 from manager.wire.translate.codec import Untranslatable
 from manager.wire.translate.hub import Text
 from manager.wire.translate.media import media_type_of
+from manager.wire.translate.schemas import closed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,8 +32,6 @@ _BUDGETS: Mapping[Think, int] = {True: 8192, "low": 2048, "medium": 8192, "high"
 _NOT_IN_ID = re.compile(r"[^a-zA-Z0-9_-]")
 _CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 _MEDIA = ("image/gif", "image/jpeg", "image/png", "image/webp")
-# Keywords of JSON Schema that have values in them, not schemas.
-_VALUES = frozenset({"const", "default", "enum", "examples", "required"})
 _NO_PARAMETERS: Mapping[str, Any] = {"type": "object", "properties": {}}
 
 
@@ -215,19 +214,7 @@ def _thinking(asked: Conversation, max_tokens: int) -> dict[str, Any] | None:
 def _output(asked: Conversation) -> dict[str, Any]:
     output: dict[str, Any] = {}
     if asked.schema is not None:
-        output["format"] = {"type": "json_schema", "schema": _closed(asked.schema)}
+        output["format"] = {"type": "json_schema", "schema": closed(asked.schema)}
     if isinstance(asked.think, str) and _DECIDES.match(asked.model):
         output["effort"] = asked.think
     return output
-
-
-def _closed(schema: Any) -> Any:
-    """The schema without properties that it does not name: the server demands that objects say so."""
-    if isinstance(schema, list):
-        return [_closed(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {name: one if name in _VALUES else _closed(one) for name, one in schema.items()}
-    if closed.get("type") == "object":
-        closed.setdefault("additionalProperties", False)
-    return closed

@@ -37,6 +37,7 @@ from manager.wire.translate.native_answer import NativeAnswer
 from manager.wire.translate.native_request import chat_of
 from manager.wire.translate.openai_answer import OpenAIAnswer
 from manager.wire.translate.openai_request import chat_request
+from manager.wire.translate.schemas import closed
 
 STRICT = Traits(extended=False, max_tokens_field="max_completion_tokens")
 HI = (Message("user", (Text("hi"),)),)
@@ -95,6 +96,21 @@ def test_the_choice_of_a_tool(choice: str, written: Any) -> None:
         "tool_choice": written,
         "parallel_tool_calls": False,
         "user": "u",
+    }
+
+
+def test_strict_servers_get_schemas_that_they_can_enforce() -> None:
+    inner = {"type": "object", "properties": {"type": {"enum": [{"type": "object"}]}}}
+    schema = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
+    written = {
+        name: said(traits, schema=schema)["response_format"]
+        for name, traits in (("l", DEFAULT_TRAITS), ("s", STRICT))
+    }
+    assert written["l"]["json_schema"] == {"name": "answer", "schema": schema, "strict": True}
+    assert written["s"]["json_schema"]["schema"] == {
+        **schema,
+        "properties": {"a": {**inner, "additionalProperties": False}},
+        "additionalProperties": False,
     }
 
 
@@ -176,7 +192,7 @@ def test_a_strict_server_gets_no_field_beyond_openais_api(document: dict[str, An
     written = json.dumps(chat_request(asked, STRICT))
     read = ChatClient().read(json.loads(written), stream=False)
     plain = tuple(replace(one, thinking="") for one in asked.messages)
-    assert meaning(read) == meaning(replace(asked, messages=plain))
+    assert meaning(read) == meaning(replace(asked, messages=plain, schema=closed(asked.schema)))
     assert '"max_tokens"' not in written
     assert "reasoning_content" not in written
 
