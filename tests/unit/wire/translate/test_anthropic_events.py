@@ -233,6 +233,7 @@ NO_EVENT = "the server sent an event that is no JSON object with a type"
 BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", EARLY),
     "cut": (stream_of(START, begin(0, type="text", text="")), EARLY),
+    "cut amid an event": (stream_of(START, *END)[:-20], EARLY),
     "overloaded": (
         stream_of(START, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
         "Overloaded",
@@ -266,6 +267,10 @@ def test_a_broken_message_is_a_failure(case: str) -> None:
     answer, message = BROKEN_MESSAGES[case]
 
     assert read(answer, stream=False) == [Failed(message)]
+
+
+def test_the_last_event_counts_without_the_empty_line_behind_it() -> None:
+    assert read(stream_of(*END)[:-2]) == [Ended(Stop.END, Usage(0, 20))]
 
 
 def test_nothing_counts_behind_the_end() -> None:
