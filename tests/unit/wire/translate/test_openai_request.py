@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming
+from pydantic import TypeAdapter, ValidationError
 
 from manager.wire.translate import Traits, Untranslatable
 from manager.wire.translate.chat_client import ChatClient
@@ -120,6 +123,46 @@ def test_the_sequence_that_ended_an_answer_is_known_where_the_server_says_it() -
     assert events == [TextCame("a"), Ended(Stop.STOP_SEQUENCE, None, "###")]
 
 
+# The types of OpenAI's own library.
+OPENAI_FIELDS = set(get_type_hints(CompletionCreateParamsNonStreaming))
+OPENAI_REQUEST: TypeAdapter[Any] = TypeAdapter(CompletionCreateParamsNonStreaming)
+
+
+def consume(value: Any) -> None:
+    """Go through all of a value: its lists are checked when they are read."""
+    if isinstance(value, dict):
+        value = value.values()
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        for one in value:
+            consume(one)
+
+
+def test_the_library_of_openai_takes_every_field() -> None:
+    image = Message("user", (Text("what?"), Image("", data=PNG)))
+    called = Message("assistant", (), (ToolCall("a", "f", "{}"),))
+    written = said(
+        STRICT,
+        messages=(*HI, image, called, Message("tool", (Text("1"),), call_id="a")),
+        tools=(Tool("f", "does f", {"type": "object"}, is_strict=True),),
+        tool_choice="tool:f",
+        parallel_calls=True,
+        max_tokens=5,
+        temperature=1.0,
+        top_p=0.5,
+        seed=1,
+        stop=("a",),
+        frequency_penalty=1.0,
+        presence_penalty=1.0,
+        schema={"type": "object"},
+        think="max",
+        user="u",
+    )
+    assert set(written) <= OPENAI_FIELDS
+    consume(OPENAI_REQUEST.validate_python(written))
+    with pytest.raises(ValidationError):
+        consume(OPENAI_REQUEST.validate_python({**written, "messages": [{"role": "user", "content": [1]}]}))
+
+
 # --- there and back -------------------------------------------------------------------------------
 
 words = st.text(st.characters(codec="utf-8"), min_size=1, max_size=8)
@@ -195,6 +238,8 @@ def test_a_strict_server_gets_no_field_beyond_openais_api(document: dict[str, An
     assert meaning(read) == meaning(replace(asked, messages=plain, schema=closed(asked.schema)))
     assert '"max_tokens"' not in written
     assert "reasoning_content" not in written
+    assert set(json.loads(written)) <= OPENAI_FIELDS
+    consume(OPENAI_REQUEST.validate_python(json.loads(written)))
 
 
 @st.composite
