@@ -167,8 +167,10 @@ class MessagesEvents:
 
     def _take_end(self, given: Mapping[str, Any]) -> None:
         self._count(given.get("usage"))
-        self._stop = _STOPS.get(_text(given, "stop_reason"), Stop.END)
-        self._stop_sequence = _text(given, "stop_sequence") or None
+        reason = _text(given, "stop_reason")
+        if reason:  # a `message_delta` may have numbers of tokens only
+            self._stop = _STOPS.get(reason, Stop.END)
+            self._stop_sequence = _text(given, "stop_sequence") or None
 
     def _count(self, usage: Any) -> None:
         """Take numbers of tokens; later ones replace earlier ones."""

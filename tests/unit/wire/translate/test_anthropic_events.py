@@ -228,6 +228,13 @@ def test_text_and_input_may_come_with_the_beginning_of_a_block() -> None:
     ]
 
 
+def test_a_change_of_the_message_may_have_no_reason() -> None:
+    reason = {"type": "message_delta", "delta": {"stop_reason": "stop_sequence", "stop_sequence": "#"}}
+    tokens = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 20}}
+
+    assert read(stream_of(reason, tokens, STOP)) == [Ended(Stop.STOP_SEQUENCE, Usage(0, 20), "#")]
+
+
 EARLY = "the server ended the stream early"
 NO_EVENT = "the server sent an event that is no JSON object with a type"
 BROKEN: dict[str, tuple[bytes, str]] = {
