@@ -72,7 +72,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
         yield skipped("all others", "not looked at: they depend on the configuration")
         return
     settings = loaded.settings
-    yield fine("configuration", str(loaded.file or "no file: defaults, and what the environment says"))
+    yield fine("configuration", _files(loaded))
     if settings.server.key_file is not None:
         yield _key(settings.server.key_file)
     needs, finding = _templates(loaded, cards)
@@ -80,6 +80,12 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield from engine_findings(settings, needs, cards)
     yield card_finding(cards, refused, needs)
     yield from _state(loaded)
+
+
+def _files(loaded: LoadedSettings) -> str:
+    if loaded.file is None:
+        return "no file: defaults, and what the environment says"
+    return f"{loaded.file}, overlaid by {loaded.overlay}" if loaded.overlay else str(loaded.file)
 
 
 def _key(file: Path) -> Finding:

@@ -44,7 +44,8 @@ def effective_yaml(loaded: LoadedSettings, live: Live = Live()) -> str:
     values = loaded.settings.model_dump(mode="json")
     for path, value in live.values.items():
         _put(values, path, value)
-    head = [f"# configuration file: {loaded.file or 'none'}", f"# {live.note}"]
+    files = f"{loaded.file or 'none'}" + (f", overlaid by {loaded.overlay}" if loaded.overlay else "")
+    head = [f"# configuration file: {files}", f"# {live.note}"]
     return "\n".join([*head, *_lines(loaded, live, values, ())]) + "\n"
 
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from manager.settings.yaml_file import Document
 
 PREFIX = "OLLAMA_MANAGER_"
-# These say where to look, they are no settings; the last two are for the client commands.
-NOT_SETTINGS = frozenset({f"{PREFIX}CONFIG", f"{PREFIX}URL", f"{PREFIX}KEY"})
+# These say where to look, they are no settings; the last three are for the client commands.
+NOT_SETTINGS = frozenset({f"{PREFIX}{name}" for name in ("CONFIG", "ENV", "URL", "KEY", "CA")})
 _ENGINE_URL: KeyPath = ("engine", "url")
 _STATE_DIR: KeyPath = ("state", "dir")
 # Mappings whose names a variable can spell, and what `_` in one means where the file has no such name.
