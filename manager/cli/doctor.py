@@ -14,6 +14,7 @@ import click
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
+from manager.cli.doctor_tls import tls_findings
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
@@ -75,6 +76,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     yield fine("configuration", _files(loaded))
     if settings.server.key_file is not None:
         yield _key(settings.server.key_file)
+    yield from tls_findings(settings)
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
@@ -305,7 +307,7 @@ def _port(settings: Settings, holder: Holder | None) -> Finding:
     host, port = settings.server.host, settings.server.port
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if holder is not None and holder.url is not None:
-        if holder.url == f"http://{shown}":
+        if holder.url.partition("://")[2] == shown:
             return fine("port", f"{shown} is our daemon's")
         # A command line says so, or the configuration has changed since; that daemon needs no other port.
         return fine("port", f"our daemon listens at {holder.url}; configured is {shown}")

@@ -50,16 +50,23 @@ def effective_yaml(loaded: LoadedSettings, live: Live = Live()) -> str:
 
 
 def check_as_serve(loaded: LoadedSettings) -> None:
-    """Raise what `serve` would raise for this configuration, with its templates and its key.
+    """Raise what `serve` would raise for this configuration, with its templates, keys and certificates.
 
-    A key file that this user may not read is passed over: it is meant for the user of the daemon.
+    A file that this user may not read is passed over: it is meant for the user of the daemon.
 
     Raises:
         ConfigurationError: with every problem that was found.
     """
+    from manager.adapters.tls import listener_tls_of, own_tls_of  # noqa: PLC0415
     from manager.settings import load_templates, read_key, resolve_instances  # noqa: PLC0415
 
     resolve_instances(loaded, load_templates(loaded.settings))
+    for check in (listener_tls_of, own_tls_of):
+        try:
+            check(loaded.settings)
+        except ConfigurationError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
     key_file = loaded.settings.server.key_file
     if key_file is not None:
         try:

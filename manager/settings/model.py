@@ -53,6 +53,12 @@ from manager.settings.section import (
     WholeNumber,
     refuse,
 )
+from manager.settings.tls import (
+    ClientTlsSettings,
+    ListenerTlsSettings,
+    client_tls_refusals,
+    unequal_tls_refusals,
+)
 from manager.wire.origins import check_pattern
 
 if TYPE_CHECKING:
@@ -184,6 +190,7 @@ class ServerSettings(Section):
     host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
     key_file: FilePath | None = None
+    tls: ListenerTlsSettings = Field(default_factory=ListenerTlsSettings)
     allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
@@ -240,6 +247,7 @@ class InstanceSettings(Section):
     template: Text | None = None
     device: Annotated[Devices | None, PlainSerializer(_devices_text, when_used="json")] = None
     url: Annotated[str, AfterValidator(http_url)] | None = None
+    tls: ClientTlsSettings | None = None
     ttl_s: Ttl | None = None
     start_timeout_s: Timeout | None = None
     pinned: StrictBool = False
@@ -256,6 +264,7 @@ class InstanceSettings(Section):
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
         refuse(_external_refusals(self) if self.driver is Driver.EXTERNAL else _docker_refusals(self))
+        refuse(client_tls_refusals(self.url, self.tls, is_docker=self.driver is Driver.DOCKER))
         return self
 
 
@@ -393,6 +402,7 @@ class Settings(BaseSettings):
                 *_name_refusals(self),
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
+                *unequal_tls_refusals(self.instances),
                 *_routing_refusals(self),
                 *repeated(self.budgets),
             ]

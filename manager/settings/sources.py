@@ -29,7 +29,17 @@ _ENGINE_URL: KeyPath = ("engine", "url")
 _STATE_DIR: KeyPath = ("state", "dir")
 # Mappings whose names a variable can spell, and what `_` in one means where the file has no such name.
 _SPELLABLE: dict[KeyPath, str] = {("instances",): "-", ("roles",): "_"}
-_PATHS: tuple[KeyPath, ...] = (("server", "key_file"), _STATE_DIR, ("templates", "dir"))
+# `*` is the id of any instance.
+_PATHS: tuple[KeyPath, ...] = (
+    ("server", "key_file"),
+    ("server", "tls", "certificate"),
+    ("server", "tls", "key"),
+    _STATE_DIR,
+    ("templates", "dir"),
+    ("instances", "*", "tls", "ca"),
+    ("instances", "*", "tls", "certificate"),
+    ("instances", "*", "tls", "key"),
+)
 
 Kind = Literal["command line", "environment", "file", "default"]
 
@@ -76,7 +86,7 @@ class Source(PydanticBaseSettingsSource):
             _put(self.values, _STATE_DIR, _state_dir(environ))
         if _is_null(self.values, _ENGINE_URL):
             _put(self.values, _ENGINE_URL, DEFAULT_ENGINE_URL)
-        for path in _PATHS:
+        for path in _spelt_out(_PATHS, self.values):
             text = _get(self.values, path)
             if isinstance(text, str) and text:
                 _put(self.values, path, str(base / _expanded(text)))
@@ -228,12 +238,23 @@ def _decoded(path: KeyPath, text: str) -> Any:
             return text
     if text == "null" and (is_optional(kind) or path in {_ENGINE_URL, _STATE_DIR}):
         return None
-    if path in _PATHS:
+    if path in _spelt_out(_PATHS, {"instances": {path[1]: None}} if len(path) > 1 else {}):
         return text
     try:
         return TypeAdapter(plain(kind)).validate_strings(text)
     except ValidationError:
         return text
+
+
+def _spelt_out(paths: tuple[KeyPath, ...], values: Mapping[str, Any]) -> tuple[KeyPath, ...]:
+    """The paths, with each id of an instance for `*`."""
+    ids = values.get("instances")
+    names = tuple(ids) if isinstance(ids, dict) else ()
+    return tuple(
+        (path[0], name, *path[2:]) if name else path
+        for path in paths
+        for name in (names if "*" in path else ("",))
+    )
 
 
 def _given(overrides: Mapping[str, object]) -> dict[str, Any]:
