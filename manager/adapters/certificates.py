@@ -30,7 +30,7 @@ def expiry(pem: bytes) -> datetime | None:
 
 
 def _not_after(der: bytes) -> datetime:
-    """Return `notAfter` of RFC 5280 section 4.1: Certificate { TBSCertificate { version, serial, …, validity."""
+    """Return `notAfter`, as RFC 5280 section 4.1 places it."""
     _, certificate, _ = _element(der, 0)
     _, at, _ = _element(der, certificate)
     tag, _, end = _element(der, at)

@@ -1,4 +1,4 @@
-"""TLS contexts: the one that all clients of the process share, and those that are made of configured files."""
+"""TLS contexts: the one that all clients of the process share, and those made of configured files."""
 
 from __future__ import annotations
 
@@ -174,10 +174,8 @@ def client_tls(setting: str, wanted: ClientTlsSettings) -> WatchedTls:
     pair = wanted.files
 
     def build() -> ssl.SSLContext:
-        if wanted.ca is None:
-            context = ssl.create_default_context()
-        else:
-            context = _trusting(f"{setting}.ca", wanted.ca)
+        ca = wanted.ca
+        context = ssl.create_default_context() if ca is None else _trusting(f"{setting}.ca", ca)
         context.set_alpn_protocols(_ALPN)
         if pair is not None:
             _load_pair(context, setting, *pair)
