@@ -79,7 +79,7 @@ async def asked(url: str, own: Contexts) -> list[str]:
             worked.append("relay")
     model_server = PooledModelServer(pools, connect_timeout_s=10, patience_s=10)
     with suppress(AskFailedError):
-        async with model_server.ask(Question(url, "GET", "/api/tags")) as answer:
+        async with model_server.ask(Question("far", url, "GET", "/api/tags")) as answer:
             assert await answer.piece() == b"{}"
             worked.append("model server")
     pools.close()
