@@ -31,12 +31,13 @@ from manager.parts import (
     RecordSink,
     breaker_limits,
     forget_server,
+    gpus_of,
     header_names,
     history_of,
     instances_of,
     model_server,
-    on_gpu,
     own_names_of,
+    paid_of,
     read_orders,
     runs_of,
     selectors_of,
@@ -73,6 +74,7 @@ from manager.settings import (
     load_templates,
     real_writers,
     resolve_instances,
+    written_fallback,
     written_roles,
 )
 
@@ -253,9 +255,11 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             journal,
             written=written_roles(loaded),
             models=settings.models,
-            instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
+            instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
             auto_gpus=settings.gpus == "auto",
+            fallback=written_fallback(loaded),
+            paid=partial(paid_of, fleet),
         )
         await model_settings.load()
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)

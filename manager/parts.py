@@ -42,6 +42,7 @@ from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.settings import (
     auto_gpu_spec,
+    written_fallback,
     written_roles,
 )
 from manager.wire.caller import HeaderNames
@@ -308,7 +309,9 @@ class Reconfigure:
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(schedules_of(settings))
         self.backend.passing.routing.breakers.reconfigure(breaker_limits(settings))
-        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
+        self.backend.model_settings.reconfigure(
+            written_roles(changed.loaded), settings.models, written_fallback(changed.loaded)
+        )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
@@ -366,6 +369,16 @@ def selectors_of(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
 
 def slots_of(fleet: Fleet) -> dict[str, int | None]:
     return {instance.id: instance.spec.slots for instance in fleet.instances()}
+
+
+def gpus_of(fleet: Fleet) -> dict[str, bool | None]:
+    """Return for each instance that a role may name whether it runs on a GPU; roles name no paid servers."""
+    specs = [instance.spec for instance in fleet.instances()]
+    return {spec.id: on_gpu(spec) for spec in specs if not spec.is_paid}
+
+
+def paid_of(fleet: Fleet) -> dict[str, bool]:
+    return {instance.id: instance.spec.is_paid for instance in fleet.instances()}
 
 
 def on_gpu(spec: InstanceSpec) -> bool | None:

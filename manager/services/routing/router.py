@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.denial import Denials, DenyRules
@@ -34,8 +35,9 @@ _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
 # Below every priority that an instance can be given.
 _LAST = -1_000_000
+_NO_MODELS: Mapping[str, str] = MappingProxyType({})
 # Why an attempt is made on an instance that runs already.
-RUNNING = ("loaded", "running")
+RUNNING = ("loaded", "running", "paid")
 
 
 def _never(_instance_id: str) -> None:
@@ -208,13 +210,15 @@ class Router:
             device=instance.spec.device_kind,
             state=state,
             priority=priority,
-            models=self.models_of(instance),
+            models=_NO_MODELS if instance.spec.is_paid else self.models_of(instance),
             loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
             why_out=why_out,
             detail=detail,
             overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
             denials=self._denials(instance),
+            paid=instance.spec.is_paid,
+            offers=instance.spec.offers,
         )
 
 
