@@ -38,6 +38,7 @@ from manager.parts import (
     model_server,
     own_names_of,
     paid_of,
+    read_key,
     read_orders,
     runs_of,
     selectors_of,
@@ -230,6 +231,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             others_work=others_work,
             revision=revision,
             server_changed=partial(forget_server, breakers, overload),
+            read_key=read_key,
         )
         make = Maker(
             world,

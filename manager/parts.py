@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -25,6 +26,7 @@ from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
+from manager.services.instances.cloud import CloudInstance
 from manager.services.instances.engine_link import EngineLink
 from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
@@ -45,6 +47,7 @@ from manager.settings import (
     written_fallback,
     written_roles,
 )
+from manager.settings.server_keys import read_server_key
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
     from manager.api.backend import Backend, Passing
+    from manager.domain.instance import KeySource
     from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
@@ -268,6 +272,8 @@ class Maker:
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
+        if spec.driver is Driver.CLOUD:
+            return CloudInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
@@ -425,6 +431,11 @@ class RecordSink:
     def write(self, record: RequestRecord) -> None:
         if self._log is not None and self.level in ("debug", "info"):
             self._log.write(record)
+
+
+async def read_key(source: KeySource) -> str:
+    """Return the key for a server, read in a thread."""
+    return await asyncio.to_thread(read_server_key, source)
 
 
 def utcnow() -> datetime:

@@ -10,6 +10,7 @@ from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.domain.target import Protocol as ServerProtocol
 from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
 from manager.services.routing.affinity import Affinity, LeaningLoad
@@ -201,17 +202,26 @@ class Router:
         elif view.phase is Phase.UNAVAILABLE:
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+            if instance.spec.is_paid and view.explanation is not None:
+                detail = view.explanation.message
         elif instance.ends:
             priority = _LAST  # it may be restarted, and can serve only after its stop
         if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
             state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
+        models = _NO_MODELS if instance.spec.is_paid else self.models_of(instance)
+        if not ready:
+            loaded: frozenset[str] = frozenset()
+        elif instance.spec.protocol is ServerProtocol.OLLAMA:
+            loaded = frozenset(model_key(model.name) for model in view.models)
+        else:
+            loaded = frozenset(models or ())  # such servers serve what they hold
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
             state=state,
             priority=priority,
-            models=_NO_MODELS if instance.spec.is_paid else self.models_of(instance),
-            loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
+            models=models,
+            loaded=loaded,
             why_out=why_out,
             detail=detail,
             overloads=self._overload.of(instance.id) if state is State.READY else None,
