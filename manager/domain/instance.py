@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from datetime import datetime
     from pathlib import Path
 
+    from manager.domain.money import Price
     from manager.domain.paid import Offer
     from manager.domain.roles import RequestKind
-    from manager.domain.target import Price
     from manager.domain.template import Template
     from manager.errors import Reason
 

@@ -9,16 +9,16 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, create_model
 
+from manager.domain.money import DEFAULT_MAX_OUTPUT_TOKENS, MICRO_PER_USD, Price
 from manager.domain.paid import Offer, offer
 from manager.domain.roles import Fallback, RequestKind
-from manager.domain.target import Price, Protocol
+from manager.domain.target import Protocol
 from manager.domain.template import Refusal
 from manager.settings.section import InstanceId, Number, Section, WholeNumber
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-MICRO = 1_000_000
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_IN_A_MODEL = re.compile(r"[\s\x00-\x1f\x7f]")
 _VERSION = re.compile(r"/v[0-9][a-z0-9]*$")
@@ -158,7 +158,7 @@ def price_of(model: ServedModelSettings) -> Price:
     return Price(
         _micro(model.input_usd_per_mtok or 0.0),
         _micro(model.output_usd_per_mtok or 0.0),
-        model.max_output_tokens,
+        model.max_output_tokens or DEFAULT_MAX_OUTPUT_TOKENS,
     )
 
 
@@ -185,4 +185,4 @@ def base_url(url: str, protocol: Protocol) -> str:
 
 
 def _micro(usd: float) -> int:
-    return int((Decimal(str(usd)) * MICRO).to_integral_value(ROUND_CEILING))
+    return int((Decimal(str(usd)) * MICRO_PER_USD).to_integral_value(ROUND_CEILING))

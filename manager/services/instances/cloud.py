@@ -124,12 +124,4 @@ class CloudInstance(Instance):
     def _target(self, endpoint: str) -> Place:
         spec = self.spec
         headers = credentials(spec.protocol, self._key.value)
-        return Place(
-            self.id,
-            endpoint,
-            headers,
-            spec.protocol,
-            paid=True,
-            repeatable=False,
-            prices=spec.prices,
-        )
+        return Place(self.id, endpoint, headers, spec.protocol, prices=spec.prices, repeatable=False)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.instance import Driver, KeySource
+from manager.domain.money import Price
 from manager.domain.roles import RequestKind
-from manager.domain.target import Price, Protocol
+from manager.domain.target import Protocol
 from manager.errors import ConfigurationError
 from manager.settings import load_settings, load_templates, resolve_instances
 from manager.settings.servers import base_url, to_fallback
