@@ -121,7 +121,7 @@ class CloudInstance(Instance):
             drained=self._drained,
         )
 
-    def _target(self, endpoint: str) -> Place:
+    def _place_at(self, endpoint: str) -> Place:
         spec = self.spec
         headers = credentials(spec.protocol, self._key.value)
         return Place(self.id, endpoint, headers, spec.protocol, prices=spec.prices, repeatable=False)

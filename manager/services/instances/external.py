@@ -85,7 +85,7 @@ class ExternalInstance(Instance):
     def _headers(self) -> tuple[Header, ...]:
         return credentials(self.spec.protocol, self._key.value)
 
-    def _target(self, endpoint: str) -> Place:
+    def _place_at(self, endpoint: str) -> Place:
         return Place(self.id, endpoint, self._headers, self.spec.protocol)
 
     @property

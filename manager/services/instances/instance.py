@@ -244,10 +244,10 @@ class Instance(ABC):
     def _grant(self, endpoint: str) -> Lease:
         place = self._place
         if place is None or place.endpoint != endpoint:
-            place = self._place = self._target(endpoint)
+            place = self._place = self._place_at(endpoint)
         return self._leases.grant(place)
 
-    def _target(self, endpoint: str) -> Place:
+    def _place_at(self, endpoint: str) -> Place:
         """Return what a lease leads to."""
         return Place(self.id, endpoint)
 
