@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 # Where asynchronous runs are begun.
 RUNS_PATH = "/api/v1/runs"
+# Why an attempt is made on a server that has nothing to load.
+_HELD = ("loaded", "paid")
 # How much longer a load that makes progress may take, each time that it is looked at.
 _LOAD_GRACE_S = 10.0
 
@@ -227,7 +229,7 @@ class Attempting:
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
         self._starts_nothing = True
-        return self.enter(facts)
+        return self.enter(facts._replace(local_only=True))
 
     @property
     def others(self) -> tuple[Attempt, ...]:
@@ -276,6 +278,9 @@ class Attempting:
             self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
+        target = self.target
+        if target is not None and target.prices is not None:
+            record.provider = target.instance
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
         if self._conversation:
@@ -337,11 +342,20 @@ class Attempting:
         return self._routing.router.changes_for(self.attempt)
 
     @property
+    def most_tokens(self) -> int | None:
+        """The longest answer of the current attempt that may be paid; None where nothing is."""
+        attempt, target = self.attempt, self.target
+        if attempt is None or target is None or target.prices is None:
+            return None
+        price = target.prices.get(attempt.model)
+        return None if price is None else price.max_output_tokens
+
+    @property
     def work(self) -> Work:
         """The work of the server."""
         attempt = self.attempt
         assert attempt is not None  # noqa: S101
-        return Work(attempt.instance, attempt.model, attempt.because != "loaded")
+        return Work(attempt.instance, attempt.model, attempt.because not in _HELD)
 
     @property
     def cut(self) -> str | None:
@@ -366,7 +380,7 @@ class Attempting:
     @property
     def may_load(self) -> bool:
         """Whether the server may have to load the model first."""
-        return self.attempt is not None and self.attempt.because != "loaded"
+        return self.attempt is not None and self.attempt.because not in _HELD
 
     # --- what became of an attempt ---
 
@@ -399,9 +413,12 @@ class Attempting:
             self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
         # A target that is not repeatable is sent a request once, whatever becomes of it.
-        is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
+        is_final = ours or self._is_spent
         if target is not None and not target.repeatable and (sent or stale):
             is_final = True
+        elif sent and reason not in _ABANDONED and not is_final:
+            # The request may have killed its server, and would kill the next one. It kills no paid service.
+            is_final = not isinstance(self._attempts, Attempts) or not self._attempts.only_pay()
         if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
@@ -435,6 +452,18 @@ class Attempting:
         )
         self._release()
         return self._give_up() if is_final else self._next()
+
+    def unsayable(self, message: str) -> Step:
+        """The API of the server has no word for a part of the request. Return the next step."""
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101  (something was attempted)
+        self._add_failure(attempt, Reason.POLICY, message)
+        trouble = Trouble(
+            Reason.POLICY, message, refused="unsayable", attempt=attempt, endpoint=self.record.endpoint
+        )
+        self._keep_trouble(trouble)
+        self._release()
+        return self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
         """Whether something else than this answer with an error may be what the client gets.
@@ -577,6 +606,9 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
+        if refused is None and waits and decision.groups[0].because == "paid" and not router.is_known:
+            self._pending = self._wait_for_first_look  # a local instance may turn out to have the model
+            return WAIT
         if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
@@ -589,7 +621,7 @@ class Attempting:
                 if not attempts.more:
                     return _STOPPED
             return self._next()
-        if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
+        if waits and not router.is_known and refused.what in _NOT_YET:
             self._pending = self._wait_for_first_look
             return WAIT
         record.fallback_reason = refused.reason
@@ -644,6 +676,7 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
+            attempts.pay_nothing()
             self._full = self._full or choices[0].instance
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
             message = f"{entry.message} ({entry.what})"
@@ -687,6 +720,7 @@ class Attempting:
             return self._next() if self._trouble is not None else self._decide(waits=False)
         self._full = self._full or place.waiter.instances[0]
         attempts.skip()
+        attempts.pay_nothing()
         message = f"no slot became free within {wait_s:g} s (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
@@ -832,8 +866,11 @@ class Attempting:
         An instance that could only have pulled the model does not have it either: its trouble counts less.
         """
         known, attempt = self._trouble, trouble.attempt
-        could_only_pull = attempt is not None and attempt.because == "pull"
-        if known is None or (known.reason is Reason.MODEL_MISSING and not could_only_pull):
+        counts_less = trouble.refused == "unsayable" or (attempt is not None and attempt.because == "pull")
+        says_little = known is not None and (
+            known.refused == "unsayable" or known.reason is Reason.MODEL_MISSING
+        )
+        if known is None or (says_little and not counts_less):
             self._trouble = trouble
         if self._fallback_reason is None:
             self._fallback_reason = trouble.reason
@@ -870,7 +907,7 @@ class Attempting:
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
-        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because in _HELD)
         if reason is not None and is_fault and self.cut is None:
             breakers.failed(attempt.instance, permit, reason)
         else:
@@ -908,6 +945,8 @@ class Attempting:
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
+# What the first look at the fleet may change.
+_NOT_YET = ("unknown", "unavailable", "local_only")
 # The attempt was ended by us or by the operator: its server has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 

@@ -38,7 +38,7 @@ _MAX_DECISIONS = 4096
 _LAST = -1_000_000
 _NO_MODELS: Mapping[str, str] = MappingProxyType({})
 # Why an attempt is made on an instance that runs already.
-RUNNING = ("loaded", "running", "paid")
+RUNNING = ("loaded", "running")
 
 
 def _never(_instance_id: str) -> None:
@@ -246,8 +246,10 @@ class Attempts:
         "_facts",
         "_keeps_role",
         "_made",
+        "_may_pay",
         "_may_pull",
         "_may_start",
+        "_only_pays",
         "_preferred",
         "_router",
         "_skipped",
@@ -261,6 +263,8 @@ class Attempts:
         self._ahead: Attempt | None = None
         self._may_start = True
         self._may_pull = True
+        self._may_pay = True
+        self._only_pays = False
         self._keeps_role = False
         self._preferred: str | None = None
         self._skipped: frozenset[int] = frozenset()
@@ -348,7 +352,7 @@ class Attempts:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
         self._coming = self._others()
-        if self._ahead is not None and self._ahead.because not in RUNNING:
+        if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
 
     def pull_failed(self) -> None:
@@ -356,6 +360,19 @@ class Attempts:
         self._may_pull = False
         if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
+
+    def pay_nothing(self) -> None:
+        """Ask no paid server: what is local is busy, and has not failed."""
+        self._may_pay = False
+        if self._ahead is not None and self._ahead.because == "paid":
+            self._ahead = None
+
+    def only_pay(self) -> bool:
+        """Ask no local server any more; return whether a paid one is left."""
+        self._only_pays = True
+        if self._ahead is not None and self._ahead.because != "paid":
+            self._ahead = None
+        return self.more
 
     def leave_role(self) -> None:
         """Drop the attempts under other roles than the one that was asked for: those have other models."""
@@ -395,10 +412,12 @@ class Attempts:
         return None
 
     def _is_allowed(self, attempt: Attempt) -> bool:
-        if attempt.choice in self._skipped:
+        if attempt.choice in self._skipped or (self._only_pays and attempt.because != "paid"):
             return False
         if self._keeps_role and attempt.role != self.decision.role:
             return False
+        if attempt.because == "paid":
+            return self._may_pay
         if not self._may_start:
             return attempt.because in RUNNING
         if attempt.because == "pull" and not self._may_pull:
