@@ -65,6 +65,7 @@ from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
+from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
@@ -330,6 +331,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             breakers,
             overload,
             keep=history.add,
+            cloud=CloudEvents(journal),
         )
         passing = Passing(
             routing=routing,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.domain.breaker import is_counted
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
+from manager.domain.record import LOCAL
 from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
+    from manager.services.routing.cloud_events import CloudEvents
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
@@ -112,6 +114,7 @@ class Routing:
     breakers: Breakers
     overload: Overload
     keep: Callable[[Ended], None] = _forget
+    cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -127,6 +130,8 @@ class Routing:
         if record.outcome == "ok" and record.model is not None:
             self.status.answered(record.model)
         self.fallbacks.ended(record)
+        if record.provider is not LOCAL and self.cloud is not None:
+            self.cloud.ended(record)
 
 
 class FixedAttempts:
