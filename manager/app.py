@@ -34,6 +34,7 @@ from manager.parts import (
     header_names,
     history_of,
     instances_of,
+    ledger_of,
     model_server,
     on_gpu,
     own_names_of,
@@ -185,6 +186,9 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
         held.push_async_callback(journal.retire)
+        ledger = ledger_of(held, registry, journal, settings)
+        if not (resume_idle_clock or dry_run):
+            await ledger.recover(is_alone=not claims_within_s)
         reader = Nvml()
         stack.push_async_callback(reader.close)
         pids = ProcCgroups()
@@ -324,6 +328,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             breakers,
             overload,
             keep=history.add,
+            ledger=ledger,
         )
         passing = Passing(
             routing=routing,
@@ -378,6 +383,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             ).render,
             refusals=refusals,
             history=history,
+            ledger=ledger,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
@@ -385,6 +391,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,
             "pulls": pulls.run,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -119,4 +120,5 @@ class Backend:
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    ledger: Ledger
     runs: Runs

@@ -25,6 +25,7 @@ from manager.wire.translate.hub import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from manager.wire.translate.event_stream import Sent
     from manager.wire.translate.hub import AnswerEvent
 
 # Of a whole answer.
@@ -79,7 +80,9 @@ class MessagesEvents:
         if self._has_ended:
             return []
         if self._stream is not None:
-            found = self._from_stream(self._stream, b"\n\n")
+            # An event without the empty line behind it counts where it is whole.
+            last = [sent for sent in self._stream.end() if "type" in _object(sent.data)]
+            found = self._from_events(last)
             return found if self._has_ended else [*found, *self._failed("the server ended the stream early")]
         document = _object(bytes(self._whole))
         if document.get("type") != "message":
@@ -98,12 +101,16 @@ class MessagesEvents:
     # --- a stream ---
 
     def _from_stream(self, stream: EventStream, data: bytes) -> list[AnswerEvent]:
-        found: list[AnswerEvent] = []
-        for sent in stream.feed(data):
-            if not self._has_ended:
-                found += self._from_event(_object(sent.data))
+        found = self._from_events(stream.feed(data))
         if stream.fault is not None and not self._has_ended:
             found += self._failed(stream.fault)
+        return found
+
+    def _from_events(self, events: Iterable[Sent]) -> list[AnswerEvent]:
+        found: list[AnswerEvent] = []
+        for sent in events:
+            if not self._has_ended:
+                found += self._from_event(_object(sent.data))
         return found
 
     def _from_event(self, event: Mapping[str, Any]) -> list[AnswerEvent]:
@@ -160,8 +167,10 @@ class MessagesEvents:
 
     def _take_end(self, given: Mapping[str, Any]) -> None:
         self._count(given.get("usage"))
-        self._stop = _STOPS.get(_text(given, "stop_reason"), Stop.END)
-        self._stop_sequence = _text(given, "stop_sequence") or None
+        reason = _text(given, "stop_reason")
+        if reason:  # a `message_delta` may have numbers of tokens only
+            self._stop = _STOPS.get(reason, Stop.END)
+            self._stop_sequence = _text(given, "stop_sequence") or None
 
     def _count(self, usage: Any) -> None:
         """Take numbers of tokens; later ones replace earlier ones."""

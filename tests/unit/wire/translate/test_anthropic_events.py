@@ -228,11 +228,19 @@ def test_text_and_input_may_come_with_the_beginning_of_a_block() -> None:
     ]
 
 
+def test_a_change_of_the_message_may_have_no_reason() -> None:
+    reason = {"type": "message_delta", "delta": {"stop_reason": "stop_sequence", "stop_sequence": "#"}}
+    tokens = {"type": "message_delta", "delta": {}, "usage": {"output_tokens": 20}}
+
+    assert read(stream_of(reason, tokens, STOP)) == [Ended(Stop.STOP_SEQUENCE, Usage(0, 20), "#")]
+
+
 EARLY = "the server ended the stream early"
 NO_EVENT = "the server sent an event that is no JSON object with a type"
 BROKEN: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", EARLY),
     "cut": (stream_of(START, begin(0, type="text", text="")), EARLY),
+    "cut amid an event": (stream_of(START, *END)[:-20], EARLY),
     "overloaded": (
         stream_of(START, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
         "Overloaded",
@@ -266,6 +274,10 @@ def test_a_broken_message_is_a_failure(case: str) -> None:
     answer, message = BROKEN_MESSAGES[case]
 
     assert read(answer, stream=False) == [Failed(message)]
+
+
+def test_the_last_event_counts_without_the_empty_line_behind_it() -> None:
+    assert read(stream_of(*END)[:-2]) == [Ended(Stop.END, Usage(0, 20))]
 
 
 def test_nothing_counts_behind_the_end() -> None:
