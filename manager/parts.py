@@ -23,7 +23,6 @@ from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
-from manager.services.accounts.ledger import Ledger
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
 from manager.services.instances.engine_link import EngineLink
@@ -341,19 +340,6 @@ def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) 
     return history
 
 
-def ledger_of(held: AsyncExitStack, registry: SqlRegistry, journal: Journal, settings: Settings) -> Ledger:
-    """Return the ledger of paid requests; what waits is written before the registry is closed."""
-    ledger = Ledger(
-        registry.ledger(),
-        journal,
-        budgets=budgets_of(settings),
-        longest_request_s=settings.gateway.total_timeout_s,
-        utcnow=utcnow,
-    )
-    held.push_async_callback(ledger.close)
-    return ledger
-
-
 def budgets_of(settings: Settings) -> tuple[Budget, ...]:
     return tuple(one.budget for one in settings.budgets)
 
@@ -397,14 +383,17 @@ def own_names_of(pids: ProcCgroups) -> tuple[str, ...]:
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 
-def traffic_of(stack: AsyncExitStack, settings: Settings, sink: RecordSink) -> tuple[Traffic, Samples]:
-    """Return the counters of requests, and which traces are sampled; spans are closed with the stack."""
+def traffic_of(
+    stack: AsyncExitStack, settings: Settings, log: LogWriter | None
+) -> tuple[RecordSink, Traffic, Samples]:
+    """Return the log of requests, their counters, and which traces are sampled; spans end with the stack."""
+    sink = RecordSink(log, settings.log)
     spans = _spans() if settings.gateway.tracing else None
     if spans is None:
-        return Traffic(sink.write, share_logged=settings.gateway.access_log), never
+        return sink, Traffic(sink.write, share_logged=settings.gateway.access_log), never
     stack.push_async_callback(spans.close)
     traffic = Traffic(sink.write, share_logged=settings.gateway.access_log, trace=spans.write)
-    return traffic, spans.samples
+    return sink, traffic, spans.samples
 
 
 def _spans() -> Spans:

@@ -23,10 +23,12 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
 from manager.wire.statuses import (
     BAD_REQUEST,
+    LATER,
+    NO_RETRY,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
     outcome_of,
-    outcome_without_answer,
+    outcome_of_trouble,
     status_of,
 )
 
@@ -137,6 +139,7 @@ class Passage:
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
         self._cut_by = "the manager is being stopped"
+        self._is_cancelled = False
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -156,6 +159,7 @@ class Passage:
         """End it because the operator wants that."""
         if not self.cut.is_set():
             self.attempting.cancelled()
+            self._is_cancelled = True
             self._cut_by = why
             self.cut.set()
 
@@ -277,7 +281,9 @@ class Passage:
     ) -> Question:
         """Return this request, as the server is to get it; `length` is that of a body in pieces."""
         headers = [*self.headers, *target.headers] if target.headers else self.headers
-        return Question(target.endpoint, self.scope["method"], self.target_path, headers, body, length)
+        return Question(
+            target.instance, target.endpoint, self.scope["method"], self.target_path, headers, body, length
+        )
 
     @asynccontextmanager
     async def answered(
@@ -419,7 +425,8 @@ class Passage:
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
-                raise RefusedError(503, f"cut off: {self._cut_by}", "cut")
+                headers = NO_RETRY if self._is_cancelled else LATER
+                raise RefusedError(UNAVAILABLE, f"cut off: {self._cut_by}", "cut", headers=headers)
         finally:
             for task in (working, leaving, cutting):
                 task.cancel()
@@ -492,10 +499,10 @@ class Passage:
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
-            if failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
+            if failure.headers is not None:
+                headers |= failure.headers
+            elif failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
-            if failure.location is not None:
-                headers["Location"] = failure.location
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
             await answer_error(self._say, self.dialect, failure.status, failure.message, headers)
@@ -520,8 +527,8 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
 
 def _refused(trouble: Trouble) -> RefusedError:
     status = status_of(trouble.reason, trouble.refused)
-    outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-    location = RUNS_PATH if trouble.refused == "async_only" else None
+    outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
+    headers = {"Location": RUNS_PATH} if trouble.refused == "async_only" else None
     return RefusedError(
-        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, location=location
+        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, headers=headers
     )

@@ -206,12 +206,13 @@ class Upstream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request for one server.
+    """A request for the server of one instance. Errors name the instance: its address is not for clients.
 
     `target` is path and query as they came; `headers` has neither Host nor anything that frames the message.
     A body in pieces is sent as they come, with its length where that is known.
     """
 
+    instance: str
     endpoint: str
     method: str
     target: str

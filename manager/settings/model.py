@@ -483,7 +483,8 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     auto_gpus = settings.gpus == "auto"
     gpu_of = {id_: _surely_gpu(instance) for id_, instance in instances.items()}
     slots_of = {id_: instance.slots for id_, instance in instances.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=auto_gpus):
+    deny_of = {id_: instance.deny_models for id_, instance in instances.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
     managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
     for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):

@@ -37,6 +37,7 @@ class ModelSettings:
         models: the section of that name.
         instances: for every instance there is now whether it runs on a GPU, None where that is not declared.
         slots: the slots of every instance there is now, None where they are not limited.
+        denied: the patterns of models that every instance must not run.
         auto_gpus: whether cards that nobody has listed get instances of their own.
     """
 
@@ -49,6 +50,7 @@ class ModelSettings:
         models: ModelsSettings,
         instances: Callable[[], Mapping[str, bool | None]],
         slots: Callable[[], Mapping[str, int | None]],
+        denied: Callable[[], Mapping[str, tuple[str, ...]]],
         auto_gpus: bool,
     ) -> None:
         self._registry = registry
@@ -57,6 +59,7 @@ class ModelSettings:
         self._models = models
         self._instances = instances
         self._slots = slots
+        self._denied = denied
         self._auto_gpus = auto_gpus
         self._changing = asyncio.Lock()
         self._overrides: dict[str, Any] = {}
@@ -94,7 +97,13 @@ class ModelSettings:
         async with self._changing:
             ignored = {one.key for one in self.ignored}
             after, problems = with_change(
-                self._written, self._overrides, change, self._gpu_of(), self._slots(), ignored=ignored
+                self._written,
+                self._overrides,
+                change,
+                self._gpu_of(),
+                self._slots(),
+                deny_of=self._denied(),
+                ignored=ignored,
             )
             if problems:
                 fields = [{"field": key, "message": text} for key, text in dict.fromkeys(problems)]
@@ -132,6 +141,7 @@ class ModelSettings:
             overrides,
             self._instances(),
             self._slots(),
+            deny_of=self._denied(),
             auto_gpus=self._auto_gpus,
             preferred=preferred,
         )

@@ -21,10 +21,11 @@ from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
+from manager.domain.routing import PassedOver
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.services.lanes.slots import Refusal
+from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.router import RUNNING, Attempts
@@ -200,7 +201,7 @@ class Attempting:
     _sent_at = 0.0
     _asked_s = 0.0  # how long servers were asked that brought no answer
     _queued_s = 0.0  # how long slots were waited for
-    _full: str | None = None  # the preferred instance, where it had no free slot
+    _full: tuple[PassedOver, ...] = ()  # the instances that had no free slot, the preferred one first
     _is_waiting = False
     _looks_closer = False
     _is_delivered = False
@@ -512,6 +513,16 @@ class Attempting:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
 
+    @property
+    def is_probe(self) -> bool:
+        """Return whether the request may be the one that tries a half-open breaker."""
+        return self._permit != 0 and self._routing.breakers.is_half_open(self.holds)
+
+    def begun(self) -> None:
+        """The server has sent the beginning of a good answer: a half-open breaker waits for no more."""
+        if self._permit:
+            self._permit = self._routing.breakers.begun(self.holds, self._permit)
+
     def broke_off(self, reason: Reason) -> None:
         """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
         self._settle(reason)
@@ -559,7 +570,7 @@ class Attempting:
     @property
     def seen(self) -> Ended:
         """The request as the history takes it, by reference."""
-        return Ended(self.record, self._attempts, self._failures, self.message)
+        return Ended(self.record, self._attempts, self._failures, self.message, self._full)
 
     def cancelled(self) -> None:
         """The operator has cancelled the request; its caller ends it with `close`."""
@@ -601,7 +612,7 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
-            if self._body is not None and len(decision.groups[0].instances) > 1:
+            if self._body is not None and decision.has_equals:
                 self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
@@ -664,8 +675,8 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
-            self._full = self._full or choices[0].instance
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
@@ -684,8 +695,9 @@ class Attempting:
             self.give_slot_back()
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
+        if attempt is not choices[0]:
+            self._pass_over(choices[: choices.index(attempt)], Reason.OVERLOADED, FULL)
         if attempt is not choices[0] and attempt.fallback is not None:
-            self._full = self._full or choices[0].instance
             attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
         return self._begin(attempt)
 
@@ -705,14 +717,21 @@ class Attempting:
         self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
-        self._full = self._full or place.waiter.instances[0]
-        attempts.skip()
         if how == "refused":
-            message = "no slot is free, and no more requests may wait for one (overloaded)"
+            why = "no slot is free, and no more requests may wait for one"
         else:
-            message = f"no slot became free within {wait_s:g} s (overloaded)"
+            why = f"no slot became free within {wait_s:g} s"
+        self._pass_over(attempts.choices(), Reason.OVERLOADED, why)
+        attempts.skip()
+        message = f"{why} (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
+
+    def _pass_over(self, full: Sequence[Attempt], reason: Reason, why: str) -> None:
+        known = {one.instance for one in self._full}
+        self._full += tuple(
+            PassedOver(one.instance, one.model, reason, why) for one in full if one.instance not in known
+        )
 
     def _begin(self, attempt: Attempt) -> Step:
         """Begin an attempt."""
@@ -749,8 +768,8 @@ class Attempting:
         record = self.record
         if record.requested_target is not None:
             return record.requested_target
-        if self._full is not None and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
-            return self._full
+        if self._full and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            return self._full[0].instance
         if record.failed_attempts:
             return record.failed_attempts[0].target
         decision = getattr(self._attempts, "decision", None)
@@ -876,7 +895,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
-        self._settle(None if ours else reason)
+        self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -924,15 +943,25 @@ class Attempting:
             self._asked_s += monotonic() - self._sent_at
             self._pending = None
 
-    def _settle(self, reason: Reason | None) -> None:
-        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+    def _settle(self, reason: Reason | None, *, sent: bool = False) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts.
+
+        `sent` is whether the server was asked, and has not begun to answer.
+        """
         permit, self._permit, attempt = self._permit, 0, self.attempt
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
         is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
         if reason is not None and is_fault and self.cut is None:
-            breakers.failed(attempt.instance, permit, reason)
+            loads = (
+                sent
+                and reason is Reason.ATTEMPT_TIMEOUT
+                and attempt.because != "loaded"
+                and self.record.ttfb_ms is None
+                and not self._routing.placement.is_silent(attempt.instance)
+            )
+            breakers.failed(attempt.instance, permit, reason, loads=loads)
         else:
             breakers.cancelled(attempt.instance, permit)
 

@@ -37,6 +37,7 @@ from manager.wire.statuses import (
     UNAVAILABLE,
     judge,
     outcome_of,
+    outcome_of_trouble,
     outcome_without_answer,
     status_of,
 )
@@ -86,6 +87,7 @@ _PASSING = frozenset(
         Reason.NAME_CONFLICT,
         Reason.PORT_TAKEN,
         Reason.CONTAINER_EXITED,
+        Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
@@ -264,7 +266,7 @@ class _Work:
             (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
             *target.headers,
         ]
-        return Question(target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
+        return Question(target.instance, target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
 
     async def _store(self, answer: ServerAnswer | WholeAnswer, *, is_stream: bool) -> Done:
         """Write the answer into its file. The server's slot is given back before the file is on disk.
@@ -293,9 +295,14 @@ class _Work:
             await storing.add(answer.content)
             return
         attempting = self.attempting
+        is_probe = self.record.stream and answer.status == _OK and attempting.is_probe
         try:
             async with asyncio.timeout(max(0.0, attempting.total_deadline - monotonic())):
                 while piece := await answer.piece():
+                    if is_probe:
+                        is_probe = False
+                        if error_in(piece) is None:
+                            attempting.begun()
                     await storing.add(piece)
         except TimeoutError:
             attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
@@ -404,8 +411,7 @@ def _failure_of(error: Exception, run: Run) -> _FailedError:
     if isinstance(error, UnansweredError):
         trouble = error.trouble
         status = status_of(trouble.reason, trouble.refused)
-        refused = "refused" if trouble.refused is not None else outcome_without_answer(status)
-        outcome: Outcome = "cut" if trouble.reason is Reason.CANCELLED else refused
+        outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
         return _FailedError(status, trouble.reason, trouble.message, outcome)
     if isinstance(error, BadBodyError | InvalidRequestError):
         return _FailedError(BAD_REQUEST, "invalid_request", str(error), "client_error")
