@@ -29,12 +29,14 @@ from manager.parts import (
     Reconfigure,
     breaker_limits,
     forget_server,
+    gpus_of,
     header_names,
     history_of,
     instances_of,
     model_server,
-    on_gpu,
     own_names_of,
+    paid_of,
+    read_key,
     read_orders,
     runs_of,
     slots_of,
@@ -59,6 +61,7 @@ from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
+from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
@@ -69,6 +72,7 @@ from manager.settings import (
     load_templates,
     real_writers,
     resolve_instances,
+    written_fallback,
     written_roles,
 )
 
@@ -212,6 +216,7 @@ async def open_daemon(
             others_work=others_work,
             revision=revision,
             server_changed=partial(forget_server, breakers, overload),
+            read_key=read_key,
         )
         make = Maker(
             world,
@@ -236,10 +241,12 @@ async def open_daemon(
             journal,
             written=written_roles(loaded),
             models=settings.models,
-            instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
+            instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
             denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
+            fallback=written_fallback(loaded),
+            paid=partial(paid_of, fleet),
         )
         await model_settings.load()
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
@@ -309,6 +316,7 @@ async def open_daemon(
             overload,
             keep=history.add,
             ledger=ledger,
+            cloud=CloudEvents(journal),
         )
         passing = Passing(
             routing=routing,

@@ -180,13 +180,16 @@ class Upstream(Protocol):
         """Whether `url` is answered with 2xx in time. Never raises."""
         ...
 
-    async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
+    async def probe(
+        self, endpoint: str, *, timeout_s: float, tags: bool, headers: Sequence[Header] = ()
+    ) -> ProbeAnswer:
         """Ask `/api/ps`; with `tags`, or where that is not answered as Ollama does, what else tells a server.
 
         Args:
             endpoint: the server's URL.
             timeout_s: the deadline of everything together.
             tags: ask `/api/version` and `/api/tags` too.
+            headers: such as the credentials for the server.
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
@@ -194,7 +197,32 @@ class Upstream(Protocol):
         """
         ...
 
-    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+    async def probe_openai(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float,
+        models: bool,
+        names: Sequence[str] | None,
+        headers: Sequence[Header],
+    ) -> ProbeAnswer:
+        """Ask a server that speaks OpenAI's API `/health`; where it has none, or with `models`, `/v1/models`.
+
+        Args:
+            endpoint: the server's base URL, which ends before `/models`.
+            timeout_s: the deadline of everything together.
+            models: read the list of models too.
+            names: its models where it cannot list them; None: it is asked.
+            headers: the credentials for the server.
+
+        Raises:
+            UnavailableError, OutOfDescriptorsError: as `probe`.
+        """
+        ...
+
+    async def show(
+        self, endpoint: str, model: str, *, timeout_s: float, headers: Sequence[Header] = ()
+    ) -> ShowAnswer:
         """Ask `/api/show` about a model.
 
         Raises:

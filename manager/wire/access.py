@@ -33,7 +33,7 @@ _BAD_REQUEST = 400
 _UNAUTHORIZED = 401
 _FORBIDDEN = 403
 _METHODS = b"GET, HEAD, POST, DELETE"
-_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
+_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Provider, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
 
 
 @dataclass(frozen=True, slots=True)

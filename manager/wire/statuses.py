@@ -33,6 +33,8 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "contradiction": 422,
         "denied": 403,
         "budget_exhausted": 402,
+        "local_only": 403,
+        "unsayable": 400,
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,
@@ -47,6 +49,7 @@ _TOLD: Mapping[Reason, int] = MappingProxyType(
         Reason.HOST_DENIED: 403,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
+        Reason.INVALID_OUTPUT: 502,
         Reason.MODEL_LOAD_FAILED: 502,
     }
 )
