@@ -46,6 +46,7 @@ from manager.parts import (
     warming,
 )
 from manager.relay.upstream import UpstreamPools
+from manager.services.accounts.keyring import Keyring
 from manager.services.bodies import BodyBudget
 from manager.services.gpus import Gpus
 from manager.services.instances.upgrades import Upgrades
@@ -185,6 +186,8 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
         rows = await registry.instances()
         journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
         held.push_async_callback(journal.retire)
+        keyring = Keyring(registry, journal, utcnow=utcnow)
+        await keyring.load()
         reader = Nvml()
         stack.push_async_callback(reader.close)
         pids = ProcCgroups()
@@ -332,7 +335,10 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             pulls=pulls,
             server=server,
             requests=Requests(
-                header_names(settings), default_project=settings.gateway.default_project, samples=samples
+                header_names(settings),
+                default_project=settings.gateway.default_project,
+                samples=samples,
+                used=keyring.used,
             ),
             bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
@@ -378,6 +384,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             ).render,
             refusals=refusals,
             history=history,
+            keyring=keyring,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
@@ -385,6 +392,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "keys": keyring.run,
             "model lists": lists.run,
             "model details": details.run,
             "pulls": pulls.run,

@@ -10,8 +10,10 @@ from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
 from manager.api.errors import error_response
+from manager.api.granted import keep_grant
 from manager.wire.access import ambiguous, for_pages, permission
 from manager.wire.head import ambiguity
+from manager.wire.keys import without_path_key
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.paths import decoded, normalised
 
@@ -43,6 +45,7 @@ class Gate:
     Args:
         app: the routes.
         access: the check.
+        used: takes the name of the key of each request.
         refused: is called with reason, address and path of each refused request.
         larger: paths whose bodies may be larger than `MOST_BODY_BYTES`, and how large.
     """
@@ -53,18 +56,20 @@ class Gate:
         *,
         access: Access,
         refused: Callable[[str, str, str], None],
+        used: set[str],
         larger: Mapping[str, Callable[[], int]] = MappingProxyType({}),
     ) -> None:
         self._app = app
         self._access = access
         self._refused = refused
+        self._used = used
         self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope, said = _with_normal_path(scope), _Said(_unframed(send))
+        scope, said = _without_key(_with_normal_path(scope)), _Said(_unframed(send))
         try:
             await self._serve(scope, receive, said)
         except asyncio.CancelledError:
@@ -109,13 +114,16 @@ class Gate:
     def _refusal(self, scope: Scope, *, preflight: bool = False) -> Refusal | None:
         path, headers = scope["path"], scope["headers"]
         why = ambiguity(headers)
-        refusal = (
-            ambiguous(why)
-            if why
-            else self._access.refusal(
-                path, headers, preflight=preflight, needs_host=scope.get("http_version") != "1.0"
+        if why:
+            refusal: Refusal | None = ambiguous(why)
+        else:
+            needs_host = scope.get("http_version") != "1.0"
+            refusal, grant = self._access.check(
+                scope["method"], path, headers, preflight=preflight, needs_host=needs_host
             )
-        )
+            keep_grant(scope, grant)
+            if grant is not None:
+                self._used.add(grant.name)
         if refusal is not None:
             client = scope.get("client")
             self._refused(refusal.reason, client[0] if client else "", path)
@@ -149,6 +157,14 @@ def _with_normal_path(scope: Scope) -> Scope:
         return scope
     path = normalised(raw)
     return {**scope, "raw_path": path, "path": decoded(path)}
+
+
+def _without_key(scope: Scope) -> Scope:
+    """Return the scope without a key in its path, which is one of its headers then (`wire.keys.PATH_KEY`)."""
+    path, keys = without_path_key(scope["raw_path"])
+    if not keys:
+        return scope
+    return {**scope, "raw_path": path, "path": decoded(path), "headers": [*scope["headers"], *keys]}
 
 
 def _unframed(send: Send) -> Send:

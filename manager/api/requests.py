@@ -60,6 +60,7 @@ class RequestBody(_Shape):
     lane: str | None
     intent: str | None
     local_only: bool
+    key: str | None
     role: str | None
     model: str | None
     requested_target: str | None

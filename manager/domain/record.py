@@ -35,7 +35,8 @@ class RequestRecord:
     `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None
     for requests that manage models. `attempts` counts every time that the request was put to an instance, or
     that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
-    `fallback_from` is the instance or policy that was preferred, None without a fallback.
+    `fallback_from` is the instance or policy that was preferred, None without a fallback. `key`
+    is the name of the client's key, None where none is needed.
 
     The class has no slots: `begun` reads the defaults from the class.
     """
@@ -52,6 +53,7 @@ class RequestRecord:
     lane: str | None = None
     intent: str | None = None
     local_only: bool = False
+    key: str | None = None
     role: str | None = None
     model: str | None = None
     requested_target: str | None = None

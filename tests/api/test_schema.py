@@ -26,6 +26,7 @@ from manager.api.app import control_api
 from manager.services.refusals import Refusals
 from manager.wire.access import Access
 from tests.support.fixtures import making_daemons, new_manager_id
+from tests.support.keys import keys
 from tests.support.ollama import running_ollama
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def description() -> dict[str, Any]:
         lifts=None,
         refusals=Refusals(now=lambda: 0.0),
     )
-    return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
+    return control_api(nothing, access=Access(allowed_hosts=(), keys=keys(KEY))).openapi()  # type: ignore[arg-type]
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:

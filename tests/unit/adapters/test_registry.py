@@ -510,7 +510,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "operator_state", "requests", "runs"):
+        for table in ("overrides", "model_lists", "operator_state", "requests", "runs", "keys"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
@@ -521,7 +521,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0007"
+    assert opening.verify(path) == tables.HEAD == "0008"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
@@ -531,6 +531,7 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute("DROP TABLE runs")
+        connection.execute("DROP TABLE keys")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
             " ('/srv/models', '[]', '2026-01-01')"
@@ -544,7 +545,7 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
 
 async def test_a_learned_size_of_the_third_schema_is_one_of_a_single_card(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("operator_state", "requests", "runs"):
+        for table in ("operator_state", "requests", "runs", "keys"):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute("INSERT INTO learned_sizes VALUES ('gpu0', 'm', 'd', 7, '2026-01-01 00:00:00')")

@@ -28,7 +28,7 @@ async def cancelled(path: str, *, starts: bool) -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(app, access=Access(allowed_hosts=["localhost"], key=None), refused=lambda *_: None)
+    gate = Gate(app, access=Access(allowed_hosts=["localhost"]), refused=lambda *_: None, used=set())
     scope = {
         "type": "http",
         "method": "POST",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.inside import until
+from tests.support.keys import keys
 from tests.support.relaying import Scripted, relaying
 
 if TYPE_CHECKING:
@@ -169,7 +170,7 @@ async def test_a_new_key_is_in_force_on_connections_that_are_kept(tmp_path: Path
         for _ in range(4):
             await caller.raw(request("usual", extra=extra))
             assert (await caller.reply()).status == 200
-        front.relay.access.configure(allowed_hosts={"localhost"}, key="the-new-key-0123456789")
+        front.relay.access.use(keys("the-new-key-0123456789"))
         await caller.raw(request("usual", extra=extra))
         assert (await caller.reply()).status == 401
         caller.leave()
