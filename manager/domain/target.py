@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from manager.domain.money import Price
 
 
 class Protocol(StrEnum):
@@ -19,13 +25,18 @@ class Target:
     """One server, as a lease on its instance leads to it.
 
     `endpoint` is the base URL. `headers` are added to each request, such as the credentials of a server that
-    somebody else runs. `paid` servers cost money for each request. A request to a target that is not
-    `repeatable` is sent once, whatever becomes of it.
+    somebody else runs. Each request to a server with `prices`, by model, costs money; None costs nothing. A
+    request to a target that is not `repeatable` is sent once, whatever becomes of it.
     """
 
     instance: str
     endpoint: str
     headers: tuple[tuple[bytes, bytes], ...] = ()
     protocol: Protocol = Protocol.OLLAMA
-    paid: bool = False
+    prices: Mapping[str, Price] | None = None
     repeatable: bool = True
+
+    @property
+    def paid(self) -> bool:
+        """Whether each request costs money."""
+        return self.prices is not None
