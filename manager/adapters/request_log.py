@@ -34,6 +34,7 @@ _READABLE = (
     "input_tokens",
     "output_tokens",
     "project_id",
+    "key",
     "request_id",
 )
 

@@ -11,7 +11,9 @@ from manager.api.breakers import breakers_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
+from manager.api.granted import OpenByKey
 from manager.api.health import health_router
+from manager.api.keys import keys_router
 from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
 from manager.api.loading import loading_router
@@ -22,6 +24,7 @@ from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
+from manager.api.sign_in import sign_in_router
 from manager.wire.scopes import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         redoc_url=None,
     )
     _describe_key(app, access)
+    open_requests = OpenByKey()
     routers = (
         compute_router(backend),
         loading_router(backend),
@@ -57,6 +61,8 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
+        keys_router(backend, open_requests.cut),
+        sign_in_router(backend.keyring),
         health_router(backend),
     )
     for router in routers:
@@ -68,6 +74,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         access=access,
         refused=backend.refusals.refused,
         used=backend.keyring.used,
+        open_requests=open_requests,
         larger={RUNS: lambda: most_body_bytes(backend)},
     )
     return app

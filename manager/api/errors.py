@@ -28,6 +28,7 @@ from manager.errors import (
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
+from manager.wire.keys import without_secrets
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def _nothing_there(method: str, path: str) -> Response:
     dialect = spoken_at(path)
     if dialect is None:
         return Response(b"404 page not found", 404, media_type=None, headers={"Content-Type": "text/plain"})
-    body, kind = error_body(dialect, 404, f"there is no {method} {path}")
+    body, kind = error_body(dialect, 404, f"there is no {method} {without_secrets(path)}")
     return Response(body, 404, headers={"Content-Type": kind.decode()})
 
 

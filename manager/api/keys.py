@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from decimal import Decimal
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Response
@@ -11,8 +10,10 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.granted import CUT
 from manager.api.schemas import Time  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.keys import Grant, Key, KeyState, Permit, Scope
+from manager.domain.money import in_usd, micro_usd
 from manager.errors import InvalidRequestError
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 PATH = "/api/v1/keys"
 _DAY_S = 86_400
 _YEAR_S = 366 * _DAY_S
-_MICRO = 1_000_000
-_REVOKED = "the key was revoked"
 # The answer has a secret: nothing on the way may keep it.
 _NO_STORE = {"Cache-Control": "no-store"}
 
@@ -36,8 +35,8 @@ def _once(values: list[str] | None) -> list[str] | None:
     return values
 
 
-def _micro_usd(usd: float | None) -> float | None:
-    if usd is not None and Decimal(str(usd)) * _MICRO % 1:
+def _whole_micro_usd(usd: float | None) -> float | None:
+    if usd is not None and in_usd(micro_usd(usd)) != usd:
         raise ValueError("expected at most six decimals")
     return usd
 
@@ -68,7 +67,7 @@ class KeyRequest(_Body):
     rpm: _Count | None = None
     tokens_per_day: Annotated[int, Field(strict=True, ge=1, le=10**15)] | None = None
     usd_per_month: (
-        Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False), AfterValidator(_micro_usd)] | None
+        Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False), AfterValidator(_whole_micro_usd)] | None
     ) = None
     local_only: StrictBool = False
     expires_s: Annotated[float, Field(strict=True, gt=0, le=100 * _YEAR_S)] | None = None
@@ -195,11 +194,9 @@ def keys_router(backend: Backend, cut_streams: Callable[[str], int]) -> APIRoute
 
 def _cut(backend: Backend, name: str) -> int:
     """End the open requests of a key to models, and its runs that are executed."""
-    found = [
-        one for one, life in backend.passing.passages.open_requests if life.record.key == name
-    ]
+    found = [one for one, life in backend.passing.passages.open_requests if life.record.key == name]
     for one in found:
-        one.cancel(_REVOKED)
+        one.cancel(CUT)
     return len(found)
 
 
@@ -242,7 +239,7 @@ def _grant(backend: Backend, wanted: KeyRequest) -> Grant:
         concurrency=wanted.concurrency,
         rpm=wanted.rpm,
         tokens_per_day=wanted.tokens_per_day,
-        micro_usd_per_month=None if usd is None else int(Decimal(str(usd)) * _MICRO),
+        micro_usd_per_month=None if usd is None else micro_usd(usd),
         expires_at=None if wanted.expires_s is None else now + timedelta(seconds=wanted.expires_s),
         is_local=wanted.local_only,
     )
@@ -251,7 +248,7 @@ def _grant(backend: Backend, wanted: KeyRequest) -> Grant:
 def _key_body(backend: Backend, key: Key) -> KeyBody:
     grant = key.grant
     permit = grant.permit or Permit(grant.name)
-    micro_usd = grant.micro_usd_per_month
+    micro = grant.micro_usd_per_month
     return KeyBody(
         name=grant.name,
         state=backend.keyring.state(key),
@@ -263,7 +260,7 @@ def _key_body(backend: Backend, key: Key) -> KeyBody:
         concurrency=grant.concurrency,
         rpm=grant.rpm,
         tokens_per_day=grant.tokens_per_day,
-        usd_per_month=None if micro_usd is None else micro_usd / _MICRO,
+        usd_per_month=None if micro is None else in_usd(micro),
         local_only=grant.is_local,
         created_at=grant.created_at,
         expires_at=grant.expires_at,

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from manager.domain.record import RequestRecord
 
 T = TypeVar("T")
-Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
+Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, str | None, bytes, bytes]"
 
-_COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, record, decision"
+_COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, key, record, decision"
 # A batch whose commit was reported as failed is written again: what is stored already stays as it is.
-_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES {_ROW}"  # noqa: S608
+_BEFORE_KEY = 7
 # A statement gives up the interpreter's lock once, so that a busy event loop holds up few of them.
 _MANY = 100
 _ADD_MANY = ", ".join([_ADD, *[_ROW] * (_MANY - 1)])
@@ -184,9 +185,10 @@ def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
     pairs = (
         ("project = ?", filters.project),
         ("role = ?", filters.role),
-        ("model = ?", filters.key),
+        ("model = ?", filters.wanted_model),
         ("instance = ?", filters.instance),
         ("outcome = ?", filters.outcome),
+        ("key = ?", filters.key),
         ("ended_us >= ?", filters.since and int(filters.since.timestamp() * 1e6)),
         ("id > ?", after),
     )
@@ -221,6 +223,7 @@ def _row(ended: Ended, plain: dict[Any, bytes]) -> Row:
         None if record.model is None else _text(model_key(record.model)),
         record.effective_target,
         record.outcome,
+        record.key,
         _record(record),
         decision,
     )
@@ -261,4 +264,8 @@ def _encoded(rows: list[Row]) -> bytes:
 
 
 def _decoded(rows: bytes) -> list[Row]:
-    return [(*row[:-2], row[-2].encode(), row[-1].encode()) for row in orjson.loads(rows)]
+    """Read the rows of another process, whose older version may have no key in them."""
+    return [
+        (*row[:_BEFORE_KEY], *(row[_BEFORE_KEY:-2] or (None,)), row[-2].encode(), row[-1].encode())
+        for row in orjson.loads(rows)
+    ]

@@ -123,7 +123,8 @@ requests = Table(
     Column("outcome", Text, nullable=False),
     Column("record", LargeBinary, nullable=False),
     Column("decision", LargeBinary, nullable=False),
-    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome"),
+    Column("key", Text),
+    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome", "key"),
     sqlite_autoincrement=True,
 )
 

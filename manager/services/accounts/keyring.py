@@ -100,6 +100,10 @@ class Keyring:
         """Whether a request needs a key."""
         return bool(self._files or self._keys)
 
+    def now(self) -> datetime:
+        """Return the time by which keys end."""
+        return self._utcnow()
+
     def all(self) -> list[Key]:
         """Return every key of the registry, by name."""
         return [self._keys[name] for name in sorted(self._keys)]

@@ -1,4 +1,4 @@
-"""Keys of clients."""
+"""Keys of clients, and the key of each request in the history."""
 
 from __future__ import annotations
 
@@ -24,3 +24,7 @@ def upgrade() -> None:
         sa.Column("last_used_at", sa.DateTime()),
         sa.PrimaryKeyConstraint("name"),
     )
+    op.add_column("requests", sa.Column("key", sa.Text()))
+    op.drop_index("requests_by_end", "requests")
+    indexed = ["ended_us", "id", "project", "role", "model", "instance", "outcome", "key"]
+    op.create_index("requests_by_end", "requests", indexed)
