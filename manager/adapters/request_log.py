@@ -34,7 +34,6 @@ _READABLE = (
     "input_tokens",
     "output_tokens",
     "project_id",
-    "key",
     "request_id",
 )
 
