@@ -34,6 +34,7 @@ from manager.parts import (
     header_names,
     history_of,
     instances_of,
+    ledger_of,
     model_server,
     on_gpu,
     own_names_of,
@@ -188,6 +189,9 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
         held.push_async_callback(journal.retire)
         keyring = Keyring(registry, journal, utcnow=utcnow)
         await keyring.load()
+        ledger = ledger_of(held, registry, journal, settings)
+        if not (resume_idle_clock or dry_run):
+            await ledger.recover(is_alone=not claims_within_s)
         reader = Nvml()
         stack.push_async_callback(reader.close)
         pids = ProcCgroups()
@@ -327,6 +331,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             breakers,
             overload,
             keep=history.add,
+            ledger=ledger,
         )
         passing = Passing(
             routing=routing,
@@ -385,6 +390,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             refusals=refusals,
             history=history,
             keyring=keyring,
+            ledger=ledger,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
@@ -393,6 +399,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             "journal": journal.run,
             "history": history.run,
             "keys": keyring.run,
+            "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,
             "pulls": pulls.run,

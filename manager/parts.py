@@ -23,6 +23,7 @@ from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
+from manager.services.accounts.ledger import Ledger
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
 from manager.services.instances.engine_link import EngineLink
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
     from manager.api.backend import Backend, Passing
+    from manager.domain.budgets import Budget
     from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
@@ -314,6 +316,7 @@ class Reconfigure:
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         self.backend.history.retention = retention_of(settings)
+        self.backend.ledger.budgets = budgets_of(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
@@ -338,6 +341,23 @@ def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) 
     return history
 
 
+def ledger_of(held: AsyncExitStack, registry: SqlRegistry, journal: Journal, settings: Settings) -> Ledger:
+    """Return the ledger of paid requests; what waits is written before the registry is closed."""
+    ledger = Ledger(
+        registry.ledger(),
+        journal,
+        budgets=budgets_of(settings),
+        longest_request_s=settings.gateway.total_timeout_s,
+        utcnow=utcnow,
+    )
+    held.push_async_callback(ledger.close)
+    return ledger
+
+
+def budgets_of(settings: Settings) -> tuple[Budget, ...]:
+    return tuple(one.budget for one in settings.budgets)
+
+
 def model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
     return PooledModelServer(
         pools,
@@ -347,7 +367,7 @@ def model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
 
 
 def retention_of(settings: Settings) -> Retention:
-    return Retention(settings.history.retention_days, settings.history.max_rows)
+    return Retention(**settings.audit.model_dump())
 
 
 def schedules_of(settings: Settings) -> tuple[Schedule, ...]:

@@ -8,6 +8,7 @@ from fastapi_offline import FastAPIOffline
 
 from manager import __version__
 from manager.api.breakers import breakers_router
+from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -25,6 +26,7 @@ from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
 from manager.api.sign_in import sign_in_router
+from manager.api.usage import usage_router
 from manager.wire.scopes import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -63,6 +65,8 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         runs_router(backend),
         keys_router(backend, open_requests.cut),
         sign_in_router(backend.keyring),
+        budgets_router(backend),
+        usage_router(backend),
         health_router(backend),
     )
     for router in routers:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
     from manager.services.accounts.keyring import Keyring
+    from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -122,4 +123,5 @@ class Backend:
     refusals: Refusals
     history: History
     keyring: Keyring
+    ledger: Ledger
     runs: Runs

@@ -179,7 +179,9 @@ def keys_router(backend: Backend, cut_streams: Callable[[str], int]) -> APIRoute
     async def revoke_key(name: str, query: Annotated[RevokeQuery, Query()]) -> Response:
         """Revoke a key at once. Its open requests go on, unless `cut` ends them."""
         key = await keyring.revoke(name, forgets=query.forget)
-        count = _cut(backend, name) + cut_streams(name) if query.cut else 0
+        count = 0
+        if query.cut:
+            count = cut_streams(name) + await backend.passing.passages.open_requests.cut(name, CUT)
         return _json(
             RevokedKeyBody(
                 key=_key_body(backend, key),
@@ -190,14 +192,6 @@ def keys_router(backend: Backend, cut_streams: Callable[[str], int]) -> APIRoute
         )
 
     return router
-
-
-def _cut(backend: Backend, name: str) -> int:
-    """End the open requests of a key to models, and its runs that are executed."""
-    found = [one for one, life in backend.passing.passages.open_requests if life.record.key == name]
-    for one in found:
-        one.cancel(CUT)
-    return len(found)
 
 
 def _refuse_unknown(backend: Backend, wanted: KeyRequest) -> None:

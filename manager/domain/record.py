@@ -35,8 +35,8 @@ class RequestRecord:
     `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None
     for requests that manage models. `attempts` counts every time that the request was put to an instance, or
     that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
-    `fallback_from` is the instance or policy that was preferred, None without a fallback. `key`
-    is the name of the client's key, None where none is needed.
+    `fallback_from` is the instance or policy that was preferred, None without a fallback. `key` is
+    the name of the client's key, None where none is needed.
 
     The class has no slots: `begun` reads the defaults from the class.
     """
@@ -53,7 +53,6 @@ class RequestRecord:
     lane: str | None = None
     intent: str | None = None
     local_only: bool = False
-    key: str | None = None
     role: str | None = None
     model: str | None = None
     requested_target: str | None = None
@@ -76,6 +75,7 @@ class RequestRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_usd: float = 0.0
+    key: str | None = None
 
     @classmethod
     def begun(

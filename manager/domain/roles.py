@@ -71,6 +71,11 @@ class BodyChanges:
     def empty(self) -> bool:
         return not self.defaults and not self.overrides and self.system is None and self.think is None
 
+    @property
+    def size(self) -> int:
+        """Bytes that the changes add to a body, at most."""
+        return 0 if self.empty else len(repr(self).encode(errors="backslashreplace"))
+
 
 @dataclass(frozen=True, slots=True)
 class Role:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import structlog
 
-from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.domain.judgement import GOOD
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Target
@@ -337,7 +337,7 @@ class Exchange:
         self._is_active = True
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
-        judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        judgement = judge(head.status) if head.status >= BAD_REQUEST else GOOD
         # Only the words of an internal error say whether it is about the request or the server.
         if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
             self._state = _State.HOLDING

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from manager.domain.models import model_key
+from manager.domain.money import in_usd, micro_usd
 from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # Pairs of a model and an instance that have a mean of their own.
 _MOST_MEANS = 4096
+# Pairs of a role and a project that are counted by themselves; clients choose the names of projects.
+_MOST_USERS = 500
+_OTHER = "other"
 # Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
 BUCKETS_S: Sequence[float] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -34,6 +38,19 @@ class Histogram:
     def observe(self, value_s: float) -> None:
         self.counts[bisect_left(BUCKETS_S, value_s)] += 1
         self.total_s += value_s
+
+
+@dataclass(slots=True)
+class Used:
+    """Tokens and cost of the requests of one role and project."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_micro_usd: int = 0
+
+    @property
+    def cost_usd(self) -> float:
+        return in_usd(self.cost_micro_usd)
 
 
 @dataclass(slots=True)
@@ -66,6 +83,7 @@ class Traffic:
         self.target_errors: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
+        self.used: dict[tuple[str, str], Used] = {}
         self._first_token_means: dict[tuple[str, str], _Mean] = {}
 
     def failed(self, instance: str, reason: Reason) -> None:
@@ -99,10 +117,25 @@ class Traffic:
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
                 if record.model is not None:
                     self._add_first_token(target, model_key(record.model), record.ttfb_ms)
+        if record.output_tokens is not None or record.input_tokens is not None or record.cost_usd:
+            self._use(record)
         if self._trace is not None and record.sampled:
             self._trace(record)
         if record.outcome != "ok" or random.random() < self.share_logged:  # noqa: S311  (a sample, no secret)
             self._write(record)
+
+    def _use(self, record: RequestRecord) -> None:
+        """Count tokens and cost; beyond the bound for all other roles and projects together."""
+        user = (record.role or "", record.project_id)
+        used = self.used.get(user)
+        if used is None:
+            if len(self.used) >= _MOST_USERS:
+                user = (_OTHER, _OTHER)
+            used = self.used.setdefault(user, Used())
+        used.input_tokens += record.input_tokens or 0
+        used.output_tokens += record.output_tokens or 0
+        if record.cost_usd:
+            used.cost_micro_usd += micro_usd(record.cost_usd)
 
     def _add_first_token(self, instance: str, key: str, value_ms: float) -> None:
         """Add to a mean; at the bound the model that answered longest ago is forgotten."""

@@ -53,7 +53,8 @@ LIVE = frozenset(
         "gateway.access_log",
         "runs",
         "log.level",
-        "history",
+        "audit",
+        "budgets",
     )
 )
 

@@ -28,6 +28,7 @@ from manager.settings.addresses import (
     is_loopback,
     listen_host,
 )
+from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
 from manager.settings.routing import (
     ANY_INSTANCE,
     GatewaySettings,
@@ -313,11 +314,12 @@ class ScheduleSettings(Section):
         return self
 
 
-class HistorySettings(Section):
-    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+class AuditSettings(Section):
+    """The bounds of the history of requests and of usage; `retention_days` 0 keeps no request."""
 
-    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 90
     max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+    usage_days: Annotated[WholeNumber, Field(ge=1, le=36_500)] = 400
 
 
 class BreakerSettings(Section):
@@ -395,7 +397,8 @@ class Settings(BaseSettings):
     runs: RunsSettings = Field(default_factory=RunsSettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     log: LogSettings = Field(default_factory=LogSettings)
-    history: HistorySettings = Field(default_factory=HistorySettings)
+    audit: AuditSettings = Field(default_factory=AuditSettings)
+    budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
 
     @classmethod
     def settings_customise_sources(
@@ -416,13 +419,14 @@ class Settings(BaseSettings):
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
                 *_routing_refusals(self),
+                *repeated(self.budgets),
             ]
         )
         return self
 
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
-COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models"})
+COMPARED = frozenset({"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "budgets"})
 
 
 # What an external instance may not say, because somebody else starts and stops its server.

@@ -26,6 +26,7 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "unavailable": 503,
         "contradiction": 422,
         "denied": 403,
+        "budget_exhausted": 402,
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,

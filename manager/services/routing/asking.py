@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.domain.judgement import GOOD
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.routing.attempting import Trouble, Wait, first_target
 from manager.wire.dialect import message_of
@@ -149,7 +149,7 @@ async def _judge(
     attempting: Attempting, answer: ServerAnswer
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """Return an answer for the client, or the step that follows an answer with an error."""
-    judgement, wait_s = ABOUT_THE_REQUEST, None
+    judgement, wait_s = GOOD, None
     if answer.status >= BAD_REQUEST:
         judgement = judge(answer.status)
         wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)

@@ -17,10 +17,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.domain.breaker import is_counted
+from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.errors import ManagerError, Reason
+from manager.services.accounts.payment import Payment, output_limit
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import Refusal
 from manager.services.routing.model_status import Work
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
+    from manager.services.accounts.ledger import Ledger
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
@@ -96,7 +99,8 @@ def _forget(_ended: Ended) -> None:
 class Routing:
     """The parts that all requests share. Built once by the composition root.
 
-    `keep` takes each request that has ended into the history; it does not wait.
+    `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
+    server is asked.
     """
 
     router: Router
@@ -110,6 +114,7 @@ class Routing:
     breakers: Breakers
     overload: Overload
     keep: Callable[[Ended], None] = _forget
+    ledger: Ledger | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -184,6 +189,7 @@ class Attempting:
     _lease: Lease | None = None
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
+    _payment: Payment | None = None
     _facts: RequestFacts | None = None
     _body: Opened | None = None
     _conversation = 0
@@ -276,6 +282,8 @@ class Attempting:
             self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
+        if self._payment is not None:
+            self._payment.is_sent = True
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
         if self._conversation:
@@ -291,6 +299,11 @@ class Attempting:
             self._place = self._routing.slots.hold(self.record.role, self.attempt.instance, self._began_at)
 
     @property
+    def payment(self) -> Payment | None:
+        """The payment of the current attempt; None where it costs nothing."""
+        return self._payment
+
+    @property
     def lane(self) -> str | None:
         """The role whose lane the request is in; None where it has none."""
         return self.record.role
@@ -299,6 +312,11 @@ class Attempting:
     def holds(self) -> str:
         """The instance of the current attempt."""
         return self.work.instance
+
+    @property
+    def place(self) -> Place | None:
+        """Its slot, or its place in the queue; None where it has neither."""
+        return self._place
 
     def give_slot_back(self) -> None:
         """Give the slot, or the place in the queue, to the next request."""
@@ -468,6 +486,8 @@ class Attempting:
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
         self._stop_waiting()
         reason = judgement.reason
+        if self._payment is not None and judgement.is_error:
+            self._payment.is_refused = True
         if reason is None:
             return None
         if self._is_fixed and reason is Reason.MODEL_MISSING:
@@ -687,7 +707,10 @@ class Attempting:
             return self._next() if self._trouble is not None else self._decide(waits=False)
         self._full = self._full or place.waiter.instances[0]
         attempts.skip()
-        message = f"no slot became free within {wait_s:g} s (overloaded)"
+        if how == "refused":
+            message = "no slot is free, and no more requests may wait for one (overloaded)"
+        else:
+            message = f"no slot became free within {wait_s:g} s (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
 
@@ -747,9 +770,46 @@ class Attempting:
             if not self._permit:
                 self._release()
                 return self._shut_out(target.instance)
+        if target.prices is not None:
+            self._pending = lambda: self._pay(target)
+            return WAIT
         self.target = target
         record.endpoint = target.endpoint
         return target
+
+    async def _pay(self, target: Target) -> Step:
+        """Reserve the most that the attempt can cost; begin the next one where there is no money for it."""
+        attempt, body, ledger, record = self.attempt, self._body, self._routing.ledger, self.record
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        price = target.prices.get(attempt.model) if target.prices is not None else None
+        if price is None or body is None or ledger is None:
+            return self._unpaid(attempt, f"{attempt.instance} names no price for {attempt.model!r}")
+        limit, inputs = output_limit(price, body), body.most_input_tokens + self.changes.size
+        try:
+            reserved = await ledger.reserve(
+                record,
+                record.key,
+                instance=attempt.instance,
+                model=attempt.model,
+                amount=price.cost(inputs, limit),
+            )
+        except ManagerError as error:
+            return self._unpaid(attempt, error.message, error.retry_after_s)
+        if isinstance(reserved, Overdrawn):
+            return self._unpaid(attempt, reserved.message)
+        self._payment = Payment(ledger, reserved, price, most_input_tokens=inputs, output_limit=limit)
+        self.target = target
+        record.endpoint = target.endpoint
+        return target
+
+    def _unpaid(self, attempt: Attempt, message: str, retry_after_s: float | None = None) -> Step:
+        """There is no money for the attempt."""
+        message = f"{message} (budget_exhausted)"
+        self._add_failure(attempt, Reason.BUDGET_EXHAUSTED, message)
+        refused = "budget_exhausted" if retry_after_s is None else "unavailable"
+        self._trouble = Trouble(Reason.BUDGET_EXHAUSTED, message, retry_after_s, refused, attempt)
+        self._release()
+        return self._next()
 
     def _shut_out(self, instance: str) -> Step:
         """The breaker has opened since the decision: begin the next attempt, or give up."""
@@ -901,6 +961,9 @@ class Attempting:
         self._is_waiting = False
         if self._permit:
             self._settle(None)
+        payment, self._payment = self._payment, None
+        if payment is not None:
+            payment.close(self.record)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)

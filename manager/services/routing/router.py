@@ -47,6 +47,13 @@ class Opened(Protocol):
 
     @property
     def fields(self) -> Fields: ...
+    @property
+    def most_input_tokens(self) -> int:
+        """No tokenizer makes more of it."""
+
+    @property
+    def most_output_tokens(self) -> int | None:
+        """The limit that the client sets; None without one."""
 
 
 class SettingsSource(Protocol):

@@ -9,6 +9,7 @@ import pytest
 
 from manager.domain.record import Outcome
 from manager.errors import Reason
+from manager.services import traffic as traffic_module
 from manager.services.traffic import BUCKETS_S, Histogram, Traffic
 from tests.support.records import a_record
 
@@ -122,3 +123,24 @@ def test_sampled_traces_are_told_whether_they_are_written_or_not() -> None:
     traffic.ended(sampled)
     traffic.ended(other)
     assert (written, traced) == ([other], [sampled])
+
+
+def test_tokens_and_cost_are_counted_by_role_and_project() -> None:
+    traffic = Traffic(lambda _: None)
+    for _ in range(3):
+        traffic.ended(a_record(project_id="shop", cost_usd=0.000001))
+    traffic.ended(a_record(project_id="shop", input_tokens=None, output_tokens=None))
+    used = traffic.used["thinking", "shop"]
+    assert (used.input_tokens, used.output_tokens, used.cost_usd) == (36, 102, 0.000003)
+
+
+def test_projects_beyond_the_bound_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic_module, "_MOST_USERS", 2)
+    traffic = Traffic(lambda _: None)
+    for project in ("a", "b", "c", "d", "a"):
+        traffic.ended(a_record(project_id=project))
+    assert {project: used.output_tokens for (_, project), used in traffic.used.items()} == {
+        "a": 68,
+        "b": 34,
+        "other": 68,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from manager.domain.judgement import Judgement
 from manager.errors import Reason
 from manager.wire.statuses import (
     REFUSED,
@@ -79,12 +80,12 @@ def test_an_internal_error_about_the_request_says_nothing_of_its_server(message:
     ],
 )
 def test_a_load_that_failed_may_be_worth_a_start_elsewhere(message: str) -> None:
-    assert judge(500, message) == (Reason.MODEL_LOAD_FAILED, True)
+    assert judge(500, message) == Judgement(Reason.MODEL_LOAD_FAILED)
 
 
 def test_an_internal_error_without_a_known_meaning_starts_nobody() -> None:
-    assert judge(500, "something went wrong") == (Reason.UPSTREAM_ERROR, False)
-    assert judge(502, "bad gateway") == (Reason.UPSTREAM_ERROR, True)
+    assert judge(500, "something went wrong") == Judgement(Reason.UPSTREAM_ERROR, may_start=False)
+    assert judge(502, "bad gateway") == Judgement(Reason.UPSTREAM_ERROR)
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,24 @@ async def test_the_end_of_the_time_in_the_queue_is_a_refusal(monkeypatch: pytest
     assert stage.slots.lanes()[0].queued == 0
 
 
+async def test_a_request_that_another_daemon_lets_not_wait_is_refused_in_its_queue(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = staged(monkeypatch, [attempt("a")])
+    entered(stage, "a")
+    second = stage.request()
+    assert second.enter(FACTS) is WAIT
+    waits = asyncio.ensure_future(second.wait())
+    await asyncio.sleep(0)
+    assert second.place is not None
+    second.place.settle("refused")
+    found = await waits
+    assert isinstance(found, Trouble)
+    assert (found.reason, found.refused) == (Reason.OVERLOADED, "overloaded")
+    assert "no more requests may wait" in found.message
+    assert second.place is None
+
+
 def test_slots_that_are_reserved_for_others_are_no_place_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     safe = role("safe", reserved=1, instances=("a",))
     stage = staged(monkeypatch, [attempt("a")], role(), safe)
