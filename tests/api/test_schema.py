@@ -64,7 +64,7 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
     key = schemas["KeyRequest"]["properties"]
     key["roles"] = {"type": "null"}
     key["instances"] = {"enum": [["cpu"], ["nas", "cpu"], None]}
-    key |= dict.fromkeys(("concurrency", "rpm", "tokens_per_day"), {"enum": [1, 60, None]})
+    key |= {name: {"enum": [1, 60, None]} for name in ("concurrency", "rpm", "tokens_per_day")}
     key["usd_per_month"] = {"enum": [0, 1.5, 20, None]}
     for request in ("LoadRequest", "UnloadRequest"):
         schemas[request]["properties"]["model"] = {"enum": ["tiny", "minilm", "nope"]}
