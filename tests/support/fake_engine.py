@@ -287,9 +287,7 @@ class FakeEngine:
         box.network_bytes += 2000
         return ProbeAnswer("0.1", box.models, ({"name": "tiny"},) if tags else None, 2000)
 
-    async def show(
-        self, endpoint: str, model: str, *, timeout_s: float, headers: object = ()
-    ) -> ShowAnswer:
+    async def show(self, endpoint: str, model: str, *, timeout_s: float, headers: object = ()) -> ShowAnswer:
         del endpoint, model, timeout_s
         return ShowAnswer(None, 0)
 

@@ -42,9 +42,7 @@ def openai_answer(text: str = TEXT) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 1,
         "model": "gpt-dated",
-        "choices": [
-            {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-        ],
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}],
         "usage": USAGE,
     }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from manager.domain.drained import why_out
 from manager.domain.models import is_possible, model_key
 from manager.domain.routing import Attempt, State
+from manager.domain.target import Protocol
 from manager.domain.wording import listed, model_not_found
 from manager.errors import (
     ConflictError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from manager.domain.routing import Because, Candidate
+    from manager.domain.target import Target
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -115,6 +117,11 @@ class Loading:
         candidate = await self._candidate(instance, model)
         key = model_key(model)
         was_loaded = key in candidate.loaded
+        if instance.spec.protocol is not Protocol.OLLAMA:
+            if was_loaded:
+                return False
+            message = f"{instance.id} speaks the API of {instance.spec.protocol}, which loads no models"
+            raise ConflictError(message, instance=instance.id)
         attempt = Attempt(instance.id, model, None, _because(candidate, key))
         self._placement.refuse_denied(attempt)
         if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
@@ -126,7 +133,7 @@ class Loading:
         with prepared.lease as lease:
             try:
                 with nullcontext() if was_loaded else self._status.load(model):
-                    await self._ask(lease.endpoint, instance.id, model, keep_alive)
+                    await self._ask(lease.target, model, keep_alive)
             except UnavailableError as error:
                 self._status.failed(model, error.reason)
                 raise
@@ -187,10 +194,11 @@ class Loading:
         assert candidate is not None  # noqa: S101  (every instance of the fleet is a candidate)
         return candidate
 
-    async def _ask(self, endpoint: str, instance_id: str, model: str, keep_alive: KeepAlive | None) -> None:
-        status, message = await self._sent(endpoint, model, keep_alive, embeds=False)
+    async def _ask(self, target: Target, model: str, keep_alive: KeepAlive | None) -> None:
+        instance_id = target.instance
+        status, message = await self._sent(target, model, keep_alive, embeds=False)
         if only_embeds(status, message or ""):
-            status, message = await self._sent(endpoint, model, keep_alive, embeds=True)
+            status, message = await self._sent(target, model, keep_alive, embeds=True)
         if status == _OK:
             return
         if message is None:
@@ -205,11 +213,13 @@ class Loading:
         )
 
     async def _sent(
-        self, endpoint: str, model: str, keep_alive: KeepAlive | None, *, embeds: bool
+        self, target: Target, model: str, keep_alive: KeepAlive | None, *, embeds: bool
     ) -> tuple[int, str | None]:
         """Send the request. Return the status and the error in the answer, None where it has none."""
         path, body = load_request(model, keep_alive, embeds=embeds)
-        async with self._server.ask(Question(endpoint, "POST", path, _JSON, body)) as answer:
+        async with self._server.ask(
+            Question(target.endpoint, "POST", path, (*_JSON, *target.headers), body)
+        ) as answer:
             return answer.status, message_of(await _whole(answer))
 
 

@@ -269,7 +269,9 @@ class Pulls:
             with prepared.lease as lease:
                 pull.prepared = prepared
                 raw = pull.body.raw(stream=True)
-                question = Question(lease.endpoint, "POST", "/api/pull", _HEADERS, raw)
+                question = Question(
+                    lease.endpoint, "POST", "/api/pull", (*_HEADERS, *lease.target.headers), raw
+                )
                 async with self._server.ask(question) as answer:
                     if answer.status != _OK:
                         raise await _refusal(answer, lease.instance)

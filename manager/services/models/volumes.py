@@ -242,11 +242,12 @@ class Volumes:
         if endpoint is None or all(model_key(loaded.name) != key for loaded in instance.models):
             return None
         body = orjson.dumps({"model": model, "keep_alive": 0})
+        headers = (*_JSON, *instance.headers)
         trouble = ""
         try:
             async with (
                 asyncio.timeout(_UNLOAD_S),
-                self._server.ask(Question(endpoint, "POST", "/api/generate", _JSON, body)) as answer,
+                self._server.ask(Question(endpoint, "POST", "/api/generate", headers, body)) as answer,
             ):
                 if answer.status != _OK:
                     trouble = f"status {answer.status}"
