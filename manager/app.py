@@ -14,9 +14,7 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
-from manager.adapters.registry import open_registry
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -24,11 +22,11 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
+from manager.opening import opened_gpus, opened_journal, opened_ledger, opened_registry
 from manager.parts import (
     Instances,
     Maker,
     Reconfigure,
-    RecordSink,
     breaker_limits,
     forget_server,
     gpus_of,
@@ -41,7 +39,6 @@ from manager.parts import (
     read_key,
     read_orders,
     runs_of,
-    selectors_of,
     slots_of,
     traffic_of,
     utcnow,
@@ -49,12 +46,11 @@ from manager.parts import (
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
-from manager.services.gpus import Gpus
 from manager.services.instances.upgrades import Upgrades
-from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
+from manager.services.models.differing import DifferingModels
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -146,7 +142,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
+async def open_daemon(
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -183,27 +179,15 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
-        registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
-        held.push_async_callback(registry.close)
-        history = history_of(held, registry, settings)
+        registry = await opened_registry(held, settings, stores=not dry_run)
         rows = await registry.instances()
-        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
-        held.push_async_callback(journal.retire)
-        reader = Nvml()
-        stack.push_async_callback(reader.close)
-        pids = ProcCgroups()
-        gpus = Gpus(
-            reader,
-            pids,
-            registry,
-            selectors=selectors_of(specs),
-            taken_ids=[spec.id for spec in specs],
-            auto=settings.gpus == "auto",
-            now=time.monotonic,
-            utcnow=utcnow,
-            journal=journal,
+        journal = await opened_journal(held, registry)
+        history = history_of(held, registry, settings)
+        ledger = await opened_ledger(
+            held, registry, journal, settings, is_alone=not claims_within_s, recovers=not resume_idle_clock
         )
-        await gpus.load()
+        pids = ProcCgroups()
+        gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
         tls = SharedTls().context
         pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
         engine = stack.enter_context(
@@ -250,8 +234,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
         )
         fleet = parts.fleet
         held.push_async_callback(fleet.save)
-        sink = RecordSink(log, settings.log)
-        traffic, samples = traffic_of(stack, settings, sink)
+        sink, traffic, samples = traffic_of(stack, settings, log)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
             registry,
@@ -260,6 +243,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             models=settings.models,
             instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
+            denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             paid=partial(paid_of, fleet),
@@ -307,7 +291,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             fleet,
             overviews,
             status,
-            traffic,
+            overload,
             lists,
             settings=model_settings,
             reader=volume_reader,
@@ -331,6 +315,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             breakers,
             overload,
             keep=history.add,
+            ledger=ledger,
             cloud=CloudEvents(journal),
         )
         passing = Passing(
@@ -374,6 +359,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
@@ -386,6 +372,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             ).render,
             refusals=refusals,
             history=history,
+            ledger=ledger,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 
@@ -393,8 +380,10 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,
+            "differing models": DifferingModels(overviews, journal).run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),

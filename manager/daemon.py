@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from manager.relay.connections import ConnectionLimit
 from manager.relay.front import listening_with
 from manager.relay.relay import Limits, Relay
 from manager.reloading import Reloader, log_weak_key
+from manager.remaining import Elsewhere, Remaining
 from manager.services.world import no_step
 from manager.serving import (
     DescriptorWatch,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from manager.adapters.log_writer import LogWriter
+    from manager.api.backend import Backend
     from manager.services.instances.sweeps import Swept
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
 from manager.app import Daemon, open_daemon
 
 _log = structlog.get_logger("daemon")
+
+# Begins what is for the ledger of the daemon that goes on; all else is for its history.
+_CLOSINGS = b"closings "
 
 
 async def serve(
@@ -104,7 +109,8 @@ async def serve(
         stop_instances=stop_instances,
         take_over=take_over,
     )
-    start = _Start(loaded, key, listener, predecessor)
+    elsewhere = Elsewhere(None if predecessor is None else predecessor.line)
+    start = _Start(loaded, key, listener, predecessor, elsewhere=elsewhere)
     ending: list[asyncio.Task[None]] = []
     while True:
         failed: asyncio.Future[_Start] = asyncio.get_running_loop().create_future()
@@ -119,6 +125,7 @@ async def serve(
     try:
         await task
     finally:
+        start.elsewhere.close()
         for earlier in ending:
             await earlier
     _log.info("ended")
@@ -134,6 +141,7 @@ class _Start:
         listener: None: it makes one.
         predecessor: the daemon of another process that it replaces.
         earlier: the server of this process that was not replaced after all, and who takes its connections.
+        elsewhere: the open requests of either.
     """
 
     loaded: LoadedSettings
@@ -141,6 +149,7 @@ class _Start:
     listener: socket.socket | None = None
     predecessor: Predecessor | None = None
     earlier: tuple[Server, Heir] | None = None
+    elsewhere: Elsewhere = field(default_factory=Elsewhere)
 
 
 async def _serve_once(
@@ -167,10 +176,9 @@ async def _serve_once(
         on_step=on_step,
         takes_over=take_over,
         claims_within_s=0.0 if predecessor is None else CLAIMS_WITHIN_S,
-        others_work=lambda: predecessor is not None and not predecessor.has_ended,
+        others_work=partial(_works_unseen, start),
     ) as daemon:
-        for danger in template_warnings(loaded):
-            _log.warning("dangerous_template_setting", detail=danger)
+        _warn(loaded)
         with start.listener or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
@@ -200,17 +208,26 @@ async def _serve_once(
                 await daemon.let_go()
 
             def serve_again(listener: socket.socket, heir: Heir) -> None:
-                loaded, key = reloader.in_force
-                failed.set_result(_Start(loaded, key, listener, earlier=(server, heir)))
+                failed.set_result(
+                    _Start(
+                        reloader.in_force[0],
+                        reloader.in_force[1],
+                        listener,
+                        earlier=(server, heir),
+                        elsewhere=remaining.begin_here(),
+                    )
+                )
 
             reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
             daemon.loops["reload"] = reloader.run
             tune_interpreter()
+            remaining = await _joined(daemon, start.elsewhere)
             running = asyncio.ensure_future(daemon.run())
             giving = Giving(
                 server,
                 relay,
                 listener,
+                remaining,
                 running,
                 is_busy=lambda: daemon.busy or (predecessor is not None and not predecessor.has_ended),
                 runs=daemon.backend.runs,
@@ -220,7 +237,7 @@ async def _serve_once(
                 failed=serve_again,
             )
             succession = Succession(daemon.id_claim, settings.state.dir, giving.begin)
-            greeting = asyncio.ensure_future(_greet(server, start, daemon.backend.history.inherit))
+            greeting = asyncio.ensure_future(_greet(server, start, partial(_inherit, daemon.backend)))
             _log.info(
                 "serving",
                 url=url,
@@ -243,10 +260,45 @@ async def _serve_once(
                 raise _innermost(refusal) from group
             finally:
                 greeting.cancel()
-                await giving.end(daemon.backend.history.hand_over)
+                await giving.end(partial(_hand_over, daemon.backend))
                 succession.close()
                 watch.stop()
                 await relay.close()
+
+
+async def _hand_over(backend: Backend, take: Callable[[bytes], bool]) -> None:
+    """Give the daemon that goes on what ended here: requests for its history, closings for its ledger."""
+    await backend.history.hand_over(take)
+    if backend.ledger.unwritten:
+        take(_CLOSINGS + backend.ledger.hand_over())
+
+
+def _inherit(backend: Backend, encoded: bytes) -> None:
+    """Take what `_hand_over` of the daemon before this one gives."""
+    if encoded.startswith(_CLOSINGS):
+        backend.ledger.inherit(encoded.removeprefix(_CLOSINGS))
+    else:
+        backend.history.inherit(encoded)
+
+
+def _warn(loaded: LoadedSettings) -> None:
+    for danger in template_warnings(loaded):
+        _log.warning("dangerous_template_setting", detail=danger)
+
+
+def _works_unseen(start: _Start) -> bool:
+    """Return whether the replaced daemon still ends requests and does not tell what they use."""
+    predecessor = start.predecessor
+    return predecessor is not None and not (predecessor.has_ended or start.elsewhere.is_open)
+
+
+async def _joined(daemon: Daemon, elsewhere: Elsewhere) -> Remaining:
+    """Take over what requests elsewhere use; return the open requests of this daemon."""
+    fleet, passing = daemon.fleet, daemon.backend.passing
+    slots, open_requests = passing.routing.slots, passing.passages.open_requests
+    open_requests.elsewhere = elsewhere
+    await elsewhere.begin(slots, lambda id_: fleet.get(id_).lease_elsewhere())
+    return Remaining(slots, open_requests, daemon.backend.router.load())
 
 
 def _key_of(settings: Settings) -> str | None:

@@ -7,6 +7,7 @@ claims the manager id (`adapters.owner.ManagerIdLock`):
 2. The old one waits until no instance starts or stops, no model is pulled and no async run executes. After
    the drain time it refuses, unless only runs execute: those are interrupted. It stops accepting, stores its
    state and gives up its claims. It answers with its listener; connections that come meanwhile wait in there.
+   With it goes a stream over which both share slots and open requests (`manager.remaining`).
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
    between two requests, with what the client has already sent of the next one. None is closed. What ends
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from manager.relay.relay import Relay
+    from manager.remaining import Remaining
     from manager.serving import Server
 
 _log = structlog.get_logger("handover")
@@ -97,9 +99,14 @@ class Successor:
         self._send(json.dumps({"refused": why}).encode())
         self.close()
 
-    def hand_over(self, listener: socket.socket) -> None:
-        """Give it the listener: this daemon has given up its claims."""
-        self._send(json.dumps({"released": os.getpid()}).encode(), listener.fileno())
+    def hand_over(self, listener: socket.socket, line: socket.socket) -> None:
+        """Give it the listener: this daemon has given up its claims.
+
+        Args:
+            listener: of this daemon.
+            line: the new daemon's end of the stream of `manager.remaining`.
+        """
+        self._send(json.dumps({"released": os.getpid()}).encode(), listener.fileno(), line.fileno())
 
     def take(self, peer: int, held: bytes) -> bool:
         """Give it a client's connection; whether it could be sent.
@@ -301,6 +308,7 @@ class Giving:
         server: of this daemon.
         relay: of this daemon; begins no request once it gives.
         listener: of this daemon.
+        remaining: the open requests, which this daemon ends.
         running: its background loops; cancelled here.
         is_busy: whether something goes on that only this daemon can end, such as a start.
         runs: the async runs; none begins once it gives, and those that execute are waited for.
@@ -315,6 +323,7 @@ class Giving:
         server: Server,
         relay: Relay,
         listener: socket.socket,
+        remaining: Remaining,
         running: asyncio.Future[None],
         *,
         is_busy: Callable[[], bool],
@@ -327,6 +336,7 @@ class Giving:
         self._server = server
         self._relay = relay
         self._listener = listener
+        self._remaining = remaining
         self._running = running
         self._is_busy = is_busy
         self._runs = runs
@@ -352,6 +362,7 @@ class Giving:
             await hand_over(self._heir.take_requests)
         if self._task is not None:
             self._task.cancel()
+        self._remaining.close()
         if self._successor is not None:
             self._successor.close()
 
@@ -377,11 +388,14 @@ class Giving:
         try:
             await asyncio.wait({self._running})
             await self._let_go()
-            successor.hand_over(kept)
+            with self._remaining.begin() as line:
+                successor.hand_over(kept, line)
             heir = self._heir = Heir(successor)
             self._server.leave_to(heir)
             await successor.decided()
-            if not successor.is_serving and not self._server.is_stopped:
+            if successor.is_serving:
+                await self._remaining.confirmed()
+            elif not self._server.is_stopped:
                 self._failed(kept.dup(), heir)
         finally:
             kept.close()
@@ -437,12 +451,20 @@ def _received_now(channel: socket.socket) -> tuple[bytes, list[int]]:
 
 
 class Predecessor:
-    """The daemon that this one replaces: it has given up its claims and waits for `serves`."""
+    """The daemon that this one replaces: it has given up its claims and waits for `serves`.
 
-    def __init__(self, channel: socket.socket, listener: socket.socket, pid: int) -> None:
+    Attributes:
+        line: the end of the stream of `manager.remaining`; None where it is of a version without that.
+        has_ended: whether it has ended its last request.
+    """
+
+    def __init__(
+        self, channel: socket.socket, listener: socket.socket, line: socket.socket | None, pid: int
+    ) -> None:
         self._channel = channel
         self._listener = listener
         self._adopting: set[asyncio.Task[None]] = set()
+        self.line = line
         self.pid = pid
         self.has_ended = False
 
@@ -530,7 +552,8 @@ def replace_daemon(channel: socket.socket, state_dir: Path, *, within_s: float) 
         channel.close()
         why = answer.get("refused", "no listener came")
         raise ManagerError(f"the running daemon was not replaced: {why}")
-    return Predecessor(channel, socket.socket(fileno=descriptors[0]), answer["released"])
+    listener, *lines = (socket.socket(fileno=one) for one in descriptors)
+    return Predecessor(channel, listener, lines[0] if lines else None, answer["released"])
 
 
 @contextmanager

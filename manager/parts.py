@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
     from manager.api.backend import Backend, Passing
+    from manager.domain.budgets import Budget
     from manager.domain.instance import KeySource
     from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
@@ -323,6 +324,7 @@ class Reconfigure:
         self.traffic.share_logged = settings.gateway.access_log
         self.sink.level = settings.log.level
         self.backend.history.retention = retention_of(settings)
+        self.backend.ledger.budgets = budgets_of(settings)
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
@@ -347,6 +349,10 @@ def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) 
     return history
 
 
+def budgets_of(settings: Settings) -> tuple[Budget, ...]:
+    return tuple(one.budget for one in settings.budgets)
+
+
 def model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
     return PooledModelServer(
         pools,
@@ -356,7 +362,7 @@ def model_server(settings: Settings, pools: UpstreamPools) -> PooledModelServer:
 
 
 def retention_of(settings: Settings) -> Retention:
-    return Retention(settings.history.retention_days, settings.history.max_rows)
+    return Retention(**settings.audit.model_dump())
 
 
 def schedules_of(settings: Settings) -> tuple[Schedule, ...]:
@@ -396,14 +402,17 @@ def own_names_of(pids: ProcCgroups) -> tuple[str, ...]:
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 
-def traffic_of(stack: AsyncExitStack, settings: Settings, sink: RecordSink) -> tuple[Traffic, Samples]:
-    """Return the counters of requests, and which traces are sampled; spans are closed with the stack."""
+def traffic_of(
+    stack: AsyncExitStack, settings: Settings, log: LogWriter | None
+) -> tuple[RecordSink, Traffic, Samples]:
+    """Return the log of requests, their counters, and which traces are sampled; spans end with the stack."""
+    sink = RecordSink(log, settings.log)
     spans = _spans() if settings.gateway.tracing else None
     if spans is None:
-        return Traffic(sink.write, share_logged=settings.gateway.access_log), never
+        return sink, Traffic(sink.write, share_logged=settings.gateway.access_log), never
     stack.push_async_callback(spans.close)
     traffic = Traffic(sink.write, share_logged=settings.gateway.access_log, trace=spans.write)
-    return traffic, spans.samples
+    return sink, traffic, spans.samples
 
 
 def _spans() -> Spans:

@@ -142,6 +142,17 @@ class FleetMetrics:
             for values, count in counts.items():
                 counter.add_metric(list(values), count)
             yield counter
+        tokens = CounterMetricFamily(
+            f"{_PREFIX}_tokens", "Tokens of requests that ended", labels=["role", "project", "direction"]
+        )
+        cost = CounterMetricFamily(
+            f"{_PREFIX}_cost_usd", "Cost of requests that ended", labels=["role", "project"]
+        )
+        for (role, project), used in traffic.used.items():
+            tokens.add_metric([role, project, "input"], used.input_tokens)
+            tokens.add_metric([role, project, "output"], used.output_tokens)
+            cost.add_metric([role, project], used.cost_usd)
+        yield from (tokens, cost)
         for name, text, histograms in (
             ("request_duration", "From a request's head to the end of its answer", traffic.durations),
             ("time_to_first_token", "From a request's head to that of its answer", traffic.first_tokens),

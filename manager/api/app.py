@@ -8,6 +8,7 @@ from fastapi_offline import FastAPIOffline
 
 from manager import __version__
 from manager.api.breakers import breakers_router
+from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -22,6 +23,7 @@ from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
+from manager.api.usage import usage_router
 from manager.wire.access import WITHOUT_KEY
 
 if TYPE_CHECKING:
@@ -58,10 +60,13 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
+        budgets_router(backend),
+        usage_router(backend),
         health_router(backend),
     )
     for router in routers:
-        app.include_router(router)
+        # `include_router` would build every route once more, at the first request and on the event loop.
+        app.router.routes.extend(router.routes)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
     app.add_middleware(

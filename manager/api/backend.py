@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.keeping import Keeper
     from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
@@ -113,10 +115,12 @@ class Backend:
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    keeper: Keeper
     lifts: Lifts
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    ledger: Ledger
     runs: Runs

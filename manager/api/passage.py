@@ -25,10 +25,12 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
 from manager.wire.statuses import (
     BAD_REQUEST,
+    LATER,
+    NO_RETRY,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
     outcome_of,
-    outcome_without_answer,
+    outcome_of_trouble,
     status_of,
 )
 
@@ -139,6 +141,7 @@ class Passage:
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
         self._cut_by = "the manager is being stopped"
+        self._is_cancelled = False
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -158,6 +161,7 @@ class Passage:
         """End it because the operator wants that."""
         if not self.cut.is_set():
             self.attempting.cancelled()
+            self._is_cancelled = True
             self._cut_by = why
             self.cut.set()
 
@@ -289,7 +293,8 @@ class Passage:
             message = f"{target.instance} speaks the API of {target.protocol}, which has no call for {call}"
             raise RefusedError(400, message)
         path = server_path(target, path)
-        return Question(target.endpoint, self.scope["method"], path, headers, body, length)
+        method = self.scope["method"]
+        return Question(target.instance, target.endpoint, method, path, headers, body, length)
 
     @asynccontextmanager
     async def answered(
@@ -431,7 +436,8 @@ class Passage:
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
-                raise RefusedError(503, f"cut off: {self._cut_by}", "cut")
+                headers = NO_RETRY if self._is_cancelled else LATER
+                raise RefusedError(UNAVAILABLE, f"cut off: {self._cut_by}", "cut", headers=headers)
         finally:
             for task in (working, leaving, cutting):
                 task.cancel()
@@ -505,10 +511,10 @@ class Passage:
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
-            if failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
+            if failure.headers is not None:
+                headers |= failure.headers
+            elif failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
-            if failure.location is not None:
-                headers["Location"] = failure.location
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
             await answer_error(self._say, self.dialect, failure.status, failure.message, headers)
@@ -533,8 +539,8 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
 
 def _refused(trouble: Trouble) -> RefusedError:
     status = status_of(trouble.reason, trouble.refused)
-    outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-    location = RUNS_PATH if trouble.refused == "async_only" else None
+    outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
+    headers = {"Location": RUNS_PATH} if trouble.refused == "async_only" else None
     return RefusedError(
-        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, location=location
+        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, headers=headers
     )

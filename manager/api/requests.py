@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Query
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.moments import MomentText, moment
 from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
 from manager.api.schemas import Time  # noqa: TC001
-from manager.domain.durations import parse_duration
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
-from manager.domain.history import Filters, decision_values, record_values
+from manager.domain.history import Filters
 from manager.domain.record import Outcome, with_defaults
 from manager.domain.roles import RequestKind  # noqa: TC001
 from manager.domain.routing import Because, RequestFacts
 from manager.errors import Reason, RequestEndedError, UnknownRequestError
+from manager.services.open_requests import MOST_LISTED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from manager.api.backend import Backend
-    from manager.domain.record import RequestRecord
-    from manager.services.routing.attempting import Attempting
-
-MOST_LISTED = 1000
-_CANCELLED = "the operator has cancelled the request"
 
 
 class _Shape(BaseModel):
@@ -153,29 +144,6 @@ class CancelledBody(_Shape):
     cancelled: bool
 
 
-def _since(text: str) -> datetime:
-    """Return a time that was written as such, or as a span of time before now."""
-    with suppress(ValueError):
-        span_s = parse_duration(text)
-        try:
-            return datetime.now(UTC) - timedelta(seconds=span_s)
-        except OverflowError:  # longer than there are dates
-            return datetime.min.replace(tzinfo=UTC)
-    try:
-        at = datetime.fromisoformat(text)
-    except ValueError:
-        at = None
-    if at is None or at.tzinfo is None:
-        example = "a time with its zone such as 2026-03-01T12:00:00Z, or a span such as 15m or 2h"
-        raise ValueError(f"expected {example}")
-    return at
-
-
-def _since_text(text: str) -> str:
-    _since(text)
-    return text
-
-
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -185,7 +153,7 @@ class RequestsQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(default=100, ge=1, le=MOST_LISTED)
-    since: Annotated[str, Field(max_length=64), AfterValidator(_since_text)] | None = None
+    since: MomentText | None = None
     project: _Name | None = None
     role: _Name | None = None
     model: _Name | None = None
@@ -196,12 +164,13 @@ class RequestsQuery(BaseModel):
 
 def requests_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute", tags=["requests"])
+    open_requests = backend.passing.passages.open_requests
 
     @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
         """The last requests, newest first: the open ones, then those that ended."""
         filters = Filters(
-            since=None if query.since is None else _since(query.since),
+            since=None if query.since is None else moment(query.since),
             project=query.project,
             role=query.role,
             model=query.model,
@@ -209,7 +178,7 @@ def requests_router(backend: Backend) -> APIRouter:
             outcome=query.outcome,
         )
         # With a cursor the answer is what was stored since: open ones would take the place of some of it.
-        opened = list(_open(backend, filters)) if query.after is None else []
+        opened = await open_requests.listed(filters) if query.after is None else []
         await backend.history.flush()
         page = await backend.history.store.last(filters, query.limit, after=query.after)
         ended = {id_ for id_, _ in page.items}
@@ -220,33 +189,26 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
     async def show_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """One request with its decision: every attempt, and every candidate passed over."""
-        found = backend.passing.passages.open_requests.find(request_id)
-        if found is not None:
-            attempting = found[1]
-            record, decision = _as_open(attempting), decision_values(attempting.seen, is_open=True)
-            waits_for = None if attempting.is_delivered else attempting.waits_for
-            summary = request_sentence(record, decision, is_open=True, waits_for=waits_for)
-        else:
+        found = await open_requests.shown(request_id)
+        if found is None:
             await backend.history.flush()
             stored = await backend.history.store.get(request_id)
             if stored is None:
                 raise _unknown(request_id)
             record, decision = _ended(stored[0]), stored[1]
-            summary = request_sentence(record, decision)
-        for one in decision["passed_over"]:
+            found = {**record, "decision": decision, "summary": request_sentence(record, decision)}
+        for one in found["decision"]["passed_over"]:
             one["words"] = passed_over_words(one)
-        return _json({**record, "decision": decision, "summary": summary})
+        return _json(found)
 
     @router.delete("/requests/{request_id}", response_model=CancelledBody, responses=refusals(404, 409, 503))
     async def cancel_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel an open request: its client gets an error, and what it holds is given back."""
-        found = backend.passing.passages.open_requests.find(request_id)
-        if found is None:
+        if not await open_requests.cancel(request_id):
             await backend.history.flush()
             if await backend.history.store.get(request_id) is None:
                 raise _unknown(request_id)
             raise RequestEndedError(f"the request {request_id} has ended already")
-        found[0].cancel(_CANCELLED)
         return _json({"request_id": request_id, "cancelled": True})
 
     @router.get("/explain", response_model=ExplanationBody, responses=refusals())
@@ -257,20 +219,6 @@ def requests_router(backend: Backend) -> APIRouter:
         return _json({**decision, "summary": decision_sentence(decision, query.model)})
 
     return router
-
-
-def _open(backend: Backend, filters: Filters) -> Iterator[dict[str, Any]]:
-    """Yield the open requests that are wanted, newest first, at most `MOST_LISTED`."""
-    wanted = [one for _, one in backend.passing.passages.open_requests if filters.match(one.record)]
-    wanted.sort(key=lambda one: one.began_at, reverse=True)
-    return map(_as_open, wanted[:MOST_LISTED])
-
-
-def _as_open(attempting: Attempting) -> dict[str, Any]:
-    record: RequestRecord = attempting.record
-    values = with_defaults(record_values(record))
-    duration_ms = (monotonic() - attempting.began_at) * 1000
-    return {"open": True, **values, "outcome": None, "duration_ms": round(duration_ms, 3)}
 
 
 def _ended(values: dict[str, Any]) -> dict[str, Any]:

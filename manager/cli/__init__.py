@@ -1,6 +1,7 @@
 """The command line. Importing it is cheap: each command imports what it needs when it runs."""
 
 from manager.cli import requests as _requests  # noqa: F401  (adds its commands)
+from manager.cli.budgets import budgets_command
 from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
 from manager.cli.events import events_command
@@ -9,6 +10,7 @@ from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.runs import runs_group
+from manager.cli.usage import usage_command
 
 for _command in (
     logs_command,
@@ -18,6 +20,8 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    budgets_command,
+    usage_command,
 ):
     program.add_command(_command)
 

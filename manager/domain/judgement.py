@@ -1,4 +1,4 @@
-"""Judgements of servers by their answers with an error."""
+"""Judgements of servers by their answers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ class Judgement(NamedTuple):
 
     reason: Reason | None
     may_start: bool = True
+    is_error: bool = True
 
 
+GOOD = Judgement(None, is_error=False)
 ABOUT_THE_REQUEST = Judgement(None)

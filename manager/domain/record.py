@@ -77,6 +77,7 @@ class RequestRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost_usd: float = 0.0
+    key: str | None = None
 
     @classmethod
     def begun(

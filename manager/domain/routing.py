@@ -253,14 +253,14 @@ class Refused:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
     """The groups of instances that one request may go to, the first one first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
     never twice for one model. Only an overloaded one may be both: it is attempted after the others. `refused`
     is set exactly when there is no attempt. `is_async` is whether the role takes runs only, no requests that
-    wait for their answer.
+    wait for their answer. `by_place` is whether the role orders its instances: each is a group of its own.
     """
 
     request: RequestFacts
@@ -271,6 +271,34 @@ class Decision:
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
     is_async: bool = False
+    by_place: bool = False
+
+    @cached_property
+    def has_equals(self) -> bool:
+        """Whether another instance could answer as well as the first one."""
+        first, *others = self.groups
+        return len(first.instances) > 1 or bool(self.by_place and others and others[0].choice == first.choice)
+
+    def leaning(self, instance: str, load: Load) -> Attempt | None:
+        """Return the attempt on an instance that is to go before the ones that a role prefers by its order.
+
+        None where it is none of them, does not have the model in memory, is overloaded, or has a higher load.
+        """
+        first = self.groups[0]
+        if not self.by_place or instance in first.instances:
+            return None
+        for group in self.groups:
+            if group.choice != first.choice:
+                return None
+            if instance in group.instances:
+                is_free = load[instance] <= min(map(load.__getitem__, first.instances))
+                if group.because != "loaded" or not is_free or self._is_overloaded(instance):
+                    return None
+                return group.attempt(instance)._replace(fallback=first.fallback)
+        return None
+
+    def _is_overloaded(self, instance: str) -> bool:
+        return any(one.instance == instance and one.reason is Reason.OVERLOADED for one in self.passed_over)
 
     def first(self, load: Load) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
@@ -307,11 +335,9 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     name, pin = split_pin(request.model)
     pin = pin or request.instance
     lane = settings.role(request.lane) if request.lane else None
-    if request.lane and lane is None:
-        message = f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    if request.lane and (lane is None or lane.kind is not request.kind):
+        message = _no_lane(request, lane, settings)
         return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
-    if lane is not None and lane.kind is not request.kind:
-        lane = None  # its rules are for another kind of request
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
@@ -388,6 +414,15 @@ def _paid_refusal(verdict: Verdict, local: Refused, pin: str | None) -> Refused 
     return Refused(
         "unavailable", reason, f"{message}; {verdict.detail})" if verdict.detail else f"{message})"
     )
+
+
+def _no_lane(request: RequestFacts, lane: Role | None, settings: RoutingSettings) -> str:
+    """Return the message about a lane that is no role, or one of another kind."""
+    if lane is None:
+        return f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    able = [one.name for one in settings.roles.values() if one.kind is request.kind]
+    wants = f"this request wants to {request.kind}; lanes for that: {listed(able)}"
+    return f"X-Lane: the lane {lane.name!r} does {lane.kind}, and {wants}"
 
 
 def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> Role | None:
@@ -487,6 +522,7 @@ class _Decider:
             passed_over=tuple(self._once_each() if others else self._passed_over),
             refused=None if self._groups else self._why_none(first),
             is_async=role is not None and role.mode == "async",
+            by_place=first.role is not None and first.role.instances is not None,
         )
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import structlog
 
-from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.domain.judgement import GOOD
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Protocol as ServerProtocol
@@ -30,11 +30,13 @@ from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
     INTERNAL_ERROR,
+    LATER,
+    NO_RETRY,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
     judge,
     outcome_of,
-    outcome_without_answer,
+    outcome_of_trouble,
     retry_after_s,
     status_of,
 )
@@ -43,7 +45,7 @@ from manager.wire.unload import unloaded, unloads
 from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
@@ -63,9 +65,6 @@ _MAX_HOLDING_S = 5.0
 _OK = 200
 _OLLAMA = ServerProtocol.OLLAMA
 _NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
-_LATER = {"Retry-After": "1"}
-# The libraries of OpenAI and Anthropic repeat a request at any 503, unless the answer says no.
-_NO_RETRY = {"X-Should-Retry": "false"}
 
 
 class _State(Enum):
@@ -138,7 +137,7 @@ class Exchange:
     is_left = False
     _state = _State.READING
     _size = 0
-    _refusal: tuple[int, str, dict[str, str]] | None = None
+    _refusal: tuple[int, str, Mapping[str, str]] | None = None
     _record: RequestRecord | None = None
     _attempting: Attempting | None = None
     _body: InferenceBody | None = None
@@ -147,6 +146,7 @@ class Exchange:
     _load: tuple[str, str] | None = None
     _next_comment_at: float | None = None
     _swallow = False
+    _is_probe = False
     _unloads = False
     _still_loaded = ""
     _translated: Translated | None = None  # where the server is no Ollama
@@ -190,11 +190,11 @@ class Exchange:
 
     # --- what the client's side calls ---
 
-    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """Answer with this error when the turn comes, whatever the body says."""
         self._refusal = (status, message, headers or {})
 
-    def refuse_now(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse_now(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """As `refuse`, and without waiting for the rest of the body."""
         if self._refusal is None:
             self._drop_body()
@@ -213,7 +213,7 @@ class Exchange:
         if self._size + len(body) > self._relay.limits.most_body_bytes:
             self.refuse_size()
         elif not self._take_bytes(len(body)):
-            self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
+            self.refuse_now(UNAVAILABLE, _NO_ROOM, LATER)
         else:
             self._parts.append(body)
 
@@ -266,7 +266,7 @@ class Exchange:
 
     def cut(self, why: str) -> None:
         """End it now, and say so as far as the dialect allows."""
-        self._fail(UNAVAILABLE, f"cut off: {why}", "cut")
+        self._fail(UNAVAILABLE, f"cut off: {why}", "cut", LATER)
 
     def give_up(self) -> None:
         """The client has left, and so have all that waited for the same load."""
@@ -288,11 +288,11 @@ class Exchange:
         if self._state is _State.WAITING and load is not None and self._relay.loads.others_wait(self, load):
             self._left = "cut"
             self.is_left = self.response_complete = True
-            self._tell(front, UNAVAILABLE, why, _NO_RETRY)
+            self._tell(front, UNAVAILABLE, why, NO_RETRY)
             self._give_slot_back()
             self._let_go()
         else:
-            self._fail(UNAVAILABLE, why, "cut", _NO_RETRY)
+            self._fail(UNAVAILABLE, why, "cut", NO_RETRY)
 
     def check(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
@@ -350,7 +350,7 @@ class Exchange:
         if self._translated is not None:
             self._translated_head(head, self._translated)
             return
-        judgement = judge(head.status) if head.status >= BAD_REQUEST else ABOUT_THE_REQUEST
+        judgement = judge(head.status) if head.status >= BAD_REQUEST else GOOD
         # Only the words of an internal error say whether it is about the request or the server.
         if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
             self._state = _State.HOLDING
@@ -372,6 +372,7 @@ class Exchange:
         self._state = _State.STREAMING
         self._status = head.status
         record.ttfb_ms = (monotonic() - self._began_at) * 1000  # comments do not count
+        self._is_probe = record.stream and head.status == _OK and attempting.is_probe
         if not self._answer.is_begun:
             record.status = head.status
             body = self._body
@@ -399,6 +400,8 @@ class Exchange:
             tail += data
             if len(tail) > 4 * TAIL_BYTES:
                 del tail[:-TAIL_BYTES]
+            if self._is_probe and not complete:  # the end of a whole answer decides
+                self._probed(data)
             if self._swallow:
                 data = b""
         end = self._end_of_answer() if complete else None
@@ -409,6 +412,12 @@ class Exchange:
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
             self._end_with(end)
+
+    def _probed(self, data: bytes) -> None:
+        """Take in the beginning of the stream of a request that tries a half-open breaker."""
+        self._is_probe = False
+        if self._attempting is not None and not self._swallow and error_in(data) is None:
+            self._attempting.begun()
 
     def _end_with(self, end: _End) -> None:
         if end.fault is not None:
@@ -474,7 +483,7 @@ class Exchange:
         self._state = _State.CONNECTING
         content = Translated.nothing_to_do(body, self._route, attempting.work.model)
         if content is not None:
-            attempting.answered(ABOUT_THE_REQUEST)
+            attempting.answered(GOOD)
             self._deliver_held(_whole(content))
             return
         translated = self._translated = Translated(self._route, target, record, body, attempting)
@@ -503,7 +512,7 @@ class Exchange:
             self._held_head = head
             self._held_since = monotonic()
             return
-        attempting.answered(ABOUT_THE_REQUEST)
+        attempting.answered(GOOD)
         if translated.is_whole:  # its head follows when its length is known
             assert self._record is not None  # noqa: S101  (its turn has come)
             self._state = _State.STREAMING
@@ -628,7 +637,7 @@ class Exchange:
         try:
             body = await in_steps(steps)
         except NoRoomError:
-            self._fail(UNAVAILABLE, _NO_ROOM, "refused", _LATER)
+            self._fail(UNAVAILABLE, _NO_ROOM, "refused", LATER)
             return
         if encoding is not None:
             self._size -= encoded_bytes
@@ -843,9 +852,7 @@ class Exchange:
             headers["Retry-After"] = str(max(1, round(trouble.retry_after_s or 1)))
         elif trouble.refused == "async_only":
             headers["Location"] = RUNS_PATH
-        outcome: Outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-        if trouble.reason is Reason.CANCELLED:  # the operator has stopped the instance
-            outcome = "cut"
+        outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
         self._fail(status, trouble.message, outcome, headers)
 
     def _fail_to_unload(self) -> None:
@@ -889,7 +896,7 @@ class Exchange:
         self._fail(status, message, "refused" if status == UNAVAILABLE else "client_error", headers)
 
     def _fail(
-        self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
+        self, status: int, message: str, outcome: Outcome, headers: Mapping[str, str] | None = None
     ) -> None:
         """Tell the client, in its dialect, as far as it can still be told."""
         front = self._front
@@ -903,7 +910,9 @@ class Exchange:
         self._tell(front, status, message, headers)
         self._finish(outcome)
 
-    def _tell(self, front: Front, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def _tell(
+        self, front: Front, status: int, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         record, attempting = self._record, self._attempting
         assert record is not None  # noqa: S101  (its turn has come)
         assert attempting is not None  # noqa: S101

@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
+    from manager.domain.usage import Dimension, Span, Sums
     from manager.wire.details import Details
     from manager.wire.head import Header
 
@@ -232,12 +234,13 @@ class Upstream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request for one server.
+    """A request for the server of one instance. Errors name the instance: its address is not for clients.
 
     `target` is path and query as they came; `headers` has neither Host nor anything that frames the message.
     A body in pieces is sent as they come, with its length where that is known.
     """
 
+    instance: str
     endpoint: str
     method: str
     target: str
@@ -384,16 +387,36 @@ class RequestStore(Protocol):
         RegistryUnwritableError: it could not be read or written.
     """
 
-    async def add(self, batch: Sequence[Ended]) -> None:
-        """Store requests; one that is stored already stays as it is."""
+    async def add(self, batch: Sequence[Ended], *, keeps: bool = True) -> None:
+        """Store requests, and add up what they have used; one that is stored already stays as it is.
+
+        Args:
+            batch: the requests.
+            keeps: whether the requests themselves are kept.
+        """
         ...
 
     async def encoded(self, batch: Sequence[Ended]) -> bytes:
         """Return requests in the form that `add_encoded` takes."""
         ...
 
-    async def add_encoded(self, rows: bytes) -> None:
-        """Store requests of another process."""
+    async def add_encoded(self, rows: bytes, *, keeps: bool = True) -> None:
+        """Store requests of another process, as `add` does."""
+        ...
+
+    async def usage(
+        self, wanted: Span, by: Sequence[Dimension], *, now_s: int
+    ) -> tuple[dict[tuple[str, ...], Sums], Span]:
+        """Return what the requests that ended in a time have used, by group.
+
+        Returns:
+            The sums by the values of `by`, in its order; and the time that they are of, which is widened to
+            whole hours, or to whole days where the hours are forgotten.
+        """
+        ...
+
+    async def forget_usage(self, *, now_s: int, days: int) -> None:
+        """Forget what was used longer ago."""
         ...
 
     async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
@@ -410,6 +433,48 @@ class RequestStore(Protocol):
         Returns:
             Whether more than `at_most` of them had to go, so that some are left.
         """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class LedgerStore(Protocol):
+    """The ledger of paid requests. A call that returns has happened completely and is on the disk.
+
+    Raises:
+        RegistryUnwritableError: it could not be read or written.
+    """
+
+    async def reserve(
+        self, reservation: Reservation, budgets: Mapping[Budget, str]
+    ) -> Overdrawn | dict[Budget, Balance]:
+        """Reserve money, unless a budget has too little left. Check and reservation are one transaction.
+
+        Args:
+            reservation: what is reserved, for whom.
+            budgets: each budget it is taken from, with the first day of its period.
+
+        Returns:
+            The balances with the reservation; or the limit that it would exceed, and nothing is reserved.
+        """
+        ...
+
+    async def close_reservation(self, closing: Closing, at_us: int) -> bool:
+        """Close a reservation; False where that was done before, or where there is none."""
+        ...
+
+    async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
+        """Close all open reservations that are older than a time; return how many.
+
+        Args:
+            make: returns the closing of a reservation, by its id and amount.
+            before_us: Unix time in microseconds.
+            at_us: the time of the closing.
+        """
+        ...
+
+    async def balances(self, budgets: Mapping[Budget, str]) -> dict[Budget, Balance]:
+        """Return the money of budgets since the first day of their periods."""
         ...
 
     async def close(self) -> None: ...

@@ -39,10 +39,11 @@ _PRUNE_PAUSE_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Retention:
-    """The bounds of what is kept: days, and rows. No days: nothing is kept."""
+    """The bounds of what is kept: days, and rows. No days: no request is kept, only what all have used."""
 
-    days: int
-    most_rows: int
+    retention_days: int
+    max_rows: int
+    usage_days: int = 400
 
 
 class History:
@@ -83,7 +84,7 @@ class History:
         """Take a request that has ended. Waits for nothing."""
         waiting = self._waiting
         count = len(waiting)
-        if count >= MOST_WAITING or not self.retention.days:
+        if count >= MOST_WAITING:
             self._drop()
             return
         waiting.append(ended)
@@ -119,11 +120,14 @@ class History:
             self._news.clear()
             self._full.clear()
             left = len(self._waiting)
-            while self._inherited and await self._written(self.store.add_encoded(self._inherited[0])):
+            keeps = bool(self.retention.retention_days)
+            while self._inherited and await self._written(
+                self.store.add_encoded(self._inherited[0], keeps=keeps)
+            ):
                 self._inherited.popleft()
             while left > 0 and (batch := tuple(islice(self._waiting, BATCH))):
                 left -= len(batch)
-                if not await self._written(self.store.add(batch), batch):
+                if not await self._written(self.store.add(batch, keeps=keeps), batch):
                     break
             if self._waiting or self._inherited:
                 self._news.set()
@@ -158,8 +162,6 @@ class History:
             self._news.set()
 
     def _drop(self) -> None:
-        if not self.retention.days:
-            return
         self.dropped += 1
         if self._trouble is None:
             self._say_trouble("more requests end than can be written")
@@ -206,10 +208,11 @@ class History:
 
     async def prune(self) -> None:
         """Forget what is too old or too much, in small steps: writes of others go in between."""
-        kept = self.retention
-        before = self._utcnow() - timedelta(days=kept.days)
+        kept, now = self.retention, self._utcnow()
+        before = now - timedelta(days=kept.retention_days)
         with suppress(ManagerError):  # the next batch says so, or the next look
             more = True
             while more:
-                more = await self.store.prune(before, most_rows=kept.most_rows, at_most=_PRUNE_STEP)
+                more = await self.store.prune(before, most_rows=kept.max_rows, at_most=_PRUNE_STEP)
                 await asyncio.sleep(_PRUNE_PAUSE_S if more else 0)
+            await self.store.forget_usage(now_s=int(now.timestamp()), days=kept.usage_days)

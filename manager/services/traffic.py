@@ -8,7 +8,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manager.domain.models import model_key
+from manager.domain.money import in_usd, micro_usd
 from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from manager.errors import Reason
 
 
-# Pairs of a model and an instance that have a mean of their own.
-_MOST_MEANS = 4096
+# Pairs of a role and a project that are counted by themselves; clients choose the names of projects.
+_MOST_USERS = 500
+_OTHER = "other"
 # Seconds, as Prometheus wants them; a cold load of a large model takes minutes.
 BUCKETS_S: Sequence[float] = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
@@ -37,9 +38,16 @@ class Histogram:
 
 
 @dataclass(slots=True)
-class _Mean:
-    total_ms: float = 0.0
-    count: int = 0
+class Used:
+    """Tokens and cost of the requests of one role and project."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cost_micro_usd: int = 0
+
+    @property
+    def cost_usd(self) -> float:
+        return in_usd(self.cost_micro_usd)
 
 
 class Traffic:
@@ -66,21 +74,11 @@ class Traffic:
         self.target_errors: defaultdict[tuple[str, str], int] = defaultdict(int)
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
-        self._first_token_means: dict[tuple[str, str], _Mean] = {}
+        self.used: dict[tuple[str, str], Used] = {}
 
     def failed(self, instance: str, reason: Reason) -> None:
         """An attempt on an instance failed, whatever became of the request."""
         self.target_errors[instance, reason.value] += 1
-
-    def first_token_ms(self, instance: str, key: str) -> float | None:
-        """The mean time to the first token of a model on an instance; None where it never answered there.
-
-        Args:
-            instance: its id.
-            key: of the model (`model_key`).
-        """
-        mean = self._first_token_means.get((instance, key))
-        return None if mean is None else round(mean.total_ms / mean.count, 1)
 
     def ended(self, record: RequestRecord) -> None:
         record.queue_ms = _to_microseconds(record.queue_ms)
@@ -97,21 +95,25 @@ class Traffic:
             self.durations[target].observe(record.duration_ms / 1000)
             if record.ttfb_ms is not None and _has_first_token(record):
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
-                if record.model is not None:
-                    self._add_first_token(target, model_key(record.model), record.ttfb_ms)
+        if record.output_tokens is not None or record.input_tokens is not None or record.cost_usd:
+            self._use(record)
         if self._trace is not None and record.sampled:
             self._trace(record)
         if record.outcome != "ok" or random.random() < self.share_logged:  # noqa: S311  (a sample, no secret)
             self._write(record)
 
-    def _add_first_token(self, instance: str, key: str, value_ms: float) -> None:
-        """Add to a mean; at the bound the model that answered longest ago is forgotten."""
-        mean = self._first_token_means.pop((instance, key), None) or _Mean()
-        mean.total_ms += value_ms
-        mean.count += 1
-        if len(self._first_token_means) >= _MOST_MEANS:
-            del self._first_token_means[next(iter(self._first_token_means))]
-        self._first_token_means[instance, key] = mean
+    def _use(self, record: RequestRecord) -> None:
+        """Count tokens and cost; beyond the bound for all other roles and projects together."""
+        user = (record.role or "", record.project_id)
+        used = self.used.get(user)
+        if used is None:
+            if len(self.used) >= _MOST_USERS:
+                user = (_OTHER, _OTHER)
+            used = self.used.setdefault(user, Used())
+        used.input_tokens += record.input_tokens or 0
+        used.output_tokens += record.output_tokens or 0
+        if record.cost_usd:
+            used.cost_micro_usd += micro_usd(record.cost_usd)
 
 
 def _has_first_token(record: RequestRecord) -> bool:

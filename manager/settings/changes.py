@@ -55,7 +55,8 @@ LIVE = frozenset(
         "gateway.access_log",
         "runs",
         "log.level",
-        "history",
+        "audit",
+        "budgets",
     )
 )
 

@@ -29,6 +29,7 @@ from manager.settings.addresses import (
     is_loopback,
     listen_host,
 )
+from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
 from manager.settings.routing import (
     ANY_INSTANCE,
     GatewaySettings,
@@ -302,11 +303,12 @@ class ScheduleSettings(Section):
         return self
 
 
-class HistorySettings(Section):
-    """The bounds of the history of requests; `retention_days` 0 keeps none."""
+class AuditSettings(Section):
+    """The bounds of the history of requests and of usage; `retention_days` 0 keeps no request."""
 
-    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 14
+    retention_days: Annotated[WholeNumber, Field(ge=0, le=3650)] = 90
     max_rows: Annotated[WholeNumber, Field(ge=1, le=100_000_000)] = 1_000_000
+    usage_days: Annotated[WholeNumber, Field(ge=1, le=36_500)] = 400
 
 
 class BreakerSettings(Section):
@@ -385,7 +387,8 @@ class Settings(BaseSettings):
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
     fallback: FallbackSettings = Field(default_factory=FallbackSettings)
     log: LogSettings = Field(default_factory=LogSettings)
-    history: HistorySettings = Field(default_factory=HistorySettings)
+    audit: AuditSettings = Field(default_factory=AuditSettings)
+    budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
 
     @classmethod
     def settings_customise_sources(
@@ -406,6 +409,7 @@ class Settings(BaseSettings):
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
                 *_routing_refusals(self),
+                *repeated(self.budgets),
             ]
         )
         return self
@@ -413,7 +417,7 @@ class Settings(BaseSettings):
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
 COMPARED = frozenset(
-    {"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "fallback"}
+    {"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "fallback", "budgets"}
 )
 
 
@@ -532,7 +536,8 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     local = {id_: instance for id_, instance in instances.items() if instance.driver is not Driver.CLOUD}
     gpu_of = {id_: _surely_gpu(instance) for id_, instance in local.items()}
     slots_of = {id_: instance.slots for id_, instance in instances.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=auto_gpus):
+    deny_of = {id_: instance.deny_models for id_, instance in instances.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
     managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
     for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):

@@ -14,6 +14,7 @@ import msgspec
 import orjson
 
 from manager.domain.models import MOST_NAME_LENGTH
+from manager.wire.bounds import most_input_tokens, output_limit
 from manager.wire.encoding import gathered, holds_any
 from manager.wire.errors import BadBodyError, BodyTooLargeError
 from manager.wire.scan import NotJsonError, Scan, folded, string_in
@@ -95,6 +96,16 @@ class InferenceBody:
     def raw_count(self, name: str) -> int:
         """Count a name, in quotes, in a small body."""
         return bytes(self.raw).count(f'"{name}"'.encode())
+
+    @property
+    def most_input_tokens(self) -> int:
+        """A number of input tokens that no tokenizer exceeds."""
+        return most_input_tokens(self.raw)
+
+    @property
+    def most_output_tokens(self) -> int | None:
+        """The limit of output tokens that the client sets; None without one."""
+        return output_limit(self.fields)
 
     def forget(self) -> None:
         """Release what may be many megabytes, once it was sent for good."""

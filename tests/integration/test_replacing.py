@@ -11,15 +11,14 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 from manager.cli.failures import FAILED, MISUSED
 from tests.support.daemon import ROOT, wait_for
 from tests.support.fixtures import write_templates
+from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -29,47 +28,11 @@ if TYPE_CHECKING:
     from tests.support.daemon import Daemon
     from tests.support.fixtures import NewDaemon
 
+__all__ = ["processes"]
+
 TOKENS = 120
 SLOW = {"OLLAMA_SIM_TOKENS": str(TOKENS), "OLLAMA_SIM_TOKENS_PER_S": "40"}
 KEPT, PER_S, STREAMS, TIMES = 10, 200, 20, 10
-
-
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """All processes that were replaced; none of them is left."""
-    found: list[subprocess.Popen[bytes]] = []
-    yield found
-    for process in found:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
-class Replaceable:
-    """A daemon whose process is replaced by the next one."""
-
-    def __init__(self, daemon: Daemon, processes: list[subprocess.Popen[bytes]]) -> None:
-        self.daemon = daemon
-        self._processes = processes
-
-    def replace(self) -> subprocess.Popen[bytes]:
-        """Start a process that replaces the running one; return the old one once the new one serves."""
-        old = self.daemon.process
-        assert old is not None
-        self._processes.append(old)
-        self.daemon.start(arguments=("--replace",), until_ready=False)
-        new = self.daemon.process
-        assert new is not None
-        wait_for(lambda: described_pid(self.daemon) == new.pid or new.poll() is not None)
-        assert new.poll() is None, self.daemon.log()
-        return old
-
-
-def described_pid(daemon: Daemon) -> int | None:
-    with suppress(OSError, ValueError):
-        pid: int = json.loads((daemon.state_dir / "daemon.json").read_text(encoding="utf-8"))["pid"]
-        return pid
-    return None
 
 
 @dataclass
@@ -298,6 +261,31 @@ def test_an_answer_of_the_old_daemon_keeps_its_container_from_being_recreated(
         lambda: daemon.instance("cpu"),
         lambda one: one["phase"] == "ready" and one["container"]["id"] != before["container"]["id"],
     )
+
+
+def test_a_stop_and_a_drain_in_the_new_daemon_wait_for_the_answers_of_the_old_one_on_that_instance(
+    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+) -> None:
+    slow = {"OLLAMA_SIM_TOKENS": "600", "OLLAMA_SIM_TOKENS_PER_S": "40"}
+    two = {"cpu": {"template": "sim"}, "other": {"template": "sim"}}
+    daemon = new_daemon(instances=two, templates={"sim": {"env": slow}}).start()
+    for id_ in two:
+        daemon.started(id_)
+    hi = {"model": "tiny", "prompt": "hi"}
+    to_cpu = {"X-Instance": "cpu"}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(daemon.call, "POST", "/api/generate", json=hi, headers=to_cpu)
+        wait_for(lambda: daemon.instance("cpu")["in_flight"] == 1)
+        old = Replaceable(daemon, processes).replace()
+        daemon.wait_for_phase("cpu", "ready")
+        assert daemon.instance("cpu")["in_flight"] == 1
+        daemon.wait_for_phase("other", "ready")
+        assert daemon.begin("other", "drain").status_code == 200  # nothing is open there
+        assert not answer.done()
+        assert daemon.stopped("cpu")["phase"] == "stopped"
+        lines = answer.result(timeout=1).text.splitlines()
+    assert json.loads(lines[-1])["done"] is True
+    assert old.wait(timeout=30) == 0
 
 
 def test_what_a_client_has_sent_of_its_next_request_moves_too(

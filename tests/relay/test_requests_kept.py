@@ -115,7 +115,7 @@ def test_the_retention_can_change_while_the_daemon_runs(tmp_path: Path, retentio
         for _ in range(3):
             gateway.call("POST", "/api/chat", json=TINY)
         assert gateway.get("requests")["count"] == 3
-        gateway.configure({**gateway.config, "history": retention})
+        gateway.configure({**gateway.config, "audit": retention})
         process = gateway.process
         assert process is not None
         process.send_signal(1)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
-_NO_ENGINE = "unix:///nonexistent/docker.sock"
+NO_ENGINE = "unix:///nonexistent/docker.sock"
 
 
 class Gateway(Daemon):
@@ -65,7 +65,7 @@ def gateway_over(
             "lifecycle": {"probe_interval_s": 0.5, "resync_interval_s": 1},
             **(config or {}),
         }
-        daemon = Gateway(home, full, engine_url=_NO_ENGINE)
+        daemon = Gateway(home, full, engine_url=NO_ENGINE)
         daemon.servers = servers
         stack.enter_context(daemon)
         daemon.start(until_ready=False)

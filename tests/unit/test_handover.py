@@ -48,7 +48,17 @@ def connected(state_dir: Path) -> socket.socket:
 async def asking(state_dir: Path, within_s: float = 10.0) -> Predecessor:
     found = await asyncio.to_thread(replace_daemon, connected(state_dir), state_dir, within_s=within_s)
     assert found is not None
+    assert found.line is not None
+    assert found.line.recv(10) == b"a line"
+    found.line.close()
     return found
+
+
+def hand_over(successor: Successor, listener: socket.socket) -> None:
+    here, there = socket.socketpair()
+    with here, there:
+        here.send(b"a line")
+        successor.hand_over(listener, there)
 
 
 async def test_listener_and_connections_are_handed_over(tmp_path: Path) -> None:
@@ -56,7 +66,7 @@ async def test_listener_and_connections_are_handed_over(tmp_path: Path) -> None:
         question = asyncio.ensure_future(asking(tmp_path))
         await until(lambda: asked)
         (successor,) = asked
-        successor.hand_over(listener)
+        hand_over(successor, listener)
         predecessor = await question
         assert predecessor.pid == os.getpid()
         port = listener.getsockname()[1]
@@ -88,7 +98,7 @@ async def test_a_listener_of_another_address_is_closed(tmp_path: Path) -> None:
     with old_daemon(tmp_path) as (_, asked), socket.create_server(("127.0.0.1", 0)) as listener:
         question = asyncio.ensure_future(asking(tmp_path))
         await until(lambda: asked)
-        asked[0].hand_over(listener)
+        hand_over(asked[0], listener)
         predecessor = await question
         assert predecessor.usable_listener("127.0.0.1", listener.getsockname()[1] + 1) is None
         predecessor.serves(lambda _peer, _held: pytest.fail("nothing moves"), lambda _requests: None)
@@ -100,7 +110,7 @@ async def test_a_full_channel_is_tried_again_and_an_ended_one_is_not(tmp_path: P
         question = asyncio.ensure_future(asking(tmp_path))
         await until(lambda: asked)
         (successor,) = asked
-        successor.hand_over(listener)
+        hand_over(successor, listener)
         predecessor = await question
         successor.is_serving = True
         while successor.take(listener.fileno(), b""):
@@ -110,7 +120,7 @@ async def test_a_full_channel_is_tried_again_and_an_ended_one_is_not(tmp_path: P
         await until(lambda: successor.has_ended)
         await successor.decided()
         assert not successor.take(listener.fileno(), b"")
-        successor.hand_over(listener)  # to nobody
+        hand_over(successor, listener)  # to nobody
         passed = predecessor.usable_listener("127.0.0.1", listener.getsockname()[1])
         assert passed is not None
         passed.close()
@@ -120,7 +130,7 @@ async def test_more_than_a_message_moves_with_its_connection(tmp_path: Path) -> 
     with old_daemon(tmp_path) as (_, asked), socket.create_server(("127.0.0.1", 0)) as listener:
         question = asyncio.ensure_future(asking(tmp_path))
         await until(lambda: asked)
-        asked[0].hand_over(listener)
+        hand_over(asked[0], listener)
         predecessor = await question
         came: list[bytes] = []
         inheritable: list[bool] = []
@@ -233,3 +243,14 @@ def test_an_answer_without_a_listener_is_refused(tmp_path: Path) -> None:
     there.send(b'{"released": 1}')
     with there, pytest.raises(ManagerError, match="no listener"):
         replace_daemon(here, tmp_path, within_s=5)
+
+
+def test_a_daemon_of_a_version_without_the_stream_is_replaced_as_well(tmp_path: Path) -> None:
+    here, there = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with there, socket.create_server(("127.0.0.1", 0)) as listener:
+        socket.send_fds(there, [b'{"released": 1}'], [listener.fileno()])
+        predecessor = replace_daemon(here, tmp_path, within_s=5)
+        assert predecessor is not None
+        assert predecessor.line is None
+        assert predecessor.usable_listener("127.0.0.1", 1) is None
+    here.close()

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import orjson
 
 from manager.adapters.registry.opening import connect_existing, translated
+from manager.adapters.registry.usage import add_usage, forget_usage, read_usage
 from manager.adapters.request_log import encodable
 from manager.domain.history import MOST_CHARACTERS, decision_values, record_values
 from manager.domain.models import model_key
+from manager.domain.usage import Group, Sample, Sums, sample_of, sums_of
 from manager.errors import RegistryUnwritableError
 from manager.services.ports import StoredPage
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from manager.domain.history import Ended, Filters
     from manager.domain.record import RequestRecord
+    from manager.domain.usage import Dimension, Span
 
 T = TypeVar("T")
 Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
@@ -44,6 +47,7 @@ _ADD_MANY = ", ".join([_ADD, *[_ROW] * (_MANY - 1)])
 _GET = "SELECT record, decision FROM requests WHERE request_id = ?"
 _RECORD = "SELECT request_id, record FROM requests WHERE id = ?"
 _LAST_ID = "SELECT max(id) FROM requests"
+_IS_STORED = "SELECT 1 FROM requests WHERE request_id = ?"
 _OLD = """DELETE FROM requests WHERE id IN (
     SELECT id FROM requests WHERE ended_us < ? ORDER BY ended_us LIMIT ?)"""
 # The difference of two ids bounds the number of rows between them: nothing is counted.
@@ -77,15 +81,31 @@ class SqlRequests:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requests")
         self._connection: sqlite3.Connection | None = None
         self._closed = False
+        # A write has failed: whether it was stored is not known.
+        self._is_doubtful = False
 
-    async def add(self, batch: Sequence[Ended]) -> None:
-        await self._call(lambda: self._insert(_rows(batch)))
+    async def add(self, batch: Sequence[Ended], *, keeps: bool = True) -> None:
+        await self._call(lambda: self._insert(_rows(batch), _samples(batch), keeps=keeps))
 
     async def encoded(self, batch: Sequence[Ended]) -> bytes:
-        return await asyncio.to_thread(lambda: _encoded(_rows(batch)))  # also once the store is closed
+        # Also once the store is closed.
+        return await asyncio.to_thread(lambda: _encoded(_rows(batch), _samples(batch)))
 
-    async def add_encoded(self, rows: bytes) -> None:
-        await self._call(lambda: self._insert(_decoded(rows)))
+    async def add_encoded(self, rows: bytes, *, keeps: bool = True) -> None:
+        await self._call(lambda: self._insert(*_decoded(rows), keeps=keeps))
+
+    async def usage(
+        self, wanted: Span, by: Sequence[Dimension], *, now_s: int
+    ) -> tuple[dict[tuple[str, ...], Sums], Span]:
+        return await self._call(lambda: read_usage(self._open(), wanted, by, now_s=now_s), doing="read")
+
+    async def forget_usage(self, *, now_s: int, days: int) -> None:
+        def work() -> None:
+            self._refuse_if_moved()
+            forget_usage(self._open(), now_s=now_s, days=days)
+
+        if self._stores:
+            await self._call(work)
 
     async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
         found, values = search(filters, after)
@@ -128,13 +148,21 @@ class SqlRequests:
             self._thread.shutdown(wait=False)
             await asyncio.wrap_future(last)
 
-    def _insert(self, rows: list[Row]) -> None:
+    def _insert(self, rows: list[Row], samples: list[Sample | None], *, keeps: bool) -> None:
+        """Store requests and what they have used, both or neither."""
         if not self._stores:
             return
         self._refuse_if_moved()
         connection = self._open()
         connection.execute("BEGIN IMMEDIATE")
+        was_doubtful, self._is_doubtful = self._is_doubtful, True
         try:
+            if was_doubtful:  # nothing is counted twice
+                news = [connection.execute(_IS_STORED, row[:1]).fetchone() is None for row in rows]
+                samples = [sample for sample, is_new in zip(samples, news, strict=True) if is_new]
+            add_usage(connection, [sample for sample in samples if sample is not None])
+            if not keeps:
+                rows = []
             whole = len(rows) - len(rows) % _MANY
             for start in range(0, whole, _MANY):
                 connection.execute(_ADD_MANY, tuple(chain.from_iterable(rows[start : start + _MANY])))
@@ -144,6 +172,7 @@ class SqlRequests:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+        self._is_doubtful = False
 
     def _open(self) -> sqlite3.Connection:
         if self._connection is None:
@@ -256,9 +285,30 @@ def _text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
-def _encoded(rows: list[Row]) -> bytes:
-    return orjson.dumps([(*row[:-2], row[-2].decode(), row[-1].decode()) for row in rows])
+def _samples(batch: Sequence[Ended]) -> list[Sample | None]:
+    """Return what each request has used, in texts that can be stored."""
+    samples: list[Sample | None] = []
+    for ended in batch:
+        sample = sample_of(ended.record)
+        samples.append(None if sample is None else sample._replace(group=Group(*map(_text, sample.group))))
+    return samples
 
 
-def _decoded(rows: bytes) -> list[Row]:
-    return [(*row[:-2], row[-2].encode(), row[-1].encode()) for row in orjson.loads(rows)]
+def _encoded(rows: list[Row], samples: list[Sample | None]) -> bytes:
+    documents = [(*row[:-2], row[-2].decode(), row[-1].decode()) for row in rows]
+    return orjson.dumps([documents, [None if one is None else _sample_values(one) for one in samples]])
+
+
+def _decoded(encoded: bytes) -> tuple[list[Row], list[Sample | None]]:
+    documents, samples = orjson.loads(encoded)
+    rows = [(*row[:-2], row[-2].encode(), row[-1].encode()) for row in documents]
+    return rows, [None if one is None else _sample(*one) for one in samples]
+
+
+def _sample_values(sample: Sample) -> tuple[int, list[str], list[int], str]:
+    *counts, latencies = (getattr(sample.sums, name) for name in Sums.__slots__)
+    return sample.ended_s, list(sample.group), counts, f"{latencies:x}"
+
+
+def _sample(ended_s: int, group: list[str], counts: list[int], latencies: str) -> Sample:
+    return Sample(ended_s, Group(*group), sums_of(counts, int(latencies, 16)))

@@ -15,6 +15,7 @@ from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from manager.adapters.registry import runs, tables
+from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
 from manager.errors import RegistryUnwritableError
@@ -264,6 +265,10 @@ class SqlRegistry:
     def requests(self) -> SqlRequests:
         """Return the history of requests, which is closed before the registry is."""
         return SqlRequests(self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s)
+
+    def ledger(self) -> SqlLedger:
+        """Return the ledger of paid requests, which is closed before the registry is."""
+        return SqlLedger(self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s)
 
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from abc import ABC, abstractmethod
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +20,14 @@ from manager.domain.instance import (
     Target,
 )
 from manager.domain.target import Target as Place
-from manager.errors import ConflictError, DrainedError, OutOfDescriptorsError, UnavailableError
+from manager.errors import ConflictError, DrainedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.instances.container_run import happens
 from manager.services.instances.leases import Lease, LeaseBook
 from manager.services.waiters import Waiters
 from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from datetime import datetime
 
     from manager.domain.drained import Drained
@@ -102,6 +103,7 @@ class Instance(ABC):
         listed: the models on its volume as its server last listed them, None while it never did.
         listed_at: the monotonic time of that.
         version: the version that its server last told, None while it never did.
+        memory_reads: how often its server has listed the models in memory.
         keeps_warm: a role keeps a model in its memory, so that it is not stopped for being idle.
     """
 
@@ -128,6 +130,8 @@ class Instance(ABC):
         self._to_probe = asyncio.Event()
         self._drained: Drained | None = None
         self._quiet = Waiters()
+        self._interruptible: set[asyncio.Timeout] = set()
+        self.memory_reads = 0
         self.keeps_warm = False
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
@@ -181,8 +185,9 @@ class Instance(ABC):
         return False
 
     def take_out(self, drained: Drained) -> None:
-        """Give no leases any more; open ones go on."""
+        """Give no leases any more; open ones go on, but for loads."""
         self._drained = drained
+        self._interrupt()
         self._world.revision.advance()
 
     def bring_back(self) -> None:
@@ -199,6 +204,36 @@ class Instance(ABC):
         """
         if self.in_flight:
             await self._quiet.outcome()
+
+    @asynccontextmanager
+    async def until_out(self) -> AsyncIterator[None]:
+        """Cancel the work in it when the instance is taken out of service, or its stop is requested.
+
+        For work that nobody loses an answer with, such as a load.
+
+        Raises:
+            UnavailableError: that has happened, with reason `cancelled`.
+        """
+        try:
+            async with asyncio.timeout(0 if self.usable_endpoint() is None else None) as limit:
+                self._interruptible.add(limit)
+                try:
+                    yield
+                finally:
+                    self._interruptible.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise UnavailableError(
+                f"{self.id} is being stopped, or was taken out of service: the load was cancelled",
+                reason=Reason.CANCELLED,
+                instance=self.id,
+            ) from None
+
+    def _interrupt(self) -> None:
+        now = asyncio.get_running_loop().time() if self._interruptible else 0.0
+        for limit in self._interruptible:
+            limit.reschedule(now)
 
     @property
     def headers(self) -> tuple[Header, ...]:
@@ -240,6 +275,10 @@ class Instance(ABC):
         if endpoint is None:
             return None
         return self._grant(endpoint)
+
+    def lease_elsewhere(self) -> Lease:
+        """Count a lease that the daemon before this one has given, whatever state the instance is in."""
+        return self._leases.grant(Place(self.id, ""))
 
     def _grant(self, endpoint: str) -> Lease:
         place = self._place
@@ -317,6 +356,7 @@ class Instance(ABC):
             if [model.name for model in answer.loaded] != [model.name for model in self._models]:
                 self._world.revision.advance()
             self._models = answer.loaded
+            self.memory_reads += 1
         if answer.available is not None:
             self._available = tuple(map(name_of, answer.available))
             self.listed = answer.available

@@ -21,8 +21,8 @@ _SLICE = 64
 # A full queue is worth another try after as long as its oldest request waits, at most.
 _MOST_RETRY_S = 60.0
 
-# `changed`: no instance is left to wait for; the request is decided anew.
-Settled: TypeAlias = Literal["granted", "changed", "timeout"]
+# `changed`: no instance is left to wait for; the request is decided anew. `refused`: it may not wait.
+Settled: TypeAlias = Literal["granted", "changed", "refused", "timeout"]
 
 
 class SettingsSource(Protocol):
@@ -45,6 +45,19 @@ class Holder(Protocol):
 
     def hold_slot(self) -> None:
         """Take a slot of that instance, whether or not one is free."""
+
+
+class SlotGiver(Protocol):
+    """Another daemon that gives the slots of this one, too. It calls `Slots.given` or `Slots.refused`."""
+
+    def holds(self, waiter: Waiter) -> None:
+        """Tell it of a slot that is in use."""
+
+    def asks(self, waiter: Waiter, project: str) -> None:
+        """Ask it for a slot."""
+
+    def gave_back(self, waiter: Waiter) -> None:
+        """Give the slot back to it, or leave its queue. Counts once."""
 
 
 class LaneState(NamedTuple):
@@ -120,6 +133,10 @@ class Place:
         self._slots.give_back(self)
 
 
+# What is said of an instance without a free slot.
+FULL = "all its slots are taken"
+
+
 class Slots:
     """Owns the slots of all instances and the queues of all lanes. Lives on the event loop.
 
@@ -151,6 +168,7 @@ class Slots:
         self._configured: Mapping[str, int | None] = {}
         self._is_stale = False
         self._has_waiting = asyncio.Event()
+        self._giver: SlotGiver | None = None
         self.is_on = False
 
     def refresh(self) -> None:
@@ -193,6 +211,11 @@ class Slots:
         name = lane or NO_ROLE
         waiter = Waiter(name, instances, since)
         place = Place(self, waiter, choose)
+        if self._giver is not None:
+            waiter.is_run = is_run
+            self._waiting[waiter] = place
+            self._giver.asks(waiter, project)
+            return place
         entry = self._lanes.enter(waiter, project, is_run=is_run)
         if entry == "waits":
             self._waiting[waiter] = place
@@ -209,13 +232,21 @@ class Slots:
         self, lane: str | None, instance: str, choose: Callable[[], tuple[str, ...]], since: float
     ) -> Place | None:
         """Give a request a slot of an instance, if one is free; see `enter`."""
+        if self._giver is not None:
+            return None  # only `enter` can ask
         waiter = Waiter(lane or NO_ROLE, (instance,), since)
         return Place(self, waiter, choose) if self._lanes.take(waiter) else None
+
+    def has_room(self, lane: str | None, instance: str) -> bool:
+        """Return whether a request of a lane would get a slot of an instance now."""
+        return not self.is_on or self._lanes.has_room(lane or NO_ROLE, instance)
 
     def hold(self, lane: str | None, instance: str, since: float) -> Place:
         """Count a slot that a request uses already."""
         waiter = Waiter(lane or NO_ROLE, (instance,), since)
         self._lanes.hold(waiter, instance)
+        if self._giver is not None:
+            self._giver.holds(waiter)
         return Place(self, waiter, tuple)
 
     def wait_s(self, lane: str | None) -> float:
@@ -230,8 +261,60 @@ class Slots:
     def give_back(self, place: Place) -> None:
         """See `Place.give_back`."""
         self._waiting.pop(place.waiter, None)
+        if self._giver is not None:
+            self._giver.gave_back(place.waiter)
         if granted := self._lanes.leave(place.waiter):
             self._wake(granted)
+
+    # --- while another daemon gives the slots ---
+
+    def leave_to(self, giver: SlotGiver, places: Iterable[tuple[Place, str]]) -> None:
+        """Let another daemon give all slots from now on.
+
+        Args:
+            giver: is told of the slots in use, and asked for those that requests wait for.
+            places: all places there are, with the projects of their requests.
+        """
+        self._giver = giver
+        waiting: list[tuple[Waiter, str]] = []
+        for place, project in places:
+            waiter = place.waiter
+            if waiter.instance is not None:
+                giver.holds(waiter)
+            elif waiter.is_waiting:
+                waiting.append((waiter, project))
+        # Once all slots in use are counted, those that wait, in their order.
+        waiting.sort(key=lambda one: one[0].key)
+        for waiter, project in waiting:
+            self._lanes.leave(waiter)
+            giver.asks(waiter, project)
+
+    def given(self, waiter: Waiter, instance: str) -> None:
+        """The other daemon has given a request a slot of this instance."""
+        if waiter in self._waiting:
+            self._lanes.hold(waiter, instance)
+            self._wake([waiter])
+
+    def refused(self, waiter: Waiter) -> None:
+        """The other daemon has no place for a request in the queue of its lane."""
+        if waiter in self._waiting:
+            self._waiting[waiter].settle("refused")
+
+    def give_again(self, asked: Iterable[tuple[Waiter, str]]) -> None:
+        """Give slots as before: the other daemon has ended.
+
+        Args:
+            asked: the requests that waited for it, with their projects.
+        """
+        self._giver = None
+        for waiter, project in asked:
+            if waiter not in self._waiting:
+                continue
+            entry = self._lanes.enter(waiter, project, is_run=waiter.is_run)
+            if entry == "granted":
+                self._wake([waiter])
+            elif entry != "waits":
+                self.refused(waiter)
 
     async def run(self, look: Callable[[], object]) -> None:
         """Compare waiting requests with the fleet, until cancelled.

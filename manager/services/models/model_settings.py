@@ -49,6 +49,7 @@ class ModelSettings:
         models: the section of that name.
         instances: for every instance there is now whether it runs on a GPU, None where that is not declared.
         slots: the slots of every instance there is now, None where they are not limited.
+        denied: the patterns of models that every instance must not run.
         auto_gpus: whether cards that nobody has listed get instances of their own.
         fallback: what the configuration says of the section of that name.
         paid: for every instance there is now whether it costs money.
@@ -63,6 +64,7 @@ class ModelSettings:
         models: ModelsSettings,
         instances: Callable[[], Mapping[str, bool | None]],
         slots: Callable[[], Mapping[str, int | None]],
+        denied: Callable[[], Mapping[str, tuple[str, ...]]],
         auto_gpus: bool,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
@@ -73,6 +75,7 @@ class ModelSettings:
         self._models = models
         self._instances = instances
         self._slots = slots
+        self._denied = denied
         self._auto_gpus = auto_gpus
         self._written_fallback = fallback
         self._paid = paid
@@ -118,7 +121,13 @@ class ModelSettings:
         async with self._changing:
             ignored = {one.key for one in self.ignored}
             after, problems = with_change(
-                self._written, self._overrides, change, self._gpu_of(), self._slots(), ignored=ignored
+                self._written,
+                self._overrides,
+                change,
+                self._gpu_of(),
+                self._slots(),
+                deny_of=self._denied(),
+                ignored=ignored,
             )
             for field, value in fallback.items():
                 if value is None:
@@ -168,6 +177,7 @@ class ModelSettings:
             overrides,
             self._instances(),
             self._slots(),
+            deny_of=self._denied(),
             auto_gpus=self._auto_gpus,
             preferred=preferred,
         )

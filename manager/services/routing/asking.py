@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
-from manager.domain.judgement import ABOUT_THE_REQUEST
+from manager.domain.judgement import GOOD
 from manager.domain.target import Protocol
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.ports import Question
@@ -172,7 +172,7 @@ async def _judge_spoken(
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """As `_judge`, of a server that is no Ollama: the client gets its errors in the client's dialect."""
     if answer.status == _OK:
-        attempting.answered(ABOUT_THE_REQUEST)
+        attempting.answered(GOOD)
         return answer, None
     content: bytearray | None = bytearray()
     try:
@@ -195,7 +195,7 @@ async def _judge(
     """Return an answer for the client, or the step that follows an answer with an error."""
     if speaking is not None:
         return await _judge_spoken(attempting, answer, speaking)
-    judgement, wait_s = ABOUT_THE_REQUEST, None
+    judgement, wait_s = GOOD, None
     if answer.status >= BAD_REQUEST:
         judgement = judge(answer.status)
         wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)

@@ -17,13 +17,16 @@ from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
 from manager.domain.breaker import is_counted
+from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.record import LOCAL
 from manager.domain.roles import RequestKind
+from manager.domain.routing import PassedOver
 from manager.errors import ManagerError, Reason
+from manager.services.accounts.payment import Payment, output_limit
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.services.lanes.slots import Refusal
+from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.router import RUNNING, Attempts
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
+    from manager.services.accounts.ledger import Ledger
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
@@ -100,7 +104,8 @@ def _forget(_ended: Ended) -> None:
 class Routing:
     """The parts that all requests share. Built once by the composition root.
 
-    `keep` takes each request that has ended into the history; it does not wait.
+    `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
+    server is asked.
     """
 
     router: Router
@@ -114,6 +119,7 @@ class Routing:
     breakers: Breakers
     overload: Overload
     keep: Callable[[Ended], None] = _forget
+    ledger: Ledger | None = None
     cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
@@ -191,6 +197,7 @@ class Attempting:
     _lease: Lease | None = None
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
+    _payment: Payment | None = None
     _facts: RequestFacts | None = None
     _body: Opened | None = None
     _conversation = 0
@@ -201,7 +208,7 @@ class Attempting:
     _sent_at = 0.0
     _asked_s = 0.0  # how long servers were asked that brought no answer
     _queued_s = 0.0  # how long slots were waited for
-    _full: str | None = None  # the preferred instance, where it had no free slot
+    _full: tuple[PassedOver, ...] = ()  # the instances that had no free slot, the preferred one first
     _is_waiting = False
     _looks_closer = False
     _is_delivered = False
@@ -283,6 +290,8 @@ class Attempting:
             self._timed_from = now
         self._is_waiting = True
         self._looks_closer = False
+        if self._payment is not None:
+            self._payment.is_sent = True
         target = self.target
         if target is not None and target.prices is not None:
             record.provider = target.instance
@@ -301,6 +310,11 @@ class Attempting:
             self._place = self._routing.slots.hold(self.record.role, self.attempt.instance, self._began_at)
 
     @property
+    def payment(self) -> Payment | None:
+        """The payment of the current attempt; None where it costs nothing."""
+        return self._payment
+
+    @property
     def lane(self) -> str | None:
         """The role whose lane the request is in; None where it has none."""
         return self.record.role
@@ -309,6 +323,11 @@ class Attempting:
     def holds(self) -> str:
         """The instance of the current attempt."""
         return self.work.instance
+
+    @property
+    def place(self) -> Place | None:
+        """Its slot, or its place in the queue; None where it has neither."""
+        return self._place
 
     def give_slot_back(self) -> None:
         """Give the slot, or the place in the queue, to the next request."""
@@ -348,12 +367,8 @@ class Attempting:
 
     @property
     def most_tokens(self) -> int | None:
-        """The longest answer of the current attempt that may be paid; None where nothing is."""
-        attempt, target = self.attempt, self.target
-        if attempt is None or target is None or target.prices is None:
-            return None
-        price = target.prices.get(attempt.model)
-        return None if price is None else price.max_output_tokens
+        """The bound of output tokens that the current attempt has to carry; None where nothing is paid."""
+        return None if self._payment is None else self._payment.output_limit
 
     @property
     def work(self) -> Work:
@@ -502,6 +517,8 @@ class Attempting:
         assert attempt is not None  # noqa: S101  (a server that answers was asked)
         self._stop_waiting()
         reason = judgement.reason
+        if self._payment is not None and judgement.is_error:
+            self._payment.is_refused = True
         if reason is None:
             return None
         if self._is_fixed and reason is Reason.MODEL_MISSING:
@@ -525,6 +542,16 @@ class Attempting:
     def delivered(self) -> None:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
+
+    @property
+    def is_probe(self) -> bool:
+        """Return whether the request may be the one that tries a half-open breaker."""
+        return self._permit != 0 and self._routing.breakers.is_half_open(self.holds)
+
+    def begun(self) -> None:
+        """The server has sent the beginning of a good answer: a half-open breaker waits for no more."""
+        if self._permit:
+            self._permit = self._routing.breakers.begun(self.holds, self._permit)
 
     def broke_off(self, reason: Reason) -> None:
         """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
@@ -573,7 +600,7 @@ class Attempting:
     @property
     def seen(self) -> Ended:
         """The request as the history takes it, by reference."""
-        return Ended(self.record, self._attempts, self._failures, self.message)
+        return Ended(self.record, self._attempts, self._failures, self.message, self._full)
 
     def cancelled(self) -> None:
         """The operator has cancelled the request; its caller ends it with `close`."""
@@ -618,7 +645,7 @@ class Attempting:
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
-            if self._body is not None and len(decision.groups[0].instances) > 1:
+            if self._body is not None and decision.has_equals:
                 self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
@@ -682,8 +709,8 @@ class Attempting:
                 return WAIT
             attempts.skip()
             attempts.pay_nothing()
-            self._full = self._full or choices[0].instance
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
@@ -702,8 +729,9 @@ class Attempting:
             self.give_slot_back()
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
+        if attempt is not choices[0]:
+            self._pass_over(choices[: choices.index(attempt)], Reason.OVERLOADED, FULL)
         if attempt is not choices[0] and attempt.fallback is not None:
-            self._full = self._full or choices[0].instance
             attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
         return self._begin(attempt)
 
@@ -723,12 +751,22 @@ class Attempting:
         self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
-        self._full = self._full or place.waiter.instances[0]
+        if how == "refused":
+            why = "no slot is free, and no more requests may wait for one"
+        else:
+            why = f"no slot became free within {wait_s:g} s"
+        self._pass_over(attempts.choices(), Reason.OVERLOADED, why)
         attempts.skip()
         attempts.pay_nothing()
-        message = f"no slot became free within {wait_s:g} s (overloaded)"
+        message = f"{why} (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
+
+    def _pass_over(self, full: Sequence[Attempt], reason: Reason, why: str) -> None:
+        known = {one.instance for one in self._full}
+        self._full += tuple(
+            PassedOver(one.instance, one.model, reason, why) for one in full if one.instance not in known
+        )
 
     def _begin(self, attempt: Attempt) -> Step:
         """Begin an attempt."""
@@ -765,8 +803,8 @@ class Attempting:
         record = self.record
         if record.requested_target is not None:
             return record.requested_target
-        if self._full is not None and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
-            return self._full
+        if self._full and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            return self._full[0].instance
         if record.failed_attempts:
             return record.failed_attempts[0].target
         decision = getattr(self._attempts, "decision", None)
@@ -786,9 +824,46 @@ class Attempting:
             if not self._permit:
                 self._release()
                 return self._shut_out(target.instance)
+        if target.prices is not None:
+            self._pending = lambda: self._pay(target)
+            return WAIT
         self.target = target
         record.endpoint = target.endpoint
         return target
+
+    async def _pay(self, target: Target) -> Step:
+        """Reserve the most that the attempt can cost; begin the next one where there is no money for it."""
+        attempt, body, ledger, record = self.attempt, self._body, self._routing.ledger, self.record
+        assert attempt is not None  # noqa: S101  (it has got a lease)
+        price = target.prices.get(attempt.model) if target.prices is not None else None
+        if price is None or body is None or ledger is None:
+            return self._unpaid(attempt, f"{attempt.instance} names no price for {attempt.model!r}")
+        limit, inputs = output_limit(price, body), body.most_input_tokens + self.changes.size
+        try:
+            reserved = await ledger.reserve(
+                record,
+                record.key,
+                instance=attempt.instance,
+                model=attempt.model,
+                amount=price.cost(inputs, limit),
+            )
+        except ManagerError as error:
+            return self._unpaid(attempt, error.message, error.retry_after_s)
+        if isinstance(reserved, Overdrawn):
+            return self._unpaid(attempt, reserved.message)
+        self._payment = Payment(ledger, reserved, price, most_input_tokens=inputs, output_limit=limit)
+        self.target = target
+        record.endpoint = target.endpoint
+        return target
+
+    def _unpaid(self, attempt: Attempt, message: str, retry_after_s: float | None = None) -> Step:
+        """There is no money for the attempt."""
+        message = f"{message} (budget_exhausted)"
+        self._add_failure(attempt, Reason.BUDGET_EXHAUSTED, message)
+        refused = "budget_exhausted" if retry_after_s is None else "unavailable"
+        self._trouble = Trouble(Reason.BUDGET_EXHAUSTED, message, retry_after_s, refused, attempt)
+        self._release()
+        return self._next()
 
     def _shut_out(self, instance: str) -> Step:
         """The breaker has opened since the decision: begin the next attempt, or give up."""
@@ -855,7 +930,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
-        self._settle(None if ours else reason)
+        self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
         if not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
@@ -906,15 +981,25 @@ class Attempting:
             self._asked_s += monotonic() - self._sent_at
             self._pending = None
 
-    def _settle(self, reason: Reason | None) -> None:
-        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+    def _settle(self, reason: Reason | None, *, sent: bool = False) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts.
+
+        `sent` is whether the server was asked, and has not begun to answer.
+        """
         permit, self._permit, attempt = self._permit, 0, self.attempt
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
         is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because in _HELD)
         if reason is not None and is_fault and self.cut is None:
-            breakers.failed(attempt.instance, permit, reason)
+            loads = (
+                sent
+                and reason is Reason.ATTEMPT_TIMEOUT
+                and attempt.because != "loaded"
+                and self.record.ttfb_ms is None
+                and not self._routing.placement.is_silent(attempt.instance)
+            )
+            breakers.failed(attempt.instance, permit, reason, loads=loads)
         else:
             breakers.cancelled(attempt.instance, permit)
 
@@ -943,6 +1028,9 @@ class Attempting:
         self._is_waiting = False
         if self._permit:
             self._settle(None)
+        payment, self._payment = self._payment, None
+        if payment is not None:
+            payment.close(self.record)
         lease, self._lease = self._lease, None
         if lease is not None:
             self._routing.status.ended(self)

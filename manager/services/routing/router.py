@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,6 +51,13 @@ class Opened(Protocol):
 
     @property
     def fields(self) -> Fields: ...
+    @property
+    def most_input_tokens(self) -> int:
+        """No tokenizer makes more of it."""
+
+    @property
+    def most_output_tokens(self) -> int | None:
+        """The limit that the client sets; None without one."""
 
 
 class SettingsSource(Protocol):
@@ -291,6 +299,10 @@ class Attempts:
         """The attempt that `next` returns first; None once the attempts have been looked at otherwise."""
         if self._made or self._coming is not None or self._keeps_role or not self._may_pull:
             return None
+        if self._preferred is not None:
+            leaning = self.decision.leaning(self._preferred, self._load())
+            if leaning is not None:
+                return leaning
         return self.decision.first(self._load())
 
     def next(self) -> Attempt | None:
@@ -328,12 +340,8 @@ class Attempts:
 
     def renew(self) -> None:
         """Decide again over the fleet as it is now; attempts that were made are not repeated."""
-        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
         self._decided_by = self._router.version
-        attempts = self._router.decide(self._facts).in_order(self._load())
-        self._coming = (
-            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
-        )
+        self._coming = self._unmade(self._router.decide(self._facts))
         self._ahead = None
 
     def lean(self, body: Opened) -> int:
@@ -401,10 +409,19 @@ class Attempts:
     def _others(self) -> Iterator[Attempt]:
         """Return the attempts that follow those that were made."""
         if self._coming is None:
-            made = self._made
-            in_order = self.decision.in_order(self._load())
-            self._coming = (one for one in in_order if one not in made) if made else in_order
+            self._coming = self._unmade(self.decision)
         return self._coming
+
+    def _unmade(self, decision: Decision) -> Iterator[Attempt]:
+        """Return the attempts of a decision in order, without those that were made."""
+        load, made = self._load(), {_key(one) for one in self._made}
+        in_order = decision.in_order(load)
+        if self._preferred is not None and decision.groups:
+            leaning = decision.leaning(self._preferred, load)
+            if leaning is not None:
+                key = _key(leaning)
+                in_order = chain((leaning,), (one for one in in_order if _key(one) != key))
+        return (one for one in in_order if _key(one) not in made) if made else in_order
 
     def _following(self) -> Attempt | None:
         for attempt in self._others():
@@ -425,3 +442,8 @@ class Attempts:
             candidate = self._router.snapshot().get(attempt.instance)
             return candidate is not None and candidate.state is State.READY
         return True
+
+
+def _key(attempt: Attempt) -> tuple[str, str, bool]:
+    """Return what two attempts have in common of which one is not to follow the other."""
+    return attempt.instance, attempt.model, attempt.because == "pull"

@@ -39,6 +39,7 @@ from manager.wire.statuses import (
     UNAVAILABLE,
     judge,
     outcome_of,
+    outcome_of_trouble,
     outcome_without_answer,
     status_of,
 )
@@ -88,6 +89,7 @@ _PASSING = frozenset(
         Reason.NAME_CONFLICT,
         Reason.PORT_TAKEN,
         Reason.CONTAINER_EXITED,
+        Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
@@ -238,7 +240,7 @@ class _Work:
         async def question(target: Target) -> Question:
             return await self._question(target, body)
 
-        step = attempting.enter(facts)
+        step = attempting.enter(facts, body)
         spoken = lambda: self._speaking  # noqa: E731
         async with answered(attempting, self._parts.server, step, question, spoken) as answer:
             attempting.delivered()
@@ -281,7 +283,7 @@ class _Work:
             (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
             *target.headers,
         ]
-        return Question(target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
+        return Question(target.instance, target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
 
     async def _translated(self, target: Target, body: InferenceBody) -> Question:
         """Return the request in the words of a server that is no Ollama.
@@ -294,7 +296,7 @@ class _Work:
         model, changes, most = attempting.work.model, attempting.changes, attempting.most_tokens
         content = await asyncio.to_thread(speaking.request, body, model, changes, most)
         await self._note_sent(target)
-        return Question(target.endpoint, "POST", speaking.path, speaking.headers(), content)
+        return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
 
     async def _note_sent(self, target: Target) -> None:
         if not self._is_sent:
@@ -334,9 +336,14 @@ class _Work:
             await storing.add(answer.content)
             return
         attempting = self.attempting
+        is_probe = self.record.stream and answer.status == _OK and attempting.is_probe
         try:
             async with asyncio.timeout(max(0.0, attempting.total_deadline - monotonic())):
                 while piece := await answer.piece():
+                    if is_probe:
+                        is_probe = False
+                        if error_in(piece) is None:
+                            attempting.begun()
                     await storing.add(self._said(piece))
                 await storing.add(self._said(b"", complete=True))
         except TimeoutError:
@@ -464,8 +471,7 @@ def _failure_of(error: Exception, run: Run) -> _FailedError:
     if isinstance(error, UnansweredError):
         trouble = error.trouble
         status = status_of(trouble.reason, trouble.refused)
-        refused = "refused" if trouble.refused is not None else outcome_without_answer(status)
-        outcome: Outcome = "cut" if trouble.reason is Reason.CANCELLED else refused
+        outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
         return _FailedError(status, trouble.reason, trouble.message, outcome)
     if isinstance(error, BadBodyError | InvalidRequestError):
         return _FailedError(BAD_REQUEST, "invalid_request", str(error), "client_error")

@@ -88,6 +88,8 @@ def _texts(given: Fields, name: str) -> Iterator[Part]:
 
 
 def _messages(given: Sequence[Fields]) -> Iterator[Message]:
+    if not given:
+        raise BadBodyError("messages has no message")
     names: dict[str, str] = {}  # of the tools that were called, by the id of the call
     for one in given:
         role = one.choice("role", ("user", "assistant", "system"))

@@ -25,10 +25,13 @@ from manager.wire.translate.hub import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from manager.wire.translate.event_stream import Sent
     from manager.wire.translate.hub import AnswerEvent
 
 # Of a whole answer.
 MOST_ANSWER_BYTES = 32 * 1024 * 1024
+# Of one answer.
+MOST_CALLS = 4096
 
 # A stop that is not known is the end of the turn: `pause_turn` is for tools of the server, which no client
 # of another dialect can ask for.
@@ -42,6 +45,7 @@ _STOPS = {
 }
 _INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _OUTPUT_COUNT = "output_tokens"
+_MOST_COUNT = 2**53
 
 
 class MessagesEvents:
@@ -76,7 +80,9 @@ class MessagesEvents:
         if self._has_ended:
             return []
         if self._stream is not None:
-            found = self._from_stream(self._stream, b"\n\n")
+            # An event without the empty line behind it counts where it is whole.
+            last = [sent for sent in self._stream.end() if "type" in _object(sent.data)]
+            found = self._from_events(last)
             return found if self._has_ended else [*found, *self._failed("the server ended the stream early")]
         document = _object(bytes(self._whole))
         if document.get("type") != "message":
@@ -90,17 +96,21 @@ class MessagesEvents:
         for index, block in enumerate(_objects(message.get("content"))):
             found += self._begun(index, block)
         self._take_end(message)
-        return [*found, self._ended()]
+        return found if self._has_ended else [*found, self._ended()]
 
     # --- a stream ---
 
     def _from_stream(self, stream: EventStream, data: bytes) -> list[AnswerEvent]:
-        found: list[AnswerEvent] = []
-        for sent in stream.feed(data):
-            if not self._has_ended:
-                found += self._from_event(_object(sent.data))
+        found = self._from_events(stream.feed(data))
         if stream.fault is not None and not self._has_ended:
             found += self._failed(stream.fault)
+        return found
+
+    def _from_events(self, events: Iterable[Sent]) -> list[AnswerEvent]:
+        found: list[AnswerEvent] = []
+        for sent in events:
+            if not self._has_ended:
+                found += self._from_event(_object(sent.data))
         return found
 
     def _from_event(self, event: Mapping[str, Any]) -> list[AnswerEvent]:
@@ -132,6 +142,8 @@ class MessagesEvents:
             return [ThinkingCame(_text(block, "thinking"), _text(block, "signature"))]
         if kind != "tool_use":
             return []
+        if len(self._calls) == MOST_CALLS:
+            return self._failed(f"the server sent more than {MOST_CALLS} calls of tools")
         number = self._calls[index] = len(self._calls)
         arguments = block.get("input")
         began = CallBegan(number, _text(block, "id"), _text(block, "name"))
@@ -155,15 +167,18 @@ class MessagesEvents:
 
     def _take_end(self, given: Mapping[str, Any]) -> None:
         self._count(given.get("usage"))
-        self._stop = _STOPS.get(_text(given, "stop_reason"), Stop.END)
-        self._stop_sequence = _text(given, "stop_sequence") or None
+        reason = _text(given, "stop_reason")
+        if reason:  # a `message_delta` may have numbers of tokens only
+            self._stop = _STOPS.get(reason, Stop.END)
+            self._stop_sequence = _text(given, "stop_sequence") or None
 
     def _count(self, usage: Any) -> None:
         """Take numbers of tokens; later ones replace earlier ones."""
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
-                if isinstance(usage.get(name), int):
-                    self._counts[name] = max(0, usage[name])
+                count = usage.get(name)
+                if isinstance(count, int) and 0 <= count <= _MOST_COUNT:
+                    self._counts[name] = count
 
     def _ended(self) -> Ended:
         self._has_ended = True

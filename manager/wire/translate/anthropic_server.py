@@ -15,6 +15,7 @@ from manager.wire.translate.anthropic_events import MessagesEvents
 from manager.wire.translate.codec import Untranslatable
 from manager.wire.translate.hub import Text
 from manager.wire.translate.media import media_type_of
+from manager.wire.translate.schemas import closed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -213,7 +214,7 @@ def _thinking(asked: Conversation, max_tokens: int) -> dict[str, Any] | None:
 def _output(asked: Conversation) -> dict[str, Any]:
     output: dict[str, Any] = {}
     if asked.schema is not None:
-        output["format"] = {"type": "json_schema", "schema": asked.schema}
+        output["format"] = {"type": "json_schema", "schema": closed(asked.schema)}
     if isinstance(asked.think, str) and _DECIDES.match(asked.model):
         output["effort"] = asked.think
     return output

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Of one answer, as far as it has to be kept: a whole one, or calls that wait for their turn.
 MOST_KEPT_CHARACTERS = 32 * 1024 * 1024
+# A block costs so much beside its text.
+_BLOCK_COST = 256
 
 _Kind: TypeAlias = Literal["text", "thinking", "call"]
 
@@ -113,6 +115,7 @@ class Blocks:
         return block
 
     def _begin(self, block: Block, steps: list[Step]) -> None:
+        self._keep(_BLOCK_COST)
         block.index = len(self.done) + len(self._open)
         self._open.append(block)
         if len(self._open) == 1:
@@ -125,10 +128,13 @@ class Blocks:
         if is_first and text:
             steps.append(More(block, text))
         if self._keeps_all or not is_first or block.kind == "call":
-            self._kept += len(text)
-            if self._kept > MOST_KEPT_CHARACTERS:
-                raise UnsayableError(f"the answer has more than {MOST_KEPT_CHARACTERS} characters")
+            self._keep(len(text))
             block.pieces.append(text)
+
+    def _keep(self, more: int) -> None:
+        self._kept += more
+        if self._kept > MOST_KEPT_CHARACTERS:
+            raise UnsayableError(f"the answer has more than {MOST_KEPT_CHARACTERS} characters")
 
     def _advance(self, steps: list[Step]) -> None:
         while len(self._open) > 1 and _is_whole(self._open[0]):

@@ -65,7 +65,7 @@ class ChatAnswer:
         elif isinstance(event, CallBegan):
             function = {"name": event.name, "arguments": ""}
             delta = {"tool_calls": [{"index": event.number, **_call(event.id, function)}]}
-        elif isinstance(event, ArgumentsCame):
+        elif isinstance(event, ArgumentsCame) and event.text:
             delta = {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]}
         return self.chunk({"delta": delta}) if delta else b""
 

@@ -80,7 +80,10 @@ class ClientCodec(Protocol[ReadT_co, WrittenT_contra]):
 
 
 class ServerCodec(Protocol[WrittenT_contra, ReadT_co]):
-    """Writes requests and reads answers in the protocol of a server. One object a request."""
+    """Writes requests and reads answers in the protocol of a server. One object a request.
+
+    Nothing is called after `Ended`, `VectorsCame` or `Failed`, one of which every answer ends with.
+    """
 
     path: str
 
@@ -95,4 +98,4 @@ class ServerCodec(Protocol[WrittenT_contra, ReadT_co]):
         """Return the events in the next piece of an answer with status 200. Garbage becomes `Failed`."""
 
     def end(self) -> Sequence[ReadT_co]:
-        """Return the last events, once the server's last byte has come; `Failed` where it was not whole."""
+        """Return the last events, once the server's last byte has come; `Failed` where that is too soon."""

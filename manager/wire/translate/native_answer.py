@@ -75,7 +75,7 @@ class NativeAnswer:
             return self._more(event)
         elif isinstance(event, Ended):
             return self._end(event)
-        return b""
+        return b""  # of a call nothing is written before the end
 
     # --- helpers ----------------------------------------------------------------------------------
 

@@ -69,6 +69,7 @@ class OpenAIAnswer:
         self._calls: dict[int | None, _Call] = {}
         self._count = 0
         self._call_bytes = 0
+        self._has_begun = False
         self._is_refused = False
         self._stop: Stop | None = None
         self._stop_sequence: str | None = None
@@ -76,9 +77,7 @@ class OpenAIAnswer:
         self._is_over = False
 
     def feed(self, data: bytes) -> list[AnswerEvent]:
-        """Return the events in the next piece."""
-        if self._is_over:
-            return []
+        """Return the events in the next piece; not called after the last one."""
         if self._events is None:
             self._whole += data
             if len(self._whole) > MOST_WHOLE_BYTES:
@@ -90,9 +89,7 @@ class OpenAIAnswer:
         return found + self._overflow()
 
     def end(self) -> list[AnswerEvent]:
-        """Return the last events, once the last byte has come."""
-        if self._is_over:
-            return []
+        """Return the last events, once the last byte has come; not called after the last event."""
         found: list[AnswerEvent] = []
         if self._events is None:
             found += self._read(bytes(self._whole))
@@ -128,7 +125,8 @@ class OpenAIAnswer:
         if self._is_over or not data.strip():
             return []
         if data.strip() == _DONE:
-            return [self._ended(self._stop or Stop.END)]
+            # The mark alone is no answer; servers that give no reason do say something before it.
+            return [self._ended(self._stop or Stop.END) if self._has_begun else self._failed(_UNENDED)]
         found: list[AnswerEvent] = []
         try:
             for event in self._chunk(data):
@@ -145,6 +143,7 @@ class OpenAIAnswer:
                 yield from self._choice(choice)
 
     def _choice(self, choice: dict[str, Any]) -> Iterator[AnswerEvent]:
+        self._has_begun = True
         said = choice.get("delta") or choice.get("message") or {}
         if not isinstance(said, dict):
             raise BadAnswerError(UNREADABLE)

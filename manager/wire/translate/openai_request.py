@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from manager.wire.translate.codec import Untranslatable
 from manager.wire.translate.hub import Image, Text
 from manager.wire.translate.media import IMAGE_TYPES, media_type_of
+from manager.wire.translate.schemas import closed
 
 if TYPE_CHECKING:
     from manager.wire.translate.codec import Traits
@@ -48,7 +49,7 @@ def chat_request(asked: Conversation, traits: Traits) -> dict[str, Any]:
         "user": asked.user,
         "tools": [_tool(one) for one in asked.tools] or None,
         "tool_choice": _choice(asked.tool_choice),
-        "response_format": _format(asked),
+        "response_format": _format(asked, traits),
     }
     document.update((name, value) for name, value in said.items() if value is not None)
     document.update(_beyond(asked, traits))
@@ -132,14 +133,14 @@ def _choice(choice: str | None) -> str | dict[str, Any] | None:
     return {"type": "function", "function": {"name": choice.removeprefix("tool:")}}
 
 
-def _format(asked: Conversation) -> dict[str, Any] | None:
+def _format(asked: Conversation, traits: Traits) -> dict[str, Any] | None:
     if asked.schema is None:
         return None
     if not asked.schema:
         return {"type": "json_object"}
     # `strict`: OpenAI refuses a schema that it cannot enforce, instead of treating it as a hint.
-    schema = {"name": "answer", "schema": asked.schema, "strict": True}
-    return {"type": "json_schema", "json_schema": schema}
+    schema = asked.schema if traits.extended else closed(asked.schema)
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
 
 
 def _beyond(asked: Conversation, traits: Traits) -> dict[str, Any]:

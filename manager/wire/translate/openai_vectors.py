@@ -22,23 +22,18 @@ class OpenAIVectors:
     def __init__(self, count: int) -> None:
         self._count = count
         self._whole = bytearray()
-        self._is_over = False
 
     def feed(self, data: bytes) -> list[VectorsCame | Failed]:
         """Take the next piece; the answer comes with `end`."""
-        if self._is_over:
-            return []
         self._whole += data
         if len(self._whole) <= MOST_VECTOR_BYTES:
             return []
-        self._is_over, self._whole = True, bytearray()
+        self._whole = bytearray()
         return [Failed(f"the server sent an answer of more than {MOST_VECTOR_BYTES} bytes")]
 
     def end(self) -> list[VectorsCame | Failed]:
         """Return the vectors in the order of their texts."""
-        if self._is_over:
-            return []
-        whole, self._is_over, self._whole = bytes(self._whole), True, bytearray()
+        whole, self._whole = bytes(self._whole), bytearray()
         try:
             document = document_in(whole)
             vectors = _vectors(document.get("data"))

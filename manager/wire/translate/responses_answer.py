@@ -168,12 +168,12 @@ class ResponsesAnswer:
             last = [self._of(block, "function_call_arguments.done", **named)]
         return [*last, self._event("response.output_item.done", output_index=block.index, item=item)]
 
-    def _of(self, block: Block, name: str, **fields: Any) -> bytes:
+    def _of(self, block: Block, name: str, /, **fields: Any) -> bytes:
         """An event about a part of an item."""
         at = {"item_id": self._id(block), "output_index": block.index}
         return self._event(f"response.{name}", **at, **fields)
 
-    def _event(self, name: str, **fields: Any) -> bytes:
+    def _event(self, name: str, /, **fields: Any) -> bytes:
         document = {"type": name, "sequence_number": self._sent, **fields}
         self._sent += 1
         return b"event: %b\ndata: %b\n\n" % (name.encode(), dumped(document))

@@ -69,6 +69,10 @@ def event(number: int) -> Event:
     return Event(number, NOW, "gpu0", "ContainerDied", "container_exited", f"number {number}")
 
 
+# The tables of revisions later than 0007.
+NEWEST = ("ledger", "ledger_days", "usage_hours", "usage_days")
+
+
 def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
@@ -510,7 +514,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.append_events([event(1)])
     await registry.close()
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("overrides", "model_lists", "operator_state", "requests", "runs"):
+        for table in ("overrides", "model_lists", "operator_state", "requests", "runs", *NEWEST):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
     set_revision(path, "0001")
@@ -521,7 +525,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0007"
+    assert opening.verify(path) == tables.HEAD == "0010"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
@@ -530,7 +534,8 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
         connection.execute("DROP TABLE requests")
         connection.execute("ALTER TABLE model_lists RENAME COLUMN entries TO names")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
-        connection.execute("DROP TABLE runs")
+        for table in ("runs", *NEWEST):
+            connection.execute(f"DROP TABLE {table}")
         connection.execute(
             "INSERT INTO model_lists VALUES ('ollama-models', '[\"qwen3:8b\", \"tiny\"]', '2026-01-01'),"
             " ('/srv/models', '[]', '2026-01-01')"
@@ -544,7 +549,7 @@ async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -
 
 async def test_a_learned_size_of_the_third_schema_is_one_of_a_single_card(path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection, connection:
-        for table in ("operator_state", "requests", "runs"):
+        for table in ("operator_state", "requests", "runs", *NEWEST):
             connection.execute(f"DROP TABLE {table}")
         connection.execute("ALTER TABLE learned_sizes DROP COLUMN by_card")
         connection.execute("INSERT INTO learned_sizes VALUES ('gpu0', 'm', 'd', 7, '2026-01-01 00:00:00')")

@@ -9,6 +9,7 @@ import pytest
 
 from manager.domain.record import Outcome
 from manager.errors import Reason
+from manager.services import traffic as traffic_module
 from manager.services.traffic import BUCKETS_S, Histogram, Traffic
 from tests.support.records import a_record
 
@@ -60,30 +61,6 @@ def test_times_of_an_instance_are_counted_only_where_there_were_any() -> None:
     assert traffic.first_tokens["gpu0"].total_s == pytest.approx(0.2)
 
 
-def test_the_time_to_the_first_token_is_that_of_one_model_on_one_instance() -> None:
-    traffic = Traffic(lambda record: None)
-    traffic.ended(a_record(model="big", ttfb_ms=300.0))
-    traffic.ended(a_record(model="Big:latest", ttfb_ms=100.0))
-    traffic.ended(a_record(model="tiny", ttfb_ms=10.0))
-    traffic.ended(a_record(model="failed", outcome="upstream_error"))
-    traffic.ended(a_record(model=None))
-    assert traffic.first_token_ms("gpu0", "big:latest") == 200.0
-    assert traffic.first_token_ms("gpu0", "tiny:latest") == 10.0
-    for instance, key in (("cpu", "big:latest"), ("gpu0", "failed:latest"), ("gpu0", "never:latest")):
-        assert traffic.first_token_ms(instance, key) is None
-
-
-def test_means_of_models_are_bounded_and_the_one_used_longest_ago_goes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("manager.services.traffic._MOST_MEANS", 3)
-    traffic = Traffic(lambda record: None)
-    for name in ("a", "b", "c", "a", "d"):
-        traffic.ended(a_record(model=name))
-    known = {name for name in "abcd" if traffic.first_token_ms("gpu0", f"{name}:latest") is not None}
-    assert known == {"a", "c", "d"}
-
-
 def test_a_bucket_holds_what_is_at_most_its_bound() -> None:
     for at, bound_s in enumerate(BUCKETS_S):
         histogram = Histogram()
@@ -122,3 +99,24 @@ def test_sampled_traces_are_told_whether_they_are_written_or_not() -> None:
     traffic.ended(sampled)
     traffic.ended(other)
     assert (written, traced) == ([other], [sampled])
+
+
+def test_tokens_and_cost_are_counted_by_role_and_project() -> None:
+    traffic = Traffic(lambda _: None)
+    for _ in range(3):
+        traffic.ended(a_record(project_id="shop", cost_usd=0.000001))
+    traffic.ended(a_record(project_id="shop", input_tokens=None, output_tokens=None))
+    used = traffic.used["thinking", "shop"]
+    assert (used.input_tokens, used.output_tokens, used.cost_usd) == (36, 102, 0.000003)
+
+
+def test_projects_beyond_the_bound_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traffic_module, "_MOST_USERS", 2)
+    traffic = Traffic(lambda _: None)
+    for project in ("a", "b", "c", "d", "a"):
+        traffic.ended(a_record(project_id=project))
+    assert {project: used.output_tokens for (_, project), used in traffic.used.items()} == {
+        "a": 68,
+        "b": 34,
+        "other": 68,
+    }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from manager.domain.judgement import Judgement
 from manager.errors import Reason
 from manager.wire.statuses import (
     REFUSED,
     judge,
     outcome_of,
+    outcome_of_trouble,
     outcome_without_answer,
     retry_after_s,
     status_of,
@@ -29,6 +31,12 @@ from manager.wire.statuses import (
 def test_a_reason_has_one_status_and_one_outcome(reason: Reason, status: int, outcome: str) -> None:
     assert status_of(reason) == status
     assert outcome_without_answer(status) == outcome
+
+
+def test_a_request_that_no_server_has_answered_has_the_outcome_of_its_trouble() -> None:
+    assert outcome_of_trouble(504, Reason.ATTEMPT_TIMEOUT, None) == "timeout"
+    assert outcome_of_trouble(503, Reason.OVERLOADED, "overloaded") == "refused"
+    assert outcome_of_trouble(503, Reason.CANCELLED, None) == "cut", "the operator has stopped the instance"
 
 
 def test_what_a_refused_decision_says_outweighs_its_reason() -> None:
@@ -79,12 +87,12 @@ def test_an_internal_error_about_the_request_says_nothing_of_its_server(message:
     ],
 )
 def test_a_load_that_failed_may_be_worth_a_start_elsewhere(message: str) -> None:
-    assert judge(500, message) == (Reason.MODEL_LOAD_FAILED, True)
+    assert judge(500, message) == Judgement(Reason.MODEL_LOAD_FAILED)
 
 
 def test_an_internal_error_without_a_known_meaning_starts_nobody() -> None:
-    assert judge(500, "something went wrong") == (Reason.UPSTREAM_ERROR, False)
-    assert judge(502, "bad gateway") == (Reason.UPSTREAM_ERROR, True)
+    assert judge(500, "something went wrong") == Judgement(Reason.UPSTREAM_ERROR, may_start=False)
+    assert judge(502, "bad gateway") == Judgement(Reason.UPSTREAM_ERROR)
 
 
 @pytest.mark.parametrize(

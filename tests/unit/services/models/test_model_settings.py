@@ -43,6 +43,10 @@ def configured(**roles: Any) -> Settings:
     )
 
 
+# By instance.
+DENIED: dict[str, tuple[str, ...]] = {}
+
+
 class Rig:
     """A registry that survives, and whatever a daemon makes of it."""
 
@@ -61,6 +65,7 @@ class Rig:
             models=config.models,
             instances=lambda: INSTANCES if instances is None else instances,
             slots=dict,
+            denied=lambda: DENIED,
             auto_gpus=config.gpus == "auto",
         )
         await settings.load()

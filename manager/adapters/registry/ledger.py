@@ -1,0 +1,225 @@
+"""The ledger of paid requests in the registry: rows are added and never changed.
+
+A row reserves money, a second one closes the reservation. The sums by day are kept beside the rows, in the
+same transactions, so that a budget is known without a look at all of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+from sqlalchemy import Column, Index, Integer, Table, Text, text
+
+from manager.adapters.registry.opening import connect_existing, translated
+from manager.adapters.registry.tables import metadata
+from manager.domain.budgets import Balance, Overdrawn, overdrawn
+from manager.errors import RegistryUnwritableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+
+    from manager.domain.budgets import Budget, Closing, Reservation
+
+T = TypeVar("T")
+
+_IS_RESERVED = text("kind = 'reserved'")
+_IS_CLOSING = text("kind <> 'reserved'")
+
+ledger = Table(
+    "ledger",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("reservation", Text, nullable=False),
+    Column("kind", Text, nullable=False),
+    Column("at_us", Integer, nullable=False),
+    Column("day", Text, nullable=False),
+    Column("amount", Integer, nullable=False),
+    Column("request_id", Text, nullable=False),
+    Column("project", Text, nullable=False),
+    Column("key", Text),
+    Column("role", Text),
+    Column("instance", Text, nullable=False),
+    Column("model", Text, nullable=False),
+    Column("input_tokens", Integer),
+    Column("output_tokens", Integer),
+    Index("ledger_reserved_once", "reservation", unique=True, sqlite_where=_IS_RESERVED),
+    Index("ledger_closed_once", "reservation", unique=True, sqlite_where=_IS_CLOSING),
+    sqlite_autoincrement=True,
+)
+
+# `key` is empty for requests without one.
+ledger_days = Table(
+    "ledger_days",
+    metadata,
+    Column("day", Text, primary_key=True),
+    Column("project", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("spent", Integer, nullable=False),
+    Column("reserved", Integer, nullable=False),
+)
+
+_RESERVE = """INSERT INTO ledger
+    (reservation, kind, at_us, day, amount, request_id, project, key, role, instance, model)
+    VALUES (?, 'reserved', ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+_CLOSE = """INSERT OR IGNORE INTO ledger
+    (reservation, kind, at_us, day, amount, request_id, project, key, role, instance, model,
+     input_tokens, output_tokens)
+    SELECT reservation, ?, ?, day, ?, request_id, project, key, role, instance, model, ?, ?
+    FROM ledger WHERE reservation = ? AND kind = 'reserved'"""
+_RESERVED = "SELECT amount, day, project, key FROM ledger WHERE reservation = ? AND kind = 'reserved'"
+_OPEN = """SELECT reservation, amount FROM ledger AS one WHERE kind = 'reserved' AND at_us < ?
+    AND NOT EXISTS (SELECT 1 FROM ledger WHERE reservation = one.reservation AND kind <> 'reserved')"""
+_ADD = """INSERT INTO ledger_days (day, project, key, spent, reserved) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT (day, project, key)
+    DO UPDATE SET spent = spent + excluded.spent, reserved = reserved + excluded.reserved"""
+_SUMS = "SELECT coalesce(sum(spent), 0), coalesce(sum(reserved), 0) FROM ledger_days WHERE day >= ?"
+
+
+class SqlLedger:
+    """Implements `services.ports.LedgerStore`. All SQL runs in one thread, in the order of the calls.
+
+    Every write is flushed to the disk before the call returns. Several processes may use one ledger.
+
+    Args:
+        path: of the registry, which is open.
+        refuse_if_moved: raises where the registry's files are not those any more that were opened.
+        busy_timeout_s: how long another connection may have it locked.
+    """
+
+    def __init__(self, path: Path, refuse_if_moved: Callable[[], None], *, busy_timeout_s: float) -> None:
+        self._path = path
+        self._refuse_if_moved = refuse_if_moved
+        self._busy_timeout_s = busy_timeout_s
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+        self._connection: sqlite3.Connection | None = None
+        self._closed = False
+
+    async def reserve(
+        self, reservation: Reservation, budgets: Mapping[Budget, str]
+    ) -> Overdrawn | dict[Budget, Balance]:
+        def work() -> Overdrawn | dict[Budget, Balance]:
+            with self._transaction() as connection:
+                balances = _balances(connection, budgets)
+                refused = overdrawn(balances, reservation.amount)
+                if refused is not None:
+                    return refused
+                one = reservation
+                connection.execute(
+                    _RESERVE,
+                    (
+                        one.id,
+                        one.at_us,
+                        one.day,
+                        one.amount,
+                        one.request_id,
+                        _encodable(one.project),
+                        one.key,
+                        one.role,
+                        one.instance,
+                        _encodable(one.model),
+                    ),
+                )
+                who = (one.day, _encodable(one.project), one.key or "")
+                connection.execute(_ADD, (*who, 0, one.amount))
+                return _balances(connection, budgets)
+
+        return await self._call(work)
+
+    async def close_reservation(self, closing: Closing, at_us: int) -> bool:
+        def work() -> bool:
+            with self._transaction() as connection:
+                return _close(connection, closing, at_us)
+
+        return await self._call(work)
+
+    async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
+        def work() -> int:
+            with self._transaction() as connection:
+                found = connection.execute(_OPEN, (before_us,)).fetchall()
+                return sum(_close(connection, make(*row), at_us) for row in found)
+
+        return await self._call(work)
+
+    async def balances(self, budgets: Mapping[Budget, str]) -> dict[Budget, Balance]:
+        return await self._call(lambda: _balances(self._open(), budgets), doing="read")
+
+    async def close(self) -> None:
+        """End after the calls that are under way; closing twice is no error."""
+        if not self._closed:
+            self._closed = True
+            last = self._thread.submit(self._disconnect)
+            self._thread.shutdown(wait=False)
+            await asyncio.wrap_future(last)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        self._refuse_if_moved()
+        connection = self._open()
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is None:
+            connection = connect_existing(self._path, self._busy_timeout_s)
+            try:
+                connection.execute("PRAGMA synchronous=FULL")
+            except BaseException:
+                connection.close()
+                raise
+            self._connection = connection
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+    async def _call(self, work: Callable[[], T], *, doing: str = "written") -> T:
+        if self._closed:
+            raise RegistryUnwritableError(f"the registry {self._path} is closed")
+
+        def run() -> T:
+            try:
+                return work()
+            except sqlite3.Error as error:
+                raise translated(self._path, error, doing) from error
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
+
+
+def _close(connection: sqlite3.Connection, closing: Closing, at_us: int) -> bool:
+    """Close a reservation; False where that was done before, or where there is none."""
+    reserved = connection.execute(_RESERVED, (closing.reservation,)).fetchone()
+    values = (closing.kind, at_us, closing.cost, closing.input_tokens, closing.output_tokens)
+    if reserved is None or not connection.execute(_CLOSE, (*values, closing.reservation)).rowcount:
+        return False
+    amount, day, project, key = reserved
+    connection.execute(_ADD, (day, project, key or "", closing.cost, -amount))
+    return True
+
+
+def _balances(connection: sqlite3.Connection, budgets: Mapping[Budget, str]) -> dict[Budget, Balance]:
+    found: dict[Budget, Balance] = {}
+    for budget, since in budgets.items():
+        statement, values = _SUMS, [since]
+        for column, value in (("project", budget.project), ("key", budget.key)):
+            if value is not None:
+                statement += f" AND {column} = ?"
+                values.append(_encodable(value))
+        found[budget] = Balance(*connection.execute(statement, values).fetchone())
+    return found
+
+
+def _encodable(value: str) -> str:
+    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()

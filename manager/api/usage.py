@@ -1,0 +1,180 @@
+"""`/api/v1/usage`: what requests have used, by project, key, role, model, instance and day."""
+
+from __future__ import annotations
+
+import csv
+import io
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import orjson
+from fastapi import APIRouter, Query
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from manager.api.errors import refusals
+from manager.api.moments import MomentText, moment
+from manager.domain.money import in_usd
+from manager.domain.usage import DIMENSIONS, Dimension, Span, Sums
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from manager.api.backend import Backend
+
+_DEFAULT_SPAN = timedelta(days=30)
+_MOST_ROWS = 10_000
+_ALLOWED = ", ".join(DIMENSIONS)
+# A program that opens CSV as a sheet takes a cell that begins with one of these for a formula
+# (https://owasp.org/www-community/attacks/CSV_Injection).
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class UsageNumbers(_Shape):
+    """The sums of some requests. `share` is their part of all requests, 0 to 1.
+
+    The times are of requests that were answered, null where none was; percentiles are off by 9 % at most.
+    """
+
+    requests: int
+    share: float
+    ok: int
+    fallbacks: int
+    input_tokens: int
+    output_tokens: int
+    cost_usd: float
+    mean_ms: float | None
+    p50_ms: float | None
+    p95_ms: float | None
+
+
+class UsageRow(UsageNumbers):
+    """One group; it has the keys of `by` alone. An empty text stands for none."""
+
+    project: str | None = None
+    key: str | None = None
+    role: str | None = None
+    model: str | None = None
+    instance: str | None = None
+    day: str | None = None
+
+
+class UsageBody(_Shape):
+    """`from` and `to` are the time that the sums are of: it is widened to whole hours.
+
+    `more` rows, those with the fewest requests, were left out.
+    """
+
+    begins: Annotated[str, Field(alias="from")]
+    ends: Annotated[str, Field(alias="to")]
+    by: list[Dimension]
+    rows: list[UsageRow]
+    more: int
+    total: UsageNumbers
+
+
+def _dimensions(text: str) -> str:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in get_args(Dimension):
+            raise ValueError(f"{name!r} is unknown; expected some of {_ALLOWED}, with commas between them")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{text!r} names one of them twice")
+    return ",".join(names)
+
+
+class UsageQuery(BaseModel):
+    """The last 30 days where no time is given; `from` and `to` are times, or spans before now."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    begins: Annotated[MomentText | None, Field(alias="from")] = None
+    ends: Annotated[MomentText | None, Field(alias="to")] = None
+    by: Annotated[str, Field(max_length=100), AfterValidator(_dimensions)] = "project"
+    format: Literal["json", "csv"] = "json"
+
+
+def usage_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/v1/usage", tags=["accounts"])
+
+    @router.get("", response_model=UsageBody, responses=refusals(503))
+    async def show_usage(query: Annotated[UsageQuery, Query()]) -> Response:
+        """What the requests that ended in a time have used, the groups with the most requests first."""
+        now = datetime.now(UTC)
+        ends = now if query.ends is None else moment(query.ends)
+        begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)
+        by: list[Any] = query.by.split(",")
+        await backend.history.flush()
+        sums, span = await backend.history.store.usage(
+            Span(_second(begins), _second(ends)), by, now_s=int(now.timestamp())
+        )
+        document = _document(sums, span, by)
+        if query.format == "csv":
+            disposition = {"Content-Disposition": 'attachment; filename="usage.csv"'}
+            return Response(_csv(document), media_type="text/csv; charset=utf-8", headers=disposition)
+        return Response(orjson.dumps(document), media_type="application/json")
+
+    return router
+
+
+def _second(at: datetime) -> int:
+    return max(0, int(at.timestamp()))
+
+
+def _document(sums: Mapping[tuple[str, ...], Sums], span: Span, by: Sequence[Dimension]) -> dict[str, Any]:
+    total = Sums()
+    for one in sums.values():
+        total.add(one)
+    ordered = sorted(sums.items(), key=lambda item: (-item[1].requests, item[0]))
+    return {
+        "from": _time(span.begins),
+        "to": _time(span.ends),
+        "by": list(by),
+        "rows": [
+            {**dict(zip(by, names, strict=True)), **_numbers(one, total)}
+            for names, one in ordered[:_MOST_ROWS]
+        ],
+        "more": max(0, len(ordered) - _MOST_ROWS),
+        "total": _numbers(total, total),
+    }
+
+
+def _numbers(sums: Sums, total: Sums) -> dict[str, Any]:
+    return {
+        "requests": sums.requests,
+        "share": round(sums.requests / total.requests, 6) if total.requests else 0.0,
+        "ok": sums.ok,
+        "fallbacks": sums.fallbacks,
+        "input_tokens": sums.input_tokens,
+        "output_tokens": sums.output_tokens,
+        "cost_usd": in_usd(sums.cost_micro_usd),
+        "mean_ms": _rounded(sums.mean_ms),
+        "p50_ms": _rounded(sums.percentile_ms(0.5)),
+        "p95_ms": _rounded(sums.percentile_ms(0.95)),
+    }
+
+
+def _rounded(value_ms: float | None) -> float | None:
+    return None if value_ms is None else round(value_ms, 1)
+
+
+def _time(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _csv(document: Mapping[str, Any]) -> str:
+    columns = [*document["by"], *UsageNumbers.model_fields]
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    for row in document["rows"]:
+        writer.writerow([_cell(row[column]) for column in columns])
+    return text.getvalue()
+
+
+def _cell(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

@@ -1,0 +1,109 @@
+"""`usage`: who has used what."""
+
+from __future__ import annotations
+
+from datetime import datetime, time, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import click
+
+from manager.cli.commands import _JSON, _common_url, _talks
+from manager.cli.printing import local_time, print_json, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+_PATH = "/api/v1/usage"
+_NUMBERS = ("REQUESTS", "SHARE", "OK", "FALLBACKS", "TOKENS IN", "TOKENS OUT", "COST", "MEAN", "P50", "P95")
+_DAYS = {"today": 0, "yesterday": 1}
+
+
+@click.command("usage")
+@click.option(
+    "--by",
+    default="project",
+    show_default=True,
+    metavar="WHAT,…",
+    help="Some of project, key, role, model, instance, day.",
+)
+@click.option(
+    "--since", metavar="WHEN", help="today, yesterday, a span such as 7d, or a time.  [default: 30d]"
+)
+@click.option("--until", metavar="WHEN", help="As --since.  [default: now]")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
+@_JSON
+@_talks
+def usage_command(
+    *,
+    by: str,
+    since: str | None,
+    until: str | None,
+    as_csv: bool,
+    as_json: bool,
+    url: str | None,
+    config: Path | None,
+) -> None:
+    """Show what requests have used: tokens, cost and time, by project or whatever --by says.
+
+    `--since yesterday --until today` is one day of this machine. Times are widened to whole hours; the days
+    of `--by day` are in UTC.
+    """
+    from manager.cli.client import Daemon  # noqa: PLC0415
+    from manager.cli.locate import find_daemon  # noqa: PLC0415
+
+    if as_csv and as_json:
+        raise click.UsageError("--csv and --json exclude each other")
+    daemon = Daemon(find_daemon(url or _common_url(), config))
+    query = {"from": _moment(since), "to": _moment(until), "by": by}
+    given = {name: value for name, value in query.items() if value is not None}
+    if as_csv:
+        with daemon.fetch(f"{_PATH}?{urlencode({**given, 'format': 'csv'})}", also=200) as answer:
+            click.echo(answer.text, nl=False)
+        return
+    document = daemon.ask("GET", f"{_PATH}?{urlencode(given)}")
+    if as_json:
+        print_json(document)
+    else:
+        click.echo("\n".join(daemon.read(_lines, document)))
+
+
+def _moment(text: str | None) -> str | None:
+    """Return a word for a day as the time at which it began here; anything else as it is."""
+    if text is None or text not in _DAYS:
+        return text
+    day = datetime.now().astimezone().date() - timedelta(days=_DAYS[text])
+    return datetime.combine(day, time()).astimezone().isoformat()
+
+
+def _lines(document: Mapping[str, Any]) -> list[str]:
+    by = document["by"]
+    rows = [(*(one[name] or None for name in by), *_cells(one)) for one in document["rows"]]
+    if len(rows) != 1:
+        rows.append(("total", *([""] * (len(by) - 1)), *_cells(document["total"])))
+    lines = table((*map(str.upper, by), *_NUMBERS), rows)
+    if document["more"]:
+        lines.append(f"and {document['more']} more")
+    return [f"{local_time(document['from'])} to {local_time(document['to'])}", *lines]
+
+
+def _cells(one: Mapping[str, Any]) -> tuple[object, ...]:
+    return (
+        one["requests"],
+        f"{one['share']:.1%}",
+        one["ok"],
+        one["fallbacks"],
+        one["input_tokens"],
+        one["output_tokens"],
+        f"{one['cost_usd']:.6f}".rstrip("0").rstrip(".") + " USD",
+        _time(one["mean_ms"]),
+        _time(one["p50_ms"]),
+        _time(one["p95_ms"]),
+    )
+
+
+def _time(value_ms: float | None) -> str | None:
+    if value_ms is None:
+        return None
+    return f"{value_ms:.0f} ms" if value_ms < 1000 else f"{value_ms / 1000:.1f} s"  # noqa: PLR2004

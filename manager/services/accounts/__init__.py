@@ -1,0 +1,1 @@
+"""Accounts: who may do what, what it costs, and what was used."""
