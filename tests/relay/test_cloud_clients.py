@@ -126,6 +126,7 @@ async def test_the_client_of_ollama(tmp_path: Path, protocol: str) -> None:
         provider.answer = refuses(400, "too long")
         with pytest.raises(ollama.ResponseError, match="too long"):
             await client.chat(model="pays", messages=ASKED)
+        await client._client.aclose()
 
 
 @PROTOCOLS
