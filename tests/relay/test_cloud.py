@@ -438,7 +438,7 @@ async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None
         await front.ask(WHOLE)
         assert len(provider.seen) == 2
         shown = await get(front, "/api/runtime/compute/instances/paid")
-        assert shown["breaker"]["state"] == "open"
+        assert (shown["breaker"]["state"], shown["health"]) == ("open", "unhealthy")
 
 
 async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None:
@@ -494,7 +494,7 @@ async def test_a_missing_key_makes_it_unavailable_and_a_new_one_is_taken(tmp_pat
                 assert reply.status == 200, reply.body
                 assert provider.seen[-1].header("authorization") == f"Bearer {key}"
             shown = await get(front, "/api/runtime/compute/instances/paid")
-            assert (shown["phase"], shown["health"], shown["reason"]) == ("ready", "unknown", None)
+            assert (shown["phase"], shown["health"], shown["reason"]) == ("ready", "healthy", None)
             assert shown["models"] == []
 
 
@@ -516,6 +516,8 @@ async def test_the_routing_shows_when_it_would_be_used(tmp_path: Path) -> None:
         assert [(one["instance"], one["reason"], one["detail"]) for one in shown["passed_over"]] == [
             ("paid", "policy", "the role 'free' has no paid_fallback")
         ]
+        shown = (await front.ask({"model": "pays", "local_only": True}, path, JSON)).json()
+        assert [one["reason"] for one in shown["passed_over"]] == ["local_only"]
         roles = (await get(front, "/api/runtime/compute/routing"))["roles"]
         assert (roles["pays"]["effective_target"], roles["emergency"]["effective_target"]) == ("home", "paid")
         assert roles["emergency"]["fallback_reason"] == "model_missing"
