@@ -210,6 +210,7 @@ async def test_every_dialect_reaches_every_protocol(
         text = reply.body.decode("unicode_escape") if b"\\u" in reply.body else reply.body.decode()
         for word in WORDS if stream else (TEXT,):
             assert word in text
+        assert ("content-length" in reply.headers) is not stream
         record = await front.record()
         assert (record.input_tokens, record.output_tokens) == (INPUTS, OUTPUTS)
         assert record.outcome == "ok"
@@ -421,11 +422,23 @@ async def test_two_providers_are_tried_in_order_only_while_nothing_was_sent(tmp_
             await until(lambda: front.daemon.fleet.get("up").usable_endpoint() is not None)
             reply = await front.ask(WHOLE)
             assert (reply.status, reply.headers["x-provider"]) == (200, "up"), reply.body
+            assert len(provider.seen) == 1
             provider.answer = refuses(500)
-            front.daemon.backend.passing.routing.breakers.reset("home")
-            reply = await front.ask(WHOLE)
-            assert (reply.status, reply.headers["x-provider"]) == (500, "up")
-            assert len(provider.seen) == 2
+            down.port = int(down.url.rpartition(":")[2])
+            async with down.serving():  # both are there now, and the first one fails
+                front.daemon.backend.passing.routing.breakers.reset("down")
+                down.answer = refuses(500)
+                reply = await front.ask(WHOLE)
+                assert (reply.headers["x-provider"], reply.status) == ("down", 500)
+                assert (len(down.seen), len(provider.seen)) == (1, 1), "what was sent is sent nowhere else"
+
+
+async def test_a_paid_request_is_not_risked_on_a_connection_that_was_kept(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider) as front:
+        for _ in range(3):
+            assert (await front.ask({**WHOLE, "model": "emergency"})).status == 200
+        assert provider.accepted == 3
 
 
 async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None:
@@ -577,6 +590,9 @@ async def test_a_load_or_an_unload_never_reaches_the_cloud(tmp_path: Path) -> No
     async with fronted(tmp_path, provider, broken()) as front:
         reply = await front.ask({"model": "pays", "keep_alive": 0})
         assert reply.status == 500, reply.body
+        reply = await front.ask({"model": "emergency", "keep_alive": 0})
+        assert (reply.status, reply.json()["done_reason"]) == (200, "unload")
+        assert "x-instance" not in reply.headers, "no paid server was even chosen"
         reply = await front.ask({"model": "emergency", "messages": []})
         assert (reply.status, reply.json()["done_reason"]) == (200, "load")
         assert provider.seen == []

@@ -85,6 +85,20 @@ async def test_one_that_says_it_is_unwell_is_not_used(tmp_path: Path, health: in
         assert (await front.ask(WHOLE)).status == 200
 
 
+async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
+    provider, file = Provider(), tmp_path / "key"
+    provider.key = "first"
+    file.write_text("first\n")
+    async with fronted(tmp_path, provider, key_file=str(file)) as front:
+        for key in ("first", "second"):
+            file.write_text(f"{key}\n")
+            provider.key = key
+            instance: Any = front.daemon.fleet.get("vllm")
+            await until(lambda: instance._key.value == provider.key, within_s=20)
+            assert (await front.ask(WHOLE)).status == 200
+            assert provider.seen[-1].header("authorization") == f"Bearer {key}"
+
+
 async def test_its_key_is_needed_used_and_never_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
