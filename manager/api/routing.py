@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
@@ -69,6 +69,7 @@ class RequestDescription(_Shape):
     kind: RequestKind = RequestKind.GENERATE
     instance: Annotated[str, Field(max_length=100)] | None = None
     lane: Annotated[str, Field(max_length=100)] | None = None
+    local_only: StrictBool = False
 
 
 class AttemptBody(_Shape):
@@ -131,7 +132,13 @@ def routing_router(backend: Backend) -> APIRouter:
     @router.post("/explain", response_model=DecisionBody, responses=refusals())
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
+        facts = RequestFacts(
+            request.model,
+            request.kind,
+            request.instance,
+            request.lane,
+            local_only=request.local_only,
+        )
         return JSONResponse(decision_json(backend, backend.router.decide(facts)))
 
     return router

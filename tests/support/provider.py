@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +156,10 @@ async def says_nonsense(talk: Conversation) -> None:
 
 
 class Provider(Scripted):
-    """A provider. `health` is the status of `/health`, `lists` whether there is a list of models."""
+    """A provider. `health` is the status of `/health`, `lists` whether there is a list of models.
+
+    `accepted` counts its connections.
+    """
 
     def __init__(self, models: tuple[str, ...] = ("gpt",), *, health: int = 404, lists: bool = True) -> None:
         super().__init__(models)
@@ -163,7 +167,12 @@ class Provider(Scripted):
         self.lists = lists
         self.key: str | None = None
         self.asked: list[str] = []
+        self.accepted = 0
         self.answer = speaks
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        await super()._talk(reader, writer)
 
     async def _status(self, talk: Conversation) -> bool:
         if talk.seen.method != "GET":

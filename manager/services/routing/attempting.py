@@ -656,6 +656,8 @@ class Attempting:
         if waits and not router.is_known and refused.what in _NOT_YET:
             self._pending = self._wait_for_first_look
             return WAIT
+        if self._starts_nothing and refused.what == "local_only":
+            return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
         return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
 
