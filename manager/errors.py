@@ -345,3 +345,10 @@ class RegistryCorruptError(ManagerError):
     """The registry file cannot be read; it is left exactly as it is."""
 
     code = "registry_corrupt"
+
+
+class IllegalTransitionError(Exception):
+    """A table of transitions has no such row: the program is wrong, not the world. No user sees it."""
+
+    def __init__(self, state: object, fact: object) -> None:
+        super().__init__(f"no transition from {state} when {fact}")

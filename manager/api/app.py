@@ -70,7 +70,8 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         health_router(backend),
     )
     for router in routers:
-        app.include_router(router)
+        # `include_router` would build every route once more, at the first request and on the event loop.
+        app.router.routes.extend(router.routes)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
     app.add_middleware(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.keeping import Keeper
     from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
@@ -119,6 +120,7 @@ class Backend:
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    keeper: Keeper
     lifts: Lifts
     router: Router
     may_pull: Callable[[str], bool]

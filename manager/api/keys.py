@@ -42,7 +42,11 @@ def _whole_micro_usd(usd: float | None) -> float | None:
 
 
 _Text = Annotated[str, Field(min_length=1, max_length=256)]
-_Names = Annotated[list[_Text], Field(min_length=1, max_length=100), AfterValidator(_once)]
+_Names = Annotated[
+    list[_Text],
+    Field(min_length=1, max_length=100, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_once),
+]
 _Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 
 
@@ -67,10 +71,13 @@ class KeyRequest(_Body):
     rpm: _Count | None = None
     tokens_per_day: Annotated[int, Field(strict=True, ge=1, le=10**15)] | None = None
     usd_per_month: (
-        Annotated[float, Field(ge=0, le=10**9, allow_inf_nan=False), AfterValidator(_whole_micro_usd)] | None
+        Annotated[
+            float, Field(strict=True, ge=0, le=10**9, allow_inf_nan=False), AfterValidator(_whole_micro_usd)
+        ]
+        | None
     ) = None
     local_only: StrictBool = False
-    expires_s: Annotated[float, Field(strict=True, gt=0, le=100 * _YEAR_S)] | None = None
+    expires_s: Annotated[float, Field(strict=True, ge=1, le=100 * _YEAR_S)] | None = None
 
 
 class RotateRequest(_Body):

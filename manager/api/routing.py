@@ -13,8 +13,9 @@ from manager.api.errors import refusals
 from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, change_roles
 from manager.domain.instance import Health  # noqa: TC001
 from manager.domain.roles import Policy, RequestKind
-from manager.domain.routing import Because, RequestFacts, What
-from manager.errors import Reason  # noqa: TC001
+from manager.domain.routing import Because, PassedOver, RequestFacts, What
+from manager.errors import Reason
+from manager.services.lanes.slots import FULL
 from manager.settings.routing import ANY_INSTANCE, RoleName
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ class RefusedBody(_Shape):
 class DecisionBody(_Shape):
     """The attempts in the order in which they would be made; `refused` says why there is none.
 
+    `would_wait` says that no instance for the first one has a free slot: all that stand in for each other are
+    full. A full instance is in `passed_over`, and among the attempts after those of its rank that are free.
     With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
     """
 
@@ -108,6 +111,7 @@ class DecisionBody(_Shape):
     passed_over: list[PassedOverBody]
     refused: RefusedBody | None
     runs_only: bool
+    would_wait: bool
 
 
 def routing_router(backend: Backend) -> APIRouter:
@@ -166,7 +170,14 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
 
 def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
     """Return the values of a `DecisionBody`."""
-    refused = decision.refused
+    refused, slots = decision.refused, backend.passing.routing.slots
+    attempts = list(decision.in_order(backend.router.load()))
+    full = [one for one in attempts if not slots.has_room(decision.role, one.instance)]
+    ranks = list(dict.fromkeys(one.choice for one in attempts))
+    attempts.sort(key=lambda one: (ranks.index(one.choice), one in full))
+    if attempts and full and attempts[0] not in full and attempts[0].fallback is not None:
+        attempts[0] = attempts[0]._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
+    passed_over = [PassedOver(one.instance, one.model, Reason.OVERLOADED, FULL) for one in full]
     return {
         "role": decision.role,
         "policy": decision.policy,
@@ -179,12 +190,13 @@ def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
                 "because": one.because,
                 "fallback": one.fallback,
             }
-            for one in decision.in_order(backend.router.load())
+            for one in attempts
         ],
         "passed_over": [
             {"instance": one.instance, "model": one.model, "reason": one.reason, "detail": one.detail}
-            for one in decision.passed_over
+            for one in (*passed_over, *decision.passed_over)
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
         "runs_only": decision.is_async,
+        "would_wait": bool(attempts) and attempts[0] in full,
     }

@@ -9,7 +9,7 @@ import yaml
 
 from manager.errors import ConfigurationError
 from manager.settings.addresses import without_credentials
-from manager.settings.model import NOT_EXTERNAL
+from manager.settings.model import NOT_CLOUD, NOT_EXTERNAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manager.settings.schema import KeyPath
 
 _COMMENT_COLUMN = 56
+_NOT_FOR = {"external": NOT_EXTERNAL, "cloud": NOT_CLOUD}
 
 
 class _OneLine(yaml.SafeDumper):
@@ -91,7 +92,7 @@ def _of_instances(loaded: LoadedSettings, instances: list[dict[str, Any]]) -> di
     found: dict[KeyPath, Any] = {}
     for one in instances:
         written = settings.instances.get(one["id"])
-        if written is None or one["driver"] == "external":
+        if written is None or one["driver"] != "docker":
             continue
         ttl_s = settings.lifecycle.ttl_s if written.ttl_s is None else written.ttl_s
         for key, value in (("ttl_s", ttl_s), ("pinned", written.pinned)):
@@ -140,7 +141,7 @@ def _left_out(path: KeyPath, value: Any, values: dict[str, Any]) -> bool:
     """A key that says nothing, or must not be written, in the description of an instance."""
     if len(path) != 3 or path[0] != "instances":  # noqa: PLR2004  (instances.ID.KEY)
         return False
-    return value is None or (values["driver"] == "external" and path[-1] in NOT_EXTERNAL)
+    return value is None or path[-1] in _NOT_FOR.get(values["driver"], ())
 
 
 def _scalar(value: Any) -> str:

@@ -7,7 +7,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from manager.domain.denial import matching
+from manager.domain.denial import denying
 from manager.domain.wording import listed
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Permit:
             return ""
         if "/" in key:
             patterns = tuple([one for one in patterns if "/" in one or one.strip().startswith("*")])
-        return "" if matching(patterns, key) else self._limit("models", self.models or (), key)
+        return "" if denying(patterns, key) else self._limit("models", self.models or (), key)
 
     def limit_of_role(self, name: str) -> str:
         if self.roles is None or name in self.roles:

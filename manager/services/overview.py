@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from manager.domain.instance import Phase, Target
@@ -72,13 +73,15 @@ class ModelState:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
-    where it is not loaded.
+    where it is not loaded. `digests` are the instances that have it by its digest there: with more than one,
+    the same name is different models.
     """
 
     entry: Mapping[str, Any]
     instances: tuple[str, ...]
     loaded_on: tuple[str, ...]
     offload: float | None
+    digests: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,11 +269,15 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
 def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
     entries: dict[str, Mapping[str, Any]] = {}
     having: defaultdict[str, list[str]] = defaultdict(list)
+    digests: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
     loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
     for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
         for key, entry in (entries_by_key or {}).items():
             entries.setdefault(key, entry)
             having[key].append(instance_id)
+            digest = entry.get("digest")
+            if isinstance(digest, str) and digest:
+                digests[key][digest] = (*digests[key].get(digest, ()), instance_id)
         for model in in_memory:
             share = round(model.vram_bytes / model.size_bytes, 3) if model.size_bytes else 0.0
             loaded[model_key(model.name)].append((instance_id, share))
@@ -280,6 +287,7 @@ def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, Model
             tuple(having[key]),
             tuple(id_ for id_, _ in loaded[key]),
             max((share for _, share in loaded[key]), default=None),
+            MappingProxyType(digests[key]),
         )
         for key, entry in entries.items()
     }

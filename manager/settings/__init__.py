@@ -1,5 +1,6 @@
 """The only reader of the environment and of configuration files."""
 
+from manager.settings.fallback_overrides import written_fallback
 from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_keys
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
 from manager.settings.overrides import written_roles
@@ -38,5 +39,6 @@ __all__ = [
     "resolve_instances",
     "routing_settings",
     "template_warnings",
+    "written_fallback",
     "written_roles",
 ]

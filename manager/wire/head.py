@@ -59,6 +59,7 @@ NOT_RETURNED = HOP_BY_HOP | {
     b"x-fallback-reason",
     b"x-instance",
     b"x-model",
+    b"x-provider",
     b"x-queue-ms",
     b"x-request-id",
     b"x-start-ms",

@@ -205,9 +205,19 @@ def test_make_run_serves_the_simulated_ollama_and_says_so_where_the_real_one_can
         "XDG_STATE_HOME": str(tmp_path),
     }
     log = tmp_path / "log"
+    # A signal to make alone would not reach what it has begun, as Ctrl-C does.
+    make = [
+        "make",
+        "-n",
+        "--old-file=setup",
+        f"BIN={Path(sys.executable).parent}",
+        "run",
+        f"ARGS=--port {port}",
+    ]
+    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tools.run", "--port", str(port)],
+            shlex.split(made.removeprefix("exec ")),
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

@@ -123,6 +123,7 @@ class Scripted:
     def __init__(self, models: tuple[str, ...] = ("tiny",), loaded: tuple[str, ...] = ()) -> None:
         self.models = models
         self.loaded = loaded
+        self.digest = "d"
         self.answer: Callable[[Conversation], Awaitable[None]] = a_word
         self.seen: list[Seen] = []
         self.connections = 0
@@ -160,7 +161,7 @@ class Scripted:
     async def _status(self, talk: Conversation) -> bool:
         entry = {
             "size": 1,
-            "digest": "d",
+            "digest": self.digest,
             "size_vram": 0,
             "expires_at": "2318-01-01T00:00:00Z",
             "details": {},

@@ -12,9 +12,10 @@ from manager.domain.instance import DeviceKind
 from manager.domain.keys import Permit
 from manager.domain.models import model_key
 from manager.domain.overload import Overloads
-from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
+from manager.domain.roles import Fallback, Policy, RequestKind, Role, RoutingSettings
 from manager.domain.routing import Decision, RequestFacts, Snapshot, decide, names_of_models
 from manager.errors import Reason
+from tests.unit.domain.test_paid import cloud, local
 from tests.unit.domain.test_routing import (
     IDS,
     ROLES,
@@ -167,6 +168,7 @@ def test_an_embedding_model_obeys_its_role_with_a_key_too() -> None:
         (routed("spare@b", permit("spare", instances="b")), ["other' not found"], ["on: c", "chat", "think"]),
         (routed("x", permit(instances="b"), pin="nowhere"), ["there is: b"], ["a,", "c"]),
         (routed("x", permit("chat"), lane="nowhere"), ["lanes: chat"], ["think", "spare"]),
+        (routed("x", permit("chat"), lane="embedding"), ["lanes for that: chat"], ["think", "spare"]),
     ],
 )
 def test_a_text_names_nothing_that_a_key_does_not_permit(
@@ -213,14 +215,70 @@ def test_a_pattern_permits_no_model_of_another_host_by_chance(
     assert (not permit(models=patterns).limit_of_model(model_key(name))) is is_permitted
 
 
+# --- paid servers ---------------------------------------------------------------------------------
+
+PAYS = Role("pays", GENERATE, "m", paid_fallback=True)
+
+
+def paid(model: str, limits: Permit, *, there: str = "m", lane: str | None = None) -> Decision:
+    wishes = RoutingSettings({"pays": PAYS}, fallback=Fallback(enabled=True))
+    facts = RequestFacts(model, GENERATE, None, lane, limits)
+    return decide(facts, wishes, Snapshot((cloud("openai", "pays", "x"), local("a", there))))
+
+
+@pytest.mark.parametrize(
+    ("model", "limits", "lane", "expected"),
+    [
+        ("pays", permit("pays"), None, ["a", "openai"]),
+        ("pays", permit("pays", "m gpt"), None, ["a", "openai"]),
+        ("pays", permit(models="m"), None, ["a"]),
+        ("pays", permit(models="gpt"), None, ["openai"]),
+        ("pays", permit(instances="a"), None, ["a"]),
+        ("pays", permit(instances="openai"), None, ["openai"]),
+        ("m", permit("pays"), "pays", ["a", "openai"]),
+    ],
+)
+def test_a_paid_server_answers_within_the_limits_of_a_key(
+    model: str, limits: Permit, lane: str | None, expected: list[str]
+) -> None:
+    assert where(paid(model, limits, lane=lane)) == expected
+
+
+@pytest.mark.parametrize(
+    ("decision", "message"),
+    [
+        (paid("x", permit("pays"), lane="pays"), only("roles", "pays", "x")),
+        (paid("gpt", permit(models="m"), lane="pays"), only("models", "m", "gpt:latest")),
+        (paid("gpt", permit(instances="a"), lane="pays"), only("instances", "a", "openai")),
+        (paid("pays", permit(models="m x"), there="n"), only("models", "m, x", "gpt:latest")),
+    ],
+)
+def test_a_paid_server_that_a_key_does_not_permit_is_forbidden(decision: Decision, message: str) -> None:
+    assert refusal(decision) == ("forbidden", Reason.POLICY, message)
+
+
+def test_a_permitted_instance_that_is_away_outweighs_a_paid_one_that_is_not_permitted() -> None:
+    wishes = RoutingSettings({"pays": PAYS}, fallback=Fallback(enabled=True))
+    facts = RequestFacts("pays", GENERATE, permit=permit(instances="a"))
+    away = local("a", out=Reason.INSTANCE_UNHEALTHY)
+    decision = decide(facts, wishes, Snapshot((cloud("openai", "pays"), away)))
+    assert refusal(decision)[:2] == ("unavailable", Reason.INSTANCE_UNHEALTHY)
+    assert [(one.instance, one.reason, one.detail) for one in decision.passed_over][-1] == (
+        "openai",
+        Reason.POLICY,
+        only("instances", "a", "openai"),
+    )
+
+
 # --- what always holds ----------------------------------------------------------------------------
 
+PAID = (cloud("p", "r", "m"), cloud("q", "s", model="o"))
 permits = st.builds(
     Permit,
     st.just("ci"),
     st.none() | st.frozensets(st.sampled_from(ROLES)),
     st.none() | st.sampled_from([("m",), ("n", "o"), ("*",), ("[mn]:*",), ("x",)]),
-    st.none() | st.frozensets(st.sampled_from(IDS)),
+    st.none() | st.frozensets(st.sampled_from([*IDS, "p", "q"])),
 )
 MATCHING = {
     ("m",): ["m:latest"],
@@ -234,6 +292,10 @@ MATCHING = {
 def test_no_attempt_is_ever_beyond_the_key(
     request: RequestFacts, wishes: RoutingSettings, snapshot: Snapshot, limits: Permit
 ) -> None:
+    # With paid servers, for roles that may use them.
+    paying = {name: replace(one, paid_fallback=True) for name, one in wishes.roles.items()}
+    wishes = replace(wishes, roles=paying, fallback=Fallback(enabled=True))
+    snapshot = Snapshot(snapshot.candidates + PAID)
     decision = decide(request._replace(permit=limits), wishes, snapshot)
     able = snapshot.serving(request.kind)
     name = request.model.partition("@")[0]
@@ -242,11 +304,13 @@ def test_no_attempt_is_ever_beyond_the_key(
         assert limits.instances is None or attempt.instance in limits.instances
         if limits.models is not None:
             assert limits.models == ("*",) or model_key(attempt.model) in MATCHING[limits.models]
+        if attempt.because == "paid" and limits.roles is not None:
+            assert attempt.role in limits.roles or limits.models is not None
         if limits.roles is None:
             continue
         if named is not None or attempt.role == request.lane is not None:
             assert attempt.role in limits.roles
-        if named is None and limits.models is None:
+        if named is None and limits.models is None and attempt.because != "paid":
             of_role = wishes.roles[attempt.role or ""].model
             assert attempt.role in limits.roles
             assert of_role is not None
@@ -284,10 +348,6 @@ def test_an_overloaded_instance_that_is_not_permitted_is_told_once() -> None:
     decision = routed("m", permit(instances="b"), fleet=fleet)
     assert where(decision) == ["b"]
     assert [(one.instance, one.reason) for one in decision.passed_over] == [("a", Reason.POLICY)]
-
-
-def test_roles_are_checked_for_a_request_of_their_kind_only() -> None:
-    assert where(routed("small", permit("chat", "small"), lane="embedding")) == ["a", "b"]
 
 
 def test_a_role_without_a_model_answers_within_the_key() -> None:

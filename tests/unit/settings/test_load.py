@@ -299,8 +299,8 @@ def test_an_instance_is_there_by_default_only_when_the_key_is_absent() -> None:
 ENGINE_URLS = "expected unix:///SOCKET, tcp://HOST:PORT, http://HOST:PORT or https://HOST:PORT"
 ALLOWED_NAMES = (
     "allowed: OLLAMA_MANAGER_<SECTION>__<KEY>, with the sections server, state, manager_id, engine, "
-    "templates, allow, instances, gpus, lifecycle, schedules, roles, models, gateway, runs, breaker, log, "
-    "audit, budgets"
+    "templates, allow, instances, gpus, lifecycle, schedules, roles, models, gateway, runs, breaker, "
+    "fallback, log, audit, budgets"
 )
 
 
