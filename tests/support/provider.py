@@ -49,7 +49,7 @@ def openai_answer(text: str = TEXT) -> dict[str, Any]:
 
 def anthropic_events() -> list[bytes]:
     """A stream as Anthropic sends it."""
-    message = {
+    message: dict[str, Any] = {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
@@ -59,7 +59,7 @@ def anthropic_events() -> list[bytes]:
         "stop_sequence": None,
         "usage": {"input_tokens": INPUTS, "output_tokens": 1},
     }
-    said = [
+    said: list[dict[str, Any]] = [
         {"type": "message_start", "message": message},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         *(
