@@ -95,7 +95,9 @@ async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
             file.write_text(f"{key}\n")
             provider.key = key
             instance: Any = front.daemon.fleet.get("vllm")
-            await until(partial(getattr, instance._key, "value"), lambda one: one == provider.key, within_s=20)
+            await until(
+                partial(getattr, instance._key, "value"), lambda one: one == provider.key, within_s=20
+            )
             assert (await front.ask(WHOLE)).status == 200
             assert provider.seen[-1].header("authorization") == f"Bearer {key}"
 
@@ -250,6 +252,8 @@ async def test_another_manager_is_an_instance_with_a_key(
                 instance = outer.daemon.fleet.get("other")
                 await until(partial(getattr, instance, "is_probed"), within_s=20)
                 if key_env:
-                    await until(partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20)
+                    await until(
+                        partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20
+                    )
                 reply = await outer.ask({"model": "tiny", "stream": False})
                 assert reply.status == status, reply.body
