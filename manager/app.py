@@ -22,19 +22,28 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
-from manager.opening import opened_gpus, opened_journal, opened_ledger, opened_registry
+from manager.opening import (
+    opened_gpus,
+    opened_journal,
+    opened_keyring,
+    opened_ledger,
+    opened_quotas,
+    opened_registry,
+)
 from manager.parts import (
     Instances,
     Maker,
     Reconfigure,
     breaker_limits,
     forget_server,
+    gpus_of,
     header_names,
     history_of,
     instances_of,
     model_server,
-    on_gpu,
     own_names_of,
+    paid_of,
+    read_key,
     read_orders,
     runs_of,
     slots_of,
@@ -59,6 +68,7 @@ from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
+from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
@@ -69,6 +79,7 @@ from manager.settings import (
     load_templates,
     real_writers,
     resolve_instances,
+    written_fallback,
     written_roles,
 )
 
@@ -176,11 +187,17 @@ async def open_daemon(
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await opened_registry(held, settings, stores=not dry_run)
-        rows = await registry.instances()
         journal = await opened_journal(held, registry)
+        keyring = await opened_keyring(registry, journal)
         history = history_of(held, registry, settings)
         ledger = await opened_ledger(
-            held, registry, journal, settings, is_alone=not claims_within_s, recovers=not resume_idle_clock
+            held,
+            registry,
+            journal,
+            settings,
+            keyring,
+            is_alone=not claims_within_s,
+            recovers=not resume_idle_clock,
         )
         pids = ProcCgroups()
         gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
@@ -212,12 +229,13 @@ async def open_daemon(
             others_work=others_work,
             revision=revision,
             server_changed=partial(forget_server, breakers, overload),
+            read_key=read_key,
         )
         make = Maker(
             world,
             settings,
             templates,
-            rows,
+            await registry.instances(),
             await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
         )
         parts = instances_of(
@@ -236,10 +254,12 @@ async def open_daemon(
             journal,
             written=written_roles(loaded),
             models=settings.models,
-            instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
+            instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
             denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
+            fallback=written_fallback(loaded),
+            paid=partial(paid_of, fleet),
         )
         await model_settings.load()
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
@@ -309,6 +329,8 @@ async def open_daemon(
             overload,
             keep=history.add,
             ledger=ledger,
+            quotas=await opened_quotas(keyring, history.store),
+            cloud=CloudEvents(journal),
         )
         passing = Passing(
             routing=routing,
@@ -317,7 +339,10 @@ async def open_daemon(
             pulls=pulls,
             server=server,
             requests=Requests(
-                header_names(settings), default_project=settings.gateway.default_project, samples=samples
+                header_names(settings),
+                default_project=settings.gateway.default_project,
+                samples=samples,
+                used=keyring.used,
             ),
             bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
@@ -364,14 +389,16 @@ async def open_daemon(
             ).render,
             refusals=refusals,
             history=history,
+            keyring=keyring,
             ledger=ledger,
-            runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
+            runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "keys": keyring.run,
             "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,

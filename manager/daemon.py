@@ -39,7 +39,7 @@ from manager.serving import (
 from manager.settings import (
     key_weaknesses,
     load_templates,
-    read_key,
+    read_keys,
     resolve_instances,
     template_warnings,
 )
@@ -69,7 +69,7 @@ async def serve(
     *,
     log: LogWriter | None = None,
     read_again: Callable[[], LoadedSettings] | None = None,
-    configure_log: Callable[[LogSettings, str | None], None] = lambda _settings, _key: None,
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None] = lambda _settings, _keys: None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
     take_over: bool = False,
@@ -84,7 +84,7 @@ async def serve(
         loaded: the configuration.
         log: takes one line a request; None: requests are not logged.
         read_again: reads the configuration for a reload.
-        configure_log: changes the level of the log, and has it hide a new key.
+        configure_log: changes the level of the log, and has it hide new keys.
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
         take_over: see `takes_over` of `open_daemon`.
@@ -94,7 +94,7 @@ async def serve(
         ManagerError: it could not be started.
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
-    key = _key_of(loaded.settings)
+    keys = _keys_of(loaded.settings)
     tls = await asyncio.to_thread(_listener_tls, loaded.settings)
     host, port = loaded.settings.server.host, loaded.settings.server.port
     listener = inherited_listener(host, port)
@@ -114,7 +114,7 @@ async def serve(
         tls=tls,
     )
     elsewhere = Elsewhere(None if predecessor is None else predecessor.line)
-    start = _Start(loaded, key, listener, predecessor, elsewhere=elsewhere)
+    start = _Start(loaded, keys, listener, predecessor, elsewhere=elsewhere)
     ending: list[asyncio.Task[None]] = []
     while True:
         failed: asyncio.Future[_Start] = asyncio.get_running_loop().create_future()
@@ -141,7 +141,7 @@ class _Start:
 
     Attributes:
         loaded: the configuration.
-        key: of the operator.
+        keys: those of the operator's files.
         listener: None: it makes one.
         predecessor: the daemon of another process that it replaces.
         earlier: the server of this process that was not replaced after all, and who takes its connections.
@@ -149,7 +149,7 @@ class _Start:
     """
 
     loaded: LoadedSettings
-    key: str | None
+    keys: tuple[str, ...]
     listener: socket.socket | None = None
     predecessor: Predecessor | None = None
     earlier: tuple[Server, Heir] | None = None
@@ -162,7 +162,7 @@ async def _serve_once(
     *,
     log: LogWriter | None,
     read_again: Callable[[], LoadedSettings] | None,
-    configure_log: Callable[[LogSettings, str | None], None],
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None],
     on_step: Callable[[str, str], Awaitable[None]],
     stop_instances: bool,
     take_over: bool,
@@ -173,7 +173,7 @@ async def _serve_once(
     Where the daemon that was to replace it ends before it serves, `failed` gets what the next one begins
     with, and this one ends its answers.
     """
-    loaded, key, predecessor = start.loaded, start.key, start.predecessor
+    loaded, predecessor = start.loaded, start.predecessor
     settings = loaded.settings
     async with open_daemon(
         loaded,
@@ -187,7 +187,7 @@ async def _serve_once(
         with start.listener or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port, tls=tls is not None)
             daemon.state_lock.describe(url=url)
-            access = Access(**access_rules(settings, key))
+            access = _access_of(daemon, settings, start.keys)
             relay = relay_of(daemon, settings, access)
             budget = connection_budget(raise_descriptor_limit(), len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
@@ -199,13 +199,12 @@ async def _serve_once(
                 secure=None if tls is None else Secure(lambda: tls.current, connections),
             )
 
-            def new_key(settings: Settings, key: str | None) -> None:
-                configure_log(settings.log, key)
-                access.configure(**access_rules(settings, key))
+            new_keys = partial(_new_keys, daemon, configure_log)
 
-            def apply(changed: Changes, key: str | None) -> None:
+            def apply(changed: Changes, keys: tuple[str, ...]) -> None:
                 now = changed.loaded.settings
-                new_key(now, key)
+                new_keys(now, keys)
+                access.configure(**access_rules(now))
                 relay.limits = replace(relay.limits, keep_alive_s=now.gateway.keep_alive_s)
                 daemon.reconfigure(changed)
 
@@ -224,7 +223,9 @@ async def _serve_once(
                     )
                 )
 
-            reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
+            reloader = Reloader(
+                loaded, daemon.templates, start.keys, read=read_again, apply=apply, new_keys=new_keys
+            )
             daemon.loops.update(
                 {"reload": reloader.run} if tls is None else {"reload": reloader.run, "tls": tls.run}
             )
@@ -274,6 +275,23 @@ async def _serve_once(
                 await relay.close()
 
 
+def _keys_of(settings: Settings) -> tuple[str, ...]:
+    files = settings.server.key_files
+    keys = read_keys(files)
+    log_weak_key(key_weaknesses(files, keys))
+    return keys
+
+
+def _new_keys(
+    daemon: Daemon,
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None],
+    settings: Settings,
+    keys: tuple[str, ...],
+) -> None:
+    configure_log(settings.log, keys)
+    daemon.backend.keyring.use_files(keys)
+
+
 async def _hand_over(backend: Backend, take: Callable[[bytes], bool]) -> None:
     """Give the daemon that goes on what ended here: requests for its history, closings for its ledger."""
     await backend.history.hand_over(take)
@@ -307,15 +325,6 @@ async def _joined(daemon: Daemon, elsewhere: Elsewhere) -> Remaining:
     open_requests.elsewhere = elsewhere
     await elsewhere.begin(slots, lambda id_: fleet.get(id_).lease_elsewhere())
     return Remaining(slots, open_requests, daemon.backend.router.load())
-
-
-def _key_of(settings: Settings) -> str | None:
-    file = settings.server.key_file
-    if file is None:
-        return None
-    key = read_key(file)
-    log_weak_key(key_weaknesses(file, key))
-    return key
 
 
 def _listener_tls(settings: Settings) -> WatchedTls | None:
@@ -414,8 +423,15 @@ def relay_of(daemon: Daemon, settings: Settings, access: Access) -> Relay:
     )
 
 
-def access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
-    """Return the arguments of `Access`.
+def _access_of(daemon: Daemon, settings: Settings, keys: tuple[str, ...]) -> Access:
+    access = Access(**access_rules(settings))
+    daemon.backend.keyring.use_files(keys)
+    daemon.backend.keyring.tell(access.use)
+    return access
+
+
+def access_rules(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `Access` but the keys.
 
     Where other machines reach the daemon, a key is required and clients use names that are not known here:
     every Host is allowed, unless `server.allowed_hosts` differs from its default.
@@ -428,7 +444,6 @@ def access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
     return {
         "allowed_hosts": server.allowed_hosts,
         "allowed_origins": server.allowed_origins,
-        "key": key,
         "own_names": {f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
         "any_host": not is_loopback(host) and server.allowed_hosts == usual,
     }

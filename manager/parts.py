@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -25,6 +26,7 @@ from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
+from manager.services.instances.cloud import CloudInstance
 from manager.services.instances.engine_link import EngineLink
 from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
@@ -42,8 +44,10 @@ from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.settings import (
     auto_gpu_spec,
+    written_fallback,
     written_roles,
 )
+from manager.settings.server_keys import read_server_key
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
@@ -55,10 +59,12 @@ if TYPE_CHECKING:
     from manager.adapters.registry import SqlRegistry
     from manager.api.backend import Backend, Passing
     from manager.domain.budgets import Budget
+    from manager.domain.instance import KeySource
     from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.relay.upstream import UpstreamPools
+    from manager.services.accounts.keyring import Keyring
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.models.model_settings import ModelSettings
@@ -102,14 +108,20 @@ class Instances:
 
 
 async def runs_of(
-    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+    stack: AsyncExitStack,
+    settings: Settings,
+    world: World,
+    passing: Passing,
+    keyring: Keyring,
+    *,
+    recovers: bool,
 ) -> Runs:
     files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
     stored = BodyBudget(settings.runs.max_stored)
     runs = Runs(
         world.registry,
         files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        Execution(passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant),
         stored=stored,
         limits=run_limits(settings),
         utcnow=world.utcnow,
@@ -268,6 +280,8 @@ class Maker:
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
+        if spec.driver is Driver.CLOUD:
+            return CloudInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
@@ -309,7 +323,9 @@ class Reconfigure:
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(schedules_of(settings))
         self.backend.passing.routing.breakers.reconfigure(breaker_limits(settings))
-        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
+        self.backend.model_settings.reconfigure(
+            written_roles(changed.loaded), settings.models, written_fallback(changed.loaded)
+        )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
@@ -374,6 +390,16 @@ def slots_of(fleet: Fleet) -> dict[str, int | None]:
     return {instance.id: instance.spec.slots for instance in fleet.instances()}
 
 
+def gpus_of(fleet: Fleet) -> dict[str, bool | None]:
+    """Return for each instance that a role may name whether it runs on a GPU; roles name no paid servers."""
+    specs = [instance.spec for instance in fleet.instances()]
+    return {spec.id: on_gpu(spec) for spec in specs if not spec.is_paid}
+
+
+def paid_of(fleet: Fleet) -> dict[str, bool]:
+    return {instance.id: instance.spec.is_paid for instance in fleet.instances()}
+
+
 def on_gpu(spec: InstanceSpec) -> bool | None:
     return None if spec.device_kind is None else spec.device_kind is DeviceKind.GPU
 
@@ -421,6 +447,11 @@ class RecordSink:
     def write(self, record: RequestRecord) -> None:
         if self._log is not None and self.level in ("debug", "info"):
             self._log.write(record)
+
+
+async def read_key(source: KeySource) -> str:
+    """Return the key for a server, read in a thread."""
+    return await asyncio.to_thread(read_server_key, source)
 
 
 def utcnow() -> datetime:

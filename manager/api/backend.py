@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from manager.api.granted import grant_of
 from manager.api.passage import Passage
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
@@ -83,16 +85,19 @@ class Passing:
             route: as it is logged.
             kind: None for requests that manage models.
         """
-        return Passage(
+        grant = grant_of(scope)
+        passage = Passage(
             scope,
             receive,
             send,
-            begun=self.requests.begin(route, kind, scope["headers"]),
+            begun=self.requests.begin(route, kind, scope["headers"], grant),
             routing=self.routing,
             bodies=self.bodies,
             limits=self.limits,
             by_model=kind is not None,
         )
+        passage.attempting.grant = grant
+        return passage
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +127,6 @@ class Backend:
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    keyring: Keyring
     ledger: Ledger
     runs: Runs

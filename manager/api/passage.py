@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
+from manager.domain.target import Protocol
 from manager.errors import ManagerError, UnavailableError
 from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
+from manager.services.routing.speaking import server_path
 from manager.wire.caller import printable
 from manager.wire.dialect import error_in_stream
 from manager.wire.head import NOT_RETURNED, without_named
@@ -279,11 +281,20 @@ class Passage:
     def question(
         self, target: Target, body: bytes | AsyncIterator[bytes], length: int | None = None
     ) -> Question:
-        """Return this request, as the server is to get it; `length` is that of a body in pieces."""
+        """Return this request, as the server is to get it; `length` is that of a body in pieces.
+
+        Raises:
+            RefusedError: the API of the server has no such call.
+        """
         headers = [*self.headers, *target.headers] if target.headers else self.headers
-        return Question(
-            target.instance, target.endpoint, self.scope["method"], self.target_path, headers, body, length
-        )
+        path = self.target_path
+        if target.protocol is not Protocol.OLLAMA and self.record.kind is None:
+            call = path.partition("?")[0]
+            message = f"{target.instance} speaks the API of {target.protocol}, which has no call for {call}"
+            raise RefusedError(400, message)
+        path = server_path(target, path)
+        method = self.scope["method"]
+        return Question(target.instance, target.endpoint, method, path, headers, body, length)
 
     @asynccontextmanager
     async def answered(
@@ -486,6 +497,7 @@ class Passage:
             lines.append((b"X-Instance", instance.encode()))
             if model:
                 lines.append((b"X-Model", printable(model).encode()))
+        lines.append((b"X-Provider", record.provider.encode()))
         lines.append((b"X-Queue-Ms", b"%.0f" % record.queue_ms))
         if record.fallback and record.fallback_reason is not None:
             lines.append((b"X-Fallback-Reason", record.fallback_reason.value.encode()))

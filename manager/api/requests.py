@@ -12,13 +12,20 @@ from starlette.responses import Response
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.api.moments import MomentText, moment
-from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
+from manager.api.routing import (
+    DecisionBody,
+    PassedOverBody,
+    RefusedBody,
+    RequestDescription,
+    decision_json,
+    decision_of,
+)
 from manager.api.schemas import Time  # noqa: TC001
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
 from manager.domain.history import Filters
 from manager.domain.record import Outcome, with_defaults
 from manager.domain.roles import RequestKind  # noqa: TC001
-from manager.domain.routing import Because, RequestFacts
+from manager.domain.routing import Because  # noqa: TC001
 from manager.errors import Reason, RequestEndedError, UnknownRequestError
 from manager.services.open_requests import MOST_LISTED
 
@@ -73,6 +80,7 @@ class RequestBody(_Shape):
     input_tokens: int | None
     output_tokens: int | None
     cost_usd: float
+    key: str | None
 
 
 class RequestsBody(_Shape):
@@ -159,6 +167,7 @@ class RequestsQuery(BaseModel):
     model: _Name | None = None
     instance: _Name | None = None
     outcome: Outcome | None = None
+    key: _Name | None = None
     after: int | None = Field(default=None, ge=0, lt=2**63)
 
 
@@ -176,6 +185,7 @@ def requests_router(backend: Backend) -> APIRouter:
             model=query.model,
             instance=query.instance,
             outcome=query.outcome,
+            key=query.key,
         )
         # With a cursor the answer is what was stored since: open ones would take the place of some of it.
         opened = await open_requests.listed(filters) if query.after is None else []
@@ -211,11 +221,10 @@ def requests_router(backend: Backend) -> APIRouter:
             raise RequestEndedError(f"the request {request_id} has ended already")
         return _json({"request_id": request_id, "cancelled": True})
 
-    @router.get("/explain", response_model=ExplanationBody, responses=refusals())
+    @router.get("/explain", response_model=ExplanationBody, responses=refusals(404))
     async def explain(query: Annotated[RequestDescription, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        facts = RequestFacts(query.model, query.kind, query.instance, query.lane)
-        decision = decision_json(backend, backend.router.decide(facts))
+        decision = decision_json(backend, decision_of(backend, query))
         return _json({**decision, "summary": decision_sentence(decision, query.model)})
 
     return router

@@ -29,7 +29,7 @@ from manager.settings import (
     load_templates,
     missing_binds,
     packaged_templates,
-    read_key,
+    read_keys,
     resolve_instances,
     template_warnings,
 )
@@ -74,8 +74,8 @@ def examine(config: Path | None) -> Iterator[Finding]:
         return
     settings = loaded.settings
     yield fine("configuration", _files(loaded))
-    if settings.server.key_file is not None:
-        yield _key(settings.server.key_file)
+    for file in settings.server.key_files:
+        yield _key(file)
     yield from tls_findings(settings)
     needs, finding = _templates(loaded, cards)
     yield finding
@@ -92,7 +92,7 @@ def _files(loaded: LoadedSettings) -> str:
 
 def _key(file: Path) -> Finding:
     try:
-        weaknesses = key_weaknesses(file, read_key(file))
+        weaknesses = key_weaknesses((file,), read_keys((file,)))
     except ConfigurationError as error:
         return broken("key", str(error), f"put a key there: umask 077; openssl rand -hex 24 > {file}")
     if weaknesses:

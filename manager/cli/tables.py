@@ -210,7 +210,7 @@ def _names(cards: Sequence[Card]) -> str:
 
 
 def _ttl_left(instance: Instance) -> str:
-    if instance.driver == "external":
+    if instance.driver != "docker":
         return _NONE
     if instance.pinned:
         return "pinned"

@@ -122,6 +122,21 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Fallback:
+    """The use of paid servers: none while `enabled` is off, and none at all while `force_local` is on.
+
+    `order` has the only ones that are used, in this order; empty: all, as they are configured.
+    """
+
+    enabled: bool = False
+    force_local: bool = False
+    order: tuple[str, ...] = ()
+
+
+NO_FALLBACK = Fallback()
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingSettings:
     """All that the operator decides about routing.
 
@@ -133,6 +148,7 @@ class RoutingSettings:
     models: Mapping[str, BodyChanges] = field(default_factory=dict)
     auto_pull: bool = False
     list_roles: bool = True
+    fallback: Fallback = NO_FALLBACK
 
     def role(self, name: str) -> Role | None:
         """The role of that name, in any case: names of models ignore case as well."""

@@ -14,9 +14,11 @@ import structlog
 from manager.domain.judgement import GOOD
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
+from manager.domain.target import Protocol as ServerProtocol
 from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
+from manager.relay.translated import NO_CHANGES, Translated, early_provider, payment_lines
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, Wait
 from manager.services.steps import in_steps
@@ -61,6 +63,7 @@ _UPLOAD_STALL_S = 60.0
 _MAX_HELD_BYTES = 64 * 1024
 _MAX_HOLDING_S = 5.0
 _OK = 200
+_OLLAMA = ServerProtocol.OLLAMA
 _NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
 
 
@@ -94,6 +97,12 @@ class _Held(NamedTuple):
 
 
 _ENDED_WELL = _End("ok")
+
+
+def _whole(content: bytes) -> _Held:
+    """Return a native answer of our own."""
+    kind = b"application/json; charset=utf-8"
+    return _Held(AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind), content)
 
 
 class Front(ClientSide, Protocol):
@@ -140,6 +149,7 @@ class Exchange:
     _is_probe = False
     _unloads = False
     _still_loaded = ""
+    _translated: Translated | None = None  # where the server is no Ollama
     _status = 0
     _held_head: AnswerHead | None = None
     _held_since = 0.0
@@ -219,6 +229,8 @@ class Exchange:
             self._route.path, self._route.kind, self._caller.origin
         )
         self._attempting = Attempting(self._relay.routing, record, self._began_at)
+        if self._caller.grant is not None:
+            self._attempting.grant = self._caller.grant
         self._is_active = True  # the time it waited for others is not its own delay
         if self._refusal is not None:
             self._answer_refusal()
@@ -337,6 +349,9 @@ class Exchange:
         self._is_active = True
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
+        if self._translated is not None:
+            self._translated_head(head, self._translated)
+            return
         judgement = judge(head.status) if head.status >= BAD_REQUEST else GOOD
         # Only the words of an internal error say whether it is about the request or the server.
         if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
@@ -368,7 +383,7 @@ class Exchange:
             # The client has a head already, so that only a stream of events can follow it.
             self._swallow = head.status != _OK or not head.content_type.startswith(EVENT_STREAM)
 
-    def answer_came(self, data: bytes, *, complete: bool) -> None:
+    def answer_came(self, data: bytes, *, complete: bool) -> None:  # noqa: C901  (a call more a piece costs)
         self._is_active = True
         if complete:
             self._connection = None
@@ -377,6 +392,11 @@ class Exchange:
             return
         if self._state is not _State.STREAMING:
             return
+        if self._translated is not None:
+            written = self._translation_of(data, complete=complete)
+            if written is None:
+                return
+            data = written
         if data:
             tail = self._tail
             tail += data
@@ -414,6 +434,10 @@ class Exchange:
         """Read the answer of a server that failed, before another attempt is made."""
         self._tail += data
         if len(self._tail) > _MAX_HELD_BYTES:
+            if self._translated is not None:
+                self._drop_connection()
+                self._judge_held(None)
+                return
             head = self._held_head
             assert head is not None  # noqa: S101  (it is being held)
             kept, self._tail = bytes(self._tail), bytearray()
@@ -432,6 +456,9 @@ class Exchange:
         assert attempting is not None  # noqa: S101
         self._held_head = None
         self._tail.clear()
+        if self._translated is not None:
+            self._judge_translated(head, body, self._translated)
+            return
         message = f"{attempting.work.instance} answered with status {head.status}"
         held = None
         if body is not None:
@@ -446,6 +473,98 @@ class Exchange:
             self._deliver_held(held)
         else:
             self._fail(502, message, "upstream_error")
+
+    # --- a server that is no Ollama ---
+
+    def _translate(self, target: Target) -> None:
+        """Say the request in the words of the target, then send it there."""
+        body, record, attempting = self._body, self._record, self._attempting
+        assert body is not None  # noqa: S101  (all of these come before a target)
+        assert record is not None  # noqa: S101
+        assert attempting is not None  # noqa: S101
+        self._state = _State.CONNECTING
+        content = Translated.nothing_to_do(body, self._route, attempting.work.model)
+        if content is not None:
+            attempting.answered(GOOD)
+            self._deliver_held(_whole(content))
+            return
+        translated = self._translated = Translated(self._route, target, record, body, attempting)
+        if not body.is_small:
+            self._spawn(partial(self._translate_large, translated, target))
+            return
+        message = translated.say()
+        if message is None:
+            self._connect(target)
+        else:
+            self._follow(attempting.unsayable(message))
+
+    async def _translate_large(self, translated: Translated, target: Target) -> None:
+        message = await asyncio.to_thread(translated.say)
+        self._task = None
+        if message is None:
+            self._connect(target)
+        elif self._attempting is not None:
+            self._follow(self._attempting.unsayable(message))
+
+    def _translated_head(self, head: AnswerHead, translated: Translated) -> None:
+        attempting, body = self._attempting, self._body
+        assert attempting is not None  # noqa: S101  (it has asked)
+        if head.status != _OK:
+            self._state = _State.HOLDING
+            self._held_head = head
+            self._held_since = monotonic()
+            return
+        attempting.answered(GOOD)
+        if translated.is_whole:  # its head follows when its length is known
+            assert self._record is not None  # noqa: S101  (its turn has come)
+            self._state = _State.STREAMING
+            self._status = _OK
+            self._record.ttfb_ms = (monotonic() - self._began_at) * 1000
+        else:
+            self._deliver(translated.head_for_client(head, stream=body is not None and body.stream))
+
+    def _translation_of(self, data: bytes, *, complete: bool) -> bytes | None:
+        """Return what the client gets for what has come; None where nothing is written now."""
+        attempting, translated = self._attempting, self._translated
+        assert attempting is not None  # noqa: S101  (it has asked)
+        assert translated is not None  # noqa: S101  (its server is no Ollama)
+        data = translated.came(data, complete=complete)
+        fault = translated.fault
+        if fault is None:
+            if translated.is_whole and not self._answer.is_begun:
+                if not complete:
+                    return None
+                assert self._record is not None  # noqa: S101  (its turn has come)
+                self._record.status = _OK
+                self._answer.begin(translated.whole_head(len(data)), self._stamp(), stream=False)
+            return data
+        self._drop_connection()
+        message = f"{attempting.work.instance}: {fault}"
+        if self._record is not None:  # what a part of an answer costs is paid
+            self._record.input_tokens, self._record.output_tokens = translated.tokens
+        if data:
+            self._tail += data
+            if self._answer.write(self._front, data):
+                attempting.delivered()
+        if attempting.is_delivered or not (self._answer.retract() or not self._answer.is_begun):
+            attempting.broke_off(Reason.UPSTREAM_ERROR)
+            self._fail(502, message, "upstream_error")
+        else:
+            self._follow(attempting.failed(Reason.INVALID_OUTPUT, message, sent=True))
+        return None
+
+    def _judge_translated(self, head: AnswerHead, body: bytes | None, translated: Translated) -> None:
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (it has asked)
+        error = translated.error(head, body)
+        held = _Held(error.head, error.content)
+        wait_s = retry_after_s(head.lines)
+        step = attempting.answered(error.judgement, error.message, held, retry_after_s=wait_s)
+        if step is not None:
+            self._follow(step)
+        else:
+            self._translated = None  # what is written now is said already
+            self._deliver_held(held)
 
     def _deliver_held(self, held: _Held) -> None:
         self._deliver(held.head)
@@ -549,7 +668,11 @@ class Exchange:
         record.stream = body.stream
         record.model = model
         facts = RequestFacts(
-            model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
+            model=model,
+            kind=self._route.kind,
+            instance=self._caller.origin.instance,
+            lane=record.lane,
+            local_only=record.local_only,
         )
         if "keep_alive" in body.fields and unloads(body, self._route):
             self._unloads = True
@@ -592,24 +715,34 @@ class Exchange:
                 self._end_load()
             if self._connection is not None:
                 self._drop_connection()
+            self._translated = None
             if self._front is None:
                 self._finish(self._left)  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
-            pool = self._relay.pools.pool(step.endpoint)
-            # What closed one kept connection, such as a restart of the server, has closed the others too.
-            connection = None if attempting.has_repeated else pool.idle()
-            if connection is not None:
-                self._send(connection)
+            if step.protocol is _OLLAMA:
+                self._connect(step)
             else:
-                self._state = _State.CONNECTING
-                self._spawn(partial(self._open, pool))
+                self._translate(step)
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
             self._spawn(self._wait)
         else:
             self._report(step)
+
+    def _connect(self, target: Target) -> None:
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (it gave the target)
+        pool = self._relay.pools.pool(target.endpoint)
+        # What closed one kept connection, such as a restart of the server, has closed the others too. What
+        # cannot be repeated is not risked on a kept one.
+        connection = None if attempting.has_repeated or not target.repeatable else pool.idle()
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._state = _State.CONNECTING
+            self._spawn(partial(self._open, pool))
 
     async def _wait(self) -> None:
         assert self._attempting is not None  # noqa: S101  (it has asked to wait)
@@ -651,7 +784,9 @@ class Exchange:
         body, attempting = self._body, self._attempting
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
-        if body.is_small:
+        if self._translated is not None:
+            self._put(connection, (self._translated.content,), NO_CHANGES)
+        elif body.is_small:
             attempt, changes = attempting.attempt, attempting.changes
             assert attempt is not None  # noqa: S101
             self._put(connection, (body_for(body, self._route, attempt.model, changes),), changes)
@@ -678,6 +813,12 @@ class Exchange:
         assert attempting is not None  # noqa: S101
         target = attempting.target
         assert target is not None  # noqa: S101  (a connection leads to it)
+        if self._translated is not None:
+            self._state = _State.WAITING
+            attempting.sent()
+            self._connection = connection
+            connection.send(self, self._translated.head_for(connection.address), pieces)
+            return
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
             self._caller.head_for(connection.address, self._target, target.headers),
             record.request_id.encode(),
@@ -724,9 +865,7 @@ class Exchange:
     def _unloaded(self) -> _Held:
         """Return the answer to an unload where no instance runs."""
         assert self._record is not None  # noqa: S101  (its turn has come)
-        content = unloaded(self._route, self._record.model or "", datetime.now(UTC))
-        kind = b"application/json; charset=utf-8"
-        return _Held(AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind), content)
+        return _whole(unloaded(self._route, self._record.model or "", datetime.now(UTC)))
 
     def _comment(self, now: float) -> None:
         """Tell a client who waits for a stream of events that its request is alive."""
@@ -749,7 +888,7 @@ class Exchange:
         queues = attempting.is_queued
         if queues:
             attempting.count_wait()
-        if self._answer.comment(front, self._stamp(), f"waiting for {waits_for}"):
+        if self._answer.comment(front, self._stamp(is_early=True), f"waiting for {waits_for}"):
             record.status = _OK
             if not queues:  # no server was chosen yet: any of them can answer behind the comment
                 attempting.delivered()
@@ -810,7 +949,9 @@ class Exchange:
         self.response_complete = True
         record, attempting = self._record, self._attempting
         if record is not None and attempting is not None:
-            if self._tail:
+            if self._translated is not None:
+                record.input_tokens, record.output_tokens = self._translated.tokens
+            elif self._tail:
                 record.input_tokens, record.output_tokens = token_counts(self._route.dialect, self._tail)
             try:
                 attempting.close(outcome)
@@ -848,12 +989,17 @@ class Exchange:
         except Exception as error:  # noqa: BLE001  (see `_end_for`)
             self._end_for(error)
 
-    def _stamp(self) -> bytes:
+    def _stamp(self, *, is_early: bool = False) -> bytes:
+        """Return the headers that tell where an answer comes from; `is_early` is before a server is asked."""
         record, attempting = self._record, self._attempting
         assert record is not None  # noqa: S101  (its turn has come)
         attempt = attempting.attempt if attempting is not None else None
         where = None if attempt is None else (attempt.instance, attempt.model)
-        return stamp(record, self._caller.for_page, where)
+        if is_early:
+            return stamp(record, self._caller.for_page, where, early_provider(attempt))
+        lines = stamp(record, self._caller.for_page, where)
+        payment = None if attempting is None else attempting.payment
+        return lines if payment is None else lines + payment_lines(payment, self._translated)
 
     def _cancel_task(self) -> None:
         task, self._task = self._task, None

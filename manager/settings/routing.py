@@ -13,7 +13,9 @@ from manager.domain.roles import (
     BUILT_IN_ROLES,
     DEFAULT_QUEUE_LENGTH,
     DEFAULT_QUEUE_WAIT_S,
+    NO_FALLBACK,
     BodyChanges,
+    Fallback,
     Mode,
     Policy,
     RequestKind,
@@ -362,12 +364,15 @@ def to_changes(settings: RoleSettings | ModelEntrySettings) -> BodyChanges:
     )
 
 
-def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) -> RoutingSettings:
+def routing_settings(
+    roles: Mapping[str, RoleSettings], models: ModelsSettings, fallback: Fallback = NO_FALLBACK
+) -> RoutingSettings:
     return RoutingSettings(
         roles={name: to_role(name, role) for name, role in roles.items()},
         models={model_key(name): to_changes(one) for name, one in models.settings.items()},
         auto_pull=models.auto_pull,
         list_roles=models.list_roles,
+        fallback=fallback,
     )
 
 

@@ -32,7 +32,11 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "unavailable": 503,
         "contradiction": 422,
         "denied": 403,
+        "forbidden": 403,
+        "rate_limited": 429,
         "budget_exhausted": 402,
+        "local_only": 403,
+        "unsayable": 400,
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,
@@ -47,6 +51,7 @@ _TOLD: Mapping[Reason, int] = MappingProxyType(
         Reason.HOST_DENIED: 403,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
+        Reason.INVALID_OUTPUT: 502,
         Reason.MODEL_LOAD_FAILED: 502,
     }
 )

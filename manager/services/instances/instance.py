@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from manager.domain.gpu import NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
+    from manager.services.ports import ProbeAnswer
     from manager.services.world import World
     from manager.wire.details import Details
+    from manager.wire.head import Header
 
 
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
@@ -233,6 +235,11 @@ class Instance(ABC):
         for limit in self._interruptible:
             limit.reschedule(now)
 
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The headers of our own requests to its server."""
+        return ()
+
     # --- leases ---
 
     async def lease(self) -> Lease:
@@ -276,8 +283,12 @@ class Instance(ABC):
     def _grant(self, endpoint: str) -> Lease:
         place = self._place
         if place is None or place.endpoint != endpoint:
-            place = self._place = Place(self.id, endpoint)
+            place = self._place = self._place_at(endpoint)
         return self._leases.grant(place)
+
+    def _place_at(self, endpoint: str) -> Place:
+        """Return what a lease leads to."""
+        return Place(self.id, endpoint)
 
     async def effort(self) -> Effort | None:
         """The effort of the instance, as far as it can be told from outside."""
@@ -323,9 +334,7 @@ class Instance(ABC):
         tags = now >= self._tags_due
         self.probe_bytes = self._last_probe_bytes or PROBE_BYTES
         try:
-            answer = await self._world.upstream.probe(
-                endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
-            )
+            answer = await self._asked(endpoint, tags=tags)
         except OutOfDescriptorsError:
             return  # the process's own lack says nothing about the server
         except UnavailableError as error:
@@ -356,6 +365,16 @@ class Instance(ABC):
         self._set_health(Health.HEALTHY, None)
         await self._probed()
 
+    async def _asked(self, endpoint: str, *, tags: bool) -> ProbeAnswer:
+        """Return the answer to one probe.
+
+        Raises:
+            UnavailableError, OutOfDescriptorsError: as `Upstream.probe`.
+        """
+        return await self._world.upstream.probe(
+            endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
+        )
+
     async def show(self, model: str) -> Details | None:
         """Ask the server what a model can do; None where it does not say. That is a probe, too: no use.
 
@@ -369,7 +388,7 @@ class Instance(ABC):
             self.probe_bytes = _SHOWN_BYTES
             try:
                 answer = await self._world.upstream.show(
-                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s
+                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s, headers=self.headers
                 )
             except UnavailableError:
                 self.own_bytes += _SHOWN_BYTES  # some of it may have come

@@ -20,10 +20,12 @@ from manager.domain.breaker import is_counted
 from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
+from manager.domain.record import LOCAL
 from manager.domain.roles import RequestKind
 from manager.domain.routing import PassedOver
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
+from manager.services.accounts.quotas import Exceeded
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
@@ -34,14 +36,18 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from manager.domain.judgement import Judgement
+    from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.accounts.ledger import Ledger
+    from manager.services.accounts.quotas import Place as Quota
+    from manager.services.accounts.quotas import Quotas
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
+    from manager.services.routing.cloud_events import CloudEvents
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
@@ -51,6 +57,8 @@ if TYPE_CHECKING:
 
 # Where asynchronous runs are begun.
 RUNS_PATH = "/api/v1/runs"
+# Why an attempt is made on a server that has nothing to load.
+_HELD = ("loaded", "paid")
 # How much longer a load that makes progress may take, each time that it is looked at.
 _LOAD_GRACE_S = 10.0
 
@@ -101,7 +109,7 @@ class Routing:
     """The parts that all requests share. Built once by the composition root.
 
     `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
-    server is asked.
+    server is asked, without quotas nothing counts the requests of keys.
     """
 
     router: Router
@@ -116,6 +124,8 @@ class Routing:
     overload: Overload
     keep: Callable[[Ended], None] = _forget
     ledger: Ledger | None = None
+    quotas: Quotas | None = None
+    cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -131,6 +141,8 @@ class Routing:
         if record.outcome == "ok" and record.model is not None:
             self.status.answered(record.model)
         self.fallbacks.ended(record)
+        if record.provider is not LOCAL and self.cloud is not None:
+            self.cloud.ended(record)
 
 
 class FixedAttempts:
@@ -177,9 +189,10 @@ class Attempting:
         began_at: the monotonic time of the request's beginning.
     """
 
-    # Most requests keep these values. `is_run` is set before `enter`: an asynchronous run waits behind the
-    # requests of its lane, as long as it takes.
+    # Most requests keep these values. Two are set before `enter`. `is_run`: an asynchronous run waits behind
+    # the requests of its lane, as long as it takes. `grant`: the client's key, whose limits hold.
     is_run = False
+    grant: Grant | None = None
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
@@ -191,6 +204,7 @@ class Attempting:
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _payment: Payment | None = None
+    _quota: Quota | None = None
     _facts: RequestFacts | None = None
     _body: Opened | None = None
     _conversation = 0
@@ -226,6 +240,8 @@ class Attempting:
         """
         self._facts = facts
         self._body = body
+        if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
+            return trouble
         return self._decide(waits=True)
 
     def enter_running(self, facts: RequestFacts) -> Step:
@@ -234,7 +250,7 @@ class Attempting:
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
         self._starts_nothing = True
-        return self.enter(facts)
+        return self.enter(facts._replace(local_only=True))
 
     @property
     def others(self) -> tuple[Attempt, ...]:
@@ -285,6 +301,9 @@ class Attempting:
         self._looks_closer = False
         if self._payment is not None:
             self._payment.is_sent = True
+        target = self.target
+        if target is not None and target.prices is not None:
+            record.provider = target.instance
         if record.kind is not None:  # a request that manages models does not use them
             self._routing.status.sent(self)
         if self._conversation:
@@ -356,11 +375,16 @@ class Attempting:
         return self._routing.router.changes_for(self.attempt)
 
     @property
+    def most_tokens(self) -> int | None:
+        """The bound of output tokens that the current attempt has to carry; None where nothing is paid."""
+        return None if self._payment is None else self._payment.output_limit
+
+    @property
     def work(self) -> Work:
         """The work of the server."""
         attempt = self.attempt
         assert attempt is not None  # noqa: S101
-        return Work(attempt.instance, attempt.model, attempt.because != "loaded")
+        return Work(attempt.instance, attempt.model, attempt.because not in _HELD)
 
     @property
     def cut(self) -> str | None:
@@ -385,7 +409,7 @@ class Attempting:
     @property
     def may_load(self) -> bool:
         """Whether the server may have to load the model first."""
-        return self.attempt is not None and self.attempt.because != "loaded"
+        return self.attempt is not None and self.attempt.because not in _HELD
 
     # --- what became of an attempt ---
 
@@ -418,9 +442,12 @@ class Attempting:
             self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
         # A target that is not repeatable is sent a request once, whatever becomes of it.
-        is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
+        is_final = ours or self._is_spent
         if target is not None and not target.repeatable and (sent or stale):
             is_final = True
+        elif sent and reason not in _ABANDONED and not is_final:
+            # The request may have killed its server, and would kill the next one. It kills no paid service.
+            is_final = not isinstance(self._attempts, Attempts) or not self._attempts.only_pay()
         if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
@@ -454,6 +481,18 @@ class Attempting:
         )
         self._release()
         return self._give_up() if is_final else self._next()
+
+    def unsayable(self, message: str) -> Step:
+        """The API of the server has no word for a part of the request. Return the next step."""
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101  (something was attempted)
+        self._add_failure(attempt, Reason.POLICY, message)
+        trouble = Trouble(
+            Reason.POLICY, message, refused="unsayable", attempt=attempt, endpoint=self.record.endpoint
+        )
+        self._keep_trouble(trouble)
+        self._release()
+        return self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
         """Whether something else than this answer with an error may be what the client gets.
@@ -584,6 +623,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        if self._quota is not None:
+            self._quota.leave(self.record)
         if self._permit and outcome == "ok":
             self._succeeded()
         if self.is_queued:
@@ -597,6 +638,20 @@ class Attempting:
 
     # --- helpers, in call order ---
 
+    def _admit(self, grant: Grant, facts: RequestFacts) -> Trouble | None:
+        """Keep the request within the limits of its key; return why it cannot begin, or None."""
+        if grant.permit is not None or grant.is_local:
+            local_only = facts.local_only or grant.is_local
+            self._facts = facts._replace(permit=grant.permit, local_only=local_only)
+        quotas = self._routing.quotas
+        entry = None if quotas is None else quotas.enter(grant)
+        if isinstance(entry, Exceeded):
+            self.record.fallback_reason = Reason.POLICY
+            message = f"{entry.message} (rate_limited)"
+            return Trouble(Reason.POLICY, message, entry.retry_after_s, refused="rate_limited")
+        self._quota = entry
+        return None
+
     def _decide(self, *, waits: bool) -> Step:
         """Decide; `waits` is whether a fleet that was never looked at may be waited for."""
         assert self._facts is not None  # noqa: S101  (given to `enter`)
@@ -608,6 +663,9 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
+        if waits and not router.is_known and _may_change(decision):
+            self._pending = self._wait_for_first_look
+            return WAIT
         if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
@@ -620,9 +678,8 @@ class Attempting:
                 if not attempts.more:
                     return _STOPPED
             return self._next()
-        if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
-            self._pending = self._wait_for_first_look
-            return WAIT
+        if self._starts_nothing and refused.what == "local_only":
+            return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
         return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
 
@@ -675,6 +732,7 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
+            attempts.pay_nothing()
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
             self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
@@ -723,6 +781,7 @@ class Attempting:
             why = f"no slot became free within {wait_s:g} s"
         self._pass_over(attempts.choices(), Reason.OVERLOADED, why)
         attempts.skip()
+        attempts.pay_nothing()
         message = f"{why} (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
@@ -911,8 +970,11 @@ class Attempting:
         An instance that could only have pulled the model does not have it either: its trouble counts less.
         """
         known, attempt = self._trouble, trouble.attempt
-        could_only_pull = attempt is not None and attempt.because == "pull"
-        if known is None or (known.reason is Reason.MODEL_MISSING and not could_only_pull):
+        counts_less = trouble.refused == "unsayable" or (attempt is not None and attempt.because == "pull")
+        says_little = known is not None and (
+            known.refused == "unsayable" or known.reason is Reason.MODEL_MISSING
+        )
+        if known is None or (says_little and not counts_less):
             self._trouble = trouble
         if self._fallback_reason is None:
             self._fallback_reason = trouble.reason
@@ -952,7 +1014,7 @@ class Attempting:
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
-        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because in _HELD)
         if reason is not None and is_fault and self.cut is None:
             loads = (
                 sent
@@ -1000,6 +1062,16 @@ class Attempting:
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
+# What the first look at the fleet may change.
+_NOT_YET = ("unknown", "unavailable", "local_only")
+
+
+def _may_change(decision: Decision) -> bool:
+    """Return whether the first look at the fleet may find a local instance for the request."""
+    refused = decision.refused
+    return decision.groups[0].because == "paid" if refused is None else refused.what in _NOT_YET
+
+
 # The attempt was ended by us or by the operator: its server has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.denial import Denials, DenyRules
@@ -10,6 +11,7 @@ from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.domain.target import Protocol as ServerProtocol
 from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
 from manager.services.routing.affinity import Affinity, LeaningLoad
@@ -33,8 +35,11 @@ if TYPE_CHECKING:
 # stale snapshot costs one failed attempt, because the lease decides.
 _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
+# Of requests with a key that is limited: each key has its own, so that those of others are kept apart.
+_MAX_DECISIONS_BY_KEY = 1024
 # Below every priority that an instance can be given.
 _LAST = -1_000_000
+_NO_MODELS: Mapping[str, str] = MappingProxyType({})
 # Why an attempt is made on an instance that runs already.
 RUNNING = ("loaded", "running")
 
@@ -111,6 +116,7 @@ class Router:
         self._lifted = lifted
         self.affinity = Affinity()
         self._decisions: dict[RequestFacts, Decision] = {}
+        self._decisions_by_key: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._taken_of: tuple[int, int, int] = (-1, -1, -1)
         self._taken_at = float("-inf")
@@ -133,12 +139,24 @@ class Router:
     def decide(self, facts: RequestFacts) -> Decision:
         """Return where a request may go. The decision is kept until something that it depends on changes."""
         self.snapshot()
+        if facts.permit is not None:
+            return self._decide_by_key(facts)
         decision = self._decisions.get(facts)
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
                 self._decisions.clear()
                 self._changes.clear()
             decision = self._decisions[facts] = decide(facts, self._settings.routing, self._snapshot)
+        return decision
+
+    def _decide_by_key(self, facts: RequestFacts) -> Decision:
+        decision = self._decisions_by_key.get(facts)
+        if decision is None:
+            if len(self._decisions_by_key) >= _MAX_DECISIONS_BY_KEY:
+                self._decisions_by_key.clear()
+                self._changes.clear()
+            decision = decide(facts, self._settings.routing, self._snapshot)
+            self._decisions_by_key[facts] = decision
         return decision
 
     def attempts(self, facts: RequestFacts) -> Attempts:
@@ -168,6 +186,7 @@ class Router:
             self._taken_at = now
             self._snapshot = Snapshot(tuple(self._candidate(one) for one in self._fleet.instances()))
             self._decisions.clear()
+            self._decisions_by_key.clear()
             self._changes.clear()
             self._renewed()
         return self._snapshot
@@ -207,22 +226,34 @@ class Router:
         elif view.phase is Phase.UNAVAILABLE:
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+            if instance.spec.is_paid and view.explanation is not None:
+                detail = view.explanation.message
         elif instance.ends:
             priority = _LAST  # it may be restarted, and can serve only after its stop
         if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
             state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
+        models = _NO_MODELS if instance.spec.is_paid else self.models_of(instance)
+        if not ready:
+            loaded: frozenset[str] = frozenset()
+        elif instance.spec.protocol is ServerProtocol.OLLAMA:
+            loaded = frozenset(model_key(model.name) for model in view.models)
+        else:
+            loaded = frozenset(models or ())  # such servers serve what they hold
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
             state=state,
             priority=priority,
-            models=self.models_of(instance),
-            loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
+            models=models,
+            loaded=loaded,
             why_out=why_out,
             detail=detail,
             overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
             denials=self._denials(instance),
+            paid=instance.spec.is_paid,
+            offers=instance.spec.offers,
+            pulls=instance.spec.protocol is ServerProtocol.OLLAMA,
         )
 
 
@@ -240,8 +271,10 @@ class Attempts:
         "_facts",
         "_keeps_role",
         "_made",
+        "_may_pay",
         "_may_pull",
         "_may_start",
+        "_only_pays",
         "_preferred",
         "_router",
         "_skipped",
@@ -255,6 +288,8 @@ class Attempts:
         self._ahead: Attempt | None = None
         self._may_start = True
         self._may_pull = True
+        self._may_pay = True
+        self._only_pays = False
         self._keeps_role = False
         self._preferred: str | None = None
         self._skipped: frozenset[int] = frozenset()
@@ -342,7 +377,7 @@ class Attempts:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
         self._coming = self._others()
-        if self._ahead is not None and self._ahead.because not in RUNNING:
+        if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
 
     def pull_failed(self) -> None:
@@ -350,6 +385,19 @@ class Attempts:
         self._may_pull = False
         if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
+
+    def pay_nothing(self) -> None:
+        """Ask no paid server: what is local is busy, and has not failed."""
+        self._may_pay = False
+        if self._ahead is not None and self._ahead.because == "paid":
+            self._ahead = None
+
+    def only_pay(self) -> bool:
+        """Ask no local server any more; return whether a paid one is left."""
+        self._only_pays = True
+        if self._ahead is not None and self._ahead.because != "paid":
+            self._ahead = None
+        return self.more
 
     def leave_role(self) -> None:
         """Drop the attempts under other roles than the one that was asked for: those have other models."""
@@ -398,10 +446,12 @@ class Attempts:
         return None
 
     def _is_allowed(self, attempt: Attempt) -> bool:
-        if attempt.choice in self._skipped:
+        if attempt.choice in self._skipped or (self._only_pays and attempt.because != "paid"):
             return False
         if self._keeps_role and attempt.role != self.decision.role:
             return False
+        if attempt.because == "paid":
+            return self._may_pay
         if not self._may_start:
             return attempt.because in RUNNING
         if attempt.because == "pull" and not self._may_pull:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
+from manager.domain.keys import Scope
 from manager.domain.routing import RequestFacts
-from manager.domain.runs import RunError, RunResult, body_file, result_file
+from manager.domain.runs import RunError, RunResult, body_file, is_of, result_file
+from manager.domain.target import Protocol
 from manager.errors import (
     InvalidRequestError,
     ManagerError,
@@ -24,6 +26,7 @@ from manager.services.requests import Origin
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import Attempting, Trouble
 from manager.services.routing.placement import reason_of
+from manager.services.routing.speaking import Speaking
 from manager.services.steps import in_steps
 from manager.wire.body import reading
 from manager.wire.dialect import error_body, message_of
@@ -47,6 +50,7 @@ from manager.wire.usage import TAIL_BYTES, error_in, fault_of, token_counts
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.runs import Run
     from manager.domain.target import Target
@@ -61,6 +65,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("runs")
 
 _OK = 200
+_FORBIDDEN = 403
 _BAD_GATEWAY = 502
 _TIMEOUT = 504
 # Pieces of an answer are gathered up to this size before they are written.
@@ -90,6 +95,8 @@ _PASSING = frozenset(
         Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
+# Refusals of keys, whose reason says less.
+_CODES = frozenset({"forbidden", "rate_limited"})
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
 
 
@@ -121,6 +128,11 @@ class _FailedError(Exception):
         self.outcome = outcome
 
 
+def _no_key(_name: str) -> Grant | None:
+    """Return None: there are no keys."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """The parts that all executions share.
@@ -131,6 +143,7 @@ class Execution:
         requests: begins records.
         files: has the bodies, and takes the results.
         stored: counts the bytes of all files of runs.
+        grant_of: returns a key that is in force, by its name.
     """
 
     routing: Routing
@@ -138,6 +151,7 @@ class Execution:
     requests: Requests
     files: RunFiles
     stored: BodyBudget
+    grant_of: Callable[[str], Grant | None] = _no_key
 
     async def execute(
         self,
@@ -184,6 +198,7 @@ class Execution:
                 raise PostponedError(_error_of(failure)) from None
             return await work.fail(failure)
         finally:
+            work.count()
             work.attempting.close(outcome)
 
 
@@ -202,12 +217,25 @@ class _Work:
         self._route: Route = INFERENCE[run.path.encode()]
         caller = run.caller
         origin = Origin(
-            caller.instance, run.lane, caller.project, caller.intent, caller.local_only, caller.trace, None
+            caller.instance,
+            run.lane,
+            caller.project,
+            caller.intent,
+            caller.local_only,
+            caller.trace,
+            None,
+            caller.key,
         )
         self._began_at = monotonic()
         self.record: RequestRecord = parts.requests.record(run.path, self._route.kind, origin)
         self.attempting = Attempting(parts.routing, self.record, self._began_at)
         self.attempting.is_run = True
+        self._speaking: Speaking | None = None
+
+    def count(self) -> None:
+        """Note the tokens of a translated answer, whole or not."""
+        if self._speaking is not None:
+            self.record.input_tokens, self.record.output_tokens = self._speaking.tokens
 
     async def do(self) -> Done:
         """Have the request answered.
@@ -216,22 +244,43 @@ class _Work:
             _FailedError, UnansweredError, BadBodyError, ManagerError: there is no whole answer.
         """
         run, record, attempting = self._run, self.record, self.attempting
+        if run.caller.key is not None:
+            attempting.grant = self._grant(run.caller.key)
         raw = await self._parts.files.read(body_file(run.id), run.body_bytes)
         body = await in_steps(reading([raw], self._route, len(raw)))
         record.stream = body.stream
         record.model = body.model or run.lane
-        facts = RequestFacts(record.model or "", self._route.kind, run.caller.instance, run.lane)
+        facts = RequestFacts(
+            record.model or "",
+            self._route.kind,
+            run.caller.instance,
+            run.lane,
+            local_only=run.caller.local_only,
+        )
 
         async def question(target: Target) -> Question:
             return await self._question(target, body)
 
-        step = attempting.enter(facts)
-        async with answered(attempting, self._parts.server, step, question) as answer:
+        step = attempting.enter(facts, body)
+        spoken = lambda: self._speaking  # noqa: E731
+        async with answered(attempting, self._parts.server, step, question, spoken) as answer:
             attempting.delivered()
             body.forget()
             record.status = answer.status
             record.ttfb_ms = (monotonic() - self._began_at) * 1000
             return await self._store(answer, is_stream=record.stream)
+
+    def _grant(self, name: str) -> Grant:
+        """Return the key of the run as it is now.
+
+        Raises:
+            _FailedError: it is not in force any more, or another one has its name.
+        """
+        grant = self._parts.grant_of(name)
+        if grant is None or not is_of(self._run, grant) or not grant.may(Scope.CLIENT):
+            message = f"the key {name!r} that submitted this run is revoked or expired (forbidden)"
+            raise _FailedError(_FORBIDDEN, "forbidden", message, "refused")
+        return grant
 
     def note(self, failure: _FailedError) -> None:
         """Note in the record why there is no answer."""
@@ -254,12 +303,13 @@ class _Work:
     async def _question(self, target: Target, body: InferenceBody) -> Question:
         attempting, record = self.attempting, self.record
         changes = attempting.changes
+        self._speaking = None
+        if target.protocol is not Protocol.OLLAMA:
+            return await self._translated(target, body)
         pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
         if asks_for_cpu(body.fields, self._route, changes):
             attempting.expect_on_cpu()
-        if not self._is_sent:
-            await self._sent(target.instance, record.request_id)
-            self._is_sent = True
+        await self._note_sent(target)
         headers: list[Header] = [
             (b"content-type", b"application/json"),
             (b"x-request-id", record.request_id.encode()),
@@ -267,6 +317,24 @@ class _Work:
             *target.headers,
         ]
         return Question(target.instance, target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
+
+    async def _translated(self, target: Target, body: InferenceBody) -> Question:
+        """Return the request in the words of a server that is no Ollama.
+
+        Raises:
+            BadBodyError: it cannot be said there.
+        """
+        attempting = self.attempting
+        speaking = self._speaking = Speaking(self._route, target, self.record)
+        model, changes, most = attempting.work.model, attempting.changes, attempting.most_tokens
+        content = await asyncio.to_thread(speaking.request, body, model, changes, most)
+        await self._note_sent(target)
+        return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
+
+    async def _note_sent(self, target: Target) -> None:
+        if not self._is_sent:
+            await self._sent(target.instance, self.record.request_id)
+            self._is_sent = True
 
     async def _store(self, answer: ServerAnswer | WholeAnswer, *, is_stream: bool) -> Done:
         """Write the answer into its file. The server's slot is given back before the file is on disk.
@@ -281,11 +349,17 @@ class _Work:
                 error = self._error_in(answer.status, storing.tail, is_stream=is_stream)
                 self._end(storing.tail, error)
                 await storing.commit()
-                result = RunResult(answer.status, _content_type(answer.headers), storing.size)
+                result = RunResult(answer.status, self._type_of(answer), storing.size)
                 done = self.done = self._done(result, error)
             finally:
                 storing.close()
         return done
+
+    def _type_of(self, answer: ServerAnswer | WholeAnswer) -> str:
+        kind = _content_type(answer.headers)
+        if self._speaking is None or isinstance(answer, WholeAnswer):
+            return kind
+        return self._speaking.content_type(kind.encode("latin-1")).decode("latin-1")
 
     def _done(self, result: RunResult | None, error: RunError | None) -> Done:
         return Done(result, error, self.record.effective_target, self.record.request_id)
@@ -303,7 +377,8 @@ class _Work:
                         is_probe = False
                         if error_in(piece) is None:
                             attempting.begun()
-                    await storing.add(piece)
+                    await storing.add(self._said(piece))
+                await storing.add(self._said(b"", complete=True))
         except TimeoutError:
             attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             trouble = attempting.look(attempting.total_deadline)
@@ -314,10 +389,28 @@ class _Work:
         except UnavailableError as error:
             raise self._broken(error) from None
 
+    def _said(self, piece: bytes, *, complete: bool = False) -> bytes:
+        """Return what has come in the words of the client.
+
+        Raises:
+            _FailedError: a translated answer is not whole.
+        """
+        speaking = self._speaking
+        if speaking is None:
+            return piece
+        said = speaking.came(piece, complete=complete)
+        if speaking.fault is not None:
+            self.attempting.broke_off(Reason.INVALID_OUTPUT)
+            message = f"{self.attempting.work.instance}: {speaking.fault}"
+            raise _FailedError(_BAD_GATEWAY, Reason.INVALID_OUTPUT, message, "upstream_error")
+        return said
+
     def _end(self, tail: bytes, error: RunError | None) -> None:
         """End the request: its answer is whole."""
         record = self.record
-        record.input_tokens, record.output_tokens = token_counts(self._route.dialect, tail)
+        if self._speaking is None:
+            record.input_tokens, record.output_tokens = token_counts(self._route.dialect, tail)
+        self.count()
         outcome = outcome_of(record.status)
         self.attempting.close("upstream_error" if error is not None and outcome == "ok" else outcome)
 
@@ -397,7 +490,10 @@ def _is_passing(error: Exception) -> bool:
     """Return whether no server was asked, for a reason that may be gone some time later."""
     if not isinstance(error, UnansweredError) or error.begun:
         return False
-    return error.trouble.reason in _PASSING and error.trouble.refused in _PASSING_REFUSALS
+    trouble = error.trouble
+    if trouble.refused == "rate_limited":
+        return True
+    return trouble.reason in _PASSING and trouble.refused in _PASSING_REFUSALS
 
 
 def _error_of(failure: _FailedError) -> RunError:
@@ -412,7 +508,8 @@ def _failure_of(error: Exception, run: Run) -> _FailedError:
         trouble = error.trouble
         status = status_of(trouble.reason, trouble.refused)
         outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
-        return _FailedError(status, trouble.reason, trouble.message, outcome)
+        code = trouble.refused if trouble.refused in _CODES else trouble.reason
+        return _FailedError(status, code or trouble.reason, trouble.message, outcome)
     if isinstance(error, BadBodyError | InvalidRequestError):
         return _FailedError(BAD_REQUEST, "invalid_request", str(error), "client_error")
     if isinstance(error, ManagerError):

@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, str]] = [
     ("log: {level: INFO}", "log.level: 'INFO'; expected 'debug', 'info', 'warning' or 'error'"),
     (
         "instances: {cpu: {driver: podman, template: a}}",
-        "instances.cpu.driver: 'podman'; expected 'docker' or 'external'",
+        "instances.cpu.driver: 'podman'; expected 'docker', 'external' or 'cloud'",
     ),
     # names and addresses
     ("manager_id: -x", "manager_id: '-x'; expected text that matches"),
