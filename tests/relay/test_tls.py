@@ -151,11 +151,10 @@ async def test_clients_talk_over_tls(tmp_path: Path) -> None:
 
         peer = (await daemon.connect()).writer.get_extra_info("ssl_object")
         assert (peer.version(), peer.selected_alpn_protocol()) == ("TLSv1.3", "http/1.1")
-        old = ssl.create_default_context(cafile=daemon.authority.certificate)
-        old.minimum_version = ssl.TLSVersion.TLSv1
-        old.maximum_version = ssl.TLSVersion.TLSv1_1
-        with pytest.raises((ssl.SSLError, ConnectionError)):
-            await asyncio.to_thread(certificate_at, daemon.port, old)
+        for version, status in (("1.1", 35), ("1.2", 0)):
+            asked = [*curl, "--tls-max", version, "--ciphers", "DEFAULT@SECLEVEL=0", f"{daemon.url}/healthz"]
+            old = await asyncio.to_thread(subprocess.run, asked, capture_output=True, check=False)
+            assert old.returncode == status
 
 
 async def test_our_own_commands_talk_over_tls(tmp_path: Path) -> None:
@@ -325,23 +324,27 @@ async def test_a_new_certificate_is_served_while_streams_go_on(tmp_path: Path) -
         assert len(daemon.logged("tls_files_refused")) == 1
 
 
-async def test_replacement_loses_no_request(tmp_path: Path) -> None:
+def ends_when(goes_on: asyncio.Event) -> Any:
+    """Answers at once, or for a body with `slow` once `goes_on` is set: as a stream, or with `whole` whole."""
+
+    async def answer(talk: Conversation) -> None:
+        if b"whole" in talk.seen.body:
+            await goes_on.wait()
+        if b"slow" not in talk.seen.body or b"whole" in talk.seen.body:
+            return await talk.whole(200, LAST.strip())
+        await talk.begin()
+        await talk.chunk(LINE)
+        await goes_on.wait()
+        await talk.chunk(LAST)
+        return await talk.end()
+
+    return answer
+
+
+async def test_replacement_loses_no_request(tmp_path: Path) -> None:  # noqa: PLR0915  (one story)
     async with secure(tmp_path) as daemon:
         goes_on = asyncio.Event()
-
-        async def slow(talk: Conversation) -> None:
-            if b"slow" not in talk.seen.body:
-                return await talk.whole(200, LAST.strip())
-            if b"whole" in talk.seen.body:
-                await goes_on.wait()
-                return await talk.whole(200, LAST.strip())
-            await talk.begin()
-            await talk.chunk(LINE)
-            await goes_on.wait()
-            await talk.chunk(LAST)
-            return await talk.end()
-
-        daemon.server.answer = slow
+        daemon.server.answer = ends_when(goes_on)
         streaming, waiting = await daemon.connect(), await daemon.connect()
         await streaming.send({**TINY, "options": {"stop": ["slow"]}})
         await streaming.head()
@@ -409,7 +412,7 @@ async def test_handshakes_have_a_deadline(tmp_path: Path) -> None:
             assert 8 < time.monotonic() - began < 14
 
 
-async def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path) -> None:
+def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path) -> None:
     authority = Authority(tmp_path)
     pair, other = authority.sign("one"), authority.sign("two")
     empty, opened = tmp_path / "empty.pem", tmp_path / "open.key"
@@ -454,8 +457,7 @@ async def test_files_that_cannot_be_used_are_refused_at_the_start(tmp_path: Path
         (tmp_path / "c.yaml").write_text(
             yaml.safe_dump({"server": server, "state": {"dir": "state"}, "instances": {}, "gpus": "none"})
         )
-        done = await asyncio.to_thread(
-            subprocess.run,
+        done = subprocess.run(
             [sys.executable, "-m", "manager", "serve", "--config", str(tmp_path / "c.yaml")],
             cwd=ROOT,
             capture_output=True,
