@@ -249,7 +249,8 @@ async def test_a_client_that_does_not_read_holds_the_server_up(tmp_path: Path) -
         caller = await daemon.connect()
         await caller.send(TINY)
         await caller.head()
-        caller.writer.transport.pause_reading()
+        transport: Any = caller.writer.transport
+        transport.pause_reading()
         stood, before = 0, -1
         async with asyncio.timeout(30):
             while stood < 10:
@@ -257,7 +258,7 @@ async def test_a_client_that_does_not_read_holds_the_server_up(tmp_path: Path) -
                 stood = stood + 1 if sent == before else 0
                 before = sent
         assert sent < 40 * 2**20
-        caller.writer.transport.resume_reading()
+        transport.resume_reading()
         await until(lambda: sent > before + 2**20)
         caller.leave()
 
@@ -273,9 +274,10 @@ async def test_slow_answers_arrive_whole_before_the_connection_ends(tmp_path: Pa
         caller = await daemon.connect()
         await caller.send(TINY, headers={"Connection": "close"})
         await caller.head()
-        caller.writer.transport.pause_reading()
+        transport: Any = caller.writer.transport
+        transport.pause_reading()
         await asyncio.sleep(4)  # longer than the daemon's looks at its connections
-        caller.writer.transport.resume_reading()
+        transport.resume_reading()
         assert len(await caller.ended()) == size
 
 
@@ -341,7 +343,7 @@ def ends_when(goes_on: asyncio.Event) -> Any:
     return answer
 
 
-async def test_replacement_loses_no_request(tmp_path: Path) -> None:  # noqa: PLR0915  (one story)
+async def test_replacement_loses_no_request(tmp_path: Path) -> None:
     async with secure(tmp_path) as daemon:
         goes_on = asyncio.Event()
         daemon.server.answer = ends_when(goes_on)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.adapters.certificates import expiry
-from manager.adapters.tls import SharedTls, WatchedTls, client_tls, days_left, listener_tls, own_tls_of
+from manager.adapters.tls import SharedTls, client_tls, days_left, listener_tls, own_tls_of
 from manager.adapters.upstream import HttpUpstream
 from manager.errors import AskFailedError, ConfigurationError
 from manager.relay.model_server import PooledModelServer
@@ -147,7 +147,7 @@ async def test_new_files_are_used_and_broken_ones_are_not(tmp_path: Path) -> Non
     tls._now, tls._checked_at = (lambda: now), 0.0
     async with server(authority.sign("server"), authority) as (port, names):
         url = f"https://localhost:{port}"
-        own = {url: tls.context}
+        own: Contexts = {url: tls.context}
         assert await asked(url, own) == ALL
         shutil.copy(second.certificate, used.certificate)  # its key has not come yet
         now = 3.0
@@ -208,4 +208,3 @@ def test_an_authority_file_without_one_does_not_mean_those_of_the_system(tmp_pat
             client_tls("instances.far.tls", ClientTlsSettings(ca=file))
     with pytest.raises(ConfigurationError, match=r"none.pem: instances.far.tls.ca: No such file"):
         client_tls("instances.far.tls", ClientTlsSettings(ca=tmp_path / "none.pem"))
-    assert WatchedTls

@@ -32,13 +32,13 @@ class Echo(asyncio.Protocol):
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
         self.places.closed(self.handshake)
-        self.places.opened(self)  # type: ignore[arg-type]  # enough of one
+        self.places.opened(self)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.places.closed(self)  # type: ignore[arg-type]
+        self.places.closed(self)
 
     def quiet_since(self) -> None:
         return None

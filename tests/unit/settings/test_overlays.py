@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.cli import program
+from manager.cli.commands import program
 from manager.cli.effective import effective_yaml
 from manager.errors import ConfigurationError
 from manager.settings import load
