@@ -327,7 +327,7 @@ async def test_a_new_certificate_is_served_while_streams_go_on(tmp_path: Path) -
 
 
 def ends_when(goes_on: asyncio.Event) -> Any:
-    """Answers at once, or for a body with `slow` once `goes_on` is set: as a stream, or with `whole` whole."""
+    """Answers at once; a body with `slow` once `goes_on` is set, as a stream or, with `whole`, whole."""
 
     async def answer(talk: Conversation) -> None:
         if b"whole" in talk.seen.body:
