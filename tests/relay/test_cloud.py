@@ -52,13 +52,14 @@ async def fronted(
     protocol: str = "openai",
     role: Mapping[str, Any] | None = None,
     cloud: Mapping[str, Any] | None = None,
+    slots: int | None = None,
     **sections: Any,
 ) -> AsyncIterator[Front]:
     """A gateway with one local server, and the provider behind it."""
     local = local or Scripted()
     async with local.serving(), provider.serving():
         instances = {
-            "home": {"driver": "external", "url": local.url},
+            "home": {"driver": "external", "url": local.url, "slots": slots},
             "paid": {
                 "driver": "cloud",
                 "protocol": protocol,
@@ -454,7 +455,17 @@ async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None
         assert (shown["breaker"]["state"], shown["health"]) == ("open", "unhealthy")
 
 
-async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limits", "slots", "status"),
+    [
+        ({"concurrency": 1, "queue": {"length": 0, "wait_s": 1}}, None, 429),
+        ({"queue": {"length": 0, "wait_s": 1}}, 1, 429),
+        ({"queue": {"length": 1, "wait_s": 0.2}}, 1, 503),
+    ],
+)
+async def test_a_busy_lane_does_not_spill_into_the_cloud(
+    tmp_path: Path, limits: dict[str, Any], slots: int | None, status: int
+) -> None:
     provider, local = Provider(), Scripted()
     held = asyncio.Event()
 
@@ -463,12 +474,11 @@ async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None
         await a_word(talk)
 
     local.answer = waits
-    role = {"concurrency": 1, "queue": {"length": 0, "wait_s": 1}}
-    async with fronted(tmp_path, provider, local, role=role) as front:
+    async with fronted(tmp_path, provider, local, role=limits, slots=slots) as front:
         first = asyncio.ensure_future(front.ask(WHOLE))
         await until(lambda: len(local.seen) == 1)
         reply = await front.ask(WHOLE)
-        assert reply.status == 429
+        assert reply.status == status
         held.set()
         assert (await first).status == 200
         assert provider.seen == []

@@ -90,10 +90,10 @@ async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
     provider.key = "first"
     file.write_text("first\n")
     async with fronted(tmp_path, provider, key_file=str(file)) as front:
+        instance: Any = front.daemon.fleet.get("vllm")
         for key in ("first", "second"):
             file.write_text(f"{key}\n")
             provider.key = key
-            instance: Any = front.daemon.fleet.get("vllm")
             await until(lambda: instance._key.value == provider.key, within_s=20)
             assert (await front.ask(WHOLE)).status == 200
             assert provider.seen[-1].header("authorization") == f"Bearer {key}"

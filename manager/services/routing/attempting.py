@@ -241,7 +241,9 @@ class Attempting:
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
         self._starts_nothing = True
-        return self.enter(facts._replace(local_only=True))
+        step = self.enter(facts._replace(local_only=True))
+        is_paid = isinstance(step, Trouble) and step.refused == "local_only"
+        return _STOPPED if is_paid else step  # a paid server has nothing to unload
 
     @property
     def others(self) -> tuple[Attempt, ...]:
@@ -656,8 +658,6 @@ class Attempting:
         if waits and not router.is_known and refused.what in _NOT_YET:
             self._pending = self._wait_for_first_look
             return WAIT
-        if self._starts_nothing and refused.what == "local_only":
-            return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
         return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
 
