@@ -17,7 +17,10 @@ from tests.support.provider import (
     TEXT,
     WORDS,
     Provider,
+    event,
     is_cut,
+    openai_answer,
+    openai_events,
     refuses,
     says_nonsense,
     speaks,
@@ -392,6 +395,56 @@ async def test_a_stream_that_is_cut_is_never_taken_for_whole(
         record = await front.record()
         assert record.outcome == "upstream_error"
         assert record.output_tokens, "a cut answer is settled on what was seen"
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.parametrize("path", [CHAT, OPENAI, ANTHROPIC])
+async def test_an_error_amid_a_stream_is_told(tmp_path: Path, path: str) -> None:
+    async def breaks_off(talk: Conversation) -> None:
+        await talk.begin("text/event-stream")
+        await talk.chunk(openai_events(usage=False)[1])
+        await talk.chunk(event({"error": {"message": "boom", "type": "server_error"}}))
+        await talk.end()
+
+    provider = Provider()
+    provider.answer = breaks_off
+    async with fronted(tmp_path, provider, broken()) as front:
+        reply = await front.ask({**TINY, "stream": True, **limit(path)}, path)
+        assert b"boom" in reply.body
+        assert (await front.record()).outcome == "upstream_error"
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.parametrize(
+    "usage", [None, "many", {"prompt_tokens": -5, "completion_tokens": "x"}, {"prompt_tokens": 10**30}]
+)
+@pytest.mark.parametrize("path", [CHAT, OPENAI])
+async def test_a_wrong_count_of_tokens_spoils_no_answer(tmp_path: Path, path: str, usage: Any) -> None:
+    async def miscounts(talk: Conversation) -> None:
+        await talk.whole(200, json.dumps({**openai_answer(), "usage": usage}).encode())
+
+    provider = Provider()
+    provider.answer = miscounts
+    async with fronted(tmp_path, provider, broken()) as front:
+        reply = await front.ask(WHOLE, path)
+        assert (reply.status, TEXT.split()[0].encode() in reply.body) == (200, True)
+        record = await front.record()
+        assert record.outcome == "ok"
+        assert min(record.input_tokens or 0, record.output_tokens or 0) >= 0
+        assert max(record.input_tokens or 0, record.output_tokens or 0) < 2**60
+
+
+async def test_a_provider_that_is_too_slow_is_given_up_and_asked_no_second_time(tmp_path: Path) -> None:
+    async def sleeps(talk: Conversation) -> None:
+        await talk.left()
+
+    provider = Provider()
+    provider.answer = sleeps
+    local = broken(lacks)
+    async with fronted(tmp_path, provider, local, role={"attempt_timeouts_s": [0.3]}) as front:
+        reply = await front.ask(WHOLE)
+        assert (reply.status, reply.headers["x-provider"]) == (504, "paid")
+        assert len(provider.seen) == 1
         await until(lambda: front.at_rest)
 
 
