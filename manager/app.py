@@ -22,7 +22,7 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
-from manager.opening import opened_gpus, opened_journal, opened_ledger, opened_registry
+from manager.opening import opened_gpus, opened_journal, opened_keyring, opened_ledger, opened_registry
 from manager.parts import (
     Instances,
     Maker,
@@ -180,8 +180,8 @@ async def open_daemon(
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
         registry = await opened_registry(held, settings, stores=not dry_run)
-        rows = await registry.instances()
         journal = await opened_journal(held, registry)
+        keyring = await opened_keyring(registry, journal)
         history = history_of(held, registry, settings)
         ledger = await opened_ledger(
             held, registry, journal, settings, is_alone=not claims_within_s, recovers=not resume_idle_clock
@@ -222,7 +222,7 @@ async def open_daemon(
             world,
             settings,
             templates,
-            rows,
+            await registry.instances(),
             await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
         )
         parts = instances_of(
@@ -325,7 +325,10 @@ async def open_daemon(
             pulls=pulls,
             server=server,
             requests=Requests(
-                header_names(settings), default_project=settings.gateway.default_project, samples=samples
+                header_names(settings),
+                default_project=settings.gateway.default_project,
+                samples=samples,
+                used=keyring.used,
             ),
             bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
@@ -372,6 +375,7 @@ async def open_daemon(
             ).render,
             refusals=refusals,
             history=history,
+            keyring=keyring,
             ledger=ledger,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
@@ -380,6 +384,7 @@ async def open_daemon(
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "keys": keyring.run,
             "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
 from manager.parts import budgets_of, selectors_of, utcnow
+from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
 from manager.services.gpus import Gpus
 from manager.services.journal import Journal
@@ -33,6 +34,12 @@ async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journa
     journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
     stack.push_async_callback(journal.retire)
     return journal
+
+
+async def opened_keyring(registry: SqlRegistry, journal: Journal) -> Keyring:
+    keyring = Keyring(registry, journal, utcnow=utcnow)
+    await keyring.load()
+    return keyring
 
 
 async def opened_gpus(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from manager.api.granted import grant_of
 from manager.api.passage import Passage
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
@@ -87,7 +89,7 @@ class Passing:
             scope,
             receive,
             send,
-            begun=self.requests.begin(route, kind, scope["headers"]),
+            begun=self.requests.begin(route, kind, scope["headers"], grant_of(scope)),
             routing=self.routing,
             bodies=self.bodies,
             limits=self.limits,
@@ -122,5 +124,6 @@ class Backend:
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    keyring: Keyring
     ledger: Ledger
     runs: Runs

@@ -174,10 +174,9 @@ def _serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     read = functools.partial(load, config, overrides={"server": {"host": host, "port": port}})
     loaded = read()
-    from manager.settings import read_key  # noqa: PLC0415
+    from manager.settings import read_keys  # noqa: PLC0415
 
-    key_file = loaded.settings.server.key_file
-    log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
+    log = configure_logging(loaded.settings.log, secrets=read_keys(loaded.settings.server.key_files))
     try:
         _run_daemon(loaded, log, read, stop_instances=stop_instances, take_over=take_over, replaces=replaces)
     except (ManagerError, KeyboardInterrupt):

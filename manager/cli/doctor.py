@@ -28,7 +28,7 @@ from manager.settings import (
     load_templates,
     missing_binds,
     packaged_templates,
-    read_key,
+    read_keys,
     resolve_instances,
     template_warnings,
 )
@@ -73,8 +73,8 @@ def examine(config: Path | None) -> Iterator[Finding]:
         return
     settings = loaded.settings
     yield fine("configuration", str(loaded.file or "no file: defaults, and what the environment says"))
-    if settings.server.key_file is not None:
-        yield _key(settings.server.key_file)
+    for file in settings.server.key_files:
+        yield _key(file)
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
@@ -84,7 +84,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
 
 def _key(file: Path) -> Finding:
     try:
-        weaknesses = key_weaknesses(file, read_key(file))
+        weaknesses = key_weaknesses((file,), read_keys((file,)))
     except ConfigurationError as error:
         return broken("key", str(error), f"put a key there: umask 077; openssl rand -hex 24 > {file}")
     if weaknesses:

@@ -57,13 +57,12 @@ def check_as_serve(loaded: LoadedSettings) -> None:
     Raises:
         ConfigurationError: with every problem that was found.
     """
-    from manager.settings import load_templates, read_key, resolve_instances  # noqa: PLC0415
+    from manager.settings import load_templates, read_keys, resolve_instances  # noqa: PLC0415
 
     resolve_instances(loaded, load_templates(loaded.settings))
-    key_file = loaded.settings.server.key_file
-    if key_file is not None:
+    for key_file in loaded.settings.server.key_files:
         try:
-            read_key(key_file)
+            read_keys((key_file,))
         except ConfigurationError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise

@@ -30,7 +30,7 @@ _MOST = 1000
 _FOLLOW_S = 1.0
 _NONE = "-"
 _HEADINGS = ("TIME", "OUTCOME", "PROJECT", "ASKED", "INSTANCE", "MODEL", "TOOK", "TOKENS", "REASON", "ID")
-_FILTERS = ("project", "role", "model", "instance")
+_FILTERS = ("project", "role", "model", "instance", "key")
 
 
 def _filtered(command: Command) -> Command:

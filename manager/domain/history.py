@@ -63,6 +63,7 @@ class Filters(NamedTuple):
     model: str | None = None
     instance: str | None = None
     outcome: Outcome | None = None
+    key: str | None = None
 
     def match(self, record: RequestRecord) -> bool:
         """Return whether a request that is still open is wanted. It has no outcome yet."""
@@ -71,11 +72,15 @@ class Filters(NamedTuple):
             and self.project in (None, record.project_id)
             and self.role in (None, record.role)
             and self.instance in (None, record.effective_target)
-            and (self.model is None or (record.model is not None and self.key == model_key(record.model)))
+            and self.key in (None, record.key)
+            and (
+                self.model is None
+                or (record.model is not None and self.wanted_model == model_key(record.model))
+            )
         )
 
     @property
-    def key(self) -> str | None:
+    def wanted_model(self) -> str | None:
         """The key of the wanted model: `tiny` and `tiny:latest` are one."""
         return None if self.model is None else model_key(self.model)
 

@@ -38,7 +38,7 @@ class RequestRecord:
     for requests that manage models. `attempts` counts every time that the request was put to an instance, or
     that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
     `provider` is `LOCAL`, or the paid server that was asked. `fallback_from` is the instance or policy that
-    was preferred, None without a fallback.
+    was preferred, None without a fallback. `key` is the name of the client's key, None where none is needed.
 
     The class has no slots: `begun` reads the defaults from the class.
     """

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
+    from manager.domain.keys import Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
     from manager.domain.usage import Dimension, Span, Sums
@@ -356,6 +357,16 @@ class Registry(Protocol):
 
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
         """Store an order in place of an earlier one; None forgets it."""
+        ...
+
+    async def keys(self) -> tuple[Key, ...]: ...
+    async def save_key(self, key: Key) -> None:
+        """Store a key, in place of an earlier state of it."""
+        ...
+
+    async def forget_key(self, name: str) -> None: ...
+    async def save_last_used(self, used: Mapping[str, datetime]) -> None:
+        """Store when keys were used last, by name; one that is gone stays so."""
         ...
 
     async def check(self) -> None:

@@ -73,6 +73,7 @@ CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
 
 MOST_CARDS = 64
+MOST_KEY_FILES = 16
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
 
@@ -105,6 +106,25 @@ def _not_empty(value: object) -> object:
     if value == "":
         raise ValueError("expected a path")
     return value
+
+
+def _key_files(value: object) -> object:
+    """One file stands for a list of one."""
+    value = _not_empty(value)
+    if isinstance(value, str | Path):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a path, or a list of paths")  # noqa: TRY004  (pydantic's protocol)
+    if not value:
+        raise ValueError("expected a path, or a list of at least one")
+    return value
+
+
+def _key_files_text(files: tuple[Path, ...] | None) -> str | list[str] | None:
+    """As it is written: a single file as such."""
+    if files is None:
+        return None
+    return str(files[0]) if len(files) == 1 else list(map(str, files))
 
 
 def _port(port: int) -> int:
@@ -187,12 +207,13 @@ Devices = Annotated[
 Parameters = Annotated[WholeNumber, Field(ge=1, le=10**15), BeforeValidator(_parameters)]
 Port = Annotated[WholeNumber, AfterValidator(_port)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
+KeyFiles = Annotated[tuple[FilePath, ...], Field(max_length=MOST_KEY_FILES), BeforeValidator(_key_files)]
 
 
 class ServerSettings(Section):
     host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
-    key_file: FilePath | None = None
+    key_file: Annotated[KeyFiles | None, PlainSerializer(_key_files_text, when_used="json")] = None
     allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
@@ -200,9 +221,13 @@ class ServerSettings(Section):
     )
     allowed_origins: tuple[Annotated[str, AfterValidator(check_pattern)], ...] = ()
 
+    @property
+    def key_files(self) -> tuple[Path, ...]:
+        return self.key_file or ()
+
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> Self:
-        if not is_loopback(self.host) and self.key_file is None:
+        if not is_loopback(self.host) and not self.key_files:
             allowed = "set server.key_file, or listen on 127.0.0.1"
             message = f"{self.host!r} can be reached from other machines; {allowed}"
             refuse([Refusal(key=("host",), message=message)])

@@ -78,9 +78,11 @@ class Source(PydanticBaseSettingsSource):
         if _is_null(self.values, _ENGINE_URL):
             _put(self.values, _ENGINE_URL, DEFAULT_ENGINE_URL)
         for path in (*_PATHS, *_keys_of_instances(self.values)):
-            text = _get(self.values, path)
-            if isinstance(text, str) and text:
-                _put(self.values, path, str(base / _expanded(text)))
+            found = _get(self.values, path)
+            if isinstance(found, list):
+                _put(self.values, path, [_absolute(text, base) for text in found])
+            elif found is not None:
+                _put(self.values, path, _absolute(found, base))
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         return self.values.get(field_name), field_name, False
@@ -172,6 +174,10 @@ def _state_dir(environ: Mapping[str, str]) -> str | None:
         return str(default_state_dir(environ))
     except ValueError:
         return None  # said by validation, if nobody sets it
+
+
+def _absolute(text: Any, base: Path) -> Any:
+    return str(base / _expanded(text)) if isinstance(text, str) and text else text
 
 
 def _keys_of_instances(values: dict[str, Any]) -> Iterator[KeyPath]:

@@ -82,8 +82,7 @@ def template_warnings(loaded: LoadedSettings) -> tuple[str, ...]:
         engine_socket = settings.engine.url.removeprefix(_LOCAL_ENGINE)
         private[engine_socket] = "the engine's socket, which makes a container root on the host"
         private[str(settings.state.dir)] = "the daemon's state"
-        if settings.server.key_file is not None:
-            private[str(settings.server.key_file)] = "the key"
+        private |= {str(file): "the key" for file in settings.server.key_files}
         for name, instance in settings.instances.items():
             if instance.key_file is not None:
                 private[str(instance.key_file)] = f"the key for {name}"

@@ -20,6 +20,7 @@ from manager.serving import Server
 from manager.settings import load_settings
 from manager.wire.access import Access
 from tests.support.inside import until
+from tests.support.keys import keys
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -381,7 +382,7 @@ async def relaying(
     loaded = load_settings(file)
     log = LogWriter(2)
     async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded, log=log) as daemon:
-        access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
+        access = Access(allowed_hosts={"127.0.0.1", "localhost"}, keys=keys(key))
         relay = manager.daemon.relay_of(daemon, loaded.settings, access)
         server = Server(
             uvicorn.Config(

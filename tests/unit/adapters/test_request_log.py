@@ -52,6 +52,7 @@ BEYOND: dict[str, tuple[type, bool]] = {
     "local_only": (FLAG, False),
     "fallback_from": (TEXT, True),
     "failed_attempts": (list, False),
+    "key": (TEXT, True),
 }
 FULL = a_record(
     parent_span_id=CALLER,
@@ -61,6 +62,7 @@ FULL = a_record(
     fallback=True,
     fallback_reason=Reason.INSTANCE_UNAVAILABLE,
     fallback_from="gpu1",
+    key="alice",
     kind=RequestKind.GENERATE,
     start_ms=800.25,
 )

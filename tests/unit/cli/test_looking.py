@@ -162,7 +162,7 @@ def test_a_followed_stream_that_ends_is_resumed_after_the_last_event(
 
     def then_refuse() -> Any:
         yield from sse(event(2))
-        daemon.answers[path] = Answer(error("key_required", "present the key"), 401)
+        daemon.answers[path] = Answer(error("unauthorized", "present the key"), 401)
 
     def then_more() -> Any:
         yield from sse(event(1))
