@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,10 +35,17 @@ async def fronted(
             instances["ollama"] = {"driver": "external", "url": ollama.url}
         async with relaying(home, {}, config={"instances": instances}) as front:
             for name in instances:
-                instance = front.daemon.fleet.get(name)
-                await until(lambda instance=instance: instance.usable_endpoint() is not None, within_s=20)
-                await until(lambda instance=instance: instance.listed is not None, within_s=20)
+                await until(partial(is_usable, front, name), within_s=20)
             yield front
+
+
+def is_usable(front: Front, name: str) -> bool:
+    instance = front.daemon.fleet.get(name)
+    return instance.usable_endpoint() is not None and instance.listed is not None
+
+
+def is_probed(front: Front, name: str) -> bool:
+    return front.daemon.fleet.get(name).is_probed
 
 
 async def call(front: Front, path: str, method: str = "GET") -> Reply:
@@ -246,9 +254,8 @@ async def test_another_manager_is_an_instance_with_a_key(
             other: Mapping[str, Any] = {"driver": "external", "url": inner.base_url}
             other = {**other, "key_env": key_env} if key_env else other
             async with relaying(tmp_path / "outer", {}, config={"instances": {"other": other}}) as outer:
-                instance = outer.daemon.fleet.get("other")
-                await until(lambda instance=instance: instance.is_probed, within_s=20)
+                await until(partial(is_probed, outer, "other"), within_s=20)
                 if key_env:
-                    await until(lambda instance=instance: instance.listed is not None, within_s=20)
+                    await until(partial(is_usable, outer, "other"), within_s=20)
                 reply = await outer.ask({"model": "tiny", "stream": False})
                 assert reply.status == status, reply.body
