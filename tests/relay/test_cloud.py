@@ -574,6 +574,31 @@ async def test_a_missing_key_makes_it_unavailable_and_a_new_one_is_taken(tmp_pat
             assert shown["models"] == []
 
 
+async def test_a_paid_server_is_not_managed(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider) as front:
+        for call in ("start", "stop", "restart"):
+            reply = await front.ask(b"", f"/api/runtime/compute/instances/paid/{call}", JSON)
+            assert reply.status == 409, reply.body
+        for other in ("/api/show", "/api/pull", "/api/push"):
+            reply = await front.ask({"model": "gpt"}, other, {**JSON, "X-Instance": "paid"})
+            assert 400 <= reply.status < 500, (other, reply.body)
+            assert b"manages no models" in reply.body
+        reply = await front.ask({"model": "gpt"}, "/api/show", JSON)
+        assert reply.status == 404
+        assert (provider.seen, provider.asked) == ([], [])
+
+
+async def test_a_drained_paid_server_is_passed_over(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider, broken()) as front:
+        drain = "/api/runtime/compute/instances/paid/drain"
+        assert (await front.ask({"reason": "too dear"}, drain, JSON)).status == 200
+        reply = await front.ask({**WHOLE, "model": "emergency"})
+        assert (reply.status, "too dear" in reply.json()["error"]) == (503, True)
+        assert provider.seen == []
+
+
 async def test_the_cloud_is_no_local_model(tmp_path: Path) -> None:
     async with fronted(tmp_path, Provider()) as front:
         for path, key in (("/api/tags", "models"), ("/api/ps", "models"), ("/v1/models", "data")):
