@@ -229,6 +229,8 @@ class Exchange:
             self._route.path, self._route.kind, self._caller.origin
         )
         self._attempting = Attempting(self._relay.routing, record, self._began_at)
+        if self._caller.grant is not None:
+            self._attempting.grant = self._caller.grant
         self._is_active = True  # the time it waited for others is not its own delay
         if self._refusal is not None:
             self._answer_refusal()

@@ -25,6 +25,7 @@ from manager.domain.roles import RequestKind
 from manager.domain.routing import PassedOver
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
+from manager.services.accounts.quotas import Exceeded
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
@@ -35,11 +36,14 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from manager.domain.judgement import Judgement
+    from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.accounts.ledger import Ledger
+    from manager.services.accounts.quotas import Place as Quota
+    from manager.services.accounts.quotas import Quotas
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
@@ -105,7 +109,7 @@ class Routing:
     """The parts that all requests share. Built once by the composition root.
 
     `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
-    server is asked.
+    server is asked, without quotas nothing counts the requests of keys.
     """
 
     router: Router
@@ -120,6 +124,7 @@ class Routing:
     overload: Overload
     keep: Callable[[Ended], None] = _forget
     ledger: Ledger | None = None
+    quotas: Quotas | None = None
     cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
@@ -184,9 +189,10 @@ class Attempting:
         began_at: the monotonic time of the request's beginning.
     """
 
-    # Most requests keep these values. `is_run` is set before `enter`: an asynchronous run waits behind the
-    # requests of its lane, as long as it takes.
+    # Most requests keep these values. Two are set before `enter`. `is_run`: an asynchronous run waits behind
+    # the requests of its lane, as long as it takes. `grant`: the client's key, whose limits hold.
     is_run = False
+    grant: Grant | None = None
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
@@ -198,6 +204,7 @@ class Attempting:
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _payment: Payment | None = None
+    _quota: Quota | None = None
     _facts: RequestFacts | None = None
     _body: Opened | None = None
     _conversation = 0
@@ -233,6 +240,8 @@ class Attempting:
         """
         self._facts = facts
         self._body = body
+        if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
+            return trouble
         return self._decide(waits=True)
 
     def enter_running(self, facts: RequestFacts) -> Step:
@@ -241,9 +250,7 @@ class Attempting:
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
         self._starts_nothing = True
-        step = self.enter(facts._replace(local_only=True))
-        is_paid = isinstance(step, Trouble) and step.refused == "local_only"
-        return _STOPPED if is_paid else step  # a paid server has nothing to unload
+        return self.enter(facts._replace(local_only=True))
 
     @property
     def others(self) -> tuple[Attempt, ...]:
@@ -616,6 +623,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        if self._quota is not None:
+            self._quota.leave(self.record)
         if self._permit and outcome == "ok":
             self._succeeded()
         if self.is_queued:
@@ -629,6 +638,20 @@ class Attempting:
 
     # --- helpers, in call order ---
 
+    def _admit(self, grant: Grant, facts: RequestFacts) -> Trouble | None:
+        """Keep the request within the limits of its key; return why it cannot begin, or None."""
+        if grant.permit is not None or grant.is_local:
+            local_only = facts.local_only or grant.is_local
+            self._facts = facts._replace(permit=grant.permit, local_only=local_only)
+        quotas = self._routing.quotas
+        entry = None if quotas is None else quotas.enter(grant)
+        if isinstance(entry, Exceeded):
+            self.record.fallback_reason = Reason.POLICY
+            message = f"{entry.message} (rate_limited)"
+            return Trouble(Reason.POLICY, message, entry.retry_after_s, refused="rate_limited")
+        self._quota = entry
+        return None
+
     def _decide(self, *, waits: bool) -> Step:
         """Decide; `waits` is whether a fleet that was never looked at may be waited for."""
         assert self._facts is not None  # noqa: S101  (given to `enter`)
@@ -640,8 +663,8 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
-        if refused is None and waits and decision.groups[0].because == "paid" and not router.is_known:
-            self._pending = self._wait_for_first_look  # a local instance may turn out to have the model
+        if waits and not router.is_known and _may_change(decision):
+            self._pending = self._wait_for_first_look
             return WAIT
         if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
@@ -655,9 +678,8 @@ class Attempting:
                 if not attempts.more:
                     return _STOPPED
             return self._next()
-        if waits and not router.is_known and refused.what in _NOT_YET:
-            self._pending = self._wait_for_first_look
-            return WAIT
+        if self._starts_nothing and refused.what == "local_only":
+            return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
         return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
 
@@ -1042,6 +1064,14 @@ class Attempting:
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # What the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")
+
+
+def _may_change(decision: Decision) -> bool:
+    """Return whether the first look at the fleet may find a local instance for the request."""
+    refused = decision.refused
+    return decision.groups[0].because == "paid" if refused is None else refused.what in _NOT_YET
+
+
 # The attempt was ended by us or by the operator: its server has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 
