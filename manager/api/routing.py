@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
@@ -72,6 +72,7 @@ class RequestDescription(_Shape):
     kind: RequestKind = RequestKind.GENERATE
     instance: Annotated[str, Field(max_length=100)] | None = None
     lane: Annotated[str, Field(max_length=100)] | None = None
+    local_only: StrictBool = False
     key: Annotated[str, Field(max_length=100)] | None = None
 
 
@@ -177,12 +178,14 @@ def decision_of(backend: Backend, request: RequestDescription) -> Decision:
     Raises:
         UnknownKeyError: no key of that name is in force.
     """
-    facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
+    facts = RequestFacts(
+        request.model, request.kind, request.instance, request.lane, local_only=request.local_only
+    )
     if request.key is not None:
         grant = backend.keyring.grant(request.key)
         if grant is None:
             raise UnknownKeyError(f"no key {request.key!r} is in force")
-        facts = facts._replace(permit=grant.permit, local_only=grant.is_local)
+        facts = facts._replace(permit=grant.permit, local_only=request.local_only or grant.is_local)
     return backend.router.decide(facts)
 
 

@@ -79,11 +79,16 @@ def live_values(loaded: LoadedSettings) -> Live:
         if holder is None or holder.url is None:
             return Live()
         daemon = Daemon(configured_daemon(loaded))
-        roles, instances = daemon.effective_models()["roles"], daemon.status_document()["instances"]
+        models, instances = daemon.effective_models(), daemon.status_document()["instances"]
     except (CommandError, ConfigurationError) as error:
         why = " ".join(error.message.split())
         return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")
-    values = {**_of_instances(loaded, instances), **_of_roles(loaded, roles)}
+    values = {**_of_instances(loaded, instances), **_of_roles(loaded, models["roles"])}
+    values |= {
+        ("fallback", field): one["value"]
+        for field, one in models.get("fallback", {}).items()
+        if one["source"] == "override"
+    }
     return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")
 
 

@@ -18,7 +18,7 @@ from manager.domain.target import Protocol as ServerProtocol
 from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
-from manager.relay.translated import NO_CHANGES, Translated, early_provider
+from manager.relay.translated import NO_CHANGES, Translated, early_provider, payment_lines
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, Wait
 from manager.services.steps import in_steps
@@ -540,6 +540,8 @@ class Exchange:
             return data
         self._drop_connection()
         message = f"{attempting.work.instance}: {fault}"
+        if self._record is not None:  # what a part of an answer costs is paid
+            self._record.input_tokens, self._record.output_tokens = translated.tokens
         if data:
             self._tail += data
             if self._answer.write(self._front, data):
@@ -995,7 +997,9 @@ class Exchange:
         where = None if attempt is None else (attempt.instance, attempt.model)
         if is_early:
             return stamp(record, self._caller.for_page, where, early_provider(attempt))
-        return stamp(record, self._caller.for_page, where)
+        lines = stamp(record, self._caller.for_page, where)
+        payment = None if attempting is None else attempting.payment
+        return lines if payment is None else lines + payment_lines(payment, self._translated)
 
     def _cancel_task(self) -> None:
         task, self._task = self._task, None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from manager.domain.money import in_usd
 from manager.domain.roles import BodyChanges
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.speaking import Speaking
+from manager.wire.caller import printable
 from manager.wire.errors import BadBodyError
 from manager.wire.translate import idle_answer
 
@@ -17,12 +19,16 @@ if TYPE_CHECKING:
     from manager.domain.routing import Attempt
     from manager.domain.target import Target
     from manager.relay.upstream import Address
+    from manager.services.accounts.payment import Payment
     from manager.services.routing.attempting import Attempting
     from manager.wire.body import InferenceBody
     from manager.wire.routes import Route
 
 NO_CHANGES: Final = BodyChanges()
 _OK = 200
+_JSON = b"application/json"
+# A whole answer of a paid server that needs no translation.
+MOST_WHOLE_BYTES: Final = 64 * 2**20
 
 
 class TranslatedError(NamedTuple):
@@ -47,6 +53,7 @@ class Translated:
 
     content = b""
     _speaking: Speaking | None = None
+    _too_long: str | None = None
 
     def __init__(
         self,
@@ -64,6 +71,7 @@ class Translated:
         self._changes = attempting.changes
         self._most = attempting.most_tokens
         self._streams = body.stream
+        self._kept = bytearray()
 
     @staticmethod
     def nothing_to_do(body: InferenceBody, route: Route, model: str) -> bytes | None:
@@ -94,7 +102,7 @@ class Translated:
     @property
     def is_whole(self) -> bool:
         """Whether the answer is written once all of it has come."""
-        return self._said.is_translated and not self._streams
+        return (self._said.is_translated or self._target.paid) and not self._streams
 
     def head_for_client(self, head: AnswerHead, *, stream: bool) -> AnswerHead:
         """Return the head of an answer with status 200 whose bytes follow as they come."""
@@ -104,17 +112,29 @@ class Translated:
 
     def whole_head(self, length: int) -> AnswerHead:
         """Return the head of a whole answer with status 200."""
-        kind = self._said.content_type(b"application/json")
+        kind = self._said.content_type(_JSON)
         return AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], length, kind)
 
     def came(self, data: bytes, *, complete: bool) -> bytes:
-        """Return what the client gets of the next piece of an answer with status 200."""
-        return self._said.came(data, complete=complete)
+        """Return what the client gets of the next piece of an answer with status 200.
+
+        A whole answer of a paid server is kept until its cost is known.
+        """
+        data = self._said.came(data, complete=complete)
+        if self._said.is_translated or not self.is_whole:
+            return data
+        self._kept += data
+        if len(self._kept) > MOST_WHOLE_BYTES:
+            self._too_long = f"its answer is longer than {MOST_WHOLE_BYTES} bytes"
+        if not complete:
+            return b""
+        kept, self._kept = bytes(self._kept), bytearray()
+        return kept
 
     @property
     def fault(self) -> str | None:
         """Why the answer is not whole; None where it is, so far."""
-        return self._said.fault
+        return self._said.fault or self._too_long
 
     @property
     def tokens(self) -> tuple[int | None, int | None]:
@@ -134,6 +154,17 @@ class Translated:
     def _said(self) -> Speaking:
         assert self._speaking is not None  # noqa: S101  (it was said before it is sent)
         return self._speaking
+
+
+def payment_lines(payment: Payment, translated: Translated | None) -> bytes:
+    """Return the headers of a paid answer: soft limits that are reached, and the cost where it is known."""
+    lines = b""
+    if payment.soft:
+        lines += b"X-Budget-Soft: %b\r\n" % printable(payment.soft).encode()
+    if translated is not None and translated.is_whole:
+        cost_usd = in_usd(payment.cost(*translated.tokens))
+        lines += b"X-Cost-USD: %b\r\n" % f"{cost_usd:.6f}".encode()
+    return lines
 
 
 def early_provider(attempt: Attempt | None) -> bytes:

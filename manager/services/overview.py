@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from manager.domain.instance import Phase, Target
+from manager.domain.instance import Health, Phase, Target
 from manager.domain.models import model_key
 from manager.services.instances.supervisor import Supervisor
 from manager.services.models.model_lists import volume_of
@@ -217,6 +217,10 @@ class Overviews:
         if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
             view = replace(view, target=Target.RUNNING, explanation=waits)
         supervisor = instance if isinstance(instance, Supervisor) else None
+        breaker = self._breakers.view(instance.id)
+        if view.spec.is_paid and view.health is Health.UNKNOWN and view.last_used_at is not None:
+            # It is never probed: its answers are all that is known of it.
+            view = replace(view, health=Health.UNHEALTHY if breaker.failures else Health.HEALTHY)
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
@@ -224,7 +228,7 @@ class Overviews:
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
-            breaker=self._breakers.view(instance.id),
+            breaker=breaker,
         )
 
     def _read_cards(self) -> tuple[Card, ...]:

@@ -109,6 +109,16 @@ async def get(front: Front, path: str) -> Any:
     return reply.json()
 
 
+async def ended(front: Front, run: str) -> Any:
+    """A run, once it has ended."""
+    async with asyncio.timeout(30):
+        while True:
+            shown = await get(front, f"/api/v1/runs/{run}")
+            if shown["status"] not in ("queued", "running"):
+                return shown
+            await asyncio.sleep(0.02)
+
+
 def limit(path: str, tokens: int = 5) -> dict[str, int]:
     """The limit of an answer, which a native client does not say like that."""
     return {} if path == CHAT else {"max_tokens": tokens}
@@ -200,6 +210,7 @@ async def test_every_dialect_reaches_every_protocol(
         text = reply.body.decode("unicode_escape") if b"\\u" in reply.body else reply.body.decode()
         for word in WORDS if stream else (TEXT,):
             assert word in text
+        assert ("content-length" in reply.headers) is not stream
         record = await front.record()
         assert (record.input_tokens, record.output_tokens) == (INPUTS, OUTPUTS)
         assert record.outcome == "ok"
@@ -411,11 +422,23 @@ async def test_two_providers_are_tried_in_order_only_while_nothing_was_sent(tmp_
             await until(lambda: front.daemon.fleet.get("up").usable_endpoint() is not None)
             reply = await front.ask(WHOLE)
             assert (reply.status, reply.headers["x-provider"]) == (200, "up"), reply.body
+            assert len(provider.seen) == 1
             provider.answer = refuses(500)
-            front.daemon.backend.passing.routing.breakers.reset("home")
-            reply = await front.ask(WHOLE)
-            assert (reply.status, reply.headers["x-provider"]) == (500, "up")
-            assert len(provider.seen) == 2
+            down.port = int(down.url.rpartition(":")[2])
+            async with down.serving():  # both are there now, and the first one fails
+                front.daemon.backend.passing.routing.breakers.reset("down")
+                down.answer = refuses(500)
+                reply = await front.ask(WHOLE)
+                assert (reply.headers["x-provider"], reply.status) == ("down", 500)
+                assert (len(down.seen), len(provider.seen)) == (1, 1), "what was sent is sent nowhere else"
+
+
+async def test_a_paid_request_is_not_risked_on_a_connection_that_was_kept(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider) as front:
+        for _ in range(3):
+            assert (await front.ask({**WHOLE, "model": "emergency"})).status == 200
+        assert provider.accepted == 3
 
 
 async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None:
@@ -428,7 +451,7 @@ async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None
         await front.ask(WHOLE)
         assert len(provider.seen) == 2
         shown = await get(front, "/api/runtime/compute/instances/paid")
-        assert shown["breaker"]["state"] == "open"
+        assert (shown["breaker"]["state"], shown["health"]) == ("open", "unhealthy")
 
 
 async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None:
@@ -484,7 +507,7 @@ async def test_a_missing_key_makes_it_unavailable_and_a_new_one_is_taken(tmp_pat
                 assert reply.status == 200, reply.body
                 assert provider.seen[-1].header("authorization") == f"Bearer {key}"
             shown = await get(front, "/api/runtime/compute/instances/paid")
-            assert (shown["phase"], shown["health"], shown["reason"]) == ("ready", "unknown", None)
+            assert (shown["phase"], shown["health"], shown["reason"]) == ("ready", "healthy", None)
             assert shown["models"] == []
 
 
@@ -496,17 +519,21 @@ async def test_the_cloud_is_no_local_model(tmp_path: Path) -> None:
 
 async def test_the_routing_shows_when_it_would_be_used(tmp_path: Path) -> None:
     async with fronted(tmp_path, Provider()) as front:
-        path = "/api/runtime/compute/routing?model=pays"
-        shown = await get(front, path)
-        assert "decision" in shown, shown
-        assert [(one["instance"], one["because"]) for one in shown["decision"]["attempts"]] == [
+        path = "/api/runtime/compute/routing/explain"
+        shown = (await front.ask({"model": "pays"}, path, JSON)).json()
+        assert [(one["instance"], one["because"]) for one in shown["attempts"]] == [
             ("home", "running"),
             ("paid", "paid"),
         ]
-        shown = await get(front, path.replace("pays", "free"))
-        assert ("paid", "policy") in [
-            (one["instance"], one["reason"]) for one in shown["decision"]["passed_over"]
+        shown = (await front.ask({"model": "free"}, path, JSON)).json()
+        assert [(one["instance"], one["reason"], one["detail"]) for one in shown["passed_over"]] == [
+            ("paid", "policy", "the role 'free' has no paid_fallback")
         ]
+        shown = (await front.ask({"model": "pays", "local_only": True}, path, JSON)).json()
+        assert [one["reason"] for one in shown["passed_over"]] == ["local_only"]
+        roles = (await get(front, "/api/runtime/compute/routing"))["roles"]
+        assert (roles["pays"]["effective_target"], roles["emergency"]["effective_target"]) == ("home", "paid")
+        assert roles["emergency"]["fallback_reason"] == "model_missing"
 
 
 async def test_a_client_that_leaves_ends_the_paid_work(tmp_path: Path) -> None:
@@ -563,6 +590,9 @@ async def test_a_load_or_an_unload_never_reaches_the_cloud(tmp_path: Path) -> No
     async with fronted(tmp_path, provider, broken()) as front:
         reply = await front.ask({"model": "pays", "keep_alive": 0})
         assert reply.status == 500, reply.body
+        reply = await front.ask({"model": "emergency", "keep_alive": 0})
+        assert (reply.status, reply.json()["done_reason"]) == (200, "unload")
+        assert "x-instance" not in reply.headers, "no paid server was even chosen"
         reply = await front.ask({"model": "emergency", "messages": []})
         assert (reply.status, reply.json()["done_reason"]) == (200, "load")
         assert provider.seen == []
@@ -575,9 +605,7 @@ async def test_a_run_is_answered_by_the_cloud_as_well(tmp_path: Path) -> None:
         for body in (WHOLE, TINY):
             begun = await front.ask({"path": CHAT, "body": body}, "/api/v1/runs", JSON)
             run = begun.json()["id"]
-            async with asyncio.timeout(30):
-                while (shown := await get(front, f"/api/v1/runs/{run}"))["status"] in ("queued", "running"):
-                    await asyncio.sleep(0.02)
+            shown = await ended(front, run)
             assert shown["status"] == "succeeded", shown
             caller = await front.connect()
             path = f"/api/v1/runs/{run}/result"
@@ -589,10 +617,5 @@ async def test_a_run_is_answered_by_the_cloud_as_well(tmp_path: Path) -> None:
         assert (record.provider, record.input_tokens, record.output_tokens) == ("paid", INPUTS, OUTPUTS)
         provider.answer = is_cut
         begun = await front.ask({"path": CHAT, "body": TINY}, "/api/v1/runs", JSON)
-        async with asyncio.timeout(30):
-            while (shown := await get(front, f"/api/v1/runs/{begun.json()['id']}"))["status"] in (
-                "queued",
-                "running",
-            ):
-                await asyncio.sleep(0.02)
+        shown = await ended(front, begun.json()["id"])
         assert shown["status"] == "failed"

@@ -41,7 +41,7 @@ class Limited:
             models=None if models is None else tuple(models),
             instances=None if instances is None else frozenset(instances),
         )
-        is_limited = not permit.roles is permit.models is permit.instances is None
+        is_limited = any(one is not None for one in (permit.roles, permit.models, permit.instances))
         grant = Grant(
             name,
             frozenset(scopes or (Scope.CLIENT,)),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.relaying import Conversation, Scripted
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable
 
 CHAT_PATH, MESSAGES_PATH, EMBEDDINGS_PATH = "/v1/chat/completions", "/v1/messages", "/v1/embeddings"
@@ -49,7 +50,7 @@ def openai_answer(text: str = TEXT) -> dict[str, Any]:
 
 def anthropic_events() -> list[bytes]:
     """A stream as Anthropic sends it."""
-    message = {
+    message: dict[str, Any] = {
         "id": "msg_1",
         "type": "message",
         "role": "assistant",
@@ -59,7 +60,7 @@ def anthropic_events() -> list[bytes]:
         "stop_sequence": None,
         "usage": {"input_tokens": INPUTS, "output_tokens": 1},
     }
-    said = [
+    said: list[dict[str, Any]] = [
         {"type": "message_start", "message": message},
         {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
         *(
@@ -155,7 +156,10 @@ async def says_nonsense(talk: Conversation) -> None:
 
 
 class Provider(Scripted):
-    """A provider. `health` is the status of `/health`, `lists` whether there is a list of models."""
+    """A provider. `health` is the status of `/health`, `lists` whether there is a list of models.
+
+    `accepted` counts its connections.
+    """
 
     def __init__(self, models: tuple[str, ...] = ("gpt",), *, health: int = 404, lists: bool = True) -> None:
         super().__init__(models)
@@ -163,7 +167,12 @@ class Provider(Scripted):
         self.lists = lists
         self.key: str | None = None
         self.asked: list[str] = []
+        self.accepted = 0
         self.answer = speaks
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.accepted += 1
+        await super()._talk(reader, writer)
 
     async def _status(self, talk: Conversation) -> bool:
         if talk.seen.method != "GET":

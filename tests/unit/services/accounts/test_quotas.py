@@ -51,7 +51,7 @@ def key(name: str = "ci", **limits: Any) -> Grant:
 
 
 def used(inputs: int | None = None, outputs: int | None = None) -> RequestRecord:
-    return cast("Any", SimpleNamespace(input_tokens=inputs, output_tokens=outputs))
+    return cast("RequestRecord", SimpleNamespace(input_tokens=inputs, output_tokens=outputs))
 
 
 @pytest.fixture

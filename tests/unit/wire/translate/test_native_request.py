@@ -271,6 +271,12 @@ def test_ids_of_calls_that_the_client_knows_are_kept() -> None:
     assert said[1]["content"] == ""
 
 
+def test_calls_of_earlier_messages_get_no_results_any_more() -> None:
+    calls = [{"role": "assistant", "tool_calls": [called(name)]} for name in ("f", "g")]
+    with pytest.raises(Untranslatable, match=r'messages\[2\].tool_name: "f"'):
+        chat(messages=[*calls, {"role": "tool", "tool_name": "f"}])
+
+
 def test_a_call_gets_one_result() -> None:
     with pytest.raises(Untranslatable, match=r"messages\[2\].tool_name"):
         chat(
@@ -394,6 +400,7 @@ def test_what_go_reads_is_read_here(raw: bytes) -> None:
         b'{"model":"m","messages":[tru]}',
         b'{"model":"m","options":{"temperature":1e999},"messages":[]}',
         b'{"model":"m","options":{"temperature":NaN},"messages":[]}',
+        b'{"model":"m","format":{"a":1e999},"messages":[{"role":"user"}]}',
         b'{"model":"m","messages":' + b"[" * 20_000 + b"]" * 20_000 + b"}",
         b'{"model":"m","messages":[{"role":"user"}],"format":' + b'{"a":' * 1000 + b"1" + b"}" * 1000 + b"}",
     ],

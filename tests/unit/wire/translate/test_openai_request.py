@@ -102,6 +102,20 @@ def test_the_choice_of_a_tool(choice: str, written: Any) -> None:
     }
 
 
+@pytest.mark.parametrize(("stream", "wants"), [(True, True), (True, False), (False, True)])
+def test_a_stream_ends_with_the_numbers_of_tokens_where_they_are_wanted(stream: bool, wants: bool) -> None:
+    options = said(stream=stream, wants_usage=wants).get("stream_options")
+    assert options == ({"include_usage": True} if stream and wants else None)
+
+
+def test_an_answer_ends_once() -> None:
+    for stream, data in ((True, b"data: %b\n\n" * 3), (False, b"%b")):
+        answer = OpenAIAnswer(stream=stream)
+        bodies = [b'{"choices":[{"delta":{},"finish_reason":"stop"}]}', b"[DONE]", b"x"]
+        found = answer.feed(data % tuple(bodies[: data.count(b"%b")]))
+        assert found + ([] if stream else answer.end()) == [Ended(Stop.END)]
+
+
 def test_strict_servers_get_schemas_that_they_can_enforce() -> None:
     inner = {"type": "object", "properties": {"type": {"enum": [{"type": "object"}]}}}
     schema = {"type": "object", "properties": {"a": inner}, "required": ["a"]}
