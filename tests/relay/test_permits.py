@@ -231,7 +231,7 @@ async def test_show_asks_only_instances_of_the_key(place: Place) -> None:
     ci = await place.make("ci", instances=["b"])
     for _ in range(3):
         reply = await place.front.ask({"model": "chat"}, "/api/show", ci)
-        assert (reply.status, reply.headers["x-instance"]) == (200, "b")
+        assert (reply.status, reply.headers.get("x-instance")) == (200, "b"), reply
     reply = await place.front.ask({"model": "small"}, "/api/show", {**ci, "X-Instance": "a"})
     assert (reply.status, reply.json()) == (
         403,
