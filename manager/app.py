@@ -39,6 +39,7 @@ from manager.parts import (
     on_gpu,
     own_names_of,
     read_orders,
+    rollout_of,
     runs_of,
     selectors_of,
     slots_of,
@@ -316,6 +317,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
         pulls = Pulls(volumes, server, now=time.monotonic)
+        rollout = await rollout_of(registry, journal, loaded, make, model_settings)
         routing = Routing(
             router,
             placement,
@@ -329,6 +331,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             overload,
             keep=history.add,
             ledger=ledger,
+            rollout=rollout.in_force,
         )
         passing = Passing(
             routing=routing,
@@ -380,10 +383,12 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
                 slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
                 history=history,
+                rollout=rollout.in_force,
             ).render,
             refusals=refusals,
             history=history,
             ledger=ledger,
+            rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
         )
 

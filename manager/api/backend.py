@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Requests
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.stages import RolloutControl
     from manager.services.runs.runs import Runs
 
 
@@ -122,3 +123,4 @@ class Backend:
     history: History
     ledger: Ledger
     runs: Runs
+    rollout: RolloutControl

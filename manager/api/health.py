@@ -32,9 +32,15 @@ def health_router(backend: Backend) -> APIRouter:
     async def readyz() -> Response:
         """Usable: engine listed, cards asked for once, registry writable; 503 says what is missing."""
         reasons = backend.first_look.why_not_ready()
-        body = ReadinessBody(status="not_ready" if reasons else "ready", reasons=list(reasons))
+        body = ReadinessBody(
+            status="not_ready" if reasons else "ready",
+            reasons=list(reasons),
+            **backend.rollout.partial,
+        )
         return Response(
-            body.model_dump_json(), status_code=503 if reasons else 200, media_type="application/json"
+            body.model_dump_json(exclude_none=True),
+            status_code=503 if reasons else 200,
+            media_type="application/json",
         )
 
     @router.get(

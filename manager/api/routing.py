@@ -98,7 +98,8 @@ class RefusedBody(_Shape):
 class DecisionBody(_Shape):
     """The attempts in the order in which they would be made; `refused` says why there is none.
 
-    With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
+    With `runs_only` they are those of a run: a request that waits for its answer is refused with 409. With
+    `passes_to_raw` they are what would be made if such requests were managed.
     """
 
     role: str | None
@@ -108,6 +109,7 @@ class DecisionBody(_Shape):
     passed_over: list[PassedOverBody]
     refused: RefusedBody | None
     runs_only: bool
+    passes_to_raw: bool
 
 
 def routing_router(backend: Backend) -> APIRouter:
@@ -187,4 +189,5 @@ def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
         "runs_only": decision.is_async,
+        "passes_to_raw": not backend.rollout.in_force.stages.manages(decision.role, decision.request.lane),
     }

@@ -37,6 +37,9 @@ class RequestRecord:
     that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
     `fallback_from` is the instance or policy that was preferred, None without a fallback.
 
+    `shadow_target` is the instance that a decision names which is only recorded, `shadow_refused` why it
+    would refuse, and `disagreement` how it differs from the answer.
+
     The class has no slots: `begun` reads the defaults from the class.
     """
 
@@ -75,6 +78,9 @@ class RequestRecord:
     output_tokens: int | None = None
     cost_usd: float = 0.0
     key: str | None = None
+    shadow_target: str | None = None
+    shadow_refused: Reason | None = None
+    disagreement: str | None = None
 
     @classmethod
     def begun(

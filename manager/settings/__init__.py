@@ -3,6 +3,7 @@
 from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_key
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
 from manager.settings.overrides import written_roles
+from manager.settings.rollout import written_rollout
 from manager.settings.routing import (
     GatewaySettings,
     ModelsSettings,
@@ -39,4 +40,5 @@ __all__ = [
     "routing_settings",
     "template_warnings",
     "written_roles",
+    "written_rollout",
 ]

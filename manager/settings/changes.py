@@ -55,6 +55,7 @@ LIVE = frozenset(
         "log.level",
         "audit",
         "budgets",
+        "rollout",
     )
 )
 

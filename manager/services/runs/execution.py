@@ -252,7 +252,10 @@ class _Work:
     async def _question(self, target: Target, body: InferenceBody) -> Question:
         attempting, record = self.attempting, self.record
         changes = attempting.changes
-        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
+        if attempting.is_raw:
+            pieces = [body.raw]
+        else:
+            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
         if asks_for_cpu(body.fields, self._route, changes):
             attempting.expect_on_cpu()
         if not self._is_sent:
