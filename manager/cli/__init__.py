@@ -9,6 +9,7 @@ from manager.cli.gpus import gpus_command
 from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
+from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
 from manager.cli.usage import usage_command
 
@@ -20,6 +21,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    rollout_group,
     budgets_command,
     usage_command,
 ):

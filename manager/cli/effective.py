@@ -79,11 +79,15 @@ def live_values(loaded: LoadedSettings) -> Live:
         if holder is None or holder.url is None:
             return Live()
         daemon = Daemon(configured_daemon(loaded))
-        roles, instances = daemon.effective_models()["roles"], daemon.status_document()["instances"]
+        effective, instances = daemon.effective_models(), daemon.status_document()["instances"]
     except (CommandError, ConfigurationError) as error:
         why = " ".join(error.message.split())
         return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")
-    values = {**_of_instances(loaded, instances), **_of_roles(loaded, roles)}
+    values = {
+        **_of_instances(loaded, instances),
+        **_of_roles(loaded, effective["roles"]),
+        **_of_rollout(effective.get("rollout", {})),
+    }
     return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")
 
 
@@ -113,6 +117,10 @@ def _of_roles(loaded: LoadedSettings, roles: dict[str, Any]) -> dict[KeyPath, An
                 if is_new or value["source"] == "override"
             }
     return found
+
+
+def _of_rollout(fields: dict[str, Any]) -> dict[KeyPath, Any]:
+    return {("rollout", key): one["value"] for key, one in fields.items() if one["source"] == "override"}
 
 
 def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
