@@ -38,7 +38,7 @@ setup: $(READY) ## Make the Python environment in .venv, as requirements.lock sa
 
 .PHONY: run
 run: setup ## Prepare everything (environment, Docker Engine, images) and serve in the foreground.
-	@exec $(BIN)/python -m tests.tools.run $(ARGS)
+	@exec $(BIN)/python -m manager up --yes --without-images "$(BIN)/python -m tests.tools.simulated" $(ARGS)
 
 .PHONY: demo
 demo: setup ## Show the main job once: offline, on an engine of its own; nothing of it stays.

@@ -14,9 +14,7 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.nvml import Nvml
 from manager.adapters.owner import read_owner
-from manager.adapters.registry import open_registry
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls
 from manager.adapters.upstream import HttpUpstream
@@ -24,24 +22,24 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
+from manager.opening import opened_gpus, opened_journal, opened_keyring, opened_ledger, opened_registry
 from manager.parts import (
     Instances,
     Maker,
     Reconfigure,
-    RecordSink,
     breaker_limits,
     forget_server,
+    gpus_of,
     header_names,
     history_of,
     instances_of,
-    ledger_of,
     model_server,
-    on_gpu,
     own_names_of,
+    paid_of,
+    read_key,
     read_orders,
     rollout_of,
     runs_of,
-    selectors_of,
     slots_of,
     traffic_of,
     utcnow,
@@ -49,12 +47,11 @@ from manager.parts import (
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
-from manager.services.gpus import Gpus
 from manager.services.instances.upgrades import Upgrades
-from manager.services.journal import Journal
 from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
+from manager.services.models.differing import DifferingModels
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -65,6 +62,7 @@ from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
+from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
@@ -75,6 +73,7 @@ from manager.settings import (
     load_templates,
     real_writers,
     resolve_instances,
+    written_fallback,
     written_roles,
 )
 
@@ -144,7 +143,7 @@ class Daemon:
 
 
 @asynccontextmanager
-async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
+async def open_daemon(
     loaded: LoadedSettings,
     *,
     log: LogWriter | None = None,
@@ -181,30 +180,15 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
-        registry = await open_registry(state_dir / "registry.sqlite3", stores=not dry_run)
-        held.push_async_callback(registry.close)
+        registry = await opened_registry(held, settings, stores=not dry_run)
+        journal = await opened_journal(held, registry)
+        keyring = await opened_keyring(registry, journal)
         history = history_of(held, registry, settings)
-        rows = await registry.instances()
-        journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
-        held.push_async_callback(journal.retire)
-        ledger = ledger_of(held, registry, journal, settings)
-        if not (resume_idle_clock or dry_run):
-            await ledger.recover(is_alone=not claims_within_s)
-        reader = Nvml()
-        stack.push_async_callback(reader.close)
-        pids = ProcCgroups()
-        gpus = Gpus(
-            reader,
-            pids,
-            registry,
-            selectors=selectors_of(specs),
-            taken_ids=[spec.id for spec in specs],
-            auto=settings.gpus == "auto",
-            now=time.monotonic,
-            utcnow=utcnow,
-            journal=journal,
+        ledger = await opened_ledger(
+            held, registry, journal, settings, is_alone=not claims_within_s, recovers=not resume_idle_clock
         )
-        await gpus.load()
+        pids = ProcCgroups()
+        gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
         tls = SharedTls().context
         pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
         engine = stack.enter_context(
@@ -233,12 +217,13 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             others_work=others_work,
             revision=revision,
             server_changed=partial(forget_server, breakers, overload),
+            read_key=read_key,
         )
         make = Maker(
             world,
             settings,
             templates,
-            rows,
+            await registry.instances(),
             await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
         )
         parts = instances_of(
@@ -250,17 +235,19 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
         )
         fleet = parts.fleet
         held.push_async_callback(fleet.save)
-        sink = RecordSink(log, settings.log)
-        traffic, samples = traffic_of(stack, settings, sink)
+        sink, traffic, samples = traffic_of(stack, settings, log)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
             registry,
             journal,
             written=written_roles(loaded),
             models=settings.models,
-            instances=lambda: {instance.id: on_gpu(instance.spec) for instance in fleet.instances()},
+            instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
+            denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
+            fallback=written_fallback(loaded),
+            paid=partial(paid_of, fleet),
         )
         await model_settings.load()
         status, details = ModelStatus(fleet), ModelDetails(fleet, lists, now=time.monotonic)
@@ -305,19 +292,21 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             fleet,
             overviews,
             status,
-            traffic,
+            overload,
             lists,
             settings=model_settings,
             reader=volume_reader,
             details=details,
             now=time.monotonic,
         )
-        server = model_server(settings, pools)
+        server, rollout = (
+            model_server(settings, pools),
+            await rollout_of(registry, journal, loaded, make, model_settings),
+        )
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
         pulls = Pulls(volumes, server, now=time.monotonic)
-        rollout = await rollout_of(registry, journal, loaded, make, model_settings)
         routing = Routing(
             router,
             placement,
@@ -332,6 +321,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             keep=history.add,
             ledger=ledger,
             rollout=rollout.in_force,
+            cloud=CloudEvents(journal),
         )
         passing = Passing(
             routing=routing,
@@ -340,7 +330,10 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             pulls=pulls,
             server=server,
             requests=Requests(
-                header_names(settings), default_project=settings.gateway.default_project, samples=samples
+                header_names(settings),
+                default_project=settings.gateway.default_project,
+                samples=samples,
+                used=keyring.used,
             ),
             bodies=BodyBudget(settings.gateway.max_buffered),
             limits=PassageLimits(
@@ -374,6 +367,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
             render_metrics=FleetMetrics(
@@ -387,6 +381,7 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             ).render,
             refusals=refusals,
             history=history,
+            keyring=keyring,
             ledger=ledger,
             rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
@@ -396,9 +391,11 @@ async def open_daemon(  # noqa: PLR0915  (one statement a part, no branches)
             **parts.loops(),
             "journal": journal.run,
             "history": history.run,
+            "keys": keyring.run,
             "ledger": ledger.run,
             "model lists": lists.run,
             "model details": details.run,
+            "differing models": DifferingModels(overviews, journal).run,
             "pulls": pulls.run,
             "lanes": partial(slots.run, router.snapshot),
             "owner": partial(refuse_foreign_later, engine, settings, owner),

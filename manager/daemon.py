@@ -37,7 +37,7 @@ from manager.serving import (
 from manager.settings import (
     key_weaknesses,
     load_templates,
-    read_key,
+    read_keys,
     resolve_instances,
     template_warnings,
 )
@@ -67,7 +67,7 @@ async def serve(
     *,
     log: LogWriter | None = None,
     read_again: Callable[[], LoadedSettings] | None = None,
-    configure_log: Callable[[LogSettings, str | None], None] = lambda _settings, _key: None,
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None] = lambda _settings, _keys: None,
     on_step: Callable[[str, str], Awaitable[None]] = no_step,
     stop_instances: bool = False,
     take_over: bool = False,
@@ -82,7 +82,7 @@ async def serve(
         loaded: the configuration.
         log: takes one line a request; None: requests are not logged.
         read_again: reads the configuration for a reload.
-        configure_log: changes the level of the log, and has it hide a new key.
+        configure_log: changes the level of the log, and has it hide new keys.
         on_step: see `World`.
         stop_instances: stop the containers too, once the last stream has ended.
         take_over: see `takes_over` of `open_daemon`.
@@ -92,7 +92,7 @@ async def serve(
         ManagerError: it could not be started.
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
-    key = _key_of(loaded.settings)
+    keys = _keys_of(loaded.settings)
     host, port = loaded.settings.server.host, loaded.settings.server.port
     listener = inherited_listener(host, port)
     predecessor = await _predecessor(loaded) if replaces else None
@@ -110,7 +110,7 @@ async def serve(
         take_over=take_over,
     )
     elsewhere = Elsewhere(None if predecessor is None else predecessor.line)
-    start = _Start(loaded, key, listener, predecessor, elsewhere=elsewhere)
+    start = _Start(loaded, keys, listener, predecessor, elsewhere=elsewhere)
     ending: list[asyncio.Task[None]] = []
     while True:
         failed: asyncio.Future[_Start] = asyncio.get_running_loop().create_future()
@@ -137,7 +137,7 @@ class _Start:
 
     Attributes:
         loaded: the configuration.
-        key: of the operator.
+        keys: those of the operator's files.
         listener: None: it makes one.
         predecessor: the daemon of another process that it replaces.
         earlier: the server of this process that was not replaced after all, and who takes its connections.
@@ -145,7 +145,7 @@ class _Start:
     """
 
     loaded: LoadedSettings
-    key: str | None
+    keys: tuple[str, ...]
     listener: socket.socket | None = None
     predecessor: Predecessor | None = None
     earlier: tuple[Server, Heir] | None = None
@@ -158,7 +158,7 @@ async def _serve_once(
     *,
     log: LogWriter | None,
     read_again: Callable[[], LoadedSettings] | None,
-    configure_log: Callable[[LogSettings, str | None], None],
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None],
     on_step: Callable[[str, str], Awaitable[None]],
     stop_instances: bool,
     take_over: bool,
@@ -168,7 +168,7 @@ async def _serve_once(
     Where the daemon that was to replace it ends before it serves, `failed` gets what the next one begins
     with, and this one ends its answers.
     """
-    loaded, key, predecessor = start.loaded, start.key, start.predecessor
+    loaded, predecessor = start.loaded, start.predecessor
     settings = loaded.settings
     async with open_daemon(
         loaded,
@@ -182,7 +182,7 @@ async def _serve_once(
         with start.listener or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port)
             daemon.state_lock.describe(url=url)
-            access = Access(**access_rules(settings, key))
+            access = _access_of(daemon, settings, start.keys)
             relay = relay_of(daemon, settings, access)
             budget = connection_budget(raise_descriptor_limit(), len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
@@ -193,13 +193,12 @@ async def _serve_once(
                 settings.gateway.drain_timeout_s,
             )
 
-            def new_key(settings: Settings, key: str | None) -> None:
-                configure_log(settings.log, key)
-                access.configure(**access_rules(settings, key))
+            new_keys = partial(_new_keys, daemon, configure_log)
 
-            def apply(changed: Changes, key: str | None) -> None:
+            def apply(changed: Changes, keys: tuple[str, ...]) -> None:
                 now = changed.loaded.settings
-                new_key(now, key)
+                new_keys(now, keys)
+                access.configure(**access_rules(now))
                 relay.limits = replace(relay.limits, keep_alive_s=now.gateway.keep_alive_s)
                 daemon.reconfigure(changed)
 
@@ -218,7 +217,9 @@ async def _serve_once(
                     )
                 )
 
-            reloader = Reloader(loaded, daemon.templates, key, read=read_again, apply=apply, new_key=new_key)
+            reloader = Reloader(
+                loaded, daemon.templates, start.keys, read=read_again, apply=apply, new_keys=new_keys
+            )
             daemon.loops["reload"] = reloader.run
             tune_interpreter()
             remaining = await _joined(daemon, start.elsewhere)
@@ -266,6 +267,23 @@ async def _serve_once(
                 await relay.close()
 
 
+def _keys_of(settings: Settings) -> tuple[str, ...]:
+    files = settings.server.key_files
+    keys = read_keys(files)
+    log_weak_key(key_weaknesses(files, keys))
+    return keys
+
+
+def _new_keys(
+    daemon: Daemon,
+    configure_log: Callable[[LogSettings, tuple[str, ...]], None],
+    settings: Settings,
+    keys: tuple[str, ...],
+) -> None:
+    configure_log(settings.log, keys)
+    daemon.backend.keyring.use_files(keys)
+
+
 async def _hand_over(backend: Backend, take: Callable[[bytes], bool]) -> None:
     """Give the daemon that goes on what ended here: requests for its history, closings for its ledger."""
     await backend.history.hand_over(take)
@@ -299,15 +317,6 @@ async def _joined(daemon: Daemon, elsewhere: Elsewhere) -> Remaining:
     open_requests.elsewhere = elsewhere
     await elsewhere.begin(slots, lambda id_: fleet.get(id_).lease_elsewhere())
     return Remaining(slots, open_requests, daemon.backend.router.load())
-
-
-def _key_of(settings: Settings) -> str | None:
-    file = settings.server.key_file
-    if file is None:
-        return None
-    key = read_key(file)
-    log_weak_key(key_weaknesses(file, key))
-    return key
 
 
 async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
@@ -396,8 +405,15 @@ def relay_of(daemon: Daemon, settings: Settings, access: Access) -> Relay:
     )
 
 
-def access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
-    """Return the arguments of `Access`.
+def _access_of(daemon: Daemon, settings: Settings, keys: tuple[str, ...]) -> Access:
+    access = Access(**access_rules(settings))
+    daemon.backend.keyring.use_files(keys)
+    daemon.backend.keyring.tell(access.use)
+    return access
+
+
+def access_rules(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `Access` but the keys.
 
     Where other machines reach the daemon, a key is required and clients use names that are not known here:
     every Host is allowed, unless `server.allowed_hosts` differs from its default.
@@ -410,7 +426,6 @@ def access_rules(settings: Settings, key: str | None) -> dict[str, Any]:
     return {
         "allowed_hosts": server.allowed_hosts,
         "allowed_origins": server.allowed_origins,
-        "key": key,
         "own_names": {f"[{host}]" if ":" in host else host, machine, short, f"{short}.local"},
         "any_host": not is_loopback(host) and server.allowed_hosts == usual,
     }

@@ -6,6 +6,7 @@ ManagerError
 ├── UnknownModelError         an instance does not have the model
 ├── UnknownRequestError
 ├── UnknownRunError
+├── UnknownKeyError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
@@ -19,6 +20,7 @@ ManagerError
 │   ├── ManagerIdHeldError    another daemon serves the manager id
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
 │   ├── ManagerIdChangedError the state directory has containers under its former manager id
+│   ├── KeyConflictError      the name of a key is taken, or nobody could manage keys any more
 │   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
 │   ├── EngineError           what the container engine answered
@@ -124,6 +126,10 @@ class UnknownRunError(ManagerError):
     code = "unknown_run"
 
 
+class UnknownKeyError(ManagerError):
+    code = "unknown_key"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
 
@@ -188,6 +194,14 @@ class ManagerIdChangedError(ConflictError):
     """`manager_id` was changed, and nobody would watch the containers under the former one."""
 
     code = "manager_id_changed"
+
+
+class KeyConflictError(ConflictError):
+    """The keys that there are refuse it; `code` says which way."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RequestEndedError(ConflictError):
@@ -331,3 +345,10 @@ class RegistryCorruptError(ManagerError):
     """The registry file cannot be read; it is left exactly as it is."""
 
     code = "registry_corrupt"
+
+
+class IllegalTransitionError(Exception):
+    """A table of transitions has no such row: the program is wrong, not the world. No user sees it."""
+
+    def __init__(self, state: object, fact: object) -> None:
+        super().__init__(f"no transition from {state} when {fact}")

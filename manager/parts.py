@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
@@ -23,9 +24,9 @@ from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
-from manager.services.accounts.ledger import Ledger
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
+from manager.services.instances.cloud import CloudInstance
 from manager.services.instances.engine_link import EngineLink
 from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
@@ -45,10 +46,12 @@ from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.settings import (
     auto_gpu_spec,
+    written_fallback,
     written_roles,
     written_rollout,
 )
 from manager.settings.rollout import rollout_refusals
+from manager.settings.server_keys import read_server_key
 from manager.wire.caller import HeaderNames
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from manager.adapters.registry import SqlRegistry
     from manager.api.backend import Backend, Passing
     from manager.domain.budgets import Budget
+    from manager.domain.instance import KeySource
     from manager.domain.lifted import Lifted
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
@@ -273,6 +277,8 @@ class Maker:
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
             return ExternalInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
+        if spec.driver is Driver.CLOUD:
+            return CloudInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
             self._world,
@@ -314,7 +320,9 @@ class Reconfigure:
         self.backend.capacity.reconfigure(settings.lifecycle.max_running)
         self.backend.sweeps.reconfigure(schedules_of(settings))
         self.backend.passing.routing.breakers.reconfigure(breaker_limits(settings))
-        self.backend.model_settings.reconfigure(written_roles(changed.loaded), settings.models)
+        self.backend.model_settings.reconfigure(
+            written_roles(changed.loaded), settings.models, written_fallback(changed.loaded)
+        )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)
         self.traffic.share_logged = settings.gateway.access_log
@@ -344,19 +352,6 @@ def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) 
     history = History(store, retention=retention_of(settings), utcnow=utcnow)
     held.push_async_callback(history.close)
     return history
-
-
-def ledger_of(held: AsyncExitStack, registry: SqlRegistry, journal: Journal, settings: Settings) -> Ledger:
-    """Return the ledger of paid requests; what waits is written before the registry is closed."""
-    ledger = Ledger(
-        registry.ledger(),
-        journal,
-        budgets=budgets_of(settings),
-        longest_request_s=settings.gateway.total_timeout_s,
-        utcnow=utcnow,
-    )
-    held.push_async_callback(ledger.close)
-    return ledger
 
 
 async def rollout_of(
@@ -412,6 +407,16 @@ def slots_of(fleet: Fleet) -> dict[str, int | None]:
     return {instance.id: instance.spec.slots for instance in fleet.instances()}
 
 
+def gpus_of(fleet: Fleet) -> dict[str, bool | None]:
+    """Return for each instance that a role may name whether it runs on a GPU; roles name no paid servers."""
+    specs = [instance.spec for instance in fleet.instances()]
+    return {spec.id: on_gpu(spec) for spec in specs if not spec.is_paid}
+
+
+def paid_of(fleet: Fleet) -> dict[str, bool]:
+    return {instance.id: instance.spec.is_paid for instance in fleet.instances()}
+
+
 def on_gpu(spec: InstanceSpec) -> bool | None:
     return None if spec.device_kind is None else spec.device_kind is DeviceKind.GPU
 
@@ -421,14 +426,17 @@ def own_names_of(pids: ProcCgroups) -> tuple[str, ...]:
     return tuple(filter(None, (pids.container_of(os.getpid()), socket.gethostname())))
 
 
-def traffic_of(stack: AsyncExitStack, settings: Settings, sink: RecordSink) -> tuple[Traffic, Samples]:
-    """Return the counters of requests, and which traces are sampled; spans are closed with the stack."""
+def traffic_of(
+    stack: AsyncExitStack, settings: Settings, log: LogWriter | None
+) -> tuple[RecordSink, Traffic, Samples]:
+    """Return the log of requests, their counters, and which traces are sampled; spans end with the stack."""
+    sink = RecordSink(log, settings.log)
     spans = _spans() if settings.gateway.tracing else None
     if spans is None:
-        return Traffic(sink.write, share_logged=settings.gateway.access_log), never
+        return sink, Traffic(sink.write, share_logged=settings.gateway.access_log), never
     stack.push_async_callback(spans.close)
     traffic = Traffic(sink.write, share_logged=settings.gateway.access_log, trace=spans.write)
-    return traffic, spans.samples
+    return sink, traffic, spans.samples
 
 
 def _spans() -> Spans:
@@ -456,6 +464,11 @@ class RecordSink:
     def write(self, record: RequestRecord) -> None:
         if self._log is not None and self.level in ("debug", "info"):
             self._log.write(record)
+
+
+async def read_key(source: KeySource) -> str:
+    """Return the key for a server, read in a thread."""
+    return await asyncio.to_thread(read_server_key, source)
 
 
 def utcnow() -> datetime:

@@ -1,4 +1,4 @@
-"""Reads the configuration again on SIGHUP, and a new key from the key file when that changes."""
+"""Reads the configuration again on SIGHUP, and the keys from the key files when these change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from manager.errors import ConfigurationError
-from manager.settings import key_weaknesses, load_templates, read_key
+from manager.settings import key_weaknesses, load_templates, read_keys
 from manager.settings.changes import changes
 
 if TYPE_CHECKING:
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger("reload")
 
-_KEY_CHECK_S = 2.0
+_KEY_CHECK_S = 0.5
 
-Signature = tuple[int, int, int, int] | None
+Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Applies(Protocol):
-    """Puts what changed in force. `key` is the content of the key file, None without one."""
+    """Puts what changed in force. `keys` are those of the key files."""
 
-    def __call__(self, changed: Changes, key: str | None) -> None: ...
+    def __call__(self, changed: Changes, keys: tuple[str, ...]) -> None: ...
 
 
 class Reloader:
@@ -41,48 +41,48 @@ class Reloader:
     Args:
         running: the configuration that the daemon was started with.
         templates: its templates.
-        key: the key in force.
+        keys: those of the key files that are in force.
         read: reads the configuration from all its sources again; None: it cannot be read again.
         apply: puts it in force, on the event loop.
-        new_key: puts a new key in force.
+        new_keys: puts new keys of the files in force, in place of the earlier ones.
     """
 
     def __init__(
         self,
         running: LoadedSettings,
         templates: Mapping[str, Template],
-        key: str | None,
+        keys: tuple[str, ...],
         *,
         read: Callable[[], LoadedSettings] | None,
         apply: Applies,
-        new_key: Callable[[Settings, str], None],
+        new_keys: Callable[[Settings, tuple[str, ...]], None],
     ) -> None:
         self._running = running
         self._templates = templates
-        self._key = key
+        self._keys = keys
         self._read = read
         self._apply = apply
-        self._new_key = new_key
+        self._new_keys = new_keys
         self._asked = asyncio.Event()
-        self._seen: Signature = None
+        self._seen: Signature | None = None
 
     @property
-    def in_force(self) -> tuple[LoadedSettings, str | None]:
-        """The configuration and the key in force."""
-        return self._running, self._key
+    def in_force(self) -> tuple[LoadedSettings, tuple[str, ...]]:
+        """The configuration and the keys in force."""
+        return self._running, self._keys
 
     def ask(self) -> None:
         """Have the configuration read again soon; several calls before that count as one."""
         self._asked.set()
 
     async def run(self) -> None:
-        # The first look reads the key again: it may have changed while the daemon was starting.
+        # The first look reads the keys again: they may have changed while the daemon was starting.
         while True:
             try:
                 async with asyncio.timeout(_KEY_CHECK_S):
                     await self._asked.wait()
             except TimeoutError:
-                await self._guarded(self._reread_key)
+                await self._guarded(self._reread_keys)
             else:
                 self._asked.clear()
                 await self._guarded(self._reload)
@@ -112,12 +112,12 @@ class Reloader:
                 hint="nothing was changed: what could change now does not fit what needs a restart",
             )
             return
-        file = changed.loaded.settings.server.key_file
-        seen = await asyncio.to_thread(_signature, file)
-        key = await asyncio.to_thread(read_key, file) if file is not None else None
-        weak = await asyncio.to_thread(key_weaknesses, file, key) if file is not None and key else ()
-        self._apply(changed, key)
-        self._running, self._key, self._seen = changed.loaded, key, seen
+        files = changed.loaded.settings.server.key_files
+        seen = await asyncio.to_thread(_signature, files)
+        keys = await asyncio.to_thread(read_keys, files)
+        weak = await asyncio.to_thread(key_weaknesses, files, keys)
+        self._apply(changed, keys)
+        self._running, self._keys, self._seen = changed.loaded, keys, seen
         log_weak_key(weak)
         _log.info("reloaded", applied=list(changed.applied), file=str(changed.loaded.file))
         if changed.waiting:
@@ -127,18 +127,18 @@ class Reloader:
                 hint="the daemon uses the old values of these until it is restarted",
             )
 
-    async def _reread_key(self) -> None:
-        file = self._running.settings.server.key_file
-        if file is None or (seen := await asyncio.to_thread(_signature, file)) == self._seen:
+    async def _reread_keys(self) -> None:
+        files = self._running.settings.server.key_files
+        if not files or (seen := await asyncio.to_thread(_signature, files)) == self._seen:
             return
         is_first, self._seen = self._seen is None, seen  # a file that is wrong is reported once
-        key = await asyncio.to_thread(read_key, file)
-        if not is_first or key != self._key:  # the start has reported the first one
-            log_weak_key(await asyncio.to_thread(key_weaknesses, file, key))
-        if key != self._key:
-            self._new_key(self._running.settings, key)
-            self._key = key
-            _log.info("key_reread", file=str(file))
+        keys = await asyncio.to_thread(read_keys, files)
+        if not is_first or keys != self._keys:  # the start has reported the first ones
+            log_weak_key(await asyncio.to_thread(key_weaknesses, files, keys))
+        if keys != self._keys:
+            self._new_keys(self._running.settings, keys)
+            self._keys = keys
+            _log.info("key_reread", file=", ".join(map(str, files)), count=len(keys))
 
 
 def log_weak_key(weaknesses: Iterable[str]) -> None:
@@ -153,10 +153,12 @@ def _check(wanted: LoadedSettings, templates: Mapping[str, Template]) -> None:
     resolve_instances(wanted, templates)
 
 
-def _signature(file: Path | None) -> Signature:
-    """The identity of a file, which a new content or a replacement changes; None where it cannot be read."""
-    if file is None:
-        return None
+def _signature(files: Iterable[Path]) -> Signature:
+    """The identities of files, which new contents or a replacement change; None for one that is missing."""
+    return tuple(map(_identity, files))
+
+
+def _identity(file: Path) -> tuple[int, int, int, int] | None:
     try:
         status = file.stat()
     except OSError:

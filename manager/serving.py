@@ -364,5 +364,6 @@ def tune_interpreter() -> None:
     gc.unfreeze()  # of a daemon that was not replaced after all
     gc.collect()
     gc.freeze()
+    gc.enable()
     gc.set_threshold(20_000, 20, 50)
     sys.setswitchinterval(0.0005)

@@ -69,7 +69,13 @@ class HttpClient:
         self._kept: list[_Connection] = []
 
     async def ask(
-        self, method: str, path: str, body: bytes | None = None, *, most_bytes: int | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        *,
+        most_bytes: int | None = None,
+        headers: Sequence[Header] = (),
     ) -> Answer:
         """Return the whole answer, whatever its status; redirects are not followed. Sets no deadline.
 
@@ -78,6 +84,7 @@ class HttpClient:
             path: with the query, if there is one.
             body: a JSON document.
             most_bytes: the bound of the answer's body, where it differs from that of the client.
+            headers: more of them, without control characters.
 
         Raises:
             AnswerTooLongError: the body of the answer is longer than that.
@@ -89,7 +96,8 @@ class HttpClient:
             head += "Content-Type: application/json\r\n"
         if method != "GET":
             head += f"Content-Length: {len(body or b'')}\r\n"
-        request = f"{head}\r\n".encode("ascii") + (body or b"")
+        more = b"".join(b"%b: %b\r\n" % header for header in headers)
+        request = b"%b%b\r\n%b" % (head.encode("ascii"), more, body or b"")
         bound = self._most_bytes if most_bytes is None else most_bytes
         while self._kept:
             connection = self._kept.pop()

@@ -12,7 +12,9 @@ from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
+from manager.api.granted import OpenByKey
 from manager.api.health import health_router
+from manager.api.keys import keys_router
 from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
 from manager.api.loading import loading_router
@@ -23,8 +25,9 @@ from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
 from manager.api.service import service_router
+from manager.api.sign_in import sign_in_router
 from manager.api.usage import usage_router
-from manager.wire.access import WITHOUT_KEY
+from manager.wire.scopes import WITHOUT_KEY
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -47,8 +50,8 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
     )
-    if access.wants_key:
-        _describe_key(app)
+    _describe_key(app, access)
+    open_requests = OpenByKey()
     routers = (
         compute_router(backend),
         loading_router(backend),
@@ -60,33 +63,49 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         lanes_router(backend),
         model_settings_router(backend),
         runs_router(backend),
+        keys_router(backend, open_requests.cut),
+        sign_in_router(backend.keyring),
         budgets_router(backend),
         usage_router(backend),
         health_router(backend),
     )
     for router in routers:
-        app.include_router(router)
+        # `include_router` would build every route once more, at the first request and on the event loop.
+        app.router.routes.extend(router.routes)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     app.add_middleware(OllamaApi, backend=backend, routes=app.routes)
     app.add_middleware(
         Gate,
         access=access,
         refused=backend.refusals.refused,
+        used=backend.keyring.used,
+        open_requests=open_requests,
         larger={RUNS: lambda: most_body_bytes(backend)},
     )
     return app
 
 
-def _describe_key(app: FastAPI) -> None:
-    """Have the description say that a key is wanted: the gate asks for it before any route is looked at."""
+def _describe_key(app: FastAPI, access: Access) -> None:
+    """Have the description say whether a key is needed: the gate asks for it before any route is found."""
     without_key = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = without_key()
-        document["components"]["securitySchemes"] = _SECURITY_SCHEMES
-        document["security"] = [{name: []} for name in _SECURITY_SCHEMES]
-        for path in WITHOUT_KEY:
-            document["paths"][path]["get"]["security"] = []
-        return document
+        if not access.wants_key:
+            return document
+        paths = {
+            path: methods if path not in WITHOUT_KEY else _each(methods, security=[])
+            for path, methods in document["paths"].items()
+        }
+        return {
+            **document,
+            "components": {**document["components"], "securitySchemes": _SECURITY_SCHEMES},
+            "security": [{name: []} for name in _SECURITY_SCHEMES],
+            "paths": paths,
+        }
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation says
+
+
+def _each(methods: dict[str, Any], **more: object) -> dict[str, Any]:
+    return {method: {**described, **more} for method, described in methods.items()}

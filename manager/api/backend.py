@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from manager.api.granted import grant_of
 from manager.api.passage import Passage
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
     from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
     from manager.services.instances.capacity import Capacity
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.keeping import Keeper
     from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
@@ -87,7 +90,7 @@ class Passing:
             scope,
             receive,
             send,
-            begun=self.requests.begin(route, kind, scope["headers"]),
+            begun=self.requests.begin(route, kind, scope["headers"], grant_of(scope)),
             routing=self.routing,
             bodies=self.bodies,
             limits=self.limits,
@@ -115,12 +118,14 @@ class Backend:
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    keeper: Keeper
     lifts: Lifts
     router: Router
     may_pull: Callable[[str], bool]
     render_metrics: Callable[[], bytes]
     refusals: Refusals
     history: History
+    keyring: Keyring
     ledger: Ledger
     runs: Runs
     rollout: RolloutControl

@@ -21,12 +21,14 @@ from manager.errors import (
     RunsFullError,
     UnavailableError,
     UnknownInstanceError,
+    UnknownKeyError,
     UnknownModelError,
     UnknownRequestError,
     UnknownRunError,
 )
 from manager.settings.problems import described
 from manager.wire.dialect import error_body
+from manager.wire.keys import without_secrets
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownModelError, 404),
     (UnknownRequestError, 404),
     (UnknownRunError, 404),
+    (UnknownKeyError, 404),
     (RunsFullError, 429),
     (ConflictError, 409),
     (InvalidRequestError, 422),
@@ -54,10 +57,16 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (ManagerError, 500),
 )
 
+_REFUSAL = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}}
+
 
 def refusals(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """For the description of a route: what the gate and the checks of a request answer, and `statuses`."""
-    return {status: {"model": ErrorBody} for status in (401, 403, 413, 422, *statuses)}
+    """For the description of a route: what the gate and the checks of a request answer, and `statuses`.
+
+    FastAPI builds a serializer for each model of each route, 1 ms apiece in a start. One of them brings
+    `ErrorBody` into the description; the others refer to it.
+    """
+    return {401: {"model": ErrorBody}, **dict.fromkeys((403, 413, 422, *statuses), _REFUSAL)}
 
 
 def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -188,7 +197,7 @@ def _nothing_there(method: str, path: str) -> Response:
     dialect = spoken_at(path)
     if dialect is None:
         return Response(b"404 page not found", 404, media_type=None, headers={"Content-Type": "text/plain"})
-    body, kind = error_body(dialect, 404, f"there is no {method} {path}")
+    body, kind = error_body(dialect, 404, f"there is no {method} {without_secrets(path)}")
     return Response(body, 404, headers={"Content-Type": kind.decode()})
 
 

@@ -10,28 +10,36 @@ from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
 from manager.api.errors import error_response
+from manager.api.granted import CUT, grant_of, keep_grant
+from manager.api.sign_in import leads_to_sign_in, sign_in_page
 from manager.wire.access import ambiguous, for_pages, permission
 from manager.wire.head import ambiguity
+from manager.wire.keys import without_path_key
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.paths import decoded, normalised
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from manager.api.granted import OpenByKey
     from manager.wire.access import Access, Refusal
     from manager.wire.head import Header
     from manager.wire.routes import Dialect
 
 MOST_BODY_BYTES = 2**20
 _MOST_DIGITS = 18
+_UNAUTHORIZED = 401
 _UNAVAILABLE = 503
 _STOPPED = "cut off: the manager is being stopped"
 # A page of the daemon in a frame of another page could be clicked without being seen.
 _UNFRAMED: tuple[Header, ...] = (
     (b"Content-Security-Policy", b"frame-ancestors 'none'"),
     (b"X-Frame-Options", b"DENY"),
+    # Not `no-referrer`: a form would then be sent with the origin `null`.
+    (b"Referrer-Policy", b"same-origin"),
 )
 
 
@@ -43,6 +51,8 @@ class Gate:
     Args:
         app: the routes.
         access: the check.
+        used: takes the name of the key of each request.
+        open_requests: those to the control API.
         refused: is called with reason, address and path of each refused request.
         larger: paths whose bodies may be larger than `MOST_BODY_BYTES`, and how large.
     """
@@ -53,24 +63,28 @@ class Gate:
         *,
         access: Access,
         refused: Callable[[str, str, str], None],
+        used: set[str],
+        open_requests: OpenByKey,
         larger: Mapping[str, Callable[[], int]] = MappingProxyType({}),
     ) -> None:
         self._app = app
         self._access = access
         self._refused = refused
+        self._used = used
+        self._open = open_requests
         self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope, said = _with_normal_path(scope), _Said(_unframed(send))
+        scope, said = _without_key(_with_normal_path(scope)), _Said(_unframed(send))
         try:
             await self._serve(scope, receive, said)
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as cancelled:
             # The server cancels what outlasts the drain, and would call it a failure of the application.
             if not said.has_started:
-                await _answer_stopped(scope, receive, said)
+                await _answer_cut(scope, receive, said, is_revoked=cancelled.args == (CUT,))
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         dialect = spoken_at(scope["path"])
@@ -79,10 +93,7 @@ class Gate:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
-            answer = error_response(
-                refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers)
-            )
-            await answer(scope, receive, send)
+            await _refusal_answer(refusal, scope)(scope, receive, send)
             return
         larger = self._larger.get(scope["path"])
         most = MOST_BODY_BYTES if larger is None else larger()
@@ -90,7 +101,8 @@ class Gate:
         if any(_is_too_large(length.decode("latin-1"), most) for length in lengths):
             await error_response(413, "body_too_large", _too_large(most))(scope, receive, send)
             return
-        await self._app(scope, _bounded(receive, most), send)
+        with self._open.serving(grant_of(scope)):
+            await self._app(scope, _bounded(receive, most), send)
 
     async def _for_models(self, dialect: Dialect, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve Ollama's routes, which pages of other origins may use as well."""
@@ -109,17 +121,26 @@ class Gate:
     def _refusal(self, scope: Scope, *, preflight: bool = False) -> Refusal | None:
         path, headers = scope["path"], scope["headers"]
         why = ambiguity(headers)
-        refusal = (
-            ambiguous(why)
-            if why
-            else self._access.refusal(
-                path, headers, preflight=preflight, needs_host=scope.get("http_version") != "1.0"
+        if why:
+            refusal: Refusal | None = ambiguous(why)
+        else:
+            needs_host = scope.get("http_version") != "1.0"
+            refusal, grant = self._access.check(
+                scope["method"], path, headers, preflight=preflight, needs_host=needs_host
             )
-        )
+            keep_grant(scope, grant)
+            if grant is not None:
+                self._used.add(grant.name)
         if refusal is not None:
             client = scope.get("client")
             self._refused(refusal.reason, client[0] if client else "", path)
         return refusal
+
+
+def _refusal_answer(refusal: Refusal, scope: Scope) -> Response:
+    if refusal.status == _UNAUTHORIZED and leads_to_sign_in(scope["method"], scope["path"], scope["headers"]):
+        return sign_in_page(scope["path"])
+    return error_response(refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers))
 
 
 class _Said:
@@ -134,7 +155,10 @@ class _Said:
         await self._send(message)
 
 
-async def _answer_stopped(scope: Scope, receive: Receive, send: Send) -> None:
+async def _answer_cut(scope: Scope, receive: Receive, send: Send, *, is_revoked: bool) -> None:
+    if is_revoked:
+        await error_response(_UNAUTHORIZED, "unauthorized", CUT)(scope, receive, send)
+        return
     dialect, headers = spoken_at(scope["path"]), {"Connection": "close", "Retry-After": "1"}
     if dialect is not None:
         await answer_error(send, dialect, _UNAVAILABLE, _STOPPED, headers)
@@ -149,6 +173,14 @@ def _with_normal_path(scope: Scope) -> Scope:
         return scope
     path = normalised(raw)
     return {**scope, "raw_path": path, "path": decoded(path)}
+
+
+def _without_key(scope: Scope) -> Scope:
+    """Return the scope without a key in its path, which is one of its headers then (`wire.keys.PATH_KEY`)."""
+    path, keys = without_path_key(scope["raw_path"])
+    if not keys:
+        return scope
+    return {**scope, "raw_path": path, "path": decoded(path), "headers": [*scope["headers"], *keys]}
 
 
 def _unframed(send: Send) -> Send:

@@ -30,7 +30,10 @@ def health_router(backend: Backend) -> APIRouter:
         responses={**_guarded(401, 403, 413), 503: {"model": ReadinessBody}},
     )
     async def readyz() -> Response:
-        """Usable: engine listed, cards asked for once, registry writable; 503 says what is missing."""
+        """Usable: engine listed, cards asked for once, registry writable; 503 says what is missing.
+
+        The engine does not count where no instance has a container.
+        """
         reasons = backend.first_look.why_not_ready()
         body = ReadinessBody(
             status="not_ready" if reasons else "ready",

@@ -10,13 +10,27 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.errors import Reason  # noqa: TC001  (pydantic reads annotations at run time)
 
 if TYPE_CHECKING:
     from manager.api.backend import Backend
+    from manager.domain.roles import Role
 
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WarmBody(_Shape):
+    """An instance where the role's model is to stay in memory (`keep_warm`).
+
+    `reason` and `detail` say why it could not be loaded; null and empty while there is no trouble.
+    """
+
+    instance: str
+    is_kept: bool
+    reason: Reason | None
+    detail: str
 
 
 class LaneBody(_Shape):
@@ -28,6 +42,7 @@ class LaneBody(_Shape):
     oldest_wait_s: float | None
     concurrency: int | None
     reserved: int
+    keep_warm: list[WarmBody]
 
 
 class SlotsBody(_Shape):
@@ -47,14 +62,17 @@ class LanesBody(_Shape):
 def lanes_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute/lanes", tags=["routing"])
 
+    def warm(role: Role | None) -> list[dict[str, object]]:
+        return [] if role is None else [one._asdict() for one in backend.keeper.warm(role)]
+
     @router.get("", response_model=LanesBody, responses=refusals())
     async def show_lanes(_query: Annotated[NoQuery, Query()]) -> Response:
         """The requests in flight and in the queue of each lane, and the slots of each instance."""
         backend.router.snapshot()  # settings that were changed a moment ago count
-        slots = backend.passing.routing.slots
+        slots, roles = backend.passing.routing.slots, backend.model_settings.routing.roles
         return JSONResponse(
             {
-                "lanes": [one._asdict() for one in slots.lanes()],
+                "lanes": [{**one._asdict(), "keep_warm": warm(roles.get(one.name))} for one in slots.lanes()],
                 "instances": [one._asdict() for one in slots.instances()],
             }
         )

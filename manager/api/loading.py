@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from starlette.requests import Request  # noqa: TC002  (FastAPI reads annotations at run time)
 from starlette.responses import Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.leaving import while_there
 from manager.api.schemas import ChangeBody, instance_json
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.wire.loading import duration_s, unloads_at_once
@@ -73,15 +75,17 @@ def loading_router(backend: Backend) -> APIRouter:
 
     @router.post("/{instance_id}/load", response_model=ChangeBody, responses=refusals(404, 409, 503, 504))
     async def load_model(
-        instance_id: str, request: LoadRequest, _query: Annotated[NoQuery, Query()]
+        instance_id: str, request: LoadRequest, _query: Annotated[NoQuery, Query()], caller: Request
     ) -> Response:
         """Load a model on an instance, which is started if need be; answers when it is in memory.
 
-        `changed` is false where it was in memory already.
+        `changed` is false where it was in memory already. The load is cancelled when the last caller that
+        waits for it disconnects, and when the instance is drained or stopped.
         """
         backend.fleet.get(instance_id)
         await backend.first_look.known(within_s=MAX_STARTUP_WAIT_S)
-        done = await loading.load(instance_id, request.model, request.keep_alive)
+        work = loading.load(instance_id, request.model, request.keep_alive)
+        done = await while_there(caller, work)
         return changed(instance_id, done=done)
 
     @router.post("/{instance_id}/unload", response_model=ChangeBody, responses=refusals(404, 409, 503, 504))

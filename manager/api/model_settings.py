@@ -14,6 +14,7 @@ from manager.domain.roles import Mode, Policy, RequestKind, SystemMode
 from manager.domain.rollout import Stage  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.routing import missing_models
 from manager.errors import InvalidRequestError
+from manager.services.models.model_settings import NOTHING
 from manager.settings.overrides import Origin, role_key, setting_key
 from manager.settings.rollout import MOST_LANES, MOST_URL
 from manager.settings.routing import (
@@ -141,11 +142,20 @@ class RolloutChange(_Shape):
     raw_url: Annotated[str, Field(max_length=MOST_URL)] | None = None
 
 
+class FallbackChange(_Shape):
+    """The use of paid servers; `order` names instances of driver cloud, empty: all of them."""
+
+    enabled: StrictBool | None = None
+    force_local: StrictBool | None = None
+    order: Annotated[list[InstanceId], Field(max_length=64)] | None = None
+
+
 class ModelsChange(_Shape):
     """New values. A role that is new is made, with its kind; null takes all that was changed of a role back.
 
     `embedding_runtime_policy` is `roles.embedding.policy`, `embedding_target_instance` is
-    `roles.embedding.target`, and `layer_routing` has the target of any role.
+    `roles.embedding.target`, and `layer_routing` has the target of any role. `force_local` is
+    `fallback.force_local`: while it is on, no paid server is used.
     """
 
     roles: Annotated[dict[RoleName, RoleChange | None], ByRole] = Field(default_factory=dict)
@@ -153,6 +163,8 @@ class ModelsChange(_Shape):
     embedding_target_instance: Target = None
     layer_routing: Annotated[dict[RoleName, Target], ByRole] = Field(default_factory=dict)
     rollout: RolloutChange | None = None
+    fallback: FallbackChange | None = None
+    force_local: StrictBool | None = None
 
 
 class BodyValues(_Shape):
@@ -207,12 +219,22 @@ class RolloutValues(_Shape):
     raw_url: str | None
 
 
+class FallbackValues(_Shape):
+    """The use of paid servers: none while `force_local` is on or `enabled` is off."""
+
+    enabled: bool
+    force_local: bool
+    order: list[str]
+
+
 class ModelsBody(_Shape):
     roles: dict[str, RoleBody]
     embedding_runtime_policy: Policy
     embedding_target_instance: str
     layer_routing: dict[str, str]
     rollout: RolloutValues
+    fallback: FallbackValues
+    force_local: bool
     warnings: list[WarningBody]
 
 
@@ -264,6 +286,12 @@ class EffectiveRollout(_Shape):
     raw_url: EffectiveValue
 
 
+class EffectiveFallback(_Shape):
+    enabled: EffectiveValue
+    force_local: EffectiveValue
+    order: EffectiveValue
+
+
 class IgnoredBody(_Shape):
     """A value that was changed at run time and does not fit the configuration any more."""
 
@@ -278,6 +306,8 @@ class EffectiveModelsBody(_Shape):
     embedding_target_instance: EffectiveValue
     layer_routing: dict[str, EffectiveValue]
     rollout: EffectiveRollout
+    fallback: EffectiveFallback
+    force_local: EffectiveValue
     ignored: list[IgnoredBody]
 
 
@@ -295,7 +325,7 @@ def model_settings_router(backend: Backend) -> APIRouter:
         rollout = _of_rollout(change)
         if rollout:
             backend.rollout.check(rollout)  # what is wrong with it is known before anything is changed
-        await change_roles(backend.model_settings, _sayings(change))
+        await change_roles(backend.model_settings, _sayings(change), _of_fallback(change))
         if rollout:
             await backend.rollout.change(rollout)
         return JSONResponse(_values(backend))
@@ -312,7 +342,26 @@ def model_settings_router(backend: Backend) -> APIRouter:
 Saying: TypeAlias = tuple[str, str, str | None, Any]
 
 
-async def change_roles(settings: ModelSettings, sayings: Iterable[Saying]) -> None:
+def _of_fallback(change: ModelsChange) -> dict[str, Any]:
+    """Return the new values of `fallback`.
+
+    Raises:
+        InvalidRequestError: two values are given for one.
+    """
+    given = change.model_dump(mode="json", exclude_unset=True)
+    # Null takes back whatever was changed.
+    section = given.get("fallback", {})
+    values = dict.fromkeys(FallbackValues.model_fields) if section is None else dict(section)
+    if "force_local" in given:
+        if values.get("force_local", given["force_local"]) != given["force_local"]:
+            raise _two_things("body.fallback.force_local", "body.force_local")
+        values["force_local"] = given["force_local"]
+    return values
+
+
+async def change_roles(
+    settings: ModelSettings, sayings: Iterable[Saying], fallback: Mapping[str, Any] = NOTHING
+) -> None:
     """Change what a request says, be it said in several ways.
 
     Raises:
@@ -334,7 +383,7 @@ async def change_roles(settings: ModelSettings, sayings: Iterable[Saying]) -> No
         if values is not None:
             values[field] = value
     try:
-        await settings.change(change)
+        await settings.change(change, fallback)
     except InvalidRequestError as error:
         raise _as_said(error, {key: where for key, (where, _) in said.items()}) from error
 
@@ -406,6 +455,8 @@ def _shaped(settings: ModelSettings, show: Callable[[Sourced], Any]) -> dict[str
         "embedding_runtime_policy": show(values[_EMBEDDING]["policy"]),
         "embedding_target_instance": show(values[_EMBEDDING]["target"]),
         "layer_routing": {name: show(fields["target"]) for name, fields in values.items()},
+        "fallback": {field: show(one) for field, one in settings.fallback.items()},
+        "force_local": show(settings.fallback["force_local"]),
     }
 
 

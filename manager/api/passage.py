@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from manager.api.answers import answer_error
 from manager.api.refusal import CallerGoneError, RefusedError, refusal_of
+from manager.domain.target import Protocol
 from manager.errors import ManagerError, UnavailableError
 from manager.services.open_requests import OpenRequests
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, first_target
 from manager.services.routing.placement import reason_of
+from manager.services.routing.speaking import server_path
 from manager.wire.caller import printable
 from manager.wire.dialect import error_in_stream
 from manager.wire.head import NOT_RETURNED, without_named
@@ -23,10 +25,12 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.routes import Dialect
 from manager.wire.statuses import (
     BAD_REQUEST,
+    LATER,
+    NO_RETRY,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
     outcome_of,
-    outcome_without_answer,
+    outcome_of_trouble,
     status_of,
 )
 
@@ -137,6 +141,7 @@ class Passage:
         self.dialect = spoken_at(scope["path"]) or Dialect.NATIVE
         self.cut = asyncio.Event()
         self._cut_by = "the manager is being stopped"
+        self._is_cancelled = False
         self._receive = receive
         self._send = send
         self._began_at = monotonic()
@@ -156,6 +161,7 @@ class Passage:
         """End it because the operator wants that."""
         if not self.cut.is_set():
             self.attempting.cancelled()
+            self._is_cancelled = True
             self._cut_by = why
             self.cut.set()
 
@@ -275,9 +281,20 @@ class Passage:
     def question(
         self, target: Target, body: bytes | AsyncIterator[bytes], length: int | None = None
     ) -> Question:
-        """Return this request, as the server is to get it; `length` is that of a body in pieces."""
+        """Return this request, as the server is to get it; `length` is that of a body in pieces.
+
+        Raises:
+            RefusedError: the API of the server has no such call.
+        """
         headers = [*self.headers, *target.headers] if target.headers else self.headers
-        return Question(target.endpoint, self.scope["method"], self.target_path, headers, body, length)
+        path = self.target_path
+        if target.protocol is not Protocol.OLLAMA and self.record.kind is None:
+            call = path.partition("?")[0]
+            message = f"{target.instance} speaks the API of {target.protocol}, which has no call for {call}"
+            raise RefusedError(400, message)
+        path = server_path(target, path)
+        method = self.scope["method"]
+        return Question(target.instance, target.endpoint, method, path, headers, body, length)
 
     @asynccontextmanager
     async def answered(
@@ -419,7 +436,8 @@ class Passage:
                 limit_s = self.attempting.total_deadline - self._began_at
                 raise RefusedError(504, f"no end within {limit_s:g} s", "timeout")
             else:
-                raise RefusedError(503, f"cut off: {self._cut_by}", "cut")
+                headers = NO_RETRY if self._is_cancelled else LATER
+                raise RefusedError(UNAVAILABLE, f"cut off: {self._cut_by}", "cut", headers=headers)
         finally:
             for task in (working, leaving, cutting):
                 task.cancel()
@@ -479,6 +497,7 @@ class Passage:
             lines.append((b"X-Instance", instance.encode()))
             if model:
                 lines.append((b"X-Model", printable(model).encode()))
+        lines.append((b"X-Provider", record.provider.encode()))
         lines.append((b"X-Queue-Ms", b"%.0f" % record.queue_ms))
         if record.fallback and record.fallback_reason is not None:
             lines.append((b"X-Fallback-Reason", record.fallback_reason.value.encode()))
@@ -492,10 +511,10 @@ class Passage:
         if not self._started:
             self.record.status = failure.status
             headers = {name.decode(): value.decode() for name, value in self._stamp()}
-            if failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
+            if failure.headers is not None:
+                headers |= failure.headers
+            elif failure.status in (UNAVAILABLE, TOO_MANY_REQUESTS):
                 headers["Retry-After"] = str(max(1, round(retry_after_s or 1)))
-            if failure.location is not None:
-                headers["Location"] = failure.location
             if not self._body_ended.is_set():
                 headers["Connection"] = "close"  # what is left of the body is not waited for
             await answer_error(self._say, self.dialect, failure.status, failure.message, headers)
@@ -520,8 +539,8 @@ def _returned(headers: Iterable[Header]) -> list[Header]:
 
 def _refused(trouble: Trouble) -> RefusedError:
     status = status_of(trouble.reason, trouble.refused)
-    outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-    location = RUNS_PATH if trouble.refused == "async_only" else None
+    outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
+    headers = {"Location": RUNS_PATH} if trouble.refused == "async_only" else None
     return RefusedError(
-        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, location=location
+        status, trouble.message, outcome, retry_after_s=trouble.retry_after_s, headers=headers
     )

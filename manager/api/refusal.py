@@ -13,6 +13,8 @@ from manager.wire.body import BadBodyError
 from manager.wire.statuses import outcome_without_answer, status_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from manager.domain.record import Outcome
 
 _log = structlog.get_logger("gateway")
@@ -23,7 +25,10 @@ class CallerGoneError(Exception):
 
 
 class RefusedError(Exception):
-    """The request is not passed on; the message is for the caller, `location` where it has to go instead."""
+    """The request is not passed on; the message is for the caller.
+
+    `headers` stand in the answer in the place of Retry-After.
+    """
 
     def __init__(
         self,
@@ -32,14 +37,14 @@ class RefusedError(Exception):
         outcome: Outcome = "client_error",
         *,
         retry_after_s: float | None = None,
-        location: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.outcome = outcome
         self.retry_after_s = retry_after_s
-        self.location = location
+        self.headers = headers
 
 
 def refusal_of(error: Exception, path: str) -> RefusedError:

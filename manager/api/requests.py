@@ -76,6 +76,7 @@ class RequestBody(_Shape):
     shadow_target: str | None
     shadow_refused: Reason | None
     disagreement: str | None
+    key: str | None
 
 
 class RequestsBody(_Shape):
@@ -162,6 +163,7 @@ class RequestsQuery(BaseModel):
     model: _Name | None = None
     instance: _Name | None = None
     outcome: Outcome | None = None
+    key: _Name | None = None
     after: int | None = Field(default=None, ge=0, lt=2**63)
 
 
@@ -179,6 +181,7 @@ def requests_router(backend: Backend) -> APIRouter:
             model=query.model,
             instance=query.instance,
             outcome=query.outcome,
+            key=query.key,
         )
         # With a cursor the answer is what was stored since: open ones would take the place of some of it.
         opened = await open_requests.listed(filters) if query.after is None else []

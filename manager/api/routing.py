@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
@@ -13,8 +13,9 @@ from manager.api.errors import refusals
 from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, change_roles
 from manager.domain.instance import Health  # noqa: TC001
 from manager.domain.roles import Policy, RequestKind
-from manager.domain.routing import Because, RequestFacts, What
-from manager.errors import Reason  # noqa: TC001
+from manager.domain.routing import Because, PassedOver, RequestFacts, What
+from manager.errors import Reason
+from manager.services.lanes.slots import FULL
 from manager.settings.routing import ANY_INSTANCE, RoleName
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class RequestDescription(_Shape):
     kind: RequestKind = RequestKind.GENERATE
     instance: Annotated[str, Field(max_length=100)] | None = None
     lane: Annotated[str, Field(max_length=100)] | None = None
+    local_only: StrictBool = False
 
 
 class AttemptBody(_Shape):
@@ -98,8 +100,10 @@ class RefusedBody(_Shape):
 class DecisionBody(_Shape):
     """The attempts in the order in which they would be made; `refused` says why there is none.
 
-    With `runs_only` they are those of a run: a request that waits for its answer is refused with 409. With
-    `passes_to_raw` they are what would be made if such requests were managed.
+    `would_wait` says that no instance for the first one has a free slot: all that stand in for each other are
+    full. A full instance is in `passed_over`, and among the attempts after those of its rank that are free.
+    With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
+    With `passes_to_raw` they are what would be made if such requests were managed.
     """
 
     role: str | None
@@ -110,6 +114,7 @@ class DecisionBody(_Shape):
     refused: RefusedBody | None
     runs_only: bool
     passes_to_raw: bool
+    would_wait: bool
 
 
 def routing_router(backend: Backend) -> APIRouter:
@@ -129,7 +134,13 @@ def routing_router(backend: Backend) -> APIRouter:
     @router.post("/explain", response_model=DecisionBody, responses=refusals())
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        facts = RequestFacts(request.model, request.kind, request.instance, request.lane)
+        facts = RequestFacts(
+            request.model,
+            request.kind,
+            request.instance,
+            request.lane,
+            local_only=request.local_only,
+        )
         return JSONResponse(decision_json(backend, backend.router.decide(facts)))
 
     return router
@@ -168,7 +179,14 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
 
 def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
     """Return the values of a `DecisionBody`."""
-    refused = decision.refused
+    refused, slots = decision.refused, backend.passing.routing.slots
+    attempts = list(decision.in_order(backend.router.load()))
+    full = [one for one in attempts if not slots.has_room(decision.role, one.instance)]
+    ranks = list(dict.fromkeys(one.choice for one in attempts))
+    attempts.sort(key=lambda one: (ranks.index(one.choice), one in full))
+    if attempts and full and attempts[0] not in full and attempts[0].fallback is not None:
+        attempts[0] = attempts[0]._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
+    passed_over = [PassedOver(one.instance, one.model, Reason.OVERLOADED, FULL) for one in full]
     return {
         "role": decision.role,
         "policy": decision.policy,
@@ -181,13 +199,14 @@ def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
                 "because": one.because,
                 "fallback": one.fallback,
             }
-            for one in decision.in_order(backend.router.load())
+            for one in attempts
         ],
         "passed_over": [
             {"instance": one.instance, "model": one.model, "reason": one.reason, "detail": one.detail}
-            for one in decision.passed_over
+            for one in (*passed_over, *decision.passed_over)
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
         "runs_only": decision.is_async,
         "passes_to_raw": not backend.rollout.in_force.stages.manages(decision.role, decision.request.lane),
+        "would_wait": bool(attempts) and attempts[0] in full,
     }

@@ -10,6 +10,7 @@ from starlette.responses import StreamingResponse
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.granted import grant_of
 from manager.api.schemas import Time  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.routing import RequestFacts
 from manager.domain.runs import RunCaller, RunStatus
@@ -259,7 +260,7 @@ async def _new_run(backend: Backend, request: Request, raw: bytes) -> NewRun:
 
 
 def _origin(backend: Backend, request: Request) -> Origin:
-    origin = backend.passing.requests.origin(list(request.scope["headers"]))
+    origin = backend.passing.requests.origin(list(request.scope["headers"]), grant_of(request.scope))
     if origin.fault is not None:
         raise _invalid("header", origin.fault)
     return origin

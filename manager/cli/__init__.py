@@ -6,6 +6,7 @@ from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
 from manager.cli.events import events_command
 from manager.cli.gpus import gpus_command
+from manager.cli.keys import keys_group
 from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
@@ -22,6 +23,7 @@ for _command in (
     lanes_command,
     runs_group,
     rollout_group,
+    keys_group,
     budgets_command,
     usage_command,
 ):

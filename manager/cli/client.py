@@ -30,10 +30,12 @@ _EVENT_SILENCE_S = 40.0
 _EXIT_CODES = {401: MISUSED, 403: MISUSED, 404: MISUSED, 409: REFUSED, 422: MISUSED}
 
 _NEXT_STEPS = {
-    "key_required": "put the key of the daemon (server.key_file) into $OLLAMA_MANAGER_KEY",
+    "unauthorized": "put a key of the daemon (`keys create`, server.key_file) into $OLLAMA_MANAGER_KEY",
     "host_not_allowed": "name the daemon with --url as server.allowed_hosts does, or add this name there",
     "unknown_instance": "`ollama-manager status` lists the instances",
     "unknown_request": "`ollama-manager requests` lists the last ones",
+    "forbidden": "a key with that scope is needed in $OLLAMA_MANAGER_KEY",
+    "unknown_key": "`ollama-manager keys list` lists the keys",
     "unknown_run": "`ollama-manager runs list` lists the runs",
     "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",

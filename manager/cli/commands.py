@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -96,6 +98,7 @@ def serve(
 @click.option("--port", type=int, help="Port to listen on.")
 @click.option("--stop-instances", is_flag=True, help="Stop the containers too when the daemon ends.")
 @click.option("--take-over", is_flag=True, help="Adopt the containers of a state directory that was lost.")
+@click.option("--without-images", metavar="COMMAND", hidden=True)
 @_CONFIG
 def up(
     host: str | None,
@@ -105,15 +108,28 @@ def up(
     yes: bool,
     stop_instances: bool,
     take_over: bool,
+    without_images: str | None,
 ) -> int:
     """Prepare the Docker Engine, the images and the volumes, then serve.
 
     Lists what is missing and asks before it changes anything. Where nothing is missing it is `serve`.
     """
     from manager.cli.locate import load  # noqa: PLC0415
-    from manager.cli.up import prepare  # noqa: PLC0415
+    from manager.cli.up import ImagesMissingError, prepare  # noqa: PLC0415
 
-    prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
+    try:
+        prepare(load(config, overrides={"server": {"host": host, "port": port}}), yes=yes)
+    except ImagesMissingError as error:
+        if without_images is None:
+            raise
+        # Of a clone, which has a stand-in for Ollama: `make run`.
+        click.echo("\n".join((error.message, *error.lines)), err=True)
+        given = {"--host": host, "--port": port, "--config": config}
+        options = [f"{name}={value}" for name, value in given.items() if value is not None]
+        flags = {"--stop-instances": stop_instances, "--take-over": take_over}
+        options += [name for name, is_set in flags.items() if is_set]
+        command = [*shlex.split(without_images), *options]
+        os.execvp(command[0], command)  # noqa: S606  (the user of the option names it)
     return _serve_until_stopped(host, port, config, stop_instances=stop_instances, take_over=take_over)
 
 
@@ -128,12 +144,17 @@ def _serve_until_stopped(
 ) -> int:
     # Until the daemon has its own handlers, and again after them, both mean: stop what you are doing.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # Imports make many objects and hardly any garbage; looking for it took a sixth of their time. The daemon
+    # enables collections when it is built (`tune_interpreter`).
+    gc.disable()
     try:
         return _serve(
             host, port, config, stop_instances=stop_instances, take_over=take_over, replaces=replaces
         )
     except KeyboardInterrupt:
         return DONE
+    finally:
+        gc.enable()
 
 
 def _serve(
@@ -153,10 +174,9 @@ def _serve(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     read = functools.partial(load, config, overrides={"server": {"host": host, "port": port}})
     loaded = read()
-    from manager.settings import read_key  # noqa: PLC0415
+    from manager.settings import read_keys  # noqa: PLC0415
 
-    key_file = loaded.settings.server.key_file
-    log = configure_logging(loaded.settings.log, secrets=[read_key(key_file)] if key_file else [])
+    log = configure_logging(loaded.settings.log, secrets=read_keys(loaded.settings.server.key_files))
     try:
         _run_daemon(loaded, log, read, stop_instances=stop_instances, take_over=take_over, replaces=replaces)
     except (ManagerError, KeyboardInterrupt):
@@ -280,7 +300,7 @@ def breaker_reset(instance: str, url: str | None, config: Path | None) -> None:
     "for_s",
     callback=seconds,
     metavar="DURATION",
-    help="Put it back after that time, such as 90s, 15m, 2h or 30d.",
+    help="Put it back after that time, such as 90s, 15m, 2h, 1h30m or 30d.",
 )
 @click.option("--keep-running", is_flag=True, help="Do not stop its container.")
 @_talks
@@ -352,7 +372,11 @@ def rollback(instance: str, url: str | None, config: Path | None) -> None:
 @program.command()
 @click.argument("instance", metavar="ID")
 @click.option(
-    "--for", "for_s", callback=seconds, metavar="DURATION", help="How long, such as 90s, 15m, 2h or 30d."
+    "--for",
+    "for_s",
+    callback=seconds,
+    metavar="DURATION",
+    help="How long, such as 90s, 15m, 2h, 1h30m or 30d.",
 )
 @click.option("--end", "ends", is_flag=True, help="Put the rules in force again.")
 @click.option("--reason", metavar="TEXT", help="Why, for all who look.")

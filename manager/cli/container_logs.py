@@ -9,27 +9,20 @@ import click
 
 from manager.cli.commands import _common_url, _talks
 from manager.cli.failures import printable
+from manager.cli.options import follow_option, last_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
 
-_MOST_LINES = 10_000
 # A longer line is printed in parts.
 _LONGEST_LINE = 65_536
 
 
 @click.command("logs")
 @click.argument("instance", metavar="ID")
-@click.option("-f", "--follow", is_flag=True, help="Go on with what the container writes, until it ends.")
-@click.option(
-    "--tail",
-    type=click.IntRange(1, _MOST_LINES),
-    default=100,
-    show_default=True,
-    metavar="N",
-    help="How many of the last lines.",
-)
+@follow_option("Go on with what the container writes, until it ends.")
+@last_option("--tail", 100, "How many of the last lines.")
 @_talks
 def logs_command(instance: str, *, follow: bool, tail: int, url: str | None, config: Path | None) -> None:
     """Print what an instance's container wrote; after a stop, the lines that were kept.

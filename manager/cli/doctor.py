@@ -16,10 +16,12 @@ from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
 from manager.cli.failures import DONE, FAILED
-from manager.cli.findings import Finding, broken, fine, skipped, warning
+from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
+from manager.cli.model_list import PULL_AGAIN, differing_models
 from manager.domain.gpu import AUTO
 from manager.domain.instance import DeviceKind, Driver
+from manager.domain.wording import digests_text, listed
 from manager.errors import ConfigurationError, RegistryCorruptError, RegistryUnwritableError
 from manager.settings import (
     key_weaknesses,
@@ -27,7 +29,7 @@ from manager.settings import (
     load_templates,
     missing_binds,
     packaged_templates,
-    read_key,
+    read_keys,
     resolve_instances,
     template_warnings,
 )
@@ -72,8 +74,8 @@ def examine(config: Path | None) -> Iterator[Finding]:
         return
     settings = loaded.settings
     yield fine("configuration", str(loaded.file or "no file: defaults, and what the environment says"))
-    if settings.server.key_file is not None:
-        yield _key(settings.server.key_file)
+    for file in settings.server.key_files:
+        yield _key(file)
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
@@ -85,7 +87,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
 
 def _key(file: Path) -> Finding:
     try:
-        weaknesses = key_weaknesses(file, read_key(file))
+        weaknesses = key_weaknesses((file,), read_keys((file,)))
     except ConfigurationError as error:
         return broken("key", str(error), f"put a key there: umask 077; openssl rand -hex 24 > {file}")
     if weaknesses:
@@ -105,7 +107,10 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         remedy = (
             "correct the template, or allow it under `allow`; `ollama-manager templates check` looks again"
         )
-        return Needs(), broken("templates", error.message, remedy)
+        needs = Needs(
+            instances=tuple(id_ for id_, one in settings.instances.items() if one.driver is Driver.DOCKER)
+        )
+        return needs, broken("templates", error.message, remedy)
     used = [spec.template for spec in specs if spec.template is not None]
     gpu_ids = tuple(
         spec.id for spec in specs if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
@@ -156,7 +161,10 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
         yield broken("lock", error.message, "run this as the user that the daemon runs as")
         yield skipped("registry", "not looked at: the state directory cannot be read")
         return
-    yield _daemon(loaded, holder)
+    found = _daemon(loaded, holder)
+    yield found
+    if holder is not None and found.verdict is Verdict.FINE:
+        yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)
     yield _port(settings, holder)
 
@@ -258,6 +266,17 @@ def _state_of_daemon(holder: Holder, reasons: tuple[str, ...], lost: tuple[str, 
             "bring the card back: `nvidia-smi`, the kernel log and `ollama-manager status` say more",
         )
     return fine("daemon", f"running and ready, {holder}")
+
+
+def _models(daemon: Daemon) -> Iterator[Finding]:
+    """Warn of models of one name that differ between instances."""
+    try:
+        differing = daemon.read(differing_models, daemon.ask("GET", "/v1/models"))
+    except (RefusalError, DaemonUnreachableError):
+        return  # it has just been ready
+    if differing:
+        texts = [digests_text(name, digests) for name, digests in differing.items()]
+        yield warning("models", f"not the same on all instances: {listed(texts)}", PULL_AGAIN)
 
 
 def _registry(path: Path, holder: Holder | None) -> Finding:

@@ -55,6 +55,10 @@ class Needs:
     instances: tuple[str, ...] = ()
     finds_cards: bool = False
 
+    def engine_for(self, cards: tuple[Gpu, ...]) -> bool:
+        """Return whether an instance has a container, also one that one of these cards gets."""
+        return bool(self.instances or (self.finds_cards and cards))
+
 
 def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:
     """The cards, or why there are none to see."""
@@ -155,6 +159,9 @@ async def _engine(
     try:
         info = await engine.info()
     except EngineError as error:
+        if not needs.engine_for(cards):
+            yield fine("engine", f"not needed: no instance has a container ({error.message})")
+            return
         yield broken("engine", error.message, _engine_remedy(engine.url, error.message))
         for check in ("NVIDIA runtime", "images", "network", "containers"):
             yield skipped(check, "not looked at: the engine does not answer")

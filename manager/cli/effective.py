@@ -9,7 +9,7 @@ import yaml
 
 from manager.errors import ConfigurationError
 from manager.settings.addresses import without_credentials
-from manager.settings.model import NOT_EXTERNAL
+from manager.settings.model import NOT_CLOUD, NOT_EXTERNAL
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manager.settings.schema import KeyPath
 
 _COMMENT_COLUMN = 56
+_NOT_FOR = {"external": NOT_EXTERNAL, "cloud": NOT_CLOUD}
 
 
 class _OneLine(yaml.SafeDumper):
@@ -56,13 +57,12 @@ def check_as_serve(loaded: LoadedSettings) -> None:
     Raises:
         ConfigurationError: with every problem that was found.
     """
-    from manager.settings import load_templates, read_key, resolve_instances  # noqa: PLC0415
+    from manager.settings import load_templates, read_keys, resolve_instances  # noqa: PLC0415
 
     resolve_instances(loaded, load_templates(loaded.settings))
-    key_file = loaded.settings.server.key_file
-    if key_file is not None:
+    for key_file in loaded.settings.server.key_files:
         try:
-            read_key(key_file)
+            read_keys((key_file,))
         except ConfigurationError as error:
             if not isinstance(error.__cause__, PermissionError):
                 raise
@@ -79,14 +79,16 @@ def live_values(loaded: LoadedSettings) -> Live:
         if holder is None or holder.url is None:
             return Live()
         daemon = Daemon(configured_daemon(loaded))
-        effective, instances = daemon.effective_models(), daemon.status_document()["instances"]
+        models, instances = daemon.effective_models(), daemon.status_document()["instances"]
     except (CommandError, ConfigurationError) as error:
         why = " ".join(error.message.split())
         return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")
-    values = {
-        **_of_instances(loaded, instances),
-        **_of_roles(loaded, effective["roles"]),
-        **_of_rollout(effective.get("rollout", {})),
+    values = {**_of_instances(loaded, instances), **_of_roles(loaded, models["roles"])}
+    values |= {
+        (section, field): one["value"]
+        for section in ("fallback", "rollout")
+        for field, one in models.get(section, {}).items()
+        if one["source"] == "override"
     }
     return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")
 
@@ -96,7 +98,7 @@ def _of_instances(loaded: LoadedSettings, instances: list[dict[str, Any]]) -> di
     found: dict[KeyPath, Any] = {}
     for one in instances:
         written = settings.instances.get(one["id"])
-        if written is None or one["driver"] == "external":
+        if written is None or one["driver"] != "docker":
             continue
         ttl_s = settings.lifecycle.ttl_s if written.ttl_s is None else written.ttl_s
         for key, value in (("ttl_s", ttl_s), ("pinned", written.pinned)):
@@ -117,10 +119,6 @@ def _of_roles(loaded: LoadedSettings, roles: dict[str, Any]) -> dict[KeyPath, An
                 if is_new or value["source"] == "override"
             }
     return found
-
-
-def _of_rollout(fields: dict[str, Any]) -> dict[KeyPath, Any]:
-    return {("rollout", key): one["value"] for key, one in fields.items() if one["source"] == "override"}
 
 
 def _put(values: dict[str, Any], path: KeyPath, value: Any) -> None:
@@ -149,7 +147,7 @@ def _left_out(path: KeyPath, value: Any, values: dict[str, Any]) -> bool:
     """A key that says nothing, or must not be written, in the description of an instance."""
     if len(path) != 3 or path[0] != "instances":  # noqa: PLR2004  (instances.ID.KEY)
         return False
-    return value is None or (values["driver"] == "external" and path[-1] in NOT_EXTERNAL)
+    return value is None or path[-1] in _NOT_FOR.get(values["driver"], ())
 
 
 def _scalar(value: Any) -> str:

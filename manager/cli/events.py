@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manager.cli.commands import _JSON, _common_url, _talks
+from manager.cli.options import follow_option, last_option
 from manager.cli.printing import Columns, cell, local_time
 
 if TYPE_CHECKING:
@@ -20,21 +21,13 @@ if TYPE_CHECKING:
     from manager.cli.client import Event
     from manager.cli.locate import Endpoint
 
-_MOST = 10_000
 _RETRY_S = 1.0
 _HEADING = ("TIME", "INSTANCE", "KIND", "REASON", "DETAIL")
 
 
 @click.command("events")
-@click.option("-f", "--follow", is_flag=True, help="Go on with each event as it happens, until Ctrl-C.")
-@click.option(
-    "--limit",
-    type=click.IntRange(1, _MOST),
-    default=20,
-    show_default=True,
-    metavar="N",
-    help="How many of the last events.",
-)
+@follow_option("Go on with each event as it happens, until Ctrl-C.")
+@last_option("--limit", 20, "How many of the last events.")
 @_JSON
 @_talks
 def events_command(*, follow: bool, limit: int, as_json: bool, url: str | None, config: Path | None) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _PATH = "/api/runtime/compute/lanes"
 _LANES = ("LANE", "IN FLIGHT", "CONCURRENCY", "QUEUED", "OLDEST WAIT", "RESERVED")
+_WARM = ("KEPT WARM", "INSTANCE", "IN MEMORY", "REASON", "DETAIL")
 _SLOTS = ("INSTANCE", "SLOTS", "IN USE", "RESERVED FREE")
 _REFRESH_S = 1.0
 
@@ -27,7 +28,7 @@ _REFRESH_S = 1.0
 @_JSON
 @_talks
 def lanes_command(*, watch: bool, as_json: bool, url: str | None, config: Path | None) -> None:
-    """Show the requests of each lane, and the slots of each instance.
+    """Show the requests of each lane, the slots of each instance, and the models that are kept warm.
 
     A lane is a role; `*` has the requests without one.
     """
@@ -67,7 +68,13 @@ def _tables(document: Mapping[str, Any]) -> list[str]:
         for one in document["lanes"]
     ]
     slots = [(one["id"], one["slots"], one["in_use"], one["reserved_free"]) for one in document["instances"]]
-    return [*table(_LANES, lanes), "", *table(_SLOTS, slots)]
+    warm = [
+        (one["name"], at["instance"], "yes" if at["is_kept"] else "no", at["reason"], at["detail"])
+        for one in document["lanes"]
+        for at in one.get("keep_warm", ())
+    ]
+    kept = ["", *table(_WARM, warm)] if warm else []
+    return [*table(_LANES, lanes), "", *table(_SLOTS, slots), *kept]
 
 
 def _json_line(document: Mapping[str, Any]) -> str:

@@ -87,13 +87,13 @@ def _is_trusted(uid: int) -> bool:
 
 def _configured_key(loaded: LoadedSettings, daemon_uid: int) -> str | None:
     """The key of the daemon whose lock we have just seen held, if that daemon may have it."""
-    from manager.settings import read_key  # noqa: PLC0415
+    from manager.settings import read_keys  # noqa: PLC0415
 
-    file = loaded.settings.server.key_file
-    if file is None:
+    files = loaded.settings.server.key_files
+    if not files:
         return None
     try:
-        return read_key(file, daemon_uid=daemon_uid)
+        return read_keys(files, daemon_uid=daemon_uid)[0]
     except ConfigurationError:
         return None  # it is not for everybody: the daemon will ask for the key
 

@@ -33,7 +33,9 @@ _MOST_SECRETS = 32
 
 _FIRST_KEYS = ("ts", "level", "logger", "event")
 _SECRET_NAME = re.compile(r"(?:^|[_-])(?:key|token|secret|password|authorization|cookie)s?$", re.IGNORECASE)
-_SECRET_TEXT = re.compile(r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"']+|(?<=://)[^/\s@\"']+(?=@)")
+_SECRET_TEXT = re.compile(
+    r"(?i)(\b(?:bearer|basic)\s+|x-api-key\W{1,4})[^\s,;\"']+|(?<=://)[^/\s@\"']+(?=@)|om_[\w-]{43}"
+)
 # A longer line is replaced by one that says so. A deep traceback has 20 KiB.
 _MOST_LINE_CHARACTERS = 256 * 1024
 # They tell of every connection and every tick at `info`; below `warning` only somebody who debugs wants them.
@@ -119,13 +121,14 @@ def configure_logging(
     return writer
 
 
-def reconfigure_logging(settings: LogSettings, secret: str | None) -> None:
-    """Change the level of what is logged from now on, and hide one more secret."""
+def reconfigure_logging(settings: LogSettings, secrets: Collection[str]) -> None:
+    """Change the level of what is logged from now on, and hide more secrets."""
     root = logging.getLogger()
     _set_level(logging.getLevelNamesMapping()[settings.level.upper()])
     for handler in root.handlers:
-        if isinstance(handler, _WriterHandler) and secret is not None:
-            handler.hide(secret)
+        if isinstance(handler, _WriterHandler):
+            for secret in secrets:
+                handler.hide(secret)
 
 
 def _stderr_descriptor() -> int | None:

@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from manager.cli.commands import _JSON, _common_url, _talks
+from manager.cli.failures import warn
 from manager.cli.printing import UNKNOWN, print_json, print_rows
 from manager.cli.tables import size
 from manager.domain.models import model_key
+from manager.domain.wording import SHORT_DIGEST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 _LISTED, _STORED, _LOADED, _ROLES = "/v1/models", "/api/tags", "/api/ps", "/api/settings/models"
 _HEADING = ("MODEL", "SIZE", "PARAMETERS", "ON", "STATUS", "LOADED ON", "ROLES")
 _OWNER_OF_ROLES = "ollama-manager"
+PULL_AGAIN = "`ollama pull NAME@INSTANCE` gets an instance the model that the registry has now"
 
 _Row = tuple[object, ...]
 
@@ -43,6 +46,17 @@ def models_command(*, as_json: bool, url: str | None, config: Path | None) -> No
         print_rows(_HEADING, rows)
     else:
         click.echo("no instance is known to have a model", err=True)
+    if differing := daemon.read(differing_models, answers[_LISTED]):
+        warn(f"not the same on all instances: {', '.join(differing)}; {PULL_AGAIN}")
+
+
+def differing_models(listed: Mapping[str, Any]) -> dict[str, Mapping[str, Sequence[str]]]:
+    """Return the digests of the models in an answer of `/v1/models` that have more than one."""
+    return {
+        model["id"]: model["digests"]
+        for model in listed["data"]
+        if model["owned_by"] != _OWNER_OF_ROLES and len(model["digests"]) > 1
+    }
 
 
 def _rows(answers: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
@@ -69,7 +83,7 @@ def _rows(answers: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
                 model["id"],
                 size(entry["size"]) if entry.get("size") else UNKNOWN,
                 (entry.get("details") or {}).get("parameter_size") or UNKNOWN,
-                ", ".join(model["instances"]),
+                ", ".join(_place(id_, model["digests"]) for id_ in model["instances"]),
                 model["status"],
                 ", ".join(loaded.get(key, ())),
                 ", ".join(users.pop(key, ())),
@@ -79,6 +93,15 @@ def _rows(answers: Mapping[str, Mapping[str, Any]]) -> list[_Row]:
         (names[key], None, None, "nowhere", None, None, ", ".join(roles)) for key, roles in users.items()
     )
     return [*rows, *missing]
+
+
+def _place(instance_id: str, digests: Mapping[str, Sequence[str]]) -> str:
+    """The id of an instance, with the model's digest there where instances have different ones."""
+    if len(digests) > 1:
+        for digest, ids in digests.items():
+            if instance_id in ids:
+                return f"{instance_id} ({digest[:SHORT_DIGEST]})"
+    return instance_id
 
 
 def _in_memory(entry: Mapping[str, Any]) -> str:

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any, TypeVar
+
 import click
 
 from manager.domain.durations import parse_duration
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Command = TypeVar("Command", bound="Callable[..., Any]")
+
+_MOST_LAST = 10_000
+
+
+def follow_option(words: str) -> Callable[[Command], Command]:
+    """`-f`, which goes on with what comes."""
+    return click.option("-f", "--follow", is_flag=True, help=words)
+
+
+def last_option(name: str, default: int, words: str) -> Callable[[Command], Command]:
+    """The number of the last entries to print."""
+    return click.option(
+        name,
+        type=click.IntRange(1, _MOST_LAST),
+        default=default,
+        show_default=True,
+        metavar="N",
+        help=words,
+    )
 
 
 def seconds(_context: click.Context, _option: click.Parameter, value: str | None) -> float | None:

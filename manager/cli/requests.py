@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from manager.cli.commands import _JSON, _common_url, _talks, program
-from manager.cli.failures import printable
+from manager.cli.failures import DONE, REFUSED, printable, warn
+from manager.cli.options import follow_option
 from manager.cli.printing import Columns, aligned, one_line, print_json
+from manager.domain.record import Outcome
+from manager.domain.roles import RequestKind
+from manager.domain.wording import listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,10 +30,14 @@ _MOST = 1000
 _FOLLOW_S = 1.0
 _NONE = "-"
 _HEADINGS = ("TIME", "OUTCOME", "PROJECT", "ASKED", "INSTANCE", "MODEL", "TOOK", "TOKENS", "REASON", "ID")
-_FILTERS = ("project", "role", "model", "instance", "outcome")
+_FILTERS = ("project", "role", "model", "instance", "key")
 
 
 def _filtered(command: Command) -> Command:
+    outcome = click.option(
+        "--outcome", type=click.Choice(get_args(Outcome)), help="Only those of this outcome."
+    )
+    command = outcome(command)
     for name in reversed(_FILTERS):
         command = click.option(f"--{name}", metavar=name.upper(), help=f"Only those of this {name}.")(command)
     since = click.option(
@@ -39,7 +47,7 @@ def _filtered(command: Command) -> Command:
 
 
 @program.group("requests", invoke_without_command=True)
-@click.option("-f", "--follow", is_flag=True, help="Go on with each request that ends, until Ctrl-C.")
+@follow_option("Go on with each request that ends, until Ctrl-C.")
 @click.option(
     "--limit", type=click.IntRange(1, _MOST), default=_LISTED, show_default=True, help="How many to list."
 )
@@ -75,6 +83,8 @@ def requests_group(
         click.echo("\n".join(table(document["requests"])))
     else:
         click.echo("no requests", err=True)
+    if not document["requests"]:
+        _warn_of_unknown(daemon, filters)
 
 
 @requests_group.command("show")
@@ -98,7 +108,11 @@ def cancel(request_id: str, url: str | None, config: Path | None) -> None:
 
 @program.command()
 @click.argument("model")
-@click.option("--kind", metavar="KIND", help="generate (the default), embed or transcribe.")
+@click.option(
+    "--kind",
+    type=click.Choice([kind.value for kind in RequestKind]),
+    help="What is asked for; else generate.",
+)
 @click.option("--lane", metavar="ROLE", help="As a request in this lane.")
 @click.option("--instance", metavar="ID", help="As a request that is pinned to this instance.")
 @_JSON
@@ -112,10 +126,14 @@ def explain(
     url: str | None,
     config: Path | None,
     as_json: bool,
-) -> None:
-    """Say where a request for MODEL (or a role) would go now, and why. Starts nothing."""
+) -> int:
+    """Say where a request for MODEL (or a role) would go now, and why. Starts nothing.
+
+    Exit 4 where the request would be refused.
+    """
     document = _daemon(url, config).explain(model=model, kind=kind, lane=lane, instance=instance)
     _print(document, _decided, as_json=as_json)
+    return DONE if document.get("refused") is None else REFUSED
 
 
 def _print(document: dict[str, Any], say: Callable[[Mapping[str, Any]], list[str]], *, as_json: bool) -> None:
@@ -144,6 +162,8 @@ def _follow(daemon: Daemon, limit: int, filters: Mapping[str, str | None], *, as
     columns, heading, cursor = Columns(), [_HEADINGS], None
     while True:
         document = daemon.last_requests(limit=limit, after=cursor, **filters)
+        if cursor is None and not document["requests"]:
+            _warn_of_unknown(daemon, filters)
         ended = [one for one in reversed(document["requests"]) if not one["open"]]
         if as_json:
             for one in ended:
@@ -156,6 +176,20 @@ def _follow(daemon: Daemon, limit: int, filters: Mapping[str, str | None], *, as
         if len(ended) < _MOST:
             time.sleep(_FOLLOW_S)
         cursor, limit, heading = document["cursor"], _MOST, []
+
+
+def _warn_of_unknown(daemon: Daemon, filters: Mapping[str, str | None]) -> None:
+    """Warn of an instance or role that is not there. The history may have requests of former ones."""
+    if (instance := filters["instance"]) is not None:
+        document = daemon.ask("GET", "/api/runtime/compute/instances")
+        ids = daemon.read(lambda body: [str(one["id"]) for one in body["instances"]], document)
+        if instance not in ids:
+            warn(f"there is no instance {instance!r}; there is: {listed(ids)}")
+    if (role := filters["role"]) is not None:
+        document = daemon.ask("GET", "/api/settings/models")
+        roles = daemon.read(lambda body: list(map(str, body["roles"])), document)
+        if role not in roles:
+            warn(f"there is no role {role!r}; there is: {listed(roles)}")
 
 
 def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:

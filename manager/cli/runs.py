@@ -46,7 +46,10 @@ def runs_group() -> None:
 @click.option("--lane", help="The role whose lane it waits in; else the model decides.")
 @click.option("--idempotent", is_flag=True, help="It may be executed again after the daemon ended in it.")
 @click.option(
-    "--expires", metavar="TIME", callback=_seconds, help="How long the result is kept: 90s, 15m, 2h, 30d."
+    "--expires",
+    metavar="TIME",
+    callback=_seconds,
+    help="How long the result is kept: 90s, 15m, 2h, 1h30m, 30d.",
 )
 @_talks
 def submit_run(

@@ -132,21 +132,21 @@ def size(size_bytes: int) -> str:
 
 
 def drained_text(drained: Drained) -> str:
-    """`drained until 2026-08-01 18:00 UTC: driver update`."""
-    until = "" if drained.until is None else f" until {_minute(drained.until)}"
+    """`drained until 2026-08-01 18:00:00 UTC: driver update`."""
+    until = "" if drained.until is None else f" until {_second(drained.until)}"
     reason = "" if drained.reason is None else f": {drained.reason}"
     return one_line(f"drained{until}{reason}")
 
 
 def _lifted_text(lifted: Lifted) -> str:
-    """`deny rules lifted until 2026-08-01 18:00 UTC (incident 7)`."""
+    """`deny rules lifted until 2026-08-01 18:00:00 UTC (incident 7)`."""
     reason = "" if lifted.reason is None else f" ({lifted.reason})"
-    return f"deny rules lifted until {_minute(lifted.until)}{reason}"
+    return f"deny rules lifted until {_second(lifted.until)}{reason}"
 
 
-def _minute(time: str) -> str:
-    """`2026-08-01 18:00 UTC`, from a time of the API."""
-    return f"{time[:10]} {time[11:16]} UTC"
+def _second(time: str) -> str:
+    """`2026-08-01 18:00:00 UTC`, from a time of the API."""
+    return f"{time[:10]} {time[11:19]} UTC"
 
 
 def _notes(instance: Instance) -> str:
@@ -226,7 +226,7 @@ def _names(cards: Sequence[Card]) -> str:
 
 
 def _ttl_left(instance: Instance) -> str:
-    if instance.driver == "external":
+    if instance.driver != "docker":
         return _NONE
     if instance.pinned:
         return "pinned"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from manager.cli import machine
+from manager.cli.doctor_engine import read_cards
 from manager.cli.failures import MISUSED, CommandError
 from manager.settings import load_templates, resolve_instances
 from manager.settings.model import GPU_TEMPLATE
@@ -54,12 +55,14 @@ class Needed:
 def needed(loaded: LoadedSettings) -> Needed:
     """Return what the configured instances need, and with `gpus: auto` the ones that each card would get.
 
+    Nothing is needed where no instance has a container, and no card is there to get one.
+
     Raises:
         ConfigurationError: the templates or the instances cannot be used.
     """
     templates = load_templates(loaded.settings)
     used = [spec.template for spec in resolve_instances(loaded, templates) if spec.template is not None]
-    if loaded.settings.gpus == "auto" and GPU_TEMPLATE in templates:
+    if loaded.settings.gpus == "auto" and GPU_TEMPLATE in templates and (used or read_cards()[0]):
         used.append(templates[GPU_TEMPLATE])
     volumes = (volume.source for template in used for volume in template.volumes if not volume.is_bind)
     images = (template.image for template in used)
@@ -79,6 +82,8 @@ def prepare(loaded: LoadedSettings, *, yes: bool) -> None:
         CommandError: something else cannot be done, nobody can be asked, or the answer was no.
     """
     need, settings = needed(loaded), loaded.settings
+    if not need.images:
+        return
     trouble = machine.why_no_engine(settings.engine.url)
     steps = list(machine.how_to_start(settings.engine.url, trouble)) if trouble is not None else []
     lacks = need if trouble is not None else asyncio.run(_lacking(settings.engine.url, need))

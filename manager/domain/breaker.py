@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
-from manager.errors import Reason
+from manager.errors import IllegalTransitionError, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -43,7 +43,8 @@ class Breaker(NamedTuple):
 
     `failures` and `openings` are those since the last success, `reason` that of the last failure. `opened_at`
     and `retry_at` are None while it is closed. `is_probed` is whether the half-open breaker's one request is
-    under way.
+    under way. `is_in_doubt` is whether the last request timed out while its model was loaded: that counts if
+    the next one times out too.
     """
 
     state: BreakerState = BreakerState.CLOSED
@@ -54,6 +55,7 @@ class Breaker(NamedTuple):
     opened_at: float | None = None
     retry_at: float | None = None
     is_probed: bool = False
+    is_in_doubt: bool = False
 
 
 NEW: Final = Breaker()
@@ -72,17 +74,21 @@ class OpenTimeEnded(NamedTuple):
 
 
 class Succeeded(NamedTuple):
-    """A request that was admitted in this generation was answered to its end."""
+    """A request that was admitted in this generation was answered; a stream that is a probe, begun."""
 
     generation: int
 
 
 class Failed(NamedTuple):
-    """A request that was admitted in this generation failed, and the server is at fault."""
+    """A request that was admitted in this generation failed, and the server is at fault.
+
+    `loads` is whether it timed out while the server may have been loading its model.
+    """
 
     generation: int
     reason: Reason
     now: float
+    loads: bool = False
 
 
 class Cancelled(NamedTuple):
@@ -100,13 +106,6 @@ class LimitsChanged(NamedTuple):
 
 
 BreakerEvent: TypeAlias = Admitted | OpenTimeEnded | Succeeded | Failed | Cancelled | Reset | LimitsChanged
-
-
-class IllegalBreakerEventError(Exception):
-    """The table has no such row: the program is wrong, not the world."""
-
-    def __init__(self, breaker: Breaker, event: BreakerEvent) -> None:
-        super().__init__(f"{event} cannot happen to {breaker}")
 
 
 # A load that fails says that the model does not fit there, and nothing about other models. Where the model
@@ -137,13 +136,13 @@ def step(breaker: Breaker, event: BreakerEvent, limits: BreakerLimits) -> Breake
     """Return the breaker after `event`.
 
     Raises:
-        IllegalBreakerEventError: it cannot happen in this state; that is a defect.
+        IllegalTransitionError: it cannot happen in this state; that is a defect.
     """
     if isinstance(event, (Succeeded, Failed, Cancelled)) and event.generation != breaker.generation:
         return breaker
     follow = _TABLE.get((breaker.state, type(event)))
     if follow is None:
-        raise IllegalBreakerEventError(breaker, event)
+        raise IllegalTransitionError(breaker, event)
     return follow(breaker, event, limits)
 
 
@@ -157,7 +156,7 @@ def _same(breaker: Breaker, _event: BreakerEvent, _limits: BreakerLimits) -> Bre
 
 def _probed(breaker: Breaker, event: Admitted, _limits: BreakerLimits) -> Breaker:
     if not admits(breaker, event.now):
-        raise IllegalBreakerEventError(breaker, event)
+        raise IllegalTransitionError(breaker, event)
     return breaker._replace(state=BreakerState.HALF_OPEN, generation=breaker.generation + 1, is_probed=True)
 
 
@@ -168,7 +167,7 @@ def _half_opened(breaker: Breaker, event: OpenTimeEnded, _limits: BreakerLimits)
 
 
 def _healed(breaker: Breaker, _event: Succeeded, _limits: BreakerLimits) -> Breaker:
-    return breaker._replace(failures=0, reason=None)
+    return breaker._replace(failures=0, reason=None, is_in_doubt=False)
 
 
 def _closed(breaker: Breaker, _event: BreakerEvent, _limits: BreakerLimits) -> Breaker:
@@ -176,6 +175,12 @@ def _closed(breaker: Breaker, _event: BreakerEvent, _limits: BreakerLimits) -> B
 
 
 def _failed_closed(breaker: Breaker, event: Failed, limits: BreakerLimits) -> Breaker:
+    if event.loads and not breaker.failures and not breaker.is_in_doubt:
+        return breaker._replace(is_in_doubt=True)
+    if breaker.is_in_doubt:
+        # The first time-out was none of a load, or of one that does not end in the time that there is.
+        is_second = event.reason is Reason.ATTEMPT_TIMEOUT
+        breaker = breaker._replace(failures=breaker.failures + is_second, is_in_doubt=False)
     if breaker.failures + 1 < limits.failures:
         return breaker._replace(failures=breaker.failures + 1, reason=event.reason)
     return _opened(breaker, event, limits)

@@ -43,7 +43,7 @@ class DenyRules:
             key: of the model.
             sizes: the number of parameters of each model by its key, where it is known.
         """
-        pattern = _matching(self.patterns, key)
+        pattern = denying(self.patterns, key)
         if pattern:
             return f"deny_models {pattern}"
         count = sizes.get(key)
@@ -75,7 +75,7 @@ class Denials:
 
 
 @lru_cache(maxsize=_MOST_KNOWN)
-def _matching(patterns: tuple[str, ...], key: str) -> str:
+def denying(patterns: tuple[str, ...], key: str) -> str:
     """Return the first pattern that a key matches, empty where none does."""
     for pattern in patterns:
         folded = pattern.strip().lower()

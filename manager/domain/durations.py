@@ -1,12 +1,17 @@
-"""Durations as text: `90s`, `15m`, `2h`, `30d`, or a number of seconds."""
+"""Durations as text: `90s`, `15m`, `2h`, `30d`, `1h30m`, or a number of seconds."""
 
 from __future__ import annotations
 
 import re
 
-_UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_DURATION = re.compile(r"(?P<number>[0-9]{1,9}(?:\.[0-9]{1,6})?)\s*(?P<unit>[smhd]?)", re.IGNORECASE)
-EXPECTED = "expected seconds, or a duration such as 90s, 15m, 2h or 30d"
+_UNITS_S = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_NUMBER = r"[0-9]{1,9}(?:\.[0-9]{1,6})?"
+_SECONDS = re.compile(_NUMBER)
+# At least one part, the largest unit first, each unit once.
+_PARTS = re.compile(
+    "(?=[0-9])" + "".join(rf"(?:(?P<{unit}>{_NUMBER})\s*{unit}\s*)?" for unit in _UNITS_S), re.IGNORECASE
+)
+EXPECTED = "expected seconds, or a duration such as 90s, 15m, 2h, 1h30m or 30d"
 
 
 def parse_duration(text: str) -> float:
@@ -15,10 +20,13 @@ def parse_duration(text: str) -> float:
     Raises:
         ValueError: it is no duration.
     """
-    match = _DURATION.fullmatch(text.strip())
+    text = text.strip()
+    if _SECONDS.fullmatch(text):
+        return float(text)
+    match = _PARTS.fullmatch(text)
     if match is None:
         raise ValueError(EXPECTED)
-    return float(match["number"]) * _UNITS_S[match["unit"].lower() or "s"]
+    return sum(float(match[unit]) * size_s for unit, size_s in _UNITS_S.items() if match[unit] is not None)
 
 
 def duration_text(seconds: float) -> str:

@@ -113,8 +113,8 @@ def decision_sentence(decision: Mapping[str, Any], asked: str) -> str:
     """Return one sentence about where a request would go.
 
     Args:
-        decision: with `attempts`, `passed_over`, `refused`, `role`, `runs_only` and `passes_to_raw`, in the
-            shape of the API.
+        decision: with `attempts`, `passed_over`, `refused`, `role`, `runs_only`, `would_wait` and
+            `passes_to_raw`, in the shape of the API.
         asked: the name that the request would give.
     """
     if decision["passes_to_raw"]:
@@ -130,7 +130,8 @@ def _would_go(decision: Mapping[str, Any], asked: str) -> str:
     if refused is not None or not attempts:
         return f"{one} would be refused: {refused['message'] if refused else 'no instance is left'}"
     first = attempts[0]
-    words = f"{one} would go to {_place(first['instance'], first['model'], asked)}"
+    would = "wait for a slot, then go" if decision.get("would_wait") else "go"
+    words = f"{one} would {would} to {_place(first['instance'], first['model'], asked)}"
     if first["fallback"] is not None:
         words += f", since {_since(first['fallback'], decision['passed_over'], None)}"
     return words + _then(attempts[1:])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from manager.domain.record import Outcome, RequestRecord
-    from manager.domain.routing import Attempt, Decision
+    from manager.domain.routing import Attempt, Decision, PassedOver
     from manager.errors import Reason
 
 # Longer texts are cut: a client chooses the length of its model, a server that of its error.
@@ -44,13 +44,14 @@ class Ended(NamedTuple):
     """A request that has ended, by reference: nothing is copied while it is under way.
 
     `attempts` is None where the request ended before a decision. `message` is the error that the client got,
-    empty without one.
+    empty without one. `full` are instances that it did not go to because their slots were taken.
     """
 
     record: RequestRecord
     attempts: Made | None
     failures: Sequence[Failure]
     message: str
+    full: Sequence[PassedOver] = ()
 
 
 class Filters(NamedTuple):
@@ -62,6 +63,7 @@ class Filters(NamedTuple):
     model: str | None = None
     instance: str | None = None
     outcome: Outcome | None = None
+    key: str | None = None
 
     def match(self, record: RequestRecord) -> bool:
         """Return whether a request that is still open is wanted. It has no outcome yet."""
@@ -70,11 +72,15 @@ class Filters(NamedTuple):
             and self.project in (None, record.project_id)
             and self.role in (None, record.role)
             and self.instance in (None, record.effective_target)
-            and (self.model is None or (record.model is not None and self.key == model_key(record.model)))
+            and self.key in (None, record.key)
+            and (
+                self.model is None
+                or (record.model is not None and self.wanted_model == model_key(record.model))
+            )
         )
 
     @property
-    def key(self) -> str | None:
+    def wanted_model(self) -> str | None:
         """The key of the wanted model: `tiny` and `tiny:latest` are one."""
         return None if self.model is None else model_key(self.model)
 
@@ -105,7 +111,7 @@ def decision_values(ended: Ended, *, is_open: bool = False) -> dict[str, Any]:
     failed = {_place(failure.attempt): failure for failure in ended.failures}
     outcome = None if is_open else ended.record.outcome
     return {
-        **_decided(decision),
+        **_decided(decision, ended.full),
         "attempts": [_attempt(one, failed.get(_place(one)), outcome) for one in made[:MOST_ATTEMPTS]],
         "more_attempts": max(0, len(made) - MOST_ATTEMPTS),
         "message": bounded(ended.message),
@@ -117,10 +123,11 @@ def _place(attempt: Attempt) -> tuple[str, str, bool]:
     return attempt.instance, attempt.model, attempt.because == "pull"
 
 
-def _decided(decision: Decision | None) -> Mapping[str, Any]:
+def _decided(decision: Decision | None, full: Sequence[PassedOver]) -> Mapping[str, Any]:
     if decision is None:
         return {"asked": None, "passed_over": [], "more_passed_over": 0, "refused": None}
     asked, refused = decision.request, decision.refused
+    passed_over = (*full, *decision.passed_over)
     return {
         "asked": {
             "model": bounded(asked.model),
@@ -135,9 +142,9 @@ def _decided(decision: Decision | None) -> Mapping[str, Any]:
                 "reason": one.reason,
                 "detail": bounded(one.detail),
             }
-            for one in decision.passed_over[:MOST_PASSED_OVER]
+            for one in passed_over[:MOST_PASSED_OVER]
         ],
-        "more_passed_over": max(0, len(decision.passed_over) - MOST_PASSED_OVER),
+        "more_passed_over": max(0, len(passed_over) - MOST_PASSED_OVER),
         "refused": refused
         and {"what": refused.what, "reason": refused.reason, "message": bounded(refused.message)},
     }

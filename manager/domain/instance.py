@@ -7,11 +7,15 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from manager.domain.roles import USUAL_KINDS
+from manager.domain.target import Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from datetime import datetime
+    from pathlib import Path
 
+    from manager.domain.money import Price
+    from manager.domain.paid import Offer
     from manager.domain.roles import RequestKind
     from manager.domain.template import Template
     from manager.errors import Reason
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
 class Driver(StrEnum):
     DOCKER = "docker"
     EXTERNAL = "external"
+    CLOUD = "cloud"
 
 
 class DeviceKind(StrEnum):
@@ -77,6 +82,17 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class KeySource:
+    """The place of the key for a server: an environment variable, or a file. Never the key itself."""
+
+    env: str | None = None
+    file: Path | None = None
+
+    def __str__(self) -> str:
+        return self.env or str(self.file)
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceSpec:
     """One configured instance with every default resolved.
 
@@ -85,6 +101,10 @@ class InstanceSpec:
     then. `device_kind` is None only for an external instance whose device was not declared. `serves` are
     the kinds of requests that it is there for. `slots` bounds its requests in flight, None is no limit.
     `deny_models` are patterns of models that it must not run, `max_parameters` bounds their size.
+
+    `protocol` is the API of its server, and `key` the place of the key for it. `prices` and `offers` are
+    those of a paid server: its models by name, and what each stands in for. `model_names` are the models of
+    an external server that cannot list them; None: it is asked.
     """
 
     id: str
@@ -103,6 +123,16 @@ class InstanceSpec:
     slots: int | None = None
     deny_models: tuple[str, ...] = ()
     max_parameters: int | None = None
+    protocol: Protocol = Protocol.OLLAMA
+    key: KeySource | None = None
+    prices: Mapping[str, Price] = field(default_factory=dict, hash=False)
+    offers: tuple[Offer, ...] = ()
+    model_names: tuple[str, ...] | None = None
+
+    @property
+    def is_paid(self) -> bool:
+        """Return whether each request to its server costs money."""
+        return self.driver is Driver.CLOUD
 
 
 @dataclass(frozen=True, slots=True)

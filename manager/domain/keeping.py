@@ -26,6 +26,7 @@ class Keeping:
     Attributes:
         is_kept: it was in memory when it was looked at last, or has left it since.
         trouble: why it could not be loaded, as the last event says; None while there is none.
+        detail: adds to the trouble in words.
         failures: loads in a row that have failed.
         losses: loads in a row after which it left memory soon.
         loaded_at: the monotonic time of the last load that succeeded.
@@ -34,6 +35,7 @@ class Keeping:
 
     is_kept: bool = False
     trouble: Reason | None = None
+    detail: str = ""
     failures: int = 0
     losses: int = 0
     loaded_at: float | None = None
@@ -48,17 +50,24 @@ class Keeping:
 
     def kept(self) -> Keeping:
         """It is in memory, and there is no trouble."""
-        return replace(self, is_kept=True, trouble=None, failures=0)
+        return replace(self, is_kept=True, trouble=None, detail="", failures=0)
 
-    def failed(self, now: float, reason: Reason, wait_s: float | None) -> Keeping:
+    def failed(self, now: float, reason: Reason, wait_s: float | None, *, detail: str = "") -> Keeping:
         """A load has failed; `wait_s` is when another one is worth a try, None where that is unknown."""
         failures = self.failures + 1
         pause_s = max(backoff.delay_s(failures), wait_s or 0.0)
-        return replace(self, is_kept=False, trouble=reason, failures=failures, retry_at=now + pause_s)
+        return replace(
+            self,
+            is_kept=False,
+            trouble=reason,
+            detail=detail,
+            failures=failures,
+            retry_at=now + pause_s,
+        )
 
-    def barred(self, reason: Reason) -> Keeping:
+    def barred(self, reason: Reason, detail: str = "") -> Keeping:
         """It is not to be loaded for now: it is denied there, or is not there."""
-        return replace(self, is_kept=False, trouble=reason)
+        return replace(self, is_kept=False, trouble=reason, detail=detail)
 
 
 def is_kept(expires_at: datetime | None, now: datetime) -> bool:

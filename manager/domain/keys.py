@@ -2,21 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from datetime import datetime
+
+# Secrets of one key that are in force at once: each rotation within the overlap of the last one adds one.
+MOST_SECRETS = 4
 
 
 class Scope(StrEnum):
-    """What a key is for. None of them includes another one, except that `admin` includes all."""
+    """What a key is for.
+
+    `client` is inference and the lists of models, `read` status, metrics and usage. `operator` starts, stops
+    and changes, and includes `read`. `admin` manages keys and budgets, and includes all others. An operator
+    does not use models: its key need not count as a client's.
+    """
 
     CLIENT = "client"
     READ = "read"
     OPERATOR = "operator"
     ADMIN = "admin"
+
+
+INCLUDED: Mapping[Scope, frozenset[Scope]] = MappingProxyType(
+    {
+        Scope.CLIENT: frozenset({Scope.CLIENT}),
+        Scope.READ: frozenset({Scope.READ}),
+        Scope.OPERATOR: frozenset({Scope.OPERATOR, Scope.READ}),
+        Scope.ADMIN: frozenset(Scope),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,5 +76,69 @@ class Grant:
     is_local: bool = False
 
     def may(self, scope: Scope) -> bool:
-        """Return whether the key has a scope."""
-        return scope in self.scopes or Scope.ADMIN in self.scopes
+        """Return whether the key has a scope, or one that includes it."""
+        return any(scope in INCLUDED[one] for one in self.scopes)
+
+
+class KeyState(StrEnum):
+    """Whether a key opens anything."""
+
+    ACTIVE = "active"
+    EXPIRED = "expired"
+    REVOKED = "revoked"
+
+
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """One secret of a key as it is stored: its SHA-256 and its first characters, which people know it by.
+
+    `ends_at` is the end of the overlap of a rotation; None for the newest one.
+    """
+
+    digest: bytes
+    prefix: str
+    created_at: datetime
+    ends_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the registry, with its secrets in the order of their creation, the newest last."""
+
+    grant: Grant
+    secrets: tuple[Secret, ...]
+    revoked_at: datetime | None = None
+    last_used_at: datetime | None = None
+
+    def state(self, now: datetime) -> KeyState:
+        if self.revoked_at is not None:
+            return KeyState.REVOKED
+        expires_at = self.grant.expires_at
+        return KeyState.EXPIRED if expires_at is not None and expires_at <= now else KeyState.ACTIVE
+
+    def digests(self, now: datetime) -> tuple[bytes, ...]:
+        """Return the digests of the secrets that open something at a time."""
+        if self.state(now) is not KeyState.ACTIVE:
+            return ()
+        return tuple(one.digest for one in self.secrets if one.ends_at is None or one.ends_at > now)
+
+    def next_end(self, now: datetime) -> datetime | None:
+        """Return when the key or one of its secrets ends next by itself; None if none does."""
+        if self.state(now) is not KeyState.ACTIVE:
+            return None
+        ends = [self.grant.expires_at, *(one.ends_at for one in self.secrets)]
+        return min((end for end in ends if end is not None and end > now), default=None)
+
+    def rotated(self, secret: Secret, now: datetime, old_ends_at: datetime) -> Key:
+        """Return the key with a new secret; the others end with the overlap, those that have ended go."""
+        kept = [one for one in self.secrets if one.ends_at is None or one.ends_at > now]
+        old = [
+            replace(one, ends_at=old_ends_at if one.ends_at is None else min(one.ends_at, old_ends_at))
+            for one in kept
+            if old_ends_at > now
+        ]
+        return replace(self, secrets=(*old, secret))
+
+    def revoked(self, now: datetime) -> Key:
+        """Return the key without its secrets: its name stays, so that the daemon stays closed."""
+        return replace(self, secrets=(), revoked_at=self.revoked_at or now)

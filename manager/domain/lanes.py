@@ -365,6 +365,11 @@ class Lanes:
         free = sum(max(0, count - found.used.get(name, 0)) for name, count in found.reserved.items())
         return SlotLoad(found.slots, found.total, free)
 
+    def has_room(self, name: str, instance: str) -> bool:
+        """Return whether a request of a lane would get a slot of an instance now."""
+        lane, slots = self._lanes.get(name), self._instances.get(instance)
+        return (lane is None or lane.has_room) and (slots is None or slots.has_room_for(name))
+
     def waiting(self) -> Iterator[Waiter]:
         """Yield all requests that wait."""
         for lane in self._lanes.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from manager.domain.instance import Phase
+from manager.errors import IllegalTransitionError
 
 
 class Fact(Enum):
@@ -23,13 +24,6 @@ class Fact(Enum):
     DIED_IN_DRAIN = "its container ended without us while leases were waited for"
     REMOVED = "its container is gone and what it held is given back"
     LOST = "an external server stopped answering"
-
-
-class IllegalTransitionError(Exception):
-    """The table has no such row: the program is wrong, not the world."""
-
-    def __init__(self, phase: Phase, fact: Fact) -> None:
-        super().__init__(f"no transition from {phase.value} when {fact.value} ({fact.name})")
 
 
 _TABLE: dict[tuple[Phase, Fact], Phase] = {
@@ -73,4 +67,4 @@ def advance(phase: Phase, fact: Fact) -> Phase:
     try:
         return _TABLE[phase, fact]
     except KeyError:
-        raise IllegalTransitionError(phase, fact) from None
+        raise IllegalTransitionError(phase.value, f"{fact.value} ({fact.name})") from None

@@ -17,6 +17,8 @@ Outcome: TypeAlias = Literal[
     "ok", "client_error", "client_gone", "refused", "upstream_error", "timeout", "cut"
 ]
 
+# The provider of all servers that cost nothing.
+LOCAL = "local"
 # A record names at most so many failed attempts; `attempts` counts all of them.
 _MAX_FAILED_ATTEMPTS = 16
 
@@ -35,7 +37,8 @@ class RequestRecord:
     `sampled` says whether the trace is recorded. `endpoint` is that of the effective target. `kind` is None
     for requests that manage models. `attempts` counts every time that the request was put to an instance, or
     that an instance was prepared for it; `failed_attempts` names the first of those that brought no answer.
-    `fallback_from` is the instance or policy that was preferred, None without a fallback.
+    `provider` is `LOCAL`, or the paid server that was asked. `fallback_from` is the instance or policy that
+    was preferred, None without a fallback. `key` is the name of the client's key, None where none is needed.
 
     `shadow_target` is the instance that a decision names which is only recorded, `shadow_refused` why it
     would refuse, and `disagreement` how it differs from the answer.
@@ -59,7 +62,7 @@ class RequestRecord:
     model: str | None = None
     requested_target: str | None = None
     effective_target: str | None = None
-    provider: Literal["local"] = "local"
+    provider: str = LOCAL
     endpoint: str | None = None
     policy: str | None = None
     fallback: bool = False

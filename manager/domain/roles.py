@@ -8,6 +8,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from manager.domain.denial import denying
 from manager.domain.models import DEFAULT_TAG, model_key
 
 if TYPE_CHECKING:
@@ -121,6 +122,21 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class Fallback:
+    """The use of paid servers: none while `enabled` is off, and none at all while `force_local` is on.
+
+    `order` has the only ones that are used, in this order; empty: all, as they are configured.
+    """
+
+    enabled: bool = False
+    force_local: bool = False
+    order: tuple[str, ...] = ()
+
+
+NO_FALLBACK = Fallback()
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingSettings:
     """All that the operator decides about routing.
 
@@ -132,6 +148,7 @@ class RoutingSettings:
     models: Mapping[str, BodyChanges] = field(default_factory=dict)
     auto_pull: bool = False
     list_roles: bool = True
+    fallback: Fallback = NO_FALLBACK
 
     def role(self, name: str) -> Role | None:
         """The role of that name, in any case: names of models ignore case as well."""
@@ -221,8 +238,14 @@ def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+_NO_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+
 def role_contradictions(
-    roles: Mapping[str, Role], gpu_of: Mapping[str, bool | None], slots_of: Mapping[str, int | None]
+    roles: Mapping[str, Role],
+    gpu_of: Mapping[str, bool | None],
+    slots_of: Mapping[str, int | None],
+    deny_of: Mapping[str, tuple[str, ...]] = _NO_RULES,
 ) -> Iterator[tuple[str, str, str]]:
     """Yield problems, as (role, field, message).
 
@@ -230,9 +253,11 @@ def role_contradictions(
         roles: all roles.
         gpu_of: for every instance whether it runs on a GPU, None where that is not declared.
         slots_of: the slots of instances; None or no entry: without a limit.
+        deny_of: the `deny_models` of instances. What is denied by its size is not known before it is there.
     """
     for role in roles.values():
         yield from _instance_contradictions(role, gpu_of)
+        yield from _denied(role, deny_of)
         if role.mode == "async" and role.kind is RequestKind.TRANSCRIBE:
             yield role.name, "mode", "runs take no transcriptions; expected sync"
         if role.target is not None and role.target not in gpu_of:
@@ -271,6 +296,15 @@ def _instance_contradictions(role: Role, gpu_of: Mapping[str, bool | None]) -> I
     for name in role.keep_warm:
         if name not in role.instances:
             yield role.name, "keep_warm", f"{name!r} is none of its instances; expected {allowed}"
+
+
+def _denied(role: Role, deny_of: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, str, str]]:
+    """Yield the problems of models that are to be kept where their names are denied."""
+    for name in role.keep_warm:
+        rule = denying(deny_of.get(name, ()), model_key(role.model)) if role.model is not None else ""
+        if rule:
+            message = f"{name} must not run {role.model!r} (deny_models {rule})"
+            yield role.name, "keep_warm", f"{message}; expected another instance, or another model"
 
 
 def _reservation_contradictions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
 from manager.domain.overload import behind_others
+from manager.domain.paid import Wish, verdicts
 from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
 from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from manager.domain.denial import Denials
     from manager.domain.keys import Permit
     from manager.domain.overload import Order, Overloaded, Overloads
+    from manager.domain.paid import Offer, Verdict
     from manager.domain.roles import Role, RoutingSettings
 
 # The role whose model every embedding request of that name obeys: vectors of two places must be comparable.
@@ -38,6 +40,7 @@ _STARTABLE = State.STARTABLE
 _CPU = DeviceKind.CPU
 _NOTHING_MOVED: Mapping[str, Order] = {}
 _GPU = DeviceKind.GPU
+_UNAVAILABLE = Reason.INSTANCE_UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Candidate:
     its name, None while its list was never read; `loaded` are keys. `why_out` is set exactly for `State.OUT`,
     and `detail` adds to it in words. `serves` are the kinds of requests that it is there for. `overloads` is
     None where it is not overloaded. `denials` say which models it must not run, None where it may run any.
+    One that is `paid` is used as a last resort only, for what its `offers` stand in for; it has no `models`.
+    `pulls` is whether its server can be asked to pull a model.
     """
 
     id: str
@@ -61,6 +66,9 @@ class Candidate:
     detail: str = ""
     overloads: Overloads | None = None
     denials: Denials | None = None
+    paid: bool = False
+    offers: tuple[Offer, ...] = ()
+    pulls: bool = True
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,21 @@ class Snapshot:
             found = self._serving[kind] = self if len(able) == len(self.candidates) else Snapshot(able)
         return found
 
+    @property
+    def local(self) -> Snapshot:
+        """The instances that cost nothing."""
+        return self._local if self.paid else self
+
     # Worked out when they are first asked for: most snapshots are replaced before.
+
+    @cached_property
+    def paid(self) -> tuple[Candidate, ...]:
+        """The instances that cost money."""
+        return tuple([one for one in self.candidates if one.paid])
+
+    @cached_property
+    def _local(self) -> Snapshot:
+        return Snapshot(tuple([one for one in self.candidates if not one.paid]))
 
     @cached_property
     def _serving(self) -> dict[RequestKind, Snapshot]:
@@ -167,8 +189,10 @@ class RequestFacts(NamedTuple):
     local_only: bool = False
 
 
-Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull"]
-What: TypeAlias = Literal["unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied"]
+Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull", "paid"]
+What: TypeAlias = Literal[
+    "unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied", "local_only"
+]
 
 
 class Load(Protocol):
@@ -229,14 +253,14 @@ class Refused:
     message: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
     """The groups of instances that one request may go to, the first one first.
 
     Every instance that has the model, or may have it, is in an attempt or was passed over, never both and
     never twice for one model. Only an overloaded one may be both: it is attempted after the others. `refused`
     is set exactly when there is no attempt. `is_async` is whether the role takes runs only, no requests that
-    wait for their answer.
+    wait for their answer. `by_place` is whether the role orders its instances: each is a group of its own.
     """
 
     request: RequestFacts
@@ -247,6 +271,34 @@ class Decision:
     passed_over: tuple[PassedOver, ...]
     refused: Refused | None = None
     is_async: bool = False
+    by_place: bool = False
+
+    @cached_property
+    def has_equals(self) -> bool:
+        """Whether another instance could answer as well as the first one."""
+        first, *others = self.groups
+        return len(first.instances) > 1 or bool(self.by_place and others and others[0].choice == first.choice)
+
+    def leaning(self, instance: str, load: Load) -> Attempt | None:
+        """Return the attempt on an instance that is to go before the ones that a role prefers by its order.
+
+        None where it is none of them, does not have the model in memory, is overloaded, or has a higher load.
+        """
+        first = self.groups[0]
+        if not self.by_place or instance in first.instances:
+            return None
+        for group in self.groups:
+            if group.choice != first.choice:
+                return None
+            if instance in group.instances:
+                is_free = load[instance] <= min(map(load.__getitem__, first.instances))
+                if group.because != "loaded" or not is_free or self._is_overloaded(instance):
+                    return None
+                return group.attempt(instance)._replace(fallback=first.fallback)
+        return None
+
+    def _is_overloaded(self, instance: str) -> bool:
+        return any(one.instance == instance and one.reason is Reason.OVERLOADED for one in self.passed_over)
 
     def first(self, load: Load) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
@@ -283,20 +335,19 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     name, pin = split_pin(request.model)
     pin = pin or request.instance
     lane = settings.role(request.lane) if request.lane else None
-    if request.lane and lane is None:
-        message = f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    if request.lane and (lane is None or lane.kind is not request.kind):
+        message = _no_lane(request, lane, settings)
         return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
-    if lane is not None and lane.kind is not request.kind:
-        lane = None  # its rules are for another kind of request
     if pin is not None and snapshot.get(pin) is None:
         message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
         return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
     able = snapshot.serving(request.kind)
+    local = able.local
     if (snapshot.candidates and not able.candidates) or (pin is not None and able.get(pin) is None):
         who = f"{pin} does not" if pin else "no instance does"
         message = f"this request wants to {request.kind}, and {who}; one that does says so in its `serves`"
         return _refusal(request, None, pin, Refused("contradiction", Reason.POLICY, message))
-    role = settings.role_meant(name, is_model=lambda key: bool(able.having(key)))
+    role = settings.role_meant(name, is_model=lambda key: bool(local.having(key)))
     if role is not None:
         if role.kind is not request.kind:
             message = f"the role {role.name!r} does {role.kind}, and this request wants to {request.kind}"
@@ -304,7 +355,8 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         legs = list(_legs(role, settings))
         if not legs:
             message = f"the role {role.name!r} has no model; set one under roles.{role.name}.model"
-            return _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
+            decision = _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
+            return _with_paid(decision, (), role, settings, able) if able.paid else decision
     else:
         # A lane adds its rules, not its fallbacks: those have models of their own. Those of the role
         # `embedding` have the same one.
@@ -312,7 +364,65 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         embedding = _embedding_role(name, request.kind, settings)
         if lane is None and embedding is not None:
             role, legs = embedding, [_Leg(name, leg.role) for leg in _legs(embedding, settings)]
-    return _Decider(request, settings, able, role, pin, everybody=snapshot).over(legs)
+    decision = _Decider(request, settings, local, role, pin, everybody=snapshot.local).over(legs)
+    return (
+        _with_paid(decision, tuple(leg.model for leg in legs), role, settings, able)
+        if able.paid
+        else decision
+    )
+
+
+def _with_paid(
+    decision: Decision, models: tuple[str, ...], role: Role | None, settings: RoutingSettings, able: Snapshot
+) -> Decision:
+    """Return a decision with the paid servers: as the last attempts, or passed over, each with why."""
+    request, groups, refused = decision.request, decision.groups, decision.refused
+    named, pin = split_pin(request.model)
+    wish = Wish(named, models, role, request.kind, pin or request.instance, request.local_only)
+    found = tuple(verdicts(wish, settings, able.paid))
+    # Where there are local attempts, the failure of the first one is what is reported.
+    why: Reason | None = _UNAVAILABLE if refused is None else refused.reason
+    if wish.pin is not None:
+        why = None  # it is what the request asks for
+    timeout_s = role.timeout_s(len(role.instances or ())) if role is not None else None
+    choice = max((group.choice for group in groups), default=-1) + 1
+    paid = tuple(
+        Group((one.instance,), one.model, role.name if role else None, "paid", why, timeout_s, choice + place)
+        for place, one in enumerate(one for one in found if one.reason is None)
+    )
+    passed = (
+        PassedOver(one.instance, one.model, one.reason, one.detail) for one in found if one.reason is not None
+    )
+    if paid:
+        refused = None
+    elif refused is not None:
+        refused = next(filter(None, (_paid_refusal(one, refused, wish.pin) for one in found)), refused)
+    return replace(
+        decision, groups=groups + paid, passed_over=(*decision.passed_over, *passed), refused=refused
+    )
+
+
+def _paid_refusal(verdict: Verdict, local: Refused, pin: str | None) -> Refused | None:
+    """Return the refusal of a request that only a paid server could answer; None where that is not it."""
+    reason = verdict.reason
+    if reason is None or not verdict.is_meant or (local.what == "unavailable" and pin is None):
+        return None
+    if reason in (Reason.POLICY, Reason.LOCAL_ONLY):
+        message = f"{verdict.model!r} on {verdict.instance} costs money and may not answer: {verdict.detail}"
+        return Refused("local_only", reason, message)
+    message = f"{verdict.instance} has {verdict.model!r} and cannot be used now ({reason}"
+    return Refused(
+        "unavailable", reason, f"{message}; {verdict.detail})" if verdict.detail else f"{message})"
+    )
+
+
+def _no_lane(request: RequestFacts, lane: Role | None, settings: RoutingSettings) -> str:
+    """Return the message about a lane that is no role, or one of another kind."""
+    if lane is None:
+        return f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
+    able = [one.name for one in settings.roles.values() if one.kind is request.kind]
+    wants = f"this request wants to {request.kind}; lanes for that: {listed(able)}"
+    return f"X-Lane: the lane {lane.name!r} does {lane.kind}, and {wants}"
 
 
 def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> Role | None:
@@ -412,6 +522,7 @@ class _Decider:
             passed_over=tuple(self._once_each() if others else self._passed_over),
             refused=None if self._groups else self._why_none(first),
             is_async=role is not None and role.mode == "async",
+            by_place=first.role is not None and first.role.instances is not None,
         )
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
@@ -482,7 +593,11 @@ class _Decider:
         having, unread = self._snapshot.having(key), self._snapshot.unread()
         if not self._settings.auto_pull or any(places is None or one.id in places for one in having):
             return having, unread
-        without = (one for one in self._snapshot.candidates if one.models is not None and one not in having)
+        without = [
+            one
+            for one in self._snapshot.candidates
+            if one.models is not None and one.pulls and one not in having
+        ]
         return having, unread, tuple(without)
 
     def _ranking(self, leg: _Leg) -> tuple[str | None, Mapping[DeviceKind | None, int | None], bool]:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.domain import backoff
+from manager.errors import IllegalTransitionError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -42,13 +43,6 @@ class RunFact(Enum):
     WITHDRAWN = "its request was not sent after all"
     POSTPONED = "nothing could serve it"
     EXPIRED = "its result is not kept any longer"
-
-
-class IllegalRunTransitionError(Exception):
-    """The table has no such row: the program is wrong, not the world."""
-
-    def __init__(self, status: RunStatus, fact: RunFact) -> None:
-        super().__init__(f"a run that is {status.value} cannot go on when {fact.value} ({fact.name})")
 
 
 # A run is queued until its request is sent: it waits for its turn, for a slot or for a start.
@@ -144,12 +138,12 @@ def advance(status: RunStatus, fact: RunFact) -> RunStatus:
     """Return the status after `fact`.
 
     Raises:
-        IllegalRunTransitionError: the table has no such row.
+        IllegalTransitionError: the table has no such row.
     """
     try:
         return _TABLE[status, fact]
     except KeyError:
-        raise IllegalRunTransitionError(status, fact) from None
+        raise IllegalTransitionError(status.value, f"{fact.value} ({fact.name})") from None
 
 
 def is_final(run: Run) -> bool:

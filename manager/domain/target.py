@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -31,9 +31,9 @@ class Target:
 
     instance: str
     endpoint: str
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    headers: tuple[tuple[bytes, bytes], ...] = field(default=(), repr=False)  # they hold secrets
     protocol: Protocol = Protocol.OLLAMA
-    prices: Mapping[str, Price] | None = None
+    prices: Mapping[str, Price] | None = field(default=None, hash=False)
     repeatable: bool = True
 
     @property

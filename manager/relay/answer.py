@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
+from manager.domain.record import LOCAL
 from manager.relay.upstream import AnswerHead
 from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from manager.domain.record import RequestRecord
 
+_LOCAL = b"X-Provider: local\r\n"
 EVENT_STREAM = b"text/event-stream"
 _NO_BUFFERING = b"Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"
 _WITHOUT_BODY = (204, 304)
@@ -181,19 +183,29 @@ class AnswerWriter:
         return b"\n" if last.endswith(b"\n") else ends
 
 
-def stamp(record: RequestRecord, for_page: bytes, attempt: tuple[str, str] | None) -> bytes:
+def stamp(
+    record: RequestRecord,
+    for_page: bytes,
+    attempt: tuple[str, str] | None,
+    provider: bytes | None = None,
+) -> bytes:
     """Return the headers that tell where an answer comes from, and why from there.
 
     Args:
         record: of the request.
         for_page: lines that let a page in a browser read the answer.
         attempt: instance and model; None where no instance was asked.
+        provider: the line with the provider, where it is not that of the record.
     """
     where = b"" if attempt is None else _where(*attempt)
-    lines = b"%bX-Request-Id: %b\r\n%bX-Queue-Ms: %d\r\n" % (
+    if provider is None:
+        name = record.provider
+        provider = _LOCAL if name is LOCAL else b"X-Provider: %b\r\n" % name.encode()
+    lines = b"%bX-Request-Id: %b\r\n%b%bX-Queue-Ms: %d\r\n" % (
         for_page,
         record.request_id.encode(),
         where,
+        provider,
         record.queue_ms,
     )
     if record.fallback and record.fallback_reason is not None:

@@ -10,6 +10,7 @@ from manager.wire.encoding import CONTENT_ENCODING, encoding_of
 from manager.wire.head import ambiguity, forwarded
 
 if TYPE_CHECKING:
+    from manager.domain.keys import Grant
     from manager.relay.relay import Relay
     from manager.relay.upstream import Address
     from manager.services.requests import Origin
@@ -25,6 +26,7 @@ class Caller:
 
     `ambiguity` is why nobody could serve it: its framing, or a header of ours that makes no sense.
     `lines` are those of it that the server is to see, `for_page` those of the answer that let a page read it.
+    `grant` is the key, None where none is needed; that of a refused request too where its key is known.
     `encoding` is that of the body where it is decoded here. `version` is that of the rules of access.
     """
 
@@ -37,6 +39,7 @@ class Caller:
     origin: Origin
     encoding: Encoding | None
     version: int
+    grant: Grant | None = None
     _begun: tuple[Address, bytes, tuple[Header, ...], bytes] | None = None
 
     def head_for(self, address: Address, target: bytes, added: tuple[Header, ...] = ()) -> bytes:
@@ -75,8 +78,8 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
         modern: whether the request has HTTP/1.1. One with HTTP/1.0 may come without a Host, so that what was
             read of it holds for no other request.
     """
-    refusal = relay.access.refusal(route.path, headers, needs_host=modern)
-    origin = relay.requests.origin(headers)
+    refusal, grant = relay.access.check("POST", route.path, headers, needs_host=modern)
+    origin = relay.requests.origin(headers, grant)
     encoding = encoding_of(route, headers)
     withheld = relay.requests.names.all
     if encoding is not None:
@@ -91,4 +94,5 @@ def read_caller(relay: Relay, route: Route, headers: list[Header], *, modern: bo
         origin=origin,
         encoding=encoding,
         version=relay.access.version,
+        grant=grant,
     )

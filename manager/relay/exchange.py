@@ -14,9 +14,11 @@ import structlog
 from manager.domain.judgement import GOOD
 from manager.domain.models import model_key
 from manager.domain.routing import RequestFacts
+from manager.domain.target import Protocol as ServerProtocol
 from manager.domain.target import Target
 from manager.errors import OutOfDescriptorsError, Reason
 from manager.relay.answer import EVENT_STREAM, AnswerWriter, ClientSide, stamp
+from manager.relay.translated import NO_CHANGES, Translated, early_provider, payment_lines
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, Wait
 from manager.services.steps import in_steps
@@ -29,11 +31,13 @@ from manager.wire.rewriting import body_for, rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
     INTERNAL_ERROR,
+    LATER,
+    NO_RETRY,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
     judge,
     outcome_of,
-    outcome_without_answer,
+    outcome_of_trouble,
     retry_after_s,
     status_of,
 )
@@ -42,7 +46,7 @@ from manager.wire.unload import unloaded, unloads
 from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
 
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.roles import BodyChanges
@@ -60,10 +64,8 @@ _UPLOAD_STALL_S = 60.0
 _MAX_HELD_BYTES = 64 * 1024
 _MAX_HOLDING_S = 5.0
 _OK = 200
+_OLLAMA = ServerProtocol.OLLAMA
 _NO_ROOM = "the bodies of all requests together reach gateway.max_buffered; try again later"
-_LATER = {"Retry-After": "1"}
-# The libraries of OpenAI and Anthropic repeat a request at any 503, unless the answer says no.
-_NO_RETRY = {"X-Should-Retry": "false"}
 
 
 class _State(Enum):
@@ -98,6 +100,12 @@ class _Held(NamedTuple):
 _ENDED_WELL = _End("ok")
 
 
+def _whole(content: bytes) -> _Held:
+    """Return a native answer of our own."""
+    kind = b"application/json; charset=utf-8"
+    return _Held(AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind), content)
+
+
 class Front(ClientSide, Protocol):
     """The connection of a client, as an exchange uses it. `relay.front` has the class that implements it."""
 
@@ -130,7 +138,7 @@ class Exchange:
     is_left = False
     _state = _State.READING
     _size = 0
-    _refusal: tuple[int, str, dict[str, str]] | None = None
+    _refusal: tuple[int, str, Mapping[str, str]] | None = None
     _record: RequestRecord | None = None
     _attempting: Attempting | None = None
     _body: InferenceBody | None = None
@@ -140,8 +148,10 @@ class Exchange:
     _load: tuple[str, str] | None = None
     _next_comment_at: float | None = None
     _swallow = False
+    _is_probe = False
     _unloads = False
     _still_loaded = ""
+    _translated: Translated | None = None  # where the server is no Ollama
     _status = 0
     _held_head: AnswerHead | None = None
     _held_since = 0.0
@@ -182,11 +192,11 @@ class Exchange:
 
     # --- what the client's side calls ---
 
-    def refuse(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """Answer with this error when the turn comes, whatever the body says."""
         self._refusal = (status, message, headers or {})
 
-    def refuse_now(self, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def refuse_now(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         """As `refuse`, and without waiting for the rest of the body."""
         if self._refusal is None:
             self._drop_body()
@@ -205,7 +215,7 @@ class Exchange:
         if self._size + len(body) > self._relay.limits.most_body_bytes:
             self.refuse_size()
         elif not self._take_bytes(len(body)):
-            self.refuse_now(UNAVAILABLE, _NO_ROOM, _LATER)
+            self.refuse_now(UNAVAILABLE, _NO_ROOM, LATER)
         else:
             self._parts.append(body)
 
@@ -258,7 +268,7 @@ class Exchange:
 
     def cut(self, why: str) -> None:
         """End it now, and say so as far as the dialect allows."""
-        self._fail(UNAVAILABLE, f"cut off: {why}", "cut")
+        self._fail(UNAVAILABLE, f"cut off: {why}", "cut", LATER)
 
     def give_up(self) -> None:
         """The client has left, and so have all that waited for the same load."""
@@ -280,11 +290,11 @@ class Exchange:
         if self._state is _State.WAITING and load is not None and self._relay.loads.others_wait(self, load):
             self._left = "cut"
             self.is_left = self.response_complete = True
-            self._tell(front, UNAVAILABLE, why, _NO_RETRY)
+            self._tell(front, UNAVAILABLE, why, NO_RETRY)
             self._give_slot_back()
             self._let_go()
         else:
-            self._fail(UNAVAILABLE, why, "cut", _NO_RETRY)
+            self._fail(UNAVAILABLE, why, "cut", NO_RETRY)
 
     def check(self, now: float) -> None:
         """Look at the deadlines; called a few times a second."""
@@ -339,6 +349,9 @@ class Exchange:
         self._is_active = True
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it has asked)
+        if self._translated is not None:
+            self._translated_head(head, self._translated)
+            return
         judgement = judge(head.status) if head.status >= BAD_REQUEST else GOOD
         # Only the words of an internal error say whether it is about the request or the server.
         if attempting.might_follow(judgement) or head.status == INTERNAL_ERROR:
@@ -361,6 +374,7 @@ class Exchange:
         self._state = _State.STREAMING
         self._status = head.status
         record.ttfb_ms = (monotonic() - self._began_at) * 1000  # comments do not count
+        self._is_probe = record.stream and head.status == _OK and attempting.is_probe
         if not self._answer.is_begun:
             record.status = head.status
             body = self._body
@@ -369,7 +383,7 @@ class Exchange:
             # The client has a head already, so that only a stream of events can follow it.
             self._swallow = head.status != _OK or not head.content_type.startswith(EVENT_STREAM)
 
-    def answer_came(self, data: bytes, *, complete: bool) -> None:
+    def answer_came(self, data: bytes, *, complete: bool) -> None:  # noqa: C901  (a call more a piece costs)
         self._is_active = True
         if complete:
             self._connection = None
@@ -378,11 +392,18 @@ class Exchange:
             return
         if self._state is not _State.STREAMING:
             return
+        if self._translated is not None:
+            written = self._translation_of(data, complete=complete)
+            if written is None:
+                return
+            data = written
         if data:
             tail = self._tail
             tail += data
             if len(tail) > 4 * TAIL_BYTES:
                 del tail[:-TAIL_BYTES]
+            if self._is_probe and not complete:  # the end of a whole answer decides
+                self._probed(data)
             if self._swallow:
                 data = b""
         end = self._end_of_answer() if complete else None
@@ -393,6 +414,12 @@ class Exchange:
             self._forget_body()  # nothing is sent a second time from here on
         if end is not None:
             self._end_with(end)
+
+    def _probed(self, data: bytes) -> None:
+        """Take in the beginning of the stream of a request that tries a half-open breaker."""
+        self._is_probe = False
+        if self._attempting is not None and not self._swallow and error_in(data) is None:
+            self._attempting.begun()
 
     def _end_with(self, end: _End) -> None:
         if end.fault is not None:
@@ -407,6 +434,10 @@ class Exchange:
         """Read the answer of a server that failed, before another attempt is made."""
         self._tail += data
         if len(self._tail) > _MAX_HELD_BYTES:
+            if self._translated is not None:
+                self._drop_connection()
+                self._judge_held(None)
+                return
             head = self._held_head
             assert head is not None  # noqa: S101  (it is being held)
             kept, self._tail = bytes(self._tail), bytearray()
@@ -425,6 +456,9 @@ class Exchange:
         assert attempting is not None  # noqa: S101
         self._held_head = None
         self._tail.clear()
+        if self._translated is not None:
+            self._judge_translated(head, body, self._translated)
+            return
         message = f"{attempting.work.instance} answered with status {head.status}"
         held = None
         if body is not None:
@@ -439,6 +473,98 @@ class Exchange:
             self._deliver_held(held)
         else:
             self._fail(502, message, "upstream_error")
+
+    # --- a server that is no Ollama ---
+
+    def _translate(self, target: Target) -> None:
+        """Say the request in the words of the target, then send it there."""
+        body, record, attempting = self._body, self._record, self._attempting
+        assert body is not None  # noqa: S101  (all of these come before a target)
+        assert record is not None  # noqa: S101
+        assert attempting is not None  # noqa: S101
+        self._state = _State.CONNECTING
+        content = Translated.nothing_to_do(body, self._route, attempting.work.model)
+        if content is not None:
+            attempting.answered(GOOD)
+            self._deliver_held(_whole(content))
+            return
+        translated = self._translated = Translated(self._route, target, record, body, attempting)
+        if not body.is_small:
+            self._spawn(partial(self._translate_large, translated, target))
+            return
+        message = translated.say()
+        if message is None:
+            self._connect(target)
+        else:
+            self._follow(attempting.unsayable(message))
+
+    async def _translate_large(self, translated: Translated, target: Target) -> None:
+        message = await asyncio.to_thread(translated.say)
+        self._task = None
+        if message is None:
+            self._connect(target)
+        elif self._attempting is not None:
+            self._follow(self._attempting.unsayable(message))
+
+    def _translated_head(self, head: AnswerHead, translated: Translated) -> None:
+        attempting, body = self._attempting, self._body
+        assert attempting is not None  # noqa: S101  (it has asked)
+        if head.status != _OK:
+            self._state = _State.HOLDING
+            self._held_head = head
+            self._held_since = monotonic()
+            return
+        attempting.answered(GOOD)
+        if translated.is_whole:  # its head follows when its length is known
+            assert self._record is not None  # noqa: S101  (its turn has come)
+            self._state = _State.STREAMING
+            self._status = _OK
+            self._record.ttfb_ms = (monotonic() - self._began_at) * 1000
+        else:
+            self._deliver(translated.head_for_client(head, stream=body is not None and body.stream))
+
+    def _translation_of(self, data: bytes, *, complete: bool) -> bytes | None:
+        """Return what the client gets for what has come; None where nothing is written now."""
+        attempting, translated = self._attempting, self._translated
+        assert attempting is not None  # noqa: S101  (it has asked)
+        assert translated is not None  # noqa: S101  (its server is no Ollama)
+        data = translated.came(data, complete=complete)
+        fault = translated.fault
+        if fault is None:
+            if translated.is_whole and not self._answer.is_begun:
+                if not complete:
+                    return None
+                assert self._record is not None  # noqa: S101  (its turn has come)
+                self._record.status = _OK
+                self._answer.begin(translated.whole_head(len(data)), self._stamp(), stream=False)
+            return data
+        self._drop_connection()
+        message = f"{attempting.work.instance}: {fault}"
+        if self._record is not None:  # what a part of an answer costs is paid
+            self._record.input_tokens, self._record.output_tokens = translated.tokens
+        if data:
+            self._tail += data
+            if self._answer.write(self._front, data):
+                attempting.delivered()
+        if attempting.is_delivered or not (self._answer.retract() or not self._answer.is_begun):
+            attempting.broke_off(Reason.UPSTREAM_ERROR)
+            self._fail(502, message, "upstream_error")
+        else:
+            self._follow(attempting.failed(Reason.INVALID_OUTPUT, message, sent=True))
+        return None
+
+    def _judge_translated(self, head: AnswerHead, body: bytes | None, translated: Translated) -> None:
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (it has asked)
+        error = translated.error(head, body)
+        held = _Held(error.head, error.content)
+        wait_s = retry_after_s(head.lines)
+        step = attempting.answered(error.judgement, error.message, held, retry_after_s=wait_s)
+        if step is not None:
+            self._follow(step)
+        else:
+            self._translated = None  # what is written now is said already
+            self._deliver_held(held)
 
     def _deliver_held(self, held: _Held) -> None:
         self._deliver(held.head)
@@ -521,7 +647,7 @@ class Exchange:
         except NoRoomError:
             body = None
         if body is None:
-            self._fail(UNAVAILABLE, _NO_ROOM, "refused", _LATER)
+            self._fail(UNAVAILABLE, _NO_ROOM, "refused", LATER)
             return
         if encoding is not None and self._as_came is None:
             self._size -= encoded_bytes
@@ -551,7 +677,11 @@ class Exchange:
         record.stream = body.stream
         record.model = model
         facts = RequestFacts(
-            model=model, kind=self._route.kind, instance=self._caller.origin.instance, lane=record.lane
+            model=model,
+            kind=self._route.kind,
+            instance=self._caller.origin.instance,
+            lane=record.lane,
+            local_only=record.local_only,
         )
         if "keep_alive" in body.fields and unloads(body, self._route):
             self._unloads = True
@@ -601,24 +731,34 @@ class Exchange:
                 self._end_load()
             if self._connection is not None:
                 self._drop_connection()
+            self._translated = None
             if self._front is None:
                 self._finish(self._left)  # the load that others wait for was this server's
                 return
         if isinstance(step, Target):
-            pool = self._relay.pools.pool(step.endpoint)
-            # What closed one kept connection, such as a restart of the server, has closed the others too.
-            connection = None if attempting.has_repeated else pool.idle()
-            if connection is not None:
-                self._send(connection)
+            if step.protocol is _OLLAMA:
+                self._connect(step)
             else:
-                self._state = _State.CONNECTING
-                self._spawn(partial(self._open, pool))
+                self._translate(step)
         elif isinstance(step, Wait):
             if not attempting.is_waiting:
                 self._state = _State.PREPARING
             self._spawn(self._wait)
         else:
             self._report(step)
+
+    def _connect(self, target: Target) -> None:
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (it gave the target)
+        pool = self._relay.pools.pool(target.endpoint)
+        # What closed one kept connection, such as a restart of the server, has closed the others too. What
+        # cannot be repeated is not risked on a kept one.
+        connection = None if attempting.has_repeated or not target.repeatable else pool.idle()
+        if connection is not None:
+            self._send(connection)
+        else:
+            self._state = _State.CONNECTING
+            self._spawn(partial(self._open, pool))
 
     async def _wait(self) -> None:
         assert self._attempting is not None  # noqa: S101  (it has asked to wait)
@@ -660,9 +800,11 @@ class Exchange:
         body, attempting = self._body, self._attempting
         assert body is not None  # noqa: S101  (all of these come before a connection)
         assert attempting is not None  # noqa: S101
-        if attempting.is_raw:
+        if self._translated is not None:
+            self._put(connection, (self._translated.content,), NO_CHANGES)
+        elif attempting.is_raw:
             # The stage may have changed while the body was read.
-            self._put(connection, (body.raw,) if self._as_came is None else self._as_came, attempting.changes)
+            self._put(connection, (body.raw,) if self._as_came is None else self._as_came, NO_CHANGES)
         elif body.is_small:
             attempt, changes = attempting.attempt, attempting.changes
             assert attempt is not None  # noqa: S101
@@ -690,6 +832,12 @@ class Exchange:
         assert attempting is not None  # noqa: S101
         target = attempting.target
         assert target is not None  # noqa: S101  (a connection leads to it)
+        if self._translated is not None:
+            self._state = _State.WAITING
+            attempting.sent()
+            self._connection = connection
+            connection.send(self, self._translated.head_for(connection.address), pieces)
+            return
         added = target.headers
         if self._as_came is not None and attempting.is_raw and self._caller.encoding is not None:
             added = (*added, (CONTENT_ENCODING, self._caller.encoding.encode()))
@@ -730,9 +878,7 @@ class Exchange:
             headers["Retry-After"] = str(max(1, round(trouble.retry_after_s or 1)))
         elif trouble.refused == "async_only":
             headers["Location"] = RUNS_PATH
-        outcome: Outcome = "refused" if trouble.refused is not None else outcome_without_answer(status)
-        if trouble.reason is Reason.CANCELLED:  # the operator has stopped the instance
-            outcome = "cut"
+        outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
         self._fail(status, trouble.message, outcome, headers)
 
     def _fail_to_unload(self) -> None:
@@ -741,9 +887,7 @@ class Exchange:
     def _unloaded(self) -> _Held:
         """Return the answer to an unload where no instance runs."""
         assert self._record is not None  # noqa: S101  (its turn has come)
-        content = unloaded(self._route, self._record.model or "", datetime.now(UTC))
-        kind = b"application/json; charset=utf-8"
-        return _Held(AnswerHead(_OK, [b"Content-Type: %b\r\n" % kind], len(content), kind), content)
+        return _whole(unloaded(self._route, self._record.model or "", datetime.now(UTC)))
 
     def _comment(self, now: float) -> None:
         """Tell a client who waits for a stream of events that its request is alive."""
@@ -766,7 +910,7 @@ class Exchange:
         queues = attempting.is_queued
         if queues:
             attempting.count_wait()
-        if self._answer.comment(front, self._stamp(), f"waiting for {waits_for}"):
+        if self._answer.comment(front, self._stamp(is_early=True), f"waiting for {waits_for}"):
             record.status = _OK
             if not queues:  # no server was chosen yet: any of them can answer behind the comment
                 attempting.delivered()
@@ -778,7 +922,7 @@ class Exchange:
         self._fail(status, message, "refused" if status == UNAVAILABLE else "client_error", headers)
 
     def _fail(
-        self, status: int, message: str, outcome: Outcome, headers: dict[str, str] | None = None
+        self, status: int, message: str, outcome: Outcome, headers: Mapping[str, str] | None = None
     ) -> None:
         """Tell the client, in its dialect, as far as it can still be told."""
         front = self._front
@@ -792,7 +936,9 @@ class Exchange:
         self._tell(front, status, message, headers)
         self._finish(outcome)
 
-    def _tell(self, front: Front, status: int, message: str, headers: dict[str, str] | None = None) -> None:
+    def _tell(
+        self, front: Front, status: int, message: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         record, attempting = self._record, self._attempting
         assert record is not None  # noqa: S101  (its turn has come)
         assert attempting is not None  # noqa: S101
@@ -825,7 +971,9 @@ class Exchange:
         self.response_complete = True
         record, attempting = self._record, self._attempting
         if record is not None and attempting is not None:
-            if self._tail:
+            if self._translated is not None:
+                record.input_tokens, record.output_tokens = self._translated.tokens
+            elif self._tail:
                 record.input_tokens, record.output_tokens = token_counts(self._route.dialect, self._tail)
             try:
                 attempting.close(outcome)
@@ -875,12 +1023,17 @@ class Exchange:
         except Exception as error:  # noqa: BLE001  (see `_end_for`)
             self._end_for(error)
 
-    def _stamp(self) -> bytes:
+    def _stamp(self, *, is_early: bool = False) -> bytes:
+        """Return the headers that tell where an answer comes from; `is_early` is before a server is asked."""
         record, attempting = self._record, self._attempting
         assert record is not None  # noqa: S101  (its turn has come)
         attempt = attempting.attempt if attempting is not None else None
         where = None if attempt is None else (attempt.instance, attempt.model)
-        return stamp(record, self._caller.for_page, where)
+        if is_early:
+            return stamp(record, self._caller.for_page, where, early_provider(attempt))
+        lines = stamp(record, self._caller.for_page, where)
+        payment = None if attempting is None else attempting.payment
+        return lines if payment is None else lines + payment_lines(payment, self._translated)
 
     def _cancel_task(self) -> None:
         task, self._task = self._task, None

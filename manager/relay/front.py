@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httptools
@@ -16,6 +17,7 @@ from manager.relay.deadlines import Deadlines, Phase, Stopwatch
 from manager.relay.exchange import Exchange
 from manager.relay.timers import Timers
 from manager.wire.head import STATUS_LINES
+from manager.wire.keys import without_path_key
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.paths import read_target
 from manager.wire.routes import INFERENCE
@@ -124,10 +126,12 @@ class Front(HttpToolsProtocol):
         self._offered = False
         self._length = b""
         # Of the last request. A new connection begins with what another one has read: a program that connects
-        # for each request sends the same head again.
-        self._caller = relay.latest_caller
+        # for each request sends the same head again. Not with a key in it: comparing it byte by byte with
+        # what another client sends would let that one measure how much of a guess is right.
+        is_shared = not relay.access.wants_key
+        self._caller = relay.latest_caller if is_shared else None
         # The head of two requests that differ in nothing but their length.
-        self._known = relay.latest_head
+        self._known = relay.latest_head if is_shared else None
         self._is_alike = False
         self._requests = 0
         self._body_bytes = 0
@@ -293,11 +297,12 @@ class Front(HttpToolsProtocol):
         path = self.url
         if b"?" in path:
             path = path.partition(b"?")[0]
-        if self._places.extra:
-            self._check_place(path)
         route = INFERENCE.get(path)
         if route is None:
-            route = self._route_of_normal_path()
+            path = self._normal_path()
+            route = INFERENCE.get(path)
+        if self._places.extra:
+            self._check_place(path)
         parser = self.parser
         version = parser.get_http_version()
         if version not in _VERSIONS:
@@ -593,7 +598,7 @@ class Front(HttpToolsProtocol):
             return path in _HEALTH
         access, text = self._relay.access, path.decode("ascii", "replace")
         if access.wants_key:
-            return access.refusal(text, self.headers) is None
+            return access.check(self.parser.get_method().decode(), text, self.headers).refusal is None
         return spoken_at(text) is None
 
     def _refuse_for_lack_of_places(self) -> None:
@@ -675,16 +680,18 @@ class Front(HttpToolsProtocol):
 
     # --- helpers ---
 
-    def _route_of_normal_path(self) -> Route | None:
-        """Bring the request target into its normal form; return the inference route that it then names."""
+    def _normal_path(self) -> bytes:
+        """Bring the request target into its normal form, without a key in it; return its path."""
         target = read_target(self.url)
         if target is None:
             raise httptools.HttpParserError("the request target names no path of this server")
-        self.url = target.raw
+        path, keys = without_path_key(target.path)
+        self.headers += keys
+        self.url = replace(target, path=path).raw
         if target.authority is not None:
             needs_host = self.parser.get_http_version() != "1.0"
             self.headers = self._relay.access.addressed(self.headers, target.authority, needs_host=needs_host)
-        return INFERENCE.get(target.path)
+        return path
 
     def _on_other_headers_complete(self) -> None:
         url, headers, expect = self.url, self.headers, self.expect_100_continue

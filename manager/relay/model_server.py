@@ -53,8 +53,8 @@ class PooledModelServer:
         """
         pool = self._pools.pool(question.endpoint)
         head = _head(question, pool.address)
-        connection = await self._connect(question.endpoint)
-        call = _Call(connection, question.endpoint, self._patience_s)
+        connection = await self._connect(question)
+        call = _Call(connection, question.instance, self._patience_s)
         try:
             call.send(question, head)
             await call.head()
@@ -62,16 +62,16 @@ class PooledModelServer:
         finally:
             await call.close()
 
-    async def _connect(self, endpoint: str) -> UpstreamConnection:
+    async def _connect(self, question: Question) -> UpstreamConnection:
         try:
             async with asyncio.timeout(self._connect_timeout_s):
-                return await self._pools.pool(endpoint).connect()
+                return await self._pools.pool(question.endpoint).connect()
         except TimeoutError as error:
             why = f"could not be connected to within {self._connect_timeout_s:g} s"
-            raise _not_asked(endpoint, why, Reason.ATTEMPT_TIMEOUT) from error
+            raise _not_asked(question.instance, why, Reason.ATTEMPT_TIMEOUT) from error
         except OSError as error:
             why = f"cannot be reached ({error.strerror or error})"
-            raise _not_asked(endpoint, why, Reason.UPSTREAM_UNREACHABLE) from error
+            raise _not_asked(question.instance, why, Reason.UPSTREAM_UNREACHABLE) from error
 
 
 class _Call:
@@ -80,9 +80,9 @@ class _Call:
     At most one piece of the answer is held, what one read brought: the connection is not read meanwhile.
     """
 
-    def __init__(self, connection: UpstreamConnection, endpoint: str, patience_s: float) -> None:
+    def __init__(self, connection: UpstreamConnection, instance: str, patience_s: float) -> None:
         self._connection = connection
-        self._endpoint = endpoint
+        self._instance = instance
         self._patience_s = patience_s
         self._sending: asyncio.Task[None] | None = None
         self._head: AnswerHead | None = None
@@ -136,10 +136,10 @@ class _Call:
 
     def answer_broke(self, why: str, *, may_have_begun: bool) -> None:
         if self._head is not None:
-            text = f"{self._endpoint} broke off before its answer ended ({why})"
+            text = f"{self._instance} broke off before its answer ended ({why})"
             self._fail(UnavailableError(text, reason=Reason.UPSTREAM_ERROR))
         else:
-            text = f"{self._endpoint} cannot be reached ({why})"
+            text = f"{self._instance} cannot be reached ({why})"
             self._fail(AskFailedError(text, reason=Reason.UPSTREAM_UNREACHABLE, begun=may_have_begun))
 
     # --- what `ask` calls ---
@@ -189,7 +189,7 @@ class _Call:
                     await self._news.wait()
             except TimeoutError as error:
                 if self._moved_at + self._patience_s <= deadline:
-                    text = f"{self._endpoint} {why}"
+                    text = f"{self._instance} {why}"
                     if self._head is None:
                         raise AskFailedError(text, reason=Reason.ATTEMPT_TIMEOUT, begun=True) from error
                     raise UnavailableError(text, reason=Reason.ATTEMPT_TIMEOUT) from error
@@ -263,5 +263,5 @@ async def _cut(body: bytes) -> AsyncIterator[bytes]:
         yield body[start : start + _PIECE_BYTES]
 
 
-def _not_asked(endpoint: str, why: str, reason: Reason) -> AskFailedError:
-    return AskFailedError(f"{endpoint} {why}", reason=reason, begun=False)
+def _not_asked(instance: str, why: str, reason: Reason) -> AskFailedError:
+    return AskFailedError(f"{instance} {why}", reason=reason, begun=False)

@@ -6,13 +6,12 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 from manager.domain.explanation import request_sentence
-from manager.domain.history import decision_values, record_values
+from manager.domain.history import Filters, decision_values, record_values
 from manager.domain.record import with_defaults
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from manager.domain.history import Filters
     from manager.services.routing.attempting import Attempting
 
 # A list has so many of them at most.
@@ -110,6 +109,17 @@ class OpenRequests:
         """As `cancel_here`, also for those of the daemon that was replaced."""
         found = self.cancel_here(request_id)
         return found if found or self.elsewhere is None else await self.elsewhere.cancel(request_id)
+
+    async def cut(self, key: str, why: str) -> int:
+        """Cancel the requests of a key, also those of the daemon that was replaced; return how many."""
+        found = [one for one, attempting in self if attempting.record.key == key]
+        for one in found:
+            one.cancel(why)
+        count = len(found)
+        if self.elsewhere is not None:
+            for record in await self.elsewhere.listed(Filters(key=key)):
+                count += await self.elsewhere.cancel(record["request_id"])
+        return count
 
 
 def _as_open(attempting: Attempting) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from manager.domain.instance import Phase, Target
+from manager.domain.instance import Health, Phase, Target
 from manager.domain.models import model_key
 from manager.services.instances.supervisor import Supervisor
 from manager.services.models.model_lists import volume_of
@@ -72,13 +73,15 @@ class ModelState:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
-    where it is not loaded.
+    where it is not loaded. `digests` are the instances that have it by its digest there: with more than one,
+    the same name is different models.
     """
 
     entry: Mapping[str, Any]
     instances: tuple[str, ...]
     loaded_on: tuple[str, ...]
     offload: float | None
+    digests: Mapping[str, tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +217,10 @@ class Overviews:
         if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
             view = replace(view, target=Target.RUNNING, explanation=waits)
         supervisor = instance if isinstance(instance, Supervisor) else None
+        breaker = self._breakers.view(instance.id)
+        if view.spec.is_paid and view.health is Health.UNKNOWN and view.last_used_at is not None:
+            # It is never probed: its answers are all that is known of it.
+            view = replace(view, health=Health.UNHEALTHY if breaker.failures else Health.HEALTHY)
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
@@ -221,7 +228,7 @@ class Overviews:
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
-            breaker=self._breakers.view(instance.id),
+            breaker=breaker,
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -266,11 +273,15 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
 def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
     entries: dict[str, Mapping[str, Any]] = {}
     having: defaultdict[str, list[str]] = defaultdict(list)
+    digests: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
     loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
     for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
         for key, entry in (entries_by_key or {}).items():
             entries.setdefault(key, entry)
             having[key].append(instance_id)
+            digest = entry.get("digest")
+            if isinstance(digest, str) and digest:
+                digests[key][digest] = (*digests[key].get(digest, ()), instance_id)
         for model in in_memory:
             share = round(model.vram_bytes / model.size_bytes, 3) if model.size_bytes else 0.0
             loaded[model_key(model.name)].append((instance_id, share))
@@ -280,6 +291,7 @@ def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, Model
             tuple(having[key]),
             tuple(id_ for id_, _ in loaded[key]),
             max((share for _, share in loaded[key]), default=None),
+            MappingProxyType(digests[key]),
         )
         for key, entry in entries.items()
     }

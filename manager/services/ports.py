@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
+    from manager.domain.keys import Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
     from manager.domain.usage import Dimension, Span, Sums
@@ -180,13 +181,16 @@ class Upstream(Protocol):
         """Whether `url` is answered with 2xx in time. Never raises."""
         ...
 
-    async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
+    async def probe(
+        self, endpoint: str, *, timeout_s: float, tags: bool, headers: Sequence[Header] = ()
+    ) -> ProbeAnswer:
         """Ask `/api/ps`; with `tags`, or where that is not answered as Ollama does, what else tells a server.
 
         Args:
             endpoint: the server's URL.
             timeout_s: the deadline of everything together.
             tags: ask `/api/version` and `/api/tags` too.
+            headers: such as the credentials for the server.
 
         Raises:
             UnavailableError: no useful answer in time; the reason says which.
@@ -194,7 +198,32 @@ class Upstream(Protocol):
         """
         ...
 
-    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+    async def probe_openai(
+        self,
+        endpoint: str,
+        *,
+        timeout_s: float,
+        models: bool,
+        names: Sequence[str] | None,
+        headers: Sequence[Header],
+    ) -> ProbeAnswer:
+        """Ask a server that speaks OpenAI's API `/health`; where it has none, or with `models`, `/v1/models`.
+
+        Args:
+            endpoint: the server's base URL, which ends before `/models`.
+            timeout_s: the deadline of everything together.
+            models: read the list of models too.
+            names: its models where it cannot list them; None: it is asked.
+            headers: the credentials for the server.
+
+        Raises:
+            UnavailableError, OutOfDescriptorsError: as `probe`.
+        """
+        ...
+
+    async def show(
+        self, endpoint: str, model: str, *, timeout_s: float, headers: Sequence[Header] = ()
+    ) -> ShowAnswer:
         """Ask `/api/show` about a model.
 
         Raises:
@@ -206,12 +235,13 @@ class Upstream(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A request for one server.
+    """A request for the server of one instance. Errors name the instance: its address is not for clients.
 
     `target` is path and query as they came; `headers` has neither Host nor anything that frames the message.
     A body in pieces is sent as they come, with its length where that is known.
     """
 
+    instance: str
     endpoint: str
     method: str
     target: str
@@ -327,6 +357,16 @@ class Registry(Protocol):
 
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
         """Store an order in place of an earlier one; None forgets it."""
+        ...
+
+    async def keys(self) -> tuple[Key, ...]: ...
+    async def save_key(self, key: Key) -> None:
+        """Store a key, in place of an earlier state of it."""
+        ...
+
+    async def forget_key(self, name: str) -> None: ...
+    async def save_last_used(self, used: Mapping[str, datetime]) -> None:
+        """Store when keys were used last, by name; one that is gone stays so."""
         ...
 
     async def check(self) -> None:

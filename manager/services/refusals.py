@@ -8,6 +8,7 @@ import structlog
 
 from manager.wire.access import REASONS
 from manager.wire.caller import printable
+from manager.wire.keys import without_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +76,7 @@ class Refusals:
             "refused",
             reason=reason,
             address=address,
-            path=printable(path[:_MOST_PATH]),
+            path=printable(without_secrets(path)[:_MOST_PATH]),
             refused_in_this_minute=count,
         )
 

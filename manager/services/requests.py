@@ -17,6 +17,7 @@ from manager.wire.trace import is_sampled, read_traceparent, traceparent
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from manager.domain.keys import Grant
     from manager.domain.roles import RequestKind
     from manager.wire.caller import HeaderNames
     from manager.wire.head import Header
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 class Origin(NamedTuple):
     """The client of a request, by its head. `trace` is trace id, span id and flags.
 
-    `fault` is why the request cannot be served, for the client; None where it can.
+    `fault` is why the request cannot be served, for the client; None where it can. `key` is the name of the
+    key, None where none is needed.
     """
 
     instance: str | None
@@ -35,6 +37,7 @@ class Origin(NamedTuple):
     local_only: bool
     trace: tuple[str, str, str] | None
     fault: str | None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,34 +57,48 @@ class Requests:
         names: of the headers in which clients say where they belong and want to go.
         default_project: of clients that name none.
         samples: whether a trace that begins here is sampled.
+        used: takes the name of the key of each request.
     """
 
     def __init__(
-        self, names: HeaderNames, *, default_project: str, samples: Callable[[str], bool] = never
+        self,
+        names: HeaderNames,
+        *,
+        default_project: str,
+        samples: Callable[[str], bool] = never,
+        used: set[str] | None = None,
     ) -> None:
         self.names = names
         self.default_project = default_project
         self._samples = samples
+        self._used = set() if used is None else used
         self._prefix = os.urandom(6).hex()
         self._span_prefix = os.urandom(4).hex()
         self._numbers = itertools.count(1)
 
-    def origin(self, headers: list[Header]) -> Origin:
-        """Read the head of a request; names in lower case."""
+    def origin(self, headers: list[Header], grant: Grant | None = None) -> Origin:
+        """Read the head of a request; names in lower case.
+
+        A header grants nothing that the key does not: the project of a key replaces the one that is named.
+        """
         given = dict(headers)
         names = self.names
         local_only, fault = False, None
         if names.local_only in given:
             values = [value for name, value in headers if name == names.local_only]
             local_only, fault = flag_of(names.local_only, values)
+        key, project, is_local = (None, None, False)
+        if grant is not None:
+            key, project, is_local = grant.name, grant.project, grant.is_local
         return Origin(
             instance=shown(given.get(names.instance)),
             lane=shown(given.get(names.lane)),
-            project=shown(given.get(names.project)) or self.default_project,
+            project=project or shown(given.get(names.project)) or self.default_project,
             intent=shown(given.get(names.intent)),
-            local_only=local_only,
+            local_only=local_only or is_local,
             trace=read_traceparent(given.get(b"traceparent")),
             fault=fault,
+            key=key,
         )
 
     def record(self, path: str, kind: RequestKind | None, origin: Origin) -> RequestRecord:
@@ -110,11 +127,16 @@ class Requests:
         )
         if origin.local_only:
             record.local_only = True
+        if origin.key is not None:
+            record.key = origin.key
+            self._used.add(origin.key)
         return record
 
-    def begin(self, path: str, kind: RequestKind | None, headers: list[Header]) -> Begun:
+    def begin(
+        self, path: str, kind: RequestKind | None, headers: list[Header], grant: Grant | None = None
+    ) -> Begun:
         """Begin a request that does not go through the relay; arguments as for `record` and `origin`."""
-        origin = self.origin(headers)
+        origin = self.origin(headers, grant)
         record = self.record(path, kind, origin)
         lines = forwarded(headers, self.names.all)
         pairs = [(name, value) for name, _, value in (line[:-2].partition(b": ") for line in lines)]

@@ -8,7 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manager.domain.models import model_key
 from manager.domain.money import in_usd, micro_usd
 from manager.domain.roles import RequestKind
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from manager.errors import Reason
 
 
-# Pairs of a model and an instance that have a mean of their own.
-_MOST_MEANS = 4096
 # Pairs of a role and a project that are counted by themselves; clients choose the names of projects.
 _MOST_USERS = 500
 _OTHER = "other"
@@ -53,12 +50,6 @@ class Used:
         return in_usd(self.cost_micro_usd)
 
 
-@dataclass(slots=True)
-class _Mean:
-    total_ms: float = 0.0
-    count: int = 0
-
-
 class Traffic:
     """Counts what ended and hands each record on.
 
@@ -84,21 +75,10 @@ class Traffic:
         self.durations: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.first_tokens: defaultdict[str, Histogram] = defaultdict(Histogram)
         self.used: dict[tuple[str, str], Used] = {}
-        self._first_token_means: dict[tuple[str, str], _Mean] = {}
 
     def failed(self, instance: str, reason: Reason) -> None:
         """An attempt on an instance failed, whatever became of the request."""
         self.target_errors[instance, reason.value] += 1
-
-    def first_token_ms(self, instance: str, key: str) -> float | None:
-        """The mean time to the first token of a model on an instance; None where it never answered there.
-
-        Args:
-            instance: its id.
-            key: of the model (`model_key`).
-        """
-        mean = self._first_token_means.get((instance, key))
-        return None if mean is None else round(mean.total_ms / mean.count, 1)
 
     def ended(self, record: RequestRecord) -> None:
         record.queue_ms = _to_microseconds(record.queue_ms)
@@ -115,8 +95,6 @@ class Traffic:
             self.durations[target].observe(record.duration_ms / 1000)
             if record.ttfb_ms is not None and _has_first_token(record):
                 self.first_tokens[target].observe(record.ttfb_ms / 1000)
-                if record.model is not None:
-                    self._add_first_token(target, model_key(record.model), record.ttfb_ms)
         if record.output_tokens is not None or record.input_tokens is not None or record.cost_usd:
             self._use(record)
         if self._trace is not None and record.sampled:
@@ -136,15 +114,6 @@ class Traffic:
         used.output_tokens += record.output_tokens or 0
         if record.cost_usd:
             used.cost_micro_usd += micro_usd(record.cost_usd)
-
-    def _add_first_token(self, instance: str, key: str, value_ms: float) -> None:
-        """Add to a mean; at the bound the model that answered longest ago is forgotten."""
-        mean = self._first_token_means.pop((instance, key), None) or _Mean()
-        mean.total_ms += value_ms
-        mean.count += 1
-        if len(self._first_token_means) >= _MOST_MEANS:
-            del self._first_token_means[next(iter(self._first_token_means))]
-        self._first_token_means[instance, key] = mean
 
 
 def _has_first_token(record: RequestRecord) -> bool:

@@ -6,10 +6,13 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from manager.errors import Reason, UnavailableError
+
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from datetime import datetime
 
+    from manager.domain.instance import KeySource
     from manager.domain.ownership import Owner
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
@@ -18,6 +21,11 @@ if TYPE_CHECKING:
 # More containers than this are not created and started at once: an engine works them off hardly any sooner
 # (64 took 0.46 s each on two cores, 8 took 0.35 s), and those that queue in it meet their deadline there.
 _STARTS_AT_ONCE = 8
+
+
+async def no_key(source: KeySource) -> str:
+    """Read no key, where no instance wants one."""
+    raise UnavailableError(f"no key: {source} is not read here", reason=Reason.INSTANCE_UNAVAILABLE)
 
 
 def no_others() -> bool:
@@ -56,6 +64,7 @@ class World:
     `others_work` returns whether a daemon that this one has replaced still ends requests: those are in no
     `in_flight`.
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
+    `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
     """
 
     manager_id: str
@@ -73,6 +82,7 @@ class World:
     owner: Owner | None = None
     others_work: Callable[[], bool] = no_others
     server_changed: Callable[[str], None] = no_change
+    read_key: Callable[[KeySource], Awaitable[str]] = no_key
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))

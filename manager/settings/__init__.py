@@ -1,6 +1,7 @@
 """The only reader of the environment and of configuration files."""
 
-from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_key
+from manager.settings.fallback_overrides import written_fallback
+from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_keys
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
 from manager.settings.overrides import written_roles
 from manager.settings.rollout import written_rollout
@@ -34,11 +35,12 @@ __all__ = [
     "load_templates",
     "missing_binds",
     "packaged_templates",
-    "read_key",
+    "read_keys",
     "real_writers",
     "resolve_instances",
     "routing_settings",
     "template_warnings",
+    "written_fallback",
     "written_roles",
     "written_rollout",
 ]

@@ -18,7 +18,7 @@ from manager.settings.problems import Problem, configuration_error, dotted, from
 from manager.settings.yaml_file import Document, read_document
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from manager.settings.schema import KeyPath
 
@@ -27,6 +27,8 @@ SYSTEM_FILE = Path("/etc/ollama-manager/config.yaml")
 
 _GUESSABLE = 16
 _LONGEST_KEY = 4096
+_LONGEST_FILE = 64 * 1024
+_MOST_KEYS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,55 +95,69 @@ def load_settings(
     return LoadedSettings(settings, None if document is None else Path(document.file), sources)
 
 
-def read_key(path: Path, *, daemon_uid: int | None = None) -> str:
-    """The key that clients must send.
+def read_keys(files: Sequence[Path], *, daemon_uid: int | None = None) -> tuple[str, ...]:
+    """Return the keys in the operator's files: each line is one. The first one is for our own commands.
 
     Args:
-        path: the file.
-        daemon_uid: whose daemon the key is for, None for this process. A daemon of the caller's or of root's
-            may have it, and one that can read the file by itself: it learns nothing new.
+        files: `server.key_file`.
+        daemon_uid: whose daemon the keys are for, None for this process. A daemon of the caller's or of
+            root's may have them, and one that can read the file by itself: it learns nothing new.
 
     Raises:
-        ConfigurationError: unreadable, not one line that can be a key, or not for that daemon. The message
-            never shows what the file contains.
+        ConfigurationError: unreadable, without a line that can be a key, or not for that daemon. The message
+            never shows what a file contains.
     """
+    keys = tuple(dict.fromkeys(key for file in files for key in _keys_in(file, daemon_uid)))
+    if len(keys) > _MOST_KEYS:
+        raise _key_refused(files[0], f"{len(keys)} keys in all files; expected at most {_MOST_KEYS}")
+    return keys
+
+
+def _keys_in(path: Path, daemon_uid: int | None) -> Iterator[str]:
     try:
         with open(open_regular(path), "rb") as stream:  # noqa: PTH123
             status = os.fstat(stream.fileno())  # of what is read, whatever the path leads to by now
-            raw = stream.read(_LONGEST_KEY + 1)
+            raw = stream.read(_LONGEST_FILE + 1)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else "not a path"
         why = "not a regular file" if isinstance(error, IsADirectoryError) else why
         raise _key_refused(path, f"{why}; expected a readable file") from error
     if daemon_uid is not None and not (is_trusted(daemon_uid) or can_read_as_owner(daemon_uid, status)):
         raise _key_refused(path, f"not a file of {user(daemon_uid)}, whose daemon would get it")
-    lines = raw.rstrip(b"\r\n").split(b"\n")
-    key = lines[0].strip()
-    if not key:
-        raise _key_refused(path, "empty; expected one line with the key")
-    if len(lines) > 1:
-        raise _key_refused(path, f"{len(lines)} lines; expected one")
-    if len(key) > _LONGEST_KEY:
-        raise _key_refused(path, f"a key of more than {_LONGEST_KEY} characters")
-    # What a header can carry without quoting.
-    if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
-        raise _key_refused(path, "the key holds a space or something that is not ASCII; expected neither")
-    return key.decode("ascii")
+    if len(raw) > _LONGEST_FILE:
+        raise _key_refused(path, f"more than {_LONGEST_FILE} bytes; expected a key a line")
+    lines = [line.strip() for line in raw.split(b"\n")]
+    if not any(lines):
+        raise _key_refused(path, "empty; expected a line with the key")
+    for number, key in enumerate(lines, 1):
+        where = f"line {number}: " if sum(map(bool, lines)) > 1 else ""
+        if len(key) > _LONGEST_KEY:
+            raise _key_refused(path, f"{where}a key of more than {_LONGEST_KEY} characters")
+        # What a header can carry without quoting.
+        if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
+            text = "the key holds a space or something that is not ASCII; expected neither"
+            raise _key_refused(path, where + text)
+        if key:
+            yield key.decode("ascii")
 
 
-def key_weaknesses(path: Path, key: str) -> tuple[str, ...]:
-    """Weaknesses of a key that works; nothing of the key itself is said.
+def key_weaknesses(files: Sequence[Path], keys: Sequence[str]) -> tuple[str, ...]:
+    """Weaknesses of keys that work; nothing of the keys themselves is said.
 
     Such a key is taken all the same: secrets that an engine mounts into a container are readable by
     everyone in it, and only its operator knows who could guess.
     """
-    found = []
-    if path.stat().st_mode & stat.S_IRWXO:
-        found.append(f"{path} is open to every user of this machine; close it with chmod o= {path}")
-    if len(key) < _GUESSABLE:
-        found.append(
-            f"{path} holds {len(key)} characters, which can be guessed; use a random key of 16 or more"
-        )
+    found = [
+        f"{path} is open to every user of this machine; close it with chmod o= {path}"
+        for path in files
+        if path.stat().st_mode & stat.S_IRWXO
+    ]
+    found += [
+        f"{', '.join(map(str, files))} holds {len(key)} characters, which can be guessed; "
+        "use a random key of 16 or more"
+        for key in keys
+        if len(key) < _GUESSABLE
+    ]
     return tuple(found)
 
 

@@ -20,6 +20,7 @@ from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
 from manager.domain.instance import DeviceKind, Driver
 from manager.domain.models import parameter_count, parameter_text
 from manager.domain.roles import USUAL_KINDS, RequestKind
+from manager.domain.target import Protocol  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.template import Refusal
 from manager.settings.addresses import (
     engine_url,
@@ -54,6 +55,14 @@ from manager.settings.section import (
     WholeNumber,
     refuse,
 )
+from manager.settings.servers import (
+    EnvName,
+    FallbackSettings,
+    ServedModels,
+    cloud_refusals,
+    external_model_refusals,
+    order_refusals,
+)
 from manager.wire.origins import check_pattern
 
 if TYPE_CHECKING:
@@ -65,6 +74,7 @@ CPU_TEMPLATE = "ollama-cpu"
 GPU_TEMPLATE = "ollama-gpu"
 
 MOST_CARDS = 64
+MOST_KEY_FILES = 16
 
 _LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
 
@@ -97,6 +107,25 @@ def _not_empty(value: object) -> object:
     if value == "":
         raise ValueError("expected a path")
     return value
+
+
+def _key_files(value: object) -> object:
+    """One file stands for a list of one."""
+    value = _not_empty(value)
+    if isinstance(value, str | Path):
+        return (value,)
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a path, or a list of paths")  # noqa: TRY004  (pydantic's protocol)
+    if not value:
+        raise ValueError("expected a path, or a list of at least one")
+    return value
+
+
+def _key_files_text(files: tuple[Path, ...] | None) -> str | list[str] | None:
+    """As it is written: a single file as such."""
+    if files is None:
+        return None
+    return str(files[0]) if len(files) == 1 else list(map(str, files))
 
 
 def _port(port: int) -> int:
@@ -179,12 +208,13 @@ Devices = Annotated[
 Parameters = Annotated[WholeNumber, Field(ge=1, le=10**15), BeforeValidator(_parameters)]
 Port = Annotated[WholeNumber, AfterValidator(_port)]
 FilePath = Annotated[Path, BeforeValidator(_not_empty)]
+KeyFiles = Annotated[tuple[FilePath, ...], Field(max_length=MOST_KEY_FILES), BeforeValidator(_key_files)]
 
 
 class ServerSettings(Section):
     host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
-    key_file: FilePath | None = None
+    key_file: Annotated[KeyFiles | None, PlainSerializer(_key_files_text, when_used="json")] = None
     allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
@@ -192,9 +222,13 @@ class ServerSettings(Section):
     )
     allowed_origins: tuple[Annotated[str, AfterValidator(check_pattern)], ...] = ()
 
+    @property
+    def key_files(self) -> tuple[Path, ...]:
+        return self.key_file or ()
+
     @model_validator(mode="after")
     def _open_only_with_a_key(self) -> Self:
-        if not is_loopback(self.host) and self.key_file is None:
+        if not is_loopback(self.host) and not self.key_files:
             allowed = "set server.key_file, or listen on 127.0.0.1"
             message = f"{self.host!r} can be reached from other machines; {allowed}"
             refuse([Refusal(key=("host",), message=message)])
@@ -234,13 +268,18 @@ class AllowSettings(Section):
 class InstanceSettings(Section):
     """One instance as it is written; `ttl_s` and `start_timeout_s` None mean what `lifecycle` says.
 
-    `device` has the cards of a GPU instance: one, several, or ("all",). `slots` None is no limit.
+    `device` has the cards of a GPU instance: one, several, or ("all",). `slots` None is no limit. `protocol`,
+    `key_env`, `key_file` and `models` are for servers that somebody else runs.
     """
 
     driver: Driver = Driver.DOCKER
     template: Text | None = None
     device: Annotated[Devices | None, PlainSerializer(_devices_text, when_used="json")] = None
     url: Annotated[str, AfterValidator(http_url)] | None = None
+    protocol: Protocol | None = None
+    key_env: EnvName | None = None
+    key_file: FilePath | None = None
+    models: ServedModels | None = None
     ttl_s: Ttl | None = None
     start_timeout_s: Timeout | None = None
     pinned: StrictBool = False
@@ -256,7 +295,7 @@ class InstanceSettings(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
-        refuse(_external_refusals(self) if self.driver is Driver.EXTERNAL else _docker_refusals(self))
+        refuse(_REFUSALS[self.driver](self))
         return self
 
 
@@ -372,6 +411,7 @@ class Settings(BaseSettings):
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     runs: RunsSettings = Field(default_factory=RunsSettings)
     breaker: BreakerSettings = Field(default_factory=BreakerSettings)
+    fallback: FallbackSettings = Field(default_factory=FallbackSettings)
     log: LogSettings = Field(default_factory=LogSettings)
     audit: AuditSettings = Field(default_factory=AuditSettings)
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
@@ -405,12 +445,28 @@ class Settings(BaseSettings):
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
 COMPARED = frozenset(
-    {"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "budgets", "rollout"}
+    {
+        "server",
+        "manager_id",
+        "instances",
+        "gpus",
+        "schedules",
+        "roles",
+        "models",
+        "fallback",
+        "budgets",
+        "rollout",
+    }
 )
 
 
 # What an external instance may not say, because somebody else starts and stops its server.
 NOT_EXTERNAL = ("template", "ttl_s", "start_timeout_s", "pinned", "prewarm")
+
+
+# The same for a paid server, which is the last resort for what it is named for, whatever else is configured.
+NOT_CLOUD = (*NOT_EXTERNAL, "device", "priority", "slots", "deny_models", "max_parameters")
+_NOT_DOCKER = ("protocol", "key_env", "key_file", "models")
 
 
 def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
@@ -420,6 +476,9 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         yield Refusal(
             key=("url",), message="only for driver external; the endpoint follows from the template"
         )
+    for key in _NOT_DOCKER:
+        if getattr(instance, key) is not None:
+            yield Refusal(key=(key,), message="only for the drivers external and cloud")
     for device in instance.device or ():
         if not (
             device in (AUTO, ALL) or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
@@ -440,6 +499,32 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         given = _devices_text(instance.device)
         message = f"{given!r}; expected {' or '.join(kinds)} for driver external"
         yield Refusal(key=("device",), message=message)
+    yield from _key_refusals(instance)
+    yield from external_model_refusals(instance.protocol, instance.models)
+
+
+def _cloud_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    if instance.url is None:
+        yield Refusal(key=("url",), message="missing; an instance of driver cloud needs a url")
+    for key in NOT_CLOUD:
+        if key in instance.model_fields_set and getattr(instance, key) is not None:
+            yield Refusal(key=(key,), message="not for driver cloud, whose server is somebody else's service")
+    yield from _key_refusals(instance)
+    if instance.key_env is None and instance.key_file is None:
+        yield Refusal(key=("key_env",), message="missing; driver cloud needs a key: key_env or key_file")
+    yield from cloud_refusals(instance.protocol, instance.models)
+
+
+def _key_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    if instance.key_env is not None and instance.key_file is not None:
+        yield Refusal(key=("key_file",), message="beside key_env; expected one of them")
+
+
+_REFUSALS = {
+    Driver.DOCKER: _docker_refusals,
+    Driver.EXTERNAL: _external_refusals,
+    Driver.CLOUD: _cloud_refusals,
+}
 
 
 def _name_refusals(settings: Settings) -> Iterator[Refusal]:
@@ -461,8 +546,8 @@ def _schedule_refusals(settings: Settings) -> Iterator[Refusal]:
             continue
         key = ("schedules", index, "instance")
         known = settings.instances.get(wanted)
-        if known is not None and known.driver is Driver.EXTERNAL:
-            message = f"{wanted!r} has driver external and cannot be started or stopped from here"
+        if known is not None and known.driver is not Driver.DOCKER:
+            message = f"{wanted!r} has driver {known.driver.value} and cannot be started or stopped from here"
             yield Refusal(key=key, message=message)
         elif known is None and not (settings.gpus == "auto" and AUTO_GPU_ID.fullmatch(wanted)):
             ids = ", ".join(settings.instances) or "nothing"
@@ -491,13 +576,19 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     """Refusals that do not depend on templates; the others follow in `resolve_instances`."""
     instances = settings.instances
     auto_gpus = settings.gpus == "auto"
-    gpu_of = {id_: _surely_gpu(instance) for id_, instance in instances.items()}
+    # A role reaches a paid server by `paid_fallback`, never as one of its instances.
+    local = {id_: instance for id_, instance in instances.items() if instance.driver is not Driver.CLOUD}
+    gpu_of = {id_: _surely_gpu(instance) for id_, instance in local.items()}
     slots_of = {id_: instance.slots for id_, instance in instances.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=auto_gpus):
+    deny_of = {id_: instance.deny_models for id_, instance in instances.items()}
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
     managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
     for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):
         yield Refusal(key=("models", *refusal.key), message=refusal.message)
+    paid = {id_: instance.driver is Driver.CLOUD for id_, instance in instances.items()}
+    for refusal in order_refusals(settings.fallback, paid):
+        yield Refusal(key=("fallback", *refusal.key), message=refusal.message)
 
 
 def _surely_gpu(instance: InstanceSettings) -> bool | None:

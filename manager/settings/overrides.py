@@ -100,6 +100,7 @@ def overlaid(
     gpu_of: Mapping[str, bool | None],
     slots_of: Mapping[str, int | None],
     *,
+    deny_of: Mapping[str, tuple[str, ...]] | None = None,
     auto_gpus: bool,
     preferred: Collection[str] = (),
 ) -> Overlay:
@@ -110,6 +111,7 @@ def overlaid(
         overrides: by key; whatever was stored.
         gpu_of: see `role_contradictions`.
         slots_of: see `role_contradictions`.
+        deny_of: see `role_refusals`.
         auto_gpus: see `role_refusals`.
         preferred: of overrides that contradict each other, those that stay.
     """
@@ -122,7 +124,10 @@ def overlaid(
         else:
             ignored.append(Ignored(key, value, reason))
     roles = _roles(written, active)
-    while (refusal := next(role_refusals(roles, gpu_of, slots_of, auto_gpus=auto_gpus), None)) is not None:
+    while True:
+        refusal = next(role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus), None)
+        if refusal is None:
+            break
         culprit = _culprit(refusal, roles, active, preferred)
         if culprit is None:
             break
@@ -139,6 +144,7 @@ def with_change(
     gpu_of: Mapping[str, bool | None],
     slots_of: Mapping[str, int | None],
     *,
+    deny_of: Mapping[str, tuple[str, ...]] | None = None,
     ignored: Collection[str],
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
     """The overrides after `change`, and what is wrong with it as (key, message).
@@ -149,6 +155,7 @@ def with_change(
         change: what is asked for.
         gpu_of: see `role_contradictions`.
         slots_of: see `role_contradictions`.
+        deny_of: see `role_refusals`.
         ignored: keys of overrides that do not count; they stay, unless the change says something of them.
     """
     after = dict(overrides)
@@ -165,7 +172,8 @@ def with_change(
         if values is not None and role not in there_is:
             problems.append((role_key(role), _no_role(role, there_is)))
     if not problems:
-        for refusal in role_refusals(_roles(written, candidate), gpu_of, slots_of, auto_gpus=False):
+        roles = _roles(written, candidate)
+        for refusal in role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=False):
             name, field = map(str, refusal.key)
             problems.append((setting_key(name, field), refusal.message))
     return after, problems
@@ -278,7 +286,7 @@ def _culprit(
         "fallbacks": [setting_key(role, "fallbacks"), setting_key(role, "model"), *others],
         "instances": [setting_key(role, "instances")],
         "mode": [setting_key(role, name) for name in ("mode", "kind")],
-        "keep_warm": [setting_key(role, "keep_warm"), setting_key(role, "instances")],
+        "keep_warm": [setting_key(role, name) for name in ("keep_warm", "instances", "model")],
         # The reservations of several roles may add up to too many.
         "reserved": [
             setting_key(name, inner) for name in (role, *roles) for inner in ("reserved", "instances")

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
+from manager.domain.instance import Driver
 from manager.domain.rollout import RAW, Stage, Stages
 from manager.domain.template import Refusal
 from manager.domain.wording import listed
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 SECTION = "rollout"
 MOST_LANES = 1000
 MOST_URL = 2048
-_PAID = "cloud"
 _PORTS = {"http": 80, "https": 443}
 
 
@@ -100,7 +100,7 @@ def rollout_refusals(
         if instance_id == RAW:
             message = f"an instance has the id {RAW!r}, which is the name of this server everywhere"
             yield Refusal(key=("raw_url",), message=message)
-        is_paid = instance.driver.value == _PAID and instance.url is not None
+        is_paid = instance.driver is Driver.CLOUD and instance.url is not None
         if is_paid and _is_same(str(instance.url), section.raw_url):
             message = f"this is the server of {instance_id!r}, which costs money; expected one that is free"
             yield Refusal(key=("raw_url",), message=message)

@@ -13,7 +13,9 @@ from manager.domain.roles import (
     BUILT_IN_ROLES,
     DEFAULT_QUEUE_LENGTH,
     DEFAULT_QUEUE_WAIT_S,
+    NO_FALLBACK,
     BodyChanges,
+    Fallback,
     Mode,
     Policy,
     RequestKind,
@@ -362,12 +364,15 @@ def to_changes(settings: RoleSettings | ModelEntrySettings) -> BodyChanges:
     )
 
 
-def routing_settings(roles: Mapping[str, RoleSettings], models: ModelsSettings) -> RoutingSettings:
+def routing_settings(
+    roles: Mapping[str, RoleSettings], models: ModelsSettings, fallback: Fallback = NO_FALLBACK
+) -> RoutingSettings:
     return RoutingSettings(
         roles={name: to_role(name, role) for name, role in roles.items()},
         models={model_key(name): to_changes(one) for name, one in models.settings.items()},
         auto_pull=models.auto_pull,
         list_roles=models.list_roles,
+        fallback=fallback,
     )
 
 
@@ -376,6 +381,7 @@ def role_refusals(
     gpu_of: Mapping[str, bool | None],
     slots_of: Mapping[str, int | None],
     *,
+    deny_of: Mapping[str, tuple[str, ...]] | None = None,
     auto_gpus: bool,
 ) -> Iterator[Refusal]:
     """Yield the problems of `roles`, with keys relative to them.
@@ -384,6 +390,7 @@ def role_refusals(
         roles: all roles.
         gpu_of: see `role_contradictions`.
         slots_of: see `role_contradictions`.
+        deny_of: see `role_contradictions`; None checks no names.
         auto_gpus: whether there may be instances of cards that are listed nowhere.
     """
     resolved = {name: to_role(name, role) for name, role in roles.items()}
@@ -392,7 +399,7 @@ def role_refusals(
     away = targets | (named - set(gpu_of))
     cards = [name for name in sorted(away) if auto_gpus and AUTO_GPU_ID.fullmatch(name)]
     known = {**gpu_of, **dict.fromkeys(cards, True)}
-    for role, field, message in role_contradictions(resolved, known, slots_of):
+    for role, field, message in role_contradictions(resolved, known, slots_of, deny_of or {}):
         target = resolved[role].target
         unknown = field == "target" and target in targets and target not in cards
         text = no_instance(target, [*gpu_of], auto_gpus=auto_gpus, auto=True) if unknown else message

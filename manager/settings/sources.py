@@ -30,6 +30,7 @@ _STATE_DIR: KeyPath = ("state", "dir")
 # Mappings whose names a variable can spell, and what `_` in one means where the file has no such name.
 _SPELLABLE: dict[KeyPath, str] = {("instances",): "-", ("roles",): "_"}
 _PATHS: tuple[KeyPath, ...] = (("server", "key_file"), _STATE_DIR, ("templates", "dir"))
+_KEY_OF_INSTANCE = "key_file"
 
 Kind = Literal["command line", "environment", "file", "default"]
 
@@ -76,10 +77,12 @@ class Source(PydanticBaseSettingsSource):
             _put(self.values, _STATE_DIR, _state_dir(environ))
         if _is_null(self.values, _ENGINE_URL):
             _put(self.values, _ENGINE_URL, DEFAULT_ENGINE_URL)
-        for path in _PATHS:
-            text = _get(self.values, path)
-            if isinstance(text, str) and text:
-                _put(self.values, path, str(base / _expanded(text)))
+        for path in (*_PATHS, *_keys_of_instances(self.values)):
+            found = _get(self.values, path)
+            if isinstance(found, list):
+                _put(self.values, path, [_absolute(text, base) for text in found])
+            elif found is not None:
+                _put(self.values, path, _absolute(found, base))
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:  # noqa: ARG002
         return self.values.get(field_name), field_name, False
@@ -173,6 +176,16 @@ def _state_dir(environ: Mapping[str, str]) -> str | None:
         return None  # said by validation, if nobody sets it
 
 
+def _absolute(text: Any, base: Path) -> Any:
+    return str(base / _expanded(text)) if isinstance(text, str) and text else text
+
+
+def _keys_of_instances(values: dict[str, Any]) -> Iterator[KeyPath]:
+    instances = values.get("instances")
+    if isinstance(instances, dict):
+        yield from (("instances", name, _KEY_OF_INSTANCE) for name in instances)
+
+
 def _expanded(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -228,7 +241,7 @@ def _decoded(path: KeyPath, text: str) -> Any:
             return text
     if text == "null" and (is_optional(kind) or path in {_ENGINE_URL, _STATE_DIR}):
         return None
-    if path in _PATHS:
+    if path in _PATHS or (path[0] == "instances" and path[-1] == _KEY_OF_INSTANCE):
         return text
     try:
         return TypeAdapter(plain(kind)).validate_strings(text)

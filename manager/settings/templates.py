@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from manager.domain.gpu import ALL, AUTO
-from manager.domain.instance import DeviceKind, Driver, InstanceSpec, Limits
+from manager.domain.instance import DeviceKind, Driver, InstanceSpec, KeySource, Limits
+from manager.domain.target import Protocol
 from manager.domain.template import Template, bind_dangers, refusals
 from manager.settings.model import GPU_TEMPLATE, InstanceSettings
 from manager.settings.ownership import weaknesses
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
 from manager.settings.routing import role_refusals
+from manager.settings.servers import base_url, kinds_of_cloud, offers_of, price_of
 from manager.settings.yaml_file import read_document
 
 if TYPE_CHECKING:
@@ -80,8 +82,10 @@ def template_warnings(loaded: LoadedSettings) -> tuple[str, ...]:
         engine_socket = settings.engine.url.removeprefix(_LOCAL_ENGINE)
         private[engine_socket] = "the engine's socket, which makes a container root on the host"
         private[str(settings.state.dir)] = "the daemon's state"
-        if settings.server.key_file is not None:
-            private[str(settings.server.key_file)] = "the key"
+        private |= {str(file): "the key" for file in settings.server.key_files}
+        for name, instance in settings.instances.items():
+            if instance.key_file is not None:
+                private[str(instance.key_file)] = f"the key for {name}"
         if loaded.file is not None:
             private[str(loaded.file.absolute())] = "the configuration"
     binds = settings.allow.binds
@@ -240,7 +244,7 @@ def _without_wrong_keys(values: dict[str, Any], error: ValidationError) -> Templ
 def _contradictions(
     instance: InstanceSettings, template: Template | None, templates: Mapping[str, Template]
 ) -> Iterator[tuple[str, str]]:
-    if instance.driver is Driver.EXTERNAL:
+    if instance.driver is not Driver.DOCKER:
         return
     if template is None:
         hint = nearest(instance.template or "", templates)
@@ -255,7 +259,7 @@ def _routing_contradictions(
     settings: Settings, specs: Sequence[InstanceSpec]
 ) -> Iterator[tuple[KeyPath, str]]:
     """Check roles and writers by what only templates tell: the device of an instance, and its volumes."""
-    kinds = {spec.id: spec.device_kind for spec in specs}
+    kinds = {spec.id: spec.device_kind for spec in specs if not spec.is_paid}
     gpu_of = {id_: None if kind is None else kind is DeviceKind.GPU for id_, kind in kinds.items()}
     slots_of = {spec.id: spec.slots for spec in specs}
     for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=settings.gpus == "auto"):
@@ -298,6 +302,10 @@ def _spec(
             device = written[0] if written else AUTO
     elif written and written[0] in set(DeviceKind):
         kind = DeviceKind(written[0])
+    protocol = instance.protocol or Protocol.OLLAMA
+    is_paid = instance.driver is Driver.CLOUD
+    models = instance.models or {}
+    serves = frozenset(instance.serves)
     return InstanceSpec(
         id=instance_id,
         driver=instance.driver,
@@ -306,15 +314,20 @@ def _spec(
         template=template,
         template_name=instance.template,
         device=device,
-        url=instance.url,
+        url=None if instance.url is None else base_url(instance.url, protocol),
         pinned=instance.pinned,
         priority=instance.priority,
         prewarm=instance.prewarm,
-        serves=frozenset(instance.serves),
+        serves=serves & kinds_of_cloud(protocol) if is_paid else serves,
         devices=devices,
         slots=instance.slots,
         deny_models=instance.deny_models,
         max_parameters=instance.max_parameters,
+        protocol=protocol,
+        key=KeySource(instance.key_env, instance.key_file) if instance.key_env or instance.key_file else None,
+        prices={name: price_of(one) for name, one in models.items()} if is_paid else {},
+        offers=offers_of(models) if is_paid else (),
+        model_names=None if is_paid or instance.models is None else tuple(models),
     )
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hmac
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from manager.domain.keys import Scope
 from manager.wire.hosts import host_name, is_fixed, is_local
+from manager.wire.keys import Keys, digest_of, presented, session_of, without_secrets
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.origins import Origins
+from manager.wire.scopes import WITHOUT_KEY, methods_at, scopes_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from manager.domain.keys import Grant
     from manager.wire.head import Header
 
-WITHOUT_KEY = ("/healthz",)
 # Every `Refusal.reason`: they are labels of a metric.
 REASONS = (
     "ambiguous",
@@ -25,15 +27,22 @@ REASONS = (
     "origin_not_allowed",
     "key_missing",
     "key_wrong",
+    "keys_differ",
+    "scope_missing",
+    "no_route",
 )
+# A page may read these answers: its origin was checked before.
+_READABLE_REASONS = frozenset({"key_missing", "key_wrong", "keys_differ", "scope_missing", "no_route"})
 _MOST_REMEMBERED = 256
-# A request may present so many keys: one guess in each of a thousand headers would be a thousand guesses.
-_MOST_KEYS = 8
 _BAD_REQUEST = 400
 _UNAUTHORIZED = 401
 _FORBIDDEN = 403
+_NOT_FOUND = 404
+_NOT_ALLOWED = 405
+_SAFE = frozenset({"GET", "HEAD"})
+_OPEN = Keys()
 _METHODS = b"GET, HEAD, POST, DELETE"
-_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
+_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Provider, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,19 @@ class Refusal:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+class Checked(NamedTuple):
+    """The result of a check: why a request is refused, or the key that it is served for.
+
+    `grant` is None where none is needed.
+    """
+
+    refusal: Refusal | None
+    grant: Grant | None = None
+
+
+_SERVED = Checked(None)
+
+
 class Access:
     """The one check of every request, on the relay and on all other routes.
 
@@ -55,10 +77,12 @@ class Access:
     and of the origins that Ollama allows, may use Ollama's routes and read the answers. The control API
     serves only pages that come from the daemon itself.
 
+    A key is looked up by its digest: the time that takes says nothing about any secret.
+
     Args:
         allowed_hosts: names without a port, IPv6 in brackets, in lower case. Names that only this machine or
             its network can mean are allowed besides (`manager.wire.hosts`).
-        key: the operator's key; None when none is configured.
+        keys: those in force.
         allowed_origins: patterns of other pages that may use Ollama's routes (`manager.wire.origins`).
         own_names: names of this machine, allowed as hosts.
         any_host: allow every Host. Safe where a key is required, since no page has the key.
@@ -73,14 +97,14 @@ class Access:
         self,
         *,
         allowed_hosts: Collection[str],
-        key: str | None,
+        keys: Keys = _OPEN,
         allowed_origins: Collection[str] = (),
         own_names: Collection[str] = (),
         any_host: bool = False,
     ) -> None:
+        self._keys = keys
         self.configure(
             allowed_hosts=allowed_hosts,
-            key=key,
             allowed_origins=allowed_origins,
             own_names=own_names,
             any_host=any_host,
@@ -90,42 +114,54 @@ class Access:
         self,
         *,
         allowed_hosts: Collection[str],
-        key: str | None,
         allowed_origins: Collection[str] = (),
         own_names: Collection[str] = (),
         any_host: bool = False,
     ) -> None:
-        """Replace everything, for all requests from now on. The arguments are those of the class."""
+        """Replace all but the keys, for all requests from now on. The arguments are those of the class."""
         self._configured = frozenset(allowed_hosts)
         self._named = self._configured | {name.lower() for name in own_names}
-        self._any_host = any_host and key is not None
+        self._any_host = any_host
         self._origins = Origins(tuple(allowed_origins))
-        self._key = key.encode() if key is not None else None
-        self._seen: set[bytes] = set()
-        self.version += 1
+        self._forget()
+
+    def use(self, keys: Keys) -> None:
+        """Replace the keys, for all requests from now on."""
+        self._keys = keys
+        self._forget()
 
     @property
     def wants_key(self) -> bool:
-        return self._key is not None
+        return self._keys.are_required
 
-    def refusal(
-        self, path: str, headers: list[Header], *, preflight: bool = False, needs_host: bool = True
-    ) -> Refusal | None:
-        """Return why a request must not be served, or None.
+    def check(
+        self,
+        method: str,
+        path: str,
+        headers: list[Header],
+        *,
+        preflight: bool = False,
+        needs_host: bool = True,
+    ) -> Checked:
+        """Return whether a request is served, and for which key.
 
         Args:
-            path: in its normal form, without the query.
-            headers: names in lower case.
+            method: in capitals.
+            path: in its normal form, without the query and without a key.
+            headers: names in lower case; a key in the path is one of them (`keys.without_path_key`).
             preflight: a browser asks whether a page may send a request; it presents no key for that.
             needs_host: False for HTTP/1.0, whose requests may come without a Host.
         """
         hosts = [value for name, value in headers if name == b"host"]
         host = hosts[0] if hosts else b""
-        return (
-            self._host_refusal(hosts, needs_host=needs_host)
-            or self._origin_refusal(path, headers, host)
-            or (None if preflight or path in WITHOUT_KEY else self._key_refusal(headers))
+        refusal = self._host_refusal(hosts, needs_host=needs_host) or self._origin_refusal(
+            path, headers, host
         )
+        if refusal is not None:
+            return Checked(refusal)
+        if preflight or path in WITHOUT_KEY or not self._keys.are_required:
+            return _SERVED
+        return self._check_key(method, path, headers, host)
 
     def addressed(self, headers: list[Header], authority: bytes, *, needs_host: bool = True) -> list[Header]:
         """Return the headers of a request with a target in absolute form, whose authority replaces Host.
@@ -169,21 +205,44 @@ class Access:
                 return _forbidden("origin_not_allowed", f"Origin {value.decode('latin-1')!r} {why}")
         return None
 
-    def _key_refusal(self, headers: list[Header]) -> Refusal | None:
-        if self._key is None:
-            return None
-        presented = presented_keys(headers)
-        # All are compared, and in constant time: the time must not tell how much of a guess was right.
-        if any([hmac.compare_digest(one, self._key) for one in presented]):  # noqa: C419
-            return None
-        what, reason = ("the key is wrong", "key_wrong") if any(presented) else ("no key", "key_missing")
-        return Refusal(
-            _UNAUTHORIZED,
-            "key_required",
-            f"{what}: present the operator key as `Authorization: Bearer …` or `X-API-Key: …`",
-            reason,
-            headers={"WWW-Authenticate": "Bearer"},
-        )
+    def _check_key(self, method: str, path: str, headers: list[Header], host: bytes) -> Checked:
+        in_path, in_headers = presented(headers)
+        if len(in_path) > 1 or (in_path and any(one not in in_path for one in in_headers)):
+            return Checked(_unauthorized("the path and a header present different keys", "keys_differ"))
+        found = {
+            grant.name: grant
+            for one in in_path or in_headers
+            if (grant := self._keys.grants.get(digest_of(one))) is not None
+        }
+        if len(found) > 1:
+            return Checked(_unauthorized("two headers present different keys", "keys_differ"))
+        if not found and not any(in_path or in_headers):
+            grant = self._grant_of_page(method, headers, host)
+            if grant is None:
+                return Checked(_unauthorized("no key", "key_missing"))
+        elif not found:
+            return Checked(_unauthorized("the key is wrong, revoked or expired", "key_wrong"))
+        else:
+            (grant,) = found.values()
+        return Checked(_scope_refusal(method, path, grant), grant)
+
+    def _grant_of_page(self, method: str, headers: list[Header], host: bytes) -> Grant | None:
+        """Return the key of the session of a page; None where the page is not the daemon's own.
+
+        A browser sends the cookie along with requests of pages of other ports of this host too.
+        """
+        session = session_of(headers)
+        grant = None if session is None else self._keys.sessions.get(digest_of(session))
+        return grant if grant is not None and _is_own_page(method, dict(headers), host) else None
+
+    def _forget(self) -> None:
+        """Have everything that was remembered of earlier requests checked again."""
+        self._seen: set[bytes] = set()
+        self.version += 1
+
+    @property
+    def _serves_any_host(self) -> bool:
+        return self._any_host and self._keys.are_required
 
     def _allows_origin(self, origin: bytes, path: str, host: bytes) -> bool:
         scheme, _, authority = origin.partition(b"://")
@@ -192,7 +251,7 @@ class Access:
         name = host_name(authority.decode("latin-1")) if of_web else None
         if spoken_at(path) is None:
             # A page of `x.local` is not trusted with this: another machine of the network may have the name.
-            return is_here and name is not None and (self._any_host or self._is_certain(name))
+            return is_here and name is not None and (self._serves_any_host or self._is_certain(name))
         return is_here or name in self._configured or self._origins.allow(origin)
 
     def _allows(self, host: bytes) -> bool:
@@ -201,7 +260,7 @@ class Access:
         text = host.decode("latin-1").strip()
         name = host_name(text)
         # No Host and an empty one come from no browser.
-        if text and (name is None or not (self._any_host or self._is_certain(name) or is_local(name))):
+        if text and (name is None or not (self._serves_any_host or self._is_certain(name) or is_local(name))):
             return False
         if len(self._seen) < _MOST_REMEMBERED:
             self._seen.add(host)
@@ -209,23 +268,6 @@ class Access:
 
     def _is_certain(self, name: str) -> bool:
         return name in self._named or is_fixed(name)
-
-
-def presented_keys(headers: list[Header]) -> list[bytes]:
-    """Return the keys that a request presents, in the order of its headers; any of them may be the right one.
-
-    Args:
-        headers: names in lower case.
-    """
-    keys: list[bytes] = []
-    for name, value in headers:
-        if name == b"x-api-key":
-            keys.append(value)
-        elif name == b"authorization":
-            scheme, _, bearer = value.partition(b" ")
-            if scheme.lower() == b"bearer":
-                keys.append(bearer.strip())
-    return keys[:_MOST_KEYS]
 
 
 def for_pages(headers: list[Header], refusal: Refusal | None) -> list[Header]:
@@ -236,7 +278,7 @@ def for_pages(headers: list[Header], refusal: Refusal | None) -> list[Header]:
         refusal: the result of the check.
     """
     origin = next((value for name, value in headers if name == b"origin"), None)
-    if origin is None or (refusal is not None and refusal.status != _UNAUTHORIZED):
+    if origin is None or (refusal is not None and refusal.reason not in _READABLE_REASONS):
         return []
     return [
         (b"Access-Control-Allow-Origin", origin),
@@ -270,5 +312,49 @@ def _bad_request(reason: str, message: str) -> Refusal:
     return Refusal(_BAD_REQUEST, "bad_request", message, reason)
 
 
-def _forbidden(code: str, message: str) -> Refusal:
-    return Refusal(_FORBIDDEN, code, message, code)
+def _forbidden(reason: str, message: str, *, code: str | None = None) -> Refusal:
+    return Refusal(_FORBIDDEN, code or reason, message, reason)
+
+
+def _unauthorized(what: str, reason: str) -> Refusal:
+    return Refusal(
+        _UNAUTHORIZED,
+        "unauthorized",
+        f"{what}: present a key as `Authorization: Bearer …` or `X-API-Key: …`",
+        reason,
+        headers={"WWW-Authenticate": "Bearer"},
+    )
+
+
+def _scope_refusal(method: str, path: str, grant: Grant) -> Refusal | None:
+    """Return why a key does not open a route, or None. Only admins reach a route that the table lacks."""
+    needed = scopes_of(method, path)
+    if needed is None:
+        return None if grant.may(Scope.ADMIN) else _no_route(method, path)
+    if not needed or any(map(grant.may, needed)):
+        return None
+    return _forbidden(
+        "scope_missing",
+        f"the key {grant.name!r} has the scope {', '.join(sorted(grant.scopes))}; "
+        f"{method} {without_secrets(path)} needs {' or '.join(needed)}",
+        code="forbidden",
+    )
+
+
+def _no_route(method: str, path: str) -> Refusal:
+    methods = methods_at(path)
+    if not methods:
+        return Refusal(_NOT_FOUND, "not_found", f"there is no {method} {without_secrets(path)}", "no_route")
+    allow = ", ".join(methods)
+    message = f"{path} has no method {method}; allowed: {allow}"
+    return Refusal(_NOT_ALLOWED, "method_not_allowed", message, "no_route", headers={"Allow": allow})
+
+
+def _is_own_page(method: str, headers: dict[bytes, bytes], host: bytes) -> bool:
+    """Return whether a browser sends a request for a page of the daemon itself, or for its user."""
+    site, origin = headers.get(b"sec-fetch-site"), headers.get(b"origin")
+    if origin is not None and origin.partition(b"://")[2].lower() != host.strip().lower():
+        return False
+    if site is not None:
+        return site == b"same-origin" or (site == b"none" and method in _SAFE)
+    return method in _SAFE or origin is not None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
+from manager.wire.keys import PATH_KEY
+
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
@@ -26,6 +28,7 @@ HOP_BY_HOP = frozenset(
 # a page came from (it was looked at), and an encoding in which no tokens could be counted.
 _OURS = frozenset(
     {
+        PATH_KEY,
         b"accept-encoding",
         b"authorization",
         b"content-length",
@@ -56,6 +59,7 @@ NOT_RETURNED = HOP_BY_HOP | {
     b"x-fallback-reason",
     b"x-instance",
     b"x-model",
+    b"x-provider",
     b"x-queue-ms",
     b"x-request-id",
     b"x-start-ms",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from manager.domain.models import DEFAULT_TAG, model_key
@@ -38,8 +38,8 @@ class KnownModel:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it in `/api/tags`. `offload` is the share of it that is in a card's
-    memory, where it is loaded; `latency_ms` its mean time to the first token on the fastest of its instances,
-    None while it has answered nothing.
+    memory, where it is loaded; `latency_ms` its recent time to the first token on the fastest of its
+    instances, None while it has streamed nothing. `digests` are the instances by its digest there.
     """
 
     entry: Mapping[str, Any]
@@ -48,6 +48,7 @@ class KnownModel:
     status: Status = "not_loaded"
     offload: float | None = None
     latency_ms: float | None = None
+    digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ def _hints(model: KnownModel | None) -> dict[str, Any]:
         "offload": model.offload,
         "latency_ms": model.latency_ms,
         "instances": list(model.instances),
+        "digests": {digest: list(ids) for digest, ids in model.digests.items()},
         "context_length": details.context_length,
         "capabilities": None if details.capabilities is None else list(details.capabilities),
     }

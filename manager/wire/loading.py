@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import orjson
+
+from manager.wire.dialect import message_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,6 +23,18 @@ _UNITS_S = {"ns": 1e-9, "us": 1e-6, "\u00b5s": 1e-6, "\u03bcs": 1e-6, "ms": 1e-3
 _MOST_LENGTH = 64
 _BAD_REQUEST = 400
 _GENERATE, _EMBED = "/api/generate", "/api/embed"
+
+
+class LoadAnswer(NamedTuple):
+    """The answer to a request to load a model.
+
+    `error` is its error, which a 200 may have in any of its lines. `is_confirmed` is whether the server says
+    that it has loaded the model.
+    """
+
+    status: int
+    error: str | None
+    is_confirmed: bool
 
 
 def duration_s(text: str) -> float | None:
@@ -54,6 +68,24 @@ def load_request(model: str, keep_alive: KeepAlive | None, *, embeds: bool) -> t
     return _GENERATE, orjson.dumps({"model": model, "stream": False, **kept})
 
 
-def only_embeds(status: int, message: str) -> bool:
+def load_answer(status: int, body: bytes) -> LoadAnswer:
+    """Return what a server says of a load: in one document, or in one a line."""
+    error, is_confirmed = message_of(body), False
+    for line in body.splitlines():
+        error = error or message_of(line)
+        is_confirmed = is_confirmed or _confirms(line)
+    return LoadAnswer(status, error, is_confirmed and error is None)
+
+
+def only_embeds(answer: LoadAnswer) -> bool:
     """Return whether a load was refused because the model does not generate."""
-    return status == _BAD_REQUEST and "does not support generate" in message
+    return answer.status == _BAD_REQUEST and "does not support generate" in (answer.error or "")
+
+
+def _confirms(line: bytes) -> bool:
+    """Return whether a line ends a load: `done_reason` of `/api/generate`, vectors of `/api/embed`."""
+    try:
+        document = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(document, dict) and (document.get("done_reason") == "load" or "embeddings" in document)

@@ -12,10 +12,16 @@ from manager.errors import Reason
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from manager.domain.record import Outcome
+
 UNAVAILABLE = 503
 TOO_MANY_REQUESTS = 429
 BAD_REQUEST = 400
 INTERNAL_ERROR = 500
+
+# Headers of a 503. The libraries of OpenAI and Anthropic repeat a request at any, unless the answer says no.
+LATER: Mapping[str, str] = MappingProxyType({"Retry-After": "1"})
+NO_RETRY: Mapping[str, str] = MappingProxyType({"X-Should-Retry": "false"})
 
 # Of a request that no instance was asked for, by the reason.
 REFUSED: Mapping[str, int] = MappingProxyType(
@@ -27,6 +33,8 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "contradiction": 422,
         "denied": 403,
         "budget_exhausted": 402,
+        "local_only": 403,
+        "unsayable": 400,
         "async_only": 409,
         "queue_full": 429,
         "overloaded": 503,
@@ -41,6 +49,7 @@ _TOLD: Mapping[Reason, int] = MappingProxyType(
         Reason.HOST_DENIED: 403,
         Reason.UPSTREAM_UNREACHABLE: 502,
         Reason.UPSTREAM_ERROR: 502,
+        Reason.INVALID_OUTPUT: 502,
         Reason.MODEL_LOAD_FAILED: 502,
     }
 )
@@ -116,6 +125,19 @@ def outcome_of(status: int) -> Literal["ok", "client_error", "upstream_error"]:
     if status >= INTERNAL_ERROR:
         return "upstream_error"
     return "client_error" if status >= BAD_REQUEST else "ok"
+
+
+def outcome_of_trouble(status: int, reason: Reason, refused: str | None) -> Outcome:
+    """Return the outcome of a request that no server has answered.
+
+    Args:
+        status: for the client.
+        reason: why; `cancelled` where the operator has stopped the instance.
+        refused: the kind of refusal by the daemon itself; None where it is none.
+    """
+    if reason is Reason.CANCELLED:
+        return "cut"
+    return "refused" if refused is not None else outcome_without_answer(status)
 
 
 def outcome_without_answer(status: int) -> Literal["refused", "timeout", "upstream_error"]:

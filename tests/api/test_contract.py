@@ -608,6 +608,8 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain")),
         *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
+        "/api/v1/budgets",
+        "/api/v1/usage",
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",
         "/readyz",

@@ -100,6 +100,68 @@ def test_a_drained_instance_is_left_alone_and_has_its_models_again_after_it(gate
     wait_for(lambda: loaded(gateway, "one"), lambda found: "tiny:latest" in found, within_s=15)
 
 
+def test_a_load_ends_when_its_role_is_kept_warm_no_longer(tmp_path: Path) -> None:
+    roles = {"chat": {"model": "tiny", "keep_warm": ["one"]}}
+    knobs = {"one": {"load_s": 300}}
+    with gateway_over(tmp_path, ("one", "two"), knobs=knobs, config={"roles": roles}) as gateway:
+        wait_for(lambda: gateway.instance("one")["in_flight"], lambda count: count == 1)
+        assert change(gateway, "chat", keep_warm=["two"]).status_code == 200
+        wait_for(
+            lambda: (gateway.instance("one")["in_flight"], loaded(gateway, "one")),
+            lambda now: now == (0, {}),
+            within_s=15,
+        )
+        kept(gateway, "two", "tiny:latest")
+        assert events(gateway, "keep_warm_failed") == [], "nothing has failed"
+
+
+def test_a_drain_does_not_wait_for_a_model_that_is_loaded_to_be_kept(tmp_path: Path) -> None:
+    roles = {"chat": {"model": "tiny", "keep_warm": ["one"]}}
+    knobs = {"one": {"load_s": 300}}
+    with gateway_over(tmp_path, ("one",), knobs=knobs, config={"roles": roles}) as gateway:
+        wait_for(lambda: gateway.instance("one")["in_flight"], lambda count: count == 1)
+        answer = gateway.call("POST", "instances/one/drain", json={}, params={"wait": "true"}, timeout_s=15)
+        assert (answer.status_code, answer.json()["instance"]["in_flight"]) == (200, 0), answer.text
+        wait_for(lambda: loaded(gateway, "one"), lambda found: not found, within_s=15)
+        assert events(gateway, "keep_warm_failed") == []
+
+
+def test_a_model_that_is_denied_by_name_cannot_be_kept_warm(tmp_path: Path) -> None:
+    roles = {"chat": {"model": "tiny"}}
+    rules = {"one": {"deny_models": ["tiny"]}}
+    with gateway_over(tmp_path, ("one",), config={"roles": roles}, instances=rules) as gateway:
+        answer = change(gateway, "chat", keep_warm=["one"])
+        assert answer.status_code == 422
+        message = answer.json()["error"]["message"]
+        assert "roles.chat.keep_warm: one must not run 'tiny' (deny_models tiny)" in message
+
+
+def test_a_model_that_is_denied_by_its_size_is_told_of_and_shown(tmp_path: Path) -> None:
+    roles = {"vectors": {"kind": "embed", "model": "minilm", "keep_warm": ["one", "two"]}}
+    rules = {"one": {"max_parameters": "1m"}}
+    with gateway_over(tmp_path, ("one", "two"), config={"roles": roles}, instances=rules) as gateway:
+        kept(gateway, "two", "minilm:latest")
+        wait_for(
+            lambda: {one["name"]: one["keep_warm"] for one in gateway.get("lanes")["lanes"]}["vectors"],
+            lambda found: (
+                found
+                == [
+                    {
+                        "instance": "one",
+                        "is_kept": False,
+                        "reason": "host_denied",
+                        "detail": "it is denied there (max_parameters 1m)",
+                    },
+                    {"instance": "two", "is_kept": True, "reason": None, "detail": ""},
+                ]
+            ),
+            within_s=15,
+        )
+        (event,) = events(gateway, "keep_warm_failed")
+        assert (event["instance"], event["reason"]) == ("one", "host_denied")
+        assert loaded(gateway, "one") == {}
+
+
 def test_what_cannot_be_kept_is_told_once_and_tried_again(tmp_path: Path) -> None:
     roles = {
         "chat": {"model": "tiny", "keep_warm": ["one"]},

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 import requests
@@ -37,7 +40,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 def gateway(shared: Gateway) -> Iterator[Gateway]:
     yield shared
     for server in shared.servers.values():
-        server.set(load_s=0, queue_full=False)
+        server.set(load_s=0, queue_full=False, false_load="")
         for entry in requests.get(f"{server.url}/api/ps", timeout=10).json()["models"]:
             body = {"model": entry["name"], "keep_alive": 0}
             requests.post(f"{server.url}/api/generate", json=body, timeout=10).raise_for_status()
@@ -148,6 +151,76 @@ def test_a_server_that_refuses_is_named_with_its_reason(gateway: Gateway) -> Non
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded"), answer.text
     assert answer.json()["error"]["instance"] == "two"
     assert gateway.instance("two")["in_flight"] == 0
+
+
+@pytest.mark.parametrize("false_load", ["nothing", "error"])
+@pytest.mark.parametrize("other", ["", "minilm"])
+def test_a_200_without_the_model_in_memory_is_a_load_that_failed(
+    gateway: Gateway, false_load: str, other: str
+) -> None:
+    if other:
+        assert load(gateway, "one", other).status_code == 200
+    gateway.servers["one"].set(false_load=false_load)
+    answer = load(gateway, "one", "tiny")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "model_load_failed"), answer.text
+    words = "runner process has terminated" if false_load == "error" else "not in memory (/api/ps)"
+    assert words in answer.json()["error"]["message"]
+    assert status(gateway, "tiny") == "error"
+    gateway.servers["one"].set(false_load="")
+    assert load(gateway, "one", "tiny").status_code == 200
+    assert status(gateway, "tiny") == "ready"
+
+
+def test_a_copy_of_a_model_in_memory_is_loaded(gateway: Gateway) -> None:
+    url = gateway.servers["one"].url
+    body = {"source": "tiny", "destination": "copy"}
+    requests.post(f"{url}/api/copy", json=body, timeout=10).raise_for_status()
+    try:
+        assert load(gateway, "one", "tiny").status_code == 200
+        gateway.servers["one"].set(false_load="nothing")  # as Ollama, which finds the runner of the other one
+        assert load(gateway, "one", "copy").status_code == 200
+    finally:
+        requests.delete(f"{url}/api/delete", json={"model": "copy"}, timeout=10).raise_for_status()
+
+
+def leaving(gateway: Gateway, instance: str, model: str) -> socket.socket:
+    """Ask for a load; the caller leaves when the socket is closed."""
+    body = json.dumps({"model": model}).encode()
+    head = f"POST /api/runtime/compute/instances/{instance}/load HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    caller = socket.create_connection(("127.0.0.1", urlsplit(gateway.url).port))
+    caller.sendall(head.encode() + body)
+    return caller
+
+
+def at_work(gateway: Gateway, instance: str) -> tuple[int, list[str]]:
+    """Return the leases of an instance, and what its server loads or has loaded."""
+    return gateway.instance(instance)["in_flight"], list(loaded(gateway, instance))
+
+
+def test_a_load_ends_when_its_caller_leaves(gateway: Gateway) -> None:
+    gateway.servers["one"].set(load_s=60)
+    with leaving(gateway, "one", "tiny"):
+        wait_for(lambda: at_work(gateway, "one"), lambda now: now == (1, ["tiny:latest"]))
+    wait_for(lambda: at_work(gateway, "one"), lambda now: now == (0, []))
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_drain_does_not_wait_for_a_load(gateway: Gateway, stop: bool) -> None:
+    gateway.servers["one"].set(load_s=60)
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(load, gateway, "one", "tiny")
+        wait_for(lambda: at_work(gateway, "one"), lambda now: now == (1, ["tiny:latest"]))
+        answer = gateway.call("POST", "instances/one/drain", json={"stop": stop}, params={"wait": "true"})
+        assert answer.status_code in (200, 202), answer.text
+        refused = asking.result()
+    try:
+        assert (refused.status_code, refused.json()["error"]["code"]) == (409, "cancelled"), refused.text
+        wait_for(lambda: at_work(gateway, "one"), lambda now: now == (0, []))
+        assert status(gateway, "tiny") == "not_loaded"
+    finally:
+        gateway.servers["one"].set(load_s=0)
+        gateway.call("POST", "instances/one/resume")
 
 
 def test_unknown_models_and_instances_are_404_for_an_unload_too(gateway: Gateway) -> None:

@@ -15,17 +15,17 @@ helped along:
 from __future__ import annotations
 
 import stat
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 
 from manager.api.app import control_api
-from manager.services.refusals import Refusals
 from manager.wire.access import Access
 from tests.support.fixtures import making_daemons, new_manager_id
+from tests.support.keys import keys
 from tests.support.ollama import running_ollama
 
 if TYPE_CHECKING:
@@ -46,20 +46,7 @@ UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 def description() -> dict[str, Any]:
     """What the daemon says of itself; it does not depend on what is configured, but for the key."""
-    nothing = SimpleNamespace(
-        fleet=None,
-        capacity=None,
-        sweeps=None,
-        link=None,
-        first_look=None,
-        overviews=None,
-        service=None,
-        upgrades=None,
-        loading=None,
-        lifts=None,
-        refusals=Refusals(now=lambda: 0.0),
-    )
-    return control_api(nothing, access=Access(allowed_hosts=(), key=KEY)).openapi()  # type: ignore[arg-type]
+    return control_api(Mock(), access=Access(allowed_hosts=(), keys=keys(KEY))).openapi()
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:
@@ -69,11 +56,16 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
             for parameter in operation.get("parameters", []):
                 if parameter["in"] == "path":
                     parameter["schema"] = {"anyOf": [{"enum": IDS}, {"type": "string", "minLength": 1}]}
-                elif parameter["name"] == "since":
+                elif parameter["name"] in ("since", "from", "to"):
                     parameter["schema"] = {"type": "string", "pattern": SPAN}
     image = {"anyOf": [{"type": "string", "pattern": ALLOWED_IMAGE}, {"type": "null"}]}
     schemas = document["components"]["schemas"]
     schemas["PullRequest"]["properties"]["image"] = image
+    key = schemas["KeyRequest"]["properties"]
+    key["roles"] = {"type": "null"}
+    key["instances"] = {"enum": [["cpu"], ["nas", "cpu"], None]}
+    key |= {name: {"enum": [1, 60, None]} for name in ("concurrency", "rpm", "tokens_per_day")}
+    key["usd_per_month"] = {"enum": [0, 1.5, 20, None]}
     for request in ("LoadRequest", "UnloadRequest"):
         schemas[request]["properties"]["model"] = {"enum": ["tiny", "minilm", "nope"]}
     schemas["LoadRequest"]["properties"]["keep_alive"] = {"enum": [300, -1, 1.5, "5m", "-1s", None]}

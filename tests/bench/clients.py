@@ -112,7 +112,7 @@ async def _clients(url: str, stack: AsyncExitStack) -> dict[str, Ask]:
         await other.post(url, content=_BODY)
 
     async def whole() -> None:
-        async with server.ask(Question(url, "POST", "/", (), _BODY)) as answer:
+        async with server.ask(Question("a", url, "POST", "/", (), _BODY)) as answer:
             while await answer.piece():
                 pass
 

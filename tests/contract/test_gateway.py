@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 RECORDINGS = load_recordings()
 
 # Keys that only the gateway has, by path.
-OF_A_MODEL = {"loaded", "status", "offload", "latency_ms", "instances", "context_length", "capabilities"}
+OF_A_MODEL = {
+    "loaded",
+    "status",
+    "offload",
+    "latency_ms",
+    "instances",
+    "digests",
+    "context_length",
+    "capabilities",
+}
 OWN_KEYS = {
     "/api/ps": {"instance"},
     "/api/tags": {"capabilities"},  # newer servers say it, too

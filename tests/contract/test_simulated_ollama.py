@@ -232,12 +232,12 @@ def test_memory_is_really_held_and_given_back(ollama: RunningOllama) -> None:
 
 
 def test_a_busy_server_burns_a_core_and_still_answers(ollama: RunningOllama) -> None:
-    ollama.set(burn_cpu=True, tokens_per_s=20, tokens=10)
+    ollama.set(burn_cpu=True, tokens_per_s=20, tokens=400)
     before = cpu_s(ollama.process.pid)
-    with raw(ollama, "/api/chat", {**CHAT, "stream": False}) as connection:
-        assert ask(ollama, "/api/version", timeout_s=1)
-        connection.recv(1)
-    assert cpu_s(ollama.process.pid) - before > 0.15
+    with raw(ollama, "/api/chat", {**CHAT, "stream": False}):
+        assert ask(ollama, "/api/version", timeout_s=5)
+        # On a busy machine its share is small; without that load it uses 0.06 s in that time.
+        wait_for(lambda: cpu_s(ollama.process.pid) - before, lambda used: used > 0.15, within_s=15)
 
 
 def test_an_idle_server_does_nothing(ollama: RunningOllama) -> None:

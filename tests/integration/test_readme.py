@@ -110,7 +110,7 @@ def the_api_has(line: str) -> None:
     method = "POST" if "-X POST" in line or " -d " in line else "GET"
     if method == "POST" and (found[1].encode() in INFERENCE or found[1] == "/api/pull"):
         return  # Ollama's own, which the contract suite looks at
-    app = control_api(Mock(), access=Access(allowed_hosts=(), key=None))  # only asked for its paths
+    app = control_api(Mock(), access=Access(allowed_hosts=()))  # only asked for its paths
     scope: dict[str, Any] = {
         "type": "http",
         "path": found[1],
@@ -144,7 +144,7 @@ def test_a_configuration_of_the_readme_can_be_used(text: str, tmp_path: Path) ->
 def test_the_configuration_of_the_container_can_be_used(tmp_path: Path) -> None:
     loaded = load_settings(ROOT / "compose" / "config.yaml", environ={"HOME": str(tmp_path)})
     assert loaded.settings.server.host == "0.0.0.0"
-    assert loaded.settings.server.key_file == Path("/run/secrets/operator-key")
+    assert loaded.settings.server.key_files == (Path("/run/secrets/operator-key"),)
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -205,9 +205,19 @@ def test_make_run_serves_the_simulated_ollama_and_says_so_where_the_real_one_can
         "XDG_STATE_HOME": str(tmp_path),
     }
     log = tmp_path / "log"
+    # A signal to make alone would not reach what it has begun, as Ctrl-C does.
+    make = [
+        "make",
+        "-n",
+        "--old-file=setup",
+        f"BIN={Path(sys.executable).parent}",
+        "run",
+        f"ARGS=--port {port}",
+    ]
+    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-m", "tests.tools.run", "--port", str(port)],
+            shlex.split(made.removeprefix("exec ")),
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

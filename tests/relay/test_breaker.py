@@ -485,6 +485,71 @@ async def test_a_probe_that_is_told_of_a_full_queue_says_nothing(tmp_path: Path)
         assert breaker(front).state is BreakerState.HALF_OPEN
 
 
+async def test_a_long_stream_closes_a_half_open_breaker_with_its_beginning(tmp_path: Path) -> None:
+    go_on = asyncio.Event()
+
+    async def tells_a_story(talk: Conversation) -> None:
+        await talk.begin()
+        await talk.chunk(LINE)
+        await go_on.wait()
+        talk.crash()
+
+    async with one_server(tmp_path) as (server, front):
+        await opened(server, front)
+        server.answer = tells_a_story
+        await half_open(front)
+        long = asyncio.ensure_future(front.ask(TINY))
+        await until(lambda: breaker(front).state is BreakerState.CLOSED)
+        server.answer = a_word
+        assert (await front.ask(TINY)).status == 200, "the others do not wait for the end of the stream"
+        go_on.set()
+        await long
+        view = breaker(front)
+        assert (view.state, view.failures, view.reason) == (BreakerState.CLOSED, 1, Reason.UPSTREAM_ERROR)
+
+
+@pytest.mark.parametrize("begins", [b"", b'{"error":"llama runner process has terminated"}\n'])
+async def test_a_stream_without_a_good_beginning_is_no_proof(tmp_path: Path, begins: bytes) -> None:
+    async def begins_badly(talk: Conversation) -> None:
+        await talk.begin()
+        if begins:
+            await talk.chunk(begins)
+        begun.set()
+        await go_on.wait()
+        talk.crash()
+
+    begun, go_on = asyncio.Event(), asyncio.Event()
+    async with one_server(tmp_path) as (server, front):
+        await opened(server, front)
+        server.answer = begins_badly
+        await half_open(front)
+        asking = asyncio.ensure_future(front.ask(TINY))
+        await begun.wait()
+        assert (await front.ask(TINY)).status == 503, "it still is the one that tries it"
+        go_on.set()
+        await asking
+        assert (breaker(front).state, breaker(front).failures) == (BreakerState.OPEN, 3)
+
+
+async def test_a_load_that_takes_longer_than_an_attempt_may_does_not_open_the_breaker(tmp_path: Path) -> None:
+    async with one_server(tmp_path, loaded=(), first_byte_timeout_s=0.3) as (server, front):
+        for _ in range(3):
+            server.answer = hangs  # it loads
+            assert (await front.ask(TINY)).status == 504
+            assert (breaker(front).state, breaker(front).failures) == (BreakerState.CLOSED, 0)
+            server.answer = a_word
+            assert (await front.ask(TINY)).status == 200
+
+
+async def test_a_server_that_hangs_in_a_load_is_left_alone_after_two_time_outs(tmp_path: Path) -> None:
+    async with one_server(tmp_path, loaded=(), first_byte_timeout_s=0.3) as (server, front):
+        server.answer = hangs
+        for _ in range(2):
+            assert (await front.ask(TINY)).status == 504
+        view = breaker(front)
+        assert (view.state, view.failures, view.reason) == (BreakerState.OPEN, 2, Reason.ATTEMPT_TIMEOUT)
+
+
 # --- late results ---
 
 

@@ -98,6 +98,49 @@ async def test_an_instance_has_no_more_requests_than_slots_and_the_others_wait(t
         assert (await lanes(front))["a"]["in_use"] == 0
 
 
+async def test_full_instances_are_explained_and_recorded(tmp_path: Path) -> None:
+    server, other = Gated(), Gated()
+    config = {"roles": {"x": role(instances=["a", "b"])}}
+    slots = {"a": 1, "b": 1}
+
+    async def explained(front: Front) -> dict[str, Any]:
+        status, body = await control(front, "GET", "/api/runtime/compute/explain?model=x")
+        assert status == 200
+        return dict(body)
+
+    async with (
+        server.serving(),
+        other.serving(),
+        relaying(tmp_path, {"a": server, "b": other}, slots=slots, config=config) as front,
+    ):
+        found = await explained(front)
+        assert (found["would_wait"], found["passed_over"]) == (False, [])
+        first = await asked(front, "x")
+        await until(lambda: server.at_once == 1)
+        full = {"model": "tiny", "reason": "overloaded", "detail": "all its slots are taken"}
+        found = await explained(front)
+        assert (found["would_wait"], found["passed_over"]) == (False, [{"instance": "a", **full}])
+        assert [one["instance"] for one in found["attempts"]] == ["b", "a"]
+        assert found["attempts"][0]["fallback"] == "overloaded"
+        assert found["summary"].startswith("x would go to b")
+        assert "all its slots are taken" in found["summary"]
+        second = await asked(front, "x")
+        await until(lambda: other.at_once == 1)
+        found = await explained(front)
+        assert found["would_wait"]
+        assert [one["instance"] for one in found["passed_over"]] == ["a", "b"]
+        assert found["summary"].startswith("x would wait for a slot, then go to a")
+        _, listed = await control(front, "GET", "/api/runtime/compute/requests")
+        (spilled,) = [one["request_id"] for one in listed["requests"] if one["effective_target"] == "b"]
+        _, shown = await control(front, "GET", f"/api/runtime/compute/requests/{spilled}")
+        (passed,) = shown["decision"]["passed_over"]
+        assert full.items() <= passed.items()
+        assert passed["instance"] == "a"
+        for one in (server, other):
+            one.open.release()
+        assert [(await one.reply()).status for one in (first, second)] == [200, 200]
+
+
 @pytest.mark.parametrize(
     ("path", "says"),
     [

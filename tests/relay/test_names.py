@@ -72,6 +72,48 @@ async def test_an_unknown_lane_is_refused_in_the_words_of_the_client(
         assert (await front.ask(nameless, path, {"X-Lane": "fast"})).status == 400
 
 
+NOT_CHAT = "does embed, and this request wants to generate; lanes for that: thinking"
+NOT_VECTORS = "and this request wants to embed; lanes for that: embedding"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "lane", "words"),
+    [
+        (
+            "/api/chat",
+            CHAT,
+            "embedding",
+            NOT_CHAT,
+        ),
+        (
+            "/v1/chat/completions",
+            CHAT,
+            "embedding",
+            NOT_CHAT,
+        ),
+        ("/v1/messages", MESSAGES, "embedding", NOT_CHAT),
+        (
+            "/api/embed",
+            {"model": "tiny", "input": "x"},
+            "thinking",
+            NOT_VECTORS,
+        ),
+    ],
+)
+async def test_a_lane_for_other_requests_is_refused_in_the_words_of_the_client(
+    tmp_path: Path, path: str, body: dict[str, object], lane: str, words: str
+) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        reply = await front.ask(body, path, {"X-Lane": lane})
+        error = reply.json()["error"]
+        message = error if isinstance(error, str) else error["message"]
+        assert reply.status == 400
+        assert message.startswith(f"X-Lane: the lane {lane!r}")
+        assert words in message
+        assert isinstance(error, str) or error["type"] == "invalid_request_error"
+        assert not server.seen
+
+
 async def test_an_unknown_name_is_a_404_although_a_server_was_never_reached(tmp_path: Path) -> None:
     async with Scripted(("tiny",)).serving() as server:
         instances = {
@@ -110,8 +152,23 @@ async def test_what_nobody_has_is_told_as_ollama_tells_it_and_names_ten_things_a
             assert message.endswith("m009:latest and 30 more"), message
 
 
+async def test_a_model_that_differs_between_instances_is_an_event_and_shown(tmp_path: Path) -> None:
+    same, other = Scripted(), Scripted()
+    other.digest = "another"
+    async with (
+        same.serving() as one,
+        other.serving() as two,
+        relaying(tmp_path, {"a": one, "b": two}) as front,
+    ):
+        (entry,) = json.loads((await ask(front, "GET", "/v1/models")).body)["data"]
+        assert entry["digests"] == {"d": ["a"], "another": ["b"]}
+        await until(lambda: "models_differ" in front.kinds())
+
+
 async def test_a_model_that_never_answered_has_no_latency(tmp_path: Path) -> None:
-    async with Scripted(("tiny", "other")).serving() as server, relaying(tmp_path, {"a": server}) as front:
+    names = ("tiny", "other")
+    async with Scripted(names, names).serving() as server, relaying(tmp_path, {"a": server}) as front:
+        await until(lambda: front.daemon.fleet.get("a").models)
         await front.ask({**CHAT, "stream": True})
         await until(lambda: len(front.records) == 1)
         listed = json.loads((await ask(front, "GET", "/v1/models")).body)["data"]

@@ -20,6 +20,7 @@ _CHOICES = {
     "hang": ("", "all", "body"),
     "crash": ("", "now", "start", "load", "stream"),
     "allocate_in": ("server", "child"),
+    "false_load": ("", "nothing", "error"),
 }
 
 
@@ -48,6 +49,9 @@ class Knobs:
 
     load_s: float = 0.0
     """How long a model takes to load."""
+    false_load: str = ""
+    """What a request to load gets with 200 although nothing is loaded: the usual answer (`nothing`) or an
+    error (`error`)."""
     unload_s: float = 0.0
     """How long a model is still listed after it expired."""
     vram_bytes: int = 0

@@ -118,6 +118,12 @@ async def generate(inference: Inference, exchange: Exchange) -> None:
         raise RequestError(400, f"{model.parsed.full} does not support insert")
     if request.get("think"):
         raise RequestError(400, f'"{request["model"]}" does not support thinking')
+    if not prompt and inference.knobs.false_load:
+        end = (
+            {"error": "llama runner process has terminated"} if inference.knobs.false_load == "error" else {}
+        )
+        await send_json(exchange, end or _generate_line(request, {"done": True, "done_reason": "load"}))
+        return
     async with inference.running(model, request.get("keep_alive")) as load_ns:
         if not prompt:
             await send_json(exchange, _generate_line(request, {"done": True, "done_reason": "load"}))

@@ -29,11 +29,17 @@ T = TypeVar("T")
 
 # A stream that says nothing for so long has said everything.
 _SILENCE_S = 0.5
+_PORTS = range(20_000, 32_000)
 
 
 def free_port() -> int:
-    """A port nobody listens on right now; well below the range that outgoing connections use."""
-    for port in range(20_000 + os.getpid() % 8_000, 32_000):
+    """A port nobody listens on right now; well below the range that outgoing connections use.
+
+    A daemon listens a while after its port was handed out: processes that run tests have ports of their own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = os.getppid() * 37 + worker * 1_000
+    for port in (_PORTS[(first + step) % len(_PORTS)] for step in range(len(_PORTS))):
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -19,6 +19,7 @@ from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 from manager.wire.routes import INFERENCE
 from tests.support.attempts import Stage
+from tests.support.keys import keys
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -246,7 +247,7 @@ class Bench:
         self.relay = Relay(
             stage.routing,
             pools=cast("Any", self.pools),
-            access=Access(allowed_hosts=["localhost"], key=key),
+            access=Access(allowed_hosts=["localhost"], keys=keys(key)),
             limits=limits or Limits(most_body_bytes=MAX_BODY),
             bodies=self.bodies,
             requests=Requests(HeaderNames(), default_project="default"),

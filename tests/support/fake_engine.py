@@ -277,7 +277,9 @@ class FakeEngine:
             return False
         return self._serves(box)
 
-    async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
+    async def probe(
+        self, endpoint: str, *, timeout_s: float, tags: bool, headers: object = ()
+    ) -> ProbeAnswer:
         box = self._behind(endpoint)
         if box is None or not self._serves(box):
             await asyncio.sleep(timeout_s)
@@ -285,7 +287,7 @@ class FakeEngine:
         box.network_bytes += 2000
         return ProbeAnswer("0.1", box.models, ({"name": "tiny"},) if tags else None, 2000)
 
-    async def show(self, endpoint: str, model: str, *, timeout_s: float) -> ShowAnswer:
+    async def show(self, endpoint: str, model: str, *, timeout_s: float, headers: object = ()) -> ShowAnswer:
         del endpoint, model, timeout_s
         return ShowAnswer(None, 0)
 

@@ -170,7 +170,9 @@ class Engine:
     async def answers(self, url: str, timeout_s: float) -> bool:
         return self._behind(url) is not None
 
-    async def probe(self, endpoint: str, *, timeout_s: float, tags: bool) -> ProbeAnswer:
+    async def probe(
+        self, endpoint: str, *, timeout_s: float, tags: bool, headers: object = ()
+    ) -> ProbeAnswer:
         await asyncio.sleep(0)
         if self._behind(endpoint) is None:
             raise UnavailableError(f"{endpoint} does not answer", reason=Reason.UPSTREAM_UNREACHABLE)

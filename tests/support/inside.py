@@ -170,7 +170,7 @@ async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
 
 @asynccontextmanager
 async def _served(daemon: manager.app.Daemon) -> AsyncIterator[int]:
-    app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}, key=None))
+    app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}))
     config = uvicorn.Config(
         app,
         port=0,

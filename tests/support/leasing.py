@@ -100,7 +100,7 @@ def _run(config_file: str, log_file: str, port: int) -> None:
 
 async def _serve(config_file: Path, port: int) -> None:
     async with manager.app.open_daemon(load_settings(config_file)) as daemon:
-        app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}, key=None))
+        app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}))
         app.mount("/lease", _leases(daemon))
         config = uvicorn.Config(app, port=port, ws="none", lifespan="off", log_config=None, access_log=False)
         async with asyncio.TaskGroup() as tasks:

@@ -20,6 +20,7 @@ from manager.serving import Server
 from manager.settings import load_settings
 from manager.wire.access import Access
 from tests.support.inside import until
+from tests.support.keys import keys
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -122,6 +123,7 @@ class Scripted:
     def __init__(self, models: tuple[str, ...] = ("tiny",), loaded: tuple[str, ...] = ()) -> None:
         self.models = models
         self.loaded = loaded
+        self.digest = "d"
         self.answer: Callable[[Conversation], Awaitable[None]] = a_word
         self.seen: list[Seen] = []
         self.connections = 0
@@ -159,7 +161,7 @@ class Scripted:
     async def _status(self, talk: Conversation) -> bool:
         entry = {
             "size": 1,
-            "digest": "d",
+            "digest": self.digest,
             "size_vram": 0,
             "expires_at": "2318-01-01T00:00:00Z",
             "details": {},
@@ -380,7 +382,7 @@ async def relaying(
     loaded = load_settings(file)
     log = LogWriter(2)
     async with _no_engine(home / "engine.sock"), manager.app.open_daemon(loaded, log=log) as daemon:
-        access = Access(allowed_hosts={"127.0.0.1", "localhost"}, key=key)
+        access = Access(allowed_hosts={"127.0.0.1", "localhost"}, keys=keys(key))
         relay = manager.daemon.relay_of(daemon, loaded.settings, access)
         server = Server(
             uvicorn.Config(

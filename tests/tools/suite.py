@@ -21,6 +21,7 @@ from tests.tools.system import COMPILER, COMPOSE, IP, provide
 
 _BIN = Path(sys.executable).parent
 _PYTEST = ["-m", "pytest", f"--color={'yes' if sys.stdout.isatty() else 'no'}"]
+_COVERAGE = (sys.executable, "-m", "coverage")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _SUMMARY = re.compile(r"=+ .* in [0-9.]+s.* =+|.* in [0-9.]+s(?: \([0-9:]+\))?")
 
@@ -32,7 +33,11 @@ STATIC = (
 )
 _QUICK = ("tests/unit", "tests/contract")
 _REAL = ("tests/api", "tests/relay", "tests/integration")
-_SIDE_BY_SIDE = 2
+# Types take a minute of one core, in the time that the real tests leave.
+_BESIDE = ("nice", "-n", "10")
+_CORES = len(os.sched_getaffinity(0))
+# Two at a time, the real tests use less than half of two cores: they wait for daemons, engines and timers.
+_REAL_WORKERS = min(_CORES + 1, 8)
 _TESTS_FAILED = 1  # pytest.ExitCode.TESTS_FAILED
 _FAILURE = re.compile(r"(?:FAILED|ERROR) (tests/[^ ]+?\.py(?:::.+?)?)(?: - .*)?")
 # A test that fails and then passes is flaky, which is a defect. More of them than this fail the run.
@@ -54,14 +59,7 @@ def main() -> int:
         failed += filter(None, [_failed(sys.executable, *_PYTEST, "-q", "tests/unit", *pytest_arguments)])
         summary = ""
     else:
-        # Types take a minute of one core, and the first tests another.
-        with ThreadPoolExecutor(1) as beside:
-            static = beside.submit(lambda: [_quietly(*command) for command in STATIC])
-            summary = _test(pytest_arguments, failed)
-            for command, (status, output) in zip(STATIC, static.result(), strict=True):
-                say(f"== {_shown(command)}")
-                print(output, end="", flush=True)
-                failed += [_shown(command)] if status else []
+        summary = _test(pytest_arguments, failed)
     say("")
     for step in failed:
         say(f"FAILED: {step}")
@@ -94,14 +92,18 @@ def _provide_for_tests() -> None:
 def _test(arguments: list[str], failed: list[str]) -> str:
     """Run all tests; add what failed to `failed`, and return pytest's summary lines and the flaky tests.
 
-    The pure and quick ones run in one process under coverage. The others wait for daemons and engines most
-    of the time, so several of them go on side by side, those of one file in order.
+    The pure and quick ones use the processor: one process a core, under coverage. The others wait most of the
+    time, so there are more of them than cores, and the static checks go on beside them. The tests of one file
+    run in order, in one process.
     """
-    quick = [sys.executable, "-m", "coverage", "run", *_PYTEST, *_QUICK]
-    real = [sys.executable, *_PYTEST, "-n", str(_SIDE_BY_SIDE), "--dist", "loadfile", *_REAL]
+    each_file = ("--dist", "loadfile")
+    quick = [sys.executable, *_PYTEST, "-p", "tests.tools.measured", "-n", str(_CORES), *each_file, *_QUICK]
+    real = [sys.executable, *_PYTEST, "-n", str(_REAL_WORKERS), *each_file, *_REAL]
+    failed += filter(None, [_failed(*_COVERAGE, "erase")])
     summaries: list[str] = []
     flaky: list[str] = []
-    for command, paths in ((quick, _QUICK), (real, _REAL)):
+
+    def run(command: list[str], paths: tuple[str, ...]) -> None:
         first = streamed([*command, *arguments])
         summaries.append(first.summary)
         status = first.status
@@ -110,18 +112,28 @@ def _test(arguments: list[str], failed: list[str]) -> str:
             again = streamed([sys.executable, *_PYTEST, "--last-failed", *paths, *arguments])
             summaries.append(again.summary)
             status = again.status
-            flaky += sorted(first.failures - again.failures)
+            flaky.extend(sorted(first.failures - again.failures))
         if status:
             failed.append(f"pytest {command[-1]} (exit status {status})")
+
+    run(quick, _QUICK)
+    with ThreadPoolExecutor(1) as beside:
+        static = beside.submit(lambda: [_quietly(*_BESIDE, *command) for command in STATIC])
+        run(real, _REAL)
     for test in flaky:
         say(f"FLAKY: {test}")
     if len(flaky) > _MOST_FLAKY:
         failed.append(f"{len(flaky)} flaky tests; at most {_MOST_FLAKY} are let pass")
-    for report in (
+    for step in (
+        ["combine", "--quiet"],
         ["report"],
         ["report", f"--include={','.join(_PURE)}", "--fail-under=100"],
     ):
-        failed += filter(None, [_failed(sys.executable, "-m", "coverage", *report)])
+        failed += filter(None, [_failed(*_COVERAGE, *step)])
+    for command, (status, output) in zip(STATIC, static.result(), strict=True):
+        say(f"== {_shown(command)}")
+        print(output, end="", flush=True)
+        failed += [_shown(command)] if status else []
     summaries += [f"FLAKY: {test}" for test in flaky]
     return "\n".join(filter(None, summaries))
 
@@ -139,6 +151,8 @@ def streamed(command: list[str]) -> _Run:
     say(f"== {_shown(command)}")
     summary, failures = "", set()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    # Each process of the tests would compile the product anew, which takes half as long again as loading it.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         for line in process.stdout:

@@ -16,6 +16,7 @@ from manager.domain.instance import ContainerFacts
 from manager.errors import EngineUnreachableError, ManagerIdChangedError
 from manager.settings import load_settings
 from manager.wire.access import Access
+from tests.support.keys import keys
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,8 +35,10 @@ def reason(home: Path, server: dict[str, Any], host: str) -> str | None:
     config = home / "config.yaml"
     config.write_text(yaml.safe_dump({"server": {"key_file": str(key_file), **server}}))
     settings = load_settings(config, environ={"HOME": str(home)}).settings
-    access = Access(**manager.daemon.access_rules(settings, KEY))
-    refusal = access.refusal("/api/tags", [(b"host", host.encode()), (b"x-api-key", KEY.encode())])
+    access = Access(**manager.daemon.access_rules(settings), keys=keys(KEY))
+    refusal = access.check(
+        "GET", "/api/tags", [(b"host", host.encode()), (b"x-api-key", KEY.encode())]
+    ).refusal
     return refusal.reason if refusal else None
 
 

@@ -80,7 +80,7 @@ def test_what_was_given_away_can_be_changed_without_harm(client: ModelSettingsCl
 
 WRONG = {
     "an error": Answer({"error": {"code": "x", "message": "the daemon failed"}}, 500),
-    "no key": Answer({"error": {"code": "key_required", "message": "present the key"}}, 401),
+    "no key": Answer({"error": {"code": "unauthorized", "message": "present the key"}}, 401),
     "another server": Answer("hello", 404),
     "a redirect": Answer("", 302, {"Location": "/elsewhere"}),
     "no JSON": Answer("hello"),

@@ -1,15 +1,15 @@
-"""What the Makefile gives to uv, and what `make run` does with ARGS."""
+"""What the Makefile gives to uv, and what `make run` runs."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.tools import run
+from manager.cli.commands import up
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINT = "--eval=shown: ; @echo $$UV_SYSTEM_CERTS $$UV_NATIVE_TLS"
@@ -31,29 +31,12 @@ def test_uv_trusts_what_the_system_trusts_unless_it_is_told_not_to(given: dict[s
     assert done.stdout.split() == shown.split()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "problem"),
-    [
-        (["--prot", "1"], "No such option"),
-        (["--port", "x"], "'x' is not a valid integer"),
-        (["--port"], "requires an argument"),
-        (["serve"], "unexpected extra argument"),
-    ],
-)
-def test_a_mistake_in_args_is_told_before_anything_is_prepared(
-    arguments: list[str], problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(run, "prepare", lambda *_args, **_options: pytest.fail("it prepares"))
-    monkeypatch.setattr(sys, "argv", ["run", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        run.main()
-    assert caught.value.code == 2
-    assert problem in capsys.readouterr().err
-
-
-def test_args_are_those_of_up() -> None:
-    given = run.options(["--port", "11500", "--config", "c.yaml", "--stop-instances"])
-    assert (given["port"], given["config"], given["host"]) == (11500, Path("c.yaml"), None)
-    with pytest.raises(SystemExit) as caught:
-        run.options(["--help"])
-    assert caught.value.code == 0
+def test_make_run_is_up_with_its_args() -> None:
+    make = ["make", "-n", "--old-file=setup", "BIN=bin", "run", "ARGS=--port 11500 --config c.yaml"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    words = shlex.split(done.stdout.removeprefix("exec "))
+    assert words[:4] == ["bin/python", "-m", "manager", "up"]
+    with up.make_context("ollama-manager up", words[4:]) as context:
+        given = context.params
+    assert (given["yes"], given["port"], given["config"]) == (True, 11500, Path("c.yaml"))
+    assert given["without_images"] == "bin/python -m tests.tools.simulated"

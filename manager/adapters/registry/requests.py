@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from manager.domain.usage import Dimension, Span
 
 T = TypeVar("T")
-Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, bytes, bytes]"
+Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, str | None, bytes, bytes]"
 
-_COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, record, decision"
+_COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, key, record, decision"
 # A batch whose commit was reported as failed is written again: what is stored already stays as it is.
-_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_ROW = "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _ADD = f"INSERT OR IGNORE INTO requests ({_COLUMNS}) VALUES {_ROW}"  # noqa: S608
 # A statement gives up the interpreter's lock once, so that a busy event loop holds up few of them.
 _MANY = 100
@@ -213,9 +213,10 @@ def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
     pairs = (
         ("project = ?", filters.project),
         ("role = ?", filters.role),
-        ("model = ?", filters.key),
+        ("model = ?", filters.wanted_model),
         ("instance = ?", filters.instance),
         ("outcome = ?", filters.outcome),
+        ("key = ?", filters.key),
         ("ended_us >= ?", filters.since and int(filters.since.timestamp() * 1e6)),
         ("id > ?", after),
     )
@@ -250,6 +251,7 @@ def _row(ended: Ended, plain: dict[Any, bytes]) -> Row:
         None if record.model is None else _text(model_key(record.model)),
         record.effective_target,
         record.outcome,
+        record.key,
         _record(record),
         decision,
     )

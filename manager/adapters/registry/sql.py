@@ -14,7 +14,7 @@ from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, se
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from manager.adapters.registry import runs, tables
+from manager.adapters.registry import keys, runs, tables
 from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Table
 
+    from manager.domain.keys import Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
 
@@ -254,6 +255,20 @@ class SqlRegistry:
             await self._write(partial(runs.forget, ids=[run.id for run in found]))
         return found
 
+    async def keys(self) -> tuple[Key, ...]:
+        return await self._read(keys.load)
+
+    async def save_key(self, key: Key) -> None:
+        """Store a key, in place of an earlier state of it."""
+        await self._write(partial(keys.save, key=key))
+
+    async def forget_key(self, name: str) -> None:
+        await self._write(partial(keys.forget, name=name))
+
+    async def save_last_used(self, used: Mapping[str, datetime]) -> None:
+        """Store when keys were used last; one that is gone stays so."""
+        await self._write(partial(keys.save_last_used, used=used))
+
     async def check(self) -> None:
         """Look whether the files are still those that were opened.
 
@@ -354,6 +369,9 @@ class UnchangedRegistry(SqlRegistry):
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None: ...
     async def save_run(self, run: Run) -> None: ...
+    async def save_key(self, key: Key) -> None: ...
+    async def forget_key(self, name: str) -> None: ...
+    async def save_last_used(self, used: Mapping[str, datetime]) -> None: ...
     async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:  # noqa: ARG002
         return ()
 

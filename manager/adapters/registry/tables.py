@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0009", "0010")
+REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010")
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -123,7 +123,8 @@ requests = Table(
     Column("outcome", Text, nullable=False),
     Column("record", LargeBinary, nullable=False),
     Column("decision", LargeBinary, nullable=False),
-    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome"),
+    Column("key", Text),
+    Index("requests_by_end", "ended_us", "id", "project", "role", "model", "instance", "outcome", "key"),
     sqlite_autoincrement=True,
 )
 

@@ -103,7 +103,7 @@ class Ledger:
         self._unwritten: dict[str, Closing] = {}
         self._news = asyncio.Event()
         self._writing = asyncio.Lock()
-        self._told: set[tuple[str, str, str]] = set()
+        self._told: set[tuple[bool, str, str]] = set()
         self._trouble: str | None = None
         self._is_closed = False
         self._reservations = 0
@@ -156,13 +156,13 @@ class Ledger:
             message = f"no paid request is sent: {error.message}"
             raise UnavailableError(message, reason=Reason.BUDGET_EXHAUSTED, retry_after_s=_RETRY_S) from error
         if isinstance(outcome, Overdrawn):
-            self._tell("budget_hard", outcome.budget, now, outcome.message)
+            self._tell(outcome.budget, now, outcome.message, is_hard=True)
             return outcome
         soft = softly_exceeded(outcome)
         for budget in soft:
             limit, used = in_usd(budget.soft_micro_usd or 0), in_usd(outcome[budget].committed)
             detail = f"{budget.scope}, {budget.period}: {used:g} of {limit:g} USD are spent or reserved"
-            self._tell("budget_soft", budget, now, detail)
+            self._tell(budget, now, detail, is_hard=False)
         return Reserved(reservation, soft)
 
     def close_reservation(self, closing: Closing) -> None:
@@ -246,14 +246,16 @@ class Ledger:
         if not done.cancelled() and done.exception() is None and not isinstance(done.result(), Overdrawn):
             self.close_reservation(Closing(reservation.id, "released", 0))
 
-    def _tell(self, kind: str, budget: Budget, now: datetime, detail: str) -> None:
-        """Record an event, once a budget and period."""
-        what = (kind, f"{budget.scope}/{budget.period}", budget.since(now))
+    def _tell(self, budget: Budget, now: datetime, detail: str, *, is_hard: bool) -> None:
+        """Record that a limit is reached, once a budget and period."""
+        what = (is_hard, f"{budget.scope}/{budget.period}", budget.since(now))
         if what not in self._told:
             if len(self._told) >= _MOST_TOLD:
                 self._told.clear()
             self._told.add(what)
-            self._journal.record(kind, reason=Reason.BUDGET_EXHAUSTED, detail=detail)
+            self._journal.record(
+                "budget_hard" if is_hard else "budget_soft", reason=Reason.BUDGET_EXHAUSTED, detail=detail
+            )
 
     async def _write_for_ever(self) -> None:
         while True:

@@ -6,15 +6,22 @@ from typing import TYPE_CHECKING
 
 from manager.domain.instance import Explanation, Health, Phase, Target
 from manager.domain.lifecycle import Fact, advance
+from manager.domain.target import Protocol
+from manager.domain.target import Target as Place
 from manager.errors import ConflictError, Reason, UnavailableError
 from manager.services.instances.instance import Instance, View, drained_error
+from manager.services.instances.server_key import ServerKey
+from manager.wire.credentials import credentials
 
 if TYPE_CHECKING:
     from datetime import datetime
 
     from manager.domain.drained import Drained
     from manager.domain.instance import InstanceSpec
+    from manager.services.ports import ProbeAnswer
     from manager.services.world import World
+    from manager.wire.details import Details
+    from manager.wire.head import Header
 
 
 # One missed probe may be a busy server, or a busy machine.
@@ -39,9 +46,47 @@ class ExternalInstance(Instance):
         self._ready_at: datetime | None = None
         self._last_used_at: datetime | None = None
         self._missed = 0
+        self._key = ServerKey(world, spec.key)
 
     async def run(self) -> None:
         await self._probe_forever()
+
+    def reconfigure(self, spec: InstanceSpec) -> None:
+        super().reconfigure(spec)
+        self.read_models_soon()
+
+    async def show(self, model: str) -> Details | None:
+        if self.spec.protocol is not Protocol.OLLAMA:
+            return None  # it has no call for that
+        return await super().show(model)
+
+    async def _ask(self, endpoint: str) -> None:
+        if await self._key.look():
+            self._place = None  # it holds the old one
+            self.read_models_soon()
+        if self._key.problem is not None:
+            self._set_health(Health.UNHEALTHY, self._key.problem)
+        else:
+            await super()._ask(endpoint)
+
+    async def _asked(self, endpoint: str, *, tags: bool) -> ProbeAnswer:
+        upstream, timeout_s = self._world.upstream, self.spec.limits.probe_interval_s
+        if self.spec.protocol is Protocol.OLLAMA:
+            return await upstream.probe(endpoint, timeout_s=timeout_s, tags=tags, headers=self.headers)
+        return await upstream.probe_openai(
+            endpoint,
+            timeout_s=timeout_s,
+            models=tags,
+            names=self.spec.model_names,
+            headers=self.headers,
+        )
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        return credentials(self.spec.protocol, self._key.value)
+
+    def _place_at(self, endpoint: str) -> Place:
+        return Place(self.id, endpoint, self.headers, self.spec.protocol)
 
     @property
     def probed_endpoint(self) -> str | None:

@@ -40,7 +40,7 @@ class FirstLook:
         """Whether the engine and each external server have answered or failed once."""
         if not self._is_known:
             others = (one for one in self._fleet.instances() if not isinstance(one, Supervisor))
-            engine = self._link.asked.is_set() or not self._fleet.supervisors()
+            engine = self._link.asked.is_set() or not self._needs_engine
             self._is_known = engine and all(one.is_probed for one in others)
         return self._is_known
 
@@ -63,8 +63,11 @@ class FirstLook:
         """Wait until the engine was listed and every container found was adopted, as far as that goes.
 
         Raises:
-            EngineUnreachableError: the engine has not answered within `within_s`.
+            EngineUnreachableError: the engine has not answered within `within_s`, and an instance needs it.
         """
+        if not self._needs_engine:
+            await self.engine_asked(within_s=within_s)
+            return
         deadline = self._world.now() + within_s
         try:
             async with asyncio.timeout(within_s):
@@ -76,12 +79,19 @@ class FirstLook:
             await asyncio.sleep(_POLL_S)
 
     def why_not_ready(self) -> tuple[str, ...]:
-        """Return what keeps the daemon from being usable; nothing when it is."""
+        """Return what keeps the daemon from being usable; nothing when it is.
+
+        The engine counts where an instance has a container, also one of a card that was found.
+        """
         reasons = []
-        if not self._link.up:
+        if self._needs_engine and not self._link.up:
             reasons.append(f"engine: {self._link.trouble}")
         if not self._world.gpus.snapshot.attempted:
             reasons.append("gpus: NVML has not been asked yet")
         if (trouble := self._world.journal.trouble) is not None:
             reasons.append(f"registry: {trouble}")
         return tuple(reasons)
+
+    @property
+    def _needs_engine(self) -> bool:
+        return bool(self._fleet.supervisors())

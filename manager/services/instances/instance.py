@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from abc import ABC, abstractmethod
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,22 +20,24 @@ from manager.domain.instance import (
     Target,
 )
 from manager.domain.target import Target as Place
-from manager.errors import ConflictError, DrainedError, OutOfDescriptorsError, UnavailableError
+from manager.errors import ConflictError, DrainedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.instances.container_run import happens
 from manager.services.instances.leases import Lease, LeaseBook
 from manager.services.waiters import Waiters
 from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncIterator, Mapping
     from datetime import datetime
 
     from manager.domain.drained import Drained
     from manager.domain.gpu import NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
+    from manager.services.ports import ProbeAnswer
     from manager.services.world import World
     from manager.wire.details import Details
+    from manager.wire.head import Header
 
 
 # A connection attempt or a request that is repeated a few times, with what acknowledges it.
@@ -100,6 +103,7 @@ class Instance(ABC):
         listed: the models on its volume as its server last listed them, None while it never did.
         listed_at: the monotonic time of that.
         version: the version that its server last told, None while it never did.
+        memory_reads: how often its server has listed the models in memory.
         keeps_warm: a role keeps a model in its memory, so that it is not stopped for being idle.
     """
 
@@ -126,6 +130,8 @@ class Instance(ABC):
         self._to_probe = asyncio.Event()
         self._drained: Drained | None = None
         self._quiet = Waiters()
+        self._interruptible: set[asyncio.Timeout] = set()
+        self.memory_reads = 0
         self.keeps_warm = False
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
 
@@ -179,8 +185,9 @@ class Instance(ABC):
         return False
 
     def take_out(self, drained: Drained) -> None:
-        """Give no leases any more; open ones go on."""
+        """Give no leases any more; open ones go on, but for loads."""
         self._drained = drained
+        self._interrupt()
         self._world.revision.advance()
 
     def bring_back(self) -> None:
@@ -197,6 +204,41 @@ class Instance(ABC):
         """
         if self.in_flight:
             await self._quiet.outcome()
+
+    @asynccontextmanager
+    async def until_out(self) -> AsyncIterator[None]:
+        """Cancel the work in it when the instance is taken out of service, or its stop is requested.
+
+        For work that nobody loses an answer with, such as a load.
+
+        Raises:
+            UnavailableError: that has happened, with reason `cancelled`.
+        """
+        try:
+            async with asyncio.timeout(0 if self.usable_endpoint() is None else None) as limit:
+                self._interruptible.add(limit)
+                try:
+                    yield
+                finally:
+                    self._interruptible.discard(limit)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise UnavailableError(
+                f"{self.id} is being stopped, or was taken out of service: the load was cancelled",
+                reason=Reason.CANCELLED,
+                instance=self.id,
+            ) from None
+
+    def _interrupt(self) -> None:
+        now = asyncio.get_running_loop().time() if self._interruptible else 0.0
+        for limit in self._interruptible:
+            limit.reschedule(now)
+
+    @property
+    def headers(self) -> tuple[Header, ...]:
+        """The headers of our own requests to its server."""
+        return ()
 
     # --- leases ---
 
@@ -241,8 +283,12 @@ class Instance(ABC):
     def _grant(self, endpoint: str) -> Lease:
         place = self._place
         if place is None or place.endpoint != endpoint:
-            place = self._place = Place(self.id, endpoint)
+            place = self._place = self._place_at(endpoint)
         return self._leases.grant(place)
+
+    def _place_at(self, endpoint: str) -> Place:
+        """Return what a lease leads to."""
+        return Place(self.id, endpoint)
 
     async def effort(self) -> Effort | None:
         """The effort of the instance, as far as it can be told from outside."""
@@ -288,9 +334,7 @@ class Instance(ABC):
         tags = now >= self._tags_due
         self.probe_bytes = self._last_probe_bytes or PROBE_BYTES
         try:
-            answer = await self._world.upstream.probe(
-                endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
-            )
+            answer = await self._asked(endpoint, tags=tags)
         except OutOfDescriptorsError:
             return  # the process's own lack says nothing about the server
         except UnavailableError as error:
@@ -312,6 +356,7 @@ class Instance(ABC):
             if [model.name for model in answer.loaded] != [model.name for model in self._models]:
                 self._world.revision.advance()
             self._models = answer.loaded
+            self.memory_reads += 1
         if answer.available is not None:
             self._available = tuple(map(name_of, answer.available))
             self.listed = answer.available
@@ -319,6 +364,16 @@ class Instance(ABC):
             self._tags_due = now + self.spec.limits.resync_interval_s
         self._set_health(Health.HEALTHY, None)
         await self._probed()
+
+    async def _asked(self, endpoint: str, *, tags: bool) -> ProbeAnswer:
+        """Return the answer to one probe.
+
+        Raises:
+            UnavailableError, OutOfDescriptorsError: as `Upstream.probe`.
+        """
+        return await self._world.upstream.probe(
+            endpoint, timeout_s=self.spec.limits.probe_interval_s, tags=tags
+        )
 
     async def show(self, model: str) -> Details | None:
         """Ask the server what a model can do; None where it does not say. That is a probe, too: no use.
@@ -333,7 +388,7 @@ class Instance(ABC):
             self.probe_bytes = _SHOWN_BYTES
             try:
                 answer = await self._world.upstream.show(
-                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s
+                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s, headers=self.headers
                 )
             except UnavailableError:
                 self.own_bytes += _SHOWN_BYTES  # some of it may have come

@@ -181,6 +181,7 @@ class Supervisor(Instance):
 
     def _stop_requested(self, before: Condition, detail: str) -> None:
         """Have a stop that was requested carried out; `before` is the condition before that."""
+        self._interrupt()
         if not before.ends:
             self._stopping.detail = detail
             if self._operation is not None:
@@ -211,6 +212,7 @@ class Supervisor(Instance):
         before = self._condition.state
         self._condition.apply(TakenOutOfService(drained))
         self._condition.starters.settle(self._w.out_of_service(drained))
+        self._interrupt()
         self._service_changed(before, drained.detail)
 
     def bring_back(self) -> None:

@@ -103,7 +103,8 @@ class Sweeps:
         Raises:
             EngineUnreachableError: nothing can be stopped now.
         """
-        self._link.refuse_if_down()
+        if self._fleet.supervisors():
+            self._link.refuse_if_down()
         swept = await asyncio.gather(
             *(self._sweep(one, dry_run=dry_run) for one in self._fleet.supervisors())
         )

@@ -133,6 +133,10 @@ class Place:
         self._slots.give_back(self)
 
 
+# What is said of an instance without a free slot.
+FULL = "all its slots are taken"
+
+
 class Slots:
     """Owns the slots of all instances and the queues of all lanes. Lives on the event loop.
 
@@ -232,6 +236,10 @@ class Slots:
             return None  # only `enter` can ask
         waiter = Waiter(lane or NO_ROLE, (instance,), since)
         return Place(self, waiter, choose) if self._lanes.take(waiter) else None
+
+    def has_room(self, lane: str | None, instance: str) -> bool:
+        """Return whether a request of a lane would get a slot of an instance now."""
+        return not self.is_on or self._lanes.has_room(lane or NO_ROLE, instance)
 
     def hold(self, lane: str | None, instance: str, since: float) -> Place:
         """Count a slot that a request uses already."""

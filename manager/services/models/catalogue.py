@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from manager.services.models.volume_reader import VolumeReader
     from manager.services.overview import ModelState, Overviews
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.overload import Overload
     from manager.services.routing.router import SettingsSource
-    from manager.services.traffic import Traffic
 
 _VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+(?:-rc[0-9]+)?")
 # What the packaged templates run. Some clients refuse servers that are older than something.
@@ -58,7 +58,7 @@ class Catalogue:
         fleet: Fleet,
         overviews: Overviews,
         status: ModelStatus,
-        traffic: Traffic,
+        overload: Overload,
         lists: ModelLists,
         *,
         settings: SettingsSource,
@@ -71,7 +71,7 @@ class Catalogue:
         self._reader = reader
         self._overviews = overviews
         self._status = status
-        self._traffic = traffic
+        self._overload = overload
         self._lists = lists
         self._settings = settings
         self._now = now
@@ -177,7 +177,7 @@ class Catalogue:
 
     def _known(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> KnownModel:
         """Add what changes with each request: it is in no overview."""
-        latencies = (self._traffic.first_token_ms(id_, key) for id_ in model.instances)
+        latencies = (self._overload.recent_ms(id_, key) for id_ in model.instances)
         return KnownModel(
             model.entry,
             model.instances,
@@ -185,6 +185,7 @@ class Catalogue:
             doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key)),
             model.offload,
             min(filter(None, latencies), default=None),
+            model.digests,
         )
 
     def _alias(

@@ -46,6 +46,18 @@ class _Wanted(NamedTuple):
     keep_alive: KeepAlive | None
 
 
+class WarmView(NamedTuple):
+    """A place where a role's model is to stay in memory, as it is shown.
+
+    `reason` is why it could not be loaded: None before it was tried, and while the instance is left alone.
+    """
+
+    instance: str
+    is_kept: bool
+    reason: Reason | None
+    detail: str
+
+
 class Keeper:
     """Owns what is kept in memory. `run` loads it, one model at a time on each instance.
 
@@ -84,7 +96,8 @@ class Keeper:
         self._to_release: dict[tuple[str, str], str] = {}
         self._to_prewarm: dict[str, list[str]] = {}
         self._met: set[str] = set()
-        self._busy: set[str] = set()
+        # The load under way on each instance.
+        self._busy: dict[str, tuple[_Wanted, asyncio.Task[None]]] = {}
         self._kept: set[tuple[str, str]] = set()
         self._mark()
 
@@ -100,9 +113,18 @@ class Keeper:
                     self._meet(instance)
                     wanted = self._next(instance) if self._is_usable(instance) else None
                     if wanted is not None:
-                        self._busy.add(instance.id)
-                        tasks.create_task(self._load(instance, wanted), name=f"keep {wanted.model} warm")
+                        work = self._load(instance, wanted)
+                        task = tasks.create_task(work, name=f"keep {wanted.model} warm")
+                        self._busy[instance.id] = wanted, task
                 await asyncio.sleep(_LOOK_S)
+
+    def warm(self, role: Role) -> tuple[WarmView, ...]:
+        """Return the instances where a role's model is to stay in memory, and whether it is there."""
+        if role.model is None:
+            return ()
+        key = model_key(role.model)
+        states = ((id_, self._keeping.get((id_, key), Keeping())) for id_ in role.keep_warm)
+        return tuple(WarmView(id_, one.is_kept, one.trouble, one.detail) for id_, one in states)
 
     # --- what is wanted ---
 
@@ -111,7 +133,7 @@ class Keeper:
             yield _Wanted(instance_id, str(role.model), role.name, FOREVER)
 
     def _mark(self) -> None:
-        """Say of each instance whether a model is kept there, and forget what is kept no longer."""
+        """Say of each instance whether a model is kept there; drop what is kept no longer, loads too."""
         kept = self._kept = {
             (one.instance, model_key(one.model))
             for instance in self._fleet.instances()
@@ -126,6 +148,11 @@ class Keeper:
         for place in self._to_release.keys() & kept:
             if not self._router.denial(*place):
                 del self._to_release[place]
+        for wanted, task in self._busy.values():
+            place = wanted.instance, model_key(wanted.model)
+            if wanted.role is not None and place not in kept:
+                self._to_release[place] = wanted.model  # the load may have ended just now
+                task.cancel()
 
     def _meet(self, instance: Instance) -> None:
         """Note the models of an instance that starts with the daemon, the first time that it is seen."""
@@ -181,18 +208,19 @@ class Keeper:
         """Return whether a model has to be loaded now; notes what keeps it from that."""
         key = model_key(wanted.model)
         keeping = self._keeping.setdefault((instance.id, key), Keeping())
-        if self._router.denial(instance.id, wanted.model):
+        rule = self._router.denial(instance.id, wanted.model)
+        if rule:
             if keeping.is_kept:  # it was loaded while the rule was lifted
                 self._to_release[instance.id, key] = wanted.model
-            self._note(wanted, keeping.barred(Reason.HOST_DENIED), "it is denied there")
+            self._note(wanted, keeping.barred(Reason.HOST_DENIED, f"it is denied there ({rule})"))
             return False
         known = self._router.models_of(instance)
         if known is not None and key not in known:
-            self._note(wanted, keeping.barred(Reason.MODEL_MISSING), "it is not there")
+            self._note(wanted, keeping.barred(Reason.MODEL_MISSING, "it is not there"))
             return False
         found = _found(instance, key)
         if found is not None and is_kept(found.expires_at, self._world.utcnow()):
-            self._note(wanted, keeping.kept(), "")
+            self._note(wanted, keeping.kept())
             return False
         return self._world.now() >= keeping.retry_at
 
@@ -211,9 +239,9 @@ class Keeper:
             place = instance.id, model_key(wanted.model)
             keeping = self._keeping.get(place)
             if wanted.role is not None and keeping is not None:
-                self._note(wanted, keeping.loaded(self._world.now()).kept(), "")
+                self._note(wanted, keeping.loaded(self._world.now()).kept())
         finally:
-            self._busy.discard(instance.id)
+            self._busy.pop(instance.id, None)
 
     def _failed(self, wanted: _Wanted, error: ManagerError) -> None:
         if wanted.role is None:
@@ -224,12 +252,12 @@ class Keeper:
         keeping = self._keeping.get((wanted.instance, model_key(wanted.model)))
         if keeping is not None:
             reason = reason_of(error)
-            after = keeping.failed(self._world.now(), reason, error.retry_after_s)
+            after = keeping.failed(self._world.now(), reason, error.retry_after_s, detail=error.message)
             if reason is Reason.CANCELLED:  # by an operator, who needs no event of it
-                after = replace(after, trouble=keeping.trouble)
-            self._note(wanted, after, error.message)
+                after = replace(after, trouble=keeping.trouble, detail=keeping.detail)
+            self._note(wanted, after)
 
-    def _note(self, wanted: _Wanted, after: Keeping, why: str) -> None:
+    def _note(self, wanted: _Wanted, after: Keeping) -> None:
         """Take over a new state, and record it where it is told by no event yet."""
         place = wanted.instance, model_key(wanted.model)
         before, self._keeping[place] = self._keeping[place], after
@@ -237,7 +265,7 @@ class Keeper:
             detail = f"{wanted.model} for {wanted.role}"
             self._world.journal.record("kept_warm", instance=wanted.instance, detail=detail)
         elif after.trouble is not None and after.trouble is not before.trouble:
-            detail = f"{wanted.model} for {wanted.role}: {why}"
+            detail = f"{wanted.model} for {wanted.role}: {after.detail}"
             self._world.journal.record(
                 "keep_warm_failed", instance=wanted.instance, reason=after.trouble, detail=detail
             )

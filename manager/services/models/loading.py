@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from manager.domain.drained import why_out
 from manager.domain.models import is_possible, model_key
 from manager.domain.routing import Attempt, State
+from manager.domain.target import Protocol
 from manager.domain.wording import listed, model_not_found
 from manager.errors import (
     ConflictError,
@@ -19,16 +20,18 @@ from manager.errors import (
     UnknownModelError,
 )
 from manager.services.instances.supervisor import Supervisor
+from manager.services.models.shared_loads import SharedLoads
 from manager.services.ports import Question
 from manager.services.routing.placement import ModelMissingError
-from manager.wire.dialect import message_of
-from manager.wire.loading import load_request, only_embeds
+from manager.wire.loading import load_answer, load_request, only_embeds
+from manager.wire.ollama import name_of
 from manager.wire.statuses import judge
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from manager.domain.routing import Because, Candidate
+    from manager.domain.target import Target
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.placement import Placement
     from manager.services.routing.router import Router, SettingsSource
-    from manager.wire.loading import KeepAlive
+    from manager.wire.loading import KeepAlive, LoadAnswer
 
 _JSON = ((b"content-type", b"application/json"),)
 _MOST_REFUSAL_BYTES = 64 * 1024
@@ -46,7 +49,7 @@ _NOT_FOUND = 404
 
 
 class Loading:
-    """Loads and unloads models.
+    """Loads and unloads models. Callers that want the same load share it; it ends with the last of them.
 
     Args:
         fleet: the instances.
@@ -79,6 +82,7 @@ class Loading:
         self._volumes = volumes
         self._settings = settings
         self._server = server
+        self._loads = SharedLoads(self._is_waited_for)
 
     def model_meant(self, name: str) -> str:
         """Return the model that a name means, which may be a role's.
@@ -100,6 +104,9 @@ class Loading:
     ) -> bool:
         """Have a model in the memory of an instance, which is started if need be; False when it was there.
 
+        The load is cancelled, and with it the server's work for it, when the last caller that waits for it
+        is, and when the instance is drained or stopped.
+
         Args:
             instance_id: the instance.
             name: of the model, or of a role that has one.
@@ -112,27 +119,10 @@ class Loading:
             ManagerError: the instance cannot be used, or the model not be loaded.
         """
         instance, model = self._fleet.get(instance_id), self.model_meant(name)
-        candidate = await self._candidate(instance, model)
-        key = model_key(model)
-        was_loaded = key in candidate.loaded
-        attempt = Attempt(instance.id, model, None, _because(candidate, key))
-        self._placement.refuse_denied(attempt)
-        if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
-            await self._capacity.start(instance.id)
-        try:
-            prepared = await self._placement.prepare(attempt, patient=not explicit)
-        except ModelMissingError as error:
-            raise UnknownModelError(error.message, instance=instance.id) from error
-        with prepared.lease as lease:
-            try:
-                with nullcontext() if was_loaded else self._status.load(model):
-                    await self._ask(lease.endpoint, instance.id, model, keep_alive)
-            except UnavailableError as error:
-                self._status.failed(model, error.reason)
-                raise
-            self._status.answered(model)
-            await instance.probe()  # lists of models in memory are to have it
-        return not was_loaded
+        place = instance.id, model_key(model)
+        return await self._loads.join(
+            place, keep_alive, lambda: self._load(instance, model, keep_alive, explicit=explicit)
+        )
 
     async def unload(self, instance_id: str, name: str) -> bool:
         """Have a model out of the memory of an instance; False when it was not there.
@@ -167,6 +157,42 @@ class Loading:
 
     # --- helpers, in call order ---
 
+    def _is_waited_for(self, place: tuple[str, str]) -> bool:
+        """Return whether a request for the model waits at the server for the same load."""
+        works = (worker.work for worker in self._status.workers())
+        return any(one.loads and (one.instance, model_key(one.model)) == place for one in works)
+
+    async def _load(
+        self, instance: Instance, model: str, keep_alive: KeepAlive | None, *, explicit: bool
+    ) -> bool:
+        candidate = await self._candidate(instance, model)
+        key = model_key(model)
+        was_loaded = key in candidate.loaded
+        if instance.spec.protocol is not Protocol.OLLAMA:
+            if was_loaded:
+                return False
+            message = f"{instance.id} speaks the API of {instance.spec.protocol}, which loads no models"
+            raise ConflictError(message, instance=instance.id)
+        attempt = Attempt(instance.id, model, None, _because(candidate, key))
+        self._placement.refuse_denied(attempt)
+        if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
+            await self._capacity.start(instance.id)
+        try:
+            prepared = await self._placement.prepare(attempt, patient=not explicit)
+        except ModelMissingError as error:
+            raise UnknownModelError(error.message, instance=instance.id) from error
+        with prepared.lease as lease:
+            try:
+                with nullcontext() if was_loaded else self._status.load(model):
+                    async with instance.until_out():
+                        answer = await self._ask(lease.target, model, keep_alive)
+                        await self._see(instance, model, answer)
+            except UnavailableError as error:
+                self._status.failed(model, error.reason)
+                raise
+            self._status.answered(model)
+        return not was_loaded
+
     async def _candidate(self, instance: Instance, model: str) -> Candidate:
         """Return the instance as routing sees it. Lists its models anew if this one is not among them."""
         candidate, key = self._seen(instance), model_key(model)
@@ -187,30 +213,46 @@ class Loading:
         assert candidate is not None  # noqa: S101  (every instance of the fleet is a candidate)
         return candidate
 
-    async def _ask(self, endpoint: str, instance_id: str, model: str, keep_alive: KeepAlive | None) -> None:
-        status, message = await self._sent(endpoint, model, keep_alive, embeds=False)
-        if only_embeds(status, message or ""):
-            status, message = await self._sent(endpoint, model, keep_alive, embeds=True)
+    async def _ask(self, target: Target, model: str, keep_alive: KeepAlive | None) -> LoadAnswer:
+        instance_id = target.instance
+        answer = await self._sent(target, model, keep_alive, embeds=False)
+        if only_embeds(answer):
+            answer = await self._sent(target, model, keep_alive, embeds=True)
+        status, error = answer.status, answer.error
         if status == _OK:
-            return
-        if message is None:
+            if error is not None:
+                raise _not_loaded(instance_id, model, error)
+            return answer
+        if error is None:
             words = f"{instance_id} does not load models on request as Ollama does (status {status})"
             raise ConflictError(words, instance=instance_id)
         if status == _NOT_FOUND:
             self._placement.reread_models(instance_id)
-            raise UnknownModelError(str(message), instance=instance_id)
-        reason = judge(status, str(message)).reason or Reason.MODEL_LOAD_FAILED
-        raise UnavailableError(
-            f"{instance_id} did not load {model}: {message}", reason=reason, instance=instance_id
-        )
+            raise UnknownModelError(error, instance=instance_id)
+        raise _not_loaded(instance_id, model, error, judge(status, error).reason)
 
     async def _sent(
-        self, endpoint: str, model: str, keep_alive: KeepAlive | None, *, embeds: bool
-    ) -> tuple[int, str | None]:
-        """Send the request. Return the status and the error in the answer, None where it has none."""
+        self, target: Target, model: str, keep_alive: KeepAlive | None, *, embeds: bool
+    ) -> LoadAnswer:
         path, body = load_request(model, keep_alive, embeds=embeds)
-        async with self._server.ask(Question(endpoint, "POST", path, _JSON, body)) as answer:
-            return answer.status, message_of(await _whole(answer))
+        headers = (*_JSON, *target.headers)
+        question = Question(target.instance, target.endpoint, "POST", path, headers, body)
+        async with self._server.ask(question) as answer:
+            return load_answer(answer.status, await _whole(answer))
+
+    async def _see(self, instance: Instance, model: str, answer: LoadAnswer) -> None:
+        """Look whether the model is in memory; a server that does not list its memory has to say so.
+
+        Raises:
+            UnavailableError: it is not, with reason `model_load_failed`.
+        """
+        reads = instance.memory_reads
+        await instance.probe()
+        if instance.memory_reads == reads:
+            if not answer.is_confirmed:
+                raise _not_loaded(instance.id, model, "its answer does not say that it is loaded")
+        elif not _holds(instance, model_key(model), is_confirmed=answer.is_confirmed):
+            raise _not_loaded(instance.id, model, "it was answered, but is not in memory (/api/ps)")
 
 
 async def _whole(answer: ServerAnswer) -> bytes:
@@ -218,6 +260,27 @@ async def _whole(answer: ServerAnswer) -> bytes:
     while len(parts) < _MOST_REFUSAL_BYTES and (piece := await answer.piece()):
         parts += piece
     return bytes(parts)
+
+
+def _holds(instance: Instance, key: str, *, is_confirmed: bool) -> bool:
+    """Return whether a model is in memory, be it under the name of another one.
+
+    Ollama finds a runner by the weights (`server/sched.go`) and lists it under the name that it was loaded
+    by: a copy has the same digest, and a model that was made from another one has its details.
+    """
+    listed = next((one for one in instance.listed or () if model_key(name_of(one)) == key), {})
+    digest, details = listed.get("digest"), listed.get("details")
+    return any(
+        model_key(one.name) == key
+        or (digest and one.digest == digest)
+        or (is_confirmed and details and one.entry.get("details") == details)
+        for one in instance.models
+    )
+
+
+def _not_loaded(instance: str, model: str, why: str, reason: Reason | None = None) -> UnavailableError:
+    message = f"{instance} did not load {model}: {why}"
+    return UnavailableError(message, reason=reason or Reason.MODEL_LOAD_FAILED, instance=instance)
 
 
 def _because(candidate: Candidate, key: str) -> Because:

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from manager.errors import InvalidRequestError
 from manager.services.finishing import finish
+from manager.settings.fallback_overrides import (
+    DEFAULTS,
+    fallback_complaints,
+    fallback_key,
+    fallback_overlaid,
+    is_fallback_key,
+)
 from manager.settings.overrides import overlaid, with_change
 from manager.settings.routing import routing_settings
 from manager.settings.section import AUTO_GPU_ID
+from manager.settings.servers import to_fallback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -27,17 +36,23 @@ _log = structlog.get_logger("settings")
 
 # Values that may be long, or nobody else's business: events and the log name them only.
 _UNTOLD = ("body.defaults", "body.overrides", "system.text")
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class ModelSettings:
     """Owns the saved overrides. `routing` is what is in force; `version` grows whenever that changes.
+
+    `fallback` has the values of that section in force, each with its source.
 
     Args:
         written: what the configuration says of each role.
         models: the section of that name.
         instances: for every instance there is now whether it runs on a GPU, None where that is not declared.
         slots: the slots of every instance there is now, None where they are not limited.
+        denied: the patterns of models that every instance must not run.
         auto_gpus: whether cards that nobody has listed get instances of their own.
+        fallback: what the configuration says of the section of that name.
+        paid: for every instance there is now whether it costs money.
     """
 
     def __init__(
@@ -49,7 +64,10 @@ class ModelSettings:
         models: ModelsSettings,
         instances: Callable[[], Mapping[str, bool | None]],
         slots: Callable[[], Mapping[str, int | None]],
+        denied: Callable[[], Mapping[str, tuple[str, ...]]],
         auto_gpus: bool,
+        fallback: Mapping[str, Sourced] = DEFAULTS,
+        paid: Callable[[], Mapping[str, bool]] = dict,
     ) -> None:
         self._registry = registry
         self._journal = journal
@@ -57,11 +75,13 @@ class ModelSettings:
         self._models = models
         self._instances = instances
         self._slots = slots
+        self._denied = denied
         self._auto_gpus = auto_gpus
+        self._written_fallback = fallback
+        self._paid = paid
         self._changing = asyncio.Lock()
-        self._overrides: dict[str, Any] = {}
-        self._overlay: Overlay = self._overlaid({})
-        self.routing: RoutingSettings = routing_settings(self._overlay.roles, models)
+        self.fallback = fallback
+        self._take({})
         self.version = 0
 
     async def load(self) -> None:
@@ -76,16 +96,23 @@ class ModelSettings:
     @property
     def ignored(self) -> tuple[Ignored, ...]:
         """The saved overrides that do not count, and why."""
-        return self._overlay.ignored
+        return (*self._overlay.ignored, *self._ignored_of_fallback)
 
-    def reconfigure(self, written: Mapping[str, Mapping[str, Sourced]], models: ModelsSettings) -> None:
+    def reconfigure(
+        self,
+        written: Mapping[str, Mapping[str, Sourced]],
+        models: ModelsSettings,
+        fallback: Mapping[str, Sourced] = DEFAULTS,
+    ) -> None:
         """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
-        self._written, self._models = written, models
+        self._written, self._models, self._written_fallback = written, models, fallback
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1
 
-    async def change(self, change: Change) -> None:
-        """Change values of roles: saved first, then in force at once. None takes an override back.
+    async def change(self, change: Change, fallback: Mapping[str, Any] = NOTHING) -> None:
+        """Change values of roles, and of `fallback`: saved first, then in force at once.
+
+        None takes an override back.
 
         Raises:
             InvalidRequestError: it cannot be meant; `details.fields` says where and why. Nothing changed.
@@ -94,8 +121,20 @@ class ModelSettings:
         async with self._changing:
             ignored = {one.key for one in self.ignored}
             after, problems = with_change(
-                self._written, self._overrides, change, self._gpu_of(), self._slots(), ignored=ignored
+                self._written,
+                self._overrides,
+                change,
+                self._gpu_of(),
+                self._slots(),
+                deny_of=self._denied(),
+                ignored=ignored,
             )
+            for field, value in fallback.items():
+                if value is None:
+                    after.pop(fallback_key(field), None)
+                else:
+                    problems += fallback_complaints({field: value}, self._paid())
+                    after[fallback_key(field)] = value
             if problems:
                 fields = [{"field": key, "message": text} for key, text in dict.fromkeys(problems)]
                 message = "; ".join(f"{one['field']}: {one['message']}" for one in fields)
@@ -120,8 +159,14 @@ class ModelSettings:
         self, overrides: dict[str, Any], *, preferred: Collection[str] = (), told: Collection[str] = ()
     ) -> None:
         self._overrides = overrides
-        self._overlay = self._overlaid(overrides, preferred)
-        self.routing = routing_settings(self._overlay.roles, self._models)
+        of_roles = {key: value for key, value in overrides.items() if not is_fallback_key(key)}
+        self._overlay: Overlay = self._overlaid(of_roles, preferred)
+        self.fallback, section, self._ignored_of_fallback = fallback_overlaid(
+            self._written_fallback, overrides, self._paid()
+        )
+        self.routing: RoutingSettings = routing_settings(
+            self._overlay.roles, self._models, to_fallback(section)
+        )
         for one in self.ignored:
             if one.key not in told:
                 _log.warning("override_ignored", override=one.key, reason=one.reason)
@@ -132,6 +177,7 @@ class ModelSettings:
             overrides,
             self._instances(),
             self._slots(),
+            deny_of=self._denied(),
             auto_gpus=self._auto_gpus,
             preferred=preferred,
         )

@@ -242,18 +242,20 @@ class Volumes:
         if endpoint is None or all(model_key(loaded.name) != key for loaded in instance.models):
             return None
         body = orjson.dumps({"model": model, "keep_alive": 0})
+        headers = (*_JSON, *instance.headers)
+        question = Question(instance.id, endpoint, "POST", "/api/generate", headers, body)
         trouble = ""
         try:
             async with (
                 asyncio.timeout(_UNLOAD_S),
-                self._server.ask(Question(endpoint, "POST", "/api/generate", _JSON, body)) as answer,
+                self._server.ask(question) as answer,
             ):
                 if answer.status != _OK:
                     trouble = f"status {answer.status}"
         except TimeoutError:
             trouble = f"no answer within {_UNLOAD_S:g} s"
         except ManagerError as error:
-            trouble = error.message
+            trouble = error.message.removeprefix(f"{instance.id} ")
         if trouble:
             _log.warning("model_not_unloaded", instance=instance.id, model=model, detail=trouble)
             return f"{instance.id}: {trouble}"

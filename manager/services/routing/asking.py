@@ -8,21 +8,26 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple
 
 from manager.domain.judgement import GOOD
+from manager.domain.target import Protocol
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
+from manager.services.ports import Question
 from manager.services.routing.attempting import Trouble, Wait, first_target
 from manager.wire.dialect import message_of
+from manager.wire.errors import BadBodyError
 from manager.wire.statuses import BAD_REQUEST, judge, retry_after_s
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from manager.domain.target import Target
-    from manager.services.ports import ModelServer, Question, ServerAnswer
+    from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.routing.attempting import Attempting, Step
+    from manager.services.routing.speaking import Speaking
     from manager.wire.head import Header
 
 # An answer with an error is held up to this size, to be read before another attempt is made.
 _MAX_HELD_BYTES = 64 * 1024
+_OK = 200
 # The deadlines of a run whose server has not answered are looked at so often.
 _LOOK_EVERY_S = 0.25
 
@@ -50,6 +55,7 @@ async def answered(
     server: ModelServer,
     step: Step,
     question: Callable[[Target], Awaitable[Question]],
+    speaking: Callable[[], Speaking | None] = lambda: None,
 ) -> AsyncIterator[ServerAnswer | WholeAnswer]:
     """Ask one target after the other until one answers. On leaving, the connection to it ends.
 
@@ -58,6 +64,7 @@ async def answered(
         server: sends it.
         step: the first step of it.
         question: makes the request for a target, right before it is sent.
+        speaking: returns how the latest request was said to a server that is no Ollama; None where it is one.
 
     Raises:
         UnansweredError: none has answered.
@@ -70,7 +77,10 @@ async def answered(
                 yield found.answer
                 return
             raise UnansweredError(found, begun=begun)
-        asked = await question(found)
+        asked = await _made(attempting, found, question)
+        if not isinstance(asked, Question):
+            step = asked
+            continue
         async with AsyncExitStack() as stack:
             attempting.sent()
             try:
@@ -89,7 +99,7 @@ async def answered(
                 step = late.step
                 continue
             begun = True
-            judged, following = await _judge(attempting, answer)
+            judged, following = await _judge(attempting, answer, speaking())
             if following is None:
                 try:
                     yield judged
@@ -98,6 +108,18 @@ async def answered(
                     raise
                 return
             step = following
+
+
+async def _made(
+    attempting: Attempting, target: Target, question: Callable[[Target], Awaitable[Question]]
+) -> Question | Step:
+    """Return the request for a target; the next step where its API has no word for a part of it."""
+    try:
+        return await question(target)
+    except BadBodyError as error:
+        if target.protocol is Protocol.OLLAMA:
+            raise
+        return attempting.unsayable(str(error))
 
 
 class _LateError(Exception):
@@ -145,10 +167,34 @@ async def _late(attempting: Attempting) -> Step:
             return step
 
 
+async def _judge_spoken(
+    attempting: Attempting, answer: ServerAnswer, speaking: Speaking
+) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
+    """As `_judge`, of a server that is no Ollama: the client gets its errors in the client's dialect."""
+    if answer.status == _OK:
+        attempting.answered(GOOD)
+        return answer, None
+    content: bytearray | None = bytearray()
+    try:
+        while content is not None and (piece := await answer.piece()):
+            content += piece
+            if len(content) > _MAX_HELD_BYTES:
+                content = None
+    except UnavailableError:
+        content = None
+    error = speaking.error(answer.status, None if content is None else bytes(content))
+    headers = [(b"Content-Type", error.content_type)]
+    whole = WholeAnswer(error.status, headers, error.content)
+    wait_s = retry_after_s(b"%b: %b" % header for header in answer.headers)
+    return whole, attempting.answered(error.judgement, error.message, whole, retry_after_s=wait_s)
+
+
 async def _judge(
-    attempting: Attempting, answer: ServerAnswer
+    attempting: Attempting, answer: ServerAnswer, speaking: Speaking | None
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """Return an answer for the client, or the step that follows an answer with an error."""
+    if speaking is not None:
+        return await _judge_spoken(attempting, answer, speaking)
     judgement, wait_s = GOOD, None
     if answer.status >= BAD_REQUEST:
         judgement = judge(answer.status)

@@ -20,12 +20,13 @@ from manager.domain.breaker import is_counted
 from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
+from manager.domain.record import LOCAL
 from manager.domain.roles import BodyChanges, RequestKind
-from manager.domain.routing import Refused
+from manager.domain.routing import PassedOver, Refused
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.services.lanes.slots import Refusal
+from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.rollout import RawAttempts, Rollout
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
+    from manager.services.routing.cloud_events import CloudEvents
     from manager.services.routing.fallback_events import FallbackEvents
     from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.overload import Overload
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 RUNS_PATH = "/api/v1/runs"
 # The body of a request to the raw server is sent as it came.
 _NO_CHANGES: Final = BodyChanges()
+# Why an attempt is made on a server that has nothing to load.
+_HELD = ("loaded", "paid")
 # How much longer a load that makes progress may take, each time that it is looked at.
 _LOAD_GRACE_S = 10.0
 
@@ -119,6 +123,7 @@ class Routing:
     keep: Callable[[Ended], None] = _forget
     ledger: Ledger | None = None
     rollout: Rollout = field(default_factory=Rollout)
+    cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -134,6 +139,8 @@ class Routing:
         if record.outcome == "ok" and record.model is not None:
             self.status.answered(record.model)
         self.fallbacks.ended(record)
+        if record.provider is not LOCAL and self.cloud is not None:
+            self.cloud.ended(record)
 
 
 class FixedAttempts:
@@ -205,7 +212,7 @@ class Attempting:
     _sent_at = 0.0
     _asked_s = 0.0  # how long servers were asked that brought no answer
     _queued_s = 0.0  # how long slots were waited for
-    _full: str | None = None  # the preferred instance, where it had no free slot
+    _full: tuple[PassedOver, ...] = ()  # the instances that had no free slot, the preferred one first
     _is_waiting = False
     _looks_closer = False
     _is_delivered = False
@@ -246,7 +253,7 @@ class Attempting:
         Where no instance runs the trouble has the reason `instance_stopped`.
         """
         self._starts_nothing = True
-        return self.enter(facts)
+        return self.enter(facts._replace(local_only=True))
 
     @property
     def others(self) -> tuple[Attempt, ...]:
@@ -297,6 +304,9 @@ class Attempting:
         self._looks_closer = False
         if self._payment is not None:
             self._payment.is_sent = True
+        target = self.target
+        if target is not None and target.prices is not None:
+            record.provider = target.instance
         # A request that manages models does not use them, and the models of the raw server are not ours.
         if record.kind is not None and self._raw is None:
             self._routing.status.sent(self)
@@ -376,11 +386,16 @@ class Attempting:
         return self._raw is not None
 
     @property
+    def most_tokens(self) -> int | None:
+        """The bound of output tokens that the current attempt has to carry; None where nothing is paid."""
+        return None if self._payment is None else self._payment.output_limit
+
+    @property
     def work(self) -> Work:
         """The work of the server."""
         attempt = self.attempt
         assert attempt is not None  # noqa: S101
-        return Work(attempt.instance, attempt.model, attempt.because != "loaded")
+        return Work(attempt.instance, attempt.model, attempt.because not in _HELD)
 
     @property
     def cut(self) -> str | None:
@@ -405,7 +420,7 @@ class Attempting:
     @property
     def may_load(self) -> bool:
         """Whether the server may have to load the model first."""
-        return self.attempt is not None and self.attempt.because != "loaded"
+        return self.attempt is not None and self.attempt.because not in _HELD
 
     # --- what became of an attempt ---
 
@@ -438,9 +453,12 @@ class Attempting:
             self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
         # A target that is not repeatable is sent a request once, whatever becomes of it.
-        is_final = ours or self._is_spent or (sent and reason not in _ABANDONED)
+        is_final = ours or self._is_spent
         if target is not None and not target.repeatable and (sent or stale):
             is_final = True
+        elif sent and reason not in _ABANDONED and not is_final:
+            # The request may have killed its server, and would kill the next one. It kills no paid service.
+            is_final = not isinstance(self._attempts, Attempts) or not self._attempts.only_pay()
         if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
@@ -474,6 +492,18 @@ class Attempting:
         )
         self._release()
         return self._give_up() if is_final else self._next()
+
+    def unsayable(self, message: str) -> Step:
+        """The API of the server has no word for a part of the request. Return the next step."""
+        attempt = self.attempt
+        assert attempt is not None  # noqa: S101  (something was attempted)
+        self._add_failure(attempt, Reason.POLICY, message)
+        trouble = Trouble(
+            Reason.POLICY, message, refused="unsayable", attempt=attempt, endpoint=self.record.endpoint
+        )
+        self._keep_trouble(trouble)
+        self._release()
+        return self._next()
 
     def might_follow(self, judgement: Judgement) -> bool:
         """Whether something else than this answer with an error may be what the client gets.
@@ -536,6 +566,16 @@ class Attempting:
         """The client has got a byte of the answer: no other attempt follows."""
         self._is_delivered = True
 
+    @property
+    def is_probe(self) -> bool:
+        """Return whether the request may be the one that tries a half-open breaker."""
+        return self._permit != 0 and self._routing.breakers.is_half_open(self.holds)
+
+    def begun(self) -> None:
+        """The server has sent the beginning of a good answer: a half-open breaker waits for no more."""
+        if self._permit:
+            self._permit = self._routing.breakers.begun(self.holds, self._permit)
+
     def broke_off(self, reason: Reason) -> None:
         """The answer that the client is given has stalled, or ends before its end: the server is at fault."""
         self._settle(reason)
@@ -583,7 +623,7 @@ class Attempting:
     @property
     def seen(self) -> Ended:
         """The request as the history takes it, by reference."""
-        return Ended(self.record, self._attempts, self._failures, self.message)
+        return Ended(self.record, self._attempts, self._failures, self.message, self._full)
 
     def cancelled(self) -> None:
         """The operator has cancelled the request; its caller ends it with `close`."""
@@ -661,11 +701,14 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
+        if refused is None and waits and decision.groups[0].because == "paid" and not router.is_known:
+            self._pending = self._wait_for_first_look  # a local instance may turn out to have the model
+            return WAIT
         if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
             return Trouble(Reason.POLICY, message, refused="async_only")
         if refused is None:
-            if self._body is not None and len(decision.groups[0].instances) > 1:
+            if self._body is not None and decision.has_equals:
                 self._conversation = attempts.lean(self._body)
             if self._starts_nothing:
                 attempts.start_no_other()
@@ -673,9 +716,11 @@ class Attempting:
                 if not attempts.more:
                     return _STOPPED
             return self._next()
-        if waits and not router.is_known and refused.what in ("unknown", "unavailable"):
+        if waits and not router.is_known and refused.what in _NOT_YET:
             self._pending = self._wait_for_first_look
             return WAIT
+        if self._starts_nothing and refused.what == "local_only":
+            return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
         return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
 
@@ -728,8 +773,9 @@ class Attempting:
                 self._pending = self._wait_for_slot
                 return WAIT
             attempts.skip()
-            self._full = self._full or choices[0].instance
+            attempts.pay_nothing()
             reason = Reason.QUEUE_FULL if entry.what == "queue_full" else Reason.POLICY
+            self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
         return self._give_up()
@@ -748,8 +794,9 @@ class Attempting:
             self.give_slot_back()
             return self._decide(waits=False) if self._trouble is None else self._next()
         attempts.take(attempt)
+        if attempt is not choices[0]:
+            self._pass_over(choices[: choices.index(attempt)], Reason.OVERLOADED, FULL)
         if attempt is not choices[0] and attempt.fallback is not None:
-            self._full = self._full or choices[0].instance
             attempt = attempt._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
         return self._begin(attempt)
 
@@ -769,14 +816,22 @@ class Attempting:
         self.count_wait()
         if how == "changed":
             return self._next() if self._trouble is not None else self._decide(waits=False)
-        self._full = self._full or place.waiter.instances[0]
-        attempts.skip()
         if how == "refused":
-            message = "no slot is free, and no more requests may wait for one (overloaded)"
+            why = "no slot is free, and no more requests may wait for one"
         else:
-            message = f"no slot became free within {wait_s:g} s (overloaded)"
+            why = f"no slot became free within {wait_s:g} s"
+        self._pass_over(attempts.choices(), Reason.OVERLOADED, why)
+        attempts.skip()
+        attempts.pay_nothing()
+        message = f"{why} (overloaded)"
         self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._next()
+
+    def _pass_over(self, full: Sequence[Attempt], reason: Reason, why: str) -> None:
+        known = {one.instance for one in self._full}
+        self._full += tuple(
+            PassedOver(one.instance, one.model, reason, why) for one in full if one.instance not in known
+        )
 
     def _begin(self, attempt: Attempt) -> Step:
         """Begin an attempt."""
@@ -813,8 +868,8 @@ class Attempting:
         record = self.record
         if record.requested_target is not None:
             return record.requested_target
-        if self._full is not None and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
-            return self._full
+        if self._full and reason in (Reason.OVERLOADED, Reason.QUEUE_FULL):
+            return self._full[0].instance
         if record.failed_attempts:
             return record.failed_attempts[0].target
         decision = getattr(self._attempts, "decision", None)
@@ -940,7 +995,7 @@ class Attempting:
         return self._attempts is not None and self._attempts.more
 
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
-        self._settle(None if ours else reason)
+        self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
         if self._raw is not None:
             self._routing.traffic.failed(attempt.instance, reason)
@@ -958,8 +1013,11 @@ class Attempting:
         An instance that could only have pulled the model does not have it either: its trouble counts less.
         """
         known, attempt = self._trouble, trouble.attempt
-        could_only_pull = attempt is not None and attempt.because == "pull"
-        if known is None or (known.reason is Reason.MODEL_MISSING and not could_only_pull):
+        counts_less = trouble.refused == "unsayable" or (attempt is not None and attempt.because == "pull")
+        says_little = known is not None and (
+            known.refused == "unsayable" or known.reason is Reason.MODEL_MISSING
+        )
+        if known is None or (says_little and not counts_less):
             self._trouble = trouble
         if self._fallback_reason is None:
             self._fallback_reason = trouble.reason
@@ -990,15 +1048,25 @@ class Attempting:
             self._asked_s += monotonic() - self._sent_at
             self._pending = None
 
-    def _settle(self, reason: Reason | None) -> None:
-        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts."""
+    def _settle(self, reason: Reason | None, *, sent: bool = False) -> None:
+        """Give back the permit of the breaker: the server failed for this reason, or None: nothing counts.
+
+        `sent` is whether the server was asked, and has not begun to answer.
+        """
         permit, self._permit, attempt = self._permit, 0, self.attempt
         if not permit or attempt is None:
             return
         breakers = self._routing.breakers
-        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because == "loaded")
+        is_fault = reason is not None and is_counted(reason, is_loaded=attempt.because in _HELD)
         if reason is not None and is_fault and self.cut is None:
-            breakers.failed(attempt.instance, permit, reason)
+            loads = (
+                sent
+                and reason is Reason.ATTEMPT_TIMEOUT
+                and attempt.because != "loaded"
+                and self.record.ttfb_ms is None
+                and not self._routing.placement.is_silent(attempt.instance)
+            )
+            breakers.failed(attempt.instance, permit, reason, loads=loads)
         else:
             breakers.cancelled(attempt.instance, permit)
 
@@ -1037,6 +1105,8 @@ class Attempting:
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
+# What the first look at the fleet may change.
+_NOT_YET = ("unknown", "unavailable", "local_only")
 # The attempt was ended by us or by the operator: its server has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 

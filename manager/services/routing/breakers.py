@@ -111,12 +111,28 @@ class Breakers:
     def succeeded(self, instance: str, permit: int) -> None:
         """A request was answered to its end."""
         breaker = self._breakers.get(instance)
-        if breaker is not None and (breaker.failures or breaker.state is not _CLOSED):
+        if breaker is not None and (breaker.failures or breaker.is_in_doubt or breaker.state is not _CLOSED):
             self._take(instance, Succeeded(permit))
 
-    def failed(self, instance: str, permit: int, reason: Reason) -> None:
-        """A request failed, and the server is at fault."""
-        self._take(instance, Failed(permit, reason, self._now()))
+    def is_half_open(self, instance: str) -> bool:
+        """Return whether a breaker is half-open."""
+        breaker = self._breakers.get(instance)
+        return breaker is not None and breaker.state is BreakerState.HALF_OPEN
+
+    def begun(self, instance: str, permit: int) -> int:
+        """The answer to a request has begun well: that closes the half-open breaker that it tries.
+
+        Returns:
+            The permit from now on: what becomes of the rest of the answer is a result of its own.
+        """
+        if not self.is_half_open(instance):
+            return permit
+        after = self._take(instance, Succeeded(permit))
+        return after.generation if after.state is _CLOSED else permit
+
+    def failed(self, instance: str, permit: int, reason: Reason, *, loads: bool = False) -> None:
+        """A request failed, and the server is at fault; for `loads` see `domain.breaker.Failed`."""
+        self._take(instance, Failed(permit, reason, self._now(), loads))
 
     def cancelled(self, instance: str, permit: int) -> None:
         """A request ended in a way that says nothing about the server."""

@@ -77,6 +77,14 @@ class Overload:
             if slow:
                 _log.info("slow", instance=instance, model=key, detail=_words(latency))
 
+    def recent_ms(self, instance: str, key: str) -> float | None:
+        """Return the recent time to the first token of a model on an instance; None where there is none.
+
+        Loads are in no such time, and neither are answers in one piece.
+        """
+        latency = self._latencies.get((instance, key))
+        return None if latency is None else round(latency.recent_ms, 1)
+
     def server_changed(self, instance: str) -> None:
         """Take in that an instance has another server: the load of the old one is over."""
         self._saturated_until.pop(instance, None)

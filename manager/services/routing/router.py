@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.denial import Denials, DenyRules
@@ -9,6 +11,7 @@ from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.domain.target import Protocol as ServerProtocol
 from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
 from manager.services.routing.affinity import Affinity, LeaningLoad
@@ -34,6 +37,7 @@ _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
 # Below every priority that an instance can be given.
 _LAST = -1_000_000
+_NO_MODELS: Mapping[str, str] = MappingProxyType({})
 # Why an attempt is made on an instance that runs already.
 RUNNING = ("loaded", "running")
 
@@ -206,22 +210,34 @@ class Router:
         elif view.phase is Phase.UNAVAILABLE:
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
+            if instance.spec.is_paid and view.explanation is not None:
+                detail = view.explanation.message
         elif instance.ends:
             priority = _LAST  # it may be restarted, and can serve only after its stop
         if state is State.READY and (shut := self._breakers.why_shut(instance.id)):
             state, why_out, detail = State.OUT, Reason.BREAKER_OPEN, shut
+        models = _NO_MODELS if instance.spec.is_paid else self.models_of(instance)
+        if not ready:
+            loaded: frozenset[str] = frozenset()
+        elif instance.spec.protocol is ServerProtocol.OLLAMA:
+            loaded = frozenset(model_key(model.name) for model in view.models)
+        else:
+            loaded = frozenset(models or ())  # such servers serve what they hold
         return Candidate(
             id=instance.id,
             device=instance.spec.device_kind,
             state=state,
             priority=priority,
-            models=self.models_of(instance),
-            loaded=frozenset(model_key(model.name) for model in view.models) if ready else frozenset(),
+            models=models,
+            loaded=loaded,
             why_out=why_out,
             detail=detail,
             overloads=self._overload.of(instance.id) if state is State.READY else None,
             serves=instance.spec.serves,
             denials=self._denials(instance),
+            paid=instance.spec.is_paid,
+            offers=instance.spec.offers,
+            pulls=instance.spec.protocol is ServerProtocol.OLLAMA,
         )
 
 
@@ -239,8 +255,10 @@ class Attempts:
         "_facts",
         "_keeps_role",
         "_made",
+        "_may_pay",
         "_may_pull",
         "_may_start",
+        "_only_pays",
         "_preferred",
         "_router",
         "_skipped",
@@ -254,6 +272,8 @@ class Attempts:
         self._ahead: Attempt | None = None
         self._may_start = True
         self._may_pull = True
+        self._may_pay = True
+        self._only_pays = False
         self._keeps_role = False
         self._preferred: str | None = None
         self._skipped: frozenset[int] = frozenset()
@@ -279,6 +299,10 @@ class Attempts:
         """The attempt that `next` returns first; None once the attempts have been looked at otherwise."""
         if self._made or self._coming is not None or self._keeps_role or not self._may_pull:
             return None
+        if self._preferred is not None:
+            leaning = self.decision.leaning(self._preferred, self._load())
+            if leaning is not None:
+                return leaning
         return self.decision.first(self._load())
 
     def next(self) -> Attempt | None:
@@ -316,12 +340,8 @@ class Attempts:
 
     def renew(self) -> None:
         """Decide again over the fleet as it is now; attempts that were made are not repeated."""
-        made = {(one.instance, one.model, one.because == "pull") for one in self._made}
         self._decided_by = self._router.version
-        attempts = self._router.decide(self._facts).in_order(self._load())
-        self._coming = (
-            one for one in attempts if (one.instance, one.model, one.because == "pull") not in made
-        )
+        self._coming = self._unmade(self._router.decide(self._facts))
         self._ahead = None
 
     def lean(self, body: Opened) -> int:
@@ -341,7 +361,7 @@ class Attempts:
         """Keep only those attempts whose instances run already, whatever the settings become."""
         self._may_start = False
         self._coming = self._others()
-        if self._ahead is not None and self._ahead.because not in RUNNING:
+        if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
 
     def pull_failed(self) -> None:
@@ -349,6 +369,19 @@ class Attempts:
         self._may_pull = False
         if self._ahead is not None and not self._is_allowed(self._ahead):
             self._ahead = None
+
+    def pay_nothing(self) -> None:
+        """Ask no paid server: what is local is busy, and has not failed."""
+        self._may_pay = False
+        if self._ahead is not None and self._ahead.because == "paid":
+            self._ahead = None
+
+    def only_pay(self) -> bool:
+        """Ask no local server any more; return whether a paid one is left."""
+        self._only_pays = True
+        if self._ahead is not None and self._ahead.because != "paid":
+            self._ahead = None
+        return self.more
 
     def leave_role(self) -> None:
         """Drop the attempts under other roles than the one that was asked for: those have other models."""
@@ -376,10 +409,19 @@ class Attempts:
     def _others(self) -> Iterator[Attempt]:
         """Return the attempts that follow those that were made."""
         if self._coming is None:
-            made = self._made
-            in_order = self.decision.in_order(self._load())
-            self._coming = (one for one in in_order if one not in made) if made else in_order
+            self._coming = self._unmade(self.decision)
         return self._coming
+
+    def _unmade(self, decision: Decision) -> Iterator[Attempt]:
+        """Return the attempts of a decision in order, without those that were made."""
+        load, made = self._load(), {_key(one) for one in self._made}
+        in_order = decision.in_order(load)
+        if self._preferred is not None and decision.groups:
+            leaning = decision.leaning(self._preferred, load)
+            if leaning is not None:
+                key = _key(leaning)
+                in_order = chain((leaning,), (one for one in in_order if _key(one) != key))
+        return (one for one in in_order if _key(one) not in made) if made else in_order
 
     def _following(self) -> Attempt | None:
         for attempt in self._others():
@@ -388,13 +430,20 @@ class Attempts:
         return None
 
     def _is_allowed(self, attempt: Attempt) -> bool:
-        if attempt.choice in self._skipped:
+        if attempt.choice in self._skipped or (self._only_pays and attempt.because != "paid"):
             return False
         if self._keeps_role and attempt.role != self.decision.role:
             return False
+        if attempt.because == "paid":
+            return self._may_pay
         if not self._may_start:
             return attempt.because in RUNNING
         if attempt.because == "pull" and not self._may_pull:
             candidate = self._router.snapshot().get(attempt.instance)
             return candidate is not None and candidate.state is State.READY
         return True
+
+
+def _key(attempt: Attempt) -> tuple[str, str, bool]:
+    """Return what two attempts have in common of which one is not to follow the other."""
+    return attempt.instance, attempt.model, attempt.because == "pull"

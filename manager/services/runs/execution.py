@@ -11,6 +11,7 @@ import structlog
 
 from manager.domain.routing import RequestFacts
 from manager.domain.runs import RunError, RunResult, body_file, result_file
+from manager.domain.target import Protocol
 from manager.errors import (
     InvalidRequestError,
     ManagerError,
@@ -24,6 +25,7 @@ from manager.services.requests import Origin
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import Attempting, Trouble
 from manager.services.routing.placement import reason_of
+from manager.services.routing.speaking import Speaking
 from manager.services.steps import in_steps
 from manager.wire.body import reading
 from manager.wire.dialect import error_body, message_of
@@ -37,6 +39,7 @@ from manager.wire.statuses import (
     UNAVAILABLE,
     judge,
     outcome_of,
+    outcome_of_trouble,
     outcome_without_answer,
     status_of,
 )
@@ -86,6 +89,7 @@ _PASSING = frozenset(
         Reason.NAME_CONFLICT,
         Reason.PORT_TAKEN,
         Reason.CONTAINER_EXITED,
+        Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
@@ -182,6 +186,7 @@ class Execution:
                 raise PostponedError(_error_of(failure)) from None
             return await work.fail(failure)
         finally:
+            work.count()
             work.attempting.close(outcome)
 
 
@@ -206,6 +211,12 @@ class _Work:
         self.record: RequestRecord = parts.requests.record(run.path, self._route.kind, origin)
         self.attempting = Attempting(parts.routing, self.record, self._began_at)
         self.attempting.is_run = True
+        self._speaking: Speaking | None = None
+
+    def count(self) -> None:
+        """Note the tokens of a translated answer, whole or not."""
+        if self._speaking is not None:
+            self.record.input_tokens, self.record.output_tokens = self._speaking.tokens
 
     async def do(self) -> Done:
         """Have the request answered.
@@ -218,13 +229,20 @@ class _Work:
         body = await in_steps(reading([raw], self._route, len(raw)))
         record.stream = body.stream
         record.model = body.model or run.lane
-        facts = RequestFacts(record.model or "", self._route.kind, run.caller.instance, run.lane)
+        facts = RequestFacts(
+            record.model or "",
+            self._route.kind,
+            run.caller.instance,
+            run.lane,
+            local_only=run.caller.local_only,
+        )
 
         async def question(target: Target) -> Question:
             return await self._question(target, body)
 
-        step = attempting.enter(facts)
-        async with answered(attempting, self._parts.server, step, question) as answer:
+        step = attempting.enter(facts, body)
+        spoken = lambda: self._speaking  # noqa: E731
+        async with answered(attempting, self._parts.server, step, question, spoken) as answer:
             attempting.delivered()
             body.forget()
             record.status = answer.status
@@ -252,22 +270,41 @@ class _Work:
     async def _question(self, target: Target, body: InferenceBody) -> Question:
         attempting, record = self.attempting, self.record
         changes = attempting.changes
+        self._speaking = None
+        if target.protocol is not Protocol.OLLAMA:
+            return await self._translated(target, body)
         if attempting.is_raw:
             pieces = [body.raw]
         else:
             pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
         if asks_for_cpu(body.fields, self._route, changes):
             attempting.expect_on_cpu()
-        if not self._is_sent:
-            await self._sent(target.instance, record.request_id)
-            self._is_sent = True
+        await self._note_sent(target)
         headers: list[Header] = [
             (b"content-type", b"application/json"),
             (b"x-request-id", record.request_id.encode()),
             (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
             *target.headers,
         ]
-        return Question(target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
+        return Question(target.instance, target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
+
+    async def _translated(self, target: Target, body: InferenceBody) -> Question:
+        """Return the request in the words of a server that is no Ollama.
+
+        Raises:
+            BadBodyError: it cannot be said there.
+        """
+        attempting = self.attempting
+        speaking = self._speaking = Speaking(self._route, target, self.record)
+        model, changes, most = attempting.work.model, attempting.changes, attempting.most_tokens
+        content = await asyncio.to_thread(speaking.request, body, model, changes, most)
+        await self._note_sent(target)
+        return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
+
+    async def _note_sent(self, target: Target) -> None:
+        if not self._is_sent:
+            await self._sent(target.instance, self.record.request_id)
+            self._is_sent = True
 
     async def _store(self, answer: ServerAnswer | WholeAnswer, *, is_stream: bool) -> Done:
         """Write the answer into its file. The server's slot is given back before the file is on disk.
@@ -282,11 +319,17 @@ class _Work:
                 error = self._error_in(answer.status, storing.tail, is_stream=is_stream)
                 self._end(storing.tail, error)
                 await storing.commit()
-                result = RunResult(answer.status, _content_type(answer.headers), storing.size)
+                result = RunResult(answer.status, self._type_of(answer), storing.size)
                 done = self.done = self._done(result, error)
             finally:
                 storing.close()
         return done
+
+    def _type_of(self, answer: ServerAnswer | WholeAnswer) -> str:
+        kind = _content_type(answer.headers)
+        if self._speaking is None or isinstance(answer, WholeAnswer):
+            return kind
+        return self._speaking.content_type(kind.encode("latin-1")).decode("latin-1")
 
     def _done(self, result: RunResult | None, error: RunError | None) -> Done:
         return Done(result, error, self.record.effective_target, self.record.request_id)
@@ -296,10 +339,16 @@ class _Work:
             await storing.add(answer.content)
             return
         attempting = self.attempting
+        is_probe = self.record.stream and answer.status == _OK and attempting.is_probe
         try:
             async with asyncio.timeout(max(0.0, attempting.total_deadline - monotonic())):
                 while piece := await answer.piece():
-                    await storing.add(piece)
+                    if is_probe:
+                        is_probe = False
+                        if error_in(piece) is None:
+                            attempting.begun()
+                    await storing.add(self._said(piece))
+                await storing.add(self._said(b"", complete=True))
         except TimeoutError:
             attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
             trouble = attempting.look(attempting.total_deadline)
@@ -310,10 +359,28 @@ class _Work:
         except UnavailableError as error:
             raise self._broken(error) from None
 
+    def _said(self, piece: bytes, *, complete: bool = False) -> bytes:
+        """Return what has come in the words of the client.
+
+        Raises:
+            _FailedError: a translated answer is not whole.
+        """
+        speaking = self._speaking
+        if speaking is None:
+            return piece
+        said = speaking.came(piece, complete=complete)
+        if speaking.fault is not None:
+            self.attempting.broke_off(Reason.INVALID_OUTPUT)
+            message = f"{self.attempting.work.instance}: {speaking.fault}"
+            raise _FailedError(_BAD_GATEWAY, Reason.INVALID_OUTPUT, message, "upstream_error")
+        return said
+
     def _end(self, tail: bytes, error: RunError | None) -> None:
         """End the request: its answer is whole."""
         record = self.record
-        record.input_tokens, record.output_tokens = token_counts(self._route.dialect, tail)
+        if self._speaking is None:
+            record.input_tokens, record.output_tokens = token_counts(self._route.dialect, tail)
+        self.count()
         outcome = outcome_of(record.status)
         self.attempting.close("upstream_error" if error is not None and outcome == "ok" else outcome)
 
@@ -407,8 +474,7 @@ def _failure_of(error: Exception, run: Run) -> _FailedError:
     if isinstance(error, UnansweredError):
         trouble = error.trouble
         status = status_of(trouble.reason, trouble.refused)
-        refused = "refused" if trouble.refused is not None else outcome_without_answer(status)
-        outcome: Outcome = "cut" if trouble.reason is Reason.CANCELLED else refused
+        outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
         return _FailedError(status, trouble.reason, trouble.message, outcome)
     if isinstance(error, BadBodyError | InvalidRequestError):
         return _FailedError(BAD_REQUEST, "invalid_request", str(error), "client_error")

@@ -65,11 +65,15 @@ class Message:
 
 
 class Tool(NamedTuple):
-    """A function that the model may call; `parameters` is a JSON Schema."""
+    """A function that the model may call; `parameters` is a JSON Schema.
+
+    `is_strict` is whether the server has to hold the model's arguments to the schema.
+    """
 
     name: str
     description: str
     parameters: Mapping[str, Any]
+    is_strict: bool = False
 
 
 @dataclass(frozen=True, slots=True)

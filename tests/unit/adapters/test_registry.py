@@ -70,7 +70,7 @@ def event(number: int) -> Event:
 
 
 # The tables of revisions later than 0007.
-NEWEST = ("ledger", "ledger_days", "usage_hours", "usage_days")
+NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days")
 
 
 def digests(directory: Path) -> dict[str, str]:

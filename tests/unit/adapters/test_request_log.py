@@ -55,6 +55,7 @@ BEYOND: dict[str, tuple[type, bool]] = {
     "shadow_target": (TEXT, True),
     "shadow_refused": (TEXT, True),
     "disagreement": (TEXT, True),
+    "key": (TEXT, True),
 }
 FULL = a_record(
     parent_span_id=CALLER,
@@ -64,6 +65,7 @@ FULL = a_record(
     fallback=True,
     fallback_reason=Reason.INSTANCE_UNAVAILABLE,
     fallback_from="gpu1",
+    key="alice",
     kind=RequestKind.GENERATE,
     start_ms=800.25,
     shadow_target="gpu0",

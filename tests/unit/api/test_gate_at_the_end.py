@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from manager.api.gate import Gate
+from manager.api.granted import OpenByKey
 from manager.wire.access import Access
 
 
@@ -28,7 +29,13 @@ async def cancelled(path: str, *, starts: bool) -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(app, access=Access(allowed_hosts=["localhost"], key=None), refused=lambda *_: None)
+    gate = Gate(
+        app,
+        access=Access(allowed_hosts=["localhost"]),
+        refused=lambda *_: None,
+        used=set(),
+        open_requests=OpenByKey(),
+    )
     scope = {
         "type": "http",
         "method": "POST",

@@ -611,3 +611,33 @@ async def test_a_request_that_does_not_end_is_cut_and_told(why: str) -> None:
     await running
     assert rig.record.outcome == "cut"
     assert rig.client.has_end
+
+
+@pytest.mark.parametrize("cancels", [True, False])
+async def test_a_request_that_is_cut_may_be_repeated_unless_the_operator_has_cancelled_it(
+    *, cancels: bool
+) -> None:
+    rig = Rig()
+    rig.server.answers[url("a")] = Answer(late=asyncio.Event())
+    running = asyncio.ensure_future(rig.run())
+    while not rig.server.questions:  # noqa: ASYNC110  (nobody tells)
+        await asyncio.sleep(0)
+    if cancels:
+        rig.passage.cancel("the operator has cancelled the request")
+    else:
+        rig.passage.cut.set()
+    await running
+    assert (rig.client.status, rig.record.outcome) == (503, "cut")
+    assert rig.client.headers.get("x-should-retry") == ("false" if cancels else None)
+    assert rig.client.headers.get("retry-after") == (None if cancels else "1")
+    assert rig.record.fallback_reason == (Reason.CANCELLED if cancels else None)
+    why = "the operator has cancelled the request" if cancels else "the manager is being stopped"
+    assert rig.error() == f"cut off: {why}"
+
+
+async def test_a_request_whose_start_the_operator_stops_is_cut_and_may_be_repeated() -> None:
+    rig = Rig(attempts=(attempt("a", "startable"),))
+    rig.stage.placement.prepares["a"] = unavailable(Reason.CANCELLED)
+    await rig.run()
+    assert (rig.client.status, rig.client.headers["retry-after"]) == (503, "1")
+    assert rig.record.outcome == "cut"

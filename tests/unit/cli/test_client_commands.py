@@ -91,7 +91,7 @@ def test_the_key_is_sent_and_never_shown(
     daemon: StandInDaemon, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OLLAMA_MANAGER_KEY", KEY)
-    daemon.answers[f"GET {API}/instances"] = Answer(error("key_required", "present the key"), 401)
+    daemon.answers[f"GET {API}/instances"] = Answer(error("unauthorized", "present the key"), 401)
     result = run("status", "--url", daemon.url)
     assert daemon.seen[0].headers["Authorization"] == f"Bearer {KEY}"
     assert result.exit_code == 2

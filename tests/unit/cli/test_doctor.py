@@ -68,6 +68,39 @@ def test_without_an_engine_it_says_what_is_broken_and_what_to_do_and_changes_not
     assert sorted(tmp_path.rglob("*")) == before
 
 
+EXTERNAL = "instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n"
+
+
+@pytest.mark.parametrize(
+    ("more", "cards", "verdict"),
+    [
+        (EXTERNAL, (), "ok"),
+        (EXTERNAL + "gpus: none\n", (CARD,), "ok"),
+        (EXTERNAL, (CARD,), "broken"),
+        ("instances: {cpu: {template: none-such}}\n", (), "broken"),
+    ],
+)
+def test_an_engine_is_needed_only_where_an_instance_has_a_container(
+    run: Run,
+    port: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    more: str,
+    cards: Any,
+    verdict: str,
+) -> None:
+    monkeypatch.setattr("manager.cli.doctor.read_cards", lambda: (cards, None))
+    file = tmp_path / "ollama-manager.yaml"
+    file.write_text(file.read_text() + more)
+    found = checks(run("doctor", "--json"))
+    assert found["engine"]["verdict"] == verdict
+    assert found["engine"]["message"].startswith("not needed: no instance has a container") == (
+        verdict == "ok"
+    )
+    assert ("containers" in found) == (verdict == "broken")
+
+
 def test_a_daemon_on_another_port_is_not_judged_by_the_configured_one(
     run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
 ) -> None:
@@ -221,6 +254,30 @@ def test_a_card_that_a_running_daemon_has_lost_is_a_fault(
     assert "GPU GPU-b is lost: Xid 79" in broken["message"]
     assert broken["remedy"]
     assert fine["verdict"] == "ok"
+
+
+def test_models_that_differ_between_instances_are_a_warning(
+    run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
+) -> None:
+    (tmp_path / "ollama-manager.yaml").write_text(f"server: {{port: {daemon.port}}}\nstate: {{dir: state}}\n")
+    daemon.answers["GET /readyz"] = Answer({"status": "ready", "reasons": []})
+    daemon.answers["GET /api/runtime/compute/gpus"] = Answer({"gpus": [], "error": None})
+    entry = {"id": "tiny:latest", "owned_by": "library", "digests": {"a" * 64: ["cpu"], "b" * 64: ["nas"]}}
+    daemon.answers["GET /v1/models"] = Answer({"data": [entry]})
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url)
+        found = checks(run("doctor", "--json"))["models"]
+        entry["digests"] = {"a" * 64: ["cpu", "nas"]}
+        assert "models" not in checks(run("doctor", "--json"))
+        del daemon.answers["GET /v1/models"]
+        assert "models" not in checks(run("doctor", "--json"))
+    finally:
+        lock.release()
+    assert found["verdict"] == "warning"
+    assert "tiny:latest (aaaaaaaaaaaa on cpu; bbbbbbbbbbbb on nas)" in found["message"]
+    assert "ollama pull NAME@INSTANCE" in found["remedy"]
 
 
 def test_a_key_file_that_others_can_read_is_a_warning(run: Run, tmp_path: Path) -> None:

@@ -54,4 +54,4 @@ def test_lift_wants_a_time_or_an_end(daemon: StandInDaemon, run: Run, options: t
 def test_lift_says_which_times_it_takes(daemon: StandInDaemon, run: Run) -> None:
     result = run("lift", "cpu", "--for", "soon", "--url", daemon.url)
     assert result.exit_code == 2
-    assert "'soon': expected seconds, or a duration such as 90s, 15m, 2h or 30d" in result.stderr
+    assert "'soon': expected seconds, or a duration such as 90s, 15m, 2h, 1h30m or 30d" in result.stderr

@@ -162,7 +162,7 @@ def test_a_followed_stream_that_ends_is_resumed_after_the_last_event(
 
     def then_refuse() -> Any:
         yield from sse(event(2))
-        daemon.answers[path] = Answer(error("key_required", "present the key"), 401)
+        daemon.answers[path] = Answer(error("unauthorized", "present the key"), 401)
 
     def then_more() -> Any:
         yield from sse(event(1))
@@ -248,11 +248,14 @@ def models(daemon: StandInDaemon) -> None:
         {
             "object": "list",
             "data": [
-                {**hints, "id": "qwen3:8b", "instances": ["cpu", "gpu0"], "status": "ready"},
-                {**hints, "id": "bge-m3:latest", "instances": ["cpu"], "status": "not_loaded"},
+                {
+                    **hints, "id": "qwen3:8b", "instances": ["cpu", "gpu0"], "status": "ready",
+                    "digests": {"a" * 64: ["cpu", "gpu0"]},
+                },
+                {**hints, "id": "bge-m3:latest", "instances": ["cpu"], "status": "not_loaded", "digests": {}},
                 {
                     **hints, "id": "thinking", "owned_by": "ollama-manager", "instances": ["cpu"],
-                    "status": "ready", "model": "qwen3:8b", "kind": "generate",
+                    "status": "ready", "model": "qwen3:8b", "kind": "generate", "digests": {},
                 },
             ],
         }
@@ -300,6 +303,21 @@ def test_each_model_is_a_line_with_its_places_its_size_and_its_roles(daemon: Sta
     assert {seen.method for seen in daemon.seen} == {"GET"}
 
 
+def test_a_model_that_differs_between_instances_is_marked_and_warned_of(
+    daemon: StandInDaemon, run: Run
+) -> None:
+    models(daemon)
+    digests = {"a" * 64: ["cpu"], "b" * 64: ["gpu0"]}
+    for entry in daemon.answers["GET /v1/models"].body["data"]:
+        if entry["id"] != "bge-m3:latest":
+            entry["digests"] = digests
+    result = run("models", "--url", daemon.url)
+    _, first, *_ = map(columns, result.stdout.splitlines())
+    assert first[3] == "cpu (aaaaaaaaaaaa), gpu0 (bbbbbbbbbbbb)"
+    assert result.stderr.startswith("warning: not the same on all instances: qwen3:8b; ")
+    assert result.stderr.count("\n") == 1, "the role of the model is no other model"
+
+
 def test_models_as_json_are_the_answers_of_the_api_by_path(daemon: StandInDaemon, run: Run) -> None:
     models(daemon)
     document = json.loads(run("models", "--json", "--url", daemon.url).stdout)
@@ -333,6 +351,23 @@ def test_lanes_are_a_table_of_lanes_and_one_of_slots(daemon: StandInDaemon, run:
         ["INSTANCE", "SLOTS", "IN USE", "RESERVED FREE"],
         ["gcp-a", "4", "3", "1"],
         ["nas", "-", "0", "0"],
+    ]
+
+
+def test_lanes_show_what_is_kept_warm_and_why_not(daemon: StandInDaemon, run: Run) -> None:
+    denied = "it is denied there (max_parameters 14b)"
+    lanes(
+        daemon,
+        keep_warm=[
+            {"instance": "gcp-a", "is_kept": True, "reason": None, "detail": ""},
+            {"instance": "nas", "is_kept": False, "reason": "host_denied", "detail": denied},
+        ],
+    )
+    lines = run("lanes", "--url", daemon.url).stdout.splitlines()
+    assert [columns(line) for line in lines[-3:]] == [
+        ["KEPT WARM", "INSTANCE", "IN MEMORY", "REASON", "DETAIL"],
+        ["alert-fast", "gcp-a", "yes", "-", "-"],
+        ["alert-fast", "nas", "no", "host_denied", denied],
     ]
 
 

@@ -99,6 +99,8 @@ def test_each_request_is_a_line(run: Run, daemon: StandInDaemon) -> None:
 def test_filters_go_to_the_daemon(run: Run, daemon: StandInDaemon) -> None:
     query = "limit=5&since=2h&project=lab&role=thinking&model=a%3Ab&instance=cpu&outcome=cut"
     daemon.answers[f"GET {API}/requests?{query}"] = page()
+    daemon.has({"id": "cpu"})
+    daemon.answers["GET /api/settings/models"] = Answer({"roles": {"thinking": {}}})
     options = (
         "--since=2h",
         "--project=lab",
@@ -109,6 +111,32 @@ def test_filters_go_to_the_daemon(run: Run, daemon: StandInDaemon) -> None:
     )
     result = run("requests", "--url", daemon.url, "--limit=5", *options)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "no requests\n")
+
+
+@pytest.mark.parametrize("option", ["--instance", "--role"])
+@pytest.mark.parametrize("way", [(), ("--json",), ("-f",)])
+def test_an_instance_or_role_that_is_not_there_is_told_where_nothing_is_found(
+    run: Run, daemon: StandInDaemon, monkeypatch: pytest.MonkeyPatch, option: str, way: tuple[str, ...]
+) -> None:
+    def sleep(_seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("time.sleep", sleep)
+    daemon.answers[f"GET {API}/requests?limit=20&{option[2:]}=typo"] = page()
+    daemon.has({"id": "cpu"}, {"id": "gpu0"})
+    daemon.answers["GET /api/settings/models"] = Answer({"roles": {"thinking": {}, "output": {}}})
+    result = CliRunner().invoke(program, ["requests", option, "typo", "--url", daemon.url, *way])
+    there = "cpu, gpu0" if option == "--instance" else "thinking, output"
+    assert f"warning: there is no {option[2:]} 'typo'; there is: {there}\n" in result.stderr
+
+
+def test_an_outcome_or_kind_that_there_is_not_is_refused_with_those_there_are(run: Run) -> None:
+    result = run("requests", "--outcome", "good")
+    assert result.exit_code == MISUSED
+    assert "'good' is not one of 'ok', 'client_error'" in result.stderr
+    result = run("explain", "tiny", "--kind", "chat")
+    assert result.exit_code == MISUSED
+    assert "'chat' is not one of 'generate', 'embed', 'transcribe'" in result.stderr
 
 
 def test_json_is_what_the_api_says(run: Run, daemon: StandInDaemon) -> None:
@@ -242,3 +270,23 @@ def test_where_a_request_would_go(run: Run, daemon: StandInDaemon) -> None:
         "passed over:",
         "  gpu1  m  gpu1 had failed several times and was passed over (until 12:00)",
     ]
+
+
+@pytest.mark.parametrize("way", [(), ("--json",)])
+def test_a_request_that_would_be_refused_is_exit_4(
+    run: Run, daemon: StandInDaemon, way: tuple[str, ...]
+) -> None:
+    daemon.answers[f"GET {API}/explain?model=nope"] = Answer(
+        {
+            "summary": "nope would be refused: model 'nope' not found",
+            "role": None,
+            "policy": None,
+            "attempts": [],
+            "passed_over": [],
+            "refused": {"what": "unknown", "reason": "model_missing", "message": "model 'nope' not found"},
+        }
+    )
+    result = run("explain", "nope", "--url", daemon.url, *way)
+    assert result.exit_code == REFUSED
+    assert "nope would be refused" in result.stdout
+    assert result.stderr == ""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DRAINED = {"since": "2026-08-01T10:00:00.000Z", "until": None, "reason": None}
 UNTIL = DRAINED | {"until": "2026-08-01T18:30:00.000Z", "reason": "driver update"}
-SHOWN = "drained until 2026-08-01 18:30 UTC: driver update"
+SHOWN = "drained until 2026-08-01 18:30:00 UTC: driver update"
 IMAGE = "ollama/ollama:2"
 UPGRADED = {"image": IMAGE, "previous": "ollama/ollama:1", "since": "2026-08-01T10:00:00.000Z"}
 
@@ -165,5 +165,5 @@ def test_status_shows_lifted_deny_rules_with_their_end(daemon: StandInDaemon, ru
     lifted = {"since": "2026-08-01T16:00:00Z", "until": "2026-08-01T16:34:10Z", "reason": "incident 7"}
     daemon.has(ready("cpu", lifted=lifted), ready("gpu0", lifted=lifted | {"reason": None}))
     _, cpu, gpu0 = run("status", "--url", daemon.url).stdout.splitlines()
-    assert cpu.endswith("  deny rules lifted until 2026-08-01 16:34 UTC (incident 7)")
-    assert gpu0.endswith("  deny rules lifted until 2026-08-01 16:34 UTC")
+    assert cpu.endswith("  deny rules lifted until 2026-08-01 16:34:10 UTC (incident 7)")
+    assert gpu0.endswith("  deny rules lifted until 2026-08-01 16:34:10 UTC")

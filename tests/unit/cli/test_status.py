@@ -227,6 +227,6 @@ def test_a_watch_follows_the_events(daemon: StandInDaemon) -> None:
 
 
 def test_a_watch_that_is_refused_ends(daemon: StandInDaemon) -> None:
-    daemon.answers[f"GET {API}/instances"] = Answer(error("key_required", "present the key"), 401)
+    daemon.answers[f"GET {API}/instances"] = Answer(error("unauthorized", "present the key"), 401)
     with watching(daemon) as process:
         assert process.wait(LIMIT_S) == 2

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from manager.adapters.docker_answers import not_pulled
 from manager.adapters.docker_engine import DockerEngine
 from manager.cli import machine, up
+from manager.cli.commands import program
 from manager.cli.failures import MISUSED, CommandError
 from manager.cli.up import ImagesMissingError
 from manager.settings import load_settings
@@ -52,6 +54,20 @@ def test_it_needs_each_image_and_each_named_volume_once(tmp_path: Path) -> None:
     assert len(need.images) == 1
     assert need.images[0].startswith("ollama/ollama:")
     assert need.volumes == ("ollama-models",)
+
+
+@pytest.mark.parametrize(("cards", "needs"), [((), 0), (("a card",), 1)])
+def test_without_a_container_no_engine_is_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cards: tuple[str, ...], needs: int
+) -> None:
+    monkeypatch.setattr(up, "read_cards", lambda: (cards, None))
+    monkeypatch.setattr(machine, "why_no_engine", lambda _url: pytest.fail("it asks for the engine"))
+    file = tmp_path / "config.yaml"
+    file.write_text("instances: {nas: {driver: external, url: 'http://127.0.0.1:1'}}\n")
+    loaded = load_settings(file)
+    assert len(up.needed(loaded).images) == needs
+    if not needs:
+        up.prepare(loaded, yes=False)
 
 
 def test_without_a_terminal_nothing_is_asked_and_nothing_changed(
@@ -116,3 +132,29 @@ def test_the_engine_of_this_machine_is_started_by_root_alone(monkeypatch: pytest
     assert machine.how_to_start(machine.SYSTEM_SOCKET, "refused")[0] == (
         "install docker.io iptables (apt-get)"
     )
+
+
+def test_where_images_are_missing_the_stand_in_of_a_clone_gets_the_options(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def prepare(_loaded: object, *, yes: bool) -> None:
+        assert yes
+        raise ImagesMissingError({"ollama/ollama:1": "no such host"})
+
+    executed: list[list[str]] = []
+
+    def execute(_program: str, command: list[str]) -> None:
+        executed.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(up, "prepare", prepare)
+    monkeypatch.setattr(os, "execvp", execute)
+    config = tmp_path / "a b.yaml"
+    config.touch()
+    options = ["up", "--yes", "--port", "11500", "--config", str(config), "--take-over"]
+    result = CliRunner().invoke(program, options)
+    assert (result.exit_code, executed) == (1, [])
+    assert result.stderr.startswith("error: an image cannot be pulled\n")
+    result = CliRunner().invoke(program, [*options, "--without-images", "python -m stand_in"])
+    assert "ollama/ollama:1: no such host" in result.stderr
+    assert executed == [["python", "-m", "stand_in", "--port=11500", f"--config={config}", "--take-over"]]

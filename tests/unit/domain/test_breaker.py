@@ -13,7 +13,6 @@ from manager.domain.breaker import (
     BreakerState,
     Cancelled,
     Failed,
-    IllegalBreakerEventError,
     LimitsChanged,
     OpenTimeEnded,
     Reset,
@@ -22,7 +21,7 @@ from manager.domain.breaker import (
     is_counted,
     step,
 )
-from manager.errors import Reason
+from manager.errors import IllegalTransitionError, Reason
 
 LIMITS = BreakerLimits(failures=2, open_s=30, max_open_s=100)
 TIMEOUT = Reason.ATTEMPT_TIMEOUT
@@ -65,6 +64,45 @@ def test_a_request_that_says_nothing_neither_counts_nor_ends_the_row() -> None:
     assert step(once, Cancelled(once.generation), LIMITS) == once
 
 
+def timed_out(breaker: Breaker, now: float, *, loads: bool, limits: BreakerLimits = LIMITS) -> Breaker:
+    return step(breaker, Failed(breaker.generation, TIMEOUT, now, loads), limits)
+
+
+def test_a_time_out_while_the_model_is_loaded_counts_only_with_the_next_one() -> None:
+    once = timed_out(NEW, 1, loads=True)
+    assert (once.state, once.failures, once.is_in_doubt) == (BreakerState.CLOSED, 0, True)
+    for loads in (True, False):
+        twice = timed_out(once, 2, loads=loads)
+        assert (twice.state, twice.failures, twice.reason) == (BreakerState.OPEN, 2, TIMEOUT)
+    healed = step(once, Succeeded(once.generation), LIMITS)
+    assert healed == NEW
+    assert timed_out(healed, 3, loads=True).state is BreakerState.CLOSED
+
+
+def test_a_time_out_of_a_load_that_another_fault_follows_does_not_count() -> None:
+    once = failed(timed_out(NEW, 1, loads=True), 2, Reason.UPSTREAM_ERROR)
+    assert (once.state, once.failures, once.is_in_doubt) == (BreakerState.CLOSED, 1, False)
+
+
+def test_a_time_out_that_follows_a_failure_counts_at_once() -> None:
+    assert timed_out(failed(NEW, 1), 2, loads=True).state is BreakerState.OPEN
+    probed = step(opened(), Admitted(30), LIMITS)
+    assert timed_out(probed, 31, loads=True).openings == 2
+
+
+def test_with_other_limits_as_many_time_outs_in_a_row_open_it_but_never_one_load_alone() -> None:
+    three = BreakerLimits(failures=3)
+    breaker = NEW
+    for now in range(2):
+        breaker = timed_out(breaker, now, loads=True, limits=three)
+    assert (breaker.state, breaker.failures) == (BreakerState.CLOSED, 2)
+    assert timed_out(breaker, 3, loads=True, limits=three).state is BreakerState.OPEN
+    one = BreakerLimits(failures=1)
+    once = timed_out(NEW, 0, loads=True, limits=one)
+    assert once.state is BreakerState.CLOSED
+    assert timed_out(once, 1, loads=True, limits=one).state is BreakerState.OPEN
+
+
 def test_a_late_result_of_an_older_generation_changes_nothing() -> None:
     before, now = NEW.generation, opened()
     half = step(now, OpenTimeEnded(30), LIMITS)
@@ -82,14 +120,14 @@ def test_after_the_open_time_it_is_half_open_and_admits_one_request() -> None:
     assert admits(half, 30)
     probed = step(half, Admitted(30), LIMITS)
     assert not admits(probed, 31)
-    with pytest.raises(IllegalBreakerEventError, match="Admitted"):
+    with pytest.raises(IllegalTransitionError, match="Admitted"):
         step(probed, Admitted(31), LIMITS)
 
 
 def test_a_request_that_comes_before_the_timer_is_the_probe() -> None:
     probed = step(opened(), Admitted(30), LIMITS)
     assert (probed.state, probed.is_probed) == (BreakerState.HALF_OPEN, True)
-    with pytest.raises(IllegalBreakerEventError):
+    with pytest.raises(IllegalTransitionError):
         step(opened(), Admitted(29), LIMITS)
 
 
@@ -141,9 +179,9 @@ def test_other_limits_move_the_retry_of_an_open_one_only() -> None:
 def test_what_cannot_happen_raises() -> None:
     breaker = opened()
     for event in (Succeeded(breaker.generation), Cancelled(breaker.generation)):
-        with pytest.raises(IllegalBreakerEventError, match="cannot happen to"):
+        with pytest.raises(IllegalTransitionError, match="no transition from"):
             step(breaker, event, LIMITS)
-    with pytest.raises(IllegalBreakerEventError):
+    with pytest.raises(IllegalTransitionError):
         step(NEW, OpenTimeEnded(1), LIMITS)
 
 
@@ -169,6 +207,7 @@ class Breakers(RuleBasedStateMachine):
         self.now = 0.0
         self.open_requests: list[int] = []
         self.row = 0
+        self.in_doubt = False
 
     def take(self, event: BreakerEvent) -> None:
         before, self.breaker = self.breaker, step(self.breaker, event, self.limits)
@@ -184,7 +223,10 @@ class Breakers(RuleBasedStateMachine):
             self.take(Admitted(self.now))
             self.open_requests.append(self.breaker.generation)
 
-    @rule(which=st.integers(0, 50), how=st.sampled_from(["succeeds", "fails", "is cancelled"]))
+    @rule(
+        which=st.integers(0, 50),
+        how=st.sampled_from(["succeeds", "fails", "times out in a load", "is cancelled"]),
+    )
     @precondition(lambda self: self.open_requests)
     def a_request_ends(self, which: int, how: str) -> None:
         generation = self.open_requests.pop(which % len(self.open_requests))
@@ -192,6 +234,7 @@ class Breakers(RuleBasedStateMachine):
         events: dict[str, BreakerEvent] = {
             "succeeds": Succeeded(generation),
             "fails": Failed(generation, TIMEOUT, self.now),
+            "times out in a load": Failed(generation, TIMEOUT, self.now, loads=True),
             "is cancelled": Cancelled(generation),
         }
         self.take(events[how])
@@ -200,8 +243,18 @@ class Breakers(RuleBasedStateMachine):
         elif how == "succeeds":
             assert self.breaker.state is BreakerState.CLOSED
             self.row = 0
-        elif how == "fails":
-            self.row += 1
+            self.in_doubt = False
+        elif (
+            how == "times out in a load"
+            and before.state is BreakerState.CLOSED
+            and not self.row
+            and not self.in_doubt
+        ):
+            self.in_doubt = True
+            assert self.breaker.state is BreakerState.CLOSED
+        elif how != "is cancelled":
+            self.row += 1 + self.in_doubt
+            self.in_doubt = False
             is_open = before.state is BreakerState.HALF_OPEN or self.row >= self.limits.failures
             assert (self.breaker.state is BreakerState.OPEN) is is_open
             if is_open:
@@ -225,6 +278,7 @@ class Breakers(RuleBasedStateMachine):
         self.take(Reset())
         assert self.breaker.state is BreakerState.CLOSED
         self.row = 0
+        self.in_doubt = False
 
     @rule(failures=st.integers(1, 4), open_s=st.sampled_from([1.0, 30.0]))
     def settings_change(self, failures: int, open_s: float) -> None:

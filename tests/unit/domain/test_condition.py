@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from manager.domain import backoff
 from manager.domain import condition as c
 from manager.domain.instance import ContainerFacts, Explanation, Phase, Target
-from manager.domain.lifecycle import IllegalTransitionError
 from manager.domain.registry import Operation
-from manager.errors import Reason
+from manager.errors import IllegalTransitionError, Reason
 
 NOW = 1000.0
 KEPT_S = 15.0

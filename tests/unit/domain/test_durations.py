@@ -11,15 +11,30 @@ from manager.domain.durations import duration_text, parse_duration
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [("90s", 90), ("15m", 900), ("2h", 7200), ("30d", 2_592_000), ("45", 45), (" 1.5 H ", 5400), ("0", 0)],
+    [
+        ("90s", 90),
+        ("15m", 900),
+        ("2h", 7200),
+        ("30d", 2_592_000),
+        ("45", 45),
+        (" 1.5 H ", 5400),
+        ("0", 0),
+        ("1h30m", 5400),
+        ("1d 2h 3m 4.5s", 93_784.5),
+        ("1H5S", 3605),
+    ],
 )
-def test_a_duration_is_a_number_with_a_unit_or_of_seconds(text: str, seconds: float) -> None:
+def test_a_duration_is_numbers_with_units_or_a_number_of_seconds(text: str, seconds: float) -> None:
     assert parse_duration(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "m", "1w", "1h30m", "-5", "1e3", "nan", "inf", "9999999999", "٣s"])
+@pytest.mark.parametrize(
+    "text", ["", "m", "1w", "30m1h", "1h1h", "1h30", "1 2", "-5", "1e3", "nan", "inf", "9999999999", "٣s"]
+)
 def test_any_other_text_is_refused_with_what_is_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match="expected seconds, or a duration such as 90s, 15m, 2h or 30d"):
+    with pytest.raises(
+        ValueError, match="expected seconds, or a duration such as 90s, 15m, 2h, 1h30m or 30d"
+    ):
         parse_duration(text)
 
 

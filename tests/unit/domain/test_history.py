@@ -185,10 +185,11 @@ def of(**values: Any) -> RequestRecord:
         (Filters(model="qwen3"), False),
         (Filters(instance="cpu"), False),
         (Filters(outcome="ok"), False),
+        (Filters(key="ci"), False),
     ],
 )
 def test_open_requests_are_filtered_as_stored_ones_are(filters: Filters, *, wanted: bool) -> None:
     assert filters.match(of()) is wanted
     assert Filters(model="tiny").match(of(model=None)) is False
     assert Filters(model="tiny:latest").match(of(model="tiny")) is True
-    assert (Filters().key, Filters(model="tiny").key) == (None, "tiny:latest")
+    assert (Filters().wanted_model, Filters(model="tiny").wanted_model) == (None, "tiny:latest")

@@ -76,6 +76,21 @@ def test_an_instance_without_slots_has_room_for_all() -> None:
     assert here.slots("unknown") == (None, 0, 0)
 
 
+def test_whether_there_is_room_is_told_without_taking_a_slot() -> None:
+    here = opened({"a": 2, "b": None}, x=LaneRules(concurrency=2), y=LaneRules(reserved=1, instances=("a",)))
+    assert here.has_room("x", "a")
+    first = held(here, "x", "a")
+    assert not here.has_room("x", "a"), "the other slot is reserved"
+    assert here.has_room("y", "a")
+    assert here.has_room("x", "b")
+    assert here.has_room("new", "unknown")
+    held(here, "x", "b")
+    assert not here.has_room("x", "b"), "the lane has as many as it may"
+    here.leave(first)
+    assert here.has_room("x", "a")
+    assert here.slots("a") == (2, 0, 1)
+
+
 def test_the_end_of_a_request_lets_the_next_one_in_and_leaving_the_queue_lets_none_in() -> None:
     here = opened({"a": 1}, x=LaneRules())
     first, second, third = held(here, "x"), queued(here, "x"), queued(here, "x")

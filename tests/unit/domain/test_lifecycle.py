@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.instance import Phase
-from manager.domain.lifecycle import Fact, IllegalTransitionError, advance
+from manager.domain.lifecycle import Fact, advance
+from manager.errors import IllegalTransitionError
 
 
 def after(phase: Phase, fact: Fact) -> Phase | None:

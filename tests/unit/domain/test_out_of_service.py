@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from manager.domain import condition as c
 from manager.domain.drained import Drained, drained_from, why_out
 from manager.domain.instance import Phase, Target
-from manager.domain.lifecycle import IllegalTransitionError
 from manager.domain.registry import Operation
+from manager.errors import IllegalTransitionError
 from tests.unit.domain.test_condition import (
     EVENTS,
     EXITED,

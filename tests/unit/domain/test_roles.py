@@ -93,6 +93,26 @@ def test_instances_of_a_role_exist_and_have_its_target_and_its_warm_model() -> N
     ]
 
 
+def test_a_model_is_kept_warm_only_where_its_name_is_not_denied() -> None:
+    denied = {"cpu": ("*:32b", "tiny"), "nas": ()}
+
+    def found(model: str | None, *places: str) -> list[tuple[str, str, str]]:
+        one = role(model=model, keep_warm=places)
+        return list(role_contradictions({"output": one}, GPU_OF, {}, denied))
+
+    assert found("qwen3:32b", "cpu", "nas") == [
+        (
+            "output",
+            "keep_warm",
+            "cpu must not run 'qwen3:32b' (deny_models *:32b); expected another instance, or another model",
+        )
+    ]
+    assert [text.partition(";")[0] for _, _, text in found("tiny:latest", "cpu", "gpu0")] == [
+        "cpu must not run 'tiny:latest' (deny_models tiny)"
+    ]
+    assert found("qwen3:8b", "cpu") == found(None, "cpu") == found("qwen3:32b", "nas") == []
+
+
 def test_slots_are_reserved_only_where_there_are_as_many() -> None:
     assert reserving(role(instances=("cpu", "gpu0"), reserved=2)) == []
     assert reserving(role(reserved=1)) == [

@@ -544,10 +544,11 @@ def test_a_lane_puts_the_rules_of_a_role_on_a_model_but_not_its_fallbacks() -> N
     assert (decision.role, decision.policy) == ("output", Policy.CPU_ONLY)
 
 
-def test_a_lane_for_something_else_changes_nothing() -> None:
+def test_a_lane_for_something_else_is_refused_and_names_those_that_fit() -> None:
     roles = (role("thinking", "x", policy=Policy.CPU_ONLY), role("embedding", "y", kind=EMBED, target="b"))
     decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="thinking")
-    assert (where(decision), decision.role) == (["a", "b"], None)
+    text = "X-Lane: the lane 'thinking' does generate, and this request wants to embed; lanes for that: "
+    assert refusal(decision) == ("unknown_lane", Reason.POLICY, f"{text}embedding")
     decision = routed("m", instance("a", GPU), instance("b"), roles=roles, kind=EMBED, lane="embedding")
     assert (where(decision), decision.role) == (["b"], "embedding")
 
@@ -1169,3 +1170,51 @@ def rank(
         ["loaded", "running", "startable"].index(because(found, model_key(attempt.model))) if not there else 0
     )
     return there, preference, warmth or int(found.state is State.STARTABLE), -found.priority
+
+
+# --- conversations --------------------------------------------------------------------------------
+
+
+HELD = role("output", instances=("b", "c", "d"))
+
+
+def leaning(decision: Decision, place: str, **load: float) -> tuple[str, Reason | None, float | None] | None:
+    busy = {"a": 0.0, "b": 0.0, "c": 0.0, "d": 0.0, **load}
+    found = decision.leaning(place, busy)
+    return None if found is None else (found.instance, found.fallback, found.timeout_s)
+
+
+def test_a_conversation_goes_before_the_order_of_a_roles_instances() -> None:
+    here = tuple(instance(one, loaded="m") for one in "abcd")
+    timed = replace(HELD, attempt_timeouts_s=(45, 60, 90))
+    decision = routed("output", *here, roles=(timed,))
+    assert decision.has_equals
+    assert where(decision) == ["b", "c", "d"]
+    assert leaning(decision, "d") == ("d", None, 90), "it is no fallback"
+    assert leaning(decision, "c", c=1, b=1) == ("c", None, 60)
+    assert leaning(decision, "c", c=1) is None, "it is busier"
+    assert leaning(decision, "b") is None, "it is first anyway"
+    assert leaning(decision, "a") is None, "it is none of them"
+
+
+def test_a_conversation_waits_for_no_load_and_does_not_change_where_a_request_may_go() -> None:
+    here = (instance("b"), instance("c"), instance("d", state=State.STARTABLE))
+    decision = routed("output", *here, roles=(HELD,))
+    assert leaning(decision, "c") is None, "it would have to load the model"
+    assert leaning(decision, "d") is None
+    slow = replace(instance("c", loaded="m"), overloads=Overloads("busy", {}))
+    decision = routed("output", instance("b", loaded="m"), slow, roles=(HELD,))
+    assert leaning(decision, "c") is None, "it is overloaded"
+    gpus = replace(HELD, policy=Policy.PREFER_GPU)
+    both = (instance("b", GPU, loaded="m"), instance("c", CPU, loaded="m"))
+    decision = routed("output", *both, roles=(gpus,))
+    assert (where(decision), decision.has_equals) == (["b", "c"], False)
+    assert leaning(decision, "c") is None, "it is a fallback"
+
+
+def test_priorities_hold_for_conversations_where_no_role_orders_the_instances() -> None:
+    here = (instance("a", loaded="m", priority=1), instance("b", loaded="m"))
+    decision = routed("m", *here)
+    assert (where(decision), decision.has_equals, leaning(decision, "b")) == (["a", "b"], False, None)
+    assert routed("m", *(instance(one) for one in "ab")).has_equals
+    assert not routed("output", instance("b"), roles=(HELD,)).has_equals

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from manager.domain.runs import (
     MOST_EXECUTIONS,
     OPEN,
-    IllegalRunTransitionError,
     Remove,
     Run,
     RunError,
@@ -38,6 +37,7 @@ from manager.domain.runs import (
     sent,
     withdrawn,
 )
+from manager.errors import IllegalTransitionError
 from tests.support.runs import NOW, a_run
 
 LATER = NOW + timedelta(seconds=30)
@@ -66,7 +66,7 @@ def test_only_the_transitions_of_the_table_are_possible(status: RunStatus, fact:
     if (status, fact) in LEGAL:
         assert advance(status, fact) is LEGAL[status, fact]
         return
-    with pytest.raises(IllegalRunTransitionError, match=rf"{status.value} .*\({fact.name}\)"):
+    with pytest.raises(IllegalTransitionError, match=rf"{status.value} .*\({fact.name}\)"):
         advance(status, fact)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manager.domain.wording import MOST_NAMES, listed, model_not_found
+from manager.domain.wording import MOST_NAMES, digests_text, listed, model_not_found
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,8 @@ def test_no_more_than_ten_are_named() -> None:
 def test_a_missing_model_is_told_as_ollama_tells_it() -> None:
     assert model_not_found("nope") == "model 'nope' not found"
     assert model_not_found("nope", embeds=True) == 'model "nope" not found, try pulling it first'
+
+
+def test_a_model_that_differs_is_told_with_its_digests_as_ollama_list_shows_them() -> None:
+    digests = {"365c0bd3c000" + "e" * 52: ("cpu", "nas"), "short": ("gpu0",)}
+    assert digests_text("tiny:latest", digests) == "tiny:latest (365c0bd3c000 on cpu, nas; short on gpu0)"

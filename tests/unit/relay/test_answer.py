@@ -198,10 +198,13 @@ def test_whatever_the_pieces_the_body_is_what_was_written(pieces: list[bytes], c
 
 def test_a_stamp_says_where_an_answer_is_from_and_why() -> None:
     record = a_record(request_id="42", queue_ms=12.7)
-    begun = b"Vary: Origin\r\nX-Request-Id: 42\r\nX-Queue-Ms: 12\r\n"
+    begun = b"Vary: Origin\r\nX-Request-Id: 42\r\nX-Provider: local\r\nX-Queue-Ms: 12\r\n"
     assert stamp(record, b"Vary: Origin\r\n", None) == begun
     lines = stamp(record, b"", ("gpu0", "qwen3:8b")).split(b"\r\n")
-    assert lines == [b"X-Request-Id: 42", b"X-Instance: gpu0", b"X-Model: qwen3:8b", b"X-Queue-Ms: 12", b""]
+    assert lines == [
+        *(b"X-Request-Id: 42", b"X-Instance: gpu0", b"X-Model: qwen3:8b", b"X-Provider: local"),
+        *(b"X-Queue-Ms: 12", b""),
+    ]
     assert b"X-Model" not in stamp(record, b"", ("gpu0", ""))
     record.fallback, record.fallback_reason, record.start_ms = True, Reason.GPU_MISSING, 1500.5
     full = stamp(record, b"", ("cpu", "m"))

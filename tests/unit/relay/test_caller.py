@@ -16,6 +16,7 @@ from manager.services.requests import Requests
 from manager.wire.access import Access
 from manager.wire.caller import HeaderNames
 from manager.wire.routes import INFERENCE
+from tests.support.keys import keys
 
 if TYPE_CHECKING:
     from manager.relay.caller import Caller
@@ -29,7 +30,7 @@ PARENT = (b"traceparent", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7
 def read(*headers: Header, names: HeaderNames | None = None, key: str | None = None) -> Caller:
     relay = SimpleNamespace(
         requests=Requests(names or HeaderNames(), default_project="default"),
-        access=Access(allowed_hosts=["localhost"], key=key),
+        access=Access(allowed_hosts=["localhost"], keys=keys(key)),
     )
     return read_caller(cast("Relay", relay), INFERENCE[b"/api/chat"], [HERE, *headers])
 
@@ -74,7 +75,7 @@ def test_other_names_count_where_others_are_configured_and_the_usual_ones_no_mor
 def test_what_is_ambiguous_or_not_allowed_is_told() -> None:
     coding = (b"transfer-encoding", b"chunked")
     assert read(coding, coding).ambiguity == "transfer-encoding is given more than once"
-    for caller, code in ((read(key="secret"), "key_required"), (read(HERE), "bad_request")):
+    for caller, code in ((read(key="secret"), "unauthorized"), (read(HERE), "bad_request")):
         assert caller.refusal is not None
         assert caller.refusal.code == code
 

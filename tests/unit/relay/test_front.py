@@ -198,7 +198,7 @@ async def listening() -> AsyncIterator[Listening]:
     app, state = App(), ServerState()
     relay: Any = SimpleNamespace(
         limits=Limits(idle_timeout_s=UNREAD_S),
-        access=Access(allowed_hosts=["localhost"], key=None),
+        access=Access(allowed_hosts=["localhost"]),
         requests=Requests(HeaderNames(), default_project="default"),
         refusals=Refusals(now=lambda: 0.0),
         loop=loop,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.support.inside import until
+from tests.support.keys import keys
 from tests.support.relaying import Scripted, relaying
 
 if TYPE_CHECKING:
@@ -169,7 +170,30 @@ async def test_a_new_key_is_in_force_on_connections_that_are_kept(tmp_path: Path
         for _ in range(4):
             await caller.raw(request("usual", extra=extra))
             assert (await caller.reply()).status == 200
-        front.relay.access.configure(allowed_hosts={"localhost"}, key="the-new-key-0123456789")
+        front.relay.access.use(keys("the-new-key-0123456789"))
         await caller.raw(request("usual", extra=extra))
         assert (await caller.reply()).status == 401
         caller.leave()
+
+
+async def test_a_new_connection_begins_with_nothing_of_another_one_where_heads_have_keys(
+    tmp_path: Path,
+) -> None:
+    """Comparing a guess with what another client sends would tell how much of it is right."""
+    extra = "Authorization: Bearer a-key-0123456789\r\n"
+    async with (
+        Scripted().serving() as server,
+        relaying(tmp_path, {"a": server}, key="a-key-0123456789") as front,
+    ):
+        first = await front.connect()
+        for _ in range(4):
+            await first.raw(request("usual", extra=extra))
+            assert (await first.reply()).status == 200
+        (known,) = fronts(front)
+        assert known._known is not None
+        second = await front.connect()
+        await until(lambda: len(fronts(front)) == 2)
+        (other,) = (one for one in fronts(front) if one is not known)
+        assert (other._known, other._caller) == (None, None)
+        first.leave()
+        second.leave()

@@ -219,6 +219,7 @@ async def test_what_does_not_end_in_a_drain_is_cut(bench: Bench, why: str) -> No
         cut.set()
     await bench.relay.drain(0 if why == "it takes too long" else 1000, cut=cut)
     assert client.json() == {"error": "cut off: the manager is being stopped"}
+    assert client.headers["retry-after"] == "1"
     assert bench.at_rest()
     assert bench.record.outcome == "cut"
 

@@ -169,6 +169,7 @@ def test_a_model_has_all_instances_that_have_it_and_those_that_hold_it() -> None
         ("nas", "nas"),
         0.25,
     )
+    assert tiny.digests == {}, "no list says one"
     assert (models["other:latest"].loaded_on, models["other:latest"].offload) == ((), None)
     assert stage.overviews.models() is models
     stage.rig["a"].used()

@@ -6,11 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manager.domain.keys import Grant, Scope
 from manager.domain.record import never
 from manager.domain.roles import RequestKind
 from manager.services.requests import Requests
 from manager.wire.caller import HeaderNames
 from manager.wire.trace import read_traceparent
+from tests.support.keys import AT, grant
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 PARENT = (b"traceparent", f"00-{TRACE}-{SPAN}-01".encode())
@@ -22,7 +24,7 @@ def requests(**more: object) -> Requests:
 
 def test_a_client_that_says_nothing_has_the_default_project_and_no_wishes() -> None:
     origin = requests().origin([])
-    assert origin == (None, None, "default", None, False, None, None)
+    assert origin == (None, None, "default", None, False, None, None, None)
 
 
 def test_a_client_says_where_it_belongs_and_wants_to_go() -> None:
@@ -36,7 +38,7 @@ def test_a_client_says_where_it_belongs_and_wants_to_go() -> None:
             PARENT,
         ]
     )
-    assert origin == ("gpu0", "thinking", "shop", "summary", True, (TRACE, SPAN, "01"), None)
+    assert origin == ("gpu0", "thinking", "shop", "summary", True, (TRACE, SPAN, "01"), None, None)
 
 
 @pytest.mark.parametrize(
@@ -121,3 +123,18 @@ def test_a_header_is_sent_on_as_it_came(value: bytes) -> None:
     value = value.replace(b"\r", b"").replace(b"\n", b"")
     begun = requests().begin("/api/show", None, [(b"user-agent", value)])
     assert (b"user-agent", value) in list(begun.headers)
+
+
+def test_the_key_of_a_request_decides_on_its_project_and_on_paid_servers_and_is_noted_as_used() -> None:
+    used: set[str] = set()
+    shop = Grant("shop-ci", frozenset({Scope.CLIENT}), AT, project="shop", is_local=True)
+    one = Requests(HeaderNames(), default_project="default", used=used)
+    spoofed = [(b"x-project-id", b"other"), (b"x-local-only", b"false")]
+    record = one.record("/api/chat", None, one.origin(spoofed, shop))
+    assert (record.key, record.project_id, record.local_only) == ("shop-ci", "shop", True)
+    assert used == {"shop-ci"}
+    loose = one.begin("/api/pull", None, [*spoofed], grant("loose")).record
+    assert (loose.key, loose.project_id, loose.local_only) == ("loose", "other", False)
+    nobody = one.record("/api/chat", None, one.origin(spoofed))
+    assert (nobody.key, nobody.project_id) == (None, "other")
+    assert used == {"shop-ci", "loose"}

@@ -61,30 +61,6 @@ def test_times_of_an_instance_are_counted_only_where_there_were_any() -> None:
     assert traffic.first_tokens["gpu0"].total_s == pytest.approx(0.2)
 
 
-def test_the_time_to_the_first_token_is_that_of_one_model_on_one_instance() -> None:
-    traffic = Traffic(lambda record: None)
-    traffic.ended(a_record(model="big", ttfb_ms=300.0))
-    traffic.ended(a_record(model="Big:latest", ttfb_ms=100.0))
-    traffic.ended(a_record(model="tiny", ttfb_ms=10.0))
-    traffic.ended(a_record(model="failed", outcome="upstream_error"))
-    traffic.ended(a_record(model=None))
-    assert traffic.first_token_ms("gpu0", "big:latest") == 200.0
-    assert traffic.first_token_ms("gpu0", "tiny:latest") == 10.0
-    for instance, key in (("cpu", "big:latest"), ("gpu0", "failed:latest"), ("gpu0", "never:latest")):
-        assert traffic.first_token_ms(instance, key) is None
-
-
-def test_means_of_models_are_bounded_and_the_one_used_longest_ago_goes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("manager.services.traffic._MOST_MEANS", 3)
-    traffic = Traffic(lambda record: None)
-    for name in ("a", "b", "c", "a", "d"):
-        traffic.ended(a_record(model=name))
-    known = {name for name in "abcd" if traffic.first_token_ms("gpu0", f"{name}:latest") is not None}
-    assert known == {"a", "c", "d"}
-
-
 def test_a_bucket_holds_what_is_at_most_its_bound() -> None:
     for at, bound_s in enumerate(BUCKETS_S):
         histogram = Histogram()

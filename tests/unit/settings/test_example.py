@@ -10,6 +10,7 @@ from manager.settings import Settings, load_settings, load_templates, resolve_in
 from manager.settings.model import InstanceSettings, ScheduleSettings
 from manager.settings.routing import ModelEntrySettings, RoleSettings
 from manager.settings.schema import fields_of
+from manager.settings.servers import ServedModelSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +48,7 @@ def test_the_sample_shows_every_key_there_is() -> None:
         *keys(ScheduleSettings),
         *keys(RoleSettings),
         *keys(ModelEntrySettings),
+        *keys(ServedModelSettings),
     }:
         assert re.search(rf"\b{name}:", text), name
 
@@ -59,9 +61,11 @@ def test_the_alternatives_in_the_sample_can_be_used(tmp_path: Path) -> None:
     file = tmp_path / "all.yaml"
     file.write_text(re.sub(r"(?m)^( *)#(?=\S)", r"\1", text), encoding="utf-8")
     loaded = load_settings(file, environ=ENVIRON)
-    assert list(loaded.settings.instances) == ["cpu", "gpu0", "gpu1", "gpu2", "both", "big", "nas"]
+    assert list(loaded.settings.instances) == [
+        *("cpu", "gpu0", "gpu1", "gpu2", "both", "big", "nas", "vllm", "hears", "openai")
+    ]
     assert [one.action for one in loaded.settings.schedules] == ["start", "stop", "reap"]
     assert loaded.settings.roles["code-review"].fallbacks == ("output",)
     assert loaded.settings.models.writers == {"ollama-models": "cpu"}
     assert list(loaded.settings.models.settings) == ["qwen3:8b"]
-    assert len(resolve_instances(loaded, load_templates(loaded.settings))) == 7
+    assert len(resolve_instances(loaded, load_templates(loaded.settings))) == 10

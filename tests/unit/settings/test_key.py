@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from manager.errors import ConfigurationError
-from manager.settings import key_weaknesses, read_key
+from manager.settings import key_weaknesses, read_keys
 from tests.support.users import NOBODY, acting_as, give, need_root, open_directory
 
 if TYPE_CHECKING:
@@ -24,19 +24,30 @@ def key_file(tmp_path: Path, content: bytes, mode: int = 0o600) -> Path:
     return file
 
 
+def read_key(file: Path, daemon_uid: int | None = None) -> str:
+    """The only key of a file."""
+    (key,) = read_keys((file,), daemon_uid=daemon_uid)
+    return key
+
+
 @pytest.mark.parametrize("content", [KEY, KEY + "\n", KEY + "\r\n", f"  {KEY} \n\n"])
 @pytest.mark.parametrize("mode", [0o400, 0o600, 0o640])
-def test_a_key_is_one_line_in_a_closed_file(tmp_path: Path, content: str, mode: int) -> None:
+def test_a_key_is_a_line_in_a_closed_file(tmp_path: Path, content: str, mode: int) -> None:
     assert read_key(key_file(tmp_path, content.encode(), mode)) == KEY
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "empty; expected one line with the key"),
-        (b"\n", "empty; expected one line with the key"),
-        (b"  \n", "empty; expected one line with the key"),
-        (b"secret-one-0123456\nsecret-two-0123456\n", "2 lines; expected one"),
+        (b"", "empty; expected a line with the key"),
+        (b"\n", "empty; expected a line with the key"),
+        (b"  \n", "empty; expected a line with the key"),
+        (b"secret-one-0123456\nsecret two\n", "line 2: the key holds a space or something that is not ASCII"),
+        (b"secret-0123456789\n" * 4000, "more than 65536 bytes; expected a key a line"),
+        (
+            b"\n".join(b"secret-%d" % number for number in range(33)),
+            "33 keys in all files; expected at most 32",
+        ),
         (b"secret" * 1000, "a key of more than 4096 characters"),
         (b"secret with spaces", "the key holds a space or something that is not ASCII; expected neither"),
         ("sécrét-0123456789".encode(), "the key holds a space or something that is not ASCII"),
@@ -60,13 +71,24 @@ def test_a_weak_key_is_taken_and_its_weakness_told_without_showing_it(
 ) -> None:
     file = key_file(tmp_path, content.encode(), mode)
     assert read_key(file) == content
-    (told,) = key_weaknesses(file, content)
+    (told,) = key_weaknesses((file,), (content,))
     assert weakness in told
     assert content not in told
 
 
+def test_every_line_of_every_file_is_a_key_and_the_first_one_is_for_our_own_commands(tmp_path: Path) -> None:
+    first = key_file(tmp_path, b"new-key-0123456789\n\nold-key-0123456789\r\n")
+    second = tmp_path / "second"
+    second.write_text("old-key-0123456789\nthird-key-01234567")
+    second.chmod(0o600)
+    keys = read_keys((first, second))
+    assert keys == ("new-key-0123456789", "old-key-0123456789", "third-key-01234567")
+    assert key_weaknesses((first, second), keys) == ()
+    assert read_keys(()) == ()
+
+
 def test_a_good_key_has_no_weakness(tmp_path: Path) -> None:
-    assert key_weaknesses(key_file(tmp_path, KEY.encode()), KEY) == ()
+    assert key_weaknesses((key_file(tmp_path, KEY.encode()),), (KEY,)) == ()
 
 
 def test_what_is_no_readable_file_is_refused(tmp_path: Path) -> None:

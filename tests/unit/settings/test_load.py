@@ -274,11 +274,11 @@ def test_relative_paths_in_the_file_are_relative_to_the_file() -> None:
     write("server: {key_file: key}\nstate: {dir: ../state}\ntemplates: {dir: /abs}", "conf/a.yaml")
     environ = HOME | {"OLLAMA_MANAGER_SERVER__KEY_FILE": "here"}
     settings = load_settings(Path("conf/a.yaml"), environ=HOME).settings
-    assert settings.server.key_file == Path.cwd() / "conf" / "key"
+    assert settings.server.key_files == (Path.cwd() / "conf" / "key",)
     assert settings.state.dir == Path.cwd() / "conf" / ".." / "state"
     assert settings.templates.dir == Path("/abs")
     settings = load_settings(Path("conf/a.yaml"), environ=environ).settings
-    assert settings.server.key_file == Path.cwd() / "here"
+    assert settings.server.key_files == (Path.cwd() / "here",)
     settings = load_settings(environ=HOME, overrides={"templates": {"dir": Path("t")}}).settings
     assert settings.templates.dir == Path.cwd() / "t"
 
@@ -288,7 +288,7 @@ def test_a_tilde_is_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "state: {dir: ~/state}\nserver: {key_file: ~nobody-of-that-name/key}"
     settings = loaded(text).settings
     assert settings.state.dir == Path("/home/someone/state")
-    assert settings.server.key_file == Path.cwd() / "~nobody-of-that-name" / "key"
+    assert settings.server.key_files == (Path.cwd() / "~nobody-of-that-name" / "key",)
 
 
 def test_an_instance_is_there_by_default_only_when_the_key_is_absent() -> None:
@@ -299,8 +299,8 @@ def test_an_instance_is_there_by_default_only_when_the_key_is_absent() -> None:
 ENGINE_URLS = "expected unix:///SOCKET, tcp://HOST:PORT, http://HOST:PORT or https://HOST:PORT"
 ALLOWED_NAMES = (
     "allowed: OLLAMA_MANAGER_<SECTION>__<KEY>, with the sections server, state, manager_id, engine, "
-    "templates, allow, instances, gpus, lifecycle, schedules, roles, models, gateway, runs, breaker, log, "
-    "audit, budgets, rollout"
+    "templates, allow, instances, gpus, lifecycle, schedules, roles, models, gateway, runs, breaker, "
+    "fallback, log, audit, budgets, rollout"
 )
 
 

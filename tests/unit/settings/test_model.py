@@ -52,7 +52,7 @@ REFUSED: list[tuple[str, str]] = [
     ("gateway: {max_upload: lots}", "gateway.max_upload: 'lots'; expected a size such as"),
     (
         "lifecycle: {ttl_s: 15 minutes}",
-        "lifecycle.ttl_s: '15 minutes'; expected seconds, or a duration such as 90s, 15m, 2h or 30d",
+        "lifecycle.ttl_s: '15 minutes'; expected seconds, or a duration such as 90s, 15m, 2h, 1h30m or 30d",
     ),
     ("runs: {concurrency: 0}", "runs.concurrency: 0; expected 1 or more"),
     ("runs: {max_body: much}", "runs.max_body: 'much'; expected a size such as"),
@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, str]] = [
     ("log: {level: INFO}", "log.level: 'INFO'; expected 'debug', 'info', 'warning' or 'error'"),
     (
         "instances: {cpu: {driver: podman, template: a}}",
-        "instances.cpu.driver: 'podman'; expected 'docker' or 'external'",
+        "instances.cpu.driver: 'podman'; expected 'docker', 'external' or 'cloud'",
     ),
     # names and addresses
     ("manager_id: -x", "manager_id: '-x'; expected text that matches"),

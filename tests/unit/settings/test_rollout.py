@@ -1,4 +1,4 @@
-"""The section `rollout`: what contradicts itself or the rest is refused by name, and overrides stand above."""
+"""The section `rollout`: contradictions are refused by name, and overrides stand above what was written."""
 
 from __future__ import annotations
 
@@ -85,19 +85,26 @@ def test_no_instance_has_the_name_of_the_raw_server(tmp_path: Path) -> None:
 
 
 def test_a_server_that_costs_money_is_no_raw_server(tmp_path: Path) -> None:
-    instances = {"a": {"driver": "external", "url": "https://api.example.com/v1"}}
-    settings = loaded(tmp_path, {}, instances=instances).settings
-    section = RolloutSettings(raw_url="https://api.example.com:443")
-    assert not list(rollout_refusals(section, settings, ()))
-
-    class Paid:
-        value = "cloud"
-
-    paid = settings.instances["a"].model_copy(update={"driver": Paid})
-    settings = settings.model_copy(update={"instances": {"a": paid}})
-    (refusal,) = rollout_refusals(section, settings, ())
-    assert refusal.message.startswith("this is the server of 'a', which costs money")
-    assert not list(rollout_refusals(RolloutSettings(raw_url=RAW), settings, ()))
+    models = {
+        "gpt-5-mini": {
+            "input_usd_per_mtok": 0.25,
+            "output_usd_per_mtok": 2.0,
+            "max_output_tokens": 1000,
+            "for": ["output"],
+        }
+    }
+    paid = {
+        "driver": "cloud",
+        "protocol": "openai",
+        "url": "https://api.example.com/v1",
+        "key_env": "KEY",
+        "models": models,
+    }
+    assert loaded(tmp_path, {"raw_url": RAW}, instances={"paid": paid})
+    with pytest.raises(ConfigurationError, match="the server of 'paid', which costs money"):
+        loaded(tmp_path, {"raw_url": "https://api.example.com:443"}, instances={"paid": paid})
+    free = {"driver": "external", "url": RAW}
+    assert loaded(tmp_path, {"raw_url": RAW}, instances={"free": free})
 
 
 def test_overrides_stand_above_what_was_written() -> None:
@@ -108,7 +115,9 @@ def test_overrides_stand_above_what_was_written() -> None:
     assert found.values["raw_url"] == Sourced(RAW, "file")
 
 
-@pytest.mark.parametrize("overrides", [{"stage": "observe"}, {"stage": "gone", "raw_url": RAW}, {"raw_url": 7}])
+@pytest.mark.parametrize(
+    "overrides", [{"stage": "observe"}, {"stage": "gone", "raw_url": RAW}, {"raw_url": 7}]
+)
 def test_overrides_that_make_no_section_are_ignored_together(overrides: dict[str, Any]) -> None:
     found = rollout_overlaid(DEFAULTS, overrides, none)
     assert (found.values, found.section) == (DEFAULTS, RolloutSettings())

@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.access import REASONS, Access, ambiguous, for_pages, permission, presented_keys
+from manager.domain.keys import Scope
+from manager.wire.access import REASONS, Access, ambiguous, for_pages, permission
 from manager.wire.hosts import host_name, is_local
+from manager.wire.keys import PATH_KEY, presented
+from tests.support.keys import grant, keys
 
 if TYPE_CHECKING:
     from manager.wire.head import Header
@@ -21,18 +24,18 @@ CONTROL = "/api/runtime/compute/reap"
 
 
 def code(access: Access, *headers: Header, path: str = "/api/chat") -> str | None:
-    refusal = access.refusal(path, list(headers))
+    refusal = access.check("POST", path, list(headers)).refusal
     return refusal.code if refusal else None
 
 
 @pytest.fixture
 def open_access() -> Access:
-    return Access(allowed_hosts=ALLOWED, key=None)
+    return Access(allowed_hosts=ALLOWED)
 
 
 @pytest.fixture
 def keyed() -> Access:
-    return Access(allowed_hosts=ALLOWED, key=KEY)
+    return Access(allowed_hosts=ALLOWED, keys=keys(KEY))
 
 
 @pytest.mark.parametrize("name", ALLOWED)
@@ -50,7 +53,7 @@ def test_a_host_is_allowed_under_its_name_with_any_port(open_access: Access, nam
      "2130706433", "256.0.0.1", "::1", "[::1", "[::1]x", "[::g]", "[127.0.0.1]", "[::1%lo]", "\xe7.local"],
 )  # fmt: skip
 def test_any_other_host_is_refused_and_named(open_access: Access, host: str) -> None:
-    refusal = open_access.refusal("/healthz", [(b"host", host.encode("latin-1"))])
+    refusal = open_access.check("GET", "/healthz", [(b"host", host.encode("latin-1"))]).refusal
     assert refusal is not None
     assert (refusal.status, refusal.code) == (403, "host_not_allowed")
     assert repr(host) in refusal.message
@@ -63,14 +66,14 @@ def test_any_other_host_is_refused_and_named(open_access: Access, host: str) -> 
 )  # fmt: skip
 @pytest.mark.parametrize("port", ["", ":11435"])
 def test_a_host_that_no_public_name_server_can_point_here_is_allowed(host: str, port: str) -> None:
-    access = Access(allowed_hosts=(), key=None, own_names=["ThisBox"])
+    access = Access(allowed_hosts=(), own_names=["ThisBox"])
     if host or not port:
         assert code(access, (b"host", (host + port).encode())) is None
 
 
 def test_a_request_of_http_1_1_names_exactly_one_host(open_access: Access) -> None:
     for hosts, reason in (([], "host_missing"), ([HERE, HERE], "host_repeated")):
-        refusal = open_access.refusal("/healthz", hosts)
+        refusal = open_access.check("POST", "/healthz", hosts).refusal
         assert refusal is not None
         assert (refusal.status, refusal.reason) == (400, reason)
 
@@ -78,32 +81,34 @@ def test_a_request_of_http_1_1_names_exactly_one_host(open_access: Access) -> No
 def test_a_request_of_http_1_0_may_name_no_host_and_no_other_host(open_access: Access) -> None:
     evil: Header = (b"host", b"evil.example")
     for hosts, reason in (([], None), ([evil], "host_not_allowed"), ([HERE, evil], "host_repeated")):
-        refusal = open_access.refusal("/healthz", hosts, needs_host=False)
+        refusal = open_access.check("POST", "/healthz", hosts, needs_host=False).refusal
         assert (refusal.reason if refusal else None) == reason
 
 
 def test_a_page_cannot_pass_for_one_of_the_daemon_where_no_host_is_named(open_access: Access) -> None:
     for host in ([], [(b"host", b"")]):
         for origin in (b"http://", b"https://", b"http", b""):
-            refusal = open_access.refusal(CONTROL, [*host, (b"origin", origin)], needs_host=False)
+            refusal = open_access.check(
+                "POST", CONTROL, [*host, (b"origin", origin)], needs_host=False
+            ).refusal
             assert refusal is not None
             assert refusal.code == "origin_not_allowed"
 
 
 def test_every_host_is_allowed_where_other_machines_need_a_key_anyway() -> None:
-    keyed = Access(allowed_hosts=(), key=KEY, any_host=True)
+    keyed = Access(allowed_hosts=(), keys=keys(KEY), any_host=True)
     host: Header = (b"host", b"gpu.example.com:11435")
-    assert code(keyed, host) == "key_required"
+    assert code(keyed, host) == "unauthorized"
     assert code(keyed, host, (b"x-api-key", KEY.encode())) is None
     assert code(keyed, (b"host", b"a b"), (b"x-api-key", KEY.encode())) == "host_not_allowed"
-    open_to_all = Access(allowed_hosts=(), key=None, any_host=True)
+    open_to_all = Access(allowed_hosts=(), any_host=True)
     assert code(open_to_all, host) == "host_not_allowed", "without a key the Host is all that there is"
 
 
 @given(st.text(st.characters(max_codepoint=255), max_size=20))
 def test_no_public_name_is_let_in_and_no_line_is_broken_by_whatever_host_is_named(text: str) -> None:
-    access = Access(allowed_hosts=ALLOWED, key=None)
-    refusal = access.refusal("/", [(b"host", text.encode("latin-1"))])
+    access = Access(allowed_hosts=ALLOWED)
+    refusal = access.check("GET", "/", [(b"host", text.encode("latin-1"))]).refusal
     if refusal is None and text.strip():
         name = host_name(text.strip())
         assert name is not None
@@ -142,7 +147,7 @@ def test_an_authority_in_the_target_is_the_host_of_a_request_of_http_1_0_without
     for headers, expected in (([], b"evil.example"), ([HERE], b"evil.example"), ([other], b"x.y")):
         addressed = open_access.addressed(headers, b"evil.example", needs_host=False)
         assert addressed == [(b"host", expected)]
-        refusal = open_access.refusal("/api/tags", addressed, needs_host=False)
+        refusal = open_access.check("POST", "/api/tags", addressed, needs_host=False).refusal
         assert refusal is not None
         assert refusal.code == "host_not_allowed"
 
@@ -195,7 +200,7 @@ def test_hosts_beyond_those_that_are_remembered_are_allowed_as_well(open_access:
 def test_a_page_may_ask_where_it_comes_from_an_allowed_host(
     open_access: Access, origin: bytes, refused: bool
 ) -> None:
-    refusal = open_access.refusal("/api/chat", [HERE, (b"origin", origin)])
+    refusal = open_access.check("POST", "/api/chat", [HERE, (b"origin", origin)]).refusal
     assert (refusal is not None) is refused
     if refusal is not None:
         assert (refusal.status, refusal.code) == (403, "origin_not_allowed")
@@ -244,8 +249,9 @@ def test_the_key_opens_as_bearer_or_as_x_api_key(keyed: Access, headers: list[He
 
 def test_a_wrong_key_and_none_are_told_apart_for_the_log(keyed: Access) -> None:
     reasons = []
-    for presented in ([], [(b"x-api-key", b"")], [(b"authorization", b"Basic eDp5")], [(b"x-api-key", b"x")]):
-        refusal = keyed.refusal("/api/tags", [HERE, *presented])
+    headers: list[list[Header]] = [[], [(b"x-api-key", b"")], [(b"authorization", b"Basic eDp5")]]
+    for given_keys in (*headers, [(b"x-api-key", b"x")]):
+        refusal = keyed.check("POST", "/api/tags", [HERE, *given_keys]).refusal
         assert refusal is not None
         reasons.append(refusal.reason)
     assert reasons == ["key_missing", "key_missing", "key_missing", "key_wrong"]
@@ -253,22 +259,34 @@ def test_a_wrong_key_and_none_are_told_apart_for_the_log(keyed: Access) -> None:
 
 def test_keys_are_presented_in_the_order_of_their_headers() -> None:
     headers = [(b"x-api-key", b"a"), (b"authorization", b"Bearer b "), (b"authorization", b"Basic c")]
-    assert presented_keys([*headers, (b"x-api-key", b"d")]) == [b"a", b"b", b"d"]
+    assert presented([*headers, (b"x-api-key", b"d"), (b"x-api-key", b"a")]) == ((), (b"a", b"b", b"d"))
 
 
 def test_every_reason_is_a_known_label(keyed: Access) -> None:
+    keyed.use(keys("client", of=grant("c", Scope.CLIENT)))
     evil: Header = (b"host", b"evil.example")
     page: Header = (b"origin", b"null")
     found = {ambiguous("why").reason}
-    for headers in ([], [HERE, HERE], [evil], [HERE, page], [HERE], [HERE, (b"x-api-key", b"x")]):
-        refusal = keyed.refusal("/api/tags", headers)
+    key: Header = (b"x-api-key", b"client")
+    for path, *headers in (
+        ("/api/chat",),
+        ("/api/chat", HERE, HERE),
+        ("/api/chat", evil),
+        ("/api/chat", HERE, page),
+        ("/api/chat", HERE),
+        ("/api/chat", HERE, (b"x-api-key", b"x")),
+        ("/api/chat", HERE, key, (PATH_KEY, b"other")),
+        ("/api/pull", HERE, key),
+        ("/nothing", HERE, key),
+    ):
+        refusal = keyed.check("POST", path, headers).refusal
         assert refusal is not None
         found.add(refusal.reason)
     assert found == set(REASONS)
 
 
 def test_who_has_no_key_is_told_how_to_present_one(keyed: Access) -> None:
-    refusal = keyed.refusal("/api/tags", [HERE])
+    refusal = keyed.check("POST", "/api/tags", [HERE]).refusal
     assert refusal is not None
     assert (refusal.status, refusal.headers) == (401, {"WWW-Authenticate": "Bearer"})
     assert KEY not in refusal.message
@@ -276,7 +294,7 @@ def test_who_has_no_key_is_told_how_to_present_one(keyed: Access) -> None:
 
 def test_only_healthz_is_open_without_a_key_and_only_to_allowed_hosts(keyed: Access) -> None:
     assert code(keyed, HERE, path="/healthz") is None
-    assert code(keyed, HERE, path="/healthz/") == "key_required"
+    assert code(keyed, HERE, path="/healthz/") == "unauthorized"
     assert code(keyed, (b"host", b"evil.example"), path="/healthz") == "host_not_allowed"
 
 
@@ -325,7 +343,7 @@ def test_the_right_key_does_not_open_to_another_host(keyed: Access) -> None:
 def test_pages_of_other_origins_may_use_models_where_that_is_configured_and_nothing_else(
     allowed: str, origin: bytes, lets: bool
 ) -> None:
-    access = Access(allowed_hosts=ALLOWED, allowed_origins=(allowed,), key=None)
+    access = Access(allowed_hosts=ALLOWED, allowed_origins=(allowed,))
     expected = None if lets else "origin_not_allowed"
     for path in ("/api/chat", "/v1/chat/completions", "/api/tags"):
         assert code(access, HERE, (b"origin", origin), path=path) == expected
@@ -337,7 +355,7 @@ def test_pages_of_other_origins_may_use_models_where_that_is_configured_and_noth
     "name", ["localhost:11435", "127.0.0.1", "192.168.1.7:80", "gateway.example", "thisbox"]
 )
 def test_a_page_of_the_daemon_controls_it_under_a_name_that_is_certainly_this_machines(name: str) -> None:
-    access = Access(allowed_hosts=ALLOWED, key=None, own_names=["thisbox"])
+    access = Access(allowed_hosts=ALLOWED, own_names=["thisbox"])
     for scheme in (b"http", b"https"):
         page = [(b"host", name.upper().encode()), (b"origin", scheme + b"://" + name.encode())]
         assert code(access, *page, path=CONTROL) is None
@@ -359,9 +377,9 @@ def test_only_a_page_of_the_same_port_controls_the_daemon(open_access: Access) -
 
 
 def test_a_page_of_the_daemon_controls_it_under_every_name_where_it_needs_a_key() -> None:
-    access = Access(allowed_hosts=(), key=KEY, any_host=True)
+    access = Access(allowed_hosts=(), keys=keys(KEY), any_host=True)
     page = [(b"host", b"gpu.example.com"), (b"origin", b"https://gpu.example.com")]
-    assert code(access, *page, path=CONTROL) == "key_required"
+    assert code(access, *page, path=CONTROL) == "unauthorized"
     assert code(access, *page, (b"x-api-key", KEY.encode()), path=CONTROL) is None
 
 
@@ -370,18 +388,18 @@ def test_no_page_reads_an_answer_to_a_request_that_was_refused_before_its_origin
 ) -> None:
     page: Header = (b"origin", b"http://evil.example")
     for headers in ([page], [HERE, HERE, page]):
-        assert for_pages(headers, keyed.refusal("/api/chat", headers)) == []
+        assert for_pages(headers, keyed.check("POST", "/api/chat", headers).refusal) == []
 
 
 def test_an_answer_can_be_read_by_the_page_that_asked_and_no_other(keyed: Access) -> None:
     page: Header = (b"origin", b"http://localhost:3000")
     assert for_pages([HERE], None) == []
-    told = dict(for_pages([HERE, page], keyed.refusal("/api/chat", [HERE, page])))
+    told = dict(for_pages([HERE, page], keyed.check("POST", "/api/chat", [HERE, page]).refusal))
     assert told[b"Access-Control-Allow-Origin"] == page[1]
     assert told[b"Vary"] == b"Origin"
     assert b"X-Instance" in told[b"Access-Control-Expose-Headers"]
     evil: Header = (b"origin", b"http://evil.example")
-    assert for_pages([HERE, evil], keyed.refusal("/api/chat", [HERE, evil])) == []
+    assert for_pages([HERE, evil], keyed.check("POST", "/api/chat", [HERE, evil]).refusal) == []
 
 
 def test_a_browser_that_asks_first_needs_no_key(keyed: Access) -> None:
@@ -391,12 +409,12 @@ def test_a_browser_that_asks_first_needs_no_key(keyed: Access) -> None:
         (b"access-control-request-method", b"POST"),
         (b"access-control-request-headers", b"authorization, content-type"),
     ]
-    assert keyed.refusal("/api/chat", asks, preflight=True) is None
+    assert keyed.check("POST", "/api/chat", asks, preflight=True).refusal is None
     granted = permission(asks)
     assert granted is not None
     assert dict(granted)[b"Access-Control-Allow-Headers"] == b"authorization, content-type"
     assert permission(asks[:2]) is None
     evil = [HERE, (b"origin", b"http://evil.example"), *asks[2:]]
-    refusal = keyed.refusal("/api/chat", evil, preflight=True)
+    refusal = keyed.check("POST", "/api/chat", evil, preflight=True).refusal
     assert refusal is not None
     assert refusal.code == "origin_not_allowed"

@@ -22,7 +22,8 @@ TINY = {
     "details": {"family": "llama", "families": ["llama"], "capabilities": ["completion"]},
     "remote_host": "https://ollama.com",
 }
-KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",), "ready", 0.5, 12.5)
+DIGESTS = {"aaa": ("cpu",), "bbb": ("gpu0",)}
+KNOWN = KnownModel(TINY, ("cpu", "gpu0"), ("gpu0",), "ready", 0.5, 12.5, DIGESTS)
 BARE = KnownModel({"name": "bare"}, ("nas",), ())
 
 
@@ -104,6 +105,7 @@ def test_a_model_for_openai_is_called_as_it_was_asked_for() -> None:
         "offload": 0.5,
         "latency_ms": 12.5,
         "instances": ["cpu", "gpu0"],
+        "digests": {"aaa": ["cpu"], "bbb": ["gpu0"]},
         "context_length": None,
         "capabilities": None,
     }
@@ -127,6 +129,7 @@ def test_a_role_is_an_entry_that_names_its_model() -> None:
             "offload": 0.5,
             "latency_ms": 12.5,
             "instances": ["cpu", "gpu0"],
+            "digests": {"aaa": ["cpu"], "bbb": ["gpu0"]},
             "context_length": None,
             "capabilities": None,
             "model": "tiny",

@@ -6,7 +6,15 @@ import json
 
 import pytest
 
-from manager.wire.loading import FOREVER, duration_s, load_request, only_embeds, unloads_at_once
+from manager.wire.loading import (
+    FOREVER,
+    LoadAnswer,
+    duration_s,
+    load_answer,
+    load_request,
+    only_embeds,
+    unloads_at_once,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +64,36 @@ def test_a_model_that_only_embeds_is_loaded_by_an_empty_input() -> None:
     assert (path, json.loads(body)) == ("/api/embed", {"model": "bge-m3", "input": []})
 
 
-def test_a_refusal_tells_a_model_that_only_embeds() -> None:
-    assert only_embeds(400, '"bge-m3" does not support generate')
-    assert not only_embeds(500, '"bge-m3" does not support generate')
-    assert not only_embeds(400, "model is required")
+@pytest.mark.parametrize(
+    ("status", "message", "embeds"),
+    [
+        (400, '"bge-m3" does not support generate', True),
+        (400, '"bge-m3" does not support thinking', False),
+        (200, '"bge-m3" does not support generate', False),
+    ],
+)
+def test_a_refusal_tells_a_model_that_only_embeds(status: int, message: str, embeds: bool) -> None:
+    assert only_embeds(LoadAnswer(status, message, is_confirmed=False)) is embeds
+    assert not only_embeds(LoadAnswer(400, None, is_confirmed=False))
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "is_confirmed"),
+    [
+        (b'{"model": "m", "done": true, "done_reason": "load"}', None, True),
+        (b'{"embeddings": []}', None, True),
+        (b'{"done_reason": "stop"}', None, False),
+        (b'{"error": "no room"}', "no room", False),
+        (b'{"done": false}\n{"error": "no room"}\n', "no room", False),
+        (b'{"done_reason": "load"}\n{"error": "no room"}\n', "no room", False),
+        (b'{"error":\n "no room"}', "no room", False),
+        (b'{"status": "loading"}\n{"done_reason": "load"}\n', None, True),
+        (b"[1]", None, False),
+        (b"hello", None, False),
+        (b"", None, False),
+    ],
+)
+def test_an_answer_to_a_load_is_read_in_all_its_lines(
+    body: bytes, error: str | None, is_confirmed: bool
+) -> None:
+    assert load_answer(200, body) == (200, error, is_confirmed)

@@ -10,6 +10,7 @@ from manager.wire.statuses import (
     REFUSED,
     judge,
     outcome_of,
+    outcome_of_trouble,
     outcome_without_answer,
     retry_after_s,
     status_of,
@@ -30,6 +31,12 @@ from manager.wire.statuses import (
 def test_a_reason_has_one_status_and_one_outcome(reason: Reason, status: int, outcome: str) -> None:
     assert status_of(reason) == status
     assert outcome_without_answer(status) == outcome
+
+
+def test_a_request_that_no_server_has_answered_has_the_outcome_of_its_trouble() -> None:
+    assert outcome_of_trouble(504, Reason.ATTEMPT_TIMEOUT, None) == "timeout"
+    assert outcome_of_trouble(503, Reason.OVERLOADED, "overloaded") == "refused"
+    assert outcome_of_trouble(503, Reason.CANCELLED, None) == "cut", "the operator has stopped the instance"
 
 
 def test_what_a_refused_decision_says_outweighs_its_reason() -> None:

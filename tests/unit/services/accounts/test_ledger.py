@@ -206,7 +206,7 @@ class FullDisk:
 async def test_a_disk_that_is_full_stops_paid_requests_and_loses_no_money(books: Books) -> None:
     reserved = await books.reserve(400_000)
     disk = FullDisk(books.store)
-    books.store = disk  # type: ignore[assignment]
+    books.store = disk
     books.ledger = books.opened()
     with pytest.raises(UnavailableError, match="no paid request is sent: the disk is full") as caught:
         await books.reserve(1)

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import asyncio
-import gc
-
 import pytest
 
 from manager.domain.condition import explain_end
 from manager.domain.instance import ContainerFacts, Explanation
-from manager.errors import EngineUnreachableError, Reason
-from manager.services.finishing import finish
+from manager.errors import Reason
 
 
 @pytest.mark.parametrize(
@@ -33,48 +29,3 @@ def test_a_container_that_is_gone_was_removed() -> None:
 def test_a_child_that_ran_out_of_memory_is_the_reason_whatever_the_exit_code() -> None:
     facts = ContainerFacts("c", "x", "i", "exited", exit_code=137, out_of_memory=True)
     assert explain_end("x", facts).code is Reason.OUT_OF_MEMORY
-
-
-# --- calls that are not left half done ---
-
-
-async def test_a_call_goes_on_when_its_caller_is_cancelled() -> None:
-    begun, gate, ended = asyncio.Event(), asyncio.Event(), False
-
-    async def call() -> None:
-        nonlocal ended
-        begun.set()
-        await gate.wait()
-        ended = True
-
-    caller = asyncio.ensure_future(finish(call()))
-    await begun.wait()
-    caller.cancel()
-    await asyncio.sleep(0)
-    assert not caller.done()
-    gate.set()
-    with pytest.raises(asyncio.CancelledError):
-        await caller
-    assert ended
-
-
-async def test_an_error_of_a_call_whose_caller_was_cancelled_is_no_defect_of_the_loop() -> None:
-    begun, gate = asyncio.Event(), asyncio.Event()
-    defects: list[object] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _, context: defects.append(context))
-
-    async def call() -> None:
-        begun.set()
-        await gate.wait()
-        raise EngineUnreachableError("it has gone")
-
-    caller = asyncio.ensure_future(finish(call()))
-    await begun.wait()
-    caller.cancel()
-    await asyncio.sleep(0)
-    gate.set()
-    await asyncio.wait({caller})
-    assert caller.cancelled()
-    del caller
-    gc.collect()  # a task whose error nobody has taken reports it at its end
-    assert defects == []

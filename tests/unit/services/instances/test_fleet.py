@@ -140,6 +140,23 @@ async def test_a_daemon_that_is_not_ready_says_why() -> None:
         assert rig.first_look.why_not_ready() == ()
 
 
+async def test_without_a_container_the_engine_is_not_needed() -> None:
+    rig = Rig()
+    nas = rig.add_external()
+    rig.engine.down = "it is away"
+    async with rig.running():
+        await rig.link.asked.wait()
+        assert not rig.link.up
+        assert rig.first_look.why_not_ready() == ()
+        assert await rig.sweeps.reap() == ()
+        assert nas.id in rig.fleet
+        rig.cards.found = ("gpu0",)
+        await until(lambda: "gpu0" in rig.fleet)
+        assert rig.first_look.why_not_ready() == ("engine: it is away",)
+        with pytest.raises(EngineUnreachableError):
+            await rig.sweeps.reap()
+
+
 # --- cards ---
 
 

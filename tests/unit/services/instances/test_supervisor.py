@@ -9,6 +9,7 @@ from datetime import timedelta
 import pytest
 
 from manager.domain.container import LABEL_HASH
+from manager.domain.drained import Drained
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Health, Phase, Target
 from manager.domain.ownership import LABEL_OWNER, Owner
@@ -608,6 +609,42 @@ async def test_a_stop_drains_ends_and_removes() -> None:
         assert (phase(one), ground.engine.boxes, lease.cut) == ("stopped", {}, None)
         assert not await one.stop()
         assert ground.steps[-4:] == ["drained", "signalled", "ended", "removed"]
+
+
+@pytest.mark.parametrize("how", ["stop", "drain", "keep running"])
+@in_virtual_time
+async def test_a_load_ends_with_the_service_of_its_instance(how: str) -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+
+        async def load() -> None:
+            with await one.lease():
+                async with one.until_out():
+                    await asyncio.Event().wait()
+
+        loading = asyncio.create_task(load())
+        await until(lambda: one.in_flight == 1)
+        began = ground.world.now()
+        if how == "stop":
+            assert await one.stop()
+        else:
+            one.take_out(Drained(ground.world.utcnow(), None, None, stops=how == "drain", ran=True))
+            await one.out()
+        assert ground.world.now() - began < LIMITS.drain_timeout_s
+        with pytest.raises(UnavailableError, match="the load was cancelled") as caught:
+            await loading
+        assert caught.value.reason is Reason.CANCELLED
+        with pytest.raises(UnavailableError):
+            async with one.until_out():
+                await asyncio.Event().wait()
+
+
+async def test_a_time_out_of_the_work_itself_is_no_end_of_service() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        with pytest.raises(TimeoutError):
+            async with one.until_out():
+                raise TimeoutError
 
 
 @pytest.mark.parametrize("force", [True, False])

@@ -102,14 +102,14 @@ def catalogue(
     nothing: Any = None
     stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
     status: Any = SimpleNamespace(at_work=dict, idle_status=lambda _key: "not_loaded")
-    traffic: Any = SimpleNamespace(first_token_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
+    overload: Any = SimpleNamespace(recent_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
     lists = ModelLists(nothing, nothing, stored)
     overviews = Overviews(fleet, nothing, nothing, nothing, lists=lists, settings=settings, breakers=nothing)
     return Catalogue(
         fleet,
         overviews,
         status,
-        traffic,
+        overload,
         lists,
         settings=settings,
         reader=Reader(),  # type: ignore[arg-type]
@@ -204,10 +204,14 @@ async def test_who_was_asked_just_now_and_not_used_since_is_left_alone() -> None
 
 def test_a_model_is_told_once_with_all_who_have_it_and_hold_it() -> None:
     one, two, away = Instance("one"), Instance("two"), Instance("away", ready=False)
-    one.listed = two.listed = away.listed = (TINY,)
+    one.listed = away.listed = (TINY | {"digest": "aaa"},)
+    two.listed = (TINY | {"digest": "bbb"},)
     two.models = away.models = (Model("Tiny", "d", 4, 1, None, entry={"name": "Tiny"}),)
     known = catalogue(one, two, away)
-    assert known.models() == (KnownModel(TINY, ("one", "two", "away"), ("two",), "ready", 0.25, 20.0),)
+    (model,) = known.models()
+    assert (model.instances, model.loaded_on, model.status) == (("one", "two", "away"), ("two",), "ready")
+    assert (model.offload, model.latency_ms) == (0.25, 20.0)
+    assert model.digests == {"aaa": ("one", "away"), "bbb": ("two",)}
     assert known.loaded() == (("two", {"name": "Tiny"}),)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manager.adapters.registry import SqlRegistry, open_registry
-from manager.domain.roles import Policy
+from manager.domain.roles import Fallback, Policy
 from manager.errors import InvalidRequestError, RegistryUnwritableError
 from manager.services.journal import Journal
 from manager.services.models.model_settings import ModelSettings
@@ -43,6 +43,10 @@ def configured(**roles: Any) -> Settings:
     )
 
 
+# By instance.
+DENIED: dict[str, tuple[str, ...]] = {}
+
+
 class Rig:
     """A registry that survives, and whatever a daemon makes of it."""
 
@@ -61,6 +65,7 @@ class Rig:
             models=config.models,
             instances=lambda: INSTANCES if instances is None else instances,
             slots=dict,
+            denied=lambda: DENIED,
             auto_gpus=config.gpus == "auto",
         )
         await settings.load()
@@ -309,3 +314,32 @@ async def test_an_override_that_stays_ignored_is_logged_once(rig: Rig) -> None:
         for _ in range(2):
             opened.reconfigure(written_roles(LoadedSettings(cpu_only, None, ())), cpu_only.models)
     assert [one["override"] for one in logs] == ["roles.output.target"]
+
+
+async def test_the_use_of_paid_servers_is_changed_live_and_kept(rig: Rig) -> None:
+    opened = await rig.opened()
+    assert not opened.routing.fallback.force_local
+    await opened.change({}, {"force_local": True, "enabled": True})
+    for found in (opened, await rig.opened()):
+        assert found.routing.fallback == Fallback(enabled=True, force_local=True)
+        assert found.fallback["force_local"] == Sourced(True, "override")
+        assert found.fallback["order"] == Sourced([], "default")
+        assert found.ignored == ()
+    await opened.change({}, {"force_local": None})
+    assert opened.routing.fallback == Fallback(enabled=True)
+    assert opened.version == 2
+    assert (await rig.told())[0] == (
+        "settings_changed",
+        "fallback.enabled = true; fallback.force_local = true",
+    )
+
+
+async def test_an_order_of_what_is_not_paid_is_refused_and_ignored_once_it_does_not_fit(rig: Rig) -> None:
+    opened = await rig.opened()
+    with pytest.raises(InvalidRequestError, match=r"fallback\.order: 'cpu' is no instance") as refused:
+        await opened.change({}, {"order": ["cpu"]})
+    assert refused.value.details["fields"][0]["field"] == "fallback.order"  # type: ignore[attr-defined]
+    await rig.registry.save_overrides({"fallback.order": ["gone"], "fallback.nothing": 1})
+    later = await rig.opened()
+    assert {one.key for one in later.ignored} == {"fallback.order", "fallback.nothing"}
+    assert later.routing.fallback == Fallback()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.domain.history import decision_values
 from manager.domain.judgement import Judgement
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.domain.routing import Refused
@@ -57,6 +58,11 @@ def entered(stage: Stage, where: str) -> Attempting:
     return one
 
 
+def full(one: Attempting) -> list[tuple[str, Reason, str]]:
+    passed_over = decision_values(one.seen)["passed_over"]
+    return [(each["instance"], each["reason"], each["detail"]) for each in passed_over]
+
+
 def test_a_request_holds_a_slot_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = staged(monkeypatch, [attempt("a")])
     one = entered(stage, "a")
@@ -89,6 +95,7 @@ def test_a_full_instance_is_passed_by_for_one_that_stands_in(monkeypatch: pytest
     second = entered(stage, "b")
     assert (second.record.fallback, second.record.fallback_reason) == (True, Reason.OVERLOADED)
     assert second.record.fallback_from == "a"
+    assert full(second) == [("a", Reason.OVERLOADED, "all its slots are taken")]
     equal = staged(monkeypatch, [attempt("a"), attempt("b")])
     entered(equal, "a")
     assert entered(equal, "b").record.fallback is False
@@ -101,12 +108,16 @@ async def test_a_fallback_is_used_only_after_the_time_in_the_queue(monkeypatch: 
     assert second.enter(FACTS) is WAIT
     assert shown(await second.wait()) == "b"
     assert second.record.fallback_reason is Reason.OVERLOADED
+    assert full(second) == [("a", Reason.OVERLOADED, "no slot became free within 0 s")]
 
 
 def test_a_fallback_is_used_at_once_where_the_queue_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = staged(monkeypatch, APART, role(queue_length=0))
-    entered(stage, "a")
-    assert entered(stage, "b").record.fallback_reason is Reason.QUEUE_FULL
+    first = entered(stage, "a")
+    assert full(first) == []
+    second = entered(stage, "b")
+    assert second.record.fallback_reason is Reason.QUEUE_FULL
+    assert full(second) == [("a", Reason.QUEUE_FULL, "the queue of the role 'x' is full")]
 
 
 async def test_a_request_that_has_left_a_queue_does_not_return_to_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,17 @@ def bench() -> Bench:
     return Bench()
 
 
+def test_the_recent_time_follows_the_last_answers(bench: Bench) -> None:
+    assert bench.overload.recent_ms("a", "m") is None
+    bench.answers(100, 100)
+    assert bench.overload.recent_ms("a", "m") == 100.0
+    bench.answers(160, 16)
+    recent_ms = bench.overload.recent_ms("a", "m")
+    assert recent_ms is not None
+    assert recent_ms > 150.0, "the mean of all would be below 110"
+    assert bench.overload.recent_ms("b", "m") is bench.overload.recent_ms("a", "n") is None
+
+
 @pytest.mark.parametrize(
     ("told_s", "kept_s"), [(None, 1.0), (5.0, 5.0), (3600.0, 30.0), (float("inf"), 30.0)]
 )

@@ -1,4 +1,4 @@
-"""`make run`: `ollama-manager up --yes`, with the simulated Ollama where Ollama's image is out of reach."""
+"""`ollama-manager up` with the simulated Ollama: for `make run` where Ollama's image is out of reach."""
 
 from __future__ import annotations
 
@@ -8,24 +8,20 @@ import shutil
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import click
 import docker
 import yaml
 from docker.utils import parse_repository_tag
 
 from manager.cli.commands import up
-from manager.cli.failures import CommandError, explain
-from manager.cli.up import ImagesMissingError, prepare
+from manager.cli.failures import explain
 from manager.errors import ManagerError
 from manager.settings import load_settings, packaged_templates
 from tests.simulated.image import IMAGE, ensure_simulated_image
 from tests.tools.console import banner, say
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from manager.settings import LoadedSettings, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,32 +31,16 @@ _OLLAMA = "ollama/ollama"
 
 
 def main() -> None:
-    given = options(sys.argv[1:])
-    environment = dict(os.environ)
+    with up.make_context("ollama-manager up", sys.argv[1:]) as context:
+        given = context.params
+    server = {"host": given["host"], "port": given["port"]}
     try:
-        server = {"host": given["host"], "port": given["port"]}
         loaded = load_settings(given["config"], overrides={"server": server})
-        prepare(loaded, yes=True)
-    except ImagesMissingError as error:
-        if any(parse_repository_tag(image)[0] == _OLLAMA for image in error.troubles):
-            for image, why in error.troubles.items():
-                say(why if image in why else f"{image} cannot be had: {why}")
-            environment |= _with_the_simulated_ollama(loaded)
-    except (CommandError, ManagerError):
-        pass  # `up` says what is wrong, and ends
+        environment = {**os.environ, **_with_the_simulated_ollama(loaded)}
+    except ManagerError as error:
+        sys.exit(explain(error))
     command = [sys.executable, "-m", "manager", "up", "--yes", *sys.argv[1:]]
     os.execve(sys.executable, command, environment)
-
-
-def options(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the options of `up` in `arguments`. A mistake in them, or `--help`, ends the process."""
-    try:
-        with up.make_context("ollama-manager up", list(arguments)) as context:
-            return context.params
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except click.ClickException as error:
-        sys.exit(explain(error))
 
 
 def _with_the_simulated_ollama(loaded: LoadedSettings) -> dict[str, str]:

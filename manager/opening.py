@@ -1,0 +1,101 @@
+"""Opens what the parts of a daemon share, and has it closed in time. `manager.app` wires them."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from manager.adapters.nvml import Nvml
+from manager.adapters.registry import open_registry
+from manager.parts import budgets_of, selectors_of, utcnow
+from manager.services.accounts.keyring import Keyring
+from manager.services.accounts.ledger import Ledger
+from manager.services.gpus import Gpus
+from manager.services.journal import Journal
+
+if TYPE_CHECKING:
+    from contextlib import AsyncExitStack
+
+    from manager.adapters.cgroups import ProcCgroups
+    from manager.adapters.registry import SqlRegistry
+    from manager.domain.instance import InstanceSpec
+    from manager.settings import Settings
+
+
+async def opened_registry(stack: AsyncExitStack, settings: Settings, *, stores: bool) -> SqlRegistry:
+    """Return the registry of the state directory; without `stores` nothing is written to it."""
+    registry = await open_registry(settings.state.dir / "registry.sqlite3", stores=stores)
+    stack.push_async_callback(registry.close)
+    return registry
+
+
+async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journal:
+    """Return the journal, which goes on with the numbers of the stored events."""
+    journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
+    stack.push_async_callback(journal.retire)
+    return journal
+
+
+async def opened_keyring(registry: SqlRegistry, journal: Journal) -> Keyring:
+    keyring = Keyring(registry, journal, utcnow=utcnow)
+    await keyring.load()
+    return keyring
+
+
+async def opened_gpus(
+    stack: AsyncExitStack,
+    pids: ProcCgroups,
+    registry: SqlRegistry,
+    journal: Journal,
+    *,
+    specs: tuple[InstanceSpec, ...],
+    auto: bool,
+) -> Gpus:
+    """Return the cards with their stored bindings; none was read yet."""
+    reader = Nvml()
+    stack.push_async_callback(reader.close)
+    gpus = Gpus(
+        reader,
+        pids,
+        registry,
+        selectors=selectors_of(specs),
+        taken_ids=[spec.id for spec in specs],
+        auto=auto,
+        now=time.monotonic,
+        utcnow=utcnow,
+        journal=journal,
+    )
+    await gpus.load()
+    return gpus
+
+
+async def opened_ledger(
+    stack: AsyncExitStack,
+    registry: SqlRegistry,
+    journal: Journal,
+    settings: Settings,
+    *,
+    recovers: bool,
+    is_alone: bool,
+) -> Ledger:
+    """Return the ledger of paid requests; what waits is written before the registry is closed.
+
+    Args:
+        stack: closes it.
+        registry: has its rows.
+        journal: takes its events.
+        settings: have the budgets.
+        recovers: settle what a crash has left open.
+        is_alone: no other process has requests under way.
+    """
+    ledger = Ledger(
+        registry.ledger(),
+        journal,
+        budgets=budgets_of(settings),
+        longest_request_s=settings.gateway.total_timeout_s,
+        utcnow=utcnow,
+    )
+    stack.push_async_callback(ledger.close)
+    if recovers:
+        await ledger.recover(is_alone=is_alone)
+    return ledger
