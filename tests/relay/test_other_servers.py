@@ -94,7 +94,7 @@ async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
             file.write_text(f"{key}\n")
             provider.key = key
             instance: Any = front.daemon.fleet.get("vllm")
-            await until(lambda: instance._key.value == provider.key, within_s=20)
+            await until(lambda one=instance: one._key.value == provider.key, within_s=20)
             assert (await front.ask(WHOLE)).status == 200
             assert provider.seen[-1].header("authorization") == f"Bearer {key}"
 

@@ -701,8 +701,8 @@ class Attempting:
         record.policy = decision.policy
         record.requested_target = decision.requested_target
         refused = decision.refused
-        if refused is None and waits and decision.groups[0].because == "paid" and not router.is_known:
-            self._pending = self._wait_for_first_look  # a local instance may turn out to have the model
+        if waits and not router.is_known and _may_change(decision):
+            self._pending = self._wait_for_first_look
             return WAIT
         if decision.is_async and not (self.is_run or self._starts_nothing):
             message = f"the role {decision.role!r} takes runs only (async_only): POST {RUNS_PATH}"
@@ -716,9 +716,6 @@ class Attempting:
                 if not attempts.more:
                     return _STOPPED
             return self._next()
-        if waits and not router.is_known and refused.what in _NOT_YET:
-            self._pending = self._wait_for_first_look
-            return WAIT
         if self._starts_nothing and refused.what == "local_only":
             return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
@@ -1107,6 +1104,14 @@ class Attempting:
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # What the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")
+
+
+def _may_change(decision: Decision) -> bool:
+    """Return whether the first look at the fleet may find a local instance for the request."""
+    refused = decision.refused
+    return decision.groups[0].because == "paid" if refused is None else refused.what in _NOT_YET
+
+
 # The attempt was ended by us or by the operator: its server has not died of the request.
 _ABANDONED = (Reason.ATTEMPT_TIMEOUT, Reason.INSTANCE_UNHEALTHY, Reason.CANCELLED)
 
