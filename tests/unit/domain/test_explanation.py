@@ -298,7 +298,7 @@ def test_a_request_that_passes_to_the_raw_server_is_said_to_do_so() -> None:
     ("values", "words"),
     [
         ({"shadow_target": "gpu0"}, "managed it would go to gpu0; answered"),
-        ({"shadow_target": "gpu0", "disagreement": "model"}, "managed it would go to gpu0 - disagreement: model;"),
+        ({"shadow_target": "gpu0", "disagreement": "model"}, "would go to gpu0 - disagreement: model;"),
         ({"shadow_refused": "policy"}, "managed it would be refused (policy); answered"),
         ({}, "went to raw; answered"),
     ],
