@@ -22,7 +22,14 @@ from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
-from manager.opening import opened_gpus, opened_journal, opened_keyring, opened_ledger, opened_registry
+from manager.opening import (
+    opened_gpus,
+    opened_journal,
+    opened_keyring,
+    opened_ledger,
+    opened_quotas,
+    opened_registry,
+)
 from manager.parts import (
     Instances,
     Maker,
@@ -185,7 +192,13 @@ async def open_daemon(
         keyring = await opened_keyring(registry, journal)
         history = history_of(held, registry, settings)
         ledger = await opened_ledger(
-            held, registry, journal, settings, is_alone=not claims_within_s, recovers=not resume_idle_clock
+            held,
+            registry,
+            journal,
+            settings,
+            keyring,
+            is_alone=not claims_within_s,
+            recovers=not resume_idle_clock,
         )
         pids = ProcCgroups()
         gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
@@ -321,6 +334,7 @@ async def open_daemon(
             keep=history.add,
             ledger=ledger,
             rollout=rollout.in_force,
+            quotas=await opened_quotas(keyring, history.store),
             cloud=CloudEvents(journal),
         )
         passing = Passing(
@@ -384,7 +398,7 @@ async def open_daemon(
             keyring=keyring,
             ledger=ledger,
             rollout=rollout,
-            runs=await runs_of(stack, settings, world, passing, recovers=not resume_idle_clock),
+            runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
         )
 
         loops: dict[str, Loop] = {

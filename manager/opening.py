@@ -10,6 +10,7 @@ from manager.adapters.registry import open_registry
 from manager.parts import budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
+from manager.services.accounts.quotas import Quotas
 from manager.services.gpus import Gpus
 from manager.services.journal import Journal
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from manager.adapters.cgroups import ProcCgroups
     from manager.adapters.registry import SqlRegistry
     from manager.domain.instance import InstanceSpec
+    from manager.services.ports import RequestStore
     from manager.settings import Settings
 
 
@@ -40,6 +42,14 @@ async def opened_keyring(registry: SqlRegistry, journal: Journal) -> Keyring:
     keyring = Keyring(registry, journal, utcnow=utcnow)
     await keyring.load()
     return keyring
+
+
+async def opened_quotas(keyring: Keyring, store: RequestStore) -> Quotas:
+    """Return the quotas, with the tokens that keys have used today."""
+    quotas = Quotas(now=time.monotonic, utcnow=utcnow)
+    grants = (key.grant for key in keyring.all())
+    await quotas.load(store, [grant.name for grant in grants if grant.tokens_per_day is not None])
+    return quotas
 
 
 async def opened_gpus(
@@ -74,6 +84,7 @@ async def opened_ledger(
     registry: SqlRegistry,
     journal: Journal,
     settings: Settings,
+    keyring: Keyring,
     *,
     recovers: bool,
     is_alone: bool,
@@ -85,6 +96,7 @@ async def opened_ledger(
         registry: has its rows.
         journal: takes its events.
         settings: have the budgets.
+        keyring: has the monthly limits of keys.
         recovers: settle what a crash has left open.
         is_alone: no other process has requests under way.
     """
@@ -94,6 +106,7 @@ async def opened_ledger(
         budgets=budgets_of(settings),
         longest_request_s=settings.gateway.total_timeout_s,
         utcnow=utcnow,
+        key_limits=keyring.monthly_limits,
     )
     stack.push_async_callback(ledger.close)
     if recovers:

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from manager.domain.record import RequestRecord, Samples
     from manager.domain.template import Template
     from manager.relay.upstream import UpstreamPools
+    from manager.services.accounts.keyring import Keyring
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.models.model_settings import ModelSettings
@@ -111,14 +112,20 @@ class Instances:
 
 
 async def runs_of(
-    stack: AsyncExitStack, settings: Settings, world: World, passing: Passing, *, recovers: bool
+    stack: AsyncExitStack,
+    settings: Settings,
+    world: World,
+    passing: Passing,
+    keyring: Keyring,
+    *,
+    recovers: bool,
 ) -> Runs:
     files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
     stored = BodyBudget(settings.runs.max_stored)
     runs = Runs(
         world.registry,
         files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored),
+        Execution(passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant),
         stored=stored,
         limits=run_limits(settings),
         utcnow=world.utcnow,

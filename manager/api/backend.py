@@ -86,16 +86,19 @@ class Passing:
             route: as it is logged.
             kind: None for requests that manage models.
         """
-        return Passage(
+        grant = grant_of(scope)
+        passage = Passage(
             scope,
             receive,
             send,
-            begun=self.requests.begin(route, kind, scope["headers"], grant_of(scope)),
+            begun=self.requests.begin(route, kind, scope["headers"], grant),
             routing=self.routing,
             bodies=self.bodies,
             limits=self.limits,
             by_model=kind is not None,
         )
+        passage.attempting.grant = grant
+        return passage
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from starlette.types import Scope
 
-    from manager.domain.keys import Grant
+    from manager.domain.keys import Grant, Permit
 
 
 # The message of a cancellation.
@@ -27,6 +27,12 @@ def grant_of(scope: Scope) -> Grant | None:
     """Return the key of a request; None where none is needed."""
     found: Grant | None = scope.get("state", {}).get("grant")
     return found
+
+
+def permit_of(scope: Scope) -> Permit | None:
+    """Return what the key of a request permits; None where it may use everything."""
+    grant = grant_of(scope)
+    return None if grant is None else grant.permit
 
 
 class OpenByKey:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import orjson
 
 from manager.api.answers import PLAIN_JSON
+from manager.api.granted import permit_of
 from manager.api.passage import NDJSON
 from manager.api.refusal import RefusedError
 from manager.domain.models import DEFAULT_TAG
+from manager.domain.wording import model_not_found
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.models.pulls import PullFailedError
 from manager.services.models.volumes import NoSuchModelError
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Passing
     from manager.api.passage import Passage
+    from manager.domain.keys import Permit
     from manager.domain.routing import Attempt
     from manager.services.models.pulls import Waiter
     from manager.services.routing.attempting import Step
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
+_FORBIDDEN = 403
 _NOT_FOUND = 404
 _SUCCESS = orjson.dumps({"status": "success"})
 
@@ -76,9 +80,16 @@ class Management:
 
     async def _show(self, passage: Passage) -> None:
         body = await self._named(passage)
-        model = self._meant(body)
-        volume = await self._volumes.find(model, body.instance or passage.instance)
-        step = self._enter(passage, volume, self._volumes.readers(volume, model))
+        pin, permit = body.instance or passage.instance, permit_of(passage.scope)
+        if permit is None:
+            model = self._meant(body)
+        else:
+            model, pin = await self._permitted(body.model, pin, permit)
+        volume = await self._volumes.find(model, pin)
+        attempts = self._volumes.readers(volume, model)
+        if permit is not None:
+            attempts = tuple(one for one in attempts if not permit.limit_of_instance(one.instance))
+        step = self._enter(passage, volume, attempts)
         raw = body.raw(model=model)
         await passage.pass_on(self._server, step, lambda target: passage.question(target, raw))
 
@@ -235,6 +246,26 @@ class Management:
         """The model that is asked about: clients look up what they are going to use, which may be a role."""
         found = self._passing.catalogue.find(body.model)
         return found.model if isinstance(found, Alias) else body.model
+
+    async def _permitted(self, name: str, pin: str | None, permit: Permit) -> tuple[str, str]:
+        """Return the model that is asked about, and an instance that has it and that the key permits.
+
+        Raises:
+            RefusedError: the key permits no such instance.
+            NoSuchModelError: there is no such model, as far as the key permits to see.
+        """
+        limit = "" if pin is None else permit.limit_of_instance(pin)
+        if limit:
+            raise RefusedError(_FORBIDDEN, limit, "refused")
+        catalogue = self._passing.catalogue
+        found = catalogue.find(name, permit)
+        if found is None:
+            await catalogue.refresh(lists=True)
+            found = catalogue.find(name, permit)
+        known = found.of if isinstance(found, Alias) else found
+        if known is None:
+            raise NoSuchModelError(model_not_found(name), "")
+        return found.model if isinstance(found, Alias) else name, pin or known.instances[0]
 
     def _place_of_new(self, body: ManagementBody, pin: str | None) -> str:
         """Return the place for a new model: beside the one that it is made from, else where new ones go."""

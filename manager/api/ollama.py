@@ -8,6 +8,7 @@ from urllib.parse import unquote
 import structlog
 
 from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
+from manager.api.granted import permit_of
 from manager.api.management import Management
 from manager.api.raw import RawPassing
 from manager.api.transcription import Transcription
@@ -130,26 +131,27 @@ class OllamaApi:
         """None: the ones of ollama.com are not asked for, and menus add the models that are installed."""
         await answer_json(send, {"recommendations": []}, Dialect.NATIVE)
 
-    async def _tags(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _tags(self, scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=True)
-        await answer_json(
-            send, tags_document(self._catalogue.models(), self._catalogue.listed_aliases()), Dialect.NATIVE
-        )
+        permit = permit_of(scope)
+        document = tags_document(self._catalogue.models(permit), self._catalogue.listed_aliases(permit))
+        await answer_json(send, document, Dialect.NATIVE)
 
-    async def _ps(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _ps(self, scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=False)
-        await answer_json(send, ps_document(self._catalogue.loaded()), Dialect.NATIVE)
+        await answer_json(send, ps_document(self._catalogue.loaded(permit_of(scope))), Dialect.NATIVE)
 
-    async def _models(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def _models(self, scope: Scope, _receive: Receive, send: Send) -> None:
         await self._catalogue.refresh(lists=True)
-        document = models_document(self._catalogue.models(), self._catalogue.aliases())
+        permit = permit_of(scope)
+        document = models_document(self._catalogue.models(permit), self._catalogue.aliases(permit))
         await answer_json(send, document, Dialect.OPENAI)
 
     async def _model(self, scope: Scope, _receive: Receive, send: Send) -> None:
         # Names hold slashes, which clients may escape.
         name = unquote(scope["raw_path"].decode()).removeprefix(MODEL_PREFIX)
         await self._catalogue.refresh(lists=True)
-        found = self._catalogue.find(name)
+        found = self._catalogue.find(name, permit_of(scope))
         if found is None:
             await answer_error(send, Dialect.OPENAI, 404, model_not_found(name))
         elif isinstance(found, Alias):

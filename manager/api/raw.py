@@ -7,6 +7,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from manager.api.granted import permit_of
 from manager.domain.models import split_pin
 from manager.domain.rollout import Stage
 from manager.wire.ollama_routes import (
@@ -60,6 +61,8 @@ class RawPassing:
         path = scope["path"]
         if self._rollout.raw is None or path == TRANSCRIPTIONS:
             return False
+        if permit_of(scope) is not None:
+            return False  # the lists of the raw server are not narrowed to a key, and ours are
         methods = methods_of(path)
         if methods is None:
             return spoken_at(path) is not None and b"%" not in scope["raw_path"]

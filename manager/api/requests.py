@@ -12,13 +12,20 @@ from starlette.responses import Response
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.api.moments import MomentText, moment
-from manager.api.routing import DecisionBody, PassedOverBody, RefusedBody, RequestDescription, decision_json
+from manager.api.routing import (
+    DecisionBody,
+    PassedOverBody,
+    RefusedBody,
+    RequestDescription,
+    decision_json,
+    decision_of,
+)
 from manager.api.schemas import Time  # noqa: TC001
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
 from manager.domain.history import Filters
 from manager.domain.record import Outcome, with_defaults
 from manager.domain.roles import RequestKind  # noqa: TC001
-from manager.domain.routing import Because, RequestFacts
+from manager.domain.routing import Because  # noqa: TC001
 from manager.errors import Reason, RequestEndedError, UnknownRequestError
 from manager.services.open_requests import MOST_LISTED
 
@@ -217,11 +224,10 @@ def requests_router(backend: Backend) -> APIRouter:
             raise RequestEndedError(f"the request {request_id} has ended already")
         return _json({"request_id": request_id, "cancelled": True})
 
-    @router.get("/explain", response_model=ExplanationBody, responses=refusals())
+    @router.get("/explain", response_model=ExplanationBody, responses=refusals(404))
     async def explain(query: Annotated[RequestDescription, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        facts = RequestFacts(query.model, query.kind, query.instance, query.lane)
-        decision = decision_json(backend, backend.router.decide(facts))
+        decision = decision_json(backend, decision_of(backend, query))
         return _json({**decision, "summary": decision_sentence(decision, query.model)})
 
     return router

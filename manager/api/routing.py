@@ -14,7 +14,7 @@ from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, chang
 from manager.domain.instance import Health  # noqa: TC001
 from manager.domain.roles import Policy, RequestKind
 from manager.domain.routing import Because, PassedOver, RequestFacts, What
-from manager.errors import Reason
+from manager.errors import Reason, UnknownKeyError
 from manager.services.lanes.slots import FULL
 from manager.settings.routing import ANY_INSTANCE, RoleName
 
@@ -63,13 +63,17 @@ class RoutingChange(_Shape):
 
 
 class RequestDescription(_Shape):
-    """A request as routing sees it. `model` may be a role, or have an instance (`MODEL@INSTANCE`)."""
+    """A request as routing sees it. `model` may be a role, or have an instance (`MODEL@INSTANCE`).
+
+    `key` is the name of the client's key, whose limits hold; without one there are none.
+    """
 
     model: Annotated[str, Field(min_length=1, max_length=600)]
     kind: RequestKind = RequestKind.GENERATE
     instance: Annotated[str, Field(max_length=100)] | None = None
     lane: Annotated[str, Field(max_length=100)] | None = None
     local_only: StrictBool = False
+    key: Annotated[str, Field(max_length=100)] | None = None
 
 
 class AttemptBody(_Shape):
@@ -131,17 +135,10 @@ def routing_router(backend: Backend) -> APIRouter:
         await change_roles(backend.model_settings, _sayings(change))
         return JSONResponse(_routing(backend))
 
-    @router.post("/explain", response_model=DecisionBody, responses=refusals())
+    @router.post("/explain", response_model=DecisionBody, responses=refusals(404))
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        facts = RequestFacts(
-            request.model,
-            request.kind,
-            request.instance,
-            request.lane,
-            local_only=request.local_only,
-        )
-        return JSONResponse(decision_json(backend, backend.router.decide(facts)))
+        return JSONResponse(decision_json(backend, decision_of(backend, request)))
 
     return router
 
@@ -175,6 +172,23 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
         "fallback_reason": first.fallback if first else refused and refused.reason,
         "message": refused and refused.message,
     }
+
+
+def decision_of(backend: Backend, request: RequestDescription) -> Decision:
+    """Decide about a request that is not made.
+
+    Raises:
+        UnknownKeyError: no key of that name is in force.
+    """
+    facts = RequestFacts(
+        request.model, request.kind, request.instance, request.lane, local_only=request.local_only
+    )
+    if request.key is not None:
+        grant = backend.keyring.grant(request.key)
+        if grant is None:
+            raise UnknownKeyError(f"no key {request.key!r} is in force")
+        facts = facts._replace(permit=grant.permit, local_only=request.local_only or grant.is_local)
+    return backend.router.decide(facts)
 
 
 def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from starlette.responses import StreamingResponse
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
-from manager.api.granted import grant_of
+from manager.api.granted import grant_of, permit_of
 from manager.api.schemas import Time  # noqa: TC001  (pydantic reads annotations at run time)
+from manager.domain.keys import Scope
 from manager.domain.routing import RequestFacts
 from manager.domain.runs import RunCaller, RunStatus
 from manager.errors import InvalidRequestError, Reason, UnavailableError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from manager.api.backend import Backend
+    from manager.domain.keys import Grant, Permit
     from manager.domain.runs import Run
     from manager.services.requests import Origin
 
@@ -80,7 +82,11 @@ class RunResultBody(_Body):
 
 
 class RunBody(_Body):
-    """One run. `executions` counts how many times its request was sent by the daemon or an earlier one."""
+    """One run.
+
+    `executions` counts how many times its request was sent by the daemon or an earlier one. `key` is the name
+    of the key that submitted it, whose limits hold when it is executed.
+    """
 
     id: str
     status: RunStatus
@@ -88,6 +94,7 @@ class RunBody(_Body):
     model: str
     lane: str | None
     project_id: str
+    key: str | None
     idempotent: bool
     executions: int
     instance: str | None
@@ -155,23 +162,24 @@ def runs_router(backend: Backend) -> APIRouter:
         )
 
     @router.get("", response_model=RunsBody, responses=refusals(503))
-    async def list_runs(query: Annotated[RunsQuery, Query()]) -> Response:
-        """The newest runs first."""
-        found = [_run_body(run) for run in await backend.runs.newest(query.status, query.limit)]
+    async def list_runs(request: Request, query: Annotated[RunsQuery, Query()]) -> Response:
+        """The newest runs first; with a key that is no operator's, those of the key."""
+        runs = await backend.runs.newest(query.status, query.limit, _owner(request))
+        found = [_run_body(run) for run in runs]
         return _json(RunsBody(runs=found, count=len(found)))
 
     @router.get("/{run_id}", response_model=RunBody, responses=refusals(404, 503))
-    async def show_run(run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
-        return _json(_run_body(await backend.runs.find(run_id)))
+    async def show_run(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+        return _json(_run_body(await backend.runs.find(run_id, _owner(request))))
 
     @router.get(
         "/{run_id}/result",
         response_class=Response,  # says nothing of the type: it is that of the answer
         responses={200: _ANY_ANSWER, "default": _ANY_ANSWER, **refusals(404, 409, 503)},
     )
-    async def show_result(run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+    async def show_result(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """The answer as it came; `X-Run-Id` tells it from an error of this route."""
-        run, pieces = await backend.runs.result(run_id)
+        run, pieces = await backend.runs.result(run_id, _owner(request))
         first = await anext(pieces, b"")  # what fails at once is an error of this route
         result = run.result
         assert result is not None  # noqa: S101  (`result` has refused a run without one)
@@ -189,11 +197,17 @@ def runs_router(backend: Backend) -> APIRouter:
         return StreamingResponse(stream(), status_code=result.status, headers=headers)
 
     @router.delete("/{run_id}", response_model=RunBody, responses=refusals(404, 409, 503))
-    async def cancel_run(run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
+    async def cancel_run(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel a run, whatever it waits for; its slot is free when this answers."""
-        return _json(_run_body(await backend.runs.cancel(run_id)))
+        return _json(_run_body(await backend.runs.cancel(run_id, _owner(request))))
 
     return router
+
+
+def _owner(request: Request) -> Grant | None:
+    """Return the key whose runs a request may see; None where it may see all."""
+    grant = grant_of(request.scope)
+    return None if grant is None or grant.may(Scope.OPERATOR) else grant
 
 
 class _Held:
@@ -247,12 +261,14 @@ async def _new_run(backend: Backend, request: Request, raw: bytes) -> NewRun:
         raise _invalid("body.expires_s", f"{wanted.expires_s:g}; at most {most_s:g} (runs.retention_s)")
     origin = _origin(backend, request)
     lane = wanted.lane or origin.lane
-    model = await _model(backend, wanted, given.body, origin, lane)
+    model = await _model(backend, wanted, given.body, origin, lane, permit=permit_of(request.scope))
     return NewRun(
         path=wanted.path,
         model=model,
         body=given.body,
-        caller=RunCaller(origin.project, origin.intent, origin.instance, origin.local_only, origin.trace),
+        caller=RunCaller(
+            origin.project, origin.intent, origin.instance, origin.local_only, origin.trace, origin.key
+        ),
         lane=lane,
         idempotent=wanted.idempotent,
         expires_s=wanted.expires_s,
@@ -266,7 +282,15 @@ def _origin(backend: Backend, request: Request) -> Origin:
     return origin
 
 
-async def _model(backend: Backend, wanted: RunRequest, body: bytes, origin: Origin, lane: str | None) -> str:
+async def _model(
+    backend: Backend,
+    wanted: RunRequest,
+    body: bytes,
+    origin: Origin,
+    lane: str | None,
+    *,
+    permit: Permit | None,
+) -> str:
     """Read the request inside; return its model."""
     route = INFERENCE[wanted.path.encode()]
     try:
@@ -278,7 +302,7 @@ async def _model(backend: Backend, wanted: RunRequest, body: bytes, origin: Orig
         raise _invalid("body.body.model", "missing; expected the name of a model or a role, or a lane")
     if unloads(request, route):
         raise _invalid("body.body.keep_alive", f"an unload is no run; send it to {route.path}")
-    refused = backend.router.decide(RequestFacts(model, route.kind, origin.instance, lane)).refused
+    refused = backend.router.decide(RequestFacts(model, route.kind, origin.instance, lane, permit)).refused
     if refused is not None and refused.what == "unknown_lane":
         raise _invalid("body.lane", refused.message)
     return model
@@ -311,6 +335,7 @@ def _run_body(run: Run) -> RunBody:
         model=run.model,
         lane=run.lane,
         project_id=run.caller.project,
+        key=run.caller.key,
         idempotent=run.idempotent,
         executions=run.executions,
         instance=run.instance,

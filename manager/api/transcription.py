@@ -40,7 +40,9 @@ class Transcription:
         if not model:
             raise RefusedError(400, "model is required")
         record.model = model
-        facts = RequestFacts(model, RequestKind.TRANSCRIBE, passage.instance, record.lane)
+        facts = RequestFacts(
+            model, RequestKind.TRANSCRIBE, passage.instance, record.lane, local_only=record.local_only
+        )
         step = passage.attempting.enter(facts)
         await passage.pass_on(self._passing.server, step, form.question)
 

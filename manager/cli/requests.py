@@ -115,6 +115,7 @@ def cancel(request_id: str, url: str | None, config: Path | None) -> None:
 )
 @click.option("--lane", metavar="ROLE", help="As a request in this lane.")
 @click.option("--instance", metavar="ID", help="As a request that is pinned to this instance.")
+@click.option("--key", metavar="NAME", help="As a request with this key.")
 @_JSON
 @_talks
 def explain(
@@ -123,6 +124,7 @@ def explain(
     kind: str | None,
     lane: str | None,
     instance: str | None,
+    key: str | None,
     url: str | None,
     config: Path | None,
     as_json: bool,
@@ -131,7 +133,8 @@ def explain(
 
     Exit 4 where the request would be refused.
     """
-    document = _daemon(url, config).explain(model=model, kind=kind, lane=lane, instance=instance)
+    daemon = _daemon(url, config)
+    document = daemon.explain(model=model, kind=kind, lane=lane, instance=instance, key=key)
     _print(document, _decided, as_json=as_json)
     return DONE if document.get("refused") is None else REFUSED
 

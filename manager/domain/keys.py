@@ -7,8 +7,11 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from manager.domain.denial import denying
+from manager.domain.wording import listed
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from datetime import datetime
 
 # Secrets of one key that are in force at once: each rotation within the overlap of the last one adds one.
@@ -45,12 +48,45 @@ class Permit:
 
     `roles` are names of roles, `models` patterns of names (as in `deny_models`), `instances` ids. `owner` is
     the name of the key, for messages.
+
+    A name with a `/` is matched only by a pattern that has one, or that begins with `*`: `qwen3*` permits no
+    model of the host `qwen3.example.org`.
+
+    The methods return the limit that something is beyond, in words; empty where it is permitted.
     """
 
     owner: str
     roles: frozenset[str] | None = None
     models: tuple[str, ...] | None = None
     instances: frozenset[str] | None = None
+
+    def limit_of_model(self, key: str) -> str:
+        """`key` is that of the model (`model_key`)."""
+        patterns = self.models
+        if patterns is None:
+            return ""
+        if "/" in key:
+            patterns = tuple([one for one in patterns if "/" in one or one.strip().startswith("*")])
+        return "" if denying(patterns, key) else self._limit("models", self.models or (), key)
+
+    def limit_of_role(self, name: str) -> str:
+        if self.roles is None or name in self.roles:
+            return ""
+        return self._limit("roles", sorted(self.roles), name)
+
+    def limit_of_instance(self, id_: str) -> str:
+        if self.instances is None or id_ in self.instances:
+            return ""
+        return self._limit("instances", sorted(self.instances), id_)
+
+    def limit_of_bare_model(self, name: str) -> str:
+        """The limit of a model that is named without a role: roles alone permit none."""
+        if self.roles is None or self.models is not None:
+            return ""
+        return self._limit("roles", sorted(self.roles), name)
+
+    def _limit(self, what: str, permitted: Collection[str], name: str) -> str:
+        return f"the key {self.owner!r} may use only the {what} {listed(permitted)}, not {name!r}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,14 @@ class RequestFacts(NamedTuple):
 
 Because: TypeAlias = Literal["loaded", "running", "startable", "unread", "pull", "paid"]
 What: TypeAlias = Literal[
-    "unknown", "unknown_lane", "impossible", "unavailable", "contradiction", "denied", "local_only"
+    "unknown",
+    "unknown_lane",
+    "impossible",
+    "unavailable",
+    "contradiction",
+    "denied",
+    "local_only",
+    "forbidden",
 ]
 
 
@@ -331,16 +338,17 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     ones, then those that can be started, each by priority; the last are those with an unread list of models.
     The policy of a role filters before its target counts, and filters its fallbacks as well. A target is
     held, unless the role merely prefers GPUs; a pin always.
+
+    A permit filters last, and nothing widens it: the role or lane that is asked for must be permitted, and so
+    must the instance, the model and the role of each attempt. A model may be named itself where the permit
+    has no roles, where its models include it, or where it is that of a permitted role which it obeys anyway.
     """
     name, pin = split_pin(request.model)
-    pin = pin or request.instance
+    pin, permit = pin or request.instance, request.permit
     lane = settings.role(request.lane) if request.lane else None
-    if request.lane and (lane is None or lane.kind is not request.kind):
-        message = _no_lane(request, lane, settings)
-        return _refusal(request, None, pin, Refused("unknown_lane", Reason.POLICY, message))
-    if pin is not None and snapshot.get(pin) is None:
-        message = f"there is no instance {pin!r}; there is: {_listed(snapshot.candidates)}"
-        return _refusal(request, None, pin, Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message))
+    refused = _unknown(request, settings, snapshot, lane, pin)
+    if refused is not None:
+        return _refusal(request, None, pin, refused)
     able = snapshot.serving(request.kind)
     local = able.local
     if (snapshot.candidates and not able.candidates) or (pin is not None and able.get(pin) is None):
@@ -348,6 +356,10 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         message = f"this request wants to {request.kind}, and {who}; one that does says so in its `serves`"
         return _refusal(request, None, pin, Refused("contradiction", Reason.POLICY, message))
     role = settings.role_meant(name, is_model=lambda key: bool(local.having(key)))
+    is_bare = role is None
+    limit = _limit_of_request(permit, pin, role or lane)
+    if limit:
+        return _refusal(request, role or lane, pin, Refused("forbidden", Reason.POLICY, limit))
     if role is not None:
         if role.kind is not request.kind:
             message = f"the role {role.name!r} does {role.kind}, and this request wants to {request.kind}"
@@ -356,7 +368,7 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         if not legs:
             message = f"the role {role.name!r} has no model; set one under roles.{role.name}.model"
             decision = _refusal(request, role, pin, Refused("unknown", Reason.MODEL_MISSING, message))
-            return _with_paid(decision, (), role, settings, able) if able.paid else decision
+            return _with_paid(decision, (), role, settings, able, "") if able.paid else decision
     else:
         # A lane adds its rules, not its fallbacks: those have models of their own. Those of the role
         # `embedding` have the same one.
@@ -364,22 +376,29 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
         embedding = _embedding_role(name, request.kind, settings)
         if lane is None and embedding is not None:
             role, legs = embedding, [_Leg(name, leg.role) for leg in _legs(embedding, settings)]
+    legs = _within(permit, legs, is_bare=is_bare)
     decision = _Decider(request, settings, local, role, pin, everybody=snapshot.local).over(legs)
-    return (
-        _with_paid(decision, tuple(leg.model for leg in legs), role, settings, able)
-        if able.paid
-        else decision
-    )
+    models = tuple(leg.model for leg in legs if not leg.limit)
+    limit = legs[0].limit if is_bare else ""
+    return _with_paid(decision, models, role, settings, able, limit) if able.paid else decision
 
 
-def _with_paid(
-    decision: Decision, models: tuple[str, ...], role: Role | None, settings: RoutingSettings, able: Snapshot
+def _with_paid(  # noqa: PLR0917  (the parts of a decision)
+    decision: Decision,
+    models: tuple[str, ...],
+    role: Role | None,
+    settings: RoutingSettings,
+    able: Snapshot,
+    limit_of_name: str,
 ) -> Decision:
-    """Return a decision with the paid servers: as the last attempts, or passed over, each with why."""
+    """Return a decision with the paid servers: as the last attempts, or passed over, each with why.
+
+    `limit_of_name` is that of the key that the model named is beyond, empty for none.
+    """
     request, groups, refused = decision.request, decision.groups, decision.refused
     named, pin = split_pin(request.model)
     wish = Wish(named, models, role, request.kind, pin or request.instance, request.local_only)
-    found = tuple(verdicts(wish, settings, able.paid))
+    found, limit = _within_key(tuple(verdicts(wish, settings, able.paid)), request.permit, limit_of_name)
     # Where there are local attempts, the failure of the first one is what is reported.
     why: Reason | None = _UNAVAILABLE if refused is None else refused.reason
     if wish.pin is not None:
@@ -397,9 +416,31 @@ def _with_paid(
         refused = None
     elif refused is not None:
         refused = next(filter(None, (_paid_refusal(one, refused, wish.pin) for one in found)), refused)
+        if limit and refused.what != "unavailable":
+            refused = Refused("forbidden", Reason.POLICY, limit)
     return replace(
         decision, groups=groups + paid, passed_over=(*decision.passed_over, *passed), refused=refused
     )
+
+
+def _within_key(
+    found: tuple[Verdict, ...], permit: Permit | None, limit_of_name: str
+) -> tuple[tuple[Verdict, ...], str]:
+    """Bar the paid servers that a key does not permit.
+
+    Returns:
+        The verdicts, and the limit that keeps a server from answering that the client has to hear of.
+    """
+    if permit is None:
+        return found, ""
+    within, told = [], ""
+    for one in found:
+        limit = limit_of_name or permit.limit_of_instance(one.instance)
+        limit = limit or permit.limit_of_model(model_key(one.model))
+        if limit and one.is_meant:
+            told = told or limit
+        within.append(one._replace(reason=Reason.POLICY, detail=limit, is_meant=False) if limit else one)
+    return tuple(within), told
 
 
 def _paid_refusal(verdict: Verdict, local: Refused, pin: str | None) -> Refused | None:
@@ -418,11 +459,62 @@ def _paid_refusal(verdict: Verdict, local: Refused, pin: str | None) -> Refused 
 
 def _no_lane(request: RequestFacts, lane: Role | None, settings: RoutingSettings) -> str:
     """Return the message about a lane that is no role, or one of another kind."""
+    names = _names_of_roles(settings, request.permit)
     if lane is None:
-        return f"there is no lane '{request.lane}'; lanes: {listed(settings.roles)}"
-    able = [one.name for one in settings.roles.values() if one.kind is request.kind]
+        return f"there is no lane '{request.lane}'; lanes: {listed(names)}"
+    able = [name for name in names if settings.roles[name].kind is request.kind]
     wants = f"this request wants to {request.kind}; lanes for that: {listed(able)}"
     return f"X-Lane: the lane {lane.name!r} does {lane.kind}, and {wants}"
+
+
+def _unknown(
+    request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot, lane: Role | None, pin: str | None
+) -> Refused | None:
+    """Refuse a lane or a pin that does not exist, and a lane of another kind."""
+    if request.lane and (lane is None or lane.kind is not request.kind):
+        return Refused("unknown_lane", Reason.POLICY, _no_lane(request, lane, settings))
+    if pin is not None and snapshot.get(pin) is None:
+        there_is = _listed(snapshot.candidates, request.permit)
+        message = f"there is no instance {pin!r}; there is: {there_is}"
+        return Refused("unknown", Reason.INSTANCE_UNAVAILABLE, message)
+    return None
+
+
+def _limit_of_request(permit: Permit | None, pin: str | None, asked: Role | None) -> str:
+    """Return the limit of the key that a pin, or the role or lane asked for, is beyond; empty for none."""
+    if permit is None:
+        return ""
+    limit = "" if pin is None else permit.limit_of_instance(pin)
+    return limit or ("" if asked is None else permit.limit_of_role(asked.name))
+
+
+def _within(permit: Permit | None, legs: list[_Leg], *, is_bare: bool) -> list[_Leg]:
+    """Return the legs, each with the limit of the key that it is beyond."""
+    if permit is None:
+        return legs
+    return [replace(leg, limit=_limit_of_leg(permit, leg, is_bare=is_bare)) for leg in legs]
+
+
+def _limit_of_leg(permit: Permit, leg: _Leg, *, is_bare: bool) -> str:
+    """Return the limit of the key that a leg is beyond; empty where it is permitted.
+
+    Args:
+        permit: of the key.
+        leg: one way to answer.
+        is_bare: the request names a model, and no role.
+    """
+    role, key = leg.role, model_key(leg.model)
+    limit = permit.limit_of_model(key)
+    of_role = "" if role is None else permit.limit_of_role(role.name)
+    if limit or not is_bare:
+        return limit or of_role
+    is_of_role = role is not None and role.model is not None and model_key(role.model) == key
+    return "" if is_of_role and not of_role else permit.limit_of_bare_model(leg.model)
+
+
+def _names_of_roles(settings: RoutingSettings, permit: Permit | None) -> list[str]:
+    """Return the roles that a client may see."""
+    return [name for name in settings.roles if permit is None or not permit.limit_of_role(name)]
 
 
 def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> Role | None:
@@ -435,10 +527,11 @@ def _embedding_role(name: str, kind: RequestKind, settings: RoutingSettings) -> 
 
 @dataclass(frozen=True, slots=True)
 class _Leg:
-    """One model under the rules of one role."""
+    """One model under the rules of one role; `limit` is that of the key that it is beyond, empty for none."""
 
     model: str
     role: Role | None
+    limit: str = ""
 
     def held(self, pin: str | None) -> str | None:
         """The only instance that may be used, None when there may be others."""
@@ -502,6 +595,7 @@ class _Decider:
         self._passed_over: list[PassedOver] = []
         self._groups: list[Group] = []
         self._legs = 0
+        self._forbidden = ""  # the first limit of the key that has barred something
 
     def over(self, legs: list[_Leg]) -> Decision:
         first, *others = legs
@@ -557,6 +651,7 @@ class _Decider:
             cannot be used.
         """
         model, tried, places = leg.model, self._tried[key], _places(leg.role)
+        permit = self._request.permit
         chosen, rank_of, cpu_only = self._ranking(leg)
         found: dict[Order, list[str]] = {}
         busy: dict[str, Overloaded] = {}
@@ -570,8 +665,8 @@ class _Decider:
                     detail = "" if place >= 0 else "not among the instances of the role"
                     self._passed_over.append(PassedOver(id_, model, Reason.POLICY, detail))
                     continue
-                if candidate.denials is not None and (rule := candidate.denials.rule(key)):
-                    why, detail = Reason.HOST_DENIED, rule
+                if permit is not None or candidate.denials is not None:
+                    why, detail = self._bar(candidate, leg, key)
                 if why is not None:
                     self._passed_over.append(PassedOver(id_, model, why, detail))
                     if rank == place == 0:
@@ -588,10 +683,21 @@ class _Decider:
                         group.append(id_)
         return found, busy, preferred_out
 
+    def _bar(self, candidate: Candidate, leg: _Leg, key: str) -> tuple[Reason | None, str]:
+        """Return why a candidate cannot be used where keys or deny rules are to be obeyed."""
+        permit, denials = self._request.permit, candidate.denials
+        if permit is not None and (limit := leg.limit or permit.limit_of_instance(candidate.id)):
+            self._forbidden = self._forbidden or limit
+            return Reason.POLICY, limit
+        if denials is not None and (rule := denials.rule(key)):
+            return Reason.HOST_DENIED, rule
+        return candidate.why_out, candidate.detail
+
     def _found(self, key: str, places: Mapping[str, int] | None) -> tuple[tuple[Candidate, ...], ...]:
         """Instances that have the model, those that may have it, and those that may pull it."""
         having, unread = self._snapshot.having(key), self._snapshot.unread()
-        if not self._settings.auto_pull or any(places is None or one.id in places for one in having):
+        usable = _visible(having, self._request.permit)
+        if not self._settings.auto_pull or any(places is None or one.id in places for one in usable):
             return having, unread
         without = [
             one
@@ -651,6 +757,8 @@ class _Decider:
             outs = [one for one in outs if one.reason is not Reason.HOST_DENIED]
             target = leg.role.target if leg.role else None
             return self._unavailable(next((one for one in outs if one.instance == target), outs[0]))
+        if self._forbidden or leg.limit:
+            return Refused("forbidden", Reason.POLICY, leg.limit or self._forbidden)
         having = self._snapshot.having(model_key(leg.model))
         held = leg.held(self._pin)
         place = self._snapshot.get(held) if held is not None else None
@@ -658,7 +766,7 @@ class _Decider:
             message = f"{held!r}, which the role's target is, does not {self._request.kind}"
             return Refused("contradiction", Reason.POLICY, message)
         if held is not None and place is None:
-            there_is = _listed(self._snapshot.candidates)
+            there_is = self._listed(self._snapshot.candidates)
             message = f"there is no instance {held!r}, which the role's target is; there is: {there_is}"
             return Refused("unavailable", Reason.INSTANCE_UNAVAILABLE, message)
         return self._barred(leg, having, place)
@@ -673,12 +781,11 @@ class _Decider:
                 return self._outside(leg, places, barred, is_held=place is not None)
             barred = allowed
         if self._is_cpu_only(leg) and barred and all(one.device is not _CPU for one in barred):
-            rule = f"policy cpu_only permits none of: {_listed(barred)}"
+            rule = f"policy cpu_only permits none of: {self._listed(barred)}"
             return Refused("contradiction", Reason.POLICY, rule)
         if having:
-            message = (
-                f"{self._missing(leg.model)}; it is not on {leg.held(self._pin)}, but on: {_listed(having)}"
-            )
+            elsewhere = self._listed(having)
+            message = f"{self._missing(leg.model)}; it is not on {leg.held(self._pin)}, but on: {elsewhere}"
             return Refused("unknown", Reason.MODEL_MISSING, message)
         return self._not_found(leg)
 
@@ -688,8 +795,8 @@ class _Decider:
         """Refuse what is only on other instances than the role may use."""
         rule = f"the role may use only: {', '.join(places)}"
         if is_held:
-            return Refused("contradiction", Reason.POLICY, f"{_listed(barred)} is barred: {rule}")
-        message = f"{self._missing(leg.model)}; {rule}; it is on: {_listed(barred)}"
+            return Refused("contradiction", Reason.POLICY, f"{self._listed(barred)} is barred: {rule}")
+        message = f"{self._missing(leg.model)}; {rule}; it is on: {self._listed(barred)}"
         return Refused("unknown", Reason.MODEL_MISSING, message)
 
     def _is_unknown(self, leg: _Leg) -> bool:
@@ -714,12 +821,17 @@ class _Decider:
         role, asked_for = self._role, split_pin(self._request.model)[0]
         stands_for = role is not None and leg.role is role and model_key(asked_for) != model_key(leg.model)
         of_role = f"; it is the model of the role {role.name!r}" if role is not None and stands_for else ""
-        roles = self._settings.roles.values()
-        others = [one.name for one in roles if one.model is not None and one is not role]
+        permit, roles = self._request.permit, self._settings.roles
+        visible = (roles[name] for name in _names_of_roles(self._settings, permit))
+        others = [one.name for one in visible if one.model is not None and one is not role]
         also = f"; roles: {listed(others)}" if others else ""
-        message = f"{self._missing(leg.model)}{of_role}; models: {listed(self._snapshot.names())}{also}"
-        message += not_asked(self._snapshot.out_of_reach())
+        models = listed(names_of_models(self._snapshot, permit))
+        message = f"{self._missing(leg.model)}{of_role}; models: {models}{also}"
+        message += not_asked(_visible(self._snapshot.out_of_reach(), permit))
         return Refused("unknown", Reason.MODEL_MISSING, message)
+
+    def _listed(self, candidates: tuple[Candidate, ...]) -> str:
+        return _listed(candidates, self._request.permit)
 
     def _missing(self, model: str) -> str:
         return model_not_found(model, embeds=self._request.kind is RequestKind.EMBED)
@@ -754,5 +866,22 @@ def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused:
     )
 
 
-def _listed(candidates: tuple[Candidate, ...]) -> str:
-    return listed([candidate.id for candidate in candidates])
+def names_of_models(snapshot: Snapshot, permit: Permit | None) -> list[str]:
+    """Return the names of the models that a client may see, each once."""
+    if permit is None:
+        return snapshot.names()
+    if permit.roles is not None and permit.models is None:
+        return []
+    names = Snapshot(_visible(snapshot.candidates, permit)).names()
+    return [name for name in names if not permit.limit_of_model(model_key(name))]
+
+
+def _visible(candidates: tuple[Candidate, ...], permit: Permit | None) -> tuple[Candidate, ...]:
+    """Return the instances that a client may see."""
+    if permit is None or permit.instances is None:
+        return candidates
+    return tuple([one for one in candidates if one.id in permit.instances])
+
+
+def _listed(candidates: tuple[Candidate, ...], permit: Permit | None) -> str:
+    return listed([candidate.id for candidate in _visible(candidates, permit)])

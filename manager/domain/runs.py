@@ -15,6 +15,8 @@ from manager.errors import IllegalTransitionError
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
+    from manager.domain.keys import Grant
+
 # An idempotent run is begun so many times at most: it may be the cause of what interrupts it.
 MOST_EXECUTIONS = 5
 _LONGEST_PAUSE_S = 60.0
@@ -69,13 +71,14 @@ WITH_RESULT = frozenset({RunStatus.SUCCEEDED, RunStatus.FAILED})
 
 @dataclass(frozen=True, slots=True)
 class RunCaller:
-    """The client that submitted a run. `trace` is trace id, span id and flags."""
+    """The client that submitted a run. `trace` is trace id, span id and flags, `key` the name of its key."""
 
     project: str
     intent: str | None = None
     instance: str | None = None
     local_only: bool = False
     trace: tuple[str, str, str] | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +135,11 @@ class Run:
     def queue(self) -> str:
         """The name of the queue that it shares with others: of its lane, or else of its model."""
         return self.lane or self.model
+
+
+def is_of(run: Run, grant: Grant) -> bool:
+    """Return whether a key has submitted a run: that one, and no earlier key of its name."""
+    return run.caller.key == grant.name and run.created_at >= grant.created_at
 
 
 def advance(status: RunStatus, fact: RunFact) -> RunStatus:

@@ -231,6 +231,8 @@ class Exchange:
             self._route.path, self._route.kind, self._caller.origin
         )
         self._attempting = Attempting(self._relay.routing, record, self._began_at)
+        if self._caller.grant is not None:
+            self._attempting.grant = self._caller.grant
         self._is_active = True  # the time it waited for others is not its own delay
         if self._refusal is not None:
             self._answer_refusal()
@@ -1012,6 +1014,9 @@ class Exchange:
         record = self._record
         if self._as_came is None or record is None:
             return False
+        grant = self._caller.grant
+        if grant is not None and grant.permit is not None:
+            return False  # the raw server might read a model in it that the key does not permit
         return not self._relay.routing.rollout.stages.manages(None, record.lane)
 
     def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:

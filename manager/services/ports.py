@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.gpu import Gpu
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
-    from manager.domain.keys import Key
+    from manager.domain.keys import Grant, Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
     from manager.domain.usage import Dimension, Span, Sums
@@ -332,8 +332,10 @@ class Registry(Protocol):
         ...
 
     async def run(self, run_id: str) -> Run | None: ...
-    async def runs(self, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
-        """The newest runs first; None is no limit."""
+    async def runs(
+        self, status: RunStatus | None, limit: int | None, grant: Grant | None = None
+    ) -> tuple[Run, ...]:
+        """The newest runs first, or those of a key; None is no limit."""
         ...
 
     async def due_runs(self, now: datetime, limit: int) -> tuple[Run, ...]:

@@ -21,6 +21,8 @@ _TYPES = {
     422: "invalid_request_error",
     429: "rate_limit_error",
 }
+# OpenAI's own, which programs match on (https://platform.openai.com/docs/guides/error-codes).
+_CODES = {429: "rate_limit_exceeded"}
 _UNREADABLE = 400
 _OVERLOADED = 503
 
@@ -30,7 +32,7 @@ def error_document(dialect: Dialect, status: int, message: str, request_id: str 
         return {"error": message}
     kind = _TYPES.get(status, "api_error")
     if dialect is Dialect.OPENAI:
-        return {"error": {"message": message, "type": kind, "param": None, "code": None}}
+        return {"error": {"message": message, "type": kind, "param": None, "code": _CODES.get(status)}}
     if status == _OVERLOADED:
         kind = "overloaded_error"
     document: dict[str, Any] = {"type": "error", "error": {"type": kind, "message": message}}

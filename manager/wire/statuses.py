@@ -32,6 +32,8 @@ REFUSED: Mapping[str, int] = MappingProxyType(
         "unavailable": 503,
         "contradiction": 422,
         "denied": 403,
+        "forbidden": 403,
+        "rate_limited": 429,
         "budget_exhausted": 402,
         "local_only": 403,
         "unsayable": 400,

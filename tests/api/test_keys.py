@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +16,7 @@ from manager.domain.keys import INCLUDED, Scope
 from manager.wire.keys import SESSION_COOKIE
 from manager.wire.scopes import TABLE
 from tests.api.raw_http import Answer, request, say
-from tests.support.daemon import wait_for
+from tests.support.daemon import ROOT, wait_for
 from tests.support.keyed import KEYS, Keyed, as_header, keyed_gateway
 
 if TYPE_CHECKING:
@@ -164,6 +167,36 @@ def test_use_of_a_key_is_seen_in_the_list(keyed: Keyed) -> None:
     assert keyed.listed("used")["last_used_at"] is None
     keyed.ask("POST", "/api/chat", key="used", json=CHAT)
     wait_for(lambda: keyed.listed("used")["last_used_at"], within_s=5)
+
+
+def command(keyed: Keyed, *arguments: str, key: str | None = "root") -> subprocess.CompletedProcess[str]:
+    """Run `ollama-manager` with a key in its environment, beside the configuration of the daemon."""
+    environment = {name: value for name, value in os.environ.items() if name != "OLLAMA_MANAGER_KEY"}
+    if key is not None:
+        environment["OLLAMA_MANAGER_KEY"] = keyed.secrets[key]
+    program = [sys.executable, "-m", "manager", *arguments, "--config", str(keyed.gateway.config_file)]
+    return subprocess.run(
+        program, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_the_commands_take_their_key_from_the_environment(keyed: Keyed) -> None:
+    made = command(keyed, "keys", "create", "by-hand", "--scope", "client", "--model", "tiny*")
+    assert made.returncode == 0, made.stderr
+    assert SECRET.fullmatch(made.stdout.strip())
+    assert keyed.gateway.call("GET", "/api/tags", headers=as_header(made.stdout.strip())).status_code == 200
+    assert "by-hand" in command(keyed, "keys", "list").stdout
+    assert "revoked" in command(keyed, "keys", "revoke", "by-hand").stdout
+    assert command(keyed, "status", key="read").returncode == 0
+    refused = command(keyed, "keys", "list", key="read")
+    assert refused.returncode == 2
+    assert "needs admin" in refused.stderr
+    keyless = command(keyed, "status", key=None)
+    assert keyless.returncode == 2
+    assert "$OLLAMA_MANAGER_KEY" in keyless.stderr
+    doctor = command(keyed, "doctor", key="read")
+    assert "no key" not in doctor.stdout + doctor.stderr
+    assert "no key" in (told := command(keyed, "doctor", key=None)).stdout + told.stderr
 
 
 # --- scopes ---------------------------------------------------------------------------------------

@@ -147,5 +147,17 @@ def test_a_key_in_a_path_is_never_passed_on(tmp_path: Path) -> None:
         assert (unknown.status_code, unknown.headers.get("X-Instance")) == (404, None)
         assert keyed.ask("GET", "/v1/unknown").headers["X-Instance"] == "raw"
         assert keyed.ask("POST", "/api/settings/models", key="app", json=change).status_code == 403
+        # Limits of a key hold, and what it may not see is not listed.
+        keyed.make("limited", "client", models=["minilm*"])
+        bad: list[Any] = [CHAT, {**CHAT, "model": "tiny@nowhere"}, {**CHAT, "model": "gpt"}]
+        for body in bad:
+            assert keyed.ask("POST", "/api/chat", key="limited", json=body).status_code == 403
+        for content in (b"[]", b"{}"):
+            assert keyed.ask("POST", "/api/chat", key="limited", data=content).status_code == 400
+        embed = {"model": "minilm", "input": "x"}
+        assert keyed.ask("POST", "/api/embed", key="limited", json=embed).headers["X-Instance"] == "raw"
+        tags = keyed.ask("GET", "/api/tags", key="limited")
+        assert {one["name"] for one in tags.json()["models"]} <= {"minilm:latest", "embedding:latest"}
+        assert "X-Instance" not in tags.headers
         assert secret not in raw.log.read_text(encoding="utf-8")
         assert secret not in keyed.gateway.log()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,8 +36,8 @@ async def fronted(
         async with relaying(home, {}, config={"instances": instances}) as front:
             for name in instances:
                 instance = front.daemon.fleet.get(name)
-                await until(lambda instance=instance: instance.usable_endpoint() is not None, within_s=20)
-                await until(lambda instance=instance: instance.listed is not None, within_s=20)
+                await until(instance.usable_endpoint, within_s=20)
+                await until(partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20)
             yield front
 
 
@@ -94,7 +95,9 @@ async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
             file.write_text(f"{key}\n")
             provider.key = key
             instance: Any = front.daemon.fleet.get("vllm")
-            await until(lambda one=instance: one._key.value == provider.key, within_s=20)
+            await until(
+                partial(getattr, instance._key, "value"), lambda one: one == provider.key, within_s=20
+            )
             assert (await front.ask(WHOLE)).status == 200
             assert provider.seen[-1].header("authorization") == f"Bearer {key}"
 
@@ -247,8 +250,10 @@ async def test_another_manager_is_an_instance_with_a_key(
             other = {**other, "key_env": key_env} if key_env else other
             async with relaying(tmp_path / "outer", {}, config={"instances": {"other": other}}) as outer:
                 instance = outer.daemon.fleet.get("other")
-                await until(lambda instance=instance: instance.is_probed, within_s=20)
+                await until(partial(getattr, instance, "is_probed"), within_s=20)
                 if key_env:
-                    await until(lambda instance=instance: instance.listed is not None, within_s=20)
+                    await until(
+                        partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20
+                    )
                 reply = await outer.ask({"model": "tiny", "stream": False})
                 assert reply.status == status, reply.body

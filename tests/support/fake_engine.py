@@ -457,7 +457,7 @@ class Ground:
             engine=self.engine,
             registry=cast("Any", self.registry),
             locks=self.locks,
-            upstream=self.engine,
+            upstream=cast("Any", self.engine),
             gpus=self.gpus,
             journal=cast("Any", self.journal),
             now=loop.time,

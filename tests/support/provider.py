@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import TYPE_CHECKING, Any
 
 from tests.support.relaying import Conversation, Scripted
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable
 
 CHAT_PATH, MESSAGES_PATH, EMBEDDINGS_PATH = "/v1/chat/completions", "/v1/messages", "/v1/embeddings"

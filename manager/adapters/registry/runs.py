@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Row
 
+    from manager.domain.keys import Grant
+
 runs = Table(
     "runs",
     metadata,
@@ -73,10 +75,15 @@ def find(connection: Connection, run_id: str) -> Run | None:
     return None if row is None else _to_run(row)
 
 
-def newest(connection: Connection, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
+def newest(
+    connection: Connection, status: RunStatus | None, limit: int | None, grant: Grant | None
+) -> tuple[Run, ...]:
     statement = select(runs).order_by(runs.c.number.desc()).limit(limit)
     if status is not None:
         statement = statement.where(runs.c.status == status.value)
+    if grant is not None:  # as `domain.runs.is_of`
+        is_named = runs.c.caller["key"].as_string() == grant.name
+        statement = statement.where(is_named & (runs.c.created_at >= stored(grant.created_at)))
     return tuple(map(_to_run, connection.execute(statement)))
 
 
@@ -120,6 +127,7 @@ def _from_run(run: Run) -> dict[str, Any]:
             "instance": caller.instance,
             "local_only": caller.local_only,
             "trace": caller.trace and list(caller.trace),
+            "key": caller.key,
         },
         "idempotent": run.idempotent,
         "expires_s": run.expires_s,
@@ -156,6 +164,7 @@ def _to_run(row: Row[Any]) -> Run:
             caller["instance"],
             caller["local_only"],
             caller["trace"] and tuple(caller["trace"]),
+            caller.get("key"),  # runs of earlier versions have none
         ),
         idempotent=row.idempotent,
         expires_s=row.expires_s,

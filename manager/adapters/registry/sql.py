@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Table
 
-    from manager.domain.keys import Key
+    from manager.domain.keys import Grant, Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
 
@@ -237,9 +237,11 @@ class SqlRegistry:
     async def run(self, run_id: str) -> Run | None:
         return await self._read(partial(runs.find, run_id=run_id))
 
-    async def runs(self, status: RunStatus | None, limit: int | None) -> tuple[Run, ...]:
-        """Return the newest runs first; None is no limit."""
-        return await self._read(partial(runs.newest, status=status, limit=limit))
+    async def runs(
+        self, status: RunStatus | None, limit: int | None, grant: Grant | None = None
+    ) -> tuple[Run, ...]:
+        """Return the newest runs first, or those of a key; None is no limit."""
+        return await self._read(partial(runs.newest, status=status, limit=limit, grant=grant))
 
     async def due_runs(self, now: datetime, limit: int) -> tuple[Run, ...]:
         """Return runs whose result has been kept for long enough."""

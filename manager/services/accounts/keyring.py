@@ -17,7 +17,7 @@ from manager.services.finishing import finish
 from manager.wire.keys import Keys, digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from manager.services.journal import Journal
     from manager.services.ports import Registry
@@ -114,6 +114,14 @@ class Keyring:
             return _FILE_GRANT if self._files else None
         key = self._keys.get(name)
         return key.grant if key is not None and key.state(self._utcnow()) is KeyState.ACTIVE else None
+
+    def monthly_limits(self) -> Mapping[str, int]:
+        """Return the cost of a month that keys are limited to, in micro-dollars, by name."""
+        return {
+            name: limit
+            for name, key in self._keys.items()
+            if (limit := key.grant.micro_usd_per_month) is not None
+        }
 
     def state(self, key: Key) -> KeyState:
         return key.state(self._utcnow())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Health
@@ -13,10 +13,11 @@ from manager.domain.models import model_key
 from manager.wire.listing import Alias, KnownModel, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from datetime import datetime
 
     from manager.domain.instance import InstanceSpec
+    from manager.domain.keys import Permit
     from manager.domain.roles import Role
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -98,46 +99,53 @@ class Catalogue:
         if lists:
             await self._details.look(within_s=_DETAILS_S)
 
-    def models(self) -> tuple[KnownModel, ...]:
-        """Every model that some instance has, each once."""
-        doing = self._status.at_work()
-        return tuple(self._known(key, model, doing) for key, model in self._overviews.models().items())
+    # What a key does not permit is left out: `permit` is that of the client, None where it may see all.
 
-    def find(self, name: str) -> KnownModel | Alias | None:
+    def models(self, permit: Permit | None = None) -> tuple[KnownModel, ...]:
+        """Every model that some instance has, each once."""
+        if permit is not None and permit.limit_of_bare_model(""):
+            return ()
+        doing = self._status.at_work()
+        return tuple(self._known(key, model, doing) for key, model in self._seen(permit).items())
+
+    def find(self, name: str, permit: Permit | None = None) -> KnownModel | Alias | None:
         """Return the meaning of a name: a role that has a model, or a model; None where it is neither.
 
         See `RoutingSettings.role_meant`.
         """
-        found = self._overviews.models()
+        found = self._seen(permit)
         doing = self._status.at_work()
-        role = self._settings.routing.role_meant(name, is_model=found.__contains__)
-        alias = None if role is None else self._alias(role, found, doing)
-        if alias is not None:
-            return alias
+        role = self._settings.routing.role_meant(name, is_model=self._overviews.models().__contains__)
+        if role is not None and role.model is not None:
+            return self._alias(role, found, doing, permit)
         key = model_key(name)
-        return self._known(key, found[key], doing) if key in found else None
+        if key not in found or (permit is not None and permit.limit_of_bare_model(key)):
+            return None
+        return self._known(key, found[key], doing)
 
     def is_role(self, name: str) -> bool:
         """Whether a name, as it stands, is that of a role; with a tag it is that of a model."""
         return self._settings.routing.role(name) is not None
 
-    def aliases(self) -> tuple[Alias, ...]:
+    def aliases(self, permit: Permit | None = None) -> tuple[Alias, ...]:
         """The roles that have a model."""
-        found, doing = self._overviews.models(), self._status.at_work()
-        aliases = (self._alias(role, found, doing) for role in self._settings.routing.roles.values())
+        found, doing = self._seen(permit), self._status.at_work()
+        roles = self._settings.routing.roles.values()
+        aliases = (self._alias(role, found, doing, permit) for role in roles)
         return tuple(alias for alias in aliases if alias is not None)
 
-    def listed_aliases(self) -> tuple[Alias, ...]:
+    def listed_aliases(self, permit: Permit | None = None) -> tuple[Alias, ...]:
         """The roles for Ollama's own list of models."""
-        return self.aliases() if self._settings.routing.list_roles else ()
+        return self.aliases(permit) if self._settings.routing.list_roles else ()
 
-    def loaded(self) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+    def loaded(self, permit: Permit | None = None) -> tuple[tuple[str, Mapping[str, Any]], ...]:
         """The models in memory, each with the id of its instance, by instance in the configured order."""
         return tuple(
             (instance.id, model.entry)
             for instance in self._fleet.instances()
             if instance.usable_endpoint() is not None
             for model in instance.models
+            if permit is None or self._may_use(permit, instance.id, model_key(model.name))
         )
 
     def version(self) -> str:
@@ -175,6 +183,27 @@ class Catalogue:
             if lists:
                 self._asked[instance.id, True] = asked
 
+    def _seen(self, permit: Permit | None) -> Mapping[str, ModelState]:
+        """Return the models that a key may use, each with the instances that it may use."""
+        found = self._overviews.models()
+        if permit is None:
+            return found
+        permitted = permit.instances
+        seen = {key: model for key, model in found.items() if not permit.limit_of_model(key)}
+        if permitted is None:
+            return seen
+        within = {key: _within(model, permitted) for key, model in seen.items()}
+        return {key: model for key, model in within.items() if model.instances}
+
+    def _may_use(self, permit: Permit, instance: str, key: str) -> bool:
+        """Return whether some request of a key may be answered by a model on an instance."""
+        if permit.limit_of_instance(instance) or permit.limit_of_model(key):
+            return False
+        roles = (one for one in self._settings.routing.roles.values() if not permit.limit_of_role(one.name))
+        return not permit.limit_of_bare_model(key) or any(
+            one.model is not None and model_key(one.model) == key for one in roles
+        )
+
     def _known(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> KnownModel:
         """Add what changes with each request: it is in no overview."""
         latencies = (self._overload.recent_ms(id_, key) for id_ in model.instances)
@@ -189,13 +218,28 @@ class Catalogue:
         )
 
     def _alias(
-        self, role: Role, models: Mapping[str, ModelState], doing: Mapping[str, Status]
+        self, role: Role, models: Mapping[str, ModelState], doing: Mapping[str, Status], permit: Permit | None
     ) -> Alias | None:
         if role.model is None:
             return None
         key = model_key(role.model)
+        if permit is not None and (permit.limit_of_role(role.name) or permit.limit_of_model(key)):
+            return None
         known = self._known(key, models[key], doing) if key in models else None
         return Alias(role.name, role.model, role.kind, known)
+
+
+def _within(model: ModelState, permitted: Collection[str]) -> ModelState:
+    """Return a model as it is on some instances only."""
+    digests = {
+        digest: tuple(one for one in having if one in permitted) for digest, having in model.digests.items()
+    }
+    return replace(
+        model,
+        instances=tuple(one for one in model.instances if one in permitted),
+        loaded_on=tuple(one for one in model.loaded_on if one in permitted),
+        digests={digest: having for digest, having in digests.items() if having},
+    )
 
 
 def _is_well(instance: Instance) -> bool:

@@ -25,6 +25,7 @@ from manager.domain.roles import BodyChanges, RequestKind
 from manager.domain.routing import PassedOver, Refused
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
+from manager.services.accounts.quotas import Exceeded
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
@@ -36,10 +37,13 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from manager.domain.judgement import Judgement
+    from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.accounts.ledger import Ledger
+    from manager.services.accounts.quotas import Place as Quota
+    from manager.services.accounts.quotas import Quotas
     from manager.services.instances.leases import Lease
     from manager.services.lanes.slots import Place, Slots
     from manager.services.routing.breakers import Breakers
@@ -107,7 +111,7 @@ class Routing:
     """The parts that all requests share. Built once by the composition root.
 
     `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
-    server is asked.
+    server is asked, without quotas nothing counts the requests of keys.
     """
 
     router: Router
@@ -123,6 +127,7 @@ class Routing:
     keep: Callable[[Ended], None] = _forget
     ledger: Ledger | None = None
     rollout: Rollout = field(default_factory=Rollout)
+    quotas: Quotas | None = None
     cloud: CloudEvents | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
@@ -187,9 +192,10 @@ class Attempting:
         began_at: the monotonic time of the request's beginning.
     """
 
-    # Most requests keep these values. `is_run` is set before `enter`: an asynchronous run waits behind the
-    # requests of its lane, as long as it takes.
+    # Most requests keep these values. Two are set before `enter`. `is_run`: an asynchronous run waits behind
+    # the requests of its lane, as long as it takes. `grant`: the client's key, whose limits hold.
     is_run = False
+    grant: Grant | None = None
     attempt: Attempt | None = None
     target: Target | None = None
     heard = ""
@@ -202,6 +208,7 @@ class Attempting:
     _place: Place | None = None
     _permit = 0  # of the breaker; 0: none
     _payment: Payment | None = None
+    _quota: Quota | None = None
     _facts: RequestFacts | None = None
     _body: Opened | None = None
     _conversation = 0
@@ -237,8 +244,10 @@ class Attempting:
         """
         self._facts = facts
         self._body = body
+        if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
+            return trouble
         if self._routing.rollout.raw is not None:
-            step = self._pass(facts)
+            step = self._pass(self._facts)
             if step is not None:
                 return step
         return self._decide(waits=True)
@@ -637,6 +646,8 @@ class Attempting:
             return
         self._is_closed = True
         self._pending = None
+        if self._quota is not None:
+            self._quota.leave(self.record)
         if self._permit and outcome == "ok":
             self._succeeded()
         if self.is_queued:
@@ -689,6 +700,20 @@ class Attempting:
             if attempts.would is None and refused is None:
                 record.shadow_refused = Reason.POLICY  # the role takes runs only
         return target
+
+    def _admit(self, grant: Grant, facts: RequestFacts) -> Trouble | None:
+        """Keep the request within the limits of its key; return why it cannot begin, or None."""
+        if grant.permit is not None or grant.is_local:
+            local_only = facts.local_only or grant.is_local
+            self._facts = facts._replace(permit=grant.permit, local_only=local_only)
+        quotas = self._routing.quotas
+        entry = None if quotas is None else quotas.enter(grant)
+        if isinstance(entry, Exceeded):
+            self.record.fallback_reason = Reason.POLICY
+            message = f"{entry.message} (rate_limited)"
+            return Trouble(Reason.POLICY, message, entry.retry_after_s, refused="rate_limited")
+        self._quota = entry
+        return None
 
     def _decide(self, *, waits: bool) -> Step:
         """Decide; `waits` is whether a fleet that was never looked at may be waited for."""

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from manager.domain.models import model_key, split_pin
 from manager.domain.rollout import RAW, Disagreement, Stage, Stages, disagreement
-from manager.domain.routing import Attempt
+from manager.domain.routing import Attempt, Refused
 from manager.domain.target import Target
+from manager.errors import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from manager.domain.keys import Permit
     from manager.domain.record import RequestRecord
-    from manager.domain.routing import Decision, Load, Refused, RequestFacts
+    from manager.domain.routing import Decision, Load, RequestFacts
     from manager.services.journal import Journal
 
 # Roles whose first disagreement made an event. Beyond that there is one event for all others together.
 _MOST_ROLES = 1000
 _OTHERS = "other roles"
-# The limits of a key hold in every stage: a decision that refuses for one of them is obeyed.
-_HOLDS_ALWAYS = frozenset({"forbidden"})
 # The answer, or the lack of one, is due to the raw server or to the request.
 _JUDGED = frozenset({"ok", "client_error", "upstream_error", "timeout"})
 
@@ -100,8 +101,10 @@ class Rollout:
         stages, refused = self.stages, None if decision is None else decision.refused
         if stages.manages(None if decision is None else decision.role, facts.lane):
             return None
-        if refused is not None and refused.what in _HOLDS_ALWAYS:
-            return refused
+        if refused is not None and facts.permit is not None:
+            forbidden = _forbidden(facts.permit, facts.model, decision, refused)
+            if forbidden is not None:
+                return forbidden
         if decision is None or stages.stage is not Stage.SHADOW or not is_known:
             return RawAttempts(facts.model)
         would = None if decision.is_async and not is_run else decision.first(load)
@@ -131,6 +134,23 @@ class Rollout:
             "rollout_disagreement",
             detail=f"{name}: {_WORDS[found]}; request {record.request_id}, {_would(attempts)}",
         )
+
+
+def _forbidden(permit: Permit, name: str, decision: Decision | None, refused: Refused) -> Refused | None:
+    """Return the refusal of a request that is beyond a limit of its key, or None.
+
+    A decision may refuse for another reason before it looks at the limits, and the raw server may serve what
+    is refused here. A limit to instances is about ours.
+    """
+    if refused.what == "forbidden":
+        return refused
+    name = split_pin(name)[0]
+    role = None if decision is None else decision.role
+    if role is not None and model_key(name) == model_key(role):
+        limit = permit.limit_of_role(role)
+    else:
+        limit = permit.limit_of_model(model_key(name)) or permit.limit_of_bare_model(name)
+    return Refused("forbidden", Reason.POLICY, limit) if limit else None
 
 
 _WORDS: Mapping[Disagreement, str] = {

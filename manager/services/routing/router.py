@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 # stale snapshot costs one failed attempt, because the lease decides.
 _MAX_SNAPSHOT_AGE_S = 1.0
 _MAX_DECISIONS = 4096
+# Of requests with a key that is limited: each key has its own, so that those of others are kept apart.
+_MAX_DECISIONS_BY_KEY = 1024
 # Below every priority that an instance can be given.
 _LAST = -1_000_000
 _NO_MODELS: Mapping[str, str] = MappingProxyType({})
@@ -114,6 +116,7 @@ class Router:
         self._lifted = lifted
         self.affinity = Affinity()
         self._decisions: dict[RequestFacts, Decision] = {}
+        self._decisions_by_key: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
         self._taken_of: tuple[int, int, int] = (-1, -1, -1)
         self._taken_at = float("-inf")
@@ -136,12 +139,24 @@ class Router:
     def decide(self, facts: RequestFacts) -> Decision:
         """Return where a request may go. The decision is kept until something that it depends on changes."""
         self.snapshot()
+        if facts.permit is not None:
+            return self._decide_by_key(facts)
         decision = self._decisions.get(facts)
         if decision is None:
             if len(self._decisions) >= _MAX_DECISIONS:
                 self._decisions.clear()
                 self._changes.clear()
             decision = self._decisions[facts] = decide(facts, self._settings.routing, self._snapshot)
+        return decision
+
+    def _decide_by_key(self, facts: RequestFacts) -> Decision:
+        decision = self._decisions_by_key.get(facts)
+        if decision is None:
+            if len(self._decisions_by_key) >= _MAX_DECISIONS_BY_KEY:
+                self._decisions_by_key.clear()
+                self._changes.clear()
+            decision = decide(facts, self._settings.routing, self._snapshot)
+            self._decisions_by_key[facts] = decision
         return decision
 
     def attempts(self, facts: RequestFacts) -> Attempts:
@@ -171,6 +186,7 @@ class Router:
             self._taken_at = now
             self._snapshot = Snapshot(tuple(self._candidate(one) for one in self._fleet.instances()))
             self._decisions.clear()
+            self._decisions_by_key.clear()
             self._changes.clear()
             self._renewed()
         return self._snapshot

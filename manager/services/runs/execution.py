@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
+from manager.domain.keys import Scope
 from manager.domain.routing import RequestFacts
-from manager.domain.runs import RunError, RunResult, body_file, result_file
+from manager.domain.runs import RunError, RunResult, body_file, is_of, result_file
 from manager.domain.target import Protocol
 from manager.errors import (
     InvalidRequestError,
@@ -49,6 +50,7 @@ from manager.wire.usage import TAIL_BYTES, error_in, fault_of, token_counts
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
+    from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.runs import Run
     from manager.domain.target import Target
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("runs")
 
 _OK = 200
+_FORBIDDEN = 403
 _BAD_GATEWAY = 502
 _TIMEOUT = 504
 # Pieces of an answer are gathered up to this size before they are written.
@@ -92,6 +95,8 @@ _PASSING = frozenset(
         Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
+# Refusals of keys, whose reason says less.
+_CODES = frozenset({"forbidden", "rate_limited"})
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
 
 
@@ -123,6 +128,11 @@ class _FailedError(Exception):
         self.outcome = outcome
 
 
+def _no_key(_name: str) -> Grant | None:
+    """Return None: there are no keys."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Execution:
     """The parts that all executions share.
@@ -133,6 +143,7 @@ class Execution:
         requests: begins records.
         files: has the bodies, and takes the results.
         stored: counts the bytes of all files of runs.
+        grant_of: returns a key that is in force, by its name.
     """
 
     routing: Routing
@@ -140,6 +151,7 @@ class Execution:
     requests: Requests
     files: RunFiles
     stored: BodyBudget
+    grant_of: Callable[[str], Grant | None] = _no_key
 
     async def execute(
         self,
@@ -205,7 +217,14 @@ class _Work:
         self._route: Route = INFERENCE[run.path.encode()]
         caller = run.caller
         origin = Origin(
-            caller.instance, run.lane, caller.project, caller.intent, caller.local_only, caller.trace, None
+            caller.instance,
+            run.lane,
+            caller.project,
+            caller.intent,
+            caller.local_only,
+            caller.trace,
+            None,
+            caller.key,
         )
         self._began_at = monotonic()
         self.record: RequestRecord = parts.requests.record(run.path, self._route.kind, origin)
@@ -225,6 +244,8 @@ class _Work:
             _FailedError, UnansweredError, BadBodyError, ManagerError: there is no whole answer.
         """
         run, record, attempting = self._run, self.record, self.attempting
+        if run.caller.key is not None:
+            attempting.grant = self._grant(run.caller.key)
         raw = await self._parts.files.read(body_file(run.id), run.body_bytes)
         body = await in_steps(reading([raw], self._route, len(raw)))
         record.stream = body.stream
@@ -248,6 +269,18 @@ class _Work:
             record.status = answer.status
             record.ttfb_ms = (monotonic() - self._began_at) * 1000
             return await self._store(answer, is_stream=record.stream)
+
+    def _grant(self, name: str) -> Grant:
+        """Return the key of the run as it is now.
+
+        Raises:
+            _FailedError: it is not in force any more, or another one has its name.
+        """
+        grant = self._parts.grant_of(name)
+        if grant is None or not is_of(self._run, grant) or not grant.may(Scope.CLIENT):
+            message = f"the key {name!r} that submitted this run is revoked or expired (forbidden)"
+            raise _FailedError(_FORBIDDEN, "forbidden", message, "refused")
+        return grant
 
     def note(self, failure: _FailedError) -> None:
         """Note in the record why there is no answer."""
@@ -460,7 +493,10 @@ def _is_passing(error: Exception) -> bool:
     """Return whether no server was asked, for a reason that may be gone some time later."""
     if not isinstance(error, UnansweredError) or error.begun:
         return False
-    return error.trouble.reason in _PASSING and error.trouble.refused in _PASSING_REFUSALS
+    trouble = error.trouble
+    if trouble.refused == "rate_limited":
+        return True
+    return trouble.reason in _PASSING and trouble.refused in _PASSING_REFUSALS
 
 
 def _error_of(failure: _FailedError) -> RunError:
@@ -475,7 +511,8 @@ def _failure_of(error: Exception, run: Run) -> _FailedError:
         trouble = error.trouble
         status = status_of(trouble.reason, trouble.refused)
         outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
-        return _FailedError(status, trouble.reason, trouble.message, outcome)
+        code = trouble.refused if trouble.refused in _CODES else trouble.reason
+        return _FailedError(status, code or trouble.reason, trouble.message, outcome)
     if isinstance(error, BadBodyError | InvalidRequestError):
         return _FailedError(BAD_REQUEST, "invalid_request", str(error), "client_error")
     if isinstance(error, ManagerError):

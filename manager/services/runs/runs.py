@@ -25,6 +25,7 @@ from manager.domain.runs import (
     files_of,
     interrupted,
     is_final,
+    is_of,
     next_run,
     pause_s,
     postponed,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
     from datetime import datetime
 
+    from manager.domain.keys import Grant
     from manager.domain.runs import RunCaller
     from manager.services.bodies import BodyBudget
     from manager.services.open_requests import OpenRequest
@@ -211,27 +213,33 @@ class Runs:
         # A client that leaves does not leave half of a run.
         return await asyncio.shield(self._spawn(self._submit(new)))
 
-    async def find(self, run_id: str) -> Run:
+    async def find(self, run_id: str, grant: Grant | None = None) -> Run:
         """Return a run as it is stored.
+
+        Args:
+            run_id: of the run.
+            grant: the key that must have submitted it; None: any.
 
         Raises:
             UnknownRunError: there is none.
         """
         run = await self._registry.run(run_id)
-        if run is None:
+        if run is None or (grant is not None and not is_of(run, grant)):
             raise UnknownRunError(f"there is no run {run_id!r}; ended runs are forgotten after a while")
         return run
 
-    async def newest(self, status: RunStatus | None, limit: int) -> tuple[Run, ...]:
-        return await self._registry.runs(status, limit)
+    async def newest(
+        self, status: RunStatus | None, limit: int, grant: Grant | None = None
+    ) -> tuple[Run, ...]:
+        return await self._registry.runs(status, limit, grant)
 
-    async def result(self, run_id: str) -> tuple[Run, AsyncIterator[bytes]]:
+    async def result(self, run_id: str, grant: Grant | None = None) -> tuple[Run, AsyncIterator[bytes]]:
         """Return a run that has ended with its answer, and the body of that in pieces.
 
         Raises:
             UnknownRunError, RunStateError: there is no such run, or it has no result.
         """
-        run = await self.find(run_id)
+        run = await self.find(run_id, grant)
         if run.status in OPEN:
             message = f"{run.id} is {run.status.value}: it has no result yet"
             raise RunStateError("run_not_ended", message, retry_after_s=_ENDED_RETRY_S)
@@ -241,12 +249,14 @@ class Runs:
             raise RunStateError("run_without_result", f"{run.id} is {run.status.value}: it has no result")
         return run, self._files.pieces(result_file(run.id))
 
-    async def cancel(self, run_id: str) -> Run:
+    async def cancel(self, run_id: str, grant: Grant | None = None) -> Run:
         """End a run. What it holds is given back before this returns. Cancelling it twice is no error.
 
         Raises:
             UnknownRunError, RunStateError: there is no such run, or it has ended in another way.
         """
+        if grant is not None:
+            await self.find(run_id, grant)
         begun = self._begun.get(run_id)
         if begun is not None:
             begun.is_cancelled = True

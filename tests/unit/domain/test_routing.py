@@ -1023,7 +1023,8 @@ def test_every_instance_that_has_the_model_or_may_have_it_is_tried_or_passed_ove
     assert len(told) == len(set(told))
     asked_for = request.model.partition("@")[0]
     keys = {key for _, key in told}
-    lane_known = request.lane is None or request.lane in settings.roles
+    lane = settings.roles.get(request.lane or "")
+    lane_known = request.lane is None or (lane is not None and lane.kind is request.kind)
     pin_known = pin_of(request) is None or snapshot.get(pin_of(request) or "")
     if asked_for == "m" and lane_known and pin_known:
         keys.add(model_key("m"))

@@ -63,7 +63,12 @@ def test_an_error_looks_as_a_real_server_s(recording: dict[str, Any]) -> None:
 def test_the_status_is_told_in_the_words_of_the_dialect(status: int, openai: str, anthropic: str) -> None:
     assert error_document(Dialect.NATIVE, status, TELLING) == {"error": TELLING}
     assert error_document(Dialect.OPENAI, status, TELLING) == {
-        "error": {"message": TELLING, "type": openai, "param": None, "code": None}
+        "error": {
+            "message": TELLING,
+            "type": openai,
+            "param": None,
+            "code": "rate_limit_exceeded" if status == 429 else None,
+        }
     }
     assert error_document(Dialect.ANTHROPIC, status, TELLING, "0a1b") == {
         "type": "error",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from manager.domain.judgement import GOOD
+from manager.domain.keys import Grant, Permit
 from manager.domain.roles import BodyChanges
 from manager.domain.rollout import Disagreement, Stage, Stages
 from manager.domain.routing import Refused, RequestFacts
@@ -98,17 +100,37 @@ def test_an_unload_passes_as_any_request() -> None:
     assert step.reason is Reason.UPSTREAM_UNREACHABLE
 
 
+UNKNOWN = Refused("unknown", Reason.MODEL_MISSING, "not found")
+FORBIDDEN = Refused("forbidden", Reason.POLICY, "the key may not")
+
+
 @pytest.mark.parametrize("stage", [Stage.OBSERVE, Stage.SHADOW, Stage.LANES])
-def test_what_a_limit_of_the_key_forbids_does_not_pass(stage: Stage) -> None:
+@pytest.mark.parametrize(
+    ("permit", "model", "role", "refused", "passes"),
+    [
+        (Permit("app", models=("tiny",)), "tiny", None, None, True),
+        (Permit("app", models=("tiny",)), "tiny", None, FORBIDDEN, False),
+        (Permit("app", models=("tiny",)), "other", None, UNKNOWN, False),
+        (Permit("app", models=("tiny",)), "tiny@nowhere", None, UNKNOWN, True),
+        (Permit("app", roles=frozenset({"output"})), "tiny", None, UNKNOWN, False),
+        (Permit("app", roles=frozenset({"output"})), "output", "output", UNKNOWN, True),
+        (Permit("app", roles=frozenset({"output"})), "control", "control", UNKNOWN, False),
+        (Permit("app", instances=frozenset({"a"})), "unknown", None, UNKNOWN, True),
+    ],
+)
+def test_what_a_limit_of_the_key_forbids_does_not_pass(  # noqa: PLR0917
+    stage: Stage, permit: Permit, model: str, role: str | None, refused: Refused | None, passes: bool
+) -> None:
     found = rig(Stages(stage, frozenset({"other"}), RAW))
-    refused = Refused(cast("Any", "forbidden"), Reason.POLICY, "the key may not")
-    found.router.decision = decision(refused=refused)
+    attempts = () if refused else (attempt("a"),)
+    found.router.decision = decision(*attempts, refused=refused, role=role)
     one = found.request()
-    permit = cast("Any", "a permit")
-    step = one.enter(FACTS._replace(permit=permit))
-    assert isinstance(step, Trouble)
-    assert (step.refused, step.message) == ("forbidden", "the key may not")
-    assert one.record.effective_target is None
+    one.grant = Grant("app", frozenset(), datetime(2026, 11, 28, tzinfo=UTC), permit=permit)
+    step = one.enter(FACTS._replace(model=model))
+    assert isinstance(step, Target) == passes
+    if not passes:
+        assert isinstance(step, Trouble)
+        assert (step.refused, one.record.effective_target) == ("forbidden", None)
 
 
 def test_observe_decides_only_for_the_limits_of_a_key() -> None:
@@ -216,7 +238,8 @@ async def test_a_change_is_in_force_at_once_and_after_a_restart_and_can_be_taken
     again, _ = await opened(registry)
     assert again.in_force.raw == Target("raw", RAW)
     await again.change({"stage": None, "raw_url": None})
-    assert (again.in_force.raw, again.partial, registry.saved) == (None, {}, {})
+    assert again.in_force.raw is None
+    assert (again.partial, registry.saved) == ({}, {})
 
 
 async def test_a_change_that_cannot_be_saved_or_contradicts_itself_changes_nothing() -> None:

@@ -1,0 +1,182 @@
+"""Quotas: the requests of each key in flight and a minute, and its tokens of a day."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+from manager.domain.usage import DAY_S, Span
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from datetime import date
+
+    from manager.domain.keys import Grant
+    from manager.domain.record import RequestRecord
+    from manager.services.ports import RequestStore
+
+# Keys whose use is kept in memory; more than there can be at the same time. At the bound the idle ones go.
+MOST_USES = 2000
+_MINUTE_S = 60
+# Requests are counted by tenth of a second: a key takes the same memory however many it may send. A tenth
+# counts until all of it is a minute ago, so that no minute has more requests than the limit.
+_SLICES_A_SECOND = 10
+_SLICES = _MINUTE_S * _SLICES_A_SECOND
+_RETRY_S = 1.0
+
+
+class Exceeded(NamedTuple):
+    """The limit of a key that a request is beyond, in words, and when another one is worth a try."""
+
+    message: str
+    retry_after_s: float
+
+
+class _Use:
+    """The use of one key."""
+
+    __slots__ = ("begun", "day", "in_flight", "minute", "tokens")
+
+    def __init__(self, day: date) -> None:
+        self.in_flight = 0
+        # Slices that are not over, each with its number of requests, and the sum of those.
+        self.begun: deque[list[int]] = deque()
+        self.minute = 0
+        self.day = day
+        self.tokens = 0
+
+    def forget_before(self, slice_: int) -> None:
+        """Forget the requests that began more than a minute ago."""
+        while self.begun and self.begun[0][0] < slice_ - _SLICES:
+            self.minute -= self.begun.popleft()[1]
+
+    def count(self, slice_: int) -> None:
+        if not self.begun or self.begun[-1][0] != slice_:
+            self.begun.append([slice_, 0])
+        self.begun[-1][1] += 1
+        self.minute += 1
+
+
+class Place:
+    """One request in flight. `leave` counts once however often it is called."""
+
+    __slots__ = ("_quotas", "_use")
+
+    def __init__(self, quotas: Quotas, use: _Use) -> None:
+        self._quotas = quotas
+        self._use: _Use | None = use
+
+    def leave(self, record: RequestRecord) -> None:
+        """Count the request as ended, and the tokens of its record."""
+        use, self._use = self._use, None
+        if use is not None:
+            use.in_flight -= 1
+            self._quotas.spent(use, (record.input_tokens or 0) + (record.output_tokens or 0))
+
+
+class Quotas:
+    """Owns the use of keys. Lives on the event loop; nothing waits.
+
+    Requests in flight and of the last minute are those of this process, and begin at zero. The tokens of the
+    day are those of requests that have ended: what is in flight when the limit is reached comes to its end.
+
+    Args:
+        now: seconds on a monotonic clock.
+        utcnow: the wall clock, which tells the day.
+    """
+
+    def __init__(self, *, now: Callable[[], float], utcnow: Callable[[], datetime]) -> None:
+        self._now = now
+        self._utcnow = utcnow
+        self._uses: dict[str, _Use] = {}
+
+    async def load(self, store: RequestStore, names: Iterable[str]) -> None:
+        """Read the tokens of the day from the history; once, before requests are served.
+
+        Args:
+            store: of the requests.
+            names: the keys with a limit.
+
+        Raises:
+            UnavailableError: the history cannot be read.
+        """
+        limited = frozenset(names)
+        if not limited:
+            return
+        now = self._utcnow()
+        begins = int(_midnight(now).timestamp())
+        found, _ = await store.usage(Span(begins, begins + DAY_S), ("key",), now_s=int(now.timestamp()))
+        for (name,), sums in found.items():
+            if name in limited:
+                self._use(name).tokens = sums.input_tokens + sums.output_tokens
+
+    def enter(self, grant: Grant) -> Place | Exceeded | None:
+        """Begin a request; None where its key has no such limits. A refused one counts for nothing."""
+        concurrency, rpm, most_tokens = grant.concurrency, grant.rpm, grant.tokens_per_day
+        if concurrency is rpm is most_tokens is None:
+            return None
+        use, who = self._use(grant.name), f"the key {grant.name!r}"
+        if concurrency is not None and use.in_flight >= concurrency:
+            message = f"{who} has {use.in_flight} requests in flight; its concurrency is {concurrency}"
+            return Exceeded(message, _RETRY_S)
+        if most_tokens is not None and use.tokens >= most_tokens:
+            message = f"{who} has used {use.tokens} tokens today (UTC); its tokens_per_day are {most_tokens}"
+            return Exceeded(message, self._to_midnight_s())
+        if rpm is not None:
+            now = self._now()
+            slice_ = math.floor(now * _SLICES_A_SECOND)
+            use.forget_before(slice_)
+            if use.minute >= rpm:
+                free_at = (use.begun[0][0] + _SLICES + 1) / _SLICES_A_SECOND
+                message = f"{who} has begun {use.minute} requests within a minute; its rpm is {rpm}"
+                return Exceeded(message, max(1, math.ceil(free_at - now)))
+            use.count(slice_)
+        use.in_flight += 1
+        return Place(self, use)
+
+    def in_flight(self, name: str) -> int:
+        """Return the requests of a key that have begun and not ended."""
+        use = self._uses.get(name)
+        return 0 if use is None else use.in_flight
+
+    def spent(self, use: _Use, tokens: int) -> None:
+        """Add the tokens of a request that has ended now."""
+        self._begin_day(use)
+        use.tokens += tokens
+
+    def _use(self, name: str) -> _Use:
+        use = self._uses.get(name)
+        if use is None:
+            if len(self._uses) >= MOST_USES:
+                self._drop_idle()
+            use = self._uses[name] = _Use(self._utcnow().date())
+        else:
+            self._begin_day(use)
+        return use
+
+    def _begin_day(self, use: _Use) -> None:
+        today = self._utcnow().date()
+        if use.day != today:
+            use.day, use.tokens = today, 0
+
+    def _drop_idle(self) -> None:
+        slice_, today = math.floor(self._now() * _SLICES_A_SECOND), self._utcnow().date()
+        idle = {name: use for name, use in self._uses.items() if not use.in_flight}
+        for name, use in idle.items():
+            use.forget_before(slice_)
+            if not use.minute and (use.day != today or not use.tokens):
+                del self._uses[name]
+        for name in idle:  # names that were given to so many keys today that most of them are gone
+            if len(self._uses) < MOST_USES:
+                break
+            self._uses.pop(name, None)
+
+    def _to_midnight_s(self) -> float:
+        now = self._utcnow()
+        return max(1, math.ceil((_midnight(now) + timedelta(days=1) - now).total_seconds()))
+
+
+def _midnight(now: datetime) -> datetime:
+    return datetime.combine(now.astimezone(UTC).date(), time(), UTC)
