@@ -107,7 +107,7 @@ def test_a_live_change_cuts_no_open_stream(gateway: Gateway) -> None:
             begun.set()
             answers[name] += list(lines)
 
-    threads = []
+    threads: list[threading.Thread] = []
     for name in ("all", "observe", "all"):
         command(gateway, "rollout", "set", name)
         begun = threading.Event()
