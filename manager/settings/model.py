@@ -506,6 +506,9 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 def _cloud_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver cloud needs a url")
+    elif instance.url.startswith("http://") and not is_loopback(urlsplit(instance.url).hostname or ""):
+        message = f"{instance.url!r} would carry the key in clear; expected https:// beyond this machine"
+        yield Refusal(key=("url",), message=message)
     for key in NOT_CLOUD:
         if key in instance.model_fields_set and getattr(instance, key) is not None:
             yield Refusal(key=(key,), message="not for driver cloud, whose server is somebody else's service")
