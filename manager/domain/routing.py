@@ -52,6 +52,7 @@ class Candidate:
     and `detail` adds to it in words. `serves` are the kinds of requests that it is there for. `overloads` is
     None where it is not overloaded. `denials` say which models it must not run, None where it may run any.
     One that is `paid` is used as a last resort only, for what its `offers` stand in for; it has no `models`.
+    `pulls` is whether its server can be asked to pull a model.
     """
 
     id: str
@@ -67,6 +68,7 @@ class Candidate:
     denials: Denials | None = None
     paid: bool = False
     offers: tuple[Offer, ...] = ()
+    pulls: bool = True
 
 
 @dataclass(frozen=True)
@@ -591,7 +593,11 @@ class _Decider:
         having, unread = self._snapshot.having(key), self._snapshot.unread()
         if not self._settings.auto_pull or any(places is None or one.id in places for one in having):
             return having, unread
-        without = (one for one in self._snapshot.candidates if one.models is not None and one not in having)
+        without = [
+            one
+            for one in self._snapshot.candidates
+            if one.models is not None and one.pulls and one not in having
+        ]
         return having, unread, tuple(without)
 
     def _ranking(self, leg: _Leg) -> tuple[str | None, Mapping[DeviceKind | None, int | None], bool]:

@@ -6,6 +6,7 @@ where the client has not asked for it.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _OK = 200
 # An event with tokens alone is short. A longer one is no such event, and passes.
 _MOST_EVENT_BYTES = 16 * 1024
+# Anthropic counts these beside the others.
+_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens"\s*:\s*(\d{1,15})')
 _LIMITS = ("max_tokens", "max_completion_tokens")
 # Fields that multiply the price or are paid for apart, with the values that cost nothing.
 _DEARER: Mapping[str, tuple[object, ...]] = MappingProxyType(
@@ -61,7 +64,7 @@ class Passing:
         self.path = route.path
         self._hides_usage = False
         self._event = bytearray()
-        self._tail = b""
+        self._start = self._tail = b""
 
     def request(
         self,
@@ -96,6 +99,8 @@ class Passing:
     def feed(self, data: bytes) -> bytes:
         """Return what the client gets of the next piece."""
         if not self._hides_usage:
+            if len(self._start) < _MOST_EVENT_BYTES:
+                self._start += data[:_MOST_EVENT_BYTES]
             self._tail = (self._tail + data)[-_MOST_EVENT_BYTES:]
             return data
         self._event += data
@@ -112,9 +117,12 @@ class Passing:
         rest = bytes(self._event)
         self._event.clear()
         if self.usage is None:
-            counts = token_counts(self._route.dialect, self._tail)
-            if counts != (None, None):
-                self.usage = Usage(counts[0] or 0, counts[1] or 0)
+            inputs, outputs = token_counts(self._route.dialect, self._tail)
+            if inputs is None:  # Anthropic says them in its first event
+                inputs, _ = token_counts(self._route.dialect, self._start)
+            if inputs is not None or outputs is not None:
+                cached = sum(int(found[1]) for found in _CACHED.finditer(self._start))
+                self.usage = Usage((inputs or 0) + cached, outputs or 0)
         return b"" if self._hides_usage and self._is_usage(rest) else rest
 
     def error(self, status: int, body: bytes) -> str:

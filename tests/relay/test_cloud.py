@@ -109,6 +109,16 @@ async def get(front: Front, path: str) -> Any:
     return reply.json()
 
 
+async def ended(front: Front, run: str) -> Any:
+    """A run, once it has ended."""
+    async with asyncio.timeout(30):
+        while True:
+            shown = await get(front, f"/api/v1/runs/{run}")
+            if shown["status"] not in ("queued", "running"):
+                return shown
+            await asyncio.sleep(0.02)
+
+
 def limit(path: str, tokens: int = 5) -> dict[str, int]:
     """The limit of an answer, which a native client does not say like that."""
     return {} if path == CHAT else {"max_tokens": tokens}
@@ -496,17 +506,19 @@ async def test_the_cloud_is_no_local_model(tmp_path: Path) -> None:
 
 async def test_the_routing_shows_when_it_would_be_used(tmp_path: Path) -> None:
     async with fronted(tmp_path, Provider()) as front:
-        path = "/api/runtime/compute/routing?model=pays"
-        shown = await get(front, path)
-        assert "decision" in shown, shown
-        assert [(one["instance"], one["because"]) for one in shown["decision"]["attempts"]] == [
+        path = "/api/runtime/compute/routing/explain"
+        shown = (await front.ask({"model": "pays"}, path, JSON)).json()
+        assert [(one["instance"], one["because"]) for one in shown["attempts"]] == [
             ("home", "running"),
             ("paid", "paid"),
         ]
-        shown = await get(front, path.replace("pays", "free"))
-        assert ("paid", "policy") in [
-            (one["instance"], one["reason"]) for one in shown["decision"]["passed_over"]
+        shown = (await front.ask({"model": "free"}, path, JSON)).json()
+        assert [(one["instance"], one["reason"], one["detail"]) for one in shown["passed_over"]] == [
+            ("paid", "policy", "the role 'free' has no paid_fallback")
         ]
+        roles = (await get(front, "/api/runtime/compute/routing"))["roles"]
+        assert (roles["pays"]["effective_target"], roles["emergency"]["effective_target"]) == ("home", "paid")
+        assert roles["emergency"]["fallback_reason"] == "model_missing"
 
 
 async def test_a_client_that_leaves_ends_the_paid_work(tmp_path: Path) -> None:
@@ -575,9 +587,7 @@ async def test_a_run_is_answered_by_the_cloud_as_well(tmp_path: Path) -> None:
         for body in (WHOLE, TINY):
             begun = await front.ask({"path": CHAT, "body": body}, "/api/v1/runs", JSON)
             run = begun.json()["id"]
-            async with asyncio.timeout(30):
-                while (shown := await get(front, f"/api/v1/runs/{run}"))["status"] in ("queued", "running"):
-                    await asyncio.sleep(0.02)
+            shown = await ended(front, run)
             assert shown["status"] == "succeeded", shown
             caller = await front.connect()
             path = f"/api/v1/runs/{run}/result"
@@ -589,10 +599,5 @@ async def test_a_run_is_answered_by_the_cloud_as_well(tmp_path: Path) -> None:
         assert (record.provider, record.input_tokens, record.output_tokens) == ("paid", INPUTS, OUTPUTS)
         provider.answer = is_cut
         begun = await front.ask({"path": CHAT, "body": TINY}, "/api/v1/runs", JSON)
-        async with asyncio.timeout(30):
-            while (shown := await get(front, f"/api/v1/runs/{begun.json()['id']}"))["status"] in (
-                "queued",
-                "running",
-            ):
-                await asyncio.sleep(0.02)
+        shown = await ended(front, begun.json()["id"])
         assert shown["status"] == "failed"

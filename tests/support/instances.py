@@ -50,6 +50,7 @@ class FakeInstance:
         self.on_volume: tuple[str, ...] | None = ("tiny",)
         self.listed: tuple[Mapping[str, Any], ...] | None = None
         self.listed_at = float("-inf")
+        self.headers: tuple[tuple[bytes, bytes], ...] = ()
         self.has_room = True
         self.no_room: Exception | None = None
         self.made_room: list[str] = []

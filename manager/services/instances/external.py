@@ -72,21 +72,21 @@ class ExternalInstance(Instance):
     async def _asked(self, endpoint: str, *, tags: bool) -> ProbeAnswer:
         upstream, timeout_s = self._world.upstream, self.spec.limits.probe_interval_s
         if self.spec.protocol is Protocol.OLLAMA:
-            return await upstream.probe(endpoint, timeout_s=timeout_s, tags=tags, headers=self._headers)
+            return await upstream.probe(endpoint, timeout_s=timeout_s, tags=tags, headers=self.headers)
         return await upstream.probe_openai(
             endpoint,
             timeout_s=timeout_s,
             models=tags,
             names=self.spec.model_names,
-            headers=self._headers,
+            headers=self.headers,
         )
 
     @property
-    def _headers(self) -> tuple[Header, ...]:
+    def headers(self) -> tuple[Header, ...]:
         return credentials(self.spec.protocol, self._key.value)
 
     def _place_at(self, endpoint: str) -> Place:
-        return Place(self.id, endpoint, self._headers, self.spec.protocol)
+        return Place(self.id, endpoint, self.headers, self.spec.protocol)
 
     @property
     def probed_endpoint(self) -> str | None:

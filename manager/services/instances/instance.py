@@ -236,7 +236,7 @@ class Instance(ABC):
             limit.reschedule(now)
 
     @property
-    def _headers(self) -> tuple[Header, ...]:
+    def headers(self) -> tuple[Header, ...]:
         """The headers of our own requests to its server."""
         return ()
 
@@ -388,7 +388,7 @@ class Instance(ABC):
             self.probe_bytes = _SHOWN_BYTES
             try:
                 answer = await self._world.upstream.show(
-                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s, headers=self._headers
+                    endpoint, model, timeout_s=self.spec.limits.probe_interval_s, headers=self.headers
                 )
             except UnavailableError:
                 self.own_bytes += _SHOWN_BYTES  # some of it may have come

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from manager.domain.drained import why_out
 from manager.domain.models import is_possible, model_key
 from manager.domain.routing import Attempt, State
+from manager.domain.target import Protocol
 from manager.domain.wording import listed, model_not_found
 from manager.errors import (
     ConflictError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from manager.domain.routing import Because, Candidate
+    from manager.domain.target import Target
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -166,6 +168,11 @@ class Loading:
         candidate = await self._candidate(instance, model)
         key = model_key(model)
         was_loaded = key in candidate.loaded
+        if instance.spec.protocol is not Protocol.OLLAMA:
+            if was_loaded:
+                return False
+            message = f"{instance.id} speaks the API of {instance.spec.protocol}, which loads no models"
+            raise ConflictError(message, instance=instance.id)
         attempt = Attempt(instance.id, model, None, _because(candidate, key))
         self._placement.refuse_denied(attempt)
         if explicit and isinstance(instance, Supervisor) and candidate.state is State.STARTABLE:
@@ -178,7 +185,7 @@ class Loading:
             try:
                 with nullcontext() if was_loaded else self._status.load(model):
                     async with instance.until_out():
-                        answer = await self._ask(lease.endpoint, instance.id, model, keep_alive)
+                        answer = await self._ask(lease.target, model, keep_alive)
                         await self._see(instance, model, answer)
             except UnavailableError as error:
                 self._status.failed(model, error.reason)
@@ -206,12 +213,11 @@ class Loading:
         assert candidate is not None  # noqa: S101  (every instance of the fleet is a candidate)
         return candidate
 
-    async def _ask(
-        self, endpoint: str, instance_id: str, model: str, keep_alive: KeepAlive | None
-    ) -> LoadAnswer:
-        answer = await self._sent(instance_id, endpoint, model, keep_alive, embeds=False)
+    async def _ask(self, target: Target, model: str, keep_alive: KeepAlive | None) -> LoadAnswer:
+        instance_id = target.instance
+        answer = await self._sent(target, model, keep_alive, embeds=False)
         if only_embeds(answer):
-            answer = await self._sent(instance_id, endpoint, model, keep_alive, embeds=True)
+            answer = await self._sent(target, model, keep_alive, embeds=True)
         status, error = answer.status, answer.error
         if status == _OK:
             if error is not None:
@@ -226,10 +232,12 @@ class Loading:
         raise _not_loaded(instance_id, model, error, judge(status, error).reason)
 
     async def _sent(
-        self, instance_id: str, endpoint: str, model: str, keep_alive: KeepAlive | None, *, embeds: bool
+        self, target: Target, model: str, keep_alive: KeepAlive | None, *, embeds: bool
     ) -> LoadAnswer:
         path, body = load_request(model, keep_alive, embeds=embeds)
-        async with self._server.ask(Question(instance_id, endpoint, "POST", path, _JSON, body)) as answer:
+        headers = (*_JSON, *target.headers)
+        question = Question(target.instance, target.endpoint, "POST", path, headers, body)
+        async with self._server.ask(question) as answer:
             return load_answer(answer.status, await _whole(answer))
 
     async def _see(self, instance: Instance, model: str, answer: LoadAnswer) -> None:

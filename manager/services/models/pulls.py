@@ -269,7 +269,8 @@ class Pulls:
             with prepared.lease as lease:
                 pull.prepared = prepared
                 raw = pull.body.raw(stream=True)
-                question = Question(lease.instance, lease.endpoint, "POST", "/api/pull", _HEADERS, raw)
+                headers = (*_HEADERS, *lease.target.headers)
+                question = Question(lease.instance, lease.endpoint, "POST", "/api/pull", headers, raw)
                 async with self._server.ask(question) as answer:
                     if answer.status != _OK:
                         raise await _refusal(answer, lease.instance)

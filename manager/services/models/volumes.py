@@ -242,7 +242,8 @@ class Volumes:
         if endpoint is None or all(model_key(loaded.name) != key for loaded in instance.models):
             return None
         body = orjson.dumps({"model": model, "keep_alive": 0})
-        question = Question(instance.id, endpoint, "POST", "/api/generate", _JSON, body)
+        headers = (*_JSON, *instance.headers)
+        question = Question(instance.id, endpoint, "POST", "/api/generate", headers, body)
         trouble = ""
         try:
             async with (

@@ -237,6 +237,7 @@ class Router:
             denials=self._denials(instance),
             paid=instance.spec.is_paid,
             offers=instance.spec.offers,
+            pulls=instance.spec.protocol is ServerProtocol.OLLAMA,
         )
 
 
