@@ -20,6 +20,7 @@ from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import Dialect
 from manager.wire.steps import run
 from manager.wire.translate.hub import Usage
+from manager.wire.translate.openai_answer import usage_in
 from manager.wire.usage import token_counts
 from manager.wire.values import changed_values
 
@@ -33,7 +34,7 @@ _OK = 200
 # An event with tokens alone is short. A longer one is no such event, and passes.
 _MOST_EVENT_BYTES = 16 * 1024
 # Anthropic counts these beside the others.
-_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens"\s*:\s*(\d{1,15})')
+_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens"\s*:\s*(\d{1,9})(?![\d.eE])')
 # A longer event is no longer held, whatever it has in it.
 _MOST_HELD_BYTES = 1024 * 1024
 
@@ -142,7 +143,7 @@ class Passing:
         usage = said.get("usage") if isinstance(said, dict) else None
         if not isinstance(usage, dict):
             return False
-        self.usage = Usage(_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+        self.usage = usage_in(usage) or self.usage
         choices = said.get("choices")
         return isinstance(choices, list) and not choices
 
@@ -157,8 +158,3 @@ def _cut(events: bytearray) -> tuple[list[bytes], bytes]:
             return whole, bytes(events[start:])
         whole.append(bytes(events[start : min(ends)]))
         start = min(ends)
-
-
-def _count(usage: dict[str, Any], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

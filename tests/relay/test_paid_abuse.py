@@ -371,7 +371,8 @@ async def test_a_stream_that_is_cut_never_ends_as_if_it_were_whole(tmp_path: Pat
     provider.answer = is_cut
     body: dict[str, Any] = {"model": "pays", "stream": True, "max_tokens": 5, "messages": SAYS}
     if path in ("/api/generate", COMPLETIONS):
-        body |= {"prompt": "hi"}
+        body["prompt"] = "hi"
+        del body["messages"]
     if path == "/v1/responses":
         body = {"model": "pays", "stream": True, "input": "hi"}
     if path in (CHAT, "/api/generate"):
