@@ -135,4 +135,6 @@ def _check_content(content: Any, place: str) -> None:
 
 
 def _refuse(what: str, why: str = "leave it out") -> NoReturn:
-    raise BadBodyError(f"{what} may cost more than the tokens of one answer, which is what is paid for: {why}")
+    raise BadBodyError(
+        f"{what} may cost more than the tokens of one answer, which is what is paid for: {why}"
+    )

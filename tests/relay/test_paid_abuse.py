@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import zlib
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.domain.runs import interrupted
 from tests.relay.test_budgets import budget, settled, spent
 from tests.relay.test_cloud import (
     ANTHROPIC,
@@ -16,8 +18,6 @@ from tests.relay.test_cloud import (
     JSON,
     KEY,
     OPENAI,
-    PRICES,
-    SETTINGS,
     TINY,
     WHOLE,
     broken,
@@ -30,7 +30,7 @@ from tests.support.inside import until
 from tests.support.provider import Provider, chunk, event, openai_answer, openai_events, refuses
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Mapping
     from pathlib import Path
 
     from tests.support.relaying import Conversation
@@ -117,7 +117,7 @@ async def test_what_costs_more_than_the_tokens_of_one_answer_is_refused_and_not_
 )
 async def test_a_role_cannot_raise_the_limit_that_is_paid_for(tmp_path: Path, sets: dict[str, Any]) -> None:
     provider = Provider()
-    role = {"overrides": sets}
+    role = {"body": {"overrides": sets}}
     async with fronted(tmp_path, provider, broken(), role=role, budgets=[budget(1)]) as front:
         await front.ask(WHOLE, OPENAI)
         asked = provider.seen[0].json()
@@ -127,7 +127,9 @@ async def test_a_role_cannot_raise_the_limit_that_is_paid_for(tmp_path: Path, se
 
 async def test_a_role_cannot_multiply_a_paid_answer(tmp_path: Path) -> None:
     provider = Provider()
-    async with fronted(tmp_path, provider, broken(), role={"overrides": {"n": 9}}, budgets=[budget(1)]) as front:
+    async with fronted(
+        tmp_path, provider, broken(), role={"body": {"overrides": {"n": 9}}}, budgets=[budget(1)]
+    ) as front:
         assert (await front.ask(WHOLE, OPENAI)).status == 500, "that of the local server"
         assert provider.seen == []
         assert await settled(front) == 0
@@ -200,7 +202,7 @@ async def test_a_request_without_any_answer_costs_all_that_was_reserved(tmp_path
 async def test_a_provider_that_cannot_be_connected_to_costs_nothing(tmp_path: Path) -> None:
     cloud = {"url": "http://127.0.0.1:9/v1"}
     async with fronted(tmp_path, Provider(), broken(), cloud=cloud, budgets=[budget(1)]) as front:
-        assert (await front.ask(WHOLE)).status == 502
+        assert (await front.ask({**WHOLE, "model": "emergency"})).status == 502
         assert await settled(front) == 0
 
 
@@ -221,7 +223,11 @@ async def test_a_provider_that_repeats_the_key_does_not_show_it_to_clients(tmp_p
         await talk.whole(200, json.dumps(openai_answer(f"it is {KEY}!")).encode())
 
     provider = Provider()
-    answers = [*(refuses(status, f"Bearer {KEY} is odd") for status in (400, 404, 429, 500)), in_stream, in_text]
+    answers = [
+        *(refuses(status, f"Bearer {KEY} is odd") for status in (400, 404, 429, 500)),
+        in_stream,
+        in_text,
+    ]
     async with fronted(tmp_path, provider, broken()) as front:
         for answer in answers:
             provider.answer = answer
@@ -251,7 +257,7 @@ async def test_an_answer_in_a_coding_that_was_not_asked_for_is_none(
     provider = Provider()
     provider.answer = gzipped
     async with fronted(tmp_path, provider, broken(), budgets=[budget(1)]) as front:
-        reply = await front.ask({**WHOLE, "stream": stream}, path)
+        reply = await front.ask({**WHOLE, "model": "emergency", "stream": stream}, path)
         assert reply.status == 502, reply.body
         assert b"gzip" in reply.body
         assert (await front.record()).outcome == "upstream_error"
@@ -359,7 +365,9 @@ async def test_a_redirect_is_not_followed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("at", range(5))
 @pytest.mark.parametrize("path", [CHAT, "/api/generate", OPENAI, COMPLETIONS, "/v1/responses", ANTHROPIC])
-async def test_a_stream_that_is_cut_never_ends_as_if_it_were_whole(tmp_path: Path, path: str, at: int) -> None:
+async def test_a_stream_that_is_cut_never_ends_as_if_it_were_whole(
+    tmp_path: Path, path: str, at: int
+) -> None:
     async def is_cut(talk: Conversation) -> None:
         await talk.begin("text/event-stream")
         events = openai_events(usage=True)
@@ -389,9 +397,6 @@ async def test_a_stream_that_is_cut_never_ends_as_if_it_were_whole(tmp_path: Pat
 
 
 async def test_an_idempotent_run_that_is_paid_is_not_repeated_after_a_crash(tmp_path: Path) -> None:
-    from manager.domain.runs import interrupted  # noqa: PLC0415
-    from datetime import UTC, datetime  # noqa: PLC0415
-
     provider = Provider()
     asked, go_on = asyncio.Event(), asyncio.Event()
 
@@ -411,6 +416,22 @@ async def test_an_idempotent_run_that_is_paid_is_not_repeated_after_a_crash(tmp_
         go_on.set()
         assert (await ended(front, reply.json()["id"]))["status"] == "succeeded"
     assert len(provider.seen) == 1
+
+
+async def test_a_run_reads_no_answer_in_a_coding_that_was_not_asked_for(tmp_path: Path) -> None:
+    async def gzipped(talk: Conversation) -> None:
+        await talk.whole(200, zlib.compress(b"{}", wbits=31), "Content-Encoding: gzip\r\n")
+
+    provider = Provider()
+    provider.answer = gzipped
+    async with fronted(tmp_path, provider, broken(), budgets=[budget(1)]) as front:
+        run = {"path": CHAT, "body": {**WHOLE, "model": "emergency"}}
+        reply = await front.ask(run, "/api/v1/runs", JSON)
+        shown = await ended(front, reply.json()["id"])
+        assert (shown["status"], shown["error"]["code"]) == ("failed", "invalid_output")
+        assert "gzip" in shown["error"]["message"]
+        assert len(provider.seen) == 1
+        assert await settled(front) > 0
 
 
 async def test_a_slow_provider_is_not_asked_twice(tmp_path: Path) -> None:
