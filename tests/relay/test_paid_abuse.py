@@ -138,7 +138,7 @@ async def test_a_role_cannot_multiply_a_paid_answer(tmp_path: Path) -> None:
 async def test_a_field_that_is_given_twice_is_sent_once(tmp_path: Path) -> None:
     """One reader takes the first of them, another the last."""
     provider = Provider()
-    raw = b'{"model":"pays","n":7,"messages":[{"role":"user","content":"x"}],"n":1,"max_tokens":3,"stream":false}'
+    raw = b'{"model":"pays","n":7,"messages":[{"role":"user","content":"x"}],"n":1,"stream":false}'
     async with fronted(tmp_path, provider, broken()) as front:
         caller = await front.connect()
         await caller.raw(
@@ -335,8 +335,9 @@ async def test_headers_of_a_provider_do_not_reach_clients(tmp_path: Path, where:
         evil = b"Set-Cookie: a=b\r\nX-Instance: other\r\nX-Cost-USD: 0\r\nX-Request-Id: mine\r\n"
         status = b"200 OK" if where == b"head" else b"400 Bad"
         await talk.send(
-            b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 %b\r\nContent-Type: application/json\r\n%b"
-            b"Content-Length: %d\r\n\r\n%b" % (status, evil, len(body), body)
+            b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\nHTTP/1.1 %b\r\n%b"
+            b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+            % (status, evil, len(body), body)
         )
 
     provider = Provider()
