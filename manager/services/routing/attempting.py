@@ -12,6 +12,7 @@ are decided here and nowhere else:
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -456,6 +457,8 @@ class Attempting:
         attempt, target = self.attempt, self.target
         assert attempt is not None  # noqa: S101  (something was attempted)
         self._stop_waiting()
+        if not sent and self._payment is not None:
+            self._payment.is_sent = False
         if sent and self.cut is not None:
             reason, message = Reason.CANCELLED, self.cut
         if self._is_delivered:
@@ -925,7 +928,9 @@ class Attempting:
         price = target.prices.get(attempt.model) if target.prices is not None else None
         if price is None or body is None or ledger is None:
             return self._unpaid(attempt, f"{attempt.instance} names no price for {attempt.model!r}")
-        limit, inputs = output_limit(price, body), body.most_input_tokens + self.changes.size
+        limit, size = output_limit(price, body), self.changes.size
+        # The whole body is read for it, however large it is.
+        inputs = size + await asyncio.to_thread(lambda: body.most_input_tokens)
         try:
             reserved = await ledger.reserve(
                 record,
