@@ -457,8 +457,6 @@ class Attempting:
         attempt, target = self.attempt, self.target
         assert attempt is not None  # noqa: S101  (something was attempted)
         self._stop_waiting()
-        if not sent and self._payment is not None:
-            self._payment.is_sent = False
         if sent and self.cut is not None:
             reason, message = Reason.CANCELLED, self.cut
         if self._is_delivered:
@@ -1024,6 +1022,8 @@ class Attempting:
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
         self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
+        if self._payment is not None and not sent:
+            self._payment.is_sent = False  # the server cannot have begun
         if self._raw is not None:
             self._routing.traffic.failed(attempt.instance, reason)
         elif not ours:

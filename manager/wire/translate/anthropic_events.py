@@ -178,8 +178,7 @@ class MessagesEvents:
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
                 count = usage.get(name)
-                is_count = isinstance(count, int) and not isinstance(count, bool)
-                if is_count and 0 <= count <= _MOST_COUNT:
+                if isinstance(count, int) and count is not True and 0 <= count <= _MOST_COUNT:
                     self._counts[name] = count
 
     def _ended(self) -> Ended:
