@@ -40,7 +40,7 @@ class ModelSettingsClient:
     Args:
         url: where the daemon is, `http://HOST:PORT`; None for what `$SETTINGS_API_URL` says, or else
             `http://127.0.0.1:11435`.
-        key: its operator key, if it has one.
+        key: one of the daemon with the scope `read`, where it needs one.
         ttl_s: how old values may be before they are read anew; 0 reads them each time.
         timeout_s: how long one question may take, for the connection and for each part of the answer.
         now: a monotonic clock in seconds.

@@ -57,6 +57,8 @@ if TYPE_CHECKING:
 
 # Where asynchronous runs are begun.
 RUNS_PATH = "/api/v1/runs"
+# Refusals whose code stands in the message: dialects have no place for it beside.
+_CODES = frozenset({"forbidden", "local_only"})
 # Why an attempt is made on a server that has nothing to load.
 _HELD = ("loaded", "paid")
 # How much longer a load that makes progress may take, each time that it is looked at.
@@ -681,7 +683,8 @@ class Attempting:
         if self._starts_nothing and refused.what == "local_only":
             return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+        message = f"{refused.message} ({refused.what})" if refused.what in _CODES else refused.message
+        return Trouble(refused.reason, message, self._retry_after_s(decision), refused=refused.what)
 
     def _retry_after_s(self, decision: Decision) -> float | None:
         """Return when a refused request is worth another try; None where nothing tells."""
