@@ -258,10 +258,8 @@ class Management:
         if limit:
             raise RefusedError(_FORBIDDEN, limit, "refused")
         catalogue = self._passing.catalogue
+        await catalogue.refresh(lists=True)
         found = catalogue.find(name, permit)
-        if found is None:
-            await catalogue.refresh(lists=True)
-            found = catalogue.find(name, permit)
         known = found.of if isinstance(found, Alias) else found
         if known is None:
             raise NoSuchModelError(model_not_found(name), "")

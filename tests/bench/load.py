@@ -1,6 +1,7 @@
 """`python -m tests.bench.load KIND PORT CONNECTIONS AMOUNT`: a load of one kind, and what it met, as JSON.
 
 `requests`: so many in all, each connection asking anew as soon as it is answered.
+$BENCH_KEY, where it is set, is sent with each of them.
 `streams`: one on each connection, so many lines each, begun within a second; tells when the first line came.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from typing import cast
@@ -19,9 +21,11 @@ _MESSAGES = '"messages":[{"role":"user","content":"' + "why is the sky blue? " *
 
 
 def _request(port: int, body: str) -> bytes:
+    key = os.environ.get("BENCH_KEY")
+    authorization = f"Authorization: Bearer {key}\r\n" if key else ""
     return (
         f"POST /api/chat HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nUser-Agent: load\r\nAccept: */*\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
+        f"{authorization}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}"
     ).encode()
 
 

@@ -6,12 +6,13 @@ counts is the ratio: on a busy machine both get slower.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,11 @@ class Measured:
 
 
 def relay_cost() -> Iterator[Row]:
-    """Requests, streams and latency of gateway and nginx; then the same requests with more instances."""
+    """Requests, streams and latency of gateway and nginx; then the same requests with more instances.
+
+    The gateway has everything on: lanes, breakers, history, budgets, and a key with limits. Both get the same
+    requests.
+    """
     if (os.cpu_count() or 1) < 2:
         raise MeasurementError("it takes two cores to measure a proxy beside its load")
     try:
@@ -75,7 +80,7 @@ def relay_cost() -> Iterator[Row]:
         stack.enter_context(_canned(ports))
         nginx = stack.enter_context(_nginx(home, ports[0]))
         direct = _latency(ports[0])
-        with _gateway(home / "1", ports[:1]) as (gateway, daemon):
+        with _gateway(home / "1", ports[:1], slots=1000, has_keys=True) as (gateway, daemon):
             ours, theirs = _measure((gateway, nginx), direct)
             resident = resident_bytes(gateway.pids[0]) / _MIB
             _check(daemon)
@@ -85,7 +90,7 @@ def relay_cost() -> Iterator[Row]:
 
 
 def _rows(ours: Measured, nginx: Measured, resident_mib: float) -> Iterator[Row]:
-    yield _times("CPU of a request", ours.request_us, nginx.request_us, 2.3, "us")
+    yield _times("CPU of a request, all on", ours.request_us, nginx.request_us, 2.8, "us")
     yield _times("CPU of a streamed line", ours.line_us, nginx.line_us, 1.6, "us")
     yield _times(f"first byte at {_STREAMS} streams, p50", ours.first_p50_ms, nginx.first_p50_ms, 2, "ms")
     yield _times(f"first byte at {_STREAMS} streams, p99", ours.first_p99_ms, nginx.first_p99_ms, 2, "ms")
@@ -195,11 +200,16 @@ def _check(daemon: Daemon) -> None:
     logged = daemon.log().count('"outcome":"ok"')
     counted = sum(
         float(line.rpartition(" ")[2])
-        for line in daemon.call("GET", "/metrics").text.splitlines()
+        for line in daemon.call("GET", "/metrics", headers=_headers()).text.splitlines()
         if line.startswith("ollama_manager_requests_total{")
     )
     if not 0 < logged <= counted:
         raise MeasurementError(f"{counted:g} requests were counted and {logged} logged")
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get("BENCH_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 @contextmanager
@@ -217,7 +227,9 @@ def _canned(ports: list[int]) -> Iterator[None]:
 
 
 @contextmanager
-def _gateway(home: Path, ports: list[int], *, slots: int | None = None) -> Iterator[tuple[Proxy, Daemon]]:
+def _gateway(
+    home: Path, ports: list[int], *, slots: int | None = None, has_keys: bool = False
+) -> Iterator[tuple[Proxy, Daemon]]:
     instances = {
         f"i{number}": {
             "driver": "external",
@@ -227,14 +239,39 @@ def _gateway(home: Path, ports: list[int], *, slots: int | None = None) -> Itera
         }
         for number, port in enumerate(ports)
     }
-    config = {"gpus": "none", "instances": instances, "log": {"format": "json"}}
+    config: dict[str, Any] = {"gpus": "none", "instances": instances, "log": {"format": "json"}}
+    if has_keys:
+        config["budgets"] = [{"scope": "global", "period": "month", "hard_usd": 1}]
     with Daemon(home, config, engine_url=f"unix://{home}/none.sock") as daemon:
         daemon.start(until_ready=False).wait_until_alive()
         assert daemon.process is not None
         pid = daemon.process.pid
         subprocess.run(["taskset", "-a", "-p", "-c", _PROXY_CORE, str(pid)], check=True, capture_output=True)
         wait_for(lambda: {one["phase"] for one in daemon.get("instances")["instances"]} == {"ready"})
-        yield Proxy("gateway", daemon.port, (pid,)), daemon
+        with _key(daemon) if has_keys else nullcontext():
+            yield Proxy("gateway", daemon.port, (pid,)), daemon
+
+
+@contextmanager
+def _key(daemon: Daemon) -> Iterator[None]:
+    """Have the load send a key whose every limit is counted and never reached."""
+    wanted = {
+        "name": "bench",
+        "scopes": ["admin"],
+        "instances": ["i0"],
+        "models": ["*"],
+        "concurrency": 10_000,
+        "rpm": 1_000_000,
+        "tokens_per_day": 10**12,
+    }
+    created = daemon.call("POST", "/api/v1/keys", json=wanted)
+    if created.status_code >= http.client.BAD_REQUEST:
+        raise MeasurementError(f"no key was made: {created.text}")
+    os.environ["BENCH_KEY"] = created.json()["secret"]
+    try:
+        yield
+    finally:
+        del os.environ["BENCH_KEY"]
 
 
 @contextmanager

@@ -17,7 +17,10 @@ from tests.support.provider import (
     TEXT,
     WORDS,
     Provider,
+    event,
     is_cut,
+    openai_answer,
+    openai_events,
     refuses,
     says_nonsense,
     speaks,
@@ -52,13 +55,14 @@ async def fronted(
     protocol: str = "openai",
     role: Mapping[str, Any] | None = None,
     cloud: Mapping[str, Any] | None = None,
+    slots: int | None = None,
     **sections: Any,
 ) -> AsyncIterator[Front]:
     """A gateway with one local server, and the provider behind it."""
     local = local or Scripted()
     async with local.serving(), provider.serving():
         instances = {
-            "home": {"driver": "external", "url": local.url},
+            "home": {"driver": "external", "url": local.url, "slots": slots},
             "paid": {
                 "driver": "cloud",
                 "protocol": protocol,
@@ -395,6 +399,56 @@ async def test_a_stream_that_is_cut_is_never_taken_for_whole(
         await until(lambda: front.at_rest)
 
 
+@pytest.mark.parametrize("path", [CHAT, OPENAI, ANTHROPIC])
+async def test_an_error_amid_a_stream_is_told(tmp_path: Path, path: str) -> None:
+    async def breaks_off(talk: Conversation) -> None:
+        await talk.begin("text/event-stream")
+        await talk.chunk(openai_events(usage=False)[1])
+        await talk.chunk(event({"error": {"message": "boom", "type": "server_error"}}))
+        await talk.end()
+
+    provider = Provider()
+    provider.answer = breaks_off
+    async with fronted(tmp_path, provider, broken()) as front:
+        reply = await front.ask({**TINY, "stream": True, **limit(path)}, path)
+        assert b"boom" in reply.body
+        assert (await front.record()).outcome == "upstream_error"
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.parametrize(
+    "usage", [None, "many", {"prompt_tokens": -5, "completion_tokens": "x"}, {"prompt_tokens": 10**30}]
+)
+@pytest.mark.parametrize("path", [CHAT, OPENAI])
+async def test_a_wrong_count_of_tokens_spoils_no_answer(tmp_path: Path, path: str, usage: Any) -> None:
+    async def miscounts(talk: Conversation) -> None:
+        await talk.whole(200, json.dumps({**openai_answer(), "usage": usage}).encode())
+
+    provider = Provider()
+    provider.answer = miscounts
+    async with fronted(tmp_path, provider, broken()) as front:
+        reply = await front.ask(WHOLE, path)
+        assert (reply.status, TEXT.split()[0].encode() in reply.body) == (200, True)
+        record = await front.record()
+        assert record.outcome == "ok"
+        assert min(record.input_tokens or 0, record.output_tokens or 0) >= 0
+        assert max(record.input_tokens or 0, record.output_tokens or 0) < 2**60
+
+
+async def test_a_provider_that_is_too_slow_is_given_up_and_asked_no_second_time(tmp_path: Path) -> None:
+    async def sleeps(talk: Conversation) -> None:
+        await talk.left()
+
+    provider = Provider()
+    provider.answer = sleeps
+    local = broken(lacks)
+    async with fronted(tmp_path, provider, local, role={"attempt_timeouts_s": [0.3]}) as front:
+        reply = await front.ask(WHOLE)
+        assert (reply.status, reply.headers["x-provider"]) == (504, "paid")
+        assert len(provider.seen) == 1
+        await until(lambda: front.at_rest)
+
+
 async def test_two_providers_are_tried_in_order_only_while_nothing_was_sent(tmp_path: Path) -> None:
     provider, down = Provider(), Provider()
     async with down.serving():
@@ -455,7 +509,17 @@ async def test_the_breaker_keeps_a_failing_provider_away(tmp_path: Path) -> None
         assert (shown["breaker"]["state"], shown["health"]) == ("open", "unhealthy")
 
 
-async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("limits", "slots", "status"),
+    [
+        ({"concurrency": 1, "queue": {"length": 0, "wait_s": 1}}, None, 429),
+        ({"queue": {"length": 0, "wait_s": 1}}, 1, 429),
+        ({"queue": {"length": 1, "wait_s": 0.2}}, 1, 503),
+    ],
+)
+async def test_a_busy_lane_does_not_spill_into_the_cloud(
+    tmp_path: Path, limits: dict[str, Any], slots: int | None, status: int
+) -> None:
     provider, local = Provider(), Scripted()
     held = asyncio.Event()
 
@@ -464,12 +528,11 @@ async def test_a_busy_lane_does_not_spill_into_the_cloud(tmp_path: Path) -> None
         await a_word(talk)
 
     local.answer = waits
-    role = {"concurrency": 1, "queue": {"length": 0, "wait_s": 1}}
-    async with fronted(tmp_path, provider, local, role=role) as front:
+    async with fronted(tmp_path, provider, local, role=limits, slots=slots) as front:
         first = asyncio.ensure_future(front.ask(WHOLE))
         await until(lambda: len(local.seen) == 1)
         reply = await front.ask(WHOLE)
-        assert reply.status == 429
+        assert reply.status == status
         held.set()
         assert (await first).status == 200
         assert provider.seen == []
@@ -510,6 +573,31 @@ async def test_a_missing_key_makes_it_unavailable_and_a_new_one_is_taken(tmp_pat
             shown = await get(front, "/api/runtime/compute/instances/paid")
             assert (shown["phase"], shown["health"], shown["reason"]) == ("ready", "healthy", None)
             assert shown["models"] == []
+
+
+async def test_a_paid_server_is_not_managed(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider) as front:
+        for call in ("start", "stop", "restart"):
+            reply = await front.ask(b"", f"/api/runtime/compute/instances/paid/{call}", JSON)
+            assert reply.status == 409, reply.body
+        for other in ("/api/show", "/api/pull", "/api/push"):
+            reply = await front.ask({"model": "gpt"}, other, {**JSON, "X-Instance": "paid"})
+            assert 400 <= reply.status < 500, (other, reply.body)
+            assert b"manages no models" in reply.body
+        reply = await front.ask({"model": "gpt"}, "/api/show", JSON)
+        assert reply.status == 404
+        assert (provider.seen, provider.asked) == ([], [])
+
+
+async def test_a_drained_paid_server_is_passed_over(tmp_path: Path) -> None:
+    provider = Provider()
+    async with fronted(tmp_path, provider, broken()) as front:
+        drain = "/api/runtime/compute/instances/paid/drain"
+        assert (await front.ask({"reason": "too dear"}, drain, JSON)).status == 200
+        reply = await front.ask({**WHOLE, "model": "emergency"})
+        assert (reply.status, "too dear" in reply.json()["error"]) == (503, True)
+        assert provider.seen == []
 
 
 async def test_the_cloud_is_no_local_model(tmp_path: Path) -> None:

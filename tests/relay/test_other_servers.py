@@ -35,10 +35,17 @@ async def fronted(
             instances["ollama"] = {"driver": "external", "url": ollama.url}
         async with relaying(home, {}, config={"instances": instances}) as front:
             for name in instances:
-                instance = front.daemon.fleet.get(name)
-                await until(instance.usable_endpoint, within_s=20)
-                await until(partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20)
+                await until(partial(is_usable, front, name), within_s=20)
             yield front
+
+
+def is_usable(front: Front, name: str) -> bool:
+    instance = front.daemon.fleet.get(name)
+    return instance.usable_endpoint() is not None and instance.listed is not None
+
+
+def is_probed(front: Front, name: str) -> bool:
+    return front.daemon.fleet.get(name).is_probed
 
 
 async def call(front: Front, path: str, method: str = "GET") -> Reply:
@@ -91,13 +98,11 @@ async def test_a_new_key_is_taken_from_its_file(tmp_path: Path) -> None:
     provider.key = "first"
     file.write_text("first\n")
     async with fronted(tmp_path, provider, key_file=str(file)) as front:
+        instance: Any = front.daemon.fleet.get("vllm")
         for key in ("first", "second"):
             file.write_text(f"{key}\n")
             provider.key = key
-            instance: Any = front.daemon.fleet.get("vllm")
-            await until(
-                partial(getattr, instance._key, "value"), lambda one: one == provider.key, within_s=20
-            )
+            await until(lambda: instance._key.value == provider.key, within_s=20)
             assert (await front.ask(WHOLE)).status == 200
             assert provider.seen[-1].header("authorization") == f"Bearer {key}"
 
@@ -249,11 +254,8 @@ async def test_another_manager_is_an_instance_with_a_key(
             other: Mapping[str, Any] = {"driver": "external", "url": inner.base_url}
             other = {**other, "key_env": key_env} if key_env else other
             async with relaying(tmp_path / "outer", {}, config={"instances": {"other": other}}) as outer:
-                instance = outer.daemon.fleet.get("other")
-                await until(partial(getattr, instance, "is_probed"), within_s=20)
+                await until(partial(is_probed, outer, "other"), within_s=20)
                 if key_env:
-                    await until(
-                        partial(getattr, instance, "listed"), lambda one: one is not None, within_s=20
-                    )
+                    await until(partial(is_usable, outer, "other"), within_s=20)
                 reply = await outer.ask({"model": "tiny", "stream": False})
                 assert reply.status == status, reply.body

@@ -65,7 +65,8 @@ class Fleet:
         instance = self.get(instance_id)
         if not isinstance(instance, Supervisor):
             raise ConflictError(
-                f"{instance_id} is external: it has no container of ours", instance=instance_id
+                f"{instance_id} is {instance.spec.driver.value}: it has no container of ours",
+                instance=instance_id,
             )
         return instance
 

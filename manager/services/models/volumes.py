@@ -11,9 +11,16 @@ import structlog
 
 from manager.domain.models import model_key
 from manager.domain.routing import Attempt, State, not_asked
+from manager.domain.target import Protocol
 from manager.domain.volumes import Member, readers, writers
 from manager.domain.wording import listed, model_not_found
-from manager.errors import ManagerError, Reason, UnavailableError, UnknownInstanceError
+from manager.errors import (
+    InvalidRequestError,
+    ManagerError,
+    Reason,
+    UnavailableError,
+    UnknownInstanceError,
+)
 from manager.services.models.model_lists import mount_of, volume_of
 from manager.services.ports import Question
 
@@ -87,8 +94,9 @@ class Volumes:
     # --- which volume ---
 
     def names(self) -> tuple[str, ...]:
-        """All volumes, in the order of the configuration; the first one is where new models go."""
-        return tuple(dict.fromkeys(volume_of(one.spec) for one in self._fleet.instances()))
+        """All volumes, in the order of the configuration; paid servers have none."""
+        specs = [one.spec for one in self._fleet.instances()]
+        return tuple(dict.fromkeys(volume_of(spec) for spec in specs if not spec.is_paid))
 
     def of(self, instance_id: str) -> str:
         """The volume of an instance.
@@ -103,11 +111,12 @@ class Volumes:
 
         Raises:
             UnknownInstanceError: there is no instance of that id.
+            InvalidRequestError: its server does not manage models.
             UnavailableError: there is no instance at all.
         """
         if pin is not None:
-            return self.of(pin)
-        names = self.names()
+            return self._pinned(pin)
+        names = self._managed()
         if not names:
             raise UnavailableError("there is no instance", reason=Reason.INSTANCE_UNAVAILABLE)
         return names[0]
@@ -122,10 +131,11 @@ class Volumes:
 
         Raises:
             UnknownInstanceError: there is no instance of that id.
+            InvalidRequestError: its server does not manage models.
             NoSuchModelError: no volume has it.
         """
         if pin is not None:
-            return self.of(pin)
+            return self._pinned(pin)
         self._router.snapshot()  # takes in what instances have listed since
         if having := self.having(model):
             return having[0]
@@ -133,7 +143,7 @@ class Volumes:
         if having := self.having(model):
             return having[0]
         snapshot = self._router.snapshot()
-        unread = [name for name in self.names() if self._lists.of(name) is None]
+        unread = [name for name in self._managed() if self._lists.of(name) is None]
         if not unread or snapshot.lacks(model_key(model)):
             raise NoSuchModelError(model_not_found(model), not_asked(snapshot.out_of_reach()))
         reachable = {self.of(one.id) for one in snapshot.unread() if one not in snapshot.out_of_reach()}
@@ -264,6 +274,24 @@ class Volumes:
                 await instance.probe()
         return None
 
+    def _managed(self) -> tuple[str, ...]:
+        """Return the volumes of servers that manage models; the first one is where new models go."""
+        specs = [one.spec for one in self._fleet.instances()]
+        return tuple(dict.fromkeys(volume_of(spec) for spec in specs if spec.protocol is Protocol.OLLAMA))
+
+    def _pinned(self, instance_id: str) -> str:
+        """Return the volume of an instance whose server manages models.
+
+        Raises:
+            UnknownInstanceError: there is no instance of that id.
+            InvalidRequestError: its server does not manage models.
+        """
+        spec = self._fleet.get(instance_id).spec
+        if spec.protocol is not Protocol.OLLAMA:
+            message = f"{instance_id} speaks the API of {spec.protocol.value}, which manages no models"
+            raise InvalidRequestError(message, instance=instance_id)
+        return volume_of(spec)
+
     def _members(self, volume: str) -> list[Member]:
         return [
             Member(one.id, _state(one), one.priority, writable=self._may_write(one.id))
@@ -274,8 +302,9 @@ class Volumes:
         return [one for one in self._router.snapshot().candidates if self.of(one.id) == volume]
 
     def _may_write(self, instance_id: str) -> bool:
-        mount = mount_of(self._fleet.get(instance_id).spec)
-        return mount is None or not mount.read_only
+        spec = self._fleet.get(instance_id).spec
+        mount = mount_of(spec)
+        return spec.protocol is Protocol.OLLAMA and (mount is None or not mount.read_only)
 
     def _attempts(self, ids: Iterable[str], model: str) -> tuple[Attempt, ...]:
         return tuple(

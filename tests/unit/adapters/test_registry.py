@@ -36,8 +36,9 @@ from manager.domain.history import Filters
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
-from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus
+from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus, is_of
 from manager.errors import RegistryCorruptError, RegistryUnwritableError
+from tests.support.keys import grant
 from tests.support.runs import a_run
 from tests.support.users import give
 
@@ -186,7 +187,7 @@ FULL_RUN = Run(
     path="/api/chat",
     model="tiny",
     lane="deep-rca",
-    caller=RunCaller("alpha", "why", "gpu0", True, ("a" * 32, "b" * 16, "01")),
+    caller=RunCaller("alpha", "why", "gpu0", True, ("a" * 32, "b" * 16, "01"), "ci"),
     idempotent=True,
     expires_s=60.5,
     body_bytes=12,
@@ -227,6 +228,31 @@ async def test_runs_are_listed_newest_first_by_status_and_up_to_a_limit(registry
     assert [run.number for run in await registry.runs(None, None)] == [4, 3, 2, 1]
     assert [run.number for run in await registry.runs(RunStatus.QUEUED, None)] == [3, 1]
     assert [run.number for run in await registry.runs(None, 1)] == [4]
+
+
+async def test_the_runs_of_a_key_are_those_that_it_has_submitted(registry: SqlRegistry) -> None:
+    ci = replace(grant("ci"), created_at=NOW)
+    callers = [RunCaller("default", key=name) for name in ("ci", "other", None, "ci", "ci")]
+    for number, caller in enumerate(callers, 1):
+        await registry.save_run(a_run(number, caller=caller))
+    # One of an earlier key of that name.
+    await registry.save_run(a_run(6, caller=callers[0], created_at=NOW - timedelta(microseconds=1)))
+    assert [run.number for run in await registry.runs(None, None, ci)] == [5, 4, 1]
+    assert [run.number for run in await registry.runs(RunStatus.QUEUED, 2, ci)] == [5, 4]
+    assert await registry.runs(RunStatus.RUNNING, None, ci) == ()
+    for run in await registry.runs(None, None):
+        assert is_of(run, ci) is (run.number in (5, 4, 1))
+
+
+async def test_a_run_of_an_earlier_version_has_no_key(path: Path) -> None:
+    registry = await open_registry(path)
+    await registry.save_run(a_run())
+    await registry.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE runs SET caller = json_remove(caller, '$.key')")
+    registry = await open_registry(path)
+    assert await registry.run(a_run().id) == a_run()
+    await registry.close()
 
 
 async def test_results_are_due_at_their_time_and_the_next_one_is_known(registry: SqlRegistry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,10 @@ from manager.domain.models import model_key
 from manager.domain.overload import Overloads
 from manager.domain.roles import Fallback, Policy, RequestKind, Role, RoutingSettings
 from manager.domain.routing import Decision, RequestFacts, Snapshot, decide, names_of_models
+from manager.domain.runs import RunCaller, is_of
 from manager.errors import Reason
+from tests.support.keys import grant
+from tests.support.runs import a_run
 from tests.unit.domain.test_paid import cloud, local
 from tests.unit.domain.test_routing import (
     IDS,
@@ -355,3 +359,14 @@ def test_a_role_without_a_model_answers_within_the_key() -> None:
     facts = RequestFacts("r", GENERATE, permit=permit("r t"))
     decision = decide(facts, RoutingSettings(roles), Snapshot((instance("a", CPU, "m", "n"),)))
     assert [(one.model, one.role) for one in attempts(decision)] == [("n", "t")]
+
+
+def test_a_run_belongs_to_the_key_that_submitted_it_and_to_no_later_one_of_its_name() -> None:
+    run = a_run(caller=RunCaller("default", key="ci"))
+    at = run.created_at
+    before, after = at - timedelta(seconds=1), at + timedelta(seconds=1)
+    assert is_of(run, replace(grant("ci"), created_at=before))
+    assert is_of(run, replace(grant("ci"), created_at=at))
+    assert not is_of(run, replace(grant("ci"), created_at=after))
+    assert not is_of(run, replace(grant("other"), created_at=before))
+    assert not is_of(a_run(), replace(grant("ci"), created_at=before))

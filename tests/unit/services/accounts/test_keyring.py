@@ -280,3 +280,10 @@ async def test_changes_are_events_without_a_secret(rig: Rig, keyring: Keyring) -
     events = await rig.registry.events_after(0, 100)
     assert [event.kind for event in events] == ["key_created", "key_created", "key_rotated", "key_revoked"]
     assert not any(secret in event.detail for secret in secrets for event in events)
+
+
+async def test_the_monthly_limits_of_keys_are_known_by_name(rig: Rig, keyring: Keyring) -> None:
+    assert keyring.monthly_limits() == {}
+    await keyring.create(rig.grant("ci", Scope.CLIENT, micro_usd_per_month=0))
+    await keyring.create(rig.grant("loose"))
+    assert keyring.monthly_limits() == {"ci": 0}

@@ -338,8 +338,8 @@ async def test_an_order_of_what_is_not_paid_is_refused_and_ignored_once_it_does_
     opened = await rig.opened()
     with pytest.raises(InvalidRequestError, match=r"fallback\.order: 'cpu' is no instance") as refused:
         await opened.change({}, {"order": ["cpu"]})
-    details: Any = refused.value.details
-    assert details["fields"][0]["field"] == "fallback.order"
+    fields: Any = refused.value.details["fields"]
+    assert fields[0]["field"] == "fallback.order"
     await rig.registry.save_overrides({"fallback.order": ["gone"], "fallback.nothing": 1})
     later = await rig.opened()
     assert {one.key for one in later.ignored} == {"fallback.order", "fallback.nothing"}
