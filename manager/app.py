@@ -45,6 +45,7 @@ from manager.parts import (
     paid_of,
     read_key,
     read_orders,
+    rollout_of,
     runs_of,
     slots_of,
     traffic_of,
@@ -311,7 +312,10 @@ async def open_daemon(
             details=details,
             now=time.monotonic,
         )
-        server = model_server(settings, pools)
+        server, rollout = (
+            model_server(settings, pools),
+            await rollout_of(registry, journal, loaded, make, model_settings),
+        )
         volumes = Volumes(
             fleet, router, placement, catalogue, lists, server=server, chosen=real_writers(settings)
         )
@@ -329,6 +333,7 @@ async def open_daemon(
             overload,
             keep=history.add,
             ledger=ledger,
+            rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
             cloud=CloudEvents(journal),
         )
@@ -386,11 +391,13 @@ async def open_daemon(
                 slots,
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
                 history=history,
+                rollout=rollout.in_force,
             ).render,
             refusals=refusals,
             history=history,
             keyring=keyring,
             ledger=ledger,
+            rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
         )
 

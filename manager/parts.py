@@ -39,6 +39,8 @@ from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
 from manager.services.requests_history import History, Retention
+from manager.services.routing.rollout import Rollout
+from manager.services.routing.stages import RolloutControl
 from manager.services.runs.execution import Execution
 from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
@@ -46,7 +48,9 @@ from manager.settings import (
     auto_gpu_spec,
     written_fallback,
     written_roles,
+    written_rollout,
 )
+from manager.settings.rollout import rollout_refusals
 from manager.settings.server_keys import read_server_key
 from manager.wire.caller import HeaderNames
 
@@ -74,7 +78,7 @@ if TYPE_CHECKING:
     from manager.services.routing.breakers import Breakers
     from manager.services.routing.overload import Overload
     from manager.services.world import World
-    from manager.settings import Settings
+    from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
     from manager.settings.model import LogSettings
 
@@ -332,6 +336,7 @@ class Reconfigure:
         self.sink.level = settings.log.level
         self.backend.history.retention = retention_of(settings)
         self.backend.ledger.budgets = budgets_of(settings)
+        self.backend.rollout.reconfigure(written_rollout(changed.loaded))
         if changed.applied:
             self.backend.journal.record("settings_reloaded", detail=", ".join(changed.applied))
 
@@ -354,6 +359,25 @@ def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) 
     history = History(store, retention=retention_of(settings), utcnow=utcnow)
     held.push_async_callback(history.close)
     return history
+
+
+async def rollout_of(
+    registry: SqlRegistry,
+    journal: Journal,
+    loaded: LoadedSettings,
+    make: Maker,
+    model_settings: ModelSettings,
+) -> RolloutControl:
+    """Return the stage of the rollout; what was changed at run time is in force."""
+    control = RolloutControl(
+        Rollout(journal),
+        registry,
+        journal,
+        written=written_rollout(loaded),
+        refusals=lambda section: rollout_refusals(section, make.settings, model_settings.routing.roles),
+    )
+    await control.load()
+    return control
 
 
 def budgets_of(settings: Settings) -> tuple[Budget, ...]:

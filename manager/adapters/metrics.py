@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from manager.domain.breaker import BreakerState
 from manager.domain.instance import Driver, Phase
+from manager.domain.rollout import Stage
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
     from manager.services.requests_history import History
+    from manager.services.routing.rollout import Rollout
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
@@ -41,6 +43,7 @@ class FleetMetrics:
         *,
         log_lines_dropped: Callable[[], int],
         history: History,
+        rollout: Rollout,
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
@@ -48,6 +51,7 @@ class FleetMetrics:
         self._slots = slots
         self._log_lines_dropped = log_lines_dropped
         self._history = history
+        self._rollout = rollout
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -110,8 +114,22 @@ class FleetMetrics:
         kept.add_metric(["dropped"], self._history.dropped)
         yield from (phases, in_flight, breakers, starts, memory, lost, engine, orphans, dropped, refused)
         yield kept
+        yield from self._stages()
         yield from self._lanes()
         yield from self._requests()
+
+    def _stages(self) -> Iterator[Metric]:
+        stage = GaugeMetricFamily(f"{_PREFIX}_rollout_stage", "1 for the stage in force", labels=["stage"])
+        for one in Stage:
+            stage.add_metric([one.value], float(self._rollout.stages.stage is one))
+        differences = CounterMetricFamily(
+            f"{_PREFIX}_rollout_disagreements",
+            "Answers of the raw server that differ from the decision beside them",
+            labels=["reason"],
+        )
+        for reason, count in self._rollout.disagreements.items():
+            differences.add_metric([reason.value], count)
+        yield from (stage, differences)
 
     def _lanes(self) -> Iterator[Metric]:
         in_flight = GaugeMetricFamily(

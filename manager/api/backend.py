@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Requests
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.stages import RolloutControl
     from manager.services.runs.runs import Runs
 
 
@@ -130,3 +131,4 @@ class Backend:
     keyring: Keyring
     ledger: Ledger
     runs: Runs
+    rollout: RolloutControl

@@ -104,7 +104,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
     async def list_instances(_query: Annotated[NoQuery, Query()]) -> Response:
         """All instances as they are now. Starts nothing and extends nothing."""
         bodies = [instance_json(state) for state in backend.overviews.current().instances]
-        return _json({"instances": bodies, "count": len(bodies)})
+        return _json({"instances": bodies, "count": len(bodies), **backend.rollout.partial})
 
     @router.get("/instances/{instance_id}", response_model=InstanceBody, responses=refusals(404))
     async def show_instance(instance_id: str, _query: Annotated[NoQuery, Query()]) -> Response:

@@ -35,9 +35,15 @@ def health_router(backend: Backend) -> APIRouter:
         The engine does not count where no instance has a container.
         """
         reasons = backend.first_look.why_not_ready()
-        body = ReadinessBody(status="not_ready" if reasons else "ready", reasons=list(reasons))
+        body = ReadinessBody(
+            status="not_ready" if reasons else "ready",
+            reasons=list(reasons),
+            **backend.rollout.partial,
+        )
         return Response(
-            body.model_dump_json(), status_code=503 if reasons else 200, media_type="application/json"
+            body.model_dump_json(exclude_none=True),
+            status_code=503 if reasons else 200,
+            media_type="application/json",
         )
 
     @router.get(

@@ -11,10 +11,12 @@ from starlette.responses import JSONResponse, Response
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.domain.roles import Mode, Policy, RequestKind, SystemMode
+from manager.domain.rollout import Stage  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.routing import missing_models
 from manager.errors import InvalidRequestError
 from manager.services.models.model_settings import NOTHING
 from manager.settings.overrides import Origin, role_key, setting_key
+from manager.settings.rollout import MOST_LANES, MOST_URL
 from manager.settings.routing import (
     LONGEST_ROLE_NAME,
     MOST_INSTANCES_OF_ROLE,
@@ -132,6 +134,14 @@ class RoleChange(_Shape):
     paid_fallback: StrictBool | None = None
 
 
+class RolloutChange(_Shape):
+    """The stage of the rollout, the roles of the stage `lanes`, and where all other requests pass."""
+
+    stage: Stage | None = None
+    lanes: Annotated[list[RoleName], Field(max_length=MOST_LANES)] | None = None
+    raw_url: Annotated[str, Field(max_length=MOST_URL)] | None = None
+
+
 class FallbackChange(_Shape):
     """The use of paid servers; `order` names instances of driver cloud, empty: all of them."""
 
@@ -152,6 +162,7 @@ class ModelsChange(_Shape):
     embedding_runtime_policy: PolicyWord = None
     embedding_target_instance: Target = None
     layer_routing: Annotated[dict[RoleName, Target], ByRole] = Field(default_factory=dict)
+    rollout: RolloutChange | None = None
     fallback: FallbackChange | None = None
     force_local: StrictBool | None = None
 
@@ -200,6 +211,14 @@ class WarningBody(_Shape):
     message: str
 
 
+class RolloutValues(_Shape):
+    """Requests that are not managed pass to `raw_url`: all in `observe` and `shadow`, none in `all`."""
+
+    stage: Stage
+    lanes: list[str]
+    raw_url: str | None
+
+
 class FallbackValues(_Shape):
     """The use of paid servers: none while `force_local` is on or `enabled` is off."""
 
@@ -213,6 +232,7 @@ class ModelsBody(_Shape):
     embedding_runtime_policy: Policy
     embedding_target_instance: str
     layer_routing: dict[str, str]
+    rollout: RolloutValues
     fallback: FallbackValues
     force_local: bool
     warnings: list[WarningBody]
@@ -260,6 +280,12 @@ class EffectiveRoleBody(_Shape):
     paid_fallback: EffectiveValue
 
 
+class EffectiveRollout(_Shape):
+    stage: EffectiveValue
+    lanes: EffectiveValue
+    raw_url: EffectiveValue
+
+
 class EffectiveFallback(_Shape):
     enabled: EffectiveValue
     force_local: EffectiveValue
@@ -279,6 +305,7 @@ class EffectiveModelsBody(_Shape):
     embedding_runtime_policy: EffectiveValue
     embedding_target_instance: EffectiveValue
     layer_routing: dict[str, EffectiveValue]
+    rollout: EffectiveRollout
     fallback: EffectiveFallback
     force_local: EffectiveValue
     ignored: list[IgnoredBody]
@@ -295,13 +322,18 @@ def model_settings_router(backend: Backend) -> APIRouter:
     @router.post("/models", response_model=ModelsBody, responses=refusals(503))
     async def change_models(change: ModelsChange, _query: Annotated[NoQuery, Query()]) -> Response:
         """Change values: in force at once, and kept across restarts. The answer has all values after it."""
+        rollout = _of_rollout(change)
+        if rollout:
+            backend.rollout.check(rollout)  # what is wrong with it is known before anything is changed
         await change_roles(backend.model_settings, _sayings(change), _of_fallback(change))
+        if rollout:
+            await backend.rollout.change(rollout)
         return JSONResponse(_values(backend))
 
     @router.get("/models/effective", response_model=EffectiveModelsBody, responses=refusals())
     async def show_effective_models(_query: Annotated[NoQuery, Query()]) -> Response:
         """The values in force, each with where it was said."""
-        return JSONResponse(_effective(backend.model_settings))
+        return JSONResponse(_effective(backend))
 
     return router
 
@@ -383,6 +415,13 @@ def _role_sayings(where: str, role: str, values: Mapping[str, Any] | None) -> It
                 yield f"{where}.{key}.{name}", role, f"{key}.{name}", inner
 
 
+def _of_rollout(change: ModelsChange) -> dict[str, Any]:
+    """Return the new values of `rollout`; null takes back whatever was changed."""
+    given = change.model_dump(mode="json", exclude_unset=True)
+    values = given.get("rollout", {})
+    return dict.fromkeys(RolloutValues.model_fields) if values is None else values
+
+
 def _two_things(one: str, other: str) -> InvalidRequestError:
     fields = [
         {"field": one, "message": f"says another thing than {other}; expected one of them"},
@@ -428,10 +467,21 @@ def _values(backend: Backend) -> dict[str, Any]:
         {"key": setting_key(role, "model"), "message": message}
         for role, message in missing_models(routing, snapshot)
     ]
-    return {**shaped, "warnings": warnings}
+    warnings += [
+        {"key": "rollout.lanes", "message": f"{lane!r} is no role any more"}
+        for lane in backend.rollout.values["lanes"].value
+        if lane not in routing.roles
+    ]
+    rollout = {field: one.value for field, one in backend.rollout.values.items()}
+    return {**shaped, "rollout": rollout, "warnings": warnings}
 
 
-def _effective(settings: ModelSettings) -> dict[str, Any]:
-    ignored = [{"key": one.key, "value": one.value, "reason": one.reason} for one in settings.ignored]
+def _effective(backend: Backend) -> dict[str, Any]:
+    settings, control = backend.model_settings, backend.rollout
+    ignored = [
+        {"key": one.key, "value": one.value, "reason": one.reason}
+        for one in (*settings.ignored, *control.ignored)
+    ]
     shaped = _shaped(settings, lambda one: {"value": one.value, "source": one.source})
-    return {**shaped, "ignored": ignored}
+    rollout = {field: {"value": one.value, "source": one.source} for field, one in control.values.items()}
+    return {**shaped, "rollout": rollout, "ignored": ignored}

@@ -10,6 +10,7 @@ import structlog
 from manager.api.answers import TEXT, answer, answer_error, answer_json, answer_wrong_method
 from manager.api.granted import permit_of
 from manager.api.management import Management
+from manager.api.raw import RawPassing
 from manager.api.transcription import Transcription
 from manager.domain.wording import model_not_found
 from manager.wire.listing import (
@@ -58,6 +59,7 @@ class OllamaApi:
         self._app = app
         self._catalogue = backend.passing.catalogue
         self._management = Management(backend.passing)
+        self._raw = RawPassing(backend.passing)
         transcription = Transcription(backend.passing)
         self._routes = routes
         self._handlers: dict[str, Handler] = {
@@ -72,6 +74,11 @@ class OllamaApi:
         }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._raw.may_serve(scope) and not self._is_for_page(scope):
+            body = await self._raw.serve(scope, receive, send)
+            if body is None:
+                return
+            receive = body
         methods = methods_of(scope["path"]) if scope["type"] == "http" else None
         if methods is None:
             await self._app(scope, receive, send)
@@ -97,8 +104,16 @@ class OllamaApi:
             return self._management
         return self._handlers.get(path)
 
+    def _is_for_page(self, scope: Scope) -> bool:
+        """Return whether a browser asks for the page of the manager."""
+        return (
+            scope["path"] == "/"
+            and _wants_page(scope)
+            and any(getattr(route, "path", None) == _PAGES for route in self._routes)
+        )
+
     async def _root(self, scope: Scope, _receive: Receive, send: Send) -> None:
-        if _wants_page(scope) and any(getattr(route, "path", None) == _PAGES for route in self._routes):
+        if self._is_for_page(scope):
             await answer(send, 307, None, b"", [(b"Location", _PAGES.encode())])
             return
         await answer(send, 200, TEXT, b"Ollama is running")

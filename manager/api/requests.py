@@ -80,6 +80,9 @@ class RequestBody(_Shape):
     input_tokens: int | None
     output_tokens: int | None
     cost_usd: float
+    shadow_target: str | None
+    shadow_refused: Reason | None
+    disagreement: str | None
     key: str | None
 
 

@@ -107,6 +107,7 @@ class DecisionBody(_Shape):
     `would_wait` says that no instance for the first one has a free slot: all that stand in for each other are
     full. A full instance is in `passed_over`, and among the attempts after those of its rank that are free.
     With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
+    With `passes_to_raw` they are what would be made if such requests were managed.
     """
 
     role: str | None
@@ -116,6 +117,7 @@ class DecisionBody(_Shape):
     passed_over: list[PassedOverBody]
     refused: RefusedBody | None
     runs_only: bool
+    passes_to_raw: bool
     would_wait: bool
 
 
@@ -219,5 +221,6 @@ def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
         ],
         "refused": refused and {"what": refused.what, "reason": refused.reason, "message": refused.message},
         "runs_only": decision.is_async,
+        "passes_to_raw": not backend.rollout.in_force.stages.manages(decision.role, decision.request.lane),
         "would_wait": bool(attempts) and attempts[0] in full,
     }

@@ -169,8 +169,11 @@ class InstanceBody(_Body):
 
 
 class InstancesBody(_Body):
+    """`rollout` is the stage, where not every request is managed."""
+
     instances: list[InstanceBody]
     count: int
+    rollout: Literal["observe", "shadow", "lanes"] | None = None
 
 
 class ChangeBody(_Body):
@@ -311,8 +314,11 @@ class HealthBody(_Body):
 
 
 class ReadinessBody(_Body):
+    """`rollout` is the stage, where not every request is managed."""
+
     status: Literal["ready", "not_ready"]
     reasons: list[str]
+    rollout: Literal["observe", "shadow", "lanes"] | None = None
 
 
 class ErrorDetail(_Body):

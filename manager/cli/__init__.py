@@ -10,6 +10,7 @@ from manager.cli.keys import keys_group
 from manager.cli.lanes import lanes_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
+from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
 from manager.cli.usage import usage_command
 
@@ -21,6 +22,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    rollout_group,
     keys_group,
     budgets_command,
     usage_command,

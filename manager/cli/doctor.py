@@ -14,6 +14,7 @@ import click
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
+from manager.cli.doctor_raw import raw_server
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
@@ -78,6 +79,8 @@ def examine(config: Path | None) -> Iterator[Finding]:
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
+    if settings.rollout.raw_url is not None:
+        yield raw_server(settings.rollout.raw_url, settings.gateway.connect_timeout_s)
     yield card_finding(cards, refused, needs)
     yield from _state(loaded)
 

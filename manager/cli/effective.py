@@ -85,8 +85,9 @@ def live_values(loaded: LoadedSettings) -> Live:
         return Live(note=f"what was changed over the API is left out, the daemon was not asked: {why}")
     values = {**_of_instances(loaded, instances), **_of_roles(loaded, models["roles"])}
     values |= {
-        ("fallback", field): one["value"]
-        for field, one in models.get("fallback", {}).items()
+        (section, field): one["value"]
+        for section in ("fallback", "rollout")
+        for field, one in models.get(section, {}).items()
         if one["source"] == "override"
     }
     return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")

@@ -14,7 +14,7 @@ import click
 
 from manager.cli.client import Daemon, DaemonUnreachableError, Event
 from manager.cli.failures import printable
-from manager.cli.tables import duration, orphan_lines, plain_table, terminal_view
+from manager.cli.tables import duration, orphan_lines, plain_table, rollout_lines, terminal_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,13 +37,13 @@ def show_status(endpoint: Endpoint, *, as_json: bool) -> None:
     instances, orphans = daemon.read_instances(document), daemon.read_orphans(document)
     if not sys.stdout.isatty():
         click.echo(plain_table(instances))
-        for line in orphan_lines(orphans):
+        for line in (*rollout_lines(document), *orphan_lines(orphans)):
             click.echo(line, err=True)  # stdout has one line an instance
         return
     from rich.console import Console  # noqa: PLC0415  (a pipe needs none of it)
 
     console = Console(highlight=False)
-    console.print(terminal_view(instances, console.width, orphans))
+    console.print(terminal_view(instances, console.width, orphans, rollout_lines(document)))
 
 
 def watch_status(locate: Callable[[], Endpoint], *, as_json: bool) -> None:
@@ -133,7 +133,7 @@ def _picture(watch: _Watch, width: int) -> RenderableType:
         away = duration(time.monotonic() - watch.since)
         parts.append(Text(f"daemon unreachable for {away}, last seen state below", style="bold red"))
         parts.append(Text(watch.trouble.message, style="red"))
-    parts.append(terminal_view(watch.instances, width, watch.orphans))
+    parts.append(terminal_view(watch.instances, width, watch.orphans, rollout_lines(watch.document)))
     events = list(watch.events)
     if events:
         parts.append(Text())
@@ -155,7 +155,7 @@ def _watch_in_lines(watch: _Watch, *, as_json: bool) -> None:
         if now != shown:
             click.echo(text, err=watch.trouble is not None)
             if watch.trouble is None and not as_json:
-                for line in orphan_lines(watch.orphans):
+                for line in (*rollout_lines(watch.document), *orphan_lines(watch.orphans)):
                     click.echo(line, err=True)
             shown = now
         watch.wait()
@@ -170,7 +170,7 @@ def _without_clock(document: dict[str, Any]) -> str:
     ]
     for one in instances:
         one["device"] = _without_memory(one["device"])
-    return json.dumps([instances, document.get("orphans")])
+    return json.dumps([instances, document.get("orphans"), document.get("rollout")])
 
 
 def _without_memory(device: dict[str, Any]) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from manager.cli.printing import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import RenderableType
     from rich.text import Text
@@ -46,6 +46,15 @@ class _Row:
     brief_device: str  # without the names of cards
 
 
+# What each stage of a rollout does.
+ROLLOUT_WORDS = {
+    "observe": "all requests pass to the raw server",
+    "shadow": "all requests pass to the raw server, and decisions are only recorded",
+    "lanes": "requests of the lanes named are managed, all others pass to the raw server",
+    "all": "all requests are managed",
+}
+
+
 def plain_table(instances: Sequence[Instance]) -> str:
     """One line an instance, nothing cut off; the reason comes last."""
     rows = [_row(instance) for instance in instances]
@@ -59,16 +68,16 @@ def plain_table(instances: Sequence[Instance]) -> str:
 
 
 def terminal_view(
-    instances: Sequence[Instance], width: int, orphans: Sequence[Orphan] = ()
+    instances: Sequence[Instance], width: int, orphans: Sequence[Orphan] = (), notes: Sequence[str] = ()
 ) -> RenderableType:
-    """A table where it fits into `width`, else a block for each instance; reasons and orphans in full below.
+    """A table where it fits into `width`, else a block for each instance; reasons and notes below.
 
     A narrow table does without some columns, then without the names of cards.
     """
     from rich.console import Group  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    below = [Text(line, style="yellow") for line in orphan_lines(orphans)]
+    below = [Text(line, style="yellow") for line in (*notes, *orphan_lines(orphans))]
     if not instances:
         return Group(Text("no instances are configured", style="dim"), *below)
     rows = [_row(instance) for instance in instances]
@@ -80,6 +89,13 @@ def terminal_view(
     if columns is None:
         return Group(*(part for row in rows for part in _block(row)), *below)
     return Group(_table(rows, columns), *(part for row in rows for part in _remarks(row)), *below)
+
+
+def rollout_lines(document: Mapping[str, Any]) -> list[str]:
+    """Return a line about the stage of the rollout, where not every request is managed."""
+    stage = document.get("rollout")
+    words = ROLLOUT_WORDS.get(stage) if isinstance(stage, str) else None
+    return [] if words is None else [f"rollout: stage {stage} - {words}"]
 
 
 def orphan_lines(orphans: Sequence[Orphan]) -> list[str]:

@@ -100,7 +100,7 @@ def request_sentence(
     if not record["fallback"]:
         out = [one for one in decision["passed_over"] if one["reason"] != _RULED_OUT]
         parts.append(_named(map(passed_over_words, out)))
-    parts += _waits(record)
+    parts += [*_waits(record), _shadow(record)]
     if is_open:
         took = duration_words(record["duration_ms"])
         parts.append(f"open for {took}" + (f", waits for {waits_for}" if waits_for else ""))
@@ -113,10 +113,16 @@ def decision_sentence(decision: Mapping[str, Any], asked: str) -> str:
     """Return one sentence about where a request would go.
 
     Args:
-        decision: with `attempts`, `passed_over`, `refused`, `role`, `runs_only` and `would_wait`, in the
-            shape of the API.
+        decision: with `attempts`, `passed_over`, `refused`, `role`, `runs_only`, `would_wait` and
+            `passes_to_raw`, in the shape of the API.
         asked: the name that the request would give.
     """
+    if decision["passes_to_raw"]:
+        return f"{asked} passes to rollout.raw_url; managed, {_would_go(decision, asked)}"
+    return _would_go(decision, asked)
+
+
+def _would_go(decision: Mapping[str, Any], asked: str) -> str:
     refused, attempts = decision["refused"], decision["attempts"]
     one = asked
     if decision["runs_only"]:
@@ -176,6 +182,15 @@ def _gone(record: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
         since = _since(record["fallback_reason"], decision["passed_over"], record["fallback_from"])
         return f"{words}, since {since}"
     return words
+
+
+def _shadow(record: Mapping[str, Any]) -> str:
+    """Return what a decision that was only recorded would have done; empty where there was none."""
+    target, refused, differs = record["shadow_target"], record["shadow_refused"], record["disagreement"]
+    if target is None and refused is None:
+        return ""
+    words = f"managed it would go to {target}" if target else f"managed it would be refused ({refused})"
+    return f"{words} - disagreement: {differs}" if differs else words
 
 
 def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str | None) -> str:

@@ -40,6 +40,9 @@ class RequestRecord:
     `provider` is `LOCAL`, or the paid server that was asked. `fallback_from` is the instance or policy that
     was preferred, None without a fallback. `key` is the name of the client's key, None where none is needed.
 
+    `shadow_target` is the instance that a decision names which is only recorded, `shadow_refused` why it
+    would refuse, and `disagreement` how it differs from the answer.
+
     The class has no slots: `begun` reads the defaults from the class.
     """
 
@@ -78,6 +81,9 @@ class RequestRecord:
     output_tokens: int | None = None
     cost_usd: float = 0.0
     key: str | None = None
+    shadow_target: str | None = None
+    shadow_refused: Reason | None = None
+    disagreement: str | None = None
 
     @classmethod
     def begun(

@@ -19,11 +19,15 @@ class Operation(StrEnum):
 
 
 class OrderKind(StrEnum):
-    """The kinds of orders for an instance of any driver, stored beside its row."""
+    """The kinds of orders for an instance of any driver, stored beside its row.
+
+    `ROLLOUT` is for no instance: its id is empty.
+    """
 
     DRAINED = "drained"
     LIFTED = "lifted"
     IMAGE = "image"
+    ROLLOUT = "rollout"
 
 
 @dataclass(frozen=True, slots=True)

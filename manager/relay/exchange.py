@@ -22,8 +22,9 @@ from manager.relay.translated import NO_CHANGES, Translated, early_provider, pay
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.attempting import RUNS_PATH, Attempting, Trouble, Wait
 from manager.services.steps import in_steps
-from manager.wire.body import SMALL_BYTES, read_body, reading
+from manager.wire.body import SMALL_BYTES, InferenceBody, read_body, reading
 from manager.wire.dialect import message_of
+from manager.wire.encoding import CONTENT_ENCODING
 from manager.wire.errors import BadBodyError, BodyTooLargeError, NoRoomError
 from manager.wire.offload import asks_for_cpu
 from manager.wire.rewriting import body_for, rewriting
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from manager.relay.relay import Relay
     from manager.relay.upstream import UpstreamConnection, UpstreamPool
     from manager.services.routing.attempting import Step
-    from manager.wire.body import Buffer, InferenceBody
+    from manager.wire.body import Buffer
     from manager.wire.routes import Route
 
 _log = structlog.get_logger("relay")
@@ -141,6 +142,7 @@ class Exchange:
     _record: RequestRecord | None = None
     _attempting: Attempting | None = None
     _body: InferenceBody | None = None
+    _as_came: tuple[bytes, ...] | None = None  # the body, where it may pass to the raw server
     _task: asyncio.Task[None] | None = None
     _connection: UpstreamConnection | None = None
     _load: tuple[str, str] | None = None
@@ -623,6 +625,8 @@ class Exchange:
     # --- from the request to a server ---
 
     def _begin(self) -> None:
+        if self._relay.routing.rollout.raw is not None:
+            self._as_came = tuple(self._parts)
         try:
             if self._size <= SMALL_BYTES and self._caller.encoding is None:
                 parts = self._parts
@@ -639,11 +643,15 @@ class Exchange:
         most, encoding, encoded_bytes = self._relay.limits.most_body_bytes, self._caller.encoding, self._size
         steps = reading(self._parts, self._route, most, encoding, self._take_bytes)
         try:
-            body = await in_steps(steps)
+            # Where it may pass to the raw server, the body is held as it came, too.
+            has_room = self._as_came is None or encoding is not None or self._take_bytes(encoded_bytes)
+            body = await in_steps(steps) if has_room else None
         except NoRoomError:
+            body = None
+        if body is None:
             self._fail(UNAVAILABLE, _NO_ROOM, "refused", LATER)
             return
-        if encoding is not None:
+        if encoding is not None and self._as_came is None:
             self._size -= encoded_bytes
             self._relay.bodies.give_back(encoded_bytes)
         self._task = None
@@ -663,7 +671,10 @@ class Exchange:
         self._body = body
         model = body.model or record.lane
         if not model:
-            self._fail(400, "model is required", "client_error")
+            if self._may_pass_unread():
+                self._pass_unread(body)
+            else:
+                self._fail(400, "model is required", "client_error")
             return
         record.stream = body.stream
         record.model = model
@@ -680,6 +691,13 @@ class Exchange:
             self._spawn(partial(self._unload, facts))
         else:
             self._follow(attempting.enter(facts, body))
+
+    def _pass_unread(self, body: InferenceBody) -> None:
+        """Pass a request that names no model to the raw server, which judges it."""
+        attempting = self._attempting
+        assert attempting is not None  # noqa: S101  (its turn has come)
+        self._body = body
+        self._follow(attempting.enter(RequestFacts("", self._route.kind, local_only=True)))
 
     async def _unload(self, facts: RequestFacts) -> None:
         """Unload the model from every instance that runs; start none for it."""
@@ -786,6 +804,9 @@ class Exchange:
         assert attempting is not None  # noqa: S101
         if self._translated is not None:
             self._put(connection, (self._translated.content,), NO_CHANGES)
+        elif attempting.is_raw:
+            # The stage may have changed while the body was read.
+            self._put(connection, (body.raw,) if self._as_came is None else self._as_came, NO_CHANGES)
         elif body.is_small:
             attempt, changes = attempting.attempt, attempting.changes
             assert attempt is not None  # noqa: S101
@@ -819,8 +840,11 @@ class Exchange:
             self._connection = connection
             connection.send(self, self._translated.head_for(connection.address), pieces)
             return
+        added = target.headers
+        if self._as_came is not None and attempting.is_raw and self._caller.encoding is not None:
+            added = (*added, (CONTENT_ENCODING, self._caller.encoding.encode()))
         head = b"%bX-Request-Id: %b\r\ntraceparent: %b\r\nContent-Length: %d\r\n\r\n" % (
-            self._caller.head_for(connection.address, self._target, target.headers),
+            self._caller.head_for(connection.address, self._target, added),
             record.request_id.encode(),
             traceparent(record.trace_id, record.span_id, sampled=record.sampled),
             len(pieces[0]) if len(pieces) == 1 else sum(map(len, pieces)),
@@ -973,12 +997,27 @@ class Exchange:
             if isinstance(error, BodyTooLargeError):
                 self._fail(413, str(error), "client_error")
             elif isinstance(error, BadBodyError):
+                if self._body is None and self._may_pass_unread():
+                    self._pass_unread(InferenceBody(b"", {}, "", stream=False, exact=False))
+                    return
                 self._fail(400, str(error), "client_error")
             else:
                 _log.error("request_failed", path=self._route.path, exc_info=error)
                 self._fail(500, "the manager failed; its log says more", "refused")
-        finally:
-            self._finish("refused")  # also where the client cannot even be told
+        except Exception:
+            self._finish("refused")  # the client cannot even be told
+            raise
+        self._finish("refused")
+
+    def _may_pass_unread(self) -> bool:
+        """Return whether a body that names no model, or cannot be read, goes to the raw server."""
+        record = self._record
+        if self._as_came is None or record is None:
+            return False
+        grant = self._caller.grant
+        if grant is not None and grant.permit is not None:
+            return False  # the raw server might read a model in it that the key does not permit
+        return not self._relay.routing.rollout.stages.manages(None, record.lane)
 
     def _spawn(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
         self._task = self._relay.spawn(self._guarded(work))
@@ -1019,6 +1058,8 @@ class Exchange:
 
     def _drop_body(self) -> None:
         self._parts.clear()
+        if self._as_came is not None:
+            self._as_came = ()
         size, self._size = self._size, 0
         if size:
             self._relay.bodies.give_back(size)

@@ -4,6 +4,7 @@ from manager.settings.fallback_overrides import written_fallback
 from manager.settings.load import LoadedSettings, key_weaknesses, load_settings, read_keys
 from manager.settings.model import InstanceSettings, ScheduleSettings, Settings
 from manager.settings.overrides import written_roles
+from manager.settings.rollout import written_rollout
 from manager.settings.routing import (
     GatewaySettings,
     ModelsSettings,
@@ -41,4 +42,5 @@ __all__ = [
     "template_warnings",
     "written_fallback",
     "written_roles",
+    "written_rollout",
 ]

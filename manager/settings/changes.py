@@ -57,6 +57,7 @@ LIVE = frozenset(
         "log.level",
         "audit",
         "budgets",
+        "rollout",
     )
 )
 

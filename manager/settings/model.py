@@ -30,6 +30,7 @@ from manager.settings.addresses import (
     listen_host,
 )
 from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
+from manager.settings.rollout import RolloutSettings, rollout_refusals
 from manager.settings.routing import (
     ANY_INSTANCE,
     GatewaySettings,
@@ -414,6 +415,7 @@ class Settings(BaseSettings):
     log: LogSettings = Field(default_factory=LogSettings)
     audit: AuditSettings = Field(default_factory=AuditSettings)
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
+    rollout: RolloutSettings = Field(default_factory=RolloutSettings)
 
     @classmethod
     def settings_customise_sources(
@@ -435,6 +437,7 @@ class Settings(BaseSettings):
                 *_loop_refusals(self),
                 *_routing_refusals(self),
                 *repeated(self.budgets),
+                *_rollout_refusals(self),
             ]
         )
         return self
@@ -442,7 +445,18 @@ class Settings(BaseSettings):
 
 # The sections that the last validator compares; while one of them is wrong its verdict means nothing.
 COMPARED = frozenset(
-    {"server", "manager_id", "instances", "gpus", "schedules", "roles", "models", "fallback", "budgets"}
+    {
+        "server",
+        "manager_id",
+        "instances",
+        "gpus",
+        "schedules",
+        "roles",
+        "models",
+        "fallback",
+        "budgets",
+        "rollout",
+    }
 )
 
 
@@ -492,6 +506,9 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 def _cloud_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver cloud needs a url")
+    elif instance.url.startswith("http://") and not is_loopback(urlsplit(instance.url).hostname or ""):
+        message = f"{instance.url!r} would carry the key in clear; expected https:// beyond this machine"
+        yield Refusal(key=("url",), message=message)
     for key in NOT_CLOUD:
         if key in instance.model_fields_set and getattr(instance, key) is not None:
             yield Refusal(key=(key,), message="not for driver cloud, whose server is somebody else's service")
@@ -551,6 +568,11 @@ def _loop_refusals(settings: Settings) -> Iterator[Refusal]:
         if parts.port == settings.server.port and (is_loopback(host) or host == settings.server.host):
             message = "this is the daemon's own address; expected another server's"
             yield Refusal(key=("instances", instance_id, "url"), message=message)
+
+
+def _rollout_refusals(settings: Settings) -> Iterator[Refusal]:
+    for refusal in rollout_refusals(settings.rollout, settings, settings.roles):
+        yield Refusal(key=("rollout", *refusal.key), message=refusal.message)
 
 
 def _routing_refusals(settings: Settings) -> Iterator[Refusal]:

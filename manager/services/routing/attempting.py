@@ -12,7 +12,7 @@ are decided here and nowhere else:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -21,8 +21,8 @@ from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
 from manager.domain.models import model_key
 from manager.domain.record import LOCAL
-from manager.domain.roles import RequestKind
-from manager.domain.routing import PassedOver
+from manager.domain.roles import BodyChanges, RequestKind
+from manager.domain.routing import PassedOver, Refused
 from manager.errors import ManagerError, Reason
 from manager.services.accounts.payment import Payment, output_limit
 from manager.services.accounts.quotas import Exceeded
@@ -30,6 +30,7 @@ from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.lanes.slots import FULL, Refusal
 from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
+from manager.services.routing.rollout import RawAttempts, Rollout
 from manager.services.routing.router import RUNNING, Attempts
 
 if TYPE_CHECKING:
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from manager.domain.judgement import Judgement
     from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
-    from manager.domain.roles import BodyChanges
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
     from manager.services.accounts.ledger import Ledger
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
 RUNS_PATH = "/api/v1/runs"
 # Refusals whose code stands in the message: dialects have no place for it beside.
 _CODES = frozenset({"forbidden", "local_only"})
+# The body of a request to the raw server is sent as it came.
+_NO_CHANGES: Final = BodyChanges()
 # Why an attempt is made on a server that has nothing to load.
 _HELD = ("loaded", "paid")
 # How much longer a load that makes progress may take, each time that it is looked at.
@@ -126,6 +128,7 @@ class Routing:
     overload: Overload
     keep: Callable[[Ended], None] = _forget
     ledger: Ledger | None = None
+    rollout: Rollout = field(default_factory=Rollout)
     quotas: Quotas | None = None
     cloud: CloudEvents | None = None
 
@@ -200,7 +203,8 @@ class Attempting:
     heard = ""
     message = ""
     start_ms: float | None = None
-    _attempts: Attempts | FixedAttempts | None = None
+    _attempts: Attempts | FixedAttempts | RawAttempts | None = None
+    _raw: RawAttempts | None = None  # the same, where the request passes to the raw server
     _failures: tuple[Failure, ...] = ()
     _lease: Lease | None = None
     _place: Place | None = None
@@ -244,7 +248,15 @@ class Attempting:
         self._body = body
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
+        if self._routing.rollout.raw is not None:
+            step = self._pass(self._facts)
+            if step is not None:
+                return step
         return self._decide(waits=True)
+
+    def enter_raw(self) -> Step:
+        """Pass a request that names no model to the raw server, which must be there."""
+        return self._pass_to_raw(RawAttempts(""))
 
     def enter_running(self, facts: RequestFacts) -> Step:
         """As `enter`, for a request that concerns running instances only, such as an unload.
@@ -306,7 +318,8 @@ class Attempting:
         target = self.target
         if target is not None and target.prices is not None:
             record.provider = target.instance
-        if record.kind is not None:  # a request that manages models does not use them
+        # A request that manages models does not use them, and the models of the raw server are not ours.
+        if record.kind is not None and self._raw is None:
             self._routing.status.sent(self)
         if self._conversation:
             self._routing.router.affinity.note(self._conversation, attempt.instance)
@@ -357,13 +370,13 @@ class Attempting:
         ahead = None if self._place is None else self._place.ahead
         if ahead is not None:
             return f"a slot, {ahead} ahead in the queue"
-        if self.attempt is None:
-            return None
+        if self.attempt is None or self._raw is not None:
+            return None  # nothing comes before the answer of the raw server
         return f"{self.attempt.instance} ({self.heard})" if self.heard else self.attempt.instance
 
     def expect_on_cpu(self) -> None:
         """The request asks for the model to be computed by the processor."""
-        if self.attempt is not None:
+        if self.attempt is not None and self._raw is None:
             self._routing.placement.expect_on_cpu(self.attempt)
 
     def spend(self) -> None:
@@ -374,7 +387,14 @@ class Attempting:
     def changes(self) -> BodyChanges:
         """The changes to the body of the request for the current attempt."""
         assert self.attempt is not None  # noqa: S101
+        if self._raw is not None:
+            return _NO_CHANGES
         return self._routing.router.changes_for(self.attempt)
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the request passes to the raw server as it came."""
+        return self._raw is not None
 
     @property
     def most_tokens(self) -> int | None:
@@ -532,6 +552,9 @@ class Attempting:
             self._payment.is_refused = True
         if reason is None:
             return None
+        if self._raw is not None:
+            self._routing.traffic.failed(attempt.instance, reason)
+            return None
         if self._is_fixed and reason is Reason.MODEL_MISSING:
             if attempt.model:
                 self._routing.placement.reread_models(attempt.instance)
@@ -635,10 +658,50 @@ class Attempting:
         record = self.record
         record.outcome = outcome
         record.duration_ms = (monotonic() - self._began_at) * 1000
-        self._routing.ended(record)
+        if self._raw is None:
+            self._routing.ended(record)
+        else:
+            self._routing.rollout.ended(self._raw, record)
+            self._routing.traffic.ended(record)
         self._routing.keep(self.seen)
 
     # --- helpers, in call order ---
+
+    def _pass(self, facts: RequestFacts) -> Step | None:
+        """Pass the request to the raw server; None where it is managed."""
+        rollout, router, record = self._routing.rollout, self._routing.router, self.record
+        decision = router.decide(facts) if rollout.wants_decision(facts) else None
+        if decision is not None:
+            record.role = decision.role
+        found = rollout.attempts(facts, decision, router.load(), is_known=router.is_known, is_run=self.is_run)
+        if found is None:
+            return None
+        if isinstance(found, Refused):
+            record.fallback_reason = found.reason
+            return Trouble(found.reason, found.message, refused=found.what)
+        return self._pass_to_raw(found)
+
+    def _pass_to_raw(self, attempts: RawAttempts) -> Step:
+        target, record = self._routing.rollout.raw, self.record
+        assert target is not None  # noqa: S101  (the stage has a raw server)
+        self._raw = self._attempts = attempts
+        # Its end has nothing to do with instances: none is started again for it, or looked at.
+        self._has_recovered, self._starts_nothing = True, False
+        self.attempt = attempt = attempts.made[0]
+        self.target = target
+        record.attempts += 1
+        record.effective_target = target.instance
+        record.endpoint = target.endpoint
+        record.model = attempt.model or None
+        if attempts.decision is not None:
+            refused = attempts.decision.refused
+            record.policy = attempts.decision.policy
+            record.requested_target = attempts.decision.requested_target
+            record.shadow_target = None if attempts.would is None else attempts.would.instance
+            record.shadow_refused = None if refused is None else refused.reason
+            if attempts.would is None and refused is None:
+                record.shadow_refused = Reason.POLICY  # the role takes runs only
+        return target
 
     def _admit(self, grant: Grant, facts: RequestFacts) -> Trouble | None:
         """Keep the request within the limits of its key; return why it cannot begin, or None."""
@@ -959,7 +1022,9 @@ class Attempting:
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
         self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
-        if not ours:
+        if self._raw is not None:
+            self._routing.traffic.failed(attempt.instance, reason)
+        elif not ours:
             self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
 
     def _add_failure(self, attempt: Attempt, reason: Reason, message: str) -> None:

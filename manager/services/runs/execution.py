@@ -306,7 +306,10 @@ class _Work:
         self._speaking = None
         if target.protocol is not Protocol.OLLAMA:
             return await self._translated(target, body)
-        pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
+        if attempting.is_raw:
+            pieces = [body.raw]
+        else:
+            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
         if asks_for_cpu(body.fields, self._route, changes):
             attempting.expect_on_cpu()
         await self._note_sent(target)

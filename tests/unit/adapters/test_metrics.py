@@ -13,6 +13,7 @@ from manager.domain.instance import Driver, Phase
 from manager.errors import Reason
 from manager.services.lanes.slots import LaneState, SlotState
 from manager.services.refusals import Refusals
+from manager.services.routing.rollout import Rollout
 from manager.services.traffic import BUCKETS_S, Traffic
 from manager.wire.access import REASONS
 from tests.support.records import a_record
@@ -40,6 +41,8 @@ LABELS = {
     "ollama_manager_orphans": (),
     "ollama_manager_log_lines_dropped": (),
     "ollama_manager_refusals": ("reason",),
+    "ollama_manager_rollout_stage": ("stage",),
+    "ollama_manager_rollout_disagreements": ("reason",),
     "ollama_manager_history_requests": ("result",),
     "ollama_manager_lane_in_flight": ("lane",),
     "ollama_manager_lane_queued": ("lane",),
@@ -60,6 +63,7 @@ TYPES = {
     "ollama_manager_log_lines_dropped": "counter",
     "ollama_manager_refusals": "counter",
     "ollama_manager_history_requests": "counter",
+    "ollama_manager_rollout_disagreements": "counter",
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
@@ -93,6 +97,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         cast("Any", SLOTS),
         log_lines_dropped=lambda: 7,
         history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
+        rollout=Rollout(),
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}

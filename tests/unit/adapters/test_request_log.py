@@ -52,6 +52,9 @@ BEYOND: dict[str, tuple[type, bool]] = {
     "local_only": (FLAG, False),
     "fallback_from": (TEXT, True),
     "failed_attempts": (list, False),
+    "shadow_target": (TEXT, True),
+    "shadow_refused": (TEXT, True),
+    "disagreement": (TEXT, True),
     "key": (TEXT, True),
 }
 FULL = a_record(
@@ -65,6 +68,9 @@ FULL = a_record(
     key="alice",
     kind=RequestKind.GENERATE,
     start_ms=800.25,
+    shadow_target="gpu0",
+    shadow_refused=Reason.MODEL_MISSING,
+    disagreement="refused",
 )
 BARE = a_record(
     **dict.fromkeys(name for name, (_, may_be_null) in (DOCUMENTED | BEYOND).items() if may_be_null)

@@ -50,10 +50,12 @@ def decision(
     refused: str = "",
     message: str = "",
     runs_only: bool = False,
+    passes_to_raw: bool = False,
 ) -> dict[str, Any]:
     return {
         "role": "deep" if runs_only else None,
         "runs_only": runs_only,
+        "passes_to_raw": passes_to_raw,
         "asked": asked and {"model": asked, "kind": "generate", "instance": instance, "lane": None},
         "attempts": list(attempts),
         "passed_over": list(passed_over),
@@ -285,3 +287,21 @@ def test_a_role_that_takes_runs_only_is_said_to_do_so() -> None:
     assert decision_sentence(decision(attempt("gpu0"), runs_only=True), "qwen3:8b") == f"{begin} go to gpu0"
     refused = decision(refused="no instance", runs_only=True)
     assert decision_sentence(refused, "deep") == f"{begin} be refused: no instance"
+
+
+def test_a_request_that_passes_to_the_raw_server_is_said_to_do_so() -> None:
+    passed = decision_sentence(decision(attempt("gpu0"), passes_to_raw=True), "qwen3:8b")
+    assert passed == "qwen3:8b passes to rollout.raw_url; managed, qwen3:8b would go to gpu0"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"shadow_target": "gpu0"}, "managed it would go to gpu0; answered"),
+        ({"shadow_target": "gpu0", "disagreement": "model"}, "would go to gpu0 - disagreement: model;"),
+        ({"shadow_refused": "policy"}, "managed it would be refused (policy); answered"),
+        ({}, "went to raw; answered"),
+    ],
+)
+def test_what_a_recorded_decision_would_have_done_is_said(values: dict[str, Any], words: str) -> None:
+    assert words in request_sentence(record(effective_target="raw", **values), decision(attempt("raw")))
