@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 
 # Where asynchronous runs are begun.
 RUNS_PATH = "/api/v1/runs"
+# Refusals whose code stands in the message: dialects have no place for it beside.
+_CODES = frozenset({"forbidden", "local_only"})
 # The body of a request to the raw server is sent as it came.
 _NO_CHANGES: Final = BodyChanges()
 # Why an attempt is made on a server that has nothing to load.
@@ -464,13 +466,7 @@ class Attempting:
         if self._is_delivered:
             self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
-        # A target that is not repeatable is sent a request once, whatever becomes of it.
-        is_final = ours or self._is_spent
-        if target is not None and not target.repeatable and (sent or stale):
-            is_final = True
-        elif sent and reason not in _ABANDONED and not is_final:
-            # The request may have killed its server, and would kill the next one. It kills no paid service.
-            is_final = not isinstance(self._attempts, Attempts) or not self._attempts.only_pay()
+        is_final = ours or self._is_last(reason, sent=sent, stale=stale)
         if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
@@ -504,6 +500,18 @@ class Attempting:
         )
         self._release()
         return self._give_up() if is_final else self._next()
+
+    def _is_last(self, reason: Reason, *, sent: bool, stale: bool) -> bool:
+        """Return whether nothing may follow an attempt that has failed; arguments as for `failed`."""
+        target, attempts = self.target, self._attempts
+        if self._is_spent:
+            return True
+        if target is not None and not target.repeatable and (sent or stale):
+            return True  # a request is sent there once, whatever becomes of it
+        if not sent or reason in _ABANDONED:
+            return False
+        # The request may have killed its server, and would kill the next one. It kills no paid service.
+        return not isinstance(attempts, Attempts) or not attempts.only_pay()
 
     def unsayable(self, message: str) -> Step:
         """The API of the server has no word for a part of the request. Return the next step."""
@@ -747,7 +755,8 @@ class Attempting:
         if self._starts_nothing and refused.what == "local_only":
             return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+        message = f"{refused.message} ({refused.what})" if refused.what in _CODES else refused.message
+        return Trouble(refused.reason, message, self._retry_after_s(decision), refused=refused.what)
 
     def _retry_after_s(self, decision: Decision) -> float | None:
         """Return when a refused request is worth another try; None where nothing tells."""
