@@ -255,9 +255,9 @@ class Attempting:
                 return step
         return self._decide(waits=True)
 
-    def enter_raw(self) -> Step:
-        """Pass a request that names no model to the raw server, which must be there."""
-        return self._pass_to_raw(RawAttempts(""))
+    def enter_raw(self, target: Target) -> Step:
+        """Pass a request that names no model to the raw server."""
+        return self._pass_to_raw(RawAttempts(""), target)
 
     def enter_running(self, facts: RequestFacts) -> Step:
         """As `enter`, for a request that concerns running instances only, such as an unload.
@@ -688,11 +688,12 @@ class Attempting:
         if isinstance(found, Refused):
             record.fallback_reason = found.reason
             return Trouble(found.reason, found.message, refused=found.what)
-        return self._pass_to_raw(found)
-
-    def _pass_to_raw(self, attempts: RawAttempts) -> Step:
-        target, record = self._routing.rollout.raw, self.record
+        target = rollout.raw
         assert target is not None  # noqa: S101  (the stage has a raw server)
+        return self._pass_to_raw(found, target)
+
+    def _pass_to_raw(self, attempts: RawAttempts, target: Target) -> Step:
+        record = self.record
         self._raw = self._attempts = attempts
         # Its end has nothing to do with instances: none is started again for it, or looked at.
         self._has_recovered, self._starts_nothing = True, False
