@@ -41,7 +41,7 @@ class ModelSettingsClient:
     Args:
         url: where the daemon is, `http://HOST:PORT`; None for what `$SETTINGS_API_URL` says, or else
             `http://127.0.0.1:11435`.
-        key: its operator key, if it has one.
+        key: one of the daemon with the scope `read`, where it needs one.
         ca: a file with the authorities that sign its certificate; None for what `$OLLAMA_MANAGER_CA` or
             `$SSL_CERT_FILE` says, or else those that `requests` knows.
         ttl_s: how old values may be before they are read anew; 0 reads them each time.

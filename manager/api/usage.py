@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from manager.api.errors import refusals
 from manager.api.moments import MomentText, moment
-from manager.domain.money import in_usd
+from manager.domain.money import in_usd, micro_usd, usd_text
 from manager.domain.usage import DIMENSIONS, Dimension, Span, Sums
 
 if TYPE_CHECKING:
@@ -172,9 +172,11 @@ def _csv(document: Mapping[str, Any]) -> str:
     writer = csv.writer(text)
     writer.writerow(columns)
     for row in document["rows"]:
-        writer.writerow([_cell(row[column]) for column in columns])
+        writer.writerow([_cell(column, row[column]) for column in columns])
     return text.getvalue()
 
 
-def _cell(value: object) -> object:
+def _cell(column: str, value: Any) -> object:
+    if column == "cost_usd":
+        return usd_text(micro_usd(value))
     return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value

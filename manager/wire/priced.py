@@ -127,10 +127,10 @@ def _check_content(content: Any, place: str) -> None:
         if not (isinstance(kind, str) and kind in _PARTS):
             _refuse(f"{here}: {str(kind)[:60]}")
         if kind in ("image", "document"):
-            inner = source if isinstance(source, dict) else {}
-            if inner.get("type") not in (_IMAGES if kind == "image" else _DOCUMENTS):
+            held = source if isinstance(source, dict) else {}
+            if held.get("type") not in (_IMAGES if kind == "image" else _DOCUMENTS):
                 _refuse(f"{here}: {kind}", "its size is not known before")
-            _check_content(inner.get("content"), f"{here}.source.content")
+            _check_content(held.get("content"), f"{here}.source.content")
         _check_content(part.get("content"), f"{here}.content")
 
 

@@ -23,7 +23,7 @@ from manager.domain.budgets import (
     softly_exceeded,
     state_of,
 )
-from manager.domain.money import in_usd
+from manager.domain.money import usd_text
 from manager.errors import ManagerError, Reason, UnavailableError
 
 if TYPE_CHECKING:
@@ -161,8 +161,8 @@ class Ledger:
             return outcome
         soft = softly_exceeded(outcome)
         for budget in soft:
-            limit, used = in_usd(budget.soft_micro_usd or 0), in_usd(outcome[budget].committed)
-            detail = f"{budget.scope}, {budget.period}: {used:g} of {limit:g} USD are spent or reserved"
+            limit, used = usd_text(budget.soft_micro_usd or 0), usd_text(outcome[budget].committed)
+            detail = f"{budget.scope}, {budget.period}: {used} of {limit} USD are spent or reserved"
             self._tell(budget, now, detail, is_hard=False)
         return Reserved(reservation, soft)
 

@@ -95,8 +95,8 @@ _PASSING = frozenset(
         Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
-# Refusals of keys, whose reason says less.
-_CODES = frozenset({"forbidden", "rate_limited"})
+# Refusals whose reason says less.
+_CODES = frozenset({"forbidden", "local_only", "rate_limited"})
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
 
 

@@ -177,8 +177,9 @@ class MessagesEvents:
         """Take numbers of tokens; later ones replace earlier ones."""
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
-                count = usage.get(name)
-                if isinstance(count, int) and count is not True and 0 <= count <= _MOST_COUNT:
+                count: Any = usage.get(name)
+                is_count = isinstance(count, int) and not isinstance(count, bool)
+                if is_count and 0 <= count <= _MOST_COUNT:
                     self._counts[name] = count
 
     def _ended(self) -> Ended:
