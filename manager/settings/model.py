@@ -63,6 +63,12 @@ from manager.settings.servers import (
     external_model_refusals,
     order_refusals,
 )
+from manager.settings.tls import (
+    ClientTlsSettings,
+    ListenerTlsSettings,
+    client_tls_refusals,
+    unequal_tls_refusals,
+)
 from manager.wire.origins import check_pattern
 
 if TYPE_CHECKING:
@@ -215,6 +221,7 @@ class ServerSettings(Section):
     host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
     key_file: Annotated[KeyFiles | None, PlainSerializer(_key_files_text, when_used="json")] = None
+    tls: ListenerTlsSettings = Field(default_factory=ListenerTlsSettings)
     allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
@@ -276,6 +283,7 @@ class InstanceSettings(Section):
     template: Text | None = None
     device: Annotated[Devices | None, PlainSerializer(_devices_text, when_used="json")] = None
     url: Annotated[str, AfterValidator(http_url)] | None = None
+    tls: ClientTlsSettings | None = None
     protocol: Protocol | None = None
     key_env: EnvName | None = None
     key_file: FilePath | None = None
@@ -296,6 +304,7 @@ class InstanceSettings(Section):
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
         refuse(_REFUSALS[self.driver](self))
+        refuse(client_tls_refusals(self.url, self.tls, is_docker=self.driver is Driver.DOCKER))
         return self
 
 
@@ -435,6 +444,7 @@ class Settings(BaseSettings):
                 *_name_refusals(self),
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
+                *unequal_tls_refusals(self.instances),
                 *_routing_refusals(self),
                 *repeated(self.budgets),
                 *_rollout_refusals(self),

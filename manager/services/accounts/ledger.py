@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("ledger")
 
 _RETRY_S = 2.0
+_ANY_TIME_US = 2**63 - 1
 _RECOVER_EVERY_S = 60.0
 # Added to the longest time of a request, before a reservation of another process counts as left behind.
 _SLACK_S = 60.0
@@ -188,8 +189,9 @@ class Ledger:
             is_alone: no other process has requests under way; else those stay that may still be.
         """
         now = self._utcnow()
-        before = now if is_alone else now - timedelta(seconds=self._longest_s)
-        count = await self._store.recover(_lost, before_us=_micros(before), at_us=_micros(now))
+        # The clock may have gone back since a reservation was made.
+        before_us = _ANY_TIME_US if is_alone else _micros(now - timedelta(seconds=self._longest_s))
+        count = await self._store.recover(_lost, before_us=before_us, at_us=_micros(now))
         if count:
             detail = f"{count} reservations of requests without an end were settled in full"
             self._journal.record("ledger_recovered", detail=detail)

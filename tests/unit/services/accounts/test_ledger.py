@@ -145,6 +145,15 @@ async def test_what_a_crash_leaves_open_counts_in_full(books: Books) -> None:
     assert books.journal.kinds.count("ledger_recovered") == 1
 
 
+async def test_a_clock_that_went_back_leaves_nothing_reserved(books: Books) -> None:
+    await books.reserve(USD // 4)
+    await books.crash()
+    books.now -= timedelta(days=400)
+    assert await books.ledger.recover(is_alone=True) == 1
+    books.now += timedelta(days=400)
+    assert await books.global_balance() == Balance(USD // 4, 0)
+
+
 async def test_requests_of_another_process_keep_their_money_as_long_as_they_may_last(books: Books) -> None:
     reserved = await books.reserve(300_000)
     await books.crash()
