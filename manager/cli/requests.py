@@ -13,7 +13,8 @@ from manager.cli.commands import _JSON, _common_url, _talks, program
 from manager.cli.failures import DONE, REFUSED, printable, warn
 from manager.cli.options import follow_option
 from manager.cli.printing import Columns, aligned, one_line, print_json
-from manager.domain.record import Outcome
+from manager.domain.money import micro_usd, usd_text
+from manager.domain.record import LOCAL, Outcome
 from manager.domain.roles import RequestKind
 from manager.domain.wording import listed
 
@@ -224,6 +225,7 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("began", _local_time(document["ts"], day=True)),
             ("path", document["path"]),
             ("project", document["project_id"]),
+            ("key", document.get("key")),
             ("role", document["role"]),
             ("lane", document["lane"]),
             ("model", document["model"]),
@@ -235,6 +237,7 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("first byte", _duration(document["ttfb_ms"])),
             ("took", _duration(document["duration_ms"])),
             ("tokens", _tokens(document)),
+            ("paid", _paid(document)),
         ),
     ]
     attempts = [
@@ -278,6 +281,12 @@ def _why(attempt: Mapping[str, Any]) -> str:
 def _tokens(document: Mapping[str, Any]) -> str | None:
     given, made = document["input_tokens"], document["output_tokens"]
     return None if given is None and made is None else f"{given or 0} in, {made or 0} out"
+
+
+def _paid(document: Mapping[str, Any]) -> str | None:
+    """Return the paid server that was asked, and the cost; None where none was."""
+    provider = document.get("provider", LOCAL)
+    return None if provider == LOCAL else f"{usd_text(micro_usd(document['cost_usd']))} USD to {provider}"
 
 
 def _duration(milliseconds: float | None) -> str | None:

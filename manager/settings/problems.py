@@ -36,6 +36,7 @@ _EXPECTED = {
     "tuple_type": "expected a list",
     "list_type": "expected a list",
     "too_long": "expected at most {max_length} entries",
+    "too_short": "expected entries, {min_length} at least",
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",
     "string_pattern_mismatch": "expected text that matches {pattern}",

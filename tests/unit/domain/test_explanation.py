@@ -140,6 +140,13 @@ def test_a_fallback_without_a_candidate_names_what_was_preferred(reason: str, si
     assert "since what it asked for was overloaded;" in unknown
 
 
+def test_a_paid_answer_where_nothing_local_was_preferred_names_no_policy_as_an_instance() -> None:
+    sentence = request_sentence(
+        record(fallback=True, fallback_reason="model_missing", fallback_from="auto"), decision(attempt("cpu"))
+    )
+    assert "went to cpu, since no local instance could answer (model_missing);" in sentence
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
