@@ -96,7 +96,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
-        complain(error.format_message())
+        complain(" ".join(error.format_message().split()))  # a list of choices has lines of its own
         return error.exit_code
     if isinstance(error, ManagerError):
         complain(error.message, _next_step(error))
@@ -158,7 +158,10 @@ def _next_step(error: ManagerError) -> str | None:
     if isinstance(error, ManagerIdChangedError):
         return str(error.details["remedy"])
     if isinstance(error, StateDirHeldError | ManagerIdHeldError):
-        return "stop that one first, or give this one a state.dir and a manager_id of its own"
+        return (
+            "stop that one first, serve in its place with `ollama-manager serve --replace`, "
+            "or give this one a state.dir and a manager_id of its own"
+        )
     if isinstance(error, EngineUnreachableError):
         return "`ollama-manager doctor` says more"
     return _next_step_after(error.__cause__)
