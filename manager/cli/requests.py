@@ -218,6 +218,7 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _explained(document: Mapping[str, Any]) -> list[str]:
     decision = document["decision"]
+    is_paid = document["provider"] != "local"
     lines = [
         printable(document["summary"]),
         "",
@@ -227,10 +228,12 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("began", _local_time(document["ts"], day=True)),
             ("path", document["path"]),
             ("project", document["project_id"]),
+            ("key", document["key"]),
             ("role", document["role"]),
             ("lane", document["lane"]),
             ("model", document["model"]),
             ("policy", document["policy"]),
+            ("provider", document["provider"] if is_paid else None),
             ("endpoint", document["endpoint"]),
             ("status", document["status"] or None),
             ("queued", _duration(document["queue_ms"])),
@@ -238,6 +241,7 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("first byte", _duration(document["ttfb_ms"])),
             ("took", _duration(document["duration_ms"])),
             ("tokens", _tokens(document)),
+            ("cost", f"{document['cost_usd']:.6f} USD" if is_paid else None),
         ),
     ]
     attempts = [

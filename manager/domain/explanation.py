@@ -16,6 +16,7 @@ _MOST_NAMED = 3
 _SECOND_MS, _MINUTE_S = 1000.0, 60.0
 _CANCELLED = "cancelled"
 _RULED_OUT = "policy"
+_ANY = "auto"  # the target of a role that may use any instance
 
 # What each reason says of an instance, by the one list of reasons (`errors.Reason` and the contract).
 REASON_WORDS: Mapping[str, str] = {
@@ -201,6 +202,8 @@ def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str
         return _named(map(passed_over_words, chosen))
     if reason == "gpu_missing":
         return "there was no GPU"
+    if preferred == _ANY:
+        return f"nothing preferred could answer ({reason})"
     return why(preferred or "what it asked for", reason)
 
 
@@ -241,7 +244,8 @@ def _ending(record: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
         words = _ENDINGS.get(outcome, outcome).format(status=record["status"], duration=took)
     refused = decision["refused"]
     message = decision["message"] or (refused["message"] if refused else "")
-    return f"{words}: {message}" if message and outcome != "client_gone" else words
+    is_told = any(one["message"] == message for one in decision["attempts"] if one["outcome"] == "failed")
+    return words if not message or is_told or outcome == "client_gone" else f"{words}: {message}"
 
 
 def _named(words: Iterable[str]) -> str:

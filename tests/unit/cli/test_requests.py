@@ -174,6 +174,17 @@ def test_one_request_is_explained(run: Run, daemon: StandInDaemon) -> None:
     ]
 
 
+def test_a_paid_request_says_its_key_provider_and_cost(run: Run, daemon: StandInDaemon) -> None:
+    paid = {**EXPLAINED, "provider": "openai", "cost_usd": 0.017, "key": "ci"}
+    daemon.answers[f"GET {API}/requests/r1"] = Answer(paid)
+    daemon.answers[f"GET {API}/requests/r2"] = Answer(EXPLAINED)
+    lines = [line.split() for line in run("requests", "show", "r1", "--url", daemon.url).stdout.splitlines()]
+    for line in (["key", "ci"], ["provider", "openai"], ["cost", "0.017000", "USD"]):
+        assert line in lines
+    local = run("requests", "show", "r2", "--url", daemon.url).stdout
+    assert not {"key", "provider", "cost"} & {line.partition(" ")[0] for line in local.splitlines()}
+
+
 def test_a_request_without_a_decision_has_no_lists(run: Run, daemon: StandInDaemon) -> None:
     decision = {**EXPLAINED["decision"], "attempts": [], "more_attempts": 0, "passed_over": []}
     unread = {"output_tokens": None, "input_tokens": None, "status": 0}
