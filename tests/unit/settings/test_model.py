@@ -114,6 +114,14 @@ REFUSED: list[tuple[str, str]] = [
         "instances.cpu.driver: 'podman'; expected 'docker', 'external' or 'cloud'",
     ),
     # names and addresses
+    *(
+        (f"budgets: [{{scope: global, period: day, hard_usd: {given}}}]", f"budgets.0.hard_usd: {problem}")
+        for given, problem in (
+            ("abc", "'abc'; expected a number"),
+            ("[1]", "a list; expected a number"),
+            ("0.0000001", "1e-07; expected at most 6 decimal places"),
+        )
+    ),
     ("manager_id: -x", "manager_id: '-x'; expected text that matches"),
     ("manager_id: ''", "manager_id: ''; expected text that matches"),
     ("manager_id: a/b", "manager_id: 'a/b'; expected text that matches"),
