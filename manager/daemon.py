@@ -186,7 +186,7 @@ async def _serve_once(
         _warn(loaded)
         with start.listener or listening(settings.server.host, settings.server.port) as listener:
             url = url_of(settings.server.host, settings.server.port, tls=tls is not None)
-            daemon.state_lock.describe(url=url)
+            daemon.state_lock.describe(url=url, config=loaded.file_name)
             access = _access_of(daemon, settings, start.keys)
             relay = relay_of(daemon, settings, access)
             budget = connection_budget(raise_descriptor_limit(), len(settings.instances))

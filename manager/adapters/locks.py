@@ -119,7 +119,8 @@ class FileLocks:
 class Holder:
     """The holder of a state directory, as far as it is known.
 
-    `started_at` is UTC. `owner_uid` is the user that the directory, its lock and the description belong to,
+    `started_at` is UTC. `config` is the configuration file, empty where the daemon has none, None where it is
+    not known. `owner_uid` is the user that the directory, its lock and the description belong to,
     None where they belong to several, or where others may write to the directory: then anybody may have
     written the description.
     """
@@ -128,6 +129,7 @@ class Holder:
     url: str | None = None
     started_at: datetime | None = None
     manager_id: str | None = None
+    config: str | None = None
     owner_uid: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
@@ -182,9 +184,9 @@ class StateDirLock:
         self._holder = replace(self._holder, pid=os.getpid(), started_at=datetime.now(UTC))
         self._publish()
 
-    def describe(self, *, url: str) -> None:
-        """Publish where this daemon listens; called while the lock is held."""
-        self._holder = replace(self._holder, url=url)
+    def describe(self, *, url: str, config: str | None = None) -> None:
+        """Publish where this daemon listens, and its configuration file; called while the lock is held."""
+        self._holder = replace(self._holder, url=url, config=config)
         self._publish()
 
     def release(self) -> None:
@@ -314,6 +316,7 @@ def _described(holder: Holder) -> dict[str, Any]:
         "url": holder.url,
         "started_at": holder.started_at and holder.started_at.isoformat(),
         "manager_id": holder.manager_id,
+        "config": holder.config,
     }
 
 
@@ -335,6 +338,7 @@ def _read_description(directory: int) -> tuple[Holder, int] | None:
             url=None if read["url"] is None else str(read["url"]),
             started_at=datetime.fromisoformat(read["started_at"]).astimezone(UTC),
             manager_id=str(read["manager_id"]),
+            config=None if read.get("config") is None else str(read["config"]),
         )
     except (ValueError, TypeError, LookupError, RecursionError):
         return None

@@ -32,7 +32,7 @@ from manager.wire.keys import without_secrets
 from manager.wire.ollama_routes import spoken_at
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from fastapi import FastAPI
     from pydantic_core import ErrorDetails
@@ -177,7 +177,7 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
         code = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}.get(
             error.status_code, "http_error"
         )
-        return error_response(error.status_code, code, str(error.detail), headers=headers)
+        return error_response(error.status_code, code, _message(request, error, headers), headers=headers)
 
     app.add_exception_handler(ClientDisconnect, _left)
 
@@ -185,6 +185,16 @@ def add_error_handlers(app: FastAPI, routes: list[BaseRoute]) -> None:
     async def _(request: Request, error: Exception) -> JSONResponse:
         _log.error("request_failed", path=request.url.path, exc_info=error)
         return error_response(500, "internal_error", "the daemon failed; its log says more")
+
+
+def _message(request: Request, error: HTTPException, headers: Mapping[str, str]) -> str:
+    """Return what is wrong with a request; the framework's own words name neither path nor method."""
+    path = without_secrets(request.url.path)
+    if error.status_code == 404:  # noqa: PLR2004
+        return f"there is no {request.method} {path}"
+    if error.status_code == 405:  # noqa: PLR2004
+        return f"{path} is not for {request.method}; allowed: {headers['Allow']}"
+    return str(error.detail)
 
 
 async def _left(_request: Request, _error: Exception) -> Response:

@@ -17,6 +17,7 @@ from manager.api.errors import refusals
 from manager.api.moments import MomentText, moment
 from manager.domain.money import in_usd, micro_usd, usd_text
 from manager.domain.usage import DIMENSIONS, Dimension, Span, Sums
+from manager.errors import InvalidRequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -108,6 +109,8 @@ def usage_router(backend: Backend) -> APIRouter:
         now = datetime.now(UTC)
         ends = now if query.ends is None else moment(query.ends)
         begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)
+        if begins >= ends:
+            raise _inverted(begins, ends)
         by: list[Any] = query.by.split(",")
         await backend.history.flush()
         sums, span = await backend.history.store.usage(
@@ -122,6 +125,14 @@ def usage_router(backend: Backend) -> APIRouter:
         return Response(await asyncio.to_thread(orjson.dumps, document), media_type="application/json")
 
     return router
+
+
+def _inverted(begins: datetime, ends: datetime) -> InvalidRequestError:
+    given, latest = (at.isoformat(timespec="seconds") for at in (begins, ends))
+    message = f"{given}; expected a time before `to`, {latest}"
+    return InvalidRequestError(
+        f"query.from: {message}", details={"fields": [{"field": "query.from", "message": message}]}
+    )
 
 
 def _second(at: datetime) -> int:

@@ -159,7 +159,7 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
 
 
 def _state(loaded: LoadedSettings) -> Iterator[Finding]:
-    from manager.cli.locate import current_holder  # noqa: PLC0415
+    from manager.cli.locate import current_holder, file_of_daemon  # noqa: PLC0415
 
     settings = loaded.settings
     yield _directory(settings.state.dir)
@@ -171,6 +171,9 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
         return
     found = _daemon(loaded, holder)
     yield found
+    if holder is not None and (differs := file_of_daemon(loaded, holder)) is not None:
+        remedy = "name that of the daemon with --config or $OLLAMA_MANAGER_CONFIG to have it examined"
+        yield warning("daemon's file", differs, remedy)
     if holder is not None and found.verdict is Verdict.FINE:
         yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)

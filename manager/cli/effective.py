@@ -80,7 +80,7 @@ def live_values(loaded: LoadedSettings) -> Live:
     """Ask the daemon that holds the state directory, if there is one."""
     from manager.cli.client import Daemon  # noqa: PLC0415  (it imports requests)
     from manager.cli.failures import CommandError  # noqa: PLC0415
-    from manager.cli.locate import configured_daemon, current_holder  # noqa: PLC0415
+    from manager.cli.locate import configured_daemon, current_holder, file_of_daemon  # noqa: PLC0415
 
     try:
         holder = current_holder(loaded.settings.state.dir)
@@ -98,7 +98,9 @@ def live_values(loaded: LoadedSettings) -> Live:
         for field, one in models.get(section, {}).items()
         if one["source"] == "override"
     }
-    return Live(values, f"the values with the source `override` were changed over the API of {holder.url}")
+    note = f"the values with the source `override` were changed over the API of {holder.url}"
+    differs = file_of_daemon(loaded, holder)
+    return Live(values, note if differs is None else f"{note}\n# warning: {differs}")
 
 
 def _of_instances(loaded: LoadedSettings, instances: list[dict[str, Any]]) -> dict[KeyPath, Any]:

@@ -96,7 +96,7 @@ def explain(error: BaseException) -> int:
     if isinstance(error, click.ClickException):
         if isinstance(error, click.UsageError) and error.ctx is not None:
             click.echo(error.ctx.get_usage(), err=True)
-        complain(error.format_message())
+        complain(_in_one_line(error.format_message()))
         return error.exit_code
     if isinstance(error, ManagerError):
         complain(error.message, _next_step(error))
@@ -107,6 +107,12 @@ def explain(error: BaseException) -> int:
         return FAILED
     complain(f"unexpected: {innermost(error)}", "this is a defect of ollama-manager; please report it")
     return FAILED
+
+
+def _in_one_line(message: str) -> str:
+    """Return a message of click: a list of choices has lines there, and a number with bounds is a `range`."""
+    words = " ".join(message.split())
+    return words.replace("a valid integer range", "a whole number").replace("a valid float range", "a number")
 
 
 def complain(message: str, next_step: str | None = None, lines: Sequence[str] = ()) -> None:
@@ -158,7 +164,10 @@ def _next_step(error: ManagerError) -> str | None:
     if isinstance(error, ManagerIdChangedError):
         return str(error.details["remedy"])
     if isinstance(error, StateDirHeldError | ManagerIdHeldError):
-        return "stop that one first, or give this one a state.dir and a manager_id of its own"
+        return (
+            "stop that one first, serve in its place with `ollama-manager serve --replace`, "
+            "or give this one a state.dir and a manager_id of its own"
+        )
     if isinstance(error, EngineUnreachableError):
         return "`ollama-manager doctor` says more"
     return _next_step_after(error.__cause__)

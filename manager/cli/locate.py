@@ -87,6 +87,14 @@ def current_holder(state_dir: Path) -> Holder | None:
     return read_holder(state_dir)
 
 
+def file_of_daemon(loaded: LoadedSettings, holder: Holder) -> str | None:
+    """Return which other configuration file the daemon runs with, as a sentence; None for the same."""
+    if holder.config is None or holder.config == loaded.file_name:
+        return None
+    theirs = f"the file {holder.config}" if holder.config else "no configuration file"
+    return f"the daemon runs with {theirs}, this command with {loaded.file_name or 'none'}"
+
+
 def _is_trusted(uid: int) -> bool:
     from manager.settings.ownership import is_trusted  # noqa: PLC0415
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from datetime import datetime, time, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound="Callable[..., Any]")
 
 _MOST_LAST = 10_000
+_DAYS = {"today": 0, "yesterday": 1}
+_WHEN = "today, yesterday, a span such as 15m or 7d, or a time with its zone such as 2026-03-01T12:00:00Z"
 
 
 def follow_option(words: str) -> Callable[[Command], Command]:
@@ -44,3 +48,26 @@ def seconds(_context: click.Context, _option: click.Parameter, value: str | None
     if parsed <= 0:
         raise click.BadParameter(f"{value!r}: expected more than zero")
     return parsed
+
+
+def when(_context: click.Context, _option: click.Parameter, value: str | None) -> str | None:
+    """Return a time or a span as it is, a word for a day as its first moment here; for `callback`."""
+    if value in _DAYS:
+        day = datetime.now().astimezone().date() - timedelta(days=_DAYS[value])
+        return datetime.combine(day, time()).astimezone().isoformat()
+    if value is None or _is_span(value) or _is_time(value):
+        return value
+    raise click.BadParameter(f"{value!r}: expected {_WHEN}")
+
+
+def _is_span(text: str) -> bool:
+    with suppress(ValueError):
+        parse_duration(text)
+        return True
+    return False
+
+
+def _is_time(text: str) -> bool:
+    with suppress(ValueError):
+        return datetime.fromisoformat(text).tzinfo is not None
+    return False

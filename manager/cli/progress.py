@@ -34,6 +34,7 @@ _FAILED = {
     "load": "did not load the model",
     "unload": "may still have the model",
 }
+_IMAGE_CHANGES = frozenset({"upgrade", "rollback"})
 _UNDONE_BY = {
     "start": "stop",
     "stop": "start",
@@ -123,6 +124,8 @@ def _told_fully(error: RefusalError, endpoint: Endpoint, instance_id: str, verb:
             reason = Daemon(endpoint).instance(instance_id).reason
             lines = reason.log_tail if reason is not None and reason.code == error.code else ()
     outcome = _FAILED.get(verb, "did not start")
+    if verb in _IMAGE_CHANGES and error.code == "image_missing":
+        outcome = "keeps its image"  # the daemon looks for the new one before it changes anything
     message = f"{instance_id} {outcome}: {error.message}" + ("; its container said last:" if lines else "")
     return CommandError(
         message, exit_code=error.exit_code, next_step=error.next_step, lines=lines[-_LOG_LINES:]

@@ -11,7 +11,7 @@ import click
 
 from manager.cli.commands import _JSON, _common_url, _talks, program
 from manager.cli.failures import DONE, REFUSED, printable, warn
-from manager.cli.options import follow_option
+from manager.cli.options import follow_option, when
 from manager.cli.printing import Columns, aligned, one_line, print_json
 from manager.domain.money import micro_usd, usd_text
 from manager.domain.record import LOCAL, Outcome
@@ -42,7 +42,10 @@ def _filtered(command: Command) -> Command:
     for name in reversed(_FILTERS):
         command = click.option(f"--{name}", metavar=name.upper(), help=f"Only those of this {name}.")(command)
     since = click.option(
-        "--since", metavar="WHEN", help="Only those that ended since: 15m, 2h, 1d or 2026-03-01T12:00:00Z."
+        "--since",
+        metavar="WHEN",
+        callback=when,
+        help="Only those that ended since: today, yesterday, 15m, 7d or 2026-03-01T12:00:00Z.",
     )
     return since(command)
 

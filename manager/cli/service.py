@@ -33,7 +33,8 @@ def drain_instance(
     if instance.drained is None:  # somebody has put it back meanwhile, or its time has passed
         click.echo(f"{instance_id} was drained, and is in service again")
         return
-    runs = "its container runs on" if instance.phase == "ready" else f"it is {instance.phase}"
+    server = "container" if instance.driver == "docker" else "server"
+    runs = f"its {server} runs on" if instance.phase == "ready" else f"it is {instance.phase}"
     click.echo(f"{instance_id} is out of service ({drained_text(instance.drained)}); {runs}")
 
 

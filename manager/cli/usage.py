@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import datetime, time, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 import click
 
 from manager.cli.commands import _JSON, _common_url, _talks
+from manager.cli.options import when
 from manager.cli.printing import local_time, print_json, table
 from manager.domain.money import micro_usd, usd_text
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _PATH = "/api/v1/usage"
 _NUMBERS = ("REQUESTS", "SHARE", "OK", "FALLBACKS", "TOKENS IN", "TOKENS OUT", "COST", "MEAN", "P50", "P95")
-_DAYS = {"today": 0, "yesterday": 1}
 
 
 @click.command("usage")
@@ -30,9 +29,12 @@ _DAYS = {"today": 0, "yesterday": 1}
     help="Some of project, key, role, model, instance, day.",
 )
 @click.option(
-    "--since", metavar="WHEN", help="today, yesterday, a span such as 7d, or a time.  [default: 30d]"
+    "--since",
+    metavar="WHEN",
+    callback=when,
+    help="today, yesterday, a span such as 7d, or a time.  [default: 30d]",
 )
-@click.option("--until", metavar="WHEN", help="As --since.  [default: now]")
+@click.option("--until", metavar="WHEN", callback=when, help="As --since.  [default: now]")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values.")
 @_JSON
 @_talks
@@ -57,7 +59,7 @@ def usage_command(
     if as_csv and as_json:
         raise click.UsageError("--csv and --json exclude each other")
     daemon = Daemon(find_daemon(url or _common_url(), config))
-    query = {"from": _moment(since), "to": _moment(until), "by": by}
+    query = {"from": since, "to": until, "by": by}
     given = {name: value for name, value in query.items() if value is not None}
     if as_csv:
         with daemon.fetch(f"{_PATH}?{urlencode({**given, 'format': 'csv'})}", also=200) as answer:
@@ -68,14 +70,6 @@ def usage_command(
         print_json(document)
     else:
         click.echo("\n".join(daemon.read(_lines, document)))
-
-
-def _moment(text: str | None) -> str | None:
-    """Return a word for a day as the time at which it began here; anything else as it is."""
-    if text is None or text not in _DAYS:
-        return text
-    day = datetime.now().astimezone().date() - timedelta(days=_DAYS[text])
-    return datetime.combine(day, time()).astimezone().isoformat()
 
 
 def _lines(document: Mapping[str, Any]) -> list[str]:

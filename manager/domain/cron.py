@@ -108,7 +108,7 @@ def _numbers(field: _Field, text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = _PART.fullmatch(part)
         if match is None:
-            raise _refused(field, part, f"not a {field.what}, a range of them or a step")
+            raise _refused(field, part, f"no {field.what}, range of them or step")
         first, last = _range(field, match)
         step = int(match["step"] or 1)
         if step == 0:
@@ -138,7 +138,7 @@ def _number(field: _Field, text: str) -> int:
             return names.index(text) + field.lowest
     if text.isdigit() and field.lowest <= int(text) <= field.highest:
         return int(text)
-    raise _refused(field, text, f"not a {field.what}")
+    raise _refused(field, text, f"no such {field.what}")
 
 
 def _refused(field: _Field, text: str, why: str) -> ValueError:

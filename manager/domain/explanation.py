@@ -204,7 +204,7 @@ def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str
     if reason == "gpu_missing":
         return "there was no GPU"
     if preferred in _POLICIES:  # no instance was preferred
-        return f"no local instance could answer ({reason})"
+        return f"nothing preferred could answer ({reason})"
     return why(preferred or "what it asked for", reason)
 
 
@@ -245,7 +245,8 @@ def _ending(record: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
         words = _ENDINGS.get(outcome, outcome).format(status=record["status"], duration=took)
     refused = decision["refused"]
     message = decision["message"] or (refused["message"] if refused else "")
-    return f"{words}: {message}" if message and outcome != "client_gone" else words
+    is_told = any(one["message"] == message for one in decision["attempts"] if one["outcome"] == "failed")
+    return words if not message or is_told or outcome == "client_gone" else f"{words}: {message}"
 
 
 def _named(words: Iterable[str]) -> str:

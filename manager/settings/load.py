@@ -64,6 +64,11 @@ class LoadedSettings:
             return tuple(int(word) if word.isdigit() else word for word in path.split("."))
         return path
 
+    @property
+    def file_name(self) -> str:
+        """The absolute path of the file; empty where there is none."""
+        return "" if self.file is None else str(self.file.absolute())
+
 
 def load_settings(
     config: Path | None = None,

@@ -34,10 +34,10 @@ def is_container(annotation: Any) -> bool:
 
 
 def fields_of(annotation: Any) -> dict[str, Any] | None:
-    """Names and types of a model's keys, None when `annotation` is no model."""
+    """Names, as they are written, and types of a model's keys; None when `annotation` is no model."""
     kind = plain(annotation)
     if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return {name: field.annotation for name, field in kind.model_fields.items()}
+        return {field.alias or name: field.annotation for name, field in kind.model_fields.items()}
     return None
 
 

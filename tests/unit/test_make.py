@@ -32,8 +32,17 @@ def test_uv_trusts_what_the_system_trusts_unless_it_is_told_not_to(given: dict[s
 
 
 def test_make_run_is_up_with_its_args() -> None:
-    make = ["make", "-n", "--old-file=setup", "BIN=bin", "run", "ARGS=--port 11500 --config c.yaml"]
-    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
+    make = [
+        "make",
+        "--no-print-directory",
+        "-n",
+        "--old-file=setup",
+        "BIN=bin",
+        "run",
+        "ARGS=--port 11500 --config c.yaml",
+    ]
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    done = subprocess.run(make, cwd=ROOT, env=environ, capture_output=True, text=True, check=True)
     words = shlex.split(done.stdout.removeprefix("exec "))
     assert words[:4] == ["bin/python", "-m", "manager", "up"]
     with up.make_context("ollama-manager up", words[4:]) as context:

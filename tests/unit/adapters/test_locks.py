@@ -318,14 +318,15 @@ def test_the_holder_is_described_as_far_as_it_is_known(tmp_path: Path) -> None:
     assert (holder.pid, holder.url, holder.manager_id) == (os.getpid(), None, "default")
     assert holder.started_at is not None
     assert before <= holder.started_at <= before + timedelta(minutes=1)
-    lock.describe(url="http://[::1]:80")
+    lock.describe(url="http://[::1]:80", config="/c.yaml")
     described = read_holder(directory)
-    assert described == Holder(os.getpid(), "http://[::1]:80", holder.started_at, "default")
+    assert described == Holder(os.getpid(), "http://[::1]:80", holder.started_at, "default", "/c.yaml")
     assert json.loads((directory / "daemon.json").read_text()).keys() == {
         "pid",
         "url",
         "started_at",
         "manager_id",
+        "config",
     }
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert {stat.S_IMODE(path.stat().st_mode) for path in directory.iterdir()} == {0o600}

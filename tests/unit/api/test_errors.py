@@ -11,16 +11,19 @@ from fastapi import FastAPI, Header, Query
 # FastAPI reads annotations at run time.
 from manager.api.compute import LogsQuery, NoQuery, StartQuery  # noqa: TC001
 from manager.api.errors import add_error_handlers
+from manager.api.keys import KeyRequest  # noqa: TC001
 from manager.api.loading import LoadRequest  # noqa: TC001
 from manager.api.model_settings import ModelsChange  # noqa: TC001
 from manager.api.routing import RoutingChange  # noqa: TC001
 from manager.api.schemas import DrainRequest, InstancePatch, LiftRequest, PullRequest  # noqa: TC001
+from manager.api.usage import UsageQuery, usage_router
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 # How pydantic begins and ends its own sentences.
 RAW = (
+    "List should",
     "Input should",
     "String should",
     "Extra inputs",
@@ -64,8 +67,20 @@ def api() -> FastAPI:
     @api.get("/events")
     async def events(last_event_id: Annotated[int, Header(ge=0)] = 0) -> None: ...
 
-    add_error_handlers(api, [])
+    _add_accounts(api)
+    add_error_handlers(api, list(api.routes))
     return api
+
+
+def _add_accounts(api: FastAPI) -> None:
+    @api.post("/keys")
+    async def keys(_request: KeyRequest) -> None: ...
+
+    @api.get("/usage")
+    async def usage(_query: Annotated[UsageQuery, Query()]) -> None: ...
+
+    nothing: Any = None
+    api.router.routes.extend(usage_router(nothing).routes)
 
 
 async def problems(api: FastAPI, method: str, path: str, **options: Any) -> list[str]:
@@ -137,6 +152,7 @@ BODIES: Iterable[tuple[str, str, Any, str]] = [
             ("0s", "'0s'", "that would unload the model"),
         )
     ),
+    ("POST", "/keys", {"name": "a", "scopes": []}, "body.scopes: a list; expected 1 or more entries"),
     ("POST", "/pull", {"image": "a b"}, "body.image: 'a b'; expected text that matches"),
     ("POST", "/pull", {"image": "a" * 600}, "…; expected at most 512 characters"),
 ]
@@ -158,6 +174,16 @@ async def test_a_wrong_field_is_told_with_what_was_given_and_what_is_allowed(
         ("GET", "/logs?tail=x", "query.tail: 'x'; expected a whole number"),
         ("GET", "/logs?tail=0", "query.tail: '0'; expected 1 or more"),
         ("GET", "/logs?lines=1", "query.lines: unknown key; allowed: tail, follow"),
+        (
+            "GET",
+            "/usage?frm=1d",
+            "query.frm: unknown key; did you mean 'from'? allowed: from, to, by, format",
+        ),
+        (
+            "GET",
+            "/api/v1/usage?from=2026-03-02T00:00:00Z&to=2026-03-01T00:00:00Z",
+            "query.from: 2026-03-02T00:00:00+00:00; expected a time before `to`, 2026-03-01T00:00:00+00:00",
+        ),
         ("PATCH", "/instance?wait=maybe", "query.wait: 'maybe'; expected true or false"),
         ("POST", "/models?x=1", "query.x: unknown key; allowed: none"),
     ],
@@ -195,3 +221,19 @@ async def test_a_time_is_read_in_utc(api: FastAPI) -> None:
     async with httpx.AsyncClient(transport=transport, base_url="http://manager") as client:
         answer = await client.post("/drain", json={"until": "9999-12-31T23:59:59+01:00"})
     assert answer.json() == "9999-12-31 22:59:59+00:00"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "message"),
+    [
+        ("GET", "/api/v1/usages", 404, "there is no GET /api/v1/usages"),
+        ("POST", "/api/v1/usage", 405, "/api/v1/usage is not for POST; allowed: GET"),
+    ],
+)
+async def test_a_route_that_is_not_there_is_named(
+    api: FastAPI, method: str, path: str, status: int, message: str
+) -> None:
+    transport = httpx.ASGITransport(app=api)
+    async with httpx.AsyncClient(transport=transport, base_url="http://manager") as client:
+        answer = await client.request(method, path)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (status, message)

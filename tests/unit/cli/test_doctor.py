@@ -231,6 +231,32 @@ def test_a_running_daemon_is_named_and_asked_whether_it_is_ready(
     assert found["registry"]["verdict"] == "skipped"
 
 
+@pytest.mark.parametrize(
+    ("config", "theirs"),
+    [
+        ("/etc/other.yaml", "the file /etc/other.yaml"),
+        ("", "no configuration file"),
+        (None, None),
+        ("same", None),
+    ],
+)
+def test_a_daemon_that_runs_with_another_file_is_told(
+    run: Run, tmp_path: Path, daemon: StandInDaemon, config: str | None, theirs: str | None
+) -> None:
+    file = tmp_path / "ollama-manager.yaml"
+    file.write_text(f"server: {{port: {daemon.port}}}\nstate: {{dir: state}}\n")
+    lock = StateDirLock(tmp_path / "state", "default")
+    lock.acquire()
+    try:
+        lock.describe(url=daemon.url, config=str(file) if config == "same" else config)
+        found = checks(run("doctor", "--json"))
+    finally:
+        lock.release()
+    assert found.get("daemon's file", {}).get("message") == (
+        None if theirs is None else f"the daemon runs with {theirs}, this command with {file}"
+    )
+
+
 def test_a_card_that_a_running_daemon_has_lost_is_a_fault(
     run: Run, port: int, tmp_path: Path, daemon: StandInDaemon
 ) -> None:

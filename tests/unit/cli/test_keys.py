@@ -82,9 +82,11 @@ def test_what_was_not_asked_for_is_left_out(run: Run, daemon: StandInDaemon) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "--scope"),
+        ((), "error: Missing option '--scope'. Choose from: client, read, operator, admin"),
         (("--scope", "root"), "'client', 'read', 'operator', 'admin'"),
         (("--scope", "read", "--rpm", "0"), "--rpm"),
+        (("--scope", "read", "--rpm", "x"), "Invalid value for '--rpm': 'x' is not a whole number."),
+        (("--scope", "read", "--usd-per-month", "x"), "'x' is not a number."),
         (("--scope", "read", "--usd-per-month", "-1"), "--usd-per-month"),
         (("--scope", "read", "--expires", "soon"), "'soon': expected seconds, or a duration"),
     ],

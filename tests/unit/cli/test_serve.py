@@ -86,6 +86,7 @@ def test_a_state_directory_that_is_held_is_exit_4_and_names_the_holder(config: P
     assert (code, out) == (4, "")
     assert err[0].startswith(f"error: the state directory {tmp_path}/state is in use by process ")
     assert len(err) == 2
+    assert "`ollama-manager serve --replace`" in err[1]
 
 
 def test_a_port_that_is_taken_is_exit_1_with_the_way_out(config: Path) -> None:

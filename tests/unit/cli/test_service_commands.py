@@ -45,6 +45,11 @@ def sent(daemon: StandInDaemon) -> Any:
             ready("cpu", drained=UNTIL),
             f"cpu is out of service ({SHOWN}); its container runs on\n",
         ),
+        (
+            (),
+            ready("cpu", driver="external", drained=DRAINED),
+            "cpu is out of service (drained); its server runs on\n",
+        ),
         ((), instance("cpu"), "cpu was drained, and is in service again\n"),
     ],
 )
@@ -151,7 +156,7 @@ def test_a_missing_image_is_told_once_with_the_command_that_pulls_it(daemon: Sta
     daemon.answers[f"POST {API}/instances/cpu/upgrade"] = Answer(error("image_missing", message), 503)
     result = run("upgrade", "cpu", IMAGE, "--url", daemon.url)
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1].endswith(f"{message} (image_missing)")
+    assert result.stderr.splitlines()[-1] == f"error: cpu keeps its image: {message} (image_missing)"
 
 
 def test_status_shows_who_is_out_of_service_and_who_was_upgraded(daemon: StandInDaemon, run: Run) -> None:

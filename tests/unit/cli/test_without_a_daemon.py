@@ -120,11 +120,15 @@ def test_config_show_has_what_was_changed_over_the_api(
     lock = StateDirLock(tmp_path / "state", "default")
     lock.acquire()
     try:
-        lock.describe(url=daemon.url)
+        lock.describe(url=daemon.url, config=str(file))
         output = run("config", "show", "--config", str(file)).stdout
+        lock.describe(url=daemon.url, config="/etc/other.yaml")
+        differs = run("config", "show", "--config", str(file)).stdout.splitlines()[2]
     finally:
         lock.release()
     lines = [" ".join(line.split()) for line in output.splitlines()]
+    assert lines[2] == "server:"
+    assert differs == (f"# warning: the daemon runs with the file /etc/other.yaml, this command with {file}")
     assert lines[1] == f"# the values with the source `override` were changed over the API of {daemon.url}"
     overridden = [line for line in lines if line.endswith(" # override")]
     assert overridden[:4] == [

@@ -114,6 +114,14 @@ REFUSED: list[tuple[str, str]] = [
         "instances.cpu.driver: 'podman'; expected 'docker', 'external' or 'cloud'",
     ),
     # names and addresses
+    *(
+        (f"budgets: [{{scope: global, period: day, hard_usd: {given}}}]", f"budgets.0.hard_usd: {problem}")
+        for given, problem in (
+            ("abc", "'abc'; expected a number"),
+            ("[1]", "a list; expected a number"),
+            ("0.0000001", "1e-07; expected at most 6 decimal places"),
+        )
+    ),
     ("manager_id: -x", "manager_id: '-x'; expected text that matches"),
     ("manager_id: ''", "manager_id: ''; expected text that matches"),
     ("manager_id: a/b", "manager_id: 'a/b'; expected text that matches"),
@@ -226,23 +234,23 @@ REFUSED: list[tuple[str, str]] = [
     ("schedules: [{cron: '0 8 * *', action: reap}]", "schedules.0.cron: '0 8 * *'; '0 8 * *' has 4 fields"),
     (
         "schedules: [{cron: '60 8 * * *', action: reap}]",
-        "schedules.0.cron: '60 8 * * *'; the minute '60': not a minute; expected 0-59",
+        "schedules.0.cron: '60 8 * * *'; the minute '60': no such minute; expected 0-59",
     ),
     (
         "schedules: [{cron: '0 24 * * *', action: reap}]",
-        "schedules.0.cron: '0 24 * * *'; the hour '24': not a hour",
+        "schedules.0.cron: '0 24 * * *'; the hour '24': no such hour",
     ),
     (
         "schedules: [{cron: '0 8 0 * *', action: reap}]",
-        "schedules.0.cron: '0 8 0 * *'; the day of the month '0': not a day of the",
+        "schedules.0.cron: '0 8 0 * *'; the day of the month '0': no such day of the",
     ),
     (
         "schedules: [{cron: '0 8 * 13 *', action: reap}]",
-        "schedules.0.cron: '0 8 * 13 *'; the month '13': not a month; expected 1-12 or jan-dec",
+        "schedules.0.cron: '0 8 * 13 *'; the month '13': no such month; expected 1-12 or jan-dec",
     ),
     (
         "schedules: [{cron: '0 8 * * 8', action: reap}]",
-        "schedules.0.cron: '0 8 * * 8'; the weekday '8': not a weekday; expected 0-7 or sun-sat",
+        "schedules.0.cron: '0 8 * * 8'; the weekday '8': no such weekday; expected 0-7 or sun-sat",
     ),
     (
         "schedules: [{cron: '*/0 * * * *', action: reap}]",
