@@ -37,7 +37,7 @@ LATENCY_BYTES: Final = BUCKETS * _LANE_BITS // 8
 
 
 class Group(NamedTuple):
-    """Requests that differ in nothing that usage is told by. Empty texts stand for none."""
+    """The values that usage is added up by. Empty texts stand for none."""
 
     project: str
     key: str

@@ -22,7 +22,10 @@ _TYPES = {
     429: "rate_limit_error",
 }
 # OpenAI's own, which programs match on (https://platform.openai.com/docs/guides/error-codes).
-_CODES = {429: "rate_limit_exceeded"}
+_CODES = {402: "insufficient_quota", 429: "rate_limit_exceeded"}
+# What each calls money that is used up (https://docs.anthropic.com/en/api/errors).
+_NO_MONEY = 402
+_NO_MONEY_TYPES = {Dialect.OPENAI: "insufficient_quota", Dialect.ANTHROPIC: "billing_error"}
 _UNREADABLE = 400
 _OVERLOADED = 503
 
@@ -30,7 +33,7 @@ _OVERLOADED = 503
 def error_document(dialect: Dialect, status: int, message: str, request_id: str = "") -> dict[str, Any]:
     if dialect is Dialect.NATIVE:
         return {"error": message}
-    kind = _TYPES.get(status, "api_error")
+    kind = _NO_MONEY_TYPES[dialect] if status == _NO_MONEY else _TYPES.get(status, "api_error")
     if dialect is Dialect.OPENAI:
         return {"error": {"message": message, "type": kind, "param": None, "code": _CODES.get(status)}}
     if status == _OVERLOADED:

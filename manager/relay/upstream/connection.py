@@ -174,7 +174,7 @@ class UpstreamConnection(asyncio.Protocol):
             reader.feed(data)
         except BadAnswerError as error:
             if reader.status and not self._has_head:
-                sink.head_came(self._answer_head())  # the head was proper, and says what the server thinks
+                sink.head_came(self._answer_head())  # the head was proper, and its status counts
                 if self._sink is not sink:
                     return
             self.abandon()

@@ -63,7 +63,7 @@ class Keyring:
         utcnow: the wall clock.
 
     Attributes:
-        used: names of the keys of requests since the last look; whoever serves a request adds to it.
+        used: names of the keys of requests since the last look. Each request adds its own.
     """
 
     def __init__(self, registry: Registry, journal: Journal, *, utcnow: Callable[[], datetime]) -> None:

@@ -20,11 +20,11 @@ class ServerKey:
 
     Args:
         world: reads keys.
-        source: the place of the key; None: the server wants none.
+        source: the place of the key; None: the server needs none.
 
     Attributes:
         value: the key; None where there is none.
-        problem: why there is none; None where the server wants none, or it is known.
+        problem: why there is none; None where the server needs none, or it is known.
     """
 
     def __init__(self, world: World, source: KeySource | None) -> None:

@@ -124,7 +124,7 @@ class Speaking:
             (b"Accept", b"text/event-stream, application/json" if record.stream else b"application/json"),
             (b"User-Agent", _USER_AGENT),
         ]
-        if not self._target.paid:  # whoever sells answers needs no ids of ours
+        if not self._target.paid:  # a provider gets no ids of ours
             trace = traceparent(record.trace_id, record.span_id, sampled=record.sampled)
             lines += [(b"X-Request-Id", record.request_id.encode()), (b"traceparent", trace)]
         return (*lines, *self._target.headers)

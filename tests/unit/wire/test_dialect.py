@@ -112,3 +112,10 @@ def test_whatever_is_told_stays_in_its_line_and_is_found_again(
 )  # fmt: skip
 def test_what_is_no_error_of_any_dialect_has_no_message(body: bytes) -> None:
     assert message_of(body) is None
+
+
+def test_money_that_is_used_up_has_the_name_of_each_dialect() -> None:
+    openai = error_document(Dialect.OPENAI, 402, "no money")["error"]
+    assert (openai["type"], openai["code"]) == ("insufficient_quota", "insufficient_quota")
+    assert error_document(Dialect.ANTHROPIC, 402, "no money")["error"]["type"] == "billing_error"
+    assert error_document(Dialect.NATIVE, 402, "no money") == {"error": "no money"}
