@@ -16,7 +16,7 @@ from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
 from manager.adapters.owner import read_owner
 from manager.adapters.schedule import ApScheduler
-from manager.adapters.tls import SharedTls
+from manager.adapters.tls import SharedTls, own_tls_of
 from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
@@ -202,8 +202,8 @@ async def open_daemon(
         )
         pids = ProcCgroups()
         gpus = await opened_gpus(stack, pids, registry, journal, specs=specs, auto=settings.gpus == "auto")
-        tls = SharedTls().context
-        pools = stack.enter_context(contextlib.closing(UpstreamPools(tls)))
+        tls, own_tls = SharedTls().context, await asyncio.to_thread(own_tls_of, settings)
+        pools = stack.enter_context(contextlib.closing(UpstreamPools(tls, own_tls)))
         engine = stack.enter_context(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
@@ -218,7 +218,7 @@ async def open_daemon(
             engine=engine,
             registry=registry,
             locks=FileLocks(state_dir / "locks", _LOCK_WAIT_S),
-            upstream=await stack.enter_async_context(HttpUpstream(tls)),
+            upstream=await stack.enter_async_context(HttpUpstream(tls, own_tls)),
             gpus=gpus,
             journal=journal,
             now=time.monotonic,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 URL_VARIABLE = "SETTINGS_API_URL"
+CA_VARIABLE = "OLLAMA_MANAGER_CA"
 _DEFAULT_URL = "http://127.0.0.1:11435"
 _PATH = "/api/settings/models/effective"
 # After a failure the daemon is left alone for so long, or for the TTL if that is shorter.
@@ -40,7 +41,9 @@ class ModelSettingsClient:
     Args:
         url: where the daemon is, `http://HOST:PORT`; None for what `$SETTINGS_API_URL` says, or else
             `http://127.0.0.1:11435`.
-        key: its operator key, if it has one.
+        key: one of the daemon with the scope `read`, where it needs one.
+        ca: a file with the authorities that sign its certificate; None for what `$OLLAMA_MANAGER_CA` or
+            `$SSL_CERT_FILE` says, or else those that `requests` knows.
         ttl_s: how old values may be before they are read anew; 0 reads them each time.
         timeout_s: how long one question may take, for the connection and for each part of the answer.
         now: a monotonic clock in seconds.
@@ -55,6 +58,7 @@ class ModelSettingsClient:
         key: str | None = None,
         ttl_s: float = 30.0,
         *,
+        ca: str | None = None,
         timeout_s: float = 5.0,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +80,12 @@ class ModelSettingsClient:
         self._session = requests.Session()
         # Neither a proxy nor a password file is meant for a service of one's own network.
         self._session.trust_env = False
+        authorities = (
+            ca,
+            os.environ.get(CA_VARIABLE, "").strip(),
+            os.environ.get("SSL_CERT_FILE", "").strip(),
+        )
+        self._session.verify = next(filter(None, authorities), True)
         if key is not None:
             self._session.headers["Authorization"] = f"Bearer {key}"
 

@@ -13,6 +13,7 @@ import structlog
 
 from manager import __version__
 from manager.adapters.owner import ManagerIdLock
+from manager.adapters.tls import WatchedTls, listener_tls_of, own_tls_of
 from manager.api.app import control_api
 from manager.errors import ForeignOwnerError, ManagerIdChangedError
 from manager.handover import CLAIMS_WITHIN_S, Giving, Heir, Predecessor, Succession, replace_daemon
@@ -24,6 +25,7 @@ from manager.remaining import Elsewhere, Remaining
 from manager.services.world import no_step
 from manager.serving import (
     DescriptorWatch,
+    Secure,
     Server,
     connection_budget,
     inherited_listener,
@@ -93,6 +95,7 @@ async def serve(
         BaseExceptionGroup: something that must go on for ever ended; the daemon is stopped then.
     """
     keys = _keys_of(loaded.settings)
+    tls = await asyncio.to_thread(_listener_tls, loaded.settings)
     host, port = loaded.settings.server.host, loaded.settings.server.port
     listener = inherited_listener(host, port)
     predecessor = await _predecessor(loaded) if replaces else None
@@ -108,6 +111,7 @@ async def serve(
         on_step=on_step,
         stop_instances=stop_instances,
         take_over=take_over,
+        tls=tls,
     )
     elsewhere = Elsewhere(None if predecessor is None else predecessor.line)
     start = _Start(loaded, keys, listener, predecessor, elsewhere=elsewhere)
@@ -162,6 +166,7 @@ async def _serve_once(
     on_step: Callable[[str, str], Awaitable[None]],
     stop_instances: bool,
     take_over: bool,
+    tls: WatchedTls | None,
 ) -> None:
     """Run the daemon until it is to end, or was replaced; as `serve`.
 
@@ -180,7 +185,7 @@ async def _serve_once(
     ) as daemon:
         _warn(loaded)
         with start.listener or listening(settings.server.host, settings.server.port) as listener:
-            url = url_of(settings.server.host, settings.server.port)
+            url = url_of(settings.server.host, settings.server.port, tls=tls is not None)
             daemon.state_lock.describe(url=url, config=loaded.file_name)
             access = _access_of(daemon, settings, start.keys)
             relay = relay_of(daemon, settings, access)
@@ -191,6 +196,7 @@ async def _serve_once(
                 server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
                 (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),
                 settings.gateway.drain_timeout_s,
+                secure=None if tls is None else Secure(lambda: tls.current, connections),
             )
 
             new_keys = partial(_new_keys, daemon, configure_log)
@@ -220,7 +226,9 @@ async def _serve_once(
             reloader = Reloader(
                 loaded, daemon.templates, start.keys, read=read_again, apply=apply, new_keys=new_keys
             )
-            daemon.loops["reload"] = reloader.run
+            daemon.loops.update(
+                {"reload": reloader.run} if tls is None else {"reload": reloader.run, "tls": tls.run}
+            )
             tune_interpreter()
             remaining = await _joined(daemon, start.elsewhere)
             running = asyncio.ensure_future(daemon.run())
@@ -317,6 +325,16 @@ async def _joined(daemon: Daemon, elsewhere: Elsewhere) -> Remaining:
     open_requests.elsewhere = elsewhere
     await elsewhere.begin(slots, lambda id_: fleet.get(id_).lease_elsewhere())
     return Remaining(slots, open_requests, daemon.backend.router.load())
+
+
+def _listener_tls(settings: Settings) -> WatchedTls | None:
+    """Read the files of `server.tls`, and try those of `instances.*.tls`.
+
+    Raises:
+        ConfigurationError: a file cannot be used.
+    """
+    own_tls_of(settings)
+    return listener_tls_of(settings)
 
 
 async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:

@@ -10,8 +10,9 @@ claims the manager id (`adapters.owner.ManagerIdLock`):
    With it goes a stream over which both share slots and open requests (`manager.remaining`).
 3. The new one takes the claims, reads the state and serves.
 4. The old one ends the answers under way, with the instances that run. Each connection of a client moves
-   between two requests, with what the client has already sent of the next one. None is closed. What ends
-   there goes into the history of the new one.
+   between two requests, with what the client has already sent of the next one. None is closed, but those
+   with TLS: their keys are this process's, so each is closed between two requests, before step 2, and its
+   client connects again. What ends there goes into the history of the new one.
 
 If the new daemon ends before it serves, the old one serves again.
 """
@@ -379,6 +380,7 @@ class Giving:
             successor.refuse("the running daemon failed; its log says more")
 
     async def _hand_over(self, successor: Successor) -> None:
+        await self._server.part()
         _log.info("replaced", hint="open requests end here, the new daemon takes all others")
         self._relay.is_leaving = True
         self._freeze()

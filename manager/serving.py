@@ -16,10 +16,14 @@ import structlog
 import uvicorn
 
 from manager.errors import ManagerError
+from manager.relay.tls_listener import TlsListener
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Awaitable, Callable, Iterator, Sequence
     from typing import Any
+
+    from manager.relay.connections import ConnectionLimit
 
 _log = structlog.get_logger("daemon")
 
@@ -41,6 +45,8 @@ _MOST_DESCRIPTORS = 2**20
 _RESERVE = 8
 # A replaced daemon looks so often which connections are between two requests.
 _MOVE_EVERY_S = 0.01
+# A replaced daemon waits so long for the first requests of new connections with TLS.
+_PARTS_WITHIN_S = 2.0
 _WATCH_EVERY_S = 1.0
 _LOG_EVERY_S = 10.0
 
@@ -55,6 +61,13 @@ class Takes(Protocol):
         """Return once it serves or has ended."""
 
     def take(self, peer: int, held: bytes) -> bool: ...
+
+
+class Secure(NamedTuple):
+    """TLS of the listener: the context of the next handshake, and what counts the connections."""
+
+    context: Callable[[], ssl.SSLContext]
+    places: ConnectionLimit
 
 
 class Drain(Protocol):
@@ -75,8 +88,16 @@ class Server(uvicorn.Server):
         is_stopped: whether `stop` was called.
     """
 
-    def __init__(self, config: uvicorn.Config, drains: Sequence[Drain], drain_timeout_s: float) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        drains: Sequence[Drain],
+        drain_timeout_s: float,
+        *,
+        secure: Secure | None = None,
+    ) -> None:
         super().__init__(config)
+        self._secure = secure
         self._drains = drains
         self._drain_timeout_s = drain_timeout_s
         self._cut = asyncio.Event()
@@ -96,19 +117,56 @@ class Server(uvicorn.Server):
         self.is_stopped = self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self._secure is None:
+            await super().startup(sockets)
+        else:
+            await super().startup([])
+            for listener in sockets or []:
+                secure = TlsListener(listener, self._protocol, self._secure.context, self._secure.places)
+                self.servers.append(secure)  # type: ignore[arg-type]  # closed like the others
         self.accepts.set()
 
     async def adopt(self, peer: socket.socket, held: bytes) -> None:
         """Serve a client's connection that another daemon has given away, with the bytes that it had read."""
         loop = asyncio.get_running_loop()
-        make: Any = self.config.http_protocol_class
-        protocol = make(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+        protocol = self._protocol()
         protocol.begin_with(held)
         try:
             await loop.connect_accepted_socket(lambda: protocol, peer)
         except OSError:
             peer.close()  # the client has left meanwhile
+
+    def _protocol(self) -> Any:
+        make: Any = self.config.http_protocol_class
+        loop = asyncio.get_running_loop()
+        return make(config=self.config, server_state=self.server_state, app_state={}, _loop=loop)
+
+    async def part(self) -> None:
+        """Close the connections with TLS between two requests; accept nothing from now on.
+
+        Nobody else can go on with them. Those whose answer is under way end after it. Handshakes and first
+        requests have `_PARTS_WITHIN_S`, while requests can still begin here.
+        """
+        if self._secure is None:
+            return
+        self.stop_accepting()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _PARTS_WITHIN_S
+        while True:
+            waits = loop.time() < deadline
+            new = [one for one in tuple(self.server_state.connections) if self._is_new(one, waits=waits)]
+            if not waits or not (new or any(server.handshakes for server in self._tls_listeners())):
+                return
+            await asyncio.sleep(_MOVE_EVERY_S)
+
+    def _tls_listeners(self) -> list[TlsListener]:
+        servers: Sequence[Any] = self.servers
+        return [server for server in servers if isinstance(server, TlsListener)]
+
+    @staticmethod
+    def _is_new(connection: Any, *, waits: bool) -> bool:
+        """Have a connection with TLS part; whether its first request is still to come."""
+        return bool(connection.is_tls and not connection.part(waits=waits) and connection.rests)
 
     def stop_accepting(self) -> None:
         """Accept nothing from now on. Connections wait in the listener, if somebody else has it too."""
@@ -125,6 +183,8 @@ class Server(uvicorn.Server):
         for listener in sockets or []:
             listener.close()
         left_s = self._drain_timeout_s if self.heir is None else await self._give_connections(self.heir)
+        for secure in self._tls_listeners():
+            secure.end_handshakes()
         for connection in tuple(self.server_state.connections):
             connection.shutdown()
         await asyncio.gather(*(drain(left_s, cut=self._cut) for drain in self._drains))
@@ -350,8 +410,9 @@ def is_bound_to(listener: socket.socket, host: str, port: int) -> bool:
     return listener.getsockname()[:2] in {address[:2] for *_, address in found}
 
 
-def url_of(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def url_of(host: str, port: int, *, tls: bool = False) -> str:
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def tune_interpreter() -> None:

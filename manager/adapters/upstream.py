@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from contextlib import asynccontextmanager
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -51,10 +52,16 @@ class HttpUpstream:
 
     Args:
         tls: returns the TLS context that the process shares.
+        own_tls: the same for servers that have their own, by scheme, host and port.
     """
 
-    def __init__(self, tls: Callable[[], Awaitable[ssl.SSLContext]]) -> None:
+    def __init__(
+        self,
+        tls: Callable[[], Awaitable[ssl.SSLContext]],
+        own_tls: Mapping[str, Callable[[], Awaitable[ssl.SSLContext]]] = MappingProxyType({}),
+    ) -> None:
         self._tls = tls
+        self._own_tls = own_tls
         self._servers: dict[str, HttpClient] = {}
 
     async def __aenter__(self) -> Self:
@@ -156,7 +163,8 @@ class HttpUpstream:
         if server is None:
             if len(self._servers) >= _MOST_SERVERS:
                 self._servers.pop(next(iter(self._servers))).close()
-            server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES, tls=self._tls)
+            tls = self._own_tls.get(origin, self._tls)
+            server = self._servers[origin] = HttpClient(origin, most_bytes=_MOST_BYTES, tls=tls)
         path = parts.path + (f"?{parts.query}" if parts.query else "")
         method = "GET" if body is None else "POST"
         return await server.ask(method, path, body, most_bytes=most_bytes, headers=headers)

@@ -11,13 +11,14 @@ from manager.api.granted import permit_of
 from manager.api.passage import NDJSON
 from manager.api.refusal import RefusedError
 from manager.domain.models import DEFAULT_TAG
+from manager.domain.target import Protocol
 from manager.domain.wording import model_not_found
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
 from manager.services.models.pulls import PullFailedError
 from manager.services.models.volumes import NoSuchModelError
 from manager.services.routing.attempting import Trouble
 from manager.services.steps import in_steps
-from manager.wire.listing import Alias
+from manager.wire.listing import Alias, show_document
 from manager.wire.management import reading_copy, reading_named
 from manager.wire.ollama_routes import ACCOUNT, BLOB_PREFIX, USER_KEY_PREFIX
 from manager.wire.progress import SuccessWatch
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _LINES = ((b"Content-Type", NDJSON),)
 _DOCUMENT = ((b"Content-Type", PLAIN_JSON),)
+_OK = 200
 _FORBIDDEN = 403
 _NOT_FOUND = 404
 _SUCCESS = orjson.dumps({"status": "success"})
@@ -89,9 +91,22 @@ class Management:
         attempts = self._volumes.readers(volume, model)
         if permit is not None:
             attempts = tuple(one for one in attempts if not permit.limit_of_instance(one.instance))
-        step = self._enter(passage, volume, attempts)
+        target = await passage.target(self._enter(passage, volume, attempts))
+        if target.protocol is not Protocol.OLLAMA:
+            await self._show_known(passage, model)
+            return
         raw = body.raw(model=model)
-        await passage.pass_on(self._server, step, lambda target: passage.question(target, raw))
+        await passage.pass_on(self._server, target, lambda target: passage.question(target, raw))
+
+    async def _show_known(self, passage: Passage, model: str) -> None:
+        """Answer with what is known of a model of a server that is no Ollama, and has no call for this."""
+        found = self._passing.catalogue.find(model)
+        known = found.of if isinstance(found, Alias) else found
+        content = orjson.dumps(show_document(None if known is None else known.entry))
+        passage.attempting.delivered()
+        await passage.start(_OK, _DOCUMENT, len(content))
+        await passage.send(content)
+        await passage.end()
 
     async def _push(self, passage: Passage) -> None:
         body = await self._named(passage)

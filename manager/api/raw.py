@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Passing
     from manager.api.passage import Passage
+    from manager.domain.target import Target
 
 _SHOW = "/api/show"
 # Below these a path has names and digests, which are nothing to count requests by.
@@ -70,7 +71,8 @@ class RawPassing:
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> Receive | None:
         """Pass the request on. Return None, or its body where it is about a lane that is managed."""
-        stages = self._rollout.stages
+        stages, target = self._rollout.stages, self._rollout.raw
+        assert target is not None  # noqa: S101  (`may_serve` was asked; the stage may change from here on)
         if stages.stage is Stage.LANES:
             path = scope["path"]
             if path.startswith(MODEL_PREFIX):
@@ -83,13 +85,13 @@ class RawPassing:
             if name and stages.manages(split_pin(name)[0], None):
                 return receive
         passage = self._passing.passage(scope, receive, send, _route(scope["path"]), None)
-        await self._passing.passages.run(passage, self._pass)
+        await self._passing.passages.run(passage, lambda passage: self._pass(passage, target))
         return None
 
-    async def _pass(self, passage: Passage) -> None:
+    async def _pass(self, passage: Passage, target: Target) -> None:
         length = passage.body_length
         chunked = any(name == b"transfer-encoding" for name, _ in passage.scope["headers"])
-        step = passage.attempting.enter_raw()
+        step = passage.attempting.enter_raw(target)
         if length or chunked:
             pieces = passage.uploaded()
             await passage.pass_on(

@@ -12,6 +12,7 @@ import requests
 
 from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
+from manager.cli.trust import trust, untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -228,6 +229,8 @@ class Daemon:
         # Neither a proxy nor a .netrc: both are for the outside, and .netrc would replace our key.
         self._session.trust_env = False
         self._session.headers["User-Agent"] = f"ollama-manager/{__version__}"
+        if endpoint.url.startswith("https://"):
+            trust(self._session, endpoint)
         if endpoint.key is not None:
             self._session.headers["Authorization"] = f"Bearer {endpoint.key}"
 
@@ -450,8 +453,9 @@ class Daemon:
                 "it may be overloaded or suspended; look at its process and its log",
             ) from error
         except (requests.RequestException, OSError) as error:
+            why, step = untrusted(error) or (_cause(error), None)
             raise DaemonUnreachableError(
-                f"the daemon at {self.endpoint.url} cannot be reached ({_cause(error)})"
+                f"the daemon at {self.endpoint.url} cannot be reached ({why})", step
             ) from error
 
     def _read(self, read: Callable[[dict[str, Any]], T], body: dict[str, Any]) -> T:

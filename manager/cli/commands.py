@@ -26,14 +26,46 @@ if TYPE_CHECKING:
     Command = TypeVar("Command", bound=Callable[..., Any])
 
 _NAME = "ollama-manager"
+_ENV_VARIABLE = "OLLAMA_MANAGER_ENV"
 
-_CONFIG = click.option(
+_CONFIG_FILE = click.option(
     "--config",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="The configuration file (else $OLLAMA_MANAGER_CONFIG, ./ollama-manager.yaml, "
     "/etc/ollama-manager/config.yaml).",
 )
+
+
+def _set_environment(context: click.Context, _option: click.Parameter, name: str | None) -> None:
+    """Have this command read the configuration with an overlay, also when it reads it again."""
+    if name is None:
+        return
+    before = os.environ.get(_ENV_VARIABLE)
+    os.environ[_ENV_VARIABLE] = name
+
+    def restore() -> None:
+        if before is None:
+            os.environ.pop(_ENV_VARIABLE, None)
+        else:
+            os.environ[_ENV_VARIABLE] = before
+
+    context.call_on_close(restore)
+
+
+_ENV = click.option(
+    "--env",
+    callback=_set_environment,
+    expose_value=False,
+    metavar="NAME",
+    help="Overlay ollama-manager.NAME.yaml beside the configuration file (else $OLLAMA_MANAGER_ENV).",
+)
+
+
+def _CONFIG(command: Command) -> Command:  # noqa: N802  (used as the options beside it)
+    return _CONFIG_FILE(_ENV(command))
+
+
 _URL = click.option(
     "--url", metavar="URL", help="The daemon to talk to (else $OLLAMA_MANAGER_URL, else the running one)."
 )

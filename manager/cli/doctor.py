@@ -15,6 +15,7 @@ from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
+from manager.cli.doctor_tls import tls_findings
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
 from manager.cli.locate import configured_daemon
@@ -73,9 +74,10 @@ def examine(config: Path | None) -> Iterator[Finding]:
         yield skipped("all others", "not looked at: they depend on the configuration")
         return
     settings = loaded.settings
-    yield fine("configuration", str(loaded.file or "no file: defaults, and what the environment says"))
+    yield fine("configuration", _files(loaded))
     for file in settings.server.key_files:
         yield _key(file)
+    yield from tls_findings(settings)
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
@@ -83,6 +85,12 @@ def examine(config: Path | None) -> Iterator[Finding]:
         yield raw_server(settings.rollout.raw_url, settings.gateway.connect_timeout_s)
     yield card_finding(cards, refused, needs)
     yield from _state(loaded)
+
+
+def _files(loaded: LoadedSettings) -> str:
+    if loaded.file is None:
+        return "no file: defaults, and what the environment says"
+    return f"{loaded.file}, overlaid by {loaded.overlay}" if loaded.overlay else str(loaded.file)
 
 
 def _key(file: Path) -> Finding:
@@ -305,7 +313,7 @@ def _port(settings: Settings, holder: Holder | None) -> Finding:
     host, port = settings.server.host, settings.server.port
     shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     if holder is not None and holder.url is not None:
-        if holder.url == f"http://{shown}":
+        if holder.url.partition("://")[2] == shown:
             return fine("port", f"{shown} is our daemon's")
         # A command line says so, or the configuration has changed since; that daemon needs no other port.
         return fine("port", f"our daemon listens at {holder.url}; configured is {shown}")

@@ -45,21 +45,29 @@ def effective_yaml(loaded: LoadedSettings, live: Live = Live()) -> str:
     values = loaded.settings.model_dump(mode="json")
     for path, value in live.values.items():
         _put(values, path, value)
-    head = [f"# configuration file: {loaded.file or 'none'}", f"# {live.note}"]
+    files = f"{loaded.file or 'none'}" + (f", overlaid by {loaded.overlay}" if loaded.overlay else "")
+    head = [f"# configuration file: {files}", f"# {live.note}"]
     return "\n".join([*head, *_lines(loaded, live, values, ())]) + "\n"
 
 
 def check_as_serve(loaded: LoadedSettings) -> None:
-    """Raise what `serve` would raise for this configuration, with its templates and its key.
+    """Raise what `serve` would raise for this configuration, with its templates, keys and certificates.
 
-    A key file that this user may not read is passed over: it is meant for the user of the daemon.
+    A file that this user may not read is passed over: it is meant for the user of the daemon.
 
     Raises:
         ConfigurationError: with every problem that was found.
     """
+    from manager.adapters.tls import listener_tls_of, own_tls_of  # noqa: PLC0415
     from manager.settings import load_templates, read_keys, resolve_instances  # noqa: PLC0415
 
     resolve_instances(loaded, load_templates(loaded.settings))
+    for check in (listener_tls_of, own_tls_of):
+        try:
+            check(loaded.settings)
+        except ConfigurationError as error:
+            if not isinstance(error.__cause__, PermissionError):
+                raise
     for key_file in loaded.settings.server.key_files:
         try:
             read_keys((key_file,))

@@ -12,6 +12,7 @@ from manager.cli.failures import printable, warn
 from manager.cli.options import seconds
 from manager.cli.printing import local_time, print_json, print_rows
 from manager.domain.durations import parse_duration
+from manager.domain.money import micro_usd, usd_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -186,4 +187,4 @@ def _row(key: Mapping[str, Any]) -> tuple[object, ...]:
 def _limit(value: object) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return "true" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+    return "true" if value is True else usd_text(micro_usd(value)) if isinstance(value, float) else str(value)

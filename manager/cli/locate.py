@@ -20,14 +20,20 @@ if TYPE_CHECKING:
 
 KEY_VARIABLE = "OLLAMA_MANAGER_KEY"
 URL_VARIABLE = "OLLAMA_MANAGER_URL"
+CA_VARIABLE = "OLLAMA_MANAGER_CA"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A daemon's address. The key appears in no repr, so that it appears in no message either."""
+    """A daemon's address. The key appears in no repr, so that it appears in no message either.
+
+    `certificate` is the file of the daemon's own certificate: exactly that one is trusted, whatever name it
+    has. None: a certificate of an authority that `$OLLAMA_MANAGER_CA`, or else the system, trusts.
+    """
 
     url: str
     key: str | None = None
+    certificate: Path | None = None
 
     def __repr__(self) -> str:
         return f"Endpoint({self.url!r}, key={'…' if self.key else None})"
@@ -60,6 +66,7 @@ def configured_daemon(loaded: LoadedSettings) -> Endpoint:
     An address in files that others may have written is not used: a key would go there.
     """
     settings = loaded.settings
+    tls = settings.server.tls
     try:
         holder = current_holder(settings.state.dir)
     except ConfigurationError:  # another user's: its address may still be the configured one
@@ -67,9 +74,10 @@ def configured_daemon(loaded: LoadedSettings) -> Endpoint:
     if holder is not None and holder.url is not None and holder.owner_uid is not None:
         key = _configured_key(loaded, holder.owner_uid)
         if key is not None or _is_trusted(holder.owner_uid):
-            return Endpoint(_reachable(holder.url), _key() or key)
+            return Endpoint(_reachable(holder.url), _key() or key, tls.certificate)
     host = f"[{settings.server.host}]" if ":" in settings.server.host else settings.server.host
-    return Endpoint(_reachable(f"http://{host}:{settings.server.port}"), _key())
+    scheme = "http" if tls.files is None else "https"
+    return Endpoint(_reachable(f"{scheme}://{host}:{settings.server.port}"), _key(), tls.certificate)
 
 
 def current_holder(state_dir: Path) -> Holder | None:
@@ -129,7 +137,7 @@ def _checked(url: str) -> str:
         usable = usable and parts.username is None and not (parts.query or parts.fragment)
     if not usable or re.search(r"[\s\x00-\x1f\x7f\\]", url):
         raise CommandError(
-            f"the address of the daemon is {_shown(url)}; expected http://HOST:PORT",
+            f"the address of the daemon is {_shown(url)}; expected http://HOST:PORT or https://HOST:PORT",
             exit_code=MISUSED,
             next_step=f"check --url and ${URL_VARIABLE}; a key goes into ${KEY_VARIABLE}",
         )

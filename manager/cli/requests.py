@@ -13,7 +13,8 @@ from manager.cli.commands import _JSON, _common_url, _talks, program
 from manager.cli.failures import DONE, REFUSED, printable, warn
 from manager.cli.options import follow_option, when
 from manager.cli.printing import Columns, aligned, one_line, print_json
-from manager.domain.record import Outcome
+from manager.domain.money import micro_usd, usd_text
+from manager.domain.record import LOCAL, Outcome
 from manager.domain.roles import RequestKind
 from manager.domain.wording import listed
 
@@ -218,7 +219,6 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _explained(document: Mapping[str, Any]) -> list[str]:
     decision = document["decision"]
-    is_paid = document["provider"] != "local"
     lines = [
         printable(document["summary"]),
         "",
@@ -228,12 +228,11 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("began", _local_time(document["ts"], day=True)),
             ("path", document["path"]),
             ("project", document["project_id"]),
-            ("key", document["key"]),
+            ("key", document.get("key")),
             ("role", document["role"]),
             ("lane", document["lane"]),
             ("model", document["model"]),
             ("policy", document["policy"]),
-            ("provider", document["provider"] if is_paid else None),
             ("endpoint", document["endpoint"]),
             ("status", document["status"] or None),
             ("queued", _duration(document["queue_ms"])),
@@ -241,7 +240,7 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("first byte", _duration(document["ttfb_ms"])),
             ("took", _duration(document["duration_ms"])),
             ("tokens", _tokens(document)),
-            ("cost", f"{document['cost_usd']:.6f} USD" if is_paid else None),
+            ("paid", _paid(document)),
         ),
     ]
     attempts = [
@@ -285,6 +284,12 @@ def _why(attempt: Mapping[str, Any]) -> str:
 def _tokens(document: Mapping[str, Any]) -> str | None:
     given, made = document["input_tokens"], document["output_tokens"]
     return None if given is None and made is None else f"{given or 0} in, {made or 0} out"
+
+
+def _paid(document: Mapping[str, Any]) -> str | None:
+    """Return the paid server that was asked, and the cost; None where none was."""
+    provider = document.get("provider", LOCAL)
+    return None if provider == LOCAL else f"{usd_text(micro_usd(document['cost_usd']))} USD to {provider}"
 
 
 def _duration(milliseconds: float | None) -> str | None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-    from manager.cli.client import Card, Device, Drained, Instance, Lifted, Model, Orphan
+    from manager.cli.client import Card, Drained, Instance, Lifted, Model, Orphan
 
 _GAP = 2
 _NONE = "-"
@@ -169,7 +169,7 @@ def _row(instance: Instance) -> _Row:
     cells = (
         instance.id,
         instance.driver,
-        _device(instance.device),
+        _device(instance),
         instance.phase,
         instance.health,
         instance.target,
@@ -182,7 +182,7 @@ def _row(instance: Instance) -> _Row:
         cells={name: one_line(cell) for name, cell in zip(_COLUMNS, cells, strict=True)},
         reason=_notes(instance),
         log_tail=tuple(map(one_line, reason.log_tail[-_LOG_LINES:])) if reason else (),
-        brief_device=one_line(_device(instance.device, names=False)),
+        brief_device=one_line(_device(instance, names=False)),
     )
 
 
@@ -197,10 +197,11 @@ def _breaker(instance: Instance) -> list[str]:
     return [f"breaker_open: no requests {after}; retry at {breaker.retry_at}"]
 
 
-def _device(device: Device, *, names: bool = True) -> str:
+def _device(instance: Instance, *, names: bool = True) -> str:
     """`gpu 0 Card 2.0/24.0 GiB`, or `gpu 0+1 2 x Card 4.0/48.0 GiB` over several cards."""
+    device = instance.device
     if device.kind is None:
-        return "undeclared"
+        return _NONE if instance.driver == "cloud" else "undeclared"
     if device.kind != "gpu":
         return device.kind
     several = len(device.cards) > 1

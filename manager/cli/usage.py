@@ -10,6 +10,7 @@ import click
 from manager.cli.commands import _JSON, _common_url, _talks
 from manager.cli.options import when
 from manager.cli.printing import local_time, print_json, table
+from manager.domain.money import micro_usd, usd_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -90,7 +91,7 @@ def _cells(one: Mapping[str, Any]) -> tuple[object, ...]:
         one["fallbacks"],
         one["input_tokens"],
         one["output_tokens"],
-        f"{one['cost_usd']:.6f}".rstrip("0").rstrip(".") + " USD",
+        f"{usd_text(micro_usd(one['cost_usd']))} USD",
         _time(one["mean_ms"]),
         _time(one["p50_ms"]),
         _time(one["p95_ms"]),

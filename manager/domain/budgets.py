@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias
 
-from manager.domain.money import in_usd
+from manager.domain.money import usd_text
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -93,11 +93,11 @@ class Overdrawn(NamedTuple):
     @property
     def message(self) -> str:
         budget, balance = self.budget, self.balance
-        hard, spent = in_usd(budget.hard_micro_usd or 0), in_usd(balance.spent)
         return (
-            f"the budget {budget.scope} of this {budget.period} has a hard limit of {hard:g} USD: "
-            f"{spent:g} USD are spent, {in_usd(balance.reserved):g} USD are reserved, and this request may "
-            f"cost up to {in_usd(self.amount):g} USD"
+            f"the budget {budget.scope} of this {budget.period} has a hard limit of "
+            f"{usd_text(budget.hard_micro_usd or 0)} USD: {usd_text(balance.spent)} USD are spent, "
+            f"{usd_text(balance.reserved)} USD are reserved, and this request may cost up to "
+            f"{usd_text(self.amount)} USD"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.models import model_key, split_pin
+from manager.domain.roles import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -16,7 +17,6 @@ _MOST_NAMED = 3
 _SECOND_MS, _MINUTE_S = 1000.0, 60.0
 _CANCELLED = "cancelled"
 _RULED_OUT = "policy"
-_ANY = "auto"  # the target of a role that may use any instance
 
 # What each reason says of an instance, by the one list of reasons (`errors.Reason` and the contract).
 REASON_WORDS: Mapping[str, str] = {
@@ -50,6 +50,7 @@ REASON_WORDS: Mapping[str, str] = {
     "template_outdated": "the template of {} was outdated",
     "cancelled": "the request on {} was cancelled",
 }
+_POLICIES = frozenset(Policy)
 # A detail that begins with one of these takes the place of the words: `drained: driver update`.
 _STATES = ("drained",)
 
@@ -202,8 +203,8 @@ def _since(reason: str, passed_over: Iterable[Mapping[str, Any]], preferred: str
         return _named(map(passed_over_words, chosen))
     if reason == "gpu_missing":
         return "there was no GPU"
-    if preferred == _ANY:
-        return f"nothing preferred could answer ({reason})"
+    if preferred in _POLICIES:  # no instance was preferred
+        return f"no local instance could answer ({reason})"
     return why(preferred or "what it asked for", reason)
 
 

@@ -45,3 +45,8 @@ def micro_usd(usd: Decimal | float | str) -> int:
 def in_usd(micro: int) -> float:
     """Return micro-dollars as dollars, for JSON."""
     return micro / MICRO_PER_USD
+
+
+def usd_text(micro: int) -> str:
+    """Return micro-dollars as dollars for people, such as `0.00001` or `30`."""
+    return f"{Decimal(micro) / MICRO_PER_USD:.6f}".rstrip("0").rstrip(".")

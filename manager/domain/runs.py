@@ -175,6 +175,11 @@ def sent(run: Run, now: datetime, *, instance: str, request_id: str) -> Run:
     )
 
 
+def paid(run: Run, *, instance: str) -> Run:
+    """Return the run whose request is about to be sent to a paid server: it is not executed again."""
+    return replace(run, instance=instance, idempotent=False)
+
+
 def withdrawn(run: Run) -> Run:
     """Return the run whose request was stored as sent, and was not sent."""
     status = advance(run.status, RunFact.WITHDRAWN)

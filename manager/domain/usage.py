@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal, NamedTuple, TypeAlias, get_args
 
-from manager.domain.models import model_key
+from manager.domain.models import DEFAULT_TAG, model_key
 from manager.domain.money import micro_usd
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def sample_of(record: RequestRecord) -> Sample | None:
             record.project_id,
             record.key or "",
             record.role or "",
-            "" if record.model is None else model_key(record.model),
+            # One name of each model: those of other servers than Ollama have no tags.
+            "" if record.model is None else model_key(record.model).removesuffix(f":{DEFAULT_TAG}"),
             record.effective_target or "",
         ),
         Sums(

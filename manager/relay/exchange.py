@@ -516,6 +516,12 @@ class Exchange:
             self._held_head = head
             self._held_since = monotonic()
             return
+        unreadable = translated.unreadable(head)
+        if unreadable is not None:
+            self._drop_connection()
+            message = f"{attempting.work.instance}: {unreadable}"
+            self._follow(attempting.failed(Reason.INVALID_OUTPUT, message, sent=True))
+            return
         attempting.answered(GOOD)
         if translated.is_whole:  # its head follows when its length is known
             assert self._record is not None  # noqa: S101  (its turn has come)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import re
 import socket
+import termios
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from manager.relay.caller import Caller
+    from manager.relay.connections import Connection
     from manager.relay.relay import Relay
     from manager.wire.head import Header
     from manager.wire.routes import Route
@@ -50,6 +53,11 @@ _FULL_BODY = b'{"error":"the server has too many connections; try later"}'
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
     b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_FULL_BODY), _FULL_BODY)
+)
+_LEAVING_BODY = b'{"error":"the manager is being replaced; send the request again"}'
+_LEAVING = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(_LEAVING_BODY), _LEAVING_BODY)
 )
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # struct tcp_info of linux/tcp.h: the state is its first byte, tcpi_bytes_acked the eight bytes from 120 on.
@@ -137,6 +145,10 @@ class Front(HttpToolsProtocol):
         self._body_bytes = 0
         self._ending = False
         self._probes = False
+        # Stands for this connection in the limit until the TLS handshake has ended.
+        self.handshake: Connection | None = None
+        self._is_tls = False
+        self._is_parting = False
 
     # --- what the transport calls ---
 
@@ -144,6 +156,10 @@ class Front(HttpToolsProtocol):
         super().connection_made(transport)  # type: ignore[arg-type]
         self.flow = _Flow(self.transport)
         self._timers.add(self)
+        self._is_tls = self.scheme == "https"
+        if self.handshake is not None:
+            self._places.closed(self.handshake)
+            self.handshake = None
         self._places.opened(self)
         if self._held:
             self.loop.call_soon(self._parse_held)
@@ -217,6 +233,34 @@ class Front(HttpToolsProtocol):
                 self._refuse(503, "the manager is being stopped")  # the rest of its body never came
         self._ending = True
 
+    @property
+    def is_tls(self) -> bool:
+        return self._is_tls
+
+    def part(self, *, waits: bool) -> bool:
+        """End after the current answer, which says so, because the connection cannot be given away.
+
+        A client sends a request again that it sent on a connection that was closed between two requests.
+
+        Args:
+            waits: leave a client that has sent nothing yet the time for its first request.
+
+        Returns:
+            Whether nothing is under way any more.
+        """
+        self._is_parting = True
+        self._known = None
+        cycle = self.cycle
+        if self.transport.is_closing():
+            return True
+        if cycle is not None and not cycle.response_complete:
+            cycle.keep_alive = False
+            return False
+        if self._head_bytes or self._held or not self._in_head or (waits and not self._requests):
+            return False
+        self.transport.close()
+        return True
+
     def leave(self, take: Callable[[int, bytes], bool]) -> bool:
         """Give the connection away between two requests; whether it was given.
 
@@ -226,7 +270,12 @@ class Front(HttpToolsProtocol):
         Args:
             take: takes the descriptor of the socket and the bytes of the next request; whether it did. This
                 process closes its own descriptor afterwards, and the connection lives on.
+
+        No other process can go on with a connection with TLS: it is closed. A request that came too late is
+        refused, so that its client can send it again.
         """
+        if self._is_tls:
+            return self._close_between()
         cycle = self.cycle
         peer = self.transport.get_extra_info("socket")
         if (
@@ -246,6 +295,16 @@ class Front(HttpToolsProtocol):
         self.transport.abort()
         return True
 
+    def _close_between(self) -> bool:
+        """Close a connection with TLS between two requests; whether it is closed."""
+        if not self.rests or not self._in_head:
+            return False
+        if not self.transport.is_closing():
+            if self._held or self._head_bytes:
+                self.transport.write(_LEAVING)
+            self.transport.close()
+        return True
+
     # --- what the timer calls ---
 
     def check(self, now: float) -> None:
@@ -260,6 +319,8 @@ class Front(HttpToolsProtocol):
         limit_s = self._limit_s(phase)
         if limit_s is not None and age_s >= limit_s:
             self._too_late(phase)
+        elif self._is_tls and self.transport.is_closing() and not self._is_unsent():
+            self.transport.abort()  # the client has everything; it does not close its side of TLS
         elif self.flow.read_paused and _tcp_info(self.transport)[0] != _TCP_ESTABLISHED:
             self.eof_received()  # which nothing else reports while reading is paused
         elif phase is Phase.ANSWERING and not self._probes and age_s >= self._deadlines.probe_after_s:
@@ -319,7 +380,7 @@ class Front(HttpToolsProtocol):
             route,
             caller,
             target=self.url,
-            keep_alive=modern and parser.should_keep_alive(),
+            keep_alive=modern and not self._is_parting and parser.should_keep_alive(),
             chunks=modern,
             expects_continue=modern and self.expect_100_continue,
         )
@@ -670,6 +731,16 @@ class Front(HttpToolsProtocol):
         """Return a number that grows or shrinks as the client takes what was written."""
         return _tcp_info(self.transport)[1] or self.transport.get_write_buffer_size()
 
+    def _is_unsent(self) -> bool:
+        """Whether something that was written has not reached the client."""
+        if self.transport.get_write_buffer_size():
+            return True
+        peer = self.transport.get_extra_info("socket")
+        try:
+            return any(fcntl.ioctl(peer.fileno(), termios.TIOCOUTQ, bytes(4)))
+        except (OSError, ValueError, AttributeError):
+            return False  # it is being closed
+
     def _too_late(self, phase: Phase) -> None:
         if phase is Phase.BODY:
             self._refuse(408, "the request body did not arrive")
@@ -701,6 +772,8 @@ class Front(HttpToolsProtocol):
         if self._length:
             self.headers.append((b"content-length", self._length))
         super().on_headers_complete()
+        if self._is_parting:
+            self.cycle.keep_alive = False
         self._in_head = False
         self.headers = _TRAILERS
 

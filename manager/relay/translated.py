@@ -104,6 +104,11 @@ class Translated:
         """Whether the answer is written once all of it has come."""
         return (self._said.is_translated or self._target.paid) and not self._streams
 
+    def unreadable(self, head: AnswerHead) -> str | None:
+        """Return why an answer with status 200 cannot be read; None where it can."""
+        pairs = (line.partition(b":") for line in head.lines)
+        return self._said.unreadable((name, value.strip()) for name, _, value in pairs)
+
     def head_for_client(self, head: AnswerHead, *, stream: bool) -> AnswerHead:
         """Return the head of an answer with status 200 whose bytes follow as they come."""
         kind = self._said.content_type(head.content_type)

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.settings import sources as source
 from manager.settings.model import COMPARED, Settings
+from manager.settings.overlays import read_overlay
 from manager.settings.ownership import can_read_as_owner, is_trusted, local_file_problem, open_regular, user
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation
 from manager.settings.yaml_file import Document, read_document
@@ -33,11 +34,16 @@ _MOST_KEYS = 32
 
 @dataclass(frozen=True, slots=True)
 class LoadedSettings:
-    """Settings with their origin. `file` is the configuration file that was read, None when there is none."""
+    """Settings with their origin.
+
+    `file` is the configuration file that was read, None when there is none; `overlay` is the file of the
+    environment that was named.
+    """
 
     settings: Settings
     file: Path | None
     sources: tuple[source.Source, ...]
+    overlay: Path | None = None
 
     def source_of(self, path: str | KeyPath) -> str:
         """`command line`, `environment NAME`, `file FILE:LINE` or `default`; a key is `server.port`."""
@@ -70,7 +76,9 @@ def load_settings(
     overrides: Mapping[str, object] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> LoadedSettings:
-    """Read all settings: command line, then environment, then file, then defaults; mappings are merged.
+    """Read all settings: command line, environment, overlay, file, defaults, in this order.
+
+    Mappings are merged, lists are replaced. `$OLLAMA_MANAGER_ENV` names the overlay, see `overlays`.
 
     Args:
         config: the file that was asked for; else `$OLLAMA_MANAGER_CONFIG`, `./ollama-manager.yaml` and
@@ -83,21 +91,24 @@ def load_settings(
     """
     problems: list[Problem] = []
     document = _find_document(config, environ)
-    layers = [
+    file = None if document is None else Path(document.file)
+    is_named = config is not None or environ.get(f"{source.PREFIX}CONFIG", "").strip()
+    overlay = read_overlay(file, environ, check=None if is_named else _refuse_untrusted)
+    documents = [one for one in (overlay, document) if one is not None]
+    files = tuple(source.configuration_file(one, environ) for one in documents)
+    sources = (
         source.command_line(overrides or {}, environ),
-        source.environment(environ, problems, (document and document.data) or {}),
+        source.environment(environ, problems, _merged(files)),
+        *files,
         source.defaults(environ),
-    ]
-    if document is not None:
-        problems += document.problems
-        if document.data is None:
-            raise configuration_error(problems)
-        layers.insert(-1, source.configuration_file(document, environ))
-    sources = tuple(layers)
+    )
+    problems += [problem for one in documents for problem in one.problems]
+    if any(one.data is None for one in documents):
+        raise configuration_error(problems)
     settings = _validated(sources, problems)
     if settings is None or problems:
         raise configuration_error(problems)
-    return LoadedSettings(settings, None if document is None else Path(document.file), sources)
+    return LoadedSettings(settings, file, sources, None if overlay is None else Path(overlay.file))
 
 
 def read_keys(files: Sequence[Path], *, daemon_uid: int | None = None) -> tuple[str, ...]:
@@ -202,7 +213,7 @@ def _refuse_untrusted(file: Path) -> None:
     users = " or ".join(user(uid) for uid in sorted({os.geteuid(), 0}, reverse=True))
     expected = (
         f"{problem}. A configuration in the current directory counts only if file and directory belong to "
-        f"{users} and nobody else can write to them; to read it all the same, name it: --config {file}"
+        f"{users} and nobody else can write to them; to read it all the same, name it: --config {LOCAL_FILE}"
     )
     raise configuration_error([Problem("", "", expected)])
 

@@ -63,6 +63,12 @@ from manager.settings.servers import (
     external_model_refusals,
     order_refusals,
 )
+from manager.settings.tls import (
+    ClientTlsSettings,
+    ListenerTlsSettings,
+    client_tls_refusals,
+    unequal_tls_refusals,
+)
 from manager.wire.origins import check_pattern
 
 if TYPE_CHECKING:
@@ -215,6 +221,7 @@ class ServerSettings(Section):
     host: Annotated[str, AfterValidator(listen_host)] = "127.0.0.1"
     port: Port = 11435
     key_file: Annotated[KeyFiles | None, PlainSerializer(_key_files_text, when_used="json")] = None
+    tls: ListenerTlsSettings = Field(default_factory=ListenerTlsSettings)
     allowed_hosts: tuple[Annotated[str, AfterValidator(host_header)], ...] = (
         "localhost",
         "127.0.0.1",
@@ -276,6 +283,7 @@ class InstanceSettings(Section):
     template: Text | None = None
     device: Annotated[Devices | None, PlainSerializer(_devices_text, when_used="json")] = None
     url: Annotated[str, AfterValidator(http_url)] | None = None
+    tls: ClientTlsSettings | None = None
     protocol: Protocol | None = None
     key_env: EnvName | None = None
     key_file: FilePath | None = None
@@ -296,6 +304,7 @@ class InstanceSettings(Section):
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
         refuse(_REFUSALS[self.driver](self))
+        refuse(client_tls_refusals(self.url, self.tls, is_docker=self.driver is Driver.DOCKER))
         return self
 
 
@@ -435,6 +444,7 @@ class Settings(BaseSettings):
                 *_name_refusals(self),
                 *_schedule_refusals(self),
                 *_loop_refusals(self),
+                *unequal_tls_refusals(self.instances),
                 *_routing_refusals(self),
                 *repeated(self.budgets),
                 *_rollout_refusals(self),
@@ -506,6 +516,9 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 def _cloud_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver cloud needs a url")
+    elif instance.url.startswith("http://") and not is_loopback(urlsplit(instance.url).hostname or ""):
+        message = f"{instance.url!r} would carry the key in clear; expected https:// beyond this machine"
+        yield Refusal(key=("url",), message=message)
     for key in NOT_CLOUD:
         if key in instance.model_fields_set and getattr(instance, key) is not None:
             yield Refusal(key=(key,), message="not for driver cloud, whose server is somebody else's service")

@@ -23,14 +23,24 @@ if TYPE_CHECKING:
     from manager.settings.yaml_file import Document
 
 PREFIX = "OLLAMA_MANAGER_"
-# These say where to look, they are no settings; the last two are for the client commands.
-NOT_SETTINGS = frozenset({f"{PREFIX}CONFIG", f"{PREFIX}URL", f"{PREFIX}KEY"})
+# These say where to look, they are no settings; the last three are for the client commands.
+NOT_SETTINGS = frozenset({f"{PREFIX}{name}" for name in ("CONFIG", "ENV", "URL", "KEY", "CA")})
 _ENGINE_URL: KeyPath = ("engine", "url")
 _STATE_DIR: KeyPath = ("state", "dir")
 # Mappings whose names a variable can spell, and what `_` in one means where the file has no such name.
 _SPELLABLE: dict[KeyPath, str] = {("instances",): "-", ("roles",): "_"}
-_PATHS: tuple[KeyPath, ...] = (("server", "key_file"), _STATE_DIR, ("templates", "dir"))
-_KEY_OF_INSTANCE = "key_file"
+# `*` is the id of any instance.
+_PATHS: tuple[KeyPath, ...] = (
+    ("server", "key_file"),
+    ("server", "tls", "certificate"),
+    ("server", "tls", "key"),
+    _STATE_DIR,
+    ("templates", "dir"),
+    ("instances", "*", "key_file"),
+    ("instances", "*", "tls", "ca"),
+    ("instances", "*", "tls", "certificate"),
+    ("instances", "*", "tls", "key"),
+)
 
 Kind = Literal["command line", "environment", "file", "default"]
 
@@ -77,7 +87,7 @@ class Source(PydanticBaseSettingsSource):
             _put(self.values, _STATE_DIR, _state_dir(environ))
         if _is_null(self.values, _ENGINE_URL):
             _put(self.values, _ENGINE_URL, DEFAULT_ENGINE_URL)
-        for path in (*_PATHS, *_keys_of_instances(self.values)):
+        for path in _spelt_out(_PATHS, self.values):
             found = _get(self.values, path)
             if isinstance(found, list):
                 _put(self.values, path, [_absolute(text, base) for text in found])
@@ -180,12 +190,6 @@ def _absolute(text: Any, base: Path) -> Any:
     return str(base / _expanded(text)) if isinstance(text, str) and text else text
 
 
-def _keys_of_instances(values: dict[str, Any]) -> Iterator[KeyPath]:
-    instances = values.get("instances")
-    if isinstance(instances, dict):
-        yield from (("instances", name, _KEY_OF_INSTANCE) for name in instances)
-
-
 def _expanded(text: str) -> Path:
     try:
         return Path(text).expanduser()
@@ -241,12 +245,23 @@ def _decoded(path: KeyPath, text: str) -> Any:
             return text
     if text == "null" and (is_optional(kind) or path in {_ENGINE_URL, _STATE_DIR}):
         return None
-    if path in _PATHS or (path[0] == "instances" and path[-1] == _KEY_OF_INSTANCE):
+    if path in _spelt_out(_PATHS, {"instances": {path[1]: None}} if len(path) > 1 else {}):
         return text
     try:
         return TypeAdapter(plain(kind)).validate_strings(text)
     except ValidationError:
         return text
+
+
+def _spelt_out(paths: tuple[KeyPath, ...], values: Mapping[str, Any]) -> tuple[KeyPath, ...]:
+    """The paths, with each id of an instance for `*`."""
+    ids = values.get("instances")
+    names = tuple(ids) if isinstance(ids, dict) else ()
+    return tuple(
+        (path[0], name, *path[2:]) if name else path
+        for path in paths
+        for name in (names if "*" in path else ("",))
+    )
 
 
 def _given(overrides: Mapping[str, object]) -> dict[str, Any]:

@@ -42,7 +42,10 @@ _NOT_ALLOWED = 405
 _SAFE = frozenset({"GET", "HEAD"})
 _OPEN = Keys()
 _METHODS = b"GET, HEAD, POST, DELETE"
-_READABLE = b"X-Request-Id, X-Instance, X-Model, X-Provider, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms"
+_READABLE = (
+    b"X-Request-Id, X-Instance, X-Model, X-Provider, X-Fallback-Reason, X-Queue-Ms, X-Start-Ms, X-Cost-USD, "
+    b"X-Budget-Soft"
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
+
+from manager.wire.errors import BadBodyError
+from manager.wire.json_values import loaded
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -14,21 +17,48 @@ if TYPE_CHECKING:
 # The names of a limit of output tokens: of OpenAI (chat, completions, responses) and of Anthropic.
 _LIMITS: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 _NATIVE_LIMIT: Final = "num_predict"
-# An image that the request only names by its address. The largest of OpenAI's cost 1,445 tokens at high
-# detail, Anthropic's 1,600 (https://platform.openai.com/docs/guides/images-vision,
-# https://docs.anthropic.com/en/docs/build-with-claude/vision); some models multiply that.
-_TOKENS_OF_A_LINK: Final = 50_000
-_LINK: Final = b"http"
+_IMAGE_TYPES: Final = ("image", "input_image")
+# An image, however small its text is. The largest of OpenAI's cost 1,445 tokens at high detail, Anthropic's
+# 1,600 (https://platform.openai.com/docs/guides/images-vision,
+# https://docs.anthropic.com/en/docs/build-with-claude/vision); some models multiply that by 33.
+_TOKENS_OF_AN_IMAGE: Final = 50_000
+# What a provider adds to a request that has tools
+# (https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/overview#pricing).
+_TOKENS_AROUND_TOOLS: Final = 1000
+_TOOLS: Final = frozenset({"tools", "functions"})
 
 
 def most_input_tokens(raw: Buffer) -> int:
     """Return a number of tokens that no tokenizer exceeds: a token stands for one byte at least.
 
-    The names and brackets of the JSON text are more than what a server adds to each message. Each address may
-    lead to an image, which costs more than its letters.
+    The names and brackets of the JSON text are more than what a server adds to each message. Images, and the
+    words around tools, cost more than their text. What cannot be decoded is never sent to a paid server.
     """
     data = bytes(raw)
-    return len(data) + _TOKENS_OF_A_LINK * data.count(_LINK)
+    try:
+        document: Any = loaded(data)
+    except BadBodyError:
+        return len(data)
+    tools = isinstance(document, dict) and not _TOOLS.isdisjoint(map(str.lower, document))
+    return len(data) + _TOKENS_OF_AN_IMAGE * _images(document) + _TOKENS_AROUND_TOOLS * tools
+
+
+def _images(document: Any) -> int:
+    """Count the images in a request of any dialect."""
+    count, left = 0, [document]
+    while left:
+        one = left.pop()
+        if isinstance(one, dict):
+            for name, value in one.items():
+                key = name.lower()
+                if key == "images" and isinstance(value, list):  # Ollama's
+                    count += len(value)
+                elif key == "image_url" or (key == "type" and value in _IMAGE_TYPES):
+                    count += 1
+            left.extend(one.values())
+        elif isinstance(one, list):
+            left.extend(one)
+    return count
 
 
 def output_limit(fields: Fields) -> int | None:

@@ -56,6 +56,8 @@ NOT_RETURNED = HOP_BY_HOP | {
     b"access-control-expose-headers",
     b"content-length",
     b"x-accel-buffering",
+    b"x-budget-soft",
+    b"x-cost-usd",
     b"x-fallback-reason",
     b"x-instance",
     b"x-model",

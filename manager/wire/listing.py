@@ -79,6 +79,26 @@ def tags_document(models: Iterable[KnownModel], aliases: Iterable[Alias] = ()) -
     return {"models": [*(_whole(model.entry) for model in found), *roles]}
 
 
+def show_document(entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The answer of `/api/show` for a model whose server has no such call.
+
+    Such a server does not say what a model can do: every client expects that it completes text.
+
+    Args:
+        entry: what is listed of the model; None where it is not listed any more.
+    """
+    whole = _whole(entry or {})
+    return {
+        "modelfile": "",
+        "parameters": "",
+        "template": "",
+        "details": whole["details"],
+        "model_info": {},
+        "capabilities": whole.get("capabilities") or ["completion"],
+        "modified_at": whole["modified_at"],
+    }
+
+
 def _alias_entry(role: str, model: KnownModel) -> dict[str, Any]:
     entry = _whole(model.entry)
     name = f"{role}:{DEFAULT_TAG}"

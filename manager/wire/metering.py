@@ -7,24 +7,24 @@ where the client has not asked for it.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 
-from manager.domain.roles import merged
+from manager.wire.body import dumped
 from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError
+from manager.wire.json_values import NO_JSON
+from manager.wire.priced import priced
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import Dialect
 from manager.wire.steps import run
 from manager.wire.translate.hub import Usage
+from manager.wire.translate.openai_answer import usage_in
 from manager.wire.usage import token_counts
+from manager.wire.values import changed_values
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from manager.domain.roles import BodyChanges
     from manager.wire.body import InferenceBody
     from manager.wire.routes import Route
@@ -34,22 +34,9 @@ _OK = 200
 # An event with tokens alone is short. A longer one is no such event, and passes.
 _MOST_EVENT_BYTES = 16 * 1024
 # Anthropic counts these beside the others.
-_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens"\s*:\s*(\d{1,15})')
-_LIMITS = ("max_tokens", "max_completion_tokens")
-# Fields that multiply the price or are paid for apart, with the values that cost nothing.
-_DEARER: Mapping[str, tuple[object, ...]] = MappingProxyType(
-    {
-        "n": (1,),
-        "best_of": (1,),
-        "service_tier": ("auto", "default", "flex", "standard_only"),
-        "modalities": (["text"],),
-        "audio": (),
-        "web_search_options": (),
-        "prediction": (),
-        "container": (),
-        "mcp_servers": ([],),
-    }
-)
+_CACHED = re.compile(rb'"cache_(?:read|creation)_input_tokens"\s*:\s*(\d{1,9})(?![\d.eE])')
+# A longer event is no longer held, whatever it has in it.
+_MOST_HELD_BYTES = 1024 * 1024
 
 
 class Passing:
@@ -76,21 +63,27 @@ class Passing:
         wants_usage: bool = False,
     ) -> bytes:
         """Return the body for the server, as `Translation.request`."""
-        more: dict[str, Any] = {}
         if max_tokens is not None and self._route.kind == "generate":
-            given = {name: _number(body, name) for name in _limits_of(self._route)}
-            limits = {name: min(value, max_tokens) for name, value in given.items() if value is not None}
-            more |= limits or {self._limit_field: max_tokens}
-            _refuse_dearer(body)
-        if wants_usage and body.stream and self._route.dialect is Dialect.OPENAI:
-            options = _object(body, "stream_options")
-            self._hides_usage = options.get("include_usage") is not True
-            more["stream_options"] = {"include_usage": True}
-        if more:
-            changes = replace(changes, overrides=merged(changes.overrides, more))
+            return self._paid(body, model, changes, max_tokens, wants_usage=wants_usage)
         if body.is_small:
             return body_for(body, self._route, model, changes)
         return b"".join(run(rewriting(body, self._route, model, changes)))
+
+    def _paid(
+        self, body: InferenceBody, model: str, changes: BodyChanges, most: int, *, wants_usage: bool
+    ) -> bytes:
+        """Return a body that costs what was reserved at most. It is written anew: no field is in it twice."""
+        try:
+            values = changed_values(body, self._route, model, changes)
+            values = priced(self._route.path, values, most, self._limit_field)
+            if wants_usage and body.stream and self._route.dialect is Dialect.OPENAI:
+                given = values.get("stream_options")
+                given = given if isinstance(given, dict) else {}
+                self._hides_usage = given.get("include_usage") is not True
+                values["stream_options"] = {**given, "include_usage": True}
+            return dumped({**values, "model": model})
+        except RecursionError:
+            raise BadBodyError(NO_JSON) from None
 
     def head(self, status: int) -> tuple[int, bytes]:
         """Return the status, and no content type: that of the server holds."""
@@ -107,7 +100,8 @@ class Passing:
         whole, rest = _cut(self._event)
         self._event = bytearray(rest)
         written = b"".join(event for event in whole if not self._is_usage(event))
-        if len(self._event) > _MOST_EVENT_BYTES and b'"usage"' not in self._event:
+        held = len(self._event)
+        if held > _MOST_HELD_BYTES or (held > _MOST_EVENT_BYTES and b'"usage"' not in self._event):
             written += bytes(self._event)
             self._event.clear()
         return written
@@ -133,7 +127,7 @@ class Passing:
     def _limit_field(self) -> str:
         if self._route.path == "/v1/chat/completions":
             return self._traits.max_tokens_field
-        return "max_output_tokens" if self._route.path == "/v1/responses" else "max_tokens"
+        return "max_tokens"
 
     def _is_usage(self, event: bytes) -> bool:
         """Take in an event; return whether it has the tokens and nothing else."""
@@ -149,46 +143,9 @@ class Passing:
         usage = said.get("usage") if isinstance(said, dict) else None
         if not isinstance(usage, dict):
             return False
-        self.usage = Usage(_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+        self.usage = usage_in(usage) or self.usage
         choices = said.get("choices")
         return isinstance(choices, list) and not choices
-
-
-def _limits_of(route: Route) -> tuple[str, ...]:
-    if route.path == "/v1/chat/completions":
-        return _LIMITS
-    return ("max_output_tokens",) if route.path == "/v1/responses" else ("max_tokens",)
-
-
-def _refuse_dearer(body: InferenceBody) -> None:
-    """Refuse what would cost more than the tokens of one answer.
-
-    Raises:
-        BadBodyError: the request has such a field.
-    """
-    for name, free in _DEARER.items():
-        value = _value(body, name)
-        if value is not None and value not in free:
-            raise BadBodyError(f"{name}: costs more than the tokens of one answer; leave it out")
-
-
-def _number(body: InferenceBody, name: str) -> int | None:
-    value = _value(body, name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _object(body: InferenceBody, name: str) -> dict[str, Any]:
-    found = _value(body, name)
-    return found if isinstance(found, dict) else {}
-
-
-def _value(body: InferenceBody, name: str) -> Any:
-    """Return the value of a field; None where there is none, or no JSON."""
-    value = body.fields.get(name)
-    try:
-        return None if value is None else orjson.loads(memoryview(value))
-    except orjson.JSONDecodeError:
-        return None
 
 
 def _cut(events: bytearray) -> tuple[list[bytes], bytes]:
@@ -201,8 +158,3 @@ def _cut(events: bytearray) -> tuple[list[bytes], bytes]:
             return whole, bytes(events[start:])
         whole.append(bytes(events[start : min(ends)]))
         start = min(ends)
-
-
-def _count(usage: dict[str, Any], name: str) -> int:
-    value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0

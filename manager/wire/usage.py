@@ -21,7 +21,9 @@ _COUNTS = {
     Dialect.OPENAI: ((b'"prompt_tokens"', b'"input_tokens"'), (b'"completion_tokens"', b'"output_tokens"')),
     Dialect.ANTHROPIC: ((b'"input_tokens"',), (b'"output_tokens"',)),
 }
-_COUNT = re.compile(rb"\s*:\s*(\d{1,15})")
+# A longer one, a fraction or a negative one is no number of tokens.
+_COUNT = re.compile(rb"\s*:\s*(\d{1,9})(?![\d.eE])")
+_DURATION = re.compile(rb'"total_duration"\s*:\s*\d')
 _DONE = b'"done"'
 _TRUE = re.compile(rb"\s*:\s*true")
 _RESPONSE_DONE = re.compile(rb'"type"\s*:\s*"response\.(?:completed|incomplete|failed)"')
@@ -49,7 +51,7 @@ def is_ended(route: Route, tail: bytes) -> bool:
         at = tail.rfind(_DONE)
         if at >= 0:
             return _TRUE.match(tail, at + len(_DONE)) is not None
-        return _last((b'"total_duration"',), tail) is not None
+        return _DURATION.search(tail) is not None
     if route.dialect is Dialect.ANTHROPIC:
         return _MESSAGE_DONE.search(tail) is not None
     if route.path == "/v1/responses":

@@ -609,6 +609,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         "/api/v1/budgets",
+        *(f"/api/v1/keys{path}" for path in ("", "/{name}", "/{name}/rotate")),
         "/api/v1/usage",
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",

@@ -80,7 +80,9 @@ async def test_a_browser_is_sent_to_the_pages_once_there_are_any(accept: str, st
     async def send(message: Message) -> None:
         said.append(message)
 
-    backend: Any = SimpleNamespace(passing=MagicMock())
+    passing = MagicMock()
+    passing.routing.rollout.raw = None
+    backend: Any = SimpleNamespace(passing=passing)
     routes: Any = [SimpleNamespace(path="/docs"), SimpleNamespace(path="/ui")]
     api = OllamaApi(app, backend=backend, routes=routes)
     headers = [(b"accept", accept.encode())]

@@ -302,7 +302,7 @@ async def test_force_local_is_a_live_switch_and_wins(tmp_path: Path) -> None:
         assert (await front.ask(WHOLE)).status == 500
         reply = await front.ask({**WHOLE, "model": "emergency"})
         assert reply.status == 403
-        assert "fallback.force_local is on" in reply.json()["error"]
+        assert reply.json()["error"].endswith("fallback.force_local is on (local_only)")
         assert provider.seen == []
         await front.ask({"fallback": {"force_local": None}}, SETTINGS, JSON)
         assert (await front.ask(WHOLE)).headers["x-provider"] == "paid"
@@ -317,6 +317,7 @@ async def test_a_request_can_forbid_it_for_itself(tmp_path: Path) -> None:
         assert (reply.status, reply.headers["x-provider"]) == (500, "local")
         reply = await front.ask({**WHOLE, "model": "emergency"}, headers={"X-Local-Only": "true"})
         assert reply.status == 403
+        assert "(local_only)" in reply.json()["error"]
         assert provider.seen == []
 
 

@@ -286,6 +286,7 @@ async def test_what_is_between_caller_and_gateway_stays_there(tmp_path: Path) ->
             "Connection: X-Internal\r\nX-Internal: i\r\nX-Instance: forged\r\nKeep-Alive: 5\r\nX-Other: o\r\n"
             'Set-Cookie: c=1\r\nStrict-Transport-Security: max-age=9\r\nAlt-Svc: h3=":1"\r\n'
             "Access-Control-Allow-Credentials: true\r\nClear-Site-Data: *\r\n"
+            "X-Provider: openai\r\nX-Cost-USD: 5\r\nX-Budget-Soft: global/month\r\n"
         )
         await talk.whole(200, LAST.strip(), extra)
 
@@ -303,7 +304,8 @@ async def test_what_is_between_caller_and_gateway_stays_there(tmp_path: Path) ->
         assert (version, trace, flags) == ("00", "a" * 32, "01")
         assert span != "b" * 16
         assert seen["x-request-id"] == reply.headers["x-request-id"]
-        assert reply.headers["x-instance"] == "a"
+        assert (reply.headers["x-instance"], reply.headers["x-provider"]) == ("a", "local")
+        assert {"x-cost-usd", "x-budget-soft"}.isdisjoint(reply.headers)
         assert reply.headers["x-other"] == "o"
         for name in ("set-cookie", "strict-transport-security", "alt-svc", "clear-site-data"):
             assert name not in reply.headers
@@ -319,7 +321,7 @@ async def test_a_key_is_asked_for_in_the_words_of_the_caller(tmp_path: Path, pat
         reply = await front.ask(TINY, path, {"Authorization": "Bearer wrong"})
         assert reply.status == 401
         error = reply.json()["error"]
-        assert "operator key" in (error if isinstance(error, str) else error["message"])
+        assert "the key is wrong" in (error if isinstance(error, str) else error["message"])
         assert (await front.ask(TINY, path, {"X-API-Key": "right"})).status == 200
         reply = await front.ask(TINY, path, {"X-API-Key": "right", "Origin": "http://evil.example"})
         assert reply.status == 403

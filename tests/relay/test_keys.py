@@ -293,3 +293,12 @@ def test_requests_with_remembered_heads_and_new_keys_do_not_mix(keyed: Keyed) ->
     for name in names:
         rows = wait_for(lambda name=name: history_of(keyed, name), lambda rows: len(rows) == 10)  # type: ignore[misc]
         assert {(row["key"], row["project_id"]) for row in rows} == {(name, name)}
+
+
+@pytest.mark.parametrize("path", ["/api/chat", "/v1/chat/completions", "/v1/messages"])
+def test_what_a_key_does_not_permit_is_refused_with_its_code(keyed: Keyed, path: str) -> None:
+    key = f"narrow{path.replace('/', '-')}"
+    keyed.make(key, models=["other*"])
+    answer = keyed.ask("POST", path, key=key, json={**CHAT, "max_tokens": 2})
+    assert answer.status_code == 403
+    assert f"the key {key!r} may use only the models other*, not 'tiny:latest' (forbidden)" in answer.text

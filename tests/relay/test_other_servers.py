@@ -229,16 +229,28 @@ async def test_a_stream_without_its_end_is_cut(tmp_path: Path) -> None:
         assert (await front.record()).outcome == "upstream_error"
 
 
-async def test_nothing_is_loaded_unloaded_pulled_or_shown_there(tmp_path: Path) -> None:
+async def test_nothing_is_loaded_unloaded_or_pulled_there(tmp_path: Path) -> None:
     provider = Provider()
     async with fronted(tmp_path, provider) as front:
         reply = await front.ask({"model": "gpt", "messages": []})
         assert (reply.status, reply.json()["done_reason"]) == (200, "load")
         reply = await front.ask({"model": "gpt", "keep_alive": 0})
         assert (reply.status, reply.json()["done_reason"]) == (200, "unload")
-        reply = await front.ask({"model": "gpt"}, "/api/show", JSON)
-        assert reply.status in (400, 404)
-        assert reply.json()["error"]
+        assert provider.seen == []
+
+
+async def test_a_model_is_shown_as_far_as_it_is_known(tmp_path: Path) -> None:
+    """`ollama run` begins with this, and ends where it is refused."""
+    provider = Provider()
+    async with fronted(tmp_path, provider) as front:
+        for asked in ({"model": "gpt"}, {"name": "gpt:latest"}):
+            reply = await front.ask(asked, "/api/show", JSON)
+            assert (reply.status, reply.headers["x-instance"]) == (200, "vllm"), reply.body
+            shown = reply.json()
+            assert shown["capabilities"] == ["completion"]
+            assert (shown["model_info"], shown["details"]["format"]) == ({}, "")
+            assert (await front.record()).outcome == "ok"
+        assert (await front.ask({"model": "none"}, "/api/show", JSON)).status == 404
         assert provider.seen == []
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.keys import Scope
+from manager.domain.routing import Attempt
+from manager.services.models.volumes import Volumes
 from tests.support.inside import until
 from tests.support.limited import Limited
 from tests.support.relaying import LAST, Conversation, Front, Scripted, relaying
@@ -237,6 +239,17 @@ async def test_show_asks_only_instances_of_the_key(place: Place) -> None:
         403,
         {"error": "the key 'ci' may use only the instances b, not 'a'"},
     )
+
+
+async def test_show_passes_over_other_instances_of_the_same_volume(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only instances that the daemon starts share a volume.
+    both = tuple(Attempt(instance, "small", None, "running") for instance in ("a", "b"))
+    monkeypatch.setattr(Volumes, "readers", lambda *_: both)
+    ci = await place.make("ci", instances=["b"])
+    shown = [await place.front.ask({"model": "small"}, "/api/show", key) for key in (place.root, ci)]
+    assert [reply.headers["x-instance"] for reply in shown] == ["a", "b"]
 
 
 async def test_a_404_names_only_what_the_key_permits(place: Place) -> None:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 CHAT, OPENAI, ANTHROPIC = "/api/chat", "/v1/chat/completions", "/v1/messages"
-FULL = "the key 'ci' has 2 requests in flight; its concurrency is 2 (rate_limited)"
+FULL = "the key 'ci' is at its concurrency of 2 (rate_limited)"
 FORM = (
     b'--b\r\nContent-Disposition: form-data; name="model"\r\n\r\ntiny\r\n'
     b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nRIFF\r\n--b--\r\n'
@@ -225,7 +225,7 @@ async def test_a_key_may_begin_so_many_requests_a_minute(tmp_path: Path) -> None
         for reply in replies:
             if reply.status == 429:
                 assert 50 <= int(reply.headers["retry-after"]) <= 61
-                assert "its rpm is 3 (rate_limited)" in reply.json()["error"]
+                assert "is at its rpm of 3 (rate_limited)" in reply.json()["error"]
 
 
 async def test_tokens_of_a_day_are_counted_and_survive_a_restart(tmp_path: Path) -> None:

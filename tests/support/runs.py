@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus, result_file
+from manager.domain.target import Target
 from manager.services.runs.execution import Done
 from manager.services.runs.runs import RunLimits
 
@@ -61,13 +62,13 @@ class Execution:
         run: Run,
         *,
         most_result_bytes: int,
-        sent: Callable[[str, str], Awaitable[None]],
+        sent: Callable[[Target, str], Awaitable[None]],
         is_cancelled: Callable[[], bool],
         **_more: Any,
     ) -> Done:
         slot = self.ends[run.id] = asyncio.get_running_loop().create_future()
         try:
-            await sent("a", "r")
+            await sent(Target("a", "http://a"), "r")
             self.sent_to[run.id] = self.sent_to.get(run.id, 0) + 1
             is_good = await slot
             assert self.stored.take(len(ANSWER))

@@ -72,8 +72,10 @@ _CLOSE = """INSERT OR IGNORE INTO ledger
     SELECT reservation, ?, ?, day, ?, request_id, project, key, role, instance, model, ?, ?
     FROM ledger WHERE reservation = ? AND kind = 'reserved'"""
 _RESERVED = "SELECT amount, day, project, key FROM ledger WHERE reservation = ? AND kind = 'reserved'"
-_OPEN = """SELECT reservation, amount FROM ledger AS one WHERE kind = 'reserved' AND at_us < ?
-    AND NOT EXISTS (SELECT 1 FROM ledger WHERE reservation = one.reservation AND kind <> 'reserved')"""
+_OPEN = """SELECT id, reservation, amount, at_us FROM ledger AS one WHERE id >= ? AND kind = 'reserved'
+    AND NOT EXISTS (SELECT 1 FROM ledger WHERE reservation = one.reservation AND kind <> 'reserved')
+    ORDER BY id"""
+_NEXT = "SELECT coalesce(max(id), 0) + 1 FROM ledger"
 _ADD = """INSERT INTO ledger_days (day, project, key, spent, reserved) VALUES (?, ?, ?, ?, ?)
     ON CONFLICT (day, project, key)
     DO UPDATE SET spent = spent + excluded.spent, reserved = reserved + excluded.reserved"""
@@ -98,6 +100,8 @@ class SqlLedger:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._connection: sqlite3.Connection | None = None
         self._closed = False
+        # No reservation with a smaller id is open.
+        self._first_open = 0
 
     async def reserve(
         self, reservation: Reservation, budgets: Mapping[Budget, str]
@@ -139,8 +143,10 @@ class SqlLedger:
 
     async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
         def work() -> int:
+            found = [row[1:3] for row in self._look_for_open() if row[3] < before_us]
+            if not found:
+                return 0
             with self._transaction() as connection:
-                found = connection.execute(_OPEN, (before_us,)).fetchall()
                 return sum(_close(connection, make(*row), at_us) for row in found)
 
         return await self._call(work)
@@ -155,6 +161,17 @@ class SqlLedger:
             last = self._thread.submit(self._disconnect)
             self._thread.shutdown(wait=False)
             await asyncio.wrap_future(last)
+
+    def _look_for_open(self) -> list[tuple[int, str, int, int]]:
+        """Return the reservations that are open; nobody who writes waits for it.
+
+        A row is looked at once after it was closed: the first open one bounds the next look.
+        """
+        connection = self._open()
+        (after_all,) = connection.execute(_NEXT).fetchone()
+        found = connection.execute(_OPEN, (self._first_open,)).fetchall()
+        self._first_open = min([after_all, *(row[0] for row in found)])
+        return found
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -16,6 +16,11 @@ class Address:
     prefix: bytes
     host: bytes
 
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port, as the URL has them."""
+        return f"{'https' if self.tls else 'http'}://{self.host.decode()}"
+
     @classmethod
     def of(cls, endpoint: str) -> Address:
         parts = urlsplit(endpoint)

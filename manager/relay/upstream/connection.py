@@ -280,8 +280,8 @@ class UpstreamConnection(asyncio.Protocol):
             return False
         try:
             raw = fcntl.ioctl(self._transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
-        except (OSError, ValueError):
-            return False  # unknown
+        except (OSError, ValueError, AttributeError):
+            return False  # unknown; uvloop has no socket any more once TLS has failed
         unacknowledged: int = struct.unpack("i", raw)[0]
         return unacknowledged > 0
 

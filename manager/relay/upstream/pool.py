@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from manager.descriptors import lacks_descriptors
@@ -13,7 +14,7 @@ from manager.relay.upstream.connection import UpstreamConnection
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
 _MOST_IDLE = 1024
 _MOST_POOLS = 1024
@@ -33,11 +34,17 @@ class UpstreamPools:
 
     Args:
         tls: returns the TLS context that the process shares.
+        own_tls: the same for servers that have their own, by scheme, host and port.
     """
 
-    def __init__(self, tls: Callable[[], Awaitable[ssl.SSLContext]]) -> None:
+    def __init__(
+        self,
+        tls: Callable[[], Awaitable[ssl.SSLContext]],
+        own_tls: Mapping[str, Callable[[], Awaitable[ssl.SSLContext]]] = MappingProxyType({}),
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._tls = tls
+        self._own_tls = own_tls
         self._pools: dict[str, UpstreamPool] = {}
 
     def pool(self, endpoint: str) -> UpstreamPool:
@@ -51,8 +58,8 @@ class UpstreamPools:
             found = self._pools[endpoint] = UpstreamPool(Address.of(endpoint), self._loop, pools=self)
         return found
 
-    async def tls(self) -> ssl.SSLContext:
-        return await self._tls()
+    async def tls(self, address: Address) -> ssl.SSLContext:
+        return await self._own_tls.get(address.origin, self._tls)()
 
     @property
     def open_connections(self) -> int:
@@ -175,7 +182,7 @@ class UpstreamPool:
     # --- helpers ---
 
     async def _connected(self) -> UpstreamConnection:
-        tls = await self._pools.tls() if self.address.tls else None
+        tls = await self._pools.tls(self.address) if self.address.tls else None
         _, connection = await self._loop.create_connection(
             lambda: UpstreamConnection(self), self.address.name, self.address.port, ssl=tls
         )

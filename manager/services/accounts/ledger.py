@@ -23,7 +23,7 @@ from manager.domain.budgets import (
     softly_exceeded,
     state_of,
 )
-from manager.domain.money import in_usd
+from manager.domain.money import usd_text
 from manager.errors import ManagerError, Reason, UnavailableError
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("ledger")
 
 _RETRY_S = 2.0
+_ANY_TIME_US = 2**63 - 1
 _RECOVER_EVERY_S = 60.0
 # Added to the longest time of a request, before a reservation of another process counts as left behind.
 _SLACK_S = 60.0
@@ -160,8 +161,8 @@ class Ledger:
             return outcome
         soft = softly_exceeded(outcome)
         for budget in soft:
-            limit, used = in_usd(budget.soft_micro_usd or 0), in_usd(outcome[budget].committed)
-            detail = f"{budget.scope}, {budget.period}: {used:g} of {limit:g} USD are spent or reserved"
+            limit, used = usd_text(budget.soft_micro_usd or 0), usd_text(outcome[budget].committed)
+            detail = f"{budget.scope}, {budget.period}: {used} of {limit} USD are spent or reserved"
             self._tell(budget, now, detail, is_hard=False)
         return Reserved(reservation, soft)
 
@@ -188,8 +189,9 @@ class Ledger:
             is_alone: no other process has requests under way; else those stay that may still be.
         """
         now = self._utcnow()
-        before = now if is_alone else now - timedelta(seconds=self._longest_s)
-        count = await self._store.recover(_lost, before_us=_micros(before), at_us=_micros(now))
+        # The clock may have gone back since a reservation was made.
+        before_us = _ANY_TIME_US if is_alone else _micros(now - timedelta(seconds=self._longest_s))
+        count = await self._store.recover(_lost, before_us=before_us, at_us=_micros(now))
         if count:
             detail = f"{count} reservations of requests without an end were settled in full"
             self._journal.record("ledger_recovered", detail=detail)

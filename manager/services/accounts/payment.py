@@ -72,8 +72,11 @@ class Payment:
         """Return what the attempt costs in micro-dollars, never more than was reserved.
 
         The request carries the bound that the reservation was made for: a server that counts more errs.
-        Tokens that the server does not tell are estimated by the bytes of the request.
+        Tokens of the request that the server does not tell are estimated by its bytes. Where nothing of an
+        answer was seen the server may have made all of it, and all that was reserved counts.
         """
+        if input_tokens is None and output_tokens is None:
+            return self._reserved.reservation.amount
         if input_tokens is None:
             input_tokens = -(-self._most_input_tokens // _BYTES_A_TOKEN)
         return min(self._price.cost(input_tokens, output_tokens or 0), self._reserved.reservation.amount)

@@ -119,8 +119,7 @@ class Quotas:
             return None
         use, who = self._use(grant.name), f"the key {grant.name!r}"
         if concurrency is not None and use.in_flight >= concurrency:
-            message = f"{who} has {use.in_flight} requests in flight; its concurrency is {concurrency}"
-            return Exceeded(message, _RETRY_S)
+            return Exceeded(f"{who} is at its concurrency of {concurrency}", _RETRY_S)
         if most_tokens is not None and use.tokens >= most_tokens:
             message = f"{who} has used {use.tokens} tokens today (UTC); its tokens_per_day are {most_tokens}"
             return Exceeded(message, self._to_midnight_s())
@@ -130,8 +129,7 @@ class Quotas:
             use.forget_before(slice_)
             if use.minute >= rpm:
                 free_at = (use.begun[0][0] + _SLICES + 1) / _SLICES_A_SECOND
-                message = f"{who} has begun {use.minute} requests within a minute; its rpm is {rpm}"
-                return Exceeded(message, max(1, math.ceil(free_at - now)))
+                return Exceeded(f"{who} is at its rpm of {rpm}", max(1, math.ceil(free_at - now)))
             use.count(slice_)
         use.in_flight += 1
         return Place(self, use)

@@ -172,6 +172,10 @@ async def _judge_spoken(
 ) -> tuple[ServerAnswer | WholeAnswer, Step | None]:
     """As `_judge`, of a server that is no Ollama: the client gets its errors in the client's dialect."""
     if answer.status == _OK:
+        unreadable = speaking.unreadable(answer.headers)
+        if unreadable is not None:
+            message = f"{attempting.work.instance}: {unreadable}"
+            return answer, attempting.failed(Reason.INVALID_OUTPUT, message, sent=True)
         attempting.answered(GOOD)
         return answer, None
     content: bytearray | None = bytearray()

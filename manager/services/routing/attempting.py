@@ -12,6 +12,7 @@ are decided here and nowhere else:
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 
 # Where asynchronous runs are begun.
 RUNS_PATH = "/api/v1/runs"
+# Refusals whose code stands in the message: dialects have no place for it beside.
+_CODES = frozenset({"forbidden", "local_only"})
 # The body of a request to the raw server is sent as it came.
 _NO_CHANGES: Final = BodyChanges()
 # Why an attempt is made on a server that has nothing to load.
@@ -252,9 +255,9 @@ class Attempting:
                 return step
         return self._decide(waits=True)
 
-    def enter_raw(self) -> Step:
-        """Pass a request that names no model to the raw server, which must be there."""
-        return self._pass_to_raw(RawAttempts(""))
+    def enter_raw(self, target: Target) -> Step:
+        """Pass a request that names no model to the raw server."""
+        return self._pass_to_raw(RawAttempts(""), target)
 
     def enter_running(self, facts: RequestFacts) -> Step:
         """As `enter`, for a request that concerns running instances only, such as an unload.
@@ -461,13 +464,7 @@ class Attempting:
         if self._is_delivered:
             self._note(attempt, reason, message, sent=sent, ours=ours)
             return Trouble(reason, message, retry_after_s, attempt=attempt)
-        # A target that is not repeatable is sent a request once, whatever becomes of it.
-        is_final = ours or self._is_spent
-        if target is not None and not target.repeatable and (sent or stale):
-            is_final = True
-        elif sent and reason not in _ABANDONED and not is_final:
-            # The request may have killed its server, and would kill the next one. It kills no paid service.
-            is_final = not isinstance(self._attempts, Attempts) or not self._attempts.only_pay()
+        is_final = ours or self._is_last(reason, sent=sent, stale=stale)
         if not sent and not is_final and target is not None:
             if stale and not self._has_repeated:
                 self._has_repeated = True
@@ -501,6 +498,18 @@ class Attempting:
         )
         self._release()
         return self._give_up() if is_final else self._next()
+
+    def _is_last(self, reason: Reason, *, sent: bool, stale: bool) -> bool:
+        """Return whether nothing may follow an attempt that has failed; arguments as for `failed`."""
+        target, attempts = self.target, self._attempts
+        if self._is_spent:
+            return True
+        if target is not None and not target.repeatable and (sent or stale):
+            return True  # a request is sent there once, whatever becomes of it
+        if not sent or reason in _ABANDONED:
+            return False
+        # The request may have killed its server, and would kill the next one. It kills no paid service.
+        return not isinstance(attempts, Attempts) or not attempts.only_pay()
 
     def unsayable(self, message: str) -> Step:
         """The API of the server has no word for a part of the request. Return the next step."""
@@ -677,11 +686,12 @@ class Attempting:
         if isinstance(found, Refused):
             record.fallback_reason = found.reason
             return Trouble(found.reason, found.message, refused=found.what)
-        return self._pass_to_raw(found)
-
-    def _pass_to_raw(self, attempts: RawAttempts) -> Step:
-        target, record = self._routing.rollout.raw, self.record
+        target = rollout.raw
         assert target is not None  # noqa: S101  (the stage has a raw server)
+        return self._pass_to_raw(found, target)
+
+    def _pass_to_raw(self, attempts: RawAttempts, target: Target) -> Step:
+        record = self.record
         self._raw = self._attempts = attempts
         # Its end has nothing to do with instances: none is started again for it, or looked at.
         self._has_recovered, self._starts_nothing = True, False
@@ -744,7 +754,8 @@ class Attempting:
         if self._starts_nothing and refused.what == "local_only":
             return _STOPPED  # a paid server has nothing to unload
         record.fallback_reason = refused.reason
-        return Trouble(refused.reason, refused.message, self._retry_after_s(decision), refused=refused.what)
+        message = f"{refused.message} ({refused.what})" if refused.what in _CODES else refused.message
+        return Trouble(refused.reason, message, self._retry_after_s(decision), refused=refused.what)
 
     def _retry_after_s(self, decision: Decision) -> float | None:
         """Return when a refused request is worth another try; None where nothing tells."""
@@ -925,7 +936,9 @@ class Attempting:
         price = target.prices.get(attempt.model) if target.prices is not None else None
         if price is None or body is None or ledger is None:
             return self._unpaid(attempt, f"{attempt.instance} names no price for {attempt.model!r}")
-        limit, inputs = output_limit(price, body), body.most_input_tokens + self.changes.size
+        limit, size = output_limit(price, body), self.changes.size
+        # The whole body is read for it, however large it is.
+        inputs = size + await asyncio.to_thread(lambda: body.most_input_tokens)
         try:
             reserved = await ledger.reserve(
                 record,
@@ -1019,6 +1032,8 @@ class Attempting:
     def _note(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool, ours: bool) -> None:
         self._settle(None if ours else reason, sent=sent)
         self._add_failure(attempt, reason, message)
+        if self._payment is not None and not sent:
+            self._payment.is_sent = False  # the server cannot have begun
         if self._raw is not None:
             self._routing.traffic.failed(attempt.instance, reason)
         elif not ours:

@@ -9,13 +9,17 @@ from urllib.parse import urlsplit
 from manager.domain.judgement import ABOUT_THE_REQUEST, Judgement
 from manager.domain.target import Protocol as ServerProtocol
 from manager.errors import Reason
+from manager.wire.credentials import secrets_in
 from manager.wire.dialect import error_body
+from manager.wire.mask import Mask
 from manager.wire.metering import Passing
 from manager.wire.statuses import judge
 from manager.wire.trace import traceparent
 from manager.wire.translate import Traits, Untranslatable, refusal, translation
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from manager.domain.record import RequestRecord
     from manager.domain.roles import BodyChanges
     from manager.domain.target import Target
@@ -30,6 +34,7 @@ _REDIRECTS = range(300, 400)
 _OURS = (401, 402, 403, 407)
 _OVERLOADED, _BAD_GATEWAY, _UNAVAILABLE = 529, 502, 503
 _ERROR = 400
+_PLAIN = b"identity"
 _USER_AGENT = b"ollama-manager"
 _BYTES_A_TOKEN = 4
 _BYTES_AROUND_A_TOKEN = 300
@@ -94,6 +99,7 @@ class Speaking:
         self._target = target
         self._record = record
         self._seen_bytes = self._seen_events = 0
+        self._mask = Mask(secrets_in(target.headers))
         self.path = server_path(target, self._speech.path)
 
     def request(self, body: InferenceBody, model: str, changes: BodyChanges, most: int | None) -> bytes:
@@ -132,12 +138,22 @@ class Speaking:
         self._seen_bytes += len(data)
         self._seen_events += data.count(b"data:")
         written = self._speech.feed(data) if data else b""
-        return written + self._speech.end() if complete and self._speech.fault is None else written
+        if not complete or self._speech.fault is not None:
+            return self._mask.feed(written)
+        return self._mask.feed(written + self._speech.end()) + self._mask.end()
+
+    def unreadable(self, headers: Iterable[Header]) -> str | None:
+        """Return why the body of an answer cannot be read; None where it can."""
+        coding = next((value for name, value in headers if name.lower() == b"content-encoding"), _PLAIN)
+        if coding.strip().lower() in (_PLAIN, b""):
+            return None
+        return f"its answer comes in the coding {coding[:40].decode('latin-1')!r}, which was not asked for"
 
     @property
     def fault(self) -> str | None:
         """Why the answer is not whole; None where it is, so far."""
-        return self._speech.fault
+        fault = self._speech.fault
+        return None if fault is None else self._mask.text(fault)
 
     def error(self, status: int, body: bytes | None) -> SpokenError:
         """Return what an answer that is no success says, of the server and to the client.
@@ -155,7 +171,7 @@ class Speaking:
         if status in _REDIRECTS:
             message = f"{name} answers with a redirect (status {status}), which is not followed"
             return Judgement(Reason.UPSTREAM_ERROR), _BAD_GATEWAY, message
-        told = self._speech.error(status, body or b"")
+        told = self._mask.text(self._speech.error(status, body or b""))
         if status in _OURS:
             message = f"{name} refuses the manager's key or account (status {status})"
             return Judgement(Reason.UPSTREAM_ERROR), _BAD_GATEWAY, message

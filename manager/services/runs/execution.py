@@ -95,8 +95,8 @@ _PASSING = frozenset(
         Reason.CANCELLED,  # an operator's stop has ended the start that the run waited for
     }
 )
-# Refusals of keys, whose reason says less.
-_CODES = frozenset({"forbidden", "rate_limited"})
+# Refusals whose reason says less.
+_CODES = frozenset({"forbidden", "local_only", "rate_limited"})
 _PASSING_REFUSALS = (None, "unavailable", "queue_full", "overloaded")
 
 
@@ -159,7 +159,7 @@ class Execution:
         *,
         most_result_bytes: int,
         begun: Callable[[Attempting], None],
-        sent: Callable[[str, str], Awaitable[None]],
+        sent: Callable[[Target, str], Awaitable[None]],
         is_cancelled: Callable[[], bool],
     ) -> Done:
         """Send the request of a run and store the answer; cancelling it ends the server's work at once.
@@ -168,7 +168,8 @@ class Execution:
             run: a queued one.
             most_result_bytes: how large its answer may be.
             begun: called with the life of the request.
-            sent: called with the instance and the id of the request before it is sent for the first time.
+            sent: called with the target and the id of the request before it is sent for the first time, and
+                before it is sent to a paid server.
             is_cancelled: whether the operator has ended the run, should this be cancelled.
 
         Raises:
@@ -206,7 +207,7 @@ class _Work:
     """One execution."""
 
     def __init__(
-        self, parts: Execution, run: Run, most_bytes: int, sent: Callable[[str, str], Awaitable[None]]
+        self, parts: Execution, run: Run, most_bytes: int, sent: Callable[[Target, str], Awaitable[None]]
     ) -> None:
         self._parts = parts
         self._run = run
@@ -335,8 +336,9 @@ class _Work:
         return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
 
     async def _note_sent(self, target: Target) -> None:
-        if not self._is_sent:
-            await self._sent(target.instance, self.record.request_id)
+        # A paid request is noted also where a local server was asked before: it is never sent twice.
+        if target.paid or not self._is_sent:
+            await self._sent(target, self.record.request_id)
             self._is_sent = True
 
     async def _store(self, answer: ServerAnswer | WholeAnswer, *, is_stream: bool) -> Done:

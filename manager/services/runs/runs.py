@@ -27,6 +27,7 @@ from manager.domain.runs import (
     is_final,
     is_of,
     next_run,
+    paid,
     pause_s,
     postponed,
     recovery,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
     from manager.domain.keys import Grant
     from manager.domain.runs import RunCaller
+    from manager.domain.target import Target
     from manager.services.bodies import BodyBudget
     from manager.services.open_requests import OpenRequest
     from manager.services.ports import Registry, RunFiles
@@ -411,13 +413,17 @@ class Runs:
         def begun_with(attempting: Attempting) -> None:
             begun.attempting = attempting
 
-        async def store_as_sent(instance: str, request_id: str) -> None:
-            run = sent(begun.run, self._utcnow(), instance=instance, request_id=request_id)
+        async def store_as_sent(target: Target, request_id: str) -> None:
+            run = begun.run
+            if run.status is RunStatus.QUEUED:
+                run = sent(run, self._utcnow(), instance=target.instance, request_id=request_id)
+            if target.paid:
+                run = paid(run, instance=target.instance)
             await self._registry.save_run(run)
             begun.run = run
 
-        async def about_to_send(instance: str, request_id: str) -> None:
-            await finish(store_as_sent(instance, request_id))
+        async def about_to_send(target: Target, request_id: str) -> None:
+            await finish(store_as_sent(target, request_id))
             await self._on_step(_STEP, "running")
             begun.is_sent = True
 

@@ -45,7 +45,8 @@ _STOPS = {
 }
 _INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _OUTPUT_COUNT = "output_tokens"
-_MOST_COUNT = 2**53
+# More is no number of tokens; sums of what is below stay within 64 bits.
+_MOST_COUNT = 10**9
 
 
 class MessagesEvents:
@@ -176,8 +177,9 @@ class MessagesEvents:
         """Take numbers of tokens; later ones replace earlier ones."""
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
-                count = usage.get(name)
-                if isinstance(count, int) and 0 <= count <= _MOST_COUNT:
+                count: Any = usage.get(name)
+                is_count = isinstance(count, int) and not isinstance(count, bool)
+                if is_count and 0 <= count <= _MOST_COUNT:
                     self._counts[name] = count
 
     def _ended(self) -> Ended:

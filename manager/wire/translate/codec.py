@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from manager.wire.errors import BadBodyError
-from manager.wire.translate.hub import AnswerEvent, Conversation
-from manager.wire.translate.vectors import EmbeddingRequest, VectorsCame
+from manager.wire.translate.hub import AnswerEvent
+from manager.wire.translate.vectors import VectorsCame
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
 # Returns the Unix time in nanoseconds.
 Clock: TypeAlias = "Callable[[], int]"
-# What is translated: chats with their events, and texts with their vectors.
-Asked: TypeAlias = Conversation | EmbeddingRequest
+# What an answer is made of: the events of a chat, or vectors.
 Event: TypeAlias = AnswerEvent | VectorsCame
 ReadT_co = TypeVar("ReadT_co", covariant=True)
 WrittenT_contra = TypeVar("WrittenT_contra", contravariant=True)

@@ -30,7 +30,8 @@ MOST_WHOLE_BYTES = 32 * 1024 * 1024
 MOST_CALL_BYTES = 8 * 1024 * 1024
 # A call costs so much beside its text.
 _CALL_COST = 256
-_MOST_COUNT = 2**53
+# More is no number of tokens; sums of what is below stay within 64 bits.
+_MOST_COUNT = 10**9
 _DONE = b"[DONE]"
 UNREADABLE = "the server sent an answer that is not of OpenAI's API"
 _UNENDED = "the server ended the answer before its end"

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-import orjson
-
 from manager.domain.target import Protocol
-from manager.wire.body import BadBodyError, combined, dumped, reading
-from manager.wire.rewriting import body_for, rewriting
+from manager.wire.body import BadBodyError, dumped
+from manager.wire.json_values import NO_JSON
 from manager.wire.routes import Dialect
-from manager.wire.steps import run
 from manager.wire.translate.codec import DEFAULT_TRAITS, UnsayableError
 from manager.wire.translate.errors import message_in
 from manager.wire.translate.hub import AnswerFacts, CallBegan, Conversation, Ended, Failed
 from manager.wire.translate.table import CLIENTS, SERVERS
 from manager.wire.translate.vectors import VectorsCame
+from manager.wire.values import changed_values
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from manager.domain.roles import BodyChanges
-    from manager.wire.body import Buffer, Fields, InferenceBody
+    from manager.wire.body import InferenceBody
     from manager.wire.routes import Route
     from manager.wire.translate.codec import ClientCodec, Clock, ServerCodec, Traits
     from manager.wire.translate.hub import AnswerEvent, Usage
 
 _OK = 200
 _NS = 10**9
-_NO_JSON = "the request body is not JSON, or nests too deep"
 _JSON = b"application/json"
 _STREAMS = {Dialect.NATIVE: b"application/x-ndjson", Dialect.OPENAI: b"text/event-stream"}
 _NATIVE_JSON = b"application/json; charset=utf-8"
@@ -102,7 +97,7 @@ class Translation:
         """
         self._streams = body.stream
         try:
-            fields = _values(_changed(body, self._route, model, changes))
+            fields = changed_values(body, self._route, model, changes)
             asked = replace(self._client.read(fields, stream=body.stream), model=model)
             facts = AnswerFacts(self._request_id, model, self._clock() // _NS, body.stream)
             if isinstance(asked, Conversation):
@@ -114,7 +109,7 @@ class Translation:
             self._client.begin(facts, self._clock)
             return dumped(self._server.document(asked))
         except RecursionError:
-            raise BadBodyError(_NO_JSON) from None
+            raise BadBodyError(NO_JSON) from None
 
     def head(self, status: int) -> tuple[int, bytes]:
         """Return the status and the content type for the client."""
@@ -195,42 +190,3 @@ def refusal(route: Route, protocol: Protocol) -> str | None:
 def speaks(route: Route, protocol: Protocol) -> bool:
     """Return whether the bytes of the route pass as they are."""
     return protocol is Protocol.OLLAMA or route.path in _SPEAKS[protocol]
-
-
-# --- helpers --------------------------------------------------------------------------------------
-
-
-def _changed(body: InferenceBody, route: Route, model: str, changes: BodyChanges) -> Fields:
-    """Return the fields of the request with all changes made."""
-    if changes.empty:
-        return combined(body, route).fields if body.is_small else body.fields
-    pieces = (
-        [body_for(body, route, model, changes)]
-        if body.is_small
-        else run(rewriting(body, route, model, changes))
-    )
-    return run(reading([bytes(piece) for piece in pieces], route, 0)).fields
-
-
-def _values(fields: Fields) -> dict[str, Any]:
-    return {name: _loaded(value) for name, value in fields.items()}
-
-
-def _loaded(value: Buffer) -> Any:
-    try:
-        return orjson.loads(memoryview(value))
-    except orjson.JSONDecodeError:
-        pass
-    # Go takes more than orjson does: half a surrogate pair, numbers beyond 64 bits, bytes that are no UTF-8.
-    text = bytes(value).decode(errors="replace")
-    try:
-        return json.loads(text, parse_constant=_finite, parse_float=_finite)
-    except (ValueError, RecursionError):
-        raise BadBodyError(_NO_JSON) from None
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not isfinite(number):
-        raise ValueError(text)
-    return number

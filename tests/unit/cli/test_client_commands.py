@@ -156,7 +156,10 @@ def test_the_address_comes_from_the_option_then_the_environment(
 def test_an_address_that_is_none_is_shown_without_what_may_be_secret(run: Run, url: str, shown: str) -> None:
     result = run("status", "--url", url)
     assert result.exit_code == 2
-    assert f"the address of the daemon is {shown}; expected http://HOST:PORT\n" in result.stderr
+    assert (
+        f"the address of the daemon is {shown}; expected http://HOST:PORT or https://HOST:PORT\n"
+        in result.stderr
+    )
     assert "pass" not in result.output
     assert "--url" in result.stderr
 

@@ -174,15 +174,16 @@ def test_one_request_is_explained(run: Run, daemon: StandInDaemon) -> None:
     ]
 
 
-def test_a_paid_request_says_its_key_provider_and_cost(run: Run, daemon: StandInDaemon) -> None:
-    paid = {**EXPLAINED, "provider": "openai", "cost_usd": 0.017, "key": "ci"}
-    daemon.answers[f"GET {API}/requests/r1"] = Answer(paid)
-    daemon.answers[f"GET {API}/requests/r2"] = Answer(EXPLAINED)
-    lines = [line.split() for line in run("requests", "show", "r1", "--url", daemon.url).stdout.splitlines()]
-    for line in (["key", "ci"], ["provider", "openai"], ["cost", "0.017000", "USD"]):
-        assert line in lines
-    local = run("requests", "show", "r2", "--url", daemon.url).stdout
-    assert not {"key", "provider", "cost"} & {line.partition(" ")[0] for line in local.splitlines()}
+def test_a_paid_request_shows_who_was_paid_what_and_its_key(run: Run, daemon: StandInDaemon) -> None:
+    paid = {"provider": "openai", "cost_usd": 9e-06, "key": "alice"}
+    daemon.answers[f"GET {API}/requests/r1"] = Answer({**EXPLAINED, **paid})
+    text = run("requests", "show", "r1", "--url", daemon.url).stdout
+    told = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert (told["paid"], told["key"]) == (["0.000009", "USD", "to", "openai"], ["alice"])
+    local = {"provider": "local", "cost_usd": 0.0, "key": None}
+    daemon.answers[f"GET {API}/requests/r1"] = Answer({**EXPLAINED, **local})
+    text = run("requests", "show", "r1", "--url", daemon.url).stdout
+    assert "paid" not in text
 
 
 def test_a_request_without_a_decision_has_no_lists(run: Run, daemon: StandInDaemon) -> None:

@@ -64,6 +64,11 @@ def test_a_wide_terminal_has_one_table_with_every_column(daemon: StandInDaemon) 
     assert nas.split()[:3] == ["nas", "external", "undeclared"]
 
 
+def test_a_paid_server_has_no_device_that_could_be_declared(daemon: StandInDaemon) -> None:
+    daemon.has(instance("openai", driver="cloud", device=GPU | {"kind": None}))
+    assert drawn(daemon, 120).splitlines()[1].split()[:3] == ["openai", "cloud", "-"]
+
+
 def test_a_table_that_hardly_fits_does_without_driver_and_target(daemon: StandInDaemon) -> None:
     daemon.has(ready("cpu"))
     assert "DRIVER" in drawn(daemon, 90)

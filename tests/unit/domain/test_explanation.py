@@ -140,6 +140,13 @@ def test_a_fallback_without_a_candidate_names_what_was_preferred(reason: str, si
     assert "since what it asked for was overloaded;" in unknown
 
 
+def test_a_paid_answer_where_nothing_local_was_preferred_names_no_policy_as_an_instance() -> None:
+    sentence = request_sentence(
+        record(fallback=True, fallback_reason="model_missing", fallback_from="auto"), decision(attempt("cpu"))
+    )
+    assert "went to cpu, since no local instance could answer (model_missing);" in sentence
+
+
 @pytest.mark.parametrize(
     ("message", "said"),
     [
@@ -164,13 +171,6 @@ def test_candidates_out_of_service_are_named_without_a_fallback_too() -> None:
         "asked for qwen3:8b, went to cpu; gpu1 had failed several times and was passed over; "
         "answered in 1.5 s (34 tokens)"
     )
-
-
-def test_a_role_for_any_instance_has_no_preferred_one_to_name() -> None:
-    said = request_sentence(
-        record(fallback=True, fallback_reason="model_missing", fallback_from="auto"), decision(attempt("cpu"))
-    )
-    assert ", since nothing preferred could answer (model_missing);" in said
 
 
 def test_a_message_of_a_failed_attempt_is_not_repeated_at_the_end() -> None:

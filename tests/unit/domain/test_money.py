@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.domain.money import Price, in_usd, micro_usd
+from manager.domain.money import Price, in_usd, micro_usd, usd_text
 
 PRICE = Price(input_micro_usd=250_000, output_micro_usd=2_000_000)
 
@@ -37,3 +37,23 @@ def test_more_tokens_never_cost_less(inputs: int, outputs: int, more: int) -> No
 @given(st.integers(0, 10**12))
 def test_micro_dollars_survive_json(micro: int) -> None:
     assert micro_usd(in_usd(micro)) == micro
+
+
+@pytest.mark.parametrize(
+    ("micro", "text"),
+    [
+        (0, "0"),
+        (1, "0.000001"),
+        (10, "0.00001"),
+        (250_000, "0.25"),
+        (30_000_000, "30"),
+        (10**15, "1000000000"),
+    ],
+)
+def test_amounts_are_written_without_exponents_and_without_rounding(micro: int, text: str) -> None:
+    assert usd_text(micro) == text
+
+
+@given(st.integers(0, 10**15))
+def test_no_micro_dollar_is_lost_in_a_text(micro: int) -> None:
+    assert micro_usd(usd_text(micro)) == micro

@@ -30,6 +30,7 @@ from manager.domain.runs import (
     is_due,
     is_final,
     next_run,
+    paid,
     pause_s,
     postponed,
     recovery,
@@ -132,6 +133,12 @@ def test_an_interrupted_run_is_queued_again_only_if_it_is_idempotent() -> None:
     again = interrupted(sent(a_run(idempotent=True), NOW, instance="a", request_id="1"), LATER)
     assert (again.status, again.ended_at, again.started_at, again.error) == (Q, None, None, None)
     assert again.executions == 1
+
+
+def test_a_run_that_was_paid_for_is_not_executed_again() -> None:
+    run = paid(sent(a_run(idempotent=True), NOW, instance="a", request_id="1"), instance="cloud")
+    assert (run.instance, run.idempotent, run.status) == ("cloud", False, R)
+    assert interrupted(run, LATER).status is I
 
 
 def test_an_idempotent_run_is_not_executed_without_end() -> None:

@@ -335,7 +335,7 @@ def test_the_variables_of_the_client_commands_and_of_others_are_left_alone() -> 
     assert loaded("", environ).settings == loaded().settings
 
 
-SERVER_KEYS = "allowed: host, port, key_file, allowed_hosts, allowed_origins"
+SERVER_KEYS = "allowed: host, port, key_file, tls, allowed_hosts, allowed_origins"
 NO_TEMPLATE = "missing; an instance of driver docker needs a template"
 
 

@@ -93,6 +93,10 @@ def test_the_base_url_is_that_of_the_servers_own_clients(url: str, protocol: Pro
         ("driver: cloud", "instances.x.key_env: missing; driver cloud needs a key: key_env or key_file"),
         ("driver: cloud", "instances.x.models: missing; driver cloud needs the models"),
         (CLOUD.replace("openai", "ollama"), "instances.x.protocol: 'ollama'; expected openai or anthropic"),
+        (
+            CLOUD.replace("https://x/v1", "http://10.0.0.5/v1"),
+            "instances.x.url: 'http://10.0.0.5/v1' would carry the key in clear; expected https://",
+        ),
         (f"{CLOUD}, slots: 2", "instances.x.slots: not for driver cloud"),
         (f"{CLOUD}, device: gpu", "instances.x.device: not for driver cloud"),
         (f"{CLOUD}, pinned: true", "instances.x.pinned: not for driver cloud"),

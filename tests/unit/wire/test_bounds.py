@@ -43,7 +43,33 @@ def test_a_byte_is_one_token_at_most(kind: type[Any]) -> None:
     assert most_input_tokens(kind(b'{"prompt":"abc"}')) == 16
 
 
-def test_an_address_may_lead_to_an_image() -> None:
-    raw = b'{"model":"m","image_url":{"url":"https://a/b"}}'
+@pytest.mark.parametrize(
+    ("more", "images"),
+    [
+        ({"messages": [{"content": "see https://a/b and http://c"}]}, 0),
+        ({"messages": [{"content": [{"type": "image_url", "image_url": {"url": "HTTPS://a/b"}}]}]}, 1),
+        ({"messages": [{"content": [{"image_url": "x"}, {"type": "image", "source": {}}]}]}, 2),
+        ({"input": [{"content": [{"type": "input_image", "file_id": "f"}]}]}, 1),
+        ({"messages": [{"content": "hi", "Images": ["a", "b", "c"]}]}, 3),
+        ({"images": "none", "type": ["image"]}, 0),
+    ],
+)
+def test_an_image_costs_more_than_its_letters(more: dict[str, Any], images: int) -> None:
+    raw = json.dumps({"model": "m", **more}).encode()
+    assert most_input_tokens(raw) == len(raw) + images * 50_000
+    assert read_body(raw, CHAT).most_input_tokens == len(raw) + images * 50_000
+
+
+def test_a_name_in_escapes_is_read_as_the_provider_reads_it() -> None:
+    raw = b'{"model":"m","x":{"\\u0069mage_url":1}}'
     assert most_input_tokens(raw) == len(raw) + 50_000
-    assert read_body(raw, CHAT).most_input_tokens == len(raw) + 50_000
+
+
+@pytest.mark.parametrize("raw", [b'{"tools":[]}', b'{"Tools":[]}', b'{"functions":[]}'])
+def test_a_provider_adds_words_around_tools(raw: bytes) -> None:
+    assert most_input_tokens(raw) == len(raw) + 1000
+
+
+@pytest.mark.parametrize("raw", [b"[1]", b'"a"', b"{"])
+def test_what_is_no_request_is_counted_by_its_bytes(raw: bytes) -> None:
+    assert most_input_tokens(raw) == len(raw)

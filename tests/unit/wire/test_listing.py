@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from manager.domain.roles import RequestKind
 from manager.wire.listing import (
     Alias,
@@ -10,6 +14,7 @@ from manager.wire.listing import (
     model_document,
     models_document,
     ps_document,
+    show_document,
     tags_document,
 )
 
@@ -142,3 +147,16 @@ def test_a_role_whose_model_nobody_has_says_so() -> None:
     document = alias_document(Alias("embedding", "bge-m3", RequestKind.EMBED, None))
     assert (document["loaded"], document["instances"], document["created"]) == (False, [], 0)
     assert (document["status"], document["offload"], document["latency_ms"]) == ("not_loaded", None, None)
+
+
+@pytest.mark.parametrize(
+    ("listed", "can"), [({}, ["completion"]), ({"capabilities": ["vision"]}, ["vision"])]
+)
+def test_a_model_that_its_server_cannot_show_is_shown_by_its_entry(
+    listed: dict[str, Any], can: list[str]
+) -> None:
+    entry = {"name": "gpt", "modified_at": "2026-01-01T00:00:00Z", "details": {"context_length": 5}, **listed}
+    shown = show_document(entry)
+    assert (shown["capabilities"], shown["modified_at"]) == (can, "2026-01-01T00:00:00Z")
+    assert shown["details"]["context_length"] == 5
+    assert show_document(None)["details"]["family"] == ""

@@ -11,15 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manager.domain.roles import BodyChanges
-from manager.wire.body import SMALL_BYTES, read_body
+from manager.wire.body import SMALL_BYTES, read_body, reading
 from manager.wire.errors import BadBodyError
 from manager.wire.metering import Passing
 from manager.wire.routes import INFERENCE, Route
+from manager.wire.steps import run
 from manager.wire.translate import Traits
 from manager.wire.translate.hub import Usage
 
 CHAT = INFERENCE[b"/v1/chat/completions"]
-RESPONSES, MESSAGES = INFERENCE[b"/v1/responses"], INFERENCE[b"/v1/messages"]
+MESSAGES = INFERENCE[b"/v1/messages"]
 COMPLETIONS, EMBEDDINGS = INFERENCE[b"/v1/completions"], INFERENCE[b"/v1/embeddings"]
 NONE = BodyChanges()
 WORD = b'data: {"choices":[{"delta":{"content":"a \\"usage\\" b"}}],"usage":null}\n\n'
@@ -45,9 +46,7 @@ def passing(
         (CHAT, {"max_completion_tokens": 100}, "max_completion_tokens", 50),
         (CHAT, {"max_tokens": None}, "max_tokens", 50),
         (CHAT, {"max_tokens": -1}, "max_tokens", 50),
-        (CHAT, {"max_tokens": True}, "max_tokens", 50),
-        (RESPONSES, {}, "max_output_tokens", 50),
-        (RESPONSES, {"max_output_tokens": 60}, "max_output_tokens", 50),
+        (CHAT, {"max_tokens": 9, "max_completion_tokens": -1}, "max_tokens", 9),
         (MESSAGES, {"max_tokens": 60}, "max_tokens", 50),
         (COMPLETIONS, {}, "max_tokens", 50),
     ],
@@ -67,6 +66,8 @@ def test_vectors_have_no_limit_and_what_is_free_passes_as_it_came() -> None:
     one = Passing(CHAT, Traits())
     raw = b'{"model":"gpt", "n": 3}'
     assert one.request(read_body(raw, CHAT), "gpt", NONE) == raw
+    large = b'{"model":"m", "x": "%b"}' % (b"x" * SMALL_BYTES)
+    assert one.request(run(reading([large], CHAT, 10**6)), "m", NONE) == large
     assert one.head(200) == (200, b"")
     assert one.path == CHAT.path
 
@@ -90,6 +91,31 @@ def test_what_costs_more_than_the_tokens_of_one_answer_is_refused(field: dict[st
     with pytest.raises(BadBodyError, match=next(iter(field))):
         passing(field)
     passing({"n": 1, "service_tier": "auto", "best_of": None})
+
+
+def test_a_paid_body_is_written_anew_and_one_that_cannot_be_decoded_is_refused() -> None:
+    """A field that is given twice has one value for us, and perhaps another one for the provider."""
+    raw = b'{"model":"m","n":9,"N":1,"messages":[{"role":"user","content":"x","content":"y"}]}'
+    sent = Passing(CHAT, Traits()).request(read_body(raw, CHAT), "gpt", NONE, max_tokens=5)
+    assert json.loads(sent)["messages"] == [{"role": "user", "content": "y"}]
+    assert (sent.count(b'"n"'), sent.count(b'"content"'), b'"N"' in sent) == (1, 1, False)
+    deep = b'{"model":"m","messages":%b1%b}' % (b"[" * 5000, b"]" * 5000)
+    with pytest.raises(BadBodyError, match="nests too deep"):
+        Passing(CHAT, Traits()).request(read_body(deep, CHAT), "gpt", NONE, max_tokens=5)
+    deep = b'{"model":"m","messages":%b1%b}' % (b"[" * 1000, b"]" * 1000)
+    with pytest.raises(BadBodyError, match="nests too deep"):
+        Passing(CHAT, Traits()).request(read_body(deep, CHAT), "gpt", NONE, max_tokens=5)
+    nested: Any = "x"
+    for _ in range(400):
+        nested = [{"type": "tool_result", "content": nested}]
+    passing({"messages": [{"role": "user", "content": nested}]}, MESSAGES)
+
+
+def test_what_a_role_sets_is_bounded_too() -> None:
+    changes = BodyChanges(overrides={"max_completion_tokens": 10**6, "max_tokens": 10**6})
+    raw = b'{"model":"m"}'
+    sent = Passing(CHAT, Traits()).request(read_body(raw, CHAT), "gpt", changes, max_tokens=5)
+    assert json.loads(sent) == {"model": "gpt", "max_tokens": 5, "max_completion_tokens": 5}
 
 
 def test_a_stream_is_asked_for_its_tokens() -> None:
@@ -121,6 +147,9 @@ def test_tokens_with_words_stay_and_so_does_what_cannot_be_read() -> None:
         assert one.feed(odd) == odd
     long = b"data: " + b"x" * 20_000
     assert one.feed(long) == long, "nothing is held without a bound"
+    said = b'data: {"usage":"' + b"x" * 20_000
+    assert one.feed(said) == b"", "it may have tokens in it"
+    assert one.feed(b"x" * 2**20) == said + b"x" * 2**20
     assert one.feed(b"data: [DO") == b""
     assert one.end() == b"data: [DO"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import tempfile
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,6 +145,15 @@ async def test_what_a_crash_leaves_open_counts_in_full(books: Books) -> None:
     assert books.journal.kinds.count("ledger_recovered") == 1
 
 
+async def test_a_clock_that_went_back_leaves_nothing_reserved(books: Books) -> None:
+    await books.reserve(USD // 4)
+    await books.crash()
+    books.now -= timedelta(days=400)
+    assert await books.ledger.recover(is_alone=True) == 1
+    books.now += timedelta(days=400)
+    assert await books.global_balance() == Balance(USD // 4, 0)
+
+
 async def test_requests_of_another_process_keep_their_money_as_long_as_they_may_last(books: Books) -> None:
     reserved = await books.reserve(300_000)
     await books.crash()
@@ -158,6 +169,27 @@ async def test_requests_of_another_process_keep_their_money_as_long_as_they_may_
     assert await books.global_balance() == Balance(70_000, 0)
     books.now += timedelta(seconds=3600)
     assert await books.ledger.recover(is_alone=False) == 0
+
+
+async def test_a_look_for_what_was_left_open_waits_for_nobody_who_writes(books: Books) -> None:
+    books.ledger.close_reservation(settled(await books.reserve(100_000), 7))
+    await books.ledger.flush()
+    with closing(sqlite3.connect(books.path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert await books.ledger.recover(is_alone=True) == 0
+
+
+async def test_what_is_left_open_is_found_whatever_was_closed_after_it(books: Books) -> None:
+    await books.reserve(100_000)
+    for number in range(3):
+        books.ledger.close_reservation(settled(await books.reserve(1_000), 0))
+        await books.ledger.flush()
+        assert await books.ledger.recover(is_alone=False) == 0, number
+    books.now += timedelta(hours=2)
+    await books.reserve(5_000)
+    assert await books.ledger.recover(is_alone=False) == 1
+    books.now += timedelta(hours=2)
+    assert await books.ledger.recover(is_alone=False) == 1
 
 
 async def test_a_caller_that_leaves_while_money_is_reserved_leaves_none_reserved(books: Books) -> None:

@@ -72,7 +72,7 @@ def test_a_key_has_so_many_requests_in_flight_and_others_are_not_touched(clock: 
     ci, other = key(concurrency=2), key("other", concurrency=1)
     first, _ = clock.begin(ci), clock.begin(ci)
     assert clock.refuse(ci) == (
-        "the key 'ci' has 2 requests in flight; its concurrency is 2",
+        "the key 'ci' is at its concurrency of 2",
         1.0,
     )
     clock.begin(other)
@@ -99,7 +99,7 @@ def test_a_key_begins_so_many_requests_a_minute(clock: Clock) -> None:
     clock.begin(ci)
     clock.s = 30
     clock.begin(ci)
-    assert clock.refuse(ci) == ("the key 'ci' has begun 2 requests within a minute; its rpm is 2", 31)
+    assert clock.refuse(ci) == ("the key 'ci' is at its rpm of 2", 31)
     clock.s = 60.05
     assert clock.refuse(ci).retry_after_s == 1
     clock.s = 60.1

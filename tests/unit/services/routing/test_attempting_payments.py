@@ -135,14 +135,14 @@ async def test_a_stream_that_is_cut_is_settled_on_what_was_seen(books: Books) ->
     assert one.record.cost_usd == pytest.approx((inputs + 7) / 1000)
 
 
-async def test_a_server_that_ran_out_of_time_may_have_read_the_request(books: Books) -> None:
+async def test_a_server_that_ran_out_of_time_may_have_made_the_whole_answer(books: Books) -> None:
     stage = Paid(books, "x", "y")
     one, _ = await stage.begun()
     one.sent()
     step = one.failed(Reason.ATTEMPT_TIMEOUT, "x did not answer", sent=True)
     assert isinstance(step, Trouble), "a paid request is sent once"
     one.close("timeout")
-    assert await stage.money() == Balance(-(-len(RAW) // 4) * 1000, 0)
+    assert await stage.money() == Balance(WORST, 0)
 
 
 async def test_a_server_that_counts_more_than_it_was_allowed_gets_no_more(books: Books) -> None:
@@ -226,3 +226,12 @@ async def test_soft_limits_that_are_reached_are_named(books: Books) -> None:
     assert one.payment is not None
     assert one.payment.soft == "project:shop/day"
     one.close("client_gone")
+
+
+async def test_a_request_that_the_server_cannot_have_begun_costs_nothing(books: Books) -> None:
+    stage = Paid(books, "x")
+    one, _ = await stage.begun()
+    one.sent()
+    one.failed(Reason.UPSTREAM_UNREACHABLE, "x: closed", sent=False, stale=True)
+    one.close("upstream_error")
+    assert (await stage.money(), one.record.cost_usd) == (Balance(0, 0), 0)

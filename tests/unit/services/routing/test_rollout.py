@@ -90,6 +90,13 @@ def test_a_kept_connection_that_was_closed_is_repeated_once() -> None:
     assert isinstance(one.failed(Reason.UPSTREAM_UNREACHABLE, "closed", sent=False, stale=True), Trouble)
 
 
+def test_a_request_without_a_model_passes_though_the_stage_has_changed_since_it_came() -> None:
+    stage = rig(Stages())
+    one = stage.request()
+    assert one.enter_raw(Target("raw", RAW)) == Target("raw", RAW)
+    assert (one.is_raw, one.record.model, one.record.effective_target) == (True, None, "raw")
+
+
 def test_an_unload_passes_as_any_request() -> None:
     stage = rig(SHADOW, attempt("a"))
     one = stage.request()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
+    from manager.domain.target import Target
     from manager.services.ports import Question
 
 BODY = b'{"model":"tiny","messages":[],"stream":false}'
@@ -63,7 +64,7 @@ class Rig:
             BodyBudget(10_000),
         )
 
-        async def sent(_instance: str, _request_id: str) -> None:
+        async def sent(_target: Target, _request_id: str) -> None:
             assert run.status is RunStatus.QUEUED
 
         return await execution.execute(
