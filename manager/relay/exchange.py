@@ -385,7 +385,7 @@ class Exchange:
             # The client has a head already, so that only a stream of events can follow it.
             self._swallow = head.status != _OK or not head.content_type.startswith(EVENT_STREAM)
 
-    def answer_came(self, data: bytes, *, complete: bool) -> None:  # noqa: C901  (a call more a piece costs)
+    def answer_came(self, data: bytes, *, complete: bool) -> None:
         self._is_active = True
         if complete:
             self._connection = None
@@ -394,11 +394,26 @@ class Exchange:
             return
         if self._state is not _State.STREAMING:
             return
-        if self._translated is not None:
-            written = self._translation_of(data, complete=complete)
-            if written is None:
-                return
-            data = written
+        if self._translated is None:
+            self._write(data, complete=complete)
+        elif complete and self._translated.is_long(data):
+            self._spawn(partial(self._translate_end, data, self._translated))
+        else:
+            self._write_translated(self._translated.came(data, complete=complete), complete=complete)
+
+    async def _translate_end(self, data: bytes, translated: Translated) -> None:
+        """Read a long answer in a thread."""
+        content = await asyncio.to_thread(translated.came, data, complete=True)
+        self._task = None
+        self._write_translated(content, complete=True)
+
+    def _write_translated(self, content: bytes, *, complete: bool) -> None:
+        written = self._translation_of(content, complete=complete)
+        if written is not None:
+            self._write(written, complete=complete)
+
+    def _write(self, data: bytes, *, complete: bool) -> None:
+        """Give the client the next piece of its answer."""
         if data:
             tail = self._tail
             tail += data
@@ -532,11 +547,10 @@ class Exchange:
             self._deliver(translated.head_for_client(head, stream=body is not None and body.stream))
 
     def _translation_of(self, data: bytes, *, complete: bool) -> bytes | None:
-        """Return what the client gets for what has come; None where nothing is written now."""
+        """Return what the client gets of translated bytes; None where nothing is written now."""
         attempting, translated = self._attempting, self._translated
         assert attempting is not None  # noqa: S101  (it has asked)
         assert translated is not None  # noqa: S101  (its server is no Ollama)
-        data = translated.came(data, complete=complete)
         fault = translated.fault
         if fault is None:
             if translated.is_whole and not self._answer.is_begun:

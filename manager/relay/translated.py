@@ -9,6 +9,7 @@ from manager.domain.money import in_usd
 from manager.domain.roles import BodyChanges
 from manager.relay.upstream import AnswerHead
 from manager.services.routing.speaking import Speaking
+from manager.wire.body import SMALL_BYTES
 from manager.wire.caller import printable
 from manager.wire.errors import BadBodyError
 from manager.wire.translate import idle_answer
@@ -72,6 +73,7 @@ class Translated:
         self._most = attempting.most_tokens
         self._streams = body.stream
         self._kept = bytearray()
+        self._came_bytes = 0
 
     @staticmethod
     def nothing_to_do(body: InferenceBody, route: Route, model: str) -> bytes | None:
@@ -125,6 +127,7 @@ class Translated:
 
         A whole answer of a paid server is kept until its cost is known.
         """
+        self._came_bytes += len(data)
         data = self._said.came(data, complete=complete)
         if self._said.is_translated or not self.is_whole:
             return data
@@ -135,6 +138,10 @@ class Translated:
             return b""
         kept, self._kept = bytes(self._kept), bytearray()
         return kept
+
+    def is_long(self, data: bytes) -> bool:
+        """Return whether an answer that ends with `data` is too long to be read on the event loop."""
+        return self.is_whole and self._came_bytes + len(data) > SMALL_BYTES
 
     @property
     def fault(self) -> str | None:

@@ -38,7 +38,6 @@ _EXPECTED = {
     "model_attributes_type": "expected {mapping}",
     "tuple_type": "expected a list",
     "list_type": "expected a list",
-    "too_short": "expected {min_length} or more entries",
     "too_long": "expected at most {max_length} entries",
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",

@@ -271,3 +271,20 @@ async def test_another_manager_is_an_instance_with_a_key(
                     await until(partial(is_usable, outer, "other"), within_s=20)
                 reply = await outer.ask({"model": "tiny", "stream": False})
                 assert reply.status == status, reply.body
+
+
+async def test_an_answer_of_megabytes_is_read_beside_the_event_loop(tmp_path: Path) -> None:
+    provider = Provider()
+    vector = [0.25] * 200_000
+
+    async def embeds(talk: Conversation) -> None:
+        data = [{"object": "embedding", "index": 0, "embedding": vector}]
+        document = {"object": "list", "data": data, "model": "gpt", "usage": {"prompt_tokens": INPUTS}}
+        await talk.whole(200, json.dumps(document).encode(), "Content-Type: application/json\r\n")
+
+    provider.answer = embeds
+    async with fronted(tmp_path, provider) as front:
+        reply = await front.ask({"model": "gpt", "prompt": "text"}, "/api/embeddings")
+        assert reply.status == 200
+        assert reply.json()["embedding"] == vector
+        assert (await front.record()).input_tokens == INPUTS

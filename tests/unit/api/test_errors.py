@@ -152,7 +152,7 @@ BODIES: Iterable[tuple[str, str, Any, str]] = [
             ("0s", "'0s'", "that would unload the model"),
         )
     ),
-    ("POST", "/keys", {"name": "a", "scopes": []}, "body.scopes: a list; expected 1 or more entries"),
+    ("POST", "/keys", {"name": "a", "scopes": []}, "body.scopes: a list; expected entries, 1 at least"),
     ("POST", "/pull", {"image": "a b"}, "body.image: 'a b'; expected text that matches"),
     ("POST", "/pull", {"image": "a" * 600}, "…; expected at most 512 characters"),
 ]

@@ -173,13 +173,6 @@ def test_candidates_out_of_service_are_named_without_a_fallback_too() -> None:
     )
 
 
-def test_a_role_for_any_instance_has_no_preferred_one_to_name() -> None:
-    said = request_sentence(
-        record(fallback=True, fallback_reason="model_missing", fallback_from="auto"), decision(attempt("cpu"))
-    )
-    assert ", since nothing preferred could answer (model_missing);" in said
-
-
 def test_a_message_of_a_failed_attempt_is_not_repeated_at_the_end() -> None:
     failed = attempt("paid", "failed", "budget_exhausted", message="0.3 USD are spent")
     values = record(outcome="refused", status=402, effective_target="paid")
