@@ -271,7 +271,7 @@ class Management:
         """
         limit = "" if pin is None else permit.limit_of_instance(pin)
         if limit:
-            raise RefusedError(_FORBIDDEN, limit, "refused")
+            raise RefusedError(_FORBIDDEN, f"{limit} (forbidden)", "refused")
         catalogue = self._passing.catalogue
         await catalogue.refresh(lists=True)
         found = catalogue.find(name, permit)

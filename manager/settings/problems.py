@@ -38,6 +38,7 @@ _EXPECTED = {
     "model_attributes_type": "expected {mapping}",
     "tuple_type": "expected a list",
     "list_type": "expected a list",
+    "too_short": "expected entries, {min_length} at least",
     "too_long": "expected at most {max_length} entries",
     "literal_error": "expected {expected}",
     "enum": "expected {expected}",

@@ -183,18 +183,18 @@ def test_what_cannot_be_kept_is_told_once_and_tried_again(tmp_path: Path) -> Non
 
 
 def test_a_denied_model_is_not_loaded_for_a_role(tmp_path: Path) -> None:
-    roles = {"chat": {"model": "tiny", "keep_warm": ["one"]}}
-    rules = {"one": {"deny_models": ["tiny"]}}
+    roles = {"vectors": {"kind": "embed", "model": "minilm", "keep_warm": ["one"]}}
+    rules = {"one": {"max_parameters": "1m"}}
     with gateway_over(tmp_path, ("one",), instances=rules, config={"roles": roles}) as gateway:
         (event,) = wait_for(lambda: events(gateway, "keep_warm_failed"), lambda found: found)
         assert event["reason"] == "host_denied"
         assert loaded(gateway, "one") == {}
         until = {"until": "2999-01-01T00:00:00Z"}
         assert gateway.call("POST", "instances/one/lift", json=until).status_code == 200
-        kept(gateway, "one", "tiny:latest")
+        kept(gateway, "one", "minilm:latest")
         wait_for(lambda: events(gateway, "kept_warm"), lambda found: found)
         assert gateway.call("DELETE", "instances/one/lift").status_code == 200
         wait_for(lambda: loaded(gateway, "one"), lambda found: found == {}, within_s=15)
         assert [event["reason"] for event in events(gateway, "keep_warm_failed")] == ["host_denied"] * 2
         assert gateway.call("POST", "instances/one/lift", json=until).status_code == 200
-        kept(gateway, "one", "tiny:latest")
+        kept(gateway, "one", "minilm:latest")

@@ -95,6 +95,9 @@ def test_every_role_is_listed_with_all_its_values(daemon: Daemon) -> None:
         "embedding_runtime_policy",
         "embedding_target_instance",
         "layer_routing",
+        "fallback",
+        "force_local",
+        "rollout",
         "warnings",
     }
     assert list(body["roles"]) == [*BUILT_IN, "review"]

@@ -89,7 +89,7 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
 
 async def test_what_a_key_does_not_permit_is_a_403_in_each_dialect_and_asks_nobody(place: Place) -> None:
     ci = await place.make("ci", models=["small"])
-    told = "the key 'ci' may use only the models small, not 'big:latest'"
+    told = "the key 'ci' may use only the models small, not 'big:latest' (forbidden)"
     for path in (CHAT, OPENAI, ANTHROPIC):
         reply = await place.front.ask(body("big", max_tokens=1), path, ci)
         assert reply.status == 403
@@ -124,7 +124,8 @@ async def test_no_header_and_no_pin_grants_what_the_key_does_not_have(
 ) -> None:
     ci = await place.make("ci", roles=["chat"], instances=["b"])
     reply = await place.front.ask(body(model), headers={**ci, **headers})
-    assert (reply.status, reply.json()) == (403, {"error": f"the key 'ci' may use only the {told}"})
+    error = f"the key 'ci' may use only the {told} (forbidden)"
+    assert (reply.status, reply.json()) == (403, {"error": error})
     assert place.asked == {"a": 0, "b": 0}
 
 
@@ -237,7 +238,7 @@ async def test_show_asks_only_instances_of_the_key(place: Place) -> None:
     reply = await place.front.ask({"model": "small"}, "/api/show", {**ci, "X-Instance": "a"})
     assert (reply.status, reply.json()) == (
         403,
-        {"error": "the key 'ci' may use only the instances b, not 'a'"},
+        {"error": "the key 'ci' may use only the instances b, not 'a' (forbidden)"},
     )
 
 
@@ -283,7 +284,7 @@ async def test_a_run_is_executed_within_its_key_and_keeps_the_name(place: Place)
     assert (run["status"], run["key"], run["project_id"], run["instance"]) == ("succeeded", "ci", "shop", "b")
     assert [(one.key, one.project_id) for one in place.front.records] == [("ci", "shop")]
     run = await place.ended(ci, await place.submit(ci, body("big")))
-    told = "the key 'ci' may use only the instances b, not 'a'"
+    told = "the key 'ci' may use only the instances b, not 'a' (forbidden)"
     assert (run["status"], run["error"]) == ("failed", {"code": "forbidden", "message": told})
     assert (run["result"]["status"], place.asked["a"]) == (403, 0)
 

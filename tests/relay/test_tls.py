@@ -134,7 +134,9 @@ async def test_clients_talk_over_tls(tmp_path: Path) -> None:
             whole = client.chat("tiny", [{"role": "user", "content": "hi"}])
             pieces = client.chat("tiny", [{"role": "user", "content": "hi"}], stream=True)
             assert whole.done
-            return [piece.message.content or "" for piece in pieces]
+            said = [piece.message.content or "" for piece in pieces]
+            client._client.close()
+            return said
 
         assert await asyncio.to_thread(chats) == ["word", ""]
         curl = ["curl", "-s", "--cacert", str(daemon.authority.certificate), "-w", " %{http_version}"]
