@@ -92,7 +92,11 @@ def test_a_handshake_holds_a_place_and_leaves_it_to_a_new_connection(
 ) -> None:
     async def work() -> None:
         async with listening(tmp_path) as rig:
-            silent, half = await rig.silent(), await rig.silent()
+            silent = await rig.silent()
+            await until(lambda: len(rig.places) == 1)
+            clock, first_at = asyncio.get_running_loop().time, asyncio.get_running_loop().time()
+            await until(lambda: clock() > first_at)  # uvloop's clock counts milliseconds
+            half = await rig.silent()
             half[1].write(b"\x16\x03\x01\x02\x00")
             await until(lambda: len(rig.places) == 2)
             reader, writer = await rig.connect()  # takes the place of the longest quiet one
