@@ -304,7 +304,7 @@ async def test_a_collector_that_is_away_or_silent_holds_nobody_up(monkeypatch: p
             began_at = monotonic()
             for _ in range(3000):
                 spans.write(a_record())
-            assert monotonic() - began_at < 0.5
+            assert monotonic() - began_at < 3  # an export alone is waited for 10 s
             await spans.close()
             assert monotonic() - began_at < 4
 

@@ -92,9 +92,9 @@ def test_no_time_zone_means_local_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("line", ["0 0 8 * * *", "0 8 * *", "0 0 last * *", "0 0 * jan/2x *", "nonsense"])
 def test_a_line_that_is_not_one_of_crontab_is_refused(line: str) -> None:
-    with pytest.raises(ValueError, match=r"fields|: not a"):
+    with pytest.raises(ValueError, match=r"fields|: not a|: no |: no "):
         cron_trigger(line, None)
-    with pytest.raises(ValueError, match=r"fields|: not a"):
+    with pytest.raises(ValueError, match=r"fields|: not a|: no |: no "):
         ApScheduler().cron("x", line, None, lambda: None)
 
 
