@@ -6,26 +6,20 @@ same transactions, so that a budget is known without a look at all of them.
 
 from __future__ import annotations
 
-import asyncio
-import sqlite3
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from sqlalchemy import Column, Index, Integer, Table, Text, text
 
-from manager.adapters.registry.opening import connect_existing, translated
-from manager.adapters.registry.tables import metadata
+from manager.adapters.registry.own_connection import OwnConnection
+from manager.adapters.registry.tables import metadata, storable
 from manager.domain.budgets import Balance, Overdrawn, overdrawn
-from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import sqlite3
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from manager.domain.budgets import Budget, Closing, Reservation
-
-T = TypeVar("T")
 
 _IS_RESERVED = text("kind = 'reserved'")
 _IS_CLOSING = text("kind <> 'reserved'")
@@ -94,12 +88,9 @@ class SqlLedger:
     """
 
     def __init__(self, path: Path, refuse_if_moved: Callable[[], None], *, busy_timeout_s: float) -> None:
-        self._path = path
-        self._refuse_if_moved = refuse_if_moved
-        self._busy_timeout_s = busy_timeout_s
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
-        self._connection: sqlite3.Connection | None = None
-        self._closed = False
+        self._own = OwnConnection(
+            path, refuse_if_moved, name="ledger", synchronous="FULL", busy_timeout_s=busy_timeout_s
+        )
         # No reservation with a smaller id is open.
         self._first_open = 0
 
@@ -107,7 +98,7 @@ class SqlLedger:
         self, reservation: Reservation, budgets: Mapping[Budget, str]
     ) -> Overdrawn | dict[Budget, Balance]:
         def work() -> Overdrawn | dict[Budget, Balance]:
-            with self._transaction() as connection:
+            with self._own.transaction() as connection:
                 balances = _balances(connection, budgets)
                 refused = overdrawn(balances, reservation.amount)
                 if refused is not None:
@@ -121,98 +112,53 @@ class SqlLedger:
                         one.day,
                         one.amount,
                         one.request_id,
-                        _encodable(one.project),
+                        storable(one.project),
                         one.key,
                         one.role,
                         one.instance,
-                        _encodable(one.model),
+                        storable(one.model),
                     ),
                 )
-                who = (one.day, _encodable(one.project), one.key or "")
+                who = (one.day, storable(one.project), one.key or "")
                 connection.execute(_ADD, (*who, 0, one.amount))
                 return _balances(connection, budgets)
 
-        return await self._call(work)
+        return await self._own.call(work)
 
     async def close_reservation(self, closing: Closing, at_us: int) -> bool:
         def work() -> bool:
-            with self._transaction() as connection:
+            with self._own.transaction() as connection:
                 return _close(connection, closing, at_us)
 
-        return await self._call(work)
+        return await self._own.call(work)
 
     async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
         def work() -> int:
             found = [row[1:3] for row in self._look_for_open() if row[3] < before_us]
             if not found:
                 return 0
-            with self._transaction() as connection:
+            with self._own.transaction() as connection:
                 return sum(_close(connection, make(*row), at_us) for row in found)
 
-        return await self._call(work)
+        return await self._own.call(work)
 
     async def balances(self, budgets: Mapping[Budget, str]) -> dict[Budget, Balance]:
-        return await self._call(lambda: _balances(self._open(), budgets), doing="read")
+        return await self._own.call(lambda: _balances(self._own.open(), budgets), doing="read")
 
     async def close(self) -> None:
         """End after the calls that are under way; closing twice is no error."""
-        if not self._closed:
-            self._closed = True
-            last = self._thread.submit(self._disconnect)
-            self._thread.shutdown(wait=False)
-            await asyncio.wrap_future(last)
+        await self._own.close()
 
     def _look_for_open(self) -> list[tuple[int, str, int, int]]:
         """Return the reservations that are open; nobody who writes waits for it.
 
         A row is looked at once after it was closed: the first open one bounds the next look.
         """
-        connection = self._open()
+        connection = self._own.open()
         (after_all,) = connection.execute(_NEXT).fetchone()
         found = connection.execute(_OPEN, (self._first_open,)).fetchall()
         self._first_open = min([after_all, *(row[0] for row in found)])
         return found
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self._refuse_if_moved()
-        connection = self._open()
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield connection
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            connection = connect_existing(self._path, self._busy_timeout_s)
-            try:
-                connection.execute("PRAGMA synchronous=FULL")
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
-        return self._connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    async def _call(self, work: Callable[[], T], *, doing: str = "written") -> T:
-        if self._closed:
-            raise RegistryUnwritableError(f"the registry {self._path} is closed")
-
-        def run() -> T:
-            try:
-                return work()
-            except sqlite3.Error as error:
-                raise translated(self._path, error, doing) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
 
 def _close(connection: sqlite3.Connection, closing: Closing, at_us: int) -> bool:
@@ -233,10 +179,6 @@ def _balances(connection: sqlite3.Connection, budgets: Mapping[Budget, str]) -> 
         for column, value in (("project", budget.project), ("key", budget.key)):
             if value is not None:
                 statement += f" AND {column} = ?"
-                values.append(_encodable(value))
+                values.append(storable(value))
         found[budget] = Balance(*connection.execute(statement, values).fetchone())
     return found
-
-
-def _encodable(value: str) -> str:
-    return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()

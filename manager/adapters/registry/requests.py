@@ -8,21 +8,19 @@ may take the last ones. The registry's other connection flushes all of its own w
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import orjson
 
-from manager.adapters.registry.opening import connect_existing, translated
+from manager.adapters.registry.own_connection import OwnConnection
+from manager.adapters.registry.tables import storable
 from manager.adapters.registry.usage import add_usage, forget_usage, read_usage
 from manager.adapters.request_log import encodable
 from manager.domain.history import MOST_CHARACTERS, decision_values, record_values
 from manager.domain.models import model_key
 from manager.domain.usage import Group, Sample, Sums, sample_of, sums_of
-from manager.errors import RegistryUnwritableError
 from manager.services.ports import StoredPage
 
 if TYPE_CHECKING:
@@ -34,7 +32,6 @@ if TYPE_CHECKING:
     from manager.domain.record import RequestRecord
     from manager.domain.usage import Dimension, Span
 
-T = TypeVar("T")
 Row: TypeAlias = "tuple[str, int, str, str | None, str | None, str | None, str, str | None, bytes, bytes]"
 
 _COLUMNS = "request_id, ended_us, project, role, model, instance, outcome, key, record, decision"
@@ -74,44 +71,43 @@ class SqlRequests:
         busy_timeout_s: float,
         stores: bool = True,
     ) -> None:
-        self._path = path
-        self._refuse_if_moved = refuse_if_moved
-        self._busy_timeout_s = busy_timeout_s
+        self._own = OwnConnection(
+            path, refuse_if_moved, name="requests", synchronous="NORMAL", busy_timeout_s=busy_timeout_s
+        )
         self._stores = stores
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="requests")
-        self._connection: sqlite3.Connection | None = None
-        self._closed = False
         # A write has failed: whether it was stored is not known.
         self._is_doubtful = False
 
     async def add(self, batch: Sequence[Ended], *, keeps: bool = True) -> None:
-        await self._call(lambda: self._insert(_rows(batch), _samples(batch), keeps=keeps))
+        await self._own.call(lambda: self._insert(_rows(batch), _samples(batch), keeps=keeps))
 
     async def encoded(self, batch: Sequence[Ended]) -> bytes:
         # Also once the store is closed.
         return await asyncio.to_thread(lambda: _encoded(_rows(batch), _samples(batch)))
 
     async def add_encoded(self, rows: bytes, *, keeps: bool = True) -> None:
-        await self._call(lambda: self._insert(*_decoded(rows), keeps=keeps))
+        await self._own.call(lambda: self._insert(*_decoded(rows), keeps=keeps))
 
     async def usage(
         self, wanted: Span, by: Sequence[Dimension], *, now_s: int
     ) -> tuple[dict[tuple[str, ...], Sums], Span]:
-        return await self._call(lambda: read_usage(self._open(), wanted, by, now_s=now_s), doing="read")
+        return await self._own.call(
+            lambda: read_usage(self._own.open(), wanted, by, now_s=now_s), doing="read"
+        )
 
     async def forget_usage(self, *, now_s: int, days: int) -> None:
         def work() -> None:
-            self._refuse_if_moved()
-            forget_usage(self._open(), now_s=now_s, days=days)
+            self._own.refuse_if_moved()
+            forget_usage(self._own.open(), now_s=now_s, days=days)
 
         if self._stores:
-            await self._call(work)
+            await self._own.call(work)
 
     async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
         found, values = search(filters, after)
 
         def work() -> StoredPage:
-            connection = self._open()
+            connection = self._own.open()
             last = connection.execute(_LAST_ID).fetchone()[0] or 0
             ids = [row[0] for row in connection.execute(found, [*values, limit])]
             cursor = last if after is None or len(ids) < limit else ids[-1]
@@ -121,42 +117,35 @@ class SqlRequests:
             items = [(row[0], orjson.loads(row[1])) for row in rows]
             return StoredPage(items, max(cursor, after or 0))
 
-        return await self._call(work, doing="read")
+        return await self._own.call(work, doing="read")
 
     async def get(self, request_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
         def work() -> tuple[dict[str, Any], dict[str, Any]] | None:
-            row = self._open().execute(_GET, (request_id,)).fetchone()
+            row = self._own.open().execute(_GET, (request_id,)).fetchone()
             return None if row is None else (orjson.loads(row[0]), orjson.loads(row[1]))
 
-        return await self._call(work, doing="read")
+        return await self._own.call(work, doing="read")
 
     async def prune(self, before: datetime, *, most_rows: int, at_most: int) -> bool:
         def work() -> bool:
-            self._refuse_if_moved()
-            connection = self._open()
+            self._own.refuse_if_moved()
+            connection = self._own.open()
             old = connection.execute(_OLD, (int(before.timestamp() * 1e6), at_most)).rowcount
             beyond = connection.execute(_BEYOND, (most_rows, at_most)).rowcount
             return old >= at_most or beyond >= at_most
 
-        return self._stores and await self._call(work)
+        return self._stores and await self._own.call(work)
 
     async def close(self) -> None:
         """End after the calls that are under way; closing twice is no error."""
-        if not self._closed:
-            self._closed = True
-            last = self._thread.submit(self._disconnect)
-            self._thread.shutdown(wait=False)
-            await asyncio.wrap_future(last)
+        await self._own.close()
 
     def _insert(self, rows: list[Row], samples: list[Sample | None], *, keeps: bool) -> None:
         """Store requests and what they have used, both or neither."""
         if not self._stores:
             return
-        self._refuse_if_moved()
-        connection = self._open()
-        connection.execute("BEGIN IMMEDIATE")
-        was_doubtful, self._is_doubtful = self._is_doubtful, True
-        try:
+        with self._own.transaction() as connection:
+            was_doubtful, self._is_doubtful = self._is_doubtful, True
             if was_doubtful:  # nothing is counted twice
                 news = [connection.execute(_IS_STORED, row[:1]).fetchone() is None for row in rows]
                 samples = [sample for sample, is_new in zip(samples, news, strict=True) if is_new]
@@ -167,40 +156,7 @@ class SqlRequests:
             for start in range(0, whole, _MANY):
                 connection.execute(_ADD_MANY, tuple(chain.from_iterable(rows[start : start + _MANY])))
             connection.executemany(_ADD, rows[whole:])
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
         self._is_doubtful = False
-
-    def _open(self) -> sqlite3.Connection:
-        if self._connection is None:
-            connection = connect_existing(self._path, self._busy_timeout_s)
-            try:
-                connection.execute("PRAGMA synchronous=NORMAL")
-            except BaseException:
-                connection.close()
-                raise
-            self._connection = connection
-        return self._connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            connection.close()
-
-    async def _call(self, work: Callable[[], T], *, doing: str = "written") -> T:
-        if self._closed:
-            raise RegistryUnwritableError(f"the registry {self._path} is closed")
-
-        def run() -> T:
-            try:
-                return work()
-            except sqlite3.Error as error:
-                raise translated(self._path, error, doing) from error
-
-        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
 
 def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
@@ -246,9 +202,9 @@ def _row(ended: Ended, plain: dict[Any, bytes]) -> Row:
     return (
         record.request_id,
         int(record.ts.timestamp() * 1e6 + record.duration_ms * 1000),
-        _text(record.project_id),
+        storable(record.project_id),
         record.role,
-        None if record.model is None else _text(model_key(record.model)),
+        None if record.model is None else storable(model_key(record.model)),
         record.effective_target,
         record.outcome,
         record.key,
@@ -283,16 +239,12 @@ def _plain(value: Any) -> Any:
     return encodable(value)
 
 
-def _text(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
-
-
 def _samples(batch: Sequence[Ended]) -> list[Sample | None]:
     """Return what each request has used, in texts that can be stored."""
     samples: list[Sample | None] = []
     for ended in batch:
         sample = sample_of(ended.record)
-        samples.append(None if sample is None else sample._replace(group=Group(*map(_text, sample.group))))
+        samples.append(None if sample is None else sample._replace(group=Group(*map(storable, sample.group))))
     return samples
 
 

@@ -233,6 +233,11 @@ def to_order(row: Row[Any]) -> Mapping[str, Any]:
     return row.value
 
 
+def storable(text: str) -> str:
+    """Return a text with its lone surrogates escaped: SQLite has no form for them."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 def stored(at: datetime | None) -> datetime | None:
     if at is None:
         return None

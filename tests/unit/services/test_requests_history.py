@@ -306,16 +306,16 @@ async def test_a_full_disk_loses_history_and_nothing_else(
     store: Any = history.store
 
     def bound(pages: int) -> None:
-        store._connection.execute(f"PRAGMA max_page_count={pages}")
+        store._own._connection.execute(f"PRAGMA max_page_count={pages}")
 
-    size = await store._call(lambda: store._connection.execute("PRAGMA page_count").fetchone()[0])
-    await store._call(lambda: bound(size))
+    size = await store._own.call(lambda: store._own._connection.execute("PRAGMA page_count").fetchone()[0])
+    await store._own.call(lambda: bound(size))
     for _ in range(BATCH):
         history.add(ended("x" * 1000))
     await history.flush()
     assert (history.stored, history.waiting) == (1, BATCH)
     assert "the disk is full" in logged[0]["error"]
-    await store._call(lambda: bound(10**6))
+    await store._own.call(lambda: bound(10**6))
     await history.flush()
     assert (history.stored, history.waiting, history.dropped) == (BATCH + 1, 0, 0)
 
