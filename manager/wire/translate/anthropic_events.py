@@ -20,6 +20,7 @@ from manager.wire.translate.hub import (
     TextCame,
     ThinkingCame,
     Usage,
+    token_count,
 )
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ _STOPS = {
 }
 _INPUT_COUNTS = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
 _OUTPUT_COUNT = "output_tokens"
-# More is no number of tokens; sums of what is below stay within 64 bits.
-_MOST_COUNT = 10**9
 
 
 class MessagesEvents:
@@ -177,9 +176,8 @@ class MessagesEvents:
         """Take numbers of tokens; later ones replace earlier ones."""
         if isinstance(usage, dict):
             for name in (*_INPUT_COUNTS, _OUTPUT_COUNT):
-                count: Any = usage.get(name)
-                is_count = isinstance(count, int) and not isinstance(count, bool)
-                if is_count and 0 <= count <= _MOST_COUNT:
+                count = token_count(usage.get(name))
+                if count is not None:
                     self._counts[name] = count
 
     def _ended(self) -> Ended:

@@ -7,6 +7,7 @@ take beyond it: `reasoning`, `top_k`, `min_p`.
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from manager.wire.errors import BadBodyError
@@ -15,7 +16,7 @@ from manager.wire.translate.fields import Fields, shown, unsayable, wrong
 from manager.wire.translate.hub import Conversation, Image, Message, Text, Tool, ToolCall
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.wire.translate.hub import Part, Think
 
@@ -62,7 +63,7 @@ class ChatClient(ChatAnswer):
         conversation = Conversation(
             messages=tuple(_messages(given)),
             tools=tuple(_tool(one) for one in given.inners("tools")),
-            tool_choice=_tool_choice(given),
+            tool_choice=choice_of(given, _name_of_function),
             parallel_calls=given.flag("parallel_tool_calls"),
             max_tokens=most[0] or most[1],
             schema=_schema(given.inner("response_format")),
@@ -91,6 +92,48 @@ class CompletionClient(CompletionAnswer):
         )
         given.finish()
         return conversation
+
+
+def parts_of(given: Fields, name: str, read: Callable[[Fields], Part]) -> Iterator[Part]:
+    """Yield the parts of a message of OpenAI's, whose content is a string or a list.
+
+    Args:
+        given: the message.
+        name: of the field with its content.
+        read: reads one part of a list.
+    """
+    content = given.value(name)
+    if content is None:
+        return
+    if isinstance(content, str):
+        yield Text(content)
+        return
+    if not isinstance(content, list):
+        wrong(given.place(name), content, "a string or a list of parts")
+    for at, one in enumerate(content):
+        part = Fields(one, f"{given.place(name)}[{at}]")
+        yield read(part)
+        part.finish()
+
+
+def choice_of(given: Fields, name_of: Callable[[Fields], str]) -> str | None:
+    """Return the `tool_choice` of a request of OpenAI's, as `Conversation.tool_choice` has it.
+
+    Args:
+        given: the request.
+        name_of: reads the name of the function from an object that names one.
+    """
+    value = given.value("tool_choice")
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        if value not in _CHOICES:
+            wrong("tool_choice", value, "auto, none, required or an object that names a function")
+        return str(value)
+    choice = Fields(value, "tool_choice")
+    name = name_of(choice)
+    choice.finish()
+    return f"tool:{name}"
 
 
 def image_of(url: str, place: str) -> Image:
@@ -216,18 +259,7 @@ def _call(given: Fields) -> ToolCall:
 
 
 def _parts(given: Fields, *, images: bool) -> Iterator[Part]:
-    content = given.value("content")
-    if content is None:
-        return
-    if isinstance(content, str):
-        yield Text(content)
-        return
-    if not isinstance(content, list):
-        wrong(given.place("content"), content, "a string or a list of parts")
-    for at, one in enumerate(content):
-        part = Fields(one, f"{given.place('content')}[{at}]")
-        yield _part(part, images=images)
-        part.finish()
+    return parts_of(given, "content", partial(_part, images=images))
 
 
 def _part(given: Fields, *, images: bool) -> Part:
@@ -267,21 +299,12 @@ def _tool(given: Fields) -> Tool:
     return tool
 
 
-def _tool_choice(given: Fields) -> str | None:
-    value = given.value("tool_choice")
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        if value not in _CHOICES:
-            wrong("tool_choice", value, "auto, none, required or an object that names a function")
-        return str(value)
-    choice = Fields(value, "tool_choice")
+def _name_of_function(choice: Fields) -> str:
     _check_function(choice)
     function = choice.inner("function") or Fields({}, choice.place("function"))
     name = function.needed("name")
     function.finish()
-    choice.finish()
-    return f"tool:{name}"
+    return name
 
 
 def _schema(given: Fields | None) -> Mapping[str, Any] | None:

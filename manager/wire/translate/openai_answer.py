@@ -17,6 +17,7 @@ from manager.wire.translate.hub import (
     TextCame,
     ThinkingCame,
     Usage,
+    token_count,
 )
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ MOST_WHOLE_BYTES = 32 * 1024 * 1024
 MOST_CALL_BYTES = 8 * 1024 * 1024
 # A call costs so much beside its text.
 _CALL_COST = 256
-# More is no number of tokens; sums of what is below stay within 64 bits.
-_MOST_COUNT = 10**9
 _DONE = b"[DONE]"
 UNREADABLE = "the server sent an answer that is not of OpenAI's API"
 _UNENDED = "the server ended the answer before its end"
@@ -230,14 +229,9 @@ def usage_in(value: Any) -> Usage | None:
     """Return the tokens that a `usage` tells, None where it tells none."""
     if not isinstance(value, dict):
         return None
-    inputs, outputs = _count(value.get("prompt_tokens")), _count(value.get("completion_tokens"))
+    inputs, outputs = token_count(value.get("prompt_tokens")), token_count(value.get("completion_tokens"))
     if inputs is None and outputs is None:
         return None
     details = value.get("prompt_tokens_details")
-    cached = _count(details.get("cached_tokens")) if isinstance(details, dict) else None
+    cached = token_count(details.get("cached_tokens")) if isinstance(details, dict) else None
     return Usage(inputs or 0, outputs or 0, min(cached or 0, inputs or 0))
-
-
-def _count(value: Any) -> int | None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_COUNT
-    return value if is_count else None

@@ -7,10 +7,11 @@ builds on kept responses is refused, and so are tools that the server itself wou
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from manager.wire.errors import BadBodyError
-from manager.wire.translate.chat_client import effort_of, image_of
+from manager.wire.translate.chat_client import choice_of, effort_of, image_of, parts_of
 from manager.wire.translate.fields import Fields, shown, unsayable, wrong
 from manager.wire.translate.hub import Conversation, Message, Text, Tool, ToolCall
 from manager.wire.translate.responses_answer import ResponsesAnswer
@@ -32,7 +33,6 @@ _HINTS = (
     "store",
     "stream",
 )
-_CHOICES = ("auto", "none", "required")
 _SIGNATURE = "reasoning.encrypted_content"
 _ROLES = ("user", "assistant", "system", "developer")
 _ITEMS = "message, function_call, function_call_output, reasoning"
@@ -67,7 +67,7 @@ class ResponsesClient(ResponsesAnswer):
             messages=tuple(_messages(given)),
             stream=stream,
             tools=tuple(_tool(one) for one in given.inners("tools")),
-            tool_choice=_tool_choice(given),
+            tool_choice=choice_of(given, _name_of_function),
             parallel_calls=given.flag("parallel_tool_calls"),
             max_tokens=given.count("max_output_tokens", least=1),
             temperature=given.number("temperature", 0, 2),
@@ -164,18 +164,7 @@ def _thought(item: Fields) -> str:
 
 
 def _parts(given: Fields, name: str, *, images: bool) -> Iterator[Part]:
-    content = given.value(name)
-    if content is None:
-        return
-    if isinstance(content, str):
-        yield Text(content)
-        return
-    if not isinstance(content, list):
-        wrong(given.place(name), content, "a string or a list of parts")
-    for at, one in enumerate(content):
-        part = Fields(one, f"{given.place(name)}[{at}]")
-        yield _part(part, images=images)
-        part.finish()
+    return parts_of(given, name, partial(_part, images=images))
 
 
 def _part(given: Fields, *, images: bool) -> Part:
@@ -210,21 +199,11 @@ def _tool(given: Fields) -> Tool:
     return tool
 
 
-def _tool_choice(given: Fields) -> str | None:
-    value = given.value("tool_choice")
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        if value not in _CHOICES:
-            wrong("tool_choice", value, "auto, none, required or an object that names a function")
-        return str(value)
-    choice = Fields(value, "tool_choice")
+def _name_of_function(choice: Fields) -> str:
     kind = choice.needed("type")
     if kind != "function":
         unsayable(f"tool_choice.type: {shown(kind)}", "possible is function")
-    name = choice.needed("name")
-    choice.finish()
-    return f"tool:{name}"
+    return choice.needed("name")
 
 
 def _schema(given: Fields | None) -> Mapping[str, Any] | None:
