@@ -10,20 +10,19 @@ import structlog
 from manager.errors import ConfigurationError
 from manager.settings import key_weaknesses, load_templates, read_keys
 from manager.settings.changes import changes
+from manager.settings.signatures import signature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
 
     from manager.domain.template import Template
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
+    from manager.settings.signatures import Signature
 
 _log = structlog.get_logger("reload")
 
 _KEY_CHECK_S = 0.5
-
-Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class Applies(Protocol):
@@ -113,7 +112,7 @@ class Reloader:
             )
             return
         files = changed.loaded.settings.server.key_files
-        seen = await asyncio.to_thread(_signature, files)
+        seen = await asyncio.to_thread(signature, files)
         keys = await asyncio.to_thread(read_keys, files)
         weak = await asyncio.to_thread(key_weaknesses, files, keys)
         self._apply(changed, keys)
@@ -129,7 +128,7 @@ class Reloader:
 
     async def _reread_keys(self) -> None:
         files = self._running.settings.server.key_files
-        if not files or (seen := await asyncio.to_thread(_signature, files)) == self._seen:
+        if not files or (seen := await asyncio.to_thread(signature, files)) == self._seen:
             return
         is_first, self._seen = self._seen is None, seen  # a file that is wrong is reported once
         keys = await asyncio.to_thread(read_keys, files)
@@ -151,16 +150,3 @@ def _check(wanted: LoadedSettings, templates: Mapping[str, Template]) -> None:
     from manager.settings import resolve_instances  # noqa: PLC0415
 
     resolve_instances(wanted, templates)
-
-
-def _signature(files: Iterable[Path]) -> Signature:
-    """The identities of files, which new contents or a replacement change; None for one that is missing."""
-    return tuple(map(_identity, files))
-
-
-def _identity(file: Path) -> tuple[int, int, int, int] | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

@@ -16,6 +16,7 @@ from manager.descriptors import has_descriptors
 from manager.errors import ConfigurationError, OutOfDescriptorsError
 from manager.settings.ownership import open_regular
 from manager.settings.problems import Problem, configuration_error
+from manager.settings.signatures import signature
 from manager.settings.tls import origin_of
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ WARN_DAYS = 30
 _DAY_S = 86_400.0
 _LARGEST_FILE = 2**20
 _ALPN = ["http/1.1"]
-
-_Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 class SharedTls:
@@ -101,7 +100,7 @@ class WatchedTls:
         self._certificate = certificate
         self._now = now
         self._checking = asyncio.Lock()
-        self._seen = _signature(self._files)
+        self._seen = signature(self._files)
         self.current = build()
         self._checked_at = now()
         self._warned_at: float | None = None
@@ -122,7 +121,7 @@ class WatchedTls:
         """Build the context again if a file has changed."""
         async with self._checking:
             self._checked_at = self._now()
-            seen = await asyncio.to_thread(_signature, self._files)
+            seen = await asyncio.to_thread(signature, self._files)
             if seen != self._seen:
                 self._seen = seen  # files that are wrong are reported once
                 await self._rebuild()
@@ -264,16 +263,3 @@ def _read(setting: str, file: Path, *, secret: bool = False) -> bytes:
 
 def _refused(setting: str, file: Path, text: str) -> ConfigurationError:
     return configuration_error([Problem(str(file), setting, text)])
-
-
-def _signature(files: Sequence[Path]) -> _Signature:
-    return tuple(map(_identity, files))
-
-
-def _identity(file: Path) -> tuple[int, int, int, int] | None:
-    """The identity of a file, which a new content or a replacement changes; None where it cannot be read."""
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)

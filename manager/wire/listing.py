@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # What Go's encoder writes where nothing is known, in the order of Ollama's `api.ListModelResponse`.
 _NO_TIME = "0001-01-01T00:00:00Z"
 _BLANK: Mapping[str, Any] = {"name": "", "model": "", "modified_at": _NO_TIME, "size": 0, "digest": ""}
-_BLANK_DETAILS: Mapping[str, Any] = {
+BLANK_DETAILS: Mapping[str, Any] = {
     "parent_model": "",
     "format": "",
     "family": "",
@@ -175,7 +175,7 @@ def _whole(entry: Mapping[str, Any]) -> dict[str, Any]:
         **entry,
         "name": name,
         "model": entry.get("model") or name,
-        "details": {**_BLANK_DETAILS, **(details if isinstance(details, dict) else {})},
+        "details": {**BLANK_DETAILS, **(details if isinstance(details, dict) else {})},
     }
 
 

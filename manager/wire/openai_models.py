@@ -6,6 +6,8 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from manager.wire.listing import BLANK_DETAILS
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -44,14 +46,7 @@ def _entry(name: str, created: Any) -> Mapping[str, Any]:
         "modified_at": _time(created).isoformat().replace("+00:00", "Z"),
         "size": 0,
         "digest": "",
-        "details": {
-            "parent_model": "",
-            "format": "",
-            "family": "",
-            "families": None,
-            "parameter_size": "",
-            "quantization_level": "",
-        },
+        "details": dict(BLANK_DETAILS),
     }
 
 
