@@ -51,7 +51,7 @@ _HELLO_WITHIN_S = 2.0
 _ANSWERS_WITHIN_S = 2.0
 # Questions without an answer, beyond which nothing more is asked.
 _MOST_ASKED = 64
-# How late the new daemon learns of a lease.
+# The new daemon learns of a lease so much later.
 _LEASES_EVERY_S = 0.05
 
 

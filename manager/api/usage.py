@@ -105,7 +105,7 @@ def usage_router(backend: Backend) -> APIRouter:
 
     @router.get("", response_model=UsageBody, responses=refusals(503))
     async def show_usage(query: Annotated[UsageQuery, Query()]) -> Response:
-        """What the requests that ended in a time have used, the groups with the most requests first."""
+        """The usage of the requests that ended in a time, the groups with the most requests first."""
         now = datetime.now(UTC)
         ends = now if query.ends is None else moment(query.ends)
         begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)

@@ -46,7 +46,7 @@ class _Row:
     brief_device: str  # without the names of cards
 
 
-# What each stage of a rollout does.
+# The effect of each stage of a rollout.
 ROLLOUT_WORDS = {
     "observe": "all requests pass to the raw server",
     "shadow": "all requests pass to the raw server, and decisions are only recorded",

@@ -61,7 +61,7 @@ def trust(session: requests.Session, endpoint: Endpoint) -> None:
 
 
 def untrusted(error: BaseException) -> tuple[str, str] | None:
-    """What is wrong with a certificate, and what to do about it; None for all other errors."""
+    """Return the fault of a certificate and its remedy; None for all other errors."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:

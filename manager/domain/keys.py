@@ -19,7 +19,7 @@ MOST_SECRETS = 4
 
 
 class Scope(StrEnum):
-    """What a key is for.
+    """The purpose of a key.
 
     `client` is inference and the lists of models, `read` status, metrics and usage. `operator` starts, stops
     and changes, and includes `read`. `admin` manages keys and budgets, and includes all others. An operator
@@ -44,7 +44,7 @@ INCLUDED: Mapping[Scope, frozenset[Scope]] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """Where requests with a key may go; None means anywhere. Hashable: decisions are remembered by it.
+    """The bounds of requests with a key; None is no bound. Hashable: decisions are remembered by it.
 
     `roles` are names of roles, `models` patterns of names (as in `deny_models`), `instances` ids. `owner` is
     the name of the key, for messages.
@@ -117,7 +117,7 @@ class Grant:
 
 
 class KeyState(StrEnum):
-    """Whether a key opens anything."""
+    """Return whether a key opens anything."""
 
     ACTIVE = "active"
     EXPIRED = "expired"

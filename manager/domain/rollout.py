@@ -39,7 +39,7 @@ class Disagreement(StrEnum):
 
 
 class Stages(NamedTuple):
-    """What is in force. `raw_url` is set in every stage but `ALL`, where it may be."""
+    """The settings in force. `raw_url` is set in every stage but `ALL`, where it may be."""
 
     stage: Stage = Stage.ALL
     lanes: frozenset[str] = frozenset()

@@ -282,7 +282,7 @@ class Decision:
 
     @cached_property
     def has_equals(self) -> bool:
-        """Whether another instance could answer as well as the first one."""
+        """Return whether another instance could answer as well as the first one."""
         first, *others = self.groups
         return len(first.instances) > 1 or bool(self.by_place and others and others[0].choice == first.choice)
 
@@ -399,7 +399,7 @@ def _with_paid(  # noqa: PLR0917  (the parts of a decision)
     named, pin = split_pin(request.model)
     wish = Wish(named, models, role, request.kind, pin or request.instance, request.local_only)
     found, limit = _within_key(tuple(verdicts(wish, settings, able.paid)), request.permit, limit_of_name)
-    # Where there are local attempts, the failure of the first one is what is reported.
+    # The failure of the first local attempt is reported, if there is one.
     why: Reason | None = _UNAVAILABLE if refused is None else refused.reason
     if wish.pin is not None:
         why = None  # it is what the request asks for

@@ -38,5 +38,5 @@ class Target:
 
     @property
     def paid(self) -> bool:
-        """Whether each request costs money."""
+        """Return whether each request costs money."""
         return self.prices is not None

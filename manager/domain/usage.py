@@ -23,7 +23,7 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = get_args(Dimension)
 
 HOUR_S: Final = 3600
 DAY_S: Final = 86_400
-# What stands for everything beyond the bound of groups in one hour or day.
+# The group of all requests beyond the bound of groups in one hour or day.
 OTHER: Final = "other"
 
 # The upper edges of the buckets are 1 ms and each power of 2^(1/4) of it, so that a percentile is off by 9 %
@@ -86,7 +86,7 @@ def sums_of(counts: Sequence[int], latencies: int) -> Sums:
 
 
 class Sample(NamedTuple):
-    """What one request has used."""
+    """The usage of one request."""
 
     ended_s: int
     group: Group

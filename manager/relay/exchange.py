@@ -663,7 +663,7 @@ class Exchange:
         most, encoding, encoded_bytes = self._relay.limits.most_body_bytes, self._caller.encoding, self._size
         steps = reading(self._parts, self._route, most, encoding, self._take_bytes)
         try:
-            # Where it may pass to the raw server, the body is held as it came, too.
+            # A body that may pass to the raw server is held as it came, too.
             has_room = self._as_came is None or encoding is not None or self._take_bytes(encoded_bytes)
             body = await in_steps(steps) if has_room else None
         except NoRoomError:
@@ -773,8 +773,8 @@ class Exchange:
         attempting = self._attempting
         assert attempting is not None  # noqa: S101  (it gave the target)
         pool = self._relay.pools.pool(target.endpoint)
-        # What closed one kept connection, such as a restart of the server, has closed the others too. What
-        # cannot be repeated is not risked on a kept one.
+        # A restart of the server has closed all kept connections. A request that cannot be repeated is not
+        # risked on a kept one.
         connection = None if attempting.has_repeated or not target.repeatable else pool.idle()
         if connection is not None:
             self._send(connection)

@@ -732,7 +732,7 @@ class Front(HttpToolsProtocol):
         return _tcp_info(self.transport)[1] or self.transport.get_write_buffer_size()
 
     def _is_unsent(self) -> bool:
-        """Whether something that was written has not reached the client."""
+        """Return whether something that was written has not reached the client."""
         if self.transport.get_write_buffer_size():
             return True
         peer = self.transport.get_extra_info("socket")

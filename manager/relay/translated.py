@@ -103,7 +103,7 @@ class Translated:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the answer is written once all of it has come."""
+        """Return whether the answer is written once all of it has come."""
         return (self._said.is_translated or self._target.paid) and not self._streams
 
     def unreadable(self, head: AnswerHead) -> str | None:

@@ -149,7 +149,7 @@ def _keys_in(path: Path, daemon_uid: int | None) -> Iterator[str]:
         where = f"line {number}: " if sum(map(bool, lines)) > 1 else ""
         if len(key) > _LONGEST_KEY:
             raise _key_refused(path, f"{where}a key of more than {_LONGEST_KEY} characters")
-        # What a header can carry without quoting.
+        # A header carries these without quoting.
         if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
             text = "the key holds a space or something that is not ASCII; expected neither"
             raise _key_refused(path, where + text)

@@ -46,7 +46,7 @@ def read_server_key(source: KeySource, environ: Mapping[str, str] = os.environ) 
         raise _unusable(place, "is empty")
     if len(key) > _LONGEST_KEY:
         raise _unusable(place, f"has more than {_LONGEST_KEY} characters")
-    # What a header can carry without quoting.
+    # A header carries these without quoting.
     if any(not 0x21 <= byte <= 0x7E for byte in key):  # noqa: PLR2004
         raise _unusable(place, "has spaces, several lines or characters that are not ASCII")
     return key.decode("ascii")

@@ -23,7 +23,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_IN_A_MODEL = re.compile(r"[\s\x00-\x1f\x7f]")
 _VERSION = re.compile(r"/v[0-9][a-z0-9]*$")
 MOST_MODELS = 1000
-# What servers of each protocol can do. A transcription is not paid for by tokens.
+# The kinds of requests that servers of each protocol take. A transcription is not paid for by tokens.
 _KINDS_OF_CLOUD: Mapping[Protocol, frozenset[RequestKind]] = {
     Protocol.OPENAI: frozenset({RequestKind.GENERATE, RequestKind.EMBED}),
     Protocol.ANTHROPIC: frozenset({RequestKind.GENERATE}),

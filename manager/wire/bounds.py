@@ -22,7 +22,7 @@ _IMAGE_TYPES: Final = ("image", "input_image")
 # 1,600 (https://platform.openai.com/docs/guides/images-vision,
 # https://docs.anthropic.com/en/docs/build-with-claude/vision); some models multiply that by 33.
 _TOKENS_OF_AN_IMAGE: Final = 50_000
-# What a provider adds to a request that has tools
+# The addition of a provider to a request that has tools
 # (https://docs.anthropic.com/en/docs/agents-and-tools/tool-use/overview#pricing).
 _TOKENS_AROUND_TOOLS: Final = 1000
 _TOOLS: Final = frozenset({"tools", "functions"})

@@ -23,7 +23,7 @@ _TYPES = {
 }
 # OpenAI's own, which programs match on (https://platform.openai.com/docs/guides/error-codes).
 _CODES = {402: "insufficient_quota", 429: "rate_limit_exceeded"}
-# What each calls money that is used up (https://docs.anthropic.com/en/api/errors).
+# The name that each has for money that is used up (https://docs.anthropic.com/en/api/errors).
 _NO_MONEY = 402
 _NO_MONEY_TYPES = {Dialect.OPENAI: "insufficient_quota", Dialect.ANTHROPIC: "billing_error"}
 _UNREADABLE = 400

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Groups of one hour or day. The requests of all further ones are counted together, under `other`.
 MOST_GROUPS = 2000
-# How long hours are kept; days are kept as long as the settings say.
+# The time that hours are kept. The settings say how long days are.
 HOURS_KEPT_S = 100 * DAY_S
 _TABLES = (("usage_hours", HOUR_S), ("usage_days", DAY_S))
 

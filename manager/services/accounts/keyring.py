@@ -33,7 +33,7 @@ FILE_KEY = "server.key_file"
 _FILE_GRANT = Grant(FILE_KEY, frozenset({Scope.ADMIN}), datetime(2000, 1, 1, tzinfo=UTC))
 _SECRET_BYTES = 32
 _PREFIX_CHARACTERS = 8
-# How late a key may end, and how late its use is seen.
+# A key may end so much later, and its use is seen so much later.
 _TICK_S = 0.5
 _WRITE_EVERY_S = 60.0
 
@@ -97,7 +97,7 @@ class Keyring:
 
     @property
     def are_required(self) -> bool:
-        """Whether a request needs a key."""
+        """Return whether a request needs a key."""
         return bool(self._files or self._keys)
 
     def now(self) -> datetime:

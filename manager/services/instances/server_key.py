@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from manager.domain.instance import KeySource
     from manager.services.world import World
 
-# How often the place of a key is looked at, at most. A probe in between uses what is known.
+# The least time between two looks at the place of a key. A probe in between uses the last key.
 LOOK_S = 2.0
 
 

@@ -133,7 +133,7 @@ class Place:
         self._slots.give_back(self)
 
 
-# What is said of an instance without a free slot.
+# The detail of an instance without a free slot.
 FULL = "all its slots are taken"
 
 

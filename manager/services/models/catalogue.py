@@ -99,7 +99,7 @@ class Catalogue:
         if lists:
             await self._details.look(within_s=_DETAILS_S)
 
-    # What a key does not permit is left out: `permit` is that of the client, None where it may see all.
+    # Models that `permit`, that of the client's key, does not permit are left out. None permits all.
 
     def models(self, permit: Permit | None = None) -> tuple[KnownModel, ...]:
         """Every model that some instance has, each once."""

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 # An instance, and the key of a model.
 Place: TypeAlias = tuple[str, str]
 
-# How often a load without callers is compared with the requests that wait for it at the server.
+# The interval at which a load without callers is compared with the requests that wait for it at the server.
 _LOOK_S = 1.0
 
 

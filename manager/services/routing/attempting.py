@@ -316,9 +316,7 @@ class Attempting:
         self._looks_closer = False
         if self._payment is not None:
             self._payment.is_sent = True
-        target = self.target
-        if target is not None and target.prices is not None:
-            record.provider = target.instance
+            record.provider = attempt.instance
         # A request that manages models does not use them, and the models of the raw server are not ours.
         if record.kind is not None and self._raw is None:
             self._routing.status.sent(self)
@@ -394,7 +392,7 @@ class Attempting:
 
     @property
     def is_raw(self) -> bool:
-        """Whether the request passes to the raw server as it came."""
+        """Return whether the request passes to the raw server as it came."""
         return self._raw is not None
 
     @property
@@ -1142,7 +1140,7 @@ class Attempting:
 
 
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
-# What the first look at the fleet may change.
+# Refusals that the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")
 
 

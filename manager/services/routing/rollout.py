@@ -70,7 +70,7 @@ class Rollout:
 
     @property
     def passes_all(self) -> bool:
-        """Whether no request is managed."""
+        """Return whether no request is managed."""
         return self.raw is not None and self.stages.stage is not Stage.LANES
 
     def put(self, stages: Stages) -> None:

@@ -72,7 +72,7 @@ class MessagesAnswer:
         if self._has_begun:
             return b""
         self._has_begun = True
-        # How many tokens the input has is not known yet: `message_delta` says it.
+        # The number of input tokens is not known yet: `message_delta` says it.
         message = self._message([], stop_reason=None, stop_sequence=None, usage=_usage(None))
         return _event("message_start", message=message) + _event("ping")
 

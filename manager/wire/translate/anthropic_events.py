@@ -134,7 +134,7 @@ class MessagesEvents:
         return []
 
     def _begun(self, index: int, block: Mapping[str, Any]) -> list[AnswerEvent]:
-        """What a block has at its beginning: all of it in a whole message."""
+        """Return the content of a block at its beginning: all of it in a whole message."""
         kind = block.get("type")
         if kind == "text":
             return [TextCame(_text(block, "text"))]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _DECIDES = re.compile(r"claude-(?!\d|[a-z]+-4(?:-[015])?(?:[-@]\d{8}|-latest)?\Z)")
 _LEAST_BUDGET = 1024
 _BUDGETS: Mapping[Think, int] = {True: 8192, "low": 2048, "medium": 8192, "high": 16_384, "max": 32_000}
-# What an id of a call may have in it; other servers are less strict.
+# Characters that no id of a call may have here; other servers are less strict.
 _NOT_IN_ID = re.compile(r"[^a-zA-Z0-9_-]")
 _CHOICES = {"auto": "auto", "required": "any", "none": "none"}
 _MEDIA = ("image/gif", "image/jpeg", "image/png", "image/webp")
@@ -188,7 +188,7 @@ def _tool_choice(asked: Conversation) -> dict[str, Any] | None:
 
 
 def _thinking(asked: Conversation, max_tokens: int) -> dict[str, Any] | None:
-    """How the model is to think.
+    """Return the field that says how the model is to think; None where it is left out.
 
     A model with a budget goes on only from thinking that it has signed, which other dialects do not give
     back: amid calls of tools it goes on without.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from manager.wire.translate.hub import Part, Think
 
-# Where an answer is kept, cached, billed or computed; a prediction of it makes it faster.
+# Fields for keeping, caching, billing and computing an answer; a prediction of it makes it faster.
 _HINTS = (
     "metadata",
     "prediction",

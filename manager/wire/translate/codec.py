@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Returns the Unix time in nanoseconds.
 Clock: TypeAlias = "Callable[[], int]"
-# What an answer is made of: the events of a chat, or vectors.
+# The parts of an answer: the events of a chat, or vectors.
 Event: TypeAlias = AnswerEvent | VectorsCame
 ReadT_co = TypeVar("ReadT_co", covariant=True)
 WrittenT_contra = TypeVar("WrittenT_contra", contravariant=True)
@@ -32,7 +32,7 @@ class UnsayableError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What tells servers of one protocol apart.
+    """The differences between servers of one protocol.
 
     Attributes:
         max_tokens_field: the name of the limit of an answer. OpenAI's own models that think take

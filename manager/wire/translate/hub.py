@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
-# How much a model is to think: off, on, or one of the degrees that servers know.
+# The degree of thinking: off, on, or one of the degrees that servers know.
 Think: TypeAlias = Literal[False, True, "low", "medium", "high", "max"]
 
 

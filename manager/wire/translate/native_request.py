@@ -18,10 +18,10 @@ from manager.wire.translate.hub import Conversation, Image, Message, Role, Text,
 if TYPE_CHECKING:
     from manager.wire.translate.hub import Part
 
-# Where a model stays in memory, and what becomes of a prompt that does not fit: a server of another kind
-# refuses it. `top_logprobs` counts beside `logprobs` only.
+# Fields about the time in memory and about a prompt that does not fit: a server of another kind refuses
+# the prompt. `top_logprobs` counts beside `logprobs` only.
 _HINTS = ("stream", "keep_alive", "truncate", "shift", "top_logprobs")
-# How a model runs, and what becomes of a prompt that does not fit. `mirostat_tau` and `mirostat_eta` count
+# Options about the way a model runs, and about a prompt that does not fit. `mirostat_tau` and `mirostat_eta` count
 # beside `mirostat` only, `draft_num_predict` makes an answer faster.
 _HINT_OPTIONS = (
     "num_ctx",
@@ -39,7 +39,7 @@ _HINT_OPTIONS = (
     "mirostat_tau",
     "mirostat_eta",
 )
-# What happens without these, and elsewhere always.
+# The values that other servers always use.
 _NEUTRAL_OPTIONS = {"repeat_penalty": 1, "typical_p": 1, "tfs_z": 1, "mirostat": 0, "penalize_newline": False}
 _MOST = 1e300
 LOADS = "the server that has this model loads it by itself"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from manager.wire.translate.hub import Conversation, Message, Part, Tool
     from manager.wire.translate.vectors import EmbeddingRequest
 
-# What the model is told of a tool that has failed: OpenAI's API has no field for it.
+# The words for a tool that has failed: OpenAI's API has no field for it.
 FAILED_TOOL = "The tool failed: "
 # The server's word for `think: true`, which names no degree.
 _USUAL_EFFORT = "medium"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manager.wire.translate.codec import Clock
     from manager.wire.translate.hub import AnswerEvent, AnswerFacts, Usage
 
-# What a response repeats of its request, and what stands there where the request does not say.
+# The fields of its request that a response repeats, with their values where the request has none.
 _ECHOED: Mapping[str, Any] = {
     "instructions": None,
     "max_output_tokens": None,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from manager.wire.translate.hub import Part
 
-# Where an answer is kept, cached, billed or computed; what limits tools of the server.
+# Fields for keeping, caching, billing and computing an answer, and limits of tools of the server.
 _HINTS = (
     "background_options",
     "max_tool_calls",

@@ -39,7 +39,7 @@ _SPEAKS = {
 
 
 class Translation:
-    """How one request goes to a server of another dialect, and how its answer comes back.
+    """The way of one request to a server of another dialect, and of its answer back.
 
     One object an attempt. All of it is pure: a body larger than `body.SMALL_BYTES` may be translated in a
     thread. The answer of a stream comes in pieces, a whole one with `end`. Once `fault` is set there are no
