@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 # Fields about the time in memory and about a prompt that does not fit: a server of another kind refuses
 # the prompt. `top_logprobs` counts beside `logprobs` only.
 _HINTS = ("stream", "keep_alive", "truncate", "shift", "top_logprobs")
-# Options about the way a model runs, and about a prompt that does not fit. `mirostat_tau` and `mirostat_eta` count
-# beside `mirostat` only, `draft_num_predict` makes an answer faster.
+# Options about the way a model runs, and about a prompt that does not fit. `mirostat_tau` and
+# `mirostat_eta` count beside `mirostat` only, `draft_num_predict` makes an answer faster.
 _HINT_OPTIONS = (
     "num_ctx",
     "num_keep",
