@@ -199,8 +199,10 @@ def test_make_run_serves_the_simulated_ollama_and_says_so_where_the_real_one_can
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
+    # Under `make test` a make of its own would say where it is.
+    left_out = ("OLLAMA_MANAGER_", "MAKE", "MFLAGS")
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("OLLAMA_MANAGER_")},
+        **{name: value for name, value in os.environ.items() if not name.startswith(left_out)},
         "DOCKER_HOST": unconnected_engine.url,
         "XDG_STATE_HOME": str(tmp_path),
     }
@@ -214,7 +216,7 @@ def test_make_run_serves_the_simulated_ollama_and_says_so_where_the_real_one_can
         "run",
         f"ARGS=--port {port}",
     ]
-    made = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    made = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     with log.open("wb") as sink:
         process = subprocess.Popen(
             shlex.split(made.removeprefix("exec ")),

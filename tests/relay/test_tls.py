@@ -48,6 +48,7 @@ class Secure:
         self.url = f"https://localhost:{self.port}"
         self.context = ssl.create_default_context(cafile=self.authority.certificate)
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.callers: list[Caller] = []
         self.config: dict[str, Any] = {
             "server": {"port": self.port, "tls": {"certificate": "served.pem", "key": "served.key"}},
             "state": {"dir": "state"},
@@ -94,7 +95,8 @@ class Secure:
 
     async def connect(self) -> Caller:
         reader, writer = await asyncio.open_connection("localhost", self.port, ssl=self.context, limit=2**22)
-        return Caller(reader, writer, self.port)
+        self.callers.append(Caller(reader, writer, self.port))
+        return self.callers[-1]
 
     def plain(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
@@ -111,6 +113,8 @@ async def secure(home: Path, **gateway: Any) -> AsyncIterator[Secure]:
             await daemon.until_served()
             yield daemon
         finally:
+            for caller in daemon.callers:
+                caller.leave()
             for process in daemon.processes:
                 process.kill()
                 process.wait()

@@ -128,6 +128,7 @@ class Scripted:
         self.seen: list[Seen] = []
         self.connections = 0
         self.port = 0
+        self._talks: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
@@ -135,12 +136,21 @@ class Scripted:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[Scripted]:
-        server = await asyncio.start_server(self._talk, "127.0.0.1", self.port, limit=2**22, backlog=1024)
+        server = await asyncio.start_server(self._accept, "127.0.0.1", self.port, limit=2**22, backlog=1024)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self
         finally:
             server.close()
+            for talk in self._talks:
+                talk.cancel()
+            await asyncio.gather(*self._talks, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        # asyncio's own task for a coroutine logs an error if it is cancelled (Python 3.11.5 to 3.11.7).
+        talk = asyncio.create_task(self._talk(reader, writer))
+        self._talks.add(talk)
+        talk.add_done_callback(self._talks.discard)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
