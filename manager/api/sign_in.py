@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
 
 PATH = "/sign-in"
-_HOME = "/docs"
+_HOME = "/ui"
 # Pages of the daemon, to which a browser that has no session gets by signing in.
 _PAGES = re.compile(r"/(?:docs|ui(?:/[\w./-]*)?)", re.ASCII)
 _SEE_OTHER = 303

@@ -10,7 +10,7 @@ from manager.wire.hosts import host_name, is_fixed, is_local
 from manager.wire.keys import Keys, digest_of, presented, session_of, without_secrets
 from manager.wire.ollama_routes import spoken_at
 from manager.wire.origins import Origins
-from manager.wire.scopes import WITHOUT_KEY, methods_at, scopes_of
+from manager.wire.scopes import FILES_WITHOUT_KEY, WITHOUT_KEY, methods_at, scopes_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -162,7 +162,9 @@ class Access:
         )
         if refusal is not None:
             return Checked(refusal)
-        if preflight or path in WITHOUT_KEY or not self._keys.are_required:
+        if preflight or not self._keys.are_required or path in WITHOUT_KEY:
+            return _SERVED
+        if path.startswith(FILES_WITHOUT_KEY):
             return _SERVED
         return self._check_key(method, path, headers, host)
 

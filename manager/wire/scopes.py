@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # Open to everybody who may name this host.
 WITHOUT_KEY = frozenset({"/healthz", "/sign-in"})
+# The looks of the page: the form to sign in has them too.
+FILES_WITHOUT_KEY = "/ui/static/"
 
 _ANY: tuple[Scope, ...] = ()
 _CLIENT, _READ, _OPERATOR, _ADMIN = (Scope.CLIENT,), (Scope.READ,), (Scope.OPERATOR,), (Scope.ADMIN,)
@@ -61,6 +63,11 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/docs", _READ),
     ("GET", "/docs/oauth2-redirect", _READ),
     ("GET HEAD", "/static-offline-docs/{file*}", _READ),
+    ("GET", "/ui", _ANY),
+    ("GET", "/ui/try", _CLIENT),
+    ("GET", "/ui/keys", _ADMIN),
+    ("GET", f"{FILES_WITHOUT_KEY}{{file*}}", _ANY),
+    ("GET", "/ui/{page*}", _READ),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

@@ -1,0 +1,1 @@
+"""The page of the operator at `/ui`: templates, static files, and the fragments that change live."""
