@@ -190,7 +190,7 @@ async def open_daemon(
         registry = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
-        history = history_of(held, registry, settings)
+        history = await history_of(held, registry, settings)
         ledger = await opened_ledger(
             held,
             registry,

@@ -15,6 +15,7 @@ from manager import __version__
 from manager.adapters.owner import ManagerIdLock
 from manager.adapters.tls import WatchedTls, listener_tls_of, own_tls_of
 from manager.api.app import control_api
+from manager.api.live import live_channel
 from manager.errors import ForeignOwnerError, ManagerIdChangedError
 from manager.handover import CLAIMS_WITHIN_S, Giving, Heir, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
@@ -193,7 +194,10 @@ async def _serve_once(
             connections = ConnectionLimit(budget.most, budget.spare)
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
             server = Server(
-                server_config(control_api(daemon.backend, access=access), listening_with(relay, connections)),
+                server_config(
+                    control_api(daemon.backend, access=access, live=live_channel(daemon.backend)),
+                    listening_with(relay, connections),
+                ),
                 (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),
                 settings.gateway.drain_timeout_s,
                 secure=None if tls is None else Secure(lambda: tls.current, connections),

@@ -352,12 +352,13 @@ def breaker_limits(settings: Settings) -> BreakerLimits:
     return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
 
 
-def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
+async def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
     """Return the history of requests; it is written to its end before the registry is closed."""
     store = registry.requests()
     held.push_async_callback(store.close)
     history = History(store, retention=retention_of(settings), utcnow=utcnow)
     held.push_async_callback(history.close)
+    await history.seed()
     return history
 
 

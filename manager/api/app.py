@@ -17,6 +17,7 @@ from manager.api.health import health_router
 from manager.api.keys import keys_router
 from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
+from manager.api.live import live_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
 from manager.api.ollama import OllamaApi
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from manager.api.backend import Backend
+    from manager.services.live import Live
     from manager.wire.access import Access
 
 _SECURITY_SCHEMES = {
@@ -41,7 +43,7 @@ _SECURITY_SCHEMES = {
 }
 
 
-def control_api(backend: Backend, *, access: Access) -> FastAPI:
+def control_api(backend: Backend, *, access: Access, live: Live) -> FastAPI:
     # Its pages load nothing from elsewhere: /docs is there without a network too.
     app = FastAPIOffline(
         title="Ollama Endpoint Manager",
@@ -61,6 +63,7 @@ def control_api(backend: Backend, *, access: Access) -> FastAPI:
         routing_router(backend),
         requests_router(backend),
         lanes_router(backend),
+        live_router(live),
         model_settings_router(backend),
         runs_router(backend),
         keys_router(backend, open_requests.cut),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict
@@ -59,22 +59,26 @@ class LanesBody(_Shape):
     instances: list[SlotsBody]
 
 
-def lanes_router(backend: Backend) -> APIRouter:
-    router = APIRouter(prefix="/api/runtime/compute/lanes", tags=["routing"])
+def lanes_values(backend: Backend) -> dict[str, list[dict[str, Any]]]:
+    """Return the values of a `LanesBody`."""
+    backend.router.snapshot()  # settings that were changed a moment ago count
+    slots, roles = backend.passing.routing.slots, backend.model_settings.routing.roles
 
     def warm(role: Role | None) -> list[dict[str, object]]:
         return [] if role is None else [one._asdict() for one in backend.keeper.warm(role)]
 
+    return {
+        "lanes": [{**one._asdict(), "keep_warm": warm(roles.get(one.name))} for one in slots.lanes()],
+        "instances": [one._asdict() for one in slots.instances()],
+    }
+
+
+def lanes_router(backend: Backend) -> APIRouter:
+    router = APIRouter(prefix="/api/runtime/compute/lanes", tags=["routing"])
+
     @router.get("", response_model=LanesBody, responses=refusals())
     async def show_lanes(_query: Annotated[NoQuery, Query()]) -> Response:
         """The requests in flight and in the queue of each lane, and the slots of each instance."""
-        backend.router.snapshot()  # settings that were changed a moment ago count
-        slots, roles = backend.passing.routing.slots, backend.model_settings.routing.roles
-        return JSONResponse(
-            {
-                "lanes": [{**one._asdict(), "keep_warm": warm(roles.get(one.name))} for one in slots.lanes()],
-                "instances": [one._asdict() for one in slots.instances()],
-            }
-        )
+        return JSONResponse(lanes_values(backend))
 
     return router

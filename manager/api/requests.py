@@ -30,6 +30,8 @@ from manager.errors import Reason, RequestEndedError, UnknownRequestError
 from manager.services.open_requests import MOST_LISTED
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from manager.api.backend import Backend
 
 
@@ -196,7 +198,7 @@ def requests_router(backend: Backend) -> APIRouter:
         page = await backend.history.store.last(filters, query.limit, after=query.after)
         ended = {id_ for id_, _ in page.items}
         opened = [one for one in opened if one["request_id"] not in ended]
-        listed = [*opened, *(_ended(values) for _, values in page.items)][: query.limit]
+        listed = [*opened, *(ended_json(values) for _, values in page.items)][: query.limit]
         return _json({"requests": listed, "count": len(listed), "cursor": page.cursor})
 
     @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
@@ -208,7 +210,7 @@ def requests_router(backend: Backend) -> APIRouter:
             stored = await backend.history.store.get(request_id)
             if stored is None:
                 raise _unknown(request_id)
-            record, decision = _ended(stored[0]), stored[1]
+            record, decision = ended_json(stored[0]), stored[1]
             found = {**record, "decision": decision, "summary": request_sentence(record, decision)}
         for one in found["decision"]["passed_over"]:
             one["words"] = passed_over_words(one)
@@ -233,7 +235,8 @@ def requests_router(backend: Backend) -> APIRouter:
     return router
 
 
-def _ended(values: dict[str, Any]) -> dict[str, Any]:
+def ended_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a `RequestBody` out of those that are stored."""
     return {"open": False, **with_defaults(values)}
 
 

@@ -75,7 +75,7 @@ class OpenRequests:
         """Yield the records of those that are wanted, newest first, at most `MOST_LISTED`."""
         wanted = [one for _, one in self if filters.match(one.record)]
         wanted.sort(key=lambda one: one.began_at, reverse=True)
-        return map(_as_open, wanted[:MOST_LISTED])
+        return map(open_json, wanted[:MOST_LISTED])
 
     def shown_here(self, request_id: str) -> dict[str, Any] | None:
         """Return the record of that id with its decision and a summary; None where none is open."""
@@ -83,7 +83,7 @@ class OpenRequests:
         if found is None:
             return None
         attempting = found[1]
-        record, decision = _as_open(attempting), decision_values(attempting.seen, is_open=True)
+        record, decision = open_json(attempting), decision_values(attempting.seen, is_open=True)
         waits_for = None if attempting.is_delivered else attempting.waits_for
         summary = request_sentence(record, decision, is_open=True, waits_for=waits_for)
         return {**record, "decision": decision, "summary": summary}
@@ -122,7 +122,8 @@ class OpenRequests:
         return count
 
 
-def _as_open(attempting: Attempting) -> dict[str, Any]:
+def open_json(attempting: Attempting) -> dict[str, Any]:
+    """Return the record of an open request, without an outcome."""
     values = with_defaults(record_values(attempting.record))
     duration_ms = (monotonic() - attempting.began_at) * 1000
     return {"open": True, **values, "outcome": None, "duration_ms": round(duration_ms, 3)}

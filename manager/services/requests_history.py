@@ -8,15 +8,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from manager.domain.history import Filters
 from manager.errors import ManagerError
 from manager.services.finishing import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
     from datetime import datetime
 
     from manager.domain.history import Ended
@@ -28,6 +29,8 @@ BATCH = 500
 EVERY_S = 1.0
 # Requests that wait to be written. Beyond it a request is counted and forgotten.
 MOST_WAITING = 10_000
+# The last requests that ended, for the live channel.
+MOST_RECENT = 50
 # Batches of the daemon before this one.
 MOST_INHERITED = 2 * MOST_WAITING // BATCH
 _RETRY_S = 2.0
@@ -58,6 +61,9 @@ class History:
         store: keeps the requests.
         retention: can be replaced at any time.
         utcnow: the wall clock.
+
+    Attributes:
+        recent: the requests that ended last, oldest first; those of an earlier daemon as stored (`seed`).
     """
 
     def __init__(self, store: RequestStore, *, retention: Retention, utcnow: Callable[[], datetime]) -> None:
@@ -66,6 +72,7 @@ class History:
         self._utcnow = utcnow
         self._waiting: deque[Ended] = deque()
         self._inherited: deque[bytes] = deque()
+        self.recent: deque[Ended | Mapping[str, Any]] = deque(maxlen=MOST_RECENT)
         self._news = asyncio.Event()
         self._full = asyncio.Event()
         self._writing = asyncio.Lock()
@@ -82,6 +89,7 @@ class History:
 
     def add(self, ended: Ended) -> None:
         """Take a request that has ended. Waits for nothing."""
+        self.recent.append(ended)
         waiting = self._waiting
         count = len(waiting)
         if count >= MOST_WAITING:
@@ -92,6 +100,12 @@ class History:
             self._news.set()
         elif count == BATCH - 1:
             self._full.set()
+
+    async def seed(self) -> None:
+        """Have `recent` begin with the requests that are stored. Without them it begins empty."""
+        with suppress(ManagerError):  # the first batch says so
+            page = await self.store.last(Filters(), MOST_RECENT)
+            self.recent.extendleft(values for _, values in page.items)
 
     async def run(self) -> None:
         """Write what has ended, and forget what is too old, until cancelled."""

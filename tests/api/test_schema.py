@@ -46,7 +46,7 @@ UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 def description() -> dict[str, Any]:
     """What the daemon says of itself; it does not depend on what is configured, but for the key."""
-    return control_api(Mock(), access=Access(allowed_hosts=(), keys=keys(KEY))).openapi()
+    return control_api(Mock(), access=Access(allowed_hosts=(), keys=keys(KEY)), live=Mock()).openapi()
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 
 import manager.app
 from manager.api.app import control_api
+from manager.api.live import live_channel
 from manager.settings import load_settings
 from manager.wire.access import Access
 from tests.support.daemon import Daemon
@@ -170,7 +171,9 @@ async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
 
 @asynccontextmanager
 async def _served(daemon: manager.app.Daemon) -> AsyncIterator[int]:
-    app = control_api(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}))
+    app = control_api(
+        daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}), live=live_channel(daemon.backend)
+    )
     config = uvicorn.Config(
         app,
         port=0,

@@ -15,6 +15,7 @@ import manager.app
 import manager.daemon
 from manager.adapters.log_writer import LogWriter
 from manager.api.app import control_api
+from manager.api.live import live_channel
 from manager.relay.front import listening_with
 from manager.serving import Server
 from manager.settings import load_settings
@@ -396,7 +397,7 @@ async def relaying(
         relay = manager.daemon.relay_of(daemon, loaded.settings, access)
         server = Server(
             uvicorn.Config(
-                control_api(daemon.backend, access=access),
+                control_api(daemon.backend, access=access, live=live_channel(daemon.backend)),
                 port=0,
                 http=listening_with(relay, deadlines=deadlines),
                 ws="none",

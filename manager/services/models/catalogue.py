@@ -108,6 +108,11 @@ class Catalogue:
         doing = self._status.at_work()
         return tuple(self._known(key, model, doing) for key, model in self._seen(permit).items())
 
+    def statuses(self, models: Mapping[str, ModelState]) -> Mapping[str, Status]:
+        """Return the status of each of these models, by its key."""
+        doing = self._status.at_work()
+        return {key: self._status_of(key, model, doing) for key, model in models.items()}
+
     def find(self, name: str, permit: Permit | None = None) -> KnownModel | Alias | None:
         """Return the meaning of a name: a role that has a model, or a model; None where it is neither.
 
@@ -211,11 +216,14 @@ class Catalogue:
             model.entry,
             model.instances,
             model.loaded_on,
-            doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key)),
+            self._status_of(key, model, doing),
             model.offload,
             min(filter(None, latencies), default=None),
             model.digests,
         )
+
+    def _status_of(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> Status:
+        return doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key))
 
     def _alias(
         self, role: Role, models: Mapping[str, ModelState], doing: Mapping[str, Status], permit: Permit | None

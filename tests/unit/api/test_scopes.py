@@ -30,7 +30,7 @@ def concrete(path: str) -> str:
 
 def routes() -> Iterator[tuple[str, str]]:
     """Every method and path that is served, with `x` for each variable."""
-    app = control_api(Mock(), access=Access(allowed_hosts=()))  # only asked for its routes
+    app = control_api(Mock(), access=Access(allowed_hosts=()), live=Mock())  # only asked for its routes
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), concrete(path)
