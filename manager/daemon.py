@@ -45,6 +45,7 @@ from manager.settings import (
     template_warnings,
 )
 from manager.settings.addresses import is_loopback
+from manager.web.router import pages_router
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
@@ -193,9 +194,11 @@ async def _serve_once(
             budget = connection_budget(raise_descriptor_limit(), len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
+            live = live_channel(daemon.backend)
+            pages = pages_router(daemon.backend, live)
             server = Server(
                 server_config(
-                    control_api(daemon.backend, access=access, live=live_channel(daemon.backend)),
+                    control_api(daemon.backend, access=access, live=live, pages=pages),
                     listening_with(relay, connections),
                 ),
                 (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),

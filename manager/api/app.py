@@ -31,7 +31,7 @@ from manager.api.usage import usage_router
 from manager.wire.scopes import WITHOUT_KEY
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
+    from fastapi import APIRouter, FastAPI
 
     from manager.api.backend import Backend
     from manager.services.live import Live
@@ -43,7 +43,7 @@ _SECURITY_SCHEMES = {
 }
 
 
-def control_api(backend: Backend, *, access: Access, live: Live) -> FastAPI:
+def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRouter) -> FastAPI:
     # Its pages load nothing from elsewhere: /docs is there without a network too.
     app = FastAPIOffline(
         title="Ollama Endpoint Manager",
@@ -71,6 +71,7 @@ def control_api(backend: Backend, *, access: Access, live: Live) -> FastAPI:
         budgets_router(backend),
         usage_router(backend),
         health_router(backend),
+        pages,
     )
     for router in routers:
         # `include_router` would build every route once more, at the first request and on the event loop.

@@ -74,7 +74,9 @@ def pages_router(backend: Backend, live: Live) -> APIRouter:
     async def show(page: Page, request: Request) -> Response:
         viewer = viewer_of(request)
         await renderer.prepare()
-        fragments = feeds.of(page, viewer).at(live.current(), time.time()) if page.fragments is not None else {}
+        fragments = (
+            feeds.of(page, viewer).at(live.current(), time.time()) if page.fragments is not None else {}
+        )
         context: dict[str, Any] = {
             "page": page,
             "pages": [one for one in PAGES if one.scope is None or viewer.may(one.scope)],
