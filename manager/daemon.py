@@ -14,8 +14,6 @@ import structlog
 from manager import __version__
 from manager.adapters.owner import ManagerIdLock
 from manager.adapters.tls import WatchedTls, listener_tls_of, own_tls_of
-from manager.api.app import control_api
-from manager.api.live import live_channel
 from manager.errors import ForeignOwnerError, ManagerIdChangedError
 from manager.handover import CLAIMS_WITHIN_S, Giving, Heir, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
@@ -45,7 +43,7 @@ from manager.settings import (
     template_warnings,
 )
 from manager.settings.addresses import is_loopback
-from manager.web.router import pages_router
+from manager.web.app import application
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
@@ -194,11 +192,9 @@ async def _serve_once(
             budget = connection_budget(raise_descriptor_limit(), len(settings.instances))
             connections = ConnectionLimit(budget.most, budget.spare)
             watch = DescriptorWatch(relay.loop, lambda: connections.close_quiet() + relay.close_idle())
-            live = live_channel(daemon.backend)
-            pages = pages_router(daemon.backend, live)
             server = Server(
                 server_config(
-                    control_api(daemon.backend, access=access, live=live, pages=pages),
+                    application(daemon.backend, access=access),
                     listening_with(relay, connections),
                 ),
                 (relay.drain, daemon.backend.passing.passages.drain, daemon.backend.runs.drain),

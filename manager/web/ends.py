@@ -13,7 +13,7 @@ _CLOCKS = frozenset({"ttl_remaining_s", "last_used_at", "last_seen_at"})
 
 
 class Ends:
-    """Remembers when the TTL of each instance ends, so that the moment stays the same while nothing happens."""
+    """Remembers when the TTL of each instance ends: the moment stays the same while nothing happens."""
 
     def __init__(self) -> None:
         self._ends: dict[str, float] = {}

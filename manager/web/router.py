@@ -18,7 +18,7 @@ from manager.web.static import PREFIX, static_files
 from manager.web.viewer import viewer_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 
     from manager.api.backend import Backend
     from manager.services.live import Live
@@ -103,7 +103,7 @@ def _shown(page: Page, show: Any) -> Any:
     return shown
 
 
-async def _lines(live: Live, feed: Feed, ids: str | None) -> AsyncIterator[bytes]:
+async def _lines(live: Live, feed: Feed, ids: str | None) -> AsyncGenerator[bytes, None]:
     """Yield events: at first all parts, since some may have changed after the page was rendered."""
     seen: dict[str, int] = {}
     async with aclosing(live.follow(idle_s=CLOCKS_S)) as frames:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-UNKNOWN = "–"
+UNKNOWN = "\N{EN DASH}"
 _KIB = 1024
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _LARGE = 100

@@ -63,11 +63,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/docs", _READ),
     ("GET", "/docs/oauth2-redirect", _READ),
     ("GET HEAD", "/static-offline-docs/{file*}", _READ),
+    # Pages: each shows what the key of its viewer may see (`web.page.Page.scope`).
     ("GET", "/ui", _ANY),
-    ("GET", "/ui/try", _CLIENT),
-    ("GET", "/ui/keys", _ADMIN),
-    ("GET", f"{FILES_WITHOUT_KEY}{{file*}}", _ANY),
-    ("GET", "/ui/{page*}", _READ),
+    ("GET", "/ui/live", _READ),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

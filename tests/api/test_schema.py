@@ -22,7 +22,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, settings
 
-from manager.api.app import control_api
+from manager.web.app import application
 from manager.wire.access import Access
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.keys import keys
@@ -46,7 +46,7 @@ UNKNOWN_HEADER = "x-schemathesis-unknown-property"
 
 def description() -> dict[str, Any]:
     """What the daemon says of itself; it does not depend on what is configured, but for the key."""
-    return control_api(Mock(), access=Access(allowed_hosts=(), keys=keys(KEY)), live=Mock()).openapi()
+    return application(Mock(), access=Access(allowed_hosts=(), keys=keys(KEY))).openapi()
 
 
 def narrowed(document: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import requests
 import yaml
 from starlette.routing import Match
 
-from manager.api.app import control_api
 from manager.settings import load_settings, load_templates, resolve_instances
+from manager.web.app import application
 from manager.wire.access import Access
 from manager.wire.routes import INFERENCE
 from tests.support.daemon import ROOT, free_port, wait_for
@@ -110,7 +110,7 @@ def the_api_has(line: str) -> None:
     method = "POST" if "-X POST" in line or " -d " in line else "GET"
     if method == "POST" and (found[1].encode() in INFERENCE or found[1] == "/api/pull"):
         return  # Ollama's own, which the contract suite looks at
-    app = control_api(Mock(), access=Access(allowed_hosts=()), live=Mock())  # only asked for its paths
+    app = application(Mock(), access=Access(allowed_hosts=()))  # only asked for its paths
     scope: dict[str, Any] = {
         "type": "http",
         "path": found[1],

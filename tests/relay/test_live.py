@@ -61,7 +61,9 @@ class Subscriber:
 async def subscribed(front: Front, headers: str = "") -> AsyncIterator[Subscriber]:
     caller = await front.connect()
     try:
-        await caller.raw(f"GET {COMPUTE}/live HTTP/1.1\r\nHost: 127.0.0.1:{front.port}\r\n{headers}\r\n".encode())
+        await caller.raw(
+            f"GET {COMPUTE}/live HTTP/1.1\r\nHost: 127.0.0.1:{front.port}\r\n{headers}\r\n".encode()
+        )
         status, answer = await caller.head()
         assert (status, answer["content-type"]) == (200, "text/event-stream; charset=utf-8")
         assert answer["cache-control"] == "no-cache"
@@ -207,13 +209,13 @@ async def test_a_client_that_reads_nothing_holds_up_nobody_and_holds_little(tmp_
                 await until(
                     lambda: any(each.flow.write_paused for each in front.server.server_state.connections)
                 )
-                (paused,) = [
-                    each for each in front.server.server_state.connections if each.flow.write_paused
-                ]
+                (paused,) = [each for each in front.server.server_state.connections if each.flow.write_paused]
                 held = []
                 for number in range(4):
                     server.models = (*names, f"new-{number}")
-                    await subscriber.until(lambda now, n=number: now["models"][-1]["name"] == f"new-{n}:latest")
+                    await subscriber.until(
+                        lambda now, n=number: now["models"][-1]["name"] == f"new-{n}:latest"
+                    )
                     held.append(paused.transport.get_write_buffer_size())
                 assert max(held) <= 2 * size, "four more frames were due"
                 assert len(set(held)) == 1, "nothing was added"

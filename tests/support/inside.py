@@ -14,10 +14,8 @@ import uvicorn
 import yaml
 
 import manager.app
-from manager.api.app import control_api
-from manager.api.live import live_channel
 from manager.settings import load_settings
-from manager.web.router import pages_router
+from manager.web.app import application
 from manager.wire.access import Access
 from tests.support.daemon import Daemon
 from tests.support.fixtures import FAST, write_templates
@@ -172,13 +170,7 @@ async def run_inside(config_file: Path) -> AsyncIterator[Inside]:
 
 @asynccontextmanager
 async def _served(daemon: manager.app.Daemon) -> AsyncIterator[int]:
-    live = live_channel(daemon.backend)
-    app = control_api(
-        daemon.backend,
-        access=Access(allowed_hosts={"127.0.0.1"}),
-        live=live,
-        pages=pages_router(daemon.backend, live),
-    )
+    app = application(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}))
     config = uvicorn.Config(
         app,
         port=0,

@@ -22,11 +22,10 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 
 import manager.app
-from manager.api.app import control_api
 from manager.api.errors import manager_error_response
-from manager.api.live import live_channel
 from manager.errors import ManagerError
 from manager.settings import load_settings
+from manager.web.app import application
 from manager.wire.access import Access
 from tests.support.daemon import COMPUTE, free_port, wait_for
 
@@ -101,9 +100,7 @@ def _run(config_file: str, log_file: str, port: int) -> None:
 
 async def _serve(config_file: Path, port: int) -> None:
     async with manager.app.open_daemon(load_settings(config_file)) as daemon:
-        app = control_api(
-            daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}), live=live_channel(daemon.backend)
-        )
+        app = application(daemon.backend, access=Access(allowed_hosts={"127.0.0.1"}))
         app.mount("/lease", _leases(daemon))
         config = uvicorn.Config(app, port=port, ws="none", lifespan="off", log_config=None, access_log=False)
         async with asyncio.TaskGroup() as tasks:

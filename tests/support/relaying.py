@@ -14,11 +14,10 @@ import yaml
 import manager.app
 import manager.daemon
 from manager.adapters.log_writer import LogWriter
-from manager.api.app import control_api
-from manager.api.live import live_channel
 from manager.relay.front import listening_with
 from manager.serving import Server
 from manager.settings import load_settings
+from manager.web.app import application
 from manager.wire.access import Access
 from tests.support.inside import until
 from tests.support.keys import keys
@@ -397,7 +396,7 @@ async def relaying(
         relay = manager.daemon.relay_of(daemon, loaded.settings, access)
         server = Server(
             uvicorn.Config(
-                control_api(daemon.backend, access=access, live=live_channel(daemon.backend)),
+                application(daemon.backend, access=access),
                 port=0,
                 http=listening_with(relay, deadlines=deadlines),
                 ws="none",

@@ -32,7 +32,7 @@ STATIC = (
     (str(_BIN / "lint-imports"),),
 )
 _QUICK = ("tests/unit", "tests/contract")
-_REAL = ("tests/api", "tests/relay", "tests/integration")
+_REAL = ("tests/api", "tests/relay", "tests/integration", "tests/web")
 # Types take a minute of one core, in the time that the real tests leave.
 _BESIDE = ("nice", "-n", "10")
 _CORES = len(os.sched_getaffinity(0))

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import pytest
 from fastapi.routing import APIRoute
 
-from manager.api.app import control_api
+from manager.web.app import application
 from manager.wire.access import Access
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ ERROR = {"$ref": "#/components/schemas/ErrorBody"}
 
 @pytest.fixture
 def api() -> FastAPI:
-    return control_api(Mock(), access=Access(allowed_hosts=()), live=Mock())  # only asked for its routes
+    return application(Mock(), access=Access(allowed_hosts=()))  # only asked for its routes
 
 
 def test_all_routes_are_built_before_the_first_request(api: FastAPI) -> None:

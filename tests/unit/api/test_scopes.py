@@ -9,12 +9,12 @@ from unittest.mock import Mock
 import pytest
 from starlette.routing import Mount, Route
 
-from manager.api.app import control_api
 from manager.domain.keys import INCLUDED, Scope
+from manager.web.app import application
 from manager.wire import ollama_routes
 from manager.wire.access import Access
 from manager.wire.routes import INFERENCE
-from manager.wire.scopes import TABLE, WITHOUT_KEY, methods_at, scopes_of
+from manager.wire.scopes import FILES_WITHOUT_KEY, TABLE, WITHOUT_KEY, methods_at, scopes_of
 from tests.support.keys import grant, keys
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def concrete(path: str) -> str:
 
 def routes() -> Iterator[tuple[str, str]]:
     """Every method and path that is served, with `x` for each variable."""
-    app = control_api(Mock(), access=Access(allowed_hosts=()), live=Mock())  # only asked for its routes
+    app = application(Mock(), access=Access(allowed_hosts=()))  # only asked for its routes
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
             yield method.upper(), concrete(path)
@@ -49,7 +49,9 @@ def routes() -> Iterator[tuple[str, str]]:
     yield from (("POST", path.decode()) for path in INFERENCE)
 
 
-ROUTES = sorted({route for route in routes() if route[1] not in WITHOUT_KEY})
+ROUTES = sorted(
+    {(method, path) for method, path in routes() if path not in WITHOUT_KEY and FILES_WITHOUT_KEY not in path}
+)
 
 
 def test_all_routes_are_looked_at() -> None:

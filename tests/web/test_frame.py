@@ -1,0 +1,28 @@
+"""The frame of every page, and the overview of a machine without instances."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from playwright.sync_api import expect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support.browser import Visit
+    from tests.support.fixtures import NewDaemon
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
+def test_the_overview_is_live_accessible_and_fits(
+    new_daemon: NewDaemon, new_visit: Callable[..., Visit], width: int, scheme: str
+) -> None:
+    daemon = new_daemon(instances={}).start()
+    visitor = new_visit(width=width, scheme=scheme)
+    visitor.page.goto(f"{daemon.url}/")
+    expect(visitor.page).to_have_url(f"{daemon.url}/ui")
+    expect(visitor.page.locator("html[data-live=on]")).to_be_attached()
+    expect(visitor.page.get_by_role("heading", name="Overview")).to_be_visible()
+    visitor.assert_accessible()
+    visitor.assert_fits()
