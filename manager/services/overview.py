@@ -38,7 +38,8 @@ class InstanceState:
 
     `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
     view, in their order; None for a card that was never read. The starts are those since the daemon began.
-    `lifted` is the order that its deny rules do not hold, None while they do.
+    `lifted` is the order that its deny rules do not hold, None while they do. `loading` are the models that
+    are being loaded on it, by their keys.
     """
 
     view: View
@@ -48,14 +49,19 @@ class InstanceState:
     starts_failed: int
     breaker: BreakerView
     lifted: Lifted | None = None
+    loading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card, and the processes that hold its memory."""
+    """One card, and the processes that hold its memory.
+
+    `reserved_bytes` were promised and are not held yet, None where that cannot be told.
+    """
 
     gpu: Gpu
     holders: tuple[Holder, ...]
+    reserved_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ class Overviews:
         settings: the lanes.
         lifted: the order that lifts the deny rules of an instance, None where they hold.
         breakers: of the instances.
+        loading: the models that are being loaded, by their instance.
     """
 
     def __init__(
@@ -147,6 +154,7 @@ class Overviews:
         settings: SettingsSource,
         lifted: Callable[[str], Lifted | None] = _never,
         breakers: Breakers,
+        loading: Callable[[], Mapping[str, tuple[str, ...]]] = dict,
     ) -> None:
         self._lifted = lifted
         self._fleet = fleet
@@ -156,6 +164,7 @@ class Overviews:
         self._lists = lists
         self._settings = settings
         self._breakers = breakers
+        self._loading = loading
         self._cards: _Part[tuple[Card, ...]] = _Part()
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
@@ -164,9 +173,13 @@ class Overviews:
 
     def current(self) -> Overview:
         """Return the overview of this moment: the same object while nothing has changed."""
-        instances = tuple([self._state(one) for one in self._fleet.instances()])
+        loading = self._loading()
+        instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
         reading, trouble = self._gpus.snapshot, self._gpus.trouble
-        cards = self._cards.of((reading, self._gpus.holders_version), self._read_cards)
+        reserved = self._gpus.reserved()
+        cards = self._cards.of(
+            (reading, self._gpus.holders_version, reserved), lambda: self._read_cards(reserved)
+        )
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
         shown = (
@@ -202,7 +215,7 @@ class Overviews:
         Raises:
             UnknownInstanceError: there is none of that id.
         """
-        return self._state(self._fleet.get(instance_id))
+        return self._state(self._fleet.get(instance_id), self._loading())
 
     def models(self) -> Mapping[str, ModelState]:
         """Return every model that some instance has, by its key: the models of `current`, and cheaper."""
@@ -211,7 +224,7 @@ class Overviews:
         held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
         return self._models.of((lists, held), lambda: _models(lists, held))
 
-    def _state(self, instance: Instance) -> InstanceState:
+    def _state(self, instance: Instance, loading: Mapping[str, tuple[str, ...]]) -> InstanceState:
         view = instance.view()
         waits = self._capacity.waiting(instance.id)
         if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
@@ -229,10 +242,13 @@ class Overviews:
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
             breaker=breaker,
+            loading=loading.get(instance.id, ()),
         )
 
-    def _read_cards(self) -> tuple[Card, ...]:
-        return tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in self._gpus.snapshot.gpus)
+    def _read_cards(self, reserved: Mapping[str, int | None]) -> tuple[Card, ...]:
+        return tuple(
+            Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in self._gpus.snapshot.gpus
+        )
 
     def _read_lanes(self) -> tuple[Lane, ...]:
         roles = self._settings.routing.roles.values()
@@ -261,12 +277,14 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.available_models,
         view.drained,
         view.image,
+        view.start,
         state.is_usable,
         state.gpus,
         state.starts_done,
         state.starts_failed,
         state.lifted,
         state.breaker,
+        state.loading,
     )
 
 
