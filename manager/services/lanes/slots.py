@@ -376,8 +376,7 @@ class Slots:
         at_work = Counter(holder.holds for holder in (() if self.is_on else self._at_work()))
         queued = Counter(chain.from_iterable(waiter.instances for waiter in self._waiting))
         return tuple(
-            SlotState(id_, *self._used(id_, at_work), queued=queued[id_])
-            for id_ in self._slots_of()
+            SlotState(id_, *self._used(id_, at_work), queued=queued[id_]) for id_ in self._slots_of()
         )
 
     def _used(self, instance: str, at_work: Mapping[str, int]) -> tuple[int | None, int, int]:

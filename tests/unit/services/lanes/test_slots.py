@@ -71,13 +71,13 @@ def test_requests_under_way_take_their_slots_when_the_first_limit_is_set() -> No
     assert rig.slots.lanes() == (("x", 2, 0, None, None, 0),)
     assert rig.slots.instances() == (("a", None, 2, 0, 0),)
     rig.set(role("x"), a=1)
-    assert rig.slots.instances() == (("a", 1, 2, 0),)
+    assert rig.slots.instances() == (("a", 1, 2, 0, 0),)
     rig.set(role("x"), a=2)
     assert len(held) == 2  # only once
     for place in held:
         place.give_back()
         place.give_back()
-    assert rig.slots.instances() == (("a", 2, 0, 0),)
+    assert rig.slots.instances() == (("a", 2, 0, 0, 0),)
 
 
 async def test_a_waiting_request_is_woken_by_a_slot() -> None:
