@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -89,6 +89,7 @@ def visit(running: Browser, *, width: int = 1280, scheme: Any = "light", **optio
     """Open a window; nothing may go wrong in it until it is closed."""
     context = running.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
     context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
     visitor = Visit(context.new_page())
     try:
         yield visitor

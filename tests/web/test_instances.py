@@ -6,12 +6,13 @@ import threading
 import time
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import requests
 from playwright.sync_api import expect
 
+from manager.web.words import UNKNOWN
 from tests.simulated.image import IMAGE, REPOSITORY
 from tests.support.daemon import wait_for
 from tests.support.fixtures import making_daemons, new_manager_id
@@ -60,6 +61,7 @@ def visitor(daemon: Daemon, new_visit: NewVisit) -> Iterator[Visit]:
         daemon.call("POST", f"instances/{instance}/resume")
         daemon.call("DELETE", f"instances/{instance}/lift")
         daemon.call("POST", f"instances/{instance}/breaker/reset")
+        daemon.call("POST", f"instances/{instance}/rollback")
         daemon.call("PATCH", f"instances/{instance}", json={"ttl_s": None, "pinned": None})
         daemon.stopped(instance, force="true")
 
@@ -262,7 +264,7 @@ def test_an_idle_time_runs_out(daemon: Daemon, visitor: Visit) -> None:
     for left in ("3 s", "2 s"):
         expect(figure).to_contain_text(left)
     expect(state(visitor, "cpu")).to_have_text("stopped")
-    expect(figure).to_contain_text("–")
+    expect(figure).to_contain_text(UNKNOWN)
 
 
 def test_upgrade_and_roll_back(daemon: Daemon, visitor: Visit) -> None:
@@ -444,7 +446,9 @@ def test_by_keyboard_alone(daemon: Daemon, visitor: Visit) -> None:
     assert daemon.instance("cpu")["drained"]["reason"] == "by hand"
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")]
+)
 def test_it_is_accessible_and_fits(daemon: Daemon, new_visit: NewVisit, width: int, scheme: str) -> None:
     daemon.begin("bad", "start")
     daemon.started("cpu")
