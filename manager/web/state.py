@@ -30,6 +30,9 @@ _OF_PHASE = {
 
 def instance_state(instance: Mapping[str, Any]) -> State:
     """Return the state of an instance as the API describes it."""
+    if instance["phase"] == "stopped" and instance["target"] == "running":
+        # A start was requested. With a reason it waits for a place.
+        return State(WORK, "waiting" if instance["reason"] else "starting")
     if instance["phase"] != "ready":
         state = _OF_PHASE[instance["phase"]]
         return State(OFF, "drained") if instance["drained"] and state.kind == OFF else state

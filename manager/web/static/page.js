@@ -54,7 +54,7 @@
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
     const { request } = ctx;
     if (!request.action.startsWith(API) || request.method === "GET" || request.method === "DELETE") return;
-    const form = ctx.sourceElement.closest("form[data-api]");
+    const form = ctx.sourceElement.dataset.body ? null : ctx.sourceElement.closest("form[data-api]");
     const body = form ? jsonOf(form) : JSON.parse(ctx.sourceElement.dataset.body ?? "null");
     request.body = body === null ? null : JSON.stringify(body);
     if (body !== null) request.headers["Content-Type"] = "application/json";

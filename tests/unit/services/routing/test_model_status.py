@@ -114,3 +114,13 @@ def test_a_mere_load_is_loading_until_its_end_unless_the_model_is_used_elsewhere
         assert status.at_work() == {"tiny:latest": "in_use"}
         status.ended(worker)
     assert status.at_work() == {}
+
+
+def test_what_is_being_loaded_is_told_by_instance(status: ModelStatus, fleet: Fleet) -> None:
+    fleet.loaded = {"a": ("here",)}
+    working(status, "a", "Tiny", loads=True)
+    working(status, "a", "here", loads=True)
+    working(status, "b", "used", loads=False)
+    with status.load("Big", "a"), status.load("big:latest", "a"), status.load("small", "c"):
+        assert status.loading() == {"a": ("big:latest", "tiny:latest"), "c": ("small:latest",)}
+    assert status.loading() == {"a": ("tiny:latest",)}
