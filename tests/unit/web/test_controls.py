@@ -11,13 +11,14 @@ from manager.web.texts import read_texts
 
 ENGINE_AWAY = {"code": "engine_unavailable"}
 DRAINED = {"since": "now"}
+RULES = {"deny_models": ["*:70b"]}
 
 
 def instance(phase: str = "ready", **values: Any) -> dict[str, Any]:
     usual = {
-        "driver": "docker", "protocol": "ollama", "phase": phase, "reason": None, "drained": None, "lifted": None,
-        "rules": None, "pinned": False, "image_override": None, "in_flight": 0, "breaker": {"state": "closed"},
-        "target": "running" if phase in ("starting", "ready") else "stopped",
+        "driver": "docker", "protocol": "ollama", "phase": phase, "reason": None, "drained": None,
+        "lifted": None, "rules": None, "pinned": False, "image_override": None, "in_flight": 0,
+        "breaker": {"state": "closed"}, "target": "running" if phase in ("starting", "ready") else "stopped",
     }  # fmt: skip
     return {**usual, **values}
 
@@ -96,7 +97,7 @@ def test_a_load(one: dict[str, Any], why: str | None) -> None:
 
 def test_what_means_nothing_for_an_instance_is_left_out() -> None:
     assert list(more_controls(instance(), [])) == ["pin", "ttl", "image"]
-    full = instance(pinned=True, rules={}, breaker={"state": "half_open"}, image_override={"image": "b"})
+    full = instance(pinned=True, rules=RULES, breaker={"state": "half_open"}, image_override={"image": "b"})
     assert list(more_controls(full, ["tiny"])) == [
         "reset",
         "load",
@@ -106,7 +107,7 @@ def test_what_means_nothing_for_an_instance_is_left_out() -> None:
         "rollback",
         "lift",
     ]
-    lifted = instance(driver="external", rules={}, lifted={"until": "then"})
+    lifted = instance(driver="external", rules=RULES, lifted={"until": "then"})
     assert list(more_controls(lifted, [])) == ["end_lift"]
 
 
