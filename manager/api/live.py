@@ -177,6 +177,7 @@ def _json(value: object) -> bytes:
 def sections(backend: Backend) -> Mapping[str, Section]:
     """Return the sections of the live channel, with values of the API's other calls."""
     overview = backend.overviews.current()
+    instances = [instance_json(one) for one in overview.instances]
     statuses = backend.passing.catalogue.statuses(overview.models)
     lanes = lanes_values(backend)
     opened = heapq.nlargest(
@@ -184,10 +185,9 @@ def sections(backend: Backend) -> Mapping[str, Section]:
     )
     ended = tuple(backend.history.recent)
     return {
-        # The revision leaves out all clocks; a TTL that begins anew is a change.
         "instances": Section(
-            (overview.revision, [_last_use_s(one) for one in overview.instances]),
-            lambda: [instance_json(one) for one in overview.instances],
+            [_without_clocks(values, one) for values, one in zip(instances, overview.instances, strict=True)],
+            lambda: instances,
         ),
         "gpus": Section(
             (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
@@ -204,10 +204,15 @@ def sections(backend: Backend) -> Mapping[str, Section]:
     }
 
 
-def _last_use_s(state: InstanceState) -> int | None:
-    """Return the last use in whole seconds since 1970: under steady use it changes once a second."""
+def _without_clocks(values: Mapping[str, object], state: InstanceState) -> Mapping[str, object]:
+    """Return the values of an instance without its clocks.
+
+    The last use, from which a TTL runs, counts in whole seconds: under steady use it changes once a second.
+    """
     view = state.view
-    return None if view.in_flight or view.last_used_at is None else int(view.last_used_at.timestamp())
+    used_at = None if view.in_flight else view.last_used_at
+    last_use_s = None if used_at is None else int(used_at.timestamp())
+    return {**values, "ttl_remaining_s": None, "last_seen_at": None, "last_used_at": last_use_s}
 
 
 def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
