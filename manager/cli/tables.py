@@ -130,6 +130,11 @@ def size(size_bytes: int) -> str:
     return f"{size_bytes}B"
 
 
+def state_style(word: str) -> str:
+    """Return the style of a phase or of a health."""
+    return _STYLES.get(word, "")
+
+
 def drained_text(drained: Drained) -> str:
     """`drained until 2026-08-01 18:00:00 UTC: driver update`."""
     until = "" if drained.until is None else f" until {_second(drained.until)}"

@@ -104,6 +104,10 @@ class StandInDaemon:
         with self._news:
             assert self._news.wait_for(asked, limit_s), f"nobody asked for {method} {path}"
 
+    def hang_up(self) -> None:
+        """Cut what is connected now."""
+        self._server.hang_up()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
