@@ -262,3 +262,22 @@ async def test_one_subscriber_too_many_is_refused_and_places_come_back(tmp_path:
         async with asyncio.timeout(20):
             while not await place():
                 pass
+
+
+async def test_a_key_without_the_scope_gets_nothing(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}, key="secret") as front:
+        assert (await ask(front, "GET", f"{COMPUTE}/live")).status == 401
+        async with subscribed(front, "Authorization: Bearer secret\r\n"):
+            pass
+
+
+async def test_a_stop_ends_the_stream_and_waits_for_nobody(tmp_path: Path) -> None:
+    async with Scripted().serving() as server:
+        async with relaying(tmp_path, {"a": server}) as front:
+            caller = await front.connect()
+            await caller.raw(request(front))
+            assert (await caller.head())[0] == 200
+            front.server.should_exit = True
+            async with asyncio.timeout(10):
+                await caller.ended()
+            caller.leave()
