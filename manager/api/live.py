@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import json
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.services.live import Frame
-    from manager.services.overview import InstanceState, ModelState
+    from manager.services.overview import InstanceState, ModelState, Overview
     from manager.services.routing.attempting import Attempting
 
 _KEEP_ALIVE_S = 15.0
@@ -95,7 +94,7 @@ _EVENT = {
 
 def live_channel(backend: Backend) -> Live:
     """Return the live channel of a daemon."""
-    return Live(partial(sections, backend), now=time.monotonic)
+    return Live(Sections(backend).read, now=time.monotonic)
 
 
 def live_router(live: Live) -> APIRouter:
@@ -174,40 +173,65 @@ def _json(value: object) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
 
 
-def sections(backend: Backend) -> Mapping[str, Section]:
-    """Return the sections of the live channel, with values of the API's other calls."""
-    overview = backend.overviews.current()
-    statuses = backend.passing.catalogue.statuses(overview.models)
-    lanes = lanes_values(backend)
-    opened = heapq.nlargest(
-        MOST_RECENT, (one for _, one in backend.passing.passages.open_requests), key=_began_at
-    )
-    ended = tuple(backend.history.recent)
-    return {
-        # The revision leaves out all clocks; a TTL that begins anew is a change.
-        "instances": Section(
-            (overview.revision, [_last_use_s(one) for one in overview.instances]),
-            lambda: [instance_json(one) for one in overview.instances],
-        ),
-        "gpus": Section(
-            (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
-        ),
-        "lanes": Section(_without_waits(lanes), lambda: lanes),
-        "models": Section(
-            (overview.models, statuses),
-            lambda: [_model_json(model, statuses[key]) for key, model in overview.models.items()],
-        ),
-        "requests": Section(
-            ([dict(one.record.__dict__) for one in opened], ended[-1:]),
-            lambda: _requests_json(opened, ended),
-        ),
-    }
+class Sections:
+    """Reads the sections of the live channel: values of the API's other calls."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._built_from: object = None
+        self._instances: object = None
+
+    def read(self) -> Mapping[str, Section]:
+        """Return every section as it is now."""
+        backend = self._backend
+        overview = backend.overviews.current()
+        statuses = backend.passing.catalogue.statuses(overview.models)
+        lanes = lanes_values(backend)
+        opened = heapq.nlargest(
+            MOST_RECENT, (one for _, one in backend.passing.passages.open_requests), key=_began_at
+        )
+        ended = tuple(backend.history.recent)
+        return {
+            "instances": Section(
+                self._instances_key(overview), lambda: [instance_json(one) for one in overview.instances]
+            ),
+            "gpus": Section(
+                (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
+            ),
+            "lanes": Section(_without_waits(lanes), lambda: lanes),
+            "models": Section(
+                (overview.models, statuses),
+                lambda: [_model_json(model, statuses[key]) for key, model in overview.models.items()],
+            ),
+            "requests": Section(
+                ([dict(one.record.__dict__) for one in opened], ended[-1:]),
+                lambda: _requests_json(opened, ended),
+            ),
+        }
+
+    def _instances_key(self, overview: Overview) -> object:
+        """Return the values of the instances without clocks; the same ones where the revision is the same.
+
+        A revision also grows where something else has changed.
+        """
+        last_uses = [_last_use_s(one) for one in overview.instances]
+        if self._built_from != (overview.revision, last_uses):
+            self._built_from = overview.revision, last_uses
+            self._instances = last_uses, [_without_clocks(instance_json(one)) for one in overview.instances]
+        return self._instances
 
 
 def _last_use_s(state: InstanceState) -> int | None:
-    """Return the last use in whole seconds since 1970: under steady use it changes once a second."""
+    """Return the last use, from which a TTL runs; None while the instance is in use, or was never used.
+
+    In whole seconds: under steady use it changes once a second.
+    """
     view = state.view
     return None if view.in_flight or view.last_used_at is None else int(view.last_used_at.timestamp())
+
+
+def _without_clocks(values: Mapping[str, object]) -> Mapping[str, object]:
+    return {**values, "ttl_remaining_s": None, "last_seen_at": None, "last_used_at": None}
 
 
 def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:

@@ -12,6 +12,7 @@ from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
+from manager.cli.top import top_command
 from manager.cli.usage import usage_command
 
 for _command in (
@@ -26,6 +27,7 @@ for _command in (
     keys_group,
     budgets_command,
     usage_command,
+    top_command,
 ):
     program.add_command(_command)
 
