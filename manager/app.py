@@ -392,6 +392,7 @@ async def open_daemon(
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
                 history=history,
                 rollout=rollout.in_force,
+                budgets=lambda: ledger.last_seen,
             ).render,
             refusals=refusals,
             history=history,

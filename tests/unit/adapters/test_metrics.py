@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -9,13 +10,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from manager.adapters.metrics import FleetMetrics
 from manager.domain.breaker import BreakerState
-from manager.domain.instance import Driver, Phase
+from manager.domain.budgets import Balance, Budget, Period
+from manager.domain.instance import Driver, Health, Phase
 from manager.errors import Reason
+from manager.services.accounts.ledger import BudgetState
 from manager.services.lanes.slots import LaneState, SlotState
 from manager.services.refusals import Refusals
 from manager.services.routing.rollout import Rollout
 from manager.services.traffic import BUCKETS_S, Traffic
 from manager.wire.access import REASONS
+from tests.support.gpu_machine import GIB, card
 from tests.support.records import a_record
 
 if TYPE_CHECKING:
@@ -35,7 +39,16 @@ LABELS = {
     "ollama_manager_instance_phase": ("instance", "phase"),
     "ollama_manager_breaker_state": ("instance",),
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
+    "ollama_manager_gpu_memory_total_bytes": ("uuid",),
     "ollama_manager_gpu_lost": ("uuid",),
+    "ollama_manager_gpu_utilisation_percent": ("uuid",),
+    "ollama_manager_gpu_temperature_celsius": ("uuid",),
+    "ollama_manager_gpu_power_watts": ("uuid",),
+    "ollama_manager_gpu_power_limit_watts": ("uuid",),
+    "ollama_manager_instance_healthy": ("instance",),
+    "ollama_manager_budget_spent_usd": ("scope", "period"),
+    "ollama_manager_budget_reserved_usd": ("scope", "period"),
+    "ollama_manager_budget_limit_usd": ("scope", "period", "limit"),
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
     "ollama_manager_orphans": (),
@@ -49,6 +62,17 @@ LABELS = {
     "ollama_manager_slots": ("instance",),
     "ollama_manager_slots_in_use": ("instance",),
 }
+CARDS = (
+    replace(card("GPU-1", free=4 * GIB), utilisation_percent=0, temperature_c=61, power_watts=412.5),
+    replace(card("GPU-2", free=None, lost="it is lost")),
+)
+BUDGETS = (
+    BudgetState(Budget("global", Period.MONTH, None, 30_000_000), Balance(20_500_000, 1_000_000), "ok"),
+    # The limit of a key, and one that the configuration gives to the same key.
+    BudgetState(Budget("key:k", Period.MONTH, None, 9_000_000), Balance(5, 0), "ok"),
+    BudgetState(Budget("key:k", Period.MONTH, None, 3_000_000), Balance(5, 0), "ok"),
+    BudgetState(Budget("project:a", Period.DAY, 1_000_000, 2_000_000), Balance(0, 0), "ok"),
+)
 SLOTS = SimpleNamespace(
     lanes=lambda: [LaneState("thinking", 2, 5, 1.5, 4, 1)],
     instances=lambda: [SlotState("gpu0", 2, 1, 1), SlotState("cpu", None, 3, 0)],
@@ -71,20 +95,20 @@ TYPES = {
 
 def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
     def state(id_: str, driver: Driver, **values: Any) -> Any:
-        view = SimpleNamespace(spec=SimpleNamespace(id=id_, driver=driver), phase=Phase.READY, in_flight=3)
+        health = values.pop("health", Health.UNKNOWN)
+        spec = SimpleNamespace(id=id_, driver=driver)
+        view = SimpleNamespace(spec=spec, phase=Phase.READY, in_flight=3, health=health)
         breaker = SimpleNamespace(state=BreakerState.OPEN if id_ == "nas" else BreakerState.CLOSED)
         return SimpleNamespace(
             view=view, **{"starts_done": 0, "starts_failed": 0, "breaker": breaker, **values}
         )
 
-    cards = [
-        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None)),
-        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-2", vram_used_bytes=None, lost="it is lost")),
-    ]
+    cards = [SimpleNamespace(gpu=gpu) for gpu in CARDS]
     overview = SimpleNamespace(
         instances=[
-            state("gpu0", Driver.DOCKER, starts_done=4, starts_failed=1),
-            state("nas", Driver.EXTERNAL),
+            state("gpu0", Driver.DOCKER, starts_done=4, starts_failed=1, health=Health.HEALTHY),
+            state("gpu1", Driver.DOCKER),
+            state("nas", Driver.EXTERNAL, health=Health.UNHEALTHY),
         ],
         cards=cards,
         orphans=("one", "two"),
@@ -98,6 +122,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         log_lines_dropped=lambda: 7,
         history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
         rollout=Rollout(),
+        budgets=lambda: BUDGETS,
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}
@@ -179,18 +204,44 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     families = scraped(Traffic(lambda record: None))
     phases = families["ollama_manager_instance_phase"]
     assert {one.labels["phase"] for one in phases.samples} == {phase.value for phase in Phase}
-    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready", "ready"]
+    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready"] * 3
     assert values(families["ollama_manager_in_flight"], target="gpu0") == [3]
     starts = families["ollama_manager_starts"]
-    assert (values(starts, result="ok"), values(starts, result="failed")) == ([4], [1])
-    memory = families["ollama_manager_gpu_memory_used_bytes"]
-    assert [(one.labels["uuid"], one.value) for one in memory.samples] == [("GPU-1", 2**30)]
-    lost = families["ollama_manager_gpu_lost"]
-    assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
+    assert values(starts, instance="gpu0", result="ok") == [4]
+    assert values(starts, instance="gpu0", result="failed") == [1]
+    healthy = families["ollama_manager_instance_healthy"]
+    assert [(one.labels["instance"], one.value) for one in healthy.samples] == [("gpu0", 1), ("nas", 0)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
     assert values(families["ollama_manager_history_requests"], result="stored") == [40]
     assert values(families["ollama_manager_history_requests"], result="dropped") == [2]
+
+
+def test_what_a_card_does_not_tell_is_absent_and_never_zero() -> None:
+    families = scraped(Traffic(lambda record: None))
+    for name, expected in (
+        ("memory_used_bytes", [("GPU-1", 20 * GIB)]),
+        ("memory_total_bytes", [("GPU-1", 24 * GIB)]),
+        ("lost", [("GPU-1", 0), ("GPU-2", 1)]),
+        ("utilisation_percent", [("GPU-1", 0)]),
+        ("temperature_celsius", [("GPU-1", 61)]),
+        ("power_watts", [("GPU-1", 412.5)]),
+        ("power_limit_watts", []),
+    ):
+        samples = families[f"ollama_manager_gpu_{name}"].samples
+        assert [(one.labels["uuid"], one.value) for one in samples] == expected, name
+
+
+def test_budgets_are_in_dollars_and_a_limit_that_is_none_is_absent() -> None:
+    families = scraped(Traffic(lambda record: None))
+    month = {"scope": "global", "period": "month"}
+    assert values(families["ollama_manager_budget_spent_usd"], **month) == [20.5]
+    assert values(families["ollama_manager_budget_reserved_usd"], **month) == [1.0]
+    limits = families["ollama_manager_budget_limit_usd"]
+    assert values(limits, **month) == values(limits, **month, limit="hard") == [30.0]
+    assert values(limits, scope="project:a", limit="soft") == [1.0]
+    assert values(limits, scope="key:k") == [3.0], "a series that stands twice spoils a whole scrape"
+    assert len(values(families["ollama_manager_budget_spent_usd"], scope="key:k")) == 1
 
 
 def test_lanes_and_slots_are_those_of_the_moment() -> None:
