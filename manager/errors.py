@@ -7,6 +7,7 @@ ManagerError
 ├── UnknownRequestError
 ├── UnknownRunError
 ├── UnknownKeyError
+├── UnknownGpuError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
@@ -128,6 +129,10 @@ class UnknownRunError(ManagerError):
 
 class UnknownKeyError(ManagerError):
     code = "unknown_key"
+
+
+class UnknownGpuError(ManagerError):
+    code = "unknown_gpu"
 
 
 class InvalidRequestError(ManagerError):

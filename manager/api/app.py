@@ -12,6 +12,7 @@ from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
+from manager.api.gpu_history import gpu_history_router
 from manager.api.granted import OpenByKey
 from manager.api.health import health_router
 from manager.api.keys import keys_router
@@ -56,6 +57,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
     open_requests = OpenByKey()
     routers = (
         compute_router(backend),
+        gpu_history_router(backend),
         loading_router(backend),
         lifts_router(backend),
         service_router(backend),

@@ -270,6 +270,10 @@ class GpuBody(_Body):
     vram_used_bytes: int | None
     vram_free_bytes: int | None
     lost: str | None
+    utilisation_percent: int | None
+    temperature_c: int | None
+    power_watts: float | None
+    power_limit_watts: float | None
     processes: list[ProcessBody]
 
 
@@ -478,6 +482,10 @@ def gpus_body(overview: Overview) -> GpusBody:
                 vram_used_bytes=gpu.vram_used_bytes,
                 vram_free_bytes=gpu.vram_free_bytes,
                 lost=gpu.lost,
+                utilisation_percent=gpu.utilisation_percent,
+                temperature_c=gpu.temperature_c,
+                power_watts=gpu.power_watts,
+                power_limit_watts=gpu.power_limit_watts,
                 processes=[
                     ProcessBody(
                         pid=holder.pid,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
-    from manager.services.gpus import Gpus
+    from manager.services.gpus import Gpus, GpuSnapshot
     from manager.services.gpus.cards import GpuTrouble
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -88,7 +88,8 @@ class ModelState:
 class Overview:
     """Everything at one moment. `revision` grows with each change of what is shown.
 
-    Clocks advance no revision: the rest of a TTL, the moments of the last use and the last answer.
+    Clocks and sensors advance no revision: the rest of a TTL, the moments of the last use and the last
+    answer, and the sensors of cards. `cards` is another object where a sensor has moved.
     """
 
     revision: int
@@ -156,7 +157,8 @@ class Overviews:
         self._lists = lists
         self._settings = settings
         self._breakers = breakers
-        self._cards: _Part[tuple[Card, ...]] = _Part()
+        self._cards: tuple[Card, ...] = ()
+        self._cards_from: tuple[GpuSnapshot | None, int] = (None, 0)
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
         self._shown: tuple[object, ...] = ()
@@ -165,8 +167,8 @@ class Overviews:
     def current(self) -> Overview:
         """Return the overview of this moment: the same object while nothing has changed."""
         instances = tuple([self._state(one) for one in self._fleet.instances()])
-        reading, trouble = self._gpus.snapshot, self._gpus.trouble
-        cards = self._cards.of((reading, self._gpus.holders_version), self._read_cards)
+        trouble = self._gpus.trouble
+        cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
         shown = (
@@ -191,8 +193,8 @@ class Overviews:
                 self._link.orphans,
                 engine_up=self._link.up,
             )
-        elif latest.instances != instances:  # only clocks have moved
-            latest = replace(latest, instances=instances)
+        elif latest.instances != instances or latest.cards is not cards:  # only clocks or sensors have moved
+            latest = replace(latest, instances=instances, cards=cards)
         self._latest, self._shown = latest, shown
         return latest
 
@@ -232,11 +234,25 @@ class Overviews:
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
-        return tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in self._gpus.snapshot.gpus)
+        """Return the cards of the last reading: the same object while nothing of them has changed."""
+        reading, version = self._gpus.snapshot, self._gpus.holders_version
+        before, known = self._cards_from
+        if reading is not before or version != known:
+            self._cards_from = reading, version
+            if version != known or not _same_cards(reading, before):
+                self._cards = tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in reading.gpus)
+        return self._cards
 
     def _read_lanes(self) -> tuple[Lane, ...]:
         roles = self._settings.routing.roles.values()
         return tuple(Lane(role.name, role.kind, role.model, role.target) for role in roles)
+
+
+def _same_cards(reading: GpuSnapshot, before: GpuSnapshot | None) -> bool:
+    """Return whether two readings agree in all that is shown, the sensors too."""
+    if before is None or reading.gpus != before.gpus:
+        return False
+    return all(one.sensors == other.sensors for one, other in zip(reading.gpus, before.gpus, strict=True))
 
 
 def _without_clocks(state: InstanceState) -> tuple[object, ...]:

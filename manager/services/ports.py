@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
+    from manager.domain.gpu_history import CardMinute
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.keys import Grant, Key
@@ -369,6 +370,14 @@ class Registry(Protocol):
     async def forget_key(self, name: str) -> None: ...
     async def save_last_used(self, used: Mapping[str, datetime]) -> None:
         """Store when keys were used last, by name; one that is gone stays so."""
+        ...
+
+    async def gpu_minutes(self, since_s: int) -> dict[int, tuple[CardMinute, ...]]:
+        """What was read of the cards since a time: by the Unix time of each minute, in order."""
+        ...
+
+    async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None:
+        """Store minutes in place of earlier ones, and forget those that began before a time."""
         ...
 
     async def check(self) -> None:

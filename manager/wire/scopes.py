@@ -70,6 +70,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),
     ("GET", f"{_COMPUTE}/gpus", _READ),
+    ("GET", f"{_COMPUTE}/gpus/history", _READ),
     ("GET", f"{_COMPUTE}/orphans", _READ),
     ("GET", f"{_COMPUTE}/events", _READ),
     ("GET", f"{_COMPUTE}/live", _READ),

@@ -600,6 +600,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
             f"{COMPUTE}/{path}"
             for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
+        f"{COMPUTE}/gpus/history",
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),

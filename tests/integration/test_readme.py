@@ -38,7 +38,8 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 # Lines around ours; what they prepare is what test_compose.py prepares.
 PREPARATIONS = re.compile(
     r"cd compose|echo \"DOCKER_GID=.* > \.env|\(umask 027; openssl .* > operator\.key\)"
-    r"|sudo chown root:docker operator\.key|\. \.venv/bin/activate"
+    r"|umask 027|openssl rand -hex 16 > grafana\.password"
+    r"|sudo chown root:docker (operator\.key|monitoring\.key grafana\.password)|\. \.venv/bin/activate"
     r"|export OLLAMA_HOST=http://127\.0\.0\.1:11435"
     r"|export OPENAI_BASE_URL=http://127\.0\.0\.1:11435/v1 OPENAI_API_KEY=unused"
 )

@@ -2,5 +2,6 @@
 
 from manager.services.gpus.cards import GpuSnapshot
 from manager.services.gpus.gpus import Gpus
+from manager.services.gpus.history import GpuHistory
 
-__all__ = ["GpuSnapshot", "Gpus"]
+__all__ = ["GpuHistory", "GpuSnapshot", "Gpus"]

@@ -96,6 +96,11 @@ class Gpus:
         return self._cards.snapshot
 
     @property
+    def read_at(self) -> float:
+        """The monotonic time of the last reading, in seconds."""
+        return self._read_at
+
+    @property
     def trouble(self) -> GpuTrouble | None:
         """The error of the driver, else the cards that are lost."""
         return self._cards.trouble
