@@ -301,6 +301,7 @@ async def open_daemon(
             settings=model_settings,
             lifted=parts.lifts.of,
             breakers=breakers,
+            loading=status.loading,
         )
         catalogue = Catalogue(
             fleet,

@@ -34,6 +34,7 @@ async def opened_registry(stack: AsyncExitStack, settings: Settings, *, stores: 
 async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journal:
     """Return the journal, which goes on with the numbers of the stored events."""
     journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
+    await journal.load()
     stack.push_async_callback(journal.retire)
     return journal
 

@@ -16,7 +16,7 @@ from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotatio
 from manager.api.errors import refusals, text
 from manager.api.lanes import LanesBody, lanes_values
 from manager.api.requests import RequestBody, ended_json
-from manager.api.schemas import GpusBody, InstanceBody, gpus_body, instance_json
+from manager.api.schemas import EventBody, GpusBody, InstanceBody, event_json, gpus_body, instance_json
 from manager.domain.history import Ended, record_values
 from manager.services.live import Live, Section
 from manager.services.open_requests import open_json
@@ -67,7 +67,8 @@ class LiveBody(_Shape):
     """One frame; sections that are left out have not changed since the last one.
 
     Clocks, such as the rest of a TTL or the duration of an open request, are of the moment of the frame; a
-    frame is not sent for them. `requests` are the newest: the open ones, then the last that ended.
+    frame is not sent for them. `requests` are the newest: the open ones, then the last that ended. `problems`
+    are the last events with a reason, newest first.
     """
 
     revision: int
@@ -76,6 +77,7 @@ class LiveBody(_Shape):
     lanes: LanesBody | None = None
     models: list[LiveModelBody] | None = None
     requests: list[RequestBody] | None = None
+    problems: list[EventBody] | None = None
 
 
 # One event of the stream, as OpenAPI 3.1 describes what is JSON inside a string.
@@ -206,6 +208,10 @@ class Sections:
             "requests": Section(
                 ([dict(one.record.__dict__) for one in opened], ended[-1:]),
                 lambda: _requests_json(opened, ended),
+            ),
+            "problems": Section(
+                [one.id for one in backend.journal.problems],
+                lambda: [event_json(one) for one in reversed(backend.journal.problems)],
             ),
         }
 

@@ -38,7 +38,8 @@ class InstanceState:
 
     `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
     view, in their order; None for a card that was never read. The starts are those since the daemon began.
-    `lifted` is the order that its deny rules do not hold, None while they do.
+    `lifted` is the order that its deny rules do not hold, None while they do. `loading` are the models that
+    are being loaded on it, by their keys.
     """
 
     view: View
@@ -48,14 +49,19 @@ class InstanceState:
     starts_failed: int
     breaker: BreakerView
     lifted: Lifted | None = None
+    loading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card, and the processes that hold its memory."""
+    """One card, and the processes that hold its memory.
+
+    `reserved_bytes` were promised and are not held yet, None where that cannot be told.
+    """
 
     gpu: Gpu
     holders: tuple[Holder, ...]
+    reserved_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,7 @@ class Overviews:
         settings: the lanes.
         lifted: the order that lifts the deny rules of an instance, None where they hold.
         breakers: of the instances.
+        loading: the models that are being loaded, by their instance.
     """
 
     def __init__(
@@ -148,6 +155,7 @@ class Overviews:
         settings: SettingsSource,
         lifted: Callable[[str], Lifted | None] = _never,
         breakers: Breakers,
+        loading: Callable[[], Mapping[str, tuple[str, ...]]] = dict,
     ) -> None:
         self._lifted = lifted
         self._fleet = fleet
@@ -157,8 +165,9 @@ class Overviews:
         self._lists = lists
         self._settings = settings
         self._breakers = breakers
+        self._loading = loading
         self._cards: tuple[Card, ...] = ()
-        self._cards_from: tuple[GpuSnapshot | None, int] = (None, 0)
+        self._cards_from: tuple[GpuSnapshot | None, int, Mapping[str, int | None]] = (None, 0, {})
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
         self._shown: tuple[object, ...] = ()
@@ -166,7 +175,8 @@ class Overviews:
 
     def current(self) -> Overview:
         """Return the overview of this moment: the same object while nothing has changed."""
-        instances = tuple([self._state(one) for one in self._fleet.instances()])
+        loading = self._loading()
+        instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
         trouble = self._gpus.trouble
         cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
@@ -204,7 +214,7 @@ class Overviews:
         Raises:
             UnknownInstanceError: there is none of that id.
         """
-        return self._state(self._fleet.get(instance_id))
+        return self._state(self._fleet.get(instance_id), self._loading())
 
     def models(self) -> Mapping[str, ModelState]:
         """Return every model that some instance has, by its key: the models of `current`, and cheaper."""
@@ -213,7 +223,7 @@ class Overviews:
         held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
         return self._models.of((lists, held), lambda: _models(lists, held))
 
-    def _state(self, instance: Instance) -> InstanceState:
+    def _state(self, instance: Instance, loading: Mapping[str, tuple[str, ...]]) -> InstanceState:
         view = instance.view()
         waits = self._capacity.waiting(instance.id)
         if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
@@ -231,16 +241,19 @@ class Overviews:
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
             breaker=breaker,
+            loading=loading.get(instance.id, ()),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
         """Return the cards of the last reading: the same object while nothing of them has changed."""
-        reading, version = self._gpus.snapshot, self._gpus.holders_version
-        before, known = self._cards_from
-        if reading is not before or version != known:
-            self._cards_from = reading, version
-            if version != known or not _same_cards(reading, before):
-                self._cards = tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in reading.gpus)
+        reading, version, reserved = self._gpus.snapshot, self._gpus.holders_version, self._gpus.reserved()
+        before, known, kept = self._cards_from
+        if reading is not before or version != known or reserved != kept:
+            self._cards_from = reading, version, reserved
+            if version != known or reserved != kept or not _same_cards(reading, before):
+                self._cards = tuple(
+                    Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in reading.gpus
+                )
         return self._cards
 
     def _read_lanes(self) -> tuple[Lane, ...]:
@@ -277,12 +290,14 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.available_models,
         view.drained,
         view.image,
+        view.start,
         state.is_usable,
         state.gpus,
         state.starts_done,
         state.starts_failed,
         state.lifted,
         state.breaker,
+        state.loading,
     )
 
 

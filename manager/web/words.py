@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 UNKNOWN = "\N{EN DASH}"
 _KIB = 1024
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -38,6 +40,16 @@ def duration(seconds: float | None) -> str:
     return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
 
 
+def seconds_text(seconds: float) -> str:
+    """Return a duration as it is written in settings: `90s`, `30m`, `2h`; 0 is `0`."""
+    if seconds == 0:
+        return "0"
+    for unit, length in (("d", _DAY_S), ("h", _HOUR_S), ("m", _MINUTE_S)):
+        if seconds % length == 0:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:g}s"
+
+
 def milliseconds(value: float | None) -> str:
     """Return milliseconds as such below a second, as a duration above."""
     if value is None:
@@ -57,6 +69,11 @@ def usd(value: float | None) -> str:
     if value == 0 or abs(value) >= 0.1:  # noqa: PLR2004  (ten cents)
         return f"${value:,.2f}"
     return f"${value:.6f}".rstrip("0")
+
+
+def unix_s(time: str | None) -> float | None:
+    """Return a time of the API in Unix seconds."""
+    return None if time is None else datetime.fromisoformat(time).timestamp()
 
 
 def percent(share: float | None) -> str:

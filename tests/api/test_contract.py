@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from tests.support.fixtures import NewDaemon
 
 INSTANCE = {
-    "id", "driver", "template", "device", "endpoint", "target", "phase", "health", "reason", "in_flight",
+    "id", "driver", "protocol", "template", "image", "device", "endpoint", "target", "phase", "health",
+    "reason", "start", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
-    "container", "image_override", "drained", "lifted", "models", "breaker",
+    "container", "image_override", "drained", "lifted", "rules", "models",
+    "loading", "breaker",
 }  # fmt: skip
 DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes", "cards"}
 CONTAINER = {"id", "name", "image", "template_hash"}

@@ -72,6 +72,7 @@ class Gpus:
         self.note_given = self._cards.note_given
         self.gpu = self._cards.gpu
         self.why_missing = self._cards.why_missing
+        self.reserved = self._admission.reserved
         self.note_container = self._processes.note_container
         self.forget_container = self._processes.forget_container
         self.instance_of = self._processes.instance_of

@@ -55,7 +55,7 @@ class ModelStatus:
         self._fleet = fleet
         self._workers: set[Worker] = set()
         self._broken: set[str] = set()
-        self._loads: Counter[str] = Counter()
+        self._loads: Counter[tuple[str, str]] = Counter()
 
     def sent(self, worker: Worker) -> None:
         """A request was sent to a server."""
@@ -66,9 +66,9 @@ class ModelStatus:
         self._workers.discard(worker)
 
     @contextmanager
-    def load(self, model: str) -> Iterator[None]:
-        """A model is being loaded, and nothing else is done with it."""
-        key = model_key(model)
+    def load(self, model: str, instance: str) -> Iterator[None]:
+        """A model is being loaded on an instance, and nothing else is done with it."""
+        key = instance, model_key(model)
         self._loads[key] += 1
         try:
             yield
@@ -104,9 +104,19 @@ class ModelStatus:
             loading = loads and not self._is_loaded(instance, key)
             if not loading or key not in doing:
                 doing[key] = "loading" if loading else "in_use"
-        for key in self._loads:
+        for _, key in self._loads:
             doing.setdefault(key, "loading")
         return doing
+
+    def loading(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the models that are being loaded, by their instance; the models by their keys, in order."""
+        found: dict[str, set[str]] = {}
+        for instance, model, loads in [one.work for one in self._workers]:
+            if loads and not self._is_loaded(instance, model_key(model)):
+                found.setdefault(instance, set()).add(model_key(model))
+        for instance, key in self._loads:
+            found.setdefault(instance, set()).add(key)
+        return {instance: tuple(sorted(keys)) for instance, keys in found.items()}
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""

@@ -6,16 +6,25 @@
 
   // --- Requests to the control API -----------------------------------------------------------------------------
 
-  // A control's value as JSON has it. `data-json` names the type: number, list (lines or commas), json; an empty
-  // value is null, or left out with `data-empty="omit"`.
+  // A control's value as JSON has it. `data-json` names the type: number, list (lines or commas), json, duration
+  // (`90s`, `30m`: seconds), from-now (seconds: the moment then); an empty value is null, or left out with
+  // `data-empty="omit"`.
   function valueOf(control) {
     if (control.type === "checkbox") return control.checked;
     const text = control.value.trim();
     if (control.dataset.json === "list") return text ? text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean) : [];
     if (text === "") return control.dataset.empty === "omit" ? undefined : null;
     if (control.dataset.json === "number") return Number.isNaN(Number(text)) ? text : Number(text);
+    if (control.dataset.json === "duration") return secondsOf(text) ?? text;
+    if (control.dataset.json === "from-now") return new Date((Date.now() / 1000 + ahead + Number(text)) * 1000).toISOString();
     if (control.dataset.json === "json") return JSON.parse(text);
     return control.dataset.json === "raw" ? control.value : text;
+  }
+
+  const UNITS = { "": 1, s: 1, m: 60, min: 60, h: 3600, d: 86400 };
+  function secondsOf(text) {
+    const parts = /^(\d+(?:\.\d+)?)\s*([a-z]*)$/.exec(text.toLowerCase());
+    return parts && parts[2] in UNITS ? Number(parts[1]) * UNITS[parts[2]] : null;
   }
 
   // The JSON object of a form. A name with dots is a path into it; only changed controls count with `data-changed`.
