@@ -59,6 +59,7 @@ from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
+from manager.services.models.fitting import Fitting
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -190,7 +191,7 @@ async def open_daemon(
         registry = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
-        history = await history_of(held, registry, settings)
+        history, uses = await history_of(held, registry, settings)
         ledger = await opened_ledger(
             held,
             registry,
@@ -331,7 +332,7 @@ async def open_daemon(
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
             overload,
-            keep=history.add,
+            keep=uses.keep,
             ledger=ledger,
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
@@ -381,6 +382,9 @@ async def open_daemon(
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            uses=uses,
+            fitting=Fitting(fleet, overviews, gpus),
+            status=status,
             keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),

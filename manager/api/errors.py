@@ -23,6 +23,7 @@ from manager.errors import (
     UnknownInstanceError,
     UnknownKeyError,
     UnknownModelError,
+    UnknownPullError,
     UnknownRequestError,
     UnknownRunError,
 )
@@ -48,6 +49,7 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
     (UnknownModelError, 404),
     (UnknownRequestError, 404),
+    (UnknownPullError, 404),
     (UnknownRunError, 404),
     (UnknownKeyError, 404),
     (RunsFullError, 429),

@@ -66,6 +66,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     # Pages: each shows what the key of its viewer may see (`web.page.Page.scope`).
     ("GET", "/ui", _ANY),
     ("GET", "/ui/live", _READ),
+    ("GET", "/ui/models", _READ),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),
@@ -73,6 +74,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COMPUTE}/orphans", _READ),
     ("GET", f"{_COMPUTE}/events", _READ),
     ("GET", f"{_COMPUTE}/live", _READ),
+    ("GET", f"{_COMPUTE}/models", _READ),
     ("GET", f"{_COMPUTE}/lanes", _READ),
     ("GET", f"{_COMPUTE}/routing", _READ),
     ("POST", f"{_COMPUTE}/routing/explain", _READ),
@@ -101,6 +103,8 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
         )
     ),
     ("DELETE", f"{_INSTANCE}/lift", _OPERATOR),
+    ("POST", f"{_COMPUTE}/models/pulls", _OPERATOR),
+    ("DELETE", f"{_COMPUTE}/models/pulls/{{id}}", _OPERATOR),
     ("POST", f"{_COMPUTE}/reap", _OPERATOR),
     ("POST", f"{_COMPUTE}/pull", _OPERATOR),
     ("POST", f"{_COMPUTE}/routing", _OPERATOR),

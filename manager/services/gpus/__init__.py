@@ -1,6 +1,6 @@
 """Graphics cards: readings and bindings, processes on them, admission by memory, and learned sizes."""
 
 from manager.services.gpus.cards import GpuSnapshot
-from manager.services.gpus.gpus import Gpus
+from manager.services.gpus.gpus import Gpus, Need, Room
 
-__all__ = ["GpuSnapshot", "Gpus"]
+__all__ = ["GpuSnapshot", "Gpus", "Need", "Room"]
