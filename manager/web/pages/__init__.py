@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manager.web.pages.models import MODELS
 from manager.web.pages.overview import OVERVIEW
 
-PAGES = (OVERVIEW,)
+PAGES = (OVERVIEW, MODELS)
