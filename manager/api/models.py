@@ -186,7 +186,11 @@ def models_router(backend: Backend) -> APIRouter:
 
     @router.get("", response_model=ModelsBody, responses=refusals())
     async def list_models(_query: Annotated[NoQuery, Query()]) -> Response:
-        """Every model that some instance has, what would fit where now, and the pulls. Starts nothing."""
+        """Every model that some instance has, what would fit where now, and the pulls. Starts nothing.
+
+        Servers that run are asked for their models, as for `/api/tags`.
+        """
+        await backend.passing.catalogue.refresh(lists=True)
         values = {name: section.build() for name, section in model_sections(backend).items()}
         models: Any = values["models"]
         return Response(json_bytes({**values, "count": len(models)}), media_type="application/json")

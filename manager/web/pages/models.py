@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,8 @@ _PULL_KINDS = {"waiting": OFF, "pulling": WORK, "done": OK, "failed": BAD, "canc
 _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
 _SHORT_DIGEST = 12
+# The first paint waits no longer for servers than this.
+_NEWS_S = 0.1
 
 
 def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
@@ -166,7 +170,13 @@ def _pull(pull: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapping[str, Any]:
-    """Return the places that a new model can go to, the one where new models go first."""
+    """Return the places that a new model can go to, the one where new models go first.
+
+    Servers that run are asked for their models meanwhile; what comes later is shown live.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_NEWS_S):
+            await backend.passing.catalogue.refresh(lists=True)
     places: dict[str, list[str]] = {}
     for instance in backend.fleet.instances():
         if may_write(instance.spec):
