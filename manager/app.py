@@ -60,6 +60,7 @@ from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
+from manager.services.models.fitting import Fitting
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -191,7 +192,7 @@ async def open_daemon(
         registry = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
-        history = await history_of(held, registry, settings)
+        history, uses = await history_of(held, registry, settings)
         ledger = await opened_ledger(
             held,
             registry,
@@ -333,7 +334,7 @@ async def open_daemon(
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
             overload,
-            keep=history.add,
+            keep=uses.keep,
             ledger=ledger,
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
@@ -384,6 +385,9 @@ async def open_daemon(
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            uses=uses,
+            fitting=Fitting(fleet, overviews, gpus),
+            status=status,
             keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),

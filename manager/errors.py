@@ -5,6 +5,7 @@ ManagerError
 ├── UnknownInstanceError
 ├── UnknownModelError         an instance does not have the model
 ├── UnknownRequestError
+├── UnknownPullError
 ├── UnknownRunError
 ├── UnknownKeyError
 ├── UnknownGpuError
@@ -121,6 +122,10 @@ class UnknownModelError(ManagerError):
 
 class UnknownRequestError(ManagerError):
     code = "unknown_request"
+
+
+class UnknownPullError(ManagerError):
+    code = "unknown_pull"
 
 
 class UnknownRunError(ManagerError):

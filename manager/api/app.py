@@ -21,6 +21,7 @@ from manager.api.lifts import lifts_router
 from manager.api.live import live_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
+from manager.api.models import models_router
 from manager.api.ollama import OllamaApi
 from manager.api.requests import requests_router
 from manager.api.routing import routing_router
@@ -59,6 +60,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         compute_router(backend),
         gpu_history_router(backend),
         loading_router(backend),
+        models_router(backend),
         lifts_router(backend),
         service_router(backend),
         breakers_router(backend),

@@ -30,10 +30,12 @@ if TYPE_CHECKING:
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.fitting import Fitting
     from manager.services.models.keeping import Keeper
     from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
+    from manager.services.models.use import ModelUses
     from manager.services.models.volumes import Volumes
     from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Requests
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.stages import RolloutControl
     from manager.services.runs.runs import Runs
 
@@ -123,6 +126,9 @@ class Backend:
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    uses: ModelUses
+    fitting: Fitting
+    status: ModelStatus
     keeper: Keeper
     lifts: Lifts
     router: Router

@@ -24,6 +24,7 @@ from manager.errors import (
     UnknownInstanceError,
     UnknownKeyError,
     UnknownModelError,
+    UnknownPullError,
     UnknownRequestError,
     UnknownRunError,
 )
@@ -49,6 +50,7 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
     (UnknownModelError, 404),
     (UnknownRequestError, 404),
+    (UnknownPullError, 404),
     (UnknownRunError, 404),
     (UnknownKeyError, 404),
     (UnknownGpuError, 404),

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import heapq
-import json
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import StreamingResponse
 
+from manager.api.answers import json_bytes
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals, text
 from manager.api.lanes import LanesBody, lanes_values
+from manager.api.models import FitBody, LiveModelBody, MissingModelBody, PullBody, model_sections
 from manager.api.requests import RequestBody, ended_json
 from manager.api.schemas import EventBody, GpusBody, InstanceBody, event_json, gpus_body, instance_json
 from manager.domain.history import Ended, record_values
 from manager.services.live import Live, Section
 from manager.services.open_requests import open_json
 from manager.services.requests_history import MOST_RECENT
-from manager.wire.listing import Status  # noqa: TC001  (pydantic reads annotations at run time)
-from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.services.live import Frame
-    from manager.services.overview import InstanceState, ModelState, Overview
+    from manager.services.overview import InstanceState, Overview
     from manager.services.routing.attempting import Attempting
 
 _KEEP_ALIVE_S = 15.0
@@ -42,25 +40,6 @@ _STILL_HERE = b": still here\n\n"
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class LiveModelBody(_Shape):
-    """One model that some instance has. Null is what its server does not say.
-
-    `offload` is the largest share of it in a card's memory, null where no instance holds it. `error`: the
-    last request for it failed, and no instance holds it.
-    """
-
-    name: str
-    size_bytes: int | None
-    family: str | None
-    parameters: str | None
-    quantization: str | None
-    digest: str | None
-    instances: list[str]
-    loaded_on: list[str]
-    offload: float | None
-    status: Status
 
 
 class LiveBody(_Shape):
@@ -76,6 +55,9 @@ class LiveBody(_Shape):
     gpus: GpusBody | None = None
     lanes: LanesBody | None = None
     models: list[LiveModelBody] | None = None
+    missing: list[MissingModelBody] | None = None
+    fit: FitBody | None = None
+    pulls: list[PullBody] | None = None
     requests: list[RequestBody] | None = None
     problems: list[EventBody] | None = None
 
@@ -164,15 +146,8 @@ class _Encoded:
         value = frame.sections[name]
         kept = self._values.get(name)
         if kept is None or kept[0] is not value:
-            kept = self._values[name] = value, _json(value)
+            kept = self._values[name] = value, json_bytes(value)
         return kept[1]
-
-
-def _json(value: object) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:  # half a surrogate pair in a name, or an integer beyond 64 bits
-        return json.dumps(value, separators=(",", ":")).encode()
 
 
 class Sections:
@@ -187,7 +162,6 @@ class Sections:
         """Return every section as it is now."""
         backend = self._backend
         overview = backend.overviews.current()
-        statuses = backend.passing.catalogue.statuses(overview.models)
         lanes = lanes_values(backend)
         opened = heapq.nlargest(
             MOST_RECENT, (one for _, one in backend.passing.passages.open_requests), key=_began_at
@@ -201,10 +175,7 @@ class Sections:
                 (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
             ),
             "lanes": Section(_without_waits(lanes), lambda: lanes),
-            "models": Section(
-                (overview.models, statuses),
-                lambda: [_model_json(model, statuses[key]) for key, model in overview.models.items()],
-            ),
+            **model_sections(backend),
             "requests": Section(
                 ([dict(one.record.__dict__) for one in opened], ended[-1:]),
                 lambda: _requests_json(opened, ended),
@@ -249,30 +220,6 @@ def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
         [None if wait_s is None else round(now - wait_s) for wait_s in waits],
         lanes["instances"],
     )
-
-
-def _model_json(model: ModelState, status: Status) -> dict[str, object]:
-    """Return the values of a `LiveModelBody`; a server may say anything."""
-    entry = model.entry
-    details = entry.get("details")
-    details = details if isinstance(details, dict) else {}
-    size = entry.get("size")
-    return {
-        "name": name_of(entry),
-        "size_bytes": size if type(size) is int and size > 0 else None,
-        "family": _text(details.get("family")),
-        "parameters": _text(details.get("parameter_size")),
-        "quantization": _text(details.get("quantization_level")),
-        "digest": _text(entry.get("digest")),
-        "instances": model.instances,
-        "loaded_on": model.loaded_on,
-        "offload": model.offload,
-        "status": status,
-    }
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
 
 
 def _began_at(attempting: Attempting) -> float:

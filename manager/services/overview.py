@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from manager.domain.instance import Health, Phase, Target
 from manager.domain.models import model_key
 from manager.services.instances.supervisor import Supervisor
-from manager.services.models.model_lists import volume_of
+from manager.services.models.model_lists import may_write, volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -75,12 +75,26 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """A model on one volume, and the instances that see it there.
+
+    `entry` is what a server last said of it there; `may_change` is whether one of the instances can delete
+    or copy it.
+    """
+
+    volume: str
+    instances: tuple[str, ...]
+    entry: Mapping[str, Any]
+    may_change: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
     where it is not loaded. `digests` are the instances that have it by its digest there: with more than one,
-    the same name is different models.
+    the same name is different models. `places` are the volumes that it is on, in the order of the instances.
     """
 
     entry: Mapping[str, Any]
@@ -88,6 +102,7 @@ class ModelState:
     loaded_on: tuple[str, ...]
     offload: float | None
     digests: Mapping[str, tuple[str, ...]]
+    places: tuple[ModelPlace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +236,8 @@ class Overviews:
         instances = self._fleet.instances()
         lists = tuple([self._lists.entries(volume_of(one.spec)) or None for one in instances])
         held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
-        return self._models.of((lists, held), lambda: _models(lists, held))
+        volumes = tuple([(volume_of(one.spec), may_write(one.spec)) for one in instances])
+        return self._models.of((lists, held, volumes), lambda: _models(lists, held, volumes))
 
     def _state(self, instance: Instance, loading: Mapping[str, tuple[str, ...]]) -> InstanceState:
         view = instance.view()
@@ -301,15 +317,26 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     )
 
 
-def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
+def _models(
+    lists: tuple[Any, ...], held: tuple[Any, ...], volumes: tuple[tuple[str, bool], ...]
+) -> Mapping[str, ModelState]:
     entries: dict[str, Mapping[str, Any]] = {}
     having: defaultdict[str, list[str]] = defaultdict(list)
     digests: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
+    places: defaultdict[str, dict[str, ModelPlace]] = defaultdict(dict)
     loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
-    for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
+    for entries_by_key, (instance_id, in_memory), (volume, writes) in zip(lists, held, volumes, strict=True):
         for key, entry in (entries_by_key or {}).items():
             entries.setdefault(key, entry)
             having[key].append(instance_id)
+            before = places[key].get(volume)
+            places[key][volume] = (
+                ModelPlace(volume, (instance_id,), entry, writes)
+                if before is None
+                else ModelPlace(
+                    volume, (*before.instances, instance_id), before.entry, before.may_change or writes
+                )
+            )
             digest = entry.get("digest")
             if isinstance(digest, str) and digest:
                 digests[key][digest] = (*digests[key].get(digest, ()), instance_id)
@@ -323,6 +350,7 @@ def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, Model
             tuple(id_ for id_, _ in loaded[key]),
             max((share for _, share in loaded[key]), default=None),
             MappingProxyType(digests[key]),
+            tuple(places[key].values()),
         )
         for key, entry in entries.items()
     }

@@ -437,6 +437,17 @@ class RequestStore(Protocol):
         """
         ...
 
+    async def model_use(
+        self, *, since_s: int
+    ) -> tuple[list[tuple[str, int]], list[tuple[int, str, int, int, int]]]:
+        """Return the use of models by requests that went to an instance.
+
+        Returns:
+            The beginning of the last hour, or day, in which each model was used; and of each hour from
+            `since_s` on its beginning, a model, requests, input and output tokens.
+        """
+        ...
+
     async def forget_usage(self, *, now_s: int, days: int) -> None:
         """Forget what was used longer ago."""
         ...

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 COMPUTE = "/api/runtime/compute"
-SECTIONS = {"instances", "gpus", "lanes", "models", "requests", "problems"}
+SECTIONS = {"instances", "gpus", "lanes", "models", "missing", "fit", "pulls", "requests", "problems"}
 TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 WHOLE = {**TINY, "stream": False}
 CLOCKS = {"ttl_remaining_s", "last_used_at", "last_seen_at"}

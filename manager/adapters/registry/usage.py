@@ -143,6 +143,21 @@ def _read(
             yield row[: len(names)], _sums(row[len(names) :])
 
 
+_LAST_USE = """SELECT model, max(begins) FROM (
+    SELECT model, begins FROM usage_hours WHERE instance != ''
+    UNION ALL SELECT model, begins FROM usage_days WHERE instance != ''
+) WHERE model != '' GROUP BY model"""
+_LATELY = """SELECT begins, model, sum(requests), sum(input_tokens), sum(output_tokens) FROM usage_hours
+WHERE begins >= ? AND instance != '' AND model != '' GROUP BY begins, model"""
+
+
+def read_model_use(
+    connection: sqlite3.Connection, since_s: int
+) -> tuple[list[tuple[str, int]], list[tuple[int, str, int, int, int]]]:
+    """Return the last use of each model, and the use in each hour from `since_s` on."""
+    return connection.execute(_LAST_USE).fetchall(), connection.execute(_LATELY, (since_s,)).fetchall()
+
+
 def forget_usage(connection: sqlite3.Connection, *, now_s: int, days: int) -> None:
     """Forget the hours and the days that are kept no longer."""
     connection.execute("DELETE FROM usage_hours WHERE begins < ?", (now_s - HOURS_KEPT_S,))

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Failures of a server with one model. Every other reason is about the instance.
 _OF_MODELS = (Reason.UPSTREAM_ERROR, Reason.MODEL_LOAD_FAILED, Reason.ATTEMPT_TIMEOUT)
 _MAX_BROKEN = 4096
+_MOST_CHARACTERS = 1000
 
 
 class Work(NamedTuple):
@@ -25,6 +26,13 @@ class Work(NamedTuple):
     instance: str
     model: str
     loads: bool
+
+
+class ModelFailure(NamedTuple):
+    """Why the last request for a model has failed; `message` is empty where only the reason is known."""
+
+    reason: Reason
+    message: str
 
 
 class Worker(Protocol):
@@ -54,8 +62,9 @@ class ModelStatus:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._workers: set[Worker] = set()
-        self._broken: set[str] = set()
+        self._broken: dict[str, ModelFailure] = {}
         self._loads: Counter[tuple[str, str]] = Counter()
+        self.version = 0  # grows with each change of a failure
 
     def sent(self, worker: Worker) -> None:
         """A request was sent to a server."""
@@ -81,15 +90,19 @@ class ModelStatus:
         """Return the requests that servers work on."""
         return tuple(self._workers)
 
-    def failed(self, model: str, reason: Reason) -> None:
+    def failed(self, model: str, reason: Reason, message: str = "") -> None:
         """An attempt with a model has failed."""
-        if reason in _OF_MODELS and len(self._broken) < _MAX_BROKEN:
-            self._broken.add(model_key(model))
+        if reason in _OF_MODELS:
+            self._note(model, ModelFailure(reason, message[:_MOST_CHARACTERS]))
+
+    def load_failed(self, model: str, reason: Reason, message: str) -> None:
+        """A load that nobody waits for has failed, whatever the reason."""
+        self._note(model, ModelFailure(reason, message[:_MOST_CHARACTERS]))
 
     def answered(self, model: str) -> None:
         """A request for a model has ended well."""
-        if self._broken:
-            self._broken.discard(model_key(model))
+        if self._broken and self._broken.pop(model_key(model), None) is not None:
+            self.version += 1
 
     def at_work(self) -> Mapping[str, Literal["in_use", "loading"]]:
         """Return what requests that are under way do with models, by their keys.
@@ -121,6 +134,16 @@ class ModelStatus:
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""
         return "error" if key in self._broken else "not_loaded"
+
+    def failure(self, key: str) -> ModelFailure | None:
+        """Return why the last request for a model has failed; None where it has not."""
+        return self._broken.get(key)
+
+    def _note(self, model: str, failure: ModelFailure) -> None:
+        key = model_key(model)
+        if key in self._broken or len(self._broken) < _MAX_BROKEN:
+            self._broken[key] = failure
+            self.version += 1
 
     def _is_loaded(self, instance: str, key: str) -> bool:
         return any(model_key(model.name) == key for model in self._fleet.get(instance).models)

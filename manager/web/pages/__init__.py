@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from manager.web.pages.instances import INSTANCES
+from manager.web.pages.models import MODELS
 from manager.web.pages.overview import OVERVIEW
 
-PAGES = (OVERVIEW, INSTANCES)
+PAGES = (OVERVIEW, INSTANCES, MODELS,)

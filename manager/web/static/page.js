@@ -53,8 +53,9 @@
 
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
     const { request } = ctx;
-    if (!request.action.startsWith(API) || request.method === "GET" || request.method === "DELETE") return;
-    const form = ctx.sourceElement.closest("form[data-api]");
+    if (!request.action.startsWith(API) || request.method === "GET") return;
+    // A DELETE has the body of `data-body` alone.
+    const form = request.method === "DELETE" ? null : ctx.sourceElement.closest("form[data-api]");
     const body = form ? jsonOf(form) : JSON.parse(ctx.sourceElement.dataset.body ?? "null");
     request.body = body === null ? null : JSON.stringify(body);
     if (body !== null) request.headers["Content-Type"] = "application/json";
@@ -87,7 +88,7 @@
 
   // An error stands at its field where the form has one of that name, and in a message otherwise.
   function showProblem(source, error, status) {
-    const message = error?.message ?? `${toasts().dataset.failed} (${status})`;
+    const message = typeof error === "string" ? error : error?.message ?? `${toasts().dataset.failed} (${status})`;
     const form = source.closest("form[data-api]");
     const field = error?.field ?? /^([\w.-]+): /.exec(message)?.[1];
     const control = form && field ? [...form.elements].find((one) => one.name && field.endsWith(one.name)) : null;
