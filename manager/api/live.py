@@ -192,7 +192,8 @@ def sections(backend: Backend) -> Mapping[str, Section]:
         "gpus": Section(
             (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
         ),
-        "lanes": Section(_without_waits(lanes), lambda: lanes),
+        # Roles are lanes: a change of their settings is one of this section.
+        "lanes": Section((_without_waits(lanes), _settings_state(backend)), lambda: lanes),
         "models": Section(
             (overview.models, statuses),
             lambda: [_model_json(model, statuses[key]) for key, model in overview.models.items()],
@@ -219,6 +220,11 @@ def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
         [None if wait_s is None else round(now - wait_s) for wait_s in waits],
         lanes["instances"],
     )
+
+
+def _settings_state(backend: Backend) -> object:
+    """Return what differs after each change of the settings of roles, and of the rollout."""
+    return backend.model_settings.version, backend.rollout.values
 
 
 def _model_json(model: ModelState, status: Status) -> dict[str, object]:

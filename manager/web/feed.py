@@ -9,6 +9,7 @@ from manager.web.ends import Ends
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from manager.api.backend import Backend
     from manager.services.live import Frame
     from manager.web.page import Fragment, Page
     from manager.web.rendering import Renderer
@@ -28,8 +29,9 @@ class Rendered(NamedTuple):
 class Feed:
     """The fragments of one page for one kind of viewer. Renders what has changed since the last frame."""
 
-    def __init__(self, page: Page, viewer: Viewer, renderer: Renderer) -> None:
+    def __init__(self, page: Page, viewer: Viewer, renderer: Renderer, backend: Backend) -> None:
         self._page = page
+        self._backend = backend
         self._viewer = viewer
         self._renderer = renderer
         self._ends = Ends()
@@ -50,7 +52,9 @@ class Feed:
             return {}
         wanted = (frame.revision, int(now // CLOCKS_S))
         if wanted != self._rendered_for:
-            sources = self._page.fragments(self._ends.without_clocks(frame.sections, now), self._viewer)
+            facts = self._page.facts(self._backend) if self._page.facts is not None else {}
+            sections = {**self._ends.without_clocks(frame.sections, now), **facts}
+            sources = self._page.fragments(sections, self._viewer)
             self._rendered = {id_: self._render(id_, fragment) for id_, fragment in sources.items()}
             self._sources, self._rendered_for = sources, wanted
         return self._rendered
@@ -70,8 +74,9 @@ class Feed:
 class Feeds:
     """Owns the feeds: one for each page and kind of viewer, so that their number is bounded."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, backend: Backend) -> None:
         self._renderer = renderer
+        self._backend = backend
         self._feeds: dict[tuple[str, Any], Feed] = {}
 
     def of(self, page: Page, viewer: Viewer) -> Feed:
@@ -79,7 +84,7 @@ class Feeds:
         key = (page.name, viewer.kind)
         if key not in self._feeds:
             # No name: what one key sees is rendered for all keys of its kind.
-            self._feeds[key] = Feed(page, viewer._replace(name=None), self._renderer)
+            self._feeds[key] = Feed(page, viewer._replace(name=None), self._renderer, self._backend)
         return self._feeds[key]
 
 

@@ -49,6 +49,8 @@ class Page:
         scope: a key needs it to see the page; None: any key.
         fragments: returns the live parts from the sections of the live channel, by the id of their element,
             in their order. The same sections and viewer give the same fragments. None: nothing is live.
+        facts: returns what `fragments` needs beside the sections of the live channel, as further sections.
+            They are read with each change of a section, and every few seconds.
         context: returns what the template shows besides.
     """
 
@@ -56,4 +58,5 @@ class Page:
     path: str
     scope: str | None = "read"
     fragments: Callable[[Sections, Viewer], Mapping[str, Fragment]] | None = None
+    facts: Callable[[Backend], Sections] | None = None
     context: Callable[[Backend, Viewer, Request], Awaitable[Mapping[str, Any]]] = field(default=_nothing)

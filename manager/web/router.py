@@ -42,7 +42,7 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 def pages_router(backend: Backend, live: Live) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     renderer = Renderer()
-    feeds = Feeds(renderer)
+    feeds = Feeds(renderer, backend)
     by_name = {page.name: page for page in PAGES}
 
     @router.get("/ui/live")
