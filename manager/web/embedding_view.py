@@ -25,7 +25,8 @@ _GONE = ("unavailable", "failed")
 def embedding_facts(backend: Backend) -> Mapping[str, Any]:
     """Return what the live sections do not say of the role `embedding`: plain values.
 
-    `dimensions` is what vectors have, None where no server has said it; `is_unread` says that asking may help.
+    `dimensions` is the length of vectors, None where no server has said it; `is_unread` says that asking may
+    help.
     """
     routing = backend.model_settings.routing
     role = routing.roles[_ROLE]

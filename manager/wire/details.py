@@ -1,4 +1,4 @@
-"""A model's context length, the length of its vectors and what it can do, out of `/api/show`, beside what a list says of it."""
+"""A model's context length, length of vectors and capabilities, out of `/api/show`, beside a list's entry."""
 
 from __future__ import annotations
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.api.model_settings import effective_values, settings_values
 from manager.api.routing import routing_values
-from manager.domain.rollout import Stage
 from manager.domain.roles import Policy, RequestKind
+from manager.domain.rollout import Stage
 from manager.settings.overrides import DEFAULTS, setting_key, split_key
 from manager.web.embedding_view import embedding_facts, embedding_fragment, health_fragment
-from manager.web.page import Fragment, Page, element_id
+from manager.web.page import Facts, Fragment, Page, element_id
 from manager.web.settings_view import OVERRIDE, flat, setting_view, taken_back
 from manager.web.texts import read_texts
 
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.web.page import Sections
-    from manager.web.settings_view import SettingView
     from manager.web.viewer import Viewer
 
 EMBEDDING = "embedding"
@@ -87,12 +86,15 @@ GROUPS: Mapping[str, tuple[Control, ...]] = {
 # --- What changes live -------------------------------------------------------------------------------------
 
 
-def _facts(backend: Backend) -> Sections:
-    return {
-        "routing": routing_values(backend)["roles"],
-        "settings": sha256(flat(_compared(backend)).encode()).hexdigest()[:12],
-        "embedding": embedding_facts(backend),
-    }
+def _facts(backend: Backend) -> Facts:
+    def build() -> Sections:
+        return {
+            "routing": routing_values(backend)["roles"],
+            "settings": sha256(flat(_compared(backend)).encode()).hexdigest()[:12],
+            "embedding": embedding_facts(backend),
+        }
+
+    return Facts((backend.model_settings.version, backend.rollout.values), build)
 
 
 def _compared(backend: Backend) -> dict[str, Any]:
@@ -110,7 +112,7 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
         **{
             element_id("now", name): Fragment(
                 "roles/now.html",
-                {"name": name, "now": now, "lane": _lane(lanes.get(name)), "device": _device(devices, now)}
+                {"name": name, "now": now, "lane": _lane(lanes.get(name)), "device": _device(devices, now)},
             )
             for name, now in sections["routing"].items()
         },
@@ -174,10 +176,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
 def _role(backend: Backend, name: str, warnings: Mapping[str, str], texts: Any) -> Mapping[str, Any]:
     found, written = backend.model_settings.values[name], backend.model_settings.written.get(name)
     below = DEFAULTS if written is None else written
-    views = {
-        key: setting_view(("roles", name), key, one, below[key], texts)
-        for key, one in found.items()
-    }
+    views = {key: setting_view(("roles", name), key, one, below[key], texts) for key, one in found.items()}
     return {
         "name": name,
         "id": element_id("role", name),

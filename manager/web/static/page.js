@@ -54,7 +54,8 @@
     const { request } = ctx;
     if (!request.action.startsWith(API) || request.method === "GET" || request.method === "DELETE") return;
     const form = ctx.sourceElement.closest("form[data-api]");
-    const body = form ? jsonOf(form) : JSON.parse(ctx.sourceElement.dataset.body ?? "null");
+    const said = ctx.sourceElement.dataset.body; // a button in a form may have its own
+    const body = form && said === undefined ? jsonOf(form) : JSON.parse(said ?? "null");
     request.body = body === null ? null : JSON.stringify(body);
     if (body !== null) request.headers["Content-Type"] = "application/json";
     if (form) clearProblems(form);
@@ -91,12 +92,12 @@
     const field = error?.field ?? /^([\w.-]+): /.exec(message)?.[1];
     const told = error?.details?.fields ?? (field ? [{ field, message }] : []);
     const problems = told.map((one) => ({ ...one, control: form && controlOf(form, one.field) }));
-    const first = problems.find((one) => one.control);
+    const first = form && [...form.elements].find((one) => problems.some(({ control }) => control === one));
     for (const { control, message: words } of problems.filter((one) => one.control)) {
       problemOf(control).textContent = words;
       control.setAttribute("aria-invalid", "true");
     }
-    first?.control.focus();
+    first?.focus();
     if (first && problems.every((one) => one.control)) return;
     const rest = first ? problems.filter((one) => !one.control).map((one) => `${one.field}: ${one.message}`).join("; ") : message;
     const general = form?.querySelector("[data-problem]");
