@@ -174,7 +174,8 @@ class Sections:
             "gpus": Section(
                 (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
             ),
-            "lanes": Section(_without_waits(lanes), lambda: lanes),
+            # Roles are lanes: a change of their settings is one of this section.
+            "lanes": Section((_without_waits(lanes), _settings_state(backend)), lambda: lanes),
             **model_sections(backend),
             "requests": Section(
                 ([dict(one.record.__dict__) for one in opened], ended[-1:]),
@@ -220,6 +221,11 @@ def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
         [None if wait_s is None else round(now - wait_s) for wait_s in waits],
         lanes["instances"],
     )
+
+
+def _settings_state(backend: Backend) -> object:
+    """Return what differs after each change of the settings of roles, and of the rollout."""
+    return backend.model_settings.version, backend.rollout.values
 
 
 def _began_at(attempting: Attempting) -> float:

@@ -12,6 +12,7 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from manager.errors import InvalidRequestError
 from manager.web.feed import CLOCKS_S, Feeds, changes
+from manager.web.page import NO_FACTS
 from manager.web.pages import PAGES
 from manager.web.rendering import Renderer
 from manager.web.static import PREFIX, static_files
@@ -42,7 +43,7 @@ _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 def pages_router(backend: Backend, live: Live) -> APIRouter:
     router = APIRouter(include_in_schema=False)
     renderer = Renderer()
-    feeds = Feeds(renderer)
+    feeds = Feeds(renderer, lambda page: NO_FACTS if page.facts is None else page.facts(backend))
     by_name = {page.name: page for page in PAGES}
 
     @router.get("/ui/live")

@@ -68,6 +68,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/live", _READ),
     ("GET", "/ui/instances", _READ),
     ("GET", "/ui/models", _READ),
+    ("GET", "/ui/roles", _READ),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

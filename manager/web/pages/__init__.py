@@ -5,5 +5,6 @@ from __future__ import annotations
 from manager.web.pages.instances import INSTANCES
 from manager.web.pages.models import MODELS
 from manager.web.pages.overview import OVERVIEW
+from manager.web.pages.roles import ROLES
 
-PAGES = (OVERVIEW, INSTANCES, MODELS,)
+PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES)
