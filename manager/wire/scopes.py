@@ -66,6 +66,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     # Pages: each shows what the key of its viewer may see (`web.page.Page.scope`).
     ("GET", "/ui", _ANY),
     ("GET", "/ui/live", _READ),
+    ("GET", "/ui/requests", _READ),
+    # What the key may see of them: all, its own, or the schedules alone.
+    ("GET", "/ui/runs", _ANY),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

@@ -3,5 +3,7 @@
 from __future__ import annotations
 
 from manager.web.pages.overview import OVERVIEW
+from manager.web.pages.requests import REQUESTS
+from manager.web.pages.runs import RUNS
 
-PAGES = (OVERVIEW,)
+PAGES = (OVERVIEW, REQUESTS, RUNS)

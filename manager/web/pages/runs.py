@@ -1,0 +1,2 @@
+from manager.web.page import Page
+RUNS = Page("runs", "/ui/runs", scope=None)
