@@ -77,6 +77,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COMPUTE}/events", _READ),
     ("GET", f"{_COMPUTE}/live", _READ),
     ("GET", f"{_COMPUTE}/lanes", _READ),
+    ("GET", f"{_COMPUTE}/schedules", _READ),
     ("GET", f"{_COMPUTE}/routing", _READ),
     ("POST", f"{_COMPUTE}/routing/explain", _READ),
     ("GET", f"{_COMPUTE}/explain", _READ),

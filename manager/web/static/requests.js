@@ -108,12 +108,15 @@
     const list = history();
     if (!list?.dataset.query) return;
     const wanted = new URLSearchParams(list.dataset.query);
-    for (const row of document.querySelectorAll("#requests-open tbody > tr")) {
+    const rows = [...document.querySelectorAll("#requests-open tbody > tr")];
+    for (const row of rows) {
       row.hidden = ["project", "role", "model", "instance", "key"].some((name) => {
         const plain = same[name] ?? ((one) => one);
         return wanted.has(name) && plain(row.dataset[name]) !== plain(wanted.get(name));
       });
     }
+    const none = document.querySelector("#requests-open [data-no-match]");
+    if (none) none.hidden = rows.some((row) => !row.hidden);
   }
 
   // --- Times ---------------------------------------------------------------------------------------------------
