@@ -77,6 +77,7 @@ class RequestBody(_Shape):
     stream: bool
     queue_ms: float
     start_ms: float | None
+    load_ms: float | None
     ttfb_ms: float | None
     duration_ms: float
     input_tokens: int | None

@@ -22,6 +22,7 @@ _FILTERS = {
     "count": words.count,
     "usd": words.usd,
     "percent": words.percent,
+    "rate": words.rate,
 }
 
 

@@ -69,7 +69,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "answers": record["ttfb_ms"] is not None,
         "queue_ms": record["queue_ms"],
         "start_ms": record["start_ms"],
-        "load_ms": record.get("load_ms"),
+        "load_ms": record["load_ms"],
         "first_ms": record["ttfb_ms"],
         "took_ms": None if is_open else record["duration_ms"],
         "input_tokens": record["input_tokens"],
@@ -127,7 +127,7 @@ def stages(record: Mapping[str, Any]) -> list[Stage]:
     if first_ms is None:
         add("silence", whole_ms - at_ms)
         return found
-    add("load", min(record.get("load_ms") or 0.0, max(0.0, first_ms - at_ms)))
+    add("load", min(record["load_ms"] or 0.0, max(0.0, first_ms - at_ms)))
     add("first", first_ms - at_ms)
     add("stream", whole_ms - at_ms)
     return found

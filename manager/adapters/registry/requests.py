@@ -111,13 +111,14 @@ class SqlRequests:
         def work() -> StoredPage:
             connection = self._own.open()
             last = connection.execute(_LAST_ID).fetchone()[0] or 0
-            ids = [row[0] for row in connection.execute(found, [*values, limit])]
+            ids = [row[0] for row in connection.execute(found, [*values, limit + 1])]
+            ids, is_more = ids[:limit], len(ids) > limit
             cursor = last if after is None or len(ids) < limit else ids[-1]
             if after is not None:
                 ids.reverse()
             rows = [connection.execute(_RECORD, (id_,)).fetchone() for id_ in ids]
             items = [(row[0], orjson.loads(row[1])) for row in rows]
-            older = ids[-1] if after is None and len(ids) == limit else None
+            older = ids[-1] if after is None and is_more else None
             return StoredPage(items, max(cursor, after or 0), older)
 
         return await self._own.call(work, doing="read")
