@@ -68,6 +68,10 @@ mutants: setup ## Break random places in domain/ and services/; print those that
 bench: setup ## Measure, and print a table.
 	@exec $(BIN)/python -m tests.bench $(ARGS)
 
+.PHONY: screenshots
+screenshots: setup ## Take pictures of every page into docs/images.
+	@exec $(BIN)/python -m tests.tools.screenshots $(ARGS)
+
 .PHONY: image
 image: setup ## Build the daemon's own container image (compose/README.md).
 	@exec $(BIN)/python compose/build.py $(ARGS)

@@ -134,7 +134,7 @@ async def test_a_server_that_does_not_read_holds_the_upload_up(tmp_path: Path) -
         while before != sent or not server.seen:
             before = sent
             await asyncio.wait({sending}, timeout=0.3)
-        assert sent < 24 * MIB, "no more than what the sockets on the way hold"
+        assert sent < 40 * MIB, "no more than what the sockets and readers on the way hold"
         go.set()
         await sending
         assert (await caller.reply()).status == 201

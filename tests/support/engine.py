@@ -174,7 +174,11 @@ class PrivateEngine:
 
     def pause(self) -> None:
         """Stop the engine in its tracks: connections are accepted and nothing answers."""
-        self._running().send_signal(signal.SIGSTOP)
+        process = self._running()
+        process.send_signal(signal.SIGSTOP)
+        # On a busy machine a thread may still run for a while.
+        while not all(_is_stopped(task) for task in Path(f"/proc/{process.pid}/task").iterdir()):
+            time.sleep(0.005)
 
     def resume(self) -> None:
         self._running().send_signal(signal.SIGCONT)
@@ -359,6 +363,13 @@ class NestedEngine:
 
     def close(self) -> None:
         self._clients.close()
+
+
+def _is_stopped(task: Path) -> bool:
+    """Return whether a thread is stopped, or has ended; the state follows the name in parentheses."""
+    with suppress(OSError):
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] in "Tt"
+    return True
 
 
 @contextmanager

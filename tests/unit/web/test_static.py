@@ -1,0 +1,44 @@
+"""What a browser loads: its weight, its licences, and that it is there."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import pytest
+
+from manager.web.pages import PAGES
+from manager.web.rendering import Renderer
+from manager.web.static import static_files, static_url
+from manager.web.texts import read_texts
+
+
+def test_all_files_together_are_light() -> None:
+    assert sum(len(one.content) for one in static_files().values()) <= 250_000
+
+
+def test_files_of_other_people_come_with_their_licences() -> None:
+    vendored = files("manager.web") / "static" / "vendor"
+    names = [entry.name for entry in vendored.iterdir()]
+    for name in names:
+        project = name.split("-", maxsplit=1)[0].removeprefix("hx").lower() or "htmx"
+        licences = [one for one in names if one.endswith(".LICENSE") and one.lower().startswith(project)]
+        assert licences, name
+
+
+def test_a_file_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(LookupError, match=r"nothing\.css"):
+        static_url("nothing.css")
+
+
+async def test_every_template_compiles() -> None:
+    await Renderer().prepare()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_page_has_a_title(page: object) -> None:
+    assert read_texts()[page.name].title  # type: ignore[attr-defined]
+
+
+def test_a_text_that_is_not_there_is_an_error() -> None:
+    with pytest.raises(AttributeError, match=r"no text overview\.nothing"):
+        _ = read_texts().overview.nothing
