@@ -27,6 +27,7 @@ from manager.api.requests import requests_router
 from manager.api.routing import routing_router
 from manager.api.runs import PATH as RUNS
 from manager.api.runs import most_body_bytes, runs_router
+from manager.api.schedules import schedules_router
 from manager.api.service import service_router
 from manager.api.sign_in import sign_in_router
 from manager.api.usage import usage_router
@@ -67,6 +68,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         routing_router(backend),
         requests_router(backend),
         lanes_router(backend),
+        schedules_router(backend),
         live_router(live),
         model_settings_router(backend),
         runs_router(backend),

@@ -12,6 +12,7 @@ from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
+from manager.cli.schedules import schedules_command
 from manager.cli.top import top_command
 from manager.cli.usage import usage_command
 
@@ -23,6 +24,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    schedules_command,
     rollout_group,
     keys_group,
     budgets_command,

@@ -62,6 +62,13 @@ def count(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
+def rate(value: float | None) -> str:
+    """Return a number each second: with a decimal below a hundred."""
+    if value is None or value >= _LARGE:
+        return count(value)
+    return f"{value:.1f}"
+
+
 def usd(value: float | None) -> str:
     """Return US dollars: cents from ten cents on, up to six decimals below."""
     if value is None:

@@ -69,6 +69,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/instances", _READ),
     ("GET", "/ui/models", _READ),
     ("GET", "/ui/roles", _READ),
+    ("GET", "/ui/requests", _READ),
+    # What the key may see of them: all, its own, or the schedules alone.
+    ("GET", "/ui/runs", _ANY),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),
@@ -79,6 +82,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COMPUTE}/live", _READ),
     ("GET", f"{_COMPUTE}/models", _READ),
     ("GET", f"{_COMPUTE}/lanes", _READ),
+    ("GET", f"{_COMPUTE}/schedules", _READ),
     ("GET", f"{_COMPUTE}/routing", _READ),
     ("POST", f"{_COMPUTE}/routing/explain", _READ),
     ("GET", f"{_COMPUTE}/explain", _READ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from manager.web.pages.instances import INSTANCES
 from manager.web.pages.models import MODELS
 from manager.web.pages.overview import OVERVIEW
+from manager.web.pages.requests import REQUESTS
 from manager.web.pages.roles import ROLES
+from manager.web.pages.runs import RUNS
 
-PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES)
+PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES, REQUESTS, RUNS)
