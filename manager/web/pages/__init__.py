@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from manager.web.pages.overview import OVERVIEW
+from manager.web.pages.usage import USAGE
 
-PAGES = (OVERVIEW,)
+PAGES = (OVERVIEW, USAGE)
