@@ -6,32 +6,38 @@
 
   // --- Requests to the control API -----------------------------------------------------------------------------
 
-  // A control's value as JSON has it. `data-json` names the type: number, list (lines or commas), json; an empty
-  // value is null, or left out with `data-empty="omit"`.
+  // A control's value as JSON has it. `data-json` names the type: number (times `data-factor`), list (lines or commas),
+  // json; an empty value is null, or left out with `data-empty="omit"`.
   function valueOf(control) {
     if (control.type === "checkbox") return control.checked;
     const text = control.value.trim();
-    if (control.dataset.json === "list") return text ? text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean) : [];
+    const isList = control.dataset.json === "list";
+    if (isList && text) return text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean);
+    if (isList && control.dataset.empty !== "omit") return [];
     if (text === "") return control.dataset.empty === "omit" ? undefined : null;
-    if (control.dataset.json === "number") return Number.isNaN(Number(text)) ? text : Number(text);
+    if (control.dataset.json === "number") return Number.isNaN(Number(text)) ? text : Number(text) * Number(control.dataset.factor ?? 1);
     if (control.dataset.json === "json") return JSON.parse(text);
     return control.dataset.json === "raw" ? control.value : text;
   }
 
   // The JSON object of a form. A name with dots is a path into it; only changed controls count with `data-changed`.
+  // Boxes of one name with `data-json="list"` are the list of those that are checked, left out where none is.
   function jsonOf(form) {
     const body = {};
     for (const control of form.elements) {
       if (!control.name || control.disabled || control.type === "submit") continue;
       if (control.type === "radio" && !control.checked) continue;
       if (form.hasAttribute("data-changed") && !isChanged(control)) continue;
-      const value = valueOf(control);
+      const isEntry = control.type === "checkbox" && control.dataset.json === "list";
+      if (isEntry && !control.checked) continue;
+      const value = isEntry ? control.value : valueOf(control);
       if (value === undefined) continue;
       const path = control.name.split(".");
       const last = path.pop();
       let place = body;
       for (const part of path) place = place[part] ??= {};
-      place[last] = value;
+      if (isEntry) (place[last] ??= []).push(value);
+      else place[last] = value;
     }
     return body;
   }
@@ -81,7 +87,7 @@
     const message = error?.message ?? `${toasts().dataset.failed} (${status})`;
     const form = source.closest("form[data-api]");
     const field = error?.field ?? /^([\w.-]+): /.exec(message)?.[1];
-    const control = form && field ? [...form.elements].find((one) => one.name && field.endsWith(one.name)) : null;
+    const control = form && field ? [...form.elements].find((one) => one.name && `.${field}.`.includes(`.${one.name}.`)) : null;
     const place = control ? document.getElementById(control.getAttribute("aria-describedby")?.split(" ").pop()) : null;
     const general = form?.querySelector("[data-problem]");
     if (place) {
