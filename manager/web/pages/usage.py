@@ -154,9 +154,13 @@ def _breaker(instance: Mapping[str, Any]) -> dict[str, Any]:
         "word": state.word,
         "failures": breaker["failures"],
         "reason": breaker["reason"],
-        "retry_at": breaker["retry_at"].timestamp() if breaker["state"] == "open" else None,
+        "retry_at": _seconds(breaker["retry_at"]) if breaker["state"] == "open" else None,
         "may_reset": breaker["state"] != "closed" or breaker["failures"] > 0,
     }
+
+
+def _seconds(time: str | None) -> float | None:
+    return None if time is None else datetime.fromisoformat(time).timestamp()
 
 
 USAGE = Page("usage", "/ui/usage", fragments=_fragments, context=_context)
