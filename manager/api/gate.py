@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from manager.api.answers import answer_error
 from manager.api.errors import error_response
 from manager.api.granted import CUT, grant_of, keep_grant
-from manager.api.sign_in import leads_to_sign_in, sign_in_page
+from manager.api.sign_in import is_for_page, refused_page, sign_in_page
 from manager.wire.access import ambiguous, for_pages, permission
 from manager.wire.head import ambiguity
 from manager.wire.keys import without_path_key
@@ -138,8 +138,11 @@ class Gate:
 
 
 def _refusal_answer(refusal: Refusal, scope: Scope) -> Response:
-    if refusal.status == _UNAUTHORIZED and leads_to_sign_in(scope["method"], scope["path"], scope["headers"]):
-        return sign_in_page(scope["path"])
+    if is_for_page(scope["method"], scope["path"], scope["headers"]):
+        if refusal.status == _UNAUTHORIZED:
+            return sign_in_page(scope["path"])
+        if refusal.reason == "scope_missing":
+            return refused_page(scope["path"], refusal.message)
     return error_response(refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from html import escape
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import RedirectResponse
@@ -29,6 +29,7 @@ _HOME = "/ui"
 _PAGES = re.compile(r"/(?:docs|ui(?:/[\w./-]*)?)", re.ASCII)
 _SEE_OTHER = 303
 _UNAUTHORIZED = 401
+_FORBIDDEN = 403
 _WRONG = "This key is wrong, revoked or expired."
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -56,6 +57,26 @@ p {{ min-height: 1.5em; color: #b00020 }}
 <button type="submit">Sign in</button>
 </form>
 <p role="alert">{problem}</p>
+</body>
+</html>
+"""
+_REFUSED = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Not with this key: Ollama Endpoint Manager</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 32rem; padding: 0 1rem }}
+p {{ overflow-wrap: anywhere }}
+</style>
+</head>
+<body>
+<h1>Not with this key</h1>
+<p>{message}.</p>
+<p><a href="{home}">To the pages that this key opens</a></p>
+<p><a href="{path}?next={next}">Sign in with another key</a></p>
 </body>
 </html>
 """
@@ -95,8 +116,8 @@ def sign_in_router(keyring: Keyring) -> APIRouter:
     return router
 
 
-def leads_to_sign_in(method: str, path: str, headers: Iterable[Header]) -> bool:
-    """Return whether a request without a key is one of a browser for a page of the daemon."""
+def is_for_page(method: str, path: str, headers: Iterable[Header]) -> bool:
+    """Return whether a request is one of a browser for a page of the daemon."""
     accepted = next((value for name, value in headers if name == b"accept"), b"")
     return method == "GET" and b"text/html" in accepted.lower() and _PAGES.fullmatch(path) is not None
 
@@ -105,6 +126,12 @@ def sign_in_page(after: str, *, problem: str = "", status: int = _UNAUTHORIZED) 
     """Return the form; `after` is the page that follows, `problem` why the last key opened nothing."""
     page = _PAGE.format(path=PATH, next=escape(after), problem=escape(problem))
     return Response(page, status, _HEADERS, "text/html; charset=utf-8")
+
+
+def refused_page(path: str, message: str) -> Response:
+    """Return what a browser shows where a key does not open the page at `path`."""
+    page = _REFUSED.format(message=escape(message), home=_HOME, path=PATH, next=quote(path))
+    return Response(page, _FORBIDDEN, _HEADERS, "text/html; charset=utf-8")
 
 
 def _after(wanted: Iterable[str]) -> str:

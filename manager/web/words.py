@@ -84,8 +84,10 @@ def unix_s(time: str | None) -> float | None:
 
 
 def percent(share: float | None) -> str:
-    """Return a share of 1 in percent; a tenth is shown below 10 %."""
+    """Return a share of 1 in percent; a tenth is shown below 10 %, and what is less than that is not zero."""
     if share is None:
         return UNKNOWN
     value = share * 100
+    if 0 < value < 0.05:  # noqa: PLR2004  (it would be rounded to zero)
+        return "< 0.1 %"
     return f"{value:.1f} %" if 0 < value < 9.95 else f"{value:.0f} %"  # noqa: PLR2004  (9.95 rounds to 10)

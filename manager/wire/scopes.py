@@ -72,6 +72,8 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/requests", _READ),
     # What the key may see of them: all, its own, or the schedules alone.
     ("GET", "/ui/runs", _ANY),
+    ("GET", "/ui/usage", _READ),
+    ("GET", "/ui/keys", _ADMIN),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

@@ -6,16 +6,16 @@
 
   // --- Requests to the control API -----------------------------------------------------------------------------
 
-  // A control's value as JSON has it. `data-json` names the type: number, list or numbers (lines or commas), json,
-  // duration (`90s`, `30m`: seconds), from-now (seconds: the moment then). An empty value is null, that of a list is
-  // empty. `data-empty`: it is left out (omit), or null (null).
+  // A control's value as JSON has it. `data-json` names the type: number (times `data-factor`), list or numbers (lines
+  // or commas), json, duration (`90s`, `30m`: seconds), from-now (seconds: the moment then). An empty value is null,
+  // that of a list is empty. `data-empty`: it is left out (omit), or null (null).
   function valueOf(control) {
     if (control.type === "checkbox") return control.checked;
     const text = control.value.trim();
     const { json, empty } = control.dataset;
     if (text === "" && (empty || !LISTS[json])) return empty === "omit" ? undefined : null;
     if (LISTS[json]) return text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean).map(LISTS[json]);
-    if (json === "number") return numberOf(text);
+    if (json === "number") return numberOf(text, Number(control.dataset.factor ?? 1));
     if (json === "duration") return secondsOf(text) ?? text;
     if (json === "from-now") return new Date((Date.now() / 1000 + ahead + Number(text)) * 1000).toISOString();
     if (json === "json") return jsonValue(text);
@@ -29,12 +29,13 @@
   }
 
   // What is no number or no JSON is sent as text: the API says what is wrong with it.
-  const numberOf = (text) => (Number.isNaN(Number(text)) ? text : Number(text));
+  const numberOf = (text, factor = 1) => (Number.isNaN(Number(text)) ? text : Number(text) * factor);
   const jsonValue = (text) => parsed(text) ?? (text === "null" ? null : text);
-  const LISTS = { list: (one) => one, numbers: numberOf };
+  const LISTS = { list: (one) => one, numbers: (one) => numberOf(one) };
 
   // The JSON object of a form. A name with dots is a path into it, below the list of keys in `data-under`; only
-  // changed controls count with `data-changed`.
+  // changed controls count with `data-changed`. Boxes of one name with `data-json="list"` are the list of those that
+  // are checked, left out where none is.
   function jsonOf(form) {
     const body = {};
     const inner = JSON.parse(form.dataset.under ?? "[]").reduce((place, key) => (place[key] = {}), body);
@@ -42,13 +43,16 @@
       if (!control.name || control.disabled || control.type === "submit") continue;
       if (control.type === "radio" && !control.checked) continue;
       if (form.hasAttribute("data-changed") && !isChanged(control)) continue;
-      const value = valueOf(control);
+      const isEntry = control.type === "checkbox" && control.dataset.json === "list";
+      if (isEntry && !control.checked) continue;
+      const value = isEntry ? control.value : valueOf(control);
       if (value === undefined) continue;
       const path = control.name.split(".");
       const last = path.pop();
       let place = inner;
       for (const part of path) place = place[part] ??= {};
-      place[last] = value;
+      if (isEntry) (place[last] ??= []).push(value);
+      else place[last] = value;
     }
     return body;
   }
