@@ -66,6 +66,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     # Pages: each shows what the key of its viewer may see (`web.page.Page.scope`).
     ("GET", "/ui", _ANY),
     ("GET", "/ui/live", _READ),
+    ("GET", "/ui/try", _CLIENT),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from manager.web.pages.overview import OVERVIEW
+from manager.web.pages.try_it import TRY
 
-PAGES = (OVERVIEW,)
+PAGES = (OVERVIEW, TRY)
