@@ -32,6 +32,9 @@ class Texts:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
     def plain(self) -> dict[str, Any]:
         """Return the texts as plain values, for a script."""
         return {

@@ -376,11 +376,7 @@
     const words = error instanceof Refused ? error.message : error instanceof TypeError ? t.unreachable : error.message;
     const nodes = [String(words)];
     if (error.id) nodes.push(` (${error.id})`);
-    if (error.status === 401) {
-      const link = make("a", t.signed_out);
-      link.href = `/sign-in?next=${encodeURIComponent(location.pathname + location.search)}`;
-      nodes.push(" ", link);
-    }
+    if (error.status === 401) page.signedOut();
     return nodes;
   }
 
