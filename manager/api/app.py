@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
     from manager.api.backend import Backend
+    from manager.api.doors import Doors
     from manager.services.live import Live
     from manager.wire.access import Access
 
@@ -46,7 +47,7 @@ _SECURITY_SCHEMES = {
 }
 
 
-def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRouter) -> FastAPI:
+def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRouter, doors: Doors) -> FastAPI:
     # Its pages load nothing from elsewhere: /docs is there without a network too.
     app = FastAPIOffline(
         title="Ollama Endpoint Manager",
@@ -73,7 +74,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         model_settings_router(backend),
         runs_router(backend),
         keys_router(backend, open_requests.cut),
-        sign_in_router(backend.keyring),
+        sign_in_router(backend.keyring, doors, backend.refusals.refused),
         budgets_router(backend),
         usage_router(backend),
         health_router(backend),
@@ -90,6 +91,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         refused=backend.refusals.refused,
         used=backend.keyring.used,
         open_requests=open_requests,
+        doors=doors,
         larger={RUNS: lambda: most_body_bytes(backend)},
     )
     return app

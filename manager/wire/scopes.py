@@ -74,6 +74,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/runs", _ANY),
     ("GET", "/ui/usage", _READ),
     ("GET", "/ui/keys", _ADMIN),
+    ("GET", "/ui/try", _CLIENT),
     ("GET", f"{_COMPUTE}/instances", _READ),
     ("GET", _INSTANCE, _READ),
     ("GET", f"{_INSTANCE}/logs", _READ),

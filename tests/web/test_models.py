@@ -15,7 +15,7 @@ from playwright.sync_api import expect
 
 from tests.support.daemon import wait_for
 from tests.support.fixtures import making_daemons, new_manager_id
-from tests.support.gateway import NO_ENGINE, gateway_over
+from tests.support.gateway import gateway_over
 from tests.support.keyed import keyed_gateway
 from tests.support.ollama import set_knobs
 
@@ -107,9 +107,7 @@ def begin_pull(visitor: Visit, name: str) -> None:
 # --- pulls ---
 
 
-def test_a_pull_shows_its_progress_survives_a_reload_and_is_cancelled(
-    daemon: Daemon, visitor: Visit
-) -> None:
+def test_a_pull_shows_its_progress_survives_a_reload_and_is_cancelled(daemon: Daemon, visitor: Visit) -> None:
     knobs(daemon, pull_s=40)
     begin_pull(visitor, "slow:1b")
     pulls = visitor.page.get_by_role("region", name="Pulls")
@@ -260,7 +258,9 @@ def test_a_model_is_deleted_after_a_question_that_says_what_it_means(daemon: Dae
 # --- looks ---
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")])
+@pytest.mark.parametrize(
+    ("width", "scheme"), [(1280, "light"), (1280, "dark"), (360, "light"), (360, "dark")]
+)
 def test_the_page_is_accessible_and_fits(
     daemon: Daemon, new_visit: NewVisit, width: int, scheme: str
 ) -> None:

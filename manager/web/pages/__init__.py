@@ -9,6 +9,7 @@ from manager.web.pages.overview import OVERVIEW
 from manager.web.pages.requests import REQUESTS
 from manager.web.pages.roles import ROLES
 from manager.web.pages.runs import RUNS
+from manager.web.pages.try_it import TRY
 from manager.web.pages.usage import USAGE
 
-PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES, REQUESTS, RUNS, USAGE, KEYS)
+PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES, REQUESTS, RUNS, USAGE, KEYS, TRY)

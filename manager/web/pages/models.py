@@ -143,7 +143,10 @@ def _warnings(
         {
             "name": model["name"],
             "places": [
-                {"instances": one["instances"], "digest": one["digest"].removeprefix("sha256:")[:_SHORT_DIGEST]}
+                {
+                    "instances": one["instances"],
+                    "digest": one["digest"].removeprefix("sha256:")[:_SHORT_DIGEST],
+                }
                 for one in model["places"]
                 if one["digest"]
             ],

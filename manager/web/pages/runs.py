@@ -126,7 +126,9 @@ def _run(run: Run) -> dict[str, Any]:
         "created_at": run.created_at.timestamp(),
         "started_at": _unix_s(run.started_at),
         "ended_at": _unix_s(run.ended_at),
-        "took_s": (run.ended_at - run.started_at).total_seconds() if run.ended_at and run.started_at else None,
+        "took_s": (run.ended_at - run.started_at).total_seconds()
+        if run.ended_at and run.started_at
+        else None,
         "expires_at": _unix_s(run.expires_at) if run.status in WITH_RESULT else None,
         "error": run.error,
         "result": run.result,

@@ -214,11 +214,33 @@
   // --- The live channel ----------------------------------------------------------------------------------------
 
   document.addEventListener("htmx:sse:after:connection", () => { root.dataset.live = "on"; });
-  document.addEventListener("htmx:sse:error", () => { root.dataset.live = "lost"; });
-  document.addEventListener("htmx:sse:before:connection", ({ detail }) => {
+  document.addEventListener("htmx:sse:error", ({ detail: { status } }) => {
+    root.dataset.live = "lost";
+    if (status === 401) signedOut();
+  });
+  document.addEventListener("htmx:sse:before:connection", (event) => {
+    const { detail } = event;
+    if (document.getElementById("signed-out").open) event.preventDefault();
     if (detail.connection.attempt > 0 && !document.hidden) root.dataset.live = "lost";
   });
   document.addEventListener("refresh", refresh);
+
+  // --- The end of the session ------------------------------------------------------------------------------------
+
+  document.addEventListener("over", signedOut);
+  // A page in the place of the page, as an error is one, is never swapped in.
+  document.addEventListener("htmx:before:response", (event) => {
+    const { request, response } = event.detail.ctx;
+    if (response.status === 401) signedOut();
+    if (response.status === 401 || (response.status >= 400 && !request.action.startsWith(API))) event.preventDefault();
+  });
+
+  function signedOut() {
+    const dialog = document.getElementById("signed-out");
+    dialog.querySelector("a").href = `/sign-in?next=${encodeURIComponent(location.pathname + location.search)}`;
+    root.dataset.live = "lost";
+    if (!dialog.open) dialog.showModal();
+  }
 
   // --- Theme ---------------------------------------------------------------------------------------------------
 
@@ -229,5 +251,5 @@
     document.dispatchEvent(new Event("theme"));
   }
 
-  window.page = { refresh, toast, duration, isChanged };
+  window.page = { refresh, toast, duration, isChanged, signedOut };
 })();
