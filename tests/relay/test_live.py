@@ -272,12 +272,11 @@ async def test_a_key_without_the_scope_gets_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_stop_ends_the_stream_and_waits_for_nobody(tmp_path: Path) -> None:
-    async with Scripted().serving() as server:
-        async with relaying(tmp_path, {"a": server}) as front:
-            caller = await front.connect()
-            await caller.raw(request(front))
-            assert (await caller.head())[0] == 200
-            front.server.should_exit = True
-            async with asyncio.timeout(10):
-                await caller.ended()
-            caller.leave()
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        caller = await front.connect()
+        await caller.raw(request(front))
+        assert (await caller.head())[0] == 200
+        front.server.should_exit = True
+        async with asyncio.timeout(10):
+            await caller.ended()
+        caller.leave()
