@@ -174,6 +174,10 @@ def test_clocks_go_on_between_two_frames() -> None:
     assert "1 min 13 s" in found
 
 
+def test_a_terminal_of_one_line_has_one_line() -> None:
+    assert len(drawn(sections(), 80, 1, trouble="gone")) == 1
+
+
 def test_a_daemon_that_is_away_is_said_to_be() -> None:
     assert drawn(sections(), trouble="connection refused", since=98.0)[1] == (
         "daemon unreachable for 2s: connection refused"

@@ -29,11 +29,14 @@ class Source:
 
     def __call__(self) -> Mapping[str, Section]:
         self.reads += 1
-        return {name: Section(value, partial(self._build, value)) for name, value in self.values.items()}
+        return {
+            name: Section(value, partial(self._build, value, self.reads))
+            for name, value in self.values.items()
+        }
 
-    def _build(self, value: int) -> list[int]:
+    def _build(self, value: int, reading: int) -> list[int]:
         self.builds += 1
-        return [value, self.reads]
+        return [value, reading]
 
 
 def live_of(source: Source, most: int = 256) -> Live:
@@ -115,6 +118,22 @@ async def test_a_slow_subscriber_skips_values_and_gets_the_latest_of_each_sectio
         assert values(frame) == {"a": 5, "b": 9}
         assert frame.revision == 5
         assert await now_or_never(slow) is None
+
+
+@in_virtual_time
+async def test_a_slow_subscriber_shares_the_values_of_its_tick_with_the_others() -> None:
+    source = Source(a=1, b=1)
+    live = live_of(source)
+    async with aclosing(live.follow()) as slow, aclosing(live.follow()) as quick:
+        await anext(slow)
+        await anext(quick)
+        source.values["b"] = 2
+        await anext(quick)
+        source.values["a"] = 2
+        frame = await anext(quick)
+        behind = await anext(slow)
+        assert behind is not frame
+        assert behind.sections["a"] is frame.sections["a"]
 
 
 @in_virtual_time
