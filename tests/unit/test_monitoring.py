@@ -24,7 +24,7 @@ DATASOURCES = yaml.safe_load((MONITORING / "grafana" / "datasource.yml").read_te
 OF_PROMETHEUS = {"job", "instance"}
 UP = {"up": {"job", "instance"}}
 SERIES = re.compile(r"\b(?:ollama_manager_[a-z0-9_]+|up\b)")
-MATCHERS = re.compile(r"\{([^}]*)\}")
+MATCHERS = re.compile(r'([a-z_]+)\s*(?:=~|!~|!=|=)\s*"')
 CLAUSES = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 IN_LEGEND = re.compile(r"\{\{\s*([a-z_]+)\s*\}\}")
 IN_ANNOTATION = re.compile(r"\$labels\.([a-z_]+)")
@@ -58,10 +58,8 @@ def expressions() -> Iterator[tuple[str, str, list[str]]]:
 
 
 def labels_in(expression: str) -> set[str]:
-    matched = (
-        part.split("=")[0].rstrip("!~ ") for text in MATCHERS.findall(expression) for part in text.split(",")
-    )
-    grouped = (part for text in CLAUSES.findall(expression) for part in text.split(","))
+    matched = MATCHERS.findall(expression)
+    grouped = ",".join(CLAUSES.findall(expression)).split(",")
     return {name.strip() for name in (*matched, *grouped) if name.strip()}
 
 

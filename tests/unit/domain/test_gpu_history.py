@@ -211,6 +211,26 @@ def test_a_holder_has_a_column_as_long_as_it_is_in_the_window() -> None:
     assert not it._instances._by_name
 
 
+def test_a_holder_is_forgotten_with_its_last_sample_although_no_other_sample_came() -> None:
+    it = window((1000, Sample(instances={"a": 7}, processes={})), (1005, used(1)))
+    assert list(columns(it, 1025).instances) == ["a"]
+    assert columns(it, 1030).instances == {}
+
+
+def test_a_step_without_a_list_of_processes_says_nothing_of_an_earlier_round() -> None:
+    it = window(*((1000 + n * STEP_S, Sample(instances={"a": 7}, processes={})) for n in range(LENGTH)))
+    it.add(1000 + LENGTH * STEP_S, Sample(used_bytes=1))
+    assert known(columns(it).instances["a"]) == [7] * (LENGTH - 1) + [None]
+
+
+def test_a_process_that_joins_the_others_is_shown_among_them() -> None:
+    it = window(
+        (1000, Sample(instances={}, processes=names(MOST_PROCESSES))),
+        (1005, Sample(instances={}, processes={"large": 500})),
+    )
+    assert known(columns(it).processes["other"]) == [10, 0]
+
+
 def names(count: int, *, first: int = 0) -> dict[str, float | None]:
     """Processes p0, p1, …, of which each holds 10 bytes more than the one before it."""
     return {f"p{n}": 10.0 * (n + 1) for n in range(first, first + count)}
@@ -255,17 +275,20 @@ def test_instances_beyond_the_bound_are_added_up_under_a_name_that_no_instance_h
     assert known(found["*"]) == [6]
 
 
-@given(st.lists(st.tuples(st.integers(1, 40), st.none() | st.integers(0, 99)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 3) | st.integers(1, 40), st.none() | st.integers(0, 99)),
+        min_size=20,
+        max_size=60,
+    )
+)
 def test_a_window_shows_the_last_steps_as_they_were_added(steps: list[tuple[int, int | None]]) -> None:
     it, at, expected = Window(1, 16), 100, dict[int, int | None]()
     for step, value in steps:
         at += step
         it.add(at, used(value))
         expected[at] = value
-    found = it.columns(at)
-    if found is None:
-        assert not expected
-        return
+    found = columns(it, at)
     begins = max(min(expected), at - 15)
     assert found.begins_s == begins
     assert known(found.used_bytes) == [expected.get(second) for second in range(begins, at + 1)]

@@ -162,12 +162,14 @@ class FullDisk:
 
     def __init__(self) -> None:
         self.is_full = True
+        self.saves = 0
         self.minutes: dict[int, Any] = {}
 
     async def save_gpu_minutes(self, minutes: dict[int, Any], before_s: int) -> None:
         await asyncio.sleep(0)
         if self.is_full:
             raise RegistryUnwritableError("the disk is full")
+        self.saves += 1
         self.minutes |= minutes
 
 
@@ -199,6 +201,8 @@ async def test_a_minute_that_ends_while_others_are_written_is_written_next(machi
     assert list(disk.minutes) == [BEGIN]
     await it.flush()
     assert list(disk.minutes) == [BEGIN, BEGIN + 60]
+    await it.flush()
+    assert disk.saves == 2, "nothing is written twice"
 
 
 async def test_slices_that_come_and_go_for_ever_are_not_remembered_for_ever(
@@ -231,6 +235,8 @@ async def test_cards_that_are_watched_at_longer_intervals_are_read_for_each_samp
         else:
             machine.advance(seconds)
         machine.cards = (card(A, free=len(waits)),)
+        if len(waits) == 58:
+            assert await registry.gpu_minutes(0) == {}
         if len(waits) > 70:
             raise asyncio.CancelledError
 
