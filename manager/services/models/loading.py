@@ -214,7 +214,7 @@ class Loading:
             raise UnknownModelError(error.message, instance=instance.id) from error
         with prepared.lease as lease:
             try:
-                with nullcontext() if was_loaded else self._status.load(model):
+                with nullcontext() if was_loaded else self._status.load(model, instance.id):
                     async with instance.until_out():
                         answer = await self._ask(lease.target, model, keep_alive)
                         await self._see(instance, model, answer)

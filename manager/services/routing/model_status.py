@@ -63,7 +63,7 @@ class ModelStatus:
         self._fleet = fleet
         self._workers: set[Worker] = set()
         self._broken: dict[str, ModelFailure] = {}
-        self._loads: Counter[str] = Counter()
+        self._loads: Counter[tuple[str, str]] = Counter()  # by instance, and key of the model
         self.version = 0  # grows with each change of a failure
 
     def sent(self, worker: Worker) -> None:
@@ -75,16 +75,16 @@ class ModelStatus:
         self._workers.discard(worker)
 
     @contextmanager
-    def load(self, model: str) -> Iterator[None]:
-        """A model is being loaded, and nothing else is done with it."""
-        key = model_key(model)
-        self._loads[key] += 1
+    def load(self, model: str, instance: str = "") -> Iterator[None]:
+        """A model is being loaded on an instance, and nothing else is done with it."""
+        place = instance, model_key(model)
+        self._loads[place] += 1
         try:
             yield
         finally:
-            self._loads[key] -= 1
-            if not self._loads[key]:
-                del self._loads[key]
+            self._loads[place] -= 1
+            if not self._loads[place]:
+                del self._loads[place]
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the requests that servers work on."""
@@ -117,9 +117,21 @@ class ModelStatus:
             loading = loads and not self._is_loaded(instance, key)
             if not loading or key not in doing:
                 doing[key] = "loading" if loading else "in_use"
-        for key in self._loads:
+        for _, key in self._loads:
             doing.setdefault(key, "loading")
         return doing
+
+    def loading_on(self) -> Mapping[str, list[str]]:
+        """Return the instances that load models, in the order of their ids, by the keys of the models."""
+        places = set(self._loads)
+        for worker in self._workers:
+            instance, model, loads = worker.work
+            if loads and not self._is_loaded(instance, model_key(model)):
+                places.add((instance, model_key(model)))
+        found: dict[str, list[str]] = {}
+        for instance, key in sorted(places):
+            found.setdefault(key, []).append(instance)
+        return found
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""
