@@ -76,7 +76,7 @@ async def test_what_is_measured_decides_and_a_reading_that_changes_nothing_is_th
     machine.containers = {PID: "c" * 64}
     machine.cards = (card(A, free=20 * GIB), card(B, free=10 * GIB))
     gpus = await machine.gpus(one=A, two=B)
-    gpus.note_container("one", "c" * 64)
+    gpus.note_container("c" * 64, "one")
     stage = Stage(gpus, one=DeviceKind.GPU, two=DeviceKind.GPU, cpu=DeviceKind.CPU)
     stage.show(big=(BIG, ("one", "two", "cpu")), small=(SMALL, ("one",)), odd=({"name": "odd"}, ("two",)))
     first = stage.fitting.current()
