@@ -72,11 +72,12 @@ class LatelyBody(_Shape):
 class LiveModelBody(_Shape):
     """One model that some instance has. Null is what its server does not say.
 
-    `offload` is the largest share of it in a card's memory, null where no instance holds it. `status`
-    `error`: the last request for it failed, and no instance holds it. `places` are the volumes that have it;
-    with several digests among them, one name is different models. `roles` are those whose model it is.
-    `last_used_at` is the end of the last request that went to an instance, null where none is known; of the
-    time before the daemon's start it is the hour.
+    `loaded_on` has the instances whose servers list it in memory, also while they load it. `offload` is the
+    largest share of it in a card's memory, null where no instance holds it. `status` `error`: the last
+    request for it failed, and no instance holds it. `places` are the volumes that have it; with several
+    digests among them, one name is different models. `roles` are those whose model it is. `last_used_at` is
+    the end of the last request that went to an instance, null where none is known; of the time before the
+    daemon's start it is the hour.
     """
 
     name: str
@@ -89,6 +90,7 @@ class LiveModelBody(_Shape):
     digest: str | None
     instances: list[str]
     loaded_on: list[str]
+    loading_on: list[str]
     offload: float | None
     status: Status
     error: ModelErrorBody | None
@@ -226,6 +228,7 @@ def model_sections(backend: Backend) -> Mapping[str, Section]:
     overview = backend.overviews.current()
     statuses = backend.passing.catalogue.statuses(overview.models)
     uses, failures, fits = backend.uses, backend.status, backend.fitting.current()
+    loading = failures.loading_on()
     # Small, and with a speed that changes while nothing comes.
     pulls = [pull_json(one) for one in backend.passing.pulls.views()]
     missing = _missing(overview)
@@ -236,16 +239,17 @@ def model_sections(backend: Backend) -> Mapping[str, Section]:
             _model_json(
                 model,
                 statuses[key],
-                failures.failure(key),
-                roles.get(key, []),
-                uses.of(key),
+                loading_on=loading.get(key, []),
+                failure=failures.failure(key),
+                roles=roles.get(key, []),
+                use=uses.of(key),
             )
             for key, model in overview.models.items()
         ]
 
     return {
         "models": Section(
-            (overview.models, overview.lanes, statuses, failures.version, uses.version), models
+            (overview.models, overview.lanes, statuses, loading, failures.version, uses.version), models
         ),
         "missing": Section(missing, lambda: missing),
         "fit": Section(fits, lambda: _fit_json(fits, overview)),
@@ -281,7 +285,13 @@ def _answer(values: Mapping[str, object], status: int = 200) -> Response:
 
 
 def _model_json(
-    model: ModelState, status: Status, failure: ModelFailure | None, roles: list[str], use: ModelUse | None
+    model: ModelState,
+    status: Status,
+    *,
+    loading_on: list[str],
+    failure: ModelFailure | None,
+    roles: list[str],
+    use: ModelUse | None,
 ) -> dict[str, object]:
     """Return the values of a `LiveModelBody`; a server may say anything."""
     entry = model.entry
@@ -299,6 +309,7 @@ def _model_json(
         "digest": _text(entry.get("digest")),
         "instances": model.instances,
         "loaded_on": model.loaded_on,
+        "loading_on": loading_on,
         "offload": model.offload,
         "status": status,
         "error": None if failure is None else {"reason": failure.reason.value, "message": failure.message},

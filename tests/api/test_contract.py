@@ -610,6 +610,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         f"{COMPUTE}/instances/{{instance_id}}/breaker/reset",
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain", "schedules")),
         f"{COMPUTE}/live",
+        *(f"{COMPUTE}/models{path}" for path in ("", "/pulls", "/pulls/{number}")),
         *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         "/api/v1/budgets",

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
     NewVisit = Callable[..., Visit]
 
+# Several tests share two cores.
+expect.set_options(timeout=20_000)
+
 MODELS = "/api/runtime/compute/models"
 ROLES = {"thinking": {"model": "tiny"}, "control": {"model": "nobody-has:1b"}}
 ONE_VOLUME = [{"source": "ollama-models", "target": "/root/.ollama"}]
@@ -104,6 +107,12 @@ def begin_pull(visitor: Visit, name: str) -> None:
     visitor.page.get_by_role("button", name="Pull", exact=True).click()
 
 
+def dismiss(visitor: Visit, name: str) -> None:
+    button = visitor.page.get_by_role("button", name=f"Dismiss {name}")
+    button.click()
+    expect(button).to_have_count(0)
+
+
 # --- pulls ---
 
 
@@ -123,7 +132,7 @@ def test_a_pull_shows_its_progress_survives_a_reload_and_is_cancelled(daemon: Da
     expect(pulls).to_contain_text("cancelled")
     assert [one["state"] for one in pulls_of(daemon)] == ["cancelled"]
     assert daemon.instance("one")["in_flight"] == 0  # the server is not pulling any more
-    pulls.get_by_role("button", name="Dismiss slow:1b").click()
+    dismiss(visitor, "slow:1b")
     expect(pulls).to_be_hidden()
     assert pulls_of(daemon) == []
     assert "slow:1b" not in models_of(daemon)
@@ -145,8 +154,7 @@ def test_a_pull_that_fails_says_why_and_a_wrong_name_is_refused_at_its_field(
     expect(visitor.page.locator("#pull-model-problem")).to_contain_text("is a role")
     expect(visitor.page.get_by_label("Model", exact=True)).to_have_attribute("aria-invalid", "true")
     visitor.expect_problem("422")
-    visitor.page.get_by_role("button", name="Dismiss unheard-of:1b").click()
-    expect(visitor.page.get_by_role("region", name="Pulls")).to_be_hidden()
+    dismiss(visitor, "unheard-of:1b")
 
 
 def test_a_pull_of_a_client_is_shown_and_can_be_cancelled(daemon: Daemon, visitor: Visit) -> None:
@@ -167,8 +175,7 @@ def test_a_pull_of_a_client_is_shown_and_can_be_cancelled(daemon: Daemon, visito
     answer_dialog(visitor, "Yes")
     client.join(20)
     assert "cancelled by an operator" in json.loads(lines[-1])["error"]
-    pulls.get_by_role("button", name="Dismiss slow:1b").click()
-    expect(pulls).to_be_hidden()
+    dismiss(visitor, "slow:1b")
 
 
 def test_a_model_that_only_a_role_names_is_a_warning_with_its_pull(daemon: Daemon, visitor: Visit) -> None:
@@ -176,19 +183,33 @@ def test_a_model_that_only_a_role_names_is_a_warning_with_its_pull(daemon: Daemo
     expect(warning).to_contain_text("nobody-has:1b")
     expect(warning).to_contain_text("control")
     warning.get_by_role("button", name="Pull it").click()
-    dismiss = visitor.page.get_by_role("button", name="Dismiss nobody-has:1b")
-    dismiss.click()
-    expect(dismiss).to_be_hidden()
+    dismiss(visitor, "nobody-has:1b")
+
+
+def test_what_is_typed_stays_while_models_come_and_values_change(daemon: Daemon, visitor: Visit) -> None:
+    field = visitor.page.get_by_label("Model", exact=True)
+    field.fill("half-typed")
+    copy = opened(visitor, "tiny:latest").get_by_label("New name for a copy of tiny:latest").first
+    copy.fill("half-typed, too")
+    daemon.call("POST", "/api/copy", json={"source": "minilm@one", "destination": "came"}).raise_for_status()
+    expect(row(visitor, "came:latest")).to_be_visible()  # the region was fetched again
+    daemon.call("POST", "/api/generate", json={"model": "tiny@one"}).raise_for_status()
+    expect(row(visitor, "tiny:latest").locator("summary")).to_contain_text("one · in memory")
+    expect(field).to_have_value("half-typed")
+    expect(copy).to_have_value("half-typed, too")
+    expect(row(visitor, "tiny:latest").locator("details")).to_have_attribute("open", "")
+    daemon.call("POST", "/api/generate", json={"model": "tiny@one", "keep_alive": 0}).raise_for_status()
 
 
 # --- memory ---
 
 
 def test_a_model_is_loaded_on_an_instance_and_unloaded(daemon: Daemon, visitor: Visit) -> None:
-    knobs(daemon, load_s=1.5)
+    knobs(daemon, load_s=2)
     tiny = opened(visitor, "tiny:latest")
     tiny.get_by_role("button", name="Load tiny:latest on one").click()
-    expect(tiny.locator("summary")).to_contain_text("loading")
+    expect(tiny.locator("summary")).to_contain_text("one · loading")
+    expect(tiny.get_by_role("button", name="Load tiny:latest on one")).to_be_disabled()
     expect(tiny.locator("summary")).to_contain_text("one · in memory")
     assert models_of(daemon)["tiny:latest"]["loaded_on"] == ["one"]
     unload = tiny.get_by_role("button", name="Unload tiny:latest from one")
@@ -198,16 +219,17 @@ def test_a_model_is_loaded_on_an_instance_and_unloaded(daemon: Daemon, visitor: 
 
 
 def test_a_load_that_fails_says_why(daemon: Daemon, visitor: Visit) -> None:
-    knobs(daemon, load_s=1.5, false_load="error")
+    knobs(daemon, load_s=2, false_load="nothing")
     tiny = opened(visitor, "tiny:latest")
     tiny.get_by_role("button", name="Load tiny:latest on one").click()
     expect(tiny.locator("summary")).to_contain_text("failed")
     error = models_of(daemon)["tiny:latest"]["error"]
     assert error["reason"] == "model_load_failed"
     expect(tiny).to_contain_text(error["message"])
-    knobs(daemon, false_load="")
+    visitor.expect_problem("503")
+    knobs(daemon, load_s=0, false_load="")
     tiny.get_by_role("button", name="Load tiny:latest on one").click()
-    expect(tiny.locator("summary")).to_contain_text("in memory")
+    expect(tiny.locator("summary")).to_contain_text("one · in memory")
     assert models_of(daemon)["tiny:latest"]["error"] is None
     tiny.get_by_role("button", name="Unload tiny:latest from one").click()
     expect(tiny.locator("summary")).to_contain_text("not loaded")

@@ -46,8 +46,9 @@ _LINES_A_TURN = 64
 _GIVEN_UP_FOR_S = 10.0
 _MOST_GIVEN_UP = 1024
 _MOST_REFUSAL_BYTES = 64 * 1024
-# Pulls that have ended stay listed: so many, the oldest go first.
+# Pulls that have ended stay listed: so many, the oldest go first; those that went well for a while.
 _MOST_ENDED = 8
+_DONE_S = 60.0
 _OK = 200
 # What Ollama says where the registry has no such model (`server/images.go` pullModelManifest): pulling it to
 # another volume is of no use either.
@@ -115,6 +116,7 @@ class Pull:
         self.prepared: Prepared | None = None
         self.error: ManagerError | None = None
         self.ended = False
+        self.ended_at = 0.0
         self.waiting: set[Waiter] = set()
         self.count = 0
         self._recent: deque[bytes] = deque(maxlen=_MOST_LINES)
@@ -148,10 +150,10 @@ class Pull:
         if step.digest is not None and step.total is not None:
             self.download.take(Layer(step.digest, step.completed or 0, step.total), now)
 
-    def end(self, error: ManagerError | None) -> None:
+    def end(self, error: ManagerError | None, now: float = 0.0) -> None:
         if self.ended:
             return
-        self.error = error
+        self.error, self.ended_at = error, now
         self.ended = True
         self._wake()
 
@@ -297,7 +299,12 @@ class Pulls:
     def views(self) -> tuple[PullView, ...]:
         """Return the pulls under way, then the last ones that ended, newest first."""
         now = self._now()
-        return tuple([pull.view(now) for pull in (*self._pulls.values(), *reversed(self._ended))])
+        ended = [
+            pull
+            for pull in reversed(self._ended)
+            if pull.is_cancelled or pull.error is not None or now - pull.ended_at < _DONE_S
+        ]
+        return tuple([pull.view(now) for pull in (*self._pulls.values(), *ended)])
 
     def cancel(self, number: int) -> PullView:
         """Cancel a pull, whoever waits for it. One that has ended is listed no longer.
@@ -308,7 +315,8 @@ class Pulls:
         pull = next((one for one in self._pulls.values() if one.number == number), None)
         if pull is not None:
             self._give_up(pull)
-            pull.end(PullFailedError(f"the pull of {pull.body.model!r} was cancelled by an operator"))
+            error = PullFailedError(f"the pull of {pull.body.model!r} was cancelled by an operator")
+            pull.end(error, self._now())
             return pull.view(self._now())
         ended = next((one for one in self._ended if one.number == number), None)
         if ended is None:
@@ -366,7 +374,7 @@ class Pulls:
         finally:
             if self._forget(pull):
                 self._ended.append(pull)
-            pull.end(error)
+            pull.end(error, self._now())
 
     async def _do(self, pull: Pull) -> None:
         doing = self._volumes.doing(pull.volume)

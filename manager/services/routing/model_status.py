@@ -10,7 +10,7 @@ from manager.domain.models import model_key
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from manager.services.instances.fleet import Fleet
 
@@ -63,7 +63,7 @@ class ModelStatus:
         self._fleet = fleet
         self._workers: set[Worker] = set()
         self._broken: dict[str, ModelFailure] = {}
-        self._loads: Counter[tuple[str, str]] = Counter()
+        self._loads: Counter[tuple[str, str]] = Counter()  # by instance, and key of the model
         self.version = 0  # grows with each change of a failure
 
     def sent(self, worker: Worker) -> None:
@@ -77,14 +77,14 @@ class ModelStatus:
     @contextmanager
     def load(self, model: str, instance: str) -> Iterator[None]:
         """A model is being loaded on an instance, and nothing else is done with it."""
-        key = instance, model_key(model)
-        self._loads[key] += 1
+        place = instance, model_key(model)
+        self._loads[place] += 1
         try:
             yield
         finally:
-            self._loads[key] -= 1
-            if not self._loads[key]:
-                del self._loads[key]
+            self._loads[place] -= 1
+            if not self._loads[place]:
+                del self._loads[place]
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the requests that servers work on."""
@@ -122,14 +122,17 @@ class ModelStatus:
         return doing
 
     def loading(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the models that are being loaded, by their instance; the models by their keys, in order."""
-        found: dict[str, set[str]] = {}
-        for instance, model, loads in [one.work for one in self._workers]:
-            if loads and not self._is_loaded(instance, model_key(model)):
-                found.setdefault(instance, set()).add(model_key(model))
-        for instance, key in self._loads:
-            found.setdefault(instance, set()).add(key)
-        return {instance: tuple(sorted(keys)) for instance, keys in found.items()}
+        """Return the keys of the models that are being loaded, in order, by the id of the instance."""
+        return _grouped(sorted(self._under_way()))
+
+    def loading_on(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ids of the instances that load a model, in order, by the key of the model."""
+        return _grouped((key, instance) for instance, key in sorted(self._under_way()))
+
+    def _under_way(self) -> set[tuple[str, str]]:
+        """Return instance and key of the model of each load."""
+        works = ((one, model_key(model)) for one, model, loads in [one.work for one in self._workers] if loads)
+        return {*self._loads, *(one for one in works if not self._is_loaded(*one))}
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""
@@ -147,3 +150,10 @@ class ModelStatus:
 
     def _is_loaded(self, instance: str, key: str) -> bool:
         return any(model_key(model.name) == key for model in self._fleet.get(instance).models)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, value in pairs:
+        found[name] = (*found.get(name, ()), value)
+    return found

@@ -62,7 +62,7 @@ def _row(
     twins: Mapping[tuple[object, str], list[str]],
 ) -> dict[str, Any]:
     name = model["name"]
-    places = [_place(name, place, memory, fits, twins) for place in model["places"]]
+    places = [_place(model, place, memory, fits, twins) for place in model["places"]]
     last_used = model["last_used_at"]
     return {
         "name": name,
@@ -89,24 +89,29 @@ def _state(status: str, places: Iterable[Mapping[str, Any]]) -> State:
 
 
 def _place(
-    name: str,
+    model: Mapping[str, Any],
     place: Mapping[str, Any],
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
     twins: Mapping[tuple[object, str], list[str]],
 ) -> dict[str, Any]:
-    digest, first = place["digest"], place["instances"][0]
+    name, digest, first = model["name"], place["digest"], place["instances"][0]
     return {
         "volume": place["volume"],
         "first": first,
-        "digest": digest and digest.removeprefix("sha256:")[:_SHORT_DIGEST],
+        "digest": digest and _short(digest),
         "size_bytes": place["size_bytes"],
         "may_change": place["may_change"],
         # A server that is no Ollama has no volume of ours, and manages no models.
         "loads": place["may_change"] or place["volume"] is not None,
         "twins": [one for one in twins.get((place["volume"] or first, digest), []) if one != name],
         "instances": [
-            {"id": id_, "memory": memory.get((id_, name)), "fit": fits.get((name, id_))}
+            {
+                "id": id_,
+                "is_loading": id_ in model["loading_on"],
+                "memory": memory.get((id_, name)),
+                "fit": fits.get((name, id_)),
+            }
             for id_ in place["instances"]
         ],
     }
@@ -126,7 +131,7 @@ def _memory(instances: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dic
 
 
 def _twins(models: Iterable[Mapping[str, Any]]) -> dict[tuple[object, str], list[str]]:
-    """Return the names that share all files, by their place and digest: to delete one of them frees nothing."""
+    """Return the names that share all files, by place and digest: to delete one of them frees nothing."""
     found: dict[tuple[object, str], list[str]] = {}
     for model in models:
         for place in model["places"]:
@@ -155,6 +160,10 @@ def _warnings(
         if len({one["digest"] for one in model["places"] if one["digest"]}) > 1
     ]
     return {"differing": differing[:_MOST_WARNINGS], "missing": missing[:_MOST_WARNINGS]}
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:_SHORT_DIGEST]
 
 
 def _pull(pull: Mapping[str, Any]) -> dict[str, Any]:
