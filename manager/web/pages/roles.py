@@ -90,6 +90,7 @@ def _facts(backend: Backend) -> Facts:
     def build() -> Sections:
         return {
             "routing": routing_values(backend)["roles"],
+            "queues": {one.name: one.queue_length for one in backend.model_settings.routing.roles.values()},
             "settings": sha256(flat(_compared(backend)).encode()).hexdigest()[:12],
             "embedding": embedding_facts(backend),
         }
@@ -112,7 +113,12 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
         **{
             element_id("now", name): Fragment(
                 "roles/now.html",
-                {"name": name, "now": now, "lane": _lane(lanes.get(name)), "device": _device(devices, now)},
+                {
+                    "name": name,
+                    "now": now,
+                    "lane": _lane(lanes.get(name), sections["queues"][name]),
+                    "device": _device(devices, now),
+                },
             )
             for name, now in sections["routing"].items()
         },
@@ -121,12 +127,13 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
     }
 
 
-def _lane(lane: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _lane(lane: Mapping[str, Any] | None, queue_length: int) -> Mapping[str, Any] | None:
     if lane is None:
         return None
     names = ("in_flight", "queued", "oldest_wait_s", "concurrency", "reserved")
     return {
         **{name: lane[name] for name in names},
+        "queue_length": queue_length,
         "cold": [one for one in lane["keep_warm"] if one["reason"] is not None],
     }
 

@@ -28,6 +28,8 @@ ALL = (
     ("roles", "set", "thinking", "weight=2"),
     ("roles", "unset", "thinking"),
     ("lanes",),
+    ("local-only",),
+    ("local-only", "on"),
 )
 
 
