@@ -176,7 +176,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
             for key, found in settings.fallback.items()
         },
         "lane_warnings": [text for key, text in warnings.items() if key == "rollout.lanes"],
-        "ignored": [_ignored(one) for one in effective_values(backend)["ignored"]],
+        "ignored": [_ignored(one, settings.values) for one in effective_values(backend)["ignored"]],
     }
 
 
@@ -204,11 +204,14 @@ def _model_names(backend: Backend) -> Iterator[str]:
             yield name
 
 
-def _ignored(one: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an override that does not count, with the change that takes it back."""
+def _ignored(one: Mapping[str, Any], roles: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an override that does not count, with the request that takes it back."""
     path = split_key(one["key"])
-    section, _, field = one["key"].partition(".")
-    keys = ("roles", path[0], *path[1].split(".")) if path else (section, field)
+    if path is None:
+        return {**one, "change": taken_back(tuple(one["key"].split(".", 1)))}
+    role, field = path
+    # Of a role that has gone, everything can be taken back and nothing alone.
+    keys = ("roles", role, *field.split(".")) if role in roles else ("roles", role)
     return {**one, "change": taken_back(keys)}
 
 

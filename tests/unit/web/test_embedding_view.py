@@ -11,7 +11,9 @@ PROCESSOR = {"kind": "cpu", "index": None, "name": None}
 UNDECLARED = {"kind": None, "index": None, "name": None}
 
 
-def instance(id_: str, device: dict[str, Any], phase: str = "ready", health: str = "healthy") -> dict[str, Any]:
+def instance(
+    id_: str, device: dict[str, Any], phase: str = "ready", health: str = "healthy"
+) -> dict[str, Any]:
     return {
         "id": id_,
         "device": device,
