@@ -8,6 +8,7 @@ from manager.cli.events import events_command
 from manager.cli.gpus import gpus_command
 from manager.cli.keys import keys_group
 from manager.cli.lanes import lanes_command
+from manager.cli.local_only import local_only_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
@@ -26,6 +27,7 @@ for _command in (
     runs_group,
     schedules_command,
     rollout_group,
+    local_only_command,
     keys_group,
     budgets_command,
     usage_command,

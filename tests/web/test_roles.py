@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -239,6 +240,19 @@ def test_a_model_that_nobody_has_is_warned_of(gateway: Gateway, new_visit: NewVi
     expect(link).to_have_attribute("href", "/ui/models?pull=no/such%3Amodel")
 
 
+def test_a_hostile_name_is_text(gateway: Gateway, new_visit: NewVisit) -> None:
+    name = "<img/src=x/onerror=alert(1)>'\"{{7*7}}"
+    changed(gateway, roles={"output": {"model": name}, "embedding": {"model": name}})
+    visitor = new_visit()
+    card = opened(visitor, gateway, "output")
+    expect(card.get_by_label("Model", exact=True)).to_have_value(name)
+    expect(card.locator(".notice-warn")).to_contain_text("<img/src=x/onerror=alert(1)>")
+    expect(visitor.page.locator("#embeddings dl")).to_contain_text(name)
+    changed(gateway, roles={"output": None})
+    expect(told(visitor.page)).to_contain_text(name)
+    expect(visitor.page.locator("img")).to_have_count(0)
+
+
 def test_two_windows_overwrite_nothing_of_each_other(gateway: Gateway, new_visit: NewVisit) -> None:
     first, second = new_visit(), new_visit()
     here, there = opened(first, gateway, "output"), opened(second, gateway, "output")
@@ -424,6 +438,7 @@ def test_everything_works_by_keyboard(gateway: Gateway, new_visit: NewVisit) -> 
     expect(card.get_by_role("button", name="Reset Weight of output to 1 (default)")).to_be_focused()
     page.keyboard.press("Enter")
     expect(weight).to_have_value("1")
+    expect(weight).to_be_focused()  # the button has gone
 
 
 @pytest.mark.parametrize(
@@ -447,6 +462,66 @@ def test_the_page_is_accessible_and_fits(
     visitor.page.get_by_role("button", name="Add a role").click()
     visitor.assert_accessible()
     visitor.assert_fits()
+
+
+PAID = {
+    "driver": "cloud",
+    "protocol": "openai",
+    "url": "http://127.0.0.1:9/v1",
+    "key_env": "TEST_PAID_KEY",
+    "models": {"gpt": {"input_usd_per_mtok": 1, "output_usd_per_mtok": 2, "for": ["far"]}},
+}
+
+
+@pytest.fixture
+def paying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gateway]:
+    monkeypatch.setenv("TEST_PAID_KEY", "secret")
+    config = {
+        "roles": {"far": {"kind": "generate", "paid_fallback": True}, "own": {"kind": "generate"}},
+        "fallback": {"enabled": True},
+    }
+    with gateway_over(tmp_path, ("cpu",), config=config, instances={"paid": PAID}) as gateway:
+        yield gateway
+
+
+def test_paid_servers_are_named_and_kept_out_at_once(paying: Gateway, new_visit: NewVisit) -> None:
+    visitor = new_visit()
+    card = opened(visitor, paying, "far")
+    expect(card.get_by_label("Paid fallback", exact=True)).to_be_checked()
+    switch = visitor.page.locator("#local-only")
+    expect(switch).to_contain_text("Off: paid servers (paid) may answer for far where nothing local can.")
+    explained = paying.call("POST", "routing/explain", json={"model": "far"}).json()
+    assert [one["instance"] for one in explained["attempts"]] == ["paid"]
+    switch.get_by_role("button", name="Keep everything local").click()
+    expect(switch).to_contain_text("On: every request stays on local servers.")
+    body = {"model": "far", "messages": [], "stream": False}
+    assert paying.call("POST", "/api/chat", json=body).status_code == 403
+    card.get_by_label("Paid fallback", exact=True).uncheck()
+    save(card)
+    expect(told(visitor.page)).to_contain_text(
+        "far Paid fallback: on (file) \N{RIGHTWARDS ARROW} off (override)"
+    )
+    expect(switch).to_contain_text("On: every request")
+    switch.get_by_role("button", name="Allow paid servers").click()
+    visitor.page.get_by_role("button", name="Yes").click()
+    expect(switch).to_contain_text("Off. No role has paid fallback")
+
+
+def test_a_change_that_fits_no_more_is_named_and_taken_back(paying: Gateway, new_visit: NewVisit) -> None:
+    changed(paying, roles={"own": {"weight": 5}, "far": {"fallbacks": ["own"]}})
+    roles = {name: one for name, one in paying.config["roles"].items() if name != "own"}
+    paying.configure({**paying.config, "roles": roles})
+    assert paying.process is not None
+    paying.process.send_signal(signal.SIGHUP)
+    visitor = new_visit()
+    opened(visitor, paying, "far")
+    gone = visitor.page.locator("#region .notice", has_text="roles.own.weight was changed here")
+    left = visitor.page.locator("#region .notice", has_text="roles.far.fallbacks was changed here")
+    for notice in (gone, left):
+        expect(notice).to_contain_text("'own'", timeout=20_000)
+        notice.get_by_role("button", name="Take it back").click()
+        expect(notice).to_have_count(0)
+    assert paying.get(EFFECTIVE)["ignored"] == []
 
 
 @pytest.fixture

@@ -90,6 +90,7 @@ def _facts(backend: Backend) -> Facts:
     def build() -> Sections:
         return {
             "routing": routing_values(backend)["roles"],
+            "queues": {one.name: one.queue_length for one in backend.model_settings.routing.roles.values()},
             "settings": sha256(flat(_compared(backend)).encode()).hexdigest()[:12],
             "embedding": embedding_facts(backend),
         }
@@ -112,7 +113,12 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
         **{
             element_id("now", name): Fragment(
                 "roles/now.html",
-                {"name": name, "now": now, "lane": _lane(lanes.get(name)), "device": _device(devices, now)},
+                {
+                    "name": name,
+                    "now": now,
+                    "lane": _lane(lanes.get(name), sections["queues"][name]),
+                    "device": _device(devices, now),
+                },
             )
             for name, now in sections["routing"].items()
         },
@@ -121,12 +127,13 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
     }
 
 
-def _lane(lane: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _lane(lane: Mapping[str, Any] | None, queue_length: int) -> Mapping[str, Any] | None:
     if lane is None:
         return None
     names = ("in_flight", "queued", "oldest_wait_s", "concurrency", "reserved")
     return {
         **{name: lane[name] for name in names},
+        "queue_length": queue_length,
         "cold": [one for one in lane["keep_warm"] if one["reason"] is not None],
     }
 
@@ -169,7 +176,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
             for key, found in settings.fallback.items()
         },
         "lane_warnings": [text for key, text in warnings.items() if key == "rollout.lanes"],
-        "ignored": [_ignored(one) for one in effective_values(backend)["ignored"]],
+        "ignored": [_ignored(one, settings.values) for one in effective_values(backend)["ignored"]],
     }
 
 
@@ -197,11 +204,14 @@ def _model_names(backend: Backend) -> Iterator[str]:
             yield name
 
 
-def _ignored(one: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return an override that does not count, with the change that takes it back."""
+def _ignored(one: Mapping[str, Any], roles: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an override that does not count, with the request that takes it back."""
     path = split_key(one["key"])
-    section, _, field = one["key"].partition(".")
-    keys = ("roles", path[0], *path[1].split(".")) if path else (section, field)
+    if path is None:
+        return {**one, "change": taken_back(tuple(one["key"].split(".", 1)))}
+    role, field = path
+    # Of a role that has gone, everything can be taken back and nothing alone.
+    keys = ("roles", role, *field.split(".")) if role in roles else ("roles", role)
     return {**one, "change": taken_back(keys)}
 
 

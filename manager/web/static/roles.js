@@ -101,11 +101,13 @@
 
   const saved = new Set(); // forms whose values have arrived
   let typed = new Map();
+  let focused = null; // the setting that has the focus
 
   const controls = () => [...document.querySelectorAll("#region form[data-api] :is(input, select, textarea)")];
 
   document.addEventListener("htmx:before:swap", (event) => {
     if (!isRegion(event)) return;
+    focused = document.activeElement?.closest("#region [data-setting]")?.dataset.setting ?? null;
     const open = controls().filter((one) => !saved.has(one.form) && window.page.isChanged(one));
     typed = new Map(open.map((one) => [one.id, one.type === "checkbox" ? one.checked : one.value]));
   });
@@ -127,6 +129,11 @@
     }
     typed = new Map();
     saved.clear();
+    // A button that has gone, such as a reset, leaves the focus to the control beside it.
+    if (focused && document.activeElement === document.body) {
+      const setting = [...document.querySelectorAll("[data-setting]")].find((one) => one.dataset.setting === focused);
+      setting?.querySelector("input, select, textarea, button")?.focus();
+    }
   }
 
   document.addEventListener("htmx:after:swap", (event) => {

@@ -135,5 +135,5 @@ def test_the_instances_that_load_a_model_are_told(status: ModelStatus, fleet: Fl
     working(status, "a", loads=True)  # it is there by now
     working(status, "b", loads=True)
     with status.load("tiny", "a"), status.load("other", "b"):
-        assert status.loading_on() == {"tiny:latest": ["a", "b"], "other:latest": ["b"]}
-    assert status.loading_on() == {"tiny:latest": ["b"]}
+        assert status.loading_on() == {"tiny:latest": ("a", "b"), "other:latest": ("b",)}
+    assert status.loading_on() == {"tiny:latest": ("b",)}
