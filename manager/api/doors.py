@@ -73,9 +73,7 @@ def address_of(scope: Scope) -> str:
 class InWords:
     """A `send` that puts a page in the place of an error that programs would read."""
 
-    def __init__(
-        self, send: Send, doors: Doors, scope: Scope, receive: Receive, *, needs_key: bool
-    ) -> None:
+    def __init__(self, send: Send, doors: Doors, scope: Scope, receive: Receive, *, needs_key: bool) -> None:
         self._send = send
         self._needs_key = needs_key
         self._doors = doors

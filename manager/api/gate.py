@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
-from manager.api.errors import error_response
 from manager.api.doors import InWords, are_for_people
+from manager.api.errors import error_response
 from manager.api.granted import CUT, grant_of, keep_grant
 from manager.wire.access import ambiguous, for_pages, permission
 from manager.wire.head import ambiguity
