@@ -29,7 +29,11 @@ if TYPE_CHECKING:
     from manager.wire.access import Access
 
 _SEE_OTHER = 303
-_FOR_EVER = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+_FOR_EVER = {
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Vary": "Accept-Encoding",
+    "X-Content-Type-Options": "nosniff",
+}
 # The end of a session is seen so soon; what is sent meanwhile to a quiet page is a comment every `CLOCKS_S`.
 _WATCH_S = 1.0
 _ALIVE = b": alive\n\n"
@@ -70,10 +74,13 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
         return StreamingResponse(stream(), media_type="text/event-stream", headers=_STREAM_HEADERS)
 
     @router.get(f"{PREFIX}{{address:path}}")
-    async def static(address: str) -> Response:
+    async def static(address: str, request: Request) -> Response:
         found = static_files().get(address)
         if found is None:
             return Response(status_code=404)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers = {**_FOR_EVER, "Content-Encoding": "gzip"}
+            return Response(found.gzipped, media_type=found.media_type, headers=headers)
         return Response(found.content, media_type=found.media_type, headers=_FOR_EVER)
 
     async def show(page: Page, request: Request) -> Response:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 import pytest
-import requests
 from playwright.sync_api import expect
 
 from manager.web.pages import PAGES
@@ -44,6 +44,7 @@ def rig(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ri
             making_daemons(engine, tmp_path_factory.mktemp("hostile"), new_manager_id())
         )
         log_lines = "\n".join(one.replace("\x00", "")[:2000] for one in CORPUS)
+        last_lines = "\n".join(CORPUS[:6])  # the reason of a failure has the end of the log only
         daemon = make(
             instances={
                 "evil": {"driver": "external", "url": server.url},
@@ -51,7 +52,7 @@ def rig(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ri
                 "talking": {"template": "talking"},
             },
             templates={
-                "failing": {"env": {"OLLAMA_SIM_CRASH": "load", "OLLAMA_SIM_VERSION": log_lines}},
+                "failing": {"env": {"OLLAMA_SIM_CRASH": "load", "OLLAMA_SIM_VERSION": last_lines}},
                 "talking": {"env": {"OLLAMA_SIM_VERSION": log_lines}},
             },
             config={"roles": {"thinking": {"model": "<img/src=x/onerror=alert(1)>"}}},
@@ -61,6 +62,8 @@ def rig(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ri
         daemon.started("failing")
         daemon.call("POST", "/api/chat", json=chat("tiny", "failing"))
         daemon.wait_for_phase("failing", "failed")
+        assert CORPUS[0] in daemon.call("GET", "instances/talking/logs").text
+        assert CORPUS[0] in str(daemon.instance("failing")["reason"]["log_tail"])
         meet(daemon, server)
         yield Rig(daemon, server)
 
@@ -139,8 +142,8 @@ def test_a_hostile_name_is_read_on_the_overview_as_it_is(rig: Rig, new_visit: Ne
     rig.server.answer = lambda _body: [said("fine", **END)]
     for name in (AS_NAMES[0], AS_NAMES[4], AS_NAMES[8]):
         answer = rig.daemon.call("POST", "/api/chat", json=chat(name))
-        if answer.status_code == 200:
-            expect(page.locator("#requests")).to_contain_text(name)
+        assert answer.status_code == 200, answer.text
+        expect(page.locator("#requests")).to_contain_text(name)
     assert_untouched(visitor)
 
 
@@ -189,7 +192,7 @@ def test_what_a_hostile_server_says_in_a_conversation_stays_text(rig: Rig, new_v
 
 @pytest.mark.parametrize("text", CORPUS, ids=range(len(CORPUS)))
 def test_refused_addresses_and_forms_repeat_nothing_unescaped(rig: Rig, text: str) -> None:
-    quoted = requests.utils.quote(text[:1500], safe="", errors="replace")
+    quoted = quote(text[:1500], safe="", errors="replace")
     browser = {"Accept": "text/html"}
     for path in (f"/ui/{quoted}", f"/sign-in?next={quoted}", f"/ui?x={quoted}", f"/ui/live?page={quoted}"):
         answer = rig.daemon.call("GET", path, headers=browser, allow_redirects=False)

@@ -6,6 +6,7 @@ import threading
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import pytest
 import requests
@@ -132,7 +133,7 @@ def test_the_form_leads_back_to_the_page_with_its_query(keyed: Keyed, new_visit:
 )
 def test_a_link_to_the_form_leads_nowhere_else(keyed: Keyed, new_visit: NewVisit, elsewhere: str) -> None:
     page = new_visit().page
-    page.goto(f"{keyed.gateway.url}/sign-in?next={requests.utils.quote(elsewhere)}")
+    page.goto(f"{keyed.gateway.url}/sign-in?next={quote(elsewhere)}")
     page.get_by_label("Key").fill(keyed.secrets["root"])
     page.get_by_role("button", name="Sign in").click()
     expect(page).to_have_url(f"{keyed.gateway.url}/ui")
