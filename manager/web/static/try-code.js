@@ -28,7 +28,7 @@
   };
 
   function curl({ url, path, body, keyed }) {
-    const data = json(body, 2);
+    const data = json(body, 2).replaceAll("'", "'\\''");
     return [`curl ${url}${path}`, ...(keyed ? [`-H "Authorization: Bearer $${VARIABLE}"`] : []),
       "-H 'Content-Type: application/json'", `-d '${data}'`].join(" \\\n  ");
   }
