@@ -30,7 +30,14 @@ if TYPE_CHECKING:
     from manager.wire.access import Access
 
 _SEE_OTHER = 303
-_FOR_EVER = {"Cache-Control": "public, max-age=31536000, immutable", "X-Content-Type-Options": "nosniff"}
+_FOR_EVER = {
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Vary": "Accept-Encoding",
+    "X-Content-Type-Options": "nosniff",
+}
+# The end of a session is seen so soon; what is sent meanwhile to a quiet page is a comment every `CLOCKS_S`.
+_WATCH_S = 1.0
+_ALIVE = b": alive\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -68,10 +75,13 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
         return StreamingResponse(stream(), media_type="text/event-stream", headers=_STREAM_HEADERS)
 
     @router.get(f"{PREFIX}{{address:path}}")
-    async def static(address: str) -> Response:
+    async def static(address: str, request: Request) -> Response:
         found = static_files().get(address)
         if found is None:
             return Response(status_code=404)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers = {**_FOR_EVER, "Content-Encoding": "gzip"}
+            return Response(found.gzipped, media_type=found.media_type, headers=headers)
         return Response(found.content, media_type=found.media_type, headers=_FOR_EVER)
 
     async def show(page: Page, request: Request) -> Response:
@@ -131,18 +141,23 @@ async def _lines(
     The stream ends with the permission.
     """
     seen: dict[str, int] = {}
-    async with aclosing(live.follow(idle_s=CLOCKS_S)) as frames:
+    said_at = 0.0
+    async with aclosing(live.follow(idle_s=_WATCH_S)) as frames:
         async for _ in frames:
             if not permission.holds():
                 yield _OVER
                 return
-            fragments = feed.at(live.current(), time.time())
+            now = time.time()
+            fragments = feed.at(live.current(), now)
             if not seen and ids is not None and ids != _digest(fragments):
                 changed = None
             else:
                 changed = changes(seen, fragments)
             ids = None
-            yield _REFRESH if changed is None else _event(changed)
+            event = _REFRESH if changed is None else _event(changed)
+            if event is not _ALIVE or abs(now - said_at) >= CLOCKS_S:
+                said_at = now
+                yield event
 
 
 # Parts have come or gone: the page is to be fetched again (`page.js`).
@@ -159,7 +174,7 @@ def _event(changed: Iterable[tuple[str, str]]) -> bytes:
         f'<hx-partial hx-target="#{id_}" hx-swap="outerMorph">{html}</hx-partial>' for id_, html in changed
     ]
     if not parts:
-        return b": alive\n\n"
+        return _ALIVE
     lines = _LINE_END.split("\n".join(parts))
     return "".join([*(f"data: {line}\n" for line in lines), "\n"]).encode("utf-8", "replace")
 

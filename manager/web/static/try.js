@@ -340,6 +340,8 @@
         return box;
       });
       form.append(copyOf("results"));
+      boxes[0].focus({ preventScroll: true });
+      boxes[0].scrollIntoView({ block: "center" });
       form.addEventListener("submit", (event) => {
         event.preventDefault();
         if (running) return;
