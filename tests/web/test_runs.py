@@ -30,8 +30,16 @@ HOSTILE = "<script>window.hit=1</script><img src=x onerror=window.hit=1>"
 def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     with making_daemons(engine, tmp_path_factory.mktemp("runs"), f"t{uuid.uuid4().hex[:8]}") as make:
         yield make(
-            instances={"cpu": {"template": "sim"}, "slow": {"template": "slow"}, "idle": {"template": "sim"}},
-            templates={"slow": {"env": {"OLLAMA_SIM_TOKENS_PER_S": "0.2"}}},
+            instances={
+                "cpu": {"template": "sim"},
+                "slow": {"template": "slow"},
+                "long": {"template": "long"},
+                "idle": {"template": "sim"},
+            },
+            templates={
+                "slow": {"env": {"OLLAMA_SIM_TOKENS_PER_S": "0.2"}},
+                "long": {"env": {"OLLAMA_SIM_TOKENS": "900"}},
+            },
             lifecycle={"probe_interval_s": 600, "resync_interval_s": 600},
             config={
                 "roles": {"tool_selector": {"model": "tiny", "target": "cpu"}},
@@ -195,9 +203,7 @@ def test_a_result_is_only_text_and_only_its_beginning_is_shown(visitor: Visit, d
     expect(page.locator(f"#{run_id}")).to_contain_text(HOSTILE)
     page.locator(f"#{run_id}").get_by_role("link").click()
     expect(page.locator("#result pre")).to_contain_text(HOSTILE)
-    options = {"num_predict": 2000}
-    answer = daemon.call("POST", RUNS, json={"path": "/api/chat", "body": chat("tiny@cpu", options=options)})
-    run_id = answer.json()["id"]
+    run_id = submitted(daemon, "tiny@long")
     run = wait_for_status(daemon, run_id, "succeeded")
     assert run["result"]["size_bytes"] > MOST_SHOWN_BYTES
     page.goto(f"{daemon.url}/ui/runs?id={run_id}")
@@ -242,7 +248,9 @@ def test_a_sweep_shows_first_what_it_would_stop(visitor: Visit, daemon: Daemon) 
     page.goto(f"{daemon.url}/ui/runs")
     page.get_by_role("button", name="Sweep idle instances now").click()
     dialog = page.get_by_role("dialog", name="Sweep idle instances")
-    expect(dialog.locator("li", has_text="idle").first).to_contain_text("would be stopped")
+    expect(dialog.locator("li", has=page.locator("strong", has_text=re.compile("^idle$")))).to_contain_text(
+        "would be stopped"
+    )
     expect(dialog).to_contain_text("idle past its TTL of 1 s")
     visitor.assert_accessible()
     dialog.get_by_role("button", name="Close").click()
@@ -292,8 +300,15 @@ def keyed(engine: Engine, tmp_path: Path) -> Iterator[tuple[Daemon, dict[str, st
         bearer = {"Authorization": f"Bearer {admin.read_text().strip()}"}
         wait_for(lambda: daemon.call("GET", "/readyz", headers=bearer).status_code, lambda code: code == 200)
         keys = {}
-        for name, scope in (("mine", "client"), ("other", "client"), ("reader", "read"), ("opera", "operator")):
-            answer = daemon.call("POST", "/api/v1/keys", json={"name": name, "scopes": [scope]}, headers=bearer)
+        for name, scope in (
+            ("mine", "client"),
+            ("other", "client"),
+            ("reader", "read"),
+            ("opera", "operator"),
+        ):
+            answer = daemon.call(
+                "POST", "/api/v1/keys", json={"name": name, "scopes": [scope]}, headers=bearer
+            )
             assert answer.status_code == 201, answer.text
             keys[name] = f"Bearer {answer.json()['secret']}"
         yield daemon, keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from manager.api.runs import RunRequest, owner_of
@@ -102,10 +102,8 @@ async def _result(backend: Backend, run: Run) -> tuple[str, bool]:
     is_whole = len(found) <= MOST_SHOWN_BYTES
     text = bytes(found[:MOST_SHOWN_BYTES]).decode("utf-8", "replace")
     if is_whole:
-        try:
+        with suppress(ValueError, RecursionError):  # several documents, or none
             text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-        except (ValueError, RecursionError):
-            pass  # several documents, or none
     return text, is_whole
 
 
@@ -126,7 +124,9 @@ def _run(run: Run) -> dict[str, Any]:
         "created_at": run.created_at.timestamp(),
         "started_at": _unix_s(run.started_at),
         "ended_at": _unix_s(run.ended_at),
-        "took_s": (run.ended_at - run.started_at).total_seconds() if run.ended_at and run.started_at else None,
+        "took_s": (run.ended_at - run.started_at).total_seconds()
+        if run.ended_at and run.started_at
+        else None,
         "expires_at": _unix_s(run.expires_at) if run.status in WITH_RESULT else None,
         "error": run.error,
         "result": run.result,

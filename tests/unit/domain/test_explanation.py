@@ -9,8 +9,8 @@ import pytest
 from manager.domain.explanation import (
     REASON_WORDS,
     decision_sentence,
-    fallback_words,
     duration_words,
+    fallback_words,
     passed_over_words,
     request_sentence,
     why,

@@ -56,7 +56,16 @@ def test_a_request_without_an_answer_says_so_and_a_short_stage_is_still_seen() -
     ("changes", "rate"),
     [
         ({"output_tokens": 27, "ttfb_ms": 200.0, "duration_ms": 1500.0}, 20.0),
-        ({"output_tokens": 30, "stream": False, "queue_ms": 300.0, "start_ms": 200.0, "duration_ms": 2000.0}, 20.0),
+        (
+            {
+                "output_tokens": 30,
+                "stream": False,
+                "queue_ms": 300.0,
+                "start_ms": 200.0,
+                "duration_ms": 2000.0,
+            },
+            20.0,
+        ),
         ({"output_tokens": None}, None),
         ({"output_tokens": 1}, None),
         ({"ttfb_ms": None}, None),
