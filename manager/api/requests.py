@@ -164,7 +164,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class RequestsQuery(BaseModel):
-    """`since` is a time, or a span before now. `after` is the `cursor` of an earlier answer, `before` the `older`."""
+    """`since` is a time, or a span before now. `after` is the `cursor` of an answer, `before` its `older`."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -45,7 +45,7 @@ def token_counts(dialect: Dialect, tail: bytes | bytearray) -> tuple[int | None,
 
 
 def load_ms(dialect: Dialect, tail: bytes | bytearray) -> float | None:
-    """Return how long the server has loaded the model for an answer, as its end tells; None where it does not.
+    """Return how long the server has loaded the model, as the end of its answer tells; None if it does not.
 
     Args:
         dialect: only the native one tells it.

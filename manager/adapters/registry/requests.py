@@ -174,7 +174,7 @@ def search(filters: Filters, after: int | None, before: int | None = None) -> tu
     Args:
         filters: what is wanted.
         after: None: the requests that ended last, newest first; else the first ones behind this id, in order.
-        before: only those that ended before the one of this id; none where it is forgotten, as older ones are.
+        before: only those that ended before the one of this id; none where that one is forgotten.
     """
     pairs = (
         ("project = ?", filters.project),

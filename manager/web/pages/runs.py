@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 from manager.api.runs import RunRequest, owner_of
@@ -102,10 +102,8 @@ async def _result(backend: Backend, run: Run) -> tuple[str, bool]:
     is_whole = len(found) <= MOST_SHOWN_BYTES
     text = bytes(found[:MOST_SHOWN_BYTES]).decode("utf-8", "replace")
     if is_whole:
-        try:
+        with suppress(ValueError, RecursionError):  # several documents, or none
             text = json.dumps(json.loads(text), indent=2, ensure_ascii=False)
-        except (ValueError, RecursionError):
-            pass  # several documents, or none
     return text, is_whole
 
 

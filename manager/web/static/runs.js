@@ -57,19 +57,19 @@
       dialog.showModal();
     }
     if (target.matches("[data-reap-now]")) {
-      const stopped = swept.filter((one) => one.action === "stopped").map((one) => one.instance);
+      const stopped = swept.filter((one) => one.action === "stopped").map((one) => one.id);
       const failed = swept.filter((one) => one.action === "failed");
-      for (const one of failed) page.toast("bad", `${one.instance}: ${one.detail}`);
+      for (const one of failed) page.toast("bad", `${one.id}: ${one.detail}`);
       if (!failed.length) {
         page.toast("ok", stopped.length ? `${dialog.dataset.stopped} ${stopped.join(", ")}` : dialog.dataset.nothing);
       }
     }
   });
 
-  function line(list, { instance, action, detail }) {
+  function line(list, { id, action, detail }) {
     const item = document.createElement("li");
     const name = document.createElement("strong");
-    name.textContent = instance;
+    name.textContent = id;
     const word = document.createElement("span");
     word.className = `tag ${action === "would_stop" ? "tag-warn" : ""}`;
     word.textContent = list.dataset[action] ?? action;

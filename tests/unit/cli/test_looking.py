@@ -427,9 +427,9 @@ def test_schedules_say_when_next_in_the_time_zone_of_this_machine_and_what_was_d
         "next": ["2026-11-29T23:00:00.000Z", "2026-12-06T23:00:00.000Z"],
         "last": {"at": "2026-11-22T23:00:01.000Z", "detail": "failed: no \x1b[31mGPU"},
     }
-    sweep = {
-        "cron": None, "every_s": 2.0, "words": "every 2 s", "action": "reap", "instance": None, "timezone": None,
-        "next": [], "last": None,
+    sweep: dict[str, Any] = {
+        "cron": None, "every_s": 2.0, "words": "every 2 s", "action": "reap", "instance": None,
+        "timezone": None, "next": [], "last": None,
     }  # fmt: skip
     body = {"schedules": [entry, sweep], "count": 2}
     daemon.answers[f"GET {API}/schedules"] = Answer(body)
