@@ -131,7 +131,9 @@ class ModelStatus:
 
     def _under_way(self) -> set[tuple[str, str]]:
         """Return instance and key of the model of each load."""
-        works = ((one, model_key(model)) for one, model, loads in [one.work for one in self._workers] if loads)
+        works = (
+            (one, model_key(model)) for one, model, loads in [one.work for one in self._workers] if loads
+        )
         return {*self._loads, *(one for one in works if not self._is_loaded(*one))}
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
