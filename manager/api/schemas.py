@@ -305,6 +305,10 @@ class GpuBody(_Body):
     vram_free_bytes: int | None
     reserved_bytes: int | None
     lost: str | None
+    utilisation_percent: int | None
+    temperature_c: int | None
+    power_watts: float | None
+    power_limit_watts: float | None
     processes: list[ProcessBody]
 
 
@@ -531,6 +535,10 @@ def gpus_body(overview: Overview) -> GpusBody:
                 vram_free_bytes=gpu.vram_free_bytes,
                 reserved_bytes=card.reserved_bytes,
                 lost=gpu.lost,
+                utilisation_percent=gpu.utilisation_percent,
+                temperature_c=gpu.temperature_c,
+                power_watts=gpu.power_watts,
+                power_limit_watts=gpu.power_limit_watts,
                 processes=[
                     ProcessBody(
                         pid=holder.pid,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from manager.domain.instance import Health, Phase, Target
 from manager.domain.models import model_key
 from manager.services.instances.supervisor import Supervisor
-from manager.services.models.model_lists import volume_of
+from manager.services.models.model_lists import may_write, volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
-    from manager.services.gpus import Gpus
+    from manager.services.gpus import Gpus, GpuSnapshot
     from manager.services.gpus.cards import GpuTrouble
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -75,12 +75,26 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """A model on one volume, and the instances that see it there.
+
+    `entry` is what a server last said of it there; `may_change` is whether one of the instances can delete
+    or copy it.
+    """
+
+    volume: str
+    instances: tuple[str, ...]
+    entry: Mapping[str, Any]
+    may_change: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
     where it is not loaded. `digests` are the instances that have it by its digest there: with more than one,
-    the same name is different models.
+    the same name is different models. `places` are the volumes that it is on, in the order of the instances.
     """
 
     entry: Mapping[str, Any]
@@ -88,13 +102,15 @@ class ModelState:
     loaded_on: tuple[str, ...]
     offload: float | None
     digests: Mapping[str, tuple[str, ...]]
+    places: tuple[ModelPlace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
     """Everything at one moment. `revision` grows with each change of what is shown.
 
-    Clocks advance no revision: the rest of a TTL, the moments of the last use and the last answer.
+    Clocks and sensors advance no revision: the rest of a TTL, the moments of the last use and the last
+    answer, and the sensors of cards. `cards` is another object where a sensor has moved.
     """
 
     revision: int
@@ -165,7 +181,8 @@ class Overviews:
         self._settings = settings
         self._breakers = breakers
         self._loading = loading
-        self._cards: _Part[tuple[Card, ...]] = _Part()
+        self._cards: tuple[Card, ...] = ()
+        self._cards_from: tuple[GpuSnapshot | None, int, Mapping[str, int | None]] = (None, 0, {})
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
         self._shown: tuple[object, ...] = ()
@@ -175,11 +192,8 @@ class Overviews:
         """Return the overview of this moment: the same object while nothing has changed."""
         loading = self._loading()
         instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
-        reading, trouble = self._gpus.snapshot, self._gpus.trouble
-        reserved = self._gpus.reserved()
-        cards = self._cards.of(
-            (reading, self._gpus.holders_version, reserved), lambda: self._read_cards(reserved)
-        )
+        trouble = self._gpus.trouble
+        cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
         shown = (
@@ -204,8 +218,8 @@ class Overviews:
                 self._link.orphans,
                 engine_up=self._link.up,
             )
-        elif latest.instances != instances:  # only clocks have moved
-            latest = replace(latest, instances=instances)
+        elif latest.instances != instances or latest.cards is not cards:  # only clocks or sensors have moved
+            latest = replace(latest, instances=instances, cards=cards)
         self._latest, self._shown = latest, shown
         return latest
 
@@ -222,7 +236,8 @@ class Overviews:
         instances = self._fleet.instances()
         lists = tuple([self._lists.entries(volume_of(one.spec)) or None for one in instances])
         held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
-        return self._models.of((lists, held), lambda: _models(lists, held))
+        volumes = tuple([(volume_of(one.spec), may_write(one.spec)) for one in instances])
+        return self._models.of((lists, held, volumes), lambda: _models(lists, held, volumes))
 
     def _state(self, instance: Instance, loading: Mapping[str, tuple[str, ...]]) -> InstanceState:
         view = instance.view()
@@ -245,14 +260,28 @@ class Overviews:
             loading=loading.get(instance.id, ()),
         )
 
-    def _read_cards(self, reserved: Mapping[str, int | None]) -> tuple[Card, ...]:
-        return tuple(
-            Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in self._gpus.snapshot.gpus
-        )
+    def _read_cards(self) -> tuple[Card, ...]:
+        """Return the cards of the last reading: the same object while nothing of them has changed."""
+        reading, version, reserved = self._gpus.snapshot, self._gpus.holders_version, self._gpus.reserved()
+        before, known, kept = self._cards_from
+        if reading is not before or version != known or reserved != kept:
+            self._cards_from = reading, version, reserved
+            if version != known or reserved != kept or not _same_cards(reading, before):
+                self._cards = tuple(
+                    Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in reading.gpus
+                )
+        return self._cards
 
     def _read_lanes(self) -> tuple[Lane, ...]:
         roles = self._settings.routing.roles.values()
         return tuple(Lane(role.name, role.kind, role.model, role.target) for role in roles)
+
+
+def _same_cards(reading: GpuSnapshot, before: GpuSnapshot | None) -> bool:
+    """Return whether two readings agree in all that is shown, the sensors too."""
+    if before is None or reading.gpus != before.gpus:
+        return False
+    return all(one.sensors == other.sensors for one, other in zip(reading.gpus, before.gpus, strict=True))
 
 
 def _without_clocks(state: InstanceState) -> tuple[object, ...]:
@@ -288,15 +317,26 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
     )
 
 
-def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
+def _models(
+    lists: tuple[Any, ...], held: tuple[Any, ...], volumes: tuple[tuple[str, bool], ...]
+) -> Mapping[str, ModelState]:
     entries: dict[str, Mapping[str, Any]] = {}
     having: defaultdict[str, list[str]] = defaultdict(list)
     digests: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
+    places: defaultdict[str, dict[str, ModelPlace]] = defaultdict(dict)
     loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
-    for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
+    for entries_by_key, (instance_id, in_memory), (volume, writes) in zip(lists, held, volumes, strict=True):
         for key, entry in (entries_by_key or {}).items():
             entries.setdefault(key, entry)
             having[key].append(instance_id)
+            before = places[key].get(volume)
+            places[key][volume] = (
+                ModelPlace(volume, (instance_id,), entry, writes)
+                if before is None
+                else ModelPlace(
+                    volume, (*before.instances, instance_id), before.entry, before.may_change or writes
+                )
+            )
             digest = entry.get("digest")
             if isinstance(digest, str) and digest:
                 digests[key][digest] = (*digests[key].get(digest, ()), instance_id)
@@ -310,6 +350,7 @@ def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, Model
             tuple(id_ for id_, _ in loaded[key]),
             max((share for _, share in loaded[key]), default=None),
             MappingProxyType(digests[key]),
+            tuple(places[key].values()),
         )
         for key, entry in entries.items()
     }

@@ -24,6 +24,7 @@ _FILTERS = {
     "percent": words.percent,
     "unix": words.unix_s,
     "seconds": words.seconds_text,
+    "rate": words.rate,
 }
 
 

@@ -62,6 +62,13 @@ def count(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:,.0f}".replace(",", "\u202f")
 
 
+def rate(value: float | None) -> str:
+    """Return a number each second: with a decimal below a hundred."""
+    if value is None or value >= _LARGE:
+        return count(value)
+    return f"{value:.1f}"
+
+
 def usd(value: float | None) -> str:
     """Return US dollars: cents from ten cents on, up to six decimals below."""
     if value is None:
@@ -77,8 +84,10 @@ def unix_s(time: str | None) -> float | None:
 
 
 def percent(share: float | None) -> str:
-    """Return a share of 1 in percent; a tenth is shown below 10 %."""
+    """Return a share of 1 in percent; a tenth is shown below 10 %, and what is less than that is not zero."""
     if share is None:
         return UNKNOWN
     value = share * 100
+    if 0 < value < 0.05:  # noqa: PLR2004  (it would be rounded to zero)
+        return "< 0.1 %"
     return f"{value:.1f} %" if 0 < value < 9.95 else f"{value:.0f} %"  # noqa: PLR2004  (9.95 rounds to 10)

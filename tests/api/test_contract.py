@@ -602,13 +602,15 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
             f"{COMPUTE}/{path}"
             for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
+        f"{COMPUTE}/gpus/history",
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("lift", "load", "unload")),
         f"{COMPUTE}/instances/{{instance_id}}/breaker/reset",
-        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain")),
+        *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain", "schedules")),
         f"{COMPUTE}/live",
+        *(f"{COMPUTE}/models{path}" for path in ("", "/pulls", "/pulls/{number}")),
         *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         "/api/v1/budgets",

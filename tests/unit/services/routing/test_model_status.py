@@ -124,3 +124,26 @@ def test_what_is_being_loaded_is_told_by_instance(status: ModelStatus, fleet: Fl
     with status.load("Big", "a"), status.load("big:latest", "a"), status.load("small", "c"):
         assert status.loading() == {"a": ("big:latest", "tiny:latest"), "c": ("small:latest",)}
     assert status.loading() == {"a": ("tiny:latest",)}
+
+
+def test_the_last_failure_is_told_until_the_model_answers(status: ModelStatus) -> None:
+    assert (status.failure("tiny:latest"), status.version) == (None, 0)
+    status.failed("tiny", Reason.UPSTREAM_ERROR, "no" * 1000)
+    failure = status.failure("tiny:latest")
+    assert failure is not None
+    assert (failure.reason, len(failure.message)) == (Reason.UPSTREAM_ERROR, 1000)
+    status.load_failed("Tiny", Reason.VRAM_INSUFFICIENT, "lacks 2 GiB")  # whatever the reason
+    assert status.failure("tiny:latest") == (Reason.VRAM_INSUFFICIENT, "lacks 2 GiB")
+    assert status.idle_status("tiny:latest") == "error"
+    status.answered("tiny")
+    status.answered("tiny")
+    assert (status.failure("tiny:latest"), status.version) == (None, 3)
+
+
+def test_the_instances_that_load_a_model_are_told(status: ModelStatus, fleet: Fleet) -> None:
+    fleet.loaded = {"a": ("tiny",)}
+    working(status, "a", loads=True)  # it is there by now
+    working(status, "b", loads=True)
+    with status.load("tiny", "a"), status.load("other", "b"):
+        assert status.loading_on() == {"tiny:latest": ("a", "b"), "other:latest": ("b",)}
+    assert status.loading_on() == {"tiny:latest": ("b",)}
