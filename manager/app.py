@@ -23,6 +23,7 @@ from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
 from manager.opening import (
+    opened_gpu_history,
     opened_gpus,
     opened_journal,
     opened_keyring,
@@ -301,6 +302,7 @@ async def open_daemon(
             settings=model_settings,
             lifted=parts.lifts.of,
             breakers=breakers,
+            loading=status.loading,
         )
         catalogue = Catalogue(
             fleet,
@@ -376,6 +378,7 @@ async def open_daemon(
             link=parts.link,
             first_look=parts.first_look,
             overviews=overviews,
+            gpu_history=await opened_gpu_history(held, registry, gpus, loads=not resume_idle_clock),
             journal=journal,
             engine=engine,
             passing=passing,
@@ -396,6 +399,7 @@ async def open_daemon(
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
                 history=history,
                 rollout=rollout.in_force,
+                budgets=lambda: ledger.last_seen,
             ).render,
             refusals=refusals,
             history=history,
@@ -425,6 +429,7 @@ async def open_daemon(
                 "runs": backend.runs.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
+                "gpu history": backend.gpu_history.run,
             }
         yield Daemon(
             settings,

@@ -8,6 +8,7 @@ ManagerError
 ├── UnknownPullError
 ├── UnknownRunError
 ├── UnknownKeyError
+├── UnknownGpuError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
@@ -133,6 +134,10 @@ class UnknownRunError(ManagerError):
 
 class UnknownKeyError(ManagerError):
     code = "unknown_key"
+
+
+class UnknownGpuError(ManagerError):
+    code = "unknown_gpu"
 
 
 class InvalidRequestError(ManagerError):

@@ -61,12 +61,12 @@ class _Cron(BaseTrigger):  # type: ignore[misc]  # APScheduler has no types
 
     def __init__(self, line: str, zone: tzinfo) -> None:
         self._line = line
-        self._zone = zone
+        self.zone = zone
 
     def get_next_fire_time(self, previous: datetime | None, now: datetime) -> datetime | None:
         """The first time after `previous`, or from `now` on; None when there is none within 50 years."""
         least = now if previous is None else previous + timedelta.resolution
-        times = CronSim(self._line, (least - _SECOND).astimezone(self._zone))
+        times = CronSim(self._line, (least - _SECOND).astimezone(self.zone))
         # Looking for a single minute, cronsim 2.8 leaps an hour, and over a change of half an hour
         # (Australia/Lord_Howe). With one more it goes minute by minute; minute 60 never comes.
         times.minutes.add(60)
@@ -130,6 +130,20 @@ class ApScheduler:
         """End the schedule of that name; a tick that is due already may still come."""
         del self._triggers[name]
         self._scheduler.remove_job(name)
+
+    def upcoming(self, name: str, count: int) -> tuple[datetime, ...]:
+        """Return the next times of a cron line, in its time zone; none where there is no such schedule.
+
+        It may take tens of milliseconds for a line that seldom fires. Any thread may call it.
+        """
+        trigger = self._triggers[name]() if name in self._triggers else None
+        if not isinstance(trigger, _Cron):
+            return ()
+        found: list[datetime] = []
+        now = datetime.now(UTC)
+        while len(found) < count and (at := trigger.get_next_fire_time(found[-1] if found else None, now)):
+            found.append(at)
+        return tuple(at.astimezone(trigger.zone) for at in found)
 
     def start(self) -> None:
         """Begin; called on the event loop that the ticks are to run on."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
+    from manager.services.gpus import GpuHistory
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
@@ -119,6 +120,7 @@ class Backend:
     link: EngineLink
     first_look: FirstLook
     overviews: Overviews
+    gpu_history: GpuHistory
     journal: Journal
     engine: Engine
     passing: Passing

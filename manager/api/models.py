@@ -239,7 +239,7 @@ def model_sections(backend: Backend) -> Mapping[str, Section]:
             _model_json(
                 model,
                 statuses[key],
-                loading_on=loading.get(key, []),
+                loading_on=list(loading.get(key, ())),
                 failure=failures.failure(key),
                 roles=roles.get(key, []),
                 use=uses.of(key),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import orjson
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.responses import Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
@@ -77,6 +77,7 @@ class RequestBody(_Shape):
     stream: bool
     queue_ms: float
     start_ms: float | None
+    load_ms: float | None
     ttfb_ms: float | None
     duration_ms: float
     input_tokens: int | None
@@ -91,12 +92,14 @@ class RequestBody(_Shape):
 class RequestsBody(_Shape):
     """Requests, newest first: the open ones, then those that ended. `cursor` is for `after`.
 
-    With `after` the open ones are left out.
+    With `after` or `before` the open ones are left out. `older` is for `before`; it is null on the last page,
+    and where open ones fill the answer.
     """
 
     requests: list[RequestBody]
     count: int
     cursor: int
+    older: int | None
 
 
 class AskedBody(_Shape):
@@ -161,7 +164,7 @@ _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class RequestsQuery(BaseModel):
-    """`since` is a time, or a span before now. `after` is the cursor of an earlier answer."""
+    """`since` is a time, or a span before now. `after` is the `cursor` of an answer, `before` its `older`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -174,6 +177,13 @@ class RequestsQuery(BaseModel):
     outcome: Outcome | None = None
     key: _Name | None = None
     after: int | None = Field(default=None, ge=0, lt=2**63)
+    before: int | None = Field(default=None, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _has_one_direction(self) -> Self:
+        if self.after is not None and self.before is not None:
+            raise ValueError("`after` and `before` exclude each other")
+        return self
 
 
 def requests_router(backend: Backend) -> APIRouter:
@@ -183,38 +193,24 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.get("/requests", response_model=RequestsBody, responses=refusals(503))
     async def list_requests(query: Annotated[RequestsQuery, Query()]) -> Response:
         """The last requests, newest first: the open ones, then those that ended."""
-        filters = Filters(
-            since=None if query.since is None else moment(query.since),
-            project=query.project,
-            role=query.role,
-            model=query.model,
-            instance=query.instance,
-            outcome=query.outcome,
-            key=query.key,
-        )
-        # With a cursor the answer is what was stored since: open ones would take the place of some of it.
-        opened = await open_requests.listed(filters) if query.after is None else []
+        filters = filters_of(query)
+        # With a cursor the answer is a part of what is stored: open ones would take the place of some of it.
+        is_first = query.after is None and query.before is None
+        opened = await open_requests.listed(filters) if is_first else []
         await backend.history.flush()
-        page = await backend.history.store.last(filters, query.limit, after=query.after)
+        # The place of the next page is that of the last one listed.
+        count = max(1, query.limit - len(opened))
+        page = await backend.history.store.last(filters, count, after=query.after, before=query.before)
         ended = {id_ for id_, _ in page.items}
         opened = [one for one in opened if one["request_id"] not in ended]
         listed = [*opened, *(ended_json(values) for _, values in page.items)][: query.limit]
-        return _json({"requests": listed, "count": len(listed), "cursor": page.cursor})
+        older = page.older if len(opened) < query.limit else None
+        return _json({"requests": listed, "count": len(listed), "cursor": page.cursor, "older": older})
 
     @router.get("/requests/{request_id}", response_model=ExplainedRequestBody, responses=refusals(404, 503))
     async def show_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """One request with its decision: every attempt, and every candidate passed over."""
-        found = await open_requests.shown(request_id)
-        if found is None:
-            await backend.history.flush()
-            stored = await backend.history.store.get(request_id)
-            if stored is None:
-                raise _unknown(request_id)
-            record, decision = ended_json(stored[0]), stored[1]
-            found = {**record, "decision": decision, "summary": request_sentence(record, decision)}
-        for one in found["decision"]["passed_over"]:
-            one["words"] = passed_over_words(one)
-        return _json(found)
+        return _json(await explained(backend, request_id))
 
     @router.delete("/requests/{request_id}", response_model=CancelledBody, responses=refusals(404, 409, 503))
     async def cancel_request(request_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
@@ -229,10 +225,51 @@ def requests_router(backend: Backend) -> APIRouter:
     @router.get("/explain", response_model=ExplanationBody, responses=refusals(404))
     async def explain(query: Annotated[RequestDescription, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        decision = decision_json(backend, decision_of(backend, query))
-        return _json({**decision, "summary": decision_sentence(decision, query.model)})
+        return _json(explanation(backend, query))
 
     return router
+
+
+def filters_of(query: RequestsQuery) -> Filters:
+    """Return the requests that a query wants."""
+    return Filters(
+        since=None if query.since is None else moment(query.since),
+        project=query.project,
+        role=query.role,
+        model=query.model,
+        instance=query.instance,
+        outcome=query.outcome,
+        key=query.key,
+    )
+
+
+async def explained(backend: Backend, request_id: str) -> dict[str, Any]:
+    """Return the values of an `ExplainedRequestBody`.
+
+    Raises:
+        UnknownRequestError: the request is neither open nor stored.
+    """
+    found = await backend.passing.passages.open_requests.shown(request_id)
+    if found is None:
+        await backend.history.flush()
+        stored = await backend.history.store.get(request_id)
+        if stored is None:
+            raise _unknown(request_id)
+        record, decision = ended_json(stored[0]), stored[1]
+        found = {**record, "decision": decision, "summary": request_sentence(record, decision)}
+    for one in found["decision"]["passed_over"]:
+        one["words"] = passed_over_words(one)
+    return found
+
+
+def explanation(backend: Backend, query: RequestDescription) -> dict[str, Any]:
+    """Return the values of an `ExplanationBody`. Starts nothing.
+
+    Raises:
+        UnknownKeyError: no key of that name is in force.
+    """
+    decision = decision_json(backend, decision_of(backend, query))
+    return {**decision, "summary": decision_sentence(decision, query.model)}
 
 
 def ended_json(values: Mapping[str, Any]) -> dict[str, Any]:

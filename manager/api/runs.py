@@ -164,13 +164,13 @@ def runs_router(backend: Backend) -> APIRouter:
     @router.get("", response_model=RunsBody, responses=refusals(503))
     async def list_runs(request: Request, query: Annotated[RunsQuery, Query()]) -> Response:
         """The newest runs first; with a key that is no operator's, those of the key."""
-        runs = await backend.runs.newest(query.status, query.limit, _owner(request))
-        found = [_run_body(run) for run in runs]
+        runs = await backend.runs.newest(query.status, query.limit, owner_of(request))
+        found = [run_body(run) for run in runs]
         return _json(RunsBody(runs=found, count=len(found)))
 
     @router.get("/{run_id}", response_model=RunBody, responses=refusals(404, 503))
     async def show_run(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
-        return _json(_run_body(await backend.runs.find(run_id, _owner(request))))
+        return _json(run_body(await backend.runs.find(run_id, owner_of(request))))
 
     @router.get(
         "/{run_id}/result",
@@ -179,7 +179,7 @@ def runs_router(backend: Backend) -> APIRouter:
     )
     async def show_result(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """The answer as it came; `X-Run-Id` tells it from an error of this route."""
-        run, pieces = await backend.runs.result(run_id, _owner(request))
+        run, pieces = await backend.runs.result(run_id, owner_of(request))
         first = await anext(pieces, b"")  # what fails at once is an error of this route
         result = run.result
         assert result is not None  # noqa: S101  (`result` has refused a run without one)
@@ -199,12 +199,12 @@ def runs_router(backend: Backend) -> APIRouter:
     @router.delete("/{run_id}", response_model=RunBody, responses=refusals(404, 409, 503))
     async def cancel_run(request: Request, run_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel a run, whatever it waits for; its slot is free when this answers."""
-        return _json(_run_body(await backend.runs.cancel(run_id, _owner(request))))
+        return _json(run_body(await backend.runs.cancel(run_id, owner_of(request))))
 
     return router
 
 
-def _owner(request: Request) -> Grant | None:
+def owner_of(request: Request) -> Grant | None:
     """Return the key whose runs a request may see; None where it may see all."""
     grant = grant_of(request.scope)
     return None if grant is None or grant.may(Scope.OPERATOR) else grant
@@ -326,7 +326,7 @@ def _invalid_fields(problems: list[tuple[str, str]]) -> InvalidRequestError:
     return InvalidRequestError(f"{field}: {message}", details={"fields": fields})
 
 
-def _run_body(run: Run) -> RunBody:
+def run_body(run: Run) -> RunBody:
     error, result = run.error, run.result
     return RunBody(
         id=run.id,

@@ -144,6 +144,16 @@ def passed_over_words(one: Mapping[str, Any]) -> str:
     return why(one["instance"], one["reason"], one.get("detail") or "")
 
 
+def fallback_words(reason: str, preferred: str | None) -> str:
+    """Return why what was preferred did not answer, without a list of candidates: `gpu0 was stopped`.
+
+    Args:
+        reason: an entry of the one list of reasons.
+        preferred: an instance or a policy; None where it is not known.
+    """
+    return _since(reason, (), preferred)
+
+
 def duration_words(milliseconds: float) -> str:
     """Return `12 ms`, `1.2 s` or `2 min 5 s`."""
     if milliseconds < _SECOND_MS:

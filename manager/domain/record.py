@@ -40,6 +40,8 @@ class RequestRecord:
     `provider` is `LOCAL`, or the paid server that was asked. `fallback_from` is the instance or policy that
     was preferred, None without a fallback. `key` is the name of the client's key, None where none is needed.
 
+    `load_ms` is how long the server has loaded the model, where it says so; it is a part of `ttfb_ms`.
+
     `shadow_target` is the instance that a decision names which is only recorded, `shadow_refused` why it
     would refuse, and `disagreement` how it differs from the answer.
 
@@ -75,6 +77,7 @@ class RequestRecord:
     stream: bool = False
     queue_ms: float = 0.0
     start_ms: float | None = None
+    load_ms: float | None = None
     ttfb_ms: float | None = None
     duration_ms: float = 0.0
     input_tokens: int | None = None

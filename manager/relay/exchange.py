@@ -43,7 +43,7 @@ from manager.wire.statuses import (
 )
 from manager.wire.trace import traceparent
 from manager.wire.unload import unloaded, unloads
-from manager.wire.usage import TAIL_BYTES, error_in, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, is_ended, load_ms, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -997,6 +997,7 @@ class Exchange:
                 record.input_tokens, record.output_tokens = self._translated.tokens
             elif self._tail:
                 record.input_tokens, record.output_tokens = token_counts(self._route.dialect, self._tail)
+                record.load_ms = load_ms(self._route.dialect, self._tail)
             try:
                 attempting.close(outcome)
             finally:

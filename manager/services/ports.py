@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
+    from manager.domain.gpu_history import CardMinute
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.keys import Grant, Key
@@ -371,6 +372,14 @@ class Registry(Protocol):
         """Store when keys were used last, by name; one that is gone stays so."""
         ...
 
+    async def gpu_minutes(self, since_s: int) -> dict[int, tuple[CardMinute, ...]]:
+        """What was read of the cards since a time: by the Unix time of each minute, in order."""
+        ...
+
+    async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None:
+        """Store minutes in place of earlier ones, and forget those that began before a time."""
+        ...
+
     async def check(self) -> None:
         """Look whether what is written can still be found after a restart."""
         ...
@@ -386,11 +395,12 @@ class StoredPage(NamedTuple):
     """A part of the history, newest first.
 
     `items` are request ids and JSON objects with the fields of each record. `cursor` is the place of the last
-    one that was looked at.
+    one that was looked at. `older` is the place before which the next page ends; None where there is none.
     """
 
     items: list[tuple[str, dict[str, Any]]]
     cursor: int
+    older: int | None = None
 
 
 class RequestStore(Protocol):
@@ -443,8 +453,17 @@ class RequestStore(Protocol):
         """Forget what was used longer ago."""
         ...
 
-    async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
-        """Return the requests that ended last, or the first ones behind a cursor."""
+    async def last(
+        self, filters: Filters, limit: int, *, after: int | None = None, before: int | None = None
+    ) -> StoredPage:
+        """Return the requests that ended last, before a place if one is given; or the first ones behind one.
+
+        Args:
+            filters: what is wanted.
+            limit: at most so many.
+            after: the `cursor` of an earlier page.
+            before: the `older` of an earlier page.
+        """
         ...
 
     async def get(self, request_id: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -569,5 +588,6 @@ class Scheduler(Protocol):
     def every(self, name: str, interval_s: float, tick: Callable[[], None]) -> None: ...
     def cron(self, name: str, line: str, timezone: str | None, tick: Callable[[], None]) -> None: ...
     def remove(self, name: str) -> None: ...
+    def upcoming(self, name: str, count: int) -> tuple[datetime, ...]: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

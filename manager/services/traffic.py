@@ -87,6 +87,8 @@ class Traffic:
             record.ttfb_ms = _to_microseconds(record.ttfb_ms)
         if record.start_ms is not None:
             record.start_ms = _to_microseconds(record.start_ms)
+        if record.load_ms is not None:
+            record.load_ms = _to_microseconds(record.load_ms)
         target = record.effective_target or ""
         self.requests[target, record.role or "", record.outcome] += 1
         if record.fallback and record.fallback_reason is not None:

@@ -23,6 +23,9 @@ _COUNTS = {
 }
 # A longer one, a fraction or a negative one is no number of tokens.
 _COUNT = re.compile(rb"\s*:\s*(\d{1,9})(?![\d.eE])")
+_LOAD = b'"load_duration"'
+# Eleven days at most: a longer one is no time of a load.
+_NANOSECONDS = re.compile(rb"\s*:\s*(\d{1,15})(?![\d.eE])")
 _DURATION = re.compile(rb'"total_duration"\s*:\s*\d')
 _DONE = b'"done"'
 _TRUE = re.compile(rb"\s*:\s*true")
@@ -39,6 +42,18 @@ def token_counts(dialect: Dialect, tail: bytes | bytearray) -> tuple[int | None,
     """
     inputs, outputs = _COUNTS[dialect]
     return _last(inputs, tail), _last(outputs, tail)
+
+
+def load_ms(dialect: Dialect, tail: bytes | bytearray) -> float | None:
+    """Return how long the server has loaded the model, as the end of its answer tells; None if it does not.
+
+    Args:
+        dialect: only the native one tells it.
+        tail: as for `token_counts`.
+    """
+    at = tail.rfind(_LOAD) if dialect is Dialect.NATIVE else -1
+    match = _NANOSECONDS.match(tail, at + len(_LOAD)) if at >= 0 else None
+    return None if match is None else int(match[1]) / 1e6
 
 
 def is_ended(route: Route, tail: bytes) -> bool:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from tests.support.daemon import Daemon
     from tests.support.fixtures import NewDaemon
+    from tests.support.nursery import Process
 
 __all__ = ["processes"]
 
@@ -133,9 +134,9 @@ async def body_of(reader: asyncio.StreamReader, headers: Mapping[str, str]) -> b
     return body
 
 
-async def under_load(one: Replaceable, times: int) -> tuple[Load, list[subprocess.Popen[bytes]]]:
+async def under_load(one: Replaceable, times: int) -> tuple[Load, list[Process]]:
     load = Load(one.daemon.port)
-    old: list[subprocess.Popen[bytes]] = []
+    old: list[Process] = []
     async with asyncio.TaskGroup() as tasks:
         for _ in range(KEPT):
             tasks.create_task(load.keep_asking(2 * KEPT / PER_S))
@@ -152,9 +153,7 @@ async def under_load(one: Replaceable, times: int) -> tuple[Load, list[subproces
     return load, old
 
 
-def test_no_request_is_lost_in_ten_replacements(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
-) -> None:
+def test_no_request_is_lost_in_ten_replacements(new_daemon: NewDaemon, processes: list[Process]) -> None:
     daemon = new_daemon(templates={"sim": {"env": SLOW}}).start()
     daemon.started("cpu")
     load, old = asyncio.run(under_load(Replaceable(daemon, processes), TIMES))
@@ -180,7 +179,7 @@ def test_where_no_daemon_runs_there_is_nothing_to_replace(new_daemon: NewDaemon)
 
 
 def test_a_start_under_way_ends_before_the_daemon_gives_way(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     daemon = new_daemon(templates={"sim": {"env": {"OLLAMA_SIM_START_DELAY_S": "2"}}}).start()
     with ThreadPoolExecutor() as pool:
@@ -193,9 +192,7 @@ def test_a_start_under_way_ends_before_the_daemon_gives_way(
     assert daemon.wait_for_phase("cpu", "ready")["starts"] == 1
 
 
-def test_a_daemon_that_cannot_serve_replaces_none(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_daemon_that_cannot_serve_replaces_none(new_daemon: NewDaemon, processes: list[Process]) -> None:
     daemon = new_daemon().start()
     daemon.started("cpu")
     old = daemon.process
@@ -220,7 +217,7 @@ def test_a_daemon_with_another_state_directory_replaces_none(new_daemon: NewDaem
 
 
 def test_a_daemon_serves_again_when_its_successor_dies(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     daemon = new_daemon().start()
     daemon.started("cpu")
@@ -241,7 +238,7 @@ def test_a_daemon_serves_again_when_its_successor_dies(
 
 
 def test_an_answer_of_the_old_daemon_keeps_its_container_from_being_recreated(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     slow = {"OLLAMA_SIM_TOKENS": "320", "OLLAMA_SIM_TOKENS_PER_S": "40"}
     daemon = new_daemon(templates={"sim": {"env": slow}}).start()
@@ -264,7 +261,7 @@ def test_an_answer_of_the_old_daemon_keeps_its_container_from_being_recreated(
 
 
 def test_a_stop_and_a_drain_in_the_new_daemon_wait_for_the_answers_of_the_old_one_on_that_instance(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     slow = {"OLLAMA_SIM_TOKENS": "600", "OLLAMA_SIM_TOKENS_PER_S": "40"}
     two = {"cpu": {"template": "sim"}, "other": {"template": "sim"}}
@@ -289,7 +286,7 @@ def test_a_stop_and_a_drain_in_the_new_daemon_wait_for_the_answers_of_the_old_on
 
 
 def test_what_a_client_has_sent_of_its_next_request_moves_too(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     daemon = new_daemon(templates={"sim": {"env": SLOW}}).start()
     daemon.started("cpu")
@@ -312,7 +309,7 @@ def test_what_a_client_has_sent_of_its_next_request_moves_too(
 
 
 def test_a_replacement_that_fails_leaves_clients_and_settings_as_they_were(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     daemon = new_daemon().start()
     old = daemon.process
@@ -374,7 +371,7 @@ def test_a_listener_with_another_address_is_refused(new_daemon: NewDaemon) -> No
 
 
 @contextmanager
-def passed(daemon: Daemon, descriptor: int) -> Iterator[subprocess.Popen[bytes]]:
+def passed(daemon: Daemon, descriptor: int) -> Iterator[Process]:
     """The daemon, started as systemd starts it."""
     command = f'exec 3<&{descriptor}; LISTEN_PID=$$ LISTEN_FDS=1 exec "$@"'
     program = [sys.executable, "-m", "manager", "serve", "--config", str(daemon.config_file)]

@@ -14,9 +14,10 @@ from tests.support.daemon import Daemon, wait_for
 from tests.support.relaying import LAST, LINE, Conversation, Scripted
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
+
+    from tests.support.nursery import Process
 
 RUNS = "/api/v1/runs"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
@@ -289,7 +290,7 @@ def test_a_run_that_ends_within_the_drain_is_not_touched(runs: Runs, server: Ser
     runs.assert_succeeded(executions=1)
 
 
-def replaced(runs: Runs) -> subprocess.Popen[bytes]:
+def replaced(runs: Runs) -> Process:
     """Begin to replace the daemon; return the old process."""
     old = runs.daemon.process
     assert old is not None

@@ -15,13 +15,13 @@ from tests.support.inside import until
 from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     import requests
 
     from tests.support.gateway import Gateway
+    from tests.support.nursery import Process
 
 __all__ = ["processes"]
 
@@ -32,7 +32,7 @@ TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 class Rig:
     """Two daemons, one after the other, in front of one server with two slots."""
 
-    def __init__(self, gateway: Gateway, server: Gated, processes: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, gateway: Gateway, server: Gated, processes: list[Process]) -> None:
         self.gateway = gateway
         self.server = server
         self._processes = processes
@@ -41,7 +41,7 @@ class Rig:
         call = asyncio.to_thread(self.gateway.call, "POST", "/api/chat", json=TINY, headers=headers)
         return asyncio.ensure_future(call)
 
-    async def replace(self) -> subprocess.Popen[bytes]:
+    async def replace(self) -> Process:
         old = await asyncio.to_thread(Replaceable(self.gateway, self._processes).replace)
         await asyncio.to_thread(self.gateway.wait_until_alive)
         return old
@@ -66,9 +66,7 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig_of(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]], **config: Any
-) -> AsyncIterator[Rig]:
+async def rig_of(tmp_path: Path, processes: list[Process], **config: Any) -> AsyncIterator[Rig]:
     server = Gated()
     async with server.serving(), gateway_before(tmp_path, {"a": server}, slots=SLOTS, **config) as gateway:
         yield Rig(gateway, server, processes)
@@ -82,7 +80,7 @@ async def ended_well(*answers: asyncio.Task[requests.Response]) -> None:
 
 
 async def test_slots_of_the_old_daemon_are_in_use_in_the_new_one_and_its_queue_comes_first(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+    tmp_path: Path, processes: list[Process]
 ) -> None:
     async with rig_of(tmp_path, processes) as rig:
         old_ones = [rig.ask(), rig.ask()]
@@ -115,7 +113,7 @@ async def test_slots_of_the_old_daemon_are_in_use_in_the_new_one_and_its_queue_c
 
 
 async def test_slots_are_never_exceeded_under_load_through_replacements(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+    tmp_path: Path, processes: list[Process]
 ) -> None:
     async with rig_of(tmp_path, processes) as rig:
         rig.server.takes_s = 0.1
@@ -144,7 +142,7 @@ async def test_slots_are_never_exceeded_under_load_through_replacements(
 
 
 async def test_a_request_of_the_old_daemon_is_listed_shown_and_cancelled(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+    tmp_path: Path, processes: list[Process]
 ) -> None:
     async with rig_of(tmp_path, processes) as rig:
         stays, goes = rig.ask(), rig.ask(**{"X-Project-ID": "goes"})
@@ -176,7 +174,7 @@ async def test_a_request_of_the_old_daemon_is_listed_shown_and_cancelled(
 
 
 async def test_a_daemon_that_is_not_replaced_after_all_counts_the_slots_of_its_own_open_requests(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]]
+    tmp_path: Path, processes: list[Process]
 ) -> None:
     async with rig_of(tmp_path, processes) as rig:
         earlier = [rig.ask() for _ in range(SLOTS + 1)]
@@ -203,7 +201,7 @@ async def test_a_daemon_that_is_not_replaced_after_all_counts_the_slots_of_its_o
 
 @pytest.mark.parametrize("lane", ["*", "x"])
 async def test_a_kill_of_the_old_daemon_gives_its_slots_back(
-    tmp_path: Path, processes: list[subprocess.Popen[bytes]], lane: str
+    tmp_path: Path, processes: list[Process], lane: str
 ) -> None:
     roles = {"x": {"model": "tiny", "concurrency": SLOTS}} if lane == "x" else {}
     async with rig_of(tmp_path, processes, roles=roles) as rig:

@@ -535,3 +535,24 @@ async def test_a_decision_is_explained_without_a_request(tmp_path: Path) -> None
             "query.model",
         )
         assert not one.seen
+
+
+async def test_older_requests_are_listed_page_by_page_and_without_the_open_ones(tmp_path: Path) -> None:
+    async with Scripted().serving() as server, relaying(tmp_path, {"a": server}) as front:
+        for _ in range(5):
+            assert (await front.ask(WHOLE)).status == 200
+        await until(lambda: front.at_rest)
+        whole = [one["request_id"] for one in await listed(front)]
+        assert len(whole) == 5
+        seen: list[str] = []
+        query = "?limit=2"
+        while True:
+            body = (await ask(front, "GET", f"{REQUESTS}{query}")).json()
+            seen += [one["request_id"] for one in body["requests"]]
+            if body["older"] is None:
+                break
+            query = f"?limit=2&before={body['older']}"
+        assert seen == whole
+        both = await ask(front, "GET", f"{REQUESTS}?after=1&before=2")
+        assert both.status == 422
+        assert "exclude each other" in both.json()["error"]["message"]

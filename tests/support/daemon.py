@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import requests
 import yaml
 
+from tests.support import nursery
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -96,7 +98,7 @@ class Daemon:
         self.log_file = home / "daemon.log"
         self.engine_url = engine_url
         self.config = dict(config)
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: nursery.Process | None = None
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("OLLAMA_MANAGER_", "PYTHONDONT"))},
             # Compiling every import anew would treble the time of a start; the tree is left as it is.
@@ -140,9 +142,13 @@ class Daemon:
             else ["-m", *main, "serve", "--config", str(self.config_file), *arguments]
         )
         with self.log_file.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *program], cwd=ROOT, env=self.environment, stdout=log, stderr=log
-            )
+            if nursery.can_begin(self.environment):
+                argv, fd = program[1:], log.fileno()
+                self.process = nursery.begin(argv, cwd=ROOT, env=self.environment, log=fd)
+            else:
+                self.process = subprocess.Popen(
+                    [sys.executable, *program], cwd=ROOT, env=self.environment, stdout=log, stderr=log
+                )
         if until_ready:
             self.wait_until_ready()
         return self
@@ -244,7 +250,7 @@ class Daemon:
         if self.process is not None:
             self.stop(signal.SIGKILL)
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> nursery.Process:
         assert self.process is not None, "the daemon is not running"
         return self.process
 

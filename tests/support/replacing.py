@@ -11,16 +11,16 @@ import pytest
 from tests.support.daemon import wait_for
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
 
     from tests.support.daemon import Daemon
+    from tests.support.nursery import Process
 
 
 @pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
+def processes() -> Iterator[list[Process]]:
     """All processes that were replaced; none of them is left."""
-    found: list[subprocess.Popen[bytes]] = []
+    found: list[Process] = []
     yield found
     for process in found:
         if process.poll() is None:
@@ -31,11 +31,11 @@ def processes() -> Iterator[list[subprocess.Popen[bytes]]]:
 class Replaceable:
     """A daemon whose process is replaced by the next one."""
 
-    def __init__(self, daemon: Daemon, processes: list[subprocess.Popen[bytes]]) -> None:
+    def __init__(self, daemon: Daemon, processes: list[Process]) -> None:
         self.daemon = daemon
         self._processes = processes
 
-    def replace(self) -> subprocess.Popen[bytes]:
+    def replace(self) -> Process:
         """Start a process that replaces the running one; return the old one once the new one serves."""
         old = self.daemon.process
         assert old is not None

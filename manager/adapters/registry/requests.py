@@ -108,19 +108,23 @@ class SqlRequests:
         if self._stores:
             await self._own.call(work)
 
-    async def last(self, filters: Filters, limit: int, *, after: int | None = None) -> StoredPage:
-        found, values = search(filters, after)
+    async def last(
+        self, filters: Filters, limit: int, *, after: int | None = None, before: int | None = None
+    ) -> StoredPage:
+        found, values = search(filters, after, before)
 
         def work() -> StoredPage:
             connection = self._own.open()
             last = connection.execute(_LAST_ID).fetchone()[0] or 0
-            ids = [row[0] for row in connection.execute(found, [*values, limit])]
+            ids = [row[0] for row in connection.execute(found, [*values, limit + 1])]
+            ids, is_more = ids[:limit], len(ids) > limit
             cursor = last if after is None or len(ids) < limit else ids[-1]
             if after is not None:
                 ids.reverse()
             rows = [connection.execute(_RECORD, (id_,)).fetchone() for id_ in ids]
             items = [(row[0], orjson.loads(row[1])) for row in rows]
-            return StoredPage(items, max(cursor, after or 0))
+            older = ids[-1] if after is None and is_more else None
+            return StoredPage(items, max(cursor, after or 0), older)
 
         return await self._own.call(work, doing="read")
 
@@ -164,12 +168,13 @@ class SqlRequests:
         self._is_doubtful = False
 
 
-def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
+def search(filters: Filters, after: int | None, before: int | None = None) -> tuple[str, list[Any]]:
     """Return the statement that finds ids, and its parameters but the limit.
 
     Args:
         filters: what is wanted.
         after: None: the requests that ended last, newest first; else the first ones behind this id, in order.
+        before: only those that ended before the one of this id; none where that one is forgotten.
     """
     pairs = (
         ("project = ?", filters.project),
@@ -180,6 +185,7 @@ def search(filters: Filters, after: int | None) -> tuple[str, list[Any]]:
         ("key = ?", filters.key),
         ("ended_us >= ?", filters.since and int(filters.since.timestamp() * 1e6)),
         ("id > ?", after),
+        ("(ended_us, id) < (SELECT ended_us, id FROM requests WHERE id = ?)", before),
     )
     named = [(condition, value) for condition, value in pairs if value is not None]
     conditions = " AND ".join(condition for condition, _ in named) or "true"

@@ -2,5 +2,6 @@
 
 from manager.services.gpus.cards import GpuSnapshot
 from manager.services.gpus.gpus import Gpus, Need, Room
+from manager.services.gpus.history import GpuHistory
 
-__all__ = ["GpuSnapshot", "Gpus", "Need", "Room"]
+__all__ = ["GpuHistory", "GpuSnapshot", "Gpus", "Need", "Room"]

@@ -112,6 +112,7 @@ class Gpus:
         self.note_given = self._cards.note_given
         self.gpu = self._cards.gpu
         self.why_missing = self._cards.why_missing
+        self.reserved = self._admission.reserved
         self.note_container = self._processes.note_container
         self.forget_container = self._processes.forget_container
         self.instance_of = self._processes.instance_of
@@ -134,6 +135,11 @@ class Gpus:
     @property
     def snapshot(self) -> GpuSnapshot:
         return self._cards.snapshot
+
+    @property
+    def read_at(self) -> float:
+        """The monotonic time of the last reading, in seconds."""
+        return self._read_at
 
     @property
     def trouble(self) -> GpuTrouble | None:

@@ -11,6 +11,8 @@ from manager.domain.instance import Phase
 from manager.errors import ManagerError
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from manager.domain.orphans import Orphan
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -38,6 +40,31 @@ class Swept:
     instance: str
     action: Literal["stopped", "would_stop", "kept", "failed"]
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """The last time that a schedule was due, and what it did."""
+
+    at: datetime
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One schedule, or the regular sweep where `schedule` is None.
+
+    Attributes:
+        every_s: between two regular sweeps; None for a schedule.
+        upcoming: the next times, in the schedule's time zone.
+        last: since the daemon began; of the regular sweep the last one that found something idle. None
+            without one.
+    """
+
+    schedule: Schedule | None
+    every_s: float | None
+    upcoming: tuple[datetime, ...]
+    last: Ran | None
 
 
 class Sweeps:
@@ -72,6 +99,7 @@ class Sweeps:
         self._interval_s = interval_s
         self._scheduler: Scheduler | None = None
         self._due: dict[Schedule | None, None] = {}
+        self._last: dict[Schedule | None, Ran] = {}
         self._news = asyncio.Event()
 
     def schedule(self, scheduler: Scheduler) -> None:
@@ -84,6 +112,7 @@ class Sweeps:
     def reconfigure(self, schedules: tuple[Schedule, ...]) -> None:
         """Take over new schedules. One that has not changed keeps its next time."""
         before, self._schedules = self._schedules, schedules
+        self._last = {entry: ran for entry, ran in self._last.items() if entry in (None, *schedules)}
         if self._scheduler is None:
             return
         for number, (old, new) in enumerate(zip_longest(before, schedules)):
@@ -94,6 +123,24 @@ class Sweeps:
 
     def _add(self, scheduler: Scheduler, number: int, entry: Schedule) -> None:
         scheduler.cron(_job(number), entry.cron, entry.timezone, lambda: self._tick(entry))
+
+    async def entries(self, count: int) -> tuple[Entry, ...]:
+        """Return the schedules as they are configured, with their next times; then the regular sweep."""
+        schedules, scheduler = self._schedules, self._scheduler
+
+        def upcoming() -> list[tuple[datetime, ...]]:
+            if scheduler is None:
+                return [()] * len(schedules)
+            return [scheduler.upcoming(_job(number), count) for number in range(len(schedules))]
+
+        times = await asyncio.to_thread(upcoming)
+        return (
+            *(
+                Entry(entry, None, at, self._last.get(entry))
+                for entry, at in zip(schedules, times, strict=True)
+            ),
+            Entry(None, self._interval_s, (), self._last.get(None)),
+        )
 
     async def reap(self, *, dry_run: bool = False) -> tuple[Swept, ...]:
         """Sweep once; return what became of each instance with a container, and of each orphan.
@@ -121,7 +168,11 @@ class Sweeps:
                 due, self._due = self._due, {}
                 for entry in due:
                     if entry is None or entry.action == "reap":
-                        for supervisor in (one for one in self._fleet.supervisors() if one.idle):
+                        idle = [one for one in self._fleet.supervisors() if one.idle]
+                        if idle or entry is not None:
+                            stops = ", ".join(one.id for one in idle)
+                            self._note(entry, f"stops {stops}" if stops else "nothing was idle")
+                        for supervisor in idle:
                             # A stop that hangs must not delay the others, nor be asked for twice.
                             if supervisor.id not in sweeping or sweeping[supervisor.id].done():
                                 sweeping[supervisor.id] = tasks.create_task(
@@ -159,11 +210,17 @@ class Sweeps:
             self._world.journal.record(
                 "schedule_failed", instance=entry.instance, detail=f"{entry.cron}: {error.message}"
             )
+            self._note(entry, f"failed: {error.message}")
         else:
+            words = "starts" if entry.action == "start" else "stops"
+            self._note(entry, f"{words} {instance_id}" if changed else f"{instance_id} is left as it is")
             if changed:
                 self._world.journal.record(
                     "scheduled", instance=entry.instance, detail=f"{entry.action} by {entry.cron!r}"
                 )
+
+    def _note(self, entry: Schedule | None, detail: str) -> None:
+        self._last[entry] = Ran(self._world.utcnow(), detail)
 
 
 def _job(number: int) -> str:

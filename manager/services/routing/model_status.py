@@ -10,7 +10,7 @@ from manager.domain.models import model_key
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from manager.services.instances.fleet import Fleet
 
@@ -75,7 +75,7 @@ class ModelStatus:
         self._workers.discard(worker)
 
     @contextmanager
-    def load(self, model: str, instance: str = "") -> Iterator[None]:
+    def load(self, model: str, instance: str) -> Iterator[None]:
         """A model is being loaded on an instance, and nothing else is done with it."""
         place = instance, model_key(model)
         self._loads[place] += 1
@@ -121,17 +121,20 @@ class ModelStatus:
             doing.setdefault(key, "loading")
         return doing
 
-    def loading_on(self) -> Mapping[str, list[str]]:
-        """Return the instances that load models, in the order of their ids, by the keys of the models."""
-        places = set(self._loads)
-        for worker in self._workers:
-            instance, model, loads = worker.work
-            if loads and not self._is_loaded(instance, model_key(model)):
-                places.add((instance, model_key(model)))
-        found: dict[str, list[str]] = {}
-        for instance, key in sorted(places):
-            found.setdefault(key, []).append(instance)
-        return found
+    def loading(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the keys of the models that are being loaded, in order, by the id of the instance."""
+        return _grouped(sorted(self._under_way()))
+
+    def loading_on(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ids of the instances that load a model, in order, by the key of the model."""
+        return _grouped((key, instance) for instance, key in sorted(self._under_way()))
+
+    def _under_way(self) -> set[tuple[str, str]]:
+        """Return instance and key of the model of each load."""
+        works = (
+            (one, model_key(model)) for one, model, loads in [one.work for one in self._workers] if loads
+        )
+        return {*self._loads, *(one for one in works if not self._is_loaded(*one))}
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""
@@ -149,3 +152,10 @@ class ModelStatus:
 
     def _is_loaded(self, instance: str, key: str) -> bool:
         return any(model_key(model.name) == key for model in self._fleet.get(instance).models)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, value in pairs:
+        found[name] = (*found.get(name, ()), value)
+    return found

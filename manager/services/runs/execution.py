@@ -45,7 +45,7 @@ from manager.wire.statuses import (
     status_of,
 )
 from manager.wire.trace import traceparent
-from manager.wire.usage import TAIL_BYTES, error_in, fault_of, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, fault_of, load_ms, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
@@ -415,6 +415,7 @@ class _Work:
         record = self.record
         if self._speaking is None:
             record.input_tokens, record.output_tokens = token_counts(self._route.dialect, tail)
+            record.load_ms = load_ms(self._route.dialect, tail)
         self.count()
         outcome = outcome_of(record.status)
         self.attempting.close("upstream_error" if error is not None and outcome == "ok" else outcome)

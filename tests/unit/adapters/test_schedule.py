@@ -331,3 +331,14 @@ async def test_a_run_that_comes_late_is_reported_with_the_time_that_was_planned(
     assert (late["event"], late["schedule"]) == ("schedule_late", "morning")
     assert late["planned"] == planned.isoformat()
     assert late["late_s"] > 7 * 3600
+
+
+async def test_the_next_times_of_a_line_are_in_its_time_zone(scheduler: ApScheduler) -> None:
+    scheduler.cron("opens", "30 8 * * *", "Europe/Berlin", lambda: None)
+    scheduler.every("sweep", 2.0, lambda: None)
+    first, second, third = scheduler.upcoming("opens", 3)
+    assert {at.strftime("%H:%M") for at in (first, second, third)} == {"08:30"}
+    assert datetime.now(UTC) < first < second < third
+    assert str(first.tzinfo) == "Europe/Berlin"
+    assert scheduler.upcoming("sweep", 3) == ()
+    assert scheduler.upcoming("gone", 3) == ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +29,9 @@ ALL = (
     ("roles", "set", "thinking", "weight=2"),
     ("roles", "unset", "thinking"),
     ("lanes",),
+    ("schedules",),
+    ("local-only",),
+    ("local-only", "on"),
 )
 
 
@@ -60,7 +64,7 @@ def test_an_answer_of_another_program_is_exit_3(
     for method in ("GET", "POST"):
         for path in (
             f"{API}/instances/cpu", f"{API}/instances/cpu/logs?tail=100", f"{API}/gpus", f"{API}/lanes",
-            f"{API}/events?last=20&follow=false", f"{API}/events?last=20", "/v1/models",
+            f"{API}/schedules", f"{API}/events?last=20&follow=false", f"{API}/events?last=20", "/v1/models",
             "/api/settings/models", "/api/settings/models/effective",
         ):  # fmt: skip
             daemon.answers[f"{method} {path}"] = Answer("<html>", 404)
@@ -69,11 +73,13 @@ def test_an_answer_of_another_program_is_exit_3(
     assert "is not an ollama-manager" in result.stderr
 
 
-@pytest.mark.parametrize("command", [("gpus",), ("models",), ("roles",), ("lanes",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "command", [("gpus",), ("models",), ("roles",), ("lanes",), ("schedules",)], ids=" ".join
+)
 def test_json_of_another_shape_is_exit_3(daemon: StandInDaemon, run: Run, command: tuple[str, ...]) -> None:
     for path in (
-        f"{API}/gpus", f"{API}/lanes", "/v1/models", "/api/tags", "/api/ps", "/api/settings/models",
-        "/api/settings/models/effective",
+        f"{API}/gpus", f"{API}/lanes", f"{API}/schedules", "/v1/models", "/api/tags", "/api/ps",
+        "/api/settings/models", "/api/settings/models/effective",
     ):  # fmt: skip
         daemon.answers[f"GET {path}"] = Answer({"gpus": [{}], "data": [{}], "roles": {"a": {}}})
     result = run(*command, "--url", daemon.url)
@@ -401,3 +407,44 @@ def test_a_stopped_instance_is_no_reason_to_fail(daemon: StandInDaemon, run: Run
     result = run("logs", "cpu", "-f", "--url", daemon.url)
     assert (result.exit_code, result.stdout) == (0, "its last words\n")
     assert result.stderr == "cpu had no container (it was stopped); these lines were kept\n"
+
+
+# --- schedules ------------------------------------------------------------------------------------
+
+
+def test_schedules_say_when_next_in_the_time_zone_of_this_machine_and_what_was_done_last(
+    daemon: StandInDaemon, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    entry = {
+        "cron": "0 8 * * 1",
+        "every_s": None,
+        "words": "at 08:00, Monday",
+        "action": "start",
+        "instance": "gpu0",
+        "timezone": "Asia/Tokyo",
+        "next": ["2026-11-29T23:00:00.000Z", "2026-12-06T23:00:00.000Z"],
+        "last": {"at": "2026-11-22T23:00:01.000Z", "detail": "failed: no \x1b[31mGPU"},
+    }
+    sweep: dict[str, Any] = {
+        "cron": None, "every_s": 2.0, "words": "every 2 s", "action": "reap", "instance": None,
+        "timezone": None, "next": [], "last": None,
+    }  # fmt: skip
+    body = {"schedules": [entry, sweep], "count": 2}
+    daemon.answers[f"GET {API}/schedules"] = Answer(body)
+    try:
+        result = run("schedules", "--url", daemon.url)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [columns(line) for line in result.stdout.splitlines()] == [
+        ["WHEN", "CRON", "ACTION", "INSTANCE", "NEXT", "LAST"],
+        [
+            "at 08:00, Monday", "0 8 * * 1", "start", "gpu0", "Mon 2026-11-30 08:00, Mon 2026-12-07 08:00",
+            "Mon 2026-11-23 08:00: failed: no GPU",
+        ],
+        ["every 2 s", "-", "reap", "-", "-", "-"],
+    ]  # fmt: skip
+    assert json.loads(run("schedules", "--json", "--url", daemon.url).stdout) == body

@@ -10,6 +10,7 @@ from manager.domain.explanation import (
     REASON_WORDS,
     decision_sentence,
     duration_words,
+    fallback_words,
     passed_over_words,
     request_sentence,
     why,
@@ -320,3 +321,18 @@ def test_a_request_that_passes_to_the_raw_server_is_said_to_do_so() -> None:
 )
 def test_what_a_recorded_decision_would_have_done_is_said(values: dict[str, Any], words: str) -> None:
     assert words in request_sentence(record(effective_target="raw", **values), decision(attempt("raw")))
+
+
+@pytest.mark.parametrize(
+    ("reason", "preferred", "words"),
+    [
+        ("instance_stopped", "gpu0", "gpu0 was stopped"),
+        ("gpu_missing", "prefer_gpu", "there was no GPU"),
+        ("overloaded", "prefer_gpu", "nothing preferred could answer (overloaded)"),
+        ("breaker_open", None, "what it asked for had failed several times and was passed over"),
+    ],
+)
+def test_a_fallback_has_its_words_without_the_candidates(
+    reason: str, preferred: str | None, words: str
+) -> None:
+    assert fallback_words(reason, preferred) == words

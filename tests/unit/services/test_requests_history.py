@@ -182,6 +182,32 @@ async def test_a_cursor_leads_through_everything_once(history: History) -> None:
     assert (await history.store.last(Filters(project="nobody"), 10, after=3)).cursor == 25
 
 
+async def test_older_pages_lead_through_everything_once_whatever_ends_meanwhile(history: History) -> None:
+    # They are ordered by their end: two end at once, one was stored late.
+    made = [ended(project_id="a" if number % 2 else "b") for number in range(20)]
+    made.append(ended(ts=NOW - timedelta(hours=1), project_id="a"))
+    for one in made:
+        history.add(one)
+    await history.flush()
+    page = await history.store.last(Filters(), 7)
+    seen = [id_ for id_, _ in page.items]
+    sizes = [len(page.items)]
+    while page.older is not None:
+        history.add(ended())
+        await history.flush()
+        page = await history.store.last(Filters(), 7, before=page.older)
+        seen += [id_ for id_, _ in page.items]
+        sizes.append(len(page.items))
+    ids = [one.record.request_id for one in made]
+    assert seen == [*reversed(ids[:20]), ids[20]]
+    assert sizes == [7, 7, 7], "a full last page is known to be the last one"
+    only = await history.store.last(Filters(project="a"), 4)
+    assert only.older is not None
+    rest = await history.store.last(Filters(project="a"), 40, before=only.older)
+    assert [len(only.items), len(rest.items), rest.older] == [4, 7, None]
+    assert (await history.store.last(Filters(), 7, before=10_000)).items == []
+
+
 @pytest.mark.parametrize(
     ("filters", "plan"),
     [
@@ -199,6 +225,13 @@ async def test_a_search_reads_the_index_alone(
     with closing(sqlite3.connect(path)) as connection:
         found = connection.execute(f"EXPLAIN QUERY PLAN {statement}", [*values, 10]).fetchall()
     assert [row[3] for row in found] == [plan]
+
+
+async def test_a_search_for_older_ones_begins_in_the_index(path: Path, registry: SqlRegistry) -> None:
+    statement, values = search(Filters(), None, 7)
+    with closing(sqlite3.connect(path)) as connection:
+        found = connection.execute(f"EXPLAIN QUERY PLAN {statement}", [*values, 10]).fetchall()
+    assert found[0][3] == "SEARCH requests USING COVERING INDEX requests_by_end (ended_us<?)"
 
 
 async def test_a_dry_run_stores_no_request(path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from manager.wire.routes import INFERENCE, Dialect, Route
-from manager.wire.usage import TAIL_BYTES, fault_of, is_ended, token_counts
+from manager.wire.usage import TAIL_BYTES, fault_of, is_ended, load_ms, token_counts
 
 RECORDINGS = Path(__file__).parents[2] / "contract" / "recordings"
 CHAT, GENERATE = INFERENCE[b"/api/chat"], INFERENCE[b"/api/generate"]
@@ -236,3 +236,21 @@ def test_what_a_model_calls_a_tool_with_is_not_taken_for_the_end() -> None:
 )
 def test_a_stream_without_its_end_has_a_fault(path: str, tail: bytes, fault: str | None) -> None:
     assert fault_of(INFERENCE[path.encode()], tail) == fault
+
+
+@pytest.mark.parametrize(
+    ("dialect", "tail", "expected"),
+    [
+        (Dialect.NATIVE, b'{"done":true,"load_duration":1500000000,"eval_count":3}', 1500.0),
+        (Dialect.NATIVE, b'{"load_duration":7}\n{"done":true,"load_duration" : 2500000}', 2.5),
+        (Dialect.NATIVE, b'{"done":true}', None),
+        (Dialect.NATIVE, b'{"load_duration":-5}', None),
+        (Dialect.NATIVE, b'{"load_duration":1.5}', None),
+        (Dialect.NATIVE, b'{"load_duration":1234567890123456}', None),
+        (Dialect.OPENAI, b'{"load_duration":1500000000}', None),
+    ],
+)
+def test_the_time_of_a_load_is_what_the_end_of_a_native_answer_tells(
+    dialect: Dialect, tail: bytes, expected: float | None
+) -> None:
+    assert load_ms(dialect, tail) == expected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 START = Schedule("0 8 * * *", "start", "a", "Europe/Berlin")
 STOP = Schedule("0 20 * * *", "stop", "a", None)
+NEXT = datetime(2026, 11, 30, 8, 0, tzinfo=UTC)
 REAP = Schedule("*/5 * * * *", "reap", None, None)
 
 
@@ -38,6 +41,10 @@ class Scheduler:
 
     def remove(self, name: str) -> None:
         del self.ticks[name]
+
+    def upcoming(self, name: str, count: int) -> tuple[datetime, ...]:
+        assert name in self.ticks
+        return (NEXT,) * count
 
     def start(self) -> None: ...
     def stop(self) -> None: ...
@@ -231,3 +238,47 @@ def test_schedules_that_change_before_the_scheduler_runs_are_registered_once() -
     rig = Rig("a", schedules=(START,))
     rig.sweeps.reconfigure((STOP,))
     assert scheduled(rig).lines == [("0 20 * * *", None)]
+
+
+# --- what is shown of them
+
+
+async def test_schedules_are_listed_with_their_next_times_and_the_regular_sweep_comes_last() -> None:
+    rig = Rig("a", schedules=(START, REAP))
+    assert [one.upcoming for one in await rig.sweeps.entries(3)] == [(), (), ()]
+    scheduled(rig)
+    start, reap, regular = await rig.sweeps.entries(3)
+    assert (start.schedule, start.every_s, start.upcoming, start.last) == (START, None, (NEXT,) * 3, None)
+    assert (reap.schedule, reap.upcoming) == (REAP, (NEXT,) * 3)
+    assert (regular.schedule, regular.every_s, regular.upcoming, regular.last) == (None, 2.0, (), None)
+
+
+async def test_the_last_run_of_each_schedule_and_what_it_did_are_listed() -> None:
+    rig = Rig("a", max_running=1, schedules=(START, STOP, REAP))
+    async with rig.running():
+        ticks, began = scheduled(rig).ticks, rig.world.utcnow()
+
+        async def did(place: int) -> str:
+            async with asyncio.timeout(5):
+                while (last := (await rig.sweeps.entries(0))[place].last) is None:
+                    pass  # each look gives the loop a turn
+            assert began <= last.at <= rig.world.utcnow()
+            return last.detail
+
+        ticks["schedules[0]"]()
+        assert await did(0) == "starts a"
+        await until(lambda: rig.view("a").phase is Phase.READY)
+        ticks["schedules[2]"]()
+        assert await did(2) == "nothing was idle"
+        ticks["sweep"]()
+        ticks["schedules[1]"]()
+        assert await did(1) == "stops a"
+        assert (await rig.sweeps.entries(0))[3].last is None, "the regular sweep found nothing idle"
+        await until(lambda: rig.view("a").phase is Phase.STOPPED)
+        await rig.capacity.start("a")
+        await rig["a"].configure({"ttl_s": 0.001})
+        await until(lambda: rig["a"].idle)
+        ticks["sweep"]()
+        assert await did(3) == "stops a"
+        rig.sweeps.reconfigure((START,))
+        assert [one.last is None for one in await rig.sweeps.entries(0)] == [False, False]

@@ -107,7 +107,7 @@ def test_what_is_remembered_of_failures_is_bounded(
 def test_a_mere_load_is_loading_until_its_end_unless_the_model_is_used_elsewhere(
     status: ModelStatus, fleet: Fleet
 ) -> None:
-    with status.load("Tiny"), status.load("tiny:latest"):
+    with status.load("Tiny", "a"), status.load("tiny:latest", "a"):
         fleet.loaded = {"a": ("tiny",)}  # servers report a model from the begin of its load on
         assert status.at_work() == {"tiny:latest": "loading"}
         worker = working(status, "b", loads=False)
@@ -135,5 +135,5 @@ def test_the_instances_that_load_a_model_are_told(status: ModelStatus, fleet: Fl
     working(status, "a", loads=True)  # it is there by now
     working(status, "b", loads=True)
     with status.load("tiny", "a"), status.load("other", "b"):
-        assert status.loading_on() == {"tiny:latest": ["a", "b"], "other:latest": ["b"]}
-    assert status.loading_on() == {"tiny:latest": ["b"]}
+        assert status.loading_on() == {"tiny:latest": ("a", "b"), "other:latest": ("b",)}
+    assert status.loading_on() == {"tiny:latest": ("b",)}
