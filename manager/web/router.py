@@ -110,10 +110,9 @@ async def _lines(live: Live, feed: Feed, ids: str | None) -> AsyncGenerator[byte
     async with aclosing(live.follow(idle_s=CLOCKS_S)) as frames:
         async for _ in frames:
             fragments = feed.at(live.current(), time.time())
-            if not seen and ids is not None and ids != _digest(fragments):
-                changed = None
-            else:
-                changed = changes(seen, fragments)
+            changed = changes(seen, fragments)
+            if ids is not None and ids != _digest(fragments):
+                changed = None  # the page has other parts; from now on it has these
             ids = None
             yield _REFRESH if changed is None else _event(changed)
 
