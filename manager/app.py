@@ -23,6 +23,7 @@ from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
 from manager.opening import (
+    opened_gpu_history,
     opened_gpus,
     opened_journal,
     opened_keyring,
@@ -59,6 +60,7 @@ from manager.services.lanes.slots import Slots
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
+from manager.services.models.fitting import Fitting
 from manager.services.models.model_lists import ModelLists
 from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
@@ -190,7 +192,7 @@ async def open_daemon(
         registry = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
-        history = await history_of(held, registry, settings)
+        history, uses = await history_of(held, registry, settings)
         ledger = await opened_ledger(
             held,
             registry,
@@ -300,6 +302,7 @@ async def open_daemon(
             settings=model_settings,
             lifted=parts.lifts.of,
             breakers=breakers,
+            loading=status.loading,
         )
         catalogue = Catalogue(
             fleet,
@@ -331,7 +334,7 @@ async def open_daemon(
             Deadlines(settings.gateway.first_byte_timeout_s, settings.gateway.total_timeout_s),
             breakers,
             overload,
-            keep=history.add,
+            keep=uses.keep,
             ledger=ledger,
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
@@ -375,12 +378,16 @@ async def open_daemon(
             link=parts.link,
             first_look=parts.first_look,
             overviews=overviews,
+            gpu_history=await opened_gpu_history(held, registry, gpus, loads=not resume_idle_clock),
             journal=journal,
             engine=engine,
             passing=passing,
             model_settings=model_settings,
             lifts=parts.lifts,
             loading=loading,
+            uses=uses,
+            fitting=Fitting(fleet, overviews, gpus),
+            status=status,
             keeper=keeper,
             router=router,
             may_pull=lambda image: image_allowed(image, settings.allow.images),
@@ -392,6 +399,7 @@ async def open_daemon(
                 log_lines_dropped=lambda: 0 if log is None else log.dropped,
                 history=history,
                 rollout=rollout.in_force,
+                budgets=lambda: ledger.last_seen,
             ).render,
             refusals=refusals,
             history=history,
@@ -421,6 +429,7 @@ async def open_daemon(
                 "runs": backend.runs.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
+                "gpu history": backend.gpu_history.run,
             }
         yield Daemon(
             settings,

@@ -5,8 +5,10 @@ ManagerError
 ├── UnknownInstanceError
 ├── UnknownModelError         an instance does not have the model
 ├── UnknownRequestError
+├── UnknownPullError
 ├── UnknownRunError
 ├── UnknownKeyError
+├── UnknownGpuError
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
@@ -122,12 +124,20 @@ class UnknownRequestError(ManagerError):
     code = "unknown_request"
 
 
+class UnknownPullError(ManagerError):
+    code = "unknown_pull"
+
+
 class UnknownRunError(ManagerError):
     code = "unknown_run"
 
 
 class UnknownKeyError(ManagerError):
     code = "unknown_key"
+
+
+class UnknownGpuError(ManagerError):
+    code = "unknown_gpu"
 
 
 class InvalidRequestError(ManagerError):

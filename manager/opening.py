@@ -11,7 +11,7 @@ from manager.parts import budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
 from manager.services.accounts.quotas import Quotas
-from manager.services.gpus import Gpus
+from manager.services.gpus import GpuHistory, Gpus
 from manager.services.journal import Journal
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ async def opened_registry(stack: AsyncExitStack, settings: Settings, *, stores: 
 async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journal:
     """Return the journal, which goes on with the numbers of the stored events."""
     journal = Journal(registry, last_id=await registry.last_event_id(), utcnow=utcnow)
+    await journal.load()
     stack.push_async_callback(journal.retire)
     return journal
 
@@ -77,6 +78,17 @@ async def opened_gpus(
     )
     await gpus.load()
     return gpus
+
+
+async def opened_gpu_history(
+    stack: AsyncExitStack, registry: SqlRegistry, gpus: Gpus, *, loads: bool
+) -> GpuHistory:
+    """Return the history of the cards; what waits is written before the registry is closed."""
+    history = GpuHistory(gpus, registry, now=time.monotonic, utcnow=utcnow)
+    if loads:
+        await history.load()
+    stack.push_async_callback(history.close)
+    return history
 
 
 async def opened_ledger(

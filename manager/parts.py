@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -38,6 +39,7 @@ from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
 from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
+from manager.services.models.use import ModelUses
 from manager.services.requests_history import History, Retention
 from manager.services.routing.rollout import Rollout
 from manager.services.routing.stages import RolloutControl
@@ -352,14 +354,21 @@ def breaker_limits(settings: Settings) -> BreakerLimits:
     return BreakerLimits(breaker.failures, breaker.open_s, breaker.max_open_s)
 
 
-async def history_of(held: AsyncExitStack, registry: SqlRegistry, settings: Settings) -> History:
-    """Return the history of requests; it is written to its end before the registry is closed."""
+async def history_of(
+    held: AsyncExitStack, registry: SqlRegistry, settings: Settings
+) -> tuple[History, ModelUses]:
+    """Return the history of requests, and the use of models, which passes requests on to it.
+
+    The history is written to its end before the registry is closed.
+    """
     store = registry.requests()
     held.push_async_callback(store.close)
     history = History(store, retention=retention_of(settings), utcnow=utcnow)
     held.push_async_callback(history.close)
     await history.seed()
-    return history
+    uses = ModelUses(history.add, now_s=time.time)
+    await uses.seed(store)
+    return history, uses
 
 
 async def rollout_of(

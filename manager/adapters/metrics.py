@@ -9,15 +9,19 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from manager.domain.breaker import BreakerState
-from manager.domain.instance import Driver, Phase
+from manager.domain.instance import Driver, Health, Phase
+from manager.domain.money import in_usd
 from manager.domain.rollout import Stage
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from prometheus_client import Metric
 
+    from manager.domain.budgets import Balance
+    from manager.domain.gpu import Gpu
+    from manager.services.accounts.ledger import BudgetState
     from manager.services.lanes.slots import Slots
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
@@ -26,7 +30,8 @@ if TYPE_CHECKING:
     from manager.services.traffic import Traffic
 
 _PREFIX = "ollama_manager"
-
+# Keys may have budgets of their own; those of the configuration come first.
+_MOST_BUDGETS = 200
 
 _BREAKER_STATES = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
@@ -44,6 +49,7 @@ class FleetMetrics:
         log_lines_dropped: Callable[[], int],
         history: History,
         rollout: Rollout,
+        budgets: Callable[[], Sequence[BudgetState]],
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
@@ -52,6 +58,7 @@ class FleetMetrics:
         self._log_lines_dropped = log_lines_dropped
         self._history = history
         self._rollout = rollout
+        self._budgets = budgets
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -74,7 +81,12 @@ class FleetMetrics:
         breakers = GaugeMetricFamily(
             f"{_PREFIX}_breaker_state", "0 closed, 1 half-open, 2 open", labels=["instance"]
         )
+        healthy = GaugeMetricFamily(
+            f"{_PREFIX}_instance_healthy", "Whether the probes of a server succeed", labels=["instance"]
+        )
         for state in overview.instances:
+            if state.view.health is not Health.UNKNOWN:
+                healthy.add_metric([state.view.spec.id], float(state.view.health is Health.HEALTHY))
             breakers.add_metric([state.view.spec.id], _BREAKER_STATES[state.breaker.state])
             view, instance_id = state.view, state.view.spec.id
             for phase in Phase:
@@ -83,15 +95,6 @@ class FleetMetrics:
             if view.spec.driver is Driver.DOCKER:
                 starts.add_metric([instance_id, "ok"], state.starts_done)
                 starts.add_metric([instance_id, "failed"], state.starts_failed)
-        memory = GaugeMetricFamily(
-            f"{_PREFIX}_gpu_memory_used_bytes", "Memory in use on a card, by anyone", labels=["uuid"]
-        )
-        for gpu in (card.gpu for card in overview.cards):
-            if gpu.vram_used_bytes is not None:
-                memory.add_metric([gpu.uuid], gpu.vram_used_bytes)
-        lost = GaugeMetricFamily(f"{_PREFIX}_gpu_lost", "1 for a card that cannot be used", labels=["uuid"])
-        for gpu in (card.gpu for card in overview.cards):
-            lost.add_metric([gpu.uuid], float(gpu.lost is not None))
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")
         engine.add_metric([], float(overview.engine_up))
         dropped = CounterMetricFamily(
@@ -112,11 +115,39 @@ class FleetMetrics:
         )
         kept.add_metric(["stored"], self._history.stored)
         kept.add_metric(["dropped"], self._history.dropped)
-        yield from (phases, in_flight, breakers, starts, memory, lost, engine, orphans, dropped, refused)
-        yield kept
+        yield from (phases, healthy, in_flight, breakers, starts, engine, orphans, dropped, refused, kept)
+        yield from _cards([card.gpu for card in overview.cards])
+        yield from self._money()
         yield from self._stages()
         yield from self._lanes()
         yield from self._requests()
+
+    def _money(self) -> Iterator[Metric]:
+        labels = ["scope", "period"]
+        spent = GaugeMetricFamily(
+            f"{_PREFIX}_budget_spent_usd", "Spent of a budget in its current period", labels=labels
+        )
+        reserved = GaugeMetricFamily(
+            f"{_PREFIX}_budget_reserved_usd", "The most that open requests may still cost", labels=labels
+        )
+        limit = GaugeMetricFamily(
+            f"{_PREFIX}_budget_limit_usd", "The limits of a budget", labels=[*labels, "limit"]
+        )
+        balances: dict[tuple[str, str], Balance] = {}
+        limits: dict[tuple[str, str, str], int] = {}
+        # A key may have a limit of its own and one of the configuration: the lower one is in force.
+        for budget, balance, _ in self._budgets()[:_MOST_BUDGETS]:
+            names = (budget.scope, budget.period.value)
+            balances[names] = balance
+            for kind, most in (("soft", budget.soft_micro_usd), ("hard", budget.hard_micro_usd)):
+                if most is not None:
+                    limits[*names, kind] = min(most, limits.get((*names, kind), most))
+        for names, balance in balances.items():
+            spent.add_metric(names, in_usd(balance.spent))
+            reserved.add_metric(names, in_usd(balance.reserved))
+        for labelled, most in limits.items():
+            limit.add_metric(labelled, in_usd(most))
+        yield from (spent, reserved, limit)
 
     def _stages(self) -> Iterator[Metric]:
         stage = GaugeMetricFamily(f"{_PREFIX}_rollout_stage", "1 for the stage in force", labels=["stage"])
@@ -182,3 +213,25 @@ class FleetMetrics:
                     [target], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.total_s
                 )
             yield family
+
+
+def _cards(gpus: Sequence[Gpu]) -> Iterator[Metric]:
+    """Yield a gauge for each thing that is measured. A card is not in those that it does not support."""
+    for name, text, values in (
+        ("memory_used_bytes", "Memory in use on a card, by anyone", [gpu.vram_used_bytes for gpu in gpus]),
+        ("memory_total_bytes", "Memory of a card", [gpu.vram_total_bytes for gpu in gpus]),
+        ("lost", "1 for a card that cannot be used", [float(gpu.lost is not None) for gpu in gpus]),
+        (
+            "utilisation_percent",
+            "Share of the last sampling period in which a kernel ran on a card",
+            [gpu.utilisation_percent for gpu in gpus],
+        ),
+        ("temperature_celsius", "Temperature of a card's chip", [gpu.temperature_c for gpu in gpus]),
+        ("power_watts", "Power that a card draws", [gpu.power_watts for gpu in gpus]),
+        ("power_limit_watts", "Power that a card may draw", [gpu.power_limit_watts for gpu in gpus]),
+    ):
+        family = GaugeMetricFamily(f"{_PREFIX}_gpu_{name}", text, labels=["uuid"])
+        for gpu, value in zip(gpus, values, strict=True):
+            if value is not None:
+                family.add_metric([gpu.uuid], value)
+        yield family

@@ -316,6 +316,9 @@ class _Driver:
             return (_measured(nvml, handle, card),)
         found: tuple[Gpu, ...]
         if sliced:
+            # A slice has no sensors of its own. The temperature of its card is its own, too; the power of the
+            # card is that of all slices together.
+            card = replace(card, temperature_c=_temperature(nvml, handle))
             found = tuple(
                 _measured(nvml, part, _identified_slice(nvml, part, card)) for part in _slices(nvml, handle)
             )
@@ -392,7 +395,7 @@ def _slices(nvml: Any, handle: Any) -> list[Any]:
 
 
 def _measured(nvml: Any, handle: Any, gpu: Gpu) -> Gpu:
-    """The card with its memory and processes, as far as it tells them.
+    """The card with its memory, processes and sensors, as far as it tells them.
 
     Raises:
         NVMLError: the driver as a whole failed.
@@ -412,6 +415,10 @@ def _measured(nvml: Any, handle: Any, gpu: Gpu) -> Gpu:
         vram_free_bytes=memory.free if memory is not None else None,
         processes=processes or (),
         lists_processes=processes is not None,
+        utilisation_percent=_utilisation(nvml, handle),
+        temperature_c=_temperature(nvml, handle) if gpu.temperature_c is None else gpu.temperature_c,
+        power_watts=_watts(_ask(nvml, None, nvml.nvmlDeviceGetPowerUsage, handle)),
+        power_limit_watts=_watts(_ask(nvml, None, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)),
     )
 
 
@@ -423,6 +430,22 @@ def _memory(nvml: Any, handle: Any) -> Any:
         if error.value not in _TOO_NEW:
             raise
         return nvml.nvmlDeviceGetMemoryInfo(handle)
+
+
+def _utilisation(nvml: Any, handle: Any) -> int | None:
+    rates = _ask(nvml, None, nvml.nvmlDeviceGetUtilizationRates, handle)
+    return None if rates is None else rates.gpu
+
+
+def _temperature(nvml: Any, handle: Any) -> int | None:
+    """The older function is the one that most drivers have; NVML announces its end for CUDA 14."""
+    chip = nvml.NVML_TEMPERATURE_GPU
+    found: int | None = _ask(nvml, None, nvml.nvmlDeviceGetTemperature, handle, chip)
+    return _ask(nvml, None, nvml.nvmlDeviceGetTemperatureV, handle, chip) if found is None else found
+
+
+def _watts(milliwatts: int | None) -> float | None:
+    return None if milliwatts is None else milliwatts / 1000
 
 
 def _processes(nvml: Any, handle: Any) -> tuple[GpuProcess, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -49,3 +50,11 @@ async def answer_error(
 async def answer_wrong_method(send: Send, allowed: tuple[str, ...]) -> None:
     allow = ", ".join(allowed).encode()
     await answer(send, 405, _PLAIN_TEXT, b"405 method not allowed", [(b"Allow", allow)])
+
+
+def json_bytes(value: object) -> bytes:
+    """Return JSON of values that servers and clients have given."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half a surrogate pair in a name, or an integer beyond 64 bits
+        return json.dumps(value, separators=(",", ":")).encode()

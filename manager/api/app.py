@@ -12,6 +12,7 @@ from manager.api.budgets import budgets_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
+from manager.api.gpu_history import gpu_history_router
 from manager.api.granted import OpenByKey
 from manager.api.health import health_router
 from manager.api.keys import keys_router
@@ -20,6 +21,7 @@ from manager.api.lifts import lifts_router
 from manager.api.live import live_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
+from manager.api.models import models_router
 from manager.api.ollama import OllamaApi
 from manager.api.requests import requests_router
 from manager.api.routing import routing_router
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
 
     from manager.api.backend import Backend
+    from manager.api.doors import Doors
     from manager.services.live import Live
     from manager.wire.access import Access
 
@@ -44,7 +47,7 @@ _SECURITY_SCHEMES = {
 }
 
 
-def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRouter) -> FastAPI:
+def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRouter, doors: Doors) -> FastAPI:
     # Its pages load nothing from elsewhere: /docs is there without a network too.
     app = FastAPIOffline(
         title="Ollama Endpoint Manager",
@@ -57,7 +60,9 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
     open_requests = OpenByKey()
     routers = (
         compute_router(backend),
+        gpu_history_router(backend),
         loading_router(backend),
+        models_router(backend),
         lifts_router(backend),
         service_router(backend),
         breakers_router(backend),
@@ -69,7 +74,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         model_settings_router(backend),
         runs_router(backend),
         keys_router(backend, open_requests.cut),
-        sign_in_router(backend.keyring),
+        sign_in_router(backend.keyring, doors, backend.refusals.refused),
         budgets_router(backend),
         usage_router(backend),
         health_router(backend),
@@ -86,6 +91,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         refused=backend.refusals.refused,
         used=backend.keyring.used,
         open_requests=open_requests,
+        doors=doors,
         larger={RUNS: lambda: most_body_bytes(backend)},
     )
     return app

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
+    from manager.services.gpus import GpuHistory
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.first_look import FirstLook
@@ -29,10 +30,12 @@ if TYPE_CHECKING:
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
+    from manager.services.models.fitting import Fitting
     from manager.services.models.keeping import Keeper
     from manager.services.models.loading import Loading
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.pulls import Pulls
+    from manager.services.models.use import ModelUses
     from manager.services.models.volumes import Volumes
     from manager.services.overview import Overviews
     from manager.services.ports import Engine, ModelServer
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from manager.services.requests import Requests
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.model_status import ModelStatus
     from manager.services.routing.stages import RolloutControl
     from manager.services.runs.runs import Runs
 
@@ -116,11 +120,15 @@ class Backend:
     link: EngineLink
     first_look: FirstLook
     overviews: Overviews
+    gpu_history: GpuHistory
     journal: Journal
     engine: Engine
     passing: Passing
     model_settings: ModelSettings
     loading: Loading
+    uses: ModelUses
+    fitting: Fitting
+    status: ModelStatus
     keeper: Keeper
     lifts: Lifts
     router: Router

@@ -49,12 +49,13 @@ def budgets_router(backend: Backend) -> APIRouter:
     async def show_budgets(_query: Annotated[NoQuery, Query()]) -> Response:
         """The budgets of the configuration, and those that keys have themselves."""
         states = await backend.ledger.balances()
-        return JSONResponse({"budgets": [_budget(one) for one in states]})
+        return JSONResponse({"budgets": [budget_json(one) for one in states]})
 
     return router
 
 
-def _budget(one: BudgetState) -> dict[str, object]:
+def budget_json(one: BudgetState) -> dict[str, object]:
+    """Return the values of a `BudgetBody`."""
     budget = one.budget
     soft, hard = budget.soft_micro_usd, budget.hard_micro_usd
     return {

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from starlette.exceptions import HTTPException
 
 from manager.api.answers import answer_error
+from manager.api.doors import InWords, are_for_people
 from manager.api.errors import error_response
 from manager.api.granted import CUT, grant_of, keep_grant
-from manager.api.sign_in import leads_to_sign_in, sign_in_page
 from manager.wire.access import ambiguous, for_pages, permission
 from manager.wire.head import ambiguity
 from manager.wire.keys import without_path_key
@@ -21,9 +21,9 @@ from manager.wire.paths import decoded, normalised
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from starlette.responses import Response
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+    from manager.api.doors import Doors
     from manager.api.granted import OpenByKey
     from manager.wire.access import Access, Refusal
     from manager.wire.head import Header
@@ -53,6 +53,7 @@ class Gate:
         access: the check.
         used: takes the name of the key of each request.
         open_requests: those to the control API.
+        doors: the pages that people get in the place of errors.
         refused: is called with reason, address and path of each refused request.
         larger: paths whose bodies may be larger than `MOST_BODY_BYTES`, and how large.
     """
@@ -65,6 +66,7 @@ class Gate:
         refused: Callable[[str, str, str], None],
         used: set[str],
         open_requests: OpenByKey,
+        doors: Doors,
         larger: Mapping[str, Callable[[], int]] = MappingProxyType({}),
     ) -> None:
         self._app = app
@@ -72,6 +74,7 @@ class Gate:
         self._refused = refused
         self._used = used
         self._open = open_requests
+        self._doors = doors
         self._larger = larger
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -79,12 +82,21 @@ class Gate:
             await self._app(scope, receive, send)
             return
         scope, said = _without_key(_with_normal_path(scope)), _Said(_unframed(send))
+        in_words = None
+        if are_for_people(scope["path"], scope["headers"]):
+            scope = {**scope, "state": {**scope.get("state", {})}}  # the key of the request goes there
+            in_words = InWords(said, self._doors, scope, receive, needs_key=self._access.wants_key)
+        answering = in_words or said
         try:
-            await self._serve(scope, receive, said)
+            await self._serve(scope, receive, answering)
         except asyncio.CancelledError as cancelled:
             # The server cancels what outlasts the drain, and would call it a failure of the application.
             if not said.has_started:
-                await _answer_cut(scope, receive, said, is_revoked=cancelled.args == (CUT,))
+                await _answer_cut(scope, receive, answering, is_revoked=cancelled.args == (CUT,))
+        except Exception:
+            if in_words is not None and not said.has_started:
+                await in_words.failed()
+            raise
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         dialect = spoken_at(scope["path"])
@@ -93,7 +105,10 @@ class Gate:
             return
         refusal = self._refusal(scope)
         if refusal is not None:
-            await _refusal_answer(refusal, scope)(scope, receive, send)
+            answer = error_response(
+                refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers)
+            )
+            await answer(scope, receive, send)
             return
         larger = self._larger.get(scope["path"])
         most = MOST_BODY_BYTES if larger is None else larger()
@@ -135,12 +150,6 @@ class Gate:
             client = scope.get("client")
             self._refused(refusal.reason, client[0] if client else "", path)
         return refusal
-
-
-def _refusal_answer(refusal: Refusal, scope: Scope) -> Response:
-    if refusal.status == _UNAUTHORIZED and leads_to_sign_in(scope["method"], scope["path"], scope["headers"]):
-        return sign_in_page(scope["path"])
-    return error_response(refusal.status, refusal.code, refusal.message, headers=dict(refusal.headers))
 
 
 class _Said:

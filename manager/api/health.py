@@ -53,6 +53,7 @@ def health_router(backend: Backend) -> APIRouter:
     )
     async def metrics(_query: Annotated[NoQuery, Query()]) -> Response:
         """Prometheus text format."""
+        await backend.ledger.look()
         return Response(backend.render_metrics(), media_type=_METRICS_TYPE)
 
     return router

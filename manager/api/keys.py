@@ -174,7 +174,7 @@ def keys_router(backend: Backend, cut_streams: Callable[[str], int]) -> APIRoute
     @router.get("", response_model=KeysBody, responses=refusals())
     async def list_keys(_query: Annotated[NoQuery, Query()]) -> Response:
         """All keys by name, those that have ended too."""
-        found = [_key_body(backend, key) for key in keyring.all()]
+        found = [key_body(backend, key) for key in keyring.all()]
         return _json(KeysBody(keys=found, count=len(found), required=keyring.are_required))
 
     @router.post("/{name}/rotate", response_model=MadeKeyBody, responses=refusals(404, 409, 503))
@@ -191,7 +191,7 @@ def keys_router(backend: Backend, cut_streams: Callable[[str], int]) -> APIRoute
             count = cut_streams(name) + await backend.passing.passages.open_requests.cut(name, CUT)
         return _json(
             RevokedKeyBody(
-                key=_key_body(backend, key),
+                key=key_body(backend, key),
                 cut=count,
                 required=keyring.are_required,
                 admin_left=keyring.has_admin(),
@@ -246,7 +246,8 @@ def _grant(backend: Backend, wanted: KeyRequest) -> Grant:
     )
 
 
-def _key_body(backend: Backend, key: Key) -> KeyBody:
+def key_body(backend: Backend, key: Key) -> KeyBody:
+    """Return a key as the API describes it."""
     grant = key.grant
     permit = grant.permit or Permit(grant.name)
     micro = grant.micro_usd_per_month
@@ -275,7 +276,7 @@ def _key_body(backend: Backend, key: Key) -> KeyBody:
 
 
 def _made(backend: Backend, made: MadeKey, status: int) -> Response:
-    body = MadeKeyBody(**_key_body(backend, made.key).model_dump(), secret=made.secret)
+    body = MadeKeyBody(**key_body(backend, made.key).model_dump(), secret=made.secret)
     return _json(body, status=status, headers=_NO_STORE)
 
 

@@ -46,12 +46,16 @@ class LaneBody(_Shape):
 
 
 class SlotsBody(_Shape):
-    """The slots of one instance; `slots` null is no limit. `reserved_free` are reserved and not in use."""
+    """The slots of one instance; `slots` null is no limit. `reserved_free` are reserved and not in use.
+
+    `queued` are the waiting requests that may use it; each counts for every instance that it may use.
+    """
 
     id: str
     slots: int | None
     in_use: int
     reserved_free: int
+    queued: int
 
 
 class LanesBody(_Shape):

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import heapq
-import json
 import time
-from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 from fastapi import APIRouter, Query
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import StreamingResponse
 
+from manager.api.answers import json_bytes
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals, text
 from manager.api.lanes import LanesBody, lanes_values
+from manager.api.models import FitBody, LiveModelBody, MissingModelBody, PullBody, model_sections
 from manager.api.requests import RequestBody, ended_json
-from manager.api.schemas import GpusBody, InstanceBody, gpus_body, instance_json
+from manager.api.schemas import EventBody, GpusBody, InstanceBody, event_json, gpus_body, instance_json
 from manager.domain.history import Ended, record_values
 from manager.services.live import Live, Section
 from manager.services.open_requests import open_json
 from manager.services.requests_history import MOST_RECENT
-from manager.wire.listing import Status  # noqa: TC001  (pydantic reads annotations at run time)
-from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.services.live import Frame
-    from manager.services.overview import InstanceState, ModelState
+    from manager.services.overview import InstanceState, Overview
     from manager.services.routing.attempting import Attempting
 
 _KEEP_ALIVE_S = 15.0
@@ -45,30 +42,12 @@ class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class LiveModelBody(_Shape):
-    """One model that some instance has. Null is what its server does not say.
-
-    `offload` is the largest share of it in a card's memory, null where no instance holds it. `error`: the
-    last request for it failed, and no instance holds it.
-    """
-
-    name: str
-    size_bytes: int | None
-    family: str | None
-    parameters: str | None
-    quantization: str | None
-    digest: str | None
-    instances: list[str]
-    loaded_on: list[str]
-    offload: float | None
-    status: Status
-
-
 class LiveBody(_Shape):
     """One frame; sections that are left out have not changed since the last one.
 
     Clocks, such as the rest of a TTL or the duration of an open request, are of the moment of the frame; a
-    frame is not sent for them. `requests` are the newest: the open ones, then the last that ended.
+    frame is not sent for them. `requests` are the newest: the open ones, then the last that ended. `problems`
+    are the last events with a reason, newest first.
     """
 
     revision: int
@@ -76,7 +55,11 @@ class LiveBody(_Shape):
     gpus: GpusBody | None = None
     lanes: LanesBody | None = None
     models: list[LiveModelBody] | None = None
+    missing: list[MissingModelBody] | None = None
+    fit: FitBody | None = None
+    pulls: list[PullBody] | None = None
     requests: list[RequestBody] | None = None
+    problems: list[EventBody] | None = None
 
 
 # One event of the stream, as OpenAPI 3.1 describes what is JSON inside a string.
@@ -95,7 +78,7 @@ _EVENT = {
 
 def live_channel(backend: Backend) -> Live:
     """Return the live channel of a daemon."""
-    return Live(partial(sections, backend), now=time.monotonic)
+    return Live(Sections(backend).read, now=time.monotonic)
 
 
 def live_router(live: Live) -> APIRouter:
@@ -163,51 +146,70 @@ class _Encoded:
         value = frame.sections[name]
         kept = self._values.get(name)
         if kept is None or kept[0] is not value:
-            kept = self._values[name] = value, _json(value)
+            kept = self._values[name] = value, json_bytes(value)
         return kept[1]
 
 
-def _json(value: object) -> bytes:
-    try:
-        return orjson.dumps(value)
-    except TypeError:  # half a surrogate pair in a name, or an integer beyond 64 bits
-        return json.dumps(value, separators=(",", ":")).encode()
+class Sections:
+    """Reads the sections of the live channel: values of the API's other calls."""
 
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._built_from: object = None
+        self._instances: object = None
 
-def sections(backend: Backend) -> Mapping[str, Section]:
-    """Return the sections of the live channel, with values of the API's other calls."""
-    overview = backend.overviews.current()
-    statuses = backend.passing.catalogue.statuses(overview.models)
-    lanes = lanes_values(backend)
-    opened = heapq.nlargest(
-        MOST_RECENT, (one for _, one in backend.passing.passages.open_requests), key=_began_at
-    )
-    ended = tuple(backend.history.recent)
-    return {
-        # The revision leaves out all clocks; a TTL that begins anew is a change.
-        "instances": Section(
-            (overview.revision, [_last_use_s(one) for one in overview.instances]),
-            lambda: [instance_json(one) for one in overview.instances],
-        ),
-        "gpus": Section(
-            (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
-        ),
-        "lanes": Section(_without_waits(lanes), lambda: lanes),
-        "models": Section(
-            (overview.models, statuses),
-            lambda: [_model_json(model, statuses[key]) for key, model in overview.models.items()],
-        ),
-        "requests": Section(
-            ([dict(one.record.__dict__) for one in opened], ended[-1:]),
-            lambda: _requests_json(opened, ended),
-        ),
-    }
+    def read(self) -> Mapping[str, Section]:
+        """Return every section as it is now."""
+        backend = self._backend
+        overview = backend.overviews.current()
+        lanes = lanes_values(backend)
+        opened = heapq.nlargest(
+            MOST_RECENT, (one for _, one in backend.passing.passages.open_requests), key=_began_at
+        )
+        ended = tuple(backend.history.recent)
+        return {
+            "instances": Section(
+                self._instances_key(overview), lambda: [instance_json(one) for one in overview.instances]
+            ),
+            "gpus": Section(
+                (overview.cards, overview.cards_trouble), lambda: gpus_body(overview).model_dump(mode="json")
+            ),
+            # Roles are lanes: a change of their settings is one of this section.
+            "lanes": Section((_without_waits(lanes), _settings_state(backend)), lambda: lanes),
+            **model_sections(backend),
+            "requests": Section(
+                ([dict(one.record.__dict__) for one in opened], ended[-1:]),
+                lambda: _requests_json(opened, ended),
+            ),
+            "problems": Section(
+                [one.id for one in backend.journal.problems],
+                lambda: [event_json(one) for one in reversed(backend.journal.problems)],
+            ),
+        }
+
+    def _instances_key(self, overview: Overview) -> object:
+        """Return the values of the instances without clocks; the same ones where the revision is the same.
+
+        A revision also grows where something else has changed.
+        """
+        last_uses = [_last_use_s(one) for one in overview.instances]
+        if self._built_from != (overview.revision, last_uses):
+            self._built_from = overview.revision, last_uses
+            self._instances = last_uses, [_without_clocks(instance_json(one)) for one in overview.instances]
+        return self._instances
 
 
 def _last_use_s(state: InstanceState) -> int | None:
-    """Return the last use in whole seconds since 1970: under steady use it changes once a second."""
+    """Return the last use, from which a TTL runs; None while the instance is in use, or was never used.
+
+    In whole seconds: under steady use it changes once a second.
+    """
     view = state.view
     return None if view.in_flight or view.last_used_at is None else int(view.last_used_at.timestamp())
+
+
+def _without_clocks(values: Mapping[str, object]) -> Mapping[str, object]:
+    return {**values, "ttl_remaining_s": None, "last_seen_at": None, "last_used_at": None}
 
 
 def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
@@ -221,28 +223,9 @@ def _without_waits(lanes: Mapping[str, Sequence[Mapping[str, Any]]]) -> object:
     )
 
 
-def _model_json(model: ModelState, status: Status) -> dict[str, object]:
-    """Return the values of a `LiveModelBody`; a server may say anything."""
-    entry = model.entry
-    details = entry.get("details")
-    details = details if isinstance(details, dict) else {}
-    size = entry.get("size")
-    return {
-        "name": name_of(entry),
-        "size_bytes": size if type(size) is int and size > 0 else None,
-        "family": _text(details.get("family")),
-        "parameters": _text(details.get("parameter_size")),
-        "quantization": _text(details.get("quantization_level")),
-        "digest": _text(entry.get("digest")),
-        "instances": model.instances,
-        "loaded_on": model.loaded_on,
-        "offload": model.offload,
-        "status": status,
-    }
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _settings_state(backend: Backend) -> object:
+    """Return what differs after each change of the settings of roles, and of the rollout."""
+    return backend.model_settings.version, backend.rollout.values
 
 
 def _began_at(attempting: Attempting) -> float:

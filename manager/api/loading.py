@@ -10,7 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from starlette.requests import Request  # noqa: TC002  (FastAPI reads annotations at run time)
 from starlette.responses import Response
 
-from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
+from manager.api.compute import (  # FastAPI reads annotations at run time
+    NoQuery,  # noqa: TC001
+    StartQuery,  # noqa: TC001
+)
 from manager.api.errors import refusals
 from manager.api.leaving import while_there
 from manager.api.schemas import ChangeBody, instance_json
@@ -69,21 +72,29 @@ def loading_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/runtime/compute/instances", tags=["compute"])
     loading = backend.loading
 
-    def changed(instance_id: str, *, done: bool) -> Response:
+    def changed(instance_id: str, *, done: bool, status: int = 200) -> Response:
         body = {"instance": instance_json(backend.overviews.of(instance_id)), "changed": done}
-        return Response(orjson.dumps(body), media_type="application/json")
+        return Response(orjson.dumps(body), status_code=status, media_type="application/json")
 
-    @router.post("/{instance_id}/load", response_model=ChangeBody, responses=refusals(404, 409, 503, 504))
+    @router.post(
+        "/{instance_id}/load",
+        response_model=ChangeBody,
+        responses={202: {"model": ChangeBody}, **refusals(404, 409, 503, 504)},
+    )
     async def load_model(
-        instance_id: str, request: LoadRequest, _query: Annotated[NoQuery, Query()], caller: Request
+        instance_id: str, request: LoadRequest, query: Annotated[StartQuery, Query()], caller: Request
     ) -> Response:
         """Load a model on an instance, which is started if need be; answers when it is in memory.
 
         `changed` is false where it was in memory already. The load is cancelled when the last caller that
-        waits for it disconnects, and when the instance is drained or stopped.
+        waits for it disconnects, and when the instance is drained or stopped. Without `wait` it goes on
+        without callers, and what does not end at once is answered with 202.
         """
         backend.fleet.get(instance_id)
         await backend.first_look.known(within_s=MAX_STARTUP_WAIT_S)
+        if not query.wait:
+            ended = await loading.begin(instance_id, request.model, request.keep_alive)
+            return changed(instance_id, done=ended is not False, status=202 if ended is None else 200)
         work = loading.load(instance_id, request.model, request.keep_alive)
         done = await while_there(caller, work)
         return changed(instance_id, done=done)

@@ -317,7 +317,7 @@ def model_settings_router(backend: Backend) -> APIRouter:
     @router.get("/models", response_model=ModelsBody, responses=refusals())
     async def show_models(_query: Annotated[NoQuery, Query()]) -> Response:
         """The values in force; `warnings` names roles whose model no instance is known to have."""
-        return JSONResponse(_values(backend))
+        return JSONResponse(settings_values(backend))
 
     @router.post("/models", response_model=ModelsBody, responses=refusals(503))
     async def change_models(change: ModelsChange, _query: Annotated[NoQuery, Query()]) -> Response:
@@ -328,12 +328,12 @@ def model_settings_router(backend: Backend) -> APIRouter:
         await change_roles(backend.model_settings, _sayings(change), _of_fallback(change))
         if rollout:
             await backend.rollout.change(rollout)
-        return JSONResponse(_values(backend))
+        return JSONResponse(settings_values(backend))
 
     @router.get("/models/effective", response_model=EffectiveModelsBody, responses=refusals())
     async def show_effective_models(_query: Annotated[NoQuery, Query()]) -> Response:
         """The values in force, each with where it was said."""
-        return JSONResponse(_effective(backend))
+        return JSONResponse(effective_values(backend))
 
     return router
 
@@ -460,7 +460,7 @@ def _shaped(settings: ModelSettings, show: Callable[[Sourced], Any]) -> dict[str
     }
 
 
-def _values(backend: Backend) -> dict[str, Any]:
+def settings_values(backend: Backend) -> dict[str, Any]:
     shaped = _shaped(backend.model_settings, lambda one: one.value)
     snapshot, routing = backend.router.snapshot(), backend.model_settings.routing
     warnings = [
@@ -476,7 +476,7 @@ def _values(backend: Backend) -> dict[str, Any]:
     return {**shaped, "rollout": rollout, "warnings": warnings}
 
 
-def _effective(backend: Backend) -> dict[str, Any]:
+def effective_values(backend: Backend) -> dict[str, Any]:
     settings, control = backend.model_settings, backend.rollout
     ignored = [
         {"key": one.key, "value": one.value, "reason": one.reason}

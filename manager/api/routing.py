@@ -127,13 +127,13 @@ def routing_router(backend: Backend) -> APIRouter:
     @router.get("", response_model=RoutingBody, responses=refusals())
     async def show_routing(_query: Annotated[NoQuery, Query()]) -> Response:
         """Where requests for each role go now. Starts nothing."""
-        return JSONResponse(_routing(backend))
+        return JSONResponse(routing_values(backend))
 
     @router.post("", response_model=RoutingBody, responses=refusals(503))
     async def change_routing(change: RoutingChange, _query: Annotated[NoQuery, Query()]) -> Response:
         """Change targets and policies, which are those of `/api/settings/models`."""
         await change_roles(backend.model_settings, _sayings(change))
-        return JSONResponse(_routing(backend))
+        return JSONResponse(routing_values(backend))
 
     @router.post("/explain", response_model=DecisionBody, responses=refusals(404))
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
@@ -152,7 +152,7 @@ def _sayings(change: RoutingChange) -> Iterator[Saying]:
             yield f"{where}.{field}", role, field, value
 
 
-def _routing(backend: Backend) -> dict[str, Any]:
+def routing_values(backend: Backend) -> dict[str, Any]:
     roles = backend.model_settings.routing.roles.values()
     return {"roles": {role.name: _role(backend, role) for role in roles}}
 

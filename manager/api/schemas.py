@@ -26,13 +26,18 @@ from manager.domain.instance import (  # pydantic reads annotations at run time
     Phase,  # noqa: TC001
     Target,  # noqa: TC001
 )
+from manager.domain.start_progress import StartStep  # noqa: TC001
+from manager.domain.target import Protocol  # noqa: TC001
 from manager.domain.template import IMAGE_PATTERN
 
 if TYPE_CHECKING:
     from manager.domain.drained import Drained
     from manager.domain.gpu import Gpu, NamedCard
     from manager.domain.image_override import ImageInForce
+    from manager.domain.instance import InstanceSpec
     from manager.domain.lifted import Lifted
+    from manager.domain.registry import Event
+    from manager.domain.start_progress import StartProgress
     from manager.services.instances.sweeps import Swept
     from manager.services.overview import InstanceState, Overview
     from manager.services.routing.breakers import BreakerView
@@ -139,18 +144,43 @@ class BreakerBody(_Body):
     reason: str | None
 
 
+class StartBody(_Body):
+    """The step of a start that goes on: it waits for memory of a card, the container, or its server's answer.
+
+    `until` is the moment at which the start is given up, null where nothing limits the step.
+    """
+
+    step: StartStep
+    since: Time | None
+    until: Time | None
+
+
+class RulesBody(_Body):
+    """The deny rules of an instance: patterns of models, and the largest number of parameters."""
+
+    deny_models: list[str]
+    max_parameters: int | None
+
+
 class InstanceBody(_Body):
-    """One instance. `ttl_remaining_s` is null while its clock does not run."""
+    """One instance. `ttl_remaining_s` is null while its clock does not run.
+
+    `image` is that of its next container; `loading` are the models that are being loaded; `start` is null
+    while no start goes on, and `rules` where there are none.
+    """
 
     id: str
     driver: Driver
+    protocol: Protocol
     template: str | None
+    image: str | None
     device: Device
     endpoint: str | None
     target: Target
     phase: Phase
     health: Health
     reason: ReasonBody | None
+    start: StartBody | None
     in_flight: int
     pinned: bool
     ttl_s: float
@@ -164,7 +194,9 @@ class InstanceBody(_Body):
     image_override: ImageOverrideBody | None
     drained: DrainedBody | None
     lifted: LiftedBody | None
+    rules: RulesBody | None
     models: list[ModelBody]
+    loading: list[str]
     breaker: BreakerBody
 
 
@@ -262,6 +294,8 @@ class ProcessBody(_Body):
 
 
 class GpuBody(_Body):
+    """One card. `reserved_bytes` were promised to instances and loads that do not hold them yet."""
+
     uuid: str
     index: int
     pci_bus_id: str
@@ -269,7 +303,12 @@ class GpuBody(_Body):
     vram_total_bytes: int | None
     vram_used_bytes: int | None
     vram_free_bytes: int | None
+    reserved_bytes: int | None
     lost: str | None
+    utilisation_percent: int | None
+    temperature_c: int | None
+    power_watts: float | None
+    power_limit_watts: float | None
     processes: list[ProcessBody]
 
 
@@ -345,7 +384,9 @@ def instance_json(state: InstanceState) -> dict[str, object]:
     return {
         "id": view.spec.id,
         "driver": view.spec.driver,
+        "protocol": view.spec.protocol,
         "template": view.spec.template_name,
+        "image": view.spec.template.image if view.spec.template else None,
         "device": _device(state),
         "endpoint": view.endpoint,
         "target": view.target,
@@ -358,6 +399,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         }
         if explanation
         else None,
+        "start": _start(view.start),
         "in_flight": view.in_flight,
         "pinned": view.pinned,
         "ttl_s": view.ttl_s,
@@ -378,6 +420,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         "image_override": _image_override(view.image),
         "drained": _drained(view.drained),
         "lifted": _lifted(state.lifted),
+        "rules": _rules(view.spec),
         "models": [
             {
                 "name": model.name,
@@ -388,8 +431,21 @@ def instance_json(state: InstanceState) -> dict[str, object]:
             }
             for model in view.models
         ],
+        "loading": state.loading,
         "breaker": _breaker(state.breaker),
     }
+
+
+def _start(start: StartProgress | None) -> dict[str, object] | None:
+    if start is None:
+        return None
+    return {"step": start.step, "since": _time(start.since), "until": _time(start.until)}
+
+
+def _rules(spec: InstanceSpec) -> dict[str, object] | None:
+    if not spec.deny_models and spec.max_parameters is None:
+        return None
+    return {"deny_models": spec.deny_models, "max_parameters": spec.max_parameters}
 
 
 def _breaker(breaker: BreakerView) -> dict[str, object]:
@@ -477,7 +533,12 @@ def gpus_body(overview: Overview) -> GpusBody:
                 vram_total_bytes=gpu.vram_total_bytes,
                 vram_used_bytes=gpu.vram_used_bytes,
                 vram_free_bytes=gpu.vram_free_bytes,
+                reserved_bytes=card.reserved_bytes,
                 lost=gpu.lost,
+                utilisation_percent=gpu.utilisation_percent,
+                temperature_c=gpu.temperature_c,
+                power_watts=gpu.power_watts,
+                power_limit_watts=gpu.power_limit_watts,
                 processes=[
                     ProcessBody(
                         pid=holder.pid,
@@ -493,6 +554,18 @@ def gpus_body(overview: Overview) -> GpusBody:
         ],
         error=GpuErrorBody(code=trouble.code, message=trouble.message) if trouble else None,
     )
+
+
+def event_json(event: Event) -> dict[str, object]:
+    """The values of an `EventBody`."""
+    return {
+        "id": event.id,
+        "at": _time(event.at),
+        "instance": event.instance,
+        "kind": event.kind,
+        "reason": event.reason,
+        "detail": event.detail,
+    }
 
 
 def orphans_body(overview: Overview) -> OrphansBody:

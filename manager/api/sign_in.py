@@ -6,114 +6,82 @@ pages elsewhere cannot use it (`wire.access`).
 
 from __future__ import annotations
 
-import re
-from html import escape
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs
 
 from fastapi import APIRouter, Request, Response
 from starlette.responses import RedirectResponse
 
+from manager.api.doors import page_after
 from manager.services.accounts.keyring import SESSION_S
-from manager.wire.keys import SESSION_COOKIE, session_of
+from manager.wire.keys import session_cookie, session_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
+    from manager.api.doors import Doors
     from manager.services.accounts.keyring import Keyring
     from manager.wire.head import Header
 
 PATH = "/sign-in"
-_HOME = "/ui"
-# Pages of the daemon, to which a browser that has no session gets by signing in.
-_PAGES = re.compile(r"/(?:docs|ui(?:/[\w./-]*)?)", re.ASCII)
 _SEE_OTHER = 303
-_UNAUTHORIZED = 401
-_WRONG = "This key is wrong, revoked or expired."
-_HEADERS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'",
-}
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Sign in: Ollama Endpoint Manager</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 24rem; padding: 0 1rem }}
-label, input, button {{ display: block; width: 100%; box-sizing: border-box; font: inherit }}
-input, button {{ padding: .5rem; margin: .25rem 0 1rem }}
-p {{ min-height: 1.5em; color: #b00020 }}
-</style>
-</head>
-<body>
-<h1>Sign in</h1>
-<form method="post" action="{path}">
-<input type="hidden" name="next" value="{next}">
-<label for="key">Key</label>
-<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
-<button type="submit">Sign in</button>
-</form>
-<p role="alert">{problem}</p>
-</body>
-</html>
-"""
 
 
-def sign_in_router(keyring: Keyring) -> APIRouter:
+def sign_in_router(keyring: Keyring, doors: Doors, refused: Callable[[str, str, str], None]) -> APIRouter:
+    """Return the routes.
+
+    Nothing slows guesses down: a key has 256 random bits, and every route of the API takes guesses as well.
+
+    Args:
+        keyring: knows the keys and the sessions.
+        doors: has the form.
+        refused: is called with reason, address and path of each wrong key.
+    """
     router = APIRouter(include_in_schema=False)
 
     @router.get(PATH)
     async def show_form(request: Request) -> Response:
-        after = _after([request.query_params.get("next", "")])
-        return sign_in_page(after, status=200) if keyring.are_required else _to(after)
+        after = page_after([request.query_params.get("next", "")])
+        return await doors.sign_in(after, status=200) if keyring.are_required else _to(after)
 
     @router.post(PATH)
     async def sign_in(request: Request) -> Response:
         form = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=10)
-        after = _after(form.get("next", ()))
+        after = page_after(form.get("next", ()))
         if not keyring.are_required:
             return _to(after)
         session = keyring.sign_in(form.get("key", [""])[0].strip().encode())
         if session is None:
-            return sign_in_page(after, problem=_WRONG)
+            refused("key_wrong", request.client.host if request.client else "", PATH)
+            return await doors.sign_in(after, is_wrong=True)
+        _end_session(keyring, request)
         answer = _to(after)
-        answer.set_cookie(SESSION_COOKIE, session, max_age=SESSION_S, **_cookie(request))
+        answer.set_cookie(_name(request), session, max_age=SESSION_S, **_cookie(request))
         return answer
 
     @router.post("/sign-out")
     async def sign_out(request: Request) -> Response:
-        headers: list[Header] = request.scope["headers"]
-        session = session_of(headers)
-        if session is not None:
-            keyring.sign_out(session)
+        _end_session(keyring, request)
         answer = _to(PATH)
-        answer.delete_cookie(SESSION_COOKIE, **_cookie(request))
+        answer.delete_cookie(_name(request), **_cookie(request))
         return answer
 
     return router
 
 
-def leads_to_sign_in(method: str, path: str, headers: Iterable[Header]) -> bool:
-    """Return whether a request without a key is one of a browser for a page of the daemon."""
-    accepted = next((value for name, value in headers if name == b"accept"), b"")
-    return method == "GET" and b"text/html" in accepted.lower() and _PAGES.fullmatch(path) is not None
-
-
-def sign_in_page(after: str, *, problem: str = "", status: int = _UNAUTHORIZED) -> Response:
-    """Return the form; `after` is the page that follows, `problem` why the last key opened nothing."""
-    page = _PAGE.format(path=PATH, next=escape(after), problem=escape(problem))
-    return Response(page, status, _HEADERS, "text/html; charset=utf-8")
-
-
-def _after(wanted: Iterable[str]) -> str:
-    """Return the page that follows: one of the daemon, whatever a link says."""
-    return next((path for path in wanted if _PAGES.fullmatch(path)), _HOME)
+def _end_session(keyring: Keyring, request: Request) -> None:
+    headers: list[Header] = request.scope["headers"]
+    session = session_of(headers)
+    if session is not None:
+        keyring.sign_out(session)
 
 
 def _to(path: str) -> Response:
-    return RedirectResponse(path, _SEE_OTHER, _HEADERS)
+    return RedirectResponse(path, _SEE_OTHER, {"Cache-Control": "no-store"})
+
+
+def _name(request: Request) -> str:
+    return session_cookie(request.headers.get("host", "").encode("latin-1"))
 
 
 def _cookie(request: Request) -> dict[str, Any]:

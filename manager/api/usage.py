@@ -63,10 +63,13 @@ class UsageRow(UsageNumbers):
     model: str | None = None
     instance: str | None = None
     day: str | None = None
+    hour: str | None = None
 
 
 class UsageBody(_Shape):
     """`from` and `to` are the time that the sums are of: it is widened to whole hours.
+
+    Hours are kept for 100 days: by `hour`, an earlier time is left out.
 
     `more` rows, those with the fewest requests, were left out.
     """
@@ -112,10 +115,7 @@ def usage_router(backend: Backend) -> APIRouter:
         if begins >= ends:
             raise _inverted(begins, ends)
         by: list[Any] = query.by.split(",")
-        await backend.history.flush()
-        sums, span = await backend.history.store.usage(
-            Span(_second(begins), _second(ends)), by, now_s=int(now.timestamp())
-        )
+        sums, span = await read_usage(backend, begins, ends, by, now=now)
         # There may be many groups, and each has its percentiles.
         document = await asyncio.to_thread(_document, sums, span, by)
         if query.format == "csv":
@@ -125,6 +125,19 @@ def usage_router(backend: Backend) -> APIRouter:
         return Response(await asyncio.to_thread(orjson.dumps, document), media_type="application/json")
 
     return router
+
+
+async def read_usage(
+    backend: Backend, begins: datetime, ends: datetime, by: Sequence[Dimension], *, now: datetime
+) -> tuple[Mapping[tuple[str, ...], Sums], Span]:
+    """Return the sums of a time by group, the requests that have just ended too, and the time as widened.
+
+    Raises:
+        RegistryUnwritableError: they cannot be read.
+    """
+    await backend.history.flush()
+    wanted = Span(_second(begins), _second(ends))
+    return await backend.history.store.usage(wanted, by, now_s=int(now.timestamp()))
 
 
 def _inverted(begins: datetime, ends: datetime) -> InvalidRequestError:
@@ -149,15 +162,16 @@ def _document(sums: Mapping[tuple[str, ...], Sums], span: Span, by: Sequence[Dim
         "to": _time(span.ends),
         "by": list(by),
         "rows": [
-            {**dict(zip(by, names, strict=True)), **_numbers(one, total)}
+            {**dict(zip(by, names, strict=True)), **numbers(one, total)}
             for names, one in ordered[:_MOST_ROWS]
         ],
         "more": max(0, len(ordered) - _MOST_ROWS),
-        "total": _numbers(total, total),
+        "total": numbers(total, total),
     }
 
 
-def _numbers(sums: Sums, total: Sums) -> dict[str, Any]:
+def numbers(sums: Sums, total: Sums) -> dict[str, Any]:
+    """Return the values of a `UsageNumbers`."""
     return {
         "requests": sums.requests,
         "share": round(sums.requests / total.requests, 6) if total.requests else 0.0,

@@ -8,11 +8,13 @@ from manager.cli.events import events_command
 from manager.cli.gpus import gpus_command
 from manager.cli.keys import keys_group
 from manager.cli.lanes import lanes_command
+from manager.cli.local_only import local_only_command
 from manager.cli.model_list import models_command
 from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
 from manager.cli.schedules import schedules_command
+from manager.cli.top import top_command
 from manager.cli.usage import usage_command
 
 for _command in (
@@ -25,9 +27,11 @@ for _command in (
     runs_group,
     schedules_command,
     rollout_group,
+    local_only_command,
     keys_group,
     budgets_command,
     usage_command,
+    top_command,
 ):
     program.add_command(_command)
 

@@ -27,6 +27,7 @@ _CONNECT_S = 5.0
 _ANSWER_S = 10.0
 # The daemon writes a comment into the event stream every 15 s: a longer silence means that it hangs.
 _EVENT_SILENCE_S = 40.0
+_LIVE_PIECE_BYTES = 2**16
 
 _EXIT_CODES = {401: MISUSED, 403: MISUSED, 404: MISUSED, 409: REFUSED, 422: MISUSED}
 
@@ -386,6 +387,16 @@ class Daemon:
                     yield None
                 elif line.startswith(b"data:"):
                     yield self._read(_event, _parsed(line.removeprefix(b"data:")))
+
+    def live(self) -> Iterator[dict[str, Any] | None]:
+        """Frames of the live channel: all sections, then changed ones; None for every sign of life."""
+        with self._answer("GET", f"{_API}/live", silence_s=_EVENT_SILENCE_S, stream=True) as answer:
+            # Frames are long: the default pieces of 512 bytes would take most of the time.
+            for line in answer.iter_lines(_LIVE_PIECE_BYTES):
+                if line.startswith(b":"):
+                    yield None
+                elif line.startswith(b"data:"):
+                    yield _parsed(line.removeprefix(b"data:"))
 
     def last_requests(self, **query: str | int | None) -> dict[str, Any]:
         """Return the API's list of requests; parameters that are None are left out."""

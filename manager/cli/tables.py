@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from manager.cli.printing import one_line
+from manager.cli.printing import aligned, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -57,14 +57,13 @@ ROLLOUT_WORDS = {
 
 def plain_table(instances: Sequence[Instance]) -> str:
     """One line an instance, nothing cut off; the reason comes last."""
-    rows = [_row(instance) for instance in instances]
-    lines = [[*_COLUMNS, "REASON"], *([*row.cells.values(), row.reason or _NONE] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (
-        (" " * _GAP).join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-    return "\n".join(line.rstrip() for line in padded)
+    return "\n".join(aligned(plain_rows(instances)))
+
+
+def plain_rows(instances: Sequence[Instance]) -> list[list[str]]:
+    """Return a heading, and the cells of each instance; the reason comes last."""
+    rows = map(_row, instances)
+    return [[*_COLUMNS, "REASON"], *([*row.cells.values(), row.reason or _NONE] for row in rows)]
 
 
 def terminal_view(
@@ -129,6 +128,11 @@ def size(size_bytes: int) -> str:
             amount = size_bytes / unit
             return f"{amount:.1f}{letter}" if letter == "G" else f"{amount:.0f}{letter}"
     return f"{size_bytes}B"
+
+
+def state_style(word: str) -> str:
+    """Return the style of a phase or of a health."""
+    return _STYLES.get(word, "")
 
 
 def drained_text(drained: Drained) -> str:

@@ -26,7 +26,7 @@ _NUMBERS = ("REQUESTS", "SHARE", "OK", "FALLBACKS", "TOKENS IN", "TOKENS OUT", "
     default="project",
     show_default=True,
     metavar="WHAT,…",
-    help="Some of project, key, role, model, instance, day.",
+    help="Some of project, key, role, model, instance, day, hour.",
 )
 @click.option(
     "--since",
@@ -51,7 +51,7 @@ def usage_command(
     """Show what requests have used: tokens, cost and time, by project or whatever --by says.
 
     `--since yesterday --until today` is one day of this machine. Times are widened to whole hours; the days
-    of `--by day` are in UTC.
+    and hours of `--by day` and `--by hour` are in UTC. Hours are kept for 100 days.
     """
     from manager.cli.client import Daemon  # noqa: PLC0415
     from manager.cli.locate import find_daemon  # noqa: PLC0415

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -40,10 +40,16 @@ class GpuProcess:
 class Gpu:
     """One card, or one MIG slice of a card, as NVML last described it. Memory in bytes, None = unknown.
 
+    The sensors move all the time and decide nothing: cards that differ in them alone are equal.
+
     Attributes:
         processes: those that hold memory on it.
         lists_processes: whether the driver lists them at all.
         lost: why the card cannot be used, None when it can.
+        utilisation_percent: the share of the last sampling period in which a kernel ran, 0 to 100.
+        temperature_c: of the chip; that of a slice is its card's.
+        power_watts: what the whole board draws.
+        power_limit_watts: what it may draw.
     """
 
     uuid: str
@@ -56,6 +62,15 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     lists_processes: bool = True
     lost: str | None = None
+    utilisation_percent: int | None = field(default=None, compare=False)
+    temperature_c: int | None = field(default=None, compare=False)
+    power_watts: float | None = field(default=None, compare=False)
+    power_limit_watts: float | None = field(default=None, compare=False)
+
+    @property
+    def sensors(self) -> tuple[float | None, ...]:
+        """What `==` leaves out."""
+        return self.utilisation_percent, self.temperature_c, self.power_watts, self.power_limit_watts
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +97,7 @@ class Holding:
 
 
 def unmeasured(gpu: Gpu) -> Gpu:
-    """The card as it was identified, with nothing known of its memory."""
+    """The card as it was identified, with nothing known of its memory and its sensors."""
     return replace(
         gpu,
         vram_total_bytes=None,
@@ -90,6 +105,10 @@ def unmeasured(gpu: Gpu) -> Gpu:
         vram_free_bytes=None,
         processes=(),
         lists_processes=False,
+        utilisation_percent=None,
+        temperature_c=None,
+        power_watts=None,
+        power_limit_watts=None,
     )
 
 

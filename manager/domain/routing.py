@@ -624,6 +624,7 @@ class _Decider:
         model, key, role = leg.model, model_key(leg.model), leg.role
         name = role.name if role else None
         found, busy, preferred_out = self._usable(leg, key)
+        places = _places(role) if role is not None and role.attempt_timeouts_s else None
         in_order, moved = sorted(found.items()), _NOTHING_MOVED
         if busy:
             in_order, moved = behind_others(in_order, busy)
@@ -635,7 +636,9 @@ class _Decider:
             reason = fallback
             if reason is None and (rank or place):
                 reason = self._why_not_preferred(leg, preferred_out, is_there=preferred_there)
-            timeout_s = role.timeout_s(place) if role is not None and role.attempt_timeouts_s else None
+            timeout_s = None
+            if role is not None and role.attempt_timeouts_s:
+                timeout_s = role.timeout_s(0 if places is None else places[ids[0]])
             choice = (self._legs * len(_WAYS) + rank) * len(_WAYS) + stage
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             self._tried[key].update(ids)
@@ -650,9 +653,9 @@ class _Decider:
             The other instances by their order, those of them that are overloaded, and why a preferred one
             cannot be used.
         """
-        model, tried, places = leg.model, self._tried[key], _places(leg.role)
-        permit = self._request.permit
+        model, tried, permit = leg.model, self._tried[key], self._request.permit
         chosen, rank_of, cpu_only = self._ranking(leg)
+        places = _places(leg.role, first=chosen)
         found: dict[Order, list[str]] = {}
         busy: dict[str, Overloaded] = {}
         preferred_out: Reason | None = None
@@ -847,11 +850,14 @@ def denied_message(denied: Sequence[PassedOver]) -> str:
     )
 
 
-def _places(role: Role | None) -> Mapping[str, int] | None:
-    """The places of the only instances that a role may use; None where it may use any."""
+def _places(role: Role | None, *, first: str | None = None) -> Mapping[str, int] | None:
+    """The places of the only instances that a role may use; None where it may use any.
+
+    `first` stands before the others, wherever it is listed: it was named as the one that is preferred.
+    """
     if role is None or role.instances is None:
         return None
-    return {name: place for place, name in enumerate(role.instances)}
+    return {name: 0 if name == first else place for place, name in enumerate(role.instances)}
 
 
 def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused: Refused) -> Decision:

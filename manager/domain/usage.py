@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from manager.domain.record import RequestRecord
 
-Dimension: TypeAlias = Literal["project", "key", "role", "model", "instance", "day"]
+Dimension: TypeAlias = Literal["project", "key", "role", "model", "instance", "day", "hour"]
 DIMENSIONS: Final[tuple[Dimension, ...]] = get_args(Dimension)
 
 HOUR_S: Final = 3600
@@ -172,7 +172,7 @@ class Span(NamedTuple):
     ends: int
 
 
-def covered(wanted: Span, *, hours_since: int) -> tuple[tuple[Span, ...], Span]:
+def covered(wanted: Span, *, hours_since: int, needs_hours: bool = False) -> tuple[tuple[Span, ...], Span]:
     """Return the hours and the days whose sums make up a time, without an hour counted twice.
 
     The time is widened to whole hours; where the hours are forgotten, to whole days.
@@ -180,8 +180,12 @@ def covered(wanted: Span, *, hours_since: int) -> tuple[tuple[Span, ...], Span]:
     Args:
         wanted: the time.
         hours_since: the first second whose hours are kept; the begin of a day.
+        needs_hours: return no days; the time begins with the first hour that is kept.
     """
     begins, ends = _down(wanted.begins, HOUR_S), _up(wanted.ends, HOUR_S)
+    if needs_hours:
+        begins, ends = max(begins, hours_since), max(ends, hours_since)
+        return (Span(begins, ends),), Span(begins, begins)
     if begins < hours_since:
         begins = _down(begins, DAY_S)
     if ends < hours_since:

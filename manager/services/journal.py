@@ -25,12 +25,19 @@ _log = structlog.get_logger("events")
 _IN_MEMORY = 1000
 _PAGE = 500
 _RETRY_S = 1.0
+# The problems that are kept at hand, and how far back they are looked for at the beginning.
+_PROBLEMS = 16
+_PROBLEMS_WITHIN = 500
 # How long it may stay unseen that the registry's files were deleted or replaced.
 _LOOK_S = 2.0
 
 
 class Journal:
-    """Owns the numbering of events. `record` never blocks: storing happens in `run`, in batches."""
+    """Owns the numbering of events. `record` never blocks: storing happens in `run`, in batches.
+
+    Attributes:
+        problems: the last events with a reason, the oldest first; at most `_PROBLEMS`.
+    """
 
     def __init__(self, registry: Registry, *, last_id: int, utcnow: Callable[[], datetime]) -> None:
         self._registry = registry
@@ -38,10 +45,16 @@ class Journal:
         self._utcnow = utcnow
         self._recent: deque[Event] = deque(maxlen=_IN_MEMORY)
         self._unsaved: list[Event] = []
+        self.problems: deque[Event] = deque(maxlen=_PROBLEMS)
         self._news = asyncio.Event()
         self._storing = asyncio.Lock()
         self.trouble: str | None = None
         self._is_retired = False
+
+    async def load(self) -> None:
+        """Read the last problems that earlier runs have stored."""
+        events = await self._registry.events_after(self._last_id - _PROBLEMS_WITHIN, _PROBLEMS_WITHIN)
+        self.problems.extend(event for event in events if event.reason is not None)
 
     async def retire(self) -> None:
         """Store what waits, and number nothing from now on: another daemon goes on with the events."""
@@ -65,6 +78,8 @@ class Journal:
             id=self._last_id, at=self._utcnow(), instance=instance, kind=kind, reason=reason, detail=detail
         )
         self._recent.append(event)
+        if reason is not None:
+            self.problems.append(event)
         self._unsaved.append(event)
         self._news.set()
         self._news = asyncio.Event()

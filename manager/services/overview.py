@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from manager.domain.instance import Health, Phase, Target
 from manager.domain.models import model_key
 from manager.services.instances.supervisor import Supervisor
-from manager.services.models.model_lists import volume_of
+from manager.services.models.model_lists import may_write, volume_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
-    from manager.services.gpus import Gpus
+    from manager.services.gpus import Gpus, GpuSnapshot
     from manager.services.gpus.cards import GpuTrouble
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -38,7 +38,8 @@ class InstanceState:
 
     `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
     view, in their order; None for a card that was never read. The starts are those since the daemon began.
-    `lifted` is the order that its deny rules do not hold, None while they do.
+    `lifted` is the order that its deny rules do not hold, None while they do. `loading` are the models that
+    are being loaded on it, by their keys.
     """
 
     view: View
@@ -48,14 +49,19 @@ class InstanceState:
     starts_failed: int
     breaker: BreakerView
     lifted: Lifted | None = None
+    loading: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card, and the processes that hold its memory."""
+    """One card, and the processes that hold its memory.
+
+    `reserved_bytes` were promised and are not held yet, None where that cannot be told.
+    """
 
     gpu: Gpu
     holders: tuple[Holder, ...]
+    reserved_bytes: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +75,26 @@ class Lane:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPlace:
+    """A model on one volume, and the instances that see it there.
+
+    `entry` is what a server last said of it there; `may_change` is whether one of the instances can delete
+    or copy it.
+    """
+
+    volume: str
+    instances: tuple[str, ...]
+    entry: Mapping[str, Any]
+    may_change: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ModelState:
     """A model, the instances that have it, and those of them that hold it in memory.
 
     `entry` is what a server last said of it. `offload` is the largest share of it in a card's memory, None
     where it is not loaded. `digests` are the instances that have it by its digest there: with more than one,
-    the same name is different models.
+    the same name is different models. `places` are the volumes that it is on, in the order of the instances.
     """
 
     entry: Mapping[str, Any]
@@ -82,13 +102,15 @@ class ModelState:
     loaded_on: tuple[str, ...]
     offload: float | None
     digests: Mapping[str, tuple[str, ...]]
+    places: tuple[ModelPlace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
     """Everything at one moment. `revision` grows with each change of what is shown.
 
-    Clocks advance no revision: the rest of a TTL, the moments of the last use and the last answer.
+    Clocks and sensors advance no revision: the rest of a TTL, the moments of the last use and the last
+    answer, and the sensors of cards. `cards` is another object where a sensor has moved.
     """
 
     revision: int
@@ -134,6 +156,7 @@ class Overviews:
         settings: the lanes.
         lifted: the order that lifts the deny rules of an instance, None where they hold.
         breakers: of the instances.
+        loading: the models that are being loaded, by their instance.
     """
 
     def __init__(
@@ -147,6 +170,7 @@ class Overviews:
         settings: SettingsSource,
         lifted: Callable[[str], Lifted | None] = _never,
         breakers: Breakers,
+        loading: Callable[[], Mapping[str, tuple[str, ...]]] = dict,
     ) -> None:
         self._lifted = lifted
         self._fleet = fleet
@@ -156,7 +180,9 @@ class Overviews:
         self._lists = lists
         self._settings = settings
         self._breakers = breakers
-        self._cards: _Part[tuple[Card, ...]] = _Part()
+        self._loading = loading
+        self._cards: tuple[Card, ...] = ()
+        self._cards_from: tuple[GpuSnapshot | None, int, Mapping[str, int | None]] = (None, 0, {})
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
         self._shown: tuple[object, ...] = ()
@@ -164,9 +190,10 @@ class Overviews:
 
     def current(self) -> Overview:
         """Return the overview of this moment: the same object while nothing has changed."""
-        instances = tuple([self._state(one) for one in self._fleet.instances()])
-        reading, trouble = self._gpus.snapshot, self._gpus.trouble
-        cards = self._cards.of((reading, self._gpus.holders_version), self._read_cards)
+        loading = self._loading()
+        instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
+        trouble = self._gpus.trouble
+        cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
         shown = (
@@ -191,8 +218,8 @@ class Overviews:
                 self._link.orphans,
                 engine_up=self._link.up,
             )
-        elif latest.instances != instances:  # only clocks have moved
-            latest = replace(latest, instances=instances)
+        elif latest.instances != instances or latest.cards is not cards:  # only clocks or sensors have moved
+            latest = replace(latest, instances=instances, cards=cards)
         self._latest, self._shown = latest, shown
         return latest
 
@@ -202,16 +229,17 @@ class Overviews:
         Raises:
             UnknownInstanceError: there is none of that id.
         """
-        return self._state(self._fleet.get(instance_id))
+        return self._state(self._fleet.get(instance_id), self._loading())
 
     def models(self) -> Mapping[str, ModelState]:
         """Return every model that some instance has, by its key: the models of `current`, and cheaper."""
         instances = self._fleet.instances()
         lists = tuple([self._lists.entries(volume_of(one.spec)) or None for one in instances])
         held = tuple([(one.id, one.models if one.usable_endpoint() is not None else ()) for one in instances])
-        return self._models.of((lists, held), lambda: _models(lists, held))
+        volumes = tuple([(volume_of(one.spec), may_write(one.spec)) for one in instances])
+        return self._models.of((lists, held, volumes), lambda: _models(lists, held, volumes))
 
-    def _state(self, instance: Instance) -> InstanceState:
+    def _state(self, instance: Instance, loading: Mapping[str, tuple[str, ...]]) -> InstanceState:
         view = instance.view()
         waits = self._capacity.waiting(instance.id)
         if waits is not None and view.phase in (Phase.STOPPED, Phase.FAILED):
@@ -229,14 +257,31 @@ class Overviews:
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
             breaker=breaker,
+            loading=loading.get(instance.id, ()),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
-        return tuple(Card(gpu, self._gpus.holders(gpu)) for gpu in self._gpus.snapshot.gpus)
+        """Return the cards of the last reading: the same object while nothing of them has changed."""
+        reading, version, reserved = self._gpus.snapshot, self._gpus.holders_version, self._gpus.reserved()
+        before, known, kept = self._cards_from
+        if reading is not before or version != known or reserved != kept:
+            self._cards_from = reading, version, reserved
+            if version != known or reserved != kept or not _same_cards(reading, before):
+                self._cards = tuple(
+                    Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in reading.gpus
+                )
+        return self._cards
 
     def _read_lanes(self) -> tuple[Lane, ...]:
         roles = self._settings.routing.roles.values()
         return tuple(Lane(role.name, role.kind, role.model, role.target) for role in roles)
+
+
+def _same_cards(reading: GpuSnapshot, before: GpuSnapshot | None) -> bool:
+    """Return whether two readings agree in all that is shown, the sensors too."""
+    if before is None or reading.gpus != before.gpus:
+        return False
+    return all(one.sensors == other.sensors for one, other in zip(reading.gpus, before.gpus, strict=True))
 
 
 def _without_clocks(state: InstanceState) -> tuple[object, ...]:
@@ -261,24 +306,37 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         view.available_models,
         view.drained,
         view.image,
+        view.start,
         state.is_usable,
         state.gpus,
         state.starts_done,
         state.starts_failed,
         state.lifted,
         state.breaker,
+        state.loading,
     )
 
 
-def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, ModelState]:
+def _models(
+    lists: tuple[Any, ...], held: tuple[Any, ...], volumes: tuple[tuple[str, bool], ...]
+) -> Mapping[str, ModelState]:
     entries: dict[str, Mapping[str, Any]] = {}
     having: defaultdict[str, list[str]] = defaultdict(list)
     digests: defaultdict[str, dict[str, tuple[str, ...]]] = defaultdict(dict)
+    places: defaultdict[str, dict[str, ModelPlace]] = defaultdict(dict)
     loaded: defaultdict[str, list[tuple[str, float]]] = defaultdict(list)
-    for entries_by_key, (instance_id, in_memory) in zip(lists, held, strict=True):
+    for entries_by_key, (instance_id, in_memory), (volume, writes) in zip(lists, held, volumes, strict=True):
         for key, entry in (entries_by_key or {}).items():
             entries.setdefault(key, entry)
             having[key].append(instance_id)
+            before = places[key].get(volume)
+            places[key][volume] = (
+                ModelPlace(volume, (instance_id,), entry, writes)
+                if before is None
+                else ModelPlace(
+                    volume, (*before.instances, instance_id), before.entry, before.may_change or writes
+                )
+            )
             digest = entry.get("digest")
             if isinstance(digest, str) and digest:
                 digests[key][digest] = (*digests[key].get(digest, ()), instance_id)
@@ -292,6 +350,7 @@ def _models(lists: tuple[Any, ...], held: tuple[Any, ...]) -> Mapping[str, Model
             tuple(id_ for id_, _ in loaded[key]),
             max((share for _, share in loaded[key]), default=None),
             MappingProxyType(digests[key]),
+            tuple(places[key].values()),
         )
         for key, entry in entries.items()
     }

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
+    from manager.domain.gpu_history import CardMinute
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.keys import Grant, Key
@@ -371,6 +372,14 @@ class Registry(Protocol):
         """Store when keys were used last, by name; one that is gone stays so."""
         ...
 
+    async def gpu_minutes(self, since_s: int) -> dict[int, tuple[CardMinute, ...]]:
+        """What was read of the cards since a time: by the Unix time of each minute, in order."""
+        ...
+
+    async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None:
+        """Store minutes in place of earlier ones, and forget those that began before a time."""
+        ...
+
     async def check(self) -> None:
         """Look whether what is written can still be found after a restart."""
         ...
@@ -426,6 +435,17 @@ class RequestStore(Protocol):
         Returns:
             The sums by the values of `by`, in its order; and the time that they are of, which is widened to
             whole hours, or to whole days where the hours are forgotten.
+        """
+        ...
+
+    async def model_use(
+        self, *, since_s: int
+    ) -> tuple[list[tuple[str, int]], list[tuple[int, str, int, int, int]]]:
+        """Return the use of models by requests that went to an instance.
+
+        Returns:
+            The beginning of the last hour, or day, in which each model was used; and of each hour from
+            `since_s` on its beginning, a model, requests, input and output tokens.
         """
         ...
 

@@ -49,6 +49,10 @@ class Sourced:
     source: Origin
 
 
+# A role that was made at run time has these below its overrides.
+DEFAULTS = {field: Sourced(value, "default") for field, value in _DEFAULTS.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class Ignored:
     """An override that does not count, and why."""

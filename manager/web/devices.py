@@ -13,10 +13,10 @@ _FILLS = 6
 
 
 def card_parts(gpu: Mapping[str, Any], fills: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return the parts of a card's memory that are in use: by instance, by foreign process, and the rest.
+    """Return the parts of a card's memory: by instance, by foreign process, the rest in use, and reserved.
 
     Each has `name`, `bytes`, `share` of the card, `fill` and `label`. None where the card does not say how
-    much it has or uses: unknown is not zero.
+    much it has or uses: unknown is not zero. What was reserved and is not in use yet comes last.
     """
     total, used = gpu["vram_total_bytes"], gpu["vram_used_bytes"]
     if not total or used is None:
@@ -29,7 +29,10 @@ def card_parts(gpu: Mapping[str, Any], fills: Mapping[str, str]) -> list[dict[st
         by_name[name, fill] = by_name.get((name, fill), 0) + (process["used_bytes"] or 0)
     known = sum(by_name.values())
     if used > known:
-        by_name["other", "reserved"] = used - known
+        by_name["other", "foreign"] = used - known
+    reserved = gpu["reserved_bytes"]
+    if reserved:
+        by_name["reserved", "reserved"] = min(reserved, max(0, total - used))
     return [
         {
             "name": name,

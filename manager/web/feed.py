@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.web.ends import Ends
+from manager.web.page import NO_FACTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from manager.services.live import Frame
-    from manager.web.page import Fragment, Page
+    from manager.web.page import Facts, Fragment, Page
     from manager.web.rendering import Renderer
     from manager.web.viewer import Viewer
 
@@ -25,15 +26,29 @@ class Rendered(NamedTuple):
     html: str
 
 
-class Feed:
-    """The fragments of one page for one kind of viewer. Renders what has changed since the last frame."""
+def _no_facts(_page: Page) -> Facts:
+    return NO_FACTS
 
-    def __init__(self, page: Page, viewer: Viewer, renderer: Renderer) -> None:
+
+class Feed:
+    """The fragments of one page for one kind of viewer. Renders what has changed since the last frame.
+
+    `facts` reads what the page needs beside the sections of a frame (`Page.facts`).
+    """
+
+    def __init__(
+        self,
+        page: Page,
+        viewer: Viewer,
+        renderer: Renderer,
+        facts: Callable[[Page], Facts] = _no_facts,
+    ) -> None:
         self._page = page
+        self._facts = facts
         self._viewer = viewer
         self._renderer = renderer
         self._ends = Ends()
-        self._rendered_for: tuple[int, int] | None = None
+        self._rendered_for: tuple[int, int, object] | None = None
         self._sources: Mapping[str, Fragment] = {}
         self._rendered: dict[str, Rendered] = {}
 
@@ -48,9 +63,11 @@ class Feed:
         """
         if self._page.fragments is None:
             return {}
-        wanted = (frame.revision, int(now // CLOCKS_S))
+        facts = self._facts(self._page)
+        wanted = (frame.revision, int(now // CLOCKS_S), facts.key)
         if wanted != self._rendered_for:
-            sources = self._page.fragments(self._ends.without_clocks(frame.sections, now), self._viewer)
+            sections = {**self._ends.without_clocks(frame.sections, now), **facts.build()}
+            sources = self._page.fragments(sections, self._viewer)
             self._rendered = {id_: self._render(id_, fragment) for id_, fragment in sources.items()}
             self._sources, self._rendered_for = sources, wanted
         return self._rendered
@@ -70,8 +87,9 @@ class Feed:
 class Feeds:
     """Owns the feeds: one for each page and kind of viewer, so that their number is bounded."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer, facts: Callable[[Page], Facts] = _no_facts) -> None:
         self._renderer = renderer
+        self._facts = facts
         self._feeds: dict[tuple[str, Any], Feed] = {}
 
     def of(self, page: Page, viewer: Viewer) -> Feed:
@@ -79,7 +97,7 @@ class Feeds:
         key = (page.name, viewer.kind)
         if key not in self._feeds:
             # No name: what one key sees is rendered for all keys of its kind.
-            self._feeds[key] = Feed(page, viewer._replace(name=None), self._renderer)
+            self._feeds[key] = Feed(page, viewer._replace(name=None), self._renderer, self._facts)
         return self._feeds[key]
 
 

@@ -35,6 +35,16 @@ class Fragment(NamedTuple):
     context: Mapping[str, Any]
 
 
+class Facts(NamedTuple):
+    """Further sections for fragments; `key` differs after each change that is to be seen at once."""
+
+    key: object
+    build: Callable[[], Sections]
+
+
+NO_FACTS = Facts(None, dict)
+
+
 async def _nothing(_backend: Backend, _viewer: Viewer, _request: Request) -> Mapping[str, Any]:
     return {}
 
@@ -49,6 +59,8 @@ class Page:
         scope: a key needs it to see the page; None: any key.
         fragments: returns the live parts from the sections of the live channel, by the id of their element,
             in their order. The same sections and viewer give the same fragments. None: nothing is live.
+        facts: returns what `fragments` needs beside the sections of the live channel, as further sections.
+            They are built with each change of a section or of their key, and every few seconds.
         context: returns what the template shows besides.
     """
 
@@ -56,4 +68,5 @@ class Page:
     path: str
     scope: str | None = "read"
     fragments: Callable[[Sections, Viewer], Mapping[str, Fragment]] | None = None
+    facts: Callable[[Backend], Facts] | None = None
     context: Callable[[Backend, Viewer, Request], Awaitable[Mapping[str, Any]]] = field(default=_nothing)

@@ -22,6 +22,8 @@ _FILTERS = {
     "count": words.count,
     "usd": words.usd,
     "percent": words.percent,
+    "unix": words.unix_s,
+    "seconds": words.seconds_text,
     "rate": words.rate,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import aclosing
 from hashlib import sha256
@@ -12,8 +13,9 @@ from starlette.responses import HTMLResponse, RedirectResponse, StreamingRespons
 
 from manager.errors import InvalidRequestError
 from manager.web.feed import CLOCKS_S, Feeds, changes
+from manager.web.page import NO_FACTS
 from manager.web.pages import PAGES
-from manager.web.rendering import Renderer
+from manager.web.policy import PAGE_HEADERS
 from manager.web.static import PREFIX, static_files
 from manager.web.viewer import viewer_of
 
@@ -24,25 +26,32 @@ if TYPE_CHECKING:
     from manager.services.live import Live
     from manager.web.feed import Feed
     from manager.web.page import Page
+    from manager.web.rendering import Renderer
+    from manager.wire.access import Access
 
 _SEE_OTHER = 303
-_FOR_EVER = {"Cache-Control": "public, max-age=31536000, immutable"}
-_HEADERS = {
-    "Cache-Control": "no-store",
+_FOR_EVER = {
+    "Cache-Control": "public, max-age=31536000, immutable",
+    "Vary": "Accept-Encoding",
     "X-Content-Type-Options": "nosniff",
-    # No inline script and no inline style: what is injected into a page does nothing.
-    "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-        "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
-    ),
 }
+# The end of a session is seen so soon; what is sent meanwhile to a quiet page is a comment every `CLOCKS_S`.
+_WATCH_S = 1.0
+_ALIVE = b": alive\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-def pages_router(backend: Backend, live: Live) -> APIRouter:
+def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Access) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        backend: the running daemon.
+        live: its live channel.
+        renderer: of the templates.
+        access: says how long a viewer may follow the live channel.
+    """
     router = APIRouter(include_in_schema=False)
-    renderer = Renderer()
-    feeds = Feeds(renderer)
+    feeds = Feeds(renderer, lambda page: NO_FACTS if page.facts is None else page.facts(backend))
     by_name = {page.name: page for page in PAGES}
 
     @router.get("/ui/live")
@@ -53,7 +62,8 @@ def pages_router(backend: Backend, live: Live) -> APIRouter:
             raise InvalidRequestError(f"page: expected one of {', '.join(by_name)}")
         await renderer.prepare()
         feed = feeds.of(page, viewer_of(request))
-        lines = _lines(live, feed, request.query_params.get("ids"))
+        permission = _Permission(access, request)
+        lines = _lines(live, feed, request.query_params.get("ids"), permission)
         first = await anext(lines)  # what fails at once is an error status, not a stream
 
         async def stream() -> AsyncIterator[bytes]:
@@ -65,10 +75,13 @@ def pages_router(backend: Backend, live: Live) -> APIRouter:
         return StreamingResponse(stream(), media_type="text/event-stream", headers=_STREAM_HEADERS)
 
     @router.get(f"{PREFIX}{{address:path}}")
-    async def static(address: str) -> Response:
+    async def static(address: str, request: Request) -> Response:
         found = static_files().get(address)
         if found is None:
             return Response(status_code=404)
+        if "gzip" in request.headers.get("accept-encoding", ""):
+            headers = {**_FOR_EVER, "Content-Encoding": "gzip"}
+            return Response(found.gzipped, media_type=found.media_type, headers=headers)
         return Response(found.content, media_type=found.media_type, headers=_FOR_EVER)
 
     async def show(page: Page, request: Request) -> Response:
@@ -86,7 +99,7 @@ def pages_router(backend: Backend, live: Live) -> APIRouter:
             "ids": _digest(fragments),
             **await page.context(backend, viewer, request),
         }
-        return HTMLResponse(renderer.render(f"pages/{page.name}.html", context), headers=_HEADERS)
+        return HTMLResponse(renderer.render(f"pages/{page.name}.html", context), headers=PAGE_HEADERS)
 
     for page in PAGES:
         router.add_api_route(page.path, _shown(page, show), methods=["GET"])
@@ -103,22 +116,56 @@ def _shown(page: Page, show: Any) -> Any:
     return shown
 
 
-async def _lines(live: Live, feed: Feed, ids: str | None) -> AsyncGenerator[bytes, None]:
-    """Yield events: at first all parts, since some may have changed after the page was rendered."""
+class _Permission:
+    """Whether a request would still be served: its key or session may have ended, or be needed since."""
+
+    def __init__(self, access: Access, request: Request) -> None:
+        self._access = access
+        self._scope = request.scope
+        self._checked = access.version
+
+    def holds(self) -> bool:
+        if self._checked == self._access.version:
+            return True
+        version = self._access.version
+        refusal = self._access.check("GET", self._scope["path"], self._scope["headers"]).refusal
+        self._checked = version if refusal is None else -1
+        return refusal is None
+
+
+async def _lines(
+    live: Live, feed: Feed, ids: str | None, permission: _Permission
+) -> AsyncGenerator[bytes, None]:
+    """Yield events: at first all parts, since some may have changed after the page was rendered.
+
+    The stream ends with the permission.
+    """
     seen: dict[str, int] = {}
-    async with aclosing(live.follow(idle_s=CLOCKS_S)) as frames:
+    said_at = 0.0
+    async with aclosing(live.follow(idle_s=_WATCH_S)) as frames:
         async for _ in frames:
-            fragments = feed.at(live.current(), time.time())
+            if not permission.holds():
+                yield _OVER
+                return
+            now = time.time()
+            fragments = feed.at(live.current(), now)
             if not seen and ids is not None and ids != _digest(fragments):
                 changed = None
             else:
                 changed = changes(seen, fragments)
             ids = None
-            yield _REFRESH if changed is None else _event(changed)
+            event = _REFRESH if changed is None else _event(changed)
+            if event is not _ALIVE or abs(now - said_at) >= CLOCKS_S:
+                said_at = now
+                yield event
 
 
 # Parts have come or gone: the page is to be fetched again (`page.js`).
 _REFRESH = b"event: refresh\ndata: -\n\n"
+# The session has ended: the page leads to the form to sign in (`page.js`).
+_OVER = b"event: over\ndata: -\n\n"
+# Python knows more ends of lines than server-sent events do, and they may be part of a name.
+_LINE_END = re.compile(r"\r\n|\r|\n")
 
 
 def _event(changed: Iterable[tuple[str, str]]) -> bytes:
@@ -127,9 +174,9 @@ def _event(changed: Iterable[tuple[str, str]]) -> bytes:
         f'<hx-partial hx-target="#{id_}" hx-swap="outerMorph">{html}</hx-partial>' for id_, html in changed
     ]
     if not parts:
-        return b": alive\n\n"
-    lines = "\n".join(parts).splitlines()
-    return "".join([*(f"data: {line}\n" for line in lines), "\n"]).encode()
+        return _ALIVE
+    lines = _LINE_END.split("\n".join(parts))
+    return "".join([*(f"data: {line}\n" for line in lines), "\n"]).encode("utf-8", "replace")
 
 
 def _digest(ids: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from functools import cache
 from importlib.resources import files
@@ -20,9 +21,10 @@ _TYPES = {
 
 
 class StaticFile(NamedTuple):
-    """A file and its media type."""
+    """A file, the same in gzip, and its media type."""
 
     content: bytes
+    gzipped: bytes
     media_type: str
 
 
@@ -54,4 +56,5 @@ def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, StaticFile]]:
         if entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/")
         elif (media_type := _TYPES.get(entry.name.rpartition(".")[2])) is not None:
-            yield prefix + entry.name, StaticFile(entry.read_bytes(), media_type)
+            content = entry.read_bytes()
+            yield prefix + entry.name, StaticFile(content, gzip.compress(content, mtime=0), media_type)

@@ -32,6 +32,15 @@ class Texts:
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+    def plain(self) -> dict[str, Any]:
+        """Return the texts as plain values, for a script."""
+        return {
+            name: value.plain() if isinstance(value, Texts) else value for name, value in self._values.items()
+        }
+
     def get(self, name: str, default: str) -> str:
         """Return a text whose name is data, such as a phase; `default` where there is none."""
         found = self._values.get(name, default)

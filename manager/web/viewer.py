@@ -10,6 +10,8 @@ from manager.domain.keys import INCLUDED, Scope
 if TYPE_CHECKING:
     from starlette.requests import Request
 
+    from manager.domain.keys import Grant
+
 
 class Viewer(NamedTuple):
     """Hashable. `name` is that of the key; None where the daemon needs none, and everything is permitted."""
@@ -29,7 +31,11 @@ class Viewer(NamedTuple):
 
 def viewer_of(request: Request) -> Viewer:
     """Return who sends a request."""
-    grant = grant_of(request.scope)
+    return viewer_for(grant_of(request.scope))
+
+
+def viewer_for(grant: Grant | None) -> Viewer:
+    """Return the viewer with a key; None where none is needed."""
     if grant is None:
         return Viewer(None, frozenset(Scope))
     return Viewer(grant.name, frozenset().union(*(INCLUDED[one] for one in grant.scopes)))

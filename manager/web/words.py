@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime
+
 UNKNOWN = "\N{EN DASH}"
 _KIB = 1024
 _SIZES = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -38,6 +40,16 @@ def duration(seconds: float | None) -> str:
     return f"{whole // _DAY_S} d {whole % _DAY_S // _HOUR_S} h"
 
 
+def seconds_text(seconds: float) -> str:
+    """Return a duration as it is written in settings: `90s`, `30m`, `2h`; 0 is `0`."""
+    if seconds == 0:
+        return "0"
+    for unit, length in (("d", _DAY_S), ("h", _HOUR_S), ("m", _MINUTE_S)):
+        if seconds % length == 0:
+            return f"{seconds / length:.0f}{unit}"
+    return f"{seconds:g}s"
+
+
 def milliseconds(value: float | None) -> str:
     """Return milliseconds as such below a second, as a duration above."""
     if value is None:
@@ -66,9 +78,16 @@ def usd(value: float | None) -> str:
     return f"${value:.6f}".rstrip("0")
 
 
+def unix_s(time: str | None) -> float | None:
+    """Return a time of the API in Unix seconds."""
+    return None if time is None else datetime.fromisoformat(time).timestamp()
+
+
 def percent(share: float | None) -> str:
-    """Return a share of 1 in percent; a tenth is shown below 10 %."""
+    """Return a share of 1 in percent; a tenth is shown below 10 %, and what is less than that is not zero."""
     if share is None:
         return UNKNOWN
     value = share * 100
+    if 0 < value < 0.05:  # noqa: PLR2004  (it would be rounded to zero)
+        return "< 0.1 %"
     return f"{value:.1f} %" if 0 < value < 9.95 else f"{value:.0f} %"  # noqa: PLR2004  (9.95 rounds to 10)

@@ -1,4 +1,4 @@
-"""A model's context length and what it can do, out of `/api/show`, beside what a list says of it."""
+"""A model's context length, length of vectors and capabilities, out of `/api/show`, beside a list's entry."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _MOST_CAPABILITIES = 64
 _ARCHITECTURE = "general.architecture"
 _NAMED, _CAN = "details", "capabilities"
-_LENGTH = "context_length"
+_LENGTH, _VECTOR = "context_length", "embedding_length"
 
 
 class _Show(msgspec.Struct):
@@ -31,10 +31,14 @@ _COUNT = msgspec.json.Decoder(int)
 
 @dataclass(frozen=True, slots=True)
 class Details:
-    """The longest context that a model was made for, and what it can do; None where that is unknown."""
+    """The longest context that a model was made for, what it can do, and the length of its vectors.
+
+    None where that is unknown.
+    """
 
     context_length: int | None
     capabilities: tuple[str, ...] | None
+    embedding_length: int | None = None
 
 
 def read_show(body: bytes) -> Details | None:
@@ -44,7 +48,8 @@ def read_show(body: bytes) -> Details | None:
     except ValueError:
         return None
     named = None if shown.capabilities is None else tuple(shown.capabilities[:_MOST_CAPABILITIES])
-    return Details(_context_length(shown.model_info or {}), named)
+    info = shown.model_info or {}
+    return Details(_length(info, _LENGTH), named, _length(info, _VECTOR))
 
 
 def lacks_details(entry: Mapping[str, Any]) -> bool:
@@ -58,8 +63,10 @@ def with_details(entry: Mapping[str, Any], found: Details) -> Mapping[str, Any]:
     details = entry.get(_NAMED)
     details = details if isinstance(details, dict) else {}
     changed = dict(entry)
-    if found.context_length is not None and not details.get(_LENGTH):
-        changed[_NAMED] = {**details, _LENGTH: found.context_length}
+    lengths = {_LENGTH: found.context_length, _VECTOR: found.embedding_length}
+    unsaid = {name: count for name, count in lengths.items() if count is not None and not details.get(name)}
+    if unsaid:
+        changed[_NAMED] = {**details, **unsaid}
     if found.capabilities is not None and _CAN not in entry:
         changed[_CAN] = list(found.capabilities)
     return changed
@@ -68,18 +75,23 @@ def with_details(entry: Mapping[str, Any], found: Details) -> Mapping[str, Any]:
 def details_of(entry: Mapping[str, Any]) -> Details:
     """Return what an entry of `/api/tags` says."""
     details = entry.get(_NAMED)
-    length = details.get(_LENGTH) if isinstance(details, dict) else None
+    details = details if isinstance(details, dict) else {}
     can = entry.get(_CAN)
     return Details(
-        length if isinstance(length, int) and not isinstance(length, bool) and length > 0 else None,
+        _count(details.get(_LENGTH)),
         tuple(str(one) for one in can[:_MOST_CAPABILITIES]) if isinstance(can, list) else None,
+        _count(details.get(_VECTOR)),
     )
 
 
-def _context_length(info: Mapping[str, msgspec.Raw]) -> int | None:
-    """Read the value of `ARCHITECTURE.context_length`; models with several parts have several of them."""
+def _count(value: object) -> int | None:
+    return value if type(value) is int and value > 0 else None
+
+
+def _length(info: Mapping[str, msgspec.Raw], name: str) -> int | None:
+    """Read the value of `ARCHITECTURE.NAME`; models with several parts have several of them."""
     try:
-        length = _COUNT.decode(info[f"{_TEXT.decode(info[_ARCHITECTURE])}.{_LENGTH}"])
+        length = _COUNT.decode(info[f"{_TEXT.decode(info[_ARCHITECTURE])}.{name}"])
     except (LookupError, ValueError):
         return None
     return length if length > 0 else None

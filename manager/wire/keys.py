@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
 
 SESSION_COOKIE = "ollama_manager_session"
+_PORT = re.compile(rb":([0-9]{1,5})")
 # The key of a path travels as a header from where the path is read. No client can send one of this name: a
 # parser of HTTP refuses a colon in it.
 PATH_KEY = b":key"
@@ -85,13 +86,31 @@ def without_path_key(path: bytes) -> tuple[bytes, list[Header]]:
     return path, found
 
 
+def session_cookie(host: bytes) -> str:
+    """Return the name of the cookie of a session.
+
+    Browsers send the cookies of a host to all of its ports: daemons on several have one of their own each.
+
+    Args:
+        host: as the request names it.
+    """
+    port = _PORT.search(host.rpartition(b"]")[2])
+    return f"{SESSION_COOKIE}_{port[1].decode()}" if port else SESSION_COOKIE
+
+
 def session_of(headers: list[Header]) -> bytes | None:
-    """Return the id of the session in the cookies of a request; None without one."""
+    """Return the id of the session in the cookies of a request; None without one.
+
+    Args:
+        headers: names in lower case; with the Host, which says which cookie it is (`session_cookie`).
+    """
+    host = next((value for name, value in headers if name == b"host"), b"")
+    wanted = session_cookie(host).encode()
     for name, value in headers:
         if name == b"cookie":
             for cookie in value.split(b";"):
                 key, _, session = cookie.strip().partition(b"=")
-                if key == SESSION_COOKIE.encode():
+                if key == wanted:
                     return session
     return None
 

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from tests.support.fixtures import NewDaemon
 
 INSTANCE = {
-    "id", "driver", "template", "device", "endpoint", "target", "phase", "health", "reason", "in_flight",
+    "id", "driver", "protocol", "template", "image", "device", "endpoint", "target", "phase", "health",
+    "reason", "start", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
-    "container", "image_override", "drained", "lifted", "models", "breaker",
+    "container", "image_override", "drained", "lifted", "rules", "models",
+    "loading", "breaker",
 }  # fmt: skip
 DEVICE = {"kind", "uuid", "index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes", "cards"}
 CONTAINER = {"id", "name", "image", "template_hash"}
@@ -600,6 +602,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
             f"{COMPUTE}/{path}"
             for path in ("instances", "instances/{instance_id}", "reap", "pull", "gpus", "events", "orphans")
         ),
+        f"{COMPUTE}/gpus/history",
         *(f"{COMPUTE}/instances/{{instance_id}}/{action}" for action in ("start", "stop", "logs")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("drain", "resume", "restart")),
         *(f"{COMPUTE}/instances/{{instance_id}}/{order}" for order in ("upgrade", "rollback")),
@@ -607,6 +610,7 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         f"{COMPUTE}/instances/{{instance_id}}/breaker/reset",
         *(f"{COMPUTE}/{path}" for path in ("routing", "routing/explain", "lanes", "explain", "schedules")),
         f"{COMPUTE}/live",
+        *(f"{COMPUTE}/models{path}" for path in ("", "/pulls", "/pulls/{number}")),
         *(f"{COMPUTE}/requests{path}" for path in ("", "/{request_id}")),
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         "/api/v1/budgets",

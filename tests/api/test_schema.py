@@ -5,7 +5,8 @@ helped along:
 
 - Ids are made from those there are as well as at random, or hardly a request would get past 404.
 - Headers that nobody declared are no mistake in HTTP: requests that are wrong in nothing else are not made.
-- The stream of events and a log that is followed have no end: they are read until they fall silent.
+- The streams of events and of the live channel, and a log that is followed, have no end: they are read until
+  they fall silent.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
 - Runs have a request that fits every route, and a lane that there is.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
@@ -148,7 +149,7 @@ def test_the_description_is_the_daemons_own(daemon: Daemon) -> None:
 def test_the_daemon_does_what_it_says(case: schemathesis.Case[Any], daemon: Daemon) -> None:
     if UNKNOWN_HEADER in case.headers:
         return
-    is_endless = case.operation.path.endswith(("/events", "/logs"))
+    is_endless = case.operation.path.endswith(("/events", "/live", "/logs"))
     timeout = (5, SILENCE_S) if is_endless else 30
     case.call_and_validate(base_url=daemon.url, headers={"X-API-Key": KEY}, timeout=timeout)
 

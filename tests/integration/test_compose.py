@@ -186,6 +186,40 @@ def test_compose_reads_the_files_and_publishes_on_loopback_only(files: list[str]
     assert ("pid" in service) is (len(files) == 2)
 
 
+def test_compose_reads_the_profile_for_monitoring_and_publishes_on_loopback_only(tmp_path: Path) -> None:
+    keys = ("MANAGER_KEY_FILE", "MONITORING_KEY_FILE", "GRAFANA_PASSWORD_FILE")
+    for name in keys:
+        (tmp_path / name).write_text(KEY, encoding="ascii")
+    result = subprocess.run(
+        [
+            *compose_command(),
+            "--file",
+            str(COMPOSE / "docker-compose.yml"),
+            "--profile",
+            "monitoring",
+            "config",
+        ],
+        env={**os.environ, "DOCKER_GID": "997", **{name: str(tmp_path / name) for name in keys}},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    services = yaml.safe_load(result.stdout)["services"]
+    for name in ("prometheus", "grafana"):
+        service = services[name]
+        assert service["profiles"] == ["monitoring"]
+        _, _, tag = service["image"].partition(":")
+        assert tag not in ("", "latest")
+        for port in service.get("ports", []):
+            address = port if isinstance(port, str) else f"{port.get('host_ip')}:{port['published']}"
+            assert address.startswith("127.0.0.1:")
+        for volume in service["volumes"]:
+            source = volume.split(":")[0] if isinstance(volume, str) else volume["source"]
+            assert not source.startswith("/") or Path(source).is_file(), source
+    assert "profiles" not in services["manager"]
+
+
 def test_compose_says_what_is_missing_when_the_group_is_not_set() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DOCKER_GID"}
     result = subprocess.run(

@@ -38,7 +38,8 @@ README = DOCUMENTS[0].read_text(encoding="utf-8")
 # Lines around ours; what they prepare is what test_compose.py prepares.
 PREPARATIONS = re.compile(
     r"cd compose|echo \"DOCKER_GID=.* > \.env|\(umask 027; openssl .* > operator\.key\)"
-    r"|sudo chown root:docker operator\.key|\. \.venv/bin/activate"
+    r"|umask 027|openssl rand -hex 16 > grafana\.password"
+    r"|sudo chown root:docker (operator\.key|monitoring\.key grafana\.password)|\. \.venv/bin/activate"
     r"|export OLLAMA_HOST=http://127\.0\.0\.1:11435"
     r"|export OPENAI_BASE_URL=http://127\.0\.0\.1:11435/v1 OPENAI_API_KEY=unused"
 )
@@ -95,7 +96,7 @@ def make_targets() -> set[str]:
 
 
 def the_command_has_the_options(words: list[str]) -> None:
-    names = [word for word in words if re.fullmatch(r"[a-z]+", word)]
+    names = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]
     groups = {"breaker", "config", "keys", "requests", "roles", "rollout", "runs", "templates"}
     path = names[:2] if names[0] in groups else names[:1]
     answer = program(*path, "--help")
@@ -124,10 +125,10 @@ def the_api_has(line: str) -> None:
 def test_every_command_in_the_table_has_its_options() -> None:
     first_cells = re.findall(r"^\| `ollama-manager (.+?)` \|", README, re.MULTILINE)
     rows = [row for cell in first_cells for row in cell.split("`, `")]
-    listed = {re.findall(r"[a-z]+", row)[0] for row in rows}
+    listed = {re.findall(r"[a-z-]+", row)[0] for row in rows}
     helped = re.search(r"Commands:\n(.*)", program("--help").stdout, re.DOTALL)
     assert helped
-    assert listed == set(re.findall(r"^  ([a-z]+) ", helped[1], re.MULTILINE))
+    assert listed == set(re.findall(r"^  ([a-z-]+) ", helped[1], re.MULTILINE))
     for row in rows:
         the_command_has_the_options(re.sub(r"[\[\]]", " ", row).split())
 

@@ -5,6 +5,7 @@
  *                     at every call, so whoever replaces it (by rename) changes the machine.
  * NVML_STANDIN_CALLS  path of a file that gets one line, the function's name, for every call. Optional.
  *
+ * -DNVML_STANDIN_AGE=-1 a driver to come: the older function for the temperature is gone
  * -DNVML_STANDIN_AGE=1  an old driver: no MIG, no version 2 of the memory, no version 3 of the processes
  * -DNVML_STANDIN_AGE=2  next to nothing: init, count, handle, UUID and version 1 of the memory
  */
@@ -33,7 +34,7 @@ enum {
     UNKNOWN = 999
 };
 
-enum { MAX_CARDS = 16, MAX_SLICES = 8, MAX_PROCESSES = 32, MEMORY_V2 = 0x02000028 };
+enum { MAX_CARDS = 16, MAX_SLICES = 8, MAX_PROCESSES = 32, MEMORY_V2 = 0x02000028, TEMPERATURE_V1 = 0x0100000c };
 
 typedef unsigned long long bytes;
 
@@ -49,6 +50,7 @@ struct device { /* a card or a slice of one */
     bytes total, used, reserved;
     int process_count;
     struct process processes[MAX_PROCESSES];
+    int utilisation, temperature, power_mw, power_limit_mw; /* -1: not supported */
     int handle_error;
     /* of cards only */
     char pci[32];
@@ -91,6 +93,11 @@ static struct device *parse_slice(const char *text, struct machine *machine) {
     return fields == 8 ? it : NULL;
 }
 
+static int parse_sensors(const char *text, struct device *it) {
+    return it != NULL && sscanf(text, "%d %d %d %d", &it->utilisation, &it->temperature, &it->power_mw,
+                                &it->power_limit_mw) == 4;
+}
+
 static int parse_process(const char *text, struct device *owner) {
     if (owner == NULL || owner->process_count == MAX_PROCESSES) return 0;
     struct process *it = &owner->processes[owner->process_count++];
@@ -118,6 +125,8 @@ static int parse(FILE *file, struct machine *machine) {
         } else if (strncmp(line, "slice ", 6) == 0) {
             owner = parse_slice(line + 6, machine);
             ok = owner != NULL;
+        } else if (strncmp(line, "sensors ", 8) == 0) {
+            ok = parse_sensors(line + 8, owner);
         } else if (strncmp(line, "process ", 8) == 0) {
             ok = parse_process(line + 8, owner);
         }
@@ -309,12 +318,57 @@ static int list(const struct device *it, char kind, unsigned *count, struct proc
 PROCESSES(nvmlDeviceGetComputeRunningProcesses_v2, 'c')
 PROCESSES(nvmlDeviceGetGraphicsRunningProcesses_v2, 'g')
 PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v2, 'm')
+
+static int measure(int value, unsigned *target) {
+    if (value < 0) return NOT_SUPPORTED;
+    *target = value;
+    return SUCCESS;
+}
+
+struct rates {
+    unsigned gpu, memory;
+};
+
+EXPORT int nvmlDeviceGetUtilizationRates(void *handle, struct rates *rates) {
+    DEVICE_CALL(0, {
+        result = measure(it->utilisation, &rates->gpu);
+        rates->memory = rates->gpu / 2;
+    })
+}
+
+EXPORT int nvmlDeviceGetPowerUsage(void *handle, unsigned *milliwatts) {
+    DEVICE_CALL(0, { result = measure(it->power_mw, milliwatts); })
+}
+
+EXPORT int nvmlDeviceGetEnforcedPowerLimit(void *handle, unsigned *milliwatts) {
+    DEVICE_CALL(0, { result = measure(it->power_limit_mw, milliwatts); })
+}
+
+#if NVML_STANDIN_AGE >= 0
+EXPORT int nvmlDeviceGetTemperature(void *handle, int sensor, unsigned *degrees) {
+    DEVICE_CALL(0, { result = sensor == 0 ? measure(it->temperature, degrees) : INVALID_ARGUMENT; })
+}
+#endif
 #endif
 
 #if NVML_STANDIN_AGE < 1
 PROCESSES(nvmlDeviceGetComputeRunningProcesses_v3, 'c')
 PROCESSES(nvmlDeviceGetGraphicsRunningProcesses_v3, 'g')
 PROCESSES(nvmlDeviceGetMPSComputeRunningProcesses_v3, 'm')
+
+struct temperature {
+    unsigned version;
+    int sensor, degrees;
+};
+
+EXPORT int nvmlDeviceGetTemperatureV(void *handle, struct temperature *it_is) {
+    DEVICE_CALL(0, {
+        unsigned degrees = 0;
+        if (it_is->version != TEMPERATURE_V1) result = ARGUMENT_VERSION_MISMATCH;
+        else result = it_is->sensor == 0 ? measure(it->temperature, &degrees) : INVALID_ARGUMENT;
+        it_is->degrees = degrees;
+    })
+}
 
 struct memory_v2 {
     unsigned version;

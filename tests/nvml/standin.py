@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -29,6 +29,7 @@ _NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE, what a driver says inste
 class Age(IntEnum):
     """Which functions the library has."""
 
+    COMING = -1  # the older function for the temperature is gone
     CURRENT = 0
     OLD = 1  # no MIG, no version 2 of the memory, no version 3 of the processes
     MINIMAL = 2  # init, count, handle, UUID and version 1 of the memory, nothing else
@@ -41,6 +42,16 @@ class Process:
     pid: int
     used: int | None
     kind: Literal["compute", "graphics", "mps"] = "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Sensors:
+    """What a card measures of itself; None where it does not support that."""
+
+    utilisation: int | None = None
+    temperature: int | None = None
+    power_mw: int | None = None
+    power_limit_mw: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,7 @@ class Slice:
     memory_mb: int = 0
     processes: tuple[Process, ...] = ()
     handle_error: int = 0
+    sensors: Sensors = Sensors()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +101,7 @@ class Card:
     memory_v2_error: int = 0
     mig: tuple[Slice, ...] | None = None
     mig_off: bool = False
+    sensors: Sensors = Sensors()
 
 
 def build(directory: Path, age: Age = Age.CURRENT) -> Path:
@@ -169,12 +182,18 @@ def _card_lines(card: Card) -> Iterator[str]:
     numbers = (card.vram_total, card.vram_used, card.reserved)
     knobs = (card.handle_error, card.error, card.memory_v2_error, mig)
     yield _line("card", _word(card.uuid), _word(card.pci_bus_id), *numbers, *knobs, card.name)
+    yield _sensors_line(card.sensors)
     yield from _process_lines(card.processes)
     for part in card.mig or ():
         numbers = (part.vram_total, part.vram_used, part.reserved)
         attributes = (part.handle_error, part.processor_slices, part.memory_mb)
         yield _line("slice", _word(part.uuid), *numbers, *attributes, part.name or "-")
+        yield _sensors_line(part.sensors)
         yield from _process_lines(part.processes)
+
+
+def _sensors_line(sensors: Sensors) -> str:
+    return _line("sensors", *(-1 if value is None else value for value in astuple(sensors)))
 
 
 def _process_lines(processes: Iterable[Process]) -> Iterator[str]:

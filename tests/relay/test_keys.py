@@ -104,14 +104,16 @@ def test_the_open_streams_of_a_key_end_where_that_is_asked_for_and_no_others(key
     keyed.make("leave-me")
     with streaming(keyed, "leave-me") as other, streaming(keyed, "cut-me") as lines:
         events = keyed.ask("GET", f"{COMPUTE}/events", stream=True, key="reader")
+        live = keyed.ask("GET", f"{COMPUTE}/live", stream=True, key="reader")
         answer = keyed.ask("DELETE", f"{KEYS}/cut-me", params={"cut": "true"})
         assert answer.json()["cut"] == 1
         assert [json.loads(line) for line in lines][-1] == {"error": "cut off: the key was revoked"}
         for _ in range(20):
             assert "error" not in json.loads(next(other))
-        assert keyed.ask("DELETE", f"{KEYS}/reader", params={"cut": "true"}).json()["cut"] == 1
-        with pytest.raises(requests.exceptions.ChunkedEncodingError):
-            list(events.iter_lines())
+        assert keyed.ask("DELETE", f"{KEYS}/reader", params={"cut": "true"}).json()["cut"] == 2
+        for endless in (events, live):
+            with pytest.raises(requests.exceptions.ChunkedEncodingError):
+                list(endless.iter_lines())
     keyed.make("reader", "read")
     wait_for(lambda: history_of(keyed, "cut-me"))
     assert history_of(keyed, "cut-me")[0]["outcome"] == "cut"

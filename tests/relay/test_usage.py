@@ -7,7 +7,7 @@ import io
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -90,6 +90,16 @@ def test_each_dimension_tells_groups_apart_and_a_model_has_one_name(gateway: Gat
         ("shop", "", "fast", "tiny", "one", 1),
     ]
     assert {row["day"] for row in rows} <= {datetime.now(UTC).strftime("%Y-%m-%d"), rows[0]["day"]}
+
+
+def test_by_hour_the_hours_are_those_in_which_requests_ended(gateway: Gateway) -> None:
+    rows = asked(gateway, by="hour,project", **{"from": "2d"})["rows"]
+    assert sum(row["requests"] for row in rows) == 5
+    hours = {row["hour"] for row in rows}
+    assert len(hours) <= 2  # the requests may have been made at the turn of an hour
+    now = datetime.now(UTC)
+    for hour in hours:
+        assert timedelta(0) <= now - datetime.fromisoformat(hour) < timedelta(hours=2)
 
 
 def test_a_table_of_commas_has_the_same_numbers(gateway: Gateway) -> None:

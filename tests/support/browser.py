@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from playwright.sync_api import Browser, Page, Request
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 _HERE = ("127.0.0.1", "localhost", "")
@@ -45,9 +45,13 @@ class Visit:
         self.page = page
         self.problems: list[str] = []
         self.foreign: list[str] = []
-        page.on("console", lambda line: self._note(line.text) if line.type == "error" else None)
+        page.on("console", self._hear)
         page.on("pageerror", lambda error: self._note(str(error)))
         page.on("request", self._look)
+
+    def _hear(self, line: ConsoleMessage) -> None:
+        if line.type == "error":
+            self._note(f"{line.text} {line.location['url']}")
 
     def _note(self, problem: str) -> None:
         self.problems.append(problem)
@@ -85,6 +89,7 @@ def visit(running: Browser, *, width: int = 1280, scheme: Any = "light", **optio
     """Open a window; nothing may go wrong in it until it is closed."""
     context = running.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
     context.set_default_timeout(20_000)
+    expect.set_options(timeout=20_000)
     visitor = Visit(context.new_page())
     try:
         yield visitor

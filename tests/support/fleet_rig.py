@@ -245,6 +245,9 @@ class Cards:
     def instance_ids(self) -> tuple[str, ...]:
         return self.found
 
+    def reserved(self) -> dict[str, int | None]:
+        return {}
+
     def why_missing(self, instance: str) -> str | None:
         return self.missing.get(instance)
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.support.browser import browser, chromium, visit
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
     from tests.support.browser import Visit
+
+
+# Machines that run tests are busy.
+expect.set_options(timeout=20_000)
 
 
 # Playwright keeps an event loop in this thread: tests of other files have loops of their own.

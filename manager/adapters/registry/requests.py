@@ -16,7 +16,7 @@ import orjson
 
 from manager.adapters.registry.own_connection import OwnConnection
 from manager.adapters.registry.tables import storable
-from manager.adapters.registry.usage import add_usage, forget_usage, read_usage
+from manager.adapters.registry.usage import add_usage, forget_usage, read_model_use, read_usage
 from manager.adapters.request_log import encodable
 from manager.domain.history import MOST_CHARACTERS, decision_values, record_values
 from manager.domain.models import model_key
@@ -94,6 +94,11 @@ class SqlRequests:
         return await self._own.call(
             lambda: read_usage(self._own.open(), wanted, by, now_s=now_s), doing="read"
         )
+
+    async def model_use(
+        self, *, since_s: int
+    ) -> tuple[list[tuple[str, int]], list[tuple[int, str, int, int, int]]]:
+        return await self._own.call(lambda: read_model_use(self._own.open(), since_s), doing="read")
 
     async def forget_usage(self, *, now_s: int, days: int) -> None:
         def work() -> None:

@@ -14,7 +14,7 @@ from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, se
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from manager.adapters.registry import keys, runs, tables
+from manager.adapters.registry import gpu_minutes, keys, runs, tables
 from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Table
 
+    from manager.domain.gpu_history import CardMinute
     from manager.domain.keys import Grant, Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
     from manager.domain.runs import Run, RunStatus
@@ -271,6 +272,13 @@ class SqlRegistry:
         """Store when keys were used last; one that is gone stays so."""
         await self._write(partial(keys.save_last_used, used=used))
 
+    async def gpu_minutes(self, since_s: int) -> dict[int, tuple[CardMinute, ...]]:
+        return await self._read(partial(gpu_minutes.load, since_s=since_s))
+
+    async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None:
+        """Store minutes in place of earlier ones, and forget those that began before a time."""
+        await self._write(partial(gpu_minutes.save, minutes=minutes, before_s=before_s))
+
     async def check(self) -> None:
         """Look whether the files are still those that were opened.
 
@@ -374,6 +382,7 @@ class UnchangedRegistry(SqlRegistry):
     async def save_key(self, key: Key) -> None: ...
     async def forget_key(self, name: str) -> None: ...
     async def save_last_used(self, used: Mapping[str, datetime]) -> None: ...
+    async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None: ...
     async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:  # noqa: ARG002
         return ()
 

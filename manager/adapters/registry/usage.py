@@ -62,7 +62,7 @@ _GROUP = "project, key, role, model, instance"
 _SUMS = "requests, ok, fallbacks, input_tokens, output_tokens, cost_micro_usd, answered_us, latencies"
 *_COUNTS, _LATENCIES = _SUMS.split(", ")
 _TOTALS = ", ".join([*(f"sum({name})" for name in _COUNTS), f"latencies_sum({_LATENCIES})"])
-_DAY = "date(begins, 'unixepoch')"
+_TIMES = {"day": "date(begins, 'unixepoch')", "hour": "strftime('%Y-%m-%dT%H:00:00Z', begins, 'unixepoch')"}
 _IS_GROUP = "begins = ? AND project = ? AND key = ? AND role = ? AND model = ? AND instance = ?"
 
 
@@ -118,7 +118,7 @@ def read_usage(
 ) -> tuple[dict[tuple[str, ...], Sums], Span]:
     """Return the sums of a time by group, and the time that they are of: whole hours or days."""
     hours_since = (now_s - HOURS_KEPT_S) // DAY_S * DAY_S + DAY_S
-    hours, days = covered(wanted, hours_since=hours_since)
+    hours, days = covered(wanted, hours_since=hours_since, needs_hours="hour" in by)
     aggregate: Any = _Latencies  # typeshed takes only whole numbers for results
     connection.create_aggregate("latencies_sum", 1, aggregate)
     found: dict[tuple[str, ...], Sums] = {}
@@ -126,14 +126,15 @@ def read_usage(
         for names, sums in _read(connection, table, span, by):
             found.setdefault(names, Sums()).add(sums)
     spans = [span for span in (*hours, days) if span.begins < span.ends]
-    whole = Span(min((one.begins for one in spans), default=0), max((one.ends for one in spans), default=0))
-    return found, whole
+    if not spans:  # all hours of that time are forgotten
+        return found, Span(wanted.ends, wanted.ends)
+    return found, Span(min(one.begins for one in spans), max(one.ends for one in spans))
 
 
 def _read(
     connection: sqlite3.Connection, table: str, span: Span, by: Sequence[Dimension]
 ) -> Iterator[tuple[tuple[str, ...], Sums]]:
-    names = [_DAY if name == "day" else name for name in by]
+    names = [_TIMES.get(name, name) for name in by]
     groups = ", ".join(str(place + 1) for place in range(len(names)))
     statement = f"SELECT {', '.join([*names, _TOTALS])} FROM {table} WHERE begins >= ? AND begins < ?"  # noqa: S608
     if groups:
@@ -141,6 +142,21 @@ def _read(
     for row in connection.execute(statement, span):
         if row[-2] is not None:  # one row of nothing, where there are no groups
             yield row[: len(names)], _sums(row[len(names) :])
+
+
+_LAST_USE = """SELECT model, max(begins) FROM (
+    SELECT model, begins FROM usage_hours WHERE instance != ''
+    UNION ALL SELECT model, begins FROM usage_days WHERE instance != ''
+) WHERE model != '' GROUP BY model"""
+_LATELY = """SELECT begins, model, sum(requests), sum(input_tokens), sum(output_tokens) FROM usage_hours
+WHERE begins >= ? AND instance != '' AND model != '' GROUP BY begins, model"""
+
+
+def read_model_use(
+    connection: sqlite3.Connection, since_s: int
+) -> tuple[list[tuple[str, int]], list[tuple[int, str, int, int, int]]]:
+    """Return the last use of each model, and the use in each hour from `since_s` on."""
+    return connection.execute(_LAST_USE).fetchall(), connection.execute(_LATELY, (since_s,)).fetchall()
 
 
 def forget_usage(connection: sqlite3.Connection, *, now_s: int, days: int) -> None:

@@ -38,6 +38,8 @@ _log = structlog.get_logger("ledger")
 _RETRY_S = 2.0
 _ANY_TIME_US = 2**63 - 1
 _RECOVER_EVERY_S = 60.0
+# The longest that a scrape of the metrics waits for the store.
+_LOOK_S = 1.0
 # Added to the longest time of a request, before a reservation of another process counts as left behind.
 _SLACK_S = 60.0
 # Limits that were reached and said so already; a limit more says so once again.
@@ -76,6 +78,8 @@ class Ledger:
 
     What a crash leaves open is settled on all that was reserved: nobody knows what was spent of it.
 
+    `last_seen` is what `look` has found last.
+
     Args:
         store: keeps the rows.
         journal: takes events.
@@ -108,6 +112,7 @@ class Ledger:
         self._trouble: str | None = None
         self._is_closed = False
         self._reservations = 0
+        self.last_seen: tuple[BudgetState, ...] = ()
 
     @property
     def unwritten(self) -> int:
@@ -181,6 +186,15 @@ class Ledger:
         budgets = {budget: budget.since(now) for budget in self._all(None)}
         found = await self._store.balances(budgets)
         return [BudgetState(budget, found[budget], state_of(budget, found[budget])) for budget in budgets]
+
+    async def look(self) -> None:
+        """Take the balances into `last_seen`; none where the store does not tell them in time."""
+        found: list[BudgetState] = []
+        if self.budgets or self._key_limits():
+            with suppress(TimeoutError, ManagerError):
+                async with asyncio.timeout(_LOOK_S):
+                    found = await self.balances()
+        self.last_seen = tuple(found)
 
     async def recover(self, *, is_alone: bool) -> int:
         """Settle what a crash left open; return how many reservations that were.

@@ -136,6 +136,21 @@ class Admission:
                 reserved.update(outstanding_bytes(promised, self._used(other)))
         return reserved
 
+    def reserved(self) -> dict[str, int | None]:
+        """Return the memory of each card that was promised and is not held yet, by UUID.
+
+        None for a card on which somebody who was promised memory may hold some: that cannot be told.
+        """
+        reserved: dict[str, int | None] = {}
+        for instance in self._claims.keys() | self._loads.keys():
+            promised = _promised(self._claims.get(instance, {}), self._loads.get(instance, {}))
+            held = self._held(instance)
+            for uuid, left in outstanding_bytes(promised, self._used(instance)).items():
+                before = reserved.get(uuid, 0)
+                is_known = before is not None and held.get(uuid, 0) is not None
+                reserved[uuid] = before + left if is_known and before is not None else None
+        return reserved
+
     # --- helpers ---
 
     def _divided(self, instance: str, needed_bytes: int, likely: Mapping[str, int]) -> dict[str, int]:

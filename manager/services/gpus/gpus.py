@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from manager.domain.gpu import Holder, Holding, gib, held_by, is_given_back, least_need, unattributed_bytes
 from manager.domain.instance import Explanation
@@ -30,6 +31,45 @@ if TYPE_CHECKING:
 _RECHECK_S = 0.25
 # A reading older than this lets no load in: memory may have been taken since.
 _FRESH_S = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The memory of a model on cards. Only `measured` is all of it; the others are less than it takes.
+
+    `basis` is `measured` on the instance itself, the least that was measured `elsewhere`, or its `file`.
+    """
+
+    bytes: int
+    basis: Literal["measured", "elsewhere", "file"]
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The memory for a load on an instance: what it holds, which its server frees, and what its cards have.
+
+    `rooms` are those of its cards: what is free, less what others were promised; None where it is unknown.
+    """
+
+    held_bytes: int
+    rooms: tuple[int | None, ...]
+
+    @property
+    def bytes(self) -> int | None:
+        """All of it together; None where it is unknown."""
+        known = [room for room in self.rooms if room is not None]
+        if not known or len(known) != len(self.rooms):
+            return None
+        return self.held_bytes + max(0, sum(room for room in known if room > 0))
+
+    def fits(self, need: Need) -> bool | None:
+        """Return whether a model fits whole; None where that is unknown."""
+        room = self.bytes
+        if room is None:
+            return None
+        if need.bytes > room:
+            return False
+        return True if need.basis == "measured" else None
 
 
 class Gpus:
@@ -72,6 +112,7 @@ class Gpus:
         self.note_given = self._cards.note_given
         self.gpu = self._cards.gpu
         self.why_missing = self._cards.why_missing
+        self.reserved = self._admission.reserved
         self.note_container = self._processes.note_container
         self.forget_container = self._processes.forget_container
         self.instance_of = self._processes.instance_of
@@ -94,6 +135,11 @@ class Gpus:
     @property
     def snapshot(self) -> GpuSnapshot:
         return self._cards.snapshot
+
+    @property
+    def read_at(self) -> float:
+        """The monotonic time of the last reading, in seconds."""
+        return self._read_at
 
     @property
     def trouble(self) -> GpuTrouble | None:
@@ -277,6 +323,33 @@ class Gpus:
         known = self._shortages.get(instance)
         return known[1] if known else None
 
+    # --- what would fit ---
+
+    @property
+    def learned_version(self) -> int:
+        """Grows whenever `need` may say something else of the same model."""
+        return self._learned.version
+
+    def need(self, instance: str, model: str, entry: Mapping[str, Any]) -> Need | None:
+        """Return the memory that a model takes on the cards of an instance, as far as that is known.
+
+        Args:
+            instance: the instance.
+            model: the name of the model.
+            entry: what its server lists of it.
+        """
+        digest, size = _digest_and_size(entry)
+        known = self._learned.here(instance, model, digest, self.uuids_of(instance))
+        if known is not None:
+            return Need(known.vram_bytes, "measured")
+        if elsewhere := self._learned.elsewhere(digest):
+            return Need(elsewhere, "elsewhere")
+        return Need(size, "file") if size > 0 else None
+
+    def room(self, instance: str) -> Room:
+        """Return the memory that a load on an instance may take now."""
+        return Room(self.held_bytes(instance) or 0, tuple(self._admission.rooms(instance).values()))
+
     # --- helpers ---
 
     def _need_of_load(
@@ -285,13 +358,12 @@ class Gpus:
         """Return the bytes that a load needs in all, and those of each card as far as they were measured."""
         key = model_key(model)
         entry = next((one for one in listed or () if model_key(name_of(one)) == key), {})
-        digest, size = entry.get("digest"), entry.get("size")
-        digest = digest if isinstance(digest, str) else None
+        digest, size = _digest_and_size(entry)
         known = self._learned.here(instance, model, digest, self.uuids_of(instance))
         if known is not None:
             return known.vram_bytes, known.by_card
         gpus = self._cards.gpus_of(instance)
-        likely = self._learned.elsewhere(digest) or (size if isinstance(size, int) else 0)
+        likely = self._learned.elsewhere(digest) or size
         free = total({gpu.uuid: gpu.vram_free_bytes for gpu in gpus})
         used = total({gpu.uuid: gpu.vram_used_bytes for gpu in gpus})
         return least_need(likely_bytes=likely, free_bytes=free, used_bytes=used), {}
@@ -353,3 +425,9 @@ class Gpus:
             },
             retry_after_s=10,
         )
+
+
+def _digest_and_size(entry: Mapping[str, Any]) -> tuple[str | None, int]:
+    """Return what a server lists of a model; the size is 0 where it does not say it."""
+    digest, size = entry.get("digest"), entry.get("size")
+    return digest if isinstance(digest, str) else None, size if isinstance(size, int) else 0

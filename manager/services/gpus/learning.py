@@ -42,6 +42,7 @@ class Learned:
         self._utcnow = utcnow
         self._sizes: dict[tuple[str, str, str], LearnedSize] = {}
         self._last: dict[str, _Measurement] = {}
+        self.version = 0  # grows with each size that is learned
 
     async def load(self) -> None:
         """Read what earlier runs have stored."""
@@ -111,6 +112,7 @@ class Learned:
         size = LearnedSize(instance, model.name, model.digest, used_bytes, now, by_card)
         self._sizes.pop(key, None)
         self._sizes[key] = size
+        self.version += 1
         if len(self._sizes) > _MOST_SIZES:
             del self._sizes[next(iter(self._sizes))]
         try:

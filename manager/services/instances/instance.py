@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from manager.domain.gpu import NamedCard
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
+    from manager.domain.start_progress import StartProgress
     from manager.services.ports import ProbeAnswer
     from manager.services.world import World
     from manager.wire.details import Details
@@ -81,6 +82,7 @@ class View:
     drained: Drained | None = None
     keeps_warm: bool = False
     image: ImageInForce | None = None
+    start: StartProgress | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from manager.domain.condition import BecameReady, RestartDue, RestartRefused, StartBegun, StartFailed
 from manager.domain.container import Reach
 from manager.domain.instance import Explanation, Phase, Target
 from manager.domain.registry import Operation
+from manager.domain.start_progress import Begun
 from manager.errors import (
     BackingOffError,
     LimitReachedError,
@@ -46,6 +49,7 @@ class Starting:
 
     Attributes:
         is_fresh: the current or last start was not an adoption.
+        begun: the current or last start, None before the first one.
         done: how many containers were started.
         failed: how many starts have failed.
     """
@@ -57,6 +61,7 @@ class Starting:
         self._may_run = may_run
         self._on_ready = on_ready
         self.is_fresh = False
+        self.begun: Begun | None = None
         self.done = 0
         self.failed = 0
 
@@ -114,6 +119,7 @@ class Starting:
             w.condition.apply(RestartDue())
         w.signals = Signals()
         self.is_fresh = not w.condition.state.is_alive
+        self.begun = Begun(w.world.utcnow())
         w.condition.apply(StartBegun())
         w.world.journal.record("starting" if self.is_fresh else "adopting", instance=w.id)
         try:
@@ -155,7 +161,7 @@ class Starting:
         else:
             self.refuse_unusable()
             if w.is_gpu:
-                await gpus.admit(w.id, needed_bytes=need, wait_s=w.spec.limits.vram_wait_s)
+                await self._admitted(need)
                 self.refuse_unusable()  # admission takes new readings: the card may have gone meanwhile
         return await w.run.up(
             w.request(),
@@ -164,6 +170,13 @@ class Starting:
             ready_path=w.template.ready.path,
             signals=w.signals,
         )
+
+    async def _admitted(self, need: int) -> None:
+        w, wait_s = self._w, self._w.spec.limits.vram_wait_s
+        begun = self.begun or Begun(w.world.utcnow())
+        self.begun = replace(begun, memory_until=begun.at + timedelta(seconds=wait_s)) if need else begun
+        await w.world.gpus.admit(w.id, needed_bytes=need, wait_s=wait_s)
+        self.begun = begun
 
     def _end_ready(self, started: Started) -> None:
         w = self._w

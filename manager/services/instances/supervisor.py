@@ -29,6 +29,7 @@ from manager.domain.image_override import with_image
 from manager.domain.instance import ALIVE, Explanation, Health, Phase, Target
 from manager.domain.reconcile import Bury, Look, Recreate, Situation, Start, Stop, Wait, next_action
 from manager.domain.shown import shown
+from manager.domain.start_progress import start_progress
 from manager.errors import (
     CancelledByStopError,
     EngineError,
@@ -582,6 +583,9 @@ class Supervisor(Instance):
             drained=state.drained,
             keeps_warm=self.keeps_warm,
             image=self.replacing.in_force,
+            start=start_progress(
+                phase, container, self._starting.begun, start_timeout_s=self.spec.limits.start_timeout_s
+            ),
         )
 
     # --- the loop ---

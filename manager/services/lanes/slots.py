@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from itertools import chain
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeAlias
 
 from manager.domain.lanes import NO_ROLE, LaneRules, Lanes, Waiter
@@ -72,12 +73,16 @@ class LaneState(NamedTuple):
 
 
 class SlotState(NamedTuple):
-    """The slots of one instance; None where they are not limited."""
+    """The slots of one instance; None where they are not limited.
+
+    `queued` are the waiting requests that may use it; each counts for every instance that it may use.
+    """
 
     id: str
     slots: int | None
     in_use: int
     reserved_free: int
+    queued: int = 0
 
 
 class Refusal(NamedTuple):
@@ -369,10 +374,17 @@ class Slots:
     def instances(self) -> tuple[SlotState, ...]:
         """Return the use of the slots of every instance."""
         at_work = Counter(holder.holds for holder in (() if self.is_on else self._at_work()))
+        queued = Counter(chain.from_iterable(waiter.instances for waiter in self._waiting))
         return tuple(
-            SlotState(id_, *(self._lanes.slots(id_) if self.is_on else (None, at_work[id_], 0)))
-            for id_ in self._slots_of()
+            SlotState(id_, *self._used(id_, at_work), queued=queued[id_]) for id_ in self._slots_of()
         )
+
+    def _used(self, instance: str, at_work: Mapping[str, int]) -> tuple[int | None, int, int]:
+        """Return slots, those in use, and those that are reserved and free."""
+        if self.is_on:
+            load = self._lanes.slots(instance)
+            return load.slots, load.in_use, load.reserved_free
+        return None, at_work.get(instance, 0), 0
 
     def _wake(self, granted: Iterable[Waiter]) -> None:
         for waiter in granted:

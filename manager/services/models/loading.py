@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import nullcontext, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from manager.domain.drained import why_out
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
+    from manager.services.models.shared_loads import Place
     from manager.services.models.volumes import Volumes
     from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.routing.model_status import ModelStatus
@@ -44,6 +47,8 @@ if TYPE_CHECKING:
 
 _JSON = ((b"content-type", b"application/json"),)
 _MOST_REFUSAL_BYTES = 64 * 1024
+# What a caller that does not wait for the end of a load gets to know: most refusals come at once.
+_AT_ONCE_S = 0.5
 _OK = 200
 _NOT_FOUND = 404
 
@@ -83,6 +88,8 @@ class Loading:
         self._settings = settings
         self._server = server
         self._loads = SharedLoads(self._is_waited_for)
+        # Loads that go on without callers, at most one for each model on each instance.
+        self._kept: dict[Place, asyncio.Task[bool]] = {}
 
     def model_meant(self, name: str) -> str:
         """Return the model that a name means, which may be a role's.
@@ -124,6 +131,23 @@ class Loading:
             place, keep_alive, lambda: self._load(instance, model, keep_alive, explicit=explicit)
         )
 
+    async def begin(self, instance_id: str, name: str, keep_alive: KeepAlive | None = None) -> bool | None:
+        """As `load`, but the load goes on when the caller leaves; the model's status has what becomes of it.
+
+        Returns:
+            As `load` where it ends at once, None where it goes on.
+        """
+        instance, model = self._fleet.get(instance_id), self.model_meant(name)
+        place = instance.id, model_key(model)
+        task = self._kept.get(place)
+        if task is None:
+            task = self._kept[place] = asyncio.create_task(
+                self.load(instance_id, name, keep_alive), name=f"load of {model} on {instance_id}"
+            )
+            task.add_done_callback(partial(self._kept_ended, place))
+        done, _ = await asyncio.wait({task}, timeout=_AT_ONCE_S)
+        return task.result() if done else None
+
     async def unload(self, instance_id: str, name: str) -> bool:
         """Have a model out of the memory of an instance; False when it was not there.
 
@@ -157,6 +181,13 @@ class Loading:
 
     # --- helpers, in call order ---
 
+    def _kept_ended(self, place: Place, task: asyncio.Task[bool]) -> None:
+        del self._kept[place]
+        error = None if task.cancelled() else task.exception()
+        if isinstance(error, ManagerError):
+            reason = error.reason if isinstance(error, UnavailableError) else Reason.MODEL_LOAD_FAILED
+            self._status.load_failed(place[1], reason, error.message)
+
     def _is_waited_for(self, place: tuple[str, str]) -> bool:
         """Return whether a request for the model waits at the server for the same load."""
         works = (worker.work for worker in self._status.workers())
@@ -183,12 +214,12 @@ class Loading:
             raise UnknownModelError(error.message, instance=instance.id) from error
         with prepared.lease as lease:
             try:
-                with nullcontext() if was_loaded else self._status.load(model):
+                with nullcontext() if was_loaded else self._status.load(model, instance.id):
                     async with instance.until_out():
                         answer = await self._ask(lease.target, model, keep_alive)
                         await self._see(instance, model, answer)
             except UnavailableError as error:
-                self._status.failed(model, error.reason)
+                self._status.failed(model, error.reason, error.message)
                 raise
             self._status.answered(model)
         return not was_loaded

@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.models import model_key
+from manager.domain.target import Protocol
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
 from manager.wire.details import details_of, lacks_details, with_details
@@ -37,6 +38,12 @@ def volume_of(spec: InstanceSpec) -> str:
 def mount_of(spec: InstanceSpec) -> Volume | None:
     """Return the volume that an instance keeps its models on; None where that is a matter of its own."""
     return None if spec.template is None else models_mount(spec.template)
+
+
+def may_write(spec: InstanceSpec) -> bool:
+    """Return whether an instance can change the models on its volume."""
+    mount = mount_of(spec)
+    return spec.protocol is Protocol.OLLAMA and (mount is None or not mount.read_only)
 
 
 class ModelLists:

@@ -94,6 +94,16 @@ class ModelSettings:
         return self._overlay.values
 
     @property
+    def written(self) -> Mapping[str, Mapping[str, Sourced]]:
+        """What counts where an override is taken back, as `values`; a role that was made here has none."""
+        return self._written
+
+    @property
+    def written_fallback(self) -> Mapping[str, Sourced]:
+        """What counts where an override of `fallback` is taken back."""
+        return self._written_fallback
+
+    @property
     def ignored(self) -> tuple[Ignored, ...]:
         """The saved overrides that do not count, and why."""
         return (*self._overlay.ignored, *self._ignored_of_fallback)

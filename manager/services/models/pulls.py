@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from itertools import islice
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass
+from itertools import count, islice
+from typing import TYPE_CHECKING, Literal, Self
 
 import orjson
 import structlog
 
+from manager.domain.download import Download, Layer
 from manager.domain.models import model_key
-from manager.errors import ManagerError, Reason, UnavailableError
+from manager.errors import ManagerError, Reason, UnavailableError, UnknownPullError
 from manager.services.ports import Question
 from manager.wire.dialect import message_of
 from manager.wire.management import read_named
 from manager.wire.progress import (
     Lines,
     LineTooLongError,
+    Progress,
     progress,
     read_progress,
 )
@@ -43,6 +46,9 @@ _LINES_A_TURN = 64
 _GIVEN_UP_FOR_S = 10.0
 _MOST_GIVEN_UP = 1024
 _MOST_REFUSAL_BYTES = 64 * 1024
+# Pulls that have ended stay listed: so many, the oldest go first; those that went well for a while.
+_MOST_ENDED = 8
+_DONE_S = 60.0
 _OK = 200
 # What Ollama says where the registry has no such model (`server/images.go` pullModelManifest): pulling it to
 # another volume is of no use either.
@@ -59,6 +65,38 @@ class PullFailedError(UnavailableError):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
+class PullView:
+    """A pull as it is now.
+
+    Attributes:
+        id: of this daemon's pulls.
+        instance: the one that pulls; None while the pull waits for its turn.
+        state: `waiting` for other work on the volume, or for its instance.
+        status: what the server does, in its words.
+        bytes_per_s: the speed of the last seconds; None where there is none.
+        left_s: until the known layers are here.
+        clients: those that wait for it.
+        is_kept: it goes on without clients.
+        error: why it has failed.
+    """
+
+    id: int
+    model: str
+    volume: str
+    instance: str | None
+    state: Literal["waiting", "pulling", "done", "failed", "cancelled"]
+    status: str
+    layers: tuple[Layer, ...]
+    completed_bytes: int
+    total_bytes: int
+    bytes_per_s: float | None
+    left_s: float | None
+    clients: int
+    is_kept: bool
+    error: str | None
+
+
 class Pull:
     """One download, and all clients that wait for it.
 
@@ -66,18 +104,30 @@ class Pull:
     it and however many clients wait.
     """
 
-    def __init__(self, volume: str, body: ManagementBody) -> None:
+    def __init__(self, volume: str, body: ManagementBody, number: int = 0) -> None:
+        self.number = number
         self.volume = volume
         self.body = body
+        self.instance: str | None = None
+        self.is_kept = False
+        self.is_cancelled = False
+        self.download = Download()
+        self.status = ""
         self.prepared: Prepared | None = None
         self.error: ManagerError | None = None
         self.ended = False
+        self.ended_at = 0.0
         self.waiting: set[Waiter] = set()
         self.count = 0
         self._recent: deque[bytes] = deque(maxlen=_MOST_LINES)
         # The subjects with the newest lines, in the order of those lines.
         self._latest: dict[tuple[str | None, str | None], bytes] = {}
         self._news = asyncio.Event()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether it is to go on."""
+        return not self.ended and (self.is_kept or bool(self.waiting))
 
     def tell(self, line: bytes, subject: tuple[str | None, str | None]) -> None:
         """Hand a line to all waiters.
@@ -94,8 +144,16 @@ class Pull:
         self.count += 1
         self._wake()
 
-    def end(self, error: ManagerError | None) -> None:
-        self.error = error
+    def see(self, step: Progress, now: float) -> None:
+        """Take in what a line says of the progress."""
+        self.status = step.status or self.status
+        if step.digest is not None and step.total is not None:
+            self.download.take(Layer(step.digest, step.completed or 0, step.total), now)
+
+    def end(self, error: ManagerError | None, now: float = 0.0) -> None:
+        if self.ended:
+            return
+        self.error, self.ended_at = error, now
         self.ended = True
         self._wake()
 
@@ -109,6 +167,33 @@ class Pull:
     def summary(self) -> list[bytes]:
         """The last line about each subject, for clients that come later."""
         return list(self._latest.values())
+
+    def view(self, now: float) -> PullView:
+        """Return the pull as it is now; `now` is on the clock of `see`."""
+        under_way = not self.ended
+        return PullView(
+            self.number,
+            self.body.model,
+            self.volume,
+            self.instance,
+            self._state(),
+            self.status,
+            self.download.layers,
+            self.download.completed_bytes,
+            self.download.total_bytes,
+            self.download.bytes_per_s(now) if under_way else None,
+            self.download.left_s(now) if under_way else None,
+            len(self.waiting),
+            self.is_kept,
+            self.error.message if self.error is not None and not self.is_cancelled else None,
+        )
+
+    def _state(self) -> Literal["waiting", "pulling", "done", "failed", "cancelled"]:
+        if self.is_cancelled:
+            return "cancelled"
+        if self.ended:
+            return "done" if self.error is None else "failed"
+        return "waiting" if self.instance is None else "pulling"
 
     async def news(self) -> None:
         """Wait for the next line, or the end."""
@@ -181,6 +266,8 @@ class Pulls:
         self._pulls: dict[tuple[str, str, bytes], Pull] = {}
         self._tasks: dict[Pull, asyncio.Task[None]] = {}
         self._begun: asyncio.Queue[Pull] = asyncio.Queue()
+        self._numbers = count(1)
+        self._ended: deque[Pull] = deque(maxlen=_MOST_ENDED)
         # (volume, model) -> when and why; None is every volume.
         self._given_up: dict[tuple[str | None, str], tuple[float, str]] = {}
 
@@ -189,7 +276,7 @@ class Pulls:
         async with asyncio.TaskGroup() as tasks:
             while True:
                 pull = await self._begun.get()
-                if pull.waiting:
+                if pull.is_wanted:
                     self._tasks[pull] = tasks.create_task(self._work(pull), name=f"pull {pull.body.model}")
                 else:
                     self._forget(pull)
@@ -201,12 +288,41 @@ class Pulls:
 
     def join(self, volume: str, body: ManagementBody) -> Waiter:
         """Wait for a pull to a volume, the one that is under way or a new one. To be entered at once."""
-        key = _key(volume, body)
-        pull = self._pulls.get(key)
-        if pull is None:
-            pull = self._pulls[key] = Pull(volume, body)
-            self._begun.put_nowait(pull)
-        return Waiter(pull, self._has_left)
+        return Waiter(self._joined(volume, body), self._has_left)
+
+    def begin(self, volume: str, body: ManagementBody) -> PullView:
+        """Have a pull to a volume that goes on without clients: the one that is under way, or a new one."""
+        pull = self._joined(volume, body)
+        pull.is_kept = True
+        return pull.view(self._now())
+
+    def views(self) -> tuple[PullView, ...]:
+        """Return the pulls under way, then the last ones that ended, newest first."""
+        now = self._now()
+        ended = [
+            pull
+            for pull in reversed(self._ended)
+            if pull.is_cancelled or pull.error is not None or now - pull.ended_at < _DONE_S
+        ]
+        return tuple([pull.view(now) for pull in (*self._pulls.values(), *ended)])
+
+    def cancel(self, number: int) -> PullView:
+        """Cancel a pull, whoever waits for it. One that has ended is listed no longer.
+
+        Raises:
+            UnknownPullError: there is none of that number.
+        """
+        pull = next((one for one in self._pulls.values() if one.number == number), None)
+        if pull is not None:
+            self._give_up(pull)
+            error = PullFailedError(f"the pull of {pull.body.model!r} was cancelled by an operator")
+            pull.end(error, self._now())
+            return pull.view(self._now())
+        ended = next((one for one in self._ended if one.number == number), None)
+        if ended is None:
+            raise UnknownPullError(f"there is no pull {number}")
+        self._ended.remove(ended)
+        return ended.view(self._now())
 
     async def pull(self, instance: str, model: str, tell: Callable[[str], None]) -> None:
         """Have the model on the instance's volume.
@@ -256,18 +372,20 @@ class Pulls:
             _log.error("pull_failed", model=pull.body.model, exc_info=defect)
             error = PullFailedError("the manager failed; its log says more")
         finally:
-            self._forget(pull)
-            pull.end(error)
+            if self._forget(pull):
+                self._ended.append(pull)
+            pull.end(error, self._now())
 
     async def _do(self, pull: Pull) -> None:
         doing = self._volumes.doing(pull.volume)
         if doing is not None:
             waiting = f"waiting for {doing}"
+            pull.status = waiting
             pull.tell(progress(waiting), (waiting, None))
         async with self._volumes.alone(pull.volume, f"the pull of {pull.body.model}"):
             prepared = await self._volumes.writer(pull.volume)
             with prepared.lease as lease:
-                pull.prepared = prepared
+                pull.prepared, pull.instance = prepared, lease.instance
                 raw = pull.body.raw(stream=True)
                 headers = (*_HEADERS, *lease.target.headers)
                 question = Question(lease.instance, lease.endpoint, "POST", "/api/pull", headers, raw)
@@ -298,6 +416,7 @@ class Pulls:
                     # A client that reads this line may use the model at once.
                     await self._volumes.changed(instance)
                     succeeded = True
+                pull.see(step, self._now())
                 pull.tell(line, step.subject)
                 turn += 1
                 if turn % _LINES_A_TURN == 0:
@@ -307,17 +426,41 @@ class Pulls:
 
     # --- who waits ---
 
-    def _has_left(self, pull: Pull) -> None:
-        task = self._tasks.get(pull)
-        if not pull.waiting and task is not None:
-            task.cancel()
-            self._forget(pull)  # who asks from now on gets a new one
+    def _joined(self, volume: str, body: ManagementBody) -> Pull:
+        key = _key(volume, body)
+        pull = self._pulls.get(key)
+        if pull is None:
+            self._drop_ended(key)
+            pull = self._pulls[key] = Pull(volume, body, next(self._numbers))
+            self._begun.put_nowait(pull)
+        return pull
 
-    def _forget(self, pull: Pull) -> None:
+    def _drop_ended(self, key: tuple[str, str, bytes]) -> None:
+        """Forget how earlier pulls of the same ended."""
+        for one in [one for one in self._ended if _key(one.volume, one.body) == key]:
+            self._ended.remove(one)
+
+    def _has_left(self, pull: Pull) -> None:
+        if not pull.is_wanted and pull in self._tasks:
+            self._give_up(pull)
+
+    def _give_up(self, pull: Pull) -> None:
+        """Cancel a pull that goes on; one that waits to be begun never is."""
+        pull.is_cancelled, pull.is_kept = True, False
+        task = self._tasks.get(pull)
+        if self._forget(pull):  # a client that asks from now on gets a new one
+            self._ended.append(pull)
+        if task is not None:
+            task.cancel()
+
+    def _forget(self, pull: Pull) -> bool:
+        """Forget a pull; return whether it was under way."""
         self._tasks.pop(pull, None)
         key = _key(pull.volume, pull.body)
-        if self._pulls.get(key) is pull:
-            del self._pulls[key]
+        if self._pulls.get(key) is not pull:
+            return False
+        del self._pulls[key]
+        return True
 
 
 async def _refusal(answer: ServerAnswer, instance: str) -> PullFailedError:

@@ -21,7 +21,7 @@ from manager.errors import (
     UnavailableError,
     UnknownInstanceError,
 )
-from manager.services.models.model_lists import mount_of, volume_of
+from manager.services.models.model_lists import may_write, volume_of
 from manager.services.ports import Question
 
 if TYPE_CHECKING:
@@ -294,17 +294,12 @@ class Volumes:
 
     def _members(self, volume: str) -> list[Member]:
         return [
-            Member(one.id, _state(one), one.priority, writable=self._may_write(one.id))
+            Member(one.id, _state(one), one.priority, writable=may_write(self._fleet.get(one.id).spec))
             for one in self._candidates(volume)
         ]
 
     def _candidates(self, volume: str) -> list[Candidate]:
         return [one for one in self._router.snapshot().candidates if self.of(one.id) == volume]
-
-    def _may_write(self, instance_id: str) -> bool:
-        spec = self._fleet.get(instance_id).spec
-        mount = mount_of(spec)
-        return spec.protocol is Protocol.OLLAMA and (mount is None or not mount.read_only)
 
     def _attempts(self, ids: Iterable[str], model: str) -> tuple[Attempt, ...]:
         return tuple(

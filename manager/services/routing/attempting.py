@@ -133,11 +133,11 @@ class Routing:
     quotas: Quotas | None = None
     cloud: CloudEvents | None = None
 
-    def failed(self, attempt: Attempt, reason: Reason, *, sent: bool) -> None:
+    def failed(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
         self.traffic.failed(attempt.instance, reason)
         if sent:
-            self.status.failed(attempt.model, reason)
+            self.status.failed(attempt.model, reason, message)
         if reason is Reason.MODEL_MISSING:
             self.placement.reread_models(attempt.instance)
 
@@ -564,7 +564,7 @@ class Attempting:
             if attempt.model:
                 self._routing.placement.reread_models(attempt.instance)
             return None
-        self._routing.failed(attempt, reason, sent=self.record.kind is not None)
+        self._routing.failed(attempt, reason, message, sent=self.record.kind is not None)
         self._settle(reason)
         if reason is Reason.OVERLOADED and self.record.kind is not None:
             self._routing.overload.saturated(attempt.instance, retry_after_s)
@@ -1035,7 +1035,7 @@ class Attempting:
         if self._raw is not None:
             self._routing.traffic.failed(attempt.instance, reason)
         elif not ours:
-            self._routing.failed(attempt, reason, sent=sent and self.record.kind is not None)
+            self._routing.failed(attempt, reason, message, sent=sent and self.record.kind is not None)
 
     def _add_failure(self, attempt: Attempt, reason: Reason, message: str) -> None:
         self.record.attempt_failed(attempt.instance, reason)

@@ -10,13 +10,14 @@ from manager.domain.models import model_key
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from manager.services.instances.fleet import Fleet
 
 # Failures of a server with one model. Every other reason is about the instance.
 _OF_MODELS = (Reason.UPSTREAM_ERROR, Reason.MODEL_LOAD_FAILED, Reason.ATTEMPT_TIMEOUT)
 _MAX_BROKEN = 4096
+_MOST_CHARACTERS = 1000
 
 
 class Work(NamedTuple):
@@ -25,6 +26,13 @@ class Work(NamedTuple):
     instance: str
     model: str
     loads: bool
+
+
+class ModelFailure(NamedTuple):
+    """Why the last request for a model has failed; `message` is empty where only the reason is known."""
+
+    reason: Reason
+    message: str
 
 
 class Worker(Protocol):
@@ -54,8 +62,9 @@ class ModelStatus:
     def __init__(self, fleet: Fleet) -> None:
         self._fleet = fleet
         self._workers: set[Worker] = set()
-        self._broken: set[str] = set()
-        self._loads: Counter[str] = Counter()
+        self._broken: dict[str, ModelFailure] = {}
+        self._loads: Counter[tuple[str, str]] = Counter()  # by instance, and key of the model
+        self.version = 0  # grows with each change of a failure
 
     def sent(self, worker: Worker) -> None:
         """A request was sent to a server."""
@@ -66,30 +75,34 @@ class ModelStatus:
         self._workers.discard(worker)
 
     @contextmanager
-    def load(self, model: str) -> Iterator[None]:
-        """A model is being loaded, and nothing else is done with it."""
-        key = model_key(model)
-        self._loads[key] += 1
+    def load(self, model: str, instance: str) -> Iterator[None]:
+        """A model is being loaded on an instance, and nothing else is done with it."""
+        place = instance, model_key(model)
+        self._loads[place] += 1
         try:
             yield
         finally:
-            self._loads[key] -= 1
-            if not self._loads[key]:
-                del self._loads[key]
+            self._loads[place] -= 1
+            if not self._loads[place]:
+                del self._loads[place]
 
     def workers(self) -> tuple[Worker, ...]:
         """Return the requests that servers work on."""
         return tuple(self._workers)
 
-    def failed(self, model: str, reason: Reason) -> None:
+    def failed(self, model: str, reason: Reason, message: str = "") -> None:
         """An attempt with a model has failed."""
-        if reason in _OF_MODELS and len(self._broken) < _MAX_BROKEN:
-            self._broken.add(model_key(model))
+        if reason in _OF_MODELS:
+            self._note(model, ModelFailure(reason, message[:_MOST_CHARACTERS]))
+
+    def load_failed(self, model: str, reason: Reason, message: str) -> None:
+        """A load that nobody waits for has failed, whatever the reason."""
+        self._note(model, ModelFailure(reason, message[:_MOST_CHARACTERS]))
 
     def answered(self, model: str) -> None:
         """A request for a model has ended well."""
-        if self._broken:
-            self._broken.discard(model_key(model))
+        if self._broken and self._broken.pop(model_key(model), None) is not None:
+            self.version += 1
 
     def at_work(self) -> Mapping[str, Literal["in_use", "loading"]]:
         """Return what requests that are under way do with models, by their keys.
@@ -104,13 +117,45 @@ class ModelStatus:
             loading = loads and not self._is_loaded(instance, key)
             if not loading or key not in doing:
                 doing[key] = "loading" if loading else "in_use"
-        for key in self._loads:
+        for _, key in self._loads:
             doing.setdefault(key, "loading")
         return doing
+
+    def loading(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the keys of the models that are being loaded, in order, by the id of the instance."""
+        return _grouped(sorted(self._under_way()))
+
+    def loading_on(self) -> Mapping[str, tuple[str, ...]]:
+        """Return the ids of the instances that load a model, in order, by the key of the model."""
+        return _grouped((key, instance) for instance, key in sorted(self._under_way()))
+
+    def _under_way(self) -> set[tuple[str, str]]:
+        """Return instance and key of the model of each load."""
+        works = (
+            (one, model_key(model)) for one, model, loads in [one.work for one in self._workers] if loads
+        )
+        return {*self._loads, *(one for one in works if not self._is_loaded(*one))}
 
     def idle_status(self, key: str) -> Literal["not_loaded", "error"]:
         """Return the status of a model that no instance holds in memory."""
         return "error" if key in self._broken else "not_loaded"
 
+    def failure(self, key: str) -> ModelFailure | None:
+        """Return why the last request for a model has failed; None where it has not."""
+        return self._broken.get(key)
+
+    def _note(self, model: str, failure: ModelFailure) -> None:
+        key = model_key(model)
+        if key in self._broken or len(self._broken) < _MAX_BROKEN:
+            self._broken[key] = failure
+            self.version += 1
+
     def _is_loaded(self, instance: str, key: str) -> bool:
         return any(model_key(model.name) == key for model in self._fleet.get(instance).models)
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {}
+    for name, value in pairs:
+        found[name] = (*found.get(name, ()), value)
+    return found

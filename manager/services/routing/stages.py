@@ -81,6 +81,11 @@ class RolloutControl:
         return self._overlay.values
 
     @property
+    def written(self) -> Mapping[str, Sourced]:
+        """What counts where an override is taken back."""
+        return self._written
+
+    @property
     def ignored(self) -> tuple[Ignored, ...]:
         """The saved overrides that do not count, and why."""
         return self._overlay.ignored

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from manager.web.pages.instances import INSTANCES
+from manager.web.pages.keys import KEYS
+from manager.web.pages.models import MODELS
 from manager.web.pages.overview import OVERVIEW
 from manager.web.pages.requests import REQUESTS
+from manager.web.pages.roles import ROLES
 from manager.web.pages.runs import RUNS
+from manager.web.pages.try_it import TRY
+from manager.web.pages.usage import USAGE
 
-PAGES = (OVERVIEW, REQUESTS, RUNS)
+PAGES = (OVERVIEW, INSTANCES, MODELS, ROLES, REQUESTS, RUNS, USAGE, KEYS, TRY)

@@ -6,32 +6,53 @@
 
   // --- Requests to the control API -----------------------------------------------------------------------------
 
-  // A control's value as JSON has it. `data-json` names the type: number, list (lines or commas), json; an empty
-  // value is null, or left out with `data-empty="omit"`.
+  // A control's value as JSON has it. `data-json` names the type: number (times `data-factor`), list or numbers (lines
+  // or commas), json, duration (`90s`, `30m`: seconds), from-now (seconds: the moment then). An empty value is null,
+  // that of a list is empty. `data-empty`: it is left out (omit), or null (null).
   function valueOf(control) {
     if (control.type === "checkbox") return control.checked;
     const text = control.value.trim();
-    if (control.dataset.json === "list") return text ? text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean) : [];
-    if (text === "") return control.dataset.empty === "omit" ? undefined : null;
-    if (control.dataset.json === "number") return Number.isNaN(Number(text)) ? text : Number(text);
-    if (control.dataset.json === "json") return JSON.parse(text);
-    return control.dataset.json === "raw" ? control.value : text;
+    const { json, empty } = control.dataset;
+    if (text === "" && (empty || !LISTS[json])) return empty === "omit" ? undefined : null;
+    if (LISTS[json]) return text.split(/[\n,]+/).map((one) => one.trim()).filter(Boolean).map(LISTS[json]);
+    if (json === "number") return numberOf(text, Number(control.dataset.factor ?? 1));
+    if (json === "duration") return secondsOf(text) ?? text;
+    if (json === "from-now") return new Date((Date.now() / 1000 + ahead + Number(text)) * 1000).toISOString();
+    if (json === "json") return jsonValue(text);
+    return json === "raw" ? control.value : text;
   }
 
-  // The JSON object of a form. A name with dots is a path into it; only changed controls count with `data-changed`.
+  const UNITS = { "": 1, s: 1, m: 60, min: 60, h: 3600, d: 86400 };
+  function secondsOf(text) {
+    const parts = /^(\d+(?:\.\d+)?)\s*([a-z]*)$/.exec(text.toLowerCase());
+    return parts && parts[2] in UNITS ? Number(parts[1]) * UNITS[parts[2]] : null;
+  }
+
+  // What is no number or no JSON is sent as text: the API says what is wrong with it.
+  const numberOf = (text, factor = 1) => (Number.isNaN(Number(text)) ? text : Number(text) * factor);
+  const jsonValue = (text) => parsed(text) ?? (text === "null" ? null : text);
+  const LISTS = { list: (one) => one, numbers: (one) => numberOf(one) };
+
+  // The JSON object of a form. A name with dots is a path into it, below the list of keys in `data-under`; only
+  // changed controls count with `data-changed`. Boxes of one name with `data-json="list"` are the list of those that
+  // are checked, left out where none is.
   function jsonOf(form) {
     const body = {};
+    const inner = JSON.parse(form.dataset.under ?? "[]").reduce((place, key) => (place[key] = {}), body);
     for (const control of form.elements) {
       if (!control.name || control.disabled || control.type === "submit") continue;
       if (control.type === "radio" && !control.checked) continue;
       if (form.hasAttribute("data-changed") && !isChanged(control)) continue;
-      const value = valueOf(control);
+      const isEntry = control.type === "checkbox" && control.dataset.json === "list";
+      if (isEntry && !control.checked) continue;
+      const value = isEntry ? control.value : valueOf(control);
       if (value === undefined) continue;
       const path = control.name.split(".");
       const last = path.pop();
-      let place = body;
+      let place = inner;
       for (const part of path) place = place[part] ??= {};
-      place[last] = value;
+      if (isEntry) (place[last] ??= []).push(value);
+      else place[last] = value;
     }
     return body;
   }
@@ -44,9 +65,11 @@
 
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
     const { request } = ctx;
-    if (!request.action.startsWith(API) || request.method === "GET" || request.method === "DELETE") return;
-    const form = ctx.sourceElement.closest("form[data-api]");
-    const body = form ? jsonOf(form) : JSON.parse(ctx.sourceElement.dataset.body ?? "null");
+    if (!request.action.startsWith(API) || request.method === "GET") return;
+    // A DELETE has the body of `data-body` alone; a button in a form may have its own.
+    const said = ctx.sourceElement.dataset.body;
+    const form = request.method === "DELETE" ? null : ctx.sourceElement.closest("form[data-api]");
+    const body = form && said === undefined ? jsonOf(form) : JSON.parse(said ?? "null");
     request.body = body === null ? null : JSON.stringify(body);
     if (body !== null) request.headers["Content-Type"] = "application/json";
     if (form) clearProblems(form);
@@ -78,22 +101,32 @@
 
   // An error stands at its field where the form has one of that name, and in a message otherwise.
   function showProblem(source, error, status) {
-    const message = error?.message ?? `${toasts().dataset.failed} (${status})`;
+    const message = typeof error === "string" ? error : error?.message ?? `${toasts().dataset.failed} (${status})`;
     const form = source.closest("form[data-api]");
     const field = error?.field ?? /^([\w.-]+): /.exec(message)?.[1];
-    const control = form && field ? [...form.elements].find((one) => one.name && field.endsWith(one.name)) : null;
-    const place = control ? document.getElementById(control.getAttribute("aria-describedby")?.split(" ").pop()) : null;
-    const general = form?.querySelector("[data-problem]");
-    if (place) {
-      place.textContent = message;
+    const told = error?.details?.fields ?? (field ? [{ field, message }] : []);
+    const problems = told.map((one) => ({ ...one, control: form && controlOf(form, one.field) }));
+    const first = form && [...form.elements].find((one) => problems.some(({ control }) => control === one));
+    for (const { control, message: words } of problems.filter((one) => one.control)) {
+      problemOf(control).textContent = words;
       control.setAttribute("aria-invalid", "true");
-      control.focus();
-    } else if (general) {
-      general.textContent = message;
-    } else {
-      toast("bad", message);
     }
+    first?.focus();
+    if (first && problems.every((one) => one.control)) return;
+    const rest = first ? problems.filter((one) => !one.control).map((one) => `${one.field}: ${one.message}`).join("; ") : message;
+    const general = form?.querySelector("[data-problem]");
+    if (general) general.textContent = rest;
+    else toast("bad", rest);
   }
+
+  // The control of a field such as `body.roles.output.queue.length` or `body.instances.0`: that with the longest name.
+  function controlOf(form, field) {
+    const path = `.${field.replace(/(\.\d+)+$/, "")}`;
+    const named = [...form.elements].filter((one) => one.name && path.endsWith(`.${one.name}`) && problemOf(one));
+    return named.sort((one, other) => other.name.length - one.name.length)[0];
+  }
+
+  const problemOf = (control) => document.getElementById(control.getAttribute("aria-describedby")?.split(" ").pop());
 
   function clearProblems(form) {
     for (const control of form.elements) control.removeAttribute("aria-invalid");
@@ -181,11 +214,33 @@
   // --- The live channel ----------------------------------------------------------------------------------------
 
   document.addEventListener("htmx:sse:after:connection", () => { root.dataset.live = "on"; });
-  document.addEventListener("htmx:sse:error", () => { root.dataset.live = "lost"; });
-  document.addEventListener("htmx:sse:before:connection", ({ detail }) => {
+  document.addEventListener("htmx:sse:error", ({ detail: { status } }) => {
+    root.dataset.live = "lost";
+    if (status === 401) signedOut();
+  });
+  document.addEventListener("htmx:sse:before:connection", (event) => {
+    const { detail } = event;
+    if (document.getElementById("signed-out").open) event.preventDefault();
     if (detail.connection.attempt > 0 && !document.hidden) root.dataset.live = "lost";
   });
   document.addEventListener("refresh", refresh);
+
+  // --- The end of the session ------------------------------------------------------------------------------------
+
+  document.addEventListener("over", signedOut);
+  // A page in the place of the page, as an error is one, is never swapped in.
+  document.addEventListener("htmx:before:response", (event) => {
+    const { request, response } = event.detail.ctx;
+    if (response.status === 401) signedOut();
+    if (response.status === 401 || (response.status >= 400 && !request.action.startsWith(API))) event.preventDefault();
+  });
+
+  function signedOut() {
+    const dialog = document.getElementById("signed-out");
+    dialog.querySelector("a").href = `/sign-in?next=${encodeURIComponent(location.pathname + location.search)}`;
+    root.dataset.live = "lost";
+    if (!dialog.open) dialog.showModal();
+  }
 
   // --- Theme ---------------------------------------------------------------------------------------------------
 
@@ -196,5 +251,5 @@
     document.dispatchEvent(new Event("theme"));
   }
 
-  window.page = { refresh, toast, duration };
+  window.page = { refresh, toast, duration, isChanged, signedOut };
 })();

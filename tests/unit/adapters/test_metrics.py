@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
-from prometheus_client.parser import text_string_to_metric_families
-
-from manager.adapters.metrics import FleetMetrics
-from manager.domain.breaker import BreakerState
-from manager.domain.instance import Driver, Phase
-from manager.errors import Reason
-from manager.services.lanes.slots import LaneState, SlotState
+from manager.domain.instance import Phase
 from manager.services.refusals import Refusals
-from manager.services.routing.rollout import Rollout
 from manager.services.traffic import BUCKETS_S, Traffic
 from manager.wire.access import REASONS
+from tests.support.gpu_machine import GIB
 from tests.support.records import a_record
+from tests.support.scraping import busy, scraped
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from prometheus_client import Metric
 
 LABELS = {
@@ -35,7 +27,16 @@ LABELS = {
     "ollama_manager_instance_phase": ("instance", "phase"),
     "ollama_manager_breaker_state": ("instance",),
     "ollama_manager_gpu_memory_used_bytes": ("uuid",),
+    "ollama_manager_gpu_memory_total_bytes": ("uuid",),
     "ollama_manager_gpu_lost": ("uuid",),
+    "ollama_manager_gpu_utilisation_percent": ("uuid",),
+    "ollama_manager_gpu_temperature_celsius": ("uuid",),
+    "ollama_manager_gpu_power_watts": ("uuid",),
+    "ollama_manager_gpu_power_limit_watts": ("uuid",),
+    "ollama_manager_instance_healthy": ("instance",),
+    "ollama_manager_budget_spent_usd": ("scope", "period"),
+    "ollama_manager_budget_reserved_usd": ("scope", "period"),
+    "ollama_manager_budget_limit_usd": ("scope", "period", "limit"),
     "ollama_manager_starts": ("instance", "result"),
     "ollama_manager_engine_up": (),
     "ollama_manager_orphans": (),
@@ -49,10 +50,6 @@ LABELS = {
     "ollama_manager_slots": ("instance",),
     "ollama_manager_slots_in_use": ("instance",),
 }
-SLOTS = SimpleNamespace(
-    lanes=lambda: [LaneState("thinking", 2, 5, 1.5, 4, 1)],
-    instances=lambda: [SlotState("gpu0", 2, 1, 1), SlotState("cpu", None, 3, 0)],
-)
 TYPES = {
     "ollama_manager_requests": "counter",
     "ollama_manager_fallbacks": "counter",
@@ -67,54 +64,6 @@ TYPES = {
     "ollama_manager_request_duration_seconds": "histogram",
     "ollama_manager_time_to_first_token_seconds": "histogram",
 }
-
-
-def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
-    def state(id_: str, driver: Driver, **values: Any) -> Any:
-        view = SimpleNamespace(spec=SimpleNamespace(id=id_, driver=driver), phase=Phase.READY, in_flight=3)
-        breaker = SimpleNamespace(state=BreakerState.OPEN if id_ == "nas" else BreakerState.CLOSED)
-        return SimpleNamespace(
-            view=view, **{"starts_done": 0, "starts_failed": 0, "breaker": breaker, **values}
-        )
-
-    cards = [
-        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-1", vram_used_bytes=2**30, lost=None)),
-        SimpleNamespace(gpu=SimpleNamespace(uuid="GPU-2", vram_used_bytes=None, lost="it is lost")),
-    ]
-    overview = SimpleNamespace(
-        instances=[
-            state("gpu0", Driver.DOCKER, starts_done=4, starts_failed=1),
-            state("nas", Driver.EXTERNAL),
-        ],
-        cards=cards,
-        orphans=("one", "two"),
-        engine_up=True,
-    )
-    metrics = FleetMetrics(
-        cast("Any", SimpleNamespace(current=lambda: overview)),
-        traffic,
-        refusals or Refusals(now=lambda: 0.0),
-        cast("Any", SLOTS),
-        log_lines_dropped=lambda: 7,
-        history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
-        rollout=Rollout(),
-    )
-    text = metrics.render().decode()
-    return {family.name: family for family in text_string_to_metric_families(text)}
-
-
-def busy() -> Traffic:
-    traffic = Traffic(lambda record: None)
-    traffic.ended(a_record(ttfb_ms=5.0, duration_ms=70.0))
-    traffic.ended(a_record(ttfb_ms=5.1, duration_ms=700_000.0))
-    traffic.ended(
-        a_record(
-            fallback_from="gpu1", fallback=True, fallback_reason=Reason.INSTANCE_UNAVAILABLE, ttfb_ms=None
-        )
-    )
-    traffic.ended(a_record(outcome="refused", effective_target=None, role=None))
-    traffic.failed("gpu1", Reason.UPSTREAM_UNREACHABLE)
-    return traffic
 
 
 def values(family: Metric, **labels: str) -> list[float]:
@@ -179,18 +128,44 @@ def test_the_state_of_the_fleet_is_read_when_it_is_scraped() -> None:
     families = scraped(Traffic(lambda record: None))
     phases = families["ollama_manager_instance_phase"]
     assert {one.labels["phase"] for one in phases.samples} == {phase.value for phase in Phase}
-    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready", "ready"]
+    assert [one.labels["phase"] for one in phases.samples if one.value] == ["ready"] * 3
     assert values(families["ollama_manager_in_flight"], target="gpu0") == [3]
     starts = families["ollama_manager_starts"]
-    assert (values(starts, result="ok"), values(starts, result="failed")) == ([4], [1])
-    memory = families["ollama_manager_gpu_memory_used_bytes"]
-    assert [(one.labels["uuid"], one.value) for one in memory.samples] == [("GPU-1", 2**30)]
-    lost = families["ollama_manager_gpu_lost"]
-    assert [(one.labels["uuid"], one.value) for one in lost.samples] == [("GPU-1", 0), ("GPU-2", 1)]
+    assert values(starts, instance="gpu0", result="ok") == [4]
+    assert values(starts, instance="gpu0", result="failed") == [1]
+    healthy = families["ollama_manager_instance_healthy"]
+    assert [(one.labels["instance"], one.value) for one in healthy.samples] == [("gpu0", 1), ("nas", 0)]
     assert values(families["ollama_manager_engine_up"]) == [1]
     assert values(families["ollama_manager_orphans"]) == [2]
     assert values(families["ollama_manager_history_requests"], result="stored") == [40]
     assert values(families["ollama_manager_history_requests"], result="dropped") == [2]
+
+
+def test_what_a_card_does_not_tell_is_absent_and_never_zero() -> None:
+    families = scraped(Traffic(lambda record: None))
+    for name, expected in (
+        ("memory_used_bytes", [("GPU-1", 20 * GIB)]),
+        ("memory_total_bytes", [("GPU-1", 24 * GIB)]),
+        ("lost", [("GPU-1", 0), ("GPU-2", 1)]),
+        ("utilisation_percent", [("GPU-1", 0)]),
+        ("temperature_celsius", [("GPU-1", 61)]),
+        ("power_watts", [("GPU-1", 412.5)]),
+        ("power_limit_watts", [("GPU-1", 700)]),
+    ):
+        samples = families[f"ollama_manager_gpu_{name}"].samples
+        assert [(one.labels["uuid"], one.value) for one in samples] == expected, name
+
+
+def test_budgets_are_in_dollars_and_a_limit_that_is_none_is_absent() -> None:
+    families = scraped(Traffic(lambda record: None))
+    month = {"scope": "global", "period": "month"}
+    assert values(families["ollama_manager_budget_spent_usd"], **month) == [20.5]
+    assert values(families["ollama_manager_budget_reserved_usd"], **month) == [1.0]
+    limits = families["ollama_manager_budget_limit_usd"]
+    assert values(limits, **month) == values(limits, **month, limit="hard") == [30.0]
+    assert values(limits, scope="project:a", limit="soft") == [1.0]
+    assert values(limits, scope="key:k") == [3.0], "a series that stands twice spoils a whole scrape"
+    assert len(values(families["ollama_manager_budget_spent_usd"], scope="key:k")) == 1
 
 
 def test_lanes_and_slots_are_those_of_the_moment() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.nvml.standin import Age, Card, Process, Slice, build, environment, write
+from tests.nvml.standin import Age, Card, Process, Sensors, Slice, build, environment, write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[3]
 READER = ROOT / "tests" / "nvml" / "reader.py"
 GIB = 2**30
 AMPERE = "NVIDIA A100-SXM4-40GB"
+SENSORS = ("utilisation_percent", "temperature_c", "power_watts", "power_limit_watts")
+UNKNOWN = dict.fromkeys(SENSORS)
 
 
 class Machine:
@@ -98,6 +100,10 @@ def uuids(gpus: list[dict[str, Any]]) -> list[str]:
     return [gpu["uuid"] for gpu in gpus]
 
 
+def sensors(gpu: dict[str, Any]) -> list[float | None]:
+    return [gpu[name] for name in SENSORS]
+
+
 # What a card says
 
 
@@ -125,6 +131,7 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "processes": [],
             "lists_processes": True,
             "lost": None,
+            **UNKNOWN,
         },
         {
             "uuid": "GPU-b",
@@ -137,8 +144,55 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "processes": [{"pid": 77, "used_bytes": GIB}],
             "lists_processes": True,
             "lost": None,
+            **UNKNOWN,
         },
     ]
+
+
+def test_the_sensors_of_a_card_are_read_in_percent_degrees_and_watts(machine: Machine) -> None:
+    machine.cards(Card("GPU-a", sensors=Sensors(97, 61, 412_500, 700_000)), Card("GPU-b"))
+    assert [sensors(gpu) for gpu in machine.read()] == [[97, 61, 412.5, 700.0], [None] * 4]
+
+
+@pytest.mark.parametrize("place", range(len(SENSORS)))
+def test_a_sensor_that_a_card_does_not_have_is_unknown_and_hides_no_other(
+    machine: Machine, place: int
+) -> None:
+    values: list[int | None] = [0, 30, 9000, 70_000]
+    values[place] = None
+    machine.cards(Card("GPU-a", vram_used=GIB, sensors=Sensors(*values)))
+    (gpu,) = machine.read()
+    expected: list[float | None] = [0, 30, 9.0, 70.0]
+    expected[place] = None
+    assert sensors(gpu) == expected
+    assert gpu["vram_used_bytes"] == GIB
+    assert gpu["lost"] is None
+
+
+@pytest.mark.parametrize("age", [Age.COMING, Age.OLD])
+def test_the_temperature_is_read_through_the_function_that_the_driver_has(
+    libraries: Callable[[Age], Path], tmp_path: Path, age: Age
+) -> None:
+    machine = Machine(libraries(age), tmp_path)
+    machine.cards(Card("GPU-a", sensors=Sensors(5, 44, 60_000, 70_000)))
+    (gpu,) = machine.read()
+    machine.leave()
+    assert sensors(gpu) == [5, 44, 60.0, 70.0]
+
+
+def test_a_slice_has_the_temperature_of_its_card_and_nothing_of_its_power(machine: Machine) -> None:
+    part = Slice("MIG-1", f"{AMPERE} MIG 1g.5gb", 5 * GIB)
+    own = replace(part, uuid="MIG-2", sensors=Sensors(utilisation=40))
+    machine.cards(Card("GPU-a", mig=(part, own), sensors=Sensors(90, 55, 300_000, 400_000)))
+    assert [sensors(gpu) for gpu in machine.read()] == [[None, 55, None, None], [40, 55, None, None]]
+
+
+def test_the_sensors_of_a_lost_card_are_unknown(machine: Machine) -> None:
+    machine.cards(Card("GPU-a", sensors=Sensors(5, 44, 60_000, 70_000)))
+    machine.read()
+    machine.cards(Card("GPU-a", error=15, sensors=Sensors(5, 44, 60_000, 70_000)))
+    (gpu,) = machine.read()
+    assert sensors(gpu) == [None] * 4
 
 
 def test_a_machine_with_a_driver_and_no_card_has_no_cards(machine: Machine) -> None:
@@ -240,6 +294,7 @@ def test_slices_are_reported_in_place_of_their_card(machine: Machine) -> None:
         "processes": [{"pid": 5, "used_bytes": GIB}],
         "lists_processes": True,
         "lost": None,
+        **UNKNOWN,
     }
     assert (seventh["uuid"], seventh["index"], seventh["vram_total_bytes"]) == ("MIG-2", 1, 5 * GIB)
 

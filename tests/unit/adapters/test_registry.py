@@ -71,7 +71,7 @@ def event(number: int) -> Event:
 
 
 # The tables of revisions later than 0007.
-NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days")
+NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days", "gpu_minutes")
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -551,7 +551,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0010"
+    assert opening.verify(path) == tables.HEAD == "0011"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from manager.adapters.registry import open_registry
-from manager.domain.usage import DAY_S, LATENCY_BYTES, Span
+from manager.domain.usage import DAY_S, HOUR_S, LATENCY_BYTES, Span
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,3 +57,28 @@ async def test_a_year_of_ten_million_requests_is_told_within_300_ms(tmp_path: Pa
     assert len(sums) == 75
     assert all(one.percentile_ms(0.5) is not None for one in sums.values())
     assert min(took_s) <= 0.3, took_s
+
+
+async def test_by_hour_each_hour_that_is_kept_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "registry.sqlite3"
+    registry = await open_registry(path)
+    latencies = (1 << (32 * 30)).to_bytes(LATENCY_BYTES, "little")
+    values = "(?, 'p', '', '', 'm', 'i', 1, 1, 0, 10, 20, 0, 1000, ?)"
+    with closing(sqlite3.connect(path)) as connection, connection:
+        for hours_ago in (1, 2, 30):
+            row = (NOW_S - hours_ago * HOUR_S, latencies)
+            connection.execute(f"INSERT INTO usage_hours VALUES {values}", row)
+        # What days say does not count: it is the same requests.
+        connection.execute(f"INSERT INTO usage_days VALUES {values}", (NOW_S - 2 * DAY_S, latencies))
+    history = registry.requests()
+    sums, span = await history.usage(Span(NOW_S - 3 * DAY_S, NOW_S), ("hour", "model"), now_s=NOW_S)
+    forgotten, none = await history.usage(Span(0, DAY_S), ("hour",), now_s=NOW_S)
+    await history.close()
+    await registry.close()
+    assert sorted(sums) == [
+        ("2026-11-26T18:00:00Z", "m"),
+        ("2026-11-27T22:00:00Z", "m"),
+        ("2026-11-27T23:00:00Z", "m"),
+    ]
+    assert span == Span(NOW_S - 3 * DAY_S, NOW_S)
+    assert (forgotten, none) == ({}, Span(DAY_S, DAY_S))

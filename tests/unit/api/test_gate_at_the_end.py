@@ -10,6 +10,8 @@ import pytest
 
 from manager.api.gate import Gate
 from manager.api.granted import OpenByKey
+from manager.web.doors import PageDoors
+from manager.web.rendering import Renderer
 from manager.wire.access import Access
 
 
@@ -35,6 +37,7 @@ async def cancelled(path: str, *, starts: bool) -> list[Any]:
         refused=lambda *_: None,
         used=set(),
         open_requests=OpenByKey(),
+        doors=PageDoors(Renderer()),
     )
     scope = {
         "type": "http",

@@ -20,7 +20,10 @@ CLOSED = {"state": "closed", "failures": 0, "opened_at": None, "retry_at": None,
 
 @dataclass
 class Answer:
-    """One answer; `body` is JSON, text as it is, or an iterator of parts that are sent one by one."""
+    """One answer; `body` is JSON, text as it is, or an iterator of parts that are sent one by one.
+
+    A function is called for each answer, and returns such an iterator.
+    """
 
     body: Any = None
     status: int = 200
@@ -42,6 +45,9 @@ class StandInDaemon:
         self.answers: dict[str, Answer] = {}
         self.seen: list[Seen] = []
         self._news = threading.Condition()
+        self._sections: dict[str, Any] = {}
+        self._revision = 0
+        self._is_closed = False
         self._server = _Server(("127.0.0.1", port), self)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
 
@@ -58,6 +64,31 @@ class StandInDaemon:
         self.answers[f"GET {API}/instances"] = Answer({"instances": instances, "count": len(instances)})
         for one in instances:
             self.answers[f"GET {API}/instances/{one['id']}"] = Answer(one)
+        self.shows(instances=instances)
+
+    def shows(self, **sections: Any) -> None:
+        """Let these be sections of the live channel, and send them to who follows it."""
+        with self._news:
+            self._sections |= sections
+            self._revision += 1
+            self._news.notify_all()
+        self.answers[f"GET {API}/live"] = Answer(
+            self._live, headers={"Content-Type": "text/event-stream; charset=utf-8"}
+        )
+
+    def _live(self) -> Iterator[str]:
+        sent: dict[str, Any] = {}
+        yield "retry: 1000\n\n"
+        while True:
+            with self._news:
+                while sent == self._sections and not self._is_closed:
+                    self._news.wait()
+                if self._is_closed:
+                    return
+                changed = {name: it for name, it in self._sections.items() if sent.get(name) != it}
+                sent = dict(self._sections)
+                revision = self._revision
+            yield f"data: {json.dumps({'revision': revision, **changed})}\n\n"
 
     def saw(self, request: Seen) -> None:
         with self._news:
@@ -73,6 +104,10 @@ class StandInDaemon:
         with self._news:
             assert self._news.wait_for(asked, limit_s), f"nobody asked for {method} {path}"
 
+    def hang_up(self) -> None:
+        """Cut what is connected now."""
+        self._server.hang_up()
+
     def __enter__(self) -> Self:
         self._thread.start()
         return self
@@ -80,6 +115,9 @@ class StandInDaemon:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        with self._news:
+            self._is_closed = True
+            self._news.notify_all()
         self._server.shutdown()
         self._server.server_close()
         self._server.hang_up()
@@ -182,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
-            for part in _parts(answer.body):
+            for part in _parts(answer.body() if callable(answer.body) else answer.body):
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(part), part))
             self.wfile.write(b"0\r\n\r\n")
 

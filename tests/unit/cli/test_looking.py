@@ -30,6 +30,8 @@ ALL = (
     ("roles", "unset", "thinking"),
     ("lanes",),
     ("schedules",),
+    ("local-only",),
+    ("local-only", "on"),
 )
 
 

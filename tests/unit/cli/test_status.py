@@ -6,7 +6,9 @@ import json
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,7 @@ from manager.cli.tables import size, terminal_view
 from tests.unit.cli.stand_in import API, Answer, StandInDaemon, error, instance, ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LINES = ["one", "two", "three", "four"]
 DIED = {"code": "container_exited", "message": "it ended by itself with exit code 2", "log_tail": LINES}
@@ -152,24 +154,54 @@ def test_no_instances_are_said_to_be_none(daemon: StandInDaemon) -> None:
     assert drawn(daemon, 80).strip() == "no instances are configured"
 
 
-def test_a_watch_outlives_the_daemon_and_says_so_meanwhile() -> None:
-    with StandInDaemon() as daemon:
-        daemon.has(ready("cpu"))
-        port = daemon.port
-        watch = _Watch(lambda: Endpoint(f"http://127.0.0.1:{port}"))
-        watch.look()
-        assert watch.trouble is None
-    watch.look()
+@contextmanager
+def begun(port: int) -> Iterator[_Watch]:
+    watch = _Watch(lambda: Endpoint(f"http://127.0.0.1:{port}"))
+    try:
+        watch.begin()
+        yield watch
+    finally:
+        watch.end()
+
+
+def pictured(watch: _Watch) -> str:
     console = Console(file=StringIO(), width=100)
     console.print(_picture(watch, 100))
     output: Any = console.file
-    assert "daemon unreachable for 0s, last seen state below" in output.getvalue()
-    assert "ready" in output.getvalue()
-    with StandInDaemon(port) as daemon:
-        daemon.has(ready("cpu", phase="draining"))
+    return str(output.getvalue())
+
+
+def look_until(watch: _Watch, holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline
+        watch.wait()
         watch.look()
-        assert watch.trouble is None
+
+
+def test_a_watch_outlives_the_daemon_and_says_so_meanwhile() -> None:
+    with ExitStack() as stack:
+        with StandInDaemon() as daemon:
+            daemon.has(ready("cpu"))
+            watch = stack.enter_context(begun(port := daemon.port))
+            assert watch.seen.trouble is None
+        look_until(watch, lambda: watch.seen.trouble is not None)
+        shown = pictured(watch)
+        assert "daemon unreachable for 0s, last seen state below" in shown
+        assert "ready" in shown
+        again = stack.enter_context(StandInDaemon(port))
+        again.has(ready("cpu", phase="draining"))
+        look_until(watch, lambda: watch.seen.trouble is None)
         assert watch.instances[0].phase == "draining"
+        assert "unreachable" not in pictured(watch)
+
+
+def test_a_ttl_counts_down_between_two_frames(daemon: StandInDaemon) -> None:
+    daemon.has(ready("cpu", ttl_remaining_s=872.0))
+    with begun(daemon.port) as watch:
+        assert "14m32s" in pictured(watch)
+        watch.seen = replace(watch.seen, at={"instances": watch.seen.at["instances"] - 72})
+        assert "13m20s" in pictured(watch)
 
 
 @contextmanager
@@ -187,21 +219,41 @@ def line_of(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline()
 
 
-def test_a_watch_into_a_pipe_writes_again_when_something_changes_and_ends_on_an_interrupt(
+def test_a_watch_into_a_pipe_writes_a_line_for_every_change_and_ends_on_an_interrupt(
     daemon: StandInDaemon,
 ) -> None:
-    daemon.has(ready("cpu"))
+    daemon.has(ready("cpu"), ready("nas"))
     with watching(daemon) as process:
         assert line_of(process).startswith("INSTANCE")
-        assert " ready " in line_of(process)
-        daemon.has(ready("cpu", ttl_remaining_s=5.0))  # a clock that runs is no change
-        daemon.has(ready("cpu", phase="stopping"))
-        assert line_of(process).startswith("INSTANCE")
-        assert " stopping " in line_of(process)
+        assert line_of(process).startswith("cpu ")
+        assert line_of(process).startswith("nas ")
+        daemon.has(ready("cpu", ttl_remaining_s=5.0), ready("nas"))  # a clock that runs is no change
+        hostile = "\x1b[2Jevil\x07\u009b1m [red]name[/red]"
+        daemon.has(ready("cpu", phase="stopping", models=[MODEL | {"name": hostile}]), ready("nas"))
+        line = line_of(process)
+        assert line.split()[:4] == ["cpu", "docker", "cpu", "stopping"]
+        assert "evil1m [red]name[/red]" in line
+        assert line.removesuffix("\n").isprintable()
+        daemon.has(ready("nas"))
+        assert line_of(process) == "cpu is no instance any more\n"
         process.send_signal(signal.SIGINT)
-        assert process.wait(LIMIT_S) == 130
+        assert process.wait(LIMIT_S) == 0
         assert process.stderr is not None
         assert process.stderr.read().strip() == ""
+
+
+def test_a_watch_into_a_pipe_says_that_the_daemon_is_away_and_goes_on_when_it_is_back() -> None:
+    with ExitStack() as stack:
+        with StandInDaemon() as daemon:
+            daemon.has(ready("cpu"))
+            process = stack.enter_context(watching(daemon))
+            assert [line_of(process)[:4] for _ in range(2)] == ["INST", "cpu "]
+        assert process.stderr is not None
+        assert process.stderr.readline().startswith("daemon unreachable: ")
+        again = stack.enter_context(StandInDaemon(daemon.port))
+        again.has(ready("cpu", phase="draining"))
+        assert process.stderr.readline() == "the daemon is back\n"
+        assert " draining " in line_of(process)
 
 
 def test_a_watch_as_json_is_one_line_for_every_change(daemon: StandInDaemon) -> None:
@@ -220,18 +272,14 @@ def test_a_watch_follows_the_events(daemon: StandInDaemon) -> None:
     )
     events = list(Daemon(Endpoint(daemon.url)).events())
     assert events[0] is None
-    watch = _Watch(lambda: Endpoint(daemon.url))
     daemon.has(ready("cpu"))
-    watch.look()
-    assert events[1] is not None
-    watch.events.append(events[1])
-    console = Console(file=StringIO(), width=100)
-    console.print(_picture(watch, 100))
-    output: Any = console.file
-    assert "03:04:05  cpu  start_failed  container_exited  exit code 2" in output.getvalue()
+    with begun(daemon.port) as watch:
+        assert events[1] is not None
+        watch.events.append(events[1])
+        assert "03:04:05  cpu  start_failed  container_exited  exit code 2" in pictured(watch)
 
 
 def test_a_watch_that_is_refused_ends(daemon: StandInDaemon) -> None:
-    daemon.answers[f"GET {API}/instances"] = Answer(error("unauthorized", "present the key"), 401)
+    daemon.answers[f"GET {API}/live"] = Answer(error("unauthorized", "present the key"), 401)
     with watching(daemon) as process:
         assert process.wait(LIMIT_S) == 2

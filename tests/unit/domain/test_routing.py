@@ -809,6 +809,14 @@ def test_a_role_uses_only_its_instances_in_their_order() -> None:
     assert [one.choice for one in attempts(decision)] == [0, 0]
 
 
+@pytest.mark.parametrize("policy", [Policy.AUTO, Policy.PREFER_GPU])
+def test_a_target_is_what_was_preferred_wherever_it_stands_among_the_instances(policy: Policy) -> None:
+    only = role("output", instances=("b", "c"), target="c", policy=policy, attempt_timeouts_s=(45, 60))
+    here = (instance("b", GPU), instance("c", GPU))
+    first, *_ = attempts(routed("output", *here, roles=(only,)))
+    assert (first.instance, first.fallback, first.timeout_s) == ("c", None, 60)
+
+
 def test_the_second_instance_of_a_role_is_a_fallback_from_the_first() -> None:
     only = role("output", instances=("b", "c"))
     out = replace(instance("b", out=Reason.BREAKER_OPEN), detail="after 2 time-outs")

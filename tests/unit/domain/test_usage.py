@@ -130,3 +130,17 @@ def test_hours_and_days_make_up_the_time_that_is_asked_for(begins: int, length: 
         assert sorted(seconds) == list(range(min(seconds), max(seconds) + 1, HOUR_S))
         assert begins - min(seconds) < (HOUR_S if begins >= hours_since else DAY_S)
         assert max(seconds) + HOUR_S - ends < (HOUR_S if ends >= hours_since else DAY_S)
+
+
+@given(st.integers(0, 12 * DAY_S), st.integers(1, 12 * DAY_S), st.integers(0, 12))
+def test_by_hour_no_day_is_read_and_no_hour_that_is_forgotten(begins: int, length: int, kept: int) -> None:
+    ends, hours_since = begins + length, kept * DAY_S
+    (hours,), days = covered(Span(begins, ends), hours_since=hours_since, needs_hours=True)
+    assert days.begins == days.ends
+    assert hours.begins % HOUR_S == hours.ends % HOUR_S == 0
+    assert hours_since <= hours.begins <= hours.ends
+    if ends <= hours_since:
+        assert hours.begins == hours.ends
+    else:
+        assert 0 <= hours.ends - ends < HOUR_S
+        assert hours.begins == hours_since or 0 <= begins - hours.begins < HOUR_S

@@ -237,6 +237,25 @@ async def test_processes_on_a_card_are_looked_up_once_a_reading_or_container() -
         assert asked == ["GPU-1", "GPU-1"], "a new container may be whose process it is"
 
 
+async def test_sensors_are_shown_as_last_read_and_advance_no_revision() -> None:
+    stage = Stage(Rig("a"))
+    machine = Machine()
+    machine.cards = (replace(filled(), utilisation_percent=5, power_watts=80.5),)
+    gpus = await machine.gpus(a=A)
+    stage.overviews._gpus = gpus
+    first = stage.overviews.current()
+    await machine.show(gpus, replace(filled(), utilisation_percent=5, power_watts=80.5))
+    assert stage.overviews.current() is first, "nothing has moved"
+    await machine.show(gpus, replace(filled(), utilisation_percent=97, temperature_c=60))
+    second = stage.overviews.current()
+    assert second.revision == first.revision
+    assert second.cards is not first.cards
+    assert second.cards[0].gpu.sensors == (97, 60, None, None)
+    body = gpus_body(second).gpus[0]
+    assert (body.utilisation_percent, body.temperature_c, body.power_watts) == (97, 60, None)
+    assert stage.overviews.current() is second
+
+
 # --- as the API shows it ---
 
 

@@ -6,7 +6,7 @@ from manager.domain.keys import Scope
 from manager.services.live import Frame
 from manager.web.ends import Ends
 from manager.web.feed import CLOCKS_S, Feed, Feeds, Rendered, changes
-from manager.web.page import Fragment, Page, element_id
+from manager.web.page import Facts, Fragment, Page, element_id
 from manager.web.viewer import Viewer
 
 if TYPE_CHECKING:
@@ -52,6 +52,21 @@ def test_clocks_that_were_set_anew_are_seen_without_a_change() -> None:
     feed = Feed(PAGE, NOBODY, renderer)
     feed.at(frame(1, a=1), 0.0)
     assert feed.at(frame(1, a=2), CLOCKS_S)["a"] == Rendered(2, "t 2")
+
+
+def test_facts_beside_the_sections_are_seen_with_each_change_of_their_key() -> None:
+    renderer: Any = Renderer()
+    built: list[int] = []
+
+    def facts(_page: Page) -> Facts:
+        return Facts(key, lambda: built.append(key) or {"instances": [{"id": "a", "value": key}]})  # type: ignore[func-returns-value]
+
+    feed, key = Feed(PAGE, NOBODY, renderer, facts), 1
+    assert feed.at(frame(1, a=0), 0.0)["a"] == Rendered(1, "t 1")
+    feed.at(frame(1, a=0), 0.0)
+    assert built == [1]
+    key = 2
+    assert feed.at(frame(1, a=0), 0.0)["a"] == Rendered(2, "t 2")
 
 
 def test_viewers_of_a_kind_share_a_feed_that_names_none_of_them() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from importlib.resources import files
 
 import pytest
@@ -14,6 +15,11 @@ from manager.web.texts import read_texts
 
 def test_all_files_together_are_light() -> None:
     assert sum(len(one.content) for one in static_files().values()) <= 250_000
+
+
+def test_a_compressed_file_is_the_same_file() -> None:
+    for one in static_files().values():
+        assert gzip.decompress(one.gzipped) == one.content
 
 
 def test_files_of_other_people_come_with_their_licences() -> None:

@@ -1,3 +1,5 @@
+"""Numbers as people read them."""
+
 from __future__ import annotations
 
 import pytest
@@ -53,9 +55,17 @@ def test_small_amounts_of_money_keep_their_digits(value: float | None, text: str
 
 
 @pytest.mark.parametrize(
-    ("share", "text"), [(None, "\N{EN DASH}"), (0, "0 %"), (0.012, "1.2 %"), (0.0996, "10 %"), (1, "100 %")]
+    ("share", "text"),
+    [
+        (None, words.UNKNOWN),
+        (0, "0 %"),
+        (0.0004, "< 0.1 %"),
+        (0.0006, "0.1 %"),
+        (0.0991, "9.9 %"),
+        (1, "100 %"),
+    ],
 )
-def test_shares_are_percents(share: float | None, text: str) -> None:
+def test_a_small_share_is_not_zero(share: float | None, text: str) -> None:
     assert words.percent(share) == text
 
 

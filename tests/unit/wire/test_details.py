@@ -20,7 +20,7 @@ SAID = {"name": "a", "capabilities": ["completion"], "details": {"family": "llam
 def test_what_ollama_shows_is_read() -> None:
     recording = json.loads((RECORDINGS / "34-show.json").read_text())
     found = read_show(json.dumps(recording["json"]).encode())
-    assert found == Details(2048, ("completion",))
+    assert found == Details(2048, ("completion",), 64)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,7 @@ def test_what_ollama_shows_is_read() -> None:
         ({"model_info": {"general.architecture": "x", "y.context_length": 8}}, Details(None, None)),
         ({"model_info": {"general.architecture": 7, "x.context_length": 8}}, Details(None, None)),
         ({"model_info": {"general.architecture": "x", "x.context_length": "8"}}, Details(None, None)),
+        ({"model_info": {"general.architecture": "x", "x.embedding_length": 384}}, Details(None, None, 384)),
         ({"capabilities": ["a"] * 99}, Details(None, ("a",) * 64)),
         ({"capabilities": "all"}, None),
         ([], None),
@@ -57,6 +58,9 @@ def test_an_entry_is_completed_where_it_says_nothing_itself() -> None:
     assert entry == {"name": "a", "details": {"family": "llama"}}, "it is not changed itself"
     assert with_details({"name": "a", "details": None}, KNOWN)["details"] == {"context_length": 2048}
     assert with_details(entry, Details(None, None)) == entry
+    vectors = with_details(entry, Details(None, None, 384))
+    assert vectors["details"] == {"family": "llama", "embedding_length": 384}
+    assert details_of(vectors) == Details(None, None, 384)
 
 
 def test_what_an_entry_says_itself_stays() -> None:

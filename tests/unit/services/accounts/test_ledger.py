@@ -252,6 +252,16 @@ async def test_a_disk_that_is_full_stops_paid_requests_and_loses_no_money(books:
     assert await books.global_balance() == Balance(10, 0)
 
 
+async def test_a_look_takes_the_balances_and_forgets_them_where_the_store_does_not_tell(books: Books) -> None:
+    await books.ledger.look()
+    seen = books.ledger.last_seen
+    assert tuple(state.budget for state in seen) == books.ledger.budgets != ()
+    await books.ledger.close()
+    await books.ledger._store.close()
+    await books.ledger.look()
+    assert books.ledger.last_seen == ()
+
+
 async def test_a_ledger_that_is_closed_reserves_nothing(books: Books) -> None:
     await books.ledger.close()
     with pytest.raises(UnavailableError, match="being replaced"):

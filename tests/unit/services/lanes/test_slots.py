@@ -69,15 +69,15 @@ def test_requests_under_way_take_their_slots_when_the_first_limit_is_set() -> No
     ]
     rig.set(role("x"))
     assert rig.slots.lanes() == (("x", 2, 0, None, None, 0),)
-    assert rig.slots.instances() == (("a", None, 2, 0),)
+    assert rig.slots.instances() == (("a", None, 2, 0, 0),)
     rig.set(role("x"), a=1)
-    assert rig.slots.instances() == (("a", 1, 2, 0),)
+    assert rig.slots.instances() == (("a", 1, 2, 0, 0),)
     rig.set(role("x"), a=2)
     assert len(held) == 2  # only once
     for place in held:
         place.give_back()
         place.give_back()
-    assert rig.slots.instances() == (("a", 2, 0, 0),)
+    assert rig.slots.instances() == (("a", 2, 0, 0, 0),)
 
 
 async def test_a_waiting_request_is_woken_by_a_slot() -> None:
@@ -166,7 +166,7 @@ def test_the_load_of_lanes_and_instances() -> None:
     rig.place("y")
     rig.clock.advance(2.5)
     assert rig.slots.lanes() == (("x", 0, 0, None, 3, 1), ("y", 2, 1, 2.5, None, 0))
-    assert rig.slots.instances() == (("a", 2, 1, 1), ("b", None, 1, 0))
+    assert rig.slots.instances() == (("a", 2, 1, 1, 1), ("b", None, 1, 0, 0))
 
 
 async def test_a_change_of_settings_lets_waiting_requests_in() -> None:

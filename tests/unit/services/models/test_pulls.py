@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.target import Target
+from manager.errors import UnknownPullError
 from manager.services.instances.leases import Lease
 from manager.services.models.pulls import _MOST_REFUSAL_BYTES, Pull, PullFailedError, Pulls, Waiter
 from manager.wire.management import read_named
@@ -347,3 +348,79 @@ async def test_models_that_could_not_be_pulled_are_remembered_up_to_a_bound(
             with pytest.raises(PullFailedError):
                 await rig.pulls.pull("a", f"m{number}", lambda _: None)
             assert len(rig.pulls._given_up) == remembered
+
+
+# --- pulls that go on without clients ---------------------------------------------------------------
+
+
+async def test_a_pull_that_was_begun_goes_on_without_clients_and_its_end_is_listed_for_a_while() -> None:
+    rig, now = Rig([layer(1, 4), layer(1, 10) + SUCCESS]), 0.0
+    rig.pulls = Pulls(rig, rig, now=lambda: now)  # type: ignore[arg-type]
+    rig.held = asyncio.Event()
+    async with rig.running():
+        begun = rig.pulls.begin("v", BODY)
+        assert (begun.state, begun.model, begun.is_kept, begun.instance) == ("waiting", "big", True, None)
+        await rig.begun.wait()
+        (view,) = rig.pulls.views()
+        assert (view.state, view.instance, view.clients) == ("pulling", "a", 0)
+        with rig.pulls.join("v", BODY):  # a client that comes and leaves ends nothing
+            assert rig.pulls.views()[0].clients == 1
+        assert rig.pulls.begin("v", BODY).id == begun.id
+        rig.held.set()
+        await until_ended(rig)
+        (view,) = rig.pulls.views()
+        assert (view.state, view.completed_bytes, view.total_bytes) == ("done", 10, 10)
+        assert (view.bytes_per_s, view.left_s, view.error) == (None, None, None)
+        now = 60.0
+        assert rig.pulls.views() == ()
+
+
+async def test_a_pull_is_cancelled_whoever_waits_for_it() -> None:
+    rig = Rig([layer(1) + SUCCESS])
+    rig.held = asyncio.Event()
+    async with rig.running():
+        rig.pulls.begin("v", BODY)
+        client = asyncio.ensure_future(rig.lines())
+        await rig.begun.wait()
+        (view,) = rig.pulls.views()
+        assert rig.pulls.cancel(view.id).state == "cancelled"
+        with pytest.raises(PullFailedError, match="cancelled by an operator"):
+            await client
+        await asyncio.sleep(0)
+        (ended,) = rig.pulls.views()
+        assert (ended.state, ended.error) == ("cancelled", None)
+        assert not rig.pulls.busy
+        rig.pulls.cancel(view.id)  # it is looked at no more
+        assert rig.pulls.views() == ()
+        with pytest.raises(UnknownPullError):
+            rig.pulls.cancel(view.id)
+
+
+async def test_a_pull_is_cancelled_before_it_is_begun() -> None:
+    rig = Rig([SUCCESS])
+    view = rig.pulls.begin("v", BODY)
+    rig.pulls.cancel(view.id)
+    async with rig.running():
+        rig.pulls.begin("v", BODY)
+        await until_ended(rig)
+    assert rig.asked == 1
+    assert [one.state for one in rig.pulls.views()] == ["done"]  # the earlier one of the same is forgotten
+
+
+async def test_a_pull_that_fails_is_listed_with_its_error_up_to_a_bound() -> None:
+    rig = refusing("no such host")
+    async with rig.running():
+        for number in range(10):
+            rig.pulls.begin("v", read_named(b'{"model":"big%d"}' % number))
+        await until_ended(rig)
+    views = rig.pulls.views()
+    assert len(views) == 8
+    assert {one.state for one in views} == {"failed"}
+    assert {one.error for one in views} == {"no such host"}
+
+
+async def until_ended(rig: Rig) -> None:
+    async with asyncio.timeout(5):
+        while rig.pulls.busy:  # noqa: ASYNC110  (there is no event for that)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)

@@ -58,7 +58,8 @@ class Rig(Ground):
                 f"manager.services.{place}.volume_of", lambda spec: on.get(spec.id, f"instance:{spec.id}")
             )
         monkeypatch.setattr(
-            module, "mount_of", lambda spec: SimpleNamespace(read_only=self.read_only.get(spec.id, False))
+            "manager.services.models.model_lists.mount_of",
+            lambda spec: SimpleNamespace(read_only=self.read_only.get(spec.id, False)),
         )
         super().__init__("a", "b", "c")
         self["c"].reads("big")

@@ -107,10 +107,33 @@ def test_what_is_remembered_of_failures_is_bounded(
 def test_a_mere_load_is_loading_until_its_end_unless_the_model_is_used_elsewhere(
     status: ModelStatus, fleet: Fleet
 ) -> None:
-    with status.load("Tiny"), status.load("tiny:latest"):
+    with status.load("Tiny", "a"), status.load("tiny:latest", "a"):
         fleet.loaded = {"a": ("tiny",)}  # servers report a model from the begin of its load on
         assert status.at_work() == {"tiny:latest": "loading"}
         worker = working(status, "b", loads=False)
         assert status.at_work() == {"tiny:latest": "in_use"}
         status.ended(worker)
     assert status.at_work() == {}
+
+
+def test_the_last_failure_is_told_until_the_model_answers(status: ModelStatus) -> None:
+    assert (status.failure("tiny:latest"), status.version) == (None, 0)
+    status.failed("tiny", Reason.UPSTREAM_ERROR, "no" * 1000)
+    failure = status.failure("tiny:latest")
+    assert failure is not None
+    assert (failure.reason, len(failure.message)) == (Reason.UPSTREAM_ERROR, 1000)
+    status.load_failed("Tiny", Reason.VRAM_INSUFFICIENT, "lacks 2 GiB")  # whatever the reason
+    assert status.failure("tiny:latest") == (Reason.VRAM_INSUFFICIENT, "lacks 2 GiB")
+    assert status.idle_status("tiny:latest") == "error"
+    status.answered("tiny")
+    status.answered("tiny")
+    assert (status.failure("tiny:latest"), status.version) == (None, 3)
+
+
+def test_the_instances_that_load_a_model_are_told(status: ModelStatus, fleet: Fleet) -> None:
+    fleet.loaded = {"a": ("tiny",)}
+    working(status, "a", loads=True)  # it is there by now
+    working(status, "b", loads=True)
+    with status.load("tiny", "a"), status.load("other", "b"):
+        assert status.loading_on() == {"tiny:latest": ("a", "b"), "other:latest": ("b",)}
+    assert status.loading_on() == {"tiny:latest": ("b",)}
