@@ -9,7 +9,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 from playwright.sync_api import expect
@@ -98,6 +98,7 @@ def box(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bo
         try:
             daemon = make(instances=INSTANCES, templates=TEMPLATES, environment=machine.environment)
             # The browser of these tests has an event loop in this thread.
+            daemon.state_dir.mkdir(mode=0o700)
             with ThreadPoolExecutor(1) as thread:
                 thread.submit(asyncio.run, remember_a_day(daemon.state_dir)).result()
             box = Box(daemon, machine, engine, foreign.pid)
@@ -110,7 +111,6 @@ def box(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bo
 
 async def remember_a_day(state_dir: Path) -> None:
     """Store minutes as an earlier run has: 6 GiB of an instance and 2 GiB of another program."""
-    state_dir.mkdir(mode=0o700)
     now = int(time.time()) // MINUTE_S
     minutes = {}
     first, gone, back, last = READ
@@ -154,7 +154,8 @@ def ink(place: Locator, number: int, share: float) -> bool:
     found: bool = place.evaluate(
         """(figure, { number, share }) => {
           const [canvas, over] = [figure.querySelector("canvas"), figure.querySelector(".u-over")];
-          const wanted = getComputedStyle(figure.querySelectorAll(".key rect")[number]).fill.match(/\\d+/g).map(Number);
+          const { fill } = getComputedStyle(figure.querySelectorAll(".key rect")[number]);
+          const wanted = fill.match(/\\d+/g).map(Number);
           const [outer, inner] = [canvas.getBoundingClientRect(), over.getBoundingClientRect()];
           const scale = canvas.width / outer.width;
           const at = Math.round((inner.left - outer.left + inner.width * share) * scale);

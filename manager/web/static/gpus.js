@@ -103,7 +103,7 @@
       cursor: { y: false, drag: { x: false, y: false }, sync: { key: figure.closest("[data-charts]").id }, points: { show: !isStack, size: 7 } },
       scales: { x: { range: () => shape.reach }, y: { range: (...all) => shape.top(...all) } },
       axes: [
-        { ...axis, grid: { show: false }, size: 24, space: 56,
+        { ...axis, grid: { show: false }, size: 28, space: 56, gap: 8,
           values: (_plot, ticks) => ticks.map((tick) => clock(tick)) },
         { ...axis, size: isStack ? 72 : 56, space: isStack ? 36 : 28, incrs: isStack ? BINARY : undefined,
           values: (_plot, ticks) => ticks.map((tick) => (isStack ? charts.size(tick).replace(".0 ", " ") : WRITE[name](tick))) },
@@ -190,6 +190,10 @@
     plot.setAttribute("aria-label", fill(texts.summary, {
       title, last: written(name, all.last), mean: written(name, all.mean), highest: written(name, all.highest),
     }));
+    // A card that told nothing has no chart: an empty one would look like zero.
+    const isSilent = all.highest === null;
+    plot.hidden = isSilent;
+    figure.querySelector("[data-none]").hidden = !isSilent;
     if (!plot.clientWidth) return;
     const data = [card.times, ...(isStack ? stacked(series, card.used_bytes) : [series[0].values])];
     const chart = charts.of(plot);
