@@ -36,7 +36,7 @@ def models(gateway: Gateway) -> dict[str, Any]:
 
 def model(gateway: Gateway, name: str) -> dict[str, Any]:
     (found,) = [one for one in models(gateway)["models"] if one["name"] == name]
-    return found
+    return dict(found)
 
 
 def test_a_model_is_told_with_its_places_its_roles_and_what_it_can(gateway: Gateway) -> None:
