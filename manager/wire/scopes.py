@@ -67,6 +67,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui", _ANY),
     ("GET", "/ui/live", _READ),
     ("GET", "/ui/instances", _READ),
+    ("GET", "/ui/gpus", _READ),
     ("GET", "/ui/models", _READ),
     ("GET", "/ui/roles", _READ),
     ("GET", "/ui/requests", _READ),

@@ -104,8 +104,10 @@ def test_each_model_is_listed_once_with_all_that_its_server_says(gateway: Gatewa
     assert sorted(names(gateway)) == ["minilm:latest", "qwen3:8b", "thinking:latest", "tiny:latest"]
     own = requests.get(f"{gateway.servers['one'].url}/api/tags", timeout=10).json()["models"]
     for model in own:  # what `/api/show` says, which newer servers list themselves
-        shown = {"tiny:latest": (2048, "completion"), "minilm:latest": (512, "embedding")}[model["name"]]
-        model["details"]["context_length"], model["capabilities"] = shown[0], [shown[1]]
+        shown = {"tiny:latest": (2048, 64, "completion"), "minilm:latest": (512, 384, "embedding")}
+        context, vector, can = shown[model["name"]]
+        model["details"] |= {"context_length": context, "embedding_length": vector}
+        model["capabilities"] = [can]
     others = ("qwen3:8b", "thinking:latest")
     assert [model for model in answer["models"] if model["name"] not in others] == own
     head = gateway.call("HEAD", "/api/tags")
