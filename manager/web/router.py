@@ -122,7 +122,7 @@ class _Permission:
     def __init__(self, access: Access, request: Request) -> None:
         self._access = access
         self._scope = request.scope
-        self._checked = access.version
+        self._checked = -1  # the key may have ended since the request was let in
 
     def holds(self) -> bool:
         if self._checked == self._access.version:
