@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from manager import __version__
 from manager.web import words
-from manager.web.static import static_url
+from manager.web.page import element_id
+from manager.web.static import static_files, static_url
 from manager.web.texts import read_texts
 
 if TYPE_CHECKING:
@@ -29,7 +29,10 @@ _FILTERS = {
 
 
 class Renderer:
-    """Owns the templates. They are compiled once, in a thread: that takes tens of milliseconds."""
+    """Owns the templates. They are compiled once, in a thread: that takes tens of milliseconds.
+
+    The static files are read and compressed then, too.
+    """
 
     def __init__(self) -> None:
         self.texts = read_texts()
@@ -44,12 +47,15 @@ class Renderer:
         )
         self._environment.filters.update(_FILTERS)
         self._environment.globals.update(
-            t=self.texts, version=__version__, static_url=static_url, unknown=words.UNKNOWN
+            t=self.texts,
+            static_url=static_url,
+            element_id=element_id,
+            unknown=words.UNKNOWN,
         )
         self._is_compiled = False
 
     async def prepare(self) -> None:
-        """Compile all templates, the first time."""
+        """Compile all templates and read the static files, the first time."""
         if not self._is_compiled:
             await asyncio.to_thread(self._compile)
             self._is_compiled = True
@@ -59,5 +65,6 @@ class Renderer:
         return self._environment.get_template(template).render(context)
 
     def _compile(self) -> None:
+        static_files()
         for name in self._environment.list_templates(extensions=("html",)):
             self._environment.get_template(name)

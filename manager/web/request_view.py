@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.domain.explanation import fallback_words
 from manager.domain.record import LOCAL
 from manager.web.state import BAD, OFF, OK, WARN, WORK
+from manager.web.words import unix_s
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,7 +50,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": record["request_id"],
         "open": is_open,
-        "began_at": _unix_s(record["ts"]),
+        "began_at": unix_s(record["ts"]),
         "outcome": outcome,
         "kind": WORK if is_open else _KINDS.get(outcome, WARN),
         "status": record["status"] or None,
@@ -131,8 +131,3 @@ def stages(record: Mapping[str, Any]) -> list[Stage]:
     add("first", first_ms - at_ms)
     add("stream", whole_ms - at_ms)
     return found
-
-
-def _unix_s(at: datetime | str) -> float:
-    """Return a time as Unix seconds; stored ones are texts."""
-    return (datetime.fromisoformat(at) if isinstance(at, str) else at).timestamp()

@@ -20,7 +20,7 @@ from manager.web.static import PREFIX, static_files
 from manager.web.viewer import viewer_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 
     from manager.api.backend import Backend
     from manager.services.live import Live
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from manager.web.page import Page
     from manager.web.rendering import Renderer
     from manager.wire.access import Access
+
+    _Show = Callable[[Page, Request], Awaitable[Response]]
 
 _SEE_OTHER = 303
 _FOR_EVER = {
@@ -76,6 +78,7 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
 
     @router.get(f"{PREFIX}{{address:path}}")
     async def static(address: str, request: Request) -> Response:
+        await renderer.prepare()
         found = static_files().get(address)
         if found is None:
             return Response(status_code=404)
@@ -106,12 +109,11 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
     return router
 
 
-def _shown(page: Page, show: Any) -> Any:
+def _shown(page: Page, show: _Show) -> Callable[[Request], Awaitable[Response]]:
     async def shown(request: Request) -> Response:
         if page.path == "/ui" and not viewer_of(request).may("read"):
             return RedirectResponse("/ui/try", _SEE_OTHER)
-        answer: Response = await show(page, request)
-        return answer
+        return await show(page, request)
 
     return shown
 
@@ -163,7 +165,7 @@ async def _lines(
 _REFRESH = b"event: refresh\ndata: -\n\n"
 # The session has ended: the page leads to the form to sign in (`page.js`).
 _OVER = b"event: over\ndata: -\n\n"
-# Python knows more ends of lines than server-sent events do, and they may be part of a name.
+# `str.splitlines` has more ends of lines than server-sent events, and they may be part of a name.
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
@@ -47,6 +48,7 @@ class Texts:
         return found if isinstance(found, str) else default
 
 
+@cache
 def read_texts(language: str = LANGUAGE) -> Texts:
-    """Read the texts of a language."""
+    """Return the texts of a language; they are read once."""
     return Texts(tomllib.loads((files(__package__) / "texts" / f"{language}.toml").read_text("utf-8")))

@@ -78,9 +78,9 @@ def usd(value: float | None) -> str:
     return f"${value:.6f}".rstrip("0")
 
 
-def unix_s(time: str | None) -> float | None:
-    """Return a time of the API in Unix seconds."""
-    return None if time is None else datetime.fromisoformat(time).timestamp()
+def unix_s(time: datetime | str | None) -> float | None:
+    """Return a time in Unix seconds; those of the API are texts."""
+    return (datetime.fromisoformat(time) if isinstance(time, str) else time).timestamp() if time else None
 
 
 def percent(share: float | None) -> str:

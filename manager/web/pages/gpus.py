@@ -65,10 +65,7 @@ def _card(
         "gpu": {name: gpu[name] for name in _SHOWN},
         "short_uuid": _short(gpu["uuid"]),
         "parts_of": card_parts(gpu, fills),
-        "processes": [
-            {**one, "element": element_id("instance", one["instance"]) if one["instance"] else None}
-            for one in processes[:_MOST_PROCESSES]
-        ],
+        "processes": processes[:_MOST_PROCESSES],
         "more_processes": max(0, len(processes) - _MOST_PROCESSES),
         "instances": [_instance(one, gpu, fills) for one in instances if on_device(one, gpu["uuid"])],
     }
@@ -79,7 +76,6 @@ def _instance(
 ) -> dict[str, Any]:
     return {
         "id": instance["id"],
-        "element": element_id("instance", instance["id"]),
         "fill": fills[instance["id"]],
         "state": instance_state(instance),
         "models": [

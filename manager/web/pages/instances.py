@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.web.controls import TELLING, can_stop_now, main_controls, more_controls
 from manager.web.page import Fragment, Page, element_id
-from manager.web.speeds import tokens_per_s
+from manager.web.speeds import instance_speeds
 from manager.web.state import instance_state
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _WHOLE_SHARE = 0.995
 def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
     instances: list[dict[str, Any]] = sections["instances"]
     slots = {one["id"]: one for one in sections["lanes"]["instances"]}
-    speeds = tokens_per_s(sections["requests"])
+    speeds = instance_speeds(sections["requests"])
     states = Counter(instance_state(one) for one in instances)
     return {
         "summary": Fragment("instances/summary.html", {"states": states, "count": len(instances)}),

@@ -9,10 +9,10 @@ from manager.domain.keys import KeyState, Scope
 from manager.services.accounts.keyring import FILE_KEY
 from manager.web.page import Page
 from manager.web.state import BAD, OFF, OK, State
+from manager.web.words import unix_s
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from datetime import datetime
 
     from fastapi import Request
 
@@ -79,9 +79,9 @@ def _shown(
         "is_mine": body.name == viewer.name,
         "is_last_manager": managers == {body.name} and not has_file,
         "prefixes": [
-            {"prefix": one.prefix, "ends_at": _seconds(one.ends_at)} for one in reversed(body.secrets)
+            {"prefix": one.prefix, "ends_at": unix_s(one.ends_at)} for one in reversed(body.secrets)
         ],
-        **{name: _seconds(getattr(body, name)) for name in _MOMENTS},
+        **{name: unix_s(getattr(body, name)) for name in _MOMENTS},
     }
 
 
@@ -99,10 +99,6 @@ _PLAIN = (
     "local_only",
 )
 _MOMENTS = ("created_at", "expires_at", "revoked_at", "last_used_at")
-
-
-def _seconds(at: datetime | None) -> float | None:
-    return None if at is None else at.timestamp()
 
 
 KEYS = Page("keys", "/ui/keys", scope="admin", context=_context)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from manager.services.models.model_lists import may_write, volume_of
 from manager.web.page import Fragment, Page, element_id
 from manager.web.state import BAD, OFF, OK, WORK, State
+from manager.web.words import unix_s
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,8 +33,8 @@ _PULL_KINDS = {"waiting": OFF, "pulling": WORK, "done": OK, "failed": BAD, "canc
 _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
 _SHORT_DIGEST = 12
-# The first paint waits no longer for servers than this.
 _MOST_NAME = 600
+# The first paint waits no longer for servers than this.
 _NEWS_S = 0.1
 
 
@@ -64,7 +64,7 @@ def _row(
 ) -> dict[str, Any]:
     name = model["name"]
     places = [_place(model, place, memory, fits, twins) for place in model["places"]]
-    last_used = model["last_used_at"]
+    last_used = unix_s(model["last_used_at"])
     return {
         "name": name,
         "about": [model["family"], model["parameters"], model["quantization"]],
@@ -78,7 +78,7 @@ def _row(
         "places": places,
         "instances": [one for place in places for one in place["instances"]],
         "differs": len({place["digest"] for place in places if place["digest"]}) > 1,
-        "last_used_s": None if last_used is None else round(datetime.fromisoformat(last_used).timestamp()),
+        "last_used_s": last_used and round(last_used),
         "lately": model["lately"],
     }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.web.devices import card_parts, fills_of, on_device
 from manager.web.page import Fragment, Page, element_id
-from manager.web.speeds import tokens_per_s
+from manager.web.speeds import instance_speeds
 from manager.web.state import BAD, OK, WARN, instance_state
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def _of_instances(instances: Iterable[Mapping[str, Any]]) -> Iterable[dict[str, 
                 "message": message, "code": code,
             },
         )  # fmt: skip
-        problem["names"].append((one["id"], element_id("instance", one["id"])))
+        problem["names"].append(one["id"])
     return found.values()
 
 
@@ -93,15 +93,14 @@ def _cold(lanes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         for warm in lane["keep_warm"]:
             if warm["reason"]:
                 yield {
-                    "kind": WARN, "word": "not_warm",
-                    "names": [(warm["instance"], element_id("instance", warm["instance"]))],
+                    "kind": WARN, "word": "not_warm", "names": [warm["instance"]],
                     "device": lane["name"], "message": warm["detail"], "code": warm["reason"],
                 }  # fmt: skip
 
 
 def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, Fragment]:
     gpus, slots = sections["gpus"]["gpus"], {one["id"]: one for one in sections["lanes"]["instances"]}
-    fills, speeds = fills_of(instances), tokens_per_s(sections["requests"])
+    fills, speeds = fills_of(instances), instance_speeds(sections["requests"])
     known = {gpu["uuid"] for gpu in gpus}
     has_card = {one["id"] for one in instances if any(on_device(one, uuid) for uuid in known)}
     rows = {one["id"]: _row(one, slots.get(one["id"]), fills, speeds) for one in instances}
@@ -143,7 +142,6 @@ def _row(
     speed = speeds.get(instance["id"])
     return {
         "id": instance["id"],
-        "element": element_id("instance", instance["id"]),
         "fill": fills[instance["id"]] if instance["device"]["kind"] == "gpu" else None,
         "state": instance_state(instance),
         "models": models[:_MOST_MODELS],
@@ -180,8 +178,7 @@ def _events(problems: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if key in found:
             found[key]["count"] += 1
         elif len(found) < _MOST_EVENTS:
-            element = element_id("instance", one["instance"]) if one["instance"] else None
-            found[key] = {**one, "element": element, "count": 1}
+            found[key] = {**one, "count": 1}
     return list(found.values())
 
 

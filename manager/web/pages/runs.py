@@ -12,10 +12,10 @@ from manager.domain.runs import OPEN, WITH_RESULT, RunStatus
 from manager.errors import ManagerError
 from manager.web.page import Page
 from manager.web.state import BAD, OFF, OK, WARN, WORK
+from manager.web.words import unix_s
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Mapping
-    from datetime import datetime
 
     from fastapi import Request
 
@@ -122,12 +122,11 @@ def _run(run: Run) -> dict[str, Any]:
         "instance": run.instance,
         "request_id": run.request_id,
         "created_at": run.created_at.timestamp(),
-        "started_at": _unix_s(run.started_at),
-        "ended_at": _unix_s(run.ended_at),
+        "started_at": unix_s(run.started_at),
         "took_s": (run.ended_at - run.started_at).total_seconds()
         if run.ended_at and run.started_at
         else None,
-        "expires_at": _unix_s(run.expires_at) if run.status in WITH_RESULT else None,
+        "expires_at": unix_s(run.expires_at) if run.status in WITH_RESULT else None,
         "error": run.error,
         "result": run.result,
     }
@@ -140,10 +139,6 @@ def _schedule(one: Mapping[str, Any]) -> dict[str, Any]:
         "next": [f"{at:%a} {at.day} {at:%b %H:%M}" for at in one["next"]],
         "last": last and {"at": last["at"].timestamp(), "detail": last["detail"]},
     }
-
-
-def _unix_s(at: datetime | None) -> float | None:
-    return None if at is None else at.timestamp()
 
 
 RUNS = Page("runs", "/ui/runs", scope=None, context=_context)

@@ -13,8 +13,9 @@ from manager.domain.usage import DAY_S, DIMENSIONS, Dimension
 from manager.errors import ManagerError
 from manager.web.page import Fragment, Page
 from manager.web.state import BAD, OFF, OK, WARN, State
-from manager.web.usage_period import DEFAULT_SPAN, SPANS, usage_period
+from manager.web.usage_period import SPANS, usage_period
 from manager.web.usage_view import shares, usage_view
+from manager.web.words import unix_s
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -53,7 +54,6 @@ async def _context(backend: Backend, _viewer: Viewer, request: Request) -> Mappi
         "spans": SPANS,
         "by": by,
         "groups": _GROUPS,
-        "default_span": DEFAULT_SPAN,
         **await _usage(backend, period, by, now),
         **await _budgets(backend, now),
         "cloud": _cloud(backend),
@@ -154,13 +154,9 @@ def _breaker(instance: Mapping[str, Any]) -> dict[str, Any]:
         "word": state.word,
         "failures": breaker["failures"],
         "reason": breaker["reason"],
-        "retry_at": _seconds(breaker["retry_at"]) if breaker["state"] == "open" else None,
+        "retry_at": unix_s(breaker["retry_at"]) if breaker["state"] == "open" else None,
         "may_reset": breaker["state"] != "closed" or breaker["failures"] > 0,
     }
-
-
-def _seconds(time: str | None) -> float | None:
-    return None if time is None else datetime.fromisoformat(time).timestamp()
 
 
 USAGE = Page("usage", "/ui/usage", fragments=_fragments, context=_context)

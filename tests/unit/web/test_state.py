@@ -51,14 +51,14 @@ def process(name: str, used: int | None, owner: str | None = None) -> dict[str, 
 def test_the_memory_of_a_card_is_split_by_owner_and_the_rest_is_named() -> None:
     processes = [process("ollama", 20, "a"), process("ollama", 10, "a"), process("python3", 5)]
     parts = card_parts({**GPU, "processes": processes}, {"a": "1"})
-    shares = [(one["name"], one["fill"], one["share"]) for one in parts]
+    shares = [(one["name"] or one["word"], one["fill"], one["share"]) for one in parts]
     assert shares == [("a", "1", 0.3), ("python3", "foreign", 0.05), ("other", "foreign", 0.25)]
 
 
 @pytest.mark.parametrize(("reserved", "share"), [(30, 0.3), (90, 0.4), (None, None), (0, None)])
 def test_reserved_memory_comes_last_and_ends_with_the_card(reserved: int | None, share: float | None) -> None:
     parts = card_parts({**GPU, "reserved_bytes": reserved}, {})
-    found = [one["share"] for one in parts if one["name"] == "reserved"]
+    found = [one["share"] for one in parts if one["word"] == "reserved"]
     assert found == ([] if share is None else [share])
     assert parts[-1]["fill"] == ("foreign" if share is None else "reserved")
 
