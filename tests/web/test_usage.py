@@ -345,6 +345,23 @@ def test_the_force_local_switch_says_its_present_effect(
         assert answer.status_code == 200, answer.text
 
 
+def test_the_switch_keeps_the_next_request_from_paid_servers(
+    busy: Billed, new_visit: Callable[..., Visit]
+) -> None:
+    page = shown(busy, new_visit()).page
+    switch = page.locator("#force-local")
+    try:
+        switch.get_by_role("button", name="Keep everything local").click()
+        expect(switch.locator("h3 .state")).to_have_text("on")
+        assert busy.chat("pays") == 403
+        switch.get_by_role("button", name="Allow paid servers").click()
+        page.get_by_role("button", name="Yes").click()
+        expect(switch.locator("h3 .state")).to_have_text("off")
+        assert busy.chat("pays") == 200
+    finally:
+        busy.gateway.call("POST", SETTINGS, json={"fallback": None})
+
+
 def test_a_breaker_opens_before_ones_eyes_and_is_reset(busy: Billed, new_visit: Callable[..., Visit]) -> None:
     page = shown(busy, new_visit()).page
     line = page.locator("#breaker-paid")
@@ -390,4 +407,5 @@ def test_a_key_that_only_reads_sees_breakers_without_a_button(
         page.get_by_role("button", name="Sign in").click()
         expect(page.locator("#breaker-one")).to_be_visible()
         expect(page.get_by_role("button", name="Reset")).to_have_count(0)
+        expect(page.locator("#force-local").get_by_role("button")).to_have_count(0)
         page.close()  # before the daemon ends

@@ -105,8 +105,9 @@ def test_every_text_is_used() -> None:
     """A text is named by its path; or a table above it is, and its own name is a word of some source."""
     texts = set(paths(read_texts().plain()))
     tables = {path[:length] for path in texts for length in range(1, len(path))}
-    used, known = {(page.name, "title") for page in PAGES}, words()
-    used_tables = set()
+    used: set[Place] = {(page.name, "title") for page in PAGES}
+    used_tables: set[Place] = set()
+    known = words()
     for path in references():
         # What follows a text or a table is a method.
         named = next((path[:end] for end in range(len(path), 0, -1) if path[:end] in texts | tables), ())
@@ -117,3 +118,9 @@ def test_every_text_is_used() -> None:
         return path in used or (in_table and path[-1].removesuffix("_whole") in known)
 
     assert [".".join(path) for path in sorted(texts) if not is_used(path)] == []
+
+
+def test_links_to_parts_of_pages_have_the_ids_of_elements() -> None:
+    for template in (MANAGER / "web" / "templates").rglob("*.html"):
+        links = re.findall(r'href="/ui/[^"#]*#{{ (\w+)', template.read_text("utf-8"))
+        assert set(links) <= {"element_id"}, template.name
