@@ -212,13 +212,13 @@ def test_a_page_opened_without_keys_ends_with_the_first_key(tmp_path: Path, new_
 # --- scopes ---------------------------------------------------------------------------------------
 
 
-def test_a_client_sees_the_conversation_only(keyed: Keyed, new_visit: NewVisit) -> None:
+def test_a_client_sees_the_conversation_and_its_runs_only(keyed: Keyed, new_visit: NewVisit) -> None:
     visitor = new_visit()
     page = visitor.page
     sign_in(page, keyed, "program")
     visitor.expect_problem("401")
     expect(page).to_have_url(f"{keyed.gateway.url}/ui/try")
-    expect(page.get_by_role("navigation", name="Sections").get_by_role("link")).to_have_text(["Try it"])
+    expect(page.get_by_role("navigation", name="Sections").get_by_role("link")).to_have_text(["Runs", "Try it"])
     page.get_by_label("Your message").fill("Hello")
     expect(page.get_by_label("Role or model")).to_have_value("tiny:latest")
     page.get_by_role("button", name="Send", exact=True).click()
