@@ -29,7 +29,7 @@ _KEPT = frozenset({b"allow", b"retry-after", b"www-authenticate", b"connection"}
 
 
 class Doors(Protocol):
-    """Makes the pages; `manager.web` has them."""
+    """Makes the pages; `manager.web.doors` implements it."""
 
     async def sign_in(self, after: str, *, is_wrong: bool = False, status: int = _UNAUTHORIZED) -> Response:
         """Return the form.

@@ -14,7 +14,7 @@ from manager.domain.models import DEFAULT_TAG
 from manager.domain.target import Protocol
 from manager.domain.wording import model_not_found
 from manager.services.instances.first_look import MAX_STARTUP_WAIT_S
-from manager.services.models.pulls import PullFailedError
+from manager.services.models.pull import PullFailedError
 from manager.services.models.volumes import NoSuchModelError
 from manager.services.routing.attempting import Trouble
 from manager.services.steps import in_steps
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from manager.api.passage import Passage
     from manager.domain.keys import Permit
     from manager.domain.routing import Attempt
-    from manager.services.models.pulls import Waiter
+    from manager.services.models.pull import Waiter
     from manager.services.routing.attempting import Step
     from manager.wire.management import ManagementBody
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.services.models.fitting import Fits
-    from manager.services.models.pulls import PullView
+    from manager.services.models.pull import PullView
     from manager.services.models.use import ModelUse
     from manager.services.overview import ModelPlace, ModelState, Overview
     from manager.services.routing.model_status import ModelFailure

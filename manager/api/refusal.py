@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from manager.errors import InvalidRequestError, ManagerError, UnknownInstanceError
-from manager.services.models.pulls import PullFailedError
+from manager.services.models.pull import PullFailedError
 from manager.services.routing.placement import reason_of
 from manager.wire.body import BadBodyError
 from manager.wire.statuses import outcome_without_answer, status_of

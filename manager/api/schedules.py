@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from manager.api.backend import Backend
     from manager.services.instances.sweeps import Entry
 
-# So many of the next times are listed.
+# How many of the next times are listed.
 NEXT = 3
 
 

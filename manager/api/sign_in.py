@@ -33,8 +33,8 @@ def sign_in_router(keyring: Keyring, doors: Doors, refused: Callable[[str, str, 
     Nothing slows guesses down: a key has 256 random bits, and every route of the API takes guesses as well.
 
     Args:
-        keyring: knows the keys and the sessions.
-        doors: has the form.
+        keyring: the keys and the sessions.
+        doors: makes the form.
         refused: is called with reason, address and path of each wrong key.
     """
     router = APIRouter(include_in_schema=False)

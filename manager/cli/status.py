@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from manager.cli.locate import Endpoint
 
 _REFRESH_S = 1.0
-# Orphans and the stage of the rollout are not in the live channel. The daemon lists the engine so often, too.
+# Orphans and the stage of the rollout are not in the live channel. The daemon lists the engine as often.
 _BESIDE_S = 15.0
 _EVENTS_SHOWN = 5
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from manager.cli.live import Feed
     from manager.cli.locate import Endpoint
 
-# Clocks are drawn anew so often.
+# Clocks are drawn anew this often.
 _REFRESH_S = 1.0
 _END = b"qQ\x03\x04"
 _READ_BYTES = 1024

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manager.web.rendering import Renderer
     from manager.web.viewer import Viewer
 
-# Moments, such as the end of a TTL, are computed anew so often: other programs may renew them.
+# Moments, such as the end of a TTL, are computed anew this often, since other programs may renew them.
 CLOCKS_S = 5.0
 
 

@@ -37,7 +37,7 @@ _FOR_EVER = {
     "Vary": "Accept-Encoding",
     "X-Content-Type-Options": "nosniff",
 }
-# The end of a session is seen so soon; what is sent meanwhile to a quiet page is a comment every `CLOCKS_S`.
+# How late the end of a session is noticed at most. A quiet page gets a comment every `CLOCKS_S`.
 _WATCH_S = 1.0
 _ALIVE = b": alive\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -119,7 +119,7 @@ def _shown(page: Page, show: _Show) -> Callable[[Request], Awaitable[Response]]:
 
 
 class _Permission:
-    """Whether a request would still be served: its key or session may have ended, or be needed since."""
+    """Checks again and again that a request would still be served: its key or session may end meanwhile."""
 
     def __init__(self, access: Access, request: Request) -> None:
         self._access = access

@@ -274,7 +274,7 @@ def test_a_lost_card_says_why_and_what_to_do(box: Box, new_visit: NewVisit) -> N
     box.show(handle_error=15, error=15)
     lost = card(visitor, 0)
     expect(lost).to_contain_text("This card is lost.")
-    expect(lost).to_contain_text("What to do: Look whether the card is there")
+    expect(lost).to_contain_text("What to do: Check that the card is there")
     for name in ("used", "free", "utilisation", "power"):
         expect(figure(visitor, 0, name)).to_have_text(UNKNOWN)
     reason = box.daemon.get("gpus")["gpus"][0]["lost"]

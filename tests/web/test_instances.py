@@ -397,7 +397,7 @@ def test_a_killed_container_shows_within_a_second_or_two(
 def test_an_external_server_has_the_controls_that_take_effect(daemon: Daemon, visitor: Visit) -> None:
     nas = card(visitor, "nas")
     expect(nas).to_contain_text("Server of another program")
-    expect(nas).to_contain_text("Look whether the server runs")
+    expect(nas).to_contain_text("Check that the server runs")
     assert [one.inner_text() for one in nas.get_by_role("button").all()] == ["Out of service…"]
     button(visitor, "nas", "Out of service…").click()
     visitor.page.get_by_role("dialog").get_by_role("button", name="Take out of service").click()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from manager.domain.history import Ended
     from manager.services.ports import RequestStore
 
-# "Lately" are so many whole hours and the present one.
+# "Lately" is this many whole hours and the present one.
 LATELY_HOURS = 24
 _MOST_MODELS = 4096
 

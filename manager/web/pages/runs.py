@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from manager.web.viewer import Viewer
 
 MOST_LISTED = 100
-# So much of a result is shown; the API has the whole.
+# Of a result; the API has all of it.
 MOST_SHOWN_BYTES = 64 * 1024
 _LONGEST_ID = 100
 _KINDS = {

@@ -14,7 +14,8 @@ import pytest
 from manager.domain.target import Target
 from manager.errors import UnknownPullError
 from manager.services.instances.leases import Lease
-from manager.services.models.pulls import _MOST_REFUSAL_BYTES, Pull, PullFailedError, Pulls, Waiter
+from manager.services.models.pull import Pull, PullFailedError, Waiter
+from manager.services.models.pulls import _MOST_REFUSAL_BYTES, Pulls
 from manager.wire.management import read_named
 
 if TYPE_CHECKING:
