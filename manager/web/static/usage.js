@@ -1,8 +1,6 @@
 // Draws the charts of the page of usage, each from the table in its figure.
 "use strict";
 (() => {
-  const drawn = new WeakMap();
-
   const thousands = (number) => Math.round(number).toLocaleString("en").replaceAll(",", "\u202f");
 
   // As the filters of the server write values (`words.py`); axes are shorter.
@@ -35,22 +33,14 @@
     return sums.reverse();
   }
 
-  function colours(figure) {
-    const style = getComputedStyle(figure.querySelector(".plot"));
-    const line = getComputedStyle(figure).borderTopColor;
-    return { series: [...figure.querySelectorAll(".key rect")].map((rect) => getComputedStyle(rect).fill), text: style.color, line };
-  }
-
-  function options(figure, { seconds, columns, rows }, size) {
+  function options(figure, { seconds, columns, rows }) {
     const { kind, unit, step } = { kind: figure.dataset.chart, unit: figure.dataset.unit, step: Number(figure.dataset.step) };
-    const { series, text, line } = colours(figure);
+    const series = [...figure.querySelectorAll(".key rect")].map((rect) => getComputedStyle(rect).fill);
     const isBars = kind === "bars";
     const ink = isBars ? series.toReversed() : series;
-    const font = "12px system-ui, sans-serif";
     const end = seconds.at(-1) + step;
-    const axis = { stroke: text, font, grid: { stroke: line, width: 1 }, ticks: { show: false } };
+    const axis = charts.axis(figure.querySelector(".plot"));
     return {
-      ...size,
       legend: { show: false },
       cursor: { y: false, drag: { x: false, y: false }, points: { show: !isBars } },
       tzDate: (second) => uPlot.tzDate(new Date(second * 1000), "Etc/UTC"),
@@ -96,33 +86,22 @@
 
   function draw(figure) {
     const plot = figure.querySelector(".plot");
-    drawn.get(plot)?.destroy();
     if (!plot || !plot.clientWidth) return;
     const table = read(figure);
-    const data = figure.dataset.chart === "bars" ? stacked(table.columns) : table.columns;
-    const size = { width: plot.clientWidth, height: plot.clientHeight };
-    drawn.set(plot, new uPlot(options(figure, table, size), [table.seconds, ...data], plot));
+    charts.draw(plot, options(figure, table), [table.seconds, ...(figure.dataset.chart === "bars" ? stacked(table.columns) : table.columns)]);
   }
 
   function drawAll() {
     for (const figure of document.querySelectorAll("[data-chart]")) draw(figure);
   }
 
-  // Only what has a new size or new numbers is drawn anew.
-  const watched = new ResizeObserver((entries) => {
-    for (const { target } of entries) {
-      const plot = drawn.get(target);
-      if (plot && plot.width !== target.clientWidth) plot.setSize({ width: target.clientWidth, height: target.clientHeight });
-    }
-  });
-
+  // Only new numbers are drawn anew.
   let last = "";
   function renew() {
     const numbers = [...document.querySelectorAll("[data-chart] tbody")].map((body) => body.innerHTML).join();
     if (numbers === last) return;
     last = numbers;
     drawAll();
-    for (const plot of document.querySelectorAll(".plot")) watched.observe(plot);
   }
 
   // The dates count for a time of one's own only. Without this script they are always there.
@@ -141,8 +120,7 @@
     if (target.matches("select") && document.getElementById("usage-span").value !== "custom") form.requestSubmit();
   });
   document.addEventListener("htmx:after:swap", () => { showDates(); renew(); });
-  document.addEventListener("theme", drawAll);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
+  charts.onTheme(drawAll);
   showDates();
   renew();
 })();
