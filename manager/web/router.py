@@ -122,7 +122,7 @@ class _Permission:
     def __init__(self, access: Access, request: Request) -> None:
         self._access = access
         self._scope = request.scope
-        self._checked = access.version
+        self._checked = -1  # the key may have ended since the request was let in
 
     def holds(self) -> bool:
         if self._checked == self._access.version:
@@ -149,10 +149,9 @@ async def _lines(
                 return
             now = time.time()
             fragments = feed.at(live.current(), now)
-            if not seen and ids is not None and ids != _digest(fragments):
-                changed = None
-            else:
-                changed = changes(seen, fragments)
+            changed = changes(seen, fragments)
+            if ids is not None and ids != _digest(fragments):
+                changed = None  # the page has other parts; from now on it has these
             ids = None
             event = _REFRESH if changed is None else _event(changed)
             if event is not _ALIVE or abs(now - said_at) >= CLOCKS_S:

@@ -31,8 +31,7 @@ _OF_PHASE = {
 def instance_state(instance: Mapping[str, Any]) -> State:
     """Return the state of an instance as the API describes it."""
     if instance["phase"] != "ready":
-        state = _OF_PHASE[instance["phase"]]
-        return State(OFF, "drained") if instance["drained"] and state.kind == OFF else state
+        return _not_ready(instance)
     if instance["drained"]:
         return State(WARN, "drained")
     if instance["health"] == "unhealthy":
@@ -42,3 +41,11 @@ def instance_state(instance: Mapping[str, Any]) -> State:
     if instance["in_flight"]:
         return State(OK, "in_use")
     return State(OK, "ready")
+
+
+def _not_ready(instance: Mapping[str, Any]) -> State:
+    if instance["phase"] == "stopped" and instance["target"] == "running":
+        # A start was requested. With a reason it waits for a place.
+        return State(WORK, "waiting" if instance["reason"] else "starting")
+    state = _OF_PHASE[instance["phase"]]
+    return State(OFF, "drained") if instance["drained"] and state.kind == OFF else state

@@ -85,7 +85,7 @@ def without_what_is_ours(recording: dict[str, Any], answer: Answer) -> Answer:
         for key in keys:
             del entry[key]
         if "capabilities" in keys and "details" in entry:
-            del entry["details"]["context_length"]
+            del entry["details"]["context_length"], entry["details"]["embedding_length"]
     if part is None and not keys:
         return replace(answer, headers=headers)
     body = b"" if document is None else json.dumps(document).encode()

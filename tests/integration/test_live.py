@@ -16,13 +16,13 @@ from tests.support.inside import own_containers
 from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Iterator
     from pathlib import Path
 
     import docker
 
     from tests.integration.conftest import NewDaemon
+    from tests.support.nursery import Process
 
 __all__ = ["processes"]
 
@@ -61,7 +61,7 @@ def test_a_killed_container_is_shown_within_a_second(
 
 
 def test_a_replaced_daemon_ends_its_streams_and_the_new_one_has_the_same_to_show(
-    new_daemon: NewDaemon, processes: list[subprocess.Popen[bytes]]
+    new_daemon: NewDaemon, processes: list[Process]
 ) -> None:
     daemon = new_daemon().start()
     daemon.started("cpu")

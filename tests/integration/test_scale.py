@@ -16,6 +16,7 @@ from tests.support.proxy import EngineProxy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from tests.support.daemon import Daemon
     from tests.support.engine import Engine
@@ -189,6 +190,9 @@ class Recorder:
 
     def remove(self, name: str) -> None:
         del self.ticks[name]
+
+    def upcoming(self, name: str, count: int) -> tuple[datetime, ...]:
+        return ()
 
     def start(self) -> None: ...
     def stop(self) -> None: ...

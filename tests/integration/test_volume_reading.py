@@ -43,7 +43,8 @@ def listed(daemon: Daemon) -> list[dict[str, Any]]:
     models: list[dict[str, Any]] = daemon.get("/api/tags")["models"]
     for model in models:
         model.pop("capabilities", None)
-        model["details"].pop("context_length", None)
+        for name in ("context_length", "embedding_length"):
+            model["details"].pop(name, None)
     return models
 
 

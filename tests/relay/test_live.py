@@ -108,20 +108,16 @@ async def test_the_first_frame_has_what_the_other_calls_answer(tmp_path: Path) -
         assert now["lanes"] == asked["lanes"]
         assert now["requests"] == asked["requests"]["requests"]
         assert [each["outcome"] for each in now["requests"]] == ["refused", "ok"]
-        assert now["models"] == [
-            {
-                "name": "tiny:latest",
-                "size_bytes": 1,
-                "family": None,
-                "parameters": None,
-                "quantization": None,
-                "digest": "d",
-                "instances": ["a"],
-                "loaded_on": ["a"],
-                "offload": 0.0,
-                "status": "ready",
-            }
+        listed = (await ask(front, "GET", f"{COMPUTE}/models")).json()
+        for name in ("models", "missing", "fit", "pulls"):
+            assert now[name] == listed[name]
+        (tiny,) = now["models"]
+        assert (tiny["name"], tiny["instances"], tiny["loaded_on"]) == ("tiny:latest", ["a"], ["a"])
+        assert (tiny["status"], tiny["offload"], tiny["family"]) == ("ready", 0.0, None)
+        assert tiny["places"] == [
+            {"volume": None, "instances": ["a"], "digest": "d", "size_bytes": 1, "may_change": True}
         ]
+        assert tiny["lately"] == {"requests": 1, "input_tokens": 12, "output_tokens": 34}
 
 
 async def test_a_request_is_followed_from_its_beginning_to_its_end(tmp_path: Path) -> None:

@@ -87,9 +87,11 @@ class Visit:
 @contextmanager
 def visit(running: Browser, *, width: int = 1280, scheme: Any = "light", **options: Any) -> Iterator[Visit]:
     """Open a window; nothing may go wrong in it until it is closed."""
+    # Turning icons cost a core without a graphics card.
+    options = {"reduced_motion": "reduce", **options}
     context = running.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, **options)
-    context.set_default_timeout(20_000)
-    expect.set_options(timeout=20_000)
+    context.set_default_timeout(45_000)
+    expect.set_options(timeout=45_000)
     visitor = Visit(context.new_page())
     try:
         yield visitor

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.support.browser import Visit
 
 
-# Machines that run tests are busy.
+# A busy machine takes its time: five seconds, Playwright's own limit, are not enough there.
 expect.set_options(timeout=20_000)
 
 

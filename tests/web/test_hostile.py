@@ -63,7 +63,7 @@ def rig(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ri
         daemon.call("POST", "/api/chat", json=chat("tiny", "failing"))
         daemon.wait_for_phase("failing", "failed")
         assert CORPUS[0] in daemon.call("GET", "instances/talking/logs").text
-        assert CORPUS[0] in str(daemon.instance("failing")["reason"]["log_tail"])
+        assert CORPUS[0] in "\n".join(daemon.instance("failing")["reason"]["log_tail"])
         meet(daemon, server)
         yield Rig(daemon, server)
 

@@ -241,7 +241,7 @@ def test_the_idle_time_is_set_refused_at_its_field_and_taken_back(daemon: Daemon
     expect(field).to_have_value("15m")
     field.fill("soon")
     dialog.get_by_role("button", name="Set").click()
-    expect(dialog.locator("#ttl-problem")).to_contain_text("ttl_s")
+    expect(dialog.locator("#ttl-problem")).not_to_be_empty()
     expect(field).to_have_attribute("aria-invalid", "true")
     visitor.expect_problem("422")
     assert daemon.instance("cpu")["ttl_s"] == configured

@@ -317,8 +317,8 @@ def test_a_key_without_admin_gets_no_page_of_keys_and_is_told_so(
     visitor.assert_accessible()
     visitor.expect_problem("403")
     if scope != "client":
-        visitor.page.get_by_role("link", name="To the pages").click()
-        expect(visitor.page.get_by_role("link", name="Usage")).to_be_visible()
+        visitor.page.get_by_role("link", name="Usage").click()
+        expect(visitor.page.get_by_role("heading", name="Usage", exact=True)).to_be_visible()
         expect(visitor.page.get_by_role("link", name="Keys")).to_have_count(0)
 
 

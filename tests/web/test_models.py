@@ -462,3 +462,8 @@ def test_hostile_names_are_text(tmp_path: Path, new_visit: NewVisit) -> None:
                 names = set(models_of(gateway))
                 assert set(bodies) == names | {f"{name}@one" for name in names}
                 visitor.page.close()
+
+
+def test_a_link_names_a_model_to_pull(daemon: Daemon, visitor: Visit) -> None:
+    visitor.page.goto(f"{daemon.url}/ui/models?pull=a%22%3Eb")
+    expect(visitor.page.get_by_label("Model", exact=True)).to_have_value('a">b')

@@ -141,6 +141,13 @@ def test_a_fallback_is_seen_by_colour_shape_and_words_and_a_refusal_with_its_rea
     expect(refused).to_contain_text(the(daemon, role="thinking")["fallback_reason"])
     expect(refused.locator(".fell")).to_have_count(0)
     visitor.assert_accessible()
+    # Where the columns behind are out of sight, the outcome says it.
+    visitor.page.set_viewport_size({"width": 360, "height": 800})
+    expect(fell.locator(".fell-mark")).to_have_text("Fallback")
+    expect(fell.locator(".fell-mark")).to_be_visible()
+    box = fell.locator(".fell-mark").bounding_box()
+    assert box is not None
+    assert box["x"] + box["width"] <= 360
 
 
 @pytest.mark.parametrize(

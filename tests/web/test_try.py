@@ -297,7 +297,7 @@ def test_markdown_is_shown_and_nothing_else_is_parsed(
 
 def test_a_long_answer_stays_fast(gateway: Gateway, smart: ScriptedOllama, new_visit: NewVisit) -> None:
     words = "word " * 20 + "\n\n"
-    smart.answer = lambda _body: [*(said(words) for _ in range(20_000)), said("", **END)]
+    smart.answer = lambda _body: [*(said(words) for _ in range(40_000)), said("", **END)]
     page = opened(gateway, new_visit(), "smart:latest")
     page.evaluate(
         """() => { window.longest = 0; let last = performance.now();
@@ -306,8 +306,8 @@ def test_a_long_answer_stays_fast(gateway: Gateway, smart: ScriptedOllama, new_v
     )
     ask(page, "All of it")
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled(timeout=60_000)
-    assert page.locator("#try-turns [data-text] p").count() >= 20_000
-    assert page.evaluate("longest") < 2_000, "the page stood still"
+    assert page.locator("#try-turns [data-text] p").count() >= 40_000
+    assert page.evaluate("longest") < 5_000, "the page stood still"
 
 
 def test_vectors_and_single_prompts_are_asked_for_too(

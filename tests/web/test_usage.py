@@ -97,20 +97,24 @@ def table(page: Page, chart: str) -> dict[str, float]:
 
 
 def has_ink(page: Page, chart: str) -> bool:
-    """Return whether a chart has bars or lines: pixels in the colour of its first series."""
+    """Return whether a chart has pixels in the colour of each of its series; lines may cover each other."""
     found: bool = page.evaluate(
         """(id) => {
           const figure = document.getElementById(id);
           const canvas = figure.querySelector("canvas");
           if (!canvas) return false;
-          const wanted = getComputedStyle(figure.querySelector(".key rect")).fill.match(/\\d+/g).map(Number);
           const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
-          let count = 0;
-          for (let at = 0; at < data.length; at += 4) {
-            const isInk = wanted.every((one, part) => Math.abs(data[at + part] - one) < 3);
-            if (isInk && data[at + 3] > 200) count += 1;
-          }
-          return count > 20;
+          const isThere = (rect) => {
+            const wanted = getComputedStyle(rect).fill.match(/\\d+/g).map(Number);
+            let count = 0;
+            for (let at = 0; at < data.length; at += 4) {
+              const isInk = wanted.every((one, part) => Math.abs(data[at + part] - one) < 3);
+              if (isInk && data[at + 3] > 200) count += 1;
+            }
+            return count > 10;
+          };
+          const keys = [...figure.querySelectorAll(".key rect")];
+          return figure.dataset.chart === "bars" ? keys.every(isThere) : keys.some(isThere);
         }""",
         f"chart-{chart}",
     )

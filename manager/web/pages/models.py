@@ -34,6 +34,7 @@ _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
 _SHORT_DIGEST = 12
 # The first paint waits no longer for servers than this.
+_MOST_NAME = 600
 _NEWS_S = 0.1
 
 
@@ -181,8 +182,8 @@ def _pull(pull: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapping[str, Any]:
-    """Return the places that a new model can go to, the one where new models go first.
+async def _context(backend: Backend, _viewer: Viewer, request: Request) -> Mapping[str, Any]:
+    """Return the places that a new model can go to, the one where new models go first, and a name to pull.
 
     Servers that run are asked for their models meanwhile; what comes later is shown live.
     """
@@ -193,7 +194,10 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
     for instance in backend.fleet.instances():
         if may_write(instance.spec):
             places.setdefault(volume_of(instance.spec), []).append(instance.id)
-    return {"targets": [{"first": ids[0], "instances": ids} for ids in places.values()]}
+    return {
+        "targets": [{"first": ids[0], "instances": ids} for ids in places.values()],
+        "wanted": request.query_params.get("pull", "")[:_MOST_NAME],
+    }
 
 
 MODELS = Page("models", "/ui/models", fragments=_fragments, context=_context)

@@ -3,7 +3,7 @@
 (() => {
   const by = (id) => document.getElementById(id);
 
-  // --- Orders: one dialog for each kind, filled in for the instance of the button -------------------------------
+  // --- Orders: one dialog for each kind, filled in for the instance of the button ---
 
   document.addEventListener("click", ({ target }) => {
     const opener = target.closest?.("[data-order]");
@@ -33,7 +33,8 @@
     else control.value = value ?? "";
   }
 
-  // A load takes as long as it takes: the dialog closes, the card shows it, and several go on at a time.
+  // A load takes as long as it takes, also where the page is left: the dialog closes, the card shows it, and several
+  // go on at a time. The second call waits for the same load, to tell what has become of it.
   by("load-form")?.addEventListener("submit", async (event) => {
     event.preventDefault();
     const form = event.target;
@@ -42,7 +43,9 @@
     if (keep) body.keep_alive = /^-?\d+(\.\d+)?$/.test(keep) ? Number(keep) : keep;
     form.closest("dialog").close();
     try {
-      const answer = await send(form.dataset.url, body, { keepalive: true });
+      const url = form.dataset.url;
+      let answer = await send(`${url}?wait=false`, body);
+      if (answer.status === 202) answer = await send(url, body);
       if (!answer.ok) page.toast("bad", await messageOf(answer));
     } catch {
       page.toast("bad", by("toasts").dataset.failed);
@@ -57,7 +60,7 @@
     try { return (await answer.json()).error.message; } catch { return `${by("toasts").dataset.failed} (${answer.status})`; }
   }
 
-  // --- Pulls of images -----------------------------------------------------------------------------------------
+  // --- Pulls of images ---
 
   let pull = null;
 
@@ -123,7 +126,7 @@
     }
   }
 
-  // --- Live logs -----------------------------------------------------------------------------------------------
+  // --- Live logs ---
 
   // The page holds the last lines only; what came while it was paused is bounded, too.
   const MOST_LINES = 2000;
@@ -282,7 +285,7 @@
     }
   });
 
-  // --- Filter --------------------------------------------------------------------------------------------------
+  // --- Filter ---
 
   function filter() {
     const words = by("filter").value.toLowerCase().split(/\s+/).filter(Boolean);

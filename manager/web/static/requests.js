@@ -98,6 +98,7 @@
   document.addEventListener("focusout", ({ target }) => {
     if (held.length && target.closest?.("#requests-rows")) setTimeout(show);
   });
+  document.addEventListener("selectionchange", () => { if (held.length) setTimeout(show); });
   document.addEventListener("visibilitychange", look);
 
   // --- What the filters leave of the open requests ---------------------------------------------------------------

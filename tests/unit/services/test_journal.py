@@ -258,3 +258,18 @@ async def test_a_registry_that_was_taken_away_is_found_out_without_any_event(
     await stored(registry, 1)
     running.cancel()
     await asyncio.wait({running})
+
+
+async def test_the_last_problems_are_at_hand_also_those_of_earlier_runs(registry: SqlRegistry) -> None:
+    earlier = new_journal(registry)
+    for number in range(20):
+        earlier.record("start_failed", instance=f"cpu{number}", reason=Reason.IMAGE_MISSING)
+        earlier.record("ready", instance=f"cpu{number}")
+    await earlier.flush()
+    journal = new_journal(registry, last_id=await registry.last_event_id())
+    await journal.load()
+    assert [event.instance for event in journal.problems] == [f"cpu{number}" for number in range(4, 20)]
+    journal.record("ready", instance="new")
+    journal.record("unhealthy", instance="new", reason=Reason.INSTANCE_UNHEALTHY)
+    assert [event.instance for event in journal.problems][-2:] == ["cpu19", "new"]
+    assert len(journal.problems) == 16

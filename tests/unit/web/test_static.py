@@ -7,6 +7,7 @@ from importlib.resources import files
 
 import pytest
 
+from manager.errors import Reason
 from manager.web.pages import PAGES
 from manager.web.rendering import Renderer
 from manager.web.static import static_files, static_url
@@ -48,3 +49,8 @@ def test_every_page_has_a_title(page: object) -> None:
 def test_a_text_that_is_not_there_is_an_error() -> None:
     with pytest.raises(AttributeError, match=r"no text overview\.nothing"):
         _ = read_texts().overview.nothing
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_has_words(reason: Reason) -> None:
+    assert read_texts().reasons.get(reason.value, "")

@@ -72,3 +72,16 @@ def test_a_small_share_is_not_zero(share: float | None, text: str) -> None:
 def test_thousands_are_apart() -> None:
     assert words.count(1_234_567) == "1\u202f234\u202f567"
     assert words.count(None) == words.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0"), (900.0, "15m"), (7200, "2h"), (86_400, "1d"), (90, "90s"), (1.5, "1.5s")],
+)
+def test_a_duration_as_settings_have_it(seconds: float, text: str) -> None:
+    assert words.seconds_text(seconds) == text
+
+
+def test_a_time_of_the_api_in_unix_seconds() -> None:
+    assert words.unix_s("1970-01-01T00:01:00.500Z") == 60.5
+    assert words.unix_s(None) is None

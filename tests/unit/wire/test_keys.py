@@ -18,6 +18,7 @@ from manager.wire.keys import (
     Keys,
     digest_of,
     presented,
+    session_cookie,
     session_of,
     without_path_key,
     without_secrets,
@@ -86,6 +87,23 @@ def test_the_keys_of_path_and_headers_are_told_apart() -> None:
 )
 def test_a_session_is_the_cookie_of_that_name(cookies: list[bytes], session: bytes | None) -> None:
     assert session_of([(b"cookie", one) for one in cookies]) == session
+
+
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        (b"localhost", SESSION_COOKIE),
+        (b"localhost:11435", f"{SESSION_COOKIE}_11435"),
+        (b"127.0.0.1:80", f"{SESSION_COOKIE}_80"),
+        (b"[::1]:11435", f"{SESSION_COOKIE}_11435"),
+        (b"[::1]", SESSION_COOKIE),
+        (b"", SESSION_COOKIE),
+    ],
+)
+def test_the_cookie_of_a_session_has_the_port_of_its_daemon(host: bytes, name: str) -> None:
+    assert session_cookie(host) == name
+    headers = [(b"host", host), (b"cookie", f"{SESSION_COOKIE}_1=other; {name}=own".encode())]
+    assert session_of(headers) == b"own"
 
 
 def test_a_secret_in_a_text_is_hidden() -> None:

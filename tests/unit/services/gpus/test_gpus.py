@@ -98,6 +98,25 @@ async def test_a_promise_ends_with_its_instance_and_holds_on_its_card_alone(mach
     await gpus.admit("two", needed_bytes=8 * GIB, wait_s=0)
 
 
+async def test_what_was_promised_and_is_not_held_yet_is_reserved(machine: Machine) -> None:
+    machine.cards = (card(A), card(B))
+    machine.containers = {PID_ONE: ONE}
+    gpus = await machine.gpus(one=A, two=A, other=B)
+    gpus.note_container(ONE, "one")
+    assert gpus.reserved() == {}
+    gpus.claim("one", 3 * GIB)
+    gpus.claim("two", 2 * GIB)
+    assert gpus.reserved() == {A: 5 * GIB}
+    await machine.show(gpus, filled((PID_ONE, 1 * GIB)), card(B))
+    assert gpus.reserved() == {A: 4 * GIB}
+    await machine.show(gpus, filled((PID_ONE, 4 * GIB)), card(B))
+    assert gpus.reserved() == {A: 2 * GIB}, "what an instance holds beyond its claim is nobody's promise"
+    await machine.show(gpus, filled((PID_ONE, None)), card(B))
+    assert gpus.reserved() == {A: None}, "it may hold what it was promised, or nothing"
+    gpus.drop_claim("one")
+    assert gpus.reserved() == {A: 2 * GIB}
+
+
 # Loads
 
 LISTED: list[dict[str, Any]] = [

@@ -116,6 +116,16 @@ def test_a_mere_load_is_loading_until_its_end_unless_the_model_is_used_elsewhere
     assert status.at_work() == {}
 
 
+def test_what_is_being_loaded_is_told_by_instance(status: ModelStatus, fleet: Fleet) -> None:
+    fleet.loaded = {"a": ("here",)}
+    working(status, "a", "Tiny", loads=True)
+    working(status, "a", "here", loads=True)
+    working(status, "b", "used", loads=False)
+    with status.load("Big", "a"), status.load("big:latest", "a"), status.load("small", "c"):
+        assert status.loading() == {"a": ("big:latest", "tiny:latest"), "c": ("small:latest",)}
+    assert status.loading() == {"a": ("tiny:latest",)}
+
+
 def test_the_last_failure_is_told_until_the_model_answers(status: ModelStatus) -> None:
     assert (status.failure("tiny:latest"), status.version) == (None, 0)
     status.failed("tiny", Reason.UPSTREAM_ERROR, "no" * 1000)
