@@ -63,6 +63,8 @@ class Box:
         self.foreign = foreign
 
     def pid_of(self, instance: str) -> int:
+        # A card that an earlier test has lost is found again by the next reading.
+        wait_for(lambda: not any(gpu["lost"] for gpu in self.daemon.get("gpus")["gpus"]))
         container = self.daemon.started(instance)["container"]["id"]
         with closing(self.engine.client()) as client:
             return int(client.containers.get(container).attrs["State"]["Pid"])
