@@ -50,5 +50,6 @@ FOREIGN_ELEMENTS = (
     "[onerror], [onload], [onfocus], [onmouseover], [autofocus][x], iframe, object, embed, base,"
     "img[src='x'],"
     "[src^='https://evil'], [href*='evil.example'], [href^='javascript:' i], [hx-get^='https://evil'],"
-    "meta[http-equiv], form[action^='https://evil'], body style, body script, h1 + h1"
+    "meta[http-equiv], form[action^='https://evil'], body style, h1 + h1,"
+    "body script:not([src^='/ui/static/'])"
 )

@@ -14,14 +14,14 @@ import sys
 import tempfile
 import threading
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import requests
 
 from manager.cli.machine import DOCKERD, IPTABLES
-from tests.nvml.standin import Card, Process
+from tests.nvml.standin import Card, Process, Sensors
 from tests.simulated.image import ensure_simulated_image
 from tests.support.cards import GIB, Machine
 from tests.support.engine import acquire_engine
@@ -39,8 +39,20 @@ if TYPE_CHECKING:
     from tests.support.daemon import Daemon
 
 _CARDS = (
-    Card("GPU-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90", "00000000:41:00.0", "NVIDIA RTX 4090", 24 * GIB),
-    Card("GPU-5d7e9a10-77c2-4e0f-8b6a-90c4f2d1e3ab", "00000000:c1:00.0", "NVIDIA RTX A6000", 48 * GIB),
+    Card(
+        "GPU-8c1f2d34-0b5a-4c1e-9f37-2a6d1e5b7c90",
+        "00000000:41:00.0",
+        "NVIDIA RTX 4090",
+        24 * GIB,
+        sensors=Sensors(41, 58, 182_000, 450_000),
+    ),
+    Card(
+        "GPU-5d7e9a10-77c2-4e0f-8b6a-90c4f2d1e3ab",
+        "00000000:c1:00.0",
+        "NVIDIA RTX A6000",
+        48 * GIB,
+        sensors=Sensors(7, 44, 71_000, 300_000),
+    ),
 )
 _MODELS = {
     "gpu0": "qwen3:8b,gemma3:4b,llama3.1:8b",
@@ -99,9 +111,7 @@ class House:
             if instance == "gpu0":
                 processes.append(Process(os.getpid(), 3 * GIB))
             used = sum(one.used or 0 for one in processes) + GIB // 2
-            cards.append(
-                Card(card.uuid, card.pci_bus_id, card.name, card.vram_total, used, processes=tuple(processes))
-            )
+            cards.append(replace(card, vram_used=used, processes=tuple(processes)))
         self.machine.show(*cards)
 
     def _pid(self, instance: str) -> int:
@@ -212,7 +222,10 @@ def _paid_server() -> Iterator[str]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores it for what it runs behind itself
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     provide([DOCKERD, IPTABLES, IP, COMPILER])
     with tempfile.TemporaryDirectory(prefix="ollama-manager-house-") as home, house(Path(home)) as built:
         built.furnish()

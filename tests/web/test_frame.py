@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,8 @@ from playwright.sync_api import expect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from playwright.sync_api import Route
 
     from tests.support.browser import Visit
     from tests.support.fixtures import NewDaemon
@@ -26,3 +29,24 @@ def test_the_overview_is_live_accessible_and_fits(
     expect(visitor.page.get_by_role("heading", name="Overview")).to_be_visible()
     visitor.assert_accessible()
     visitor.assert_fits()
+
+
+@pytest.mark.parametrize("late", ["hx-sse", "htmx-4", "page.js"])
+def test_the_live_channel_is_joined_whichever_script_comes_late(
+    new_daemon: NewDaemon, new_visit: Callable[..., Visit], late: str
+) -> None:
+    daemon = new_daemon(instances={}).start()
+    visitor = new_visit()
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    visitor.page.route(re.compile(re.escape(late)), hold)
+    visitor.page.goto(f"{daemon.url}/ui", wait_until="commit")
+    expect(visitor.page.get_by_role("heading", name="Overview")).to_be_visible()
+    assert visitor.page.locator("html[data-live=on]").count() == 0, "it says so once it is true"
+    visitor.page.wait_for_timeout(300)  # what begins too early begins within this time
+    for route in held:
+        route.continue_()
+    expect(visitor.page.locator("html[data-live=on]")).to_be_attached()

@@ -63,6 +63,8 @@ class Box:
         self.foreign = foreign
 
     def pid_of(self, instance: str) -> int:
+        # A card that an earlier test has lost is found again by the next reading.
+        wait_for(lambda: not any(gpu["lost"] for gpu in self.daemon.get("gpus")["gpus"]))
         container = self.daemon.started(instance)["container"]["id"]
         with closing(self.engine.client()) as client:
             return int(client.containers.get(container).attrs["State"]["Pid"])
@@ -224,7 +226,7 @@ def test_the_last_hour_grows_while_the_page_is_open(box: Box, new_visit: NewVisi
     expect(chart(visitor, 0, "power").locator(".reading")).to_have_text("100 W")
     assert drawn.evaluate("one => one.isConnected"), "new numbers need no new chart"
     # What cannot be read is a gap, and the last value is unknown.
-    box.show(error=15)
+    box.show(error=999)
     expect(total).to_have_text(UNKNOWN)
     assert int(cells(visitor, 0, "memory", "in use")[3]) >= 1
     expect(chart(visitor, 0, "power").locator(".reading")).to_have_text(UNKNOWN)
@@ -297,11 +299,6 @@ def test_it_fits_and_follows_the_theme(box: Box, new_visit: NewVisit, width: int
     expect(chart(visitor, 0, "memory").locator("canvas")).to_be_visible()
     visitor.assert_accessible()
     visitor.assert_fits()
-    if shots := os.environ.get("GPU_SHOTS"):
-        visitor.page.screenshot(path=f"{shots}/day-{width}-{scheme}.png", full_page=True)
-        visitor.page.goto(f"{box.daemon.url}/ui/gpus")
-        expect(chart(visitor, 0, "memory").locator("canvas")).to_be_visible()
-        visitor.page.screenshot(path=f"{shots}/hour-{width}-{scheme}.png", full_page=True)
     share = 1 - READ[2] / 2 / (24 * 60)
     assert ink(chart(visitor, 0, "utilisation"), 0, share)
     visitor.page.get_by_role("button", name="Light or dark").click()

@@ -34,6 +34,7 @@
   // Draws into an element in the place of what it shows; the chart follows the width of the element.
   function draw(element, options, data) {
     charts.get(element)?.destroy();
+    charts.delete(element);
     const chart = new uPlot({ ...options, width: element.clientWidth, height: element.clientHeight }, data, element);
     charts.set(element, chart);
     watched.observe(element);

@@ -194,12 +194,13 @@
     const isSilent = all.highest === null;
     plot.hidden = isSilent;
     figure.querySelector("[data-none]").hidden = !isSilent;
-    if (!plot.clientWidth) return;
-    const data = [card.times, ...(isStack ? stacked(series, card.used_bytes) : [series[0].values])];
     const chart = charts.of(plot);
-    if (isNew || !chart) charts.draw(plot, options(figure, kept), data);
-    else chart.setData(data);
-    const { idx, left } = charts.of(plot).cursor;
+    if (plot.clientWidth) {
+      const data = [card.times, ...(isStack ? stacked(series, card.used_bytes) : [series[0].values])];
+      if (isNew || !chart) charts.draw(plot, options(figure, kept), data);
+      else chart.setData(data);
+    }
+    const { idx, left } = charts.of(plot)?.cursor ?? { left: -1 };
     read(figure, left >= 0 ? idx : null);
   }
 

@@ -86,17 +86,16 @@
 
   function draw(figure) {
     const plot = figure.querySelector(".plot");
-    if (!plot?.clientWidth) return;
+    if (!plot || !plot.clientWidth) return;
     const table = read(figure);
-    const data = figure.dataset.chart === "bars" ? stacked(table.columns) : table.columns;
-    charts.draw(plot, options(figure, table), [table.seconds, ...data]);
+    charts.draw(plot, options(figure, table), [table.seconds, ...(figure.dataset.chart === "bars" ? stacked(table.columns) : table.columns)]);
   }
 
   function drawAll() {
     for (const figure of document.querySelectorAll("[data-chart]")) draw(figure);
   }
 
-  // Only charts with new numbers are drawn anew.
+  // Only new numbers are drawn anew.
   let last = "";
   function renew() {
     const numbers = [...document.querySelectorAll("[data-chart] tbody")].map((body) => body.innerHTML).join();
