@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from manager import __version__
 from manager.web import words
@@ -15,7 +17,16 @@ from manager.web.texts import read_texts
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_CODE = re.compile("`([^`]+)`")
+
+
+def _prose(text: str) -> Markup:
+    """Return a text with the words between backticks as code."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704  (the text is escaped)
+
+
 _FILTERS = {
+    "prose": _prose,
     "size": words.size,
     "duration": words.duration,
     "ms": words.milliseconds,
