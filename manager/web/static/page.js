@@ -242,6 +242,12 @@
     if (!dialog.open) dialog.showModal();
   }
 
+  // --- Navigation ----------------------------------------------------------------------------------------------
+
+  // A narrow window shows the sections in one line: the present one is brought into it, the page does not scroll.
+  const section = document.querySelector(".nav [aria-current]");
+  if (section) section.parentElement.scrollLeft = section.offsetLeft - (section.parentElement.clientWidth - section.offsetWidth) / 2;
+
   // --- Theme ---------------------------------------------------------------------------------------------------
 
   function switchTheme() {
