@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 _CODE = re.compile("`([^`]+)`")
 
 
-def _prose(text: str) -> Markup:
+def prose(text: str) -> Markup:
     """Return a text with the words between backticks as code."""
     return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704  (the text is escaped)
 
 
 _FILTERS = {
-    "prose": _prose,
+    "prose": prose,
     "size": words.size,
     "duration": words.duration,
     "ms": words.milliseconds,

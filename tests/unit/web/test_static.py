@@ -9,7 +9,7 @@ import pytest
 
 from manager.errors import Reason
 from manager.web.pages import PAGES
-from manager.web.rendering import Renderer
+from manager.web.rendering import Renderer, prose
 from manager.web.static import static_files, static_url
 from manager.web.texts import read_texts
 
@@ -54,3 +54,8 @@ def test_a_text_that_is_not_there_is_an_error() -> None:
 @pytest.mark.parametrize("reason", Reason)
 def test_every_reason_has_words(reason: Reason) -> None:
     assert read_texts().reasons.get(reason.value, "")
+
+
+def test_what_stands_between_backticks_is_code_and_the_rest_is_escaped() -> None:
+    assert prose("Run `a <b>` & wait") == "Run <code>a &lt;b&gt;</code> &amp; wait"
+    assert prose("no code") == "no code"
