@@ -139,7 +139,7 @@ def test_a_fallback_is_seen_by_colour_shape_and_words_and_a_refusal_with_its_rea
     expect(fell).to_contain_text(f"{one['input_tokens']} → {one['output_tokens']}")
     expect(fell).to_contain_text("free")
     expect(refused.locator(".state-bad")).to_have_text("refused")
-    expect(refused).to_contain_text(the(daemon, role="thinking")["fallback_reason"])
+    expect(refused.get_by_title(the(daemon, role="thinking")["fallback_reason"])).to_be_visible()
     expect(refused.locator(".fell")).to_have_count(0)
     visitor.assert_accessible()
     # Where the columns behind are out of sight, the outcome says it.
