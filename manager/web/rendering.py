@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from manager.web import words
 from manager.web.page import element_id
@@ -15,7 +17,16 @@ from manager.web.texts import read_texts
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_CODE = re.compile("`([^`]+)`")
+
+
+def prose(text: str) -> Markup:
+    """Return a text with the words between backticks as code."""
+    return Markup(_CODE.sub(r"<code>\1</code>", str(escape(text))))  # noqa: S704  (the text is escaped)
+
+
 _FILTERS = {
+    "prose": prose,
     "size": words.size,
     "duration": words.duration,
     "ms": words.milliseconds,

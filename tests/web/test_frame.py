@@ -50,3 +50,20 @@ def test_the_live_channel_is_joined_whichever_script_comes_late(
     for route in held:
         route.continue_()
     expect(visitor.page.locator("html[data-live=on]")).to_be_attached()
+
+
+def test_a_phone_shows_the_present_section_and_the_live_dot_in_few_lines(
+    new_daemon: NewDaemon, new_visit: Callable[..., Visit]
+) -> None:
+    daemon = new_daemon(instances={}).start()
+    visitor = new_visit(width=360)
+    visitor.page.goto(f"{daemon.url}/ui/usage")
+    expect(visitor.page.locator(".nav [aria-current]")).to_be_in_viewport(ratio=1)
+    expect(visitor.page.locator(".live-on .icon")).to_be_visible()
+    brand, theme = (visitor.page.locator(one).bounding_box() for one in (".brand", "[data-theme-switch]"))
+    assert brand is not None
+    assert theme is not None
+    assert theme["y"] < brand["y"] + brand["height"]
+    assert visitor.page.evaluate("scrollY") == 0
+    visitor.assert_accessible()
+    visitor.assert_fits()

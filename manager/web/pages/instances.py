@@ -65,9 +65,14 @@ def _card(
         "speed": None if speed is None else round(speed, 1 if speed < 10 else None),  # noqa: PLR2004
         "main": main,
         "more": more,
-        "hints": sorted({why for why in (main | more).values() if why in TELLING}),
+        "hints": _hints({why for why in (main | more).values() if why in TELLING}),
         "can_stop_now": can_stop_now(instance),
     }
+
+
+def _hints(whys: set[str]) -> list[str]:
+    """Return what is told below the buttons; `drained_runs` says all that `drained` says."""
+    return sorted(whys - {"drained"} if "drained_runs" in whys else whys)
 
 
 def _device(device: Mapping[str, Any]) -> dict[str, Any]:

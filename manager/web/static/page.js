@@ -203,7 +203,7 @@
     const now = Date.now() / 1000 + ahead;
     for (const time of document.querySelectorAll("time[data-until], time[data-since]")) tell(time, now);
     for (const time of document.querySelectorAll("time[data-at]:empty")) {
-      time.textContent = new Date(Number(time.dataset.at) * 1000).toLocaleString();
+      time.textContent = new Date(Number(time.dataset.at) * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "medium", hourCycle: "h23" });
     }
   }
   setInterval(() => { if (!document.hidden) tellAll(); }, 1000);
@@ -241,6 +241,12 @@
     root.dataset.live = "lost";
     if (!dialog.open) dialog.showModal();
   }
+
+  // --- Navigation ----------------------------------------------------------------------------------------------
+
+  // A narrow window shows the sections in one line: the present one is brought into it, the page does not scroll.
+  const section = document.querySelector(".nav [aria-current]");
+  if (section) section.parentElement.scrollLeft = section.offsetLeft - (section.parentElement.clientWidth - section.offsetWidth) / 2;
 
   // --- Theme ---------------------------------------------------------------------------------------------------
 

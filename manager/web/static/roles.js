@@ -74,7 +74,10 @@
   }
 
   document.addEventListener("htmx:before:request", ({ detail: { ctx } }) => {
-    if (ctx.request.action.startsWith("/api/settings/")) mine = { lines: [], isDone: false };
+    if (!ctx.request.action.startsWith("/api/settings/")) return;
+    mine = { lines: [], isDone: false };
+    // What an earlier change has done would stand over the field that a refusal names.
+    place().replaceChildren();
   });
   document.addEventListener("htmx:after:request", ({ detail: { ctx } }) => {
     if (ctx.request.action.startsWith("/api/settings/") && ctx.response.status >= 400) mine = null;

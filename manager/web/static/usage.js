@@ -54,7 +54,7 @@
             const iso = new Date(tick * 1000).toISOString();
             return gap < 86400 ? iso.slice(11, 16) : iso.slice(5, 10);
           }) },
-        { ...axis, size: 56, space: 36, values: (_plot, ticks) => ticks.map((tick) => AXES[unit](tick)),
+        { ...axis, size: (plot, values) => widthOf(plot, values, font), space: 36, values: (_plot, ticks) => ticks.map((tick) => AXES[unit](tick)),
           incrs: unit === "count" ? [1, 2, 5].flatMap((one) => Array.from({ length: 13 }, (_, ten) => one * 10 ** ten)).sort((a, b) => a - b) : undefined },
       ],
       series: [{}, ...ink.map((colour) => ({
@@ -66,6 +66,16 @@
       }))],
       hooks: { setCursor: [(plot) => tell(figure, rows, plot.cursor.left < 0 ? null : plot.posToIdx ? place(plot, seconds, step, isBars) : null)] },
     };
+  }
+
+  // The width of an axis: that of its longest value.
+  function widthOf(plot, values, font) {
+    if (!values) return 56;
+    plot.ctx.save();
+    plot.ctx.font = font;
+    const longest = Math.max(...values.map((value) => plot.ctx.measureText(value ?? "").width));
+    plot.ctx.restore();
+    return Math.max(56, Math.ceil(longest) + 16);
   }
 
   // The row under the pointer: bars begin at their second.

@@ -13,7 +13,7 @@ import pytest
 import manager
 from manager.errors import Reason
 from manager.web.pages import PAGES
-from manager.web.rendering import Renderer
+from manager.web.rendering import Renderer, prose
 from manager.web.static import static_files, static_url
 from manager.web.texts import read_texts
 
@@ -124,3 +124,8 @@ def test_links_to_parts_of_pages_have_the_ids_of_elements() -> None:
     for template in (MANAGER / "web" / "templates").rglob("*.html"):
         links = re.findall(r'href="/ui/[^"#]*#{{ (\w+)', template.read_text("utf-8"))
         assert set(links) <= {"element_id"}, template.name
+
+
+def test_what_stands_between_backticks_is_code_and_the_rest_is_escaped() -> None:
+    assert prose("Run `a <b>` & wait") == "Run <code>a &lt;b&gt;</code> &amp; wait"
+    assert prose("no code") == "no code"
