@@ -12,7 +12,7 @@ from manager.web.page import Fragment, Page, element_id
 from manager.web.state import BAD, OFF, OK, WORK, State
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fastapi import Request
 
@@ -32,6 +32,7 @@ _RANKS = {status: rank for rank, status in enumerate(("in_use", "loading", "read
 _PULL_KINDS = {"waiting": OFF, "pulling": WORK, "done": OK, "failed": BAD, "cancelled": OFF}
 _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
+_MOST_TWINS = 5
 _SHORT_DIGEST = 12
 # The first paint waits no longer for servers than this.
 _MOST_NAME = 600
@@ -60,7 +61,7 @@ def _row(
     model: Mapping[str, Any],
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
-    twins: Mapping[tuple[object, str], list[str]],
+    twins: Mapping[tuple[object, str], Sequence[str]],
 ) -> dict[str, Any]:
     name = model["name"]
     places = [_place(model, place, memory, fits, twins) for place in model["places"]]
@@ -94,7 +95,7 @@ def _place(
     place: Mapping[str, Any],
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
-    twins: Mapping[tuple[object, str], list[str]],
+    twins: Mapping[tuple[object, str], Sequence[str]],
 ) -> dict[str, Any]:
     name, digest, first = model["name"], place["digest"], place["instances"][0]
     return {
@@ -105,7 +106,7 @@ def _place(
         "may_change": place["may_change"],
         # A server that is no Ollama has no volume of ours, and manages no models.
         "loads": place["may_change"] or place["volume"] is not None,
-        "twins": [one for one in twins.get((place["volume"] or first, digest), []) if one != name],
+        **_shared(name, twins.get((place["volume"] or first, digest), ())),
         "instances": [
             {
                 "id": id_,
@@ -116,6 +117,12 @@ def _place(
             for id_ in place["instances"]
         ],
     }
+
+
+def _shared(name: str, twins: Sequence[str]) -> dict[str, Any]:
+    """Return the first others that share all files, and how many more there are: all models may."""
+    others = [one for one in twins[: _MOST_TWINS + 1] if one != name][:_MOST_TWINS]
+    return {"twins": others, "more_twins": max(0, len(twins) - 1 - len(others))}
 
 
 def _memory(instances: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
