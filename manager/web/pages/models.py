@@ -33,6 +33,9 @@ _PULL_KINDS = {"waiting": OFF, "pulling": WORK, "done": OK, "failed": BAD, "canc
 _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
 _MOST_TWINS = 5
+# Places of models with their controls, over the whole page; a model has some of its own at least.
+_MOST_PLACES = 2000
+_LEAST_PLACES = 2
 _SHORT_DIGEST = 12
 # The first paint waits no longer for servers than this.
 _MOST_NAME = 600
@@ -51,8 +54,9 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
         "warnings": Fragment("models/warnings.html", _warnings(models, sections["missing"])),
         "rooms": Fragment("models/rooms.html", {"rooms": sections["fit"]["rooms"]}),
     }
+    most = max(_LEAST_PLACES, _MOST_PLACES // max(1, len(models)))
     for model in sorted(models, key=lambda one: one["name"].lower()):
-        context = _row(model, memory, fits, twins)
+        context = _row(model, memory, fits, twins, most)
         found[element_id("model", model["name"])] = Fragment("models/row.html", context)
     return found
 
@@ -62,6 +66,7 @@ def _row(
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
     twins: Mapping[tuple[object, str], Sequence[str]],
+    most_places: int,
 ) -> dict[str, Any]:
     name = model["name"]
     places = [_place(model, place, memory, fits, twins) for place in model["places"]]
@@ -76,7 +81,8 @@ def _row(
         "capabilities": model["capabilities"],
         "error": model["error"],
         "roles": model["roles"],
-        "places": places,
+        "places": places[:most_places],
+        "more_places": max(0, len(places) - most_places),
         "instances": [one for place in places for one in place["instances"]],
         "differs": len({place["digest"] for place in places if place["digest"]}) > 1,
         "last_used_s": None if last_used is None else round(datetime.fromisoformat(last_used).timestamp()),

@@ -37,8 +37,8 @@ def model(name: str) -> dict[str, Any]:
     }
 
 
-def row(count: int) -> str:
-    models = [model(f"copy-{number}") for number in range(count)]
+def rendered(models: list[dict[str, Any]]) -> list[str]:
+    """The rows of models."""
     sections = {
         "models": models,
         "instances": [],
@@ -48,8 +48,14 @@ def row(count: int) -> str:
     }
     viewer = Viewer(None, frozenset(Scope))
     assert MODELS.fragments is not None
-    fragment = MODELS.fragments(sections, viewer)[element_id("model", "copy-0")]
-    return Renderer().render(fragment.template, {"id": "x", "viewer": viewer, **fragment.context})
+    found = MODELS.fragments(sections, viewer)
+    parts = [found[element_id("model", one["name"])] for one in models]
+    renderer = Renderer()
+    return [renderer.render(one.template, {"id": "x", "viewer": viewer, **one.context}) for one in parts]
+
+
+def row(count: int) -> str:
+    return rendered([model(f"copy-{number}") for number in range(count)])[0]
 
 
 def test_copies_of_a_model_are_told_as_far_as_somebody_reads_them() -> None:
@@ -57,3 +63,14 @@ def test_copies_of_a_model_are_told_as_far_as_somebody_reads_them() -> None:
     assert "Frees no space: copy-1, copy-2, copy-3, copy-4, copy-5 has the same files." in row(6)
     assert f"copy-5 and {MANY - 6} more has the same files." in row(MANY)
     assert "has the same files" not in row(1)
+
+
+def test_a_page_of_many_models_at_many_places_stays_small_enough_to_be_sent() -> None:
+    many = [model(f"model-{number}") for number in range(500)]
+    for one in many:
+        one["places"] = [{**one["places"][0], "instances": [f"at-{place}"]} for place in range(64)]
+    found = rendered(many)
+    assert sum(map(len, found)) < 8_000_000
+    assert all("and 60 more places" in one for one in found)
+    few = rendered(many[:20])
+    assert all("more places" not in one and one.count("/load?wait=false") == 64 for one in few)
