@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 HOME = "/ui"
 # Pages of the daemon, and what a link to one may add.
-_PAGES = re.compile(r"/(?:docs|ui(?:/[\w./-]*)?)(?:\?[\w.~%&=+:@/-]{0,1000})?", re.ASCII)
+_PAGES = re.compile(r"/(?:docs|ui(?:/[\w-][\w.-]*)*/?)(?:\?[\w.~%&=+:@/-]{0,1000})?", re.ASCII)
 _FOR_PEOPLE = re.compile(r"/(?:docs|ui(?:/.*)?|sign-in|sign-out)", re.DOTALL)
 _UNAUTHORIZED = 401
 _ERROR = 400

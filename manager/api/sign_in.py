@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PATH = "/sign-in"
 _SEE_OTHER = 303
+_MOST_FIELDS = 10
 
 
 def sign_in_router(keyring: Keyring, doors: Doors, refused: Callable[[str, str, str], None]) -> APIRouter:
@@ -46,7 +47,7 @@ def sign_in_router(keyring: Keyring, doors: Doors, refused: Callable[[str, str, 
 
     @router.post(PATH)
     async def sign_in(request: Request) -> Response:
-        form = parse_qs((await request.body()).decode("utf-8", "replace"), max_num_fields=10)
+        form = _fields(await request.body())
         after = page_after(form.get("next", ()))
         if not keyring.are_required:
             return _to(after)
@@ -67,6 +68,14 @@ def sign_in_router(keyring: Keyring, doors: Doors, refused: Callable[[str, str, 
         return answer
 
     return router
+
+
+def _fields(body: bytes) -> dict[str, list[str]]:
+    """Return the fields of a form; none where it has more than a form of ours."""
+    try:
+        return parse_qs(body.decode("utf-8", "replace"), max_num_fields=_MOST_FIELDS)
+    except ValueError:
+        return {}
 
 
 def _end_session(keyring: Keyring, request: Request) -> None:

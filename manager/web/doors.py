@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import HTMLResponse
-
 from manager.web.pages import PAGES
-from manager.web.policy import PAGE_HEADERS
+from manager.web.policy import PageResponse
 from manager.web.viewer import viewer_for
 
 if TYPE_CHECKING:
@@ -41,4 +39,4 @@ class PageDoors:
 
     async def _page(self, template: str, context: Mapping[str, Any], status: int) -> Response:
         await self._renderer.prepare()
-        return HTMLResponse(self._renderer.render(template, context), status, PAGE_HEADERS)
+        return PageResponse(self._renderer.render(template, context), status)

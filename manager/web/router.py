@@ -9,13 +9,13 @@ from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
-from starlette.responses import HTMLResponse, RedirectResponse, StreamingResponse
+from starlette.responses import RedirectResponse, StreamingResponse
 
 from manager.errors import InvalidRequestError
 from manager.web.feed import CLOCKS_S, Feeds, changes
 from manager.web.page import NO_FACTS
 from manager.web.pages import PAGES
-from manager.web.policy import PAGE_HEADERS
+from manager.web.policy import PageResponse
 from manager.web.static import PREFIX, static_files
 from manager.web.viewer import viewer_of
 
@@ -54,7 +54,8 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
     """
     router = APIRouter(include_in_schema=False)
     feeds = Feeds(renderer, lambda page: NO_FACTS if page.facts is None else page.facts(backend))
-    by_name = {page.name: page for page in PAGES}
+    # The table of scopes has one for all of them.
+    by_name = {page.name: page for page in PAGES if page.fragments is not None and page.scope == "read"}
 
     @router.get("/ui/live")
     async def follow(request: Request) -> Response:
@@ -102,7 +103,7 @@ def pages_router(backend: Backend, live: Live, renderer: Renderer, access: Acces
             "ids": _digest(fragments),
             **await page.context(backend, viewer, request),
         }
-        return HTMLResponse(renderer.render(f"pages/{page.name}.html", context), headers=PAGE_HEADERS)
+        return PageResponse(renderer.render(f"pages/{page.name}.html", context))
 
     for page in PAGES:
         router.add_api_route(page.path, _shown(page, show), methods=["GET"])

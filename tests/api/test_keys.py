@@ -392,10 +392,26 @@ def test_a_wrong_key_signs_nobody_in(keyed: Keyed) -> None:
 
 
 @pytest.mark.parametrize(
-    "elsewhere", ["https://evil.example/", "//evil.example", "/\\evil.example", "/api/tags", ""]
+    "elsewhere",
+    [
+        "https://evil.example/",
+        "//evil.example",
+        "/\\evil.example",
+        "/api/tags",
+        "/ui/..//evil.example",
+        "/ui/../api/tags",
+        "/ui//evil.example",
+        "",
+    ],
 )
 def test_a_sign_in_leads_nowhere_else(keyed: Keyed, elsewhere: str) -> None:
     assert signed_in(keyed, "read", elsewhere).headers["location"] == "/ui"
+
+
+def test_a_form_with_more_fields_than_ours_opens_nothing(keyed: Keyed) -> None:
+    fields = {f"x{number}": "1" for number in range(50)}
+    answer = keyed.gateway.call("POST", "/sign-in", data=fields, headers={"Origin": keyed.gateway.url})
+    assert answer.status_code == 401
 
 
 @pytest.mark.parametrize(

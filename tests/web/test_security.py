@@ -17,7 +17,7 @@ from tests.support.certificates import Authority
 from tests.support.daemon import wait_for
 from tests.support.gateway import Gateway, gateway_over
 from tests.support.keyed import Keyed, keyed_gateway
-from tests.support.scripted import scripted_ollama
+from tests.support.scripted import END, RefusedError, said, scripted_ollama
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -253,6 +253,35 @@ def test_a_reader_has_no_conversation_and_the_refusal_says_so(keyed: Keyed, new_
     page.get_by_role("button", name="Sign out, use another key").click()
     expect(page).to_have_url(f"{keyed.gateway.url}/sign-in")
     visitor.expect_problem("403")
+
+
+@pytest.mark.parametrize("name", ["runs", "keys", "try", "nothing", ""])
+def test_a_page_without_live_parts_has_no_live_channel(keyed: Keyed, name: str) -> None:
+    # One scope opens the channel of all pages: no page of another scope may have parts in it.
+    with keyed.ask("GET", f"/ui/live?page={name}", stream=True) as answer:
+        assert answer.status_code == 422
+
+
+def test_half_a_character_of_a_model_is_no_failure_of_the_page(keyed: Keyed, server: ScriptedOllama) -> None:
+    def refuses(_body: dict[str, Any]) -> list[dict[str, Any]]:
+        raise RefusedError(400, "half \ud83d")
+
+    def run_of(answer: Callable[[dict[str, Any]], Any]) -> str:
+        server.answer = answer
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "stream": False}
+        made = keyed.ask("POST", "/api/v1/runs", json={"path": "/api/chat", "body": body})
+        run: str = made.json()["id"]
+        wait_for(lambda: keyed.ask("GET", f"/api/v1/runs/{run}").json()["ended_at"])
+        return run
+
+    before = server.answer
+    try:
+        for answer in (lambda _body: [said("half \ud83d", **END)], refuses):
+            page = keyed.ask("GET", f"/ui/runs?id={run_of(answer)}", headers=BROWSER)
+            assert page.status_code == 200
+            assert "half ?" in page.text
+    finally:
+        server.answer = before
 
 
 # --- headers --------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from secrets import token_urlsafe
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("keys")
 
 MOST_KEYS = 1000
-# Sessions of pages. Beyond it the oldest one ends.
+# Sessions of pages. Beyond it the oldest one ends of the secret that has the most: a key with many of them
+# ends none of another key that has fewer.
 MOST_SESSIONS = 1000
 SESSION_S = 12 * 3600
 # The key of `server.key_file`. No other can have its name, which has a dot.
@@ -235,9 +236,14 @@ class Keyring:
         ends_at = self._utcnow() + timedelta(seconds=SESSION_S)
         self._sessions[digest_of(session.encode())] = _Session(digest, ends_at)
         if len(self._sessions) > MOST_SESSIONS:
-            self._sessions.popitem(last=False)
+            self._end_oldest_session()
         self._put_in_force()
         return session
+
+    def _end_oldest_session(self) -> None:
+        counts = Counter(one.secret for one in self._sessions.values())
+        most = max(counts.values())
+        del self._sessions[next(id_ for id_, one in self._sessions.items() if counts[one.secret] == most)]
 
     def sign_out(self, session: bytes) -> None:
         """End a session; one that is over already is no error."""

@@ -12,7 +12,7 @@ from manager.web.state import BAD, OFF, OK, WORK, State
 from manager.web.words import unix_s
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fastapi import Request
 
@@ -32,6 +32,10 @@ _RANKS = {status: rank for rank, status in enumerate(("in_use", "loading", "read
 _PULL_KINDS = {"waiting": OFF, "pulling": WORK, "done": OK, "failed": BAD, "cancelled": OFF}
 _ENDED = frozenset({"done", "failed", "cancelled"})
 _MOST_WARNINGS = 8
+_MOST_TWINS = 5
+# Places of models with their controls, over the whole page; a model has some of its own at least.
+_MOST_PLACES = 2000
+_LEAST_PLACES = 2
 _SHORT_DIGEST = 12
 _MOST_NAME = 600
 # The first paint waits no longer for servers than this.
@@ -50,8 +54,9 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
         "warnings": Fragment("models/warnings.html", _warnings(models, sections["missing"])),
         "rooms": Fragment("models/rooms.html", {"rooms": sections["fit"]["rooms"]}),
     }
+    most = max(_LEAST_PLACES, _MOST_PLACES // max(1, len(models)))
     for model in sorted(models, key=lambda one: one["name"].lower()):
-        context = _row(model, memory, fits, twins)
+        context = _row(model, memory, fits, twins, most)
         found[element_id("model", model["name"])] = Fragment("models/row.html", context)
     return found
 
@@ -60,7 +65,8 @@ def _row(
     model: Mapping[str, Any],
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
-    twins: Mapping[tuple[object, str], list[str]],
+    twins: Mapping[tuple[object, str], Sequence[str]],
+    most_places: int,
 ) -> dict[str, Any]:
     name = model["name"]
     places = [_place(model, place, memory, fits, twins) for place in model["places"]]
@@ -75,7 +81,8 @@ def _row(
         "capabilities": model["capabilities"],
         "error": model["error"],
         "roles": model["roles"],
-        "places": places,
+        "places": places[:most_places],
+        "more_places": max(0, len(places) - most_places),
         "instances": [one for place in places for one in place["instances"]],
         "differs": len({place["digest"] for place in places if place["digest"]}) > 1,
         "last_used_s": last_used and round(last_used),
@@ -94,7 +101,7 @@ def _place(
     place: Mapping[str, Any],
     memory: Mapping[tuple[str, str], Any],
     fits: Mapping[tuple[str, str], Any],
-    twins: Mapping[tuple[object, str], list[str]],
+    twins: Mapping[tuple[object, str], Sequence[str]],
 ) -> dict[str, Any]:
     name, digest, first = model["name"], place["digest"], place["instances"][0]
     return {
@@ -105,7 +112,7 @@ def _place(
         "may_change": place["may_change"],
         # A server that is no Ollama has no volume of ours, and manages no models.
         "loads": place["may_change"] or place["volume"] is not None,
-        "twins": [one for one in twins.get((place["volume"] or first, digest), []) if one != name],
+        **_shared(name, twins.get((place["volume"] or first, digest), ())),
         "instances": [
             {
                 "id": id_,
@@ -116,6 +123,12 @@ def _place(
             for id_ in place["instances"]
         ],
     }
+
+
+def _shared(name: str, twins: Sequence[str]) -> dict[str, Any]:
+    """Return the first others that share all files, and how many more there are: all models may."""
+    others = [one for one in twins[: _MOST_TWINS + 1] if one != name][:_MOST_TWINS]
+    return {"twins": others, "more_twins": max(0, len(twins) - 1 - len(others))}
 
 
 def _memory(instances: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -272,6 +272,19 @@ async def test_the_number_of_sessions_is_bounded(
     assert digest_of(str(first).encode()) not in kept
 
 
+async def test_a_key_with_many_sessions_ends_none_of_others(
+    rig: Rig, keyring: Keyring, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_SESSIONS", 3)
+    operator, program = await keyring.create(rig.grant("ops")), await keyring.create(rig.grant("ci"))
+    of_operator = str(keyring.sign_in(operator.secret.encode()))
+    for _ in range(5):
+        latest = str(keyring.sign_in(program.secret.encode()))
+    in_force = rig.in_force.sessions
+    assert [grant.name for grant in in_force.values()] == ["ops", "ci", "ci"]
+    assert {digest_of(one.encode()) for one in (of_operator, latest)} <= set(in_force)
+
+
 async def test_changes_are_events_without_a_secret(rig: Rig, keyring: Keyring) -> None:
     secrets = [(await keyring.create(rig.grant("ci"))).secret, (await keyring.rotate("ci", 60)).secret]
     await keyring.revoke("ci")
