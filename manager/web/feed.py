@@ -33,7 +33,8 @@ def _no_facts(_page: Page) -> Facts:
 class Feed:
     """The fragments of one page for one kind of viewer. Renders what has changed since the last frame.
 
-    `facts` reads what the page needs beside the sections of a frame (`Page.facts`).
+    `facts` reads what the page needs beside the sections of a frame (`Page.facts`). `events` holds what was
+    encoded since the last change, by the ids of the parts: followers that miss the same parts share it.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Feed:
         self._rendered_for: tuple[int, int, object] | None = None
         self._sources: Mapping[str, Fragment] = {}
         self._rendered: dict[str, Rendered] = {}
+        self.events: dict[tuple[str, ...], bytes] = {}
 
     def at(self, frame: Frame, now: float) -> Mapping[str, Rendered]:
         """Return the fragments by the id of their element, in the order of the page.
@@ -70,6 +72,7 @@ class Feed:
             sources = self._page.fragments(sections, self._viewer)
             self._rendered = {id_: self._render(id_, fragment) for id_, fragment in sources.items()}
             self._sources, self._rendered_for = sources, wanted
+            self.events.clear()
         return self._rendered
 
     def _render(self, id_: str, fragment: Fragment) -> Rendered:

@@ -156,7 +156,7 @@ async def _lines(
             if ids is not None and ids != _digest(fragments):
                 changed = None  # the page has other parts; from now on it has these
             ids = None
-            event = _REFRESH if changed is None else _event(changed)
+            event = _REFRESH if changed is None else _shared(feed.events, [*changed])
             if event is not _ALIVE or abs(now - said_at) >= CLOCKS_S:
                 said_at = now
                 yield event
@@ -168,6 +168,14 @@ _REFRESH = b"event: refresh\ndata: -\n\n"
 _OVER = b"event: over\ndata: -\n\n"
 # `str.splitlines` has more ends of lines than server-sent events, and they may be part of a name.
 _LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def _shared(events: dict[tuple[str, ...], bytes], changed: Sequence[tuple[str, str]]) -> bytes:
+    """Return one event with all changed parts, encoded once for all who miss them."""
+    ids = tuple([id_ for id_, _ in changed])
+    if ids not in events:
+        events[ids] = _event(changed)
+    return events[ids]
 
 
 def _event(changed: Iterable[tuple[str, str]]) -> bytes:

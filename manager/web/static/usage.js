@@ -54,7 +54,7 @@
             const iso = new Date(tick * 1000).toISOString();
             return gap < 86400 ? iso.slice(11, 16) : iso.slice(5, 10);
           }) },
-        { ...axis, size: (plot, values) => widthOf(plot, values, font), space: 36, values: (_plot, ticks) => ticks.map((tick) => AXES[unit](tick)),
+        { ...axis, size: (plot, values) => widthOf(plot, values, axis.font), space: 36, values: (_plot, ticks) => ticks.map((tick) => AXES[unit](tick)),
           incrs: unit === "count" ? [1, 2, 5].flatMap((one) => Array.from({ length: 13 }, (_, ten) => one * 10 ** ten)).sort((a, b) => a - b) : undefined },
       ],
       series: [{}, ...ink.map((colour) => ({

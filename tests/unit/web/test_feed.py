@@ -117,3 +117,13 @@ def test_names_with_odd_characters_have_ids_of_their_own() -> None:
     ids = [element_id("role", name) for name in ("a b", "a_b", "a.b", 'a"b', "ab")]
     assert len(set(ids)) == len(ids)
     assert all(id_.replace("-", "").replace("_", "").isalnum() for id_ in ids)
+
+
+def test_what_was_encoded_is_forgotten_with_a_change() -> None:
+    feed = Feed(PAGE, NOBODY, Renderer())  # type: ignore[arg-type]
+    feed.at(frame(1, a=1), 0.0)
+    feed.events["a",] = b"a"
+    feed.at(frame(1, a=1), 0.0)
+    assert feed.events == {("a",): b"a"}
+    feed.at(frame(2, a=2), 0.0)
+    assert feed.events == {}

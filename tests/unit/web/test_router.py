@@ -29,9 +29,11 @@ class Live:
 class Feed:
     def __init__(self, *ids: str) -> None:
         self.left = list(ids)
+        self.events: dict[tuple[str, ...], bytes] = {}
 
     def at(self, _frame: Frame, _now: float) -> dict[str, Rendered]:
         id_ = self.left.pop(0)
+        self.events.clear()
         return {id_: Rendered(1, f"<i>{id_}</i>")}
 
 
