@@ -20,7 +20,7 @@ from manager.web.static import PREFIX, static_files
 from manager.web.viewer import viewer_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from manager.api.backend import Backend
     from manager.services.live import Live
