@@ -16,7 +16,7 @@ from tests.bench.crash import crash_detection
 from tests.bench.decide import decisions
 from tests.bench.idle import RUNNING, idle_cost
 from tests.bench.lanes import lanes_under_load
-from tests.bench.live import live_channel
+from tests.bench.live import live_channel, open_pages
 from tests.bench.relay import relay_cost
 from tests.bench.rig import INSTANCES, MeasurementError, open_rig
 from tests.bench.starts import cold_first_reply, start_many, start_to_ready
@@ -36,6 +36,7 @@ ALONE: dict[str, Callable[[], Iterable[Row]]] = {
     "decide": decisions,
     "lanes": lanes_under_load,
     "live": live_channel,
+    "page": open_pages,
     "relay": relay_cost,
 }
 # Idle cost is that of as many instances as run; everything else is measured with many.

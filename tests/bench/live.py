@@ -22,6 +22,7 @@ from tests.bench.idle import resident_bytes
 from tests.bench.rig import INSTANCES, Client, MeasurementError, ids
 from tests.bench.sampler import talking
 from tests.bench.table import Row, at_most
+from tests.support.browser import browser, chromium, visit
 from tests.support.daemon import COMPUTE, Daemon, free_port, wait_for
 
 if TYPE_CHECKING:
@@ -34,29 +35,44 @@ _ROUNDS = 12
 _MODEL = "tiny"
 
 
+_API = f"{COMPUTE}/live"
+_PAGE = "/ui/live?page=instances"
+_PAINTS = 7
+
+
 def live_channel() -> Iterator[Row]:
     """One idle subscriber, then many while instances change; each beside the same time without them."""
+    yield from _followed(_API, "subscriber")
+
+
+def open_pages() -> Iterator[Row]:
+    """As `live_channel`, for pages of instances; and the first paint of the overview."""
+    yield from _followed(_PAGE, "page")
+    yield from _first_paint()
+
+
+def _followed(path: str, name: str) -> Iterator[Row]:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-manager-bench-")))
         port = free_port()
         stack.enter_context(talking([sys.executable, "-m", "tests.bench.canned", str(port)]))
         daemon = stack.enter_context(_daemon(home, port))
-        idle = [_pair(daemon, 1, changes=False) for _ in range(_ROUNDS)]
-        many = [_pair(daemon, _SUBSCRIBERS, changes=True) for _ in range(_ROUNDS)]
-    yield _row(f"an idle subscriber, {INSTANCES} instances, of one core", idle, 0.5)
+        idle = [_pair(daemon, path, 1, changes=False) for _ in range(_ROUNDS)]
+        many = [_pair(daemon, path, _SUBSCRIBERS, changes=True) for _ in range(_ROUNDS)]
+    yield _row(f"an idle {name}, {INSTANCES} instances, of one core", idle, 0.5)
     yield _row(
-        f"{_SUBSCRIBERS} subscribers, {INSTANCES} instances, {_REQUESTS_PER_S} requests/s, of one core",
+        f"{_SUBSCRIBERS} {name}s, {INSTANCES} instances, {_REQUESTS_PER_S} requests/s, of one core",
         many,
         5,
     )
     last = many[-1][1]
     events_s = last.events / _SUBSCRIBERS / _WATCHED_S
     yield Row(
-        "  events to each subscriber",
+        f"  events to each {name}",
         f"{events_s:.1f} a second, {last.bytes / last.events / 1024:.0f} KiB each",
     )
     before, now = (median(spent.milliseconds for spent in one) for one in zip(*many, strict=True))
-    yield Row("  a request meanwhile, p50", f"{now:.2f} ms, without subscribers {before:.2f} ms")
+    yield Row("  a request meanwhile, p50", f"{now:.2f} ms, without {name}s {before:.2f} ms")
     added = (last.resident - many[-1][0].resident) / 2**20
     yield Row("  resident memory they add", f"{added:.1f} MiB")
 
@@ -72,16 +88,40 @@ class _Spent:
         self.resident = resident
 
 
-def _pair(daemon: Daemon, subscribers: int, *, changes: bool) -> tuple[_Spent, _Spent]:
+def _first_paint() -> Iterator[Row]:
+    """The first paint of the overview, each time in a window of its own without a cache."""
+    if chromium() is None:
+        raise MeasurementError("there is no Chromium")
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ollama-manager-bench-")))
+        port = free_port()
+        stack.enter_context(talking([sys.executable, "-m", "tests.bench.canned", str(port)]))
+        daemon, running = stack.enter_context(_daemon(home, port)), stack.enter_context(browser())
+        paints = []
+        for _ in range(_PAINTS):
+            with visit(running) as visitor:
+                visitor.page.goto(f"{daemon.url}/ui")
+                paints.append(visitor.page.evaluate(_PAINTED))
+    yield at_most(f"first paint of the overview, {INSTANCES} instances", median(paints), 300, " ms", digits=0)
+
+
+# Milliseconds from the navigation on.
+_PAINTED = """() => new Promise((found) => new PerformanceObserver((list) => {
+  const paint = list.getEntriesByName("first-contentful-paint")[0];
+  if (paint) found(paint.startTime);
+}).observe({ type: "paint", buffered: true }))"""
+
+
+def _pair(daemon: Daemon, path: str, subscribers: int, *, changes: bool) -> tuple[_Spent, _Spent]:
     """Return what a while costs without subscribers, and with them."""
-    return _spent(daemon, 0, changes=changes), _spent(daemon, subscribers, changes=changes)
+    return _spent(daemon, path, 0, changes=changes), _spent(daemon, path, subscribers, changes=changes)
 
 
-def _spent(daemon: Daemon, subscribers: int, *, changes: bool) -> _Spent:
+def _spent(daemon: Daemon, path: str, subscribers: int, *, changes: bool) -> _Spent:
     process = daemon.process
     if process is None:
         raise MeasurementError("the daemon does not run")
-    with _reading(daemon.port, subscribers) as readers:
+    with _reading(daemon.port, path, subscribers) as readers:
         before_s, began = _cpu_s(process.pid), time.monotonic()
         readers.bytes = readers.events = 0
         milliseconds = _change(daemon.port) if changes else [0.0]
@@ -137,11 +177,11 @@ class _Readers:
                 for key, _ in selector.select(0.2):
                     data = key.fileobj.recv(2**20)  # type: ignore[union-attr]
                     self.bytes += len(data)
-                    self.events += data.count(b"data: {")
+                    self.events += data.count(b"\n\n")
 
 
 @contextmanager
-def _reading(port: int, count: int) -> Iterator[_Readers]:
+def _reading(port: int, path: str, count: int) -> Iterator[_Readers]:
     """Follow the live channel with so many clients; all have had their first frame."""
     readers = _Readers()
     with ExitStack() as stack:
@@ -150,7 +190,7 @@ def _reading(port: int, count: int) -> Iterator[_Readers]:
             for _ in range(count)
         ]
         for one in sockets:
-            one.sendall(f"GET {COMPUTE}/live HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+            one.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
         thread = threading.Thread(target=readers.read, args=(sockets,))
         thread.start()
         try:
