@@ -173,8 +173,8 @@ def test_no_secret_gets_into_log_metrics_events_history_or_to_a_server(tmp_path:
         gateway.call("POST", f"/key/{rotated}/api/chat", json=CHAT)
         session = gateway.call(
             "POST", "/sign-in", data={"key": rotated}, headers={"Origin": gateway.url}, allow_redirects=False
-        ).cookies["ollama_manager_session"]
-        gateway.call("GET", "/docs", cookies={"ollama_manager_session": session})
+        ).cookies[f"ollama_manager_session_{gateway.port}"]
+        gateway.call("GET", "/docs", cookies={f"ollama_manager_session_{gateway.port}": session})
         seen = [
             keyed.ask("GET", "/metrics").text,
             keyed.ask("GET", f"{COMPUTE}/requests", params={"limit": 1000}).text,

@@ -58,6 +58,10 @@ def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def visitor(daemon: Daemon, new_visit: NewVisit) -> Visit:
     knobs(daemon, pull_s=0, load_s=0, false_load="")
+    for pull in pulls_of(daemon):  # of other tests: their order is random
+        daemon.call("DELETE", f"models/pulls/{pull['id']}")
+        daemon.call("DELETE", f"models/pulls/{pull['id']}")  # an ended one is forgotten
+    wait_for(lambda: pulls_of(daemon) == [])
     found: Visit = new_visit()
     open_page(found, daemon)
     return found

@@ -424,7 +424,7 @@ def test_the_page_is_accessible_and_fits(
     daemon: Daemon, new_visit: Callable[..., Visit], query: str, width: int, scheme: str
 ) -> None:
     visitor = new_visit(width=width, scheme=scheme)
-    with Open(daemon, **{"X-Project-ID": "alerts"}) as one:
+    with Open(daemon, **{"X-Project-ID": "open-ones"}) as one:
         at(visitor, daemon, query)
         if not query:
             expect(visitor.page.locator(f"#open-{one.id}")).to_be_visible()

@@ -402,6 +402,11 @@ def test_an_answer_can_be_read_by_the_page_that_asked_and_no_other(keyed: Access
     assert for_pages([HERE, evil], keyed.check("POST", "/api/chat", [HERE, evil]).refusal) == []
 
 
+def test_the_looks_of_the_page_need_no_key(keyed: Access) -> None:
+    assert keyed.check("GET", "/ui/static/abc/page.css", [HERE]).refusal is None
+    assert keyed.check("GET", "/ui/staticky", [HERE]).refusal is not None
+
+
 def test_a_browser_that_asks_first_needs_no_key(keyed: Access) -> None:
     asks = [
         HERE,

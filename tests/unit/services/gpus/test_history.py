@@ -263,9 +263,7 @@ def busy_machine(machine: Machine, cards: int) -> list[Any]:
     ]
 
 
-async def test_a_sample_of_sixteen_cards_takes_a_millisecond(
-    machine: Machine, registry: SqlRegistry
-) -> None:
+async def test_a_sample_of_sixteen_cards_takes_a_millisecond(machine: Machine, registry: SqlRegistry) -> None:
     gpus = await machine.gpus()
     for container, instance in (("a", "gpu0"), ("b", "gpu1")):
         gpus.note_container(container * 64, instance)
