@@ -36,7 +36,7 @@ _MODEL = "tiny"
 
 
 _API = f"{COMPUTE}/live"
-_PAGE = "/ui/live?page=instances"
+_PAGE = "/ui/live?page=overview"
 _PAINTS = 7
 
 
@@ -46,7 +46,7 @@ def live_channel() -> Iterator[Row]:
 
 
 def open_pages() -> Iterator[Row]:
-    """As `live_channel`, for pages of instances; and the first paint of the overview."""
+    """As `live_channel`, for open overviews, whose list of requests changes; and their first paint."""
     yield from _followed(_PAGE, "page")
     yield from _first_paint()
 
@@ -69,7 +69,7 @@ def _followed(path: str, name: str) -> Iterator[Row]:
     events_s = last.events / _SUBSCRIBERS / _WATCHED_S
     yield Row(
         f"  events to each {name}",
-        f"{events_s:.1f} a second, {last.bytes / last.events / 1024:.0f} KiB each",
+        f"{events_s:.1f} a second, {last.bytes / max(1, last.events) / 1024:.0f} KiB each",
     )
     before, now = (median(spent.milliseconds for spent in one) for one in zip(*many, strict=True))
     yield Row("  a request meanwhile, p50", f"{now:.2f} ms, without {name}s {before:.2f} ms")
