@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from manager.services.routing.attempting import Attempting
 
 _KEEP_ALIVE_S = 15.0
-# What an `EventSource` waits before it connects again.
+# An `EventSource` waits so long before it connects again.
 _BEGINNING = b"retry: 1000\n\n"
 _STILL_HERE = b": still here\n\n"
 
@@ -176,7 +176,7 @@ class Sections:
             ),
             # Roles are lanes: a change of their settings is one of this section.
             "lanes": Section((_without_waits(lanes), _settings_state(backend)), lambda: lanes),
-            **model_sections(backend),
+            **model_sections(backend, overview),
             "requests": Section(
                 ([dict(one.record.__dict__) for one in opened], ended[-1:]),
                 lambda: _requests_json(opened, ended),

@@ -55,14 +55,14 @@ class ModelPlaceBody(_Shape):
 
 
 class ModelErrorBody(_Shape):
-    """Why the last request for a model, or the last load of it, has failed."""
+    """The failure of the last request for a model, or of the last load of it."""
 
     reason: str
     message: str
 
 
 class LatelyBody(_Shape):
-    """What requests have used in the last 24 hours; tokens are those that servers have counted."""
+    """The use of a model in the last 24 hours; tokens are those that servers have counted."""
 
     requests: int
     input_tokens: int
@@ -193,7 +193,8 @@ def models_router(backend: Backend) -> APIRouter:
         Servers that run are asked for their models, as for `/api/tags`.
         """
         await backend.passing.catalogue.refresh(lists=True)
-        values = {name: section.build() for name, section in model_sections(backend).items()}
+        sections = model_sections(backend, backend.overviews.current())
+        values = {name: section.build() for name, section in sections.items()}
         models: Any = values["models"]
         return Response(json_bytes({**values, "count": len(models)}), media_type="application/json")
 
@@ -223,9 +224,8 @@ def models_router(backend: Backend) -> APIRouter:
     return router
 
 
-def model_sections(backend: Backend) -> Mapping[str, Section]:
+def model_sections(backend: Backend, overview: Overview) -> Mapping[str, Section]:
     """Return the sections of the live channel about models."""
-    overview = backend.overviews.current()
     statuses = backend.passing.catalogue.statuses(overview.models)
     uses, failures, fits = backend.uses, backend.status, backend.fitting.current()
     loading = failures.loading_on()

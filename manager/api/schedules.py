@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from manager.api.backend import Backend
     from manager.services.instances.sweeps import Entry
 
-# How many of the next times are listed.
+# The next times that are listed.
 NEXT = 3
 
 

@@ -12,6 +12,7 @@ from manager.cli.failures import printable, warn
 from manager.cli.options import seconds
 from manager.cli.printing import local_time, print_json, print_rows
 from manager.domain.durations import parse_duration
+from manager.domain.keys import LIMIT_NAMES
 from manager.domain.money import micro_usd, usd_text
 
 if TYPE_CHECKING:
@@ -23,17 +24,6 @@ if TYPE_CHECKING:
 _API = "/api/v1/keys"
 _HEADING = ("NAME", "STATE", "SCOPES", "PREFIX", "PROJECT", "CREATED", "EXPIRES", "LAST USED", "LIMITS")
 _SCOPES = ("client", "read", "operator", "admin")
-# Limits of a key, as the API names them.
-_LIMITS = (
-    "roles",
-    "models",
-    "instances",
-    "concurrency",
-    "rpm",
-    "tokens_per_day",
-    "usd_per_month",
-    "local_only",
-)
 _NAME = click.argument("name", metavar="NAME")
 
 
@@ -180,7 +170,7 @@ def _row(key: Mapping[str, Any]) -> tuple[object, ...]:
         local_time(key["created_at"]),
         key["expires_at"] and local_time(key["expires_at"]),
         key["last_used_at"] and local_time(key["last_used_at"]),
-        " ".join(f"{name}={_limit(key[name])}" for name in _LIMITS if key[name]),
+        " ".join(f"{name}={_limit(key[name])}" for name in LIMIT_NAMES if key[name]),
     )
 
 

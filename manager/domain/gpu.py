@@ -69,7 +69,7 @@ class Gpu:
 
     @property
     def sensors(self) -> tuple[float | None, ...]:
-        """What `==` leaves out."""
+        """The readings that `==` leaves out."""
         return self.utilisation_percent, self.temperature_c, self.power_watts, self.power_limit_watts
 
 

@@ -227,7 +227,7 @@ class _Cut:
 
 @dataclass(slots=True)
 class _Column:
-    """What one holder had of a card. `seen` is the slot where it was on the card last, `peak` its most."""
+    """The memory of one holder on a card. `seen` is the slot where it was there last, `peak` its most."""
 
     values: array[float]
     peak: float = 0.0

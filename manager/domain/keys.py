@@ -89,6 +89,19 @@ class Permit:
         return f"the key {self.owner!r} may use only the {what} {listed(permitted)}, not {name!r}"
 
 
+# Limits of a key beside its project, as the API names them.
+LIMIT_NAMES = (
+    "roles",
+    "models",
+    "instances",
+    "concurrency",
+    "rpm",
+    "tokens_per_day",
+    "usd_per_month",
+    "local_only",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """One key as it is stored, without its secret.

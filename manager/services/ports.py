@@ -373,7 +373,7 @@ class Registry(Protocol):
         ...
 
     async def gpu_minutes(self, since_s: int) -> dict[int, tuple[CardMinute, ...]]:
-        """What was read of the cards since a time: by the Unix time of each minute, in order."""
+        """Return the readings of the cards since a time: by the Unix time of each minute, in order."""
         ...
 
     async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None:

@@ -37,7 +37,7 @@ _FOR_EVER = {
     "Vary": "Accept-Encoding",
     "X-Content-Type-Options": "nosniff",
 }
-# How late the end of a session is noticed at most. A quiet page gets a comment every `CLOCKS_S`.
+# The end of a session is noticed within this time. A quiet page gets a comment every `CLOCKS_S`.
 _WATCH_S = 1.0
 _ALIVE = b": alive\n\n"
 _STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

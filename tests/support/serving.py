@@ -59,8 +59,14 @@ class Serving:
                     assert piece
 
     def lines_dropped(self) -> int:
+        return self._counted("log_lines_dropped_total")
+
+    def requests_stored(self) -> int:
+        return self._counted('history_requests_total{result="stored"}')
+
+    def _counted(self, metric: str) -> int:
         text = requests.get(f"{self.url}/metrics", timeout=LIMIT_S).text
-        (found,) = re.findall(r"^ollama_manager_log_lines_dropped_total ([0-9.e+]+)$", text, re.MULTILINE)
+        (found,) = re.findall(rf"^ollama_manager_{re.escape(metric)} ([0-9.e+]+)$", text, re.MULTILINE)
         return int(float(found))
 
     def end(self) -> int:

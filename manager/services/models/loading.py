@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 _JSON = ((b"content-type", b"application/json"),)
 _MOST_REFUSAL_BYTES = 64 * 1024
-# What a caller that does not wait for the end of a load gets to know: most refusals come at once.
+# A caller that does not wait for the end of a load waits so long for a refusal: most come at once.
 _AT_ONCE_S = 0.5
 _OK = 200
 _NOT_FOUND = 404

@@ -95,12 +95,12 @@ class ModelSettings:
 
     @property
     def written(self) -> Mapping[str, Mapping[str, Sourced]]:
-        """What counts where an override is taken back, as `values`; a role that was made here has none."""
+        """The values without overrides, as `values`; a role that was made here has none."""
         return self._written
 
     @property
     def written_fallback(self) -> Mapping[str, Sourced]:
-        """What counts where an override of `fallback` is taken back."""
+        """The values of `fallback` without overrides."""
         return self._written_fallback
 
     @property

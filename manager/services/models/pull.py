@@ -167,7 +167,7 @@ class Pull:
         await self._news.wait()
 
     def _wake(self) -> None:
-        # Those who wait hold the old event; those who come later wait for the next line.
+        # Present waiters hold the old event; later ones wait for the next line.
         news, self._news = self._news, asyncio.Event()
         news.set()
 

@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
 
 class ModelFailure(NamedTuple):
-    """Why the last request for a model has failed; `message` is empty where only the reason is known."""
+    """The failure of the last request for a model; `message` is empty where only the reason is known."""
 
     reason: Reason
     message: str

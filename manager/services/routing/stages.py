@@ -82,7 +82,7 @@ class RolloutControl:
 
     @property
     def written(self) -> Mapping[str, Sourced]:
-        """What counts where an override is taken back."""
+        """The values without overrides."""
         return self._written
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from manager.api.keys import key_body
-from manager.domain.keys import KeyState, Scope
+from manager.domain.keys import LIMIT_NAMES, KeyState, Scope
 from manager.services.accounts.keyring import FILE_KEY
 from manager.web.page import Page
 from manager.web.state import BAD, OFF, OK, State
@@ -89,14 +89,7 @@ _PLAIN = (
     "name",
     "scopes",
     "project",
-    "roles",
-    "models",
-    "instances",
-    "concurrency",
-    "rpm",
-    "tokens_per_day",
-    "usd_per_month",
-    "local_only",
+    *LIMIT_NAMES,
 )
 _MOMENTS = ("created_at", "expires_at", "revoked_at", "last_used_at")
 

@@ -14,6 +14,7 @@ from manager.domain.rollout import Stage
 from manager.settings.overrides import DEFAULTS, setting_key, split_key
 from manager.web.embedding_view import embedding_facts, embedding_fragment, health_fragment
 from manager.web.page import Facts, Fragment, Page, element_id
+from manager.web.paid import paid_servers
 from manager.web.settings_view import OVERRIDE, flat, setting_view, taken_back
 from manager.web.texts import read_texts
 
@@ -155,7 +156,6 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
     settings = backend.model_settings
     warnings = {one["key"]: one["message"] for one in settings_values(backend)["warnings"]}
     slots = backend.passing.routing.slots.instances()
-    paid = [one.id for one in backend.fleet.instances() if one.spec.is_paid]
     local = [one for one in backend.fleet.instances() if not one.spec.is_paid]
     return {
         "roles": [_role(backend, name, warnings, texts) for name in settings.values],
@@ -166,7 +166,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
         "targets": [{"id": one.id, "kind": one.spec.device_kind} for one in local],
         "models": sorted(_model_names(backend)),
         "has_slots": any(one.slots is not None for one in slots),
-        "paid": paid,
+        "paid": paid_servers(backend),
         "rollout": {
             key: setting_view(("rollout",), key, found, backend.rollout.written[key], texts)
             for key, found in backend.rollout.values.items()

@@ -12,6 +12,7 @@ from manager.domain.budgets import Period
 from manager.domain.usage import DAY_S, DIMENSIONS, Dimension
 from manager.errors import ManagerError
 from manager.web.page import Fragment, Page
+from manager.web.paid import paid_servers
 from manager.web.state import BAD, OFF, OK, WARN, State
 from manager.web.usage_period import SPANS, usage_period
 from manager.web.usage_view import shares, usage_view
@@ -115,8 +116,7 @@ def _cloud(backend: Backend) -> dict[str, Any]:
     """Return the force-local switch, and which of its effects it has now (`usage.cloud` of the texts)."""
     settings = backend.model_settings
     fallback, sourced = settings.routing.fallback, settings.fallback["force_local"]
-    servers = [one.id for one in backend.fleet.instances() if one.spec.is_paid]
-    used = [name for name in fallback.order if name in servers] if fallback.order else servers
+    servers = paid_servers(backend)
     roles = [role.name for role in settings.routing.roles.values() if role.paid_fallback]
     if not servers:
         effect = "none_there"
@@ -133,7 +133,7 @@ def _cloud(backend: Backend) -> dict[str, Any]:
         "kind": OK if fallback.force_local else OFF,
         "source": sourced.source,
         "effect": effect,
-        "servers": used,
+        "servers": servers,
         "roles": roles,
     }
 

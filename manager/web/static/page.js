@@ -143,17 +143,22 @@
   const toasts = () => document.getElementById("toasts");
   const MOST_TOASTS = 4;
 
+  // A button that takes a message away.
+  function closer(message, label) {
+    const close = document.createElement("button");
+    close.type = "button";
+    close.className = "button button-quiet";
+    close.textContent = label;
+    close.addEventListener("click", () => message.remove());
+    return close;
+  }
+
   function toast(kind, text) {
     const message = document.createElement("div");
     message.className = `notice notice-${kind}`;
     const words = document.createElement("span");
     words.textContent = text;
-    const close = document.createElement("button");
-    close.type = "button";
-    close.className = "button button-quiet";
-    close.textContent = toasts().dataset.dismiss;
-    close.addEventListener("click", () => message.remove());
-    message.append(words, close);
+    message.append(words, closer(message, toasts().dataset.dismiss));
     toasts().append(message);
     while (toasts().children.length > MOST_TOASTS) toasts().firstChild.remove();
     if (kind === "ok") setTimeout(() => message.remove(), 5000);
@@ -257,5 +262,5 @@
     document.dispatchEvent(new Event("theme"));
   }
 
-  window.page = { refresh, toast, duration, isChanged, signedOut };
+  window.page = { refresh, toast, closer, duration, isChanged, signedOut };
 })();

@@ -47,12 +47,7 @@
     head.className = "row-wide";
     const words = document.createElement("strong");
     words.textContent = title;
-    const close = document.createElement("button");
-    close.type = "button";
-    close.className = "button button-quiet";
-    close.textContent = place().dataset.close;
-    close.addEventListener("click", () => box.remove());
-    head.append(words, close);
+    head.append(words, window.page.closer(box, place().dataset.close));
     const list = document.createElement("ul");
     list.className = "change-list small";
     for (const line of lines) {

@@ -9,11 +9,7 @@ import pytest
 
 from manager.api.doors import page_after
 from manager.api.errors import error_response
-from manager.api.gate import Gate
-from manager.api.granted import OpenByKey
-from manager.web.doors import PageDoors
-from manager.web.rendering import Renderer
-from manager.wire.access import Access
+from tests.support.gated_app import gate_before
 
 BROWSER = (b"accept", b"text/html,application/xhtml+xml")
 
@@ -27,14 +23,7 @@ async def answered(app: Any, path: str = "/ui", *headers: tuple[bytes, bytes]) -
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(
-        app,
-        access=Access(allowed_hosts=["localhost"]),
-        refused=lambda *_: None,
-        used=set(),
-        open_requests=OpenByKey(),
-        doors=PageDoors(Renderer()),
-    )
+    gate = gate_before(app)
     scope = {
         "type": "http",
         "method": "GET",

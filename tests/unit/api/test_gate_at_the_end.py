@@ -8,11 +8,7 @@ from typing import Any
 
 import pytest
 
-from manager.api.gate import Gate
-from manager.api.granted import OpenByKey
-from manager.web.doors import PageDoors
-from manager.web.rendering import Renderer
-from manager.wire.access import Access
+from tests.support.gated_app import gate_before
 
 
 async def cancelled(path: str, *, starts: bool) -> list[Any]:
@@ -31,14 +27,7 @@ async def cancelled(path: str, *, starts: bool) -> list[Any]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    gate = Gate(
-        app,
-        access=Access(allowed_hosts=["localhost"]),
-        refused=lambda *_: None,
-        used=set(),
-        open_requests=OpenByKey(),
-        doors=PageDoors(Renderer()),
-    )
+    gate = gate_before(app)
     scope = {
         "type": "http",
         "method": "POST",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # The pipe holds 64 KiB and the queue 10,000 lines.
 MORE_THAN_FITS = 12_000
+BATCH = 4_000
 
 
 def requests_in(lines: list[bytes]) -> list[str]:
@@ -31,7 +32,10 @@ def test_a_stderr_that_nobody_reads_holds_up_nothing(tmp_path: Path) -> None:
         # The lines of the start are written before the log is full, so that only requests are dropped.
         events = f"{daemon.url}/api/runtime/compute/events?follow=false&last=10"
         wait_for(lambda: "engine_" in requests.get(events, timeout=LIMIT_S).text)
-        daemon.chat(MORE_THAN_FITS)
+        # The history takes its time, and logs what it loses.
+        for done in range(BATCH, MORE_THAN_FITS + 1, BATCH):
+            daemon.chat(BATCH)
+            wait_for(lambda done=done: daemon.requests_stored() == done, within_s=LIMIT_S)  # type: ignore[misc]
         assert daemon.is_alive()
         dropped = daemon.lines_dropped()
         assert dropped > 0

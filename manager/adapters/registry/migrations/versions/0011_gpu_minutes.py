@@ -1,4 +1,4 @@
-"""What was read of the cards in the last day, a row for each minute."""
+"""Readings of the cards in the last day, a row for each minute."""
 
 from __future__ import annotations
 
