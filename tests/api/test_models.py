@@ -12,6 +12,7 @@ from tests.support.gateway import gateway_over
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.support.gateway import Gateway
 
@@ -19,12 +20,20 @@ MODELS = f"{COMPUTE}/models"
 ROLES = {"roles": {"thinking": {"model": "tiny"}, "control": {"model": "nobody-has"}}}
 
 
+KNOBS = {"one": {"pullable": "big,slow"}, "two": {"models": "tiny"}}
+
+
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
-    knobs = {"one": {"pullable": "big,slow"}, "two": {"models": "tiny"}}
-    with gateway_over(
-        tmp_path_factory.mktemp("models"), ("one", "two"), knobs=knobs, config=ROLES
-    ) as running:
+    home = tmp_path_factory.mktemp("models")
+    with gateway_over(home, ("one", "two"), knobs=KNOBS, config=ROLES) as running:
+        yield running
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> Iterator[Gateway]:
+    """A gateway whose models nothing was done with."""
+    with gateway_over(tmp_path, ("one", "two"), knobs=KNOBS, config=ROLES) as running:
         yield running
 
 
@@ -39,8 +48,8 @@ def model(gateway: Gateway, name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def test_a_model_is_told_with_its_places_its_roles_and_what_it_can(gateway: Gateway) -> None:
-    tiny = wait_for(lambda: model(gateway, "tiny:latest"), lambda one: one["context_length"])
+def test_a_model_is_told_with_its_places_its_roles_and_what_it_can(fresh: Gateway) -> None:
+    tiny = wait_for(lambda: model(fresh, "tiny:latest"), lambda one: one["context_length"])
     assert (tiny["context_length"], tiny["capabilities"], tiny["roles"]) == (
         2048,
         ["completion"],
@@ -51,8 +60,8 @@ def test_a_model_is_told_with_its_places_its_roles_and_what_it_can(gateway: Gate
         (None, ["two"], True),
     ]
     assert (tiny["status"], tiny["error"]) == ("not_loaded", None)
-    assert models(gateway)["missing"] == [{"model": "nobody-has", "roles": ["control"]}]
-    assert models(gateway)["fit"] == {"rooms": [], "models": []}  # there is no card
+    assert models(fresh)["missing"] == [{"model": "nobody-has", "roles": ["control"]}]
+    assert models(fresh)["fit"] == {"rooms": [], "models": []}  # there is no card
 
 
 def test_a_pull_goes_on_without_clients_and_is_cancelled(gateway: Gateway) -> None:
