@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -24,6 +25,12 @@ TINY = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]}
 
 def chat(daemon: Daemon, body: dict[str, Any] | None = None, **options: Any) -> requests.Response:
     return daemon.call("POST", "/api/chat", json={**TINY, **(body or {})}, **options)
+
+
+def unused_s(body: dict[str, Any]) -> float:
+    """How long its probes have found no use of an instance."""
+    seen, used = (datetime.fromisoformat(body[name]) for name in ("last_seen_at", "last_used_at"))
+    return (seen - used).total_seconds()
 
 
 def slowly(seconds: float) -> dict[str, dict[str, Any]]:
@@ -276,6 +283,8 @@ def test_where_no_more_may_run_what_nobody_uses_makes_way(new_daemon: NewDaemon)
     for instance in ("two", "one"):
         assert chat(daemon, {"model": f"tiny@{instance}", "stream": False}).status_code == 200
     assert runs() == {"one", "two"}
+    # What is in use goes last, whatever its priority: the probes must have seen that the answer is over.
+    wait_for(lambda: unused_s(daemon.instance("one")) > 1)
     # `two` was used longer ago, but has the higher priority. Many that want the same cost one instance.
     with ThreadPoolExecutor(8) as pool:
         asked = {"model": "tiny@three", "stream": False}

@@ -345,11 +345,12 @@ def origin(html: str) -> Iterator[int]:
             running.shutdown()
 
 
-_ATTACK = """<!doctype html><meta charset=utf-8><iframe name=hole></iframe>
-<form id=out method=post target=hole action="{url}/sign-out"></form>
-<form id=chat method=post target=hole enctype="text/plain" action="{url}/api/chat">
+_ATTACK = """<!doctype html><meta charset=utf-8><iframe name=out></iframe>
+<iframe name=chat></iframe><iframe name=drain></iframe>
+<form id=out method=post target=out action="{url}/sign-out"></form>
+<form id=chat method=post target=chat enctype="text/plain" action="{url}/api/chat">
 <input name='{{"model":"tiny","messages":[{{"role":"user","content":"a' value='b"}}]}}'></form>
-<form id=drain method=post target=hole enctype="text/plain" action="{url}{drain}"></form>
+<form id=drain method=post target=drain enctype="text/plain" action="{url}{drain}"></form>
 <img src="{url}/api/runtime/compute/instances"><img src="{url}/api/tags">
 <script src="{url}/api/tags"></script><link rel=stylesheet href="{url}/api/tags">
 """
@@ -372,8 +373,14 @@ def test_a_page_of_another_origin_can_use_no_session(
         page.goto(f"http://{host}:{port}/")
         page.wait_for_load_state()
         for form in ("out", "chat", "drain"):
-            with page.expect_request(lambda one: one.method == "POST"):
-                page.evaluate(f"document.getElementById('{form}').submit()")
+            # The frame loads once more when the refusal has come, whichever process of the browser holds it.
+            page.evaluate(
+                """(form) => new Promise((resolve) => {
+                  document.querySelector(`iframe[name=${form}]`).addEventListener("load", resolve);
+                  document.getElementById(form).submit();
+                })""",
+                form,
+            )
         calls = page.evaluate(
             """async ([url, drain]) => {
               const results = [];
@@ -478,3 +485,5 @@ def test_the_cookie_is_secure_over_tls(tmp_path: Path, new_visit: NewVisit) -> N
         expect(page.get_by_role("heading", name="Try it")).to_be_visible()
         (cookie,) = page.context.cookies()
         assert (cookie["secure"], cookie["httpOnly"], cookie["sameSite"]) == (True, True, "Strict")
+        # The page asks for models: the daemon may end only after it.
+        page.goto("about:blank")
