@@ -47,7 +47,7 @@ from manager.services.instances.staleness import Staleness
 from manager.services.instances.starting import Starting
 from manager.services.instances.stopping import Stopping
 from manager.services.instances.storing import Overrides, Store
-from manager.services.instances.usage import UsageWatch
+from manager.services.instances.usage import LEAST_WINDOW_S, UsageWatch
 from manager.services.instances.workings import Workings
 
 if TYPE_CHECKING:
@@ -62,10 +62,9 @@ if TYPE_CHECKING:
     from manager.services.world import World
     from manager.wire.details import Details
 
-# A direct user who streams from an instance shows within this time. On a busy machine the end of a start
-# looks like use for longer: only an instance that shows use in each of several looks is in use.
-_GLANCE_S = 0.5
-_GLANCES = 4
+# On a busy machine the end of a start looks like use for a while: only an instance that shows use in each of
+# so many looks is in use.
+_LOOKS = 3
 # How long callers keep waiting once the engine stops answering: one slow ping is no outage.
 _ENGINE_GRACE_PROBES = 3
 _ENGINE_GRACE_S = 5.0
@@ -267,13 +266,13 @@ class Supervisor(Instance):
             ManagerError: the stop failed.
         """
         async with self._last_look:
-            glances = 0
+            looks = 1
             while not await self._rests():
                 # The use may be over, or have been the start itself. Only current use blocks eviction.
-                glances += 1
-                if glances == _GLANCES:
+                if looks == _LOOKS:
                     return False
-                await asyncio.sleep(_GLANCE_S)
+                looks += 1
+                await asyncio.sleep(LEAST_WINDOW_S)
             # As in `stop_if_idle`: no lease can be taken from here on.
             if not self._w.engine_up:
                 return False

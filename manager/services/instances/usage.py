@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # A window without leases says something when it is at least this long: a stream shows within that time.
-_LEAST_WINDOW_S = 1.0
+LEAST_WINDOW_S = 1.0
 
 
 class Watched(Protocol):
@@ -97,7 +97,7 @@ class UsageWatch:
         await self.sample()
         since, now = self._judged_from, self._world.now()
         ttl_s = self._watched.ttl_s
-        least_s = min(_LEAST_WINDOW_S, ttl_s) if ttl_s > 0 else _LEAST_WINDOW_S
+        least_s = min(LEAST_WINDOW_S, ttl_s) if ttl_s > 0 else LEAST_WINDOW_S
         if self._watched.ready_container is None or self._watched.in_flight:
             return
         if since is None or now - since < least_s:

@@ -806,11 +806,11 @@ async def test_a_ttl_that_is_shortened_does_not_stop_an_instance_under_a_direct_
         assert await one.stop_if_idle()
 
 
-async def _talk(box: object) -> None:
+async def _talk(box: object, *, every_s: float = 0.1, cpu_s: float = 0.05) -> None:
     while True:
         box.network_bytes += 500  # type: ignore[attr-defined]
-        box.cpu_s += 0.05  # type: ignore[attr-defined]
-        await asyncio.sleep(0.1)
+        box.cpu_s += cpu_s  # type: ignore[attr-defined]
+        await asyncio.sleep(every_s)
 
 
 @in_virtual_time
@@ -828,6 +828,29 @@ async def test_an_instance_makes_way_unless_it_is_used_or_pinned() -> None:
         assert not await one.make_way("to make way")
         await one.configure({"pinned": False})
         assert await one.make_way("to make way")
+        assert phase(one) == "stopped"
+
+
+@in_virtual_time
+async def test_a_direct_user_with_pauses_is_not_evicted() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        talks = asyncio.ensure_future(_talk(ground.engine.box, every_s=0.9, cpu_s=0.2))
+        await asyncio.sleep(1)
+        assert not await one.make_way("to make way")
+        talks.cancel()
+
+
+@in_virtual_time
+async def test_a_use_that_ends_during_the_looks_does_not_block_an_eviction() -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        talks = asyncio.ensure_future(_talk(ground.engine.box))
+        await asyncio.sleep(1)
+        makes_way = asyncio.ensure_future(one.make_way("to make way"))
+        await asyncio.sleep(0.95)  # the second look finds use as well
+        talks.cancel()
+        assert await makes_way
         assert phase(one) == "stopped"
 
 
