@@ -9,6 +9,8 @@ ManagerError
 ├── UnknownRunError
 ├── UnknownKeyError
 ├── UnknownGpuError
+├── UnknownCollectionError    no such collection, version or item of it
+├── NotInstalledError         an optional part of the program is missing
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
 ├── ConflictError             the state refuses it
@@ -22,6 +24,7 @@ ManagerError
 │   ├── ManagerIdHeldError    another daemon serves the manager id
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
 │   ├── ManagerIdChangedError the state directory has containers under its former manager id
+│   ├── CollectionConflictError  the state of a collection refuses it
 │   ├── KeyConflictError      the name of a key is taken, or nobody could manage keys any more
 │   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
@@ -36,6 +39,8 @@ ManagerError
 │   │   └── BackingOffError   it is too soon after an earlier failure
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   ├── RegistryUnwritableError
+│   ├── VectorsUnavailableError   the tables of vectors could not be read or written
+│   │   └── VectorsDamagedError   one of them is missing or unreadable
 │   └── RunFilesError         a file of a run could not be read or written
 ├── GpuQueryError             NVML did not answer, or said no
 └── RegistryCorruptError
@@ -140,6 +145,20 @@ class UnknownGpuError(ManagerError):
     code = "unknown_gpu"
 
 
+class UnknownCollectionError(ManagerError):
+    """There is no such collection, version or item; `code` says which."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NotInstalledError(ManagerError):
+    """An optional part of the program is missing; the message says how to install it."""
+
+    code = "not_installed"
+
+
 class InvalidRequestError(ManagerError):
     code = "invalid_request"
 
@@ -211,6 +230,14 @@ class KeyConflictError(ConflictError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
+        self.code = code
+
+
+class CollectionConflictError(ConflictError):
+    """The state of a collection, a version or a backfill refuses it; `code` says which way."""
+
+    def __init__(self, code: str, message: str, details: Mapping[str, object] | None = None) -> None:
+        super().__init__(message, details=details)
         self.code = code
 
 
@@ -335,6 +362,23 @@ class RegistryUnwritableError(UnavailableError):
     def __init__(self, message: str) -> None:
         super().__init__(message, reason=Reason.START_FAILED, retry_after_s=30)
         self.code = "registry_unwritable"
+
+
+class VectorsUnavailableError(UnavailableError):
+    """The tables of vectors could not be read or written; the disk or the process is at fault."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason=Reason.INSTANCE_UNAVAILABLE, retry_after_s=1)
+        self.code = "vectors_unavailable"
+
+
+class VectorsDamagedError(VectorsUnavailableError):
+    """A table of vectors is missing or unreadable, or a part of it."""
+
+    def __init__(self, message: str, *, table: int) -> None:
+        super().__init__(message)
+        self.code = "vectors_damaged"
+        self.table = table
 
 
 class RunFilesError(UnavailableError):
