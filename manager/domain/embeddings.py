@@ -92,8 +92,10 @@ class Recipe:
 
     @property
     def id(self) -> str:
-        """The version: 16 hexadecimal digits of a SHA-256 over digest, dimension, prefix, truncation and
-        normalisation. The name counts only where there is no digest. Where it was computed does not count.
+        """The version: 16 hexadecimal digits of a SHA-256.
+
+        It covers digest, dimension, prefix, truncation and normalisation. The name of the model counts only
+        where there is no digest. Where the vectors were computed does not count.
         """
         named = {"digest": self.digest} if self.digest is not None else {"model": self.model}
         facts = {
