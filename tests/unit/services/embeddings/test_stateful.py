@@ -101,8 +101,8 @@ class Collections(RuleBasedStateMachine):
     @rule()
     def let_backfill_end(self) -> None:
         async def ended() -> None:
-            while self.is_backfilling() and not self.rig.crashed:
-                await asyncio.sleep(0.001)  # noqa: ASYNC110  (the status is stored, and nothing tells of it)
+            while self.is_backfilling() and not self.rig.crashed:  # noqa: ASYNC110  (nothing tells of it)
+                await asyncio.sleep(0.001)
 
         self.do(ended())
         self.restart_if_crashed()
