@@ -40,8 +40,8 @@ _VECTORS = "SELECT version, at FROM vectors JOIN versions ON key = version WHERE
 _PAGE = f"""SELECT {ITEM} FROM items WHERE collection = ? AND id > ? AND {_IS_THERE}
     ORDER BY id LIMIT ?"""  # noqa: S608
 _FIRST_PAGE = _PAGE.replace("id > ?", "id >= ?")
-_FOUND = """SELECT number, id, metadata, at FROM json_each(?)
-    CROSS JOIN vectors ON number = value AND version = ? CROSS JOIN items USING (number)
+_FOUND = """SELECT number, items.id, metadata, at FROM json_each(?) AS one
+    CROSS JOIN vectors ON number = one.value AND version = ? CROSS JOIN items USING (number)
     WHERE EXISTS (SELECT 1 FROM versions WHERE key = version)"""
 _METADATA = """SELECT number, metadata FROM vectors CROSS JOIN items USING (number)
     WHERE version = ? AND number > ? AND EXISTS (SELECT 1 FROM versions WHERE key = version)

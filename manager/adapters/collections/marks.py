@@ -49,8 +49,8 @@ _UNMARK_ALL = "DELETE FROM vectors WHERE version = ?"
 _LEAVES_RUBBISH = "UPDATE versions SET leaves_rubbish = ? WHERE key = ?"
 _RUBBISH = f"SELECT number FROM rubbish WHERE version = ? AND {_IS_VERSION} ORDER BY number LIMIT ?"  # noqa: S608
 _ADD_RUBBISH = """INSERT OR IGNORE INTO rubbish
-    SELECT key, value FROM versions JOIN json_each(?) WHERE key = ?
-    AND NOT EXISTS (SELECT 1 FROM vectors WHERE version = key AND number = value)"""
+    SELECT versions.key, one.value FROM versions JOIN json_each(?) AS one WHERE versions.key = ?
+    AND NOT EXISTS (SELECT 1 FROM vectors WHERE version = versions.key AND number = one.value)"""
 _SWEPT = f"DELETE FROM rubbish WHERE version = ? AND number IN {_THESE}"  # noqa: S608
 _SWEPT_ALL = "DELETE FROM rubbish WHERE version = ?"
 
