@@ -202,7 +202,7 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
         try:
             for _ in range(3):
                 passed = len(seen) + 60
-                wait_for(lambda least=passed: len(seen) >= least)  # type: ignore[misc]
+                wait_for(lambda least=passed: len(seen) >= least)
                 (other,) = versions - {docs.version("active")["version"]}
                 docs.ask("POST", f"{DOCS}/cutover", {"version": other})
             passed = len(seen) + 60
@@ -224,7 +224,7 @@ def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_
     docs.put({"a": "alpha", "b": "beta"})
     active = docs.version("active")["version"]
     # The build changes while a text is embedded: after the request has come, before its answer.
-    server.before_answer = lambda _texts: server.become("second")
+    server.before_answer = lambda _texts: server.become("second") and None
     for method, path, body in (
         ("POST", f"{DOCS}/query", {"text": "alpha"}),
         ("PUT", f"{DOCS}/items", {"items": [{"id": "c", "text": "gamma"}]}),
@@ -290,7 +290,12 @@ def test_items_that_fail_three_times_are_in_quarantine_and_named(
 def test_a_cut_over_below_the_threshold_says_what_is_missing(docs: Docs, server: EmbeddingServer) -> None:
     docs.put(texts_of(10))
     held = threading.Event()
-    server.before_answer = lambda texts: None if len(texts) == 1 else held.wait(30)  # type: ignore[func-returns-value]
+
+    def hold(texts: Sequence[str]) -> None:
+        if len(texts) > 1:
+            held.wait(30)
+
+    server.before_answer = hold
     try:
         docs.backfill(prefix="passage: ")
         building = docs.version("building")["version"]
