@@ -66,7 +66,9 @@ class Embedding(Scripted):
         await talk.whole(status, content)
 
 
-async def embed(front: Front, texts: Sequence[str], wanted: Wanted = ANY, asking: Asking = ASKING) -> Embedded:
+async def embed(
+    front: Front, texts: Sequence[str], wanted: Wanted = ANY, asking: Asking = ASKING
+) -> Embedded:
     return await front.daemon.backend.collections.embedder.embed(wanted, texts, asking)
 
 
