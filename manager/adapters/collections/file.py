@@ -36,7 +36,8 @@ _WHOLLY_CHECKED_BYTES = 64 * 2**20
 # In a large file only these are checked: a start must not take the longer the more items there are.
 _SMALL_TABLES = ("sqlite_master", "meta", "collections", "versions", "backfills", "removed")
 _MOST_PROBLEMS = 3
-_HEAD_BYTES = 2**16
+# The schema is in the first pages: it is written once, when the file is made.
+_HEAD_BYTES = 2**20
 # https://www.sqlite.org/fileformat2.html: the number of the schema, the encoder's version, the application.
 _NUMBERS_AT = slice(60, 72)
 _NUMBERS = struct.Struct(">i4xi")

@@ -157,6 +157,7 @@ class Backfilling:
         await self._shelf.ready()
         shelved = self._shelf.get(name)
         _refuse_open(shelved)
+        _refuse_empty(shelved)
         collection = shelved.collection
         prefix = collection.prefix if new.prefix is None else new.prefix
         asked = collection.asked if new.dimensions is None else new.dimensions
@@ -412,7 +413,7 @@ class Backfilling:
                 continue
             except CollectionConflictError as error:
                 if error.code == "version_stale":
-                    await self._tending.found_stale(version)
+                    await self._tending.look_at_build(version)
                 raise
             done = await finish(self._store(shelved, version, left, embedded.vectors))
             break
@@ -466,6 +467,14 @@ def _backfilled(shelved: Shelved) -> Shelved:
         message = f"the collection {shelved.collection.name!r} had no backfill"
         raise UnknownCollectionError("unknown_backfill", message)
     return shelved
+
+
+def _refuse_empty(shelved: Shelved) -> None:
+    if shelved.active is None:
+        message = (
+            f"{shelved.collection.name!r} has no items yet (nothing_to_do): the first ones make a version"
+        )
+        raise CollectionConflictError("nothing_to_do", message)
 
 
 def _refuse_open(shelved: Shelved) -> None:
