@@ -189,7 +189,7 @@ class Counts(NamedTuple):
     @property
     def coverage(self) -> float:
         """The share of the items that have a vector, from 0 to 1; 1 exactly where all have one."""
-        return 1.0 if self.rows >= self.items else min(self.rows / self.items, 1 - 1e-9)
+        return self.rows / self.items if self.items else 1.0
 
     @property
     def missing(self) -> int:
