@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 import subprocess
@@ -46,7 +47,7 @@ def unit(number: int, dim: int = DIM) -> bytes:
 def cosine(one: bytes, other: bytes) -> float:
     count = len(one) // 4
     pairs = zip(struct.unpack(f"<{count}f", one), struct.unpack(f"<{count}f", other), strict=True)
-    return sum(a * b for a, b in pairs)
+    return math.fsum(a * b for a, b in pairs)
 
 
 def row(number: int) -> VectorRow:
