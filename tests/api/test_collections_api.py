@@ -265,7 +265,17 @@ def test_an_id_that_no_path_can_say_is_refused(docs: Client, item_id: str) -> No
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize(
     "behind",
-    ["/items/..", "/items/.", "/items/%2E%2E", "/items/%2e.", "/items/../", "/items/x/..", "/", "/items/", "//"],
+    [
+        "/items/..",
+        "/items/.",
+        "/items/%2E%2E",
+        "/items/%2e.",
+        "/items/../",
+        "/items/x/..",
+        "/",
+        "/items/",
+        "//",
+    ],
 )
 def test_no_step_in_a_path_leads_from_an_item_to_its_collection(
     docs: Client, method: str, behind: str
@@ -384,9 +394,13 @@ def test_a_body_may_be_larger_than_others_but_not_larger_than_max_body(docs: Cli
     text = "x" * 100_000
     docs.put(*({"id": str(number), "text": text} for number in range(30)))
     assert docs.good("GET")["items"] == 30
-    answer = docs.ask("PUT", "/items", data=b" " * (8 * 2**20 + 1), headers={"Content-Type": "application/json"})
+    answer = docs.ask(
+        "PUT", "/items", data=b" " * (8 * 2**20 + 1), headers={"Content-Type": "application/json"}
+    )
     assert error_of(answer) == (413, "body_too_large")
-    answer = docs.ask("POST", "/query", data=b" " * (4 * 2**20 + 1), headers={"Content-Type": "application/json"})
+    answer = docs.ask(
+        "POST", "/query", data=b" " * (4 * 2**20 + 1), headers={"Content-Type": "application/json"}
+    )
     assert error_of(answer) == (413, "body_too_large")
 
 
@@ -516,7 +530,9 @@ def test_a_model_change_is_a_backfill_a_cutover_and_a_rollback(docs: Client) -> 
 
 
 def test_a_cutover_below_the_threshold_says_what_is_missing(docs: Client) -> None:
-    docs.put(*({"id": str(n), "text": f"text {n}"} for n in range(3)), {"id": "v", "vector": [1.0] * DIMENSIONS})
+    docs.put(
+        *({"id": str(n), "text": f"text {n}"} for n in range(3)), {"id": "v", "vector": [1.0] * DIMENSIONS}
+    )
     done = changed(docs, "second")
     assert (done["status"], done["quarantined"], done["rows"]) == ("succeeded", 1, 3)
     (failure,) = done["failures"]
@@ -531,7 +547,10 @@ def test_a_cutover_below_the_threshold_says_what_is_missing(docs: Client) -> Non
         answer = docs.ask("POST", "/cutover", {"version": done["version"], "threshold": threshold})
         assert fields_of(answer) == ["body.threshold"]
         assert fields_of(docs.ask("POST", "/rollback", {"threshold": threshold})) == ["body.threshold"]
-    assert docs.good("POST", "/cutover", {"version": done["version"], "threshold": 0.5})["version"] == done["version"]
+    assert (
+        docs.good("POST", "/cutover", {"version": done["version"], "threshold": 0.5})["version"]
+        == done["version"]
+    )
 
 
 def test_a_backfill_can_be_paused_resumed_and_cancelled(docs: Client) -> None:
@@ -553,10 +572,21 @@ def test_a_backfill_can_be_paused_resumed_and_cancelled(docs: Client) -> None:
 
 def test_a_backfill_may_cut_over_by_itself_with_another_recipe(docs: Client) -> None:
     docs.put({"id": "a", "text": "x"})
-    done = changed(docs, "second", prefix="passage: ", dimensions=8, auto_cutover=True, threshold=0.9, rate=100)
-    assert (done["status"], done["threshold"], done["rate"], done["auto_cutover"]) == ("succeeded", 0.9, 100.0, True)
+    done = changed(
+        docs, "second", prefix="passage: ", dimensions=8, auto_cutover=True, threshold=0.9, rate=100
+    )
+    assert (done["status"], done["threshold"], done["rate"], done["auto_cutover"]) == (
+        "succeeded",
+        0.9,
+        100.0,
+        True,
+    )
     collection = docs.good("GET")
-    assert (collection["version"], collection["prefix"], collection["dimensions"]) == (done["version"], "passage: ", 8)
+    assert (collection["version"], collection["prefix"], collection["dimensions"]) == (
+        done["version"],
+        "passage: ",
+        8,
+    )
     assert "passage: x" in docs.server.texts
 
 
@@ -575,7 +605,9 @@ def test_a_backfill_may_cut_over_by_itself_with_another_recipe(docs: Client) -> 
         ({"speed": 1}, "body.speed"),
     ],
 )
-def test_a_backfill_that_cannot_be_is_refused_by_field(docs: Client, changes: dict[str, Any], field: str) -> None:
+def test_a_backfill_that_cannot_be_is_refused_by_field(
+    docs: Client, changes: dict[str, Any], field: str
+) -> None:
     docs.put({"id": "a", "text": "x"})
     headers = {"Content-Type": "application/json"}
     answer = docs.ask("POST", "/backfill", data=json.dumps(changes), headers=headers)
@@ -638,7 +670,9 @@ def test_an_unknown_parameter_is_refused(docs: Client, method: str, path: str, b
 
 def test_writers_and_readers_at_the_same_time_are_all_served(docs: Client) -> None:
     def write(number: int) -> int:
-        return int(docs.put(*({"id": f"{number}-{n}", "text": f"{number} {n}"} for n in range(10)))["written"])
+        return int(
+            docs.put(*({"id": f"{number}-{n}", "text": f"{number} {n}"} for n in range(10)))["written"]
+        )
 
     def read(number: int) -> bool:
         answer = docs.good("POST", "/query", {"text": str(number)})

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from tests.integration.conftest import NewDaemon
+
 BASE = "/api/v1/collections"
 DOCS = f"{BASE}/docs"
 ITEMS = 300
@@ -31,9 +33,8 @@ KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
 class Docs:
     """A daemon with one external server, and its collection `docs` as a client sees it."""
 
-    def __init__(self, daemon: Daemon, server: EmbeddingServer) -> None:
+    def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
-        self.server = server
 
     def ask(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
         answer = self.daemon.call(method, path, **({} if body is None else {"json": body}))
@@ -89,7 +90,7 @@ def rig(home: Path, server: EmbeddingServer, **more: Any) -> Iterator[Docs]:
         "lifecycle": {"probe_interval_s": 0.5, "resync_interval_s": 1},
     }
     with Daemon(home, config, engine_url="unix:///nonexistent/docker.sock") as daemon:
-        yield Docs(daemon, server)
+        yield Docs(daemon)
 
 
 def start(docs: Docs) -> None:
@@ -119,6 +120,12 @@ def wait_for_more(seen: list[str]) -> None:
     """Wait until some more queries were answered."""
     wanted = len(seen) + 60
     wait_for(lambda: len(seen) >= wanted)
+
+
+def wait_until_advanced(docs: Docs) -> None:
+    """Wait until a backfill has embedded more, or has ended."""
+    before = docs.progress()["rows"]
+    wait_for(docs.progress, lambda one: one["rows"] > before or one["status"] != "running")
 
 
 def when(server: EmbeddingServer, more: int) -> Callable[[], None]:
@@ -352,3 +359,38 @@ def test_a_daemon_that_is_replaced_takes_the_collections_over(docs: Docs, server
     start(docs)
     docs.assert_finds(texts, sorted(texts)[:5])
     assert docs.ask("GET", DOCS)["items"] == 50
+
+
+def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemon_goes_on(
+    new_daemon: NewDaemon,
+) -> None:
+    models = {"OLLAMA_SIM_MODELS": "minilm,other=embed"}
+    daemon = new_daemon(
+        templates={"sim": {"env": models}},
+        config={"roles": {"embedding": {"model": "minilm"}}},
+    ).start()
+    docs = Docs(daemon)
+    docs.ask("POST", BASE, {"name": "docs"}, status=201)
+    texts = texts_of(ITEMS)
+    docs.put(texts)  # starts the container
+    assert daemon.instance("cpu")["phase"] == "ready"
+    first = docs.version("active")
+    assert first["model"] == "minilm"
+    # As a pull does: the name stands for another build from here on.
+    copied = daemon.call("POST", "/api/copy", json={"source": "other", "destination": "minilm:latest"})
+    assert copied.status_code == 200, copied.text
+    docs.backfill(rate=200)
+    for _ in range(3):
+        wait_until_advanced(docs)
+        daemon.kill()
+        daemon.start()
+    ended = docs.ended()
+    assert (ended["rows"], ended["missing"], ended["coverage"]) == (ITEMS, 0, 1.0)
+    assert docs.version("stale")["version"] == first["version"]
+    building = docs.version("building")
+    assert building["digest"] != first["digest"]
+    docs.ask("POST", f"{DOCS}/cutover", {"version": building["version"]})
+    docs.assert_finds(texts, sorted(texts)[:5])
+    # The former build cannot be asked for any text: nobody rolls back to it by mistake.
+    error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
+    assert error["code"] == "version_stale"
