@@ -14,14 +14,14 @@ _TURN_S = 0.1
 
 
 class Background:
-    """Runs once. `ended` has the result; a piece of work that was cut off ends with CancelledError.
+    """Runs once. `ended` says whether the work has come to its end, or was cut off.
 
     The work is cut off, too, when the interpreter ends. The thread is not one of an executor: the
     interpreter waits for those before it says that it ends.
     """
 
     def __init__(self, work: Callable[[], Coroutine[object, object, None]], name: str) -> None:
-        self.ended: Future[None] = Future()
+        self.ended: Future[bool] = Future()
         self._work = work
         self._is_cut_off = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name)
@@ -36,10 +36,12 @@ class Background:
         try:
             with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
                 runner.run(self._watched())
+        except asyncio.CancelledError:
+            self.ended.set_result(False)
         except BaseException as error:  # noqa: BLE001  (whoever waits is told)
             self.ended.set_exception(error)
         else:
-            self.ended.set_result(None)
+            self.ended.set_result(True)
 
     async def _watched(self) -> None:
         task = asyncio.ensure_future(self._work())

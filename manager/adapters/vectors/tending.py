@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import asynccontextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from manager.adapters.vectors import files
 from manager.adapters.vectors.faults import is_conflict
+from manager.adapters.vectors.libraries import give_back_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    import threading
+    from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from lancedb.table import AsyncTable
@@ -41,9 +45,16 @@ _NAME = "rows_"
 
 _KEPT = timedelta(seconds=1)
 _ALL_KEPT = timedelta(days=36_500)
-_TRIES = 5
 _LONGEST_CALL_S = 60.0
 _TURN_S = 0.02
+
+
+class Others(Protocol):
+    """The calls that go on meanwhile."""
+
+    writing: threading.Lock
+
+    def calls_on(self, table: int) -> frozenset[object]: ...
 
 
 class _Index(NamedTuple):
@@ -62,29 +73,26 @@ class Tending:
         # The files of a table after it was last tended.
         self._files: dict[int, int] = {}
 
-    async def tend(
-        self, table: int, path: Path, handle: AsyncTable, calls: Callable[[], frozenset[object]]
-    ) -> None:
-        """Do what is due. What conflicts with other calls is tried a few times, and left for the next time.
-
-        Args:
-            table: its number.
-            path: its directory.
-            handle: of the running event loop.
-            calls: returns the calls on the table that go on.
-        """
+    async def tend(self, table: int, path: Path, handle: AsyncTable, others: Others) -> None:
+        """Do what is due; the event loop is of this call alone."""
         index = await _index(handle)
         rows, count = await _extent(handle)
-        if self._is_due(table, path, index, rows, count):
-            await _changed(path, lambda: handle.optimize(cleanup_older_than=_ALL_KEPT))
-            index = await _index(handle)
-            if _is_index_due(index, rows):
-                await _changed(path, lambda: _build(handle, rows))
-                await _changed(path, lambda: handle.optimize(cleanup_older_than=_ALL_KEPT))
-            # Whatever replaces the old files is on the disk, and nobody reads them.
-            if await _ended(calls):
-                await _changed(path, lambda: handle.optimize(cleanup_older_than=_KEPT))
-            _, self._files[table] = await _extent(handle)
+        if not self._is_due(table, path, index, rows, count):
+            return
+        merge = partial(handle.optimize, cleanup_older_than=_ALL_KEPT)
+        await _changed(path, merge, others)
+        index = await _index(handle)
+        if _is_index_due(index, rows):
+            await _changed(path, partial(_build, handle, rows), others)
+            await _changed(path, merge, others)
+        # Whatever replaces the old files is on the disk now. Files that no state knows are of changes that
+        # have failed, as nobody writes.
+        if await _ended(table, others):
+            prune = partial(handle.optimize, cleanup_older_than=_KEPT, delete_unverified=True)
+            async with _alone(others):
+                await _changed(path, prune, None)
+        _, self._files[table] = await _extent(handle)
+        give_back_memory()
 
     def forget(self, table: int) -> None:
         self._files.pop(table, None)
@@ -142,28 +150,43 @@ async def _extent(handle: AsyncTable) -> tuple[int, int]:
     return stats["num_rows"], stats["fragment_stats"]["num_fragments"]
 
 
-async def _changed(path: Path, change: Callable[[], Awaitable[object]]) -> None:
-    """Make a change, and flush it to the disk. Conflicts put it off in the end."""
+async def _changed(path: Path, change: Callable[[], Awaitable[object]], others: Others | None) -> None:
+    """Make a change, and flush it to the disk.
+
+    A change that another one has overtaken is made again while nobody writes; `others` is None where that
+    is so already.
+    """
     unsynced = files.Unsynced(path)
-    for _ in range(_TRIES):
-        try:
+    try:
+        await change()
+    except (RuntimeError, ValueError, OSError) as error:
+        if others is None or not is_conflict(error):
+            raise
+        async with _alone(others):
             await change()
-            break
-        except (RuntimeError, ValueError) as error:
-            if not is_conflict(error):
-                raise
     unsynced.sync()
 
 
-async def _ended(calls: Callable[[], frozenset[object]]) -> bool:
+@asynccontextmanager
+async def _alone(others: Others) -> AsyncIterator[None]:
+    """Keep the writer waiting. Only this event loop waits for it."""
+    while not others.writing.acquire(blocking=False):
+        await asyncio.sleep(_TURN_S)
+    try:
+        yield
+    finally:
+        others.writing.release()
+
+
+async def _ended(table: int, others: Others) -> bool:
     """Wait for the calls that may read the state from before; later ones read the newest.
 
     Returns:
         Whether they have ended in time.
     """
-    before = calls()
+    before = others.calls_on(table)
     deadline = time.monotonic() + _LONGEST_CALL_S
-    while before & calls():
+    while before & others.calls_on(table):
         if time.monotonic() > deadline:
             return False
         await asyncio.sleep(_TURN_S)
