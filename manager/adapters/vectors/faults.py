@@ -33,6 +33,8 @@ _NOT_THE_TABLE = frozenset(
         errno.ETIMEDOUT,
     }
 )
+# Where in LanceDB's sources the error was made.
+_PLACE = re.compile(r",? /[^ ,]+\.rs:\d+:\d+.*")
 _NUMBER = re.compile(r"os error (\d+)")
 _MOST_CHARACTERS = 300
 
@@ -49,7 +51,7 @@ def is_panic(error: BaseException) -> bool:
 
 def translated(error: BaseException, table: int) -> VectorsUnavailableError:
     """Return what the port raises instead of `error`, which a call on `table` has raised."""
-    why = " ".join(str(error).split())[:_MOST_CHARACTERS] or type(error).__name__
+    why = _PLACE.sub("", " ".join(str(error).split()))[:_MOST_CHARACTERS] or type(error).__name__
     number = _number(error)
     if number in _NOT_THE_TABLE:
         return VectorsUnavailableError(f"table {table} of vectors: {os.strerror(number)}")
