@@ -375,7 +375,9 @@ def next_step(model: Model, choose: Choose) -> Step:  # noqa: C901, PLR0911, PLR
             return Step(method, (a_backfill(collection, version),))
         case "begin_backfill":
             return Step(method, (a_backfill(collection, version), *([known] if known else [])))
-        case "switch" if known and known.state is VersionState.BUILDING and collection in model.collections:
+        case "switch" if (
+            known in mine and known.state is VersionState.BUILDING and collection in model.collections
+        ):
             threshold = choose((0.0, 0.5, 1.0))
             return Step(
                 method,
@@ -386,7 +388,7 @@ def next_step(model: Model, choose: Choose) -> Step:  # noqa: C901, PLR0911, PLR
                     lambda counts: counts.coverage >= threshold,
                 ),
             )
-        case "save_versions" if known and not active:
+        case "save_versions" if known in mine and not active:
             return Step(method, (replace(known, state=VersionState.ACTIVE, stale_since=NOW),))
         case "remove_version" | "remove" if choose(range(3)) == 0:
             return Step(method, (version if method == "remove_version" else collection,))
