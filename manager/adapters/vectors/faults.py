@@ -55,10 +55,12 @@ def translated(error: BaseException, table: int) -> VectorsUnavailableError:
     number = _number(error)
     if number in _NOT_THE_TABLE:
         return VectorsUnavailableError(f"table {table} of vectors: {os.strerror(number)}")
-    if isinstance(error, MemoryError | TimeoutError | ImportError) or is_conflict(error):
-        return VectorsUnavailableError(f"table {table} of vectors: {why}")
-    # The default is damage. What else LanceDB says is about bytes that it cannot make sense of, a file that
-    # is not there (ENOENT) or that the disk cannot read (EIO), and the caller has checked its arguments.
+    is_of_the_table = isinstance(error, OSError | RuntimeError | ValueError) or is_panic(error)
+    if isinstance(error, TimeoutError) or is_conflict(error) or not is_of_the_table:
+        return VectorsUnavailableError(f"table {table} of vectors: {type(error).__name__}: {why}")
+    # The default for what LanceDB says is damage: bytes that it cannot make sense of, a file that is not
+    # there (ENOENT) or that the disk cannot read (EIO). Its arguments are right, and are checked before.
+    # Anything else is a mistake of ours or of LanceDB, or a want of memory; no table is rebuilt for that.
     return VectorsDamagedError(f"table {table} of vectors is damaged: {why}", table=table)
 
 

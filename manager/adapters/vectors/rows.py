@@ -119,6 +119,8 @@ def search_among(table: Table, vector: bytes, count: int, among: Collection[int]
     """Look at the vectors of the rows themselves: LanceDB would look at those of all rows."""
     import numpy as np  # noqa: PLC0415
 
+    if not among:
+        return []
     values = _values(table, vector)
     wanted = np.unique(np.fromiter(among, np.int64, len(among)))
     found: list[Hit] = []

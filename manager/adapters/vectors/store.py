@@ -6,7 +6,7 @@ import asyncio
 import importlib.util
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CancelScope
@@ -19,7 +19,7 @@ from manager.adapters.vectors.tending import Tending
 from manager.errors import VectorsUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -134,11 +134,13 @@ class LanceVectors:
             if table in self._dropping:
                 return
             tend = Background(lambda: self._tables.tend(table, self._tending), "vectors tending")
+            with _of_the_process("tended"):
+                tend.start()
             self._tended = table, tend
-            tend.start()
             try:
-                if not await _result(tend.ended, tend.cut_off):
-                    self._refuse_if_closed()
+                with _of_the_process("tended"):
+                    if not await _result(tend.ended, tend.cut_off):
+                        self._refuse_if_closed()
             finally:
                 self._tended = None
 
@@ -164,8 +166,18 @@ class LanceVectors:
 
     async def _call(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         self._refuse_if_closed()
-        waiting = pool.submit(work)
+        with _of_the_process("reached"):
+            waiting = pool.submit(work)
         return await _result(waiting, waiting.cancel)
+
+
+@contextmanager
+def _of_the_process(doing: str) -> Iterator[None]:
+    """Translate a want of descriptors or threads."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise VectorsUnavailableError(f"the tables of vectors cannot be {doing}: {error}") from error
 
 
 def _nothing() -> None:

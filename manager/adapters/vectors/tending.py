@@ -170,7 +170,7 @@ async def _changed(path: Path, change: Callable[[], Awaitable[object]], others: 
 @asynccontextmanager
 async def _alone(others: Others) -> AsyncIterator[None]:
     """Keep the writer waiting. Only this event loop waits for it."""
-    while not others.writing.acquire(blocking=False):  # noqa: ASYNC110  (a lock of threads)
+    while not others.writing.acquire(blocking=False):  # noqa: ASYNC110  (of threads)
         await asyncio.sleep(_TURN_S)
     try:
         yield
