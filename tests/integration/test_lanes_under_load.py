@@ -115,10 +115,8 @@ async def slots_change(load: Load, rng: random.Random) -> None:
     load.daemon.process.send_signal(signal.SIGHUP)
     await asyncio.to_thread(
         wait_for,
-        lambda: load.daemon.get("lanes")["instances"],
-        lambda found: all(
-            one["slots"] == slots[one["id"]] and one["in_use"] <= one["slots"] for one in found
-        ),
+        lambda: {one["id"]: one for one in load.daemon.get("lanes")["instances"]},
+        lambda found: all(slots[id_] == found[id_]["slots"] >= found[id_]["in_use"] for id_ in INSTANCES),
         within_s=20,
     )
     for id_, server in load.servers.items():
