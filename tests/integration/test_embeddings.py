@@ -17,15 +17,15 @@ from tests.support.daemon import Daemon, wait_for
 from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.integration.conftest import NewDaemon
 
 BASE = "/api/v1/collections"
 DOCS = f"{BASE}/docs"
-ITEMS = 300
-BATCH = 32
+ITEMS = 1200
+BATCH = 128
 # More by hand: BACKFILL_KILLS=30.
 KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
 
@@ -122,33 +122,30 @@ def wait_for_more(seen: list[str]) -> None:
     wait_for(lambda: len(seen) >= wanted)
 
 
+def put_all(docs: Docs, texts: dict[str, str]) -> None:
+    """Write texts in calls of a thousand."""
+    known = list(texts.items())
+    for start in range(0, len(known), 1000):
+        docs.put(dict(known[start : start + 1000]))
+
+
 def wait_until_advanced(docs: Docs) -> None:
     """Wait until a backfill has embedded more, or has ended."""
     before = docs.progress()["rows"]
     wait_for(docs.progress, lambda one: one["rows"] > before or one["status"] != "running")
 
 
-def when(server: EmbeddingServer, more: int) -> Callable[[], None]:
-    """Return a wait until so many more texts have been embedded."""
-    reached, wanted = threading.Event(), len(server.texts) + more
-
-    def look(_texts: Sequence[str]) -> None:
-        if len(server.texts) >= wanted:
-            reached.set()
-
-    server.after_answer = look
-
-    def wait() -> None:
-        assert reached.wait(30), "the backfill stands still"
-
-    return wait
+def wait_for_texts(docs: Docs, server: EmbeddingServer, more: int) -> None:
+    """Wait until so many more texts have been embedded, or the backfill has ended."""
+    wanted = len(server.texts) + more
+    wait_for(lambda: len(server.texts) >= wanted or docs.progress()["status"] != "running")
 
 
 def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
     docs: Docs, server: EmbeddingServer
 ) -> None:
     texts = texts_of(ITEMS)
-    docs.put(texts)
+    put_all(docs, texts)
     first = docs.version("active")["version"]
     server.become("second")
     before = len(server.texts)
@@ -157,7 +154,6 @@ def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
     for kill in range(KILLS):
         if docs.progress()["status"] != "running":
             break
-        wait = when(server, chance.randint(1, 2 * BATCH))
         # What is changed meanwhile is right at the end, wherever the process ends.
         one = f"item-{chance.randrange(ITEMS)}"
         texts[one] = f"changed before kill {kill}"
@@ -166,7 +162,7 @@ def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
         if gone in texts:
             docs.ask("DELETE", f"{DOCS}/items/{gone}")
             del texts[gone]
-        wait()
+        wait_for_texts(docs, server, chance.randint(1, BATCH))
         docs.daemon.kill()
         start(docs)
     done = docs.ended()
@@ -364,6 +360,7 @@ def test_a_daemon_that_is_replaced_takes_the_collections_over(docs: Docs, server
 def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemon_goes_on(
     new_daemon: NewDaemon,
 ) -> None:
+    items = 300
     models = {"OLLAMA_SIM_MODELS": "minilm,other=embed"}
     daemon = new_daemon(
         templates={"sim": {"env": models}},
@@ -371,7 +368,7 @@ def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemo
     ).start()
     docs = Docs(daemon)
     docs.ask("POST", BASE, {"name": "docs"}, status=201)
-    texts = texts_of(ITEMS)
+    texts = texts_of(items)
     docs.put(texts)  # starts the container
     assert daemon.instance("cpu")["phase"] == "ready"
     first = docs.version("active")
@@ -385,7 +382,7 @@ def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemo
         daemon.kill()
         daemon.start()
     ended = docs.ended()
-    assert (ended["rows"], ended["missing"], ended["coverage"]) == (ITEMS, 0, 1.0)
+    assert (ended["rows"], ended["missing"], ended["coverage"]) == (items, 0, 1.0)
     assert docs.version("stale")["version"] == first["version"]
     building = docs.version("building")
     assert building["digest"] != first["digest"]

@@ -51,6 +51,8 @@ BACKFILL_PATH = "/api/v1/collections/{name}/backfill"
 # A text that shows which build a model has, and the dimension of its vectors.
 _PROBE = "What does this model make of a text?"
 _NO_TEXT = "its text is not kept, so it cannot be embedded anew"
+# Items of one batch: the files of a table are flushed once for all of them.
+_BATCH = 4 * BATCH
 # The pause after a batch that could not be embedded: it grows while nothing changes.
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.1, 10.0
 # The speed is that of the last batches.
@@ -371,7 +373,7 @@ class Backfilling:
         if version.stale_since is not None:
             message = f"the build of {version.recipe.model} was replaced (version_stale)"
             raise CollectionConflictError("version_stale", message)
-        size = BATCH if backfill.rate is None else max(1, min(BATCH, int(backfill.rate)))
+        size = _BATCH if backfill.rate is None else max(1, min(_BATCH, int(backfill.rate)))
         items = await self._shelf.store.missing(version.key, progress.after, size)
         if not items:
             if progress.after == 0:
