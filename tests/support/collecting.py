@@ -149,7 +149,8 @@ class Model:
         self.backfills = {key: one for key, one in self.backfills.items() if one.version != version}
 
     def save_backfill(self, backfill: Backfill) -> None:
-        if backfill.version in self.versions:
+        known = self.versions.get(backfill.version)
+        if known is not None and known.collection == backfill.collection:
             self.backfills[backfill.collection] = backfill
 
     def begin_backfill(self, backfill: Backfill, *changed: Version) -> None:

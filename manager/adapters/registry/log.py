@@ -64,7 +64,7 @@ def frames_read(database: Path) -> int:
     """Return the number of frames of a log that SQLite reads.
 
     Args:
-        database: of the same size, with a copy of the log beside it; only its first page counts. It is changed.
+        database: has the right size and first page, and a copy of the log beside it. It is changed.
 
     Raises:
         OSError, sqlite3.Error: it cannot be read.

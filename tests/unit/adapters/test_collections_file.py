@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -76,6 +76,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def step(self, data: st.DataObject) -> None:
         step = next_step(self.model, lambda values: data.draw(st.sampled_from(values)))
+        note(f"{step}")
         assert self.runner.run(step.make(self.store)) == self.model.take(step), step
 
     @rule()
@@ -94,15 +95,22 @@ class Machine(RuleBasedStateMachine):
         assert self.runner.run(self.store.item_counts()) == self.model.item_counts()
 
     def teardown(self) -> None:
-        self.look()
-        self.runner.run(self.store.close())
-        self.runner.close()
-        self.directory.cleanup()
+        try:
+            self.look()
+        finally:
+            self.runner.run(self.store.close())
+            self.runner.close()
+            self.directory.cleanup()
 
 
 TestMachine = Machine.TestCase
+# A failure shows its steps; to make them fewer takes minutes.
 TestMachine.settings = settings(
-    max_examples=12, stateful_step_count=30, suppress_health_check=[*HealthCheck], deadline=None
+    max_examples=25,
+    stateful_step_count=30,
+    phases=(Phase.generate,),
+    suppress_health_check=[*HealthCheck],
+    deadline=None,
 )
 
 
@@ -319,6 +327,27 @@ async def test_a_gap_in_the_log_is_no_empty_collection(path: Path, tmp_path: Pat
     with pytest.raises(RegistryCorruptError, match=r"write-ahead log .* is damaged behind 0 pages"):
         await open_collections(target)
     assert content_of(target) == before
+
+
+async def test_a_newer_schema_in_the_log_is_refused(path: Path, tmp_path: Path) -> None:
+    await made(path)
+    target = tmp_path / "target.sqlite3"
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version=2")
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{path}{suffix}", f"{target}{suffix}")
+    with pytest.raises(RegistryCorruptError, match="its schema has the number 2"):
+        await open_collections(target)
+
+
+async def test_a_file_that_cannot_be_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    await made(path)
+    monkeypatch.setattr(file, "refuse_other_files", fails)
+    with pytest.raises(RegistryUnwritableError, match=f"{path} cannot be opened: Permission denied"):
+        await open_collections(path)
 
 
 async def test_in_a_large_file_only_the_small_tables_are_checked(
