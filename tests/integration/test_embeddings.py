@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 BASE = "/api/v1/collections"
 DOCS = f"{BASE}/docs"
-ITEMS = 1200
 BATCH = 128
 # More by hand: BACKFILL_KILLS=30.
 KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
+ITEMS = 150 * KILLS
 
 
 class Docs:

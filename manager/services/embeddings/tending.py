@@ -208,8 +208,14 @@ class Tending:
             self._journal.record("version_current", detail=detail)
 
     async def _drop_unknown(self) -> None:
-        """Remove the tables of versions that were removed."""
+        """Remove the tables of versions that were removed.
+
+        Where there are no collections at all, their file may be lost: what is left of them is not touched.
+        """
         tables = await self._shelf.vectors.tables()
+        if tables and not self._shelf.all():
+            _log.info("vectors_without_collections", tables=len(tables))
+            return
         for table in tables - self._shelf.tables_known():
             if not self._shelf.tables.is_used(table):
                 async with self._shelf.tables.owning(table):

@@ -5,6 +5,7 @@ import asyncio
 import sqlite3
 import stat
 import threading
+import time
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -224,9 +225,10 @@ async def test_collections_and_versions_come_back_as_they_were_stored(path: Path
         )
         bare = a_version(keys[1], state=VersionState.BUILDING)
         versions = [await store.add_version(full), await store.add_version(bare)]
-        assert keys == versions == [1, 2]
+        assert keys == [1, 2]
+        assert versions == [versions[0], versions[0] + 1]
         ended = replace(
-            a_backfill(keys[1], 2),
+            a_backfill(keys[1], versions[1]),
             status=BackfillStatus.FAILED,
             rate=1.5,
             auto_cutover=False,
@@ -254,14 +256,22 @@ async def test_names_are_unique(store: SqlCollections) -> None:
 
 async def test_keys_are_never_used_again(path: Path) -> None:
     async with opened(path) as store:
-        assert await filled(store) == (1, 1)
+        collection, first = await filled(store)
+        assert collection == 1
         await store.remove(1)
-        assert await filled(store) == (2, 2)
-        await store.remove_version(2)
+        assert await filled(store) == (2, first + 1)
+        await store.remove_version(first + 1)
     async with opened(path) as store:
-        assert await store.add_version(a_version(2)) == 3
+        assert await store.add_version(a_version(2)) == first + 2
         await store.remove(2)
-        assert await filled(store) == (3, 4)
+        assert await filled(store) == (3, first + 3)
+
+
+async def test_the_keys_of_a_new_file_are_none_of_an_earlier_one(tmp_path: Path) -> None:
+    """Tables of vectors may be left of a file that was lost."""
+    began_s = int(time.time())
+    async with opened(tmp_path / "embeddings.sqlite3") as store:
+        assert (await filled(store))[1] > began_s
 
 
 async def test_a_version_needs_a_collection_and_one_is_active(store: SqlCollections) -> None:
