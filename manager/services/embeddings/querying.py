@@ -101,8 +101,8 @@ class Querying:
         return await self._answer(version, vector, query)
 
     async def _embed(self, name: str, version: Version, text: str, asking: Asking) -> bytes:
-        if version.state is not VersionState.ARCHIVED:
-            refuse_stale(version, name)
+        if version.state is not VersionState.ARCHIVED and version.stale_since is not None:
+            refuse_stale(await self._tending.look_at_build(version), name)
         if version.recipe.digest is None:
             message = (
                 f"no server has said which build of {version.recipe.model} made the vectors of version "
@@ -115,7 +115,7 @@ class Querying:
             raise _wrong("text", error.message) from None
         except CollectionConflictError as error:
             if error.code == "version_stale":
-                await self._tending.found_stale(version)
+                await self._tending.look_at_build(version)
             raise
         return embedded.vectors[0]
 

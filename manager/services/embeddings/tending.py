@@ -109,11 +109,16 @@ class Tending:
         """
         await finish(self._mend(version))
 
-    async def found_stale(self, version: Version) -> None:
-        """Look whether no instance has the build of a version any more: a request has found another one."""
+    async def look_at_build(self, version: Version) -> Version:
+        """Ask the instances that run which builds they have; return the version as it is then.
+
+        Called where a request has found another build, and where it needs a version that is stale.
+        """
         with suppress(ManagerError):
             await self._refresh()
         await self._tried(self._look_at_build(version))
+        shelved = self._shelf.of(version)
+        return version if shelved is None else shelved.versions.get(version.key, version)
 
     # --- helpers, in call order ---
 

@@ -159,6 +159,8 @@ class Writing:
         """
         name = shelved.collection.name
         active, building = shelved.active, shelved.building
+        if active is not None and active.stale_since is not None:
+            active = await self._tending.look_at_build(active)
         can_build = building is not None and building.stale_since is None
         if active is None:
             vectors, active = await self._first(shelved, items, asking)
@@ -232,7 +234,7 @@ class Writing:
                 embedded = await self._embed(wanted_of(version), texts, items, asking)
             except CollectionConflictError as error:
                 if error.code == "version_stale":
-                    await self._tending.found_stale(version)
+                    await self._tending.look_at_build(version)
                 raise
             made = iter(embedded.vectors)
         vectors = [item.vector if item.vector is not None else next(made) for item in items]

@@ -6,6 +6,7 @@ No query returns vectors of two versions, coverage is exact, and nothing that wa
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -231,5 +232,7 @@ class Collections(RuleBasedStateMachine):
         return backfill is not None and backfill.status is BackfillStatus.RUNNING
 
 
-Collections.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+Collections.TestCase.settings = settings(
+    max_examples=int(os.environ.get("COLLECTION_EXAMPLES", "10")), stateful_step_count=25, deadline=None
+)
 test_collections = Collections.TestCase
