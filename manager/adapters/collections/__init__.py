@@ -1,0 +1,5 @@
+"""The store of collections: one SQLite file beside the registry, which is made with the first collection."""
+
+from manager.adapters.collections.store import SqlCollections, open_collections
+
+__all__ = ["SqlCollections", "open_collections"]
