@@ -44,7 +44,7 @@ class NewItem(NamedTuple):
 
 
 class Written(NamedTuple):
-    """Items that were written. `versions` have vectors of all of them, the active one first."""
+    """Items that were written. `versions` have vectors of all of them: the active one unless it is stale."""
 
     items: int
     at: datetime
@@ -91,18 +91,23 @@ class Writing:
         await self._shelf.ready()
         for _ in range(_TRIES):
             shelved = self._shelf.get(name)
-            active = shelved.active
+            active, building = shelved.active, shelved.building
+            can_build = building is not None and building.stale_since is None
             if active is None:
                 vectors, active = await self._first(shelved, items, asking)
+                if active is None:
+                    continue
+                made = {active: vectors}
+            elif active.stale_since is not None and building is not None and can_build:
+                # A backfill was begun: the items are found once it has cut over.
+                if any(item.vector is not None for item in items):
+                    refuse_stale(active, name)
+                made = {building: await self._vectors(building, items, asking)}
             else:
                 refuse_stale(active, name)
-                vectors = await self._vectors(active, items, asking)
-            if active is None:
-                continue
-            made = {active: vectors}
-            building = shelved.building
-            if building is not None and building.stale_since is None:
-                made |= await self._also(building, items, asking)
+                made = {active: await self._vectors(active, items, asking)}
+                if building is not None and can_build:
+                    made |= await self._also(building, items, asking)
             written = await finish(self._write(shelved, items, made, active))
             if written is not None:
                 return written
