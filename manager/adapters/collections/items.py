@@ -1,4 +1,4 @@
-"""Items, and which of them have vectors: the SQL. Rows of a collection or version that is removed are not seen."""
+"""Items, and which of them have vectors: the SQL. What is being removed is not seen."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from manager.adapters.collections.rows import (
     chunks,
     from_item,
     marks_of,
-    microseconds,
+    snapshot,
     time,
     to_found,
     to_item,
@@ -40,8 +40,8 @@ _VECTORS = "SELECT version, at FROM vectors JOIN versions ON key = version WHERE
 _PAGE = f"""SELECT {ITEM} FROM items WHERE collection = ? AND id > ? AND {_IS_THERE}
     ORDER BY id LIMIT ?"""  # noqa: S608
 _FIRST_PAGE = _PAGE.replace("id > ?", "id >= ?")
-_FOUND = """SELECT number, id, metadata, at FROM json_each(?)
-    CROSS JOIN vectors ON number = value AND version = ? CROSS JOIN items USING (number)
+_FOUND = """SELECT number, items.id, metadata, at FROM json_each(?) AS one
+    CROSS JOIN vectors ON number = one.value AND version = ? CROSS JOIN items USING (number)
     WHERE EXISTS (SELECT 1 FROM versions WHERE key = version)"""
 _METADATA = """SELECT number, metadata FROM vectors CROSS JOIN items USING (number)
     WHERE version = ? AND number > ? AND EXISTS (SELECT 1 FROM versions WHERE key = version)
@@ -88,11 +88,12 @@ def delete(connection: sqlite3.Connection, collection: int, item: str) -> bool:
 def item(
     connection: sqlite3.Connection, collection: int, item: str
 ) -> tuple[StoredItem, dict[int, datetime]] | None:
-    row = connection.execute(_ITEM, (collection, item, collection)).fetchone()
-    if row is None:
-        return None
-    found = to_item(row)
-    return found, {version: time(at) for version, at in connection.execute(_VECTORS, (found.number,))}
+    with snapshot(connection):
+        row = connection.execute(_ITEM, (collection, item, collection)).fetchone()
+        if row is None:
+            return None
+        found = to_item(row)
+        return found, {version: time(at) for version, at in connection.execute(_VECTORS, (found.number,))}
 
 
 def page(

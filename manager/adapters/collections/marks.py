@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from manager.adapters.collections.catalogue import counts
-from manager.adapters.collections.rows import ITEM, microseconds, to_failure, to_item
+from manager.adapters.collections.rows import ITEM, microseconds, snapshot, to_failure, to_item
 from manager.adapters.registry.tables import storable
 from manager.domain.embeddings import MOST_FAILURES
 from manager.services.embeddings.ports import Lacking
@@ -30,7 +30,6 @@ _MISSING = """FROM items INDEXED BY items_in_order WHERE collection = ? AND numb
     ORDER BY number LIMIT ?"""
 _MISSING_ITEMS = f"SELECT {ITEM} {_MISSING}"
 _MISSING_IDS = f"SELECT id {_MISSING}"
-# `WHERE true`: otherwise SQLite takes ON for a part of the SELECT.
 _MARK = f"""INSERT INTO vectors (version, number, at)
     SELECT ?, number, ? FROM items WHERE number IN {_THESE} AND collection = ?
     ON CONFLICT (version, number) DO UPDATE SET at = excluded.at"""  # noqa: S608
@@ -50,29 +49,29 @@ _UNMARK_ALL = "DELETE FROM vectors WHERE version = ?"
 _LEAVES_RUBBISH = "UPDATE versions SET leaves_rubbish = ? WHERE key = ?"
 _RUBBISH = f"SELECT number FROM rubbish WHERE version = ? AND {_IS_VERSION} ORDER BY number LIMIT ?"  # noqa: S608
 _ADD_RUBBISH = """INSERT OR IGNORE INTO rubbish
-    SELECT key, value FROM versions JOIN json_each(?) WHERE key = ?
-    AND NOT EXISTS (SELECT 1 FROM vectors WHERE version = key AND number = value)"""
+    SELECT versions.key, one.value FROM versions JOIN json_each(?) AS one WHERE versions.key = ?
+    AND NOT EXISTS (SELECT 1 FROM vectors WHERE version = versions.key AND number = one.value)"""
 _SWEPT = f"DELETE FROM rubbish WHERE version = ? AND number IN {_THESE}"  # noqa: S608
 _SWEPT_ALL = "DELETE FROM rubbish WHERE version = ?"
 
 
-def missing(
-    connection: sqlite3.Connection, version: int, after: int, limit: int
-) -> tuple[StoredItem, ...]:
-    collection = _lacks(connection, version)
-    if collection is None:
-        return ()
-    values = (collection, after, version, version, max(0, limit))
-    return tuple(map(to_item, connection.execute(_MISSING_ITEMS, values)))
+def missing(connection: sqlite3.Connection, version: int, after: int, limit: int) -> tuple[StoredItem, ...]:
+    with snapshot(connection):
+        collection = _lacks(connection, version)
+        if collection is None:
+            return ()
+        values = (collection, after, version, version, max(0, limit))
+        return tuple(map(to_item, connection.execute(_MISSING_ITEMS, values)))
 
 
 def lacking(connection: sqlite3.Connection, version: int, limit: int) -> Lacking:
-    collection = _lacks(connection, version)
-    missing: list[tuple[str]] = []
-    if collection is not None:
-        values = (collection, -1, version, version, max(0, limit))
-        missing = connection.execute(_MISSING_IDS, values).fetchall()
-    quarantined = connection.execute(_QUARANTINED, (version, version, max(0, limit)))
+    with snapshot(connection):
+        collection = _lacks(connection, version)
+        missing: list[tuple[str]] = []
+        if collection is not None:
+            values = (collection, 0, version, version, max(0, limit))
+            missing = connection.execute(_MISSING_IDS, values).fetchall()
+        quarantined = connection.execute(_QUARANTINED, (version, version, max(0, limit))).fetchall()
     return Lacking(tuple(row[0] for row in missing), tuple(row[0] for row in quarantined))
 
 

@@ -1,137 +1,94 @@
-"""From a path to a file of collections that can be used. Nothing here changes a file that it refuses.
-
-All of it blocks, and expects that the caller holds the state directory's lock.
-"""
+"""How the store of collections is opened, in earnest and for a dry run."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sqlite3
-import struct
-import tempfile
-from contextlib import closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from manager.adapters.collections.schema import APPLICATION_ID, SCHEMA_NUMBER, build
-from manager.adapters.registry.log import wal_gap
-from manager.adapters.registry.opening import (
-    connect_existing,
-    create_whole,
-    file_uri,
-    refusal,
-    refuse_other_files,
-    size_of,
-    translated,
-)
-from manager.errors import RegistryUnwritableError
+from manager.adapters.collections.store import SqlCollections
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
+    from pathlib import Path
 
-# Names the file in errors.
-WHAT: Final = "the file of collections"
-_WHOLLY_CHECKED_BYTES = 64 * 2**20
-# In a large file only these are checked: a start must not take the longer the more items there are.
-_SMALL_TABLES = ("sqlite_master", "meta", "collections", "versions", "backfills", "removed")
-_MOST_PROBLEMS = 3
-_HEAD_BYTES = 2**16
-# https://www.sqlite.org/fileformat2.html: the number of the schema, the encoder's version, the application.
-_NUMBERS_AT = slice(60, 72)
-_NUMBERS = struct.Struct(">i4xi")
+    from manager.domain.embeddings import Backfill, Collection, Counts, Failure, Version
+    from manager.services.embeddings.ports import StoredItem
 
 
-def verify(path: Path) -> bool:
-    """Check the file; return whether it is there.
+async def open_collections(path: Path, *, stores: bool = True) -> SqlCollections:
+    """Open the file of collections at `path`; where there is none, the first collection makes it.
 
-    Raises:
-        RegistryCorruptError: it cannot be used; it is left as it is.
-        RegistryUnwritableError: it cannot be read.
-    """
-    if not os.path.lexists(path):
-        return False
-    try:
-        wal = refuse_other_files(path, WHAT)
-        with path.open("rb") as file:
-            number, owner = _NUMBERS.unpack(file.read(_HEAD_BYTES)[_NUMBERS_AT].ljust(_NUMBERS.size, b"\0"))
-        if problem := _foreign(owner, number):
-            raise refusal(path, problem, WHAT)
-        if wal is not None and (problem := _gap(path, wal)):
-            raise refusal(path, problem, WHAT)
-        with _readable(path) as connection:
-            problem = _problem(connection, size_of(str(path)))
-    except sqlite3.Error as error:
-        raise translated(path, error, "read", WHAT) from error
-    except OSError as error:
-        raise RegistryUnwritableError(f"{WHAT} {path} cannot be opened: {error.strerror or error}") from error
-    if problem:
-        raise refusal(path, problem, WHAT)
-    return True
+    The caller holds the state directory's lock.
 
-
-def create(path: Path) -> None:
-    """Make the file, whole or not at all.
+    Args:
+        path: of the file.
+        stores: whether what is saved is written; a dry run leaves every row as it is.
 
     Raises:
-        RegistryCorruptError, RegistryUnwritableError: it could not be made.
+        RegistryCorruptError: what is there cannot be used; it is left as it is.
+        RegistryUnwritableError: it could not be read.
     """
+    store = (SqlCollections if stores else UnchangedCollections)(path)
     try:
-        create_whole(path, build, WHAT)
-    except sqlite3.Error as error:
-        raise translated(path, error, "created", WHAT) from error
-    except OSError as error:
-        raise RegistryUnwritableError(f"{WHAT} {path} cannot be made: {error.strerror or error}") from error
+        await store.open()
+    except BaseException:
+        await store.abandon()
+        raise
+    return store
 
 
-def _foreign(owner: int, number: int) -> str | None:
-    """Return why a database with this application id and number of its schema is not ours to read."""
-    if owner != APPLICATION_ID:
-        return "it is a database of some other program"
-    if number > SCHEMA_NUMBER:
-        return (
-            f"its schema has the number {number}, this version knows no newer one than {SCHEMA_NUMBER}: "
-            "it was written by a newer version, which can still read it"
-        )
-    if number < 1:
-        return f"its schema has the number {number}; expected {SCHEMA_NUMBER}"
-    return None
+class UnchangedCollections(SqlCollections):
+    """Reads as the other one does, and drops whatever is to be saved. 0 is the key of all that is new."""
 
+    async def open(self) -> None:
+        await self._writer.call(self._open, doing="opened")
 
-def _problem(connection: sqlite3.Connection, size_bytes: int) -> str | None:
-    (owner,) = connection.execute("PRAGMA application_id").fetchone()
-    (number,) = connection.execute("PRAGMA user_version").fetchone()
-    if problem := _foreign(owner, number):
-        return problem
-    checks = ["PRAGMA quick_check(3)"]
-    if size_bytes > _WHOLLY_CHECKED_BYTES:
-        checks = [f"PRAGMA quick_check('{name}')" for name in _SMALL_TABLES]
-    rows = (str(row[0]) for check in checks for row in connection.execute(check))
-    problems = [row for row in rows if row != "ok"][:_MOST_PROBLEMS]
-    return "; ".join(problems) or None
+    async def create(self, collection: Collection) -> int:  # noqa: ARG002
+        return 0
 
+    async def remove(self, collection: int) -> None: ...
+    async def add_version(self, version: Version) -> int:  # noqa: ARG002
+        return 0
 
-def _gap(path: Path, wal: Path) -> str | None:
-    """Return the reason why SQLite would read less of the log than was finished.
+    async def save_versions(self, *versions: Version) -> None: ...
+    async def remove_version(self, version: int) -> None: ...
+    async def save_backfill(self, backfill: Backfill) -> None: ...
+    async def begin_backfill(self, backfill: Backfill, *changed: Version) -> None: ...
+    async def switch(
+        self,
+        wanted: Version,  # noqa: ARG002
+        replaced: Version | None,  # noqa: ARG002
+        collection: Collection,  # noqa: ARG002
+        allowed: Callable[[Counts], bool],  # noqa: ARG002
+    ) -> Counts | None:
+        return None
 
-    The look changes the database: it is made at a copy, which has its head and no content.
-    """
-    with tempfile.TemporaryDirectory(prefix="ollama-manager-") as directory:
-        copy = Path(directory, "collections")
-        with path.open("rb") as file:
-            copy.write_bytes(file.read(_HEAD_BYTES))
-        os.truncate(copy, size_of(str(path)))
-        shutil.copyfile(wal, f"{copy}-wal")
-        with closing(sqlite3.connect(copy)) as connection:
-            return wal_gap(connection, wal)
+    async def allocate(self, count: int) -> int:
+        first, self._next_number = self._next_number, self._next_number + count
+        return first
 
+    async def put(
+        self,
+        collection: int,  # noqa: ARG002
+        items: Sequence[StoredItem],  # noqa: ARG002
+        marks: Mapping[int, Sequence[int]],  # noqa: ARG002
+        active: int,  # noqa: ARG002
+    ) -> bool:
+        return True
 
-@contextmanager
-def _readable(path: Path) -> Iterator[sqlite3.Connection]:
-    """The content. A file that was closed is not changed; what its log has is SQLite's to put into it."""
-    if any(size_of(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
-        connection = connect_existing(path)
-    else:
-        connection = sqlite3.connect(file_uri(path, "immutable=1"), uri=True)
-    with closing(connection):
-        yield connection
+    async def delete(self, collection: int, item: str) -> bool:
+        return await self.item(collection, item) is not None
+
+    async def mark(self, version: int, numbers: Sequence[int], at: datetime) -> int:  # noqa: ARG002
+        return len(numbers)
+
+    async def failed(self, version: int, number: int, message: str, *, at_once: bool) -> Failure | None:  # noqa: ARG002
+        return None
+
+    async def unmark(self, version: int, numbers: Sequence[int] | None) -> int:  # noqa: ARG002
+        return 0
+
+    async def add_rubbish(self, version: int, numbers: Sequence[int]) -> None: ...
+    async def swept(self, version: int, numbers: Sequence[int]) -> None: ...
+    async def close(self) -> None:
+        await self.abandon()

@@ -1,4 +1,4 @@
-"""Removal in slices. Their owner goes first, so nobody sees the rows that are left; then rows go, some at a time.
+"""Removal in slices. The owner of the rows goes first, so nobody sees them; then they go, some at a time.
 
 `removed` names what is being removed, so that the next process goes on where this one ended.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -18,7 +19,8 @@ from manager.domain.embeddings import (
 from manager.services.embeddings.ports import Found, StoredItem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import sqlite3
+    from collections.abc import Iterator, Sequence
 
 Row: TypeAlias = "tuple[Any, ...]"
 
@@ -95,7 +97,20 @@ def from_version(one: Version) -> Row:
 
 
 def to_version(row: Row) -> Version:
-    key, collection, model, digest, dimensions, prefix, truncates, asked, state, created_at, *times, policy = row
+    (
+        key,
+        collection,
+        model,
+        digest,
+        dimensions,
+        prefix,
+        truncates,
+        asked,
+        state,
+        created_at,
+        *times,
+        policy,
+    ) = row
     recipe = Recipe(model, digest, dimensions, prefix, truncate=bool(truncates), asked=asked)
     activated_at, archived_at, stale_since = map(_time_or_none, times)
     return Version(
@@ -168,3 +183,13 @@ def marks_of(columns: int, rows: int) -> str:
 
 def chunks(values: Sequence[Any], size: int) -> list[Sequence[Any]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+@contextmanager
+def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
+    """Let several statements see one state."""
+    connection.execute("BEGIN")
+    try:
+        yield
+    finally:
+        connection.execute("COMMIT")

@@ -19,7 +19,7 @@ APPLICATION_ID: Final = 0x4F4D4543
 SCHEMA_NUMBER: Final = 1
 # Keys of collections and versions are never used again: AUTOINCREMENT. Numbers of items come from `meta`.
 # `text` is the last column, so that the others are read without it.
-# `items_in_order` has the numbers of the items of a collection: an index of SQLite ends with the row's number.
+# `items_in_order` has the numbers of the items of a collection: each index of SQLite ends with them.
 # The rows of a collection or version in `removed` have no owner any more, and are being removed.
 _SCHEMA = """
 CREATE TABLE meta (
@@ -140,7 +140,6 @@ END;
 def build(path: Path) -> None:
     """Make the tables in an empty file, all of them or none."""
     with closing(connect_existing(path)) as connection:
-        connection.executescript(
-            f"BEGIN; {_SCHEMA} PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_NUMBER}; COMMIT;"
-        )
+        pragmas = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_NUMBER};"
+        connection.executescript(f"BEGIN; {_SCHEMA} {pragmas} COMMIT;")
         connection.execute("PRAGMA journal_mode=WAL").close()

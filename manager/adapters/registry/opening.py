@@ -65,7 +65,7 @@ def connect_existing(path: Path, busy_timeout_s: float = 5.0) -> sqlite3.Connect
 
 
 def refusal(path: Path, problem: str, what: str = REGISTRY) -> RegistryCorruptError:
-    """The error for a file that cannot be used, with the command that sets it aside; `what` names the file."""
+    """The error for a file that cannot be used, with the command that sets it aside."""
     aside = f"{path}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     moves = [
         shlex.join(["mv", "-n", f"{path}{suffix}", f"{aside}{suffix}"])

@@ -1,4 +1,4 @@
-"""A connection to a file of SQLite, such as one to the registry beside its main one, with a thread of its own."""
+"""A connection to a database, such as a second one to the registry, with a thread of its own."""
 
 from __future__ import annotations
 
