@@ -86,7 +86,8 @@ class Collections(RuleBasedStateMachine):
     @rule(build=st.sampled_from(BUILDS))
     def pull(self, build: str) -> None:
         self.rig.embeds.builds[MODEL] = digest_of(build)
-        self.do(self.rig.tending._look_at_builds())
+        self.tried(self.rig.tending._look_at_builds())
+        self.restart_if_crashed()
 
     @rule(auto=st.booleans())
     def backfill(self, auto: bool) -> None:
@@ -152,7 +153,7 @@ class Collections(RuleBasedStateMachine):
         versions = list(self.rig.shelf.get(NAME).versions.values())
         version = versions[number % len(versions)]
         self.do(self.rig.tables.drop(version.key))
-        self.do(self.rig.tending.mend(version))
+        self.tried(self.rig.tending.mend(version))
         self.restart_if_crashed()
 
     # --- helpers ---
