@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Of a digest; the API has all of it.
 SHORT_DIGEST = 12
 _NONE = Counts(0, 0)
+_NEARLY_ALL = 0.99
 _KINDS = {"active": OK, "building": WORK, "archived": OFF, "stale": BAD}
 _BACKFILL_KINDS = {
     BackfillStatus.RUNNING: WORK,
@@ -59,7 +60,7 @@ def collection_values(overview: Overview, progress: Progress) -> dict[str, Any]:
         "is_stale": active is not None and active.stale_since is not None,
         "stale_since": unix_s(active.stale_since) if active is not None else None,
         "active_model": active.recipe.model if active is not None else None,
-        "coverage": counts.coverage if active is not None else None,
+        "coverage": _share(counts) if active is not None else None,
         "rows": counts.rows,
         "lacking": overview.items - counts.rows if active is not None else 0,
         "backfill": _backfill(overview, shelved.backfill, progress),
@@ -101,7 +102,7 @@ def _version(version: Version, counts: Counts) -> dict[str, Any]:
         "items": counts.items,
         "rows": counts.rows,
         "quarantined": counts.quarantined,
-        "coverage": counts.coverage,
+        "coverage": _share(counts),
         "bar": _bar(counts),
         "created_at": version.created_at.timestamp(),
         "activated_at": unix_s(version.activated_at),
@@ -130,7 +131,7 @@ def _backfill(overview: Overview, backfill: Backfill | None, progress: Progress)
         "rows": counts.rows,
         "missing": missing,
         "quarantined": counts.quarantined,
-        "coverage": counts.coverage,
+        "coverage": _share(counts),
         "bar": _bar(counts),
         "items_per_s": speed,
         "eta_s": missing / speed if speed else None,
@@ -139,6 +140,11 @@ def _backfill(overview: Overview, backfill: Backfill | None, progress: Progress)
         "started_at": backfill.started_at.timestamp(),
         "ended_at": unix_s(backfill.ended_at),
     }
+
+
+def _share(counts: Counts) -> float:
+    """Return the coverage in a form that is not rounded to all where something is missing."""
+    return counts.coverage if counts.rows >= counts.items else min(counts.coverage, _NEARLY_ALL)
 
 
 def _bar(counts: Counts) -> Mapping[str, float]:
