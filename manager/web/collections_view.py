@@ -39,7 +39,10 @@ NO_PROGRESS = Progress(None, None)
 
 
 def collection_values(overview: Overview, progress: Progress) -> dict[str, Any]:
-    """Return a collection with the state of its active version and its latest backfill."""
+    """Return a collection with the state of its active version and its latest backfill.
+
+    `total` is the number of items: in templates `items` is a method of each mapping.
+    """
     shelved = overview.shelved
     collection, active = shelved.collection, shelved.active
     counts = _counts(overview, active)
@@ -52,7 +55,7 @@ def collection_values(overview: Overview, progress: Progress) -> dict[str, Any]:
         "truncate": collection.truncate,
         "keep_text": collection.keep_text,
         "created_at": collection.created_at.timestamp(),
-        "items": overview.items,
+        "total": overview.items,
         "versions": len(shelved.versions),
         "version": active.id if active is not None else None,
         "state": state,
@@ -99,7 +102,7 @@ def _version(version: Version, counts: Counts) -> dict[str, Any]:
         "kind": _KINDS[state],
         "is_active": version.state is VersionState.ACTIVE,
         "is_stale": version.stale_since is not None and version.state is not VersionState.ARCHIVED,
-        "items": counts.items,
+        "total": counts.items,
         "rows": counts.rows,
         "quarantined": counts.quarantined,
         "coverage": _share(counts),
@@ -127,7 +130,7 @@ def _backfill(overview: Overview, backfill: Backfill | None, progress: Progress)
         "threshold": backfill.threshold,
         "rate": backfill.rate,
         "auto_cutover": backfill.auto_cutover,
-        "items": counts.items,
+        "total": counts.items,
         "rows": counts.rows,
         "missing": missing,
         "quarantined": counts.quarantined,

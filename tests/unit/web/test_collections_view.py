@@ -119,7 +119,7 @@ def test_versions_come_active_first_then_newest_with_short_digests() -> None:
     found = version_values(overview(oldest, active, third, v2=Counts(100, 100)))
     assert [one["id"] for one in found] == [active.id, third.id, oldest.id]
     assert [one["digest"] for one in found] == ["cdcdcdcdcdcd", None, "abababababab"]
-    assert [one["items"] for one in found] == [100, 100, 100]
+    assert [one["total"] for one in found] == [100, 100, 100]
     assert [one["rows"] for one in found] == [100, 0, 0]
     assert [one["is_previous"] for one in found] == [False, False, True]
 
