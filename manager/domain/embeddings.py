@@ -15,6 +15,7 @@ import sys
 from array import array
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from fractions import Fraction
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -37,6 +38,8 @@ MOST_FAILURES = 3
 _NAME = re.compile(r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,62}")
 _ID_CHARACTERS = 16
 _FLOAT_BYTES = 4
+# A shorter vector may have a length that is inexact: floats below 1e-308 have fewer digits.
+_SAFE_LENGTH = 1e-290
 
 
 def is_collection_name(name: str) -> bool:
@@ -186,7 +189,7 @@ class Counts(NamedTuple):
     @property
     def coverage(self) -> float:
         """The share of the items that have a vector, from 0 to 1; 1 exactly where all have one."""
-        return 1.0 if self.rows >= self.items else min(self.rows / self.items, 1 - 1e-9)
+        return self.rows / self.items if self.items else 1.0
 
     @property
     def missing(self) -> int:
@@ -201,8 +204,8 @@ class Counts(NamedTuple):
         wanted = self.items - self.quarantined
         if wanted == 0:
             return self.items == 0
-        # Whole numbers: 19 of 20 reach 0.95, whatever a product of floats says.
-        return self.rows >= math.ceil(wanted * threshold - 1e-9)
+        # As it is written: 19 of 20 reach 0.95, whatever a product of floats says.
+        return self.rows >= wanted * Fraction(str(threshold))
 
 
 class BackfillStatus(StrEnum):
@@ -286,14 +289,21 @@ def unit_vector(values: Sequence[float]) -> bytes:
     Raises:
         ValueError: it has no direction, or a value that is no finite number.
     """
+    if not all(kind is not bool and issubclass(kind, int | float) for kind in set(map(type, values))):
+        raise ValueError("expected numbers")
     try:
         length = math.hypot(*values)
-    except (TypeError, OverflowError):
-        raise ValueError("expected numbers") from None
-    if not math.isfinite(length):
-        raise ValueError("expected finite numbers")
-    if length == 0.0:
-        raise ValueError("a vector of zeros has no direction, and cannot be compared")
+    except OverflowError:
+        raise ValueError("expected finite numbers") from None
+    if not _SAFE_LENGTH < length < 1 / _SAFE_LENGTH:
+        largest = max(map(abs, values), default=0.0)
+        if not all(map(math.isfinite, values)):
+            raise ValueError("expected finite numbers")
+        if largest == 0.0:
+            raise ValueError("a vector of zeros has no direction, and cannot be compared")
+        # The length itself may be too large for a float, or so small that it is inexact.
+        values = [value / largest for value in values]
+        length = math.hypot(*values)
     floats = array("f", [value / length for value in values])
     if sys.byteorder != "little":  # pragma: no cover
         floats.byteswap()

@@ -17,23 +17,24 @@ from tests.support.daemon import Daemon, wait_for
 from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from tests.integration.conftest import NewDaemon
 
 BASE = "/api/v1/collections"
 DOCS = f"{BASE}/docs"
-ITEMS = 300
-BATCH = 32
+BATCH = 128
 # More by hand: BACKFILL_KILLS=30.
 KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
+ITEMS = 150 * KILLS
 
 
 class Docs:
     """A daemon with one external server, and its collection `docs` as a client sees it."""
 
-    def __init__(self, daemon: Daemon, server: EmbeddingServer) -> None:
+    def __init__(self, daemon: Daemon) -> None:
         self.daemon = daemon
-        self.server = server
 
     def ask(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
         answer = self.daemon.call(method, path, **({} if body is None else {"json": body}))
@@ -89,7 +90,7 @@ def rig(home: Path, server: EmbeddingServer, **more: Any) -> Iterator[Docs]:
         "lifecycle": {"probe_interval_s": 0.5, "resync_interval_s": 1},
     }
     with Daemon(home, config, engine_url="unix:///nonexistent/docker.sock") as daemon:
-        yield Docs(daemon, server)
+        yield Docs(daemon)
 
 
 def start(docs: Docs) -> None:
@@ -115,23 +116,36 @@ def texts_of(number: int) -> dict[str, str]:
     return {f"item-{at}": f"the text of item {at}" for at in range(number)}
 
 
-def when(server: EmbeddingServer, more: int) -> Callable[[], None]:
-    """Return a wait until so many more texts have been embedded."""
-    reached, wanted = threading.Event(), len(server.texts) + more
+def wait_for_more(seen: list[str]) -> None:
+    """Wait until some more queries were answered."""
+    wanted = len(seen) + 60
+    wait_for(lambda: len(seen) >= wanted)
 
-    def look(_texts: Sequence[str]) -> None:
-        if len(server.texts) >= wanted:
-            reached.set()
 
-    server.after_answer = look
-    return lambda: reached.wait(30) or pytest.fail("the backfill stands still")
+def put_all(docs: Docs, texts: dict[str, str]) -> None:
+    """Write texts in calls of a thousand."""
+    known = list(texts.items())
+    for start in range(0, len(known), 1000):
+        docs.put(dict(known[start : start + 1000]))
+
+
+def wait_until_advanced(docs: Docs) -> None:
+    """Wait until a backfill has embedded more, or has ended."""
+    before = docs.progress()["rows"]
+    wait_for(docs.progress, lambda one: one["rows"] > before or one["status"] != "running")
+
+
+def wait_for_texts(docs: Docs, server: EmbeddingServer, more: int) -> None:
+    """Wait until so many more texts have been embedded, or the backfill has ended."""
+    wanted = len(server.texts) + more
+    wait_for(lambda: len(server.texts) >= wanted or docs.progress()["status"] != "running")
 
 
 def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
     docs: Docs, server: EmbeddingServer
 ) -> None:
     texts = texts_of(ITEMS)
-    docs.put(texts)
+    put_all(docs, texts)
     first = docs.version("active")["version"]
     server.become("second")
     before = len(server.texts)
@@ -140,16 +154,15 @@ def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
     for kill in range(KILLS):
         if docs.progress()["status"] != "running":
             break
-        wait = when(server, chance.randint(1, 2 * BATCH))
         # What is changed meanwhile is right at the end, wherever the process ends.
         one = f"item-{chance.randrange(ITEMS)}"
         texts[one] = f"changed before kill {kill}"
         assert docs.put({one: texts[one]})["versions"] == [docs.progress()["version"]]
         gone = f"item-{chance.randrange(ITEMS)}"
         if gone in texts:
-            docs.ask("DELETE", f"{DOCS}/items/{gone}", status=204)
+            docs.ask("DELETE", f"{DOCS}/items/{gone}")
             del texts[gone]
-        wait()
+        wait_for_texts(docs, server, chance.randint(1, BATCH))
         docs.daemon.kill()
         start(docs)
     done = docs.ended()
@@ -175,7 +188,9 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
     docs.ended()
     versions = {one["version"] for one in docs.versions()}
     assert len(versions) == 2
-    stop, problems, seen = threading.Event(), [], []
+    stop = threading.Event()
+    problems: list[Any] = []
+    seen: list[str] = []
 
     def ask(seed: int) -> None:
         chance = random.Random(seed)
@@ -201,15 +216,12 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
         asking = [pool.submit(ask, seed) for seed in range(8)]
         try:
             for _ in range(3):
-                passed = len(seen) + 60
-                wait_for(lambda least=passed: len(seen) >= least)  # type: ignore[misc]
+                wait_for_more(seen)
                 (other,) = versions - {docs.version("active")["version"]}
                 docs.ask("POST", f"{DOCS}/cutover", {"version": other})
-            passed = len(seen) + 60
-            wait_for(lambda: len(seen) >= passed)
+            wait_for_more(seen)
             docs.ask("POST", f"{DOCS}/rollback")
-            passed = len(seen) + 60
-            wait_for(lambda: len(seen) >= passed)
+            wait_for_more(seen)
         finally:
             stop.set()
         for one in asking:
@@ -223,8 +235,12 @@ def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_
 ) -> None:
     docs.put({"a": "alpha", "b": "beta"})
     active = docs.version("active")["version"]
+
     # The build changes while a text is embedded: after the request has come, before its answer.
-    server.before_answer = lambda _texts: server.become("second")
+    def change(_texts: Sequence[str]) -> None:
+        server.become("second")
+
+    server.before_answer = change
     for method, path, body in (
         ("POST", f"{DOCS}/query", {"text": "alpha"}),
         ("PUT", f"{DOCS}/items", {"items": [{"id": "c", "text": "gamma"}]}),
@@ -232,18 +248,19 @@ def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_
         answer = docs.ask(method, path, body, status=409)
         assert answer["error"]["code"] == "version_stale"
     assert docs.ask("GET", f"{DOCS}/items/c", status=404)["error"]["code"] == "unknown_item"
-    wait_for(lambda: docs.version("stale")["version"] == active)
+    wait_for(lambda: [one["state"] for one in docs.versions()] == ["stale"])
     assert "version_stale" in [event["kind"] for event in docs.daemon.events()]
     server.before_answer = lambda _texts: None
     # A vector is compared with the old ones: it embeds nothing.
     vector = docs.ask("GET", f"{DOCS}/items/a?vector=true")["vector"]
     found = docs.ask("POST", f"{DOCS}/query", {"vector": vector, "k": 1})
     assert (found["version"], found["items"][0]["id"]) == (active, "a")
-    # The former build is there again.
+    # The former build is there again: a write asks for it, once a second at most.
     server.become("first")
-    wait_for(lambda: docs.version("active")["version"] == active)
-    docs.put({"c": "gamma"})
+    item = {"items": [{"id": "c", "text": "gamma"}]}
+    wait_for(lambda: docs.daemon.call("PUT", f"{DOCS}/items", json=item).status_code == 200)
     docs.assert_finds({"c": "gamma"}, ["c"])
+    assert [one["state"] for one in docs.versions()] == ["active"]
 
 
 def test_what_is_written_during_a_backfill_is_in_both_versions(docs: Docs, server: EmbeddingServer) -> None:
@@ -259,7 +276,7 @@ def test_what_is_written_during_a_backfill_is_in_both_versions(docs: Docs, serve
         if at % 3 == 0:
             gone = f"item-{(at * 7) % 100}"
             if gone in texts:
-                docs.ask("DELETE", f"{DOCS}/items/{gone}", status=204)
+                docs.ask("DELETE", f"{DOCS}/items/{gone}")
                 del texts[gone]
     done = docs.ended()
     assert (done["rows"], done["missing"]) == (len(texts), 0)
@@ -290,7 +307,12 @@ def test_items_that_fail_three_times_are_in_quarantine_and_named(
 def test_a_cut_over_below_the_threshold_says_what_is_missing(docs: Docs, server: EmbeddingServer) -> None:
     docs.put(texts_of(10))
     held = threading.Event()
-    server.before_answer = lambda texts: None if len(texts) == 1 else held.wait(30)  # type: ignore[func-returns-value]
+
+    def hold(texts: Sequence[str]) -> None:
+        if len(texts) > 1:
+            held.wait(30)
+
+    server.before_answer = hold
     try:
         docs.backfill(prefix="passage: ")
         building = docs.version("building")["version"]
@@ -333,3 +355,39 @@ def test_a_daemon_that_is_replaced_takes_the_collections_over(docs: Docs, server
     start(docs)
     docs.assert_finds(texts, sorted(texts)[:5])
     assert docs.ask("GET", DOCS)["items"] == 50
+
+
+def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemon_goes_on(
+    new_daemon: NewDaemon,
+) -> None:
+    items = 300
+    models = {"OLLAMA_SIM_MODELS": "minilm,other=embed"}
+    daemon = new_daemon(
+        templates={"sim": {"env": models}},
+        config={"roles": {"embedding": {"model": "minilm"}}},
+    ).start()
+    docs = Docs(daemon)
+    docs.ask("POST", BASE, {"name": "docs"}, status=201)
+    texts = texts_of(items)
+    docs.put(texts)  # starts the container
+    assert daemon.instance("cpu")["phase"] == "ready"
+    first = docs.version("active")
+    assert first["model"] == "minilm"
+    # As a pull does: the name stands for another build from here on.
+    copied = daemon.call("POST", "/api/copy", json={"source": "other", "destination": "minilm:latest"})
+    assert copied.status_code == 200, copied.text
+    docs.backfill(rate=200)
+    for _ in range(3):
+        wait_until_advanced(docs)
+        daemon.kill()
+        daemon.start()
+    ended = docs.ended()
+    assert (ended["rows"], ended["missing"], ended["coverage"]) == (items, 0, 1.0)
+    assert docs.version("stale")["version"] == first["version"]
+    building = docs.version("building")
+    assert building["digest"] != first["digest"]
+    docs.ask("POST", f"{DOCS}/cutover", {"version": building["version"]})
+    docs.assert_finds(texts, sorted(texts)[:5])
+    # The former build cannot be asked for any text: nobody rolls back to it by mistake.
+    error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
+    assert error["code"] == "version_stale"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from manager.adapters.collections.schema import APPLICATION_ID, SCHEMA_NUMBER, build
-from manager.adapters.registry.log import wal_gap
+from manager.adapters.registry.log import frames_read, gap_behind
 from manager.adapters.registry.opening import (
     connect_existing,
     create_whole,
@@ -36,7 +36,8 @@ _WHOLLY_CHECKED_BYTES = 64 * 2**20
 # In a large file only these are checked: a start must not take the longer the more items there are.
 _SMALL_TABLES = ("sqlite_master", "meta", "collections", "versions", "backfills", "removed")
 _MOST_PROBLEMS = 3
-_HEAD_BYTES = 2**16
+# The schema is in the first pages: it is written once, when the file is made.
+_HEAD_BYTES = 2**20
 # https://www.sqlite.org/fileformat2.html: the number of the schema, the encoder's version, the application.
 _NUMBERS_AT = slice(60, 72)
 _NUMBERS = struct.Struct(">i4xi")
@@ -112,13 +113,16 @@ def _problem(connection: sqlite3.Connection, size_bytes: int) -> str | None:
         checks = [f"PRAGMA quick_check('{name}')" for name in _SMALL_TABLES]
     rows = (str(row[0]) for check in checks for row in connection.execute(check))
     problems = [row for row in rows if row != "ok"][:_MOST_PROBLEMS]
+    if not problems:
+        (notes,) = connection.execute("SELECT count(*) FROM meta").fetchone()
+        problems = [] if notes == 1 else [f"its table meta has {notes} rows instead of one"]
     return "; ".join(problems) or None
 
 
 def _gap(path: Path, wal: Path) -> str | None:
     """Return the reason why SQLite would read less of the log than was finished.
 
-    The look changes the database: it is made at a copy, which has its head and no content.
+    SQLite changes what it looks at: this is a copy, of the log and the first pages; the file may be large.
     """
     with tempfile.TemporaryDirectory(prefix="ollama-manager-") as directory:
         copy = Path(directory, "collections")
@@ -126,8 +130,7 @@ def _gap(path: Path, wal: Path) -> str | None:
             copy.write_bytes(file.read(_HEAD_BYTES))
         os.truncate(copy, size_of(str(path)))
         shutil.copyfile(wal, f"{copy}-wal")
-        with closing(sqlite3.connect(copy)) as connection:
-            return wal_gap(connection, wal)
+        return gap_behind(frames_read(copy), wal)
 
 
 @contextmanager

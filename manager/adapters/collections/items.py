@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _MANY = 100
 _IS_THERE = "EXISTS (SELECT 1 FROM collections WHERE key = ?)"
 _IS_ACTIVE = "SELECT 1 FROM versions WHERE collection = ? AND state = 'active' AND key = ?"
-_IS_VERSION = "SELECT 1 FROM versions WHERE key = ?"
+_IS_VERSION = "SELECT 1 FROM versions WHERE key = ? AND collection = ?"
 _REPLACE = "DELETE FROM items WHERE collection = ? AND id IN"
 _ADD = "INSERT INTO items (number, collection, id, metadata, created_at, text) VALUES"
 _MARK = """INSERT INTO vectors (version, number, at)
@@ -73,7 +73,7 @@ def put(
         connection.execute(f"{_ADD} {marks_of(6, len(some))}", values)
     for version, numbers in marks.items():
         # A version that was removed meanwhile has no table any more.
-        if connection.execute(_IS_VERSION, (version,)).fetchone() is not None:
+        if connection.execute(_IS_VERSION, (version, collection)).fetchone() is not None:
             wanted = set(numbers)
             stored = connection.execute(_MARK, (version, orjson.dumps([*wanted]).decode(), collection))
             if stored.rowcount != len(wanted):

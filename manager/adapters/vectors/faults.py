@@ -33,6 +33,8 @@ _NOT_THE_TABLE = frozenset(
         errno.ETIMEDOUT,
     }
 )
+# Where in LanceDB's sources the error was made.
+_PLACE = re.compile(r",? /[^ ,]+\.rs:\d+:\d+.*")
 _NUMBER = re.compile(r"os error (\d+)")
 _MOST_CHARACTERS = 300
 
@@ -49,14 +51,16 @@ def is_panic(error: BaseException) -> bool:
 
 def translated(error: BaseException, table: int) -> VectorsUnavailableError:
     """Return what the port raises instead of `error`, which a call on `table` has raised."""
-    why = " ".join(str(error).split())[:_MOST_CHARACTERS] or type(error).__name__
+    why = _PLACE.sub("", " ".join(str(error).split()))[:_MOST_CHARACTERS] or type(error).__name__
     number = _number(error)
     if number in _NOT_THE_TABLE:
         return VectorsUnavailableError(f"table {table} of vectors: {os.strerror(number)}")
-    if isinstance(error, MemoryError | TimeoutError | ImportError) or is_conflict(error):
-        return VectorsUnavailableError(f"table {table} of vectors: {why}")
-    # The default is damage. What else LanceDB says is about bytes that it cannot make sense of, a file that
-    # is not there (ENOENT) or that the disk cannot read (EIO), and the caller has checked its arguments.
+    is_of_the_table = isinstance(error, OSError | RuntimeError | ValueError) or is_panic(error)
+    if isinstance(error, TimeoutError) or is_conflict(error) or not is_of_the_table:
+        return VectorsUnavailableError(f"table {table} of vectors: {type(error).__name__}: {why}")
+    # The default for what LanceDB says is damage: bytes that it cannot make sense of, a file that is not
+    # there (ENOENT) or that the disk cannot read (EIO). Its arguments are right, and are checked before.
+    # Anything else is a mistake of ours or of LanceDB, or a want of memory; no table is rebuilt for that.
     return VectorsDamagedError(f"table {table} of vectors is damaged: {why}", table=table)
 
 

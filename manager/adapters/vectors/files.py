@@ -51,13 +51,13 @@ def is_missing(path: Path) -> bool:
     return False
 
 
-def has_manifest(path: Path) -> bool:
-    """Return whether a table has a state that can be opened."""
+def states(path: Path) -> int:
+    """Return how many states of a table are kept."""
     try:
         with os.scandir(path / "_versions") as entries:
-            return any(entry.name.endswith(".manifest") for entry in entries)
+            return sum(entry.name.endswith(".manifest") for entry in entries)
     except FileNotFoundError:
-        return False
+        return 0
 
 
 def has_rows(path: Path) -> bool:
@@ -77,13 +77,13 @@ def remove(path: Path) -> None:
     except FileNotFoundError:
         return
     _sync(path.parent, _DIRECTORY)
-    shutil.rmtree(dropped)
+    _remove_all(dropped)
 
 
 def remove_dropped(directory: Path) -> None:
     """Finish the removals that the end of a process has interrupted."""
     for path in directory.glob(f"*{_DROPPED}"):
-        shutil.rmtree(path)
+        _remove_all(path)
 
 
 class Unsynced:
@@ -117,6 +117,13 @@ class Unsynced:
             for folder, _, names in os.walk(self._path / part)
             for name in names
         }
+
+
+def _remove_all(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _sync(path: Path | str, flags: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import TYPE_CHECKING, Any
 
 from manager.services.embeddings.ports import Hit
@@ -10,16 +11,24 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
     from datetime import datetime
 
+    import numpy as np
     import pyarrow as pa
     from lancedb.table import Table
 
     from manager.services.embeddings.ports import TableFacts, VectorRow
 
 _FLOAT_BYTES = 4
-# A longer list of numbers is sent in several statements.
-_MOST_LISTED = 10_000
-# One batch of rows that are read at a time; at 4,096 dimensions 64 MiB.
-_BATCH_ROWS = 4096
+# So many numbers are named in a statement.
+_MOST_LISTED = 20_000
+# All partitions of an index with up to eight million rows: each vector's code is looked at, so that nearest
+# rows are found whatever the vectors are like.
+_PROBES = 1000
+# The codes name so many candidates, of which the vectors decide.
+_CANDIDATES = 100
+_FEWEST_CANDIDATES_A_HIT = 2
+# One candidate costs as much as the vectors of so many rows one after the other.
+_ROWS_A_CANDIDATE = 32
+_BATCH_ROWS = 1024
 
 
 class DimensionError(ValueError):
@@ -91,31 +100,68 @@ def numbers(table: Table) -> frozenset[int]:
     return frozenset(found)
 
 
-def search(table: Table, vector: bytes, count: int, among: Collection[int] | None) -> list[Hit]:
-    if among is None:
-        return _hits(_query(table, vector, count).to_arrow())
-    hits: list[Hit] = []
-    for part in _parts(sorted(among)):
-        query = _query(table, vector, count).where(_listed(part), prefilter=True).bypass_vector_index()
-        hits += _hits(query.to_arrow())
-    hits.sort(key=lambda hit: -hit.score)
-    return hits[:count]
+def search(table: Table, vector: bytes, count: int) -> list[Hit]:
+    query = _query(table, vector, count)
+    factor = max(_FEWEST_CANDIDATES_A_HIT, -(-_CANDIDATES // count))
+    if factor * count * _ROWS_A_CANDIDATE < table.count_rows():
+        query = query.nprobes(_PROBES).refine_factor(factor)
+    else:
+        query = query.bypass_vector_index()
+    found = query.to_arrow()
+    # The distance is the square of the Euclidean one: 2 less twice the cosine.
+    return [
+        Hit(number, _cosine(1 - distance / 2))
+        for number, distance in zip(found["number"].to_pylist(), found["_distance"].to_pylist(), strict=True)
+    ]
+
+
+def search_among(table: Table, vector: bytes, count: int, among: Collection[int]) -> list[Hit]:
+    """Look at the vectors of the rows themselves: LanceDB would look at those of all rows."""
+    import numpy as np  # noqa: PLC0415
+
+    if not among:
+        return []
+    values = _values(table, vector)
+    wanted = np.unique(np.fromiter(among, np.int64, len(among)))
+    found: list[Hit] = []
+    for batch in _batches(table, wanted.tolist()):
+        numbers = batch["number"].to_numpy()
+        chosen = np.isin(numbers, wanted)
+        vectors = batch["vector"].flatten().to_numpy().reshape(len(numbers), len(values))[chosen]
+        scores = (vectors @ values).tolist()
+        found += map(Hit, numbers[chosen].tolist(), map(_cosine, scores))
+        found = heapq.nlargest(count, found, key=_score)
+    return found
+
+
+def _batches(table: Table, wanted: list[int]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows with these numbers, of one state of the table, perhaps among others."""
+    query = table.search().select(["number", "vector"])
+    if len(wanted) <= _MOST_LISTED:
+        query = query.where(_listed(wanted))
+    yield from query.to_batches(_BATCH_ROWS)
+
+
+def _score(hit: Hit) -> float:
+    return hit.score
+
+
+def _cosine(value: float) -> float:
+    """Return a cosine that rounding has not taken out of its bounds."""
+    return min(1.0, max(-1.0, value))
+
+
+def _values(table: Table, vector: bytes) -> np.ndarray[Any, np.dtype[np.float32]]:
+    import numpy as np  # noqa: PLC0415
+
+    if len(vector) != table.schema.field("vector").type.list_size * _FLOAT_BYTES:
+        raise DimensionError("the vector has another number of values than those of the table")
+    return np.frombuffer(vector, "<f4")
 
 
 def _query(table: Table, vector: bytes, count: int) -> Any:
-    import numpy as np  # noqa: PLC0415
-
-    values = np.frombuffer(vector, "<f4")
-    if len(vector) % _FLOAT_BYTES or table.schema.field("vector").type.list_size != len(values):
-        raise DimensionError("the vector has another number of values than those of the table")
-    query: Any = table.search(values, vector_column_name="vector", query_type="vector")
-    return query.distance_type("dot").select(["number", "_distance"]).limit(count)
-
-
-def _hits(found: pa.Table) -> list[Hit]:
-    """LanceDB's distance of unit vectors is 1 less their cosine, and rounding may take it out of bounds."""
-    pairs = zip(found["number"].to_pylist(), found["_distance"].to_pylist(), strict=True)
-    return [Hit(number, min(1.0, max(-1.0, 1.0 - distance))) for number, distance in pairs]
+    query: Any = table.search(_values(table, vector), vector_column_name="vector", query_type="vector")
+    return query.distance_type("l2").select(["number", "_distance"]).limit(count)
 
 
 def _parts(numbers: Sequence[int]) -> Iterator[Sequence[int]]:

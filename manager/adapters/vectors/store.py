@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from anyio import CancelScope
 
 from manager.adapters.vectors import files, rows
+from manager.adapters.vectors.background import Background
+from manager.adapters.vectors.libraries import give_back_memory, prepare
 from manager.adapters.vectors.tables import Tables
+from manager.adapters.vectors.tending import Tending
 from manager.errors import VectorsUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
     from datetime import datetime
     from pathlib import Path
 
@@ -34,8 +38,8 @@ def installed() -> bool:
 class LanceVectors:
     """Implements `services.embeddings.ports.Vectors`.
 
-    All of it happens in threads: one that writes, three that read. A call that is cancelled has either
-    happened or not, and nothing of it goes on afterwards.
+    All of it happens in threads: one that writes, three that read, one that tends. A call that is cancelled
+    has either happened or not, and nothing of it goes on afterwards.
 
     LanceDB flushes nothing to the disk by itself; rows are flushed here, before `add` and `remove` return.
 
@@ -44,9 +48,14 @@ class LanceVectors:
     """
 
     def __init__(self, directory: Path) -> None:
+        prepare()
         self._tables = Tables(directory)
         self._writer = ThreadPoolExecutor(1, "vectors writing")
         self._readers = ThreadPoolExecutor(_READERS, "vectors reading")
+        self._tending = Tending()
+        self._tends = asyncio.Lock()
+        self._tended: tuple[int, Background] | None = None
+        self._dropping: set[int] = set()
         self._is_closed = False
 
     async def tables(self) -> frozenset[int]:
@@ -77,7 +86,11 @@ class LanceVectors:
         self, table: int, vector: bytes, count: int, among: Collection[int] | None = None
     ) -> list[Hit]:
         def work() -> list[Hit]:
-            return self._tables.read(table, lambda handle: rows.search(handle, vector, count, among), [])
+            if among is None:
+                return self._tables.read(table, lambda handle: rows.search(handle, vector, count), [])
+            return self._tables.read(
+                table, lambda handle: rows.search_among(handle, vector, count, among), []
+            )
 
         return await self._call(self._readers, work)
 
@@ -88,7 +101,13 @@ class LanceVectors:
         return await self._call(self._readers, work)
 
     async def numbers(self, table: int) -> frozenset[int]:
-        return await self._call(self._readers, lambda: self._tables.read(table, rows.numbers, frozenset()))
+        def work() -> frozenset[int]:
+            nothing: frozenset[int] = frozenset()
+            found = self._tables.read_from_disk(table, rows.numbers, nothing)
+            give_back_memory()
+            return found
+
+        return await self._call(self._readers, work)
 
     async def count(self, table: int) -> int:
         def work() -> int:
@@ -97,35 +116,86 @@ class LanceVectors:
         return await self._call(self._readers, work)
 
     async def drop(self, table: int) -> None:
-        await self._call(self._writer, lambda: self._tables.drop(table))
+        """As the port says. A tend of the table is cut off: what it writes would bring the table back."""
+        self._dropping.add(table)
+        try:
+            if self._tended is not None and self._tended[0] == table:
+                self._tended[1].cut_off()
+                await _result(self._tended[1].ended, _nothing)
+            await self._call(self._writer, lambda: self._tables.drop(table))
+            self._tending.forget(table)
+        finally:
+            self._dropping.discard(table)
 
     async def tend(self, table: int) -> None:
-        pass
+        """As the port says. One table is tended at a time; `close` and `drop` cut it off."""
+        async with self._tends:
+            self._refuse_if_closed()
+            if table in self._dropping:
+                return
+            tend = Background(lambda: self._tables.tend(table, self._tending), "vectors tending")
+            with _of_the_process("tended"):
+                tend.start()
+            self._tended = table, tend
+            try:
+                with _of_the_process("tended"):
+                    if not await _result(tend.ended, tend.cut_off):
+                        self._refuse_if_closed()
+            finally:
+                self._tended = None
 
     async def close(self) -> None:
         self._is_closed = True
+        if self._tended is not None:
+            self._tended[1].cut_off()
+        async with self._tends:
+            pass
+        ended: Future[None] = Future()
 
         def wait() -> None:
             self._writer.shutdown()
             self._readers.shutdown()
+            ended.set_result(None)
 
-        await asyncio.to_thread(wait)
+        threading.Thread(target=wait, name="vectors closing").start()
+        await _result(ended, _nothing)
 
-    async def _call(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    def _refuse_if_closed(self) -> None:
         if self._is_closed:
             raise VectorsUnavailableError("the tables of vectors are closed")
-        waiting = pool.submit(work)
-        future = asyncio.wrap_future(waiting)
-        try:
-            await asyncio.wait({future})
-        except asyncio.CancelledError:
-            # What has not begun never will; what has begun ends first.
-            waiting.cancel()
-            with CancelScope(shield=True):  # a cancelled scope cancels again on every turn of the loop
-                while not future.done():
-                    with suppress(asyncio.CancelledError):
-                        await asyncio.wait({future})
-            if not future.cancelled():
-                future.exception()  # nobody is left to be told
-            raise
-        return future.result()
+
+    async def _call(self, pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        self._refuse_if_closed()
+        with _of_the_process("reached"):
+            waiting = pool.submit(work)
+        return await _result(waiting, waiting.cancel)
+
+
+@contextmanager
+def _of_the_process(doing: str) -> Iterator[None]:
+    """Translate a want of descriptors or threads."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise VectorsUnavailableError(f"the tables of vectors cannot be {doing}: {error}") from error
+
+
+def _nothing() -> None:
+    pass
+
+
+async def _result(waiting: Future[T], cancel: Callable[[], object]) -> T:
+    """Wait for the end of what goes on in a thread, cancelled or not."""
+    future = asyncio.wrap_future(waiting)
+    try:
+        await asyncio.wait({future})
+    except asyncio.CancelledError:
+        cancel()
+        with CancelScope(shield=True):  # a cancelled scope cancels again on every turn of the loop
+            while not future.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({future})
+        if not future.cancelled():
+            future.exception()  # nobody is left to be told
+        raise
+    return future.result()

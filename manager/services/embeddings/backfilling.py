@@ -51,6 +51,8 @@ BACKFILL_PATH = "/api/v1/collections/{name}/backfill"
 # A text that shows which build a model has, and the dimension of its vectors.
 _PROBE = "What does this model make of a text?"
 _NO_TEXT = "its text is not kept, so it cannot be embedded anew"
+# Items of one batch: the files of a table are flushed once for all of them.
+_BATCH = 4 * BATCH
 # The pause after a batch that could not be embedded: it grows while nothing changes.
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.1, 10.0
 # The speed is that of the last batches.
@@ -157,6 +159,7 @@ class Backfilling:
         await self._shelf.ready()
         shelved = self._shelf.get(name)
         _refuse_open(shelved)
+        _refuse_empty(shelved)
         collection = shelved.collection
         prefix = collection.prefix if new.prefix is None else new.prefix
         asked = collection.asked if new.dimensions is None else new.dimensions
@@ -370,7 +373,7 @@ class Backfilling:
         if version.stale_since is not None:
             message = f"the build of {version.recipe.model} was replaced (version_stale)"
             raise CollectionConflictError("version_stale", message)
-        size = BATCH if backfill.rate is None else max(1, min(BATCH, int(backfill.rate)))
+        size = _BATCH if backfill.rate is None else max(1, min(_BATCH, int(backfill.rate)))
         items = await self._shelf.store.missing(version.key, progress.after, size)
         if not items:
             if progress.after == 0:
@@ -412,7 +415,7 @@ class Backfilling:
                 continue
             except CollectionConflictError as error:
                 if error.code == "version_stale":
-                    await self._tending.found_stale(version)
+                    await self._tending.look_at_build(version)
                 raise
             done = await finish(self._store(shelved, version, left, embedded.vectors))
             break
@@ -466,6 +469,14 @@ def _backfilled(shelved: Shelved) -> Shelved:
         message = f"the collection {shelved.collection.name!r} had no backfill"
         raise UnknownCollectionError("unknown_backfill", message)
     return shelved
+
+
+def _refuse_empty(shelved: Shelved) -> None:
+    if shelved.active is None:
+        message = (
+            f"{shelved.collection.name!r} has no items yet (nothing_to_do): the first ones make a version"
+        )
+        raise CollectionConflictError("nothing_to_do", message)
 
 
 def _refuse_open(shelved: Shelved) -> None:

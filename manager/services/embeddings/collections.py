@@ -69,7 +69,7 @@ async def opened(
     await shelf.load()
     embedder = Embedder(routing, server, requests, Digests(server))
     tending = Tending(shelf, journal, digests_of=digests_of, refresh=refresh, utcnow=utcnow)
-    switching = Switching(shelf, journal, digests_of=digests_of, utcnow=utcnow)
+    switching = Switching(shelf, journal, digests_of=digests_of, refresh=refresh, utcnow=utcnow)
     return Collections(
         shelf,
         embedder,

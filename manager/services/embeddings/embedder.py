@@ -458,5 +458,7 @@ async def _gathered(answer: ServerAnswer) -> bytes:
 
 def _parsed(content: bytes) -> tuple[list[bytes], int | None]:
     answer = orjson.loads(content)
+    if not isinstance(answer, dict):
+        raise TypeError("expected an object")
     tokens = answer.get("prompt_eval_count")
     return [unit_vector(one) for one in answer["embeddings"]], tokens if isinstance(tokens, int) else None

@@ -13,6 +13,7 @@ from manager.domain.metadata_filter import matches
 from manager.errors import (
     CollectionConflictError,
     InvalidRequestError,
+    UnknownCollectionError,
     VectorsDamagedError,
     VectorsUnavailableError,
 )
@@ -95,14 +96,19 @@ class Querying:
             )
             raise _wrong("vector", message)
         try:
-            return await self._answer(version, vector, query)
+            answer = await self._answer(version, vector, query)
         except VectorsDamagedError:
             await self._tending.mend(version)
-        return await self._answer(version, vector, query)
+            answer = await self._answer(version, vector, query)
+        if self._shelf.get(name) is not shelved or version.key not in shelved.versions:
+            # It was removed while it was searched: what was found may be a part.
+            message = f"version {version.id} of {name!r} was removed meanwhile"
+            raise UnknownCollectionError("unknown_version", message)
+        return answer
 
     async def _embed(self, name: str, version: Version, text: str, asking: Asking) -> bytes:
-        if version.state is not VersionState.ARCHIVED:
-            refuse_stale(version, name)
+        if version.state is not VersionState.ARCHIVED and version.stale_since is not None:
+            refuse_stale(await self._tending.look_at_build(version), name)
         if version.recipe.digest is None:
             message = (
                 f"no server has said which build of {version.recipe.model} made the vectors of version "
@@ -115,7 +121,7 @@ class Querying:
             raise _wrong("text", error.message) from None
         except CollectionConflictError as error:
             if error.code == "version_stale":
-                await self._tending.found_stale(version)
+                await self._tending.look_at_build(version)
             raise
         return embedded.vectors[0]
 

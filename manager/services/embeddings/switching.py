@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -10,12 +11,12 @@ from manager.domain.embeddings import (
     Collection,
     VersionState,
 )
-from manager.errors import CollectionConflictError, NotInstalledError
+from manager.errors import CollectionConflictError, ManagerError, NotInstalledError
 from manager.services.embeddings.shelf import HOW_TO_INSTALL, Shelved
 from manager.services.finishing import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
     from datetime import datetime
 
     from manager.domain.embeddings import Counts, Version
@@ -55,11 +56,13 @@ class Switching:
         journal: Journal,
         *,
         digests_of: Callable[[str], Mapping[str, tuple[str, ...]]],
+        refresh: Callable[[], Awaitable[None]],
         utcnow: Callable[[], datetime],
     ) -> None:
         self._shelf = shelf
         self._journal = journal
         self._digests_of = digests_of
+        self._refresh = refresh
         self._utcnow = utcnow
 
     async def create(self, new: NewCollection) -> Overview:
@@ -115,6 +118,7 @@ class Switching:
         """
         await self._shelf.ready()
         shelved = self._shelf.get(name)
+        await self._know_builds(shelved.version(version_id))
         return await finish(self._switch(shelved, version_id, threshold, event="collection_cut_over"))
 
     async def roll_back(self, name: str, threshold: float | None = None) -> Overview:
@@ -130,6 +134,7 @@ class Switching:
         if previous is None:
             message = f"no version of {name!r} was active before this one"
             raise CollectionConflictError("nothing_to_roll_back", message)
+        await self._know_builds(previous)
         return await finish(self._switch(shelved, previous.id, threshold, event="collection_rolled_back"))
 
     async def remove_version(self, name: str, version_id: str) -> None:
@@ -210,10 +215,20 @@ class Switching:
         self._journal.record(event, detail=f"{name}: from {before} to {wanted.id}")
         return await self._overview(shelved)
 
+    async def _know_builds(self, version: Version) -> None:
+        """Read the lists of all instances where the known ones lack the build: it may be newer than they."""
+        if self._is_gone(version):
+            with suppress(ManagerError):
+                await self._refresh()
+
+    def _is_gone(self, version: Version) -> bool:
+        recipe, digests = version.recipe, self._digests_of(version.recipe.model)
+        return recipe.digest is not None and bool(digests) and recipe.digest not in digests
+
     def _refuse_gone(self, version: Version) -> None:
         """Refuse a version that no text can be embedded for any more."""
-        recipe, digests = version.recipe, self._digests_of(version.recipe.model)
-        if recipe.digest is not None and digests and recipe.digest not in digests:
+        recipe = version.recipe
+        if self._is_gone(version):
             message = (
                 f"no instance has the build of {recipe.model} that made version {version.id} "
                 "(version_stale): pull it first, or begin a backfill"

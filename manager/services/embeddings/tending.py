@@ -109,11 +109,16 @@ class Tending:
         """
         await finish(self._mend(version))
 
-    async def found_stale(self, version: Version) -> None:
-        """Look whether no instance has the build of a version any more: a request has found another one."""
+    async def look_at_build(self, version: Version) -> Version:
+        """Ask the instances that run which builds they have; return the version as it is then.
+
+        Called where a request has found another build, and where it needs a version that is stale.
+        """
         with suppress(ManagerError):
             await self._refresh()
         await self._tried(self._look_at_build(version))
+        shelved = self._shelf.of(version)
+        return version if shelved is None else shelved.versions.get(version.key, version)
 
     # --- helpers, in call order ---
 
@@ -203,8 +208,14 @@ class Tending:
             self._journal.record("version_current", detail=detail)
 
     async def _drop_unknown(self) -> None:
-        """Remove the tables of versions that were removed."""
+        """Remove the tables of versions that were removed.
+
+        Where there are no collections at all, their file may be lost: what is left of them is not touched.
+        """
         tables = await self._shelf.vectors.tables()
+        if tables and not self._shelf.all():
+            _log.info("vectors_without_collections", tables=len(tables))
+            return
         for table in tables - self._shelf.tables_known():
             if not self._shelf.tables.is_used(table):
                 async with self._shelf.tables.owning(table):

@@ -91,23 +91,15 @@ class Writing:
         await self._shelf.ready()
         for _ in range(_TRIES):
             shelved = self._shelf.get(name)
-            active, building = shelved.active, shelved.building
-            can_build = building is not None and building.stale_since is None
+            was_stale = shelved.active is not None and shelved.active.stale_since is not None
+            try:
+                made, active = await self._made(shelved, items, asking)
+            except CollectionConflictError as error:
+                if error.code != "version_stale" or was_stale or shelved.building is None:
+                    raise
+                continue  # a backfill was begun: the items may go into its version alone
             if active is None:
-                vectors, active = await self._first(shelved, items, asking)
-                if active is None:
-                    continue
-                made = {active: vectors}
-            elif active.stale_since is not None and building is not None and can_build:
-                # A backfill was begun: the items are found once it has cut over.
-                if any(item.vector is not None for item in items):
-                    refuse_stale(active, name)
-                made = {building: await self._vectors(building, items, asking)}
-            else:
-                refuse_stale(active, name)
-                made = {active: await self._vectors(active, items, asking)}
-                if building is not None and can_build:
-                    made |= await self._also(building, items, asking)
+                continue
             written = await finish(self._write(shelved, items, made, active))
             if written is not None:
                 return written
@@ -156,6 +148,32 @@ class Writing:
             raise _no_item(name, item_id)
 
     # --- helpers, in call order ---
+
+    async def _made(
+        self, shelved: Shelved, items: Sequence[NewItem], asking: Asking
+    ) -> tuple[dict[Version, list[bytes]], Version | None]:
+        """Return the vectors for each version that gets the items, and the active version.
+
+        The version is None where another one was made meanwhile. While a backfill replaces a stale version,
+        items go into the new one only: they are found once it has cut over.
+        """
+        name = shelved.collection.name
+        active, building = shelved.active, shelved.building
+        if active is not None and active.stale_since is not None:
+            active = await self._tending.look_at_build(active)
+        can_build = building is not None and building.stale_since is None
+        if active is None:
+            vectors, active = await self._first(shelved, items, asking)
+            return ({} if active is None else {active: vectors}), active
+        if active.stale_since is not None and building is not None and can_build:
+            if any(item.vector is not None for item in items):
+                refuse_stale(active, name)
+            return {building: await self._vectors(building, items, asking)}, active
+        refuse_stale(active, name)
+        made = {active: await self._vectors(active, items, asking)}
+        if building is not None and can_build:
+            made |= await self._also(building, items, asking)
+        return made, active
 
     async def _first(
         self, shelved: Shelved, items: Sequence[NewItem], asking: Asking
@@ -216,7 +234,7 @@ class Writing:
                 embedded = await self._embed(wanted_of(version), texts, items, asking)
             except CollectionConflictError as error:
                 if error.code == "version_stale":
-                    await self._tending.found_stale(version)
+                    await self._tending.look_at_build(version)
                 raise
             made = iter(embedded.vectors)
         vectors = [item.vector if item.vector is not None else next(made) for item in items]

@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from manager.adapters.collections import SqlCollections, open_collections
-
 from manager.adapters.vectors import LanceVectors
 from manager.domain.embeddings import unit_vector
 from manager.errors import CollectionConflictError, NotEmbeddedError, Reason
@@ -123,7 +122,7 @@ class Rig:
         journal: Any = self.journal
         digests_of, refresh = self.embeds.digests_of, self.embeds.refresh
         self.tending = Tending(shelf, journal, digests_of=digests_of, refresh=refresh, utcnow=utcnow)
-        self.switching = Switching(shelf, journal, digests_of=digests_of, utcnow=utcnow)
+        self.switching = Switching(shelf, journal, digests_of=digests_of, refresh=refresh, utcnow=utcnow)
         self.writing = Writing(shelf, embeds, self.tending, digests_of=digests_of, utcnow=utcnow)
         self.querying = Querying(shelf, embeds, self.tending)
         self.backfilling = Backfilling(shelf, embeds, self.switching, self.tending, journal, utcnow=utcnow)

@@ -6,13 +6,14 @@ No query returns vectors of two versions, coverage is exact, and nothing that wa
 from __future__ import annotations
 
 import asyncio
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from manager.domain.embeddings import BackfillStatus, VersionState, unit_vector
 from manager.errors import ManagerError, UnknownCollectionError, VectorsUnavailableError
@@ -147,10 +148,11 @@ class Collections(RuleBasedStateMachine):
         self.do(self.rig.open())
         self.settle()
 
-    @precondition(lambda self: bool(self.rig.shelf.get(NAME).versions))
     @rule(number=st.integers(0, 3))
     def lose_a_table(self, number: int) -> None:
         versions = list(self.rig.shelf.get(NAME).versions.values())
+        if not versions:
+            return
         version = versions[number % len(versions)]
         self.do(self.rig.tables.drop(version.key))
         self.tried(self.rig.tending.mend(version))
@@ -201,6 +203,7 @@ class Collections(RuleBasedStateMachine):
         stored = {item.id: item.text for item in await self.rig.writing.page(NAME, None, 100)}
         assert stored == self.items
         assert sum(one.state is VersionState.ACTIVE for one in shelved.versions.values()) <= 1
+        filled = shelved.backfill.version if self.is_backfilling() and shelved.backfill else None
         for version in list(shelved.versions.values()):
             counts = await self.rig.store.counts(version.key)
             assert counts.items == len(self.items)
@@ -210,7 +213,7 @@ class Collections(RuleBasedStateMachine):
                 try:
                     answer = await self.rig.querying.query(NAME, Query(None, vector, 1, version.id), ASKING)
                 except VectorsUnavailableError:
-                    assert counts.rows == 0
+                    assert counts.rows == 0 or version.key == filled
                     continue
                 assert answer.version is not None
                 assert answer.version.id == version.id
@@ -218,7 +221,7 @@ class Collections(RuleBasedStateMachine):
                     hit.item.id: text for hit in answer.matches if hit.score > 0.999 and hit.item.id == one
                 }
                 assert all(hit.item.id in self.items for hit in answer.matches)
-            if version.state is VersionState.BUILDING and self.is_backfilling():
+            if version.key == filled:
                 continue  # rows come while this looks
             after = await self.rig.store.counts(version.key)
             assert len(found) == after.rows
@@ -229,5 +232,7 @@ class Collections(RuleBasedStateMachine):
         return backfill is not None and backfill.status is BackfillStatus.RUNNING
 
 
-Collections.TestCase.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+Collections.TestCase.settings = settings(
+    max_examples=int(os.environ.get("COLLECTION_EXAMPLES", "10")), stateful_step_count=25, deadline=None
+)
 test_collections = Collections.TestCase
