@@ -67,7 +67,7 @@ async def test_versions_and_backfills_are_told_as_they_are(rig: Rig) -> None:
     first = rig.shelf.get("docs").active
     assert first is not None
     rig.embeds.builds[MODEL] = digest_of("second")
-    await rig.tending.found_stale(first)
+    await rig.tending.look_at_build(first)
     await counts.read()
     assert [(one.is_active, one.is_stale) for one in counts.last[0].versions] == [(True, True)]
     may_embed = asyncio.Event()
