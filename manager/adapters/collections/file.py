@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Final
 from manager.adapters.collections.schema import APPLICATION_ID, SCHEMA_NUMBER, build
 from manager.adapters.registry.log import frames_read, gap_behind
 from manager.adapters.registry.opening import (
-    connect_existing,
     create_whole,
     file_uri,
     refusal,
@@ -58,9 +57,11 @@ def verify(path: Path) -> bool:
             number, owner = _NUMBERS.unpack(file.read(_HEAD_BYTES)[_NUMBERS_AT].ljust(_NUMBERS.size, b"\0"))
         if problem := _foreign(owner, number):
             raise refusal(path, problem, WHAT)
+        if size_of(journal := f"{path}-journal"):
+            raise refusal(path, f"{journal} is of another program, and would change it", WHAT)
         if wal is not None and (problem := _gap(path, wal)):
             raise refusal(path, problem, WHAT)
-        with _readable(path) as connection:
+        with _readable(path, wal) as connection:
             problem = _problem(connection, size_of(str(path)))
     except sqlite3.Error as error:
         raise translated(path, error, "read", WHAT) from error
@@ -134,11 +135,8 @@ def _gap(path: Path, wal: Path) -> str | None:
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[sqlite3.Connection]:
-    """The content. A file that was closed is not changed; what its log has is SQLite's to put into it."""
-    if any(size_of(f"{path}{suffix}") for suffix in ("-wal", "-journal")):
-        connection = connect_existing(path)
-    else:
-        connection = sqlite3.connect(file_uri(path, "immutable=1"), uri=True)
-    with closing(connection):
+def _readable(path: Path, wal: Path | None) -> Iterator[sqlite3.Connection]:
+    """The content. Neither the file nor its log is changed; for a log, SQLite makes an index beside it."""
+    option = "immutable=1" if wal is None else "mode=ro"
+    with closing(sqlite3.connect(file_uri(path, option), uri=True)) as connection:
         yield connection

@@ -62,7 +62,9 @@ class SqlCollections:
             busy_timeout_s=_BUSY_TIMEOUT_S,
             what=file.WHAT,
         )
-        self._writer = connection(name="collections", pragmas=("foreign_keys=ON",))
+        # A copy by SQLite itself has no write-ahead log.
+        pragmas = ("journal_mode=WAL", "foreign_keys=ON")
+        self._writer = connection(name="collections", pragmas=pragmas)
         self._reader = connection(name="collections-reads", pragmas=("query_only=ON",))
         self._is_there = False
         self._was_closed = True

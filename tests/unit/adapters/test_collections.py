@@ -237,12 +237,15 @@ async def test_collections_and_versions_come_back_as_they_were_stored(path: Path
         )
         await store.save_backfill(a_backfill(keys[1], 2))
         await store.save_backfill(ended)
-        await store.save_backfill(a_backfill(keys[0], 1))
+        await store.save_backfill(a_backfill(keys[0], versions[0]))
     async with opened(path) as store:
         assert await store.collections() == (replace(one, key=1), replace(other, key=2))
-        assert await store.versions() == (replace(full, key=1), replace(bare, key=2))
+        assert await store.versions() == (
+            replace(full, key=versions[0]),
+            replace(bare, key=versions[1]),
+        )
         assert await store.backfills() == (
-            a_backfill(1, 1),
+            a_backfill(1, versions[0]),
             replace(ended, error="why \\ud800"),
         )
 

@@ -265,6 +265,10 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "directory": (directory, "expected a regular file"),
     "second name": (lambda path: os.link(path, path.with_name("other")), r"has 2 names \(hard links\)"),
     "odd log": (lambda path: Path(f"{path}-wal").symlink_to("/dev/null"), "expected a regular file"),
+    "rollback journal": (
+        lambda path: Path(f"{path}-journal").write_bytes(b"x"),
+        "embeddings.sqlite3-journal is of another program, and would change it",
+    ),
     "log of zeros and more": (
         lambda path: Path(f"{path}-wal").write_bytes(b"\0" * 4000 + b"\1" * 100),
         "the header of its write-ahead log .* is damaged",
@@ -327,6 +331,30 @@ async def test_a_gap_in_the_log_is_no_empty_collection(path: Path, tmp_path: Pat
     with pytest.raises(RegistryCorruptError, match=r"write-ahead log .* is damaged behind 0 pages"):
         await open_collections(target)
     assert content_of(target) == before
+
+
+async def test_a_damaged_file_with_a_log_is_left(path: Path, tmp_path: Path) -> None:
+    await made(path)
+    target = tmp_path / "target.sqlite3"
+    shutil.copyfile(path, target)
+    async with opened(path) as store:
+        await store.delete(1, "i0")
+        shutil.copyfile(f"{path}-wal", f"{target}-wal")
+    damaged(target)
+    before = content_of(target)
+    with pytest.raises(RegistryCorruptError, match=r"malformed|page"):
+        await open_collections(target)
+    assert {name: one for name, one in content_of(target).items() if name in before} == before
+
+
+async def test_a_copy_by_sqlite_can_be_used(path: Path, tmp_path: Path) -> None:
+    await made(path)
+    target = tmp_path / "target.sqlite3"
+    sql(f"VACUUM INTO '{target}'")(path)
+    async with opened(path) as store, opened(target) as copy:
+        assert await seen(copy) == await seen(store)
+        assert await copy.delete(1, "i0")
+        assert Path(f"{target}-wal").stat().st_size > 0
 
 
 async def test_a_newer_schema_in_the_log_is_refused(path: Path, tmp_path: Path) -> None:
