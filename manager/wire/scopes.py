@@ -88,6 +88,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/instances", _READ),
     ("GET", "/ui/gpus", _READ),
     ("GET", "/ui/models", _READ),
+    ("GET", "/ui/collections", _READ),
     ("GET", "/ui/roles", _READ),
     ("GET", "/ui/requests", _READ),
     # What the key may see of them: all, its own, or the schedules alone.

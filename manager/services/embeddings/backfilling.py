@@ -337,7 +337,8 @@ class Backfilling:
                 try:
                     done = await self._batch(shelved, backfill, progress)
                 except CollectionConflictError as error:
-                    await self._moved(shelved, BackfillStatus.FAILED, error.message)
+                    with suppress(CollectionConflictError):  # it was paused or cancelled just now
+                        await self._moved(shelved, BackfillStatus.FAILED, error.message)
                     return
                 except ManagerError as error:
                     progress.waits_for = error.message

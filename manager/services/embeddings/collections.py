@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from manager.services.embeddings.backfilling import Backfilling
+from manager.services.embeddings.counting import Counting
 from manager.services.embeddings.digests import Digests
 from manager.services.embeddings.embedder import Embedder
 from manager.services.embeddings.querying import Querying
@@ -36,6 +37,7 @@ class Collections:
     writing: Writing
     querying: Querying
     backfilling: Backfilling
+    counting: Counting
 
 
 async def opened(
@@ -76,4 +78,5 @@ async def opened(
         Writing(shelf, embedder, tending, digests_of=digests_of, utcnow=utcnow),
         Querying(shelf, embedder, tending),
         Backfilling(shelf, embedder, switching, tending, journal, utcnow=utcnow),
+        Counting(shelf),
     )
