@@ -23,6 +23,7 @@ from manager.api.passage import PassageLimits, Passages
 from manager.claims import claims, refuse_foreign_later, settled_owner
 from manager.domain.template import image_allowed
 from manager.opening import (
+    opened_collections,
     opened_gpu_history,
     opened_gpus,
     opened_journal,
@@ -400,6 +401,7 @@ async def open_daemon(
                 history=history,
                 rollout=rollout.in_force,
                 budgets=lambda: ledger.last_seen,
+                collections=lambda: backend.collections.counting.last,
             ).render,
             refusals=refusals,
             history=history,
@@ -407,6 +409,9 @@ async def open_daemon(
             ledger=ledger,
             rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
+            collections=await opened_collections(
+                held, settings, passing, overviews, journal, stores=not dry_run
+            ),
         )
 
         loops: dict[str, Loop] = {
@@ -427,6 +432,9 @@ async def open_daemon(
                 "volumes": volume_reader.run,
                 "service": parts.service.run,
                 "runs": backend.runs.run,
+                "collections": backend.collections.tending.run,
+                "backfills": backend.collections.backfilling.run,
+                "counts of collections": backend.collections.counting.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
                 "gpu history": backend.gpu_history.run,

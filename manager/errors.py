@@ -37,6 +37,7 @@ ManagerError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
+│   ├── NotEmbeddedError      no server has embedded the texts of a collection
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   ├── RegistryUnwritableError
 │   ├── VectorsUnavailableError   the tables of vectors could not be read or written
@@ -343,6 +344,18 @@ class AskFailedError(UnavailableError):
     ) -> None:
         super().__init__(message, reason=reason)
         self.begun = begun
+
+
+class NotEmbeddedError(UnavailableError):
+    """No server has embedded the texts of a request; `refused` is set where none was asked, and says why."""
+
+    def __init__(
+        self, message: str, *, reason: Reason, refused: str | None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after_s=retry_after_s)
+        self.refused = refused
+        if refused in ("forbidden", "local_only", "rate_limited", "queue_full"):
+            self.code = refused
 
 
 class OutOfDescriptorsError(UnavailableError):

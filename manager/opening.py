@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
+from manager.adapters.collections import open_collections
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
+from manager.adapters.vectors import LanceVectors, installed
+from manager.domain.models import model_key
 from manager.parts import budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
 from manager.services.accounts.quotas import Quotas
+from manager.services.embeddings import collections
 from manager.services.gpus import GpuHistory, Gpus
 from manager.services.journal import Journal
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AsyncExitStack
 
     from manager.adapters.cgroups import ProcCgroups
     from manager.adapters.registry import SqlRegistry
+    from manager.api.backend import Passing
     from manager.domain.instance import InstanceSpec
+    from manager.services.embeddings.collections import Collections
+    from manager.services.overview import Overviews
     from manager.services.ports import RequestStore
     from manager.settings import Settings
 
@@ -124,3 +133,39 @@ async def opened_ledger(
     if recovers:
         await ledger.recover(is_alone=is_alone)
     return ledger
+
+
+async def opened_collections(
+    stack: AsyncExitStack,
+    settings: Settings,
+    passing: Passing,
+    overviews: Overviews,
+    journal: Journal,
+    *,
+    stores: bool,
+) -> Collections:
+    """Return the collections of the state directory; without `stores` nothing is written to it."""
+    state_dir = settings.state.dir
+    vectors = LanceVectors(state_dir / "vectors") if installed() else None
+    if vectors is not None:
+        stack.push_async_callback(vectors.close)
+    store = await open_collections(state_dir / "embeddings.sqlite3", stores=stores)
+    stack.push_async_callback(store.close)
+
+    def digests_of(model: str) -> Mapping[str, tuple[str, ...]]:
+        state = overviews.models().get(model_key(model))
+        return {} if state is None else state.digests
+
+    opened = await collections.opened(
+        store,
+        vectors,
+        routing=passing.routing,
+        server=passing.server,
+        requests=passing.requests,
+        journal=journal,
+        digests_of=digests_of,
+        refresh=partial(passing.catalogue.refresh, lists=True),
+        utcnow=utcnow,
+    )
+    passing.passages.open_requests.add(opened.embedder.open)
+    return opened

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
 from manager.domain.breaker import BreakerState
+from manager.domain.embeddings import Counts
 from manager.domain.instance import Driver, Health, Phase
 from manager.domain.money import in_usd
 from manager.domain.rollout import Stage
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from manager.domain.budgets import Balance
     from manager.domain.gpu import Gpu
     from manager.services.accounts.ledger import BudgetState
+    from manager.services.embeddings.counting import CountedCollection, CountedVersion
     from manager.services.lanes.slots import Slots
     from manager.services.overview import Overviews
     from manager.services.refusals import Refusals
@@ -32,6 +34,10 @@ if TYPE_CHECKING:
 _PREFIX = "ollama_manager"
 # Keys may have budgets of their own; those of the configuration come first.
 _MOST_BUDGETS = 200
+# The oldest collections have series of their own, so that a new one takes no other's place.
+_MOST_COLLECTIONS = 100
+# The label of all others together. No collection can have that name, and no version that id.
+_OTHERS = "*"
 
 _BREAKER_STATES = {BreakerState.CLOSED: 0.0, BreakerState.HALF_OPEN: 1.0, BreakerState.OPEN: 2.0}
 
@@ -50,6 +56,7 @@ class FleetMetrics:
         history: History,
         rollout: Rollout,
         budgets: Callable[[], Sequence[BudgetState]],
+        collections: Callable[[], Sequence[CountedCollection]],
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
@@ -59,6 +66,7 @@ class FleetMetrics:
         self._history = history
         self._rollout = rollout
         self._budgets = budgets
+        self._collections = collections
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -120,6 +128,7 @@ class FleetMetrics:
         yield from self._money()
         yield from self._stages()
         yield from self._lanes()
+        yield from _embeddings(self._collections())
         yield from self._requests()
 
     def _money(self) -> Iterator[Metric]:
@@ -213,6 +222,75 @@ class FleetMetrics:
                     [target], list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.total_s
                 )
             yield family
+
+
+def _embeddings(collections: Sequence[CountedCollection]) -> Iterator[Metric]:
+    """Yield the gauges of collections, and those of their versions."""
+    known = GaugeMetricFamily(f"{_PREFIX}_collections", "Collections")
+    known.add_metric([], len(collections))
+    yield known
+    own, others = collections[:_MOST_COLLECTIONS], collections[_MOST_COLLECTIONS:]
+    shown: list[tuple[str, Sequence[CountedCollection]]] = [(one.name, (one,)) for one in own]
+    if others:
+        shown.append((_OTHERS, others))
+    for name, text, of_collection in _OF_COLLECTIONS:
+        family = GaugeMetricFamily(f"{_PREFIX}_collection_{name}", text, labels=["collection"])
+        for label, found in shown:
+            family.add_metric([label], of_collection(found))
+        yield family
+    series = [(one.name, version.id, (version,)) for one in own for version in one.versions]
+    rest = tuple(version for one in others for version in one.versions)
+    for name, text, of_version in _OF_VERSIONS:
+        family = GaugeMetricFamily(
+            f"{_PREFIX}_collection_version_{name}", text, labels=["collection", "version"]
+        )
+        for label, version_id, versions in series:
+            family.add_metric([label, version_id], of_version(versions))
+        if rest:
+            family.add_metric([_OTHERS, _OTHERS], of_version(rest))
+        yield family
+
+
+def _coverage(versions: Sequence[CountedVersion]) -> float:
+    """Return the share of the items that have a vector, over all versions; 1 exactly where all have one."""
+    return Counts(
+        sum(one.counts.items for one in versions), sum(one.counts.rows for one in versions)
+    ).coverage
+
+
+# Of one collection or version, or of several: then sums, and 1 where it is so of any.
+_OF_COLLECTIONS: tuple[tuple[str, str, Callable[[Sequence[CountedCollection]], float]], ...] = (
+    ("items", "Items of a collection", lambda found: sum(one.items for one in found)),
+    (
+        "backfill_running",
+        "1 while a backfill of a collection runs",
+        lambda found: float(any(one.is_filled for one in found)),
+    ),
+    (
+        "backfill_failed",
+        "1 where the latest backfill of a collection has failed",
+        lambda found: float(any(one.has_failed for one in found)),
+    ),
+)
+_OF_VERSIONS: tuple[tuple[str, str, Callable[[Sequence[CountedVersion]], float]], ...] = (
+    ("rows", "Items that a version has vectors of", lambda found: sum(one.counts.rows for one in found)),
+    ("coverage_ratio", "Share of the items that a version has vectors of", _coverage),
+    (
+        "quarantined",
+        "Items that a backfill could not embed for a version",
+        lambda found: sum(one.counts.quarantined for one in found),
+    ),
+    (
+        "active",
+        "1 for the version that queries read",
+        lambda found: float(any(one.is_active for one in found)),
+    ),
+    (
+        "stale",
+        "1 for a version whose build of the model was replaced",
+        lambda found: float(any(one.is_stale for one in found)),
+    ),
+)
 
 
 def _cards(gpus: Sequence[Gpu]) -> Iterator[Metric]:

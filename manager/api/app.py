@@ -9,6 +9,9 @@ from fastapi_offline import FastAPIOffline
 from manager import __version__
 from manager.api.breakers import breakers_router
 from manager.api.budgets import budgets_router
+from manager.api.collection_items import collection_items_router
+from manager.api.collection_items import most_body_bytes as most_collection_bytes
+from manager.api.collections import collections_router
 from manager.api.compute import compute_router
 from manager.api.errors import add_error_handlers
 from manager.api.gate import Gate
@@ -58,6 +61,10 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
     )
     _describe_key(app, access)
     open_requests = OpenByKey()
+
+    def most_bytes(path: str) -> int | None:
+        return most_body_bytes(backend) if path == RUNS else most_collection_bytes(backend, path)
+
     routers = (
         compute_router(backend),
         gpu_history_router(backend),
@@ -73,6 +80,8 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         live_router(live),
         model_settings_router(backend),
         runs_router(backend),
+        collections_router(backend),
+        collection_items_router(backend),
         keys_router(backend, open_requests.cut),
         sign_in_router(backend.keyring, doors, backend.refusals.refused),
         budgets_router(backend),
@@ -92,7 +101,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         used=backend.keyring.used,
         open_requests=open_requests,
         doors=doors,
-        larger={RUNS: lambda: most_body_bytes(backend)},
+        most_bytes=most_bytes,
     )
     return app
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
+    from manager.services.embeddings.collections import Collections
     from manager.services.gpus import GpuHistory
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -139,4 +140,5 @@ class Backend:
     keyring: Keyring
     ledger: Ledger
     runs: Runs
+    collections: Collections
     rollout: RolloutControl

@@ -17,6 +17,7 @@ from manager.errors import (
     ConflictError,
     InvalidRequestError,
     ManagerError,
+    NotEmbeddedError,
     NotInstalledError,
     Reason,
     RunsFullError,
@@ -31,6 +32,7 @@ from manager.errors import (
     UnknownRunError,
 )
 from manager.settings.problems import described
+from manager.wire import statuses
 from manager.wire.dialect import error_body
 from manager.wire.keys import without_secrets
 from manager.wire.ollama_routes import spoken_at
@@ -83,6 +85,8 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def status_of(error: ManagerError) -> int:
+    if isinstance(error, NotEmbeddedError):
+        return statuses.status_of(error.reason, error.refused)
     code = error.code
     if code in (Reason.CANCELLED, Reason.NAME_CONFLICT, Reason.HOST_DENIED):
         return 409

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from starlette.exceptions import HTTPException
@@ -19,7 +18,7 @@ from manager.wire.ollama_routes import spoken_at
 from manager.wire.paths import decoded, normalised
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +54,7 @@ class Gate:
         open_requests: those to the control API.
         doors: the pages that people get in the place of errors.
         refused: is called with reason, address and path of each refused request.
-        larger: paths whose bodies may be larger than `MOST_BODY_BYTES`, and how large.
+        most_bytes: returns how large the bodies of a path may be; None is `MOST_BODY_BYTES`.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Gate:
         used: set[str],
         open_requests: OpenByKey,
         doors: Doors,
-        larger: Mapping[str, Callable[[], int]] = MappingProxyType({}),
+        most_bytes: Callable[[str], int | None] = lambda _path: None,
     ) -> None:
         self._app = app
         self._access = access
@@ -75,7 +74,7 @@ class Gate:
         self._used = used
         self._open = open_requests
         self._doors = doors
-        self._larger = larger
+        self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -110,8 +109,8 @@ class Gate:
             )
             await answer(scope, receive, send)
             return
-        larger = self._larger.get(scope["path"])
-        most = MOST_BODY_BYTES if larger is None else larger()
+        larger = self._most_bytes(scope["path"])
+        most = MOST_BODY_BYTES if larger is None else larger
         lengths = (value for name, value in scope["headers"] if name == b"content-length")
         if any(_is_too_large(length.decode("latin-1"), most) for length in lengths):
             await error_response(413, "body_too_large", _too_large(most))(scope, receive, send)

@@ -315,7 +315,7 @@ class Passage:
             return question(target)
 
         try:
-            async with answered(self.attempting, server, step, make) as answer:
+            async with answered(self.attempting, server, step, make, is_upload=True) as answer:
                 try:
                     yield answer
                 except UnavailableError as error:  # the answer breaks off

@@ -12,10 +12,10 @@ from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotatio
 from manager.api.errors import refusals
 from manager.api.granted import grant_of, permit_of
 from manager.api.schemas import Time  # noqa: TC001  (pydantic reads annotations at run time)
+from manager.api.submitted import HeldBody, invalid, invalid_fields, origin_of, refuse_other_types
 from manager.domain.keys import Scope
 from manager.domain.routing import RequestFacts
 from manager.domain.runs import RunCaller, RunStatus
-from manager.errors import InvalidRequestError, Reason, UnavailableError
 from manager.services.runs.runs import NewRun
 from manager.services.steps import in_steps
 from manager.settings.problems import described
@@ -150,9 +150,9 @@ def runs_router(backend: Backend) -> APIRouter:
     )
     async def submit_run(request: Request, _query: Annotated[NoQuery, Query()]) -> Response:
         """Store a request, to be executed when its lane has a slot for it; `Location` is where to look."""
-        held = _Held(backend)
+        held = HeldBody(backend.passing.bodies)
         try:
-            run = await backend.runs.submit(await _new_run(backend, request, await held.body(request)))
+            run = await backend.runs.submit(await _new_run(backend, request, await held.read(request)))
         finally:
             held.give_back()
         body = SubmittedBody(id=run.id, status=run.status)
@@ -210,56 +210,33 @@ def owner_of(request: Request) -> Grant | None:
     return None if grant is None or grant.may(Scope.OPERATOR) else grant
 
 
-class _Held:
-    """The body of a submission in memory, counted with those of all other requests."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._bodies = backend.passing.bodies
-        self._count = 0
-
-    async def body(self, request: Request) -> bytes:
-        parts = []
-        async for piece in request.stream():
-            if not self._bodies.take(len(piece)):
-                message = "the bodies of all requests together reach gateway.max_buffered; try again later"
-                raise UnavailableError(message, reason=Reason.OVERLOADED, retry_after_s=1)
-            self._count += len(piece)
-            parts.append(piece)
-        return b"".join(parts)
-
-    def give_back(self) -> None:
-        self._bodies.give_back(self._count)
-
-
 async def _new_run(backend: Backend, request: Request, raw: bytes) -> NewRun:
     """Check a submission.
 
     Raises:
         InvalidRequestError: it is none.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json" and not content_type.endswith("+json"):
-        raise _invalid("body", "expected JSON, with the header `Content-Type: application/json`")
+    refuse_other_types(request)
     try:
         given = await in_steps(submission(raw))
     except BadBodyError as error:
-        raise _invalid("body", str(error)) from None
+        raise invalid("body", str(error)) from None
     fields = given.rest if given.body is None else {**given.rest, "body": {}}
     try:
         wanted = RunRequest.model_validate(fields)
     except ValidationError as error:
-        raise _invalid_fields(_problems(error)) from None
+        raise invalid_fields(_problems(error)) from None
     runs = backend.runs
     assert given.body is not None  # noqa: S101  (it is required)
     if len(given.body) > runs.limits.max_body:
         most = runs.limits.max_body
-        raise _invalid(
+        raise invalid(
             "body.body", f"it has {len(given.body)} bytes; at most {most} are taken (runs.max_body)"
         )
     if wanted.expires_s is not None and wanted.expires_s > runs.limits.retention_s:
         most_s = runs.limits.retention_s
-        raise _invalid("body.expires_s", f"{wanted.expires_s:g}; at most {most_s:g} (runs.retention_s)")
-    origin = _origin(backend, request)
+        raise invalid("body.expires_s", f"{wanted.expires_s:g}; at most {most_s:g} (runs.retention_s)")
+    origin = origin_of(backend, request)
     lane = wanted.lane or origin.lane
     model = await _model(backend, wanted, given.body, origin, lane, permit=permit_of(request.scope))
     return NewRun(
@@ -273,13 +250,6 @@ async def _new_run(backend: Backend, request: Request, raw: bytes) -> NewRun:
         idempotent=wanted.idempotent,
         expires_s=wanted.expires_s,
     )
-
-
-def _origin(backend: Backend, request: Request) -> Origin:
-    origin = backend.passing.requests.origin(list(request.scope["headers"]), grant_of(request.scope))
-    if origin.fault is not None:
-        raise _invalid("header", origin.fault)
-    return origin
 
 
 async def _model(
@@ -296,15 +266,15 @@ async def _model(
     try:
         request = await in_steps(reading([body], route, len(body)))
     except BadBodyError as error:
-        raise _invalid("body.body", str(error)) from None
+        raise invalid("body.body", str(error)) from None
     model = request.model or lane
     if not model:
-        raise _invalid("body.body.model", "missing; expected the name of a model or a role, or a lane")
+        raise invalid("body.body.model", "missing; expected the name of a model or a role, or a lane")
     if unloads(request, route):
-        raise _invalid("body.body.keep_alive", f"an unload is no run; send it to {route.path}")
+        raise invalid("body.body.keep_alive", f"an unload is no run; send it to {route.path}")
     refused = backend.router.decide(RequestFacts(model, route.kind, origin.instance, lane, permit)).refused
     if refused is not None and refused.what == "unknown_lane":
-        raise _invalid("body.lane", refused.message)
+        raise invalid("body.lane", refused.message)
     return model
 
 
@@ -314,16 +284,6 @@ def _problems(error: ValidationError) -> list[tuple[str, str]]:
         for one in error.errors()
         for path, message in described(one, RunRequest, mapping="an object")
     ]
-
-
-def _invalid(field: str, message: str) -> InvalidRequestError:
-    return _invalid_fields([(field, message)])
-
-
-def _invalid_fields(problems: list[tuple[str, str]]) -> InvalidRequestError:
-    field, message = problems[0]
-    fields = [{"field": field, "message": message} for field, message in problems]
-    return InvalidRequestError(f"{field}: {message}", details={"fields": fields})
 
 
 def run_body(run: Run) -> RunBody:

@@ -404,10 +404,10 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         "pinned": view.pinned,
         "ttl_s": view.ttl_s,
         "ttl_remaining_s": None if remaining_s is None else round(remaining_s, 3),
-        "started_at": _time(view.started_at),
-        "ready_at": _time(view.ready_at),
-        "last_used_at": _time(view.last_used_at),
-        "last_seen_at": _time(view.last_seen_at),
+        "started_at": time_json(view.started_at),
+        "ready_at": time_json(view.ready_at),
+        "last_used_at": time_json(view.last_used_at),
+        "last_seen_at": time_json(view.last_seen_at),
         "starts": view.starts,
         "container": {
             "id": container.id,
@@ -427,7 +427,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
                 "digest": model.digest,
                 "size_bytes": model.size_bytes,
                 "vram_bytes": model.vram_bytes,
-                "expires_at": _time(model.expires_at),
+                "expires_at": time_json(model.expires_at),
             }
             for model in view.models
         ],
@@ -439,7 +439,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
 def _start(start: StartProgress | None) -> dict[str, object] | None:
     if start is None:
         return None
-    return {"step": start.step, "since": _time(start.since), "until": _time(start.until)}
+    return {"step": start.step, "since": time_json(start.since), "until": time_json(start.until)}
 
 
 def _rules(spec: InstanceSpec) -> dict[str, object] | None:
@@ -452,8 +452,8 @@ def _breaker(breaker: BreakerView) -> dict[str, object]:
     return {
         "state": breaker.state,
         "failures": breaker.failures,
-        "opened_at": _time(breaker.opened_at),
-        "retry_at": _time(breaker.retry_at),
+        "opened_at": time_json(breaker.opened_at),
+        "retry_at": time_json(breaker.retry_at),
         "reason": breaker.reason,
     }
 
@@ -461,19 +461,19 @@ def _breaker(breaker: BreakerView) -> dict[str, object]:
 def _drained(drained: Drained | None) -> dict[str, object] | None:
     if drained is None:
         return None
-    return {"since": _time(drained.since), "until": _time(drained.until), "reason": drained.reason}
+    return {"since": time_json(drained.since), "until": time_json(drained.until), "reason": drained.reason}
 
 
 def _lifted(lifted: Lifted | None) -> dict[str, object] | None:
     if lifted is None:
         return None
-    return {"since": _time(lifted.since), "until": _time(lifted.until), "reason": lifted.reason}
+    return {"since": time_json(lifted.since), "until": time_json(lifted.until), "reason": lifted.reason}
 
 
 def _image_override(chosen: ImageInForce | None) -> dict[str, object] | None:
     if chosen is None:
         return None
-    return {"image": chosen.image, "previous": chosen.previous, "since": _time(chosen.since)}
+    return {"image": chosen.image, "previous": chosen.previous, "since": time_json(chosen.since)}
 
 
 def _device(state: InstanceState) -> dict[str, object]:
@@ -517,7 +517,8 @@ def _sum(cards: list[dict[str, Any]], key: str) -> int | None:
     return sum(known) if known and len(known) == len(cards) else None
 
 
-def _time(time: datetime | None) -> str | None:
+def time_json(time: datetime | None) -> str | None:
+    """Return a time as `Time` writes it."""
     return None if time is None else _rfc3339(time)
 
 
@@ -560,7 +561,7 @@ def event_json(event: Event) -> dict[str, object]:
     """The values of an `EventBody`."""
     return {
         "id": event.id,
-        "at": _time(event.at),
+        "at": time_json(event.at),
         "instance": event.instance,
         "kind": event.kind,
         "reason": event.reason,

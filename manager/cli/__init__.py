@@ -1,7 +1,9 @@
 """The command line. Importing it is cheap: each command imports what it needs when it runs."""
 
-from manager.cli import requests as _requests  # noqa: F401  (adds its commands)
+from manager.cli import collection_backfills, collection_items  # noqa: F401  (they add their commands)
+from manager.cli import requests as _requests  # noqa: F401
 from manager.cli.budgets import budgets_command
+from manager.cli.collections import collections_group
 from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
 from manager.cli.events import events_command
@@ -25,6 +27,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    collections_group,
     schedules_command,
     rollout_group,
     local_only_command,

@@ -39,6 +39,11 @@ _NEXT_STEPS = {
     "forbidden": "a key with that scope is needed in $OLLAMA_MANAGER_KEY",
     "unknown_key": "`ollama-manager keys list` lists the keys",
     "unknown_run": "`ollama-manager runs list` lists the runs",
+    "unknown_collection": "`ollama-manager collections list` lists the collections",
+    "unknown_version": "`ollama-manager collections versions NAME` lists the versions",
+    "version_stale": "`ollama-manager collections backfill NAME` makes the vectors of the new build",
+    "backfill_open": "`ollama-manager collections backfill NAME --status` says how far it is",
+    "below_threshold": "wait for the backfill, begin one, or give a lower --threshold",
     "run_not_ended": "`ollama-manager runs show ID` says how far it is",
     "max_running_reached": "stop one of them, or raise lifecycle.max_running",
     "image_missing": "`ollama-manager pull` fetches the images of all instances",
@@ -58,11 +63,20 @@ class DaemonUnreachableError(CommandError):
 
 
 class RefusalError(CommandError):
-    """The daemon said no; `code` is its stable one and `log_tail` what the container said last."""
+    """The daemon said no.
+
+    Attributes:
+        status: of HTTP.
+        code: the stable one of the API.
+        details: what the API says beside it.
+        log_tail: what the container said last.
+        wait_s: when to try again, None where the daemon does not say.
+    """
 
     def __init__(
-        self, status: int, code: str, message: str, *, log_tail: tuple[str, ...], wait_s: str | None
+        self, status: int, code: str, message: str, *, details: Mapping[str, Any], wait_s: str | None
     ) -> None:
+        log_tail = tuple(map(str, details.get("log_tail") or ()))
         step = _NEXT_STEPS.get(code)
         if wait_s is not None and step is None:
             step = f"waiting may help: try again in {wait_s} s"
@@ -74,7 +88,9 @@ class RefusalError(CommandError):
         )
         self.status = status
         self.code = code
+        self.details = details
         self.log_tail = log_tail
+        self.wait_s = float(wait_s) if wait_s is not None and wait_s.isdecimal() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,10 +350,15 @@ class Daemon:
         with self._answer("GET", "/api/settings/models/effective") as answer:
             return _document(answer)
 
-    def ask(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """Return the JSON answer to one request."""
-        with self._answer(method, path, body=body) as answer:
+    def ask(self, method: str, path: str, body: object = None, *, is_long: bool = False) -> dict[str, Any]:
+        """Return the JSON answer to one request; one that `is_long` may take however long it takes."""
+        with self._answer(method, path, body=body, silence_s=None if is_long else _ANSWER_S) as answer:
             return _document(answer)
+
+    def listed(self, path: str) -> list[dict[str, Any]]:
+        """Return the JSON answer to a GET, which is a list."""
+        with self._answer("GET", path) as answer:
+            return self._read(_list, {"answer": _value(answer.content)})
 
     @contextmanager
     def fetch(self, path: str, *, also: int) -> Iterator[requests.Response]:
@@ -490,26 +511,37 @@ def _document(answer: requests.Response) -> dict[str, Any]:
     return _parsed(answer.content)
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _value(text: bytes) -> Any:
     try:
-        body = json.loads(text)
+        return json.loads(text)
     except ValueError as error:
         raise _Strange from error
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    body = _value(text)
     if not isinstance(body, dict):
         raise _Strange
     return body
+
+
+def _list(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found = document["answer"]
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise TypeError("a list of objects is expected")
+    return found
 
 
 def _refusal(status: int, body: dict[str, Any], wait_s: str | None) -> RefusalError:
     error = body.get("error")
     if not isinstance(error, dict) or not isinstance(error.get("code"), str):
         raise _Strange
-    tail = (error.get("details") or {}).get("log_tail") or ()
+    details = error.get("details")
     return RefusalError(
         status,
         error["code"],
         printable(str(error.get("message", ""))),
-        log_tail=tuple(map(str, tail)),
+        details=details if isinstance(details, dict) else {},
         wait_s=wait_s,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from datetime import datetime, time, timedelta
+from math import isfinite
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -18,6 +19,16 @@ Command = TypeVar("Command", bound="Callable[..., Any]")
 _MOST_LAST = 10_000
 _DAYS = {"today": 0, "yesterday": 1}
 _WHEN = "today, yesterday, a span such as 15m or 7d, or a time with its zone such as 2026-03-01T12:00:00Z"
+
+
+class Finite(click.FloatRange):
+    """A number between bounds that is neither NaN nor infinite: JSON has none of these."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail(f"{value!r} is no finite number.", param, ctx)
+        return number
 
 
 def follow_option(words: str) -> Callable[[Command], Command]:

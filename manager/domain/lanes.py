@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # The lane of requests without a role. No role can have that name.
 NO_ROLE = "*"
+# The lane of work in the background. It takes slots that are free and never waits for one.
+BACKGROUND = "*background"
 # Ten seconds of waiting count as much as one request of weight 1. The order of two lanes depends on tag and
 # arrival alone, because all of them age at the same rate.
 AGEING_PER_S = 0.1

@@ -13,6 +13,10 @@ _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 _UNRESERVED = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 # What RFC 3986 section 3.3 does not allow in a path, a percent sign that begins no escape included.
 _NOT_IN_PATH = re.compile(rb"[^A-Za-z0-9._~!$&'()*+,;=:@/%-]|%(?![0-9A-Fa-f]{2})")
+# Below this path segments are names that clients have chosen.
+_NAMES = [b"api", b"v1", b"collections"]
+_DOTS = {b".": b"%2E", b"..": b"%2E%2E"}
+_KEY = b"key"
 _SLASH = "%2F"
 _ASTERISK = b"*"
 
@@ -62,13 +66,20 @@ def normalised(path: bytes) -> bytes:
     Escapes of unreserved characters are decoded, other escapes are written in upper case, bytes that a path
     cannot hold are escaped, empty segments and a slash at the end are dropped, dot segments are resolved.
     An escaped slash (`%2F`) stays one: it never separates segments.
+
+    Below `/api/v1/collections/` segments are names: empty ones stay, and dots are escaped. A step up would
+    lead from an item to its collection, which a request would remove in its place.
     """
     if _NORMAL.fullmatch(path):
         return path
     path = _NOT_IN_PATH.sub(lambda match: b"%%%02X" % match[0][0], path)
     path = _ESCAPE.sub(_plain_escape, path)
     segments: list[bytes] = []
-    for segment in path.split(b"/"):
+    given = path.split(b"/")
+    for place, segment in enumerate(given):
+        if segments[-3:] == _NAMES and any(given[place:]) and _is_behind_keys(segments):
+            segments += [_DOTS.get(name, name) for name in given[place:]]
+            break
         if segment == b"..":
             del segments[-1:]
         elif segment not in (b"", b"."):
@@ -82,6 +93,12 @@ def decoded(path: bytes) -> str:
     if "%" not in text:
         return text
     return _SLASH.join(unquote(part) for part in text.split(_SLASH))
+
+
+def _is_behind_keys(segments: list[bytes]) -> bool:
+    """Return whether nothing but keys stands before the last three segments: `/key/SECRET/api/v1/…`."""
+    before = segments[:-3]
+    return len(before) % 2 == 0 and all(segment == _KEY for segment in before[::2])
 
 
 def _plain_escape(match: re.Match[bytes]) -> bytes:

@@ -26,6 +26,8 @@ _COMPUTE = "/api/runtime/compute"
 _INSTANCE = f"{_COMPUTE}/instances/{{id}}"
 _RUNS = "/api/v1/runs"
 _KEYS = "/api/v1/keys"
+_COLLECTIONS = "/api/v1/collections"
+_COLLECTION = f"{_COLLECTIONS}/{{name}}"
 
 # Methods, path, and the scopes of which a key needs one; none is any key. `{name}` is one segment of a path,
 # `{name*}` several. An account of ollama.com belongs to the operator: requests in its name need that scope.
@@ -46,6 +48,23 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", _RUNS, _RUN),
     ("DELETE GET", f"{_RUNS}/{{id}}", _RUN),
     ("GET", f"{_RUNS}/{{id}}/result", _RUN),
+    # A client writes and finds items. What others use is made, changed and removed by operators.
+    ("GET", _COLLECTIONS, _LISTS),
+    ("POST", _COLLECTIONS, _OPERATOR),
+    ("GET", _COLLECTION, _LISTS),
+    ("DELETE", _COLLECTION, _OPERATOR),
+    ("GET", f"{_COLLECTION}/items", _LISTS),
+    ("PUT", f"{_COLLECTION}/items", _CLIENT),
+    ("GET", f"{_COLLECTION}/items/{{id}}", _LISTS),
+    ("DELETE", f"{_COLLECTION}/items/{{id}}", _CLIENT),
+    ("POST", f"{_COLLECTION}/query", _CLIENT),
+    ("GET", f"{_COLLECTION}/versions", _LISTS),
+    ("DELETE", f"{_COLLECTION}/versions/{{version}}", _OPERATOR),
+    ("POST", f"{_COLLECTION}/cutover", _OPERATOR),
+    ("POST", f"{_COLLECTION}/rollback", _OPERATOR),
+    ("GET", f"{_COLLECTION}/backfill", _LISTS),
+    ("POST", f"{_COLLECTION}/backfill", _OPERATOR),
+    *(("POST", f"{_COLLECTION}/backfill/{verb}", _OPERATOR) for verb in ("pause", "resume", "cancel")),
     ("POST", "/api/pull", _OPERATOR),
     ("POST", "/api/push", _OPERATOR),
     ("POST", "/api/create", _OPERATOR),
@@ -69,6 +88,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", "/ui/instances", _READ),
     ("GET", "/ui/gpus", _READ),
     ("GET", "/ui/models", _READ),
+    ("GET", "/ui/collections", _READ),
     ("GET", "/ui/roles", _READ),
     ("GET", "/ui/requests", _READ),
     # What the key may see of them: all, its own, or the schedules alone.

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.support.collections import Collection, embedding_gateway, new_collection
+from tests.support.embedding_server import EmbeddingServer
 from tests.support.fixtures import making_daemons, new_manager_id
 from tests.support.ollama import RunningOllama, running_ollama
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
     from tests.support.daemon import Daemon
     from tests.support.engine import Engine
+    from tests.support.gateway import Gateway
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +54,23 @@ def daemon(api: Api) -> Iterator[Daemon]:
     for instance in ("cpu", "second"):
         api.daemon.stopped(instance, force=True)
         api.daemon.call("PATCH", f"instances/{instance}", json={"ttl_s": None, "pinned": None})
+
+
+@pytest.fixture(scope="module")
+def embedding_server() -> Iterator[EmbeddingServer]:
+    with EmbeddingServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def gateway(embedding_server: EmbeddingServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A daemon without an engine, in front of a server that embeds."""
+    with embedding_gateway(tmp_path_factory.mktemp("collections"), embedding_server) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def docs(gateway: Gateway, embedding_server: EmbeddingServer) -> Iterator[Collection]:
+    """An empty collection of the test's own."""
+    with new_collection(gateway, embedding_server) as collection:
+        yield collection

@@ -12,6 +12,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from tests.bench.collecting import collections
 from tests.bench.crash import crash_detection
 from tests.bench.decide import decisions
 from tests.bench.idle import RUNNING, idle_cost
@@ -33,6 +34,7 @@ _MOST_TOLD = 160
 
 # These bring their own surroundings, and no engine.
 ALONE: dict[str, Callable[[], Iterable[Row]]] = {
+    "collections": collections,
     "decide": decisions,
     "lanes": lanes_under_load,
     "live": live_channel,

@@ -11,9 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from manager.adapters.metrics import FleetMetrics
 from manager.domain.breaker import BreakerState
 from manager.domain.budgets import Balance, Budget, Period
+from manager.domain.embeddings import Counts
 from manager.domain.instance import Driver, Health, Phase
 from manager.errors import Reason
 from manager.services.accounts.ledger import BudgetState
+from manager.services.embeddings.counting import CountedCollection, CountedVersion
 from manager.services.lanes.slots import LaneState, SlotState
 from manager.services.refusals import Refusals
 from manager.services.routing.rollout import Rollout
@@ -22,7 +24,7 @@ from tests.support.gpu_machine import GIB, card
 from tests.support.records import a_record
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from prometheus_client import Metric
 
@@ -47,9 +49,26 @@ SLOTS = SimpleNamespace(
     lanes=lambda: [LaneState("thinking", 2, 5, 1.5, 4, 1)],
     instances=lambda: [SlotState("gpu0", 2, 1, 1), SlotState("cpu", None, 3, 0)],
 )
+COLLECTIONS = (
+    CountedCollection(
+        "docs",
+        200,
+        is_filled=True,
+        has_failed=False,
+        versions=(
+            CountedVersion("0123456789abcdef", Counts(200, 200), is_active=True, is_stale=True),
+            CountedVersion("fedcba9876543210", Counts(200, 50, 2), is_active=False, is_stale=False),
+        ),
+    ),
+    CountedCollection("empty", 0, is_filled=False, has_failed=True, versions=()),
+)
 
 
-def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, Metric]:
+def scraped(
+    traffic: Traffic,
+    refusals: Refusals | None = None,
+    collections: Sequence[CountedCollection] = COLLECTIONS,
+) -> Mapping[str, Metric]:
     """Return what a daemon renders in which each family has a sample, by the name of the family."""
 
     def state(id_: str, driver: Driver, **values: Any) -> Any:
@@ -81,6 +100,7 @@ def scraped(traffic: Traffic, refusals: Refusals | None = None) -> Mapping[str, 
         history=cast("Any", SimpleNamespace(stored=40, dropped=2)),
         rollout=Rollout(),
         budgets=lambda: BUDGETS,
+        collections=lambda: collections,
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}

@@ -11,6 +11,7 @@ import socket
 import struct
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, cast
 
@@ -29,8 +30,8 @@ _LAST = (
 )
 _EMBEDDED = b'{"model":"tiny","embeddings":[[0.1,0.2]],"prompt_eval_count":3}'
 _STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
-# How long the end of a connection that the gateway has given up may take to be seen here, on a busy machine.
-_SEEN_WITHIN_S = 0.5
+# The state of a socket whose other end is open: the first byte of struct tcp_info (linux/tcp.h).
+_ESTABLISHED = 1
 
 
 def _document(content: bytes) -> bytes:
@@ -45,10 +46,21 @@ _STATUS = {
 }
 
 
+@dataclass(eq=False, slots=True)
+class _Crowd:
+    """More requests than `allowed`: those that are still at work, and how many of the others were held."""
+
+    allowed: int
+    at_work: set[_Serving]
+    held: int = 0
+
+
 class Slotted:
     """A server that can die and come back on the same port.
 
-    `over` has each moment with more requests than `allowed`, without those whose connections were given up.
+    `over` has each moment with more requests than `allowed`, without those that the client had given up. The
+    kernel knows that a connection was closed before the event loop reads its end, so that no time limit is
+    needed: an answer to a connection that is closed by then answers a request that was given up.
 
     Args:
         service_s: returns how long the next answer takes.
@@ -63,6 +75,7 @@ class Slotted:
         self.answered = 0
         self.over: list[int] = []
         self.connections: set[_Serving] = set()
+        self._crowds: list[_Crowd] = []
         self._server: asyncio.Server | None = None
 
     async def up(self) -> None:
@@ -87,17 +100,22 @@ class Slotted:
         self.at_work.add(one)
         self.most = max(self.most, len(self.at_work))
         if self.allowed is not None and len(self.at_work) > self.allowed:
-            seen = {one: one.number for one in self.at_work}
-            asyncio.get_running_loop().call_later(_SEEN_WITHIN_S, self._look, seen, self.allowed)
+            self._crowds.append(_Crowd(self.allowed, {*self.at_work}))
 
-    def _look(self, seen: dict[_Serving, int], allowed: int) -> None:
-        held = sum(one in self.connections or one.number != number for one, number in seen.items())
-        if held > allowed:
-            self.over.append(held)
+    def ends(self, one: _Serving) -> None:
+        """Take the end of a request, which is answered now or whose connection is lost."""
+        self.at_work.discard(one)
+        for crowd in [crowd for crowd in self._crowds if one in crowd.at_work]:
+            crowd.at_work.discard(one)
+            crowd.held += one.has_peer()
+            if not crowd.at_work:
+                self._crowds.remove(crowd)
+                if crowd.held > crowd.allowed:
+                    self.over.append(crowd.held)
 
 
 class _Serving(asyncio.Protocol):
-    """One connection. `number` counts the requests that it has answered."""
+    """One connection."""
 
     transport: asyncio.Transport
 
@@ -106,7 +124,6 @@ class _Serving(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self)
         self._url = self._body = b""
         self._timer: asyncio.TimerHandle | None = None
-        self.number = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
@@ -114,9 +131,16 @@ class _Serving(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._server.at_work.discard(self)
+        self._server.ends(self)
         if self._timer is not None:
             self._timer.cancel()
+
+    def has_peer(self) -> bool:
+        """Return whether the other end of the connection is open, as far as the kernel knows."""
+        if self not in self._server.connections:
+            return False
+        info = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+        return bool(info[0] == _ESTABLISHED)
 
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
@@ -147,9 +171,8 @@ class _Serving(asyncio.Protocol):
         self._timer = asyncio.get_running_loop().call_later(left_s, self._end, last)
 
     def _end(self, data: bytes) -> None:
-        self._server.at_work.discard(self)
+        self._server.ends(self)
         self._server.answered += 1
-        self.number += 1
         self.transport.write(data)
 
 

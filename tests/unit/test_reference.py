@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from manager.domain.embeddings import STALE, BackfillStatus, VersionState
 from manager.domain.instance import Health, Phase
 from manager.domain.runs import RunStatus
 from manager.errors import Reason
@@ -14,7 +15,11 @@ from manager.errors import Reason
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 # Where an event is recorded its name is the first argument, or one of two.
-RECORDED = re.compile(r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?')
+RECORDED = re.compile(
+    r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?'
+    # Those of collections are named where they are chosen.
+    r'|event="([a-z_]+)"|BackfillStatus\.[A-Z]+: "([a-z_]+)"'
+)
 
 
 def named(section: str) -> set[str]:
@@ -32,6 +37,11 @@ def test_every_phase_and_reason_is_named() -> None:
 
 def test_every_status_of_a_run_is_named() -> None:
     assert named("Statuses of a run") == {status.value for status in RunStatus}
+
+
+def test_every_state_of_a_version_and_every_status_of_a_backfill_is_named() -> None:
+    assert named("States of a version") == {state.value for state in VersionState} | {STALE}
+    assert named("Statuses of a backfill") == {status.value for status in BackfillStatus}
 
 
 def test_every_event_is_named() -> None:

@@ -7,17 +7,17 @@ finished transactions are lost. Format: https://www.sqlite.org/fileformat2.html#
 
 from __future__ import annotations
 
+import sqlite3
 import struct
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import sqlite3
-    from pathlib import Path
+from contextlib import closing
+from pathlib import Path
 
 # Magic number, format, page size, checkpoint number, two salts, two checksums; all of them big-endian.
 _HEADER = struct.Struct(">8I")
 # Page number, size of the database after a commit (0 in all other frames), two salts, two checksums.
 _FRAME = struct.Struct(">6I")
+# https://www.sqlite.org/walformat.html: the number of valid frames in a log's index, in this machine's order.
+_INDEX = struct.Struct("=16xI")
 _MAGIC = 0x377F0682  # the last bit set: checksums are over big-endian words
 _FORMAT = 3007000
 _SMALLEST_PAGE, _LARGEST_PAGE = 512, 65536
@@ -49,9 +49,6 @@ def wal_problem(wal: Path) -> str | None:
 def wal_gap(connection: sqlite3.Connection, wal: Path) -> str | None:
     """The reason why SQLite reads less of a log than was finished; None where it reads all.
 
-    Behind the last frame that SQLite reads, one transaction may stand that was never finished. Frames of the
-    same generation (their salts say so) that finish two of them mean that an earlier frame was damaged.
-
     Args:
         connection: of a copy of the database and the log; a checkpoint is made there.
         wal: the log itself.
@@ -60,7 +57,34 @@ def wal_gap(connection: sqlite3.Connection, wal: Path) -> str | None:
         OSError, sqlite3.Error: it cannot be read.
     """
     row = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-    read = max(0, int(row[1]))
+    return gap_behind(max(0, int(row[1])), wal)
+
+
+def frames_read(database: Path) -> int:
+    """Return the number of frames of a log that SQLite reads.
+
+    Args:
+        database: has the right size and first page, and a copy of the log beside it. It is changed.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be read.
+    """
+    with closing(sqlite3.connect(database)) as connection:
+        # Takes the log in, and does not read the schema, which may be anywhere in the file.
+        connection.execute("PRAGMA user_version").fetchone()
+        index = Path(f"{database}-shm").read_bytes()
+    return int(_INDEX.unpack_from(index)[0])
+
+
+def gap_behind(read: int, wal: Path) -> str | None:
+    """The reason why a log has more finished transactions than the frames that SQLite reads.
+
+    Behind the last of these frames, one transaction may stand that was never finished. Frames of the same
+    generation (their salts say so) that finish two of them mean that an earlier frame was damaged.
+
+    Raises:
+        OSError: it cannot be read.
+    """
     commits = 0
     with wal.open("rb") as file:
         header = file.read(_HEADER.size)

@@ -28,11 +28,12 @@ from manager.errors import RegistryCorruptError, RegistryUnwritableError
 from manager.settings.ownership import state_file_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 # https://www.sqlite.org/fileformat2.html: the first bytes of a database.
 _HEADER = b"SQLite format 3\x00"
 _COMPANIONS = ("-wal", "-shm", "-journal")
+REGISTRY = "the registry"
 _MIGRATION_TIMEOUT_S = 120
 _HISTORY = "requests"
 _WHOLLY_CHECKED_BYTES = 64 * 2**20
@@ -51,7 +52,7 @@ def prepare(path: Path) -> None:
             if verify(path) != HEAD:
                 _migrate(path)
         else:
-            _create(path)
+            create_whole(path, _build)
     except DBAPIError as exc:
         raise translated(path, exc.orig, "created") from exc
     except OSError as exc:
@@ -60,11 +61,11 @@ def prepare(path: Path) -> None:
 
 def connect_existing(path: Path, busy_timeout_s: float = 5.0) -> sqlite3.Connection:
     """A connection that never creates the file, and begins no transaction by itself."""
-    return sqlite3.connect(_uri(path, "mode=rw"), uri=True, timeout=busy_timeout_s, isolation_level=None)
+    return sqlite3.connect(file_uri(path, "mode=rw"), uri=True, timeout=busy_timeout_s, isolation_level=None)
 
 
-def refusal(path: Path, problem: str) -> RegistryCorruptError:
-    """The error for a registry that cannot be used, with the command that sets it aside."""
+def refusal(path: Path, problem: str, what: str = REGISTRY) -> RegistryCorruptError:
+    """The error for a file that cannot be used, with the command that sets it aside."""
     aside = f"{path}.corrupt-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     moves = [
         shlex.join(["mv", "-n", f"{path}{suffix}", f"{aside}{suffix}"])
@@ -73,7 +74,7 @@ def refusal(path: Path, problem: str) -> RegistryCorruptError:
     ]
     command = " && ".join(moves)
     return RegistryCorruptError(
-        f"the registry {path} cannot be used: {problem}. It was left as it is. "
+        f"{what} {path} cannot be used: {problem}. It was left as it is. "
         f"To set it aside and begin with an empty one: {command}",
         details={"path": str(path), "problem": problem, "command": command},
     )
@@ -97,15 +98,13 @@ _CIRCUMSTANCES = {
 
 
 def translated(
-    path: Path, exc: BaseException | None, doing: str
+    path: Path, exc: BaseException | None, doing: str, what: str = REGISTRY
 ) -> RegistryCorruptError | RegistryUnwritableError:
     """The meaning of an error of SQLite: its circumstances are against us, or the file itself is bad."""
     code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF  # the rest refines it
     if code in _CIRCUMSTANCES:
-        return RegistryUnwritableError(
-            f"the registry {path} could not be {doing}: {_CIRCUMSTANCES[code]} ({exc})"
-        )
-    return refusal(path, str(exc))
+        return RegistryUnwritableError(f"{what} {path} could not be {doing}: {_CIRCUMSTANCES[code]} ({exc})")
+    return refusal(path, str(exc), what)
 
 
 def verify(path: Path) -> str:
@@ -115,21 +114,12 @@ def verify(path: Path) -> str:
         RegistryCorruptError: it cannot be used.
         RegistryUnwritableError, OSError: it cannot be read.
     """
-    _refuse_odd_files(path)
-    with path.open("rb") as file:
-        header = file.read(len(_HEADER))
-    if not header:
-        raise refusal(path, "it is empty")
-    if header != _HEADER:
-        raise refusal(path, "it is not an SQLite database")
-    wal = Path(f"{path}-wal") if _size(f"{path}-wal") else None
-    if wal is not None and (problem := wal_problem(wal)):
-        raise refusal(path, problem)
+    wal = refuse_other_files(path)
     try:
         with _readable(path) as connection:
             if wal is not None and (problem := wal_gap(connection, wal)):
                 raise refusal(path, problem)
-            if problems := _problems(connection, _size(str(path))):
+            if problems := _problems(connection, size_of(str(path))):
                 raise refusal(path, "; ".join(problems))
             if not connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE name = 'alembic_version'"
@@ -164,11 +154,31 @@ def _problems(connection: sqlite3.Connection, size_bytes: int) -> list[str]:
     return [row for row in rows if row != "ok"][:_MOST_PROBLEMS]
 
 
-def _refuse_odd_files(path: Path) -> None:
+def refuse_other_files(path: Path, what: str = REGISTRY) -> Path | None:
+    """Refuse a file that is no database of ours by its look; return its write-ahead log, None if it is empty.
+
+    Raises:
+        RegistryCorruptError: it is odd, empty or no SQLite database, or the header of its log is damaged.
+        OSError: it cannot be read.
+    """
+    _refuse_odd_files(path, what)
+    with path.open("rb") as file:
+        header = file.read(len(_HEADER))
+    if not header:
+        raise refusal(path, "it is empty", what)
+    if header != _HEADER:
+        raise refusal(path, "it is not an SQLite database", what)
+    wal = Path(f"{path}-wal") if size_of(f"{path}-wal") else None
+    if wal is not None and (problem := wal_problem(wal)):
+        raise refusal(path, problem, what)
+    return wal
+
+
+def _refuse_odd_files(path: Path, what: str) -> None:
     """Refuse what SQLite would follow, wait for or share: links, FIFOs, second names, files of others."""
     for suffix in ("", *_COMPANIONS):
         if problem := state_file_problem(Path(f"{path}{suffix}")):
-            raise refusal(path, problem)
+            raise refusal(path, problem, what)
 
 
 @contextmanager
@@ -178,9 +188,9 @@ def _readable(path: Path) -> Iterator[sqlite3.Connection]:
     Reading a write-ahead log makes SQLite write: into the index beside it, and on closing into the file.
     So a file that was not closed is read from a copy; otherwise the file itself is declared immutable.
     """
-    left = [suffix for suffix in ("-wal", "-journal") if _size(f"{path}{suffix}")]
+    left = [suffix for suffix in ("-wal", "-journal") if size_of(f"{path}{suffix}")]
     if not left:
-        with closing(sqlite3.connect(_uri(path, "immutable=1"), uri=True)) as connection:
+        with closing(sqlite3.connect(file_uri(path, "immutable=1"), uri=True)) as connection:
             yield connection
         return
     with tempfile.TemporaryDirectory(prefix="ollama-manager-") as directory:
@@ -191,24 +201,36 @@ def _readable(path: Path) -> Iterator[sqlite3.Connection]:
             yield connection
 
 
-def _uri(path: Path, option: str) -> str:
+def file_uri(path: Path, option: str) -> str:
+    """Return what `sqlite3.connect(uri=True)` opens."""
     return f"file:{quote(str(path.absolute()))}?{option}"
 
 
-def _size(path: str) -> int:
+def size_of(path: str) -> int:
+    """Return the size of a file in bytes, 0 where there is none."""
     try:
         return Path(path).stat().st_size
     except FileNotFoundError:
         return 0
 
 
-def _create(path: Path) -> None:
-    """Build the file under another name, then rename it: it is there whole or not at all."""
-    _refuse_odd_files(path)
+def create_whole(path: Path, build: Callable[[Path], None], what: str = REGISTRY) -> None:
+    """Build the file under another name, then rename it: it is there whole or not at all.
+
+    Args:
+        path: of the file, which does not exist.
+        build: fills an empty file, and closes it.
+        what: names the file in errors.
+
+    Raises:
+        RegistryCorruptError: a write-ahead log of another file is beside it.
+        OSError, sqlite3.Error, DBAPIError: it could not be created.
+    """
+    _refuse_odd_files(path, what)
     for suffix in ("-wal", "-journal"):
-        if _size(f"{path}{suffix}"):
+        if size_of(f"{path}{suffix}"):
             # SQLite would play it back into the new file.
-            raise refusal(path, f"it is missing, but what was last written to it is in {path}{suffix}")
+            raise refusal(path, f"it is missing, but what was last written to it is in {path}{suffix}", what)
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     prefix = f".{path.name}.new-"
     for leftover in path.parent.glob(f"{prefix}*"):
@@ -217,7 +239,7 @@ def _create(path: Path) -> None:
     os.close(descriptor)
     new = Path(name)
     try:
-        _build(new)
+        build(new)
         new.rename(path)
     finally:
         new.unlink(missing_ok=True)

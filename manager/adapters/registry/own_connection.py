@@ -1,4 +1,4 @@
-"""A connection to the registry beside the main one, with a thread of its own."""
+"""A connection to a database, such as a second one to the registry, with a thread of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
-from manager.adapters.registry.opening import connect_existing, translated
+from manager.adapters.registry.opening import REGISTRY, connect_existing, translated
 from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class OwnConnection:
         name: of the thread.
         synchronous: how durable a commit is.
         busy_timeout_s: how long another connection may have the registry locked.
+        pragmas: others that hold for the connection, such as `foreign_keys=ON`.
+        what: names the file in errors.
     """
 
     def __init__(
@@ -39,10 +41,13 @@ class OwnConnection:
         name: str,
         synchronous: Synchronous,
         busy_timeout_s: float,
+        pragmas: tuple[str, ...] = (),
+        what: str = REGISTRY,
     ) -> None:
         self._path = path
         self.refuse_if_moved = refuse_if_moved
-        self._synchronous = synchronous
+        self._pragmas = (f"synchronous={synchronous}", *pragmas)
+        self._what = what
         self._busy_timeout_s = busy_timeout_s
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._connection: sqlite3.Connection | None = None
@@ -55,13 +60,13 @@ class OwnConnection:
             RegistryCorruptError, RegistryUnwritableError: SQLite refused, or the connection is closed.
         """
         if self._closed:
-            raise RegistryUnwritableError(f"the registry {self._path} is closed")
+            raise RegistryUnwritableError(f"{self._what} {self._path} is closed")
 
         def run() -> T:
             try:
                 return work()
             except sqlite3.Error as error:
-                raise translated(self._path, error, doing) from error
+                raise translated(self._path, error, doing, self._what) from error
 
         return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
@@ -70,7 +75,8 @@ class OwnConnection:
         if self._connection is None:
             connection = connect_existing(self._path, self._busy_timeout_s)
             try:
-                connection.execute(f"PRAGMA synchronous={self._synchronous}")
+                for pragma in self._pragmas:
+                    connection.execute(f"PRAGMA {pragma}").close()
             except BaseException:
                 connection.close()
                 raise

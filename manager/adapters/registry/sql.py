@@ -7,7 +7,6 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, select
@@ -18,12 +17,14 @@ from manager.adapters.registry import gpu_minutes, keys, runs, tables
 from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
+from manager.adapters.registry.same_files import SameFiles
 from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Mapping, Sequence
     from concurrent.futures import Future
+    from pathlib import Path
 
     from sqlalchemy import Connection, Table
 
@@ -88,7 +89,7 @@ class SqlRegistry:
     def __init__(self, path: Path, *, busy_timeout_s: float) -> None:
         self._path = path.absolute()
         self._busy_timeout_s = busy_timeout_s
-        self._identities: dict[Path, tuple[int, int]] = {}
+        self._files = SameFiles(self._path)
         self._reads = _engine(self._path, busy_timeout_s)
         self._writes = self._reads.execution_options(begin="BEGIN IMMEDIATE")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="registry")
@@ -285,15 +286,15 @@ class SqlRegistry:
         Raises:
             RegistryUnwritableError: one was deleted, moved or replaced; nothing can be written.
         """
-        await self._call(self._refuse_if_moved)
+        await self._call(self._files.refuse_others)
 
     def requests(self) -> SqlRequests:
         """Return the history of requests, which is closed before the registry is."""
-        return SqlRequests(self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s)
+        return SqlRequests(self._path, self._files.refuse_others, busy_timeout_s=self._busy_timeout_s)
 
     def ledger(self) -> SqlLedger:
         """Return the ledger of paid requests, which is closed before the registry is."""
-        return SqlLedger(self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s)
+        return SqlLedger(self._path, self._files.refuse_others, busy_timeout_s=self._busy_timeout_s)
 
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""
@@ -314,7 +315,7 @@ class SqlRegistry:
                 connection.execute(select(func.count()).select_from(tables.instances))
         except DBAPIError as exc:
             raise translated(self._path, exc.orig, "opened") from exc
-        self._identities = {path: _identity(path) for path in (self._path, Path(f"{self._path}-wal"))}
+        self._files.remember()
 
     async def _read(self, work: Callable[[Connection], T]) -> T:
         def run() -> T:
@@ -330,7 +331,7 @@ class SqlRegistry:
 
     async def _write(self, work: Callable[[Connection], Any]) -> None:
         def run() -> None:
-            self._refuse_if_moved()
+            self._files.refuse_others()
             try:
                 with self._writes.begin() as connection:
                     work(connection)
@@ -341,31 +342,10 @@ class SqlRegistry:
 
         await self._call(run)
 
-    def _refuse_if_moved(self) -> None:
-        """SQLite goes on writing into files that have no name any more; a restart would lose all of it."""
-        for path, identity in self._identities.items():
-            try:
-                now = _identity(path)
-            except OSError as exc:
-                raise RegistryUnwritableError(
-                    f"the registry {self._path} could not be written: {path.name} is gone ({exc.strerror}); "
-                    "put it back, or restart the daemon to begin with what is there"
-                ) from exc
-            if now != identity:
-                raise RegistryUnwritableError(
-                    f"the registry {self._path} could not be written: {path.name} was replaced by another "
-                    "file; restart the daemon"
-                )
-
     async def _call(self, work: Callable[[], T]) -> T:
         if self._closed:
             raise RegistryUnwritableError(f"the registry {self._path} is closed")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-
-
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.lstat()
-    return status.st_dev, status.st_ino
 
 
 class UnchangedRegistry(SqlRegistry):
@@ -388,7 +368,7 @@ class UnchangedRegistry(SqlRegistry):
 
     def requests(self) -> SqlRequests:
         return SqlRequests(
-            self._path, self._refuse_if_moved, busy_timeout_s=self._busy_timeout_s, stores=False
+            self._path, self._files.refuse_others, busy_timeout_s=self._busy_timeout_s, stores=False
         )
 
 

@@ -363,7 +363,7 @@ class Slots:
         found = []
         # Without limits no slots are counted.
         at_work = Counter(holder.lane or NO_ROLE for holder in (() if self.is_on else self._at_work()))
-        for name in [*roles, *sorted({*self._lanes.lanes(), *at_work} - set(roles))]:
+        for name in [*roles, *sorted({*self._lanes.lanes(), *at_work} - set(roles), reverse=True)]:
             load, role = self._lanes.lane(name), roles.get(name)
             in_flight = load.in_flight if self.is_on else at_work[name]
             waited_s = None if load.oldest_since is None else round(now - load.oldest_since, 3)

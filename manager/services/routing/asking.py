@@ -49,6 +49,10 @@ class UnansweredError(Exception):
         self.begun = begun
 
 
+class UnfitTargetError(Exception):
+    """The server of a target must not answer the request; another one may."""
+
+
 @asynccontextmanager
 async def answered(
     attempting: Attempting,
@@ -56,6 +60,8 @@ async def answered(
     step: Step,
     question: Callable[[Target], Awaitable[Question]],
     speaking: Callable[[], Speaking | None] = lambda: None,
+    *,
+    is_upload: bool = False,
 ) -> AsyncIterator[ServerAnswer | WholeAnswer]:
     """Ask one target after the other until one answers. On leaving, the connection to it ends.
 
@@ -63,8 +69,10 @@ async def answered(
         attempting: the request.
         server: sends it.
         step: the first step of it.
-        question: makes the request for a target, right before it is sent.
+        question: makes the request for a target, right before it is sent. It may raise UnfitTargetError.
         speaking: returns how the latest request was said to a server that is no Ollama; None where it is one.
+        is_upload: the request takes any time to be sent. It ends when nothing moves any more, and its
+            deadlines are not looked at.
 
     Raises:
         UnansweredError: none has answered.
@@ -84,7 +92,7 @@ async def answered(
         async with AsyncExitStack() as stack:
             attempting.sent()
             try:
-                answer = await _ask(attempting, server, asked, stack)
+                answer = await _ask(attempting, server, asked, stack, is_upload=is_upload)
             except AskFailedError as error:
                 begun = begun or error.begun
                 step = attempting.failed(error.reason, error.message, sent=error.begun)
@@ -116,6 +124,8 @@ async def _made(
     """Return the request for a target; the next step where its API has no word for a part of it."""
     try:
         return await question(target)
+    except UnfitTargetError as error:
+        return attempting.unsayable(str(error))
     except BadBodyError as error:
         if target.protocol is Protocol.OLLAMA:
             raise
@@ -131,14 +141,10 @@ class _LateError(Exception):
 
 
 async def _ask(
-    attempting: Attempting, server: ModelServer, asked: Question, stack: AsyncExitStack
+    attempting: Attempting, server: ModelServer, asked: Question, stack: AsyncExitStack, *, is_upload: bool
 ) -> ServerAnswer:
-    """Wait for the head of the answer.
-
-    The deadlines of a run are looked at meanwhile. The others upload files, which takes any time: they end
-    when nothing moves any more.
-    """
-    if not attempting.is_run:
+    """Wait for the head of the answer. Deadlines are looked at meanwhile, except those of an upload."""
+    if is_upload:
         return await stack.enter_async_context(server.ask(asked))
     asking = asyncio.ensure_future(stack.enter_async_context(server.ask(asked)))
     looking = asyncio.ensure_future(_late(attempting))

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from manager.domain.breaker import is_counted
 from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
+from manager.domain.lanes import BACKGROUND
 from manager.domain.models import model_key
 from manager.domain.record import LOCAL
 from manager.domain.roles import BodyChanges, RequestKind
@@ -195,9 +196,11 @@ class Attempting:
         began_at: the monotonic time of the request's beginning.
     """
 
-    # Most requests keep these values. Two are set before `enter`. `is_run`: an asynchronous run waits behind
-    # the requests of its lane, as long as it takes. `grant`: the client's key, whose limits hold.
+    # Most requests keep these values. Three are set before `enter`. `is_run`: an asynchronous run waits
+    # behind the requests of its lane, as long as it takes. `is_background`: it takes a slot only where nobody
+    # waits for one, in a lane of its own, and is refused otherwise. `grant`: the client's key and its limits.
     is_run = False
+    is_background = False
     grant: Grant | None = None
     attempt: Attempt | None = None
     target: Target | None = None
@@ -330,7 +333,7 @@ class Attempting:
     def hold_slot(self) -> None:
         """Take a slot of the current instance, whether or not one is free: limits were set just now."""
         if self._place is None and self.attempt is not None and not (self._is_fixed or self._starts_nothing):
-            self._place = self._routing.slots.hold(self.record.role, self.attempt.instance, self._began_at)
+            self._place = self._routing.slots.hold(self.lane, self.attempt.instance, self._began_at)
 
     @property
     def payment(self) -> Payment | None:
@@ -339,8 +342,8 @@ class Attempting:
 
     @property
     def lane(self) -> str | None:
-        """The role whose lane the request is in; None where it has none."""
-        return self.record.role
+        """The role whose lane the request is in, or `BACKGROUND`; None where it has none."""
+        return BACKGROUND if self.is_background else self.record.role
 
     @property
     def holds(self) -> str:
@@ -779,6 +782,8 @@ class Attempting:
 
     def _next_slot(self, attempts: Attempts) -> Step:
         """Begin the next attempt whose instance has a free slot, or wait for one."""
+        if self.is_background:
+            return self._next_free_slot(attempts)
         first = attempts.first
         if first is not None:
             slots, role = self._routing.slots, self.record.role
@@ -809,6 +814,24 @@ class Attempting:
             self._pass_over(choices, reason, entry.message)
             message = f"{entry.message} ({entry.what})"
             self._keep_trouble(Trouble(reason, message, entry.retry_after_s, refused=entry.what))
+        return self._give_up()
+
+    def _next_free_slot(self, attempts: Attempts) -> Step:
+        """Begin the next attempt whose instance has a free slot.
+
+        A request that waits could have any slot that is free (`domain.lanes`), so nobody waits for that one.
+        """
+        while choices := attempts.choices():
+            for one in choices:
+                place = self._routing.slots.take(BACKGROUND, one.instance, self._choose, self._began_at)
+                if place is not None:
+                    self._place = place
+                    return self._take_slot(attempts, one.instance)
+            attempts.skip()
+            attempts.pay_nothing()
+            self._pass_over(choices, Reason.OVERLOADED, FULL)
+            message = f"{FULL}, and work in the background waits for none (overloaded)"
+            self._keep_trouble(Trouble(Reason.OVERLOADED, message, refused="overloaded"))
         return self._give_up()
 
     def _choose(self) -> tuple[str, ...]:

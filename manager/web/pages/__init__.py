@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from manager.web.pages.collections import COLLECTIONS
 from manager.web.pages.gpus import GPUS
 from manager.web.pages.instances import INSTANCES
 from manager.web.pages.keys import KEYS
@@ -13,4 +14,4 @@ from manager.web.pages.runs import RUNS
 from manager.web.pages.try_it import TRY
 from manager.web.pages.usage import USAGE
 
-PAGES = (OVERVIEW, INSTANCES, GPUS, MODELS, ROLES, REQUESTS, RUNS, USAGE, KEYS, TRY)
+PAGES = (OVERVIEW, INSTANCES, GPUS, MODELS, COLLECTIONS, ROLES, REQUESTS, RUNS, USAGE, KEYS, TRY)

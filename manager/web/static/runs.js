@@ -1,18 +1,6 @@
-// Open runs are looked at often, while nobody fills in a form; a sweep shows first what it would do.
+// The form of a new run; a sweep shows first what it would do.
 "use strict";
 (() => {
-  const OFTEN_MS = 1500;
-  const SELDOM_MS = 10000;
-  let last = Date.now();
-
-  setInterval(() => {
-    const polls = document.querySelector("[data-polls]")?.dataset.polls;
-    const wait = polls === "often" ? OFTEN_MS : polls === "seldom" ? SELDOM_MS : Infinity;
-    if (document.hidden || document.querySelector("dialog[open]") || Date.now() - last < wait) return;
-    last = Date.now();
-    page.refresh();
-  }, 500);
-
   // --- A new run -----------------------------------------------------------------------------------------------
 
   const path = document.getElementById("run-path");

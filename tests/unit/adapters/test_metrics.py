@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from manager.domain.embeddings import Counts
 from manager.domain.instance import Phase
+from manager.services.embeddings.counting import CountedCollection, CountedVersion
 from manager.services.refusals import Refusals
 from manager.services.traffic import BUCKETS_S, Traffic
 from manager.wire.access import REASONS
@@ -49,6 +51,15 @@ LABELS = {
     "ollama_manager_lane_queued": ("lane",),
     "ollama_manager_slots": ("instance",),
     "ollama_manager_slots_in_use": ("instance",),
+    "ollama_manager_collections": (),
+    "ollama_manager_collection_items": ("collection",),
+    "ollama_manager_collection_backfill_running": ("collection",),
+    "ollama_manager_collection_backfill_failed": ("collection",),
+    "ollama_manager_collection_version_rows": ("collection", "version"),
+    "ollama_manager_collection_version_coverage_ratio": ("collection", "version"),
+    "ollama_manager_collection_version_quarantined": ("collection", "version"),
+    "ollama_manager_collection_version_active": ("collection", "version"),
+    "ollama_manager_collection_version_stale": ("collection", "version"),
 }
 TYPES = {
     "ollama_manager_requests": "counter",
@@ -182,3 +193,47 @@ def test_names_of_models_roles_and_instances_cannot_break_the_text() -> None:
     traffic = Traffic(lambda record: None)
     traffic.ended(a_record(role='a"\\\nb'))
     assert values(scraped(traffic)["ollama_manager_requests"], role='a"\\\nb') == [1]
+
+
+def test_collections_and_their_versions_have_a_series_each() -> None:
+    families = scraped(busy())
+
+    def found(name: str) -> dict[tuple[str, ...], float]:
+        return {tuple(one.labels.values()): one.value for one in families[f"ollama_manager_{name}"].samples}
+
+    first, second = ("docs", "0123456789abcdef"), ("docs", "fedcba9876543210")
+    assert found("collections") == {(): 2}
+    assert found("collection_items") == {("docs",): 200, ("empty",): 0}
+    assert found("collection_backfill_running") == {("docs",): 1, ("empty",): 0}
+    assert found("collection_backfill_failed") == {("docs",): 0, ("empty",): 1}
+    assert found("collection_version_rows") == {first: 200, second: 50}
+    assert found("collection_version_coverage_ratio") == {first: 1, second: 0.25}
+    assert found("collection_version_quarantined") == {first: 0, second: 2}
+    assert found("collection_version_active") == {first: 1, second: 0}
+    assert found("collection_version_stale") == {first: 1, second: 0}
+
+
+def test_collections_beyond_a_hundred_share_one_series() -> None:
+    def one(number: int, *, is_stale: bool = False) -> CountedCollection:
+        version = CountedVersion(f"{number:016x}", Counts(10, 5, 1), is_active=True, is_stale=is_stale)
+        return CountedCollection(f"c{number}", 10, is_filled=False, has_failed=is_stale, versions=(version,))
+
+    many = [*(one(number) for number in range(102)), one(102, is_stale=True)]
+    families = scraped(busy(), collections=many)
+    for name, expected in {
+        "items": 30,
+        "backfill_running": 0,
+        "backfill_failed": 1,
+        "version_rows": 15,
+        "version_coverage_ratio": 0.5,
+        "version_quarantined": 3,
+        "version_active": 1,
+        "version_stale": 1,
+    }.items():
+        family = families[f"ollama_manager_collection_{name}"]
+        assert len(family.samples) == 101, name
+        assert values(family, collection="*") == [expected], name
+    assert values(families["ollama_manager_collections"]) == [103]
+    assert values(families["ollama_manager_collection_items"], collection="c99") == [10]
+    families = scraped(busy(), collections=many[:100])
+    assert values(families["ollama_manager_collection_items"], collection="*") == []

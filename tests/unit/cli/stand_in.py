@@ -201,6 +201,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._reply()
 
+    def do_PUT(self) -> None:
+        self._reply()
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  (the name of the base class)
         pass
 

@@ -1,0 +1,393 @@
+"""Embedding versions over the daemon as its users have it: killed, replaced, and asked while it cuts over."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import requests
+
+from tests.support.daemon import Daemon, wait_for
+from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from tests.integration.conftest import NewDaemon
+
+BASE = "/api/v1/collections"
+DOCS = f"{BASE}/docs"
+BATCH = 128
+# More by hand: BACKFILL_KILLS=30.
+KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
+ITEMS = 150 * KILLS
+
+
+class Docs:
+    """A daemon with one external server, and its collection `docs` as a client sees it."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self.daemon = daemon
+
+    def ask(self, method: str, path: str, body: Any = None, *, status: int = 200) -> Any:
+        answer = self.daemon.call(method, path, **({} if body is None else {"json": body}))
+        assert answer.status_code == status, (method, path, answer.status_code, answer.text)
+        return answer.json() if answer.content else None
+
+    def create(self, **more: Any) -> None:
+        self.ask("POST", BASE, {"name": "docs", "model": MODEL, **more}, status=201)
+
+    def put(self, texts: dict[str, str], **more: Any) -> Any:
+        items = [{"id": one, "text": text, **more} for one, text in texts.items()]
+        return self.ask("PUT", f"{DOCS}/items", {"items": items})
+
+    def query(self, text: str, **more: Any) -> Any:
+        return self.ask("POST", f"{DOCS}/query", {"text": text, "k": 3, **more})
+
+    def versions(self) -> list[dict[str, Any]]:
+        found = self.ask("GET", f"{DOCS}/versions")
+        versions: list[dict[str, Any]] = found["versions"] if isinstance(found, dict) else found
+        return versions
+
+    def version(self, state: str) -> dict[str, Any]:
+        (found,) = [one for one in self.versions() if one["state"] == state]
+        return found
+
+    def backfill(self, **wanted: Any) -> Any:
+        return self.ask("POST", f"{DOCS}/backfill", wanted, status=202)
+
+    def progress(self) -> Any:
+        return self.ask("GET", f"{DOCS}/backfill")
+
+    def ended(self, status: str = "succeeded") -> Any:
+        found = wait_for(self.progress, lambda one: one["status"] not in {"running", "paused"})
+        assert found["status"] == status, found
+        return found
+
+    def assert_finds(self, texts: dict[str, str], ids: Sequence[str]) -> None:
+        """Each text finds its own item, with a score of 1, in the active version."""
+        active = self.version("active")["version"]
+        for one in ids:
+            answer = self.query(texts[one])
+            assert answer["version"] == active
+            best = answer["items"][0]
+            assert (best["id"], best["embedding_version"]) == (one, active)
+            assert best["score"] == pytest.approx(1.0, abs=1e-5)
+
+
+@contextmanager
+def rig(home: Path, server: EmbeddingServer, **more: Any) -> Iterator[Docs]:
+    config = {
+        "gpus": "none",
+        "instances": {"one": {"driver": "external", "url": server.url, **more}},
+        "lifecycle": {"probe_interval_s": 0.5, "resync_interval_s": 1},
+    }
+    with Daemon(home, config, engine_url="unix:///nonexistent/docker.sock") as daemon:
+        yield Docs(daemon)
+
+
+def start(docs: Docs) -> None:
+    docs.daemon.start(until_ready=False)
+    docs.daemon.wait_until_alive()
+
+
+@pytest.fixture
+def server() -> Iterator[EmbeddingServer]:
+    with EmbeddingServer() as found:
+        yield found
+
+
+@pytest.fixture
+def docs(tmp_path: Path, server: EmbeddingServer) -> Iterator[Docs]:
+    with rig(tmp_path, server) as found:
+        start(found)
+        found.create()
+        yield found
+
+
+def texts_of(number: int) -> dict[str, str]:
+    return {f"item-{at}": f"the text of item {at}" for at in range(number)}
+
+
+def wait_for_more(seen: list[str]) -> None:
+    """Wait until some more queries were answered."""
+    wanted = len(seen) + 60
+    wait_for(lambda: len(seen) >= wanted)
+
+
+def put_all(docs: Docs, texts: dict[str, str]) -> None:
+    """Write texts in calls of a thousand."""
+    known = list(texts.items())
+    for start in range(0, len(known), 1000):
+        docs.put(dict(known[start : start + 1000]))
+
+
+def wait_until_advanced(docs: Docs) -> None:
+    """Wait until a backfill has embedded more, or has ended."""
+    before = docs.progress()["rows"]
+    wait_for(docs.progress, lambda one: one["rows"] > before or one["status"] != "running")
+
+
+def wait_for_texts(docs: Docs, server: EmbeddingServer, more: int) -> None:
+    """Wait until so many more texts have been embedded, or the backfill has ended."""
+    wanted = len(server.texts) + more
+    wait_for(lambda: len(server.texts) >= wanted or docs.progress()["status"] != "running")
+
+
+def test_a_backfill_that_is_killed_again_and_again_repeats_one_batch_at_most(
+    docs: Docs, server: EmbeddingServer
+) -> None:
+    texts = texts_of(ITEMS)
+    put_all(docs, texts)
+    first = docs.version("active")["version"]
+    server.become("second")
+    before = len(server.texts)
+    chance = random.Random(ITEMS)
+    docs.backfill(rate=1000)
+    for kill in range(KILLS):
+        if docs.progress()["status"] != "running":
+            break
+        # What is changed meanwhile is right at the end, wherever the process ends.
+        one = f"item-{chance.randrange(ITEMS)}"
+        texts[one] = f"changed before kill {kill}"
+        assert docs.put({one: texts[one]})["versions"] == [docs.progress()["version"]]
+        gone = f"item-{chance.randrange(ITEMS)}"
+        if gone in texts:
+            docs.ask("DELETE", f"{DOCS}/items/{gone}")
+            del texts[gone]
+        wait_for_texts(docs, server, chance.randint(1, BATCH))
+        docs.daemon.kill()
+        start(docs)
+    done = docs.ended()
+    assert (done["coverage"], done["missing"], done["quarantined"]) == (1.0, 0, 0)
+    assert done["rows"] == done["items"] == len(texts)
+    # One batch and one change a kill, and the text that shows the build.
+    assert len(server.texts) - before <= ITEMS + KILLS * (BATCH + 1) + 1
+    building = docs.version("building")["version"]
+    docs.ask("POST", f"{DOCS}/cutover", {"version": building})
+    docs.assert_finds(texts, random.Random(1).sample(sorted(texts), 20))
+    by_id = {one["version"]: one for one in docs.versions()}
+    assert by_id[first]["state"] == "archived"
+    assert by_id[first]["coverage"] < 1.0, "it has no vectors of what was changed since"
+
+
+def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
+    docs: Docs, server: EmbeddingServer
+) -> None:
+    texts = texts_of(200)
+    docs.put(texts)
+    # A second version of the same build: both can be queried by text at any time.
+    docs.backfill(prefix="search: ")
+    docs.ended()
+    versions = {one["version"] for one in docs.versions()}
+    assert len(versions) == 2
+    stop = threading.Event()
+    problems: list[Any] = []
+    seen: list[str] = []
+
+    def ask(seed: int) -> None:
+        chance = random.Random(seed)
+        with requests.Session() as session:
+            while not stop.is_set():
+                one = chance.choice(sorted(texts))
+                body = {"text": texts[one], "k": 3}
+                answer = session.post(f"{docs.daemon.url}{DOCS}/query", json=body, timeout=20)
+                found = answer.json()
+                if answer.status_code != 200:
+                    problems.append(answer.text)
+                    continue
+                seen.append(found["version"])
+                best = found["items"][0]
+                if (
+                    {hit["embedding_version"] for hit in found["items"]} != {found["version"]}
+                    or best["id"] != one
+                    or best["score"] < 0.9999
+                ):
+                    problems.append(found)
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(8)]
+        try:
+            for _ in range(3):
+                wait_for_more(seen)
+                (other,) = versions - {docs.version("active")["version"]}
+                docs.ask("POST", f"{DOCS}/cutover", {"version": other})
+            wait_for_more(seen)
+            docs.ask("POST", f"{DOCS}/rollback")
+            wait_for_more(seen)
+        finally:
+            stop.set()
+        for one in asking:
+            one.result()
+    assert problems == []
+    assert set(seen) == versions
+
+
+def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_asked_for(
+    docs: Docs, server: EmbeddingServer
+) -> None:
+    docs.put({"a": "alpha", "b": "beta"})
+    active = docs.version("active")["version"]
+
+    # The build changes while a text is embedded: after the request has come, before its answer.
+    def change(_texts: Sequence[str]) -> None:
+        server.become("second")
+
+    server.before_answer = change
+    for method, path, body in (
+        ("POST", f"{DOCS}/query", {"text": "alpha"}),
+        ("PUT", f"{DOCS}/items", {"items": [{"id": "c", "text": "gamma"}]}),
+    ):
+        answer = docs.ask(method, path, body, status=409)
+        assert answer["error"]["code"] == "version_stale"
+    assert docs.ask("GET", f"{DOCS}/items/c", status=404)["error"]["code"] == "unknown_item"
+    wait_for(lambda: [one["state"] for one in docs.versions()] == ["stale"])
+    assert "version_stale" in [event["kind"] for event in docs.daemon.events()]
+    server.before_answer = lambda _texts: None
+    # A vector is compared with the old ones: it embeds nothing.
+    vector = docs.ask("GET", f"{DOCS}/items/a?vector=true")["vector"]
+    found = docs.ask("POST", f"{DOCS}/query", {"vector": vector, "k": 1})
+    assert (found["version"], found["items"][0]["id"]) == (active, "a")
+    # The former build is there again: a write asks for it, once a second at most.
+    server.become("first")
+    item = {"items": [{"id": "c", "text": "gamma"}]}
+    wait_for(lambda: docs.daemon.call("PUT", f"{DOCS}/items", json=item).status_code == 200)
+    docs.assert_finds({"c": "gamma"}, ["c"])
+    assert [one["state"] for one in docs.versions()] == ["active"]
+
+
+def test_what_is_written_during_a_backfill_is_in_both_versions(docs: Docs, server: EmbeddingServer) -> None:
+    texts = texts_of(100)
+    docs.put(texts)
+    docs.backfill(prefix="passage: ", rate=40)
+    numbers = count()
+    while docs.progress()["status"] == "running":
+        at = next(numbers)
+        new = {f"item-{at % 100}": f"new {at}", f"more-{at}": f"more {at}"}
+        docs.put(new)
+        texts |= new
+        if at % 3 == 0:
+            gone = f"item-{(at * 7) % 100}"
+            if gone in texts:
+                docs.ask("DELETE", f"{DOCS}/items/{gone}")
+                del texts[gone]
+    done = docs.ended()
+    assert (done["rows"], done["missing"]) == (len(texts), 0)
+    docs.assert_finds(texts, sorted(texts)[:20])
+    docs.ask("POST", f"{DOCS}/cutover", {"version": docs.version("building")["version"]})
+    docs.assert_finds(texts, sorted(texts)[:20])
+
+
+def test_items_that_fail_three_times_are_in_quarantine_and_named(
+    tmp_path: Path, server: EmbeddingServer
+) -> None:
+    with rig(tmp_path, server) as docs:
+        start(docs)
+        docs.create(truncate=True)
+        docs.put({"good": "short", "bad": f"{TOO_LONG} text"})
+        answer = docs.backfill(truncate=False)
+        assert answer["status"] == "running"
+        done = docs.ended()
+        assert (done["rows"], done["quarantined"], done["coverage"]) == (1, 1, 0.5)
+        (failure,) = done["failures"]
+        assert (failure["id"], failure["attempts"], failure["quarantined"]) == ("bad", 3, True)
+        assert "context length" in failure["message"]
+        # What is in quarantine does not hold the cut-over up, and the coverage does not hide it.
+        docs.ask("POST", f"{DOCS}/cutover", {"version": docs.version("building")["version"]})
+        assert docs.version("active")["coverage"] == 0.5
+
+
+def test_a_cut_over_below_the_threshold_says_what_is_missing(docs: Docs, server: EmbeddingServer) -> None:
+    docs.put(texts_of(10))
+    held = threading.Event()
+
+    def hold(texts: Sequence[str]) -> None:
+        if len(texts) > 1:
+            held.wait(30)
+
+    server.before_answer = hold
+    try:
+        docs.backfill(prefix="passage: ")
+        building = docs.version("building")["version"]
+        answer = docs.ask("POST", f"{DOCS}/cutover", {"version": building}, status=409)
+        error = answer["error"]
+        assert error["code"] == "below_threshold"
+        details = error["details"]
+        assert (details["missing"], details["rows"]) == (10, 0)
+        assert sorted(details["missing_ids"]) == sorted(texts_of(10))
+    finally:
+        held.set()
+    docs.ended()
+    docs.ask("POST", f"{DOCS}/cutover", {"version": building})
+
+
+def test_a_table_that_is_lost_while_the_daemon_runs_lowers_the_coverage(
+    docs: Docs, server: EmbeddingServer
+) -> None:
+    texts = texts_of(40)
+    docs.put(texts)
+    version = docs.version("active")
+    assert version["coverage"] == 1.0
+    for path in sorted((docs.daemon.state_dir / "vectors").rglob("*.lance"), reverse=True):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:40])
+    answer = docs.ask("POST", f"{DOCS}/query", {"text": "the text of item 1"}, status=503)
+    assert answer["error"]["code"] == "vectors_lost"
+    version = docs.version("active")
+    assert (version["rows"], version["coverage"]) == (0, 0.0)
+    assert "vectors_lost" in [event["kind"] for event in docs.daemon.events()]
+    docs.backfill()
+    assert docs.ended()["coverage"] == 1.0
+    docs.assert_finds(texts, sorted(texts)[:5])
+
+
+def test_a_daemon_that_is_replaced_takes_the_collections_over(docs: Docs, server: EmbeddingServer) -> None:
+    texts = texts_of(50)
+    docs.put(texts)
+    assert docs.daemon.stop() == 0
+    start(docs)
+    docs.assert_finds(texts, sorted(texts)[:5])
+    assert docs.ask("GET", DOCS)["items"] == 50
+
+
+def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemon_goes_on(
+    new_daemon: NewDaemon,
+) -> None:
+    items = 300
+    models = {"OLLAMA_SIM_MODELS": "minilm,other=embed"}
+    daemon = new_daemon(
+        templates={"sim": {"env": models}},
+        config={"roles": {"embedding": {"model": "minilm"}}},
+    ).start()
+    docs = Docs(daemon)
+    docs.ask("POST", BASE, {"name": "docs"}, status=201)
+    texts = texts_of(items)
+    docs.put(texts)  # starts the container
+    assert daemon.instance("cpu")["phase"] == "ready"
+    first = docs.version("active")
+    assert first["model"] == "minilm"
+    # As a pull does: the name stands for another build from here on.
+    copied = daemon.call("POST", "/api/copy", json={"source": "other", "destination": "minilm:latest"})
+    assert copied.status_code == 200, copied.text
+    docs.backfill(rate=200)
+    for _ in range(3):
+        wait_until_advanced(docs)
+        daemon.kill()
+        daemon.start()
+    ended = docs.ended()
+    assert (ended["rows"], ended["missing"], ended["coverage"]) == (items, 0, 1.0)
+    assert docs.version("stale")["version"] == first["version"]
+    building = docs.version("building")
+    assert building["digest"] != first["digest"]
+    docs.ask("POST", f"{DOCS}/cutover", {"version": building["version"]})
+    docs.assert_finds(texts, sorted(texts)[:5])
+    # The former build cannot be asked for any text: nobody rolls back to it by mistake.
+    error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
+    assert error["code"] == "version_stale"

@@ -1,0 +1,52 @@
+"""A batch fails right after its backfill was paused or cancelled: the others go on."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import pytest
+
+from manager.domain.embeddings import BackfillStatus
+from manager.services.embeddings.backfilling import NewBackfill
+from manager.services.embeddings.switching import NewCollection
+from manager.services.embeddings.writing import NewItem
+from tests.support.embedding_server import digest_of
+from tests.support.inside import until
+from tests.unit.services.embeddings.rig import ASKING, MODEL, Rig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+@pytest.mark.parametrize("status", [BackfillStatus.PAUSED, BackfillStatus.CANCELLED])
+async def test_a_batch_that_fails_after_the_backfill_was_stopped_ends_no_other(
+    tmp_path: Path, status: BackfillStatus
+) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    for name in ("one", "two"):
+        await rig.switching.create(NewCollection(name, MODEL, "", None, truncate=False, keep_text=True))
+        await rig.writing.put(name, [NewItem("a", f"item of {name}", None, b"{}")], ASKING)
+    rig.embeds.builds[MODEL] = digest_of("second")
+    asked, may_answer = asyncio.Event(), asyncio.Event()
+
+    async def replace(texts: Sequence[str]) -> None:
+        if "item of one" in texts:
+            asked.set()
+            await may_answer.wait()
+            rig.embeds.builds[MODEL] = digest_of("third")  # the batch fails: its build is not there any more
+
+    rig.embeds.before = replace
+    await rig.backfilling.begin("one", NewBackfill(), MODEL, ASKING)
+    await asked.wait()
+    move = rig.backfilling.pause if status is BackfillStatus.PAUSED else rig.backfilling.cancel
+    await move("one")
+    may_answer.set()
+    await until(lambda: not rig.backfilling._working)
+    assert (await rig.backfilling.state("one")).backfill.status is status
+    await rig.backfilling.begin("two", NewBackfill(), MODEL, ASKING)
+    await until(lambda: rig.shelf.get("two").backfill, lambda found: found is not None and not found.is_open)
+    assert (await rig.backfilling.state("two")).backfill.status is BackfillStatus.SUCCEEDED
+    await rig.close()
