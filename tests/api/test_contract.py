@@ -615,6 +615,13 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"/api/v1/runs{path}" for path in ("", "/{run_id}", "/{run_id}/result")),
         "/api/v1/budgets",
         *(f"/api/v1/keys{path}" for path in ("", "/{name}", "/{name}/rotate")),
+        *(f"/api/v1/collections{path}" for path in ("", "/{name}")),
+        *(
+            f"/api/v1/collections/{{name}}/{path}"
+            for path in ("items", "items/{item_id}", "query", "cutover", "rollback", "backfill")
+        ),
+        *(f"/api/v1/collections/{{name}}/versions{path}" for path in ("", "/{version}")),
+        *(f"/api/v1/collections/{{name}}/backfill/{verb}" for verb in ("pause", "resume", "cancel")),
         "/api/v1/usage",
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",

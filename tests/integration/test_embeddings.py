@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import requests
 
-from tests.support.daemon import Daemon, wait_for
+from tests.support.daemon import ROOT, Daemon, wait_for
 from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer
 
 if TYPE_CHECKING:
@@ -391,3 +393,18 @@ def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemo
     # The former build cannot be asked for any text: nobody rolls back to it by mistake.
     error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
     assert error["code"] == "version_stale"
+
+
+def test_the_example_of_the_documentation_runs(docs: Docs) -> None:
+    example = ROOT / "docs" / "examples" / "embeddings.py"
+    done = subprocess.run(
+        [sys.executable, str(example), docs.daemon.url, MODEL],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "succeeded: 3 of 3 items" in done.stdout
+    assert done.stdout.count(": gpu 1.000") == 3
+    assert [one["name"] for one in docs.ask("GET", BASE)["collections"]] == ["docs"]

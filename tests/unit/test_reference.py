@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from manager.domain.embeddings import STALE, BackfillStatus, VersionState
 from manager.domain.instance import Health, Phase
 from manager.domain.runs import RunStatus
 from manager.errors import Reason
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-# Where an event is recorded its name is the first argument, or one of two; or it is handed over as `event`,
-# or stands in a table `_EVENTS`.
-RECORDED = re.compile(r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?')
-HANDED_OVER = re.compile(r'\bevent="([a-z_]+)"')
-TABLE = re.compile(r"^_EVENTS = \{$(.*?)^\}$", re.MULTILINE | re.DOTALL)
+# Where an event is recorded its name is the first argument, or one of two.
+RECORDED = re.compile(
+    r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?'
+    # Those of collections are named where they are chosen.
+    r'|event="([a-z_]+)"|BackfillStatus\.[A-Z]+: "([a-z_]+)"'
+)
 
 
 def named(section: str) -> set[str]:
@@ -37,20 +39,20 @@ def test_every_status_of_a_run_is_named() -> None:
     assert named("Statuses of a run") == {status.value for status in RunStatus}
 
 
-def recorded(source: str) -> set[str]:
-    """The events that a module records."""
-    found = {name for names in RECORDED.findall(source) for name in names if name}
-    tables = "".join(TABLE.findall(source))
-    return found | {*HANDED_OVER.findall(source), *re.findall(r'"([a-z_]+)"', tables)}
+def test_every_state_of_a_version_and_every_status_of_a_backfill_is_named() -> None:
+    assert named("States of a version") == {state.value for state in VersionState} | {STALE}
+    assert named("Statuses of a backfill") == {status.value for status in BackfillStatus}
 
 
 def test_every_event_is_named() -> None:
-    events = {
+    recorded = {
         name
         for file in (ROOT / "manager").rglob("*.py")
-        for name in recorded(file.read_text(encoding="utf-8"))
+        for names in RECORDED.findall(file.read_text(encoding="utf-8"))
+        for name in names
+        if name
     }
-    assert named("Events") - {"healthy", "unhealthy"} == events - {"healthy", "unhealthy"}
+    assert named("Events") - {"healthy", "unhealthy"} == recorded - {"healthy", "unhealthy"}
 
 
 @pytest.mark.parametrize("document", ["README.md", "compose/README.md"])

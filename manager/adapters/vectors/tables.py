@@ -98,10 +98,6 @@ class Tables:
 
     def drop(self, table: int) -> None:
         self._told(table, lambda: files.remove(self.path(table)), None)
-        with self._lock:
-            # LanceDB remembers files by their path, in a cache that all tables share.
-            self._session = self._connection = None
-            self._open.clear()
 
     async def tend(self, table: int, tending: Tending) -> None:
         """Tend a table in the running event loop, on which nothing else depends."""

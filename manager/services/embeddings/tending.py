@@ -180,8 +180,14 @@ class Tending:
         """Note that no instance has the build of a version any more, or that one has it again."""
         recipe = version.recipe
         shelved = self._shelf.of(version)
+        if recipe.digest is None or shelved is None:
+            return
+        if version.stale_since is None and recipe.digest not in self._digests_of(recipe.model):
+            # The build may be newer than the lists: a backfill begins as soon as a server has it.
+            with suppress(ManagerError):
+                await self._refresh()
         digests = self._digests_of(recipe.model)
-        if recipe.digest is None or not digests or shelved is None:
+        if not digests:
             return
         is_stale = recipe.digest not in digests
         async with shelved.changing:

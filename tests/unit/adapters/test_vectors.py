@@ -119,7 +119,7 @@ async def test_only_the_numbers_that_are_named_are_searched(vectors: LanceVector
     assert await vectors.search(1, unit(7), 3, among=set()) == []
 
 
-async def test_more_numbers_may_be_named_than_a_statement_takes(vectors: LanceVectors) -> None:
+async def test_however_many_numbers_are_named(vectors: LanceVectors) -> None:
     await vectors.add(1, FACTS, rows(*range(1, 3001)), AT)
     few, many = set(range(2, 20_001, 2)), set(range(2, 80_001, 2))
     expected = nearest(unit(7), set(range(2, 3001, 2)), 5)

@@ -220,7 +220,7 @@ def test_what_lancedb_says_otherwise_is_damage(error: BaseException) -> None:
     assert not is_conflict(error)
 
 
-async def test_a_want_of_descriptors_is_no_damage(directory: Path) -> None:
+def test_a_want_of_descriptors_is_no_damage(directory: Path) -> None:
     body = (
         "await vectors.add(1, FACTS, rows(*range(100)), AT)\n"
         "_, most = resource.getrlimit(resource.RLIMIT_NOFILE)\n"
@@ -238,7 +238,7 @@ async def test_a_want_of_descriptors_is_no_damage(directory: Path) -> None:
     assert said.split() == ["vectors_unavailable"] * 3 + ["100"]
 
 
-async def test_a_directory_that_may_not_be_read_is_no_damage() -> None:
+def test_a_directory_that_may_not_be_read_is_no_damage() -> None:
     body = (
         "await vectors.add(1, FACTS, rows(*range(100)), AT)\n"
         "if os.geteuid() == 0:\n"

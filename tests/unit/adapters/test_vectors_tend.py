@@ -252,7 +252,7 @@ async def test_a_write_that_is_overtaken_is_made_again(
 
 
 async def test_old_states_stay_while_a_call_reads_them(
-    vectors: LanceVectors, directory: Path, nothing_is_kept: None
+    vectors: LanceVectors, directory: Path, monkeypatch: pytest.MonkeyPatch, nothing_is_kept: None
 ) -> None:
     for number in range(40):
         await vectors.add(1, FACTS, rows(number), AT)
@@ -262,16 +262,38 @@ async def test_old_states_stay_while_a_call_reads_them(
         is_reading.set()
         free.wait()
 
+    looks = []
+
+    def watched(table: int) -> frozenset[object]:
+        looks.append(table)
+        return calls_on(table)
+
+    calls_on = vectors._tables.calls_on
+    monkeypatch.setattr(vectors._tables, "calls_on", watched)
     reading = vectors._readers.submit(vectors._tables.read, 1, read, None)
     await asyncio.to_thread(is_reading.wait)
     tend = asyncio.ensure_future(vectors.tend(1))
-    while files(directory, "data") == 40:  # noqa: ASYNC110  (merged files come on top of those that are read)
+    while len(looks) < 5 and not tend.done():  # noqa: ASYNC110  (another thread looks)
         await asyncio.sleep(0)
-    assert files(directory, "data") == 41
+    assert files(directory, "data") == 41  # the merged one came on top
     free.set()
     await tend
     assert reading.done()
     assert files(directory, "data") == 1
+
+
+async def test_a_read_whose_files_have_gone_is_made_again(vectors: LanceVectors) -> None:
+    await vectors.add(1, FACTS, rows(1, 2), AT)
+    handles = []
+
+    def read(handle: Any) -> int:
+        handles.append(handle)
+        if len(handles) == 1:
+            raise RuntimeError("lance error: Not found: tmp/v1.lance/data/1.lance")
+        return int(handle.count_rows())
+
+    assert vectors._tables.read(1, read, 0) == 2
+    assert handles[0] is not handles[1]
 
 
 class Stuck:
@@ -335,9 +357,8 @@ async def test_one_table_is_tended_at_a_time(vectors: LanceVectors, stuck: Stuck
     tend = await begun(vectors, stuck)
     await vectors.add(2, FACTS, rows(*range(100)), AT)
     other = asyncio.ensure_future(vectors.tend(2))
-    for _ in range(10):
-        await asyncio.to_thread(len, stuck.tables)
-    assert len(stuck.tables) == 1
+    await asyncio.sleep(0)
+    assert [thread.name for thread in threading.enumerate()].count("vectors tending") == 1
     stuck.begun.clear()
     tend.cancel()
     await asyncio.to_thread(stuck.begun.wait)
