@@ -32,7 +32,7 @@ _AGAIN = (429, 503)
 # Of so many hits at most the texts are fetched, one by one.
 _MOST_TEXTS = 20
 _TEXT_CHARACTERS = 80
-_PLACE = re.compile(r"body\.items\.([0-9]+)")
+_PLACE = re.compile(r"body\.items\.([0-9]+)(\.?)")
 _ID = click.argument("item_id", metavar="ID")
 
 
@@ -111,6 +111,7 @@ def put_items(name: str, file: BinaryIO, url: str | None, config: Path | None, *
 
     writer = _Writer(daemon_at(url, config), name)
     batch = _Batch()
+    source = getattr(file, "name", "<stdin>")
     try:
         for number, item, size_bytes in _items(file):
             if not batch.has_room_for(item, size_bytes):
@@ -120,10 +121,10 @@ def put_items(name: str, file: BinaryIO, url: str | None, config: Path | None, *
         if batch.items:
             writer.write(batch)
     except _LineError as error:
-        message = f"{file.name}, line {error.number}: {error.message}; {writer.so_far}"
+        message = f"{source}, line {error.number}: {error.message}; {writer.so_far}"
         raise CommandError(message, exit_code=MISUSED) from None
     except RefusalError as error:
-        _say_where(error, batch, file.name, writer)
+        _say_where(error, batch, source, writer)
     except (CommandError, KeyboardInterrupt):
         click.echo(f"{writer.so_far}; it is no harm to write them again", err=True)
         raise
@@ -304,7 +305,9 @@ def _say_where(error: RefusalError, batch: _Batch, file: str, writer: _Writer) -
 
     def line(match: re.Match[str]) -> str:
         number = int(match[1])
-        return f"{file}, line {batch.lines[number]}" if number < len(batch.lines) else match[0]
+        if number >= len(batch.lines):
+            return match[0]
+        return f"{file}, line {batch.lines[number]}" + (": " if match[2] else "")
 
     message = _PLACE.sub(line, error.message)
     fields = error.details.get("fields")

@@ -8,6 +8,7 @@ helped along:
 - The streams of events and of the live channel, and a log that is followed, have no end: they are read until
   they fall silent.
 - Roles, and what they are set to, are such that none contradicts another: a test of its own has those.
+- Collections have the model of the role.
 - Runs have a request that fits every route, and a lane that there is.
 - Images are made from those that are allowed as well as at random. They are on no registry, so that a pull
   ends in its documented 503; that one succeeds is a test of its own.
@@ -91,6 +92,10 @@ def narrowed(document: dict[str, Any]) -> dict[str, Any]:
             "anyOf": [{"type": "number", "exclusiveMinimum": 0, "maximum": KEPT_S}, {"type": "null"}]
         },
     }
+    # Any possible name of a model will do, which no schema can say; without one it is that of the role.
+    del schemas["CollectionRequest"]["properties"]["model"]
+    for request in ("CollectionRequest", "BackfillRequest"):
+        schemas[request]["properties"]["dimensions"] = {"enum": [1, 384, None]}
     routing = schemas["RoutingChange"]["properties"]
     routing["roles"] = by_role(routing["roles"], "thinking", "embedding")
     return document
@@ -128,6 +133,7 @@ def daemon(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             config={
                 "server": {"key_file": str(key_file)},
                 "runs": {"retention_s": KEPT_S, "expires_s": KEPT_S},
+                "roles": {"embedding": {"model": "minilm"}},
             },
         ).start(until_ready=False)
         daemon.wait_until_alive()

@@ -149,8 +149,8 @@ def test_a_refused_item_is_named_by_its_line(daemon: StandInDaemon, run: Run, tm
     file = a_file(tmp_path, [*lines_of(100), "", *lines_of(10, 100)])
     result = run("collections", "put", "docs", file)
     assert result.exit_code == 2
-    assert f"error: {file}, line 104.text: '' is empty" in result.stderr
-    assert f"| {file}, line 105.vector.0: expected a number" in result.stderr
+    assert f"error: {file}, line 104: text: '' is empty" in result.stderr
+    assert f"| {file}, line 105: vector.0: expected a number" in result.stderr
     assert "100 items were written, to line 100" in result.stderr
 
 

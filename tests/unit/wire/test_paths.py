@@ -54,6 +54,16 @@ paths = st.lists(st.sampled_from(SEGMENTS) | st.binary(max_size=4), max_size=8).
         (b"/%%361", b"/%2561"),
         (b"/a\xff\\b c", b"/a%FF%5Cb%20c"),
         (b"/api/blobs/sha256:00", b"/api/blobs/sha256:00"),
+        (b"/api/v1/collections/", b"/api/v1/collections"),
+        (b"/api/v1/./collections//", b"/api/v1/collections"),
+        (b"/api/v1/collections/docs/", b"/api/v1/collections/docs/"),
+        (b"//api/v1/%63ollections/docs/items/..", b"/api/v1/collections/docs/items/%2E%2E"),
+        (b"/api/v1/collections/docs/items/%2e", b"/api/v1/collections/docs/items/%2E"),
+        (b"/api/v1/collections/../keys", b"/api/v1/collections/%2E%2E/keys"),
+        (b"/api/v1/collections//docs", b"/api/v1/collections//docs"),
+        (b"/key/om/api/v1/collections/docs/items/..", b"/key/om/api/v1/collections/docs/items/%2E%2E"),
+        (b"/x/api/v1/collections/docs/..", b"/x/api/v1/collections"),
+        (b"/api/v1/collections/docs/items/a%2fb%252F", b"/api/v1/collections/docs/items/a%2Fb%252F"),
     ],
 )
 def test_a_path_has_one_normal_form(path: bytes, normal: bytes) -> None:
@@ -71,6 +81,16 @@ def test_the_normal_form_is_normal_and_hides_nothing(path: bytes) -> None:
     text = decoded(normal)
     assert text.count("/") == normal.count(b"/")
     assert not {".", ".."} & set(text.split("/"))
+
+
+@given(paths)
+def test_below_collections_no_segment_is_a_step(path: bytes) -> None:
+    """What access checks and routes see names the same segments as the client has."""
+    normal = normalised(b"/api/v1/collections/docs/items" + path)
+    assert normalised(normal) == normal
+    assert normal.startswith(b"/api/v1/collections/docs/items/")
+    assert normal.count(b"/") == path.count(b"/") + 5
+    assert not {b".", b".."} & set(normal.split(b"/"))
 
 
 @pytest.mark.parametrize("path", INFERENCE)
