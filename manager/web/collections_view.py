@@ -66,6 +66,7 @@ def collection_values(overview: Overview, progress: Progress) -> dict[str, Any]:
         "coverage": _share(counts) if active is not None else None,
         "rows": counts.rows,
         "lacking": overview.items - counts.rows if active is not None else 0,
+        "missing": max(0, counts.missing) if active is not None else 0,
         "backfill": _backfill(overview, shelved.backfill, progress),
     }
 

@@ -67,7 +67,7 @@ def test_a_collection_without_items_has_no_version_and_no_coverage() -> None:
 def test_the_state_and_coverage_are_those_of_the_active_version() -> None:
     found = shown(overview(FIRST, SECOND, v1=Counts(100, 80, 5), v2=Counts(100, 100)))
     assert (found["state"], found["kind"], found["version"]) == ("active", "ok", FIRST.id)
-    assert (found["coverage"], found["rows"], found["lacking"]) == (0.8, 80, 20)
+    assert (found["coverage"], found["rows"], found["lacking"], found["missing"]) == (0.8, 80, 20, 15)
     assert (found["model"], found["dimensions"], found["versions"]) == ("minilm", 384, 2)
 
 
