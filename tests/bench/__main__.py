@@ -1,7 +1,7 @@
 """`python -m tests.bench [NAME…]`: one table of figures, measured in one run on an engine of its own.
 
-Without names everything is measured. Figures beyond their target say so; only a measurement that could not
-be made is a failure (exit 1), and the others are made all the same.
+Without names everything is measured, but for what takes long. Figures beyond their target say so; only a
+measurement that could not be made is a failure (exit 1), and the others are made all the same.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from tests.bench.collecting import collections
 from tests.bench.crash import crash_detection
 from tests.bench.decide import decisions
+from tests.bench.embeddings import a_million_embeddings, embeddings
 from tests.bench.idle import RUNNING, idle_cost
 from tests.bench.lanes import lanes_under_load
 from tests.bench.live import live_channel, open_pages
@@ -36,11 +37,14 @@ _MOST_TOLD = 160
 ALONE: dict[str, Callable[[], Iterable[Row]]] = {
     "collections": collections,
     "decide": decisions,
+    "embeddings": embeddings,
     "lanes": lanes_under_load,
     "live": live_channel,
     "page": open_pages,
     "relay": relay_cost,
 }
+# These take long, and are measured only where they are named.
+NAMED: dict[str, Callable[[], Iterable[Row]]] = {"embeddings-million": a_million_embeddings}
 # Idle cost is that of as many instances as run; everything else is measured with many.
 WITH_FEW: dict[str, Callable[[Rig], Iterable[Row]]] = {"idle": idle_cost}
 WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {
@@ -55,12 +59,12 @@ WITH_MANY: dict[str, Callable[[Rig], Iterable[Row]]] = {
 
 
 def main(wanted: list[str]) -> int:
-    known = [*ALONE, *WITH_FEW, *WITH_MANY]
+    known = [*ALONE, *NAMED, *WITH_FEW, *WITH_MANY]
     unknown = set(wanted) - set(known)
     if unknown:
         print(f"no such part: {', '.join(sorted(unknown))}; there is: {', '.join(known)}", file=sys.stderr)
         return 2
-    with_engine = not wanted or bool(set(wanted) - set(ALONE))
+    with_engine = not wanted or bool(set(wanted) - {*ALONE, *NAMED})
     obstacles = private_engine_obstacles() if with_engine else []
     if obstacles:
         print(f"nothing was measured: {'; '.join(obstacles)}", file=sys.stderr)
@@ -68,9 +72,12 @@ def main(wanted: list[str]) -> int:
     began = time.monotonic()
     rows: list[Row] = []
     try:
-        for name in ALONE:
+        for name, measure in ALONE.items():
             if not wanted or name in wanted:
-                rows += _alone(name)
+                rows += _alone(name, measure)
+        for name, measure in NAMED.items():
+            if name in wanted:
+                rows += _alone(name, measure)
         for parts, instances in ((WITH_FEW, RUNNING), (WITH_MANY, INSTANCES)):
             names = [name for name in parts if not wanted or name in wanted]
             rows += _measured({name: parts[name] for name in names}, instances)
@@ -84,11 +91,11 @@ def main(wanted: list[str]) -> int:
     return int(any(row.verdict == "FAILED" for row in rows))
 
 
-def _alone(name: str) -> list[Row]:
+def _alone(name: str, measure: Callable[[], Iterable[Row]]) -> list[Row]:
     rows: list[Row] = []
     print(f"measuring: {name} …", file=sys.stderr, flush=True)
     try:
-        rows.extend(ALONE[name]())
+        rows.extend(measure())
     except MeasurementError as error:
         rows.append(Row(f"{name}: could not be measured", str(error)[:_MOST_TOLD], "", "FAILED"))
     return rows

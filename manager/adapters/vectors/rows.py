@@ -26,8 +26,8 @@ _PROBES = 1000
 # The codes name so many candidates, of which the vectors decide.
 _CANDIDATES = 100
 _FEWEST_CANDIDATES_A_HIT = 2
-# One candidate costs as much as the vectors of so many rows one after the other.
-_ROWS_A_CANDIDATE = 32
+# A row that is looked up costs as much as so many rows that are read one after the other.
+_ROWS_A_LOOKUP = 32
 _BATCH_ROWS = 1024
 
 
@@ -103,7 +103,7 @@ def numbers(table: Table) -> frozenset[int]:
 def search(table: Table, vector: bytes, count: int) -> list[Hit]:
     query = _query(table, vector, count)
     factor = max(_FEWEST_CANDIDATES_A_HIT, -(-_CANDIDATES // count))
-    if factor * count * _ROWS_A_CANDIDATE < table.count_rows():
+    if factor * count * _ROWS_A_LOOKUP < table.count_rows():
         query = query.nprobes(_PROBES).refine_factor(factor)
     else:
         query = query.bypass_vector_index()
@@ -137,7 +137,7 @@ def search_among(table: Table, vector: bytes, count: int, among: Collection[int]
 def _batches(table: Table, wanted: list[int]) -> Iterator[pa.RecordBatch]:
     """Yield the rows with these numbers, of one state of the table, perhaps among others."""
     query = table.search().select(["number", "vector"])
-    if len(wanted) <= _MOST_LISTED:
+    if len(wanted) * _ROWS_A_LOOKUP < table.count_rows() and len(wanted) <= _MOST_LISTED:
         query = query.where(_listed(wanted))
     yield from query.to_batches(_BATCH_ROWS)
 

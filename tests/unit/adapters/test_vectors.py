@@ -121,9 +121,9 @@ async def test_only_the_numbers_that_are_named_are_searched(vectors: LanceVector
 
 async def test_however_many_numbers_are_named(vectors: LanceVectors) -> None:
     await vectors.add(1, FACTS, rows(*range(1, 3001)), AT)
-    few, many = set(range(2, 20_001, 2)), set(range(2, 80_001, 2))
-    expected = nearest(unit(7), set(range(2, 3001, 2)), 5)
-    for among in few, many:
+    for last in 100, 3000, 60_000:
+        among = set(range(2, last + 1, 2))
+        expected = nearest(unit(7), among & set(range(1, 3001)), 5)
         assert [hit.number for hit in await vectors.search(1, unit(7), 5, among=among)] == expected
 
 
