@@ -46,7 +46,7 @@ async def ended(rig: Rig, name: str) -> None:
 async def test_what_is_counted_is_what_is_stored_the_oldest_collection_first(rig: Rig) -> None:
     counts = Counting(rig.shelf)
     await counts.read()
-    assert counts.last == ()
+    assert list(counts.last) == []
     await collection(rig, "zebra", "a", "b", "c")
     await collection(rig, "ant")
     await counts.read()
