@@ -71,7 +71,13 @@ def secret_in(page: Page) -> str:
 
 def close_secret(page: Page) -> None:
     page.get_by_role("button", name="I have stored it").click()
+    expect_wiped(page)
+
+
+def expect_wiped(page: Page) -> None:
+    """The dialog closes, and is wiped in its event `close`, which comes a task after it is hidden."""
     expect(page.locator("#secret")).to_be_hidden()
+    expect(page.locator("#secret-text")).to_be_empty()
 
 
 def left_behind(page: Page) -> str:
@@ -181,7 +187,7 @@ def test_one_press_of_escape_does_not_lose_a_secret(keyed: Keyed, visitor: Visit
     expect(page.locator("#secret-told")).to_contain_text("not been copied")
     assert secret_in(page) == secret
     page.keyboard.press("Escape")
-    expect(page.locator("#secret")).to_be_hidden()
+    expect_wiped(page)
     assert secret not in left_behind(page)
     assert status(keyed.gateway, secret) == 200
 
