@@ -237,11 +237,11 @@ async def listening() -> AsyncIterator[Listening]:
         await here.closed()
 
 
-def narrow(client: Client, connection: Front) -> None:
+def narrow(client: Client, connection: Front, size: int = 4096) -> None:
     """Let the kernel take little of what the client does not read."""
-    client.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
     peer = connection.transport.get_extra_info("socket")
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, size)
 
 
 def late(connection: Front, limit_s: float, *, begun_at: float = 0.0) -> None:
@@ -575,6 +575,8 @@ async def test_a_last_answer_that_is_not_read_does_not_keep_the_socket(how: str)
 async def test_a_slow_reader_gets_its_answer() -> None:
     async with listening() as here:
         client, connection = await here.meet()
+        # A kernel that took all of the rest would let the connection rest while the client still reads.
+        narrow(client, connection, 2**18)
         await client.send(LARGE)
         await until(lambda: connection.flow.write_paused)
         now, came = 0.0, 0
