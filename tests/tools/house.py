@@ -119,7 +119,7 @@ class House:
         return self.client.containers.get(container["id"]).attrs["State"]["Pid"] if container else 0
 
     def furnish(self) -> None:
-        """Make a history: answers, a fallback to a paid server, a refusal, a card out of service, collections."""
+        """Make a history: answers, a fallback to the paid server, a refusal, a drain; and collections."""
         for instance in ("gpu0", "gpu1", "cpu"):
             self.daemon.started(instance)
         self.show_memory()
