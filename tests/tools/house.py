@@ -119,7 +119,7 @@ class House:
         return self.client.containers.get(container["id"]).attrs["State"]["Pid"] if container else 0
 
     def furnish(self) -> None:
-        """Make a history: answers, a fallback to the paid server, a refusal, a card out of service."""
+        """Make a history: answers, a fallback to the paid server, a refusal, a drain; and collections."""
         for instance in ("gpu0", "gpu1", "cpu"):
             self.daemon.started(instance)
         self.show_memory()
@@ -134,6 +134,25 @@ class House:
             self.post(f"{compute}/{instance}/drain", {"reason": "new cable", "stop": False})
         self.chat("thinking", **{"X-Project-ID": "research"})
         self.post(f"{compute}/gpu0/resume")
+        self.collect()
+
+    def collect(self) -> None:
+        """Make collections: one at rest, one that changes to another version slowly, one without items."""
+        for name, count, body in (
+            ("manuals", 400, {"prefix": "passage: "}),
+            ("tickets", 900, {}),
+            ("drafts", 0, {}),
+        ):
+            self.post("/api/v1/collections", {"name": name, **body})
+            for at in range(0, count, 100):
+                items = [
+                    {"id": f"{name}-{number}", "text": f"Number {number} of the {name}."}
+                    for number in range(at, at + 100)
+                ]
+                url = f"{self.url}/api/v1/collections/{name}/items"
+                requests.put(url, json={"items": items}, timeout=60)
+        change = {"prefix": "passage: ", "rate": 16, "threshold": 0.95}
+        self.post("/api/v1/collections/tickets/backfill", change)
 
     def keep_busy(self) -> None:
         """Begin long answers."""

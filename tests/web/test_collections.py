@@ -360,6 +360,9 @@ def test_the_page_is_accessible_and_fits(
     with stage.held():
         stage.call("POST", f"/{name}/backfill", json={"truncate": False})
         seen(visitor, stage)
+        expect(row(visitor, name)).to_contain_text("running")
+        narrow = row(visitor, name).locator(".narrow-only")
+        expect(narrow).to_be_visible(visible=width < 800)
         visitor.assert_accessible()
         visitor.assert_fits()
         seen(visitor, stage, name)

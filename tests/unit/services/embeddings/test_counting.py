@@ -46,7 +46,7 @@ async def ended(rig: Rig, name: str) -> None:
 async def test_what_is_counted_is_what_is_stored_the_oldest_collection_first(rig: Rig) -> None:
     counts = Counting(rig.shelf)
     await counts.read()
-    assert list(counts.last) == []
+    assert [*counts.last] == []
     await collection(rig, "zebra", "a", "b", "c")
     await collection(rig, "ant")
     await counts.read()
@@ -58,7 +58,7 @@ async def test_what_is_counted_is_what_is_stored_the_oldest_collection_first(rig
     await rig.switching.remove("zebra")
     await rig.switching.remove("ant")
     await counts.read()
-    assert counts.last == ()
+    assert [*counts.last] == []
 
 
 async def test_versions_and_backfills_are_told_as_they_are(rig: Rig) -> None:
