@@ -140,6 +140,9 @@ async def _figures(rows: int, kind: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         vectors = LanceVectors(Path(folder) / "vectors")
         source = _Source(kind)
+        await vectors.add(
+            2, _FACTS, [VectorRow(0, "", source.asked[0].tobytes())], datetime.now(UTC)
+        )  # it loads
         figures = {"rows_a_s": rows / await _written(vectors, source, rows)}
         began = time.perf_counter()
         await vectors.tend(1)

@@ -275,3 +275,11 @@ def test_installed_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None
     assert installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "pyarrow" else object())
     assert not installed()
+
+
+def test_what_is_set_in_the_environment_stays(monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+    monkeypatch.delenv("LANCEDB_LOG", raising=False)
+    monkeypatch.setenv("LANCE_DEFAULT_BATCH_SIZE", "77")
+    LanceVectors(directory)
+    assert os.environ["LANCEDB_LOG"] == "error"
+    assert os.environ["LANCE_DEFAULT_BATCH_SIZE"] == "77"
