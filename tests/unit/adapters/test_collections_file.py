@@ -265,10 +265,6 @@ ODD: dict[str, tuple[Callable[[Path], object], str]] = {
     "directory": (directory, "expected a regular file"),
     "second name": (lambda path: os.link(path, path.with_name("other")), r"has 2 names \(hard links\)"),
     "odd log": (lambda path: Path(f"{path}-wal").symlink_to("/dev/null"), "expected a regular file"),
-    "rollback journal": (
-        lambda path: Path(f"{path}-journal").write_bytes(b"x"),
-        "embeddings.sqlite3-journal is of another program, and would change it",
-    ),
     "log of zeros and more": (
         lambda path: Path(f"{path}-wal").write_bytes(b"\0" * 4000 + b"\1" * 100),
         "the header of its write-ahead log .* is damaged",
@@ -355,6 +351,22 @@ async def test_a_copy_by_sqlite_can_be_used(path: Path, tmp_path: Path) -> None:
         assert await seen(copy) == await seen(store)
         assert await copy.delete(1, "i0")
         assert Path(f"{target}-wal").stat().st_size > 0
+
+
+async def test_a_change_of_a_copy_that_was_cut_off_is_undone(path: Path, tmp_path: Path) -> None:
+    await made(path)
+    copy, target = tmp_path / "copy.sqlite3", tmp_path / "target.sqlite3"
+    sql(f"VACUUM INTO '{copy}'")(path)
+    with closing(sqlite3.connect(copy, isolation_level=None)) as connection:
+        connection.execute("PRAGMA cache_size=1")
+        connection.execute("BEGIN")
+        connection.execute("DELETE FROM vectors")
+        for suffix in ("", "-journal"):
+            shutil.copyfile(f"{copy}{suffix}", f"{target}{suffix}")
+    assert copy.read_bytes() != target.read_bytes()
+    async with opened(target) as store:
+        assert await store.all_counts() == {1: Counts(300, 300)}
+        assert len(await store.marked(1)) == 300
 
 
 async def test_a_newer_schema_in_the_log_is_refused(path: Path, tmp_path: Path) -> None:
