@@ -374,6 +374,26 @@ async def test_items_come_back_as_they_were_stored(store: SqlCollections) -> Non
     assert await store.item_counts() == {collection: 4}
 
 
+async def test_an_item_and_its_vectors_are_of_one_moment(store: SqlCollections, path: Path) -> None:
+    collection, version = await filled(store)
+    told: list[str] = []
+
+    def removes(statement: str) -> None:
+        told.append(statement)
+        if "FROM vectors" in statement:
+            with closing(sqlite3.connect(path)) as other:
+                other.execute("DELETE FROM vectors")
+                other.commit()
+
+    await store._reader.call(lambda: store._reader.open().set_trace_callback(removes))
+    found = await store.item(collection, "i0")
+    assert found is not None
+    assert found[1] == {version: found[0].created_at}
+    assert len(told) == 4
+    await store._reader.call(lambda: store._reader.open().set_trace_callback(None))
+    assert await store.item(collection, "i0") == (found[0], {})
+
+
 async def test_an_item_that_is_stored_again_leaves_rubbish_in_each_table(store: SqlCollections) -> None:
     collection, first = await filled(store, 250)
     second = await store.add_version(a_version(collection, "d2", VersionState.BUILDING))
