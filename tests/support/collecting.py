@@ -7,8 +7,10 @@ Run as a program, it makes steps in the real store and says which ones are done:
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sqlite3
+import subprocess
 import sys
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field, replace
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 NOW = datetime(2026, 8, 1, 12, 30, 15, 123456, tzinfo=UTC)
 ALL = 10_000
+ROOT = Path(__file__).parents[2]
 
 
 def a_collection(name: str = "docs") -> Collection:
@@ -104,6 +107,14 @@ async def numbers_of(store: SqlCollections, collection: int) -> dict[str, int]:
 def rows_of(path: Path, table: str) -> int:
     with closing(sqlite3.connect(path)) as connection:
         return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+def child(*argv: str) -> subprocess.Popen[str]:
+    """Start Python with what it needs of this project."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *argv], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
 
 
 class Model:
@@ -324,6 +335,11 @@ async def seen(store: SqlCollections) -> dict[str, Any]:
             await store.rubbish(key, ALL),
         )
     return found
+
+
+async def state_of(path: Path) -> tuple[bool, dict[str, Any]]:
+    async with opened(path) as store:
+        return await store.was_closed(), await seen(store)
 
 
 IDS = ("a", "b", "c", "ä", "d/e", "")

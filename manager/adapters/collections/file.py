@@ -57,8 +57,6 @@ def verify(path: Path) -> bool:
             number, owner = _NUMBERS.unpack(file.read(_HEAD_BYTES)[_NUMBERS_AT].ljust(_NUMBERS.size, b"\0"))
         if problem := _foreign(owner, number):
             raise refusal(path, problem, WHAT)
-        if size_of(journal := f"{path}-journal"):
-            raise refusal(path, f"{journal} is of another program, and would change it", WHAT)
         if wal is not None and (problem := _gap(path, wal)):
             raise refusal(path, problem, WHAT)
         with _readable(path, wal) as connection:
@@ -136,7 +134,12 @@ def _gap(path: Path, wal: Path) -> str | None:
 
 @contextmanager
 def _readable(path: Path, wal: Path | None) -> Iterator[sqlite3.Connection]:
-    """The content. Neither the file nor its log is changed; for a log, SQLite makes an index beside it."""
+    """The content. Neither the file nor its log is changed; for a log, SQLite makes an index beside it.
+
+    Where a copy by SQLite, which has no log, was just being given one, SQLite undoes that.
+    """
     option = "immutable=1" if wal is None else "mode=ro"
+    if size_of(f"{path}-journal"):
+        option = "mode=rw"
     with closing(sqlite3.connect(file_uri(path, option), uri=True)) as connection:
         yield connection

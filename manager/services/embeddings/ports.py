@@ -151,7 +151,11 @@ class CollectionStore(Protocol):
         ...
 
     async def create(self, collection: Collection) -> int:
-        """Store a new collection, whose `key` does not count; return its key."""
+        """Store a new collection, whose `key` does not count; return its key.
+
+        Raises:
+            ValueError: its name is taken.
+        """
         ...
 
     async def remove(self, collection: int) -> None:
@@ -159,14 +163,21 @@ class CollectionStore(Protocol):
         ...
 
     async def add_version(self, version: Version) -> int:
-        """Store a new version, whose `key` does not count; return its key."""
+        """Store a new version, whose `key` does not count; return its key.
+
+        Raises:
+            ValueError: its collection is gone, or has another active version.
+        """
         ...
 
     async def save_versions(self, *versions: Version) -> None:
         """Store versions that exist in their new state, all together."""
         ...
 
-    async def remove_version(self, version: int) -> None: ...
+    async def remove_version(self, version: int) -> None:
+        """Remove a version and the backfill of it; a missing one is no error."""
+        ...
+
     async def save_backfill(self, backfill: Backfill) -> None:
         """Store the backfill of a collection in place of the last one."""
         ...
@@ -236,7 +247,10 @@ class CollectionStore(Protocol):
         ...
 
     async def matching(self, version: int, is_wanted: Callable[[Mapping[str, Any]], bool]) -> frozenset[int]:
-        """Return the numbers of the items with a vector in the version whose metadata are wanted."""
+        """Return the numbers of the items with a vector in the version whose metadata are wanted.
+
+        Other calls go on meanwhile: items that are stored meanwhile may be missing.
+        """
         ...
 
     # --- backfill ---
@@ -250,7 +264,10 @@ class CollectionStore(Protocol):
         ...
 
     async def failed(self, version: int, number: int, message: str, *, at_once: bool) -> Failure | None:
-        """Count a failure of an item; `at_once` puts it into quarantine. None where the item is gone."""
+        """Count a failure of an item; `at_once` puts it into quarantine.
+
+        Returns None where the item is gone, or has a vector meanwhile.
+        """
         ...
 
     async def failures(self, version: int, limit: int) -> tuple[Failure, ...]: ...
@@ -263,14 +280,20 @@ class CollectionStore(Protocol):
         ...
 
     async def unmark(self, version: int, numbers: Sequence[int] | None) -> int:
-        """Forget that items have vectors, all of them with None; return how many had."""
+        """Forget that items have vectors; return how many had.
+
+        Their rows are rubbish. With None it is all items of a table that was dropped: it has no rubbish.
+        """
         ...
 
     async def rubbish(self, version: int, limit: int) -> tuple[int, ...]:
         """Return numbers of rows in the table of a version that nobody needs."""
         ...
 
-    async def add_rubbish(self, version: int, numbers: Sequence[int]) -> None: ...
+    async def add_rubbish(self, version: int, numbers: Sequence[int]) -> None:
+        """Note rubbish; the row of an item that has a vector is none."""
+        ...
+
     async def swept(self, version: int, numbers: Sequence[int]) -> None:
         """Forget rubbish that was removed from the table."""
         ...

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from manager.adapters.collections import open_collections, removal
 from manager.adapters.collections import store as store_module
@@ -386,6 +387,26 @@ async def test_items_come_back_as_they_were_stored(store: SqlCollections) -> Non
     assert await store.item_counts() == {collection: 4}
 
 
+async def test_an_item_and_its_vectors_are_of_one_moment(store: SqlCollections, path: Path) -> None:
+    collection, version = await filled(store)
+    told: list[str] = []
+
+    def removes(statement: str) -> None:
+        told.append(statement)
+        if "FROM vectors" in statement:
+            with closing(sqlite3.connect(path)) as other:
+                other.execute("DELETE FROM vectors")
+                other.commit()
+
+    await store._reader.call(lambda: store._reader.open().set_trace_callback(removes))
+    found = await store.item(collection, "i0")
+    assert found is not None
+    assert found[1] == {version: found[0].created_at}
+    assert len(told) == 4
+    await store._reader.call(lambda: store._reader.open().set_trace_callback(None))
+    assert await store.item(collection, "i0") == (found[0], {})
+
+
 async def test_an_item_that_is_stored_again_leaves_rubbish_in_each_table(store: SqlCollections) -> None:
     collection, first = await filled(store, 250)
     second = await store.add_version(a_version(collection, "d2", VersionState.BUILDING))
@@ -563,6 +584,14 @@ async def test_vectors_are_unmarked(store: SqlCollections) -> None:
     assert await store.rubbish(99, 9) == ()
 
 
+async def test_rubbish_of_a_table_that_is_gone_is_not_even_written(store: SqlCollections) -> None:
+    _, version = await filled(store, 300)
+    changes = await store._writer.call(lambda: store._writer.open().total_changes)
+    assert await store.unmark(version, None) == 300
+    changes -= await store._writer.call(lambda: store._writer.open().total_changes)
+    assert -changes < 650  # each vector, and the number of them
+
+
 async def test_many_marks_are_read_some_at_a_time(
     store: SqlCollections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -664,8 +693,11 @@ async def test_the_next_opening_finishes_a_removal(path: Path, monkeypatch: pyte
     ]
     while await store.all_counts():
         await asyncio.sleep(0)
-    await store.close()
+    with capture_logs() as logs:
+        await store.close()
+        assert not store._removals
     await asyncio.gather(*removing)  # it has happened, for all who look
+    assert logs == []
     assert rows_of(path, "items") > 10
     async with opened(path, stores=False) as unchanged:
         assert await unchanged.item_counts() == {other: 10}
@@ -690,7 +722,9 @@ async def test_rows_that_cannot_be_removed_now_are_removed_later(
         collection, _ = await filled(store)
         with monkeypatch.context() as patched:
             patched.setattr(removal, "remove_rows", fails)
-            await store.remove(collection)
+            with capture_logs() as logs:
+                await store.remove(collection)
+        assert [one["event"] for one in logs] == ["rows_left"]
         assert await store.collections() == ()
         assert rows_of(path, "items") == 3
     async with opened(path) as store:
