@@ -228,19 +228,28 @@ class Tending:
                     await self._shelf.vectors.drop(table)
 
     async def _sweep(self, version: Version) -> None:
-        """Remove the rows of items that were changed or removed."""
+        """Remove the rows of items that were changed or removed.
+
+        Nobody writes meanwhile: a backfill may add the row of an item anew whose former one is rubbish.
+        """
+        while await finish(self._swept(version)):
+            self.written(version)
+
+    async def _swept(self, version: Version) -> bool:
+        """Remove some rubbish; False where there is none."""
         store, table = self._shelf.store, version.key
-        while rubbish := await store.rubbish(table, _RUBBISH_AT_ONCE):
-            async with self._shelf.tables.using(table):
-                if table not in self._shelf.tables_known():
-                    return
+        async with self._shelf.tables.owning(table):
+            if table not in self._shelf.tables_known():
+                return False
+            rubbish = await store.rubbish(table, _RUBBISH_AT_ONCE)
+            if rubbish:
                 try:
                     await self._shelf.vectors.remove(table, rubbish)
                 except VectorsDamagedError:
                     self.suspect(version)
                     raise
-            await store.swept(table, rubbish)
-            self.written(version)
+                await store.swept(table, rubbish)
+        return bool(rubbish)
 
     async def _keep_fast(self, version: Version) -> None:
         async with self._shelf.tables.using(version.key):

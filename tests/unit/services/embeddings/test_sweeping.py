@@ -1,0 +1,56 @@
+"""Rubbish is removed from a table while a backfill adds the same items anew."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from manager.services.embeddings.backfilling import NewBackfill
+from manager.services.embeddings.switching import NewCollection
+from manager.services.embeddings.writing import NewItem
+from tests.unit.services.embeddings.rig import ASKING, MODEL, Rig
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+
+async def test_a_sweep_does_not_remove_what_a_backfill_adds_meanwhile(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    try:
+        await rig.switching.create(
+            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
+        )
+        await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
+        version = rig.shelf.get("docs").active
+        assert version is not None
+        # The mark of the item is lost, and its row is rubbish.
+        (number,) = await rig.store.marked(version.key)
+        await rig.store.unmark(version.key, [number])
+        assert await rig.store.rubbish(version.key, 10) == (number,)
+        held, reached = asyncio.Event(), asyncio.Event()
+        remove = rig.tables.remove
+
+        async def slow(table: int, numbers: Sequence[int]) -> None:
+            reached.set()
+            await held.wait()
+            await remove(table, numbers)
+
+        rig.tables.remove = slow  # type: ignore[method-assign]
+        sweeping = asyncio.ensure_future(rig.tending.tend())
+        await reached.wait()
+        await rig.backfilling.begin("docs", NewBackfill(), MODEL, ASKING)
+        held.set()
+        await sweeping
+
+        async def ended() -> Any:
+            while (backfill := rig.shelf.get("docs").backfill) is None or backfill.is_open:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            return backfill
+
+        async with asyncio.timeout(20):
+            await ended()
+        assert await rig.tables.numbers(version.key) == await rig.store.marked(version.key) == {number}
+    finally:
+        await rig.close()
