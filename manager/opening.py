@@ -149,7 +149,9 @@ async def opened_collections(
     vectors = LanceVectors(state_dir / "vectors") if installed() else None
     if vectors is not None:
         stack.push_async_callback(vectors.close)
-    store = await open_collections(state_dir / "embeddings.sqlite3", stores=stores)
+    # No file that was lost, and whose tables of vectors are left, has a key as high as the time.
+    path, first_version = state_dir / "embeddings.sqlite3", int(time.time())
+    store = await open_collections(path, stores=stores, first_version=first_version)
     stack.push_async_callback(store.close)
 
     def digests_of(model: str) -> Mapping[str, tuple[str, ...]]:

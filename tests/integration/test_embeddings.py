@@ -337,6 +337,8 @@ def test_a_table_that_is_lost_while_the_daemon_runs_lowers_the_coverage(
     docs.put(texts)
     version = docs.version("active")
     assert version["coverage"] == 1.0
+    (table,) = (docs.daemon.state_dir / "vectors").glob("v*.lance")
+    assert int(table.stem[1:]) > 1_700_000_000, "no table that is left of a lost file has its name"
     for path in sorted((docs.daemon.state_dir / "vectors").rglob("*.lance"), reverse=True):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:40])

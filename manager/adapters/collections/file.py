@@ -70,7 +70,7 @@ def verify(path: Path) -> bool:
     return True
 
 
-def create(path: Path) -> None:
+def create(path: Path, first_version: int) -> None:
     """Make the file, whole or not at all.
 
     Raises:
@@ -81,7 +81,7 @@ def create(path: Path) -> None:
             raise RegistryUnwritableError(
                 f"{WHAT} {path} was put there meanwhile; restart the daemon to use it"
             )
-        create_whole(path, build, WHAT)
+        create_whole(path, lambda new: build(new, first_version), WHAT)
     except sqlite3.Error as error:
         raise translated(path, error, "created", WHAT) from error
     except OSError as error:

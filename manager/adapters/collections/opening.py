@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from manager.services.embeddings.ports import StoredItem
 
 
-async def open_collections(path: Path, *, stores: bool = True) -> SqlCollections:
+async def open_collections(path: Path, *, stores: bool = True, first_version: int = 1) -> SqlCollections:
     """Open the file of collections at `path`; where there is none, the first collection makes it.
 
     The caller holds the state directory's lock.
@@ -23,12 +23,14 @@ async def open_collections(path: Path, *, stores: bool = True) -> SqlCollections
     Args:
         path: of the file.
         stores: whether what is saved is written; a dry run leaves every row as it is.
+        first_version: the first key of a version in a file that is made. Keys name tables of vectors, which
+            may be left of a file that was lost.
 
     Raises:
         RegistryCorruptError: what is there cannot be used; it is left as it is.
         RegistryUnwritableError: it could not be read.
     """
-    store = (SqlCollections if stores else UnchangedCollections)(path)
+    store = (SqlCollections if stores else UnchangedCollections)(path, first_version)
     try:
         await store.open()
     except BaseException:

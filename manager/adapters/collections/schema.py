@@ -6,7 +6,6 @@ keep the rubbish of each version. They hold for every change, cascades included.
 
 from __future__ import annotations
 
-import time
 from contextlib import closing
 from typing import TYPE_CHECKING, Final
 
@@ -138,15 +137,10 @@ END;
 """
 
 
-def build(path: Path) -> None:
-    """Make the tables in an empty file, all of them or none.
-
-    The keys of versions name tables of vectors, which may be left of a file that was lost. So they begin
-    with the time, which no such file has reached.
-    """
+def build(path: Path, first_version: int) -> None:
+    """Make the tables in an empty file, all of them or none; versions have keys from `first_version` on."""
     with closing(connect_existing(path)) as connection:
         pragmas = f"PRAGMA application_id={APPLICATION_ID}; PRAGMA user_version={SCHEMA_NUMBER};"
-        now_s = int(time.time())
-        seed = f"INSERT INTO sqlite_sequence (name, seq) VALUES ('versions', {now_s});"  # noqa: S608  (a number)
+        seed = f"INSERT INTO sqlite_sequence VALUES ('versions', {first_version - 1:d});"  # noqa: S608
         connection.executescript(f"BEGIN; {_SCHEMA} {seed} {pragmas} COMMIT;")
         connection.execute("PRAGMA journal_mode=WAL").close()

@@ -51,8 +51,9 @@ class SqlCollections:
     nothing, and only `create` writes: it makes the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, first_version: int = 1) -> None:
         self._path = path.absolute()
+        self._first_version = first_version
         self._files = SameFiles(self._path, file.WHAT)
         connection = partial(
             OwnConnection,
@@ -101,7 +102,7 @@ class SqlCollections:
 
         def work() -> int:
             if not self._is_there:
-                file.create(self._path)
+                file.create(self._path, self._first_version)
                 self._begin()
                 with self._transaction() as connection:
                     connection.execute(_TAKE_NUMBERS, (self._next_number,))
