@@ -221,6 +221,7 @@ def test_a_backfill_that_cannot_be_is_refused_by_field(
 
 
 def test_a_model_that_no_instance_has_embeds_nothing(docs: Collection) -> None:
+    docs.put({"id": "a", "text": "x"})
     answer = docs.ask("POST", "/backfill", {"model": "elsewhere:7b"})
     assert error_of(answer) == (404, "model_missing")
 
