@@ -29,7 +29,7 @@ from manager.errors import (
 )
 from manager.services.embeddings.embedder import BATCH, Asking, RefusedTextError, Wanted
 from manager.services.embeddings.ports import VectorRow
-from manager.services.embeddings.writing import facts_of, wanted_of
+from manager.services.embeddings.writing import embed_for, facts_of
 from manager.services.finishing import finish
 from manager.services.requests import Origin
 
@@ -57,7 +57,6 @@ _BATCH = 4 * BATCH
 _FIRST_PAUSE_S, _MOST_PAUSE_S = 0.1, 10.0
 # The speed is that of the last batches.
 _MEASURED = 20
-# How long a backfill that has ended leaves its counts in memory does not matter: one per collection.
 
 
 @dataclass(frozen=True, slots=True)
@@ -407,17 +406,13 @@ class Backfilling:
         left, done = list(items), 0
         while left:
             try:
-                embedded = await self._embedder.embed(
-                    wanted_of(version), [item.text or "" for item in left], asking
+                embedded = await embed_for(
+                    version, [item.text or "" for item in left], asking, self._embedder, self._tending
                 )
             except RefusedTextError as error:
                 refused = left.pop(error.at)
                 await self._fail(version, refused, error.message, at_once=False)
                 continue
-            except CollectionConflictError as error:
-                if error.code == "version_stale":
-                    await self._tending.look_at_build(version)
-                raise
             done = await finish(self._store(shelved, version, left, embedded.vectors))
             break
         return done

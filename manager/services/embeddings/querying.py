@@ -18,7 +18,7 @@ from manager.errors import (
     VectorsUnavailableError,
 )
 from manager.services.embeddings.embedder import RefusedTextError
-from manager.services.embeddings.writing import refuse_stale, wanted_of
+from manager.services.embeddings.writing import embed_for, refuse_stale
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -116,13 +116,9 @@ class Querying:
             )
             raise CollectionConflictError("unknown_build", message)
         try:
-            embedded = await self._embedder.embed(wanted_of(version), [text], asking)
+            embedded = await embed_for(version, [text], asking, self._embedder, self._tending)
         except RefusedTextError as error:
             raise _wrong("text", error.message) from None
-        except CollectionConflictError as error:
-            if error.code == "version_stale":
-                await self._tending.look_at_build(version)
-            raise
         return embedded.vectors[0]
 
     async def _answer(self, version: Version, vector: bytes, query: Query) -> Answer:

@@ -21,7 +21,7 @@ from manager.services.embeddings.ports import StoredItem, TableFacts, VectorRow
 from manager.services.finishing import finish
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
     from manager.services.embeddings.embedder import Asking, Embedded, Embedder
@@ -189,7 +189,8 @@ class Writing:
             wanted = Wanted(
                 collection.model, None, None, collection.prefix, collection.truncate, collection.asked
             )
-            embedded = await self._embed(wanted, texts, items, asking)
+            said = [item.text or "" for item in texts]
+            embedded = await _naming(self._embedder.embed(wanted, said, asking), texts, items)
             digest, dimensions, policy = embedded.digest, embedded.dimensions, embedded.policy
             made = iter(embedded.vectors)
         else:
@@ -230,24 +231,13 @@ class Writing:
                     f"of {version.recipe.model} made them (unknown_build): give a vector, or begin a backfill"
                 )
                 raise CollectionConflictError("unknown_build", message)
-            try:
-                embedded = await self._embed(wanted_of(version), texts, items, asking)
-            except CollectionConflictError as error:
-                if error.code == "version_stale":
-                    await self._tending.look_at_build(version)
-                raise
+            said = [item.text or "" for item in texts]
+            made_now = embed_for(version, said, asking, self._embedder, self._tending)
+            embedded = await _naming(made_now, texts, items)
             made = iter(embedded.vectors)
         vectors = [item.vector if item.vector is not None else next(made) for item in items]
         _refuse_other_lengths(items, vectors, version.recipe)
         return vectors
-
-    async def _embed(
-        self, wanted: Wanted, texts: list[NewItem], items: Sequence[NewItem], asking: Asking
-    ) -> Embedded:
-        try:
-            return await self._embedder.embed(wanted, [item.text or "" for item in texts], asking)
-        except RefusedTextError as error:
-            raise _wrong(items, items.index(texts[error.at]), error.message, field="text") from None
 
     async def _also(
         self, building: Version, items: Sequence[NewItem], asking: Asking
@@ -317,6 +307,22 @@ def wanted_of(version: Version) -> Wanted:
     )
 
 
+async def embed_for(
+    version: Version, texts: Sequence[str], asking: Asking, embedder: Embedder, tending: Tending
+) -> Embedded:
+    """Embed texts as the vectors of a version were; another build is noted where it is found.
+
+    Raises:
+        RefusedTextError, CollectionConflictError, NotEmbeddedError: as `Embedder.embed`.
+    """
+    try:
+        return await embedder.embed(wanted_of(version), texts, asking)
+    except CollectionConflictError as error:
+        if error.code == "version_stale":
+            await tending.look_at_build(version)
+        raise
+
+
 def facts_of(version: Version) -> TableFacts:
     return TableFacts(version.recipe.model, version.recipe.dimensions, version.id)
 
@@ -339,6 +345,16 @@ def again(error: RegistryUnwritableError) -> RegistryUnwritableError:
     """Return the error for a client, who may try again: nothing was written."""
     error.retry_after_s = 1
     return error
+
+
+async def _naming(
+    embedding: Awaitable[Embedded], texts: Sequence[NewItem], items: Sequence[NewItem]
+) -> Embedded:
+    """Wait for the vectors of texts; a text that is refused is named by its place among the items."""
+    try:
+        return await embedding
+    except RefusedTextError as error:
+        raise _wrong(items, items.index(texts[error.at]), error.message, field="text") from None
 
 
 def _refuse_other_lengths(items: Sequence[NewItem], vectors: Sequence[bytes], recipe: Recipe) -> None:
