@@ -433,6 +433,7 @@ async def open_daemon(
                 "service": parts.service.run,
                 "runs": backend.runs.run,
                 "collections": backend.collections.tending.run,
+                "builds of models": backend.collections.tending.follow_builds,
                 "backfills": backend.collections.backfilling.run,
                 "counts of collections": backend.collections.counting.run,
                 "lifts": parts.lifts.run,

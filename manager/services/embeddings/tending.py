@@ -26,6 +26,9 @@ _log = structlog.get_logger("collections")
 # How often builds of models are compared with those of the versions, and how often the tables are tended.
 _BUILDS_EVERY_S = 5.0
 _TABLES_EVERY_S = 30.0
+# So many writes leave so many small files that a search of them takes longer: they are merged sooner.
+MOST_WRITES = 32
+_SOON_S = 2.0
 # Rows that are removed from a table in one go.
 _RUBBISH_AT_ONCE = 5000
 
@@ -56,13 +59,16 @@ class Tending:
         self._refresh = refresh
         self._utcnow = utcnow
         self._suspects: dict[int, Version] = {}
-        self._changed: dict[int, Version] = {}
+        # Writes since a table was last tended, by key.
+        self._writes: dict[int, int] = {}
         self._news = asyncio.Event()
 
     def written(self, *versions: Version) -> None:
-        """Note that tables were written: they are tended some time later."""
+        """Note that tables were written: they are tended some time later, soon after many writes."""
         for version in versions:
-            self._changed[version.key] = version
+            writes = self._writes[version.key] = self._writes.get(version.key, 0) + 1
+            if writes == MOST_WRITES:
+                self._news.set()
 
     def suspect(self, version: Version) -> None:
         """Have a table looked at soon that may be damaged."""
@@ -78,19 +84,30 @@ class Tending:
             await self._tried(self._agree(version, whole=not was_closed))
         self._shelf.checked()
         now = asyncio.get_running_loop().time
-        tables_at = now() + _TABLES_EVERY_S
+        soon_at, tables_at = now(), now() + _TABLES_EVERY_S
         while True:
-            await self._look_at_builds()
             while self._suspects:
                 _, version = self._suspects.popitem()
                 await self._tried(self.mend(version))
             if now() >= tables_at:
                 await self.tend()
                 tables_at = now() + _TABLES_EVERY_S
+            elif self._is_soon() and now() >= soon_at:
+                await self._keep_all_fast(MOST_WRITES)
+                soon_at = now() + _SOON_S
+            next_at = soon_at if self._is_soon() else tables_at
             with suppress(TimeoutError):
-                async with asyncio.timeout(_BUILDS_EVERY_S):
+                async with asyncio.timeout(next_at - now()):
                     await self._news.wait()
             self._news.clear()
+
+    async def follow_builds(self) -> None:
+        """Compare the builds of models with those of the versions again and again, until cancelled."""
+        if not self._shelf.is_installed:
+            await asyncio.Event().wait()
+        while True:
+            await self._look_at_builds()
+            await asyncio.sleep(_BUILDS_EVERY_S)
 
     async def tend(self) -> None:
         """Remove rubbish and tables that nobody needs; compare the others; keep them fast."""
@@ -98,8 +115,7 @@ class Tending:
         for version in self._versions():
             await self._tried(self._agree(version, whole=False))
             await self._tried(self._sweep(version))
-            if self._changed.pop(version.key, None) is not None:
-                await self._tried(self._keep_fast(version))
+        await self._keep_all_fast(1)
 
     async def mend(self, version: Version) -> None:
         """Compare a table with the store row by row; forget the vectors that it has lost.
@@ -250,6 +266,18 @@ class Tending:
                     raise
                 await store.swept(table, rubbish)
         return bool(rubbish)
+
+    def _is_soon(self) -> bool:
+        return any(writes >= MOST_WRITES for writes in self._writes.values())
+
+    async def _keep_all_fast(self, least: int) -> None:
+        """Tend the tables that had so many writes."""
+        due = [key for key, writes in self._writes.items() if writes >= least]
+        versions = {version.key: version for version in self._versions()}
+        for key in due:
+            del self._writes[key]
+            if key in versions:
+                await self._tried(self._keep_fast(versions[key]))
 
     async def _keep_fast(self, version: Version) -> None:
         async with self._shelf.tables.using(version.key):

@@ -126,7 +126,7 @@ class Rig:
         self.writing = Writing(shelf, embeds, self.tending, digests_of=digests_of, utcnow=utcnow)
         self.querying = Querying(shelf, embeds, self.tending)
         self.backfilling = Backfilling(shelf, embeds, self.switching, self.tending, journal, utcnow=utcnow)
-        loops = (self.tending.run, self.backfilling.run)
+        loops = (self.tending.run, self.tending.follow_builds, self.backfilling.run)
         self._tasks = [asyncio.ensure_future(self._running(loop)) for loop in loops]
         await shelf.ready()
 

@@ -1,4 +1,4 @@
-"""Rubbish is removed from a table while a backfill adds the same items anew."""
+"""Tables are tended while others write them: rubbish is removed, small files are merged."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.services.embeddings.backfilling import NewBackfill
 from manager.services.embeddings.switching import NewCollection
+from manager.services.embeddings.tending import MOST_WRITES
 from manager.services.embeddings.writing import NewItem
 from tests.unit.services.embeddings.rig import ASKING, MODEL, Rig
 
@@ -52,5 +53,30 @@ async def test_a_sweep_does_not_remove_what_a_backfill_adds_meanwhile(tmp_path: 
         async with asyncio.timeout(20):
             await ended()
         assert await rig.tables.numbers(version.key) == await rig.store.marked(version.key) == {number}
+    finally:
+        await rig.close()
+
+
+async def test_many_small_writes_have_their_files_merged_before_the_next_round(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    try:
+        await rig.switching.create(
+            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
+        )
+        merged = asyncio.Event()
+        tend = rig.tables.tend
+
+        async def noted(table: int) -> None:
+            await tend(table)
+            merged.set()
+
+        rig.tables.tend = noted  # type: ignore[method-assign]
+        for number in range(MOST_WRITES - 1):
+            await rig.writing.put("docs", [NewItem(str(number), f"text {number}", None, b"{}")], ASKING)
+        assert not merged.is_set()
+        await rig.writing.put("docs", [NewItem("last", "the last text", None, b"{}")], ASKING)
+        async with asyncio.timeout(20):  # a round begins every 30 s
+            await merged.wait()
     finally:
         await rig.close()
