@@ -263,6 +263,7 @@ async def open_daemon(
             denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
+            auto=settings.routing.rules,
             paid=partial(paid_of, fleet),
         )
         await model_settings.load()

@@ -330,7 +330,10 @@ class Reconfigure:
         self.backend.sweeps.reconfigure(schedules_of(settings))
         self.backend.passing.routing.breakers.reconfigure(breaker_limits(settings))
         self.backend.model_settings.reconfigure(
-            written_roles(changed.loaded), settings.models, written_fallback(changed.loaded)
+            written_roles(changed.loaded),
+            settings.models,
+            written_fallback(changed.loaded),
+            settings.routing.rules,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)

@@ -87,6 +87,12 @@ class RequestBody(_Shape):
     shadow_refused: Reason | None
     disagreement: str | None
     key: str | None
+    requested_model: str | None
+    task_type: str | None
+    tier: str | None
+    task_confidence: float | None
+    task_reasoning: str | None
+    routing_ms: float | None
 
 
 class RequestsBody(_Shape):

@@ -42,6 +42,9 @@ class RequestRecord:
 
     `load_ms` is how long the server has loaded the model, where it says so; it is a part of `ttfb_ms`.
 
+    `task_type`, `tier`, `task_confidence` and `task_reasoning` are of a request that left the choice of a
+    model to the daemon, `requested_model` is what it named, and `routing_ms` how long the choice took.
+
     `shadow_target` is the instance that a decision names which is only recorded, `shadow_refused` why it
     would refuse, and `disagreement` how it differs from the answer.
 
@@ -87,6 +90,12 @@ class RequestRecord:
     shadow_target: str | None = None
     shadow_refused: Reason | None = None
     disagreement: str | None = None
+    requested_model: str | None = None
+    task_type: str | None = None
+    tier: str | None = None
+    task_confidence: float | None = None
+    task_reasoning: str | None = None
+    routing_ms: float | None = None
 
     @classmethod
     def begun(

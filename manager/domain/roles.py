@@ -6,13 +6,17 @@ import re
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from manager.domain.denial import denying
+from manager.domain.facts import models_by_tier
 from manager.domain.models import DEFAULT_TAG, model_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
+
+    from manager.domain.classification import AutoRules
+    from manager.domain.facts import ModelFacts
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 Mode: TypeAlias = Literal["sync", "async"]
@@ -54,12 +58,24 @@ BUILT_IN_ROLES: Mapping[str, RequestKind] = MappingProxyType(
 )
 
 
+class Parameters(NamedTuple):
+    """Parameters of a model that count where the caller says nothing; None leaves one alone."""
+
+    temperature: float | None = None
+    context_tokens: int | None = None
+    output_tokens: int | None = None
+
+
+NO_PARAMETERS = Parameters()
+
+
 @dataclass(frozen=True, slots=True)
 class BodyChanges:
     """The changes to the body of a request before it is sent on.
 
     `defaults` count where the caller says nothing, `overrides` always; both are merged deeply. `system` is
-    put into the system prompt. `think` None leaves the model's way alone.
+    put into the system prompt. `think` None leaves the model's way alone. `parameters` count where neither
+    the caller nor `defaults` say anything, under the names of the request's dialect.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -67,10 +83,17 @@ class BodyChanges:
     system: str | None = None
     system_mode: SystemMode = "prepend"
     think: bool | None = None
+    parameters: Parameters = NO_PARAMETERS
 
     @property
     def empty(self) -> bool:
-        return not self.defaults and not self.overrides and self.system is None and self.think is None
+        return (
+            not self.defaults
+            and not self.overrides
+            and self.system is None
+            and self.think is None
+            and self.parameters == NO_PARAMETERS
+        )
 
     @property
     def size(self) -> int:
@@ -140,8 +163,9 @@ NO_FALLBACK = Fallback()
 class RoutingSettings:
     """All that the operator decides about routing.
 
-    `models` maps keys of models (`model_key`) to changes. `list_roles` puts roles into Ollama's own list of
-    models too.
+    `models` maps keys of models (`model_key`) to changes, `facts` to what is known of them. `list_roles` puts
+    roles into Ollama's own list of models too. `auto` has the rules for requests that leave the choice of a
+    model to the daemon; None while that is off.
     """
 
     roles: Mapping[str, Role]
@@ -149,6 +173,21 @@ class RoutingSettings:
     auto_pull: bool = False
     list_roles: bool = True
     fallback: Fallback = NO_FALLBACK
+    facts: Mapping[str, ModelFacts] = field(default_factory=dict)
+    auto: AutoRules | None = None
+    # The models of each tier, the fastest one first; worked out of `facts`.
+    tiers: Mapping[str, tuple[str, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiers", models_by_tier(self.facts.values()))
+
+    def models_of(self, role: Role) -> tuple[str, ...]:
+        """Return the models of a role in order: its own one, then those of the tier of its name."""
+        others = self.tiers.get(role.name, ())
+        if role.model is None or not others:
+            return others if role.model is None else (role.model,)
+        own = model_key(role.model)
+        return (role.model, *(one for one in others if model_key(one) != own))
 
     def role(self, name: str) -> Role | None:
         """The role of that name, in any case: names of models ignore case as well."""
@@ -188,7 +227,9 @@ class RoutingSettings:
         found = self.models.get(model_key(model), _UNCHANGED)
         mine = self.roles[role].changes if role is not None and role in self.roles else _UNCHANGED
         quiet = has_optional_thinking(model) and (capabilities is None or "thinking" in capabilities)
-        if found is _UNCHANGED and mine is _UNCHANGED and not quiet:
+        facts = self.facts.get(model_key(model))
+        parameters = NO_PARAMETERS if facts is None else Parameters(*facts.parameters)
+        if found is _UNCHANGED and mine is _UNCHANGED and not quiet and facts is None:
             return _UNCHANGED
         return BodyChanges(
             defaults=merged(found.defaults, mine.defaults),
@@ -196,6 +237,7 @@ class RoutingSettings:
             system=found.system if mine.system is None else mine.system,
             system_mode=found.system_mode if mine.system is None else mine.system_mode,
             think=_first(mine.think, found.think, False if quiet else None),
+            parameters=parameters,
         )
 
 

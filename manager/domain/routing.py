@@ -541,7 +541,7 @@ class _Leg:
 
 
 def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
-    """The role's own model, if it has one, then those of the roles it falls back to, each role once."""
+    """The models of the role, then those of the roles it falls back to, each role once."""
     own = None if role.model is None else model_key(role.model)
     seen: set[str] = set()
     waiting = [role]
@@ -551,10 +551,9 @@ def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
             continue
         seen.add(current.name)
         # Vectors of two models cannot be compared: an embedding role may change its place, not its model.
-        if current.model is not None and (
-            role.kind is not RequestKind.EMBED or model_key(current.model) == own
-        ):
-            yield _Leg(current.model, current)
+        for model in settings.models_of(current):
+            if role.kind is not RequestKind.EMBED or model_key(model) == own:
+                yield _Leg(model, current)
         followers = (settings.roles.get(name) for name in current.fallbacks)
         waiting += [other for other in followers if other is not None and other.kind is role.kind]
 

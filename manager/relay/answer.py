@@ -210,6 +210,8 @@ def stamp(
     )
     if record.fallback and record.fallback_reason is not None:
         lines += b"X-Fallback-Reason: %b\r\n" % record.fallback_reason.value.encode()
+    if record.tier is not None:
+        lines += f"X-Task-Type: {record.task_type}\r\nX-Tier: {record.tier}\r\n".encode()
     if record.start_ms is not None:
         lines += b"X-Start-Ms: %d\r\n" % record.start_ms
     return lines

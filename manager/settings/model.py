@@ -29,6 +29,7 @@ from manager.settings.addresses import (
     is_loopback,
     listen_host,
 )
+from manager.settings.auto import RoutingSection
 from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
 from manager.settings.rollout import RolloutSettings, rollout_refusals
 from manager.settings.routing import (
@@ -425,6 +426,7 @@ class Settings(BaseSettings):
     audit: AuditSettings = Field(default_factory=AuditSettings)
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
+    routing: RoutingSection = Field(default_factory=RoutingSection)
 
     @classmethod
     def settings_customise_sources(

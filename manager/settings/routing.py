@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, StrictBool
 
+from manager.domain.classification import AutoRules, Tier
+from manager.domain.facts import ModelFacts
 from manager.domain.models import model_key
 from manager.domain.roles import (
     BUILT_IN_ROLES,
@@ -27,6 +29,7 @@ from manager.domain.roles import (
 from manager.domain.template import Refusal, parse_size
 from manager.settings.section import (
     AUTO_GPU_ID,
+    MOST_S,
     InstanceId,
     Number,
     Section,
@@ -131,6 +134,8 @@ def _size_text(size: int) -> str:
     return f"{size // 2 ** (10 * unit)}{('', 'k', 'm', 'g', 't')[unit]}"
 
 
+MOST_TOKENS = 100_000_000
+EntryT = TypeVar("EntryT")
 ROLE_NAME = r"[a-z][a-z0-9_-]*(\.[a-z0-9_-]+)*"
 LONGEST_ROLE_NAME = 64
 RoleName = Annotated[str, Field(pattern=f"^{ROLE_NAME}$", max_length=LONGEST_ROLE_NAME)]
@@ -208,7 +213,7 @@ class ModelEntrySettings(Section):
     think: StrictBool | None = None
 
 
-def _each_model_once(settings: dict[str, ModelEntrySettings]) -> dict[str, ModelEntrySettings]:
+def _each_model_once(settings: dict[str, EntryT]) -> dict[str, EntryT]:
     first: dict[str, str] = {}
     refuse(
         Refusal(key=(name,), message=f"the same model as {first[key]!r}; expected each model once")
@@ -216,6 +221,18 @@ def _each_model_once(settings: dict[str, ModelEntrySettings]) -> dict[str, Model
         if first.setdefault(key := model_key(name), name) != name
     )
     return settings
+
+
+class ModelFactsSettings(Section):
+    """Facts about a model, as `domain.facts.ModelFacts` has them; what is left out is not known."""
+
+    tier: Tier | None = None
+    context_window: Annotated[WholeNumber, Field(ge=1, le=MOST_TOKENS)] | None = None
+    expected_latency_ms: Annotated[Number, Field(gt=0, le=MOST_S * 1000)] | None = None
+    cost_factor: Annotated[Number, Field(ge=0, le=1_000_000)] = 1.0
+    max_tokens: Annotated[WholeNumber, Field(ge=1, le=MOST_TOKENS)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    capabilities: Annotated[tuple[Text, ...], Field(max_length=64)] = ()
 
 
 class ModelsSettings(Section):
@@ -228,6 +245,9 @@ class ModelsSettings(Section):
     list_roles: StrictBool = True
     writers: dict[Text, InstanceId] = Field(default_factory=dict)
     settings: Annotated[dict[ModelName, ModelEntrySettings], AfterValidator(_each_model_once)] = Field(
+        default_factory=dict
+    )
+    facts: Annotated[dict[ModelName, ModelFactsSettings], AfterValidator(_each_model_once)] = Field(
         default_factory=dict
     )
 
@@ -364,15 +384,37 @@ def to_changes(settings: RoleSettings | ModelEntrySettings) -> BodyChanges:
     )
 
 
+def to_facts(name: str, settings: ModelFactsSettings) -> ModelFacts:
+    return ModelFacts(
+        name=name,
+        tier=settings.tier,
+        context_tokens=settings.context_window,
+        latency_ms=settings.expected_latency_ms,
+        cost_factor=settings.cost_factor,
+        output_tokens=settings.max_tokens,
+        temperature=settings.temperature,
+        capabilities=settings.capabilities,
+    )
+
+
 def routing_settings(
-    roles: Mapping[str, RoleSettings], models: ModelsSettings, fallback: Fallback = NO_FALLBACK
+    roles: Mapping[str, RoleSettings],
+    models: ModelsSettings,
+    fallback: Fallback = NO_FALLBACK,
+    auto: AutoRules | None = None,
 ) -> RoutingSettings:
+    """Return the settings that routing obeys. A tier that has models is a role, named or not."""
+    tiers = {one.tier.value for one in models.facts.values() if one.tier is not None}
+    unnamed = [tier.value for tier in Tier if tier.value in tiers and tier.value not in roles]
     return RoutingSettings(
-        roles={name: to_role(name, role) for name, role in roles.items()},
+        roles={name: to_role(name, role) for name, role in roles.items()}
+        | {name: Role(name, RequestKind.GENERATE) for name in unnamed},
         models={model_key(name): to_changes(one) for name, one in models.settings.items()},
         auto_pull=models.auto_pull,
         list_roles=models.list_roles,
         fallback=fallback,
+        facts={model_key(name): to_facts(name, one) for name, one in models.facts.items()},
+        auto=auto,
     )
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from manager.domain.roles import NO_PARAMETERS
 from manager.wire.body import BadBodyError, Buffer, combined, dumped, fields_of, text_of
 from manager.wire.routes import Dialect
 from manager.wire.scan import NotJsonError, Scan, folded
@@ -16,7 +17,7 @@ from manager.wire.steps import run
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from manager.domain.roles import BodyChanges
+    from manager.domain.roles import BodyChanges, Parameters
     from manager.wire.body import InferenceBody
     from manager.wire.routes import Route
     from manager.wire.steps import Steps
@@ -35,6 +36,16 @@ _JOINED_BYTES = 16 * 1024
 _NO_EFFORT = b'"none"'
 # Where the server reads a map: names in it are exact. Everything else is a struct, whose names are folded.
 _MAP = "options"
+_NATIVE = frozenset({"/api/chat", "/api/generate"})
+# Temperature, tokens of context and of output; only Ollama's own routes take a context.
+_NO_NAMES = ("", "", "")
+_PARAMETERS = {
+    **dict.fromkeys(_NATIVE, ("temperature", "num_ctx", "num_predict")),
+    **dict.fromkeys(
+        ("/v1/chat/completions", "/v1/completions", "/v1/messages"), ("temperature", "", "max_tokens")
+    ),
+    "/v1/responses": ("temperature", "", "max_output_tokens"),
+}
 _SYSTEM_FIELDS = {"/api/generate": "system", "/v1/responses": "instructions", "/v1/messages": "system"}
 
 
@@ -81,6 +92,8 @@ def _pieces(body: InferenceBody, route: Route, model: str, changes: BodyChanges)
     fields: dict[str, Node] = {"model": b"", **body.fields}
     if changes.defaults:
         yield from _merge(fields, _folded(changes.defaults), over=False)
+    if changes.parameters != NO_PARAMETERS:
+        yield from _merge(fields, _parameters(fields, route.path, changes.parameters), over=False)
     if changes.think is not None:
         yield from _think(fields, route, think=changes.think)
     if changes.overrides:
@@ -89,6 +102,17 @@ def _pieces(body: InferenceBody, route: Route, model: str, changes: BodyChanges)
         yield from _system(fields, route, changes.system, changes.system_mode)
     fields["model"] = dumped(model)
     return _written(fields)
+
+
+def _parameters(fields: Mapping[str, Node], path: str, parameters: Parameters) -> dict[str, Any]:
+    """Return the parameters under the names that a route has for them; none where it has no name."""
+    names = _PARAMETERS.get(path, _NO_NAMES)
+    found = {name: value for name, value in zip(names, parameters, strict=True) if name and value is not None}
+    if path in _NATIVE:
+        return {_MAP: found} if found else {}
+    if _says(fields, "max_completion_tokens"):
+        found.pop("max_tokens", None)
+    return found
 
 
 def _folded(changes: Mapping[str, Any]) -> dict[str, Any]:

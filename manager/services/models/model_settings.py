@@ -26,6 +26,7 @@ from manager.settings.servers import to_fallback
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from manager.domain.classification import AutoRules
     from manager.domain.roles import RoutingSettings
     from manager.services.journal import Journal
     from manager.services.ports import Registry
@@ -53,6 +54,7 @@ class ModelSettings:
         auto_gpus: whether cards that nobody has listed get instances of their own.
         fallback: what the configuration says of the section of that name.
         paid: for every instance there is now whether it costs money.
+        auto: the rules for requests that leave the choice of a model to the daemon; None while that is off.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class ModelSettings:
         auto_gpus: bool,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
+        auto: AutoRules | None = None,
     ) -> None:
+        self._auto = auto
         self._registry = registry
         self._journal = journal
         self._written = written
@@ -113,9 +117,11 @@ class ModelSettings:
         written: Mapping[str, Mapping[str, Sourced]],
         models: ModelsSettings,
         fallback: Mapping[str, Sourced] = DEFAULTS,
+        auto: AutoRules | None = None,
     ) -> None:
         """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
         self._written, self._models, self._written_fallback = written, models, fallback
+        self._auto = auto
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1
 
@@ -175,7 +181,7 @@ class ModelSettings:
             self._written_fallback, overrides, self._paid()
         )
         self.routing: RoutingSettings = routing_settings(
-            self._overlay.roles, self._models, to_fallback(section)
+            self._overlay.roles, self._models, to_fallback(section), self._auto
         )
         for one in self.ignored:
             if one.key not in told:

@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
+from manager.domain.auto import choose, is_auto
 from manager.domain.breaker import is_counted
 from manager.domain.budgets import Overdrawn
 from manager.domain.history import MOST_ATTEMPTS, Ended, Failure
@@ -34,6 +35,9 @@ from manager.services.routing.model_status import Work
 from manager.services.routing.placement import reason_of
 from manager.services.routing.rollout import RawAttempts, Rollout
 from manager.services.routing.router import RUNNING, Attempts
+from manager.services.steps import in_steps
+from manager.wire.asked import text_asked
+from manager.wire.steps import run
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -252,11 +256,12 @@ class Attempting:
         self._body = body
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
-        if self._routing.rollout.raw is not None:
-            step = self._pass(self._facts)
-            if step is not None:
-                return step
-        return self._decide(waits=True)
+        if is_auto(facts.model, facts.kind, self._routing.router.settings):
+            if body is None or not body.is_small:
+                self._pending = self._choose_in_steps
+                return WAIT
+            return self._chosen(run(text_asked(body.fields)))
+        return self._enter()
 
     def enter_raw(self, target: Target) -> Step:
         """Pass a request that names no model to the raw server."""
@@ -674,6 +679,37 @@ class Attempting:
         self._routing.keep(self.seen)
 
     # --- helpers, in call order ---
+
+    async def _choose_in_steps(self) -> Step:
+        """Choose a role for a large request, which is read in steps."""
+        return self._chosen("" if self._body is None else await in_steps(text_asked(self._body.fields)))
+
+    def _chosen(self, text: str) -> Step:
+        """Have the request answered by the role that what it asks for needs."""
+        settings, facts, record = self._routing.router.settings, self._facts, self.record
+        assert facts is not None  # noqa: S101  (given to `enter`)
+        began_at = perf_counter()
+        if settings.auto is None:  # it was switched off meanwhile
+            return self._enter()
+        choice = choose(facts.model, text, settings, settings.auto)
+        found = choice.classification
+        record.requested_model, record.task_type, record.tier = facts.model, found.task_type, found.tier.value
+        record.task_confidence, record.task_reasoning = found.confidence, found.reasoning
+        if choice.role is None:
+            record.fallback_reason = Reason.MODEL_MISSING
+            return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
+        self._facts = facts._replace(model=choice.model)
+        step = self._enter()
+        record.routing_ms = (perf_counter() - began_at) * 1000
+        return step
+
+    def _enter(self) -> Step:
+        assert self._facts is not None  # noqa: S101  (given to `enter`)
+        if self._routing.rollout.raw is not None:
+            step = self._pass(self._facts)
+            if step is not None:
+                return step
+        return self._decide(waits=True)
 
     def _pass(self, facts: RequestFacts) -> Step | None:
         """Pass the request to the raw server; None where it is managed."""

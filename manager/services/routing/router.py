@@ -54,6 +54,10 @@ class Opened(Protocol):
     @property
     def fields(self) -> Fields: ...
     @property
+    def is_small(self) -> bool:
+        """Whether it may be read at once."""
+
+    @property
     def most_input_tokens(self) -> int:
         """No tokenizer makes more of it."""
 
@@ -126,6 +130,11 @@ class Router:
     def version(self) -> int:
         """Grows with each change of the settings, or of the names of the models on a volume."""
         return self._settings.version + self._lists.version
+
+    @property
+    def settings(self) -> RoutingSettings:
+        """The settings in force."""
+        return self._settings.routing
 
     @property
     def is_known(self) -> bool:

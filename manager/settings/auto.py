@@ -1,0 +1,100 @@
+"""The section `routing` of the configuration: requests that leave the choice of a model to the daemon."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, StrictBool, ValidationError
+
+from manager.domain.classification import AutoRules, Lexicon, Task, Tier
+from manager.settings.section import Number, Section, Text
+from manager.settings.yaml_file import read_document
+
+# The words that the project ships.
+SHIPPED = Path(__file__).with_name("task_words.yaml")
+MOST_TASKS = 100
+MOST_WORDS = 2000
+
+_Words = Annotated[tuple[Annotated[Text, Field(max_length=200)], ...], Field(max_length=MOST_WORDS)]
+
+
+class _TaskWords(Section):
+    tier: Tier
+    words: Annotated[_Words, Field(min_length=1)]
+
+
+class TaskWords(Section):
+    """A file of words, as it is written."""
+
+    tasks: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,63}$")], _TaskWords],
+        Field(min_length=1, max_length=MOST_TASKS),
+    ]
+    more: _Words = ()
+    less: _Words = ()
+
+    @property
+    def lexicon(self) -> Lexicon:
+        """The words, ready to be looked up.
+
+        Raises:
+            ValueError: an entry has no word, or too short a stem.
+        """
+        tasks = (Task(name, one.tier, one.words) for name, one in self.tasks.items())
+        return Lexicon(tuple(tasks), self.more, self.less)
+
+
+def _words_file(path: Path) -> Path:
+    try:
+        read_words(path)
+    except OSError as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({error.strerror}); expected a file of words"
+        ) from error
+    return path
+
+
+class RoutingSection(Section):
+    """`auto` has `model: auto` understood. `words` is a file in place of the one that is shipped.
+
+    A classification that is less sure than `escalate_below`, from 0 to 1, moves one tier up; 0 moves none.
+    """
+
+    auto: StrictBool = False
+    words: Annotated[Path, AfterValidator(_words_file)] | None = None
+    escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
+
+    @property
+    def rules(self) -> AutoRules | None:
+        """The rules in force; None while `auto` is off."""
+        if not self.auto:
+            return None
+        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below)
+
+
+def read_words(path: Path) -> Lexicon:
+    """Read a file of words.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no such file; the message says what and where.
+    """
+    status = path.stat()
+    return _read(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=8)
+def _read(path: Path, _mtime_ns: int, _size: int) -> Lexicon:
+    document = read_document(path, regular=True)
+    if document.data is None or document.problems:
+        raise ValueError("; ".join(map(str, document.problems)) or f"{path} has no words")
+    try:
+        return TaskWords.model_validate(document.data).lexicon
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = document.place(tuple(first["loc"]))
+        raise ValueError(f"{place}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

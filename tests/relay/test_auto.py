@@ -1,0 +1,148 @@
+"""Requests that leave the choice of a model to the daemon, through the real gateway."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.support.relaying import Scripted, relaying
+from tests.support.storing import ask
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALL, LARGE = "small", "large"
+CONFIG: dict[str, Any] = {
+    "routing": {"auto": True},
+    "roles": {
+        "fast": {"model": SMALL},
+        "medium": {"model": SMALL},
+        "complex": {"model": LARGE, "fallbacks": ["fast"]},
+    },
+    "models": {"facts": {SMALL: {"temperature": 0.2, "context_window": 4096, "max_tokens": 99}}},
+}
+HARD = "Compare both strategies step by step."
+
+
+def chat(text: str, model: str = "auto", **values: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": text}], "stream": False, **values}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/api/chat", chat),
+        ("/api/generate", lambda text: {"model": "auto", "prompt": text, "stream": False}),
+        ("/v1/chat/completions", chat),
+        ("/v1/completions", lambda text: {"model": "auto", "prompt": text}),
+        ("/v1/responses", lambda text: {"model": "auto", "input": text}),
+        ("/v1/messages", lambda text: chat(text, max_tokens=5)),
+    ],
+)
+async def test_every_api_gets_a_small_model_for_a_small_question(
+    tmp_path: Path, path: str, body: Any
+) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        for text, model, tier in (("hi", SMALL, "fast"), (HARD, LARGE, "complex")):
+            reply = await ask(front, "POST", path, body(text))
+            assert (reply.status, reply.headers["x-model"], reply.headers["x-tier"]) == (200, model, tier)
+            assert server.seen.pop().json()["model"] == model
+        assert reply.headers["x-task-type"] == "strategy"
+        record = await front.record(1)
+        assert (record.requested_model, record.model, record.role) == ("auto", LARGE, "complex")
+        assert (record.task_type, record.tier, record.task_confidence) == ("strategy", "complex", 0.8)
+        assert record.task_reasoning == "it has 'strateg*'"
+        assert record.routing_ms is not None
+        assert 0 < record.routing_ms < 1000
+
+
+async def test_a_large_request_is_read_in_steps_and_classified_by_its_last_message(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        body = chat(HARD)
+        body["messages"] = [{"role": "user", "content": "x" * 3_000_000}, *body["messages"]]
+        reply = await ask(front, "POST", "/api/chat", body)
+        assert (reply.status, reply.headers["x-model"]) == (200, LARGE)
+        body["messages"][-1]["content"] = "thanks"
+        reply = await ask(front, "POST", "/api/chat", body)
+        assert (reply.headers["x-model"], reply.headers["x-task-type"]) == (SMALL, "chat")
+
+
+async def test_a_named_tier_is_obeyed_and_a_missing_model_falls_back_along_the_chain(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        reply = await ask(front, "POST", "/api/chat", chat("hi", "auto:complex"))
+        assert (reply.status, reply.headers["x-model"], reply.headers["x-tier"]) == (200, SMALL, "complex")
+        assert reply.headers["x-fallback-reason"] == "model_missing"
+        assert server.seen
+
+
+async def test_facts_count_where_the_request_says_nothing(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+
+        async def sent(path: str, body: dict[str, Any]) -> Any:
+            assert (await ask(front, "POST", path, body)).status == 200
+            return server.seen.pop().json()
+
+        facts = {"temperature": 0.2, "num_ctx": 4096, "num_predict": 99}
+        assert (await sent("/api/chat", chat("hi")))["options"] == facts
+        body = chat("hi", SMALL, options={"temperature": 1, "num_predict": 5})
+        assert (await sent("/api/chat", body))["options"] == {
+            "temperature": 1,
+            "num_ctx": 4096,
+            "num_predict": 5,
+        }
+        found = await sent("/v1/chat/completions", chat("hi"))
+        assert (found["temperature"], found["max_tokens"], "options" in found) == (0.2, 99, False)
+        found = await sent("/v1/chat/completions", chat("hi", max_completion_tokens=7, temperature=0))
+        assert (found["temperature"], found["max_completion_tokens"], "max_tokens" in found) == (0, 7, False)
+        found = await sent("/v1/responses", {"model": SMALL, "input": "hi"})
+        assert (found["temperature"], found["max_output_tokens"]) == (0.2, 99)
+        found = await sent("/v1/messages", chat("hi", max_tokens=3))
+        assert (found["temperature"], found["max_tokens"]) == (0.2, 3)
+        assert "options" not in await sent("/api/chat", chat(HARD))  # the facts are of the other model
+
+
+@pytest.mark.parametrize("path", ["/api/embed", "/v1/embeddings"])
+async def test_embeddings_are_never_a_choice(tmp_path: Path, path: str) -> None:
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        reply = await ask(front, "POST", path, {"model": "auto", "input": "x"})
+        assert reply.status == 404
+        assert not server.seen
+
+
+async def test_it_is_a_name_as_any_other_while_it_is_off(tmp_path: Path) -> None:
+    config = {**CONFIG, "routing": {"auto": False}}
+    async with (
+        Scripted((SMALL, "auto")).serving() as server,
+        relaying(tmp_path, {"one": server}, config=config) as front,
+    ):
+        reply = await ask(front, "POST", "/api/chat", chat("hi"))
+        assert (reply.status, reply.headers["x-model"], "x-tier" in reply.headers) == (200, "auto", False)
+
+
+async def test_a_tier_without_a_model_is_refused_in_words(tmp_path: Path) -> None:
+    config = {**CONFIG, "roles": {"fast": {"model": SMALL}}}
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=config) as front,
+    ):
+        for path in ("/api/chat", "/v1/chat/completions"):
+            reply = await ask(front, "POST", path, chat(HARD))
+            assert reply.status == 404
+            assert b"set roles.complex.model" in reply.body
+        assert not server.seen

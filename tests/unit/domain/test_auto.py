@@ -1,0 +1,110 @@
+"""The choice of a role for a request that names no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from manager.domain.auto import Choice, choose, is_auto
+from manager.domain.classification import AutoRules, Lexicon, Task, Tier
+from manager.domain.facts import ModelFacts, models_by_tier
+from manager.domain.roles import RequestKind, Role, RoutingSettings
+
+RULES = AutoRules(
+    Lexicon(
+        (Task("summary", Tier.MEDIUM, ("summary",)), Task("strategy", Tier.COMPLEX, ("strategy",))), ("why",)
+    )
+)
+GENERATE = RequestKind.GENERATE
+Facts = dict[str, ModelFacts]
+
+
+def settings(*roles: Role, auto: AutoRules | None = RULES, facts: Facts | None = None) -> RoutingSettings:
+    return RoutingSettings({role.name: role for role in roles}, auto=auto, facts=facts or {})
+
+
+def role(name: str, model: str | None = "m", **values: Any) -> Role:
+    return Role(name, values.pop("kind", GENERATE), model, **values)
+
+
+TIERS = settings(role("fast"), role("medium"), role("complex"))
+
+
+@pytest.mark.parametrize(
+    "model", ["auto", "AUTO", " auto ", "auto:latest", "auto:fast", "Auto:Complex", "auto@gpu0"]
+)
+def test_names_that_leave_the_choice_open(model: str) -> None:
+    assert is_auto(model.strip(), GENERATE, TIERS)
+    assert not is_auto(model.strip(), RequestKind.EMBED, TIERS)
+    assert not is_auto(model.strip(), GENERATE, settings(auto=None))
+
+
+@pytest.mark.parametrize("model", ["", "au", "automatic", "auto:7b", "auto:", "automedium", "llama3"])
+def test_other_names_are_models(model: str) -> None:
+    assert not is_auto(model, GENERATE, TIERS)
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "name"),
+    [
+        ("auto", "hi", "fast"),
+        ("auto:latest", "hi", "fast"),
+        ("auto", "a summary", "medium"),
+        ("auto", "a strategy", "complex"),
+        ("auto", "a summary, and why", "complex"),
+        ("auto:fast", "a strategy", "fast"),
+        ("auto:complex", "hi", "complex"),
+        ("AUTO:medium@gpu0", "hi", "medium@gpu0"),
+    ],
+)
+def test_the_tier_is_the_role(model: str, text: str, name: str) -> None:
+    choice = choose(model, text, TIERS, RULES)
+    assert (choice.role, choice.model, choice.message) == (name.partition("@")[0], name, "")
+
+
+def test_a_task_with_a_role_of_its_own_goes_there_unless_another_tier_is_asked_for() -> None:
+    own = settings(role("fast"), role("medium"), role("complex"), role("summary"))
+
+    def chosen(model: str, text: str) -> str | None:
+        return choose(model, text, own, RULES).role
+
+    assert chosen("auto", "a summary") == "summary"
+    assert chosen("auto", "a summary, and why") == "complex"
+    assert chosen("auto:medium", "a summary") == "medium"
+    without = settings(role("medium"), role("summary", None), role("strategy", kind=RequestKind.EMBED))
+    assert choose("auto", "a summary", without, RULES).role == "medium"
+    assert choose("auto", "a strategy", without, RULES).role is None
+
+
+def test_a_tier_without_a_model_says_what_to_set() -> None:
+    choice = choose("auto", "a strategy", settings(role("complex", None), role("fast")), RULES)
+    assert isinstance(choice, Choice)
+    assert choice.role is None
+    assert choice.message == (
+        "'auto': this request needs the tier 'complex' (it has 'strategy'), and no role of that name has "
+        "a model; set roles.complex.model"
+    )
+
+
+def test_a_tier_has_the_models_of_its_facts_or_of_its_fallbacks() -> None:
+    facts = {"s": ModelFacts("s", Tier.FAST)}
+    assert choose("auto", "hi", settings(role("fast", None), facts=facts), RULES).role == "fast"
+    chain = settings(role("fast", None, fallbacks=("medium",)), role("medium"))
+    assert choose("auto", "hi", chain, RULES).role == "fast"
+
+
+def test_the_fastest_model_of_a_tier_goes_first() -> None:
+    facts = [
+        ModelFacts("unknown", Tier.FAST),
+        ModelFacts("slow", Tier.FAST, latency_ms=900),
+        ModelFacts("quick", Tier.FAST, latency_ms=100),
+        ModelFacts("other", Tier.COMPLEX),
+        ModelFacts("none"),
+    ]
+    assert models_by_tier(facts) == {"fast": ("quick", "slow", "unknown"), "complex": ("other",)}
+    found = settings(role("fast", "Slow"), facts={one.name: one for one in facts})
+    assert found.models_of(found.roles["fast"]) == ("Slow", "quick", "unknown")
+    assert found.models_of(role("fast", None)) == ("quick", "slow", "unknown")
+    assert found.models_of(role("mine", "m")) == ("m",)
+    assert found.models_of(role("mine", None)) == ()
