@@ -42,6 +42,7 @@ from manager.parts import (
     header_names,
     history_of,
     instances_of,
+    llm_of,
     model_server,
     own_names_of,
     paid_of,
@@ -410,6 +411,7 @@ async def open_daemon(
             ledger=ledger,
             rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
+            llm=llm_of(passing, model_settings),
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run
             ),

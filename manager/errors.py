@@ -37,7 +37,8 @@ ManagerError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
-│   ├── NotEmbeddedError      no server has embedded the texts of a collection
+│   ├── NotAnsweredError      no server has answered a request that the daemon makes itself
+│   │   └── NotEmbeddedError  no server has embedded the texts of a collection
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   ├── RegistryUnwritableError
 │   ├── VectorsUnavailableError   the tables of vectors could not be read or written
@@ -346,8 +347,11 @@ class AskFailedError(UnavailableError):
         self.begun = begun
 
 
-class NotEmbeddedError(UnavailableError):
-    """No server has embedded the texts of a request; `refused` is set where none was asked, and says why."""
+class NotAnsweredError(UnavailableError):
+    """No server has answered a request that the daemon makes itself.
+
+    `refused` is set where none was asked, and says why.
+    """
 
     def __init__(
         self, message: str, *, reason: Reason, refused: str | None, retry_after_s: float | None = None
@@ -356,6 +360,10 @@ class NotEmbeddedError(UnavailableError):
         self.refused = refused
         if refused in ("forbidden", "local_only", "rate_limited", "queue_full"):
             self.code = refused
+
+
+class NotEmbeddedError(NotAnsweredError):
+    """No server has embedded the texts of a request."""
 
 
 class OutOfDescriptorsError(UnavailableError):

@@ -37,12 +37,14 @@ from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
+from manager.services.llm import Llm
 from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
 from manager.services.models.use import ModelUses
 from manager.services.requests_history import History, Retention
 from manager.services.routing.rollout import Rollout
 from manager.services.routing.stages import RolloutControl
+from manager.services.routing.whole import WholeRequests
 from manager.services.runs.execution import Execution
 from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
@@ -111,6 +113,13 @@ class Instances:
             "gpus": self.cards.run,
             "sweeps": self.sweeps.run,
         }
+
+
+def llm_of(passing: Passing, settings: ModelSettings) -> Llm:
+    """Return what has small jobs done; its requests are among the open ones."""
+    whole = WholeRequests(passing.routing, passing.server, passing.requests)
+    passing.passages.open_requests.add(whole.open)
+    return Llm(whole, settings)
 
 
 async def runs_of(

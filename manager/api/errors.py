@@ -17,7 +17,7 @@ from manager.errors import (
     ConflictError,
     InvalidRequestError,
     ManagerError,
-    NotEmbeddedError,
+    NotAnsweredError,
     NotInstalledError,
     Reason,
     RunsFullError,
@@ -85,7 +85,7 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def status_of(error: ManagerError) -> int:
-    if isinstance(error, NotEmbeddedError):
+    if isinstance(error, NotAnsweredError):
         return statuses.status_of(error.reason, error.refused)
     code = error.code
     if code in (Reason.CANCELLED, Reason.NAME_CONFLICT, Reason.HOST_DENIED):

@@ -67,11 +67,9 @@ class RoutingSection(Section):
     escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
 
     @property
-    def rules(self) -> AutoRules | None:
-        """The rules in force; None while `auto` is off."""
-        if not self.auto:
-            return None
-        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below)
+    def rules(self) -> AutoRules:
+        """The rules in force."""
+        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below, is_on=self.auto)
 
 
 def read_words(path: Path) -> Lexicon:

@@ -10,8 +10,9 @@ import pytest
 
 from manager.domain.embeddings import unit_vector, vector_values
 from manager.errors import CollectionConflictError, NotEmbeddedError
-from manager.services.embeddings.embedder import Asking, Embedded, RefusedTextError, Wanted
+from manager.services.embeddings.embedder import Embedded, RefusedTextError, Wanted
 from manager.services.requests import Origin
+from manager.services.routing.whole import Asking
 from tests.support.embedding_server import vector_of
 from tests.support.inside import until
 from tests.support.relaying import Front, Scripted, relaying

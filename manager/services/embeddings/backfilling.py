@@ -27,11 +27,12 @@ from manager.errors import (
     UnknownCollectionError,
     VectorsDamagedError,
 )
-from manager.services.embeddings.embedder import BATCH, Asking, RefusedTextError, Wanted
+from manager.services.embeddings.embedder import BATCH, RefusedTextError, Wanted
 from manager.services.embeddings.ports import VectorRow
 from manager.services.embeddings.writing import embed_for, facts_of
 from manager.services.finishing import finish
 from manager.services.requests import Origin
+from manager.services.routing.whole import Asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -47,14 +47,14 @@ from manager.wire.trace import traceparent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from manager.domain.keys import Grant
     from manager.domain.record import Outcome
     from manager.domain.target import Target
     from manager.services.embeddings.digests import Digests
     from manager.services.open_requests import OpenRequest
     from manager.services.ports import ModelServer, ServerAnswer
-    from manager.services.requests import Origin, Requests
+    from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.whole import Asking
     from manager.wire.body import InferenceBody
     from manager.wire.head import Header
 
@@ -67,16 +67,6 @@ _SMALL_BYTES = 16 * 1024
 # A model that changes between a request and the look that follows is asked anew so often.
 _TRIES = 3
 _CANCELLED = 503
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """The client of a request. `path` is as it is logged. A background request takes free slots only."""
-
-    origin: Origin
-    grant: Grant | None
-    path: str
-    is_background: bool = False
 
 
 @dataclass(frozen=True, slots=True)

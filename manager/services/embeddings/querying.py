@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
     from manager.domain.embeddings import Version
     from manager.domain.metadata_filter import Condition
-    from manager.services.embeddings.embedder import Asking, Embedder
+    from manager.services.embeddings.embedder import Embedder
     from manager.services.embeddings.ports import Found, Hit
     from manager.services.embeddings.shelf import Shelf
     from manager.services.embeddings.tending import Tending
+    from manager.services.routing.whole import Asking
 
 # A search asks for some more rows than are wanted: those of items that were changed or removed are skipped.
 _SPARE = 16

@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from manager.services.embeddings.embedder import Asking, Embedded, Embedder
+    from manager.services.embeddings.embedder import Embedded, Embedder
     from manager.services.embeddings.shelf import Shelf, Shelved
     from manager.services.embeddings.tending import Tending
+    from manager.services.routing.whole import Asking
 
 _log = structlog.get_logger("collections")
 

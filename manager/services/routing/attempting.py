@@ -42,6 +42,7 @@ from manager.wire.steps import run
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from manager.domain.auto import Choice
     from manager.domain.judgement import Judgement
     from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
@@ -262,6 +263,12 @@ class Attempting:
                 return WAIT
             return self._chosen(run(text_asked(body.fields)))
         return self._enter()
+
+    def note_choice(self, choice: Choice) -> None:
+        """Note how the model of the request was chosen."""
+        record, found = self.record, choice.classification
+        record.task_type, record.tier = found.task_type, found.tier.value
+        record.task_confidence, record.task_reasoning = found.confidence, found.reasoning
 
     def enter_raw(self, target: Target) -> Step:
         """Pass a request that names no model to the raw server."""
@@ -692,9 +699,8 @@ class Attempting:
         if settings.auto is None:  # it was switched off meanwhile
             return self._enter()
         choice = choose(facts.model, text, settings, settings.auto)
-        found = choice.classification
-        record.requested_model, record.task_type, record.tier = facts.model, found.task_type, found.tier.value
-        record.task_confidence, record.task_reasoning = found.confidence, found.reasoning
+        record.requested_model = facts.model
+        self.note_choice(choice)
         if choice.role is None:
             record.fallback_reason = Reason.MODEL_MISSING
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
