@@ -298,7 +298,7 @@ class Backfilling:
         """Store another status, if it is another one; a version that is built no longer is archived."""
         async with shelved.changing:
             backfill = shelved.backfill
-            if backfill is None or backfill.status is status:
+            if backfill is None or backfill.status is status or shelved.is_removed:
                 return
             try:
                 moved = backfill.moved(status, self._utcnow(), error)

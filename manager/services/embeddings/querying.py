@@ -100,7 +100,8 @@ class Querying:
         except VectorsDamagedError:
             await self._tending.mend(version)
             answer = await self._answer(version, vector, query)
-        if self._shelf.get(name) is not shelved or version.key not in shelved.versions:
+        is_there = version.key in shelved.versions and version.key not in shelved.leaving
+        if self._shelf.get(name) is not shelved or not is_there:
             # It was removed while it was searched: what was found may be a part.
             message = f"version {version.id} of {name!r} was removed meanwhile"
             raise UnknownCollectionError("unknown_version", message)

@@ -177,7 +177,13 @@ class Switching:
         async with shelved.changing:
             if shelved.is_removed:
                 return
-            await self._shelf.store.remove(shelved.collection.key)
+            # Its rows go in many transactions, and are not seen after the first one: nor is the collection.
+            shelved.is_leaving = True
+            try:
+                await self._shelf.store.remove(shelved.collection.key)
+            except BaseException:
+                shelved.is_leaving = False
+                raise
             self._shelf.discard(shelved)
         self._journal.record("collection_removed", detail=shelved.collection.name)
 
@@ -269,8 +275,12 @@ class Switching:
             if backfill is not None and backfill.version == version.key and backfill.is_open:
                 message = f"a backfill of version {version_id} is {backfill.status.value}; cancel it first"
                 raise CollectionConflictError("backfill_open", message)
-            await self._shelf.store.remove_version(version.key)
-            del shelved.versions[version.key]
+            shelved.leaving.add(version.key)
+            try:
+                await self._shelf.store.remove_version(version.key)
+                del shelved.versions[version.key]
+            finally:
+                shelved.leaving.discard(version.key)
             if backfill is not None and backfill.version == version.key:
                 shelved.backfill = None
         self._journal.record("version_removed", detail=f"{shelved.collection.name}: {version_id}")
