@@ -54,9 +54,13 @@ class Shelved:
 
     @property
     def previous(self) -> Version | None:
-        """The version that was active before, and can be rolled back to."""
-        found = [one for one in self.versions.values() if one.archived_at and one.activated_at]
-        return max(found, key=lambda one: (one.archived_at, one.key), default=None)
+        """The version that was active before, and can be rolled back to; a backfill may fill it again."""
+        found = [one for one in self.versions.values() if one.state is not VersionState.ACTIVE]
+        return max(
+            (one for one in found if one.activated_at),
+            key=lambda one: (one.activated_at, one.key),
+            default=None,
+        )
 
     def version(self, version_id: str) -> Version:
         """Return a version by its id.
