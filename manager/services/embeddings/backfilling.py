@@ -29,6 +29,7 @@ from manager.errors import (
 )
 from manager.services.embeddings.embedder import BATCH, Asking, RefusedTextError, Wanted
 from manager.services.embeddings.ports import VectorRow
+from manager.services.embeddings.switching import archived_meanwhile
 from manager.services.embeddings.writing import embed_for, facts_of
 from manager.services.finishing import finish
 from manager.services.requests import Origin
@@ -370,6 +371,10 @@ class Backfilling:
         version = shelved.versions.get(backfill.version)
         if version is None:
             raise CollectionConflictError("version_removed", "its version was removed")
+        if version.state is VersionState.ARCHIVED:
+            # The process has ended between the cut-over or roll-back and the end of this backfill.
+            await finish(self._moved(shelved, BackfillStatus.CANCELLED, archived_meanwhile(version)))
+            return None
         if version.stale_since is not None:
             message = f"the build of {version.recipe.model} was replaced (version_stale)"
             raise CollectionConflictError("version_stale", message)
