@@ -327,12 +327,13 @@ class Backfilling:
     async def _work(self, shelved: Shelved) -> None:
         """Do batch after batch until the backfill runs no longer."""
         key = shelved.collection.key
-        progress = self._progress.setdefault(key, _Progress())
         try:
             while not shelved.is_removed:
                 backfill = shelved.backfill
                 if backfill is None or backfill.status is not BackfillStatus.RUNNING:
                     return
+                # Another one may have begun during the last batch of a cancelled one.
+                progress = self._progress.setdefault(key, _Progress())
                 began = monotonic()
                 try:
                     done = await self._batch(shelved, backfill, progress)
