@@ -176,6 +176,32 @@ async def test_the_first_text_that_is_refused_is_named(tmp_path: Path) -> None:
         await until(lambda: front.at_rest)
 
 
+@pytest.mark.parametrize("status", [201, 302, 401, 403, 404, 408, 429])
+async def test_a_status_that_is_not_of_the_texts_names_no_text(tmp_path: Path, status: int) -> None:
+    one = Embedding()
+    one.status, one.content = status, b'{"error":"not now"}'
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        with pytest.raises(NotEmbeddedError):
+            await embed(front, ["hello", "there"])
+        assert len(one.texts) == 1
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(400, "no"), (413, "no"), (422, "no"), (500, "the prompt is too long")]
+)
+async def test_a_status_that_is_of_the_texts_names_the_first_one(
+    tmp_path: Path, status: int, error: str
+) -> None:
+    one = Embedding()
+    one.status, one.content = status, json.dumps({"error": error}).encode()
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        with pytest.raises(RefusedTextError, match=error) as caught:
+            await embed(front, ["hello", "there"])
+        assert caught.value.at == 0
+        await until(lambda: front.at_rest)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -67,6 +67,7 @@ _SMALL_BYTES = 16 * 1024
 # A model that changes between a request and the look that follows is asked anew so often.
 _TRIES = 3
 _CANCELLED = 503
+_OF_THE_TEXTS = frozenset({400, 413, 422})
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +305,8 @@ class _Request:
         if status != _OK:
             message = message_of(content) or f"the server answered with status {status}"
             judgement = judge(status, message)
-            if status < INTERNAL_ERROR or judgement.reason is None:
+            # Any other one is about the server or the way to it, and says nothing of the texts.
+            if judgement.reason is None and (status in _OF_THE_TEXTS or status >= INTERNAL_ERROR):
                 raise _RefusedError(message[:1000])
             raise UnavailableError(message[:1000], reason=judgement.reason or Reason.UPSTREAM_ERROR)
         vectors, tokens = await self._vectors(content)
