@@ -230,6 +230,16 @@ async def test_an_answer_without_useful_vectors_is_an_error_and_leaves_nothing(
         assert front.records[-1].outcome == "upstream_error"
 
 
+@pytest.mark.parametrize("count", ["18446744073709551615", "-1", "true", "1.5", '"3"', "null"])
+async def test_what_is_no_number_of_tokens_is_not_recorded(tmp_path: Path, count: str) -> None:
+    one = Embedding()
+    one.content = b'{"embeddings": [[1.0, 2.0]], "prompt_eval_count": %s}' % count.encode()
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        assert (await embed(front, ["hello"])).dimensions == 2
+        await until(lambda: front.at_rest)
+        assert [record.input_tokens for record in front.records if record.path == PATH] == [None]
+
+
 async def test_vectors_of_another_dimension_are_refused(tmp_path: Path) -> None:
     one = Embedding()
     async with one.serving(), relaying(tmp_path, {"one": one}) as front:

@@ -63,6 +63,8 @@ BATCH = 32
 _ROUTE = INFERENCE[b"/api/embed"]
 _OK = 200
 _MOST_ANSWER_BYTES = 128 * 2**20
+# As for any request: a larger number is no number of tokens.
+_MOST_TOKENS = 999_999_999
 _SMALL_BYTES = 16 * 1024
 # A model that changes between a request and the look that follows is asked anew so often.
 _TRIES = 3
@@ -463,4 +465,5 @@ def _parsed(content: bytes) -> tuple[list[bytes], int | None]:
     if not isinstance(answer, dict):
         raise TypeError("expected an object")
     tokens = answer.get("prompt_eval_count")
-    return [unit_vector(one) for one in answer["embeddings"]], tokens if isinstance(tokens, int) else None
+    is_count = type(tokens) is int and 0 <= tokens <= _MOST_TOKENS
+    return [unit_vector(one) for one in answer["embeddings"]], tokens if is_count else None
