@@ -216,6 +216,7 @@ async def test_a_status_that_is_of_the_texts_names_the_first_one(
         b'{"embeddings": {"0": [1.0]}}',
         b'{"embeddings": [null]}',
         b'{"embeddings": [[]]}',
+        json.dumps({"embeddings": [[1.0] * 8193]}).encode(),
     ],
 )
 async def test_an_answer_without_useful_vectors_is_an_error_and_leaves_nothing(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from manager.domain.embeddings import dimensions_of, unit_vector
+from manager.domain.embeddings import MOST_DIMENSIONS, dimensions_of, unit_vector
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Protocol
 from manager.errors import (
@@ -439,6 +439,12 @@ class _Request:
             )
             raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
         found, wanted = dimensions_of(vectors[0]), self._wanted.dimensions
+        if found > MOST_DIMENSIONS:
+            message = (
+                f"{self.record.effective_target} returned vectors of {found} dimensions; "
+                f"at most {MOST_DIMENSIONS} are possible"
+            )
+            raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
         if wanted is not None and found != wanted:
             message = (
                 f"{self._wanted.model} makes vectors of {found} dimensions now, and this version has "
