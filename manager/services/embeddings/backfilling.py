@@ -19,6 +19,7 @@ from manager.domain.embeddings import (
     Version,
     VersionState,
 )
+from manager.domain.models import model_key
 from manager.errors import (
     CollectionConflictError,
     InvalidRequestError,
@@ -245,17 +246,21 @@ class Backfilling:
                 version = replace(version, key=await store.add_version(version))
             elif known.state is VersionState.ACTIVE:
                 counts = await store.counts(known.key)
-                if counts.rows >= counts.items:
+                is_renamed = model_key(known.recipe.model) != model_key(recipe.model)
+                if counts.rows >= counts.items and not is_renamed:
                     message = (
                         f"version {known.id} is active and has vectors of all {counts.items} items: "
                         "the model has not changed (nothing_to_do)"
                     )
                     raise CollectionConflictError("nothing_to_do", message)
-                version = replace(known, stale_since=None)
+                version = replace(known, recipe=recipe, stale_since=None)
+                if is_renamed:
+                    await self._rename(shelved, version)
             else:
                 building = VersionState.BUILDING
                 version = known if known.state is building else known.moved(building, now)
-                version = replace(version, stale_since=None)
+                # The same build may have another name now.
+                version = replace(version, recipe=recipe, stale_since=None)
             other = shelved.building
             others = [] if other is None or other.key == version.key else [other]
             changed = [version, *(one.moved(VersionState.ARCHIVED, now) for one in others)]
@@ -276,6 +281,14 @@ class Backfilling:
         self._news.set()
         self._journal.record("backfill_started", detail=f"{name}: version {version.id} of {recipe.model}")
         return await self._state(shelved)
+
+    async def _rename(self, shelved: Shelved, active: Version) -> None:
+        """Have texts embedded by the model under another name from now on: the build is the same."""
+        recipe = active.recipe
+        collection = replace(shelved.collection, model=recipe.model, asked=recipe.asked)
+        await self._shelf.store.switch(active, None, collection, lambda _: True)
+        shelved.collection = collection
+        shelved.take(active)
 
     async def _state(self, shelved: Shelved) -> BackfillState:
         backfill = shelved.backfill
