@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -162,15 +163,24 @@ class Querying:
     async def _checked(self, table: int, hits: Sequence[Hit], query: Query) -> list[Match]:
         """Return the hits whose items are there now, once each, and match the conditions."""
         known: Mapping[int, Found] = await self._shelf.store.found(table, [hit.number for hit in hits])
-        best: dict[int, Match] = {}
-        for hit in hits:
-            item = known.get(hit.number)
-            if item is None or hit.number in best:
-                continue
-            if query.conditions and not matches(query.conditions, orjson.loads(item.metadata)):
-                continue
-            best[hit.number] = Match(item, hit.score)
-        return list(best.values())
+        if not query.conditions:
+            return _wanted(known, hits, ())
+        # The metadata of thousands of items take a while: the event loop goes on meanwhile.
+        return await asyncio.to_thread(_wanted, known, hits, query.conditions)
+
+
+def _wanted(
+    known: Mapping[int, Found], hits: Sequence[Hit], conditions: tuple[Condition, ...]
+) -> list[Match]:
+    best: dict[int, Match] = {}
+    for hit in hits:
+        item = known.get(hit.number)
+        if item is None or hit.number in best:
+            continue
+        if conditions and not matches(conditions, orjson.loads(item.metadata)):
+            continue
+        best[hit.number] = Match(item, hit.score)
+    return list(best.values())
 
 
 def _wrong(field: str, message: str) -> InvalidRequestError:
