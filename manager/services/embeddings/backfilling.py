@@ -96,9 +96,10 @@ class BackfillState(NamedTuple):
 
 @dataclass(slots=True)
 class _Progress:
-    """The progress of a backfill in this process."""
+    """The progress of a backfill in this process. `tried` is the number of texts of the last batch."""
 
     after: int = 0
+    tried: int = 0
     has_advanced: bool = False
     pause_s: float = 0.0
     waits_for: str | None = None
@@ -365,8 +366,9 @@ class Backfilling:
                 if done:
                     progress.waits_for, progress.pause_s = None, 0.0
                     progress.batches.append((monotonic(), done))
-                    if backfill.rate is not None:
-                        await self._rest(began + done / backfill.rate - monotonic(), shelved)
+                if backfill.rate is not None:
+                    # Texts that are refused cost the server as much as the others.
+                    await self._rest(began + progress.tried / backfill.rate - monotonic(), shelved)
         finally:
             self._working.discard(key)
             self._news.set()  # it may have been resumed meanwhile
@@ -394,6 +396,8 @@ class Backfilling:
             raise CollectionConflictError("version_stale", message)
         size = _BATCH if backfill.rate is None else max(1, min(_BATCH, int(backfill.rate)))
         items = await self._shelf.store.missing(version.key, progress.after, size)
+        texts = [item for item in items if item.text is not None]
+        progress.tried = len(texts)
         if not items:
             if progress.after == 0:
                 await self._finish(shelved, backfill, version)
@@ -404,7 +408,6 @@ class Backfilling:
                 await self._rest(progress.pause_s, shelved)
             progress.after, progress.has_advanced = 0, False
             return 0
-        texts = [item for item in items if item.text is not None]
         done = 0
         for item in items:
             if item.text is None:
