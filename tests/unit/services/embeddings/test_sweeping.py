@@ -80,3 +80,27 @@ async def test_many_small_writes_have_their_files_merged_before_the_next_round(t
             await merged.wait()
     finally:
         await rig.close()
+
+
+async def test_what_the_last_process_has_written_is_tended(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    await rig.switching.create(NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True))
+    await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
+    await rig.close(well=False)
+    await rig.open()
+    try:
+        version = rig.shelf.get("docs").active
+        assert version is not None
+        tended: list[int] = []
+
+        async def noted(table: int) -> None:
+            tended.append(table)
+
+        rig.tables.tend = noted  # type: ignore[method-assign]
+        await rig.tending.tend()
+        assert tended == [version.key]
+        await rig.tending.tend()
+        assert tended == [version.key]
+    finally:
+        await rig.close()
