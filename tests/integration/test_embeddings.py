@@ -281,6 +281,22 @@ def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_
     assert [one["state"] for one in docs.versions()] == ["active"]
 
 
+def test_a_former_version_that_a_backfill_has_filled_can_be_rolled_back_to(docs: Docs) -> None:
+    docs.put({"a": "alpha"})
+    first = docs.version("active")["version"]
+    docs.backfill(prefix="passage: ")
+    docs.ended()
+    docs.ask("POST", f"{DOCS}/cutover", {"version": docs.version("building")["version"]})
+    docs.put({"b": "beta"})
+    error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
+    assert (error["code"], error["details"]["missing_ids"]) == ("below_threshold", ["b"])
+    docs.backfill(prefix="")
+    docs.ended()
+    docs.ask("POST", f"{DOCS}/rollback")
+    assert docs.version("active")["version"] == first
+    docs.assert_finds({"a": "alpha", "b": "beta"}, ["a", "b"])
+
+
 def test_what_is_written_during_a_backfill_is_in_both_versions(docs: Docs, server: EmbeddingServer) -> None:
     texts = texts_of(100)
     docs.put(texts)

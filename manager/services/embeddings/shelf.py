@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from contextlib import asynccontextmanager
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from manager.domain.embeddings import VersionState
@@ -46,9 +47,13 @@ class Shelved:
 
     @property
     def previous(self) -> Version | None:
-        """The version that was active before, and can be rolled back to."""
-        found = [one for one in self.versions.values() if one.archived_at and one.activated_at]
-        return max(found, key=lambda one: (one.archived_at, one.key), default=None)
+        """The version that was active before, and can be rolled back to; a backfill may be filling it."""
+        found = [
+            (one.activated_at, one.key, one)
+            for one in self.versions.values()
+            if one.activated_at is not None and one.state is not VersionState.ACTIVE
+        ]
+        return max(found, key=itemgetter(0, 1))[2] if found else None
 
     def version(self, version_id: str) -> Version:
         """Return a version by its id.
