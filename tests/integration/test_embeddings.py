@@ -412,6 +412,13 @@ class Clients:
         self._docs = docs
         self._known = known
 
+    def wait_for_more(self) -> None:
+        """Wait until some more writes and queries were answered, or there is a problem."""
+        wanted = {path: self.answered[path] + 40 for path in ("items", "query")}
+        wait_for(
+            lambda: self.problems or all(self.answered[path] >= number for path, number in wanted.items())
+        )
+
     def write(self, writer: int) -> None:
         """Write new items one after the other, and change an earlier one after each."""
         with requests.Session() as session:
@@ -469,18 +476,9 @@ def test_what_is_written_while_the_daemon_is_replaced_is_there_afterwards(
         asking += [pool.submit(clients.query, seed) for seed in range(2)]
         try:
             for _ in range(REPLACEMENTS):
-                before = dict(clients.answered)
-                wait_for(
-                    lambda before=before: (
-                        clients.problems
-                        or all(
-                            clients.answered[path] >= before.get(path, 0) + 40 for path in ("items", "query")
-                        )
-                    )
-                )
+                clients.wait_for_more()
                 one.replace()
-            before = dict(clients.answered)
-            wait_for(lambda: clients.problems or clients.answered["items"] >= before["items"] + 40)
+            clients.wait_for_more()
         finally:
             clients.over.set()
         for task in asking:

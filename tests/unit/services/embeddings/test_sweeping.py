@@ -101,7 +101,7 @@ async def test_a_write_under_way_is_whole_before_the_store_is_closed(tmp_path: P
             await held.wait()
             return await put(*args)
 
-        rig.store.put = slow  # type: ignore[method-assign]
+        rig.store.put = slow  # type: ignore[method-assign, assignment]
         writing = asyncio.ensure_future(rig.writing.put("docs", [NewItem("b", "beta", None, b"{}")], ASKING))
         await reached.wait()  # its vector is in the table, and no mark names it
         closing = asyncio.ensure_future(rig.shelf.tables.close())
