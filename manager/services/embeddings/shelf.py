@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from manager.domain.embeddings import VersionState
-from manager.errors import NotInstalledError, UnknownCollectionError
+from manager.errors import NotInstalledError, UnknownCollectionError, VectorsUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -86,21 +86,34 @@ class Shelved:
 
 
 class Tables:
-    """Tells who uses the table of a version: many may add and search, or one may mend or drop it."""
+    """Tells who uses the table of a version: many may add and search, or one may mend or drop it.
+
+    Once closed, nobody begins: whoever asks gets `VectorsUnavailableError`.
+    """
 
     def __init__(self) -> None:
         self._users: Counter[int] = Counter()
         self._owned: set[int] = set()
         self._changed = asyncio.Event()
+        self._is_closed = False
 
     def is_used(self, table: int) -> bool:
         return table in self._owned or self._users[table] > 0
 
+    async def close(self) -> None:
+        """Let nobody begin, and wait for those who have begun: what they write is whole then."""
+        self._is_closed = True
+        self._wake()
+        while self._owned or self._users:
+            await self._changed.wait()
+
     @asynccontextmanager
     async def using(self, *tables: int) -> AsyncIterator[None]:
         """Keep tables from being mended and dropped."""
+        self._refuse_if_closed()
         while self._owned.intersection(tables):
             await self._changed.wait()
+            self._refuse_if_closed()
         self._users.update(tables)
         try:
             yield
@@ -112,8 +125,10 @@ class Tables:
     @asynccontextmanager
     async def owning(self, table: int) -> AsyncIterator[None]:
         """Wait until nobody uses a table, and keep the others away."""
+        self._refuse_if_closed()
         while table in self._owned:
             await self._changed.wait()
+            self._refuse_if_closed()
         self._owned.add(table)
         try:
             while self._users[table]:
@@ -122,6 +137,10 @@ class Tables:
         finally:
             self._owned.discard(table)
             self._wake()
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise VectorsUnavailableError("this daemon ends, or another one takes over; try again")
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
