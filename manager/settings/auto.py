@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator, Field, StrictBool, ValidationError
 
 from manager.domain.classification import AutoRules, Lexicon, Task, Tier
 from manager.settings.section import Number, Section, Text
+from manager.settings.workload_files import read_workloads
 from manager.settings.yaml_file import read_document
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from manager.domain.benchmarks import Workload
 
 # The words that the project ships.
 SHIPPED = Path(__file__).with_name("task_words.yaml")
@@ -56,20 +62,36 @@ def _words_file(path: Path) -> Path:
     return path
 
 
+def _workloads(path: Path) -> Path:
+    try:
+        read_workloads(path)
+    except OSError as error:
+        message = f"{error.filename or str(path)!r} cannot be read ({error.strerror}); expected a file"
+        raise ValueError(f"{message} with a workload, or a directory of such files") from error
+    return path
+
+
 class RoutingSection(Section):
     """`auto` has `model: auto` understood. `words` is a file in place of the one that is shipped.
 
     A classification that is less sure than `escalate_below`, from 0 to 1, moves one tier up; 0 moves none.
+    `workloads` is a file with a workload for benchmarks, or a directory of such files, besides those shipped.
     """
 
     auto: StrictBool = False
     words: Annotated[Path, AfterValidator(_words_file)] | None = None
     escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    workloads: Annotated[Path, AfterValidator(_workloads)] | None = None
 
     @property
     def rules(self) -> AutoRules:
         """The rules in force."""
         return AutoRules(read_words(self.words or SHIPPED), self.escalate_below, is_on=self.auto)
+
+    @property
+    def benchmark_workloads(self) -> Mapping[str, Workload]:
+        """The workloads of benchmarks by name."""
+        return read_workloads(self.workloads)
 
 
 def read_words(path: Path) -> Lexicon:
