@@ -26,9 +26,16 @@ from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError
 from manager.wire.offload import asks_for_cpu
 from manager.wire.rewriting import rewriting
-from manager.wire.statuses import BAD_REQUEST, judge, outcome_of, outcome_of_trouble, status_of
+from manager.wire.statuses import (
+    BAD_REQUEST,
+    INTERNAL_ERROR,
+    judge,
+    outcome_of,
+    outcome_of_trouble,
+    status_of,
+)
 from manager.wire.trace import traceparent
-from manager.wire.usage import load_ms, token_counts
+from manager.wire.usage import TAIL_BYTES, error_in, fault_of, load_ms, token_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -62,7 +69,10 @@ class Asking:
 
 
 class Whole(NamedTuple):
-    """A good answer. `began_s` to `first_s` and `ended_s` are monotonic times."""
+    """A good answer. `began_s` to `first_s` and `ended_s` are monotonic times.
+
+    `content` is the body; of a stream that is all of its lines, and `first_s` the time of its first piece.
+    """
 
     content: bytes
     record: RequestRecord
@@ -117,7 +127,7 @@ class WholeRequests:
 
         Args:
             route: of the dialect that the request is written in.
-            fields: of its body, with the model; it must not ask for a stream.
+            fields: of its body, with the model. A stream is read to its end, which its dialect has to mark.
             asking: its client.
             choice: how the model was chosen; None where the client has named it.
 
@@ -153,6 +163,7 @@ class _Request:
         self._asking = asking
         self._began_at = monotonic()
         self._speaking: Speaking | None = None
+        self._first_at: float | None = None  # of the first piece of a stream
         self.record = requests.record(asking.path, route.kind, asking.origin)
         self.attempting = Attempting(routing, self.record, self._began_at)
         self.attempting.grant = asking.grant
@@ -197,6 +208,7 @@ class _Request:
         raw = orjson.dumps(fields) if _is_small(fields) else await asyncio.to_thread(orjson.dumps, fields)
         body = await in_steps(reading([raw], route, len(raw)))
         record.model = body.model
+        record.stream = body.stream
         if choice is not None:
             attempting.note_choice(choice)
         origin = self._asking.origin
@@ -215,6 +227,9 @@ class _Request:
             first = monotonic()
             record.ttfb_ms = (first - self._began_at) * 1000
             content = await self._read(answer)
+            if self._first_at is not None:
+                first = self._first_at
+                record.ttfb_ms = (first - self._began_at) * 1000
         if status != _OK:
             message = message_of(content) or f"the server answered with status {status}"
             reason = judge(status, message).reason
@@ -260,6 +275,8 @@ class _Request:
         left_s = max(0.0, self.attempting.total_deadline - monotonic())
         try:
             async with asyncio.timeout(left_s):
+                if self.record.stream and answer.status == _OK:
+                    return await self._streamed(answer)
                 content = await _gathered(answer)
         except TimeoutError:
             self.attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
@@ -269,17 +286,58 @@ class _Request:
             self.attempting.broke_off(error.reason)
             raise
         if len(content) > MOST_ANSWER_BYTES:
-            message = f"{self.record.effective_target}: the answer is too large"
-            raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
+            raise self._too_large()
+        return self._said(content, complete=True)
+
+    async def _streamed(self, answer: ServerAnswer) -> bytes:
+        """Return all lines of a stream in the words of the client, and note when the first piece came.
+
+        Raises:
+            UnavailableError: it breaks off, ends before its end, or is too large.
+        """
+        attempting, content = self.attempting, bytearray()
+        is_probe, taken = attempting.is_probe, 0
+        while piece := await answer.piece():
+            if is_probe:
+                is_probe = False
+                if error_in(piece) is None:
+                    attempting.begun()
+            said = self._said(piece)
+            if said and self._first_at is None:
+                self._first_at = monotonic()
+            content += said
+            taken += len(piece)
+            if max(taken, len(content)) > MOST_ANSWER_BYTES:
+                raise self._too_large()
+        content += self._said(b"", complete=True)
+        tail = bytes(content[-TAIL_BYTES:])
+        fault = fault_of(self._route, tail)
+        if fault is not None:
+            told = error_in(tail)
+            reason = Reason.UPSTREAM_ERROR if told is None else judge(INTERNAL_ERROR, told).reason
+            message = f"{self.record.effective_target}: {fault}"[:_LONGEST_MESSAGE]
+            raise UnavailableError(message, reason=reason or Reason.UPSTREAM_ERROR)
+        return bytes(content)
+
+    def _said(self, piece: bytes, *, complete: bool = False) -> bytes:
+        """Return what has come in the words of the client.
+
+        Raises:
+            UnavailableError: a translated answer is not whole.
+        """
         speaking = self._speaking
         if speaking is None:
-            return content
-        said = speaking.came(content, complete=True)
+            return piece
+        said = speaking.came(piece, complete=complete)
         if speaking.fault is not None:
             self.attempting.broke_off(Reason.INVALID_OUTPUT)
             message = f"{self.record.effective_target}: {speaking.fault}"
             raise UnavailableError(message[:_LONGEST_MESSAGE], reason=Reason.INVALID_OUTPUT)
         return said
+
+    def _too_large(self) -> UnavailableError:
+        message = f"{self.record.effective_target}: the answer is too large"
+        return UnavailableError(message, reason=Reason.INVALID_OUTPUT)
 
     def _note(self, status: int, message: str) -> None:
         self.attempting.message = message
