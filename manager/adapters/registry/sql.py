@@ -13,7 +13,7 @@ from sqlalchemy import Engine, QueuePool, create_engine, delete, event, func, se
 from sqlalchemy.dialects.sqlite import Insert, insert
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from manager.adapters.registry import gpu_minutes, keys, runs, tables
+from manager.adapters.registry import benchmarks, gpu_minutes, keys, runs, tables
 from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.opening import connect_existing, prepare, refusal, translated
 from manager.adapters.registry.requests import SqlRequests
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Table
 
+    from manager.domain.benchmark_results import Benchmark
+    from manager.domain.benchmarks import Sample
     from manager.domain.gpu_history import CardMinute
     from manager.domain.keys import Grant, Key
     from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
@@ -280,6 +282,24 @@ class SqlRegistry:
         """Store minutes in place of earlier ones, and forget those that began before a time."""
         await self._write(partial(gpu_minutes.save, minutes=minutes, before_s=before_s))
 
+    async def benchmarks(self) -> tuple[Benchmark, ...]:
+        """Return all benchmarks, the newest first."""
+        return await self._read(benchmarks.load)
+
+    async def benchmark(self, benchmark_id: str) -> tuple[Benchmark, tuple[Sample, ...]] | None:
+        return await self._read(partial(benchmarks.find, benchmark_id=benchmark_id))
+
+    async def last_benchmark(self) -> int:
+        """Return the highest number of a benchmark, 0 where there is none."""
+        return await self._read(benchmarks.last_number)
+
+    async def save_benchmark(self, benchmark: Benchmark, samples: Sequence[Sample], kept: int) -> None:
+        """Store a benchmark in place of an earlier state; forget the oldest ended ones beyond `kept`."""
+        await self._write(partial(benchmarks.save, benchmark=benchmark, samples=samples, kept=kept))
+
+    async def forget_benchmark(self, benchmark_id: str) -> None:
+        await self._write(partial(benchmarks.forget, benchmark_id=benchmark_id))
+
     async def check(self) -> None:
         """Look whether the files are still those that were opened.
 
@@ -363,6 +383,8 @@ class UnchangedRegistry(SqlRegistry):
     async def forget_key(self, name: str) -> None: ...
     async def save_last_used(self, used: Mapping[str, datetime]) -> None: ...
     async def save_gpu_minutes(self, minutes: Mapping[int, Sequence[CardMinute]], before_s: int) -> None: ...
+    async def save_benchmark(self, benchmark: Benchmark, samples: Sequence[Sample], kept: int) -> None: ...
+    async def forget_benchmark(self, benchmark_id: str) -> None: ...
     async def forget_runs(self, ended_before: datetime, kept: int) -> tuple[Run, ...]:  # noqa: ARG002
         return ()
 

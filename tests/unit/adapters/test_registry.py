@@ -31,6 +31,9 @@ from sqlalchemy import create_engine
 from manager.adapters.registry import SqlRegistry, log, open_registry, opening, tables
 from manager.adapters.registry.migrate import migrate, migration_config
 from manager.adapters.registry.sql import KEPT_EVENTS
+from manager.domain.benchmark_results import Benchmark, BenchmarkStatus
+from manager.domain.benchmarks import Sample
+from manager.domain.benchmarks import Target as Measured
 from manager.domain.drained import Drained, drained_from
 from manager.domain.history import Filters
 from manager.domain.idle import UsageSample
@@ -71,7 +74,7 @@ def event(number: int) -> Event:
 
 
 # The tables of revisions later than 0007.
-NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days", "gpu_minutes")
+NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days", "gpu_minutes", "benchmarks")
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -144,9 +147,64 @@ async def registry(path: Path) -> AsyncIterator[SqlRegistry]:
     await registry.close()
 
 
+SAMPLES = (
+    Sample("w", "p", "cpu", "tiny:latest", ok=True, ttft_ms=12.5, tokens_per_s=3.0, quality=0.5),
+    Sample("w", "p", "cpu", "tiny:latest", ok=False, error="half a character: \ud800"),
+)
+
+
+def a_benchmark(number: int, status: str = "succeeded") -> Benchmark:
+    one = Benchmark(
+        number=number,
+        id=f"bench_{number}",
+        status=BenchmarkStatus(status),
+        source="local",
+        project="default",
+        workloads=("w",),
+        targets=(Measured("cpu", "tiny:latest"),),
+        repeat=2,
+        total=2,
+        created_at=NOW,
+        ended_at=NOW,
+        error="why",
+    )
+    return one.measured(SAMPLES)
+
+
+async def test_a_benchmark_is_read_as_it_was_saved(registry: SqlRegistry) -> None:
+    assert (await registry.benchmarks(), await registry.last_benchmark()) == ((), 0)
+    await registry.save_benchmark(a_benchmark(1, "running"), (), 9)
+    one = a_benchmark(1)
+    await registry.save_benchmark(one, SAMPLES, 9)
+    assert await registry.benchmarks() == (one,)
+    found = await registry.benchmark("bench_1")
+    assert found is not None
+    assert found[0] == one
+    assert found[1] == (SAMPLES[0], replace(SAMPLES[1], error="half a character: \\ud800"))
+    await registry.forget_benchmark("bench_1")
+    assert await registry.benchmark("bench_1") is None
+
+
+async def test_the_oldest_benchmarks_that_have_ended_are_forgotten(registry: SqlRegistry) -> None:
+    await registry.save_benchmark(a_benchmark(1, "queued"), (), 2)
+    for number in range(2, 6):
+        await registry.save_benchmark(a_benchmark(number), SAMPLES, 2)
+    assert [one.number for one in await registry.benchmarks()] == [5, 4, 1]
+    assert await registry.last_benchmark() == 5
+
+
+async def test_a_benchmark_that_cannot_be_read_is_corruption(registry: SqlRegistry, path: Path) -> None:
+    await registry.save_benchmark(a_benchmark(1), SAMPLES, 9)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE benchmarks SET groups = '{'")
+    with pytest.raises(RegistryCorruptError):
+        await registry.benchmarks()
+
+
 async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path: Path) -> None:
     registry = await open_registry(path)
     await registry.save_instance(FULL_ROW)
+    await registry.save_benchmark(a_benchmark(1), SAMPLES, 9)
     await registry.close()
     with closing(sqlite3.connect(path)) as database:
         before = list(database.iterdump())
@@ -161,6 +219,8 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     await registry.save_run(a_run())
     assert await registry.forget_runs(NOW, 0) == ()
     await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.save_benchmark(a_benchmark(2), SAMPLES, 1)
+    await registry.forget_benchmark("bench_1")
     await registry.close()
     with closing(sqlite3.connect(path)) as database:
         assert list(database.iterdump()) == before
@@ -551,7 +611,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0011"
+    assert opening.verify(path) == tables.HEAD == "0012"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:
