@@ -36,6 +36,7 @@ from manager.parts import (
     Instances,
     Maker,
     Reconfigure,
+    benchmarks_of,
     breaker_limits,
     forget_server,
     gpus_of,
@@ -366,7 +367,10 @@ async def open_daemon(
         loading, keeper = warming(
             world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
-        refusals = Refusals(now=time.monotonic)
+        refusals, benchmarks = (
+            Refusals(now=time.monotonic),
+            await benchmarks_of(world, settings, registry, fleet, passing, recovers=not resume_idle_clock),
+        )
         backend = Backend(
             fleet=fleet,
             capacity=parts.capacity,
@@ -404,6 +408,7 @@ async def open_daemon(
                 rollout=rollout.in_force,
                 budgets=lambda: ledger.last_seen,
                 collections=lambda: backend.collections.counting.last,
+                scores=benchmarks.scores,
             ).render,
             refusals=refusals,
             history=history,
@@ -412,6 +417,7 @@ async def open_daemon(
             rollout=rollout,
             runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
             llm=llm_of(passing, model_settings),
+            benchmarks=benchmarks,
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run
             ),
@@ -439,6 +445,7 @@ async def open_daemon(
                 "builds of models": backend.collections.tending.follow_builds,
                 "backfills": backend.collections.backfilling.run,
                 "counts of collections": backend.collections.counting.run,
+                "benchmarks": backend.benchmarks.run,
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
                 "gpu history": backend.gpu_history.run,

@@ -7,12 +7,14 @@ ManagerError
 ├── UnknownRequestError
 ├── UnknownPullError
 ├── UnknownRunError
+├── UnknownBenchmarkError
 ├── UnknownKeyError
 ├── UnknownGpuError
 ├── UnknownCollectionError    no such collection, version or item of it
 ├── NotInstalledError         an optional part of the program is missing
 ├── InvalidRequestError       well-formed, but not allowed
 ├── RunsFullError             no further run is taken
+├── BenchmarksFullError       no further benchmark is taken
 ├── ConflictError             the state refuses it
 │   ├── CancelledByStopError
 │   ├── DrainedError          the instance is out of service by an operator's order
@@ -139,6 +141,10 @@ class UnknownRunError(ManagerError):
     code = "unknown_run"
 
 
+class UnknownBenchmarkError(ManagerError):
+    code = "unknown_benchmark"
+
+
 class UnknownKeyError(ManagerError):
     code = "unknown_key"
 
@@ -167,6 +173,12 @@ class InvalidRequestError(ManagerError):
 
 class RunsFullError(ManagerError):
     """As many runs as may be kept have not ended, or their files take all the room there is."""
+
+    code = "queue_full"
+
+
+class BenchmarksFullError(ManagerError):
+    """As many benchmarks as may wait have not ended."""
 
     code = "queue_full"
 

@@ -25,6 +25,7 @@ from manager.domain.registry import InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
+from manager.services.benchmarks.benchmarks import Benchmarks
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
 from manager.services.instances.cloud import CloudInstance
@@ -117,9 +118,37 @@ class Instances:
 
 def llm_of(passing: Passing, settings: ModelSettings) -> Llm:
     """Return what has small jobs done; its requests are among the open ones."""
+    return Llm(_whole_of(passing), settings)
+
+
+async def benchmarks_of(
+    world: World,
+    settings: Settings,
+    registry: SqlRegistry,
+    fleet: Fleet,
+    passing: Passing,
+    *,
+    recovers: bool,
+) -> Benchmarks:
+    """Return the benchmarks; with `recovers` those are interrupted that another process has left."""
+    benchmarks = Benchmarks(
+        registry,
+        _whole_of(passing),
+        passing.catalogue,
+        fleet,
+        world.journal,
+        workloads=settings.routing.benchmark_workloads,
+        utcnow=world.utcnow,
+    )
+    await benchmarks.load(recovers=recovers)
+    return benchmarks
+
+
+def _whole_of(passing: Passing) -> WholeRequests:
+    """Return what makes whole requests; they are among the open ones."""
     whole = WholeRequests(passing.routing, passing.server, passing.requests)
     passing.passages.open_requests.add(whole.open)
-    return Llm(whole, settings)
+    return whole
 
 
 async def runs_of(

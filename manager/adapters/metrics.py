@@ -16,7 +16,7 @@ from manager.domain.rollout import Stage
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from prometheus_client import Metric
 
@@ -36,6 +36,8 @@ _PREFIX = "ollama_manager"
 _MOST_BUDGETS = 200
 # The oldest collections have series of their own, so that a new one takes no other's place.
 _MOST_COLLECTIONS = 100
+# A report from outside may name any instance.
+_MOST_SCORES = 500
 # The label of all others together. No collection can have that name, and no version that id.
 _OTHERS = "*"
 
@@ -57,6 +59,7 @@ class FleetMetrics:
         rollout: Rollout,
         budgets: Callable[[], Sequence[BudgetState]],
         collections: Callable[[], Sequence[CountedCollection]],
+        scores: Callable[[], Mapping[tuple[str, str], float]] = dict,
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
@@ -67,6 +70,7 @@ class FleetMetrics:
         self._rollout = rollout
         self._budgets = budgets
         self._collections = collections
+        self._scores = scores
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -129,7 +133,18 @@ class FleetMetrics:
         yield from self._stages()
         yield from self._lanes()
         yield from _embeddings(self._collections())
+        yield self._benchmarks()
         yield from self._requests()
+
+    def _benchmarks(self) -> Metric:
+        score = GaugeMetricFamily(
+            f"{_PREFIX}_benchmark_score",
+            "The latest score of a model on an instance, from 0 to 1",
+            labels=["instance", "model"],
+        )
+        for (instance, model), value in list(self._scores().items())[:_MOST_SCORES]:
+            score.add_metric([instance, model], value)
+        return score
 
     def _money(self) -> Iterator[Metric]:
         labels = ["scope", "period"]

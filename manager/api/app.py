@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi_offline import FastAPIOffline
 
 from manager import __version__
+from manager.api.benchmarks import benchmarks_router
 from manager.api.breakers import breakers_router
 from manager.api.budgets import budgets_router
 from manager.api.collection_items import collection_items_router
@@ -84,6 +85,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         collections_router(backend),
         collection_items_router(backend),
         llm_router(backend),
+        benchmarks_router(backend),
         keys_router(backend, open_requests.cut),
         sign_in_router(backend.keyring, doors, backend.refusals.refused),
         budgets_router(backend),

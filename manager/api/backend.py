@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manager.domain.routing import Decision, RequestFacts, Snapshot
     from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
+    from manager.services.benchmarks.benchmarks import Benchmarks
     from manager.services.bodies import BodyBudget
     from manager.services.embeddings.collections import Collections
     from manager.services.gpus import GpuHistory
@@ -143,4 +144,5 @@ class Backend:
     runs: Runs
     collections: Collections
     llm: Llm
+    benchmarks: Benchmarks
     rollout: RolloutControl

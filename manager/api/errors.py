@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.schemas import ErrorBody
 from manager.errors import (
+    BenchmarksFullError,
     ConflictError,
     InvalidRequestError,
     ManagerError,
@@ -22,6 +23,7 @@ from manager.errors import (
     Reason,
     RunsFullError,
     UnavailableError,
+    UnknownBenchmarkError,
     UnknownCollectionError,
     UnknownGpuError,
     UnknownInstanceError,
@@ -56,11 +58,13 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownRequestError, 404),
     (UnknownPullError, 404),
     (UnknownRunError, 404),
+    (UnknownBenchmarkError, 404),
     (UnknownKeyError, 404),
     (UnknownGpuError, 404),
     (UnknownCollectionError, 404),
     (NotInstalledError, 501),
     (RunsFullError, 429),
+    (BenchmarksFullError, 429),
     (ConflictError, 409),
     (InvalidRequestError, 422),
     (UnavailableError, 503),

@@ -2,6 +2,7 @@
 
 from manager.cli import collection_backfills, collection_items  # noqa: F401  (they add their commands)
 from manager.cli import requests as _requests  # noqa: F401
+from manager.cli.benchmark import benchmark_group
 from manager.cli.budgets import budgets_command
 from manager.cli.collections import collections_group
 from manager.cli.commands import main, program
@@ -28,6 +29,7 @@ for _command in (
     lanes_command,
     runs_group,
     collections_group,
+    benchmark_group,
     schedules_command,
     rollout_group,
     local_only_command,

@@ -39,6 +39,7 @@ _NEXT_STEPS = {
     "forbidden": "a key with that scope is needed in $OLLAMA_MANAGER_KEY",
     "unknown_key": "`ollama-manager keys list` lists the keys",
     "unknown_run": "`ollama-manager runs list` lists the runs",
+    "unknown_benchmark": "`ollama-manager benchmark list` lists the benchmarks",
     "unknown_collection": "`ollama-manager collections list` lists the collections",
     "unknown_version": "`ollama-manager collections versions NAME` lists the versions",
     "version_stale": "`ollama-manager collections backfill NAME` makes the vectors of the new build",

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
     from datetime import datetime
 
+    from manager.domain.benchmark_results import Benchmark
+    from manager.domain.benchmarks import Sample
     from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Reservation
     from manager.domain.container import ContainerRequest
     from manager.domain.gpu import Gpu
@@ -389,6 +391,32 @@ class Registry(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+class BenchmarkStore(Protocol):
+    """The benchmarks in the registry. A call that was cancelled happened completely or not at all.
+
+    Raises:
+        RegistryUnwritableError: the write did not happen, nothing changed.
+    """
+
+    async def benchmarks(self) -> tuple[Benchmark, ...]:
+        """All of them, the newest first."""
+        ...
+
+    async def benchmark(self, benchmark_id: str) -> tuple[Benchmark, tuple[Sample, ...]] | None:
+        """One of them with its requests."""
+        ...
+
+    async def last_benchmark(self) -> int:
+        """The highest number, 0 where there is none."""
+        ...
+
+    async def save_benchmark(self, benchmark: Benchmark, samples: Sequence[Sample], kept: int) -> None:
+        """Store one in place of an earlier state; forget the oldest ended ones beyond `kept`."""
+        ...
+
+    async def forget_benchmark(self, benchmark_id: str) -> None: ...
 
 
 class StoredPage(NamedTuple):

@@ -28,6 +28,7 @@ _RUNS = "/api/v1/runs"
 _KEYS = "/api/v1/keys"
 _COLLECTIONS = "/api/v1/collections"
 _LLM = "/api/v1/llm"
+_BENCHMARKS = "/api/v1/benchmarks"
 _COLLECTION = f"{_COLLECTIONS}/{{name}}"
 
 # Methods, path, and the scopes of which a key needs one; none is any key. `{name}` is one segment of a path,
@@ -69,6 +70,13 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat")),
     ("GET", f"{_LLM}/models", _LISTS),
     ("GET", f"{_LLM}/routing-stats", _READ),
+    ("GET", _BENCHMARKS, _READ),
+    ("POST", _BENCHMARKS, _OPERATOR),
+    ("GET", f"{_BENCHMARKS}/compare", _READ),
+    ("POST", f"{_BENCHMARKS}/reports", _OPERATOR),
+    ("GET", f"{_BENCHMARKS}/{{id}}", _READ),
+    ("DELETE", f"{_BENCHMARKS}/{{id}}", _OPERATOR),
+    ("GET", "/v1/cluster/benchmarks", _READ),
     ("POST", "/api/pull", _OPERATOR),
     ("POST", "/api/push", _OPERATOR),
     ("POST", "/api/create", _OPERATOR),
