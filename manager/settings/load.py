@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from manager.settings import sources as source
+from manager.settings.listed_models import translate_listed_models
 from manager.settings.model import COMPARED, Settings
 from manager.settings.overlays import read_overlay
 from manager.settings.ownership import can_read_as_owner, is_trusted, local_file_problem, open_regular, user
@@ -95,6 +96,8 @@ def load_settings(
     is_named = config is not None or environ.get(f"{source.PREFIX}CONFIG", "").strip()
     overlay = read_overlay(file, environ, check=None if is_named else _refuse_untrusted)
     documents = [one for one in (overlay, document) if one is not None]
+    for one in documents:
+        translate_listed_models(one)
     files = tuple(source.configuration_file(one, environ) for one in documents)
     sources = (
         source.command_line(overrides or {}, environ),
