@@ -706,7 +706,7 @@ class Attempting:
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
         self._facts = facts._replace(model=choice.model)
         step = self._enter()
-        record.routing_ms = (perf_counter() - began_at) * 1000
+        record.routing_ms = round((perf_counter() - began_at) * 1000, 3)
         return step
 
     def _enter(self) -> Step:
