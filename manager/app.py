@@ -43,7 +43,6 @@ from manager.parts import (
     header_names,
     history_of,
     instances_of,
-    llm_of,
     model_server,
     own_names_of,
     paid_of,
@@ -55,11 +54,13 @@ from manager.parts import (
     traffic_of,
     utcnow,
     warming,
+    whole_requests_of,
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.instances.upgrades import Upgrades
 from manager.services.lanes.slots import Slots
+from manager.services.llm import Llm
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
@@ -266,6 +267,7 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
+            ensemble=settings.routing.ensemble,
             paid=partial(paid_of, fleet),
         )
         await model_settings.load()
@@ -367,10 +369,7 @@ async def open_daemon(
         loading, keeper = warming(
             world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
-        refusals, benchmarks = (
-            Refusals(now=time.monotonic),
-            await benchmarks_of(world, settings, registry, fleet, passing, recovers=not resume_idle_clock),
-        )
+        refusals, whole = Refusals(now=time.monotonic), whole_requests_of(passing)
         backend = Backend(
             fleet=fleet,
             capacity=parts.capacity,
@@ -408,16 +407,20 @@ async def open_daemon(
                 rollout=rollout.in_force,
                 budgets=lambda: ledger.last_seen,
                 collections=lambda: backend.collections.counting.last,
-                scores=benchmarks.scores,
+                benchmarks=lambda: backend.benchmarks.latest,
             ).render,
             refusals=refusals,
             history=history,
             keyring=keyring,
             ledger=ledger,
             rollout=rollout,
-            runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
-            llm=llm_of(passing, model_settings),
-            benchmarks=benchmarks,
+            runs=await runs_of(
+                stack, settings, world, passing, keyring, whole=whole, recovers=not resume_idle_clock
+            ),
+            llm=Llm(whole, model_settings),
+            benchmarks=await benchmarks_of(
+                world, settings, registry, fleet, passing, whole=whole, recovers=not resume_idle_clock
+            ),
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run
             ),

@@ -27,6 +27,7 @@ ManagerError
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
 │   ├── ManagerIdChangedError the state directory has containers under its former manager id
 │   ├── CollectionConflictError  the state of a collection refuses it
+│   ├── EnsembleOffError      the configuration has no ensemble
 │   ├── KeyConflictError      the name of a key is taken, or nobody could manage keys any more
 │   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
@@ -185,6 +186,12 @@ class BenchmarksFullError(ManagerError):
 
 class ConflictError(ManagerError):
     code = "conflict"
+
+
+class EnsembleOffError(ConflictError):
+    """The configuration has no ensemble."""
+
+    code = "ensemble_off"
 
 
 class CancelledByStopError(ConflictError):

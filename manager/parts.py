@@ -38,7 +38,6 @@ from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
-from manager.services.llm import Llm
 from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
 from manager.services.models.use import ModelUses
@@ -46,6 +45,7 @@ from manager.services.requests_history import History, Retention
 from manager.services.routing.rollout import Rollout
 from manager.services.routing.stages import RolloutControl
 from manager.services.routing.whole import WholeRequests
+from manager.services.runs.ensemble import Executions
 from manager.services.runs.execution import Execution
 from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
@@ -116,11 +116,6 @@ class Instances:
         }
 
 
-def llm_of(passing: Passing, settings: ModelSettings) -> Llm:
-    """Return what has small jobs done; its requests are among the open ones."""
-    return Llm(_whole_of(passing), settings)
-
-
 async def benchmarks_of(
     world: World,
     settings: Settings,
@@ -128,12 +123,13 @@ async def benchmarks_of(
     fleet: Fleet,
     passing: Passing,
     *,
+    whole: WholeRequests,
     recovers: bool,
 ) -> Benchmarks:
     """Return the benchmarks; with `recovers` those are interrupted that another process has left."""
     benchmarks = Benchmarks(
         registry,
-        _whole_of(passing),
+        whole,
         passing.catalogue,
         fleet,
         world.journal,
@@ -144,8 +140,8 @@ async def benchmarks_of(
     return benchmarks
 
 
-def _whole_of(passing: Passing) -> WholeRequests:
-    """Return what makes whole requests; they are among the open ones."""
+def whole_requests_of(passing: Passing) -> WholeRequests:
+    """Return what makes the daemon's own requests, which are among the open ones."""
     whole = WholeRequests(passing.routing, passing.server, passing.requests)
     passing.passages.open_requests.add(whole.open)
     return whole
@@ -158,14 +154,18 @@ async def runs_of(
     passing: Passing,
     keyring: Keyring,
     *,
+    whole: WholeRequests,
     recovers: bool,
 ) -> Runs:
     files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
     stored = BodyBudget(settings.runs.max_stored)
+    single = Execution(
+        passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant
+    )
     runs = Runs(
         world.registry,
         files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant),
+        Executions(single, whole),
         stored=stored,
         limits=run_limits(settings),
         utcnow=world.utcnow,
@@ -372,6 +372,7 @@ class Reconfigure:
             settings.models,
             written_fallback(changed.loaded),
             settings.routing.rules,
+            settings.routing.ensemble,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)

@@ -16,10 +16,11 @@ from manager.domain.rollout import Stage
 from manager.services.traffic import BUCKETS_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from prometheus_client import Metric
 
+    from manager.domain.benchmark_results import Latest
     from manager.domain.budgets import Balance
     from manager.domain.gpu import Gpu
     from manager.services.accounts.ledger import BudgetState
@@ -59,7 +60,7 @@ class FleetMetrics:
         rollout: Rollout,
         budgets: Callable[[], Sequence[BudgetState]],
         collections: Callable[[], Sequence[CountedCollection]],
-        scores: Callable[[], Mapping[tuple[str, str], float]] = dict,
+        benchmarks: Callable[[], Sequence[Latest]],
     ) -> None:
         self._overviews = overviews
         self._refusals = refusals
@@ -70,7 +71,7 @@ class FleetMetrics:
         self._rollout = rollout
         self._budgets = budgets
         self._collections = collections
-        self._scores = scores
+        self._benchmarks = benchmarks
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
@@ -133,18 +134,8 @@ class FleetMetrics:
         yield from self._stages()
         yield from self._lanes()
         yield from _embeddings(self._collections())
-        yield self._benchmarks()
+        yield _scores(self._benchmarks())
         yield from self._requests()
-
-    def _benchmarks(self) -> Metric:
-        score = GaugeMetricFamily(
-            f"{_PREFIX}_benchmark_score",
-            "The latest score of a model on an instance, from 0 to 1",
-            labels=["instance", "model"],
-        )
-        for (instance, model), value in list(self._scores().items())[:_MOST_SCORES]:
-            score.add_metric([instance, model], value)
-        return score
 
     def _money(self) -> Iterator[Metric]:
         labels = ["scope", "period"]
@@ -328,3 +319,14 @@ def _cards(gpus: Sequence[Gpu]) -> Iterator[Metric]:
             if value is not None:
                 family.add_metric([gpu.uuid], value)
         yield family
+
+
+def _scores(latest: Sequence[Latest]) -> Metric:
+    score = GaugeMetricFamily(
+        f"{_PREFIX}_benchmark_score",
+        "The latest score of a model on an instance, 0 to 1",
+        labels=["instance", "model"],
+    )
+    for one in latest[:_MOST_SCORES]:
+        score.add_metric(list(one.target), one.score)
+    return score

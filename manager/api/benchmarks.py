@@ -326,7 +326,7 @@ def benchmarks_router(backend: Backend) -> APIRouter:
     @router.get(f"{CLUSTER_PATH}/benchmarks", response_model=ClusterBenchmarksBody, responses=refusals())
     async def list_latest(_query: Annotated[NoQuery, Query()]) -> Response:
         """The latest figures of each model on each instance."""
-        found = [_latest(one) for one in benchmarks.latest()]
+        found = [_latest(one) for one in benchmarks.latest]
         return _json(ClusterBenchmarksBody(benchmarks=found, count=len(found)))
 
     return router

@@ -52,6 +52,18 @@ class TaskWords(Section):
         return Lexicon(tuple(tasks), self.more, self.less)
 
 
+MOST_MODELS = 8
+
+
+class EnsembleSettings(Section):
+    """Models or roles that all answer, and the one that chooses the best answer."""
+
+    models: Annotated[
+        tuple[Annotated[Text, Field(max_length=512)], ...], Field(min_length=2, max_length=MOST_MODELS)
+    ]
+    judge: Annotated[Text, Field(max_length=512)]
+
+
 def _words_file(path: Path) -> Path:
     try:
         read_words(path)
@@ -75,12 +87,14 @@ class RoutingSection(Section):
     """`auto` has `model: auto` understood. `words` is a file in place of the one that is shipped.
 
     A classification that is less sure than `escalate_below`, from 0 to 1, moves one tier up; 0 moves none.
-    `workloads` is a file with a workload for benchmarks, or a directory of such files, besides those shipped.
+    Without `ensemble` there are no ensembles. `workloads` is a file with a workload for benchmarks, or a
+    directory of such files, besides those shipped.
     """
 
     auto: StrictBool = False
     words: Annotated[Path, AfterValidator(_words_file)] | None = None
     escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    ensemble: EnsembleSettings | None = None
     workloads: Annotated[Path, AfterValidator(_workloads)] | None = None
 
     @property

@@ -67,7 +67,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COLLECTION}/backfill", _LISTS),
     ("POST", f"{_COLLECTION}/backfill", _OPERATOR),
     *(("POST", f"{_COLLECTION}/backfill/{verb}", _OPERATOR) for verb in ("pause", "resume", "cancel")),
-    *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat")),
+    *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat", "ensemble")),
     ("GET", f"{_LLM}/models", _LISTS),
     ("GET", f"{_LLM}/routing-stats", _READ),
     ("GET", _BENCHMARKS, _READ),

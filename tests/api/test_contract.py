@@ -622,6 +622,8 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         ),
         *(f"/api/v1/collections/{{name}}/versions{path}" for path in ("", "/{version}")),
         *(f"/api/v1/collections/{{name}}/backfill/{verb}" for verb in ("pause", "resume", "cancel")),
+        *(f"/api/v1/benchmarks{path}" for path in ("", "/{benchmark_id}", "/compare", "/reports")),
+        "/v1/cluster/benchmarks",
         "/api/v1/usage",
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",

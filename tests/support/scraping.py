@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 from prometheus_client.parser import text_string_to_metric_families
 
 from manager.adapters.metrics import FleetMetrics
+from manager.domain.benchmark_results import Latest
+from manager.domain.benchmarks import Target
 from manager.domain.breaker import BreakerState
 from manager.domain.budgets import Balance, Budget, Period
 from manager.domain.embeddings import Counts
@@ -91,6 +93,9 @@ def scraped(
         orphans=("one", "two"),
         engine_up=True,
     )
+    benchmarks = [
+        Latest(Target("gpu0" if number else "cpu", f"m{number}:latest"), 0.25, ()) for number in range(501)
+    ]
     metrics = FleetMetrics(
         cast("Any", SimpleNamespace(current=lambda: overview)),
         traffic,
@@ -101,6 +106,7 @@ def scraped(
         rollout=Rollout(),
         budgets=lambda: BUDGETS,
         collections=lambda: collections,
+        benchmarks=lambda: benchmarks,
     )
     text = metrics.render().decode()
     return {family.name: family for family in text_string_to_metric_families(text)}

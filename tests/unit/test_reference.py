@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from manager.domain.benchmark_results import BenchmarkStatus
 from manager.domain.embeddings import STALE, BackfillStatus, VersionState
 from manager.domain.instance import Health, Phase
 from manager.domain.runs import RunStatus
@@ -18,7 +19,7 @@ REFERENCE = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
 RECORDED = re.compile(
     r'[rR]ecord\(\s*"([a-z_]+)"(?: if [^"]+ else "([a-z_]+)")?'
     # Those of collections are named where they are chosen.
-    r'|event="([a-z_]+)"|BackfillStatus\.[A-Z]+: "([a-z_]+)"'
+    r'|event="([a-z_]+)"|(?:Backfill|Benchmark)Status\.[A-Z]+: "([a-z_]+)"'
 )
 
 
@@ -42,6 +43,10 @@ def test_every_status_of_a_run_is_named() -> None:
 def test_every_state_of_a_version_and_every_status_of_a_backfill_is_named() -> None:
     assert named("States of a version") == {state.value for state in VersionState} | {STALE}
     assert named("Statuses of a backfill") == {status.value for status in BackfillStatus}
+
+
+def test_every_status_of_a_benchmark_is_named() -> None:
+    assert named("Statuses of a benchmark") == {status.value for status in BenchmarkStatus}
 
 
 def test_every_event_is_named() -> None:

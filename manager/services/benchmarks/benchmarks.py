@@ -153,8 +153,9 @@ class Benchmarks:
         """
         return self._scores
 
+    @property
     def latest(self) -> tuple[Latest, ...]:
-        """Return the latest figures of each model on each instance."""
+        """The latest figures of each model on each instance."""
         return self._latest
 
     @property

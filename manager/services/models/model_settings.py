@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from manager.services.journal import Journal
     from manager.services.ports import Registry
     from manager.settings import ModelsSettings
+    from manager.settings.auto import EnsembleSettings
     from manager.settings.overrides import Change, Ignored, Overlay, Sourced
 
 _log = structlog.get_logger("settings")
@@ -43,7 +44,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class ModelSettings:
     """Owns the saved overrides. `routing` is what is in force; `version` grows whenever that changes.
 
-    `fallback` has the values of that section in force, each with its source.
+    `fallback` has the values of that section in force, each with its source. `ensemble` is what ensembles
+    are where a request does not say, None where there are none.
 
     Args:
         written: what the configuration says of each role.
@@ -71,8 +73,10 @@ class ModelSettings:
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
     ) -> None:
         self._auto = auto
+        self.ensemble = ensemble
         self._registry = registry
         self._journal = journal
         self._written = written
@@ -118,10 +122,11 @@ class ModelSettings:
         models: ModelsSettings,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
     ) -> None:
         """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
         self._written, self._models, self._written_fallback = written, models, fallback
-        self._auto = auto
+        self._auto, self.ensemble = auto, ensemble
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1
 

@@ -258,6 +258,8 @@ class Attempting:
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
         if is_auto(facts.model, facts.kind, self._routing.router.settings):
+            if self._starts_nothing:
+                return _NOTHING_TO_UNLOAD
             if body is None or not body.is_small:
                 self._pending = self._choose_in_steps
                 return WAIT
@@ -706,7 +708,7 @@ class Attempting:
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
         self._facts = facts._replace(model=choice.model)
         step = self._enter()
-        record.routing_ms = (perf_counter() - began_at) * 1000
+        record.routing_ms = round((perf_counter() - began_at) * 1000, 3)
         return step
 
     def _enter(self) -> Step:
@@ -1204,6 +1206,9 @@ class Attempting:
             lease.release()
 
 
+_NOTHING_TO_UNLOAD = Trouble(
+    Reason.POLICY, "'auto' stands for no model that could be unloaded; name one", refused="impossible"
+)
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # Refusals that the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")

@@ -51,6 +51,7 @@ LABELS = {
     "ollama_manager_lane_queued": ("lane",),
     "ollama_manager_slots": ("instance",),
     "ollama_manager_slots_in_use": ("instance",),
+    "ollama_manager_benchmark_score": ("instance", "model"),
     "ollama_manager_collections": (),
     "ollama_manager_collection_items": ("collection",),
     "ollama_manager_collection_backfill_running": ("collection",),
@@ -237,3 +238,9 @@ def test_collections_beyond_a_hundred_share_one_series() -> None:
     assert values(families["ollama_manager_collection_items"], collection="c99") == [10]
     families = scraped(busy(), collections=many[:100])
     assert values(families["ollama_manager_collection_items"], collection="*") == []
+
+
+def test_the_score_of_each_model_is_a_series_up_to_a_bound() -> None:
+    family = scraped(busy())["ollama_manager_benchmark_score"]
+    assert values(family, instance="cpu", model="m0:latest") == [0.25]
+    assert len(family.samples) == 500
