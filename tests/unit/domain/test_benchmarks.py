@@ -149,6 +149,11 @@ def sample(**changes: Any) -> Sample:
     return Sample(**(values | changes))
 
 
+def test_figures_of_a_request_without_an_answer_do_not_count() -> None:
+    (one,) = groups_of([sample(), sample(ok=False, ttft_ms=900.0, quality=0.0)])
+    assert (one.ttft_ms.mean, one.quality.mean, one.success.mean) == (100.0, 1.0, 0.5)
+
+
 LOST = sample(ok=False, ttft_ms=None, tokens_per_s=None, quality=None, error="gone")
 
 

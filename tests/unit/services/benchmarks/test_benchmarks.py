@@ -206,6 +206,25 @@ async def test_a_refusal_that_passes_is_waited_for(
         assert (found.waits_for, [one.ok for one in found.samples]) == (None, [True])
 
 
+async def test_a_wait_is_shown_while_it_lasts_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_PAUSE_S", 0.0)
+    async with rigged(tmp_path) as rig:
+        seen: list[str | None] = []
+
+        def says(number: int) -> Any:
+            assert rig.benchmarks._running is not None
+            seen.append(rig.benchmarks._running.waits_for)
+            full = NotAnsweredError("full", reason=Reason.OVERLOADED, refused="overloaded")
+            return full if number == 1 else "yes"
+
+        rig.requests.says = says
+        rig.start()
+        assert await rig.ended(await rig.submit()) == "succeeded"
+        assert seen == [None, "full", None]
+
+
 async def test_a_fault_of_the_program_fails_one_benchmark_and_no_other(tmp_path: Path) -> None:
     async with rigged(tmp_path) as rig:
         rig.requests.says = lambda number: ZeroDivisionError() if number == 2 else "yes"
