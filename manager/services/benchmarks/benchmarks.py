@@ -42,7 +42,7 @@ KEPT_BENCHMARKS = 200
 # Benchmarks that wait or run.
 MOST_OPEN = 16
 # What was measured is stored so often while a benchmark runs.
-_SAVE_EVERY_S = 5.0
+_SAVE_EVERY_S = 1.0
 # The end of a benchmark is stored so late at most; after that a restart finds it interrupted.
 _TRIES, _RETRY_S = 5, 1.0
 # The pause before another look for a free slot grows from the first to the last.
