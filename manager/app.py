@@ -217,7 +217,11 @@ async def open_daemon(
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
         )
-        overload = Overload(revision, now=time.monotonic)
+        overload = Overload(
+            revision,
+            now=time.monotonic,
+            expected_ms=lambda key: model_settings.routing.expected_ms(key),  # noqa: PLW0108  (made below)
+        )
         world = World(
             manager_id=settings.manager_id,
             engine=engine,

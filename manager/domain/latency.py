@@ -14,6 +14,7 @@ _RECENT_WEIGHT = 1 / 8
 # mean of the first ones, which alone are no measure of what is usual.
 _USUAL_WEIGHT = 2 / 601
 LEAST_VALUES = 20
+LEAST_VALUES_BESIDE_EXPECTED = 4
 # Twice the usual time is slow, unless nobody notices the difference. A single value counts for at most three
 # times that excess: it takes four of them in a row, and one long prompt makes nothing slow.
 _LEAST_EXCESS_MS = 50.0
@@ -50,11 +51,15 @@ def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
     )
 
 
-def is_slow(latency: Latency, now: float) -> bool:
-    """Return whether the recent times are more than twice the usual ones."""
+def is_slow(latency: Latency, now: float, expected_ms: float | None = None) -> bool:
+    """Return whether the recent times are more than twice the usual ones, or those that are expected.
+
+    What is expected is stated, so that fewer values are enough.
+    """
+    usual_ms = latency.usual_ms if expected_ms is None else expected_ms
     return (
-        latency.recent_ms - latency.usual_ms > _excess_ms(latency.usual_ms)
-        and latency.seen >= LEAST_VALUES
+        latency.recent_ms - usual_ms > _excess_ms(usual_ms)
+        and latency.seen >= (LEAST_VALUES if expected_ms is None else LEAST_VALUES_BESIDE_EXPECTED)
         and not _is_forgotten(latency, now)
     )
 

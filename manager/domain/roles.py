@@ -181,6 +181,11 @@ class RoutingSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", models_by_tier(self.facts.values()))
 
+    def expected_ms(self, key: str) -> float | None:
+        """Return the time to the first token that is expected of a model; None where it is not stated."""
+        facts = self.facts.get(key)
+        return None if facts is None else facts.latency_ms
+
     def models_of(self, role: Role) -> tuple[str, ...]:
         """Return the models of a role in order: its own one, then those of the tier of its name."""
         others = self.tiers.get(role.name, ())

@@ -597,8 +597,11 @@ class _Decider:
         self._forbidden = ""  # the first limit of the key that has barred something
 
     def over(self, legs: list[_Leg]) -> Decision:
-        first, *others = legs
+        preferred = legs[0]
+        first, *others = legs = self._overloaded_last(legs)
         why = None if first.role is self._role else Reason.MODEL_MISSING  # the role has no model of its own
+        if first is not preferred:
+            why = Reason.OVERLOADED
         self._add(first, why)
         if others:
             # What is preferred is there and goes first, or this says why it is not.
@@ -617,6 +620,21 @@ class _Decider:
             is_async=role is not None and role.mode == "async",
             by_place=first.role is not None and first.role.instances is not None,
         )
+
+    def _overloaded_last(self, legs: list[_Leg]) -> list[_Leg]:
+        """Put models of the role that are slow wherever they run behind its other ones."""
+        own = [leg for leg in legs if leg.role is self._role]
+        if len(own) == 1:
+            return legs
+        busy = [leg for leg in own if self._is_overloaded(leg)]
+        if not busy or len(busy) == len(own):
+            return legs
+        return [leg for leg in own if leg not in busy] + busy + [leg for leg in legs if leg not in own]
+
+    def _is_overloaded(self, leg: _Leg) -> bool:
+        key = model_key(leg.model)
+        ready = [one for one in self._snapshot.having(key) if one.state is State.READY]
+        return bool(ready) and all(one.overloads is not None and one.overloads.of(key) for one in ready)
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
         """The attempts of one leg; `fallback` is why it is not the preferred one."""

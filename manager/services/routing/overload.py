@@ -33,9 +33,18 @@ class Overload:
     Args:
         revision: of the fleet.
         now: seconds on a monotonic clock.
+        expected_ms: the time to the first token that the operator expects of a model (its key); None where
+            it is not stated, and what is usual counts.
     """
 
-    def __init__(self, revision: Revision, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        revision: Revision,
+        *,
+        now: Callable[[], float],
+        expected_ms: Callable[[str], float | None] = lambda _key: None,
+    ) -> None:
+        self._expected_ms = expected_ms
         self._revision = revision
         self._now = now
         self._saturated_until: dict[str, float] = {}
@@ -71,11 +80,11 @@ class Overload:
         if len(self._latencies) >= _MOST_LATENCIES:
             self._forget(next(iter(self._latencies)))
         self._latencies[place] = latency
-        slow = is_slow(latency, now)
+        slow = is_slow(latency, now, self._expected_ms(key))
         if slow is not (key in self._slow.get(instance, ())):
             self._mark(instance, key, slow=slow)
             if slow:
-                _log.info("slow", instance=instance, model=key, detail=_words(latency))
+                _log.info("slow", instance=instance, model=key, detail=self._words(key, latency))
 
     def recent_ms(self, instance: str, key: str) -> float | None:
         """Return the recent time to the first token of a model on an instance; None where there is none.
@@ -105,8 +114,8 @@ class Overload:
         found = {}
         for key in tuple(slow or ()):
             latency = self._latencies[instance, key]
-            if is_slow(latency, now):
-                found[key] = _words(latency)
+            if is_slow(latency, now, self._expected_ms(key)):
+                found[key] = self._words(key, latency)
             else:
                 self._mark(instance, key, slow=False)
         return Overloads(refuses, found) if refuses or found else None
@@ -127,6 +136,7 @@ class Overload:
         if key in self._slow.get(instance, ()):
             self._mark(instance, key, slow=False)
 
-
-def _words(latency: Latency) -> str:
-    return f"first token after {latency.recent_ms:.0f} ms of late, usually {latency.usual_ms:.0f} ms"
+    def _words(self, key: str, latency: Latency) -> str:
+        expected_ms = self._expected_ms(key)
+        usual = f"usually {latency.usual_ms:.0f}" if expected_ms is None else f"expected {expected_ms:.0f}"
+        return f"first token after {latency.recent_ms:.0f} ms of late, {usual} ms"

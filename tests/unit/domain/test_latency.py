@@ -81,3 +81,12 @@ def test_both_means_stay_among_the_values(values_ms: list[float]) -> None:
     assert latency.seen == len(values_ms)
     for mean in (latency.usual_ms, latency.recent_ms):
         assert min(values_ms) - 1e-6 <= mean <= max(values_ms) + 1e-6
+
+
+def test_what_is_expected_counts_in_place_of_what_is_usual() -> None:
+    latency = after(400, 400, 400, 400)
+    assert not is_slow(latency, latency.at)
+    assert is_slow(latency, latency.at, 100)
+    assert not is_slow(latency, latency.at, 200)
+    assert not is_slow(after(400, 400, 400), 0, 100), "three values are too few"
+    assert not is_slow(after(90, 90, 90, 90), 4, 40), "nobody notices 50 ms"

@@ -133,3 +133,12 @@ def test_kept_times_are_bounded_and_the_one_used_longest_ago_goes(
     bench.answers(100, key="second")
     bench.answers(100, key="fourth")
     assert set(bench.overload._latencies) == {("a", "second"), ("a", "fourth")}
+
+
+def test_a_model_is_slow_by_what_is_expected_of_it() -> None:
+    bench = Bench()
+    bench.overload = Overload(bench.revision, now=bench.clock, expected_ms={"m": 100.0}.get)
+    bench.answers(300, 4)
+    assert bench.overload.of("a") == Overloads("", {"m": "first token after 300 ms of late, expected 100 ms"})
+    bench.answers(300, 4, key="n")
+    assert bench.overload.of("a") == Overloads("", {"m": "first token after 300 ms of late, expected 100 ms"})
