@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from manager.domain.auto import Choice, choose, is_auto
+from manager.domain.auto import Choice, choose, choose_for, is_auto
 from manager.domain.classification import AutoRules, Lexicon, Task, Tier
 from manager.domain.facts import ModelFacts, models_by_tier
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
 from manager.domain.overload import Overloads
-from manager.domain.roles import RequestKind, Role, RoutingSettings
+from manager.domain.roles import BodyChanges, Parameters, RequestKind, Role, RoutingSettings
 from manager.domain.routing import Candidate, RequestFacts, Snapshot, State, decide
 from manager.errors import Reason
 
@@ -164,3 +164,28 @@ def test_a_model_that_is_slow_wherever_it_runs_gives_way_to_the_next_one_of_its_
 def test_what_is_expected_of_a_model_is_known_by_its_key() -> None:
     found = settings(facts={model_key("q"): FACTS["q"]})
     assert (found.expected_ms(model_key("q")), found.expected_ms(model_key("r"))) == (1, None)
+
+
+def test_facts_are_defaults_of_requests_for_the_model() -> None:
+    facts = {model_key("q"): ModelFacts("q", temperature=0.5, context_tokens=10, output_tokens=20)}
+    assert settings(facts=facts).changes_for("q", None) == BodyChanges(parameters=Parameters(0.5, 10, 20))
+    assert settings(facts=facts).changes_for("other", None).empty
+    assert BodyChanges(parameters=Parameters(0.5)).size > 0
+    assert BodyChanges().size == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "roles", "name"),
+    [
+        ("summary", (role("summary"), role("medium")), "summary"),
+        ("summary", (role("medium"),), "medium"),
+        ("unknown", (role("fast"),), "fast"),
+        ("summary", (role("fast"),), None),
+    ],
+)
+def test_a_named_task_has_its_role_or_that_of_its_tier(
+    task: str, roles: tuple[Role, ...], name: str | None
+) -> None:
+    choice = choose_for(task, settings(*roles), RULES)
+    assert choice.role == name
+    assert (choice.classification.task_type, choice.classification.confidence) == (task, 1.0)
