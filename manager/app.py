@@ -76,6 +76,7 @@ from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
+from manager.services.routing.learned import vector_of
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
@@ -348,6 +349,7 @@ async def open_daemon(
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
             cloud=CloudEvents(journal),
+            vector_of=lambda text, model: vector_of(whole, text, model),
         )
         passing = Passing(
             routing=routing,

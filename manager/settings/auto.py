@@ -9,6 +9,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field, StrictBool, ValidationError
 
 from manager.domain.classification import AutoRules, Lexicon, Task, Tier
+from manager.settings.learned import read_learned
 from manager.settings.section import Number, Section, Text
 from manager.settings.yaml_file import read_document
 
@@ -68,22 +69,35 @@ def _words_file(path: Path) -> Path:
     return path
 
 
+def _learned_file(path: Path) -> Path:
+    try:
+        read_learned(path)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}); expected what `classifier train` has written"
+        raise ValueError(f"{str(path)!r} {problem}") from error
+    return path
+
+
 class RoutingSection(Section):
     """`auto` has `model: auto` understood. `words` is a file in place of the one that is shipped.
 
     A classification that is less sure than `escalate_below`, from 0 to 1, moves one tier up; 0 moves none.
-    Without `ensemble` there are no ensembles.
+    Without `ensemble` there are no ensembles. `learned` is the file of a classifier that is better than the
+    words.
     """
 
     auto: StrictBool = False
     words: Annotated[Path, AfterValidator(_words_file)] | None = None
     escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
     ensemble: EnsembleSettings | None = None
+    learned: Annotated[Path, AfterValidator(_learned_file)] | None = None
 
     @property
     def rules(self) -> AutoRules:
         """The rules in force."""
-        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below, is_on=self.auto)
+        learned = None if self.learned is None else read_learned(self.learned)
+        words = read_words(self.words or SHIPPED)
+        return AutoRules(words, self.escalate_below, is_on=self.auto, learned=learned)
 
 
 def read_words(path: Path) -> Lexicon:
