@@ -264,6 +264,7 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
+            weights=settings.routing.weights.values,
             paid=partial(paid_of, fleet),
         )
         await model_settings.load()

@@ -334,6 +334,7 @@ class Reconfigure:
             settings.models,
             written_fallback(changed.loaded),
             settings.routing.rules,
+            settings.routing.weights.values,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)
