@@ -1245,6 +1245,7 @@ def banded(*instances: Candidate, **values: Any) -> Decision:
 def test_a_role_that_takes_its_instances_warm_first_has_no_bands() -> None:
     assert routed("r", instance("a"), instance("b"), roles=(role("r"),)).bands == ()
     assert routed("m", instance("a")).bands == ()
+    assert routed("nope", instance("a")).first({}) is None
 
 
 @pytest.mark.parametrize("strategy", OTHERS)
