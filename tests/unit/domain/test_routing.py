@@ -1291,7 +1291,7 @@ def test_ranks_say_what_a_band_is_compared_by() -> None:
 def test_a_strategy_leaves_the_order_of_instances_aside_and_keeps_their_time_outs() -> None:
     decision = banded(
         instance("a"),
-        instance("b", loaded="m"),
+        instance("b"),
         instance("c"),
         instances=("c", "b"),
         attempt_timeouts_s=(45, 60),

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from manager.domain.instance import Phase
 from manager.domain.roles import Role, RoutingSettings, Strategy
+from manager.domain.rollout import Stage, Stages
 from manager.domain.routing import RequestFacts
 from manager.domain.scoring import DEFAULT_WEIGHTS, Weights
 from manager.services.routing import ranking as module
 from manager.services.routing.ranking import Ranking, wish_of
+from manager.services.routing.rollout import RawAttempts, Rollout
 from tests.support.attempts import FACTS
 from tests.support.instances import KIND, Ground
 
@@ -231,3 +233,17 @@ def test_what_was_not_measured_is_unknown() -> None:
     }
     paid = replace(candidate, paid=True, models=None)
     assert at.router.ranking.signals(wish, paid, "tiny", in_flight=None)[2:6] == (None, None, None, None)
+
+
+def test_what_a_request_would_do_beside_the_raw_server_follows_the_strategy() -> None:
+    at = ground(Strategy.ROUND_ROBIN, "a", "b")
+    route(at)
+    rollout = Rollout()
+    rollout.put(Stages(Stage.SHADOW, raw_url="http://raw:1"))
+    decision = at.router.decide(ROLE)
+    found = rollout.attempts(
+        ROLE, decision, at.router.load(), is_known=True, is_run=False, ranks=at.router.ranks(decision)
+    )
+    assert isinstance(found, RawAttempts)
+    assert found.would is not None
+    assert found.would.instance == "b"
