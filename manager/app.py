@@ -53,11 +53,13 @@ from manager.parts import (
     traffic_of,
     utcnow,
     warming,
+    whole_requests_of,
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.instances.upgrades import Upgrades
 from manager.services.lanes.slots import Slots
+from manager.services.llm import Llm
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
@@ -265,6 +267,7 @@ async def open_daemon(
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
             weights=settings.routing.weights.values,
+            ensemble=settings.routing.ensemble,
             paid=partial(paid_of, fleet),
         )
         await model_settings.load()
@@ -366,7 +369,7 @@ async def open_daemon(
         loading, keeper = warming(
             world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
-        refusals = Refusals(now=time.monotonic)
+        refusals, whole = Refusals(now=time.monotonic), whole_requests_of(passing)
         backend = Backend(
             fleet=fleet,
             capacity=parts.capacity,
@@ -410,7 +413,10 @@ async def open_daemon(
             keyring=keyring,
             ledger=ledger,
             rollout=rollout,
-            runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
+            runs=await runs_of(
+                stack, settings, world, passing, keyring, whole=whole, recovers=not resume_idle_clock
+            ),
+            llm=Llm(whole, model_settings),
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run
             ),

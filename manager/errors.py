@@ -25,6 +25,7 @@ ManagerError
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
 │   ├── ManagerIdChangedError the state directory has containers under its former manager id
 │   ├── CollectionConflictError  the state of a collection refuses it
+│   ├── EnsembleOffError      the configuration has no ensemble
 │   ├── KeyConflictError      the name of a key is taken, or nobody could manage keys any more
 │   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
@@ -37,7 +38,8 @@ ManagerError
 │   ├── AskFailedError        a server did not answer a request
 │   ├── StartFailedError
 │   │   └── BackingOffError   it is too soon after an earlier failure
-│   ├── NotEmbeddedError      no server has embedded the texts of a collection
+│   ├── NotAnsweredError      no server has answered a request that the daemon makes itself
+│   │   └── NotEmbeddedError  no server has embedded the texts of a collection
 │   ├── OutOfDescriptorsError     the process itself lacks descriptors; no server is at fault
 │   ├── RegistryUnwritableError
 │   ├── VectorsUnavailableError   the tables of vectors could not be read or written
@@ -180,6 +182,12 @@ class RunsFullError(ManagerError):
 
 class ConflictError(ManagerError):
     code = "conflict"
+
+
+class EnsembleOffError(ConflictError):
+    """The configuration has no ensemble."""
+
+    code = "ensemble_off"
 
 
 class CancelledByStopError(ConflictError):
@@ -354,8 +362,11 @@ class AskFailedError(UnavailableError):
         self.begun = begun
 
 
-class NotEmbeddedError(UnavailableError):
-    """No server has embedded the texts of a request; `refused` is set where none was asked, and says why."""
+class NotAnsweredError(UnavailableError):
+    """No server has answered a request that the daemon makes itself.
+
+    `refused` is set where none was asked, and says why.
+    """
 
     def __init__(
         self, message: str, *, reason: Reason, refused: str | None, retry_after_s: float | None = None
@@ -364,6 +375,10 @@ class NotEmbeddedError(UnavailableError):
         self.refused = refused
         if refused in ("forbidden", "local_only", "rate_limited", "queue_full"):
             self.code = refused
+
+
+class NotEmbeddedError(NotAnsweredError):
+    """No server has embedded the texts of a request."""
 
 
 class OutOfDescriptorsError(UnavailableError):

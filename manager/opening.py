@@ -169,5 +169,7 @@ async def opened_collections(
         refresh=partial(passing.catalogue.refresh, lists=True),
         utcnow=utcnow,
     )
+    # A write that has added its vectors must still note them: it ends before the file is closed.
+    stack.push_async_callback(opened.shelf.tables.close)
     passing.passages.open_requests.add(opened.embedder.open)
     return opened

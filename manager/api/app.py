@@ -24,6 +24,7 @@ from manager.api.keys import keys_router
 from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
 from manager.api.live import live_router
+from manager.api.llm import llm_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
 from manager.api.models import models_router
@@ -86,6 +87,7 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         runs_router(backend),
         collections_router(backend),
         collection_items_router(backend),
+        llm_router(backend),
         keys_router(backend, open_requests.cut),
         sign_in_router(backend.keyring, doors, backend.refusals.refused),
         budgets_router(backend),

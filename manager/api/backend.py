@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from manager.services.instances.sweeps import Sweeps
     from manager.services.instances.upgrades import Upgrades
     from manager.services.journal import Journal
+    from manager.services.llm import Llm
     from manager.services.models.catalogue import Catalogue
     from manager.services.models.fitting import Fitting
     from manager.services.models.keeping import Keeper
@@ -151,4 +152,5 @@ class Backend:
     ledger: Ledger
     runs: Runs
     collections: Collections
+    llm: Llm
     rollout: RolloutControl

@@ -18,7 +18,7 @@ from manager.errors import (
     InvalidRequestError,
     ManagerError,
     NoRouteError,
-    NotEmbeddedError,
+    NotAnsweredError,
     NotInstalledError,
     Reason,
     RunsFullError,
@@ -86,7 +86,7 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 
 
 def status_of(error: ManagerError) -> int:
-    if isinstance(error, NotEmbeddedError):
+    if isinstance(error, NotAnsweredError):
         return statuses.status_of(error.reason, error.refused)
     if isinstance(error, NoRouteError):
         return 404  # whatever the reason: nothing was asked of an instance

@@ -17,8 +17,7 @@ from manager.api.routing import (
     PassedOverBody,
     RefusedBody,
     RequestDescription,
-    decision_json,
-    decision_of,
+    described,
 )
 from manager.api.schemas import Time  # noqa: TC001
 from manager.domain.explanation import decision_sentence, passed_over_words, request_sentence
@@ -274,7 +273,7 @@ def explanation(backend: Backend, query: RequestDescription) -> dict[str, Any]:
     Raises:
         UnknownKeyError: no key of that name is in force.
     """
-    decision = decision_json(backend, decision_of(backend, query))
+    decision = described(backend, query)
     return {**decision, "summary": decision_sentence(decision, query.model)}
 
 

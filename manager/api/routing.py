@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
@@ -11,9 +12,11 @@ from starlette.responses import JSONResponse, Response
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.api.model_settings import ByRole, PolicyWord, Saying, Target, change_roles
+from manager.domain.auto import choose, is_auto
+from manager.domain.classification import Tier  # noqa: TC001
 from manager.domain.instance import Health  # noqa: TC001
 from manager.domain.roles import Policy, RequestKind
-from manager.domain.routing import Because, PassedOver, RequestFacts, What
+from manager.domain.routing import Because, PassedOver, Refused, RequestFacts, What
 from manager.errors import Reason, UnknownKeyError
 from manager.services.lanes.slots import FULL
 from manager.settings.routing import ANY_INSTANCE, RoleName
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     from manager.api.backend import Backend
     from manager.domain.roles import Role
     from manager.domain.routing import Attempt, Decision
+
+# A query is a part of a URL.
+MOST_TEXT = 4000
 
 
 class _Shape(BaseModel):
@@ -65,7 +71,8 @@ class RoutingChange(_Shape):
 class RequestDescription(_Shape):
     """A request as routing sees it. `model` may be a role, or have an instance (`MODEL@INSTANCE`).
 
-    `key` is the name of the client's key, whose limits hold; without one there are none.
+    `key` is the name of the client's key, whose limits hold; without one there are none. `text` is what the
+    user asks, for `auto`.
     """
 
     model: Annotated[str, Field(min_length=1, max_length=600)]
@@ -74,6 +81,16 @@ class RequestDescription(_Shape):
     lane: Annotated[str, Field(max_length=100)] | None = None
     local_only: StrictBool = False
     key: Annotated[str, Field(max_length=100)] | None = None
+    text: Annotated[str, Field(max_length=MOST_TEXT)] = ""
+
+
+class ClassificationBody(_Shape):
+    """What a request is about, the tier that follows, how sure that is (0 to 1), and why."""
+
+    task_type: str
+    tier: Tier
+    confidence: float
+    reasoning: str
 
 
 class AttemptBody(_Shape):
@@ -107,7 +124,8 @@ class DecisionBody(_Shape):
     `would_wait` says that no instance for the first one has a free slot: all that stand in for each other are
     full. A full instance is in `passed_over`, and among the attempts after those of its rank that are free.
     With `runs_only` they are those of a run: a request that waits for its answer is refused with 409.
-    With `passes_to_raw` they are what would be made if such requests were managed.
+    With `passes_to_raw` they are what would be made if such requests were managed. `classification` is null
+    for a request that names its model.
     """
 
     role: str | None
@@ -119,6 +137,7 @@ class DecisionBody(_Shape):
     runs_only: bool
     passes_to_raw: bool
     would_wait: bool
+    classification: ClassificationBody | None
 
 
 def routing_router(backend: Backend) -> APIRouter:
@@ -138,7 +157,7 @@ def routing_router(backend: Backend) -> APIRouter:
     @router.post("/explain", response_model=DecisionBody, responses=refusals(404))
     async def explain_routing(request: RequestDescription, _query: Annotated[NoQuery, Query()]) -> Response:
         """Explain the route of a request, without making it. Starts nothing."""
-        return JSONResponse(decision_json(backend, decision_of(backend, request)))
+        return JSONResponse(described(backend, request))
 
     return router
 
@@ -174,15 +193,33 @@ def _role(backend: Backend, role: Role) -> dict[str, Any]:
     }
 
 
-def decision_of(backend: Backend, request: RequestDescription) -> Decision:
-    """Decide about a request that is not made.
+def described(backend: Backend, request: RequestDescription) -> dict[str, Any]:
+    """Return the values of a `DecisionBody` about a request that is not made.
 
     Raises:
         UnknownKeyError: no key of that name is in force.
     """
-    facts = RequestFacts(
-        request.model, request.kind, request.instance, request.lane, local_only=request.local_only
-    )
+    settings = backend.model_settings.routing
+    if settings.auto is None or not is_auto(request.model, request.kind, settings):
+        return {**decision_json(backend, _decided(backend, request, request.model)), "classification": None}
+    choice = choose(request.model, request.text, settings, settings.auto)
+    decision = _decided(backend, request, choice.model)
+    if choice.role is None:
+        decision = replace(decision, refused=Refused("unknown", Reason.MODEL_MISSING, choice.message))
+    found = choice.classification
+    return {
+        **decision_json(backend, decision),
+        "classification": {
+            "task_type": found.task_type,
+            "tier": found.tier.value,
+            "confidence": found.confidence,
+            "reasoning": found.reasoning,
+        },
+    }
+
+
+def _decided(backend: Backend, request: RequestDescription, model: str) -> Decision:
+    facts = RequestFacts(model, request.kind, request.instance, request.lane, local_only=request.local_only)
     if request.key is not None:
         grant = backend.keyring.grant(request.key)
         if grant is None:

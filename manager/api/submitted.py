@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from manager.api.granted import grant_of
 from manager.errors import InvalidRequestError, Reason, UnavailableError
-from manager.services.embeddings.embedder import Asking
+from manager.services.routing.whole import Asking
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

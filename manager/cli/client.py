@@ -81,7 +81,7 @@ class RefusalError(CommandError):
         if wait_s is not None and step is None:
             step = f"waiting may help: try again in {wait_s} s"
         super().__init__(
-            f"{message} ({code})",
+            message if f"({code}" in message else f"{message} ({code})",
             exit_code=_EXIT_CODES.get(status, FAILED),
             next_step=step,
             lines=log_tail,

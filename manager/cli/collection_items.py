@@ -133,7 +133,8 @@ def put_items(name: str, file: BinaryIO, url: str | None, config: Path | None, *
         print_json({**writer.answer, "written": writer.written})
     else:
         version = f", version {writer.answer['version']}" if writer.answer else ""
-        click.echo(f"{writer.written} items are written to {printable(name)}{version}")
+        items = "1 item is" if writer.written == 1 else f"{writer.written} items are"
+        click.echo(f"{items} written to {printable(name)}{version}")
 
 
 @collections_group.command("get")

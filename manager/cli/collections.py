@@ -34,6 +34,8 @@ _VERSIONS = (
     "PREFIX",
 )
 _DIGEST_CHARACTERS = 12
+# Items that are named where a version cannot be active.
+_MOST_NAMED = 10
 
 NAME = click.argument("name", metavar="NAME")
 THRESHOLD = click.option(
@@ -264,13 +266,13 @@ def _version_row(one: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 def _lacking(error: RefusalError) -> list[str]:
-    """Return a line for each item that keeps a version from being active, as far as they are named."""
+    """Return a line for each of the first items that keep a version from being active."""
     lines = []
     for count, named, word in (
         ("missing", "missing_ids", "is missing"),
         ("quarantined", "quarantined_ids", "is in quarantine"),
     ):
-        ids = error.details.get(named) or []
+        ids = (error.details.get(named) or [])[:_MOST_NAMED]
         lines += [f"{one} {word}" for one in ids]
         more = error.details.get(count, 0) - len(ids)
         if more > 0:

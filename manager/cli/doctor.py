@@ -13,6 +13,7 @@ import click
 
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
+from manager.cli.doctor_collections import collections_finding
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
 from manager.cli.doctor_tls import tls_findings
@@ -167,7 +168,8 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
         holder = current_holder(settings.state.dir)
     except ConfigurationError as error:
         yield broken("lock", error.message, "run this as the user that the daemon runs as")
-        yield skipped("registry", "not looked at: the state directory cannot be read")
+        for check in ("registry", "collections"):
+            yield skipped(check, "not looked at: the state directory cannot be read")
         return
     found = _daemon(loaded, holder)
     yield found
@@ -177,6 +179,7 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
     if holder is not None and found.verdict is Verdict.FINE:
         yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)
+    yield collections_finding(settings.state.dir, is_held=holder is not None)
     yield _port(settings, holder)
 
 

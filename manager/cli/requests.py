@@ -120,11 +120,13 @@ def cancel(request_id: str, url: str | None, config: Path | None) -> None:
 @click.option("--lane", metavar="ROLE", help="As a request in this lane.")
 @click.option("--instance", metavar="ID", help="As a request that is pinned to this instance.")
 @click.option("--key", metavar="NAME", help="As a request with this key.")
+@click.option("--text", metavar="TEXT", help="What the user asks, for the model `auto`.")
 @_JSON
 @_talks
 def explain(
     model: str,
     *,
+    text: str | None,
     kind: str | None,
     lane: str | None,
     instance: str | None,
@@ -138,7 +140,7 @@ def explain(
     Exit 4 where the request would be refused.
     """
     daemon = _daemon(url, config)
-    document = daemon.explain(model=model, kind=kind, lane=lane, instance=instance, key=key)
+    document = daemon.explain(model=model, kind=kind, lane=lane, instance=instance, key=key, text=text)
     _print(document, _decided, as_json=as_json)
     return DONE if document.get("refused") is None else REFUSED
 
@@ -229,6 +231,9 @@ def _explained(document: Mapping[str, Any]) -> list[str]:
             ("path", document["path"]),
             ("project", document["project_id"]),
             ("key", document.get("key")),
+            ("asked for", document.get("requested_model")),
+            ("task", document.get("task_type")),
+            ("tier", document.get("tier")),
             ("role", document["role"]),
             ("lane", document["lane"]),
             ("model", document["model"]),

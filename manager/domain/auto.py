@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from manager.domain.classification import Tier, classify
+from manager.domain.classification import Classification, Tier, classify
 from manager.domain.models import DEFAULT_TAG, split_pin
 from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
-    from manager.domain.classification import AutoRules, Classification
+    from collections.abc import Iterable
+
+    from manager.domain.classification import AutoRules
     from manager.domain.roles import Role, RoutingSettings
 
 AUTO = "auto"
@@ -39,7 +41,12 @@ def is_auto(model: str, kind: RequestKind, settings: RoutingSettings) -> bool:
 
     Embeddings are no such case: vectors of two models cannot be compared.
     """
-    if settings.auto is None or kind is not RequestKind.GENERATE or model[:4].lower() != AUTO:
+    if (
+        settings.auto is None
+        or not settings.auto.is_on
+        or kind is not RequestKind.GENERATE
+        or model[:4].lower() != AUTO
+    ):
         return False
     return split_pin(model)[0].strip().lower() in _NAMES
 
@@ -59,15 +66,30 @@ def choose(model: str, text: str, settings: RoutingSettings, rules: AutoRules) -
     forced = _NAMES[name.strip().lower()]
     found = classify(text, rules.lexicon, forced=forced, escalate_below=rules.escalate_below)
     of_task = None if found.is_moved or forced is not None else found.task_type
-    for wanted in (of_task, found.tier.value):
-        role = settings.roles.get(wanted) if wanted is not None else None
+    return _of_role((of_task, found.tier.value), found, pin, settings)
+
+
+def choose_for(task: str, settings: RoutingSettings, rules: AutoRules) -> Choice:
+    """Return the role for a request whose task is known: that of the task, else that of its usual tier."""
+    tier = next((one.tier for one in rules.lexicon.tasks if one.name == task), Tier.FAST)
+    found = Classification(task, tier, 1.0, "the task was named")
+    return _of_role((task, tier.value), found, None, settings)
+
+
+def _of_role(
+    names: Iterable[str | None], found: Classification, pin: str | None, settings: RoutingSettings
+) -> Choice:
+    """Return the first of these roles that can answer."""
+    for name in names:
+        role = settings.roles.get(name) if name is not None else None
         if role is not None and _can_answer(role, settings):
             return Choice(found, role.name, role.name if pin is None else f"{role.name}@{pin}")
+    tier = found.tier.value
     message = (
-        f"{AUTO!r}: this request needs the tier {found.tier.value!r} ({found.reasoning}), "
-        f"and no role of that name has a model; set roles.{found.tier.value}.model"
+        f"this request needs the tier {tier!r} ({found.reasoning}), and no role of that name has a model; "
+        f"set roles.{tier}.model"
     )
-    return Choice(found, None, model, message)
+    return Choice(found, None, "", message)
 
 
 def _can_answer(role: Role, settings: RoutingSettings) -> bool:

@@ -126,10 +126,14 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class AutoRules:
-    """How the model of a request is chosen that leaves the choice to the daemon."""
+    """How the model of a request is chosen that leaves the choice to the daemon.
+
+    `is_on` is whether a name of a model may say so; the daemon's own API may in any case.
+    """
 
     lexicon: Lexicon
     escalate_below: float = 0.0
+    is_on: bool = True
 
 
 def classify(

@@ -96,6 +96,8 @@ def request_sentence(
         waits_for: what an open one waits for; None where it waits for nothing.
     """
     parts = [_asked(record, decision)]
+    if record.get("tier") is not None:
+        parts[0] += f" {_classified(record['task_type'], record['tier'], record['task_reasoning'])}"
     gone = _gone(record, decision)
     if gone:
         parts[0] += f", {gone}"
@@ -116,12 +118,19 @@ def decision_sentence(decision: Mapping[str, Any], asked: str) -> str:
 
     Args:
         decision: with `attempts`, `passed_over`, `refused`, `role`, `runs_only`, `would_wait` and
-            `passes_to_raw`, in the shape of the API.
+            `passes_to_raw`, in the shape of the API, and `classification` where a choice was made.
         asked: the name that the request would give.
     """
+    found = decision.get("classification")
+    if found is not None:
+        asked += f" {_classified(found['task_type'], found['tier'], found['reasoning'])}"
     if decision["passes_to_raw"]:
         return f"{asked} passes to rollout.raw_url; managed, {_would_go(decision, asked)}"
     return _would_go(decision, asked)
+
+
+def _classified(task: str, tier: str, reasoning: str) -> str:
+    return f"(task {task}, tier {tier}: {reasoning})"
 
 
 def _would_go(decision: Mapping[str, Any], asked: str) -> str:

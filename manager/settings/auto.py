@@ -48,6 +48,18 @@ class TaskWords(Section):
         return Lexicon(tuple(tasks), self.more, self.less)
 
 
+MOST_MODELS = 8
+
+
+class EnsembleSettings(Section):
+    """Models or roles that all answer, and the one that chooses the best answer."""
+
+    models: Annotated[
+        tuple[Annotated[Text, Field(max_length=512)], ...], Field(min_length=2, max_length=MOST_MODELS)
+    ]
+    judge: Annotated[Text, Field(max_length=512)]
+
+
 def _words_file(path: Path) -> Path:
     try:
         read_words(path)
@@ -82,20 +94,20 @@ class RoutingSection(Section):
     """`auto` has `model: auto` understood. `words` is a file in place of the one that is shipped.
 
     A classification that is less sure than `escalate_below`, from 0 to 1, moves one tier up; 0 moves none.
+    Without `ensemble` there are no ensembles.
     `weights` are those of the roles whose strategy is `scored`.
     """
 
     auto: StrictBool = False
     words: Annotated[Path, AfterValidator(_words_file)] | None = None
     escalate_below: Annotated[Number, Field(ge=0, le=1)] = 0.0
+    ensemble: EnsembleSettings | None = None
     weights: WeightsSettings = Field(default_factory=WeightsSettings)
 
     @property
-    def rules(self) -> AutoRules | None:
-        """The rules in force; None while `auto` is off."""
-        if not self.auto:
-            return None
-        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below)
+    def rules(self) -> AutoRules:
+        """The rules in force."""
+        return AutoRules(read_words(self.words or SHIPPED), self.escalate_below, is_on=self.auto)
 
 
 def read_words(path: Path) -> Lexicon:

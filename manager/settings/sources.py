@@ -40,6 +40,8 @@ _PATHS: tuple[KeyPath, ...] = (
     ("instances", "*", "tls", "ca"),
     ("instances", "*", "tls", "certificate"),
     ("instances", "*", "tls", "key"),
+    ("routing", "words"),
+    ("discovery", "manifest"),
 )
 
 Kind = Literal["command line", "environment", "file", "default"]

@@ -27,6 +27,7 @@ _INSTANCE = f"{_COMPUTE}/instances/{{id}}"
 _RUNS = "/api/v1/runs"
 _KEYS = "/api/v1/keys"
 _COLLECTIONS = "/api/v1/collections"
+_LLM = "/api/v1/llm"
 _COLLECTION = f"{_COLLECTIONS}/{{name}}"
 _CLUSTER = "/v1/cluster"
 
@@ -66,6 +67,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COLLECTION}/backfill", _LISTS),
     ("POST", f"{_COLLECTION}/backfill", _OPERATOR),
     *(("POST", f"{_COLLECTION}/backfill/{verb}", _OPERATOR) for verb in ("pause", "resume", "cancel")),
+    *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat", "ensemble")),
+    ("GET", f"{_LLM}/models", _LISTS),
+    ("GET", f"{_LLM}/routing-stats", _READ),
     ("POST", "/api/pull", _OPERATOR),
     ("POST", "/api/push", _OPERATOR),
     ("POST", "/api/create", _OPERATOR),

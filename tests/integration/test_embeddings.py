@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import random
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +20,17 @@ import pytest
 import requests
 
 from tests.support.daemon import ROOT, Daemon, wait_for
-from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer
+from tests.support.embedding_server import MODEL, TOO_LONG, EmbeddingServer, vector_of
+from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from tests.integration.conftest import NewDaemon
+    from tests.support.nursery import Process
+
+__all__ = ["processes"]
 
 BASE = "/api/v1/collections"
 DOCS = f"{BASE}/docs"
@@ -30,6 +38,11 @@ BATCH = 128
 # More by hand: BACKFILL_KILLS=30.
 KILLS = int(os.environ.get("BACKFILL_KILLS", "8"))
 ITEMS = 150 * KILLS
+REPLACEMENTS = 3
+# Queries that are due in a second of cut-overs, clients that ask them, and answers between two cut-overs at
+# least. Two cores answer about 100 a second while they have other work: the clients then ask as fast as that.
+QUERIES_PER_S, ASKERS, ANSWERED = 200, 32, 100
+JSON = {"Content-Type": "application/json"}
 
 
 class Docs:
@@ -120,7 +133,7 @@ def texts_of(number: int) -> dict[str, str]:
 
 def wait_for_more(seen: list[str]) -> None:
     """Wait until some more queries were answered."""
-    wanted = len(seen) + 60
+    wanted = len(seen) + ANSWERED
     wait_for(lambda: len(seen) >= wanted)
 
 
@@ -193,17 +206,19 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
     stop = threading.Event()
     problems: list[Any] = []
     seen: list[str] = []
+    ids, numbers, began = sorted(texts), count(), time.monotonic()
 
     def ask(seed: int) -> None:
         chance = random.Random(seed)
-        with requests.Session() as session:
-            while not stop.is_set():
-                one = chance.choice(sorted(texts))
-                body = {"text": texts[one], "k": 3}
-                answer = session.post(f"{docs.daemon.url}{DOCS}/query", json=body, timeout=20)
-                found = answer.json()
-                if answer.status_code != 200:
-                    problems.append(answer.text)
+        with closing(http.client.HTTPConnection("127.0.0.1", docs.daemon.port, timeout=30)) as connection:
+            # Each query has its time, whoever asks it.
+            while not stop.wait(max(0.0, began + next(numbers) / QUERIES_PER_S - time.monotonic())):
+                one = chance.choice(ids)
+                connection.request("POST", f"{DOCS}/query", json.dumps({"text": texts[one], "k": 3}), JSON)
+                answer = connection.getresponse()
+                found = json.loads(answer.read())
+                if answer.status != 200:
+                    problems.append(found)
                     continue
                 seen.append(found["version"])
                 best = found["items"][0]
@@ -214,8 +229,8 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
                 ):
                     problems.append(found)
 
-    with ThreadPoolExecutor(8) as pool:
-        asking = [pool.submit(ask, seed) for seed in range(8)]
+    with ThreadPoolExecutor(ASKERS) as pool:
+        asking = [pool.submit(ask, seed) for seed in range(ASKERS)]
         try:
             for _ in range(3):
                 wait_for_more(seen)
@@ -230,6 +245,7 @@ def test_queries_during_a_cut_over_and_a_roll_back_are_each_of_one_version(
             one.result()
     assert problems == []
     assert set(seen) == versions
+    assert len(seen) >= 4 * ANSWERED
 
 
 def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_asked_for(
@@ -263,6 +279,22 @@ def test_a_model_that_is_replaced_is_noticed_before_a_vector_of_it_is_stored_or_
     wait_for(lambda: docs.daemon.call("PUT", f"{DOCS}/items", json=item).status_code == 200)
     docs.assert_finds({"c": "gamma"}, ["c"])
     assert [one["state"] for one in docs.versions()] == ["active"]
+
+
+def test_a_former_version_that_a_backfill_has_filled_can_be_rolled_back_to(docs: Docs) -> None:
+    docs.put({"a": "alpha"})
+    first = docs.version("active")["version"]
+    docs.backfill(prefix="passage: ")
+    docs.ended()
+    docs.ask("POST", f"{DOCS}/cutover", {"version": docs.version("building")["version"]})
+    docs.put({"b": "beta"})
+    error = docs.ask("POST", f"{DOCS}/rollback", status=409)["error"]
+    assert (error["code"], error["details"]["missing_ids"]) == ("below_threshold", ["b"])
+    docs.backfill(prefix="")
+    docs.ended()
+    docs.ask("POST", f"{DOCS}/rollback")
+    assert docs.version("active")["version"] == first
+    docs.assert_finds({"a": "alpha", "b": "beta"}, ["a", "b"])
 
 
 def test_what_is_written_during_a_backfill_is_in_both_versions(docs: Docs, server: EmbeddingServer) -> None:
@@ -359,6 +391,148 @@ def test_a_daemon_that_is_replaced_takes_the_collections_over(docs: Docs, server
     start(docs)
     docs.assert_finds(texts, sorted(texts)[:5])
     assert docs.ask("GET", DOCS)["items"] == 50
+
+
+class Clients:
+    """Clients that write and query, each over one connection, and send again what was refused with 503.
+
+    Attributes:
+        written: the text of each item whose write was acknowledged last.
+        problems: answers that no client may get.
+        refused: answers with 503, by what was asked.
+        answered: answers with 200, by what was asked.
+    """
+
+    def __init__(self, docs: Docs, known: dict[str, str]) -> None:
+        self.written = dict(known)
+        self.problems: list[Any] = []
+        self.refused: Counter[str] = Counter()
+        self.answered: Counter[str] = Counter()
+        self.over = threading.Event()
+        self._docs = docs
+        self._known = known
+
+    def wait_for_more(self) -> None:
+        """Wait until some more writes and queries were answered, or there is a problem."""
+        wanted = {path: self.answered[path] + 40 for path in ("items", "query")}
+        wait_for(
+            lambda: self.problems or all(self.answered[path] >= number for path, number in wanted.items())
+        )
+
+    def write(self, writer: int) -> None:
+        """Write new items one after the other, and change an earlier one after each."""
+        with requests.Session() as session:
+            for at in count():
+                if self.over.is_set():
+                    return
+                items = {f"new-{writer}-{at}": f"item {at} of writer {writer}"}
+                if at:
+                    items[f"new-{writer}-{at // 2}"] = f"changed by writer {writer} in step {at}"
+                for one, text in items.items():
+                    body = {"items": [{"id": one, "text": text}]}
+                    if self._asked(session, "PUT", "items", body) is not None:
+                        self.written[one] = text
+
+    def query(self, seed: int) -> None:
+        chance, ids = random.Random(seed), sorted(self._known)
+        with requests.Session() as session:
+            while not self.over.is_set():
+                one = chance.choice(ids)
+                found = self._asked(session, "POST", "query", {"text": self._known[one], "k": 3})
+                if found is not None and (found["items"][0]["id"] != one or found["coverage"] != 1.0):
+                    self.problems.append(found)
+
+    def _asked(self, session: requests.Session, method: str, path: str, body: Any) -> Any:
+        """Ask until the answer is no 503; None where it is a problem."""
+        while True:
+            try:
+                answer = session.request(
+                    method, f"{self._docs.daemon.url}{DOCS}/{path}", json=body, timeout=30
+                )
+            except requests.RequestException as error:
+                self.problems.append(error)
+                return None
+            if answer.status_code == 200:
+                self.answered[path] += 1
+                return answer.json()
+            if answer.status_code != 503 or "Retry-After" not in answer.headers:
+                self.problems.append((path, answer.status_code, answer.text, dict(answer.headers)))
+                return None
+            self.refused[path] += 1
+            time.sleep(float(answer.headers["Retry-After"]))
+
+
+def test_what_is_written_while_the_daemon_is_replaced_is_there_afterwards(
+    docs: Docs, server: EmbeddingServer, processes: list[Process]
+) -> None:
+    known = texts_of(50)
+    docs.put(known)
+    # Most of the time a request waits for its vector: it is under way when its daemon gives way.
+    server.before_answer = lambda _texts: time.sleep(0.05)
+    clients = Clients(docs, known)
+    one = Replaceable(docs.daemon, processes)
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(clients.write, number) for number in range(4)]
+        asking += [pool.submit(clients.query, seed) for seed in range(2)]
+        try:
+            for _ in range(REPLACEMENTS):
+                clients.wait_for_more()
+                one.replace()
+            clients.wait_for_more()
+        finally:
+            clients.over.set()
+        for task in asking:
+            task.result()
+    assert clients.problems == []
+    for process in processes:
+        assert process.wait(timeout=30) == 0
+    assert "Traceback" not in docs.daemon.log()
+    version = docs.version("active")
+    assert (version["coverage"], version["rows"]) == (1.0, len(clients.written))
+    for id_, text in clients.written.items():
+        item = docs.ask("GET", f"{DOCS}/items/{id_}?vector=true")
+        assert item["text"] == text
+        assert item["vector"] == pytest.approx(vector_of(server.digest, text), abs=1e-5)
+
+
+def test_what_is_under_way_when_the_daemon_is_replaced_is_refused_and_not_half_done(
+    docs: Docs, server: EmbeddingServer, processes: list[Process]
+) -> None:
+    docs.put({"a": "alpha"})
+    docs.ask("POST", BASE, {"name": "fresh", "model": MODEL}, status=201)
+    held = threading.Event()
+    reached = threading.Semaphore(0)
+
+    def hold(_texts: Sequence[str]) -> None:
+        reached.release()
+        held.wait(60)
+
+    item = {"items": [{"id": "b", "text": "beta"}]}
+    asked = [
+        ("PUT", f"{DOCS}/items", item),
+        ("PUT", f"{BASE}/fresh/items", item),  # it would make a version that the new daemon does not know
+        ("POST", f"{DOCS}/query", {"text": "alpha"}),
+    ]
+    server.before_answer = hold
+    with ThreadPoolExecutor(len(asked)) as pool:
+        try:
+            asking = [pool.submit(docs.daemon.call, method, path, json=body) for method, path, body in asked]
+            for _ in asked:
+                assert reached.acquire(timeout=30)
+            old = Replaceable(docs.daemon, processes).replace()
+        finally:
+            held.set()
+        for one in asking:
+            answer = one.result()
+            assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1"), answer.text
+    assert old.wait(timeout=30) == 0
+    assert docs.ask("GET", DOCS)["items"] == 1
+    assert docs.ask("GET", f"{BASE}/fresh/versions") == []
+    for method, path, body in asked:
+        docs.ask(method, path, body)
+    docs.assert_finds({"a": "alpha", "b": "beta"}, ["a", "b"])
+    found = docs.ask("POST", f"{BASE}/fresh/query", {"text": "beta"})
+    assert [one["id"] for one in found["items"]] == ["b"]
 
 
 def test_on_an_engine_a_container_is_started_for_a_collection_and_a_killed_daemon_goes_on(

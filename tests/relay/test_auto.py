@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.limited import Limited
 from tests.support.relaying import Scripted, relaying
 from tests.support.storing import ask
 
@@ -146,3 +147,84 @@ async def test_a_tier_without_a_model_is_refused_in_words(tmp_path: Path) -> Non
             assert reply.status == 404
             assert b"set roles.complex.model" in reply.body
         assert not server.seen
+
+
+async def test_a_choice_is_explained_before_and_after_it_was_made(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        explain = "/api/runtime/compute/explain?model=auto&text=" + HARD.replace(" ", "%20")
+        found = (await ask(front, "GET", explain)).json()
+        assert found["classification"] == {
+            "task_type": "strategy",
+            "tier": "complex",
+            "confidence": 0.8,
+            "reasoning": "it has 'strateg*'",
+        }
+        assert (found["role"], found["attempts"][0]["model"]) == ("complex", LARGE)
+        assert found["summary"].startswith(
+            "auto (task strategy, tier complex: it has 'strateg*') would go to one"
+        )
+        assert not server.seen
+        reply = await ask(front, "POST", "/api/chat", chat(HARD))
+        request_id = reply.headers["x-request-id"]
+        await front.record()
+        shown = (await ask(front, "GET", f"/api/runtime/compute/requests/{request_id}")).json()
+        assert (shown["requested_model"], shown["tier"], shown["task_type"]) == (
+            "auto",
+            "complex",
+            "strategy",
+        )
+        assert "(task strategy, tier complex: it has 'strateg*')" in shown["summary"]
+        named = (await ask(front, "GET", "/api/runtime/compute/explain?model=small")).json()
+        assert named["classification"] is None
+
+
+async def test_a_choice_that_none_can_answer_is_explained(tmp_path: Path) -> None:
+    config = {**CONFIG, "roles": {"fast": {"model": SMALL}}}
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=config) as front,
+    ):
+        explain = "/api/runtime/compute/explain?model=auto:complex"
+        found = (await ask(front, "GET", explain)).json()
+        assert "set roles.complex.model" in found["refused"]["message"]
+        assert "set roles.complex.model" in found["summary"]
+        assert not server.seen
+
+
+async def test_a_run_leaves_the_choice_too(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        body = {"path": "/api/chat", "body": chat(HARD)}
+        reply = await front.ask(body, "/api/v1/runs", {"Content-Type": "application/json"})
+        assert reply.status == 202
+        record = await front.record()
+        assert (record.model, record.tier, record.requested_model) == (LARGE, "complex", "auto")
+
+
+async def test_an_unload_of_no_model_in_particular_is_refused(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE), loaded=(SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        reply = await ask(front, "POST", "/api/generate", {"model": "auto", "prompt": "", "keep_alive": 0})
+        assert reply.status == 400
+        assert b"stands for no model that could be unloaded" in reply.body
+        assert not server.seen
+
+
+async def test_a_key_keeps_its_limits(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        key = await Limited(front).make("small", roles=["fast"])
+        assert (await front.ask(chat("hi"), "/api/chat", key)).headers["x-tier"] == "fast"
+        refused = await front.ask(chat(HARD), "/api/chat", key)
+        assert refused.status == 403
+        assert b"the key 'small' may use only the roles fast, not 'complex'" in refused.body
+        assert len(server.seen) == 1

@@ -10,8 +10,9 @@ import pytest
 
 from manager.domain.embeddings import unit_vector, vector_values
 from manager.errors import CollectionConflictError, NotEmbeddedError
-from manager.services.embeddings.embedder import Asking, Embedded, RefusedTextError, Wanted
+from manager.services.embeddings.embedder import Embedded, RefusedTextError, Wanted
 from manager.services.requests import Origin
+from manager.services.routing.whole import Asking
 from tests.support.embedding_server import vector_of
 from tests.support.inside import until
 from tests.support.relaying import Front, Scripted, relaying
@@ -176,6 +177,32 @@ async def test_the_first_text_that_is_refused_is_named(tmp_path: Path) -> None:
         await until(lambda: front.at_rest)
 
 
+@pytest.mark.parametrize("status", [201, 302, 401, 403, 404, 408, 429])
+async def test_a_status_that_is_not_of_the_texts_names_no_text(tmp_path: Path, status: int) -> None:
+    one = Embedding()
+    one.status, one.content = status, b'{"error":"not now"}'
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        with pytest.raises(NotEmbeddedError):
+            await embed(front, ["hello", "there"])
+        assert len(one.texts) == 1
+        await until(lambda: front.at_rest)
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(400, "no"), (413, "no"), (422, "no"), (500, "the prompt is too long")]
+)
+async def test_a_status_that_is_of_the_texts_names_the_first_one(
+    tmp_path: Path, status: int, error: str
+) -> None:
+    one = Embedding()
+    one.status, one.content = status, json.dumps({"error": error}).encode()
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        with pytest.raises(RefusedTextError, match=error) as caught:
+            await embed(front, ["hello", "there"])
+        assert caught.value.at == 0
+        await until(lambda: front.at_rest)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -190,6 +217,7 @@ async def test_the_first_text_that_is_refused_is_named(tmp_path: Path) -> None:
         b'{"embeddings": {"0": [1.0]}}',
         b'{"embeddings": [null]}',
         b'{"embeddings": [[]]}',
+        json.dumps({"embeddings": [[1.0] * 8193]}).encode(),
     ],
 )
 async def test_an_answer_without_useful_vectors_is_an_error_and_leaves_nothing(
@@ -202,6 +230,16 @@ async def test_an_answer_without_useful_vectors_is_an_error_and_leaves_nothing(
             await embed(front, ["hello"])
         await until(lambda: front.at_rest)
         assert front.records[-1].outcome == "upstream_error"
+
+
+@pytest.mark.parametrize("count", ["18446744073709551615", "-1", "true", "1.5", '"3"', "null"])
+async def test_what_is_no_number_of_tokens_is_not_recorded(tmp_path: Path, count: str) -> None:
+    one = Embedding()
+    one.content = b'{"embeddings": [[1.0, 2.0]], "prompt_eval_count": %s}' % count.encode()
+    async with one.serving(), relaying(tmp_path, {"one": one}) as front:
+        assert (await embed(front, ["hello"])).dimensions == 2
+        await until(lambda: front.at_rest)
+        assert [record.input_tokens for record in front.records if record.path == PATH] == [None]
 
 
 async def test_vectors_of_another_dimension_are_refused(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ class Router:
         self.changes: dict[tuple[str, str | None], BodyChanges] = {}
         self.load_by_instance: dict[str, int] = {}
         self.running: set[str] = set()
+        self.settings = RoutingSettings({})
 
     def snapshot(self) -> Snapshot:
         return Snapshot(tuple(Candidate(name, None, State.READY) for name in sorted(self.running)))

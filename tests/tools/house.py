@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,7 +119,7 @@ class House:
         return self.client.containers.get(container["id"]).attrs["State"]["Pid"] if container else 0
 
     def furnish(self) -> None:
-        """Make a history: answers, a fallback to the paid server, a refusal, a drain; and collections."""
+        """Make a history: answers, a fallback to the paid server, a refusal, a drain."""
         for instance in ("gpu0", "gpu1", "cpu"):
             self.daemon.started(instance)
         self.show_memory()
@@ -134,7 +134,6 @@ class House:
             self.post(f"{compute}/{instance}/drain", {"reason": "new cable", "stop": False})
         self.chat("thinking", **{"X-Project-ID": "research"})
         self.post(f"{compute}/gpu0/resume")
-        self.collect()
 
     def collect(self) -> None:
         """Make collections: one at rest, one that changes to another version slowly, one without items."""
@@ -154,6 +153,12 @@ class House:
         change = {"prefix": "passage: ", "rate": 16, "threshold": 0.95}
         self.post("/api/v1/collections/tickets/backfill", change)
 
+    def backfilled(self) -> int:
+        """Return how many items the backfill has embedded."""
+        answer = requests.get(f"{self.url}/api/v1/collections/tickets/backfill", timeout=60)
+        rows: int = answer.json()["rows"]
+        return rows
+
     def keep_busy(self) -> None:
         """Begin long answers."""
         body = {"model": "alert-fast", "options": {"num_predict": 60}, "stream": True}
@@ -162,13 +167,16 @@ class House:
 
     def _read(self, body: dict[str, Any], project: str) -> None:
         messages = [{"role": "user", "content": "hi"}]
-        with requests.post(
-            f"{self.url}/api/chat",
-            json={**body, "messages": messages},
-            headers={"X-Project-ID": project},
-            stream=True,
-            timeout=_BUSY_S,
-        ) as answer:
+        with (
+            suppress(requests.RequestException),  # the house was left
+            requests.post(
+                f"{self.url}/api/chat",
+                json={**body, "messages": messages},
+                headers={"X-Project-ID": project},
+                stream=True,
+                timeout=_BUSY_S,
+            ) as answer,
+        ):
             for _ in answer.iter_lines():
                 pass
 
@@ -248,6 +256,7 @@ def main() -> int:
     provide([DOCKERD, IPTABLES, IP, COMPILER])
     with tempfile.TemporaryDirectory(prefix="ollama-manager-house-") as home, house(Path(home)) as built:
         built.furnish()
+        built.collect()
         say(f"the page is at {built.url}/ui; Ctrl-C ends it")
         try:
             while True:

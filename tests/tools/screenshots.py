@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manager.cli.machine import DOCKERD, IPTABLES
 from manager.web.pages import PAGES
+from manager.web.pages.collections import COLLECTIONS
 from tests.support.browser import browser, chromium, visit
+from tests.support.daemon import wait_for
 from tests.tools.console import ToolError, say
 from tests.tools.house import house
 from tests.tools.system import COMPILER, IP, provide
@@ -24,6 +27,12 @@ if TYPE_CHECKING:
 _IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 _WIDTHS = {"wide": 1280, "narrow": 360}
 _SCHEMES = ("light", "dark")
+# The collection that changes to another version.
+_COLLECTION = replace(COLLECTIONS, name="collection", path=f"{COLLECTIONS.path}?name=tickets")
+# Items of it that have a new vector when its first picture is taken.
+_BACKFILLED = 200
+# Their backfill fills the history of requests: collections come last.
+_PAGES = (*(page for page in PAGES if page is not COLLECTIONS), COLLECTIONS, _COLLECTION)
 
 
 def main() -> int:
@@ -35,18 +44,24 @@ def main() -> int:
         raise ToolError("there is no Chromium; Debian, Ubuntu: apt-get install chromium")
     provide([DOCKERD, IPTABLES, IP, COMPILER])
     options.to.mkdir(parents=True, exist_ok=True)
-    pages = [page for page in PAGES if not options.names or page.name in options.names]
+    pages = [page for page in _PAGES if not options.names or page.name in options.names]
     with (
         tempfile.TemporaryDirectory(prefix="ollama-manager-house-") as home,
         house(Path(home)) as built,
         browser() as running,
     ):
         built.furnish()
-        for page, width, scheme in product(pages, _WIDTHS, _SCHEMES):
-            built.keep_busy()
-            file = options.to / f"{page.name}-{width}-{scheme}.png"
-            _picture(running, built, page, file, width=_WIDTHS[width], scheme=scheme)
-            say(file.name)
+        is_collected = False
+        for page in pages:
+            if page in (COLLECTIONS, _COLLECTION) and not is_collected:
+                built.collect()
+                wait_for(lambda: built.backfilled() > _BACKFILLED)
+                is_collected = True
+            for width, scheme in product(_WIDTHS, _SCHEMES):
+                built.keep_busy()
+                file = options.to / f"{page.name}-{width}-{scheme}.png"
+                _picture(running, built, page, file, width=_WIDTHS[width], scheme=scheme)
+                say(file.name)
     return 0
 
 

@@ -351,7 +351,11 @@ class SqlCollections:
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
-            raise RegistryUnwritableError(f"{file.WHAT} {self._path} is closed")
+            error = RegistryUnwritableError(
+                f"{file.WHAT} is closed: this daemon ends, or another one takes over; try again"
+            )
+            error.retry_after_s = 1
+            raise error
 
     async def _remove(self, begin: Callable[[sqlite3.Connection], list[Removed]]) -> None:
         async def work() -> None:

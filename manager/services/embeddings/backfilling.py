@@ -19,6 +19,7 @@ from manager.domain.embeddings import (
     Version,
     VersionState,
 )
+from manager.domain.models import model_key
 from manager.errors import (
     CollectionConflictError,
     InvalidRequestError,
@@ -27,11 +28,13 @@ from manager.errors import (
     UnknownCollectionError,
     VectorsDamagedError,
 )
-from manager.services.embeddings.embedder import BATCH, Asking, RefusedTextError, Wanted
+from manager.services.embeddings.embedder import BATCH, RefusedTextError, Wanted
 from manager.services.embeddings.ports import VectorRow
+from manager.services.embeddings.switching import archived_meanwhile
 from manager.services.embeddings.writing import embed_for, facts_of
 from manager.services.finishing import finish
 from manager.services.requests import Origin
+from manager.services.routing.whole import Asking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,9 +97,10 @@ class BackfillState(NamedTuple):
 
 @dataclass(slots=True)
 class _Progress:
-    """The progress of a backfill in this process."""
+    """The progress of a backfill in this process. `tried` is the number of texts of the last batch."""
 
     after: int = 0
+    tried: int = 0
     has_advanced: bool = False
     pause_s: float = 0.0
     waits_for: str | None = None
@@ -244,17 +248,21 @@ class Backfilling:
                 version = replace(version, key=await store.add_version(version))
             elif known.state is VersionState.ACTIVE:
                 counts = await store.counts(known.key)
-                if counts.rows >= counts.items:
+                is_renamed = model_key(known.recipe.model) != model_key(recipe.model)
+                if counts.rows >= counts.items and not is_renamed:
                     message = (
                         f"version {known.id} is active and has vectors of all {counts.items} items: "
                         "the model has not changed (nothing_to_do)"
                     )
                     raise CollectionConflictError("nothing_to_do", message)
-                version = replace(known, stale_since=None)
+                version = replace(known, recipe=recipe, stale_since=None)
+                if is_renamed:
+                    await self._rename(shelved, version)
             else:
                 building = VersionState.BUILDING
                 version = known if known.state is building else known.moved(building, now)
-                version = replace(version, stale_since=None)
+                # The same build may have another name now.
+                version = replace(version, recipe=recipe, stale_since=None)
             other = shelved.building
             others = [] if other is None or other.key == version.key else [other]
             changed = [version, *(one.moved(VersionState.ARCHIVED, now) for one in others)]
@@ -275,6 +283,14 @@ class Backfilling:
         self._news.set()
         self._journal.record("backfill_started", detail=f"{name}: version {version.id} of {recipe.model}")
         return await self._state(shelved)
+
+    async def _rename(self, shelved: Shelved, active: Version) -> None:
+        """Have texts embedded by the model under another name from now on: the build is the same."""
+        recipe = active.recipe
+        collection = replace(shelved.collection, model=recipe.model, asked=recipe.asked)
+        await self._shelf.store.switch(active, None, collection, lambda _: True)
+        shelved.collection = collection
+        shelved.take(active)
 
     async def _state(self, shelved: Shelved) -> BackfillState:
         backfill = shelved.backfill
@@ -298,7 +314,7 @@ class Backfilling:
         """Store another status, if it is another one; a version that is built no longer is archived."""
         async with shelved.changing:
             backfill = shelved.backfill
-            if backfill is None or backfill.status is status:
+            if backfill is None or backfill.status is status or shelved.is_removed:
                 return
             try:
                 moved = backfill.moved(status, self._utcnow(), error)
@@ -326,12 +342,13 @@ class Backfilling:
     async def _work(self, shelved: Shelved) -> None:
         """Do batch after batch until the backfill runs no longer."""
         key = shelved.collection.key
-        progress = self._progress.setdefault(key, _Progress())
         try:
             while not shelved.is_removed:
                 backfill = shelved.backfill
                 if backfill is None or backfill.status is not BackfillStatus.RUNNING:
                     return
+                # Another one may have begun during the last batch of a cancelled one.
+                progress = self._progress.setdefault(key, _Progress())
                 began = monotonic()
                 try:
                     done = await self._batch(shelved, backfill, progress)
@@ -350,8 +367,9 @@ class Backfilling:
                 if done:
                     progress.waits_for, progress.pause_s = None, 0.0
                     progress.batches.append((monotonic(), done))
-                    if backfill.rate is not None:
-                        await self._rest(began + done / backfill.rate - monotonic(), shelved)
+                if backfill.rate is not None:
+                    # Texts that are refused cost the server as much as the others.
+                    await self._rest(began + progress.tried / backfill.rate - monotonic(), shelved)
         finally:
             self._working.discard(key)
             self._news.set()  # it may have been resumed meanwhile
@@ -370,11 +388,17 @@ class Backfilling:
         version = shelved.versions.get(backfill.version)
         if version is None:
             raise CollectionConflictError("version_removed", "its version was removed")
+        if version.state is VersionState.ARCHIVED:
+            # The process has ended between the cut-over or roll-back and the end of this backfill.
+            await finish(self._moved(shelved, BackfillStatus.CANCELLED, archived_meanwhile(version)))
+            return None
         if version.stale_since is not None:
             message = f"the build of {version.recipe.model} was replaced (version_stale)"
             raise CollectionConflictError("version_stale", message)
         size = _BATCH if backfill.rate is None else max(1, min(_BATCH, int(backfill.rate)))
         items = await self._shelf.store.missing(version.key, progress.after, size)
+        texts = [item for item in items if item.text is not None]
+        progress.tried = len(texts)
         if not items:
             if progress.after == 0:
                 await self._finish(shelved, backfill, version)
@@ -385,7 +409,6 @@ class Backfilling:
                 await self._rest(progress.pause_s, shelved)
             progress.after, progress.has_advanced = 0, False
             return 0
-        texts = [item for item in items if item.text is not None]
         done = 0
         for item in items:
             if item.text is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
-from manager.domain.embeddings import dimensions_of, unit_vector
+from manager.domain.embeddings import MOST_DIMENSIONS, dimensions_of, unit_vector
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Protocol
 from manager.errors import (
@@ -47,14 +47,14 @@ from manager.wire.trace import traceparent
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from manager.domain.keys import Grant
     from manager.domain.record import Outcome
     from manager.domain.target import Target
     from manager.services.embeddings.digests import Digests
     from manager.services.open_requests import OpenRequest
     from manager.services.ports import ModelServer, ServerAnswer
-    from manager.services.requests import Origin, Requests
+    from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
+    from manager.services.routing.whole import Asking
     from manager.wire.body import InferenceBody
     from manager.wire.head import Header
 
@@ -63,20 +63,13 @@ BATCH = 32
 _ROUTE = INFERENCE[b"/api/embed"]
 _OK = 200
 _MOST_ANSWER_BYTES = 128 * 2**20
+# As for any request: a larger number is no number of tokens.
+_MOST_TOKENS = 999_999_999
 _SMALL_BYTES = 16 * 1024
 # A model that changes between a request and the look that follows is asked anew so often.
 _TRIES = 3
 _CANCELLED = 503
-
-
-@dataclass(frozen=True, slots=True)
-class Asking:
-    """The client of a request. `path` is as it is logged. A background request takes free slots only."""
-
-    origin: Origin
-    grant: Grant | None
-    path: str
-    is_background: bool = False
+_OF_THE_TEXTS = frozenset({400, 413, 422})
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +297,8 @@ class _Request:
         if status != _OK:
             message = message_of(content) or f"the server answered with status {status}"
             judgement = judge(status, message)
-            if status < INTERNAL_ERROR or judgement.reason is None:
+            # Any other one is about the server or the way to it, and says nothing of the texts.
+            if judgement.reason is None and (status in _OF_THE_TEXTS or status >= INTERNAL_ERROR):
                 raise _RefusedError(message[:1000])
             raise UnavailableError(message[:1000], reason=judgement.reason or Reason.UPSTREAM_ERROR)
         vectors, tokens = await self._vectors(content)
@@ -435,6 +429,12 @@ class _Request:
             )
             raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
         found, wanted = dimensions_of(vectors[0]), self._wanted.dimensions
+        if found > MOST_DIMENSIONS:
+            message = (
+                f"{self.record.effective_target} returned vectors of {found} dimensions; "
+                f"at most {MOST_DIMENSIONS} are possible"
+            )
+            raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
         if wanted is not None and found != wanted:
             message = (
                 f"{self._wanted.model} makes vectors of {found} dimensions now, and this version has "
@@ -461,4 +461,5 @@ def _parsed(content: bytes) -> tuple[list[bytes], int | None]:
     if not isinstance(answer, dict):
         raise TypeError("expected an object")
     tokens = answer.get("prompt_eval_count")
-    return [unit_vector(one) for one in answer["embeddings"]], tokens if isinstance(tokens, int) else None
+    is_count = type(tokens) is int and 0 <= tokens <= _MOST_TOKENS
+    return [unit_vector(one) for one in answer["embeddings"]], tokens if is_count else None

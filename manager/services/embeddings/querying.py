@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
     from manager.domain.embeddings import Version
     from manager.domain.metadata_filter import Condition
-    from manager.services.embeddings.embedder import Asking, Embedder
+    from manager.services.embeddings.embedder import Embedder
     from manager.services.embeddings.ports import Found, Hit
     from manager.services.embeddings.shelf import Shelf
     from manager.services.embeddings.tending import Tending
+    from manager.services.routing.whole import Asking
 
 # A search asks for some more rows than are wanted: those of items that were changed or removed are skipped.
 _SPARE = 16
@@ -100,7 +102,8 @@ class Querying:
         except VectorsDamagedError:
             await self._tending.mend(version)
             answer = await self._answer(version, vector, query)
-        if self._shelf.get(name) is not shelved or version.key not in shelved.versions:
+        is_there = version.key in shelved.versions and version.key not in shelved.leaving
+        if self._shelf.get(name) is not shelved or not is_there:
             # It was removed while it was searched: what was found may be a part.
             message = f"version {version.id} of {name!r} was removed meanwhile"
             raise UnknownCollectionError("unknown_version", message)
@@ -161,15 +164,24 @@ class Querying:
     async def _checked(self, table: int, hits: Sequence[Hit], query: Query) -> list[Match]:
         """Return the hits whose items are there now, once each, and match the conditions."""
         known: Mapping[int, Found] = await self._shelf.store.found(table, [hit.number for hit in hits])
-        best: dict[int, Match] = {}
-        for hit in hits:
-            item = known.get(hit.number)
-            if item is None or hit.number in best:
-                continue
-            if query.conditions and not matches(query.conditions, orjson.loads(item.metadata)):
-                continue
-            best[hit.number] = Match(item, hit.score)
-        return list(best.values())
+        if not query.conditions:
+            return _wanted(known, hits, ())
+        # The metadata of thousands of items take a while: the event loop goes on meanwhile.
+        return await asyncio.to_thread(_wanted, known, hits, query.conditions)
+
+
+def _wanted(
+    known: Mapping[int, Found], hits: Sequence[Hit], conditions: tuple[Condition, ...]
+) -> list[Match]:
+    best: dict[int, Match] = {}
+    for hit in hits:
+        item = known.get(hit.number)
+        if item is None or hit.number in best:
+            continue
+        if conditions and not matches(conditions, orjson.loads(item.metadata)):
+            continue
+        best[hit.number] = Match(item, hit.score)
+    return list(best.values())
 
 
 def _wrong(field: str, message: str) -> InvalidRequestError:

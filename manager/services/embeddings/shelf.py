@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from manager.domain.embeddings import VersionState
-from manager.errors import NotInstalledError, UnknownCollectionError
+from manager.errors import NotInstalledError, UnknownCollectionError, VectorsUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -23,15 +23,23 @@ HOW_TO_INSTALL = (
 
 
 class Shelved:
-    """A collection with its versions and its latest backfill. `changing` is held to change any of them."""
+    """A collection with its versions and its latest backfill. `changing` is held to change any of them.
 
-    __slots__ = ("backfill", "changing", "collection", "is_removed", "versions")
+    Attributes:
+        is_leaving: the store removes it: at some time before the end its items are gone.
+        leaving: the keys of versions of which the same is true.
+        is_removed: it is gone.
+    """
+
+    __slots__ = ("backfill", "changing", "collection", "is_leaving", "is_removed", "leaving", "versions")
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
         self.versions: dict[int, Version] = {}
         self.backfill: Backfill | None = None
         self.changing = asyncio.Lock()
+        self.is_leaving = False
+        self.leaving: set[int] = set()
         self.is_removed = False
 
     @property
@@ -46,9 +54,13 @@ class Shelved:
 
     @property
     def previous(self) -> Version | None:
-        """The version that was active before, and can be rolled back to."""
-        found = [one for one in self.versions.values() if one.archived_at and one.activated_at]
-        return max(found, key=lambda one: (one.archived_at, one.key), default=None)
+        """The version that was active before, and can be rolled back to; a backfill may fill it again."""
+        found = [one for one in self.versions.values() if one.state is not VersionState.ACTIVE]
+        return max(
+            (one for one in found if one.activated_at),
+            key=lambda one: (one.activated_at, one.key),
+            default=None,
+        )
 
     def version(self, version_id: str) -> Version:
         """Return a version by its id.
@@ -57,9 +69,9 @@ class Shelved:
             UnknownCollectionError: there is none.
         """
         for one in self.versions.values():
-            if one.id == version_id:
+            if one.id == version_id and one.key not in self.leaving:
                 return one
-        known = ", ".join(one.id for one in self.versions.values()) or "none"
+        known = ", ".join(one.id for key, one in self.versions.items() if key not in self.leaving) or "none"
         name = self.collection.name
         message = f"the collection {name!r} has no version {version_id[:64]!r}; there are: {known}"
         raise UnknownCollectionError("unknown_version", message)
@@ -74,21 +86,34 @@ class Shelved:
 
 
 class Tables:
-    """Tells who uses the table of a version: many may add and search, or one may mend or drop it."""
+    """Tells who uses the table of a version: many may add and search, or one may mend or drop it.
+
+    Once closed, nobody begins: whoever asks gets `VectorsUnavailableError`.
+    """
 
     def __init__(self) -> None:
         self._users: Counter[int] = Counter()
         self._owned: set[int] = set()
         self._changed = asyncio.Event()
+        self._is_closed = False
 
     def is_used(self, table: int) -> bool:
         return table in self._owned or self._users[table] > 0
 
+    async def close(self) -> None:
+        """Let nobody begin, and wait for those who have begun: what they write is whole then."""
+        self._is_closed = True
+        self._wake()
+        while self._owned or self._users:
+            await self._changed.wait()
+
     @asynccontextmanager
     async def using(self, *tables: int) -> AsyncIterator[None]:
         """Keep tables from being mended and dropped."""
+        self._refuse_if_closed()
         while self._owned.intersection(tables):
             await self._changed.wait()
+            self._refuse_if_closed()
         self._users.update(tables)
         try:
             yield
@@ -100,8 +125,10 @@ class Tables:
     @asynccontextmanager
     async def owning(self, table: int) -> AsyncIterator[None]:
         """Wait until nobody uses a table, and keep the others away."""
+        self._refuse_if_closed()
         while table in self._owned:
             await self._changed.wait()
+            self._refuse_if_closed()
         self._owned.add(table)
         try:
             while self._users[table]:
@@ -110,6 +137,10 @@ class Tables:
         finally:
             self._owned.discard(table)
             self._wake()
+
+    def _refuse_if_closed(self) -> None:
+        if self._is_closed:
+            raise VectorsUnavailableError("this daemon ends, or another one takes over; try again")
 
     def _wake(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
@@ -172,10 +203,11 @@ class Shelf:
         await self._is_checked.wait()
 
     def all(self) -> list[Shelved]:
-        """Return all collections, by name."""
-        return [self._by_name[name] for name in sorted(self._by_name)]
+        """Return all collections that stay, by name."""
+        return [one for _, one in sorted(self._by_name.items()) if not one.is_leaving]
 
     def has(self, name: str) -> bool:
+        """Return whether the name is taken, also by one that leaves."""
         return name in self._by_name
 
     def get(self, name: str) -> Shelved:
@@ -185,7 +217,7 @@ class Shelf:
             UnknownCollectionError: there is none.
         """
         found = self._by_name.get(name)
-        if found is None:
+        if found is None or found.is_leaving:
             message = f"there is no collection {name[:64]!r}; GET /api/v1/collections lists them"
             raise UnknownCollectionError("unknown_collection", message)
         return found

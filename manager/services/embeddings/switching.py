@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from manager.domain.embeddings import (
     MOST_COLLECTIONS,
+    BackfillStatus,
     Collection,
     VersionState,
 )
@@ -45,6 +46,11 @@ class Overview(NamedTuple):
     shelved: Shelved
     items: int
     counts: Mapping[int, Counts]
+
+
+def archived_meanwhile(version: Version) -> str:
+    """Return why the backfill of a version ends that was active, and is not any more."""
+    return f"version {version.id} was archived: nothing is written into it any more"
 
 
 class Switching:
@@ -177,7 +183,13 @@ class Switching:
         async with shelved.changing:
             if shelved.is_removed:
                 return
-            await self._shelf.store.remove(shelved.collection.key)
+            # Its rows go in many transactions, and are not seen after the first one: nor is the collection.
+            shelved.is_leaving = True
+            try:
+                await self._shelf.store.remove(shelved.collection.key)
+            except BaseException:
+                shelved.is_leaving = False
+                raise
             self._shelf.discard(shelved)
         self._journal.record("collection_removed", detail=shelved.collection.name)
 
@@ -211,9 +223,24 @@ class Switching:
                 raise await self._below(wanted, counts, share)
             shelved.collection = collection
             shelved.take(new, *(() if old is None else (old,)))
+            if old is not None:
+                await self._end_backfill(shelved, old, now)
         before = "none" if replaced is None else replaced.id
         self._journal.record(event, detail=f"{name}: from {before} to {wanted.id}")
         return await self._overview(shelved)
+
+    async def _end_backfill(self, shelved: Shelved, archived: Version, now: datetime) -> None:
+        """End the backfill of a version that is archived now: nothing is written into it any more."""
+        backfill = shelved.backfill
+        if backfill is None or backfill.version != archived.key or not backfill.is_open:
+            return
+        ended = backfill.moved(BackfillStatus.CANCELLED, now, archived_meanwhile(archived))
+        # Where this cannot be stored, or the process ends before it, the next batch ends the backfill.
+        with suppress(ManagerError):
+            await self._shelf.store.save_backfill(ended)
+            shelved.backfill = ended
+            name = shelved.collection.name
+            self._journal.record("backfill_cancelled", detail=f"{name}: {ended.error}")
 
     async def _know_builds(self, version: Version) -> None:
         """Read the lists of all instances where the known ones lack the build: it may be newer than they."""
@@ -269,8 +296,12 @@ class Switching:
             if backfill is not None and backfill.version == version.key and backfill.is_open:
                 message = f"a backfill of version {version_id} is {backfill.status.value}; cancel it first"
                 raise CollectionConflictError("backfill_open", message)
-            await self._shelf.store.remove_version(version.key)
-            del shelved.versions[version.key]
+            shelved.leaving.add(version.key)
+            try:
+                await self._shelf.store.remove_version(version.key)
+                del shelved.versions[version.key]
+            finally:
+                shelved.leaving.discard(version.key)
             if backfill is not None and backfill.version == version.key:
                 shelved.backfill = None
         self._journal.record("version_removed", detail=f"{shelved.collection.name}: {version_id}")

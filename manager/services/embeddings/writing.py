@@ -24,9 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
     from datetime import datetime
 
-    from manager.services.embeddings.embedder import Asking, Embedded, Embedder
+    from manager.services.embeddings.embedder import Embedded, Embedder
     from manager.services.embeddings.shelf import Shelf, Shelved
     from manager.services.embeddings.tending import Tending
+    from manager.services.routing.whole import Asking
 
 _log = structlog.get_logger("collections")
 
@@ -210,9 +211,9 @@ class Writing:
             if shelved.active is not None or shelved.is_removed:
                 return vectors, None
             now = self._utcnow()
-            version = Version(
-                0, collection.key, recipe, VersionState.ACTIVE, now, activated_at=now, policy=policy
-            )
+            # The collection may have been stored, and have got its key, only meanwhile.
+            key = shelved.collection.key
+            version = Version(0, key, recipe, VersionState.ACTIVE, now, activated_at=now, policy=policy)
             return vectors, await finish(self._add(shelved, version))
 
     async def _add(self, shelved: Shelved, version: Version) -> Version:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from manager.services.journal import Journal
     from manager.services.ports import Registry
     from manager.settings import ModelsSettings
+    from manager.settings.auto import EnsembleSettings
     from manager.settings.overrides import Change, Ignored, Overlay, Sourced
 
 _log = structlog.get_logger("settings")
@@ -45,7 +46,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class ModelSettings:
     """Owns the saved overrides. `routing` is what is in force; `version` grows whenever that changes.
 
-    `fallback` has the values of that section in force, each with its source.
+    `fallback` has the values of that section in force, each with its source. `ensemble` is what ensembles
+    are where a request does not say, None where there are none.
 
     Args:
         written: what the configuration says of each role.
@@ -74,9 +76,11 @@ class ModelSettings:
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
         weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
         self._auto, self._weights = auto, weights
+        self.ensemble = ensemble
         self._registry = registry
         self._journal = journal
         self._written = written
@@ -122,11 +126,13 @@ class ModelSettings:
         models: ModelsSettings,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
+        *,
         weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
         """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
         self._written, self._models, self._written_fallback = written, models, fallback
-        self._auto, self._weights = auto, weights
+        self._auto, self.ensemble, self._weights = auto, ensemble, weights
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1
 

@@ -42,6 +42,7 @@ from manager.wire.steps import run
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from manager.domain.auto import Choice
     from manager.domain.judgement import Judgement
     from manager.domain.keys import Grant
     from manager.domain.record import Outcome, RequestRecord
@@ -257,11 +258,19 @@ class Attempting:
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
         if is_auto(facts.model, facts.kind, self._routing.router.settings):
+            if self._starts_nothing:
+                return _NOTHING_TO_UNLOAD
             if body is None or not body.is_small:
                 self._pending = self._choose_in_steps
                 return WAIT
             return self._chosen(run(text_asked(body.fields)))
         return self._enter()
+
+    def note_choice(self, choice: Choice) -> None:
+        """Note how the model of the request was chosen."""
+        record, found = self.record, choice.classification
+        record.task_type, record.tier = found.task_type, found.tier.value
+        record.task_confidence, record.task_reasoning = found.confidence, found.reasoning
 
     def enter_raw(self, target: Target) -> Step:
         """Pass a request that names no model to the raw server."""
@@ -692,15 +701,14 @@ class Attempting:
         if settings.auto is None:  # it was switched off meanwhile
             return self._enter()
         choice = choose(facts.model, text, settings, settings.auto)
-        found = choice.classification
-        record.requested_model, record.task_type, record.tier = facts.model, found.task_type, found.tier.value
-        record.task_confidence, record.task_reasoning = found.confidence, found.reasoning
+        record.requested_model = facts.model
+        self.note_choice(choice)
         if choice.role is None:
             record.fallback_reason = Reason.MODEL_MISSING
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
         self._facts = facts._replace(model=choice.model)
         step = self._enter()
-        record.routing_ms = (perf_counter() - began_at) * 1000
+        record.routing_ms = round((perf_counter() - began_at) * 1000, 3)
         return step
 
     def _enter(self) -> Step:
@@ -1205,6 +1213,9 @@ class Attempting:
             lease.release()
 
 
+_NOTHING_TO_UNLOAD = Trouble(
+    Reason.POLICY, "'auto' stands for no model that could be unloaded; name one", refused="impossible"
+)
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # Refusals that the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")

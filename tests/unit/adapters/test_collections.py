@@ -144,7 +144,7 @@ async def test_a_closed_store_refuses_calls(path: Path) -> None:
     await store.close()
     await store.close()
     for call in (store.collections(), store.create(a_collection()), store.allocate(1), store.remove(1)):
-        with pytest.raises(RegistryUnwritableError, match=f"the file of collections {path} is closed"):
+        with pytest.raises(RegistryUnwritableError, match="the file of collections is closed"):
             await call
     assert not path.exists()
 

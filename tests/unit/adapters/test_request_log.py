@@ -57,6 +57,12 @@ BEYOND: dict[str, tuple[type, bool]] = {
     "shadow_refused": (TEXT, True),
     "disagreement": (TEXT, True),
     "key": (TEXT, True),
+    "requested_model": (TEXT, True),
+    "task_type": (TEXT, True),
+    "tier": (TEXT, True),
+    "task_confidence": (MS, True),
+    "task_reasoning": (TEXT, True),
+    "routing_ms": (MS, True),
 }
 FULL = a_record(
     parent_span_id=CALLER,
@@ -73,6 +79,12 @@ FULL = a_record(
     shadow_target="gpu0",
     shadow_refused=Reason.MODEL_MISSING,
     disagreement="refused",
+    requested_model="auto",
+    task_type="chat",
+    tier="fast",
+    task_confidence=0.5,
+    task_reasoning="it is short (2 characters)",
+    routing_ms=0.2,
 )
 BARE = a_record(
     **dict.fromkeys(name for name, (_, may_be_null) in (DOCUMENTED | BEYOND).items() if may_be_null)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from manager.adapters.collections.file import create
 from manager.adapters.locks import StateDirLock
 from manager.adapters.owner import ManagerIdLock
 from manager.cli.doctor_engine import Needs, card_finding, runtime_finding
@@ -205,6 +206,56 @@ def test_a_broken_registry_is_a_fault_and_stays_as_it_is(run: Run, port: int, tm
     assert f"mv -n {registry}" in found["remedy"]
     assert [file.name for file in registry.parent.iterdir()] == ["registry.sqlite3"]
     assert registry.read_bytes() == b"this is no database"
+
+
+def test_the_extra_and_the_file_of_collections_are_looked_at(
+    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_installed = True
+
+    def found() -> tuple[str, str]:
+        one = checks(run("doctor", "--json"))["collections"]
+        return one["verdict"], one["message"]
+
+    monkeypatch.setattr("manager.adapters.vectors.installed", lambda: is_installed)
+    assert found() == ("ok", "none yet; the first one makes their file")
+    is_installed = False
+    verdict, message = found()
+    assert (verdict, "ollama-endpoint-manager[embeddings]" in message) == ("ok", True)
+    (tmp_path / "state").mkdir(mode=0o700)
+    create(tmp_path / "state/embeddings.sqlite3", 1)
+    verdict, message = found()
+    assert (verdict, "answer 501" in message) == ("warning", True)
+    is_installed = True
+    verdict, message = found()
+    assert (verdict, "is whole" in message) == ("ok", True)
+
+
+def test_a_broken_file_of_collections_is_a_fault_and_stays_as_it_is(
+    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manager.adapters.vectors.installed", lambda: True)
+    path = tmp_path / "state/embeddings.sqlite3"
+    path.parent.mkdir(mode=0o700)
+    path.write_bytes(b"no database, but long enough to have a head" * 10)
+    found = checks(run("doctor", "--json"))["collections"]
+    assert found["verdict"] == "broken"
+    assert "mv " in found["remedy"]
+    assert path.read_bytes().startswith(b"no database")
+
+
+def test_too_little_space_for_another_version_is_a_warning(
+    run: Run, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("manager.adapters.vectors.installed", lambda: True)
+    (tmp_path / "state").mkdir(mode=0o700)
+    create(tmp_path / "state/embeddings.sqlite3", 1)
+    table = tmp_path / "state/vectors/v1.lance/data.lance"
+    table.parent.mkdir(parents=True)
+    with table.open("wb") as file:
+        file.truncate(2**43)  # a hole: it takes no space
+    found = checks(run("doctor", "--json"))["collections"]
+    assert (found["verdict"], "MiB are left" in found["message"]) == ("warning", True), found
 
 
 def test_a_state_directory_that_is_none_is_a_fault(run: Run, port: int, tmp_path: Path) -> None:

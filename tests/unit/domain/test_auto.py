@@ -82,7 +82,7 @@ def test_a_tier_without_a_model_says_what_to_set() -> None:
     assert isinstance(choice, Choice)
     assert choice.role is None
     assert choice.message == (
-        "'auto': this request needs the tier 'complex' (it has 'strategy'), and no role of that name has "
+        "this request needs the tier 'complex' (it has 'strategy'), and no role of that name has "
         "a model; set roles.complex.model"
     )
 

@@ -65,7 +65,7 @@ def _accuracy(lines: list[list[str]], usual: dict[str, Tier]) -> tuple[float, fl
 
 
 def test_it_is_off_unless_it_is_switched_on(tmp_path: Path) -> None:
-    assert load(tmp_path, "").routing.rules is None  # type: ignore[attr-defined]
+    assert not load(tmp_path, "").routing.rules.is_on  # type: ignore[attr-defined]
     rules = load(tmp_path, "routing: {auto: true, escalate_below: 0.5}").routing.rules  # type: ignore[attr-defined]
     assert rules.escalate_below == 0.5
     assert rules.lexicon == read_words(SHIPPED)

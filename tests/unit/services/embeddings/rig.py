@@ -11,13 +11,14 @@ from manager.adapters.vectors import LanceVectors
 from manager.domain.embeddings import unit_vector
 from manager.errors import CollectionConflictError, NotEmbeddedError, Reason
 from manager.services.embeddings.backfilling import Backfilling
-from manager.services.embeddings.embedder import Asking, Embedded, Embedder, RefusedTextError, Wanted
+from manager.services.embeddings.embedder import Embedded, Embedder, RefusedTextError, Wanted
 from manager.services.embeddings.querying import Querying
 from manager.services.embeddings.shelf import Shelf
 from manager.services.embeddings.switching import Switching
 from manager.services.embeddings.tending import Tending
 from manager.services.embeddings.writing import Writing
 from manager.services.requests import Origin
+from manager.services.routing.whole import Asking
 from tests.support.embedding_server import digest_of, vector_of
 
 if TYPE_CHECKING:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from manager.errors import VectorsUnavailableError
 from manager.services.embeddings.backfilling import NewBackfill
 from manager.services.embeddings.switching import NewCollection
 from manager.services.embeddings.tending import MOST_WRITES
@@ -80,3 +83,69 @@ async def test_many_small_writes_have_their_files_merged_before_the_next_round(t
             await merged.wait()
     finally:
         await rig.close()
+
+
+async def test_what_the_last_process_has_written_is_tended(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    await rig.switching.create(NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True))
+    await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
+    await rig.close(well=False)
+    await rig.open()
+    try:
+        version = rig.shelf.get("docs").active
+        assert version is not None
+        tended: list[int] = []
+
+        async def noted(table: int) -> None:
+            tended.append(table)
+
+        rig.tables.tend = noted  # type: ignore[method-assign]
+        await rig.tending.tend()
+        assert tended == [version.key]
+        await rig.tending.tend()
+        assert tended == [version.key]
+    finally:
+        await rig.close()
+
+
+async def test_a_write_under_way_is_whole_before_the_store_is_closed(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    await rig.open()
+    try:
+        await rig.switching.create(
+            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
+        )
+        await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
+        held, reached = asyncio.Event(), asyncio.Event()
+        put = rig.store.put
+
+        async def slow(*args: Any) -> bool:
+            reached.set()
+            await held.wait()
+            return await put(*args)
+
+        rig.store.put = slow  # type: ignore[method-assign, assignment]
+        writing = asyncio.ensure_future(rig.writing.put("docs", [NewItem("b", "beta", None, b"{}")], ASKING))
+        await reached.wait()  # its vector is in the table, and no mark names it
+        closing = asyncio.ensure_future(rig.shelf.tables.close())
+        await asyncio.sleep(0.05)
+        assert not closing.done()
+        with pytest.raises(VectorsUnavailableError) as caught:
+            await rig.writing.put("docs", [NewItem("c", "gamma", None, b"{}")], ASKING)
+        assert caught.value.retry_after_s == 1
+        held.set()
+        async with asyncio.timeout(20):
+            await closing
+            assert (await writing).items == 1
+    finally:
+        await rig.close()
+    again = Rig(tmp_path)
+    await again.open()
+    try:
+        version = again.shelf.get("docs").active
+        assert version is not None
+        assert await again.tables.numbers(version.key) == await again.store.marked(version.key)
+        assert len(await again.store.marked(version.key)) == 2
+    finally:
+        await again.close()

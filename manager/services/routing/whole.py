@@ -1,0 +1,323 @@
+"""Whole requests that the daemon makes itself, for a client of its own API: they take the gateway's own path.
+
+Role, policy, lane, limits of keys, failover, budgets and history are those of any request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import orjson
+
+from manager.domain.routing import RequestFacts
+from manager.domain.target import Protocol
+from manager.errors import InvalidRequestError, ManagerError, NotAnsweredError, Reason, UnavailableError
+from manager.services.ports import Question
+from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
+from manager.services.routing.attempting import Attempting
+from manager.services.routing.placement import reason_of
+from manager.services.routing.speaking import Speaking
+from manager.services.steps import in_steps
+from manager.wire.body import reading
+from manager.wire.dialect import message_of
+from manager.wire.errors import BadBodyError
+from manager.wire.offload import asks_for_cpu
+from manager.wire.rewriting import rewriting
+from manager.wire.statuses import BAD_REQUEST, judge, outcome_of, outcome_of_trouble, status_of
+from manager.wire.trace import traceparent
+from manager.wire.usage import load_ms, token_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from manager.domain.auto import Choice
+    from manager.domain.keys import Grant
+    from manager.domain.record import Outcome, RequestRecord
+    from manager.domain.target import Target
+    from manager.services.open_requests import OpenRequest
+    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.requests import Origin, Requests
+    from manager.services.routing.attempting import Routing
+    from manager.wire.body import InferenceBody
+    from manager.wire.head import Header
+    from manager.wire.routes import Route
+
+MOST_ANSWER_BYTES = 16 * 2**20
+_SMALL_BYTES = 16 * 1024
+_OK = 200
+_LONGEST_MESSAGE = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """The client of a request. `path` is as it is logged. A background request takes free slots only.
+
+    One of a run waits behind the requests of its lane, as long as it takes.
+    """
+
+    origin: Origin
+    grant: Grant | None
+    path: str
+    is_background: bool = False
+    is_run: bool = False
+
+
+class Whole(NamedTuple):
+    """A good answer. `began_s` to `first_s` and `ended_s` are monotonic times."""
+
+    content: bytes
+    record: RequestRecord
+    began_s: float
+    first_s: float
+    ended_s: float
+
+    @property
+    def latency_ms(self) -> float:
+        return (self.ended_s - self.began_s) * 1000
+
+
+@dataclass(eq=False, slots=True)
+class _Open:
+    """A request that is under way. Implements `services.open_requests.OpenRequest`."""
+
+    attempting: Attempting | None
+    task: asyncio.Task[Any] | None
+    is_cancelled: bool = False
+
+    def cancel(self, why: str) -> None:  # noqa: ARG002  (the client gets the message of all cancelled ones)
+        self.is_cancelled = True
+        if self.attempting is not None:
+            self.attempting.cancelled()
+        if self.task is not None:
+            self.task.cancel()
+
+
+class WholeRequests:
+    """Makes requests, and returns their whole answers. Lives on the event loop.
+
+    Args:
+        routing: as for any request.
+        server: sends requests.
+        requests: begins records.
+    """
+
+    def __init__(self, routing: Routing, server: ModelServer, requests: Requests) -> None:
+        self._routing = routing
+        self._server = server
+        self._requests = requests
+        self._open: set[_Open] = set()
+
+    def open(self) -> Iterable[OpenRequest]:
+        """Return the requests that are under way."""
+        return self._open
+
+    async def ask(
+        self,
+        route: Route,
+        fields: Mapping[str, Any],
+        asking: Asking,
+        choice: Choice | None = None,
+        *,
+        sent: Callable[[Target, str], Awaitable[None]] | None = None,
+    ) -> Whole:
+        """Have a request answered. Cancelling this ends it.
+
+        Args:
+            route: of the dialect that the request is written in.
+            fields: of its body, with the model; it must not ask for a stream.
+            asking: its client.
+            choice: how the model was chosen; None where the client has named it.
+            sent: called with the target and the id of the request, right before it is sent there.
+
+        Raises:
+            NotAnsweredError: no server has answered, or its answer is no success.
+            InvalidRequestError: a server refuses what is in the request.
+        """
+        request = _Request(self._routing, self._server, self._requests, route, asking, sent)
+        task = asyncio.ensure_future(request.do(fields, choice))
+        entry = _Open(request.attempting, task)
+        self._open.add(entry)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._open.discard(entry)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if entry.is_cancelled and task.cancelled():
+            message = "the operator has cancelled the request"
+            raise NotAnsweredError(message, reason=Reason.CANCELLED, refused=None)
+        return task.result()
+
+
+class _Request:
+    """One request."""
+
+    def __init__(  # noqa: PLR0917  (the parts of `WholeRequests`, and the arguments of `ask`)
+        self,
+        routing: Routing,
+        server: ModelServer,
+        requests: Requests,
+        route: Route,
+        asking: Asking,
+        sent: Callable[[Target, str], Awaitable[None]] | None,
+    ) -> None:
+        self._server = server
+        self._route = route
+        self._asking = asking
+        self._began_at = monotonic()
+        self._speaking: Speaking | None = None
+        self.record = requests.record(asking.path, route.kind, asking.origin)
+        self.attempting = Attempting(routing, self.record, self._began_at)
+        self.attempting.grant = asking.grant
+        self.attempting.is_background = asking.is_background
+        self.attempting.is_run = asking.is_run or asking.is_background
+        self._sent = sent
+
+    async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
+        outcome: Outcome = "cut"
+        try:
+            return await self._do(fields, choice)
+        except asyncio.CancelledError:
+            raise
+        except UnansweredError as error:
+            trouble = error.trouble
+            status = status_of(trouble.reason, trouble.refused)
+            outcome = outcome_of_trouble(status, trouble.reason, trouble.refused)
+            self._note(status, trouble.message)
+            raise NotAnsweredError(
+                trouble.message,
+                reason=trouble.reason,
+                refused=trouble.refused,
+                retry_after_s=trouble.retry_after_s,
+            ) from None
+        except (BadBodyError, InvalidRequestError) as error:
+            outcome = "client_error"
+            self._note(BAD_REQUEST, str(error))
+            raise InvalidRequestError(str(error)[:_LONGEST_MESSAGE]) from None
+        except ManagerError as error:
+            outcome = "upstream_error" if isinstance(error, UnavailableError) else "refused"
+            self._note(status_of(reason_of(error)), error.message)
+            if isinstance(error, UnavailableError) and not isinstance(error, NotAnsweredError):
+                raise NotAnsweredError(
+                    error.message, reason=error.reason, refused=None, retry_after_s=error.retry_after_s
+                ) from None
+            raise
+        finally:
+            if self._speaking is not None:
+                self.record.input_tokens, self.record.output_tokens = self._speaking.tokens
+            self.attempting.close(outcome)
+
+    async def _do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
+        record, attempting, route = self.record, self.attempting, self._route
+        raw = orjson.dumps(fields) if _is_small(fields) else await asyncio.to_thread(orjson.dumps, fields)
+        body = await in_steps(reading([raw], route, len(raw)))
+        record.model = body.model
+        if choice is not None:
+            attempting.note_choice(choice)
+        origin = self._asking.origin
+        facts = RequestFacts(
+            body.model, route.kind, origin.instance, origin.lane, local_only=origin.local_only
+        )
+        step = attempting.enter(facts, body)
+
+        async def question(target: Target) -> Question:
+            return await self._question(target, body)
+
+        spoken = lambda: self._speaking  # noqa: E731
+        async with answered(attempting, self._server, step, question, spoken) as answer:
+            attempting.delivered()
+            record.status = status = answer.status
+            first = monotonic()
+            record.ttfb_ms = (first - self._began_at) * 1000
+            content = await self._read(answer)
+        if status != _OK:
+            message = message_of(content) or f"the server answered with status {status}"
+            reason = judge(status, message).reason
+            if reason is None:
+                raise InvalidRequestError(message[:_LONGEST_MESSAGE])
+            raise UnavailableError(message[:_LONGEST_MESSAGE], reason=reason)
+        if self._speaking is None:
+            record.input_tokens, record.output_tokens = token_counts(route.dialect, content)
+            record.load_ms = load_ms(route.dialect, content)
+        else:
+            record.input_tokens, record.output_tokens = self._speaking.tokens
+        attempting.close(outcome_of(status))
+        return Whole(content, record, self._began_at, first, monotonic())
+
+    async def _question(self, target: Target, body: InferenceBody) -> Question:
+        attempting, record = self.attempting, self.record
+        changes, model = attempting.changes, attempting.work.model
+        self._speaking = None
+        if target.protocol is not Protocol.OLLAMA:
+            speaking = self._speaking = Speaking(self._route, target, record)
+            most = attempting.most_tokens
+            content = await asyncio.to_thread(speaking.request, body, model, changes, most)
+            await self._about_to_send(target)
+            return Question(
+                target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content
+            )
+        if attempting.is_raw:
+            pieces = [body.raw]
+        else:
+            pieces = await in_steps(rewriting(body, self._route, model, changes))
+        if asks_for_cpu(body.fields, self._route, changes):
+            attempting.expect_on_cpu()
+        await self._about_to_send(target)
+        headers: list[Header] = [
+            (b"content-type", b"application/json"),
+            (b"x-request-id", record.request_id.encode()),
+            (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
+            *target.headers,
+        ]
+        return Question(target.instance, target.endpoint, "POST", self._route.path, headers, b"".join(pieces))
+
+    async def _about_to_send(self, target: Target) -> None:
+        if self._sent is not None:
+            await self._sent(target, self.record.request_id)
+
+    async def _read(self, answer: ServerAnswer | WholeAnswer) -> bytes:
+        if isinstance(answer, WholeAnswer):
+            return answer.content
+        left_s = max(0.0, self.attempting.total_deadline - monotonic())
+        try:
+            async with asyncio.timeout(left_s):
+                content = await _gathered(answer)
+        except TimeoutError:
+            self.attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
+            message = f"{self.record.effective_target} did not end its answer in time"
+            raise UnavailableError(message, reason=Reason.ATTEMPT_TIMEOUT) from None
+        except UnavailableError as error:
+            self.attempting.broke_off(error.reason)
+            raise
+        if len(content) > MOST_ANSWER_BYTES:
+            message = f"{self.record.effective_target}: the answer is too large"
+            raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
+        speaking = self._speaking
+        if speaking is None:
+            return content
+        said = speaking.came(content, complete=True)
+        if speaking.fault is not None:
+            self.attempting.broke_off(Reason.INVALID_OUTPUT)
+            message = f"{self.record.effective_target}: {speaking.fault}"
+            raise UnavailableError(message[:_LONGEST_MESSAGE], reason=Reason.INVALID_OUTPUT)
+        return said
+
+    def _note(self, status: int, message: str) -> None:
+        self.attempting.message = message
+        self.record.status = status
+
+
+def _is_small(fields: Mapping[str, Any]) -> bool:
+    return sum(len(one) for one in fields.values() if isinstance(one, str)) < _SMALL_BYTES
+
+
+async def _gathered(answer: ServerAnswer) -> bytes:
+    """Return an answer to its end, or to the first piece beyond the bound."""
+    content = bytearray()
+    while len(content) <= MOST_ANSWER_BYTES and (piece := await answer.piece()):
+        content += piece
+    return bytes(content)
