@@ -271,6 +271,7 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
+            weights=settings.routing.weights.values,
             ensemble=settings.routing.ensemble,
             paid=partial(paid_of, fleet),
         )

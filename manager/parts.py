@@ -348,6 +348,7 @@ class Reconfigure:
             written_fallback(changed.loaded),
             settings.routing.rules,
             settings.routing.ensemble,
+            weights=settings.routing.weights.values,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)

@@ -142,18 +142,13 @@ def _read(path: Path, lexicon: Lexicon) -> list[Labelled]:
 def _vectors(texts: Sequence[str], model: str, daemon: Daemon) -> Iterator[list[float]]:
     from manager.services.routing.learned import MOST_CHARACTERS, PATH  # noqa: PLC0415
 
-    with click.progressbar(
-        range(0, len(texts), _BATCH), label="embedding", file=click.get_text_stream("stderr")
-    ) as starts:
-        for start in starts:
-            batch = [text[:MOST_CHARACTERS] for text in texts[start : start + _BATCH]]
-            answer = daemon.ask(
-                "POST", PATH, {"model": model, "input": batch, "truncate": True}, is_long=True
-            )
-            made = answer.get("embeddings")
-            if not isinstance(made, list) or len(made) != len(batch):
-                raise CommandError(f"{model} made no vector of each request", exit_code=REFUSED)
-            yield from made
+    for start in range(0, len(texts), _BATCH):
+        batch = [text[:MOST_CHARACTERS] for text in texts[start : start + _BATCH]]
+        body = {"model": model, "input": batch, "truncate": True}
+        made = daemon.ask("POST", PATH, body, is_long=True).get("embeddings")
+        if not isinstance(made, list) or len(made) != len(batch):
+            raise CommandError(f"{model} made no vector of each request", exit_code=REFUSED)
+        yield from made
 
 
 def _learned(

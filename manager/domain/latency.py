@@ -1,4 +1,4 @@
-"""Times to the first token: what is usual for a model on an instance, and whether it is slow of late.
+"""Times to the first token: what is usual for a model on an instance, and whether it is slow of late; speeds.
 
 Two exponentially weighted means are compared, as Netflix' concurrency-limits does
 (https://github.com/Netflix/concurrency-limits, `Gradient2Limit`).
@@ -23,6 +23,9 @@ _MOST_EXCESSES = 3.0
 # long for each token has longer pauses between its values.
 _MEMORY_S = 10.0
 _MEMORY_VALUES = 5.0
+# A speed of fewer tokens, or of a shorter time, says more of the network than of the model.
+_LEAST_TOKENS = 8
+_LEAST_DURATION_S = 0.01
 
 
 class Latency(NamedTuple):
@@ -49,6 +52,17 @@ def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
         seen,
         now,
     )
+
+
+def with_speed(before: float | None, tokens: int, duration_s: float) -> float | None:
+    """Return the recent tokens/s after one more answer, as a mean that follows a change within eight values.
+
+    An answer that is too short to measure changes nothing. `before` is None for the first one.
+    """
+    if tokens < _LEAST_TOKENS or duration_s < _LEAST_DURATION_S:
+        return before
+    speed = (tokens - 1) / duration_s  # the time begins with the first token
+    return speed if before is None else before + (speed - before) * _RECENT_WEIGHT
 
 
 def is_slow(latency: Latency, now: float, expected_ms: float | None = None) -> bool:

@@ -743,7 +743,10 @@ class Attempting:
         decision = router.decide(facts) if rollout.wants_decision(facts) else None
         if decision is not None:
             record.role = decision.role
-        found = rollout.attempts(facts, decision, router.load(), is_known=router.is_known, is_run=self.is_run)
+        ranks = None if decision is None else router.ranks(decision)
+        found = rollout.attempts(
+            facts, decision, router.load(), is_known=router.is_known, is_run=self.is_run, ranks=ranks
+        )
         if found is None:
             return None
         if isinstance(found, Refused):
@@ -1204,7 +1207,11 @@ class Attempting:
             and attempt.because == "loaded"
         ):
             value_ms = record.ttfb_ms - record.queue_ms
-            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
+            overload, key = self._routing.overload, model_key(attempt.model)
+            overload.first_token(attempt.instance, key, value_ms)
+            if record.output_tokens is not None:
+                duration_s = monotonic() - self._sent_at - value_ms / 1000
+                overload.generated(attempt.instance, key, record.output_tokens, duration_s)
 
     def _release(self) -> None:
         self._release_lease()

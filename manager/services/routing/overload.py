@@ -1,6 +1,7 @@
 """Overload: instances that refuse requests for now, and models that have become slow on an instance.
 
-Both only put an instance behind others that are available. No request fails because of them.
+Both only put an instance behind others that are available. No request fails because of them. The speeds of
+models are kept beside them, for scores.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from manager.domain.latency import is_slow, with_value
+from manager.domain.latency import is_slow, with_speed, with_value
 from manager.domain.overload import Overloads
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Overload:
         self._now = now
         self._saturated_until: dict[str, float] = {}
         self._latencies: dict[tuple[str, str], Latency] = {}
+        self._speeds: dict[tuple[str, str], float] = {}
         # The models that are slow, by instance.
         self._slow: dict[str, set[str]] = {}
 
@@ -93,6 +95,28 @@ class Overload:
         """
         latency = self._latencies.get((instance, key))
         return None if latency is None else round(latency.recent_ms, 1)
+
+    def generated(self, instance: str, key: str, tokens: int, duration_s: float) -> None:
+        """Take in how long a model took for the tokens after the first one.
+
+        Args:
+            instance: where.
+            key: of the model (`model_key`).
+            tokens: of the answer.
+            duration_s: from the head of the answer to its end.
+        """
+        place = instance, key
+        speed = with_speed(self._speeds.pop(place, None), tokens, duration_s)
+        if speed is None:
+            return
+        if len(self._speeds) >= _MOST_LATENCIES:
+            del self._speeds[next(iter(self._speeds))]
+        self._speeds[place] = speed
+
+    def tokens_per_s(self, instance: str, key: str) -> float | None:
+        """Return the recent speed of a model on an instance; None where nothing has streamed there."""
+        speed = self._speeds.get((instance, key))
+        return None if speed is None else round(speed, 1)
 
     def server_changed(self, instance: str) -> None:
         """Take in that an instance has another server: the load of the old one is over."""
