@@ -57,6 +57,7 @@ from manager.parts import (
     whole_requests_of,
 )
 from manager.relay.upstream import UpstreamPools
+from manager.services.benchmarks.scores import BenchmarkScores
 from manager.services.bodies import BodyBudget
 from manager.services.instances.upgrades import Upgrades
 from manager.services.lanes.slots import Slots
@@ -77,6 +78,7 @@ from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
+from manager.services.routing.learned import vector_of
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
@@ -214,11 +216,15 @@ async def open_daemon(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
         owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
-        revision = Revision()
+        scores = BenchmarkScores(revision := Revision())
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
         )
-        overload = Overload(revision, now=time.monotonic)
+        overload = Overload(
+            revision,
+            now=time.monotonic,
+            expected_ms=lambda key: model_settings.routing.expected_ms(key),  # noqa: PLW0108  (made below)
+        )
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -267,6 +273,7 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
+            weights=settings.routing.weights.values,
             ensemble=settings.routing.ensemble,
             paid=partial(paid_of, fleet),
         )
@@ -285,6 +292,7 @@ async def open_daemon(
             now=time.monotonic,
             lifted=parts.lifts.of,
             renewed=slots.refresh,
+            benchmarks=scores,
         )
         volume_reader = VolumeReader(
             fleet,
@@ -345,6 +353,7 @@ async def open_daemon(
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
             cloud=CloudEvents(journal),
+            vector_of=lambda text, model: vector_of(whole, text, model),
         )
         passing = Passing(
             routing=routing,
@@ -419,7 +428,14 @@ async def open_daemon(
             ),
             llm=Llm(whole, model_settings),
             benchmarks=await benchmarks_of(
-                world, settings, registry, fleet, passing, whole=whole, recovers=not resume_idle_clock
+                world,
+                settings,
+                registry,
+                fleet,
+                passing,
+                whole=whole,
+                scores=scores,
+                recovers=not resume_idle_clock,
             ),
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run

@@ -130,6 +130,14 @@ class UnknownModelError(ManagerError):
     code = Reason.MODEL_MISSING.value
 
 
+class NoRouteError(ManagerError):
+    """No instance can take a request that is not made; `code` is the reason."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.code = reason.value
+
+
 class UnknownRequestError(ManagerError):
     code = "unknown_request"
 

@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from manager.domain.template import Template
     from manager.relay.upstream import UpstreamPools
     from manager.services.accounts.keyring import Keyring
+    from manager.services.benchmarks.scores import BenchmarkScores
     from manager.services.instances.instance import Instance
     from manager.services.journal import Journal
     from manager.services.models.model_settings import ModelSettings
@@ -124,6 +125,7 @@ async def benchmarks_of(
     passing: Passing,
     *,
     whole: WholeRequests,
+    scores: BenchmarkScores,
     recovers: bool,
 ) -> Benchmarks:
     """Return the benchmarks; with `recovers` those are interrupted that another process has left."""
@@ -134,6 +136,7 @@ async def benchmarks_of(
         fleet,
         world.journal,
         workloads=settings.routing.benchmark_workloads,
+        scores=scores,
         utcnow=world.utcnow,
     )
     await benchmarks.load(recovers=recovers)
@@ -373,6 +376,7 @@ class Reconfigure:
             written_fallback(changed.loaded),
             settings.routing.rules,
             settings.routing.ensemble,
+            weights=settings.routing.weights.values,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, m
 from pydantic_core import PydanticCustomError
 from starlette.responses import Response
 
+from manager.api.cluster import CLUSTER
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
 from manager.api.schemas import GivenTime, Time  # noqa: TC001  (pydantic reads annotations at run time)
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from manager.domain.benchmark_results import Benchmark, Compared, ComparedGroup, Latest
     from manager.domain.benchmarks import Figure, Group
 
-CLUSTER_PATH = "/v1/cluster"
 _DAY_MS = 86_400_000
 
 
@@ -323,7 +323,7 @@ def benchmarks_router(backend: Backend) -> APIRouter:
         status = before.status if one is None else one.status
         return _json(RemovedBody(id=before.id, status=status, removed=one is None))
 
-    @router.get(f"{CLUSTER_PATH}/benchmarks", response_model=ClusterBenchmarksBody, responses=refusals())
+    @router.get(f"{CLUSTER}/benchmarks", response_model=ClusterBenchmarksBody, responses=refusals())
     async def list_latest(_query: Annotated[NoQuery, Query()]) -> Response:
         """The latest figures of each model on each instance."""
         found = [_latest(one) for one in benchmarks.latest]

@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
-from manager.api.moments import MomentText, moment
+from manager.api.moments import MomentText  # noqa: TC001
 from manager.api.runs import SubmittedBody
 from manager.api.submitted import asking_of, origin_of
-from manager.api.usage import UsageNumbers, numbers, read_usage
+from manager.api.usage import UsageNumbers, numbers, read_usage, time_of
 from manager.domain.classification import Tier
 from manager.domain.models import model_key
 from manager.domain.runs import RunCaller
@@ -280,8 +280,7 @@ def llm_router(backend: Backend) -> APIRouter:
     async def show_stats(query: Annotated[StatsQuery, Query()]) -> Response:
         """What the tiers have answered, how fast, and what that has saved."""
         now = datetime.now(UTC)
-        ends = now if query.ends is None else moment(query.ends)
-        begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)
+        begins, ends = time_of(query, now, _DEFAULT_SPAN)
         return JSONResponse(await routing_stats(backend, begins, ends, now=now))
 
     return router

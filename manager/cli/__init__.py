@@ -4,6 +4,7 @@ from manager.cli import collection_backfills, collection_items  # noqa: F401  (t
 from manager.cli import requests as _requests  # noqa: F401
 from manager.cli.benchmark import benchmark_group
 from manager.cli.budgets import budgets_command
+from manager.cli.classifier import classifier_group
 from manager.cli.collections import collections_group
 from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
@@ -28,6 +29,7 @@ for _command in (
     roles_group,
     lanes_command,
     runs_group,
+    classifier_group,
     collections_group,
     benchmark_group,
     schedules_command,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from manager.domain.classification import AutoRules
+    from manager.domain.learned import Told
     from manager.domain.roles import Role, RoutingSettings
 
 AUTO = "auto"
@@ -51,7 +52,9 @@ def is_auto(model: str, kind: RequestKind, settings: RoutingSettings) -> bool:
     return split_pin(model)[0].strip().lower() in _NAMES
 
 
-def choose(model: str, text: str, settings: RoutingSettings, rules: AutoRules) -> Choice:
+def choose(
+    model: str, text: str, settings: RoutingSettings, rules: AutoRules, told: Told | None = None
+) -> Choice:
     """Return the role for a request: that of its task, else that of its tier.
 
     The role of the task is left out where the words of the request, or its name, ask for another tier.
@@ -61,10 +64,11 @@ def choose(model: str, text: str, settings: RoutingSettings, rules: AutoRules) -
         text: what the user asks.
         settings: the roles.
         rules: those of `settings`.
+        told: the task, where a learned classifier has told it.
     """
     name, pin = split_pin(model)
     forced = _NAMES[name.strip().lower()]
-    found = classify(text, rules.lexicon, forced=forced, escalate_below=rules.escalate_below)
+    found = classify(text, rules.lexicon, forced=forced, escalate_below=rules.escalate_below, told=told)
     of_task = None if found.is_moved or forced is not None else found.task_type
     return _of_role((of_task, found.tier.value), found, pin, settings)
 

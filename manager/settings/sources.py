@@ -41,6 +41,7 @@ _PATHS: tuple[KeyPath, ...] = (
     ("instances", "*", "tls", "certificate"),
     ("instances", "*", "tls", "key"),
     ("routing", "words"),
+    ("routing", "learned"),
     ("discovery", "manifest"),
 )
 

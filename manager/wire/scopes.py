@@ -30,6 +30,7 @@ _COLLECTIONS = "/api/v1/collections"
 _LLM = "/api/v1/llm"
 _BENCHMARKS = "/api/v1/benchmarks"
 _COLLECTION = f"{_COLLECTIONS}/{{name}}"
+_CLUSTER = "/v1/cluster"
 
 # Methods, path, and the scopes of which a key needs one; none is any key. `{name}` is one segment of a path,
 # `{name*}` several. An account of ollama.com belongs to the operator: requests in its name need that scope.
@@ -124,6 +125,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COMPUTE}/explain", _READ),
     ("GET", f"{_COMPUTE}/requests", _READ),
     ("GET", f"{_COMPUTE}/requests/{{id}}", _READ),
+    *(("GET", f"{_CLUSTER}/{view}", _READ) for view in ("hosts", "services", "roles", "health")),
+    ("POST", f"{_CLUSTER}/routes/match", _READ),
+    ("GET", f"{_CLUSTER}/routes/resolve", _READ),
     ("GET", "/api/settings/models", _READ),
     ("GET", "/api/settings/models/effective", _READ),
     ("GET", "/api/v1/usage", _READ),

@@ -411,6 +411,28 @@ async def test_two_benchmarks_are_compared_side_by_side(tmp_path: Path) -> None:
         await get(front, f"{API}/compare?a={ids[0]}", 422)
 
 
+async def test_a_role_that_is_scored_prefers_what_benchmarks_prefer(tmp_path: Path) -> None:
+    config = {
+        "roles": {"chat": {"model": "tiny", "strategy": "scored"}},
+        "routing": {"weights": {"benchmark": 100}},
+    }
+    async with (
+        speaking(loaded=("tiny",)) as first,
+        speaking(loaded=("tiny",)) as second,
+        relaying(tmp_path, {"one": first, "two": second}, config=config) as front,
+    ):
+        for number, better in enumerate(("two", "one")):
+            samples = [
+                sample(instance=name, quality=float(name == better), ttft_ms=0.0) for name in ("one", "two")
+            ]
+            await post(front, {"source": "lab", "samples": samples}, 201, f"{API}/reports")
+            await front.ask({"model": "chat", "messages": []})
+            assert (await front.record(number)).effective_target == better
+            match = await front.ask({"role": "chat"}, "/v1/cluster/routes/match", JSON)
+            signals = {one["instance"]: one["signals"]["benchmark"] for one in match.json()["candidates"]}
+            assert signals == {name: float(name == better) for name in ("one", "two")}
+
+
 async def test_a_score_is_a_metric(tmp_path: Path) -> None:
     async with speaking() as server, benching(tmp_path, server) as front:
         await post(front, {"source": "lab", "samples": [sample()]}, 201, f"{API}/reports")

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from time import monotonic
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import structlog
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     from manager.domain.benchmark_results import ComparedGroup, Latest
     from manager.domain.benchmarks import Sample, Workload
+    from manager.services.benchmarks.scores import BenchmarkScores
     from manager.services.instances.fleet import Fleet
     from manager.services.journal import Journal
     from manager.services.models.catalogue import Catalogue
@@ -96,6 +96,7 @@ class Benchmarks:
         fleet: has the instances.
         journal: takes the events.
         workloads: all there are, by name.
+        scores: are kept up to date.
         utcnow: the wall clock.
     """
 
@@ -108,6 +109,7 @@ class Benchmarks:
         journal: Journal,
         *,
         workloads: Mapping[str, Workload],
+        scores: BenchmarkScores,
         utcnow: Callable[[], datetime],
     ) -> None:
         self._store = store
@@ -121,7 +123,7 @@ class Benchmarks:
         self._all: dict[str, Benchmark] = {}
         self._running: _Running | None = None
         self._latest: tuple[Latest, ...] = ()
-        self._scores: Mapping[tuple[str, str], float] = MappingProxyType({})
+        self._scores = scores
         self._news = asyncio.Event()
 
     async def load(self, *, recovers: bool) -> None:
@@ -151,7 +153,7 @@ class Benchmarks:
         benchmark that has succeeded (`domain.benchmarks.score_of`, `latest`). It is a snapshot: a later
         benchmark makes another one.
         """
-        return self._scores
+        return self._scores.all()
 
     @property
     def latest(self) -> tuple[Latest, ...]:
@@ -427,9 +429,7 @@ class Benchmarks:
     def _count(self) -> None:
         """Count the scores anew."""
         self._latest = latest(self._all.values())
-        self._scores = MappingProxyType(
-            {(one.target.instance, one.target.model): one.score for one in self._latest}
-        )
+        self._scores.replace({(one.target.instance, one.target.model): one.score for one in self._latest})
 
     def _get(self, benchmark_id: str) -> Benchmark:
         one = self._all.get(benchmark_id)

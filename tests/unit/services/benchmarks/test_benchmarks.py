@@ -26,7 +26,9 @@ from manager.errors import (
 )
 from manager.services.benchmarks import benchmarks as module
 from manager.services.benchmarks.benchmarks import Benchmarks, NewBenchmark
+from manager.services.benchmarks.scores import BenchmarkScores
 from manager.services.routing.whole import Whole
+from manager.services.world import Revision
 from manager.wire.listing import Alias, KnownModel
 from tests.support.inside import until
 
@@ -96,6 +98,7 @@ class Rig:
         self.requests = requests
         self.events = events
         self.registry = registry
+        self.revision = Revision()
         self.task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -122,7 +125,7 @@ class Rig:
 @asynccontextmanager
 async def rigged(tmp_path: Path, workloads: Any = None, *, recovers: bool = True) -> AsyncIterator[Rig]:
     registry = await open_registry(tmp_path / "registry.sqlite3")
-    requests, events = Requests(), []
+    requests, events, revision = Requests(), [], Revision()
     specs = {"cpu": False, "paid": True}
     instances = {
         id_: SimpleNamespace(id=id_, spec=SimpleNamespace(is_paid=paid)) for id_, paid in specs.items()
@@ -136,10 +139,12 @@ async def rigged(tmp_path: Path, workloads: Any = None, *, recovers: bool = True
         cast("Any", fleet),
         cast("Any", journal),
         workloads=WORKLOADS if workloads is None else workloads,
+        scores=BenchmarkScores(revision),
         utcnow=lambda: NOW,
     )
     await benchmarks.load(recovers=recovers)
     rig = Rig(benchmarks, requests, events, registry)
+    rig.revision = revision
     try:
         yield rig
     finally:
@@ -344,13 +349,16 @@ async def test_only_the_newest_are_kept_in_memory_as_in_the_registry(
 async def test_a_benchmark_that_is_removed_scores_nothing_any_more(tmp_path: Path) -> None:
     async with rigged(tmp_path) as rig:
         old, new = await report(rig, quality=0.25), await report(rig, quality=1.0)
-        before = rig.benchmarks.scores()
+        before, revision = rig.benchmarks.scores(), rig.revision.number
         assert before == {("lab", "m:latest"): 1.0}
         assert await rig.benchmarks.remove(new) is None
         assert rig.benchmarks.scores() == {("lab", "m:latest"): 0.25}
         assert before == {("lab", "m:latest"): 1.0}, "a snapshot stays as it was"
+        assert rig.benchmarks._scores.of("lab", "m:latest") == 0.25
+        assert rig.revision.number > revision, "routing decides anew"
         await rig.benchmarks.remove(old)
         assert rig.benchmarks.scores() == {}
+        assert rig.benchmarks._scores.of("lab", "m:latest") is None
         with pytest.raises(UnknownBenchmarkError):
             await rig.benchmarks.remove(old)
 
