@@ -8,6 +8,7 @@ ManagerError
 ├── UnknownPullError
 ├── UnknownRunError
 ├── UnknownBenchmarkError
+├── UnknownWorkloadError      no such workload for benchmarks
 ├── UnknownKeyError
 ├── UnknownGpuError
 ├── UnknownCollectionError    no such collection, version or item of it
@@ -19,6 +20,7 @@ ManagerError
 │   ├── CancelledByStopError
 │   ├── DrainedError          the instance is out of service by an operator's order
 │   ├── LimitReachedError
+│   ├── NothingLoadedError    a benchmark names no model, and none is in memory
 │   ├── RunStateError         what is asked for does not fit the status of the run
 │   ├── LockedError           another process holds the instance
 │   ├── NameConflictError     a container that is not ours has our name
@@ -154,6 +156,10 @@ class UnknownBenchmarkError(ManagerError):
     code = "unknown_benchmark"
 
 
+class UnknownWorkloadError(ManagerError):
+    code = "unknown_workload"
+
+
 class UnknownKeyError(ManagerError):
     code = "unknown_key"
 
@@ -216,6 +222,12 @@ class DrainedError(ConflictError):
 
 class LimitReachedError(ConflictError):
     code = "max_running_reached"
+
+
+class NothingLoadedError(ConflictError):
+    """A benchmark names no model, and no instance has one in memory."""
+
+    code = "nothing_loaded"
 
 
 class RunStateError(ConflictError):

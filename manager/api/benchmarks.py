@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.responses import Response
 
 from manager.api.cluster import CLUSTER
@@ -16,7 +16,7 @@ from manager.api.schemas import GivenTime, Time  # noqa: TC001  (pydantic reads 
 from manager.api.submitted import invalid, origin_of
 from manager.domain.benchmark_results import LOCAL, BenchmarkStatus
 from manager.domain.benchmarks import FIGURES, MOST_REPEATS, MOST_REQUESTS, Sample
-from manager.domain.models import is_possible, model_key
+from manager.domain.models import model_key
 from manager.services.benchmarks.benchmarks import Found, NewBenchmark
 from manager.services.benchmarks.measuring import BENCHMARKS_PATH as PATH
 
@@ -25,17 +25,32 @@ if TYPE_CHECKING:
     from manager.domain.benchmark_results import Benchmark, Compared, ComparedGroup, Latest
     from manager.domain.benchmarks import Figure, Group
 
+_ONE = f"{PATH}/{{benchmark_id:benchmark_id}}"
 _DAY_MS = 86_400_000
+
+
+class _Id(Convertor[str]):
+    """An id of a benchmark in a path: the names of other routes are none."""
+
+    regex = "(?!compare$|reports$)[^/]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("benchmark_id", _Id())
 
 
 class _Shape(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def _possible(model: str) -> str:
-    if not is_possible(model):
-        raise ValueError("expected the name of a model")
-    return model
+def _whole(value: object) -> object:
+    """To JSON 20.0 is a whole number too."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _foreign(source: str) -> str:
@@ -60,37 +75,27 @@ class BenchmarkRequest(_Shape):
     workloads: Annotated[list[_Name], Field(max_length=100)] = []
     instance: _Instance | None = None
     model: _Model | None = None
-    repeat: Annotated[int, Field(strict=True, ge=1, le=MOST_REPEATS)] = 1
+    repeat: Annotated[int, Field(strict=True, ge=1, le=MOST_REPEATS), BeforeValidator(_whole)] = 1
 
 
 class SampleBody(_Shape):
     """One request. `ttft_ms` is from sending it to the first piece of the answer. Null is not known.
 
-    `quality` is the share of the checks that the answer passes.
+    `quality` is the share of the checks that the answer passes. Figures of a request without an answer (`ok`)
+    do not count.
     """
 
     workload: _Name
     prompt: _Name
     instance: _Instance
-    model: Annotated[_Model, AfterValidator(_possible)]
+    model: Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,299}$")]
     ok: StrictBool
     ttft_ms: _Milliseconds | None = None
     duration_ms: _Milliseconds | None = None
     tokens_per_s: Annotated[float, Field(strict=True, gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    output_tokens: Annotated[int, Field(strict=True, ge=0, le=10**9)] | None = None
+    output_tokens: Annotated[int, Field(strict=True, ge=0, le=10**9), BeforeValidator(_whole)] | None = None
     quality: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False)] | None = None
     error: Annotated[str, Field(strict=True, max_length=500)] | None = None
-
-
-class ReportedSample(SampleBody):
-    """As `SampleBody`; a request without an answer has no figures."""
-
-    @model_validator(mode="after")
-    def _has_figures_of_an_answer(self) -> ReportedSample:
-        figures = (self.ttft_ms, self.duration_ms, self.tokens_per_s, self.output_tokens, self.quality)
-        if not self.ok and any(one is not None for one in figures):
-            raise PydanticCustomError("figures", "expected figures only where `ok` is true")
-        return self
 
 
 class ReportRequest(_Shape):
@@ -99,7 +104,7 @@ class ReportRequest(_Shape):
     source: Annotated[_Name, AfterValidator(_foreign)]
     started_at: GivenTime | None = None
     ended_at: GivenTime | None = None
-    samples: Annotated[list[ReportedSample], Field(min_length=1, max_length=MOST_REQUESTS)]
+    samples: Annotated[list[SampleBody], Field(min_length=1, max_length=MOST_REQUESTS)]
 
 
 class StartedBody(_Shape):
@@ -260,7 +265,7 @@ def benchmarks_router(backend: Backend) -> APIRouter:
     router = APIRouter(tags=["benchmarks"])
     benchmarks = backend.benchmarks
 
-    @router.post(PATH, status_code=202, response_model=StartedBody, responses=refusals(404, 429, 503))
+    @router.post(PATH, status_code=202, response_model=StartedBody, responses=refusals(404, 409, 429, 503))
     async def start_benchmark(
         wanted: BenchmarkRequest, request: Request, _query: Annotated[NoQuery, Query()]
     ) -> Response:
@@ -310,12 +315,16 @@ def benchmarks_router(backend: Backend) -> APIRouter:
             )
         )
 
-    @router.get(f"{PATH}/{{benchmark_id}}", response_model=BenchmarkWithSamples, responses=refusals(404, 503))
+    @router.get(
+        _ONE,
+        response_model=BenchmarkWithSamples,
+        responses=refusals(404, 503),
+    )
     async def show_benchmark(benchmark_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """One benchmark with its requests."""
         return _json(_with_samples(await benchmarks.find(benchmark_id)))
 
-    @router.delete(f"{PATH}/{{benchmark_id}}", response_model=RemovedBody, responses=refusals(404, 503))
+    @router.delete(_ONE, response_model=RemovedBody, responses=refusals(404, 503))
     async def remove_benchmark(benchmark_id: str, _query: Annotated[NoQuery, Query()]) -> Response:
         """Cancel a benchmark that waits or runs; its request has ended when this answers. Remove another."""
         before = (await benchmarks.find(benchmark_id)).benchmark

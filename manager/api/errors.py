@@ -33,6 +33,7 @@ from manager.errors import (
     UnknownPullError,
     UnknownRequestError,
     UnknownRunError,
+    UnknownWorkloadError,
 )
 from manager.settings.problems import described
 from manager.wire import statuses
@@ -60,6 +61,7 @@ _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownPullError, 404),
     (UnknownRunError, 404),
     (UnknownBenchmarkError, 404),
+    (UnknownWorkloadError, 404),
     (UnknownKeyError, 404),
     (UnknownGpuError, 404),
     (UnknownCollectionError, 404),

@@ -47,7 +47,7 @@ def benchmark_group() -> None:
 @click.option("--workload", "workloads", multiple=True, metavar="W", help="A workload; all of them without.")
 @click.option("--instance", metavar="I", help="The only instance; else each that has the model.")
 @click.option("--model", metavar="M", help="A model or a role; else those that are in memory.")
-@click.option("--repeat", type=click.IntRange(1, 100), default=1, show_default=True, help="How often to ask.")
+@click.option("--repeat", type=click.IntRange(1, 50), default=1, show_default=True, help="How often to ask.")
 @click.option("--no-wait", is_flag=True, help="Print the id, and do not wait for the end.")
 @_JSON
 @_talks

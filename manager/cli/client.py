@@ -40,6 +40,8 @@ _NEXT_STEPS = {
     "unknown_key": "`ollama-manager keys list` lists the keys",
     "unknown_run": "`ollama-manager runs list` lists the runs",
     "unknown_benchmark": "`ollama-manager benchmark list` lists the benchmarks",
+    "unknown_workload": "`routing.workloads` names your own workloads",
+    "nothing_loaded": "name a model with --model",
     "unknown_collection": "`ollama-manager collections list` lists the collections",
     "unknown_version": "`ollama-manager collections versions NAME` lists the versions",
     "version_stale": "`ollama-manager collections backfill NAME` makes the vectors of the new build",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Bounds of what one benchmark measures.
 MOST_REQUESTS: Final = 1000
 MOST_GROUPS: Final = 64
-MOST_REPEATS: Final = 100
+MOST_REPEATS: Final = 50
 # The time to the first token that halves a score.
 HALF_LATENCY_S: Final = 5.0
 _THINKING = re.compile(r"\s*<think>.*?</think>", re.DOTALL)

@@ -203,8 +203,10 @@ class Benchmarks:
 
         Raises:
             BenchmarksFullError: too many wait already.
-            InvalidRequestError: there is no such workload, it is too large, or nothing is in memory.
+            InvalidRequestError: it is too large, or its instance is a paid server.
+            NothingLoadedError: it names no model, and none is in memory.
             UnknownInstanceError: there is no such instance.
+            UnknownWorkloadError: there is no such workload.
             UnknownModelError: no instance has the model.
         """
         self._refuse_full()

@@ -64,7 +64,7 @@ async def measure(
         answer = await _ask(whole, target, project, messages, options)
     except ManagerError as error:
         _refuse_transient(error)
-        return Sample(*place, ok=False, error=error.message[:_LONGEST_ERROR])
+        return Sample(*place, ok=False, error=_clean(error.message))
     record = answer.record
     if record.effective_target != target.instance:
         message = f"{record.effective_target} has answered in place of {target.instance}"
@@ -96,6 +96,11 @@ async def _ask(
     fields = {"model": target.model, "messages": messages, "stream": True, "options": options}
     origin = Origin(target.instance, None, project, None, local_only=True, trace=None, fault=None)
     return await whole.ask(_CHAT, fields, Asking(origin, None, BENCHMARKS_PATH, is_background=True))
+
+
+def _clean(message: str) -> str:
+    """Return a message of a server within its bound; half a character would be in no answer of the API."""
+    return message[:_LONGEST_ERROR].encode("utf-8", "backslashreplace").decode()
 
 
 def _refuse_transient(error: ManagerError) -> None:

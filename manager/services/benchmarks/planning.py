@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from manager.domain.benchmarks import MOST_GROUPS, MOST_REQUESTS, Target
 from manager.domain.models import model_key
-from manager.errors import InvalidRequestError, UnknownModelError
+from manager.errors import InvalidRequestError, NothingLoadedError, UnknownModelError, UnknownWorkloadError
 from manager.wire.details import details_of
 from manager.wire.listing import Alias
 
@@ -25,13 +25,12 @@ def workloads_of(wanted: Iterable[str], known: Mapping[str, Workload]) -> tuple[
     """Return the names of workloads, each once; all of them where none is wanted.
 
     Raises:
-        InvalidRequestError: there is no such workload.
+        UnknownWorkloadError: there is no such workload.
     """
     names = tuple(dict.fromkeys(wanted)) or tuple(known)
     for name in names:
         if name not in known:
-            message = f"body.workloads: there is no workload {name!r}; there is: {', '.join(known)}"
-            raise InvalidRequestError(message)
+            raise UnknownWorkloadError(f"there is no workload {name!r}; there is: {', '.join(known)}")
     return names
 
 
@@ -47,7 +46,8 @@ async def targets_of(
         fleet: has the instances.
 
     Raises:
-        InvalidRequestError: the instance is a paid server, or no model is in memory.
+        InvalidRequestError: the instance is a paid server.
+        NothingLoadedError: no model is in memory, and none is named.
         UnknownInstanceError: there is no such instance.
         UnknownModelError: no instance has the model, or that one does not have it.
     """
@@ -95,5 +95,5 @@ def _in_memory(catalogue: Catalogue, may: Collection[str], instance: str | None)
     )
     if not found:
         where = "" if instance is None else f" of {instance}"
-        raise InvalidRequestError(f"body.model: no model is in the memory{where}; expected the name of one")
+        raise NothingLoadedError(f"no model is in the memory{where}; name the one to measure")
     return found

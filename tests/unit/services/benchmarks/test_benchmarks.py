@@ -185,13 +185,13 @@ async def test_an_answer_of_another_instance_is_no_measurement(tmp_path: Path) -
 
 async def test_one_answer_is_enough_to_succeed(tmp_path: Path) -> None:
     async with rigged(tmp_path) as rig:
-        lost = NotAnsweredError("out of order", reason=Reason.UPSTREAM_ERROR, refused=None)
+        lost = NotAnsweredError("out of \ud800 order", reason=Reason.UPSTREAM_ERROR, refused=None)
         rig.requests.says = lambda number: "yes" if number == 2 else lost
         rig.start()
         id_ = await rig.submit("a")
         assert await rig.ended(id_) == "succeeded"
         samples = (await rig.benchmarks.find(id_)).samples
-        assert [(one.ok, one.error) for one in samples] == [(True, None), (False, "out of order")]
+        assert [(one.ok, one.error) for one in samples] == [(True, None), (False, "out of \\ud800 order")]
         assert rig.benchmarks.scores() == {("cpu", "tiny:latest"): pytest.approx(0.5 / 1.04)}
 
 
@@ -419,6 +419,7 @@ async def test_paid_servers_and_models_without_words_are_not_measured(
     [
         ({"model": "none"}, UnknownModelError, "no instance has the model 'none'"),
         ({"model": "lost"}, UnknownModelError, "no instance has the model 'lost'"),
+        ({"repeat": 1001}, InvalidRequestError, "1001 requests; at most 1000"),
         ({"instance": "paid"}, InvalidRequestError, "paid is a paid server"),
     ],
 )
