@@ -16,6 +16,7 @@ from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
 from manager.cli.schedules import schedules_command
+from manager.cli.tiers import tiers_group
 from manager.cli.top import top_command
 from manager.cli.usage import usage_command
 
@@ -25,6 +26,7 @@ for _command in (
     gpus_command,
     models_command,
     roles_group,
+    tiers_group,
     lanes_command,
     runs_group,
     collections_group,
