@@ -141,9 +141,8 @@ def _stats(document: Mapping[str, Any]) -> list[str]:
 
 
 def _saved(saved: Mapping[str, Any]) -> str:
-    text = f"saved: {saved['requests']} requests did without the tier complex"
-    seconds = saved["seconds"]
+    seconds, answered = saved["seconds"], f"answered below complex: {saved['requests']}"
     if seconds is None:
-        return f"{text}; the time is not known, for complex has answered nothing"
+        return f"saved: unknown, for complex has answered nothing ({answered})"
     took = duration(abs(seconds)) if abs(seconds) >= _MINUTE_S else f"{abs(seconds):g} s"
-    return f"{text}, which took about {took} {'more' if seconds < 0 else 'less'}"
+    return f"{'lost' if seconds < 0 else 'saved'}: about {took} ({answered})"
