@@ -42,7 +42,6 @@ from manager.parts import (
     header_names,
     history_of,
     instances_of,
-    llm_of,
     model_server,
     own_names_of,
     paid_of,
@@ -54,11 +53,13 @@ from manager.parts import (
     traffic_of,
     utcnow,
     warming,
+    whole_requests_of,
 )
 from manager.relay.upstream import UpstreamPools
 from manager.services.bodies import BodyBudget
 from manager.services.instances.upgrades import Upgrades
 from manager.services.lanes.slots import Slots
+from manager.services.llm import Llm
 from manager.services.models.catalogue import Catalogue
 from manager.services.models.details import ModelDetails
 from manager.services.models.differing import DifferingModels
@@ -75,6 +76,7 @@ from manager.services.routing.attempting import Deadlines, Routing
 from manager.services.routing.breakers import Breakers
 from manager.services.routing.cloud_events import CloudEvents
 from manager.services.routing.fallback_events import FallbackEvents
+from manager.services.routing.learned import vector_of
 from manager.services.routing.model_status import ModelStatus
 from manager.services.routing.overload import Overload
 from manager.services.routing.placement import Placement
@@ -216,7 +218,11 @@ async def open_daemon(
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
         )
-        overload = Overload(revision, now=time.monotonic)
+        overload = Overload(
+            revision,
+            now=time.monotonic,
+            expected_ms=lambda key: model_settings.routing.expected_ms(key),  # noqa: PLW0108  (made below)
+        )
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
@@ -265,6 +271,8 @@ async def open_daemon(
             auto_gpus=settings.gpus == "auto",
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
+            weights=settings.routing.weights.values,
+            ensemble=settings.routing.ensemble,
             paid=partial(paid_of, fleet),
         )
         await model_settings.load()
@@ -342,6 +350,7 @@ async def open_daemon(
             rollout=rollout.in_force,
             quotas=await opened_quotas(keyring, history.store),
             cloud=CloudEvents(journal),
+            vector_of=lambda text, model: vector_of(whole, text, model),
         )
         passing = Passing(
             routing=routing,
@@ -366,7 +375,7 @@ async def open_daemon(
         loading, keeper = warming(
             world, parts, routing, volumes=volumes, model_settings=model_settings, server=server
         )
-        refusals = Refusals(now=time.monotonic)
+        refusals, whole = Refusals(now=time.monotonic), whole_requests_of(passing)
         backend = Backend(
             fleet=fleet,
             capacity=parts.capacity,
@@ -410,8 +419,10 @@ async def open_daemon(
             keyring=keyring,
             ledger=ledger,
             rollout=rollout,
-            runs=await runs_of(stack, settings, world, passing, keyring, recovers=not resume_idle_clock),
-            llm=llm_of(passing, model_settings),
+            runs=await runs_of(
+                stack, settings, world, passing, keyring, whole=whole, recovers=not resume_idle_clock
+            ),
+            llm=Llm(whole, model_settings),
             collections=await opened_collections(
                 held, settings, passing, overviews, journal, stores=not dry_run
             ),

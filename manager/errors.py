@@ -25,6 +25,7 @@ ManagerError
 │   ├── ForeignOwnerError     containers of the manager id belong to another state directory
 │   ├── ManagerIdChangedError the state directory has containers under its former manager id
 │   ├── CollectionConflictError  the state of a collection refuses it
+│   ├── EnsembleOffError      the configuration has no ensemble
 │   ├── KeyConflictError      the name of a key is taken, or nobody could manage keys any more
 │   └── RequestEndedError     it cannot be cancelled any more
 ├── UnavailableError          something it needs is not there; carries a Reason
@@ -127,6 +128,14 @@ class UnknownModelError(ManagerError):
     code = Reason.MODEL_MISSING.value
 
 
+class NoRouteError(ManagerError):
+    """No instance can take a request that is not made; `code` is the reason."""
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        super().__init__(message)
+        self.code = reason.value
+
+
 class UnknownRequestError(ManagerError):
     code = "unknown_request"
 
@@ -173,6 +182,12 @@ class RunsFullError(ManagerError):
 
 class ConflictError(ManagerError):
     code = "conflict"
+
+
+class EnsembleOffError(ConflictError):
+    """The configuration has no ensemble."""
+
+    code = "ensemble_off"
 
 
 class CancelledByStopError(ConflictError):

@@ -37,7 +37,6 @@ from manager.services.instances.lifts import Lifts
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
-from manager.services.llm import Llm
 from manager.services.models.keeping import Keeper
 from manager.services.models.loading import Loading
 from manager.services.models.use import ModelUses
@@ -45,6 +44,7 @@ from manager.services.requests_history import History, Retention
 from manager.services.routing.rollout import Rollout
 from manager.services.routing.stages import RolloutControl
 from manager.services.routing.whole import WholeRequests
+from manager.services.runs.ensemble import Executions
 from manager.services.runs.execution import Execution
 from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
@@ -115,11 +115,11 @@ class Instances:
         }
 
 
-def llm_of(passing: Passing, settings: ModelSettings) -> Llm:
-    """Return what has small jobs done; its requests are among the open ones."""
+def whole_requests_of(passing: Passing) -> WholeRequests:
+    """Return what makes the daemon's own requests, which are among the open ones."""
     whole = WholeRequests(passing.routing, passing.server, passing.requests)
     passing.passages.open_requests.add(whole.open)
-    return Llm(whole, settings)
+    return whole
 
 
 async def runs_of(
@@ -129,14 +129,18 @@ async def runs_of(
     passing: Passing,
     keyring: Keyring,
     *,
+    whole: WholeRequests,
     recovers: bool,
 ) -> Runs:
     files = stack.enter_context(contextlib.closing(DirectoryFiles(settings.state.dir / "runs")))
     stored = BodyBudget(settings.runs.max_stored)
+    single = Execution(
+        passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant
+    )
     runs = Runs(
         world.registry,
         files,
-        Execution(passing.routing, passing.server, passing.requests, files, stored, grant_of=keyring.grant),
+        Executions(single, whole),
         stored=stored,
         limits=run_limits(settings),
         utcnow=world.utcnow,
@@ -343,6 +347,8 @@ class Reconfigure:
             settings.models,
             written_fallback(changed.loaded),
             settings.routing.rules,
+            settings.routing.ensemble,
+            weights=settings.routing.weights.values,
         )
         self.backend.passing.requests.default_project = settings.gateway.default_project
         self.backend.runs.limits = run_limits(settings)

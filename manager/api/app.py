@@ -9,6 +9,8 @@ from fastapi_offline import FastAPIOffline
 from manager import __version__
 from manager.api.breakers import breakers_router
 from manager.api.budgets import budgets_router
+from manager.api.cluster import cluster_router
+from manager.api.cluster_routes import cluster_routes_router
 from manager.api.collection_items import collection_items_router
 from manager.api.collection_items import most_body_bytes as most_collection_bytes
 from manager.api.collections import collections_router
@@ -77,6 +79,8 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
         routing_router(backend),
         requests_router(backend),
         lanes_router(backend),
+        cluster_router(backend),
+        cluster_routes_router(backend),
         schedules_router(backend),
         live_router(live),
         model_settings_router(backend),

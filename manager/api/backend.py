@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from manager.api.passage import PassageLimits, Passages
     from manager.domain.roles import RequestKind
-    from manager.domain.routing import Decision, RequestFacts, Snapshot
+    from manager.domain.routing import Decision, Ranks, RequestFacts, Snapshot
     from manager.services.accounts.keyring import Keyring
     from manager.services.accounts.ledger import Ledger
     from manager.services.bodies import BodyBudget
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from manager.services.requests_history import History
     from manager.services.routing.attempting import Routing
     from manager.services.routing.model_status import ModelStatus
+    from manager.services.routing.ranking import Ranking
     from manager.services.routing.stages import RolloutControl
     from manager.services.runs.runs import Runs
 
@@ -63,6 +64,15 @@ class Router(Protocol):
 
     def snapshot(self) -> Snapshot:
         """All instances as routing sees them."""
+        ...
+
+    def ranks(self, decision: Decision) -> Ranks | None:
+        """What compares the instances of a decision where a strategy orders them. Takes no turn."""
+        ...
+
+    @property
+    def ranking(self) -> Ranking:
+        """The signals of instances."""
         ...
 
 

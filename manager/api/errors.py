@@ -17,6 +17,7 @@ from manager.errors import (
     ConflictError,
     InvalidRequestError,
     ManagerError,
+    NoRouteError,
     NotAnsweredError,
     NotInstalledError,
     Reason,
@@ -35,7 +36,7 @@ from manager.settings.problems import described
 from manager.wire import statuses
 from manager.wire.dialect import error_body
 from manager.wire.keys import without_secrets
-from manager.wire.ollama_routes import spoken_at
+from manager.wire.ollama_routes import CLUSTER_PREFIX, spoken_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("api")
 
 # Below these all errors have the control API's shape, those of paths that do not exist too.
-_OWN_PREFIXES = ("/api/runtime", "/api/settings", "/api/v1")
+_OWN_PREFIXES = ("/api/runtime", "/api/settings", "/api/v1", CLUSTER_PREFIX)
 
 _STATUS: tuple[tuple[type[ManagerError], int], ...] = (
     (UnknownInstanceError, 404),
@@ -87,6 +88,8 @@ def text(media_type: str, schema: dict[str, Any] | None = None) -> dict[str, Any
 def status_of(error: ManagerError) -> int:
     if isinstance(error, NotAnsweredError):
         return statuses.status_of(error.reason, error.refused)
+    if isinstance(error, NoRouteError):
+        return 404  # whatever the reason: nothing was asked of an instance
     code = error.code
     if code in (Reason.CANCELLED, Reason.NAME_CONFLICT, Reason.HOST_DENIED):
         return 409

@@ -11,13 +11,23 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
-from manager.api.moments import MomentText, moment
-from manager.api.submitted import asking_of
-from manager.api.usage import UsageNumbers, numbers, read_usage
+from manager.api.moments import MomentText  # noqa: TC001
+from manager.api.runs import SubmittedBody
+from manager.api.submitted import asking_of, origin_of
+from manager.api.usage import UsageNumbers, numbers, read_usage, time_of
 from manager.domain.classification import Tier
 from manager.domain.models import model_key
+from manager.domain.runs import RunCaller
 from manager.domain.usage import Sums
-from manager.errors import Reason  # noqa: TC001  (pydantic reads annotations at run time)
+from manager.errors import (
+    EnsembleOffError,
+    Reason,
+)
+from manager.services.routing.attempting import RUNS_PATH
+from manager.services.runs.ensemble import PATH as ENSEMBLE
+from manager.services.runs.ensemble import Wanted
+from manager.services.runs.runs import NewRun
+from manager.settings.auto import MOST_MODELS
 from manager.wire.details import details_of
 
 if TYPE_CHECKING:
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from manager.api.backend import Backend
     from manager.domain.facts import ModelFacts
     from manager.services.llm import Verdict
+    from manager.services.requests import Origin
     from manager.services.routing.whole import Whole
     from manager.wire.listing import KnownModel
 
@@ -50,6 +61,7 @@ def _each_once(categories: list[str]) -> list[str]:
 
 
 _Text = Annotated[str, Field(strict=True, min_length=1, max_length=MOST_TEXT)]
+_Name = Annotated[str, Field(strict=True, min_length=1, max_length=512)]
 _Category = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 _Categories = Annotated[
     list[_Category], Field(min_length=2, max_length=MOST_CATEGORIES), AfterValidator(_each_once)
@@ -71,6 +83,19 @@ class ChatRequest(_Shape):
     message: _Text
     auto_route: StrictBool = True
     force_model: Annotated[str, Field(strict=True, min_length=1, max_length=600)] | None = None
+
+
+class MessageBody(_Shape):
+    role: Literal["system", "user", "assistant"]
+    content: _Text
+
+
+class EnsembleRequest(_Shape):
+    """`models` and `judge` are models or roles; left out, they are those of `routing.ensemble`."""
+
+    messages: Annotated[list[MessageBody], Field(min_length=1, max_length=1000)]
+    models: Annotated[list[_Name], Field(min_length=2, max_length=MOST_MODELS)] | None = None
+    judge: _Name | None = None
 
 
 class RoutingFacts(_Shape):
@@ -231,6 +256,20 @@ def llm_router(backend: Backend) -> APIRouter:
             }
         )
 
+    @router.post(
+        "/ensemble", status_code=202, response_model=SubmittedBody, responses=refusals(409, 429, 503)
+    )
+    async def submit_ensemble(
+        wanted: EnsembleRequest, request: Request, _query: Annotated[NoQuery, Query()]
+    ) -> Response:
+        """Have several models answer, and the best answer chosen, as an async run."""
+        run = await backend.runs.submit(_ensemble(backend, wanted, origin_of(backend, request)))
+        return JSONResponse(
+            {"id": run.id, "status": run.status},
+            status_code=202,
+            headers={"Location": f"{RUNS_PATH}/{run.id}"},
+        )
+
     @router.get("/models", response_model=TierModelsBody, responses=refusals())
     async def list_tiers(_query: Annotated[NoQuery, Query()]) -> Response:
         """The models of the tiers, and every other model with its facts. Starts nothing."""
@@ -241,8 +280,7 @@ def llm_router(backend: Backend) -> APIRouter:
     async def show_stats(query: Annotated[StatsQuery, Query()]) -> Response:
         """What the tiers have answered, how fast, and what that has saved."""
         now = datetime.now(UTC)
-        ends = now if query.ends is None else moment(query.ends)
-        begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)
+        begins, ends = time_of(query, now, _DEFAULT_SPAN)
         return JSONResponse(await routing_stats(backend, begins, ends, now=now))
 
     return router
@@ -280,6 +318,24 @@ async def routing_stats(
 
 
 # --- helpers, in call order ---
+
+
+def _ensemble(backend: Backend, wanted: EnsembleRequest, origin: Origin) -> NewRun:
+    """Return the run of an ensemble.
+
+    Raises:
+        EnsembleOffError: the configuration has none.
+    """
+    usual = backend.model_settings.ensemble
+    if usual is None:
+        raise EnsembleOffError("ensembles are off; set routing.ensemble, with `models` and a `judge`")
+    messages = [one.model_dump() for one in wanted.messages]
+    judge = wanted.judge or usual.judge
+    body = Wanted(messages, tuple(wanted.models or usual.models), judge).dumped()
+    caller = RunCaller(
+        origin.project, origin.intent, origin.instance, origin.local_only, origin.trace, origin.key
+    )
+    return NewRun(ENSEMBLE, judge, body, caller, origin.lane)
 
 
 def _answer(values: Mapping[str, Any], found: Verdict) -> Response:

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
-from manager.domain.roles import Mode, Policy, RequestKind, SystemMode
+from manager.domain.roles import Mode, Policy, RequestKind, Strategy, SystemMode
 from manager.domain.rollout import Stage  # noqa: TC001  (pydantic reads annotations at run time)
 from manager.domain.routing import missing_models
 from manager.errors import InvalidRequestError
@@ -68,6 +68,7 @@ ModeWord = Annotated[
     SystemMode | None, BeforeValidator(_stripped), _word_schema(["prepend", "append", "replace"])
 ]
 ModeOfRole = Annotated[Mode | None, BeforeValidator(_stripped), _word_schema(["sync", "async"])]
+StrategyWord = Annotated[Strategy | None, BeforeValidator(_stripped), _word_schema(list(Strategy))]
 Name = Annotated[
     RoleName,
     BeforeValidator(_stripped),
@@ -132,6 +133,7 @@ class RoleChange(_Shape):
     mode: ModeOfRole = None
     keep_warm: Annotated[list[InstanceId], Field(max_length=MOST_INSTANCES_OF_ROLE)] | None = None
     paid_fallback: StrictBool | None = None
+    strategy: StrategyWord = None
 
 
 class RolloutChange(_Shape):
@@ -202,6 +204,7 @@ class RoleBody(_Shape):
     mode: Mode
     keep_warm: list[str]
     paid_fallback: bool
+    strategy: Strategy
 
 
 class WarningBody(_Shape):
@@ -278,6 +281,7 @@ class EffectiveRoleBody(_Shape):
     mode: EffectiveValue
     keep_warm: EffectiveValue
     paid_fallback: EffectiveValue
+    strategy: EffectiveValue
 
 
 class EffectiveRollout(_Shape):

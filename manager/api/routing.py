@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from manager.api.backend import Backend
     from manager.domain.roles import Role
-    from manager.domain.routing import Decision
+    from manager.domain.routing import Attempt, Decision
 
 # A query is a part of a URL.
 MOST_TEXT = 4000
@@ -178,7 +178,7 @@ def routing_values(backend: Backend) -> dict[str, Any]:
 
 def _role(backend: Backend, role: Role) -> dict[str, Any]:
     decision = backend.router.decide(RequestFacts(role.name, role.kind))
-    first = next(decision.in_order(backend.router.load()), None)
+    first = decision.first(backend.router.load(), backend.router.ranks(decision))
     refused = decision.refused
     view = backend.overviews.of(first.instance).view if first else None
     return {
@@ -228,15 +228,22 @@ def _decided(backend: Backend, request: RequestDescription, model: str) -> Decis
     return backend.router.decide(facts)
 
 
-def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
-    """Return the values of a `DecisionBody`."""
-    refused, slots = decision.refused, backend.passing.routing.slots
-    attempts = list(decision.in_order(backend.router.load()))
+def attempts_now(backend: Backend, decision: Decision) -> tuple[list[Attempt], list[Attempt]]:
+    """Return the attempts in the order in which they would be made now, and those without a free slot."""
+    slots, router = backend.passing.routing.slots, backend.router
+    attempts = list(decision.in_order(router.load(), router.ranks(decision)))
     full = [one for one in attempts if not slots.has_room(decision.role, one.instance)]
     ranks = list(dict.fromkeys(one.choice for one in attempts))
     attempts.sort(key=lambda one: (ranks.index(one.choice), one in full))
     if attempts and full and attempts[0] not in full and attempts[0].fallback is not None:
         attempts[0] = attempts[0]._replace(fallback=Reason.OVERLOADED)  # what is preferred has no free slot
+    return attempts, full
+
+
+def decision_json(backend: Backend, decision: Decision) -> dict[str, Any]:
+    """Return the values of a `DecisionBody`."""
+    refused = decision.refused
+    attempts, full = attempts_now(backend, decision)
     passed_over = [PassedOver(one.instance, one.model, Reason.OVERLOADED, FULL) for one in full]
     return {
         "role": decision.role,

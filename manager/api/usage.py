@@ -6,7 +6,7 @@ import asyncio
 import csv
 import io
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args
 
 import orjson
 from fastapi import APIRouter, Query
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_SPAN = timedelta(days=30)
 _MOST_ROWS = 10_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ALLOWED = ", ".join(DIMENSIONS)
 # A program that opens CSV as a sheet takes a cell that begins with one of these for a formula
 # (https://owasp.org/www-community/attacks/CSV_Injection).
@@ -110,10 +111,7 @@ def usage_router(backend: Backend) -> APIRouter:
     async def show_usage(query: Annotated[UsageQuery, Query()]) -> Response:
         """The usage of the requests that ended in a time, the groups with the most requests first."""
         now = datetime.now(UTC)
-        ends = now if query.ends is None else moment(query.ends)
-        begins = ends - _DEFAULT_SPAN if query.begins is None else moment(query.begins)
-        if begins >= ends:
-            raise _inverted(begins, ends)
+        begins, ends = time_of(query, now, _DEFAULT_SPAN)
         by: list[Any] = query.by.split(",")
         sums, span = await read_usage(backend, begins, ends, by, now=now)
         # There may be many groups, and each has its percentiles.
@@ -125,6 +123,29 @@ def usage_router(backend: Backend) -> APIRouter:
         return Response(await asyncio.to_thread(orjson.dumps, document), media_type="application/json")
 
     return router
+
+
+class HasTime(Protocol):
+    """A query with a time. Both are times, or spans before now."""
+
+    @property
+    def begins(self) -> str | None: ...
+    @property
+    def ends(self) -> str | None: ...
+
+
+def time_of(query: HasTime, now: datetime, usual: timedelta) -> tuple[datetime, datetime]:
+    """Return the time that a query is about: the last `usual` one where it does not say.
+
+    Raises:
+        InvalidRequestError: it ends before it begins.
+    """
+    ends = now if query.ends is None else moment(query.ends)
+    # Nothing is older than the epoch.
+    begins = max(ends, _EPOCH + usual) - usual if query.begins is None else moment(query.begins)
+    if begins >= ends:
+        raise _inverted(begins, ends)
+    return begins, ends
 
 
 async def read_usage(

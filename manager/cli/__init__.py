@@ -3,6 +3,7 @@
 from manager.cli import collection_backfills, collection_items  # noqa: F401  (they add their commands)
 from manager.cli import requests as _requests  # noqa: F401
 from manager.cli.budgets import budgets_command
+from manager.cli.classifier import classifier_group
 from manager.cli.collections import collections_group
 from manager.cli.commands import main, program
 from manager.cli.container_logs import logs_command
@@ -29,6 +30,7 @@ for _command in (
     tiers_group,
     lanes_command,
     runs_group,
+    classifier_group,
     collections_group,
     schedules_command,
     rollout_group,

@@ -71,6 +71,7 @@ KINDS: Mapping[str, Kind] = {
     "mode": _TEXT,
     "keep_warm": _NAMES,
     "paid_fallback": _FLAG,
+    "strategy": _TEXT,
 }
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from manager.domain.classification import AutoRules
+    from manager.domain.learned import Told
     from manager.domain.roles import Role, RoutingSettings
 
 AUTO = "auto"
@@ -71,7 +72,9 @@ def offered_name(model: str) -> str:
     return split_pin(model)[0].strip().lower().removesuffix(f":{DEFAULT_TAG}")
 
 
-def choose(model: str, text: str, settings: RoutingSettings, rules: AutoRules) -> Choice:
+def choose(
+    model: str, text: str, settings: RoutingSettings, rules: AutoRules, told: Told | None = None
+) -> Choice:
     """Return the role for a request: that of its task, else that of its tier.
 
     The role of the task is left out where the words of the request, or its name, ask for another tier.
@@ -81,10 +84,11 @@ def choose(model: str, text: str, settings: RoutingSettings, rules: AutoRules) -
         text: what the user asks.
         settings: the roles.
         rules: those of `settings`.
+        told: the task, where a learned classifier has told it.
     """
     name, pin = split_pin(model)
     forced = _NAMES[name.strip().lower()]
-    found = classify(text, rules.lexicon, forced=forced, escalate_below=rules.escalate_below)
+    found = classify(text, rules.lexicon, forced=forced, escalate_below=rules.escalate_below, told=told)
     of_task = None if found.is_moved or forced is not None else found.task_type
     return _of_role((of_task, found.tier.value), found, pin, settings)
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
+    from manager.domain.learned import LearnedModel, Told
+
 CHAT = "chat"
 # Characters: a shorter request is small talk, a longer one needs thought, where no word says otherwise.
 SHORT_BELOW = 50
@@ -128,18 +130,27 @@ class Lexicon:
 class AutoRules:
     """How the model of a request is chosen that leaves the choice to the daemon.
 
-    `is_on` is whether a name of a model may say so; the daemon's own API may in any case.
+    `is_on` is whether a name of a model may say so; the daemon's own API may in any case. `learned` tells the
+    task where it is there.
     """
 
     lexicon: Lexicon
     escalate_below: float = 0.0
     is_on: bool = True
+    learned: LearnedModel | None = None
 
 
 def classify(
-    text: str, lexicon: Lexicon, *, forced: Tier | None = None, escalate_below: float = 0.0
+    text: str,
+    lexicon: Lexicon,
+    *,
+    forced: Tier | None = None,
+    escalate_below: float = 0.0,
+    told: Told | None = None,
 ) -> Classification:
     """Return what a request is about. The same text has the same result.
+
+    Where a learned classifier has `told` the task, words of tasks do not count.
 
     Of several tasks the one with the most different words wins, then the one that is named first. Words that
     ask for more or less thought move the tier by one, and cancel each other. A classification that is less
@@ -151,7 +162,7 @@ def classify(
         places = hits.setdefault(entry.group, {})
         places[entry.text] = min(at, places.get(entry.text, at))
     more, less = hits.pop(_MORE, {}), hits.pop(_LESS, {})
-    found = _by_words(hits, lexicon) or _by_length(length)
+    found = _by_model(told, lexicon) if told is not None else _by_words(hits, lexicon) or _by_length(length)
     if forced is not None:
         moved = forced is not found.tier
         return found._replace(tier=forced, confidence=_FORCED, reasoning="the tier was named", is_moved=moved)
@@ -213,6 +224,12 @@ def _by_words(hits: Mapping[int, Mapping[str, int]], lexicon: Lexicon) -> Classi
     best = min(hits, key=lambda group: (-len(hits[group]), min(hits[group].values()), group))
     task = lexicon.tasks[best]
     return Classification(task.name, task.tier, _BY_WORDS, f"it has {_quoted(hits[best])}")
+
+
+def _by_model(told: Told, lexicon: Lexicon) -> Classification:
+    """Return the task that was told; one that has no words is chat, of a middle tier."""
+    tier = next((task.tier for task in lexicon.tasks if task.name == told.task), Tier.MEDIUM)
+    return Classification(told.task, tier, round(told.confidence, 3), "the learned classifier says so")
 
 
 def _by_length(length: int) -> Classification:

@@ -1,4 +1,4 @@
-"""Times to the first token: what is usual for a model on an instance, and whether it is slow of late.
+"""Times to the first token: what is usual for a model on an instance, and whether it is slow of late; speeds.
 
 Two exponentially weighted means are compared, as Netflix' concurrency-limits does
 (https://github.com/Netflix/concurrency-limits, `Gradient2Limit`).
@@ -14,6 +14,7 @@ _RECENT_WEIGHT = 1 / 8
 # mean of the first ones, which alone are no measure of what is usual.
 _USUAL_WEIGHT = 2 / 601
 LEAST_VALUES = 20
+LEAST_VALUES_BESIDE_EXPECTED = 4
 # Twice the usual time is slow, unless nobody notices the difference. A single value counts for at most three
 # times that excess: it takes four of them in a row, and one long prompt makes nothing slow.
 _LEAST_EXCESS_MS = 50.0
@@ -22,6 +23,9 @@ _MOST_EXCESSES = 3.0
 # long for each token has longer pauses between its values.
 _MEMORY_S = 10.0
 _MEMORY_VALUES = 5.0
+# A speed of fewer tokens, or of a shorter time, says more of the network than of the model.
+_LEAST_TOKENS = 8
+_LEAST_DURATION_S = 0.01
 
 
 class Latency(NamedTuple):
@@ -50,11 +54,26 @@ def with_value(before: Latency | None, value_ms: float, now: float) -> Latency:
     )
 
 
-def is_slow(latency: Latency, now: float) -> bool:
-    """Return whether the recent times are more than twice the usual ones."""
+def with_speed(before: float | None, tokens: int, duration_s: float) -> float | None:
+    """Return the recent tokens/s after one more answer, as a mean that follows a change within eight values.
+
+    An answer that is too short to measure changes nothing. `before` is None for the first one.
+    """
+    if tokens < _LEAST_TOKENS or duration_s < _LEAST_DURATION_S:
+        return before
+    speed = (tokens - 1) / duration_s  # the time begins with the first token
+    return speed if before is None else before + (speed - before) * _RECENT_WEIGHT
+
+
+def is_slow(latency: Latency, now: float, expected_ms: float | None = None) -> bool:
+    """Return whether the recent times are more than twice the usual ones, or those that are expected.
+
+    What is expected is stated, so that fewer values are enough.
+    """
+    usual_ms = latency.usual_ms if expected_ms is None else expected_ms
     return (
-        latency.recent_ms - latency.usual_ms > _excess_ms(latency.usual_ms)
-        and latency.seen >= LEAST_VALUES
+        latency.recent_ms - usual_ms > _excess_ms(usual_ms)
+        and latency.seen >= (LEAST_VALUES if expected_ms is None else LEAST_VALUES_BESIDE_EXPECTED)
         and not _is_forgotten(latency, now)
     )
 

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from manager.domain.denial import denying
 from manager.domain.facts import models_by_tier
 from manager.domain.models import DEFAULT_TAG, model_key
+from manager.domain.scoring import DEFAULT_WEIGHTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from manager.domain.classification import AutoRules
     from manager.domain.facts import ModelFacts
+    from manager.domain.scoring import Weights
 
 SystemMode: TypeAlias = Literal["prepend", "append", "replace"]
 Mode: TypeAlias = Literal["sync", "async"]
@@ -44,6 +46,20 @@ class Policy(StrEnum):
     AUTO = "auto"
     PREFER_GPU = "prefer_gpu"
     CPU_ONLY = "cpu_only"
+
+
+class Strategy(StrEnum):
+    """The order of the instances that are permitted and able, within one model of a role.
+
+    `warm_first`: that of `instances`, then by whether the model is loaded, and by priority. The others order
+    all instances that run, and after them those that have to be started: `scored` by a sum of signals,
+    `round_robin` each in turn, `least_loaded` by the requests in flight.
+    """
+
+    WARM_FIRST = "warm_first"
+    SCORED = "scored"
+    ROUND_ROBIN = "round_robin"
+    LEAST_LOADED = "least_loaded"
 
 
 # The roles that there always are, whether or not they have a model.
@@ -118,6 +134,7 @@ class Role:
         mode: `async` refuses requests that wait for their answer.
         keep_warm: instances where its model stays loaded.
         paid_fallback: whether a paid provider may answer where nothing local can.
+        strategy: orders its instances; all but `warm_first` leave the order of `instances` aside.
     """
 
     name: str
@@ -137,6 +154,7 @@ class Role:
     mode: Mode = "sync"
     keep_warm: tuple[str, ...] = ()
     paid_fallback: bool = False
+    strategy: Strategy = Strategy.WARM_FIRST
 
     def timeout_s(self, place: int) -> float | None:
         """Return the time for the first byte at a place in `instances`; None: that of the gateway."""
@@ -165,7 +183,7 @@ class RoutingSettings:
 
     `models` maps keys of models (`model_key`) to changes, `facts` to what is known of them. `list_roles` puts
     roles into Ollama's own list of models too. `auto` has the rules for requests that leave the choice of a
-    model to the daemon; None while that is off.
+    model to the daemon; None while that is off. `weights` are those of the strategy `scored`.
     """
 
     roles: Mapping[str, Role]
@@ -175,11 +193,17 @@ class RoutingSettings:
     fallback: Fallback = NO_FALLBACK
     facts: Mapping[str, ModelFacts] = field(default_factory=dict)
     auto: AutoRules | None = None
+    weights: Weights = DEFAULT_WEIGHTS
     # The models of each tier, the fastest one first; worked out of `facts`.
     tiers: Mapping[str, tuple[str, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tiers", models_by_tier(self.facts.values()))
+
+    def expected_ms(self, key: str) -> float | None:
+        """Return the time to the first token that is expected of a model; None where it is not stated."""
+        facts = self.facts.get(key)
+        return None if facts is None else facts.latency_ms
 
     def models_of(self, role: Role) -> tuple[str, ...]:
         """Return the models of a role in order: its own one, then those of the tier of its name."""

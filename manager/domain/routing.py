@@ -12,12 +12,12 @@ from manager.domain.instance import DeviceKind
 from manager.domain.models import INVALID_NAME, is_possible, model_key, split_pin
 from manager.domain.overload import behind_others
 from manager.domain.paid import Wish, verdicts
-from manager.domain.roles import USUAL_KINDS, Policy, RequestKind
+from manager.domain.roles import USUAL_KINDS, Policy, RequestKind, Strategy
 from manager.domain.wording import listed, model_not_found
 from manager.errors import Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from manager.domain.denial import Denials
     from manager.domain.keys import Permit
@@ -41,6 +41,9 @@ _CPU = DeviceKind.CPU
 _NOTHING_MOVED: Mapping[str, Order] = {}
 _GPU = DeviceKind.GPU
 _UNAVAILABLE = Reason.INSTANCE_UNAVAILABLE
+_WARM_FIRST = Strategy.WARM_FIRST
+# The tier of an instance that has to be started.
+_TO_START = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,12 @@ class Group(NamedTuple):
         return Attempt(instance, *self[1:])
 
 
+# The groups that a strategy orders together, in the order that counts where the strategy sees no difference.
+Band: TypeAlias = tuple[Group, ...]
+# What the instances of a band are compared by, lowest first; given the requests in flight.
+Ranks: TypeAlias = "Callable[[Band, Load], Load]"
+
+
 # A tuple: a decision has many of them, and a frozen dataclass takes three times as long to make.
 class PassedOver(NamedTuple):
     """An instance that a request does not go to; `detail` adds to the reason in words."""
@@ -268,6 +277,7 @@ class Decision:
     never twice for one model. Only an overloaded one may be both: it is attempted after the others. `refused`
     is set exactly when there is no attempt. `is_async` is whether the role takes runs only, no requests that
     wait for their answer. `by_place` is whether the role orders its instances: each is a group of its own.
+    `bands` has the groups in the same order; it is empty where every role takes its instances warm first.
     """
 
     request: RequestFacts
@@ -279,12 +289,14 @@ class Decision:
     refused: Refused | None = None
     is_async: bool = False
     by_place: bool = False
+    bands: tuple[Band, ...] = ()
 
     @cached_property
     def has_equals(self) -> bool:
         """Return whether another instance could answer as well as the first one."""
         first, *others = self.groups
-        return len(first.instances) > 1 or bool(self.by_place and others and others[0].choice == first.choice)
+        count = sum(len(group.instances) for group in self.bands[0]) if self.bands else len(first.instances)
+        return count > 1 or bool(self.by_place and others and others[0].choice == first.choice)
 
     def leaning(self, instance: str, load: Load) -> Attempt | None:
         """Return the attempt on an instance that is to go before the ones that a role prefers by its order.
@@ -307,20 +319,27 @@ class Decision:
     def _is_overloaded(self, instance: str) -> bool:
         return any(one.instance == instance and one.reason is Reason.OVERLOADED for one in self.passed_over)
 
-    def first(self, load: Load) -> Attempt | None:
+    def first(self, load: Load, ranks: Ranks | None = None) -> Attempt | None:
         """Return the first attempt of `in_order`; None where there is none."""
+        if self.bands:
+            return next(self.in_order(load, ranks))
         if not self.groups:
             return None
         group = self.groups[0]
         instances = group.instances
         return group.attempt(instances[0] if len(instances) == 1 else min(instances, key=load.__getitem__))
 
-    def in_order(self, load: Load) -> Iterator[Attempt]:
+    def in_order(self, load: Load, ranks: Ranks | None = None) -> Iterator[Attempt]:
         """The attempts in order; of a group always the one whose instance has the fewest requests in flight.
 
         Args:
             load: requests in flight by instance, looked at each time the next attempt is asked for.
+            ranks: compares the instances of a band; None compares them by `load`.
         """
+        for band in self.bands:
+            yield from _ranked(band, load if ranks is None else ranks(band, load))
+        if self.bands:
+            return
         for group in self.groups:
             waiting = list(group.instances)
             while len(waiting) > 1:
@@ -330,6 +349,15 @@ class Decision:
             yield group.attempt(waiting[0])
 
 
+def _ranked(band: Band, ranks: Load) -> Iterator[Attempt]:
+    """Yield the attempts of a band, always the one whose instance has the lowest rank at that moment."""
+    waiting = [group.attempt(instance) for group in band for instance in group.instances]
+    while waiting:
+        best = min(waiting, key=lambda attempt: ranks[attempt.instance])
+        waiting.remove(best)
+        yield best
+
+
 def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot) -> Decision:
     """Return where `request` may go.
 
@@ -337,7 +365,8 @@ def decide(request: RequestFacts, settings: RoutingSettings, snapshot: Snapshot)
     has, a role that could not be meant otherwise. Instances with the model loaded come first, then running
     ones, then those that can be started, each by priority; the last are those with an unread list of models.
     The policy of a role filters before its target counts, and filters its fallbacks as well. A target is
-    held, unless the role merely prefers GPUs; a pin always.
+    held, unless the role merely prefers GPUs; a pin always. A role with another strategy than `warm_first`
+    has its instances in bands, which are ordered when a request is routed: those that run, then the others.
 
     A permit filters last, and nothing widens it: the role or lane that is asked for must be permitted, and so
     must the instance, the model and the role of each attempt. A model may be named itself where the permit
@@ -419,7 +448,11 @@ def _with_paid(  # noqa: PLR0917  (the parts of a decision)
         if limit and refused.what != "unavailable":
             refused = Refused("forbidden", Reason.POLICY, limit)
     return replace(
-        decision, groups=groups + paid, passed_over=(*decision.passed_over, *passed), refused=refused
+        decision,
+        groups=groups + paid,
+        passed_over=(*decision.passed_over, *passed),
+        refused=refused,
+        bands=decision.bands and (*decision.bands, *((group,) for group in paid)),
     )
 
 
@@ -565,6 +598,8 @@ _GPUS_SECOND: Mapping[DeviceKind | None, int | None] = {_GPU: 1, _CPU: 2, None: 
 class _Decider:
     """Goes over the legs of one decision."""
 
+    _bands: list[Band] | None = None  # where a leg has a strategy
+
     def __init__(
         self,
         request: RequestFacts,
@@ -589,8 +624,14 @@ class _Decider:
         self._forbidden = ""  # the first limit of the key that has barred something
 
     def over(self, legs: list[_Leg]) -> Decision:
-        first, *others = legs
+        preferred = legs[0]
+        first, *others = legs = self._overloaded_last(legs)
+        for leg in legs:
+            if leg.role is not None and leg.role.strategy is not _WARM_FIRST:
+                self._bands = []
         why = None if first.role is self._role else Reason.MODEL_MISSING  # the role has no model of its own
+        if first is not preferred:
+            why = Reason.OVERLOADED
         self._add(first, why)
         if others:
             # What is preferred is there and goes first, or this says why it is not.
@@ -598,6 +639,8 @@ class _Decider:
             for leg in others:
                 self._add(leg, why)
         role = self._role
+        if self._bands is not None:
+            self._groups = [group for band in self._bands for group in band]
         return Decision(
             request=self._request,
             role=role.name if role else None,
@@ -607,21 +650,39 @@ class _Decider:
             passed_over=tuple(self._once_each() if others else self._passed_over),
             refused=None if self._groups else self._why_none(first),
             is_async=role is not None and role.mode == "async",
-            by_place=first.role is not None and first.role.instances is not None,
+            by_place=_is_by_place(first.role),
+            bands=tuple(self._bands or ()),
         )
+
+    def _overloaded_last(self, legs: list[_Leg]) -> list[_Leg]:
+        """Put models of the role that are slow wherever they run behind its other ones."""
+        own = [leg for leg in legs if leg.role is self._role]
+        if len(own) == 1:
+            return legs
+        busy = [leg for leg in own if self._is_overloaded(leg)]
+        if not busy or len(busy) == len(own):
+            return legs
+        return [leg for leg in own if leg not in busy] + busy + [leg for leg in legs if leg not in own]
+
+    def _is_overloaded(self, leg: _Leg) -> bool:
+        key = model_key(leg.model)
+        ready = [one for one in self._snapshot.having(key) if one.state is State.READY]
+        return bool(ready) and all(one.overloads is not None and one.overloads.of(key) for one in ready)
 
     def _add(self, leg: _Leg, fallback: Reason | None) -> None:
         """The attempts of one leg; `fallback` is why it is not the preferred one."""
         model, key, role = leg.model, model_key(leg.model), leg.role
         name = role.name if role else None
         found, busy, preferred_out = self._usable(leg, key)
-        places = _places(role) if role is not None and role.attempt_timeouts_s else None
+        places = _listed_places(role) if role is not None and role.attempt_timeouts_s else None
         in_order, moved = sorted(found.items()), _NOTHING_MOVED
         if busy:
             in_order, moved = behind_others(in_order, busy)
             self._passed_over += (PassedOver(id_, model, Reason.OVERLOADED, busy[id_].why) for id_ in moved)
             if any(order[1] == order[2] == 0 for order in moved.values()):
                 preferred_out = preferred_out or Reason.OVERLOADED
+        if places is not None and _strategy(role) is not _WARM_FIRST:
+            in_order = [(order, [id_]) for order, ids in in_order for id_ in ids]  # each has its own time-out
         preferred_there = any(order[:3] == (0, 0, 0) and ids[0] not in moved for order, ids in in_order)
         for (stage, rank, place, tier, _), ids in in_order:
             reason = fallback
@@ -633,6 +694,10 @@ class _Decider:
             choice = (self._legs * len(_WAYS) + rank) * len(_WAYS) + stage
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             self._tried[key].update(ids)
+        if self._bands is not None:
+            added = self._groups[len(self._groups) - len(in_order) :]
+            orders = [order for order, _ in in_order]
+            self._bands += _bands(role, list(zip(orders, added, strict=True)), moved)
         self._legs += 1
 
     def _usable(
@@ -666,7 +731,7 @@ class _Decider:
                     if rank == place == 0:
                         preferred_out = preferred_out or why
                 elif id_ not in tried:
-                    tier = 2 if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
+                    tier = _TO_START if candidate.state is _STARTABLE else 0 if key in candidate.loaded else 1
                     order = (stage, rank, place, tier, -candidate.priority)
                     if candidate.overloads is not None and (one := candidate.overloads.of(key)) is not None:
                         busy[id_] = one
@@ -844,11 +909,48 @@ def denied_message(denied: Sequence[PassedOver]) -> str:
 def _places(role: Role | None, *, first: str | None = None) -> Mapping[str, int] | None:
     """The places of the only instances that a role may use; None where it may use any.
 
-    `first` stands before the others, wherever it is listed: it was named as the one that is preferred.
+    `first` stands before the others, wherever it is listed: it was named as the one that is preferred. All
+    are at the same place where a strategy orders them.
     """
     if role is None or role.instances is None:
         return None
+    if role.strategy is not _WARM_FIRST:
+        return dict.fromkeys(role.instances, 0)
     return {name: 0 if name == first else place for place, name in enumerate(role.instances)}
+
+
+def _listed_places(role: Role) -> Mapping[str, int] | None:
+    """Return the places at which a role lists its instances, whatever orders them; None without a list."""
+    return None if role.instances is None else {name: place for place, name in enumerate(role.instances)}
+
+
+def _strategy(role: Role | None) -> Strategy:
+    return _WARM_FIRST if role is None else role.strategy
+
+
+def _is_by_place(role: Role | None) -> bool:
+    return role is not None and role.instances is not None and role.strategy is _WARM_FIRST
+
+
+def _bands(
+    role: Role | None, placed: list[tuple[Order, Group]], moved: Mapping[str, Order]
+) -> Iterator[Band]:
+    """Yield the bands of one leg.
+
+    A strategy orders what runs, and after it what has to be started; `stage` and `rank` stay what they are.
+    Overloaded instances that others can stand in for come after those others, whatever the strategy.
+    """
+    if _strategy(role) is _WARM_FIRST:
+        yield from ((group,) for _, group in placed)
+        return
+    found: dict[tuple[int, int, bool, bool], list[Group]] = {}
+    place = (0, 0, False)
+    for order, group in placed:
+        is_moved = group.instances[0] in moved
+        if not is_moved:  # an overloaded one stands behind the others of its place, whose order says where
+            place = (order[0], order[1], order[3] == _TO_START)
+        found.setdefault((*place, is_moved), []).append(group)
+    yield from (tuple(found[at]) for at in sorted(found))
 
 
 def _refusal(request: RequestFacts, role: Role | None, pin: str | None, refused: Refused) -> Decision:

@@ -9,6 +9,7 @@ import orjson
 from manager.domain.auto import choose, choose_for
 from manager.domain.classification import Tier
 from manager.errors import NotAnsweredError, Reason
+from manager.services.routing.learned import vector_of
 from manager.wire.routes import INFERENCE
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from manager.domain.auto import Choice
     from manager.domain.classification import AutoRules
+    from manager.domain.learned import Told
     from manager.domain.roles import RoutingSettings
     from manager.services.routing.router import SettingsSource
     from manager.services.routing.whole import Asking, Whole, WholeRequests
@@ -108,7 +110,7 @@ class Llm:
         choice = None
         if model is None:
             name = "auto" if auto_route else f"auto:{Tier.COMPLEX.value}"
-            choice = choose(name, message, self._routing, self._rules)
+            choice = choose(name, message, self._routing, self._rules, await self._told(message))
             model = _model_of(choice)
         fields = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False}
         whole = await self._whole.ask(_CHAT, fields, asking, choice)
@@ -118,6 +120,12 @@ class Llm:
         return content, whole
 
     # --- helpers ---
+
+    async def _told(self, message: str) -> Told | None:
+        """Return what the learned classifier tells, where there is one."""
+        learned = self._rules.learned
+        vector = None if learned is None else await vector_of(self._whole, message, learned.embedding_model)
+        return None if learned is None or vector is None else learned.tell(vector)
 
     @property
     def _routing(self) -> RoutingSettings:

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from manager.settings import sources as source
 from manager.settings.listed_models import translate_listed_models
+from manager.settings.manifest import read_manifest
 from manager.settings.model import COMPARED, Settings
 from manager.settings.overlays import read_overlay
 from manager.settings.ownership import can_read_as_owner, is_trusted, local_file_problem, open_regular, user
@@ -77,7 +78,7 @@ def load_settings(
     overrides: Mapping[str, object] | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> LoadedSettings:
-    """Read all settings: command line, environment, overlay, file, defaults, in this order.
+    """Read all settings: command line, environment, overlay, file, manifest, defaults, in this order.
 
     Mappings are merged, lists are replaced. `$OLLAMA_MANAGER_ENV` names the overlay, see `overlays`.
 
@@ -105,6 +106,11 @@ def load_settings(
         *files,
         source.defaults(environ),
     )
+    place = str(source.place_of(("discovery", "manifest"), sources))
+    manifest = read_manifest(_merged(sources), place, problems)
+    if manifest is not None:
+        documents.append(manifest)
+        sources = (*sources[:-1], source.configuration_file(manifest, environ), sources[-1])
     problems += [problem for one in documents for problem in one.problems]
     if any(one.data is None for one in documents):
         raise configuration_error(problems)

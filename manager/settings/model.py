@@ -339,6 +339,12 @@ class ScheduleSettings(Section):
         return self
 
 
+class DiscoverySettings(Section):
+    """`manifest` is a file with servers that become external instances; see `settings.manifest`."""
+
+    manifest: FilePath | None = None
+
+
 class AuditSettings(Section):
     """The bounds of the history of requests and of usage; `retention_days` 0 keeps no request."""
 
@@ -427,6 +433,7 @@ class Settings(BaseSettings):
     budgets: tuple[BudgetSettings, ...] = Field(default=(), max_length=MOST_BUDGETS)
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     routing: RoutingSection = Field(default_factory=RoutingSection)
+    discovery: DiscoverySettings = Field(default_factory=DiscoverySettings)
 
     @classmethod
     def settings_customise_sources(

@@ -23,9 +23,11 @@ from manager.domain.roles import (
     RequestKind,
     Role,
     RoutingSettings,
+    Strategy,
     SystemMode,
     role_contradictions,
 )
+from manager.domain.scoring import DEFAULT_WEIGHTS
 from manager.domain.template import Refusal, parse_size
 from manager.settings.section import (
     AUTO_GPU_ID,
@@ -42,6 +44,8 @@ from manager.settings.section import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    from manager.domain.scoring import Weights
 
 ANY_INSTANCE = "auto"
 
@@ -203,6 +207,7 @@ class RoleSettings(Section):
     mode: Mode = "sync"
     keep_warm: KeepWarm = ()
     paid_fallback: StrictBool = False
+    strategy: Strategy = Strategy.WARM_FIRST
 
 
 class ModelEntrySettings(Section):
@@ -371,6 +376,7 @@ def to_role(name: str, settings: RoleSettings) -> Role:
         mode=settings.mode,
         keep_warm=settings.keep_warm,
         paid_fallback=settings.paid_fallback,
+        strategy=settings.strategy,
     )
 
 
@@ -402,6 +408,7 @@ def routing_settings(
     models: ModelsSettings,
     fallback: Fallback = NO_FALLBACK,
     auto: AutoRules | None = None,
+    weights: Weights = DEFAULT_WEIGHTS,
 ) -> RoutingSettings:
     """Return the settings that routing obeys. A tier that has models is a role, named or not."""
     tiers = {one.tier.value for one in models.facts.values() if one.tier is not None}
@@ -415,6 +422,7 @@ def routing_settings(
         fallback=fallback,
         facts={model_key(name): to_facts(name, one) for name, one in models.facts.items()},
         auto=auto,
+        weights=weights,
     )
 
 

@@ -40,6 +40,9 @@ _PATHS: tuple[KeyPath, ...] = (
     ("instances", "*", "tls", "ca"),
     ("instances", "*", "tls", "certificate"),
     ("instances", "*", "tls", "key"),
+    ("routing", "words"),
+    ("routing", "learned"),
+    ("discovery", "manifest"),
 )
 
 Kind = Literal["command line", "environment", "file", "default"]

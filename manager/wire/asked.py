@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -18,15 +19,17 @@ if TYPE_CHECKING:
 # As the routes of Ollama, OpenAI and Anthropic name it; messages come first where there are several.
 _FIELDS = ("messages", "input", "prompt")
 _ARRAY, _QUOTE, _OBJECT = b'["{'
+# Programs put context of their own beside the user's words, as a part in a tag: `<system-reminder>` is one.
+_WRAPPED = re.compile(r"<([a-z][a-z_-]*)>.*</\1>", re.DOTALL)
 _TEXT = msgspec.json.Decoder(str)
 
 
 def text_asked(fields: Fields) -> Steps[str]:
     """Return the text, in steps; empty where there is none that can be read.
 
-    Of a list of messages it is the last one of the user, and of content in parts the parts with text. Of a
-    text of more than STEP_BYTES the middle is left out. A document of another shape is the server's to
-    refuse.
+    Of a list of messages it is the last one of the user. Of content in parts it is the parts with text,
+    without those that are wrapped in a tag where there are others. Of a text of more than STEP_BYTES the
+    middle is left out. A document of another shape is the server's to refuse.
     """
     for name in _FIELDS:
         value = fields.get(name)
@@ -54,7 +57,11 @@ def _asked(value: Buffer) -> Steps[str]:
             last = memoryview(fields.get("content", b"null"))
     if last is None:
         return ""
-    return "\n".join((yield from _parts(last))) if last[0] == _ARRAY else _text(last)
+    if last[0] != _ARRAY:
+        return _text(last)
+    parts = yield from _parts(last)
+    of_user = [part for part in parts if not _WRAPPED.fullmatch(part.strip())]
+    return "\n".join(of_user or parts)
 
 
 def _elements(array: memoryview) -> Steps[list[memoryview]]:

@@ -6,13 +6,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from manager.domain.models import DEFAULT_TAG, model_key
+from manager.domain.offloading import offload_hint
 from manager.wire.details import details_of
 from manager.wire.ollama import name_of, read_time
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from manager.domain.classification import Tier
+    from manager.domain.offloading import OffloadHint
     from manager.domain.roles import RequestKind
+    from manager.wire.details import Details
 
 # What Go's encoder writes where nothing is known, in the order of Ollama's `api.ListModelResponse`.
 _NO_TIME = "0001-01-01T00:00:00Z"
@@ -39,7 +43,8 @@ class KnownModel:
 
     `entry` is what a server last said of it in `/api/tags`. `offload` is the share of it that is in a card's
     memory, where it is loaded; `latency_ms` its recent time to the first token on the fastest of its
-    instances, None while it has streamed nothing. `digests` are the instances by its digest there.
+    instances, None while it has streamed nothing. `digests` are the instances by its digest there. `tier` is
+    what the operator has stated, and `is_available` whether one of the instances runs or can be started.
     """
 
     entry: Mapping[str, Any]
@@ -49,6 +54,8 @@ class KnownModel:
     offload: float | None = None
     latency_ms: float | None = None
     digests: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    tier: Tier | None = None
+    is_available: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +173,20 @@ def _hints(model: KnownModel | None) -> dict[str, Any]:
         "digests": {digest: list(ids) for digest, ids in model.digests.items()},
         "context_length": details.context_length,
         "capabilities": None if details.capabilities is None else list(details.capabilities),
+        "offload_hint": _offload_hint(model, details)._asdict(),
     }
+
+
+def _offload_hint(model: KnownModel, known: Details) -> OffloadHint:
+    details, host = model.entry.get("details"), model.entry.get("remote_host")
+    size = details.get("parameter_size") if isinstance(details, dict) else None
+    return offload_hint(
+        capabilities=known.capabilities,
+        parameters=size if isinstance(size, str) else "",
+        tier=model.tier,
+        remote_host=host if isinstance(host, str) else "",
+        is_available=model.is_available and bool(model.instances),
+    )
 
 
 def _whole(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ ACCOUNT = frozenset(
 RECOMMENDATIONS = "/api/experimental/model-recommendations"
 STATUS = "/api/status"
 _OPENAI_PREFIX = "/v1/"
+# The control API's own, beside those of OpenAI.
+CLUSTER_PREFIX = "/v1/cluster/"
 # These paths are passed on: nothing in them may lead an upstream to another route.
 _DIGEST = re.compile(r"[A-Za-z0-9:_-]+")
 _USER_KEY = re.compile(r"[A-Za-z0-9_=-]+")
@@ -69,6 +71,8 @@ def methods_of(path: str) -> tuple[str, ...] | None:
 
 def spoken_at(path: str) -> Dialect | None:
     """Return the dialect of a path, or None where it belongs to the control API or does not exist."""
+    if path.startswith(CLUSTER_PREFIX):
+        return None
     if path.startswith(_OPENAI_PREFIX) or methods_of(path) is not None:
         return dialect_of(path)
     return None

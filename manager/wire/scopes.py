@@ -29,6 +29,7 @@ _KEYS = "/api/v1/keys"
 _COLLECTIONS = "/api/v1/collections"
 _LLM = "/api/v1/llm"
 _COLLECTION = f"{_COLLECTIONS}/{{name}}"
+_CLUSTER = "/v1/cluster"
 
 # Methods, path, and the scopes of which a key needs one; none is any key. `{name}` is one segment of a path,
 # `{name*}` several. An account of ollama.com belongs to the operator: requests in its name need that scope.
@@ -66,7 +67,7 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COLLECTION}/backfill", _LISTS),
     ("POST", f"{_COLLECTION}/backfill", _OPERATOR),
     *(("POST", f"{_COLLECTION}/backfill/{verb}", _OPERATOR) for verb in ("pause", "resume", "cancel")),
-    *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat")),
+    *(("POST", f"{_LLM}/{name}", _CLIENT) for name in ("sentiment", "classify", "chat", "ensemble")),
     ("GET", f"{_LLM}/models", _LISTS),
     ("GET", f"{_LLM}/routing-stats", _READ),
     ("POST", "/api/pull", _OPERATOR),
@@ -116,6 +117,9 @@ TABLE: tuple[tuple[str, str, tuple[Scope, ...]], ...] = (
     ("GET", f"{_COMPUTE}/explain", _READ),
     ("GET", f"{_COMPUTE}/requests", _READ),
     ("GET", f"{_COMPUTE}/requests/{{id}}", _READ),
+    *(("GET", f"{_CLUSTER}/{view}", _READ) for view in ("hosts", "services", "roles", "health")),
+    ("POST", f"{_CLUSTER}/routes/match", _READ),
+    ("GET", f"{_CLUSTER}/routes/resolve", _READ),
     ("GET", "/api/settings/models", _READ),
     ("GET", "/api/settings/models/effective", _READ),
     ("GET", "/api/v1/usage", _READ),

@@ -623,6 +623,12 @@ def test_the_api_describes_itself(daemon: Daemon) -> None:
         *(f"/api/v1/collections/{{name}}/versions{path}" for path in ("", "/{version}")),
         *(f"/api/v1/collections/{{name}}/backfill/{verb}" for verb in ("pause", "resume", "cancel")),
         "/api/v1/usage",
+        *(
+            f"/api/v1/llm/{path}"
+            for path in ("sentiment", "classify", "chat", "models", "ensemble", "routing-stats")
+        ),
+        *(f"/v1/cluster/{path}" for path in ("hosts", "services", "roles", "health")),
+        *(f"/v1/cluster/routes/{path}" for path in ("match", "resolve")),
         *(f"/api/settings/{path}" for path in ("models", "models/effective")),
         "/healthz",
         "/readyz",

@@ -234,3 +234,13 @@ async def test_the_statistics_are_of_the_tiers_and_their_tasks(tmp_path: Path) -
         assert found["fallback_rate"] == 0.0
         assert found["saved"]["requests"] == 2
         assert found["saved"]["seconds"] is not None
+
+
+@pytest.mark.parametrize(
+    "query", ["to=225637844d", "from=1h&to=2h", "to=9999d", "from=2026-01-02&to=2026-01-01"]
+)
+async def test_a_time_that_is_none_is_refused_or_empty(tmp_path: Path, query: str) -> None:
+    async with writing() as server, relaying(tmp_path, {"one": server}, config=CONFIG) as front:
+        for path in ("/api/v1/llm/routing-stats", "/api/v1/usage"):
+            reply = await ask(front, "GET", f"{path}?{query}", None)
+            assert reply.status in (200, 422), reply.body

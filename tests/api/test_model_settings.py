@@ -119,6 +119,7 @@ def test_every_role_is_listed_with_all_its_values(daemon: Daemon) -> None:
         "mode": "sync",
         "keep_warm": [],
         "paid_fallback": False,
+        "strategy": "warm_first",
     }
     assert body["roles"]["thinking"]["model"] is None, "nothing is preselected"
     assert body["embedding_runtime_policy"] == body["roles"]["embedding"]["policy"] == "prefer_gpu"
@@ -142,6 +143,20 @@ def test_precedence_is_override_then_environment_then_file_then_default(daemon: 
     changed(daemon, {"roles": {"tool_selector": {"model": None}, "output": {"model": ""}}})
     assert model_of("output") == {"value": "tiny", "source": "file"}
     assert model_of("tool_selector") == {"value": "from-environment", "source": "environment"}
+
+
+def test_a_strategy_is_changed_live_and_taken_back(daemon: Daemon) -> None:
+    def strategy() -> Any:
+        return daemon.get(f"{SETTINGS}/effective")["roles"]["review"]["strategy"]
+
+    assert strategy() == {"value": "warm_first", "source": "default"}
+    changed(daemon, {"roles": {"review": {"strategy": " scored "}}})
+    assert strategy() == {"value": "scored", "source": "override"}
+    changed(daemon, {"roles": {"review": {"strategy": None}}})
+    assert strategy() == {"value": "warm_first", "source": "default"}
+    assert fields_of(change(daemon, {"roles": {"review": {"strategy": "best"}}})) == [
+        "body.roles.review.strategy"
+    ]
 
 
 def test_effective_has_the_shape_of_the_values_with_a_source_at_each_leaf(daemon: Daemon) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from manager.domain.denial import Denials, DenyRules
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
-from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
+from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings, Strategy
 from manager.domain.routing import Candidate, RequestFacts, Snapshot, State, decide
 from tests.bench.table import Row, at_most
 
@@ -32,6 +32,7 @@ def decisions() -> Iterator[Row]:
             for role in (
                 Role("output", RequestKind.GENERATE, _name(1)),
                 Role("thinking", RequestKind.GENERATE, _name(2), "i01", Policy.PREFER_GPU),
+                Role("spread", RequestKind.GENERATE, _name(4), strategy=Strategy.LEAST_LOADED),
                 Role(
                     "control", RequestKind.GENERATE, _name(3), None, Policy.CPU_ONLY, ("output", "thinking")
                 ),
@@ -43,6 +44,7 @@ def decisions() -> Iterator[Row]:
         ("a model", _name(0)),
         ("a role", "output"),
         ("a role with a target", "thinking"),
+        ("a role with a strategy", "spread"),
         ("a pin", f"{_name(0)}@i01"),
         ("an unknown name", "nobody-has-it"),
     ):

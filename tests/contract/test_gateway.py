@@ -26,6 +26,7 @@ OF_A_MODEL = {
     "status",
     "offload",
     "latency_ms",
+    "offload_hint",
     "instances",
     "digests",
     "context_length",

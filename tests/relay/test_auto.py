@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.limited import Limited
 from tests.support.relaying import Scripted, relaying
 from tests.support.storing import ask
 
@@ -233,3 +234,27 @@ async def test_names_are_in_no_list_while_they_mean_nothing(tmp_path: Path) -> N
         for path in ("/api/tags", "/v1/models"):
             assert b"auto" not in (await ask(front, "GET", path)).body
         assert (await ask(front, "POST", "/api/show", {"model": "auto"})).status == 404
+
+
+async def test_an_unload_of_no_model_in_particular_is_refused(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE), loaded=(SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        reply = await ask(front, "POST", "/api/generate", {"model": "auto", "prompt": "", "keep_alive": 0})
+        assert reply.status == 400
+        assert b"stands for no model that could be unloaded" in reply.body
+        assert not server.seen
+
+
+async def test_a_key_keeps_its_limits(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL, LARGE)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        key = await Limited(front).make("small", roles=["fast"])
+        assert (await front.ask(chat("hi"), "/api/chat", key)).headers["x-tier"] == "fast"
+        refused = await front.ask(chat(HARD), "/api/chat", key)
+        assert refused.status == 403
+        assert b"the key 'small' may use only the roles fast, not 'complex'" in refused.body
+        assert len(server.seen) == 1

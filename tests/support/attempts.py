@@ -98,6 +98,7 @@ class Router:
 
     def __init__(self) -> None:
         self.decision = decision(attempt("a"))
+        self.settings = RoutingSettings({})
         self.version = 1
         self.is_known = True
         self.waits: list[float] = []
@@ -118,6 +119,9 @@ class Router:
 
     def load(self) -> Mapping[str, int]:
         return self.load_by_instance
+
+    def ranks(self, _decision: Decision) -> None:
+        """No strategy orders anything."""
 
     def changes_for(self, one: Attempt) -> BodyChanges:
         return self.changes.get((one.model, one.role), BodyChanges())

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from manager.api.cluster import ClusterHealthBody
 from manager.domain.embeddings import STALE, BackfillStatus, VersionState
 from manager.domain.instance import Health, Phase
+from manager.domain.roles import Strategy
 from manager.domain.runs import RunStatus
 from manager.errors import Reason
 
@@ -61,3 +64,9 @@ def test_a_document_that_uses_docker_compose_says_how_to_get_it(document: str) -
     assert "\ndocker compose up" in text
     for package in ("docker-compose-v2", "docker-compose-plugin"):
         assert f"{package}`" in text
+
+
+def test_every_strategy_and_every_status_of_the_cluster_is_named() -> None:
+    assert named("Strategies of a role") == {strategy.value for strategy in Strategy}
+    statuses = ClusterHealthBody.model_fields["status"].annotation
+    assert named("Statuses of the cluster") == set(get_args(statuses))

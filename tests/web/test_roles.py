@@ -163,6 +163,7 @@ def test_every_kind_of_value_is_sent_as_the_api_takes_it(gateway: Gateway, new_v
     card.get_by_label("Thinking", exact=True).select_option("false")
     card.get_by_label("Place of the system prompt", exact=True).select_option("append")
     card.get_by_label("Mode", exact=True).select_option("async")
+    card.get_by_label("Strategy", exact=True).select_option("scored")
     save(card)
     expect(told(visitor.page)).to_contain_text("Changed in effect")
     role = gateway.get(SETTINGS)["roles"]["output"]
@@ -173,6 +174,7 @@ def test_every_kind_of_value_is_sent_as_the_api_takes_it(gateway: Gateway, new_v
     assert role["body"]["overrides"] == {"options": {"temperature": 0}}
     assert role["system"] == {"text": "Be brief.", "mode": "append"}
     assert (role["policy"], role["think"], role["mode"]) == ("prefer_gpu", False, "async")
+    assert role["strategy"] == "scored"
     card.get_by_label("Instances", exact=True).fill("")
     card.get_by_label("Keep warm on", exact=True).fill("")
     save(card)

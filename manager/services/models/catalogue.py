@@ -6,10 +6,10 @@ import asyncio
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.domain.auto import is_auto, offered, offered_name
-from manager.domain.instance import Health
+from manager.domain.instance import Health, Phase
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.wire.listing import Alias, KnownModel, Status
@@ -51,6 +51,13 @@ class _Asked:
 
     at: float
     last_used_at: datetime | None
+
+
+class _Moment(NamedTuple):
+    """What models do now, and the instances that run or can be started."""
+
+    doing: Mapping[str, Status]
+    able: frozenset[str]
 
 
 class Catalogue:
@@ -107,8 +114,8 @@ class Catalogue:
         """Every model that some instance has, each once."""
         if permit is not None and permit.limit_of_bare_model(""):
             return ()
-        doing = self._status.at_work()
-        return tuple(self._known(key, model, doing) for key, model in self._seen(permit).items())
+        now = self._moment()
+        return tuple(self._known(key, model, now) for key, model in self._seen(permit).items())
 
     def statuses(self, models: Mapping[str, ModelState]) -> Mapping[str, Status]:
         """Return the status of each of these models, by its key."""
@@ -122,18 +129,18 @@ class Catalogue:
         its tier, or of the usual one.
         """
         found = self._seen(permit)
-        doing = self._status.at_work()
+        now = self._moment()
         if is_auto(name, RequestKind.GENERATE, self._settings.routing):
             meant = offered_name(name)
             roles = offered(self._settings.routing).get(meant, ())
-            return self._open_alias(meant, roles, found, doing, permit)
+            return self._open_alias(meant, roles, found, now, permit)
         role = self._settings.routing.role_meant(name, is_model=self._overviews.models().__contains__)
         if role is not None and role.model is not None:
-            return self._alias(role, found, doing, permit)
+            return self._alias(role, found, now, permit)
         key = model_key(name)
         if key not in found or (permit is not None and permit.limit_of_bare_model(key)):
             return None
-        return self._known(key, found[key], doing)
+        return self._known(key, found[key], now)
 
     def is_role(self, name: str) -> bool:
         """Whether a name, as it stands, is that of a role; with a tag it is that of a model."""
@@ -141,11 +148,11 @@ class Catalogue:
 
     def aliases(self, permit: Permit | None = None) -> tuple[Alias, ...]:
         """The roles that have a model, and the names that leave the choice of one open."""
-        found, doing, settings = self._seen(permit), self._status.at_work(), self._settings.routing
+        found, now, settings = self._seen(permit), self._moment(), self._settings.routing
         roles = [one for one in settings.roles.values() if not is_auto(one.name, one.kind, settings)]
         aliases = (
-            *(self._alias(role, found, doing, permit) for role in roles),
-            *(self._open_alias(name, some, found, doing, permit) for name, some in offered(settings).items()),
+            *(self._alias(role, found, now, permit) for role in roles),
+            *(self._open_alias(name, some, found, now, permit) for name, some in offered(settings).items()),
         )
         return tuple(alias for alias in aliases if alias is not None)
 
@@ -219,31 +226,37 @@ class Catalogue:
             one.model is not None and model_key(one.model) == key for one in roles
         )
 
-    def _known(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> KnownModel:
+    def _known(self, key: str, model: ModelState, now: _Moment) -> KnownModel:
         """Add what changes with each request: it is in no overview."""
         latencies = (self._overload.recent_ms(id_, key) for id_ in model.instances)
         return KnownModel(
             model.entry,
             model.instances,
             model.loaded_on,
-            self._status_of(key, model, doing),
+            self._status_of(key, model, now.doing),
             model.offload,
             min(filter(None, latencies), default=None),
             model.digests,
+            None if (facts := self._settings.routing.facts.get(key)) is None else facts.tier,
+            not now.able.isdisjoint(model.instances),
         )
+
+    def _moment(self) -> _Moment:
+        able = frozenset(one.id for one in self._fleet.instances() if _is_able(one))
+        return _Moment(self._status.at_work(), able)
 
     def _status_of(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> Status:
         return doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key))
 
     def _alias(
-        self, role: Role, models: Mapping[str, ModelState], doing: Mapping[str, Status], permit: Permit | None
+        self, role: Role, models: Mapping[str, ModelState], now: _Moment, permit: Permit | None
     ) -> Alias | None:
         if role.model is None:
             return None
         key = model_key(role.model)
         if permit is not None and (permit.limit_of_role(role.name) or permit.limit_of_model(key)):
             return None
-        known = self._known(key, models[key], doing) if key in models else None
+        known = self._known(key, models[key], now) if key in models else None
         return Alias(role.name, role.model, role.kind, known)
 
     def _open_alias(
@@ -251,7 +264,7 @@ class Catalogue:
         name: str,
         roles: Iterable[Role],
         models: Mapping[str, ModelState],
-        doing: Mapping[str, Status],
+        now: _Moment,
         permit: Permit | None,
     ) -> Alias | None:
         """Return a name that leaves the choice open, as its first model that an instance has.
@@ -272,7 +285,7 @@ class Catalogue:
             return None
         model = next((one for one in permitted if model_key(one) in models), permitted[0])
         key = model_key(model)
-        known = self._known(key, models[key], doing) if key in models else None
+        known = self._known(key, models[key], now) if key in models else None
         return Alias(name, model, RequestKind.GENERATE, known)
 
 
@@ -287,6 +300,12 @@ def _within(model: ModelState, permitted: Collection[str]) -> ModelState:
         loaded_on=tuple(one for one in model.loaded_on if one in permitted),
         digests={digest: having for digest, having in digests.items() if having},
     )
+
+
+def _is_able(instance: Instance) -> bool:
+    """Return whether an instance runs or can be started."""
+    view = instance.view()
+    return view.drained is None and view.phase is not Phase.UNAVAILABLE
 
 
 def _is_well(instance: Instance) -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from manager.domain.scoring import DEFAULT_WEIGHTS
 from manager.errors import InvalidRequestError
 from manager.services.finishing import finish
 from manager.settings.fallback_overrides import (
@@ -28,9 +29,11 @@ if TYPE_CHECKING:
 
     from manager.domain.classification import AutoRules
     from manager.domain.roles import RoutingSettings
+    from manager.domain.scoring import Weights
     from manager.services.journal import Journal
     from manager.services.ports import Registry
     from manager.settings import ModelsSettings
+    from manager.settings.auto import EnsembleSettings
     from manager.settings.overrides import Change, Ignored, Overlay, Sourced
 
 _log = structlog.get_logger("settings")
@@ -43,7 +46,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class ModelSettings:
     """Owns the saved overrides. `routing` is what is in force; `version` grows whenever that changes.
 
-    `fallback` has the values of that section in force, each with its source.
+    `fallback` has the values of that section in force, each with its source. `ensemble` is what ensembles
+    are where a request does not say, None where there are none.
 
     Args:
         written: what the configuration says of each role.
@@ -55,6 +59,7 @@ class ModelSettings:
         fallback: what the configuration says of the section of that name.
         paid: for every instance there is now whether it costs money.
         auto: the rules for requests that leave the choice of a model to the daemon; None while that is off.
+        weights: those of the strategy `scored`.
     """
 
     def __init__(
@@ -71,8 +76,11 @@ class ModelSettings:
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
+        weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
-        self._auto = auto
+        self._auto, self._weights = auto, weights
+        self.ensemble = ensemble
         self._registry = registry
         self._journal = journal
         self._written = written
@@ -118,10 +126,13 @@ class ModelSettings:
         models: ModelsSettings,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         auto: AutoRules | None = None,
+        ensemble: EnsembleSettings | None = None,
+        *,
+        weights: Weights = DEFAULT_WEIGHTS,
     ) -> None:
         """Take over a new configuration. Overrides stay above it; those that do not fit are ignored."""
         self._written, self._models, self._written_fallback = written, models, fallback
-        self._auto = auto
+        self._auto, self.ensemble, self._weights = auto, ensemble, weights
         self._take(self._overrides, told={one.key for one in self.ignored})
         self.version += 1
 
@@ -181,7 +192,7 @@ class ModelSettings:
             self._written_fallback, overrides, self._paid()
         )
         self.routing: RoutingSettings = routing_settings(
-            self._overlay.roles, self._models, to_fallback(section), self._auto
+            self._overlay.roles, self._models, to_fallback(section), self._auto, self._weights
         )
         for one in self.ignored:
             if one.key not in told:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from manager.domain.auto import Choice
     from manager.domain.judgement import Judgement
     from manager.domain.keys import Grant
+    from manager.domain.learned import LearnedModel, Told
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.routing import Attempt, Decision, RequestFacts
     from manager.domain.target import Target
@@ -120,7 +122,8 @@ class Routing:
     """The parts that all requests share. Built once by the composition root.
 
     `keep` takes each request that has ended into the history; it does not wait. Without a ledger no paid
-    server is asked, without quotas nothing counts the requests of keys.
+    server is asked, without quotas nothing counts the requests of keys. `vector_of` returns the vector that
+    an embedding model makes of a text, for the learned classifier; None where there is none in time.
     """
 
     router: Router
@@ -138,6 +141,7 @@ class Routing:
     rollout: Rollout = field(default_factory=Rollout)
     quotas: Quotas | None = None
     cloud: CloudEvents | None = None
+    vector_of: Callable[[str, str], Awaitable[Sequence[float] | None]] | None = None
 
     def failed(self, attempt: Attempt, reason: Reason, message: str, *, sent: bool) -> None:
         """Count an attempt that has failed; `sent` is whether its server was asked."""
@@ -258,10 +262,12 @@ class Attempting:
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
         if is_auto(facts.model, facts.kind, self._routing.router.settings):
+            if self._starts_nothing:
+                return _NOTHING_TO_UNLOAD
             if body is None or not body.is_small:
                 self._pending = self._choose_in_steps
                 return WAIT
-            return self._chosen(run(text_asked(body.fields)))
+            return self._classified(run(text_asked(body.fields)))
         return self._enter()
 
     def note_choice(self, choice: Choice) -> None:
@@ -689,16 +695,30 @@ class Attempting:
 
     async def _choose_in_steps(self) -> Step:
         """Choose a role for a large request, which is read in steps."""
-        return self._chosen("" if self._body is None else await in_steps(text_asked(self._body.fields)))
+        return self._classified("" if self._body is None else await in_steps(text_asked(self._body.fields)))
 
-    def _chosen(self, text: str) -> Step:
+    def _classified(self, text: str) -> Step:
+        """Choose a role, at once by words, or some time later by what was learned."""
+        rules = self._routing.router.settings.auto
+        if rules is None or rules.learned is None or self._routing.vector_of is None:
+            return self._chosen(text)
+        self._pending = partial(self._choose_by_vector, text, rules.learned)
+        return WAIT
+
+    async def _choose_by_vector(self, text: str, learned: LearnedModel) -> Step:
+        """Choose a role by the vector of a text; by its words where there is none."""
+        vector_of = self._routing.vector_of
+        vector = None if vector_of is None else await vector_of(text, learned.embedding_model)
+        return self._chosen(text, None if vector is None else learned.tell(vector))
+
+    def _chosen(self, text: str, told: Told | None = None) -> Step:
         """Have the request answered by the role that what it asks for needs."""
         settings, facts, record = self._routing.router.settings, self._facts, self.record
         assert facts is not None  # noqa: S101  (given to `enter`)
         began_at = perf_counter()
         if settings.auto is None:  # it was switched off meanwhile
             return self._enter()
-        choice = choose(facts.model, text, settings, settings.auto)
+        choice = choose(facts.model, text, settings, settings.auto, told)
         record.requested_model = facts.model
         self.note_choice(choice)
         if choice.role is None:
@@ -706,7 +726,7 @@ class Attempting:
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
         self._facts = facts._replace(model=choice.model)
         step = self._enter()
-        record.routing_ms = (perf_counter() - began_at) * 1000
+        record.routing_ms = round((perf_counter() - began_at) * 1000, 3)
         return step
 
     def _enter(self) -> Step:
@@ -723,7 +743,10 @@ class Attempting:
         decision = router.decide(facts) if rollout.wants_decision(facts) else None
         if decision is not None:
             record.role = decision.role
-        found = rollout.attempts(facts, decision, router.load(), is_known=router.is_known, is_run=self.is_run)
+        ranks = None if decision is None else router.ranks(decision)
+        found = rollout.attempts(
+            facts, decision, router.load(), is_known=router.is_known, is_run=self.is_run, ranks=ranks
+        )
         if found is None:
             return None
         if isinstance(found, Refused):
@@ -1184,7 +1207,11 @@ class Attempting:
             and attempt.because == "loaded"
         ):
             value_ms = record.ttfb_ms - record.queue_ms
-            self._routing.overload.first_token(attempt.instance, model_key(attempt.model), value_ms)
+            overload, key = self._routing.overload, model_key(attempt.model)
+            overload.first_token(attempt.instance, key, value_ms)
+            if record.output_tokens is not None:
+                duration_s = monotonic() - self._sent_at - value_ms / 1000
+                overload.generated(attempt.instance, key, record.output_tokens, duration_s)
 
     def _release(self) -> None:
         self._release_lease()
@@ -1204,6 +1231,9 @@ class Attempting:
             lease.release()
 
 
+_NOTHING_TO_UNLOAD = Trouble(
+    Reason.POLICY, "'auto' stands for no model that could be unloaded; name one", refused="impossible"
+)
 _STOPPED = Trouble(Reason.INSTANCE_STOPPED, "no instance that has the model runs")
 # Refusals that the first look at the fleet may change.
 _NOT_YET = ("unknown", "unavailable", "local_only")

@@ -1,6 +1,7 @@
 """Overload: instances that refuse requests for now, and models that have become slow on an instance.
 
-Both only put an instance behind others that are available. No request fails because of them.
+Both only put an instance behind others that are available. No request fails because of them. The speeds of
+models are kept beside them, for scores.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from manager.domain.latency import is_slow, with_value
+from manager.domain.latency import is_slow, with_speed, with_value
 from manager.domain.overload import Overloads
 
 if TYPE_CHECKING:
@@ -33,13 +34,23 @@ class Overload:
     Args:
         revision: of the fleet.
         now: seconds on a monotonic clock.
+        expected_ms: the time to the first token that the operator expects of a model (its key); None where
+            it is not stated, and what is usual counts.
     """
 
-    def __init__(self, revision: Revision, *, now: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        revision: Revision,
+        *,
+        now: Callable[[], float],
+        expected_ms: Callable[[str], float | None] = lambda _key: None,
+    ) -> None:
+        self._expected_ms = expected_ms
         self._revision = revision
         self._now = now
         self._saturated_until: dict[str, float] = {}
         self._latencies: dict[tuple[str, str], Latency] = {}
+        self._speeds: dict[tuple[str, str], float] = {}
         # The models that are slow, by instance.
         self._slow: dict[str, set[str]] = {}
 
@@ -71,11 +82,11 @@ class Overload:
         if len(self._latencies) >= _MOST_LATENCIES:
             self._forget(next(iter(self._latencies)))
         self._latencies[place] = latency
-        slow = is_slow(latency, now)
+        slow = is_slow(latency, now, self._expected_ms(key))
         if slow is not (key in self._slow.get(instance, ())):
             self._mark(instance, key, slow=slow)
             if slow:
-                _log.info("slow", instance=instance, model=key, detail=_words(latency))
+                _log.info("slow", instance=instance, model=key, detail=self._words(key, latency))
 
     def recent_ms(self, instance: str, key: str) -> float | None:
         """Return the recent time to the first token of a model on an instance; None where there is none.
@@ -84,6 +95,28 @@ class Overload:
         """
         latency = self._latencies.get((instance, key))
         return None if latency is None else round(latency.recent_ms, 1)
+
+    def generated(self, instance: str, key: str, tokens: int, duration_s: float) -> None:
+        """Take in how long a model took for the tokens after the first one.
+
+        Args:
+            instance: where.
+            key: of the model (`model_key`).
+            tokens: of the answer.
+            duration_s: from the head of the answer to its end.
+        """
+        place = instance, key
+        speed = with_speed(self._speeds.pop(place, None), tokens, duration_s)
+        if speed is None:
+            return
+        if len(self._speeds) >= _MOST_LATENCIES:
+            del self._speeds[next(iter(self._speeds))]
+        self._speeds[place] = speed
+
+    def tokens_per_s(self, instance: str, key: str) -> float | None:
+        """Return the recent speed of a model on an instance; None where nothing has streamed there."""
+        speed = self._speeds.get((instance, key))
+        return None if speed is None else round(speed, 1)
 
     def server_changed(self, instance: str) -> None:
         """Take in that an instance has another server: the load of the old one is over."""
@@ -105,8 +138,8 @@ class Overload:
         found = {}
         for key in tuple(slow or ()):
             latency = self._latencies[instance, key]
-            if is_slow(latency, now):
-                found[key] = _words(latency)
+            if is_slow(latency, now, self._expected_ms(key)):
+                found[key] = self._words(key, latency)
             else:
                 self._mark(instance, key, slow=False)
         return Overloads(refuses, found) if refuses or found else None
@@ -127,6 +160,7 @@ class Overload:
         if key in self._slow.get(instance, ()):
             self._mark(instance, key, slow=False)
 
-
-def _words(latency: Latency) -> str:
-    return f"first token after {latency.recent_ms:.0f} ms of late, usually {latency.usual_ms:.0f} ms"
+    def _words(self, key: str, latency: Latency) -> str:
+        expected_ms = self._expected_ms(key)
+        usual = f"usually {latency.usual_ms:.0f}" if expected_ms is None else f"expected {expected_ms:.0f}"
+        return f"first token after {latency.recent_ms:.0f} ms of late, {usual} ms"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from manager.domain.keys import Permit
     from manager.domain.record import RequestRecord
-    from manager.domain.routing import Decision, Load, RequestFacts
+    from manager.domain.routing import Decision, Load, Ranks, RequestFacts
     from manager.services.journal import Journal
 
 # Roles whose first disagreement made an event. Beyond that there is one event for all others together.
@@ -87,7 +87,14 @@ class Rollout:
         return bool(facts.model) and (self.stages.stage is not Stage.OBSERVE or facts.permit is not None)
 
     def attempts(
-        self, facts: RequestFacts, decision: Decision | None, load: Load, *, is_known: bool, is_run: bool
+        self,
+        facts: RequestFacts,
+        decision: Decision | None,
+        load: Load,
+        *,
+        is_known: bool,
+        is_run: bool,
+        ranks: Ranks | None = None,
     ) -> RawAttempts | Refused | None:
         """Return how a request passes to the raw server, why it must not, or None where it is managed.
 
@@ -97,6 +104,7 @@ class Rollout:
             load: requests in flight by instance.
             is_known: the fleet was looked at: a decision means something.
             is_run: the request is an async run.
+            ranks: compares the instances where a strategy orders them.
         """
         stages, refused = self.stages, None if decision is None else decision.refused
         if stages.manages(None if decision is None else decision.role, facts.lane):
@@ -107,7 +115,7 @@ class Rollout:
                 return forbidden
         if decision is None or stages.stage is not Stage.SHADOW or not is_known:
             return RawAttempts(facts.model)
-        would = None if decision.is_async and not is_run else decision.first(load)
+        would = None if decision.is_async and not is_run else decision.first(load, ranks)
         return RawAttempts(facts.model, decision, would)
 
     def ended(self, attempts: RawAttempts, record: RequestRecord) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol
@@ -11,17 +12,20 @@ from manager.domain.instance import Phase
 from manager.domain.models import model_key
 from manager.domain.roles import RequestKind
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
+from manager.domain.scoring import NO_BENCHMARKS
 from manager.domain.target import Protocol as ServerProtocol
 from manager.errors import Reason
 from manager.services.models.model_lists import volume_of
 from manager.services.routing.affinity import Affinity, LeaningLoad
+from manager.services.routing.ranking import Ranking
 from manager.wire.opening import opening_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from manager.domain.roles import BodyChanges, RoutingSettings
-    from manager.domain.routing import Attempt, Load
+    from manager.domain.routing import Attempt, Band, Load, Ranks
+    from manager.domain.scoring import Benchmarks
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -90,6 +94,7 @@ class Router:
         now: seconds on a monotonic clock.
         lifted: of an instance, tells the order that lifts its deny rules; None where they hold.
         renewed: called after each new snapshot.
+        benchmarks: the results of benchmarks, for scores.
     """
 
     def __init__(
@@ -106,6 +111,7 @@ class Router:
         now: Callable[[], float],
         lifted: Callable[[str], object] = _never,
         renewed: Callable[[], None] = lambda: None,
+        benchmarks: Benchmarks = NO_BENCHMARKS,
     ) -> None:
         self._renewed = renewed
         self._fleet = fleet
@@ -119,6 +125,7 @@ class Router:
         self._now = now
         self._lifted = lifted
         self.affinity = Affinity()
+        self.ranking = Ranking(overload, benchmarks)
         self._decisions: dict[RequestFacts, Decision] = {}
         self._decisions_by_key: dict[RequestFacts, Decision] = {}
         self._changes: dict[tuple[str, str | None], BodyChanges] = {}
@@ -175,6 +182,21 @@ class Router:
     def load(self) -> Mapping[str, int]:
         """Return the requests in flight by instance, read live."""
         return self._in_flight
+
+    def ranks(self, decision: Decision, turn: int | None = None) -> Ranks | None:
+        """Return what compares the instances of a decision; None where no strategy does.
+
+        Args:
+            decision: of this router.
+            turn: of the request; None looks at the next one without taking it.
+        """
+        if not decision.bands:
+            return None
+        turn = self.ranking.turn(decision.role) if turn is None else turn
+        return partial(self._ranks, decision.request, turn)
+
+    def _ranks(self, facts: RequestFacts, turn: int, band: Band, load: Load) -> Load:
+        return self.ranking.ranks(facts, band, load, self._settings.routing, self._snapshot, turn)
 
     def changes_for(self, attempt: Attempt) -> BodyChanges:
         """Return the changes to the body of a request for this attempt."""
@@ -287,6 +309,7 @@ class Attempts:
         "_preferred",
         "_router",
         "_skipped",
+        "_turn",
         "decision",
     )
 
@@ -302,6 +325,7 @@ class Attempts:
         self._keeps_role = False
         self._preferred: str | None = None
         self._skipped: frozenset[int] = frozenset()
+        self._turn: int | None = None
         self._decided_by = router.version
         self.decision = router.decide(facts)
         # Most requests need the first attempt only, and never ask for the others.
@@ -328,7 +352,7 @@ class Attempts:
             leaning = self.decision.leaning(self._preferred, self._load())
             if leaning is not None:
                 return leaning
-        return self.decision.first(self._load())
+        return self.decision.first(self._load(), self._ranks(self.decision))
 
     def next(self) -> Attempt | None:
         """Return the next attempt; None when there is no other."""
@@ -423,6 +447,14 @@ class Attempts:
         load = self._router.load()
         return load if self._preferred is None else LeaningLoad(load, self._preferred)
 
+    def _ranks(self, decision: Decision) -> Ranks | None:
+        """Return what compares the instances of a decision. A request takes one turn for all attempts."""
+        if not decision.bands:
+            return None
+        if self._turn is None:
+            self._turn = self._router.ranking.take_turn(decision.role)
+        return self._router.ranks(decision, self._turn)
+
     def _rest(self) -> list[Attempt]:
         """Return all attempts that could follow."""
         ahead = [] if self._ahead is None else [self._ahead]
@@ -440,7 +472,7 @@ class Attempts:
     def _unmade(self, decision: Decision) -> Iterator[Attempt]:
         """Return the attempts of a decision in order, without those that were made."""
         load, made = self._load(), {_key(one) for one in self._made}
-        in_order = decision.in_order(load)
+        in_order = decision.in_order(load, self._ranks(decision))
         if self._preferred is not None and decision.groups:
             leaning = decision.leaning(self._preferred, load)
             if leaning is not None:

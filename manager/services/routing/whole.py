@@ -31,7 +31,7 @@ from manager.wire.trace import traceparent
 from manager.wire.usage import load_ms, token_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from manager.domain.auto import Choice
     from manager.domain.keys import Grant
@@ -53,12 +53,16 @@ _LONGEST_MESSAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class Asking:
-    """The client of a request. `path` is as it is logged. A background request takes free slots only."""
+    """The client of a request. `path` is as it is logged. A background request takes free slots only.
+
+    One of a run waits behind the requests of its lane, as long as it takes.
+    """
 
     origin: Origin
     grant: Grant | None
     path: str
     is_background: bool = False
+    is_run: bool = False
 
 
 class Whole(NamedTuple):
@@ -111,7 +115,13 @@ class WholeRequests:
         return self._open
 
     async def ask(
-        self, route: Route, fields: Mapping[str, Any], asking: Asking, choice: Choice | None = None
+        self,
+        route: Route,
+        fields: Mapping[str, Any],
+        asking: Asking,
+        choice: Choice | None = None,
+        *,
+        sent: Callable[[Target, str], Awaitable[None]] | None = None,
     ) -> Whole:
         """Have a request answered. Cancelling this ends it.
 
@@ -120,12 +130,13 @@ class WholeRequests:
             fields: of its body, with the model; it must not ask for a stream.
             asking: its client.
             choice: how the model was chosen; None where the client has named it.
+            sent: called with the target and the id of the request, right before it is sent there.
 
         Raises:
             NotAnsweredError: no server has answered, or its answer is no success.
             InvalidRequestError: a server refuses what is in the request.
         """
-        request = _Request(self._routing, self._server, self._requests, route, asking)
+        request = _Request(self._routing, self._server, self._requests, route, asking, sent)
         task = asyncio.ensure_future(request.do(fields, choice))
         entry = _Open(request.attempting, task)
         self._open.add(entry)
@@ -145,8 +156,14 @@ class WholeRequests:
 class _Request:
     """One request."""
 
-    def __init__(
-        self, routing: Routing, server: ModelServer, requests: Requests, route: Route, asking: Asking
+    def __init__(  # noqa: PLR0917  (the parts of `WholeRequests`, and the arguments of `ask`)
+        self,
+        routing: Routing,
+        server: ModelServer,
+        requests: Requests,
+        route: Route,
+        asking: Asking,
+        sent: Callable[[Target, str], Awaitable[None]] | None,
     ) -> None:
         self._server = server
         self._route = route
@@ -156,7 +173,9 @@ class _Request:
         self.record = requests.record(asking.path, route.kind, asking.origin)
         self.attempting = Attempting(routing, self.record, self._began_at)
         self.attempting.grant = asking.grant
-        self.attempting.is_background = self.attempting.is_run = asking.is_background
+        self.attempting.is_background = asking.is_background
+        self.attempting.is_run = asking.is_run or asking.is_background
+        self._sent = sent
 
     async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
         outcome: Outcome = "cut"
@@ -237,6 +256,7 @@ class _Request:
             speaking = self._speaking = Speaking(self._route, target, record)
             most = attempting.most_tokens
             content = await asyncio.to_thread(speaking.request, body, model, changes, most)
+            await self._about_to_send(target)
             return Question(
                 target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content
             )
@@ -246,6 +266,7 @@ class _Request:
             pieces = await in_steps(rewriting(body, self._route, model, changes))
         if asks_for_cpu(body.fields, self._route, changes):
             attempting.expect_on_cpu()
+        await self._about_to_send(target)
         headers: list[Header] = [
             (b"content-type", b"application/json"),
             (b"x-request-id", record.request_id.encode()),
@@ -253,6 +274,10 @@ class _Request:
             *target.headers,
         ]
         return Question(target.instance, target.endpoint, "POST", self._route.path, headers, b"".join(pieces))
+
+    async def _about_to_send(self, target: Target) -> None:
+        if self._sent is not None:
+            await self._sent(target, self.record.request_id)
 
     async def _read(self, answer: ServerAnswer | WholeAnswer) -> bytes:
         if isinstance(answer, WholeAnswer):

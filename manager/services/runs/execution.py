@@ -16,6 +16,7 @@ from manager.domain.target import Protocol
 from manager.errors import (
     InvalidRequestError,
     ManagerError,
+    NotAnsweredError,
     Reason,
     RegistryUnwritableError,
     RunFilesError,
@@ -74,7 +75,7 @@ _LONGEST_MESSAGE = 1000
 _LONGEST_TYPE = 256
 _UNKNOWN_TYPE = "application/octet-stream"
 # What a run waits for: the state of the instances, which changes.
-_PASSING = frozenset(
+PASSING = frozenset(
     {
         Reason.INSTANCE_STOPPED,
         Reason.INSTANCE_UNAVAILABLE,
@@ -279,8 +280,7 @@ class _Work:
         """
         grant = self._parts.grant_of(name)
         if grant is None or not is_of(self._run, grant) or not grant.may(Scope.CLIENT):
-            message = f"the key {name!r} that submitted this run is revoked or expired (forbidden)"
-            raise _FailedError(_FORBIDDEN, "forbidden", message, "refused")
+            raise _FailedError(_FORBIDDEN, "forbidden", forbidden_key(name).message, "refused")
         return grant
 
     def note(self, failure: _FailedError) -> None:
@@ -444,6 +444,17 @@ class _Work:
         return _FailedError(status, error.reason, error.message, outcome_without_answer(status))
 
 
+def forbidden_key(name: str) -> NotAnsweredError:
+    """Return the error for a run whose key is not in force any more."""
+    message = f"the key {name!r} that submitted this run is revoked or expired (forbidden)"
+    return NotAnsweredError(message, reason=Reason.POLICY, refused="forbidden")
+
+
+def execution_error(error: ManagerError) -> RunError:
+    """Return an error as a run keeps it."""
+    return RunError(error.code, error.message[:_LONGEST_MESSAGE])
+
+
 class _Storing:
     """Writes an answer in pieces of a useful size, and keeps the end of it."""
 
@@ -499,7 +510,7 @@ def _is_passing(error: Exception) -> bool:
     trouble = error.trouble
     if trouble.refused == "rate_limited":
         return True
-    return trouble.reason in _PASSING and trouble.refused in _PASSING_REFUSALS
+    return trouble.reason in PASSING and trouble.refused in _PASSING_REFUSALS
 
 
 def _error_of(failure: _FailedError) -> RunError:

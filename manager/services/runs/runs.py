@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from manager.services.open_requests import OpenRequest
     from manager.services.ports import Registry, RunFiles
     from manager.services.routing.attempting import Attempting
+    from manager.services.runs.ensemble import Executions
     from manager.services.runs.execution import Done, Execution
 
 _log = structlog.get_logger("runs")
@@ -147,7 +148,7 @@ class Runs:
         self,
         registry: Registry,
         files: RunFiles,
-        execution: Execution,
+        execution: Execution | Executions,
         *,
         stored: BodyBudget,
         limits: RunLimits,

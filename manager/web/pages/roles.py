@@ -12,7 +12,7 @@ from manager.api.routing import routing_values
 from manager.domain.auto import offered
 from manager.domain.classification import Tier
 from manager.domain.models import model_key
-from manager.domain.roles import Policy, RequestKind
+from manager.domain.roles import Policy, RequestKind, Strategy
 from manager.domain.rollout import Stage
 from manager.settings.overrides import DEFAULTS, setting_key, split_key
 from manager.web.embedding_view import embedding_facts, embedding_fragment, health_fragment
@@ -67,6 +67,7 @@ GROUPS: Mapping[str, tuple[Control, ...]] = {
         Control("target", "target"),
         Control("policy", "policy"),
         Control("instances", json="list", empty="null"),
+        Control("strategy", "strategy"),
         Control("fallbacks", json="list"),
         Control("keep_warm", needs="needs-model", json="list"),
         Control("paid_fallback", "check"),
@@ -175,6 +176,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
         "groups": GROUPS,
         "kinds": list(RequestKind),
         "policies": list(Policy),
+        "strategies": list(Strategy),
         "stages": list(Stage),
         "targets": [{"id": one.id, "kind": one.spec.device_kind} for one in local],
         "models": sorted(_model_names(backend)),

@@ -112,6 +112,7 @@ def set_values(daemon: StandInDaemon, run: Run, *arguments: str) -> Any:
         ("reserved= 1 ", {"reserved": 1}),
         ("think=False", {"think": False}),
         ("paid_fallback=true", {"paid_fallback": True}),
+        ("strategy=scored", {"strategy": "scored"}),
         ("system.text=You = brief.", {"system": {"text": "You = brief."}}),
         ('body.defaults={"options": {"seed": 0}}', {"body": {"defaults": {"options": {"seed": 0}}}}),
     ],

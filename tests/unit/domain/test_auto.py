@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 
-from manager.domain.auto import NAMES, Choice, choose, is_auto, offered, offered_name
+from manager.domain.auto import NAMES, Choice, choose, choose_for, is_auto, offered, offered_name
 from manager.domain.classification import AutoRules, Lexicon, Task, Tier
 from manager.domain.facts import ModelFacts, models_by_tier
-from manager.domain.roles import RequestKind, Role, RoutingSettings
+from manager.domain.instance import DeviceKind
+from manager.domain.models import model_key
+from manager.domain.overload import Overloads
+from manager.domain.roles import BodyChanges, Parameters, RequestKind, Role, RoutingSettings
+from manager.domain.routing import Candidate, RequestFacts, Snapshot, State, decide
+from manager.errors import Reason
 
 RULES = AutoRules(
     Lexicon(
@@ -135,3 +140,79 @@ def test_a_tier_that_cannot_answer_is_not_offered_and_without_any_no_name_is() -
 )
 def test_an_offered_name_is_found_however_it_is_written(model: str, name: str) -> None:
     assert offered_name(model) == name
+
+
+# --- the models of a tier, in a decision ---
+
+
+def place(name: str, *models: str, slow: str = "") -> Candidate:
+    overloads = Overloads("", {slow: "slow of late"}) if slow else None
+    having = {model_key(one): one for one in models}
+    return Candidate(name, DeviceKind.CPU, State.READY, models=having, overloads=overloads)
+
+
+def tried(found: RoutingSettings, *candidates: Candidate) -> list[tuple[str, str, Reason | None]]:
+    decision = decide(RequestFacts("fast", GENERATE), found, Snapshot(candidates))
+    return [(one.instance, one.model, one.fallback) for one in decision.in_order(dict.fromkeys("ab", 0))]
+
+
+FACTS = {one.name: one for one in (ModelFacts("q", Tier.FAST, latency_ms=1), ModelFacts("r", Tier.FAST))}
+TIER = settings(role("fast", None, fallbacks=("medium",)), role("medium", "m"), facts=FACTS)
+
+
+def test_a_tier_goes_through_its_models_then_along_its_fallbacks() -> None:
+    later = Reason.INSTANCE_UNAVAILABLE
+    assert tried(TIER, place("a", "q", "r", "m")) == [("a", "q", None), ("a", "r", later), ("a", "m", later)]
+    missing = Reason.MODEL_MISSING
+    assert tried(TIER, place("a", "r", "m")) == [("a", "r", missing), ("a", "m", missing)]
+
+
+def test_a_model_that_is_slow_wherever_it_runs_gives_way_to_the_next_one_of_its_tier() -> None:
+    why = Reason.OVERLOADED
+    slow = model_key("q")
+    assert tried(TIER, place("a", "q", "r", "m", slow=slow)) == [
+        ("a", "r", why),
+        ("a", "q", why),
+        ("a", "m", why),
+    ]
+    # On another instance it is as usual.
+    found = tried(TIER, place("a", "q", slow=slow), place("b", "q", "r"))
+    assert [(instance, model) for instance, model, _ in found] == [("b", "q"), ("a", "q"), ("b", "r")]
+    both = Candidate(
+        "a",
+        DeviceKind.CPU,
+        State.READY,
+        models={model_key(one): one for one in "qr"},
+        overloads=Overloads("", {model_key(one): "slow of late" for one in "qr"}),
+    )
+    assert [one[1] for one in tried(TIER, both)] == ["q", "r"]
+
+
+def test_what_is_expected_of_a_model_is_known_by_its_key() -> None:
+    found = settings(facts={model_key("q"): FACTS["q"]})
+    assert (found.expected_ms(model_key("q")), found.expected_ms(model_key("r"))) == (1, None)
+
+
+def test_facts_are_defaults_of_requests_for_the_model() -> None:
+    facts = {model_key("q"): ModelFacts("q", temperature=0.5, context_tokens=10, output_tokens=20)}
+    assert settings(facts=facts).changes_for("q", None) == BodyChanges(parameters=Parameters(0.5, 10, 20))
+    assert settings(facts=facts).changes_for("other", None).empty
+    assert BodyChanges(parameters=Parameters(0.5)).size > 0
+    assert BodyChanges().size == 0
+
+
+@pytest.mark.parametrize(
+    ("task", "roles", "name"),
+    [
+        ("summary", (role("summary"), role("medium")), "summary"),
+        ("summary", (role("medium"),), "medium"),
+        ("unknown", (role("fast"),), "fast"),
+        ("summary", (role("fast"),), None),
+    ],
+)
+def test_a_named_task_has_its_role_or_that_of_its_tier(
+    task: str, roles: tuple[Role, ...], name: str | None
+) -> None:
+    choice = choose_for(task, settings(*roles), RULES)
+    assert choice.role == name
+    assert (choice.classification.task_type, choice.classification.confidence) == (task, 1.0)

@@ -336,3 +336,12 @@ def test_a_fallback_has_its_words_without_the_candidates(
     reason: str, preferred: str | None, words: str
 ) -> None:
     assert fallback_words(reason, preferred) == words
+
+
+def test_a_choice_of_the_daemon_is_a_part_of_the_sentence() -> None:
+    values = record(task_type="chat", tier="fast", task_reasoning="it is short (2 characters)")
+    sentence = request_sentence(values, decision(attempt("cpu")))
+    assert "qwen3:8b (task chat, tier fast: it is short (2 characters))" in sentence
+    classified = {"task_type": "chat", "tier": "fast", "reasoning": "so"}
+    asked = decision_sentence({**decision(attempt("cpu")), "classification": classified}, "auto")
+    assert asked.startswith("auto (task chat, tier fast: so) would go to cpu")

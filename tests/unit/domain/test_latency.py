@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.domain.latency import LEAST_VALUES, Latency, is_slow, with_value
+from manager.domain.latency import LEAST_VALUES, Latency, is_slow, with_speed, with_value
 
 
 def after(*values_ms: float, begin: Latency | None = None, every_s: float = 1.0) -> Latency:
@@ -81,3 +81,19 @@ def test_both_means_stay_among_the_values(values_ms: list[float]) -> None:
     assert latency.seen == len(values_ms)
     for mean in (latency.usual_ms, latency.recent_ms):
         assert min(values_ms) - 1e-6 <= mean <= max(values_ms) + 1e-6
+
+
+def test_what_is_expected_counts_in_place_of_what_is_usual() -> None:
+    latency = after(400, 400, 400, 400)
+    assert not is_slow(latency, latency.at)
+    assert is_slow(latency, latency.at, 100)
+    assert not is_slow(latency, latency.at, 200)
+    assert not is_slow(after(400, 400, 400), 0, 100), "three values are too few"
+    assert not is_slow(after(90, 90, 90, 90), 4, 40), "nobody notices 50 ms"
+
+
+def test_a_speed_is_counted_from_the_first_token_and_follows_within_eight_values() -> None:
+    assert with_speed(None, 101, 2.0) == 50.0
+    assert with_speed(50.0, 101, 1.0) == 56.25
+    assert with_speed(None, 7, 1.0) is with_speed(None, 100, 0.001) is None
+    assert with_speed(50.0, 7, 1.0) == 50.0

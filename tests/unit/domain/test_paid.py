@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
 from manager.domain.paid import offer
-from manager.domain.roles import Fallback, Policy, RequestKind, Role, RoutingSettings
+from manager.domain.roles import Fallback, Policy, RequestKind, Role, RoutingSettings, Strategy
 from manager.domain.routing import Candidate, Decision, RequestFacts, Snapshot, State, decide
 from manager.errors import Reason
 
@@ -263,3 +263,12 @@ def test_nothing_is_paid_unless_everything_permits_it(
         assert list(decision.groups[-len(paid) :]) == paid
     told = {one.instance for one in decision.passed_over} | {group.instances[0] for group in paid}
     assert {"openai", "claude"} <= told
+
+
+def test_a_strategy_orders_local_instances_and_a_paid_server_stays_the_last_resort() -> None:
+    role = replace(PAYS, strategy=Strategy.LEAST_LOADED)
+    decision = routed("pays", local("a"), local("b"), cloud(), roles=(role,))
+    load = {"a": 1, "b": 0, "openai": 0}
+    assert [one.instance for one in decision.in_order(load)] == ["b", "a", "openai"]
+    only = routed("pays", cloud(), roles=(role,))
+    assert [one.instance for one in only.in_order(load)] == ["openai"]

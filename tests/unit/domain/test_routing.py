@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
 from manager.domain.overload import Overloads
-from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings
+from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings, Strategy
 from manager.domain.routing import (
     Attempt,
     Candidate,
@@ -1227,3 +1227,149 @@ def test_priorities_hold_for_conversations_where_no_role_orders_the_instances() 
     assert (where(decision), decision.has_equals, leaning(decision, "b")) == (["a", "b"], False, None)
     assert routed("m", *(instance(one) for one in "ab")).has_equals
     assert not routed("output", instance("b"), roles=(HELD,)).has_equals
+
+
+# --- strategies -----------------------------------------------------------------------------------
+
+OTHERS = [one for one in Strategy if one is not Strategy.WARM_FIRST]
+
+
+def in_bands(decision: Decision) -> list[list[str]]:
+    return [[one for group in band for one in group.instances] for band in decision.bands]
+
+
+def banded(*instances: Candidate, **values: Any) -> Decision:
+    return routed("r", *instances, roles=(role("r", strategy=Strategy.LEAST_LOADED, **values),))
+
+
+def test_a_role_that_takes_its_instances_warm_first_has_no_bands() -> None:
+    assert routed("r", instance("a"), instance("b"), roles=(role("r"),)).bands == ()
+    assert routed("m", instance("a")).bands == ()
+    assert routed("nope", instance("a")).first({}) is None
+
+
+@pytest.mark.parametrize("strategy", OTHERS)
+def test_a_strategy_orders_those_that_run_and_after_them_those_to_be_started(strategy: Strategy) -> None:
+    decision = routed(
+        "r",
+        instance("stopped", state=State.STARTABLE, priority=9),
+        instance("stopped-too", state=State.STARTABLE, priority=8),
+        instance("cold", priority=5),
+        instance("warm", loaded="m"),
+        instance("unread", CPU, UNREAD),
+        roles=(role("r", strategy=strategy),),
+    )
+    assert in_bands(decision) == [["warm", "cold"], ["stopped", "stopped-too"], ["unread"]]
+    assert [one.because for one in attempts(decision)] == [
+        *("loaded", "running", "startable", "startable", "unread")
+    ]
+
+
+def test_the_fewest_requests_in_flight_win_over_a_loaded_model_and_never_over_a_start() -> None:
+    decision = banded(
+        instance("warm", loaded="m"),
+        instance("cold"),
+        instance("stopped", state=State.STARTABLE),
+        instance("stopped-too", state=State.STARTABLE),
+    )
+    load = {"warm": 1, "cold": 0, "stopped": 0, "stopped-too": -1}
+    order = list(decision.in_order(load))
+    assert [one.instance for one in order] == ["cold", "warm", "stopped-too", "stopped"]
+    assert decision.first(load) == order[0]
+    equal = dict.fromkeys(load, 3)
+    assert [one.instance for one in decision.in_order(equal)] == ["warm", "cold", "stopped", "stopped-too"]
+
+
+def test_ranks_say_what_a_band_is_compared_by() -> None:
+    decision = banded(instance("a"), instance("b"), instance("c", state=State.STARTABLE))
+    load = {"a": 0, "b": 1, "c": 0}
+    ranks = lambda band, given: {"a": 2, "b": 1, "c": given["c"] + len(band)}  # noqa: E731
+    assert [one.instance for one in decision.in_order(load, ranks)] == ["b", "a", "c"]
+    assert decision.first(load, ranks) == Attempt("b", "m", "r", "running")
+
+
+def test_a_strategy_leaves_the_order_of_instances_aside_and_keeps_their_time_outs() -> None:
+    decision = banded(
+        instance("a"),
+        instance("b"),
+        instance("c"),
+        instances=("c", "b"),
+        attempt_timeouts_s=(45, 60),
+    )
+    assert in_bands(decision) == [["b", "c"]]
+    assert {one.instance: (one.timeout_s, one.fallback) for one in attempts(decision)} == {
+        "b": (60, None),
+        "c": (45, None),
+    }
+    assert passed_over(decision) == {"a": Reason.POLICY}
+    assert not decision.by_place
+    assert decision.has_equals
+    assert decision.leaning("c", {"b": 1, "c": 0}) is None
+
+
+def test_a_card_stays_before_the_cpu_and_the_fallback_is_visible() -> None:
+    decision = banded(
+        instance("cpu", loaded="m"), instance("g", GPU), instance("h", GPU), policy=Policy.PREFER_GPU
+    )
+    assert in_bands(decision) == [["g", "h"], ["cpu"]]
+    assert [one.fallback for one in decision.in_order({"g": 9, "h": 8, "cpu": 0})] == [
+        *(None, None, Reason.INSTANCE_UNAVAILABLE)
+    ]
+
+
+def test_an_overloaded_instance_goes_after_the_others_of_its_band() -> None:
+    for overloads in (FULL, SLOW):
+        decision = banded(
+            replace(instance("a", loaded="m"), overloads=overloads),
+            instance("b", loaded="m"),
+            instance("c"),
+            instance("d", state=State.STARTABLE),
+        )
+        assert in_bands(decision) == [["b", "c"], ["a"], ["d"]]
+        assert passed_over(decision) == {"a": Reason.OVERLOADED}
+
+
+def test_a_fallback_keeps_its_own_strategy() -> None:
+    warm = role("s", "n")
+    least = role("r", strategy=Strategy.LEAST_LOADED, fallbacks=("s",))
+    here = (instance("a", CPU, "m", "n"), instance("b", CPU, "m", "n"))
+    decision = routed("r", *here, instance("c", CPU, "n", loaded="n"), roles=(least, warm))
+    assert in_bands(decision) == [["a", "b"], ["c"], ["a", "b"]]
+    assert [one.fallback for one in attempts(decision)][2:] == [Reason.INSTANCE_UNAVAILABLE] * 3
+    by_place = replace(warm, fallbacks=("r",), instances=("c", "a"))
+    decision = routed("s", *here, instance("c", CPU, "n"), roles=(least, by_place))
+    assert in_bands(decision) == [["c"], ["a"], ["a", "b"]]
+    assert decision.has_equals, "the next of its instances"
+
+
+@given(
+    requests,
+    settings,
+    snapshots,
+    st.sampled_from(OTHERS),
+    st.lists(st.sampled_from(OVERLOADS), min_size=len(IDS)),
+)
+def test_a_strategy_changes_the_order_alone(
+    request: RequestFacts,
+    settings: RoutingSettings,
+    snapshot: Snapshot,
+    strategy: Strategy,
+    loads: list[Overloads | None],
+) -> None:
+    snapshot = Snapshot(
+        tuple(
+            replace(one, overloads=load if one.state is State.READY else None)
+            for one, load in zip(snapshot.candidates, loads, strict=False)
+        )
+    )
+    roles = {name: replace(one, strategy=strategy) for name, one in settings.roles.items()}
+    before = decide(request, settings, snapshot)
+    after = decide(request, replace(settings, roles=roles), snapshot)
+    assert sorted(attempts(after), key=str) == sorted(attempts(before), key=str)
+    assert (after.refused, after.passed_over) == (before.refused, before.passed_over)
+    if after.bands:
+        assert [group for band in after.bands for group in band] == list(after.groups)
+    # What has to be started never goes before what runs, where both stand in for each other.
+    for one, then in pairwise(attempts(after)):
+        if one.choice == then.choice and one.because == "startable":
+            assert then.because == "startable"

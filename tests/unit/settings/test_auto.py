@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from manager.domain.classification import Tier, classify
+from manager.domain.scoring import DEFAULT_WEIGHTS
 from manager.errors import ConfigurationError
 from manager.settings import load_settings
 from manager.settings.auto import SHIPPED, read_words
@@ -104,6 +105,20 @@ def test_a_file_of_words_that_is_none_is_refused_with_its_place(
         load(tmp_path, f"routing: {{words: {words}}}")
     assert "routing.words" in refused.value.message
     assert message in refused.value.message
+
+
+def test_weights_are_those_of_the_configuration(tmp_path: Path) -> None:
+    assert load(tmp_path, "").routing.weights.values == DEFAULT_WEIGHTS  # type: ignore[attr-defined]
+    weights = load(tmp_path, "routing: {weights: {queue: 0, text: 2.5}}").routing.weights  # type: ignore[attr-defined]
+    assert weights.values == DEFAULT_WEIGHTS._replace(queue=0.0, text=2.5)
+
+
+@pytest.mark.parametrize(
+    ("weights", "field"), [("{text: -1}", "text"), ("{queue: 101}", "queue"), ("{x: 1}", "x")]
+)
+def test_weights_that_cannot_be_are_refused(tmp_path: Path, weights: str, field: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"routing.weights.{field}"):
+        load(tmp_path, f"routing: {{weights: {weights}}}")
 
 
 @pytest.mark.parametrize(

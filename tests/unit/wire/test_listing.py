@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from manager.domain.classification import Tier
 from manager.domain.roles import RequestKind
 from manager.wire.listing import (
     Alias,
@@ -120,6 +121,7 @@ def test_a_model_for_openai_is_called_as_it_was_asked_for() -> None:
         "digests": {"aaa": ["cpu"], "bbb": ["gpu0"]},
         "context_length": None,
         "capabilities": None,
+        "offload_hint": {"suitable": False, "why": "it runs at https://ollama.com"},
     }
 
 
@@ -144,10 +146,32 @@ def test_a_role_is_an_entry_that_names_its_model() -> None:
             "digests": {"aaa": ["cpu"], "bbb": ["gpu0"]},
             "context_length": None,
             "capabilities": None,
+            "offload_hint": {"suitable": False, "why": "it runs at https://ollama.com"},
             "model": "tiny",
             "kind": "generate",
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("entry", "values", "hint"),
+    [
+        ({"details": {"parameter_size": "7.6B"}}, {}, (True, "7.6B parameters are at most 14b")),
+        ({"details": {"parameter_size": 7}}, {}, (False, "neither a fast tier nor its size is known")),
+        ({"details": "none"}, {"tier": Tier.FAST}, (True, "its tier is fast")),
+        ({"remote_host": "https://x"}, {"tier": Tier.FAST}, (False, "it runs at https://x")),
+        ({"remote_host": 1}, {"tier": Tier.FAST}, (True, "its tier is fast")),
+        ({"capabilities": ["embedding"]}, {"tier": Tier.FAST}, (False, "it generates no text")),
+        ({}, {"is_available": False}, (False, "no instance that has it can answer now")),
+        ({}, {"instances": ()}, (False, "no instance that has it can answer now")),
+    ],
+)
+def test_a_model_says_whether_small_jobs_may_be_handed_to_it(
+    entry: dict[str, Any], values: dict[str, Any], hint: tuple[bool, str]
+) -> None:
+    known = KnownModel({"name": "x", **entry}, values.pop("instances", ("cpu",)), (), **values)
+    document = model_document("x", known)["offload_hint"]
+    assert (document["suitable"], document["why"]) == hint
 
 
 def test_a_role_whose_model_nobody_has_says_so() -> None:

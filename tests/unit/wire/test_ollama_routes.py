@@ -104,6 +104,8 @@ def test_another_path_has_none(path: str) -> None:
         ("/api/user/keys/AAAA", Dialect.NATIVE),
         ("/healthz", None),
         ("/api/runtime/compute/instances", None),
+        ("/v1/cluster/hosts", None),
+        ("/v1/cluster", Dialect.OPENAI),
         ("/nope", None),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.domain.roles import BodyChanges
+from manager.domain.roles import BodyChanges, Parameters
 from manager.wire.body import SMALL_BYTES, BadBodyError, read_body, reading
 from manager.wire.rewriting import body_for, rewriting
 from manager.wire.routes import INFERENCE, Route
@@ -498,3 +498,40 @@ def test_an_override_counts_over_options_that_are_given_twice() -> None:
     changes = BodyChanges(overrides={"options": {"num_ctx": 4096}})
     found = json.loads(body_for(read_body(raw, CHAT), CHAT, "m", changes))
     assert found["options"] == {"num_ctx": 4096, "a": 1, "b": 2}
+
+
+# --- parameters of a model ------------------------------------------------------------------------
+
+PARAMETERS = BodyChanges(parameters=Parameters(0.5, 4096, 99))
+
+
+@pytest.mark.parametrize(
+    ("path", "document", "added"),
+    [
+        (b"/api/chat", {}, {"options": {"temperature": 0.5, "num_ctx": 4096, "num_predict": 99}}),
+        (
+            b"/api/generate",
+            {"options": {"num_ctx": 1, "seed": 2}},
+            {"options": {"num_ctx": 1, "seed": 2, "temperature": 0.5, "num_predict": 99}},
+        ),
+        (b"/v1/chat/completions", {}, {"temperature": 0.5, "max_tokens": 99}),
+        (b"/v1/chat/completions", {"max_completion_tokens": 5}, {"temperature": 0.5}),
+        (b"/v1/chat/completions", {"max_completion_tokens": None}, {"temperature": 0.5, "max_tokens": 99}),
+        (b"/v1/completions", {"temperature": 0}, {"max_tokens": 99}),
+        (b"/v1/messages", {"max_tokens": 5}, {"temperature": 0.5}),
+        (b"/v1/responses", {}, {"temperature": 0.5, "max_output_tokens": 99}),
+        (b"/api/embed", {}, {}),
+    ],
+)
+def test_parameters_have_the_names_of_the_route_and_count_where_nothing_is_said(
+    path: bytes, document: dict[str, Any], added: dict[str, Any]
+) -> None:
+    said = sent(document, PARAMETERS, route=INFERENCE[path])
+    assert said == {**document, **added}
+
+
+def test_only_what_is_stated_is_added_and_defaults_come_first() -> None:
+    some = BodyChanges(defaults={"options": {"temperature": 1}}, parameters=Parameters(0.5))
+    assert sent({}, some) == {"options": {"temperature": 1}}
+    none = BodyChanges(think=False, parameters=Parameters(None, 4096))
+    assert "options" not in sent({}, none, route=INFERENCE[b"/v1/responses"])

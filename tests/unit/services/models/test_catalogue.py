@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manager.domain.classification import AutoRules, Lexicon
-from manager.domain.instance import DeviceKind, Driver, Health, InstanceSpec, Limits, Model
+from manager.domain.classification import AutoRules, Lexicon, Tier
+from manager.domain.facts import ModelFacts
+from manager.domain.instance import DeviceKind, Driver, Health, InstanceSpec, Limits, Model, Phase
 from manager.domain.keys import Permit
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.domain.template import Template
@@ -42,6 +43,8 @@ class Instance:
         self.listed: tuple[Mapping[str, Any], ...] | None = None
         self.listed_at = 0.0
         self.in_flight = 0
+        self.phase = Phase.READY
+        self.drained: object = None
         self.last_used_at = NOON
         self.health = Health.HEALTHY if healthy else Health.UNHEALTHY
         self.last_seen_at = NOON + timedelta(seconds=seen)
@@ -247,6 +250,23 @@ def test_a_name_means_a_role_that_has_a_model_before_a_model() -> None:
     assert (found.model, found.of) == ("TINY", KnownModel(TINY, ("one",), (), latency_ms=30.0))
     assert known.find("thinking:8b") is known.find("nope") is None
     assert [alias.name for alias in known.aliases()] == ["tiny", "thinking", "output"]
+
+
+def test_a_model_is_available_where_an_instance_runs_or_can_be_started_and_has_its_stated_tier() -> None:
+    one = Instance("one")
+    one.listed = (TINY,)
+    known = catalogue(one)
+    (found,) = known.models()
+    assert (found.is_available, found.tier) == (True, None)
+    one.phase = Phase.STOPPED
+    assert known.models()[0].is_available
+    one.phase = Phase.UNAVAILABLE
+    assert not known.models()[0].is_available
+    one.phase, one.drained = Phase.READY, "an order"
+    assert not known.models()[0].is_available
+    settings: Any = known._settings
+    settings.routing = RoutingSettings({}, facts={"tiny:latest": ModelFacts("tiny", Tier.FAST)})
+    assert known.models()[0].tier is Tier.FAST
 
 
 def test_roles_are_kept_out_of_ollamas_list_where_that_is_wanted() -> None:

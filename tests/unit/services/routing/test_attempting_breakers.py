@@ -256,6 +256,21 @@ def test_the_first_token_is_timed_from_the_sending(stage: Stage) -> None:
     assert known(stage) == {("a", "tiny:latest"): 250.0}
 
 
+def test_the_speed_is_counted_from_the_first_token_to_the_end(stage: Stage) -> None:
+    one = stage.request(stream=True)
+    one.enter(FACTS)
+    one.sent()
+    stage.clock.advance(0.25)
+    one.answered(ABOUT_THE_REQUEST)
+    one.record.ttfb_ms = 250.0
+    one.record.output_tokens = 101
+    stage.clock.advance(2.0)
+    one.close("ok")
+    assert stage.overload.tokens_per_s("a", "tiny:latest") == 50.0
+    answers(stage, 250)
+    assert stage.overload.tokens_per_s("a", "tiny:latest") == 50.0, "nothing was counted"
+
+
 @pytest.mark.parametrize(
     "record", [{"stream": False}, {"kind": RequestKind.EMBED}, {"outcome": "client_gone"}, {"kind": None}]
 )

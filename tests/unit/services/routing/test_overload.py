@@ -133,3 +133,44 @@ def test_kept_times_are_bounded_and_the_one_used_longest_ago_goes(
     bench.answers(100, key="second")
     bench.answers(100, key="fourth")
     assert set(bench.overload._latencies) == {("a", "second"), ("a", "fourth")}
+
+
+def test_a_model_is_slow_by_what_is_expected_of_it() -> None:
+    bench = Bench()
+    bench.overload = Overload(bench.revision, now=bench.clock, expected_ms={"m": 100.0}.get)
+    bench.answers(300, 4)
+    assert bench.overload.of("a") == Overloads("", {"m": "first token after 300 ms of late, expected 100 ms"})
+    bench.answers(300, 4, key="n")
+    assert bench.overload.of("a") == Overloads("", {"m": "first token after 300 ms of late, expected 100 ms"})
+
+
+# --- speeds ---
+
+
+def test_the_speed_follows_the_last_answers(bench: Bench) -> None:
+    assert bench.overload.tokens_per_s("a", "m") is None
+    bench.overload.generated("a", "m", 101, 2.0)
+    assert bench.overload.tokens_per_s("a", "m") == 50.0
+    bench.overload.generated("a", "m", 101, 1.0)
+    assert bench.overload.tokens_per_s("a", "m") == 56.2
+    assert bench.overload.tokens_per_s("b", "m") is bench.overload.tokens_per_s("a", "n") is None
+    assert bench.revision.number == 0, "a speed changes no decision"
+
+
+def test_an_answer_that_is_too_short_has_no_speed(bench: Bench) -> None:
+    bench.overload.generated("a", "m", 7, 1.0)
+    bench.overload.generated("a", "m", 100, 0.001)
+    bench.overload.generated("a", "m", 100, -1.0)
+    assert bench.overload.tokens_per_s("a", "m") is None
+    bench.overload.generated("a", "m", 8, 1.0)
+    bench.overload.generated("a", "m", 2, 1.0)
+    assert bench.overload.tokens_per_s("a", "m") == 7.0
+
+
+def test_speeds_are_bounded_and_the_one_used_longest_ago_is_forgotten(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_LATENCIES", 2)
+    for key in ("m", "n", "m", "o"):
+        bench.overload.generated("a", key, 11, 1.0)
+    assert [bench.overload.tokens_per_s("a", key) for key in "mno"] == [10.0, None, 10.0]
