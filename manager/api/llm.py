@@ -166,7 +166,7 @@ class TierModelBody(_Shape):
 
 
 class TierModelsBody(_Shape):
-    """`tiers` has the models of each tier in the order in which they are tried, then its fallbacks."""
+    """`tiers` has the models of each tier in the order in which they are tried, without its fallbacks."""
 
     models: list[TierModelBody]
     tiers: dict[str, list[str]]

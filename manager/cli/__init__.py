@@ -18,6 +18,7 @@ from manager.cli.roles import roles_group
 from manager.cli.rollout import rollout_group
 from manager.cli.runs import runs_group
 from manager.cli.schedules import schedules_command
+from manager.cli.tiers import tiers_group
 from manager.cli.top import top_command
 from manager.cli.usage import usage_command
 
@@ -27,6 +28,7 @@ for _command in (
     gpus_command,
     models_command,
     roles_group,
+    tiers_group,
     lanes_command,
     runs_group,
     classifier_group,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _PATH = "/api/v1/usage"
-_NUMBERS = ("REQUESTS", "SHARE", "OK", "FALLBACKS", "TOKENS IN", "TOKENS OUT", "COST", "MEAN", "P50", "P95")
+NUMBERS = ("REQUESTS", "SHARE", "OK", "FALLBACKS", "TOKENS IN", "TOKENS OUT", "COST", "MEAN", "P50", "P95")
 
 
 @click.command("usage")
@@ -74,16 +74,17 @@ def usage_command(
 
 def _lines(document: Mapping[str, Any]) -> list[str]:
     by = document["by"]
-    rows = [(*(one[name] or None for name in by), *_cells(one)) for one in document["rows"]]
+    rows = [(*(one[name] or None for name in by), *number_cells(one)) for one in document["rows"]]
     if len(rows) != 1:
-        rows.append(("total", *([""] * (len(by) - 1)), *_cells(document["total"])))
-    lines = table((*map(str.upper, by), *_NUMBERS), rows)
+        rows.append(("total", *([""] * (len(by) - 1)), *number_cells(document["total"])))
+    lines = table((*map(str.upper, by), *NUMBERS), rows)
     if document["more"]:
         lines.append(f"and {document['more']} more")
     return [f"{local_time(document['from'])} to {local_time(document['to'])}", *lines]
 
 
-def _cells(one: Mapping[str, Any]) -> tuple[object, ...]:
+def number_cells(one: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return the cells of `NUMBERS` for an `api.usage.UsageNumbers`."""
     return (
         one["requests"],
         f"{one['share']:.1%}",
@@ -92,13 +93,14 @@ def _cells(one: Mapping[str, Any]) -> tuple[object, ...]:
         one["input_tokens"],
         one["output_tokens"],
         f"{usd_text(micro_usd(one['cost_usd']))} USD",
-        _time(one["mean_ms"]),
-        _time(one["p50_ms"]),
-        _time(one["p95_ms"]),
+        time_text(one["mean_ms"]),
+        time_text(one["p50_ms"]),
+        time_text(one["p95_ms"]),
     )
 
 
-def _time(value_ms: float | None) -> str | None:
+def time_text(value_ms: float | None) -> str | None:
+    """Return milliseconds or seconds; None where the time is not known."""
     if value_ms is None:
         return None
     return f"{value_ms:.0f} ms" if value_ms < 1000 else f"{value_ms / 1000:.1f} s"  # noqa: PLR2004

@@ -9,7 +9,7 @@ from manager.domain.models import DEFAULT_TAG, split_pin
 from manager.domain.roles import RequestKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from manager.domain.classification import AutoRules
     from manager.domain.learned import Told
@@ -23,6 +23,8 @@ _NAMES: dict[str, Tier | None] = {
     **{f"{AUTO}:{tier.value}": tier for tier in Tier},
 }
 NAMES = (AUTO, *(f"{AUTO}:{tier.value}" for tier in Tier))
+# The tiers whose model stands for `auto` in lists of models; the first one that can answer.
+_USUAL = (Tier.MEDIUM, Tier.FAST, Tier.COMPLEX)
 
 
 class Choice(NamedTuple):
@@ -50,6 +52,24 @@ def is_auto(model: str, kind: RequestKind, settings: RoutingSettings) -> bool:
     ):
         return False
     return split_pin(model)[0].strip().lower() in _NAMES
+
+
+def offered(settings: RoutingSettings) -> Mapping[str, tuple[Role, ...]]:
+    """Return the names that leave the choice open, each with the roles that may answer, the usual one first.
+
+    A name is left out where no role can answer it; all are while they are names of models.
+    """
+    if settings.auto is None or not settings.auto.is_on:
+        return {}
+    roles = {tier: settings.roles.get(tier.value) for tier in _USUAL}
+    able = {tier: role for tier, role in roles.items() if role is not None and _can_answer(role, settings)}
+    names = {f"{AUTO}:{tier.value}": (able[tier],) for tier in Tier if tier in able}
+    return {AUTO: tuple(able.values()), **names} if able else {}
+
+
+def offered_name(model: str) -> str:
+    """Return the name under which `offered` has a name that `is_auto`."""
+    return split_pin(model)[0].strip().lower().removesuffix(f":{DEFAULT_TAG}")
 
 
 def choose(

@@ -213,6 +213,18 @@ class RoutingSettings:
         own = model_key(role.model)
         return (role.model, *(one for one in others if model_key(one) != own))
 
+    def chain(self, role: Role) -> Iterator[Role]:
+        """Yield a role, then those of its kind that it falls back to, each once."""
+        seen: set[str] = set()
+        waiting = [role]
+        while waiting:
+            current = waiting.pop(0)
+            if current.name not in seen:
+                seen.add(current.name)
+                yield current
+                followers = (self.roles.get(name) for name in current.fallbacks)
+                waiting += [other for other in followers if other is not None and other.kind is role.kind]
+
     def role(self, name: str) -> Role | None:
         """The role of that name, in any case: names of models ignore case as well."""
         return self.roles.get(name) or self.roles.get(name.strip().lower())

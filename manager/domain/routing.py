@@ -576,19 +576,11 @@ class _Leg:
 def _legs(role: Role, settings: RoutingSettings) -> Iterator[_Leg]:
     """The models of the role, then those of the roles it falls back to, each role once."""
     own = None if role.model is None else model_key(role.model)
-    seen: set[str] = set()
-    waiting = [role]
-    while waiting:
-        current = waiting.pop(0)
-        if current.name in seen:
-            continue
-        seen.add(current.name)
+    for current in settings.chain(role):
         # Vectors of two models cannot be compared: an embedding role may change its place, not its model.
         for model in settings.models_of(current):
             if role.kind is not RequestKind.EMBED or model_key(model) == own:
                 yield _Leg(model, current)
-        followers = (settings.roles.get(name) for name in current.fallbacks)
-        waiting += [other for other in followers if other is not None and other.kind is role.kind]
 
 
 # By stage and tier: a model that is there goes before one that may be there, and that before one to pull.

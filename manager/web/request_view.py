@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from manager.domain.explanation import fallback_words
 from manager.domain.record import LOCAL
 from manager.web.state import BAD, OFF, OK, WARN, WORK
-from manager.web.words import unix_s
+from manager.web.words import short_time, unix_s
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -64,6 +64,7 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "target": record["effective_target"],
         "provider": None if record["provider"] == LOCAL else record["provider"],
         "attempts": record["attempts"],
+        "choice": choice(record),
         "fallback": fallback(record),
         "reason": None if record["fallback"] else record["fallback_reason"],
         "answers": record["ttfb_ms"] is not None,
@@ -77,6 +78,20 @@ def row(record: Mapping[str, Any]) -> dict[str, Any]:
         "rate": None if is_open else tokens_per_s(record),
         "is_least_rate": not record["stream"],
         "cost_usd": record["cost_usd"] if record["provider"] != LOCAL else None,
+    }
+
+
+def choice(record: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how the model of a request was chosen by its words; None where the request named one."""
+    if record["tier"] is None:
+        return None
+    return {
+        "requested": record["requested_model"],
+        "task": record["task_type"],
+        "tier": record["tier"],
+        "confidence": record["task_confidence"],
+        "why": record["task_reasoning"],
+        "took": short_time(record["routing_ms"]),
     }
 
 

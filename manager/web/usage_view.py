@@ -107,12 +107,40 @@ def shares(found: Mapping[tuple[str, ...], Sums]) -> list[dict[str, Any]]:
     return parts
 
 
+def tiers_view(stats: Mapping[str, Any], *, is_on: bool) -> dict[str, Any] | None:
+    """Return what the tiers have answered, and what that has saved; None where there is nothing to tell.
+
+    Args:
+        stats: the values of an `api.llm.RoutingStatsBody`.
+        is_on: whether a client may leave the choice of the model to the daemon.
+    """
+    if not stats["total"]["requests"] and not is_on:
+        return None
+    tiers = [{**_with_rates(one), "fill": str(place + 1)} for place, one in enumerate(stats["by_tier"])]
+    seconds = stats["saved"]["seconds"]
+    return {
+        "total": _with_rates(stats["total"]),
+        "tiers": tiers,
+        "models": [_with_rates(one) for one in stats["by_model"][:MOST_ROWS]],
+        "is_on": is_on,
+        "saved": {
+            "requests": stats["saved"]["requests"],
+            "seconds": None if seconds is None else abs(seconds),
+            "is_loss": seconds is not None and seconds < 0,
+        },
+    }
+
+
 def shown(sums: Sums, total: Sums) -> dict[str, Any]:
     """Return the numbers of the API, and shares of the requests of this group."""
+    return _with_rates(numbers(sums, total))
+
+
+def _with_rates(found: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        **numbers(sums, total),
-        "ok_share": _ratio(sums.ok, sums.requests),
-        "fallback_share": _ratio(sums.fallbacks, sums.requests),
+        **found,
+        "ok_share": _ratio(found["ok"], found["requests"]),
+        "fallback_share": _ratio(found["fallbacks"], found["requests"]),
     }
 
 

@@ -57,6 +57,11 @@ def milliseconds(value: float | None) -> str:
     return f"{value:.0f} ms" if value < _THOUSAND else duration(value / _THOUSAND)
 
 
+def short_time(value_ms: float | None) -> str:
+    """Return milliseconds with two decimals below ten, where they are what there is to see."""
+    return milliseconds(value_ms) if value_ms is None or value_ms >= 10 else f"{value_ms:.2f} ms"  # noqa: PLR2004
+
+
 def count(value: float | None) -> str:
     """Return a number with narrow spaces between the thousands."""
     return UNKNOWN if value is None else f"{value:,.0f}".replace(",", "\u202f")

@@ -60,7 +60,10 @@ class KnownModel:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A name that stands for a model; `of` is None where no instance has that model."""
+    """A name that stands for a model; `of` is None where no instance has that model.
+
+    A name without a tag is a role, or leaves the choice of the model open; one with a tag does so for a tier.
+    """
 
     name: str
     model: str
@@ -73,8 +76,8 @@ def tags_document(models: Iterable[KnownModel], aliases: Iterable[Alias] = ()) -
 
     A role is an entry of its model under the name `ROLE:latest`, with the model's name as its
     `details.parent_model`: every name in Ollama's own lists has a tag, and clients add that one to a name
-    without. A role whose model no instance has is left out, for clients offer what they find here; so is one
-    whose name is that of a model.
+    without. `auto` is listed in the same way, and `auto:fast` as it stands. A role whose model no instance
+    has is left out, for clients offer what they find here; so is one whose name is that of a model.
     """
     found = sorted(models, key=_modified_s, reverse=True)
     names = {model_key(name_of(model.entry)) for model in found}
@@ -108,7 +111,7 @@ def show_document(entry: Mapping[str, Any] | None) -> dict[str, Any]:
 
 def _alias_entry(role: str, model: KnownModel) -> dict[str, Any]:
     entry = _whole(model.entry)
-    name = f"{role}:{DEFAULT_TAG}"
+    name = role if ":" in role else f"{role}:{DEFAULT_TAG}"
     return {
         **entry,
         "name": name,

@@ -206,6 +206,36 @@ async def test_a_run_leaves_the_choice_too(tmp_path: Path) -> None:
         assert (record.model, record.tier, record.requested_model) == (LARGE, "complex", "auto")
 
 
+async def test_clients_find_the_names_in_every_list_and_look_them_up(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config=CONFIG) as front,
+    ):
+        names = ("auto", "auto:fast", "auto:medium", "auto:complex")
+        tags = (await ask(front, "GET", "/api/tags")).json()["models"]
+        listed = {one["name"]: one["details"]["parent_model"] for one in tags}
+        assert {name: listed.get(name) for name in ("auto:latest", *names[1:])} == dict.fromkeys(
+            ("auto:latest", *names[1:]), f"{SMALL}:latest"
+        )
+        models = {one["id"]: one for one in (await ask(front, "GET", "/v1/models")).json()["data"]}
+        assert [models[name]["model"] for name in names] == [SMALL] * 4  # that of `complex` is not there
+        assert (await ask(front, "GET", "/v1/models/auto:complex")).json() == models["auto:complex"]
+        for name in ("auto", "auto:latest", "auto:fast"):
+            shown = await ask(front, "POST", "/api/show", {"model": name})
+            assert (shown.status, server.seen.pop().json()["model"]) == (200, SMALL)
+        assert (await ask(front, "POST", "/api/chat", chat("hi", "auto:latest"))).status == 200
+
+
+async def test_names_are_in_no_list_while_they_mean_nothing(tmp_path: Path) -> None:
+    async with (
+        Scripted((SMALL,)).serving() as server,
+        relaying(tmp_path, {"one": server}, config={**CONFIG, "routing": {"auto": False}}) as front,
+    ):
+        for path in ("/api/tags", "/v1/models"):
+            assert b"auto" not in (await ask(front, "GET", path)).body
+        assert (await ask(front, "POST", "/api/show", {"model": "auto"})).status == 404
+
+
 async def test_an_unload_of_no_model_in_particular_is_refused(tmp_path: Path) -> None:
     async with (
         Scripted((SMALL, LARGE), loaded=(SMALL, LARGE)).serving() as server,

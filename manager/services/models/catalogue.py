@@ -8,12 +8,14 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from manager.domain.auto import is_auto, offered, offered_name
 from manager.domain.instance import Health, Phase
 from manager.domain.models import model_key
+from manager.domain.roles import RequestKind
 from manager.wire.listing import Alias, KnownModel, Status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping
     from datetime import datetime
 
     from manager.domain.instance import InstanceSpec
@@ -123,10 +125,15 @@ class Catalogue:
     def find(self, name: str, permit: Permit | None = None) -> KnownModel | Alias | None:
         """Return the meaning of a name: a role that has a model, or a model; None where it is neither.
 
-        See `RoutingSettings.role_meant`.
+        See `RoutingSettings.role_meant`. A name that leaves the choice of the model open means the model of
+        its tier, or of the usual one.
         """
         found = self._seen(permit)
         now = self._moment()
+        if is_auto(name, RequestKind.GENERATE, self._settings.routing):
+            meant = offered_name(name)
+            roles = offered(self._settings.routing).get(meant, ())
+            return self._open_alias(meant, roles, found, now, permit)
         role = self._settings.routing.role_meant(name, is_model=self._overviews.models().__contains__)
         if role is not None and role.model is not None:
             return self._alias(role, found, now, permit)
@@ -140,10 +147,13 @@ class Catalogue:
         return self._settings.routing.role(name) is not None
 
     def aliases(self, permit: Permit | None = None) -> tuple[Alias, ...]:
-        """The roles that have a model."""
-        found, now = self._seen(permit), self._moment()
-        roles = self._settings.routing.roles.values()
-        aliases = (self._alias(role, found, now, permit) for role in roles)
+        """The roles that have a model, and the names that leave the choice of one open."""
+        found, now, settings = self._seen(permit), self._moment(), self._settings.routing
+        roles = [one for one in settings.roles.values() if not is_auto(one.name, one.kind, settings)]
+        aliases = (
+            *(self._alias(role, found, now, permit) for role in roles),
+            *(self._open_alias(name, some, found, now, permit) for name, some in offered(settings).items()),
+        )
         return tuple(alias for alias in aliases if alias is not None)
 
     def listed_aliases(self, permit: Permit | None = None) -> tuple[Alias, ...]:
@@ -248,6 +258,35 @@ class Catalogue:
             return None
         known = self._known(key, models[key], now) if key in models else None
         return Alias(role.name, role.model, role.kind, known)
+
+    def _open_alias(
+        self,
+        name: str,
+        roles: Iterable[Role],
+        models: Mapping[str, ModelState],
+        now: _Moment,
+        permit: Permit | None,
+    ) -> Alias | None:
+        """Return a name that leaves the choice open, as its first model that an instance has.
+
+        None where the key permits no model of these roles and their fallbacks.
+        """
+        settings = self._settings.routing
+        permitted = [
+            model
+            for role in roles
+            if permit is None or not permit.limit_of_role(role.name)
+            for one in settings.chain(role)
+            if permit is None or not permit.limit_of_role(one.name)
+            for model in settings.models_of(one)
+            if permit is None or not permit.limit_of_model(model_key(model))
+        ]
+        if not permitted:
+            return None
+        model = next((one for one in permitted if model_key(one) in models), permitted[0])
+        key = model_key(model)
+        known = self._known(key, models[key], now) if key in models else None
+        return Alias(name, model, RequestKind.GENERATE, known)
 
 
 def _within(model: ModelState, permitted: Collection[str]) -> ModelState:

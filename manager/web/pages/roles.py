@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.api.model_settings import effective_values, settings_values
 from manager.api.routing import routing_values
+from manager.domain.auto import offered
+from manager.domain.classification import Tier
+from manager.domain.models import model_key
 from manager.domain.roles import Policy, RequestKind, Strategy
 from manager.domain.rollout import Stage
 from manager.settings.overrides import DEFAULTS, setting_key, split_key
@@ -24,10 +27,13 @@ if TYPE_CHECKING:
     from fastapi import Request
 
     from manager.api.backend import Backend
+    from manager.domain.facts import ModelFacts
+    from manager.domain.roles import RoutingSettings
     from manager.web.page import Sections
     from manager.web.viewer import Viewer
 
 EMBEDDING = "embedding"
+_TIERS = tuple(tier.value for tier in Tier)
 _ANY = frozenset(RequestKind)
 _WORDS = frozenset({RequestKind.GENERATE})
 _TEXTUAL = frozenset({RequestKind.GENERATE, RequestKind.EMBED})
@@ -103,7 +109,14 @@ def _facts(backend: Backend) -> Facts:
 def _compared(backend: Backend) -> dict[str, Any]:
     """Return everything of the region that is not live: where it differs, the region is fetched again."""
     warnings = settings_values(backend)["warnings"]
-    return {"effective": effective_values(backend), "warnings": warnings}
+    settings = backend.model_settings.routing
+    tiers = {tier: _tier_models(settings, tier) for tier in _TIERS}
+    return {
+        "effective": effective_values(backend),
+        "warnings": warnings,
+        "tiers": tiers,
+        "auto": _auto(settings),
+    }
 
 
 def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
@@ -177,6 +190,7 @@ async def _context(backend: Backend, _viewer: Viewer, _request: Request) -> Mapp
             key: setting_view(("fallback",), key, found, settings.written_fallback[key], texts)
             for key, found in settings.fallback.items()
         },
+        "auto": _auto(settings.routing),
         "lane_warnings": [text for key, text in warnings.items() if key == "rollout.lanes"],
         "ignored": [_ignored(one, settings.values) for one in effective_values(backend)["ignored"]],
     }
@@ -196,7 +210,41 @@ def _role(backend: Backend, name: str, warnings: Mapping[str, str], texts: Any) 
         "changed": sum(one.source == OVERRIDE for one in views.values() if one.key != "kind"),
         "warning": warnings.get(setting_key(name, "model")),
         "is_embedding": name == EMBEDDING,
+        "tier": _tier_models(backend.model_settings.routing, name),
     }
+
+
+def _tier_models(settings: RoutingSettings, name: str) -> list[dict[str, Any]]:
+    """Return the models of a tier in order, with what is stated about each; none of another role."""
+    role = settings.roles.get(name)
+    if role is None or name not in _TIERS or role.kind is not RequestKind.GENERATE:
+        return []
+    return [
+        {"name": model, "facts": _stated(settings.facts.get(model_key(model)))}
+        for model in settings.models_of(role)
+    ]
+
+
+def _stated(facts: ModelFacts | None) -> dict[str, Any]:
+    """Return the facts that are stated, by the names of their texts."""
+    if facts is None:
+        return {}
+    found = {
+        "latency": facts.latency_ms,
+        "context": facts.context_tokens,
+        "output": facts.output_tokens,
+        "temperature": facts.temperature,
+        "cost": None if facts.cost_factor == 1 else facts.cost_factor,
+        "can": ", ".join(facts.capabilities) or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _auto(settings: RoutingSettings) -> str:
+    """Return what `model: auto` means now, as the name of its text."""
+    if settings.auto is None or not settings.auto.is_on:
+        return "off"
+    return "on" if offered(settings) else "nowhere"
 
 
 def _model_names(backend: Backend) -> Iterator[str]:

@@ -28,7 +28,9 @@ async def _context(backend: Backend, _viewer: Viewer, request: Request) -> Mappi
     for instance in backend.fleet.instances():
         if permit is None or not permit.limit_of_instance(instance.id):
             places[_place(instance.spec)].append(instance.id)
+    rules = backend.model_settings.routing.auto
     return {
+        "has_auto": rules is not None and rules.is_on,
         "places": {place: ids for place, ids in places.items() if ids},
         "needs_key": backend.keyring.are_required,
     }

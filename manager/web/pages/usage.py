@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 from manager.api.budgets import budget_json
+from manager.api.llm import routing_stats
 from manager.api.usage import read_usage
 from manager.domain.budgets import Period
 from manager.domain.usage import DAY_S, DIMENSIONS, Dimension
@@ -15,7 +16,7 @@ from manager.web.page import Fragment, Page
 from manager.web.paid import paid_servers
 from manager.web.state import BAD, OFF, OK, WARN, State
 from manager.web.usage_period import SPANS, usage_period
-from manager.web.usage_view import shares, usage_view
+from manager.web.usage_view import shares, tiers_view, usage_view
 from manager.web.words import unix_s
 
 if TYPE_CHECKING:
@@ -68,11 +69,14 @@ async def _usage(backend: Backend, period: UsagePeriod, by: Dimension, now: date
     try:
         found, _ = await read_usage(backend, period.begins, ends, [bar, by], now=now)
         roles, _ = await read_usage(backend, period.begins, ends, ["role"], now=now)
+        stats = await routing_stats(backend, period.begins, ends, now=now)
     except ManagerError as error:
-        return {"usage": None, "usage_problem": error.message, "roles": []}
+        return {"usage": None, "usage_problem": error.message, "roles": [], "tiers": None}
     # Percentiles of many groups take a while.
     view = await asyncio.to_thread(usage_view, found, period)
-    return {"usage": view, "usage_problem": None, "roles": shares(roles)}
+    rules = backend.model_settings.routing.auto
+    tiers = tiers_view(stats, is_on=rules is not None and rules.is_on)
+    return {"usage": view, "usage_problem": None, "roles": shares(roles), "tiers": tiers}
 
 
 async def _budgets(backend: Backend, now: datetime) -> dict[str, Any]:

@@ -45,7 +45,8 @@
       const group = document.createElement("optgroup");
       group.label = label;
       group.append(...fitting.filter(belongs).map((one) => {
-        const option = make("option", one.kind ? `${one.id} (${one.model})` : one.loaded ? `${one.id} (${t.loaded})` : one.id);
+        const means = root.dataset.auto && /^auto(:|$)/.test(one.id) ? t.open : one.model;
+        const option = make("option", one.kind ? `${one.id} (${means})` : one.loaded ? `${one.id} (${t.loaded})` : one.id);
         option.value = one.id;
         return option;
       }));
@@ -162,6 +163,9 @@
       const reason = given("X-Fallback-Reason");
       this.part("fallback").hidden = !reason;
       if (reason) this.part("fallback").textContent = put(t.fallback, { instance: instance ?? DASH, reason });
+      const tier = given("X-Tier");
+      this.part("choice").hidden = !tier;
+      if (tier) this.part("choice").textContent = put(t.choice, { tier, task: given("X-Task-Type") });
       const id = given("X-Request-Id");
       if (!id) return;
       this.part("id").textContent = id;

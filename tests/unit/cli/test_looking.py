@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     Run = Callable[..., Result]
 
 GIB = 2**30
+TIERS = ("/api/v1/llm/models", "/api/v1/llm/routing-stats")
 COMMANDS = (("logs", "cpu"), ("logs", "cpu", "-f"), ("events",), ("events", "-f"), ("gpus",), ("models",))
 ALL = (
     *COMMANDS,
@@ -32,6 +33,8 @@ ALL = (
     ("schedules",),
     ("local-only",),
     ("local-only", "on"),
+    ("tiers",),
+    ("tiers", "stats"),
 )
 
 
@@ -65,7 +68,7 @@ def test_an_answer_of_another_program_is_exit_3(
         for path in (
             f"{API}/instances/cpu", f"{API}/instances/cpu/logs?tail=100", f"{API}/gpus", f"{API}/lanes",
             f"{API}/schedules", f"{API}/events?last=20&follow=false", f"{API}/events?last=20", "/v1/models",
-            "/api/settings/models", "/api/settings/models/effective",
+            "/api/settings/models", "/api/settings/models/effective", *TIERS,
         ):  # fmt: skip
             daemon.answers[f"{method} {path}"] = Answer("<html>", 404)
     result = run(*command, "--url", daemon.url)
@@ -74,12 +77,14 @@ def test_an_answer_of_another_program_is_exit_3(
 
 
 @pytest.mark.parametrize(
-    "command", [("gpus",), ("models",), ("roles",), ("lanes",), ("schedules",)], ids=" ".join
+    "command",
+    [("gpus",), ("models",), ("roles",), ("lanes",), ("schedules",), ("tiers",), ("tiers", "stats")],
+    ids=" ".join,
 )
 def test_json_of_another_shape_is_exit_3(daemon: StandInDaemon, run: Run, command: tuple[str, ...]) -> None:
     for path in (
         f"{API}/gpus", f"{API}/lanes", f"{API}/schedules", "/v1/models", "/api/tags", "/api/ps",
-        "/api/settings/models", "/api/settings/models/effective",
+        "/api/settings/models", "/api/settings/models/effective", *TIERS,
     ):  # fmt: skip
         daemon.answers[f"GET {path}"] = Answer({"gpus": [{}], "data": [{}], "roles": {"a": {}}})
     result = run(*command, "--url", daemon.url)

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
     Run = Callable[..., Result]
 
-OPTIONS = [("usage", "--since", "from"), ("usage", "--until", "to"), ("requests", "--since", "since")]
+OPTIONS = [
+    ("usage", "--since", "from"),
+    ("usage", "--until", "to"),
+    ("requests", "--since", "since"),
+    ("tiers stats", "--since", "from"),
+    ("tiers stats", "--until", "to"),
+]
 
 
 @pytest.mark.parametrize(("command", "option", "parameter"), OPTIONS)
@@ -25,7 +31,7 @@ OPTIONS = [("usage", "--since", "from"), ("usage", "--until", "to"), ("requests"
 def test_a_word_for_a_day_is_its_first_moment_here(
     run: Run, daemon: StandInDaemon, *, command: str, option: str, parameter: str, word: str, days: int
 ) -> None:
-    run(command, option, word, "--url", daemon.url)
+    run(*command.split(), option, word, "--url", daemon.url)
     (text,) = parse_qs(urlsplit(daemon.seen[0].path).query)[parameter]
     began = datetime.fromisoformat(text)
     now = datetime.now().astimezone()
@@ -39,7 +45,7 @@ def test_a_word_for_a_day_is_its_first_moment_here(
 def test_a_span_or_a_time_with_its_zone_is_sent_as_it_is(
     run: Run, daemon: StandInDaemon, *, command: str, option: str, parameter: str, given: str
 ) -> None:
-    run(command, option, given, "--url", daemon.url)
+    run(*command.split(), option, given, "--url", daemon.url)
     assert parse_qs(urlsplit(daemon.seen[0].path).query)[parameter] == [given]
 
 
@@ -48,6 +54,6 @@ def test_a_span_or_a_time_with_its_zone_is_sent_as_it_is(
 def test_anything_else_is_refused_with_what_is_allowed(
     run: Run, daemon: StandInDaemon, command: str, option: str, given: str
 ) -> None:
-    result = run(command, option, given, "--url", daemon.url)
+    result = run(*command.split(), option, given, "--url", daemon.url)
     assert (result.exit_code, daemon.seen) == (2, [])
     assert f"Invalid value for '{option}': '{given}': expected today, yesterday, a span" in result.stderr

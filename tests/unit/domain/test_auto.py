@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from manager.domain.auto import Choice, choose, choose_for, is_auto
+from manager.domain.auto import NAMES, Choice, choose, choose_for, is_auto, offered, offered_name
 from manager.domain.classification import AutoRules, Lexicon, Task, Tier
 from manager.domain.facts import ModelFacts, models_by_tier
 from manager.domain.instance import DeviceKind
@@ -113,6 +113,33 @@ def test_the_fastest_model_of_a_tier_goes_first() -> None:
     assert found.models_of(role("fast", None)) == ("quick", "slow", "unknown")
     assert found.models_of(role("mine", "m")) == ("m",)
     assert found.models_of(role("mine", None)) == ()
+
+
+def test_names_are_offered_with_the_roles_that_may_answer_them_the_usual_tier_first() -> None:
+    found = {name: [one.name for one in roles] for name, roles in offered(TIERS).items()}
+    assert found == {
+        "auto": ["medium", "fast", "complex"],
+        "auto:fast": ["fast"],
+        "auto:medium": ["medium"],
+        "auto:complex": ["complex"],
+    }
+    assert tuple(found) == NAMES
+
+
+def test_a_tier_that_cannot_answer_is_not_offered_and_without_any_no_name_is() -> None:
+    some = settings(role("fast"), role("medium", None), role("complex", kind=RequestKind.EMBED))
+    assert list(offered(some)) == ["auto", "auto:fast"]
+    assert offered(settings(role("summary"))) == {}
+    assert offered(settings(role("fast"), auto=None)) == {}
+    assert offered(settings(role("fast"), auto=AutoRules(RULES.lexicon, is_on=False))) == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("AUTO", "auto"), ("auto:latest", "auto"), ("Auto:Fast@gpu0", "auto:fast"), ("auto:fast", "auto:fast")],
+)
+def test_an_offered_name_is_found_however_it_is_written(model: str, name: str) -> None:
+    assert offered_name(model) == name
 
 
 # --- the models of a tier, in a decision ---

@@ -101,3 +101,17 @@ def test_only_a_paid_request_has_a_cost() -> None:
     assert row(values())["cost_usd"] is None
     paid = row(values(provider="openai", cost_usd=0.0))
     assert (paid["provider"], paid["cost_usd"]) == ("openai", 0.0)
+
+
+def test_a_choice_says_what_was_asked_and_why_and_how_long_it_took() -> None:
+    chosen = {
+        "requested_model": "auto", "task_type": "chat", "tier": "fast", "task_confidence": 0.5,
+        "task_reasoning": "it is short", "routing_ms": 0.345,
+    }  # fmt: skip
+    assert row(values(**chosen))["choice"] == {
+        "requested": "auto", "task": "chat", "tier": "fast", "confidence": 0.5, "why": "it is short",
+        "took": "0.34 ms",
+    }  # fmt: skip
+    refused = row(values(**{**chosen, "routing_ms": None}))["choice"]
+    assert refused["took"] == "\N{EN DASH}"
+    assert row(values())["choice"] is None

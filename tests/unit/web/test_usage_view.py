@@ -9,7 +9,7 @@ import pytest
 
 from manager.domain.usage import Sums, bucket_of
 from manager.web.usage_period import usage_period
-from manager.web.usage_view import MOST_COLOURED, MOST_ROWS, shares, usage_view
+from manager.web.usage_view import MOST_COLOURED, MOST_ROWS, shares, tiers_view, usage_view
 
 if TYPE_CHECKING:
     from manager.web.usage_view import Chart
@@ -94,3 +94,41 @@ def test_shares_add_up_to_all() -> None:
     assert len(parts) == MOST_COLOURED + 1
     assert parts[-1]["name"] is None
     assert sum(part["share"] for part in parts) == pytest.approx(1)
+
+
+def stats(requests: int, seconds: float | None = None, models: int = 1) -> dict[str, Any]:
+    def numbers(count: int) -> dict[str, Any]:
+        return {"requests": count, "ok": count, "fallbacks": count // 4, "share": 1.0}
+
+    return {
+        "total": numbers(requests),
+        "by_tier": [{"tier": tier, **numbers(count)} for tier, count in (("fast", requests), ("medium", 0))],
+        "by_model": [{"model": f"m{number}", **numbers(requests)} for number in range(models)],
+        "saved": {"requests": requests, "seconds": seconds},
+    }
+
+
+def test_tiers_have_rates_of_their_own_and_unknown_is_not_zero() -> None:
+    view = tiers_view(stats(8, models=MOST_ROWS + 1), is_on=False)
+    assert view is not None
+    fast, medium = view["tiers"]
+    assert (fast["fill"], fast["ok_share"], fast["fallback_share"]) == ("1", 1.0, 0.25)
+    assert (medium["fill"], medium["ok_share"], medium["fallback_share"]) == ("2", None, None)
+    assert (view["total"]["fallback_share"], len(view["models"])) == (0.25, MOST_ROWS)
+
+
+def test_tiers_are_shown_where_they_have_requests_or_may_get_some() -> None:
+    assert tiers_view(stats(0), is_on=False) is None
+    assert tiers_view(stats(0), is_on=True) is not None
+    assert tiers_view(stats(1), is_on=False) is not None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown", "is_loss"), [(None, None, False), (2.5, 2.5, False), (-2.5, 2.5, True)]
+)
+def test_time_that_is_lost_is_not_called_saved(
+    seconds: float | None, shown: float | None, *, is_loss: bool
+) -> None:
+    view = tiers_view(stats(4, seconds), is_on=False)
+    assert view is not None
+    assert view["saved"] == {"requests": 4, "seconds": shown, "is_loss": is_loss}

@@ -85,3 +85,11 @@ def test_a_duration_as_settings_have_it(seconds: float, text: str) -> None:
 def test_a_time_of_the_api_in_unix_seconds() -> None:
     assert words.unix_s("1970-01-01T00:01:00.500Z") == 60.5
     assert words.unix_s(None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "\N{EN DASH}"), (0.0, "0.00 ms"), (9.994, "9.99 ms"), (10.4, "10 ms"), (2000.0, "2.0 s")],
+)
+def test_short_times_keep_their_decimals(value: float | None, text: str) -> None:
+    assert words.short_time(value) == text

@@ -94,6 +94,13 @@ def test_a_role_is_not_offered_where_its_name_would_get_something_else_or_nothin
     assert names == ["tiny:latest", "bare", "thinking:latest"]
 
 
+def test_a_name_with_a_tag_is_listed_as_it_stands() -> None:
+    names = ("auto", "auto:fast")
+    listed = tags_document([], [Alias(name, "tiny", RequestKind.GENERATE, KNOWN) for name in names])
+    assert [entry["name"] for entry in listed["models"]] == ["auto:latest", "auto:fast"]
+    assert [entry["model"] for entry in listed["models"]] == ["auto:latest", "auto:fast"]
+
+
 def test_a_loaded_model_says_where() -> None:
     assert ps_document([("gpu0", {"name": "tiny", "size_vram": 5})]) == {
         "models": [{"name": "tiny", "size_vram": 5, "instance": "gpu0"}]

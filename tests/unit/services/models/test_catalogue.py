@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manager.domain.classification import Tier
+from manager.domain.classification import AutoRules, Lexicon, Tier
 from manager.domain.facts import ModelFacts
 from manager.domain.instance import DeviceKind, Driver, Health, InstanceSpec, Limits, Model, Phase
+from manager.domain.keys import Permit
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.domain.template import Template
 from manager.services.models.catalogue import Catalogue
@@ -97,11 +98,15 @@ class Details:
 
 
 def catalogue(
-    *instances: Instance, images: tuple[str, ...] = (), roles: tuple[Role, ...] = (), list_roles: bool = True
+    *instances: Instance,
+    images: tuple[str, ...] = (),
+    roles: tuple[Role, ...] = (),
+    list_roles: bool = True,
+    auto: AutoRules | None = None,
 ) -> Catalogue:
     fleet: Any = SimpleNamespace(instances=lambda: instances, images=lambda: images)
     settings: Any = SimpleNamespace(
-        routing=RoutingSettings({role.name: role for role in roles}, list_roles=list_roles)
+        routing=RoutingSettings({role.name: role for role in roles}, list_roles=list_roles, auto=auto)
     )
     nothing: Any = None
     stored = {f"instance:{one.id}": one.listed for one in instances if one.listed is not None}
@@ -272,6 +277,68 @@ def test_roles_are_kept_out_of_ollamas_list_where_that_is_wanted() -> None:
     assert [alias.name for alias in known.listed_aliases()] == ["thinking"]
     known = catalogue(one, roles=roles, list_roles=False)
     assert (known.listed_aliases(), len(known.aliases())) == ((), 1)
+
+
+AUTO = AutoRules(Lexicon(()))
+
+
+def tiers(**fallbacks: tuple[str, ...]) -> tuple[Role, ...]:
+    models = {"fast": "tiny", "medium": "gone", "complex": "large"}
+    return tuple(
+        Role(name, RequestKind.GENERATE, model, fallbacks=fallbacks.get(name, ()))
+        for name, model in models.items()
+    )
+
+
+def opened(known: Catalogue, permit: Permit | None = None) -> dict[str, tuple[str, bool]]:
+    """The names that leave the choice open: the model of each, and whether an instance has it."""
+    return {
+        alias.name: (alias.model, alias.of is not None)
+        for alias in known.listed_aliases(permit)
+        if alias.name.startswith("auto")
+    }
+
+
+def test_names_that_leave_the_choice_open_are_listed_as_the_first_model_that_is_there() -> None:
+    one = Instance("one")
+    one.listed = (TINY, {"name": "large:latest"})
+    assert opened(catalogue(one, roles=tiers())) == {}
+    assert opened(catalogue(one, roles=tiers(), auto=AUTO)) == {
+        "auto": ("tiny", True),
+        "auto:fast": ("tiny", True),
+        "auto:medium": ("gone", False),
+        "auto:complex": ("large", True),
+    }
+    known = catalogue(one, roles=tiers(medium=("complex",)), auto=AUTO)
+    assert opened(known)["auto"] == opened(known)["auto:medium"] == ("large", True)
+    assert opened(catalogue(one, roles=tiers(), auto=AUTO, list_roles=False)) == {}
+    named = catalogue(one, roles=(*tiers(), Role("auto", RequestKind.GENERATE, "large")), auto=AUTO)
+    assert [alias.name for alias in named.aliases()].count("auto") == 1
+
+
+def test_a_name_that_leaves_the_choice_open_means_the_usual_model_before_a_model_of_that_name() -> None:
+    one = Instance("one")
+    one.listed = (TINY, {"name": "large:latest"}, {"name": "auto:latest"})
+    known = catalogue(one, roles=tiers(), auto=AUTO)
+    for name, model in (("auto", "tiny"), ("AUTO:latest", "tiny"), ("auto:complex", "large")):
+        found = known.find(name)
+        assert isinstance(found, Alias)
+        assert found.model == model
+    assert isinstance(catalogue(one, roles=tiers()).find("auto"), KnownModel)
+    assert catalogue(one, auto=AUTO).find("auto") is None
+
+
+def test_a_key_sees_the_names_of_the_tiers_that_it_may_use() -> None:
+    one = Instance("one")
+    one.listed = (TINY, {"name": "large:latest"})
+    known = catalogue(one, roles=tiers(fast=("complex",), complex=("fast",)), auto=AUTO)
+    fast = Permit("a", roles=frozenset({"fast"}))
+    assert opened(known, fast) == {"auto": ("tiny", True), "auto:fast": ("tiny", True)}
+    large = Permit("a", models=("large*",))
+    assert opened(known, large) == dict.fromkeys(("auto", "auto:fast", "auto:complex"), ("large", True))
+    assert opened(known, Permit("a", roles=frozenset({"fast"}), models=("large*",))) == {}
+    assert opened(known, Permit("a", roles=frozenset({"thinking"}))) == {}
+    assert known.find("auto:complex", fast) is None
 
 
 async def test_a_list_of_models_has_unlisted_volumes_read_and_one_of_loaded_models_has_not() -> None:
