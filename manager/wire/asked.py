@@ -33,9 +33,9 @@ _TEXT = msgspec.json.Decoder(str)
 def text_asked(fields: Fields) -> Steps[str]:
     """Return the text, in steps; empty where there is none that can be read.
 
-    Of a list of messages it is the last one of the user that has words of the user: results of tools, pictures
-    and parts that are wrapped in a tag are none. Where all is wrapped it is the last one with a text. Of a text
-    of more than STEP_BYTES the middle is left out. A document of another shape is the server's to refuse.
+    Of a list of messages it is the last one that has words of the user: results of tools, pictures and parts
+    that are wrapped in a tag are none. Where all is wrapped it is the last one with a text. Of a text of more
+    than STEP_BYTES the middle is left out. A document of another shape is the server's to refuse.
     """
     for name in _FIELDS:
         value = fields.get(name)
