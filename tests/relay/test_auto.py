@@ -228,3 +228,25 @@ async def test_a_key_keeps_its_limits(tmp_path: Path) -> None:
         assert refused.status == 403
         assert b"the key 'small' may use only the roles fast, not 'complex'" in refused.body
         assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("stage", ["observe", "shadow", "lanes"])
+async def test_what_is_not_managed_passes_to_the_raw_server_as_it_came(tmp_path: Path, stage: str) -> None:
+    raw = Scripted((SMALL, "auto"))
+    async with raw.serving(), Scripted((SMALL,)).serving() as server:
+        config = {
+            **CONFIG,
+            "roles": {"fast": {"model": SMALL}},
+            "rollout": {"stage": stage, "raw_url": raw.url, "lanes": ["output"] if stage == "lanes" else []},
+        }
+        async with relaying(tmp_path, {"one": server}, config=config) as front:
+            unload = {"model": "auto", "messages": [], "keep_alive": 0, "stream": False}
+            for body in (chat("hi"), chat(HARD), unload):
+                reply = await ask(front, "POST", "/api/chat", body)
+                assert (reply.status, reply.headers["x-instance"]) == (200, "raw")
+                assert (reply.headers["x-model"], "x-tier" in reply.headers) == ("auto", False)
+                assert raw.seen.pop().json() == body
+            record = await front.record(1)
+            assert (record.model, record.tier) == ("auto", None if stage == "observe" else "complex")
+            assert not server.seen
+            assert front.at_rest
