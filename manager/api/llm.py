@@ -14,7 +14,7 @@ from manager.api.errors import refusals
 from manager.api.leaving import while_there
 from manager.api.moments import MomentText, moment
 from manager.api.runs import SubmittedBody
-from manager.api.submitted import asking_of, origin_of
+from manager.api.submitted import asking_of, invalid, origin_of
 from manager.api.usage import UsageNumbers, numbers, read_usage
 from manager.domain.classification import Tier
 from manager.domain.models import model_key
@@ -327,6 +327,7 @@ def _ensemble(backend: Backend, wanted: EnsembleRequest, origin: Origin) -> NewR
 
     Raises:
         EnsembleOffError: the configuration has none.
+        InvalidRequestError: the messages are too large for a run.
     """
     usual = backend.model_settings.ensemble
     if usual is None:
@@ -334,6 +335,10 @@ def _ensemble(backend: Backend, wanted: EnsembleRequest, origin: Origin) -> NewR
     messages = [one.model_dump() for one in wanted.messages]
     judge = wanted.judge or usual.judge
     body = Wanted(messages, tuple(wanted.models or usual.models), judge).dumped()
+    most = backend.runs.limits.max_body
+    if len(body) > most:
+        message = f"they have {len(body)} bytes; at most {most} are taken (runs.max_body)"
+        raise invalid("body.messages", message)
     caller = RunCaller(
         origin.project, origin.intent, origin.instance, origin.local_only, origin.trace, origin.key
     )

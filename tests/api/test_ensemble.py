@@ -176,6 +176,15 @@ async def test_what_is_no_ensemble_is_refused(tmp_path: Path, body: Any, field: 
         assert [one["field"] for one in reply.json()["error"]["details"]["fields"]] == [field]
 
 
+async def test_messages_that_are_too_large_for_a_run_are_refused(tmp_path: Path) -> None:
+    async with speaking(tmp_path, {**CONFIG, "runs": {"max_body": "1 KB"}}) as (front, server):
+        reply = await front.ask({"messages": [{"role": "user", "content": "x" * 2000}]}, ENSEMBLE, JSON)
+        assert reply.status == 422
+        assert "at most 1" in reply.json()["error"]["message"]
+        assert "runs.max_body" in reply.json()["error"]["message"]
+        assert not server.seen
+
+
 async def test_the_limits_of_the_key_hold_for_each_request(tmp_path: Path) -> None:
     async with speaking(tmp_path) as (front, server):
         limited = Limited(front)
