@@ -88,6 +88,19 @@ async def test_a_sentiment_is_one_of_three_words(tmp_path: Path) -> None:
         assert front.at_rest
 
 
+async def test_a_model_that_thinks_has_its_few_tokens_for_the_answer(tmp_path: Path) -> None:
+    config = {**CONFIG, "roles": {**CONFIG["roles"], "classification": {"model": LARGE, "think": True}}}
+    async with writing() as server, relaying(tmp_path, {"one": server}, config=config) as front:
+        server.says = '{"sentiment": "BULLISH", "confidence": 0.9}'
+        await post(front, "sentiment", {"text": "x"})
+        assert server.seen.pop().json()["think"] is False
+        server.says = '{"category": "a"}'
+        await post(front, "classify", {"text": "x", "categories": ["a", "b"]})
+        assert server.seen.pop().json()["think"] is True  # the configuration wins
+        await post(front, "chat", {"message": "x"})
+        assert "think" not in server.seen.pop().json()
+
+
 @pytest.mark.parametrize("name", ["sentiment", "classify", "chat"])
 async def test_a_client_that_leaves_ends_its_request(tmp_path: Path, name: str) -> None:
     async with writing() as server, relaying(tmp_path, {"one": server}, config=CONFIG) as front:

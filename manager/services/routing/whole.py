@@ -6,7 +6,7 @@ Role, policy, lane, limits of keys, failover, budgets and history are those of a
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -122,6 +122,7 @@ class WholeRequests:
         choice: Choice | None = None,
         *,
         sent: Callable[[Target, str], Awaitable[None]] | None = None,
+        is_brief: bool = False,
     ) -> Whole:
         """Have a request answered. Cancelling this ends it.
 
@@ -131,12 +132,15 @@ class WholeRequests:
             asking: its client.
             choice: how the model was chosen; None where the client has named it.
             sent: called with the target and the id of the request, right before it is sent there.
+            is_brief: the few tokens of the answer are for the answer: an Ollama is told not to think, unless
+                the configuration says otherwise. Others may not know the word.
 
         Raises:
             NotAnsweredError: no server has answered, or its answer is no success.
             InvalidRequestError: a server refuses what is in the request.
         """
         request = _Request(self._routing, self._server, self._requests, route, asking, sent)
+        request.is_brief = is_brief
         task = asyncio.ensure_future(request.do(fields, choice))
         entry = _Open(request.attempting, task)
         self._open.add(entry)
@@ -176,6 +180,7 @@ class _Request:
         self.attempting.is_background = asking.is_background
         self.attempting.is_run = asking.is_run or asking.is_background
         self._sent = sent
+        self.is_brief = False
 
     async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
         outcome: Outcome = "cut"
@@ -260,6 +265,8 @@ class _Request:
             return Question(
                 target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content
             )
+        if self.is_brief and changes.think is None:
+            changes = replace(changes, think=False)
         if attempting.is_raw:
             pieces = [body.raw]
         else:

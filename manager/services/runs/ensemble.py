@@ -247,7 +247,7 @@ class _Ensemble:
             "format": {"type": "object", "properties": properties, "required": list(properties)},
             "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
         }
-        whole = await self._whole.ask(_CHAT, fields, asking, sent=self._note_sent)
+        whole = await self._whole.ask(_CHAT, fields, asking, sent=self._note_sent, is_brief=True)
         record = whole.record
         try:
             found = orjson.loads(_content(whole.content) or "")
