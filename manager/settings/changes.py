@@ -48,6 +48,8 @@ LIVE = frozenset(
         "models.auto_pull",
         "models.list_roles",
         "models.settings",
+        "models.facts",
+        "routing",
         "breaker",
         "fallback",
         "gateway.keep_alive_s",
