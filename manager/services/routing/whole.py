@@ -14,7 +14,14 @@ import orjson
 
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Protocol
-from manager.errors import InvalidRequestError, ManagerError, NotAnsweredError, Reason, UnavailableError
+from manager.errors import (
+    InvalidRequestError,
+    ManagerError,
+    NotAnsweredError,
+    Reason,
+    RegistryUnwritableError,
+    UnavailableError,
+)
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import Attempting
@@ -123,6 +130,7 @@ class WholeRequests:
         *,
         sent: Callable[[Target, str], Awaitable[None]] | None = None,
         is_brief: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Whole:
         """Have a request answered. Cancelling this ends it.
 
@@ -134,10 +142,12 @@ class WholeRequests:
             sent: called with the target and the id of the request, right before it is sent there.
             is_brief: the few tokens of the answer are for the answer: an Ollama is told not to think, unless
                 the configuration says otherwise. Others may not know the word.
+            is_cancelled: whether the operator has ended it, should this be cancelled.
 
         Raises:
             NotAnsweredError: no server has answered, or its answer is no success.
             InvalidRequestError: a server refuses what is in the request.
+            RegistryUnwritableError: of `sent`; nothing was sent.
         """
         request = _Request(self._routing, self._server, self._requests, route, asking, sent)
         request.is_brief = is_brief
@@ -149,6 +159,8 @@ class WholeRequests:
         finally:
             self._open.discard(entry)
             if not task.done():
+                if is_cancelled():
+                    request.attempting.cancelled()
                 task.cancel()
                 await asyncio.wait({task})
         if entry.is_cancelled and task.cancelled():
@@ -199,6 +211,10 @@ class _Request:
                 refused=trouble.refused,
                 retry_after_s=trouble.retry_after_s,
             ) from None
+        except RegistryUnwritableError as error:  # of `sent`
+            outcome = "refused"
+            self._note(status_of(error.reason), error.message)
+            raise
         except (BadBodyError, InvalidRequestError) as error:
             outcome = "client_error"
             self._note(BAD_REQUEST, str(error))
