@@ -297,7 +297,7 @@ class Decision:
         for group in self.groups:
             if group.choice != first.choice:
                 return None
-            if instance in group.instances:
+            if instance in group.instances and group.model == first.model:
                 is_free = load[instance] <= min(map(load.__getitem__, first.instances))
                 if group.because != "loaded" or not is_free or self._is_overloaded(instance):
                     return None
@@ -593,7 +593,7 @@ class _Decider:
         self._tried: defaultdict[str, set[str]] = defaultdict(set)
         self._passed_over: list[PassedOver] = []
         self._groups: list[Group] = []
-        self._legs = 0
+        self._numbers: dict[str | None, int] = {}  # of roles: the models of one stand in for each other
         self._forbidden = ""  # the first limit of the key that has barred something
 
     def over(self, legs: list[_Leg]) -> Decision:
@@ -649,6 +649,7 @@ class _Decider:
             if any(order[1] == order[2] == 0 for order in moved.values()):
                 preferred_out = preferred_out or Reason.OVERLOADED
         preferred_there = any(order[:3] == (0, 0, 0) and ids[0] not in moved for order, ids in in_order)
+        number = self._numbers.setdefault(name, len(self._numbers))
         for (stage, rank, place, tier, _), ids in in_order:
             reason = fallback
             if reason is None and (rank or place):
@@ -656,10 +657,9 @@ class _Decider:
             timeout_s = None
             if role is not None and role.attempt_timeouts_s:
                 timeout_s = role.timeout_s(0 if places is None else places[ids[0]])
-            choice = (self._legs * len(_WAYS) + rank) * len(_WAYS) + stage
+            choice = (number * len(_WAYS) + rank) * len(_WAYS) + stage
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             self._tried[key].update(ids)
-        self._legs += 1
 
     def _usable(
         self, leg: _Leg, key: str
