@@ -11,9 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
 from manager.api.errors import refusals
+from manager.api.leaving import while_there
 from manager.api.moments import MomentText  # noqa: TC001
 from manager.api.runs import SubmittedBody
-from manager.api.submitted import asking_of, origin_of
+from manager.api.submitted import asking_of, invalid, origin_of
 from manager.api.usage import UsageNumbers, numbers, read_usage, time_of
 from manager.domain.classification import Tier
 from manager.domain.models import model_key
@@ -166,7 +167,7 @@ class TierModelBody(_Shape):
 
 
 class TierModelsBody(_Shape):
-    """`tiers` has the models of each tier in the order in which they are tried, without its fallbacks."""
+    """`tiers` has the models of each tier in the order in which they are tried, before its fallbacks."""
 
     models: list[TierModelBody]
     tiers: dict[str, list[str]]
@@ -221,7 +222,8 @@ def llm_router(backend: Backend) -> APIRouter:
         wanted: SentimentRequest, request: Request, _query: Annotated[NoQuery, Query()]
     ) -> Response:
         """Judge a text as BULLISH, BEARISH or NEUTRAL, by the role `sentiment` or the tier `fast`."""
-        found = await llm.sentiment(wanted.text, asking_of(backend, request, f"{PATH}/sentiment"))
+        asking = asking_of(backend, request, f"{PATH}/sentiment")
+        found = await while_there(request, llm.sentiment(wanted.text, asking))
         return _answer({"sentiment": found.word, "confidence": found.confidence}, found)
 
     @router.post("/classify", response_model=CategoryBody, responses=refusals(*_ASKS))
@@ -230,7 +232,7 @@ def llm_router(backend: Backend) -> APIRouter:
     ) -> Response:
         """Put a text into one of the categories, by the role `classification` or the tier `fast`."""
         asking = asking_of(backend, request, f"{PATH}/classify")
-        found = await llm.classify(wanted.text, wanted.categories, asking)
+        found = await while_there(request, llm.classify(wanted.text, wanted.categories, asking))
         return _answer({"category": found.word}, found)
 
     @router.post("/chat", response_model=ChatBody, responses=refusals(*_ASKS))
@@ -239,9 +241,8 @@ def llm_router(backend: Backend) -> APIRouter:
     ) -> Response:
         """Answer a message with a model that fits it."""
         asking = asking_of(backend, request, f"{PATH}/chat")
-        text, whole = await llm.chat(
-            wanted.message, asking, auto_route=wanted.auto_route, model=wanted.force_model
-        )
+        work = llm.chat(wanted.message, asking, auto_route=wanted.auto_route, model=wanted.force_model)
+        text, whole = await while_there(request, work)
         record = whole.record
         return JSONResponse(
             {
@@ -325,6 +326,7 @@ def _ensemble(backend: Backend, wanted: EnsembleRequest, origin: Origin) -> NewR
 
     Raises:
         EnsembleOffError: the configuration has none.
+        InvalidRequestError: the messages are too large for a run.
     """
     usual = backend.model_settings.ensemble
     if usual is None:
@@ -332,6 +334,10 @@ def _ensemble(backend: Backend, wanted: EnsembleRequest, origin: Origin) -> NewR
     messages = [one.model_dump() for one in wanted.messages]
     judge = wanted.judge or usual.judge
     body = Wanted(messages, tuple(wanted.models or usual.models), judge).dumped()
+    most = backend.runs.limits.max_body
+    if len(body) > most:
+        message = f"they have {len(body)} bytes; at most {most} are taken (runs.max_body)"
+        raise invalid("body.messages", message)
     caller = RunCaller(
         origin.project, origin.intent, origin.instance, origin.local_only, origin.trace, origin.key
     )

@@ -26,6 +26,9 @@ LEAST_STEM = 3
 
 _FORCED, _BY_WORDS, _LONG, _SHORT, _NOTHING = 1.0, 0.8, 0.6, 0.5, 0.4
 _WORD = re.compile(r"[^\W_]+")
+# The time to compose accents grows with the square of a text that is nothing else: they are composed in
+# parts, which end between two words where they can.
+_PART = re.compile(r".{1,256}(?!\S)|.{1,256}", re.DOTALL)
 _UMLAUTS = str.maketrans({"ä": "ae", "ö": "oe", "ü": "ue"})
 _WORD_OF_ENTRY = re.compile(r"[^\W_]+\*?")
 
@@ -121,7 +124,7 @@ class Lexicon:
             if with_stems is not None:
                 entries += tuple([entry for entry in with_stems if word.startswith(entry.stem)])
             for entry in entries:
-                first = next((at for at in here if _follows(words, at, entry.rest)), None)
+                first = _first_place(words, here, entry.rest, places)
                 if first is not None:
                     yield entry, first
 
@@ -194,7 +197,9 @@ def _words_of_entry(text: str) -> list[str]:
 
 
 def _folded(text: str) -> str:
-    return unicodedata.normalize("NFC", text).casefold().translate(_UMLAUTS)
+    if not text.isascii():
+        text = "".join([unicodedata.normalize("NFC", part) for part in _PART.findall(text)])
+    return text.casefold().translate(_UMLAUTS)
 
 
 def _words(text: str) -> list[str]:
@@ -206,6 +211,21 @@ def _words(text: str) -> list[str]:
     if first[-1].isalnum():
         begins.pop()
     return begins + ends[last[0].isalnum() :]
+
+
+def _first_place(
+    words: list[str], here: list[int], rest: tuple[str, ...], places: Mapping[str, list[int]]
+) -> int | None:
+    """Return where an entry stands first whose first word stands `here`; None where it stands nowhere.
+
+    The rarer one of its first two words is looked at: some phrases begin with a word of every sentence.
+    """
+    if rest and not rest[0].endswith(STEM):
+        behind = places.get(rest[0], ())
+        if len(behind) < len(here):
+            first = words[here[0]]
+            here = [at - 1 for at in behind if at > 0 and words[at - 1] == first]
+    return next((at for at in here if _follows(words, at, rest)), None)
 
 
 def _follows(words: list[str], at: int, rest: tuple[str, ...]) -> bool:

@@ -309,7 +309,7 @@ class Decision:
         for group in self.groups:
             if group.choice != first.choice:
                 return None
-            if instance in group.instances:
+            if instance in group.instances and group.model == first.model:
                 is_free = load[instance] <= min(map(load.__getitem__, first.instances))
                 if group.because != "loaded" or not is_free or self._is_overloaded(instance):
                     return None
@@ -620,7 +620,7 @@ class _Decider:
         self._tried: defaultdict[str, set[str]] = defaultdict(set)
         self._passed_over: list[PassedOver] = []
         self._groups: list[Group] = []
-        self._legs = 0
+        self._numbers: dict[str | None, int] = {}  # of roles: the models of one stand in for each other
         self._forbidden = ""  # the first limit of the key that has barred something
 
     def over(self, legs: list[_Leg]) -> Decision:
@@ -684,6 +684,7 @@ class _Decider:
         if places is not None and _strategy(role) is not _WARM_FIRST:
             in_order = [(order, [id_]) for order, ids in in_order for id_ in ids]  # each has its own time-out
         preferred_there = any(order[:3] == (0, 0, 0) and ids[0] not in moved for order, ids in in_order)
+        number = self._numbers.setdefault(name, len(self._numbers))
         for (stage, rank, place, tier, _), ids in in_order:
             reason = fallback
             if reason is None and (rank or place):
@@ -691,14 +692,13 @@ class _Decider:
             timeout_s = None
             if role is not None and role.attempt_timeouts_s:
                 timeout_s = role.timeout_s(0 if places is None else places[ids[0]])
-            choice = (self._legs * len(_WAYS) + rank) * len(_WAYS) + stage
+            choice = (number * len(_WAYS) + rank) * len(_WAYS) + stage
             self._groups.append(Group(tuple(ids), model, name, _WAYS[stage][tier], reason, timeout_s, choice))
             self._tried[key].update(ids)
         if self._bands is not None:
             added = self._groups[len(self._groups) - len(in_order) :]
             orders = [order for order, _ in in_order]
             self._bands += _bands(role, list(zip(orders, added, strict=True)), moved)
-        self._legs += 1
 
     def _usable(
         self, leg: _Leg, key: str

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from manager.domain.record import LOCAL
+from manager.domain.rollout import RAW
 from manager.relay.upstream import AnswerHead
 from manager.wire.caller import printable
 from manager.wire.dialect import error_body, error_in_stream
@@ -210,7 +211,7 @@ def stamp(
     )
     if record.fallback and record.fallback_reason is not None:
         lines += b"X-Fallback-Reason: %b\r\n" % record.fallback_reason.value.encode()
-    if record.tier is not None:
+    if record.tier is not None and record.effective_target != RAW:
         lines += f"X-Task-Type: {record.task_type}\r\nX-Tier: {record.tier}\r\n".encode()
     if record.start_ms is not None:
         lines += b"X-Start-Ms: %d\r\n" % record.start_ms

@@ -149,7 +149,7 @@ class Llm:
             "format": {"type": "object", "properties": properties, "required": list(properties)},
             "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
         }
-        whole = await self._whole.ask(_CHAT, fields, asking, choice)
+        whole = await self._whole.ask(_CHAT, fields, asking, choice, is_brief=True)
         try:
             answer = orjson.loads(_content(whole) or "")
         except ValueError:

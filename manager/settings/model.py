@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, StrictBool, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from manager.domain import cron
+from manager.domain import auto, cron
 from manager.domain.container import container_name
 from manager.domain.durations import duration_text
 from manager.domain.gpu import ALL, AUTO, SLICE, normal_pci
@@ -605,6 +605,9 @@ def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     deny_of = {id_: instance.deny_models for id_, instance in instances.items()}
     for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
+    if settings.routing.auto and auto.AUTO in settings.roles:
+        message = f"routing.auto gives the name {auto.AUTO!r} another meaning; expected another name"
+        yield Refusal(key=("roles", auto.AUTO), message=message)
     managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
     for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):
         yield Refusal(key=("models", *refusal.key), message=refusal.message)

@@ -93,7 +93,7 @@ def _pieces(body: InferenceBody, route: Route, model: str, changes: BodyChanges)
     if changes.defaults:
         yield from _merge(fields, _folded(changes.defaults), over=False)
     if changes.parameters != NO_PARAMETERS:
-        yield from _merge(fields, _parameters(fields, route.path, changes.parameters), over=False)
+        yield from _say_parameters(fields, route.path, changes.parameters)
     if changes.think is not None:
         yield from _think(fields, route, think=changes.think)
     if changes.overrides:
@@ -104,15 +104,21 @@ def _pieces(body: InferenceBody, route: Route, model: str, changes: BodyChanges)
     return _written(fields)
 
 
-def _parameters(fields: Mapping[str, Node], path: str, parameters: Parameters) -> dict[str, Any]:
-    """Return the parameters under the names that a route has for them; none where it has no name."""
-    names = _PARAMETERS.get(path, _NO_NAMES)
-    found = {name: value for name, value in zip(names, parameters, strict=True) if name and value is not None}
+def _say_parameters(fields: dict[str, Node], path: str, parameters: Parameters) -> Steps[None]:
+    """Put in the parameters that nothing is said about, under the names that a route has for them."""
+    named = zip(_PARAMETERS.get(path, _NO_NAMES), parameters, strict=True)
+    found = {name: dumped(value) for name, value in named if name and value is not None}
+    said = fields
     if path in _NATIVE:
-        return {_MAP: found} if found else {}
-    if _says(fields, "max_completion_tokens"):
+        options = (yield from _opened(fields[_MAP])) if _says(fields, _MAP) else {}
+        if options is None or not found:
+            return  # no object: the server refuses it
+        fields[_MAP] = said = options
+    elif _says(fields, "max_completion_tokens"):
         found.pop("max_tokens", None)
-    return found
+    for name, value in found.items():
+        if not _says(said, name):
+            said[name] = value
 
 
 def _folded(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from manager.domain.keys import Scope
+from manager.domain.runs import RunStatus
+from manager.errors import Reason, RegistryUnwritableError
 from tests.support.inside import until
 from tests.support.limited import Limited
 from tests.support.relaying import Conversation, Front, Scripted, relaying
@@ -18,6 +20,8 @@ from tests.support.storing import ask
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
+
+    from manager.domain.runs import Run
 
 JSON = {"Content-Type": "application/json"}
 ENSEMBLE = "/api/v1/llm/ensemble"
@@ -88,6 +92,7 @@ async def test_the_judge_chooses_the_best_of_the_answers(tmp_path: Path) -> None
         assert result["answers"][2]["error"]["code"] == "model_missing"
         (judged,) = server.asked("large")
         assert judged["format"]["properties"]["best"]["enum"] == [1, 2]
+        assert judged["think"] is False
         shown = json.loads(judged["messages"][1]["content"])
         assert [one["answer"] for one in shown["answers"]] == ["Because.", "Air scatters short waves more."]
         paths = {record.path for record in front.records}
@@ -149,6 +154,30 @@ async def test_a_cancelled_ensemble_ends_what_it_has_begun(tmp_path: Path) -> No
         run = (await ask(front, "DELETE", place)).json()
         assert run["status"] == "cancelled"
         await until(lambda: front.at_rest)
+        assert {record.fallback_reason for record in front.records[-2:]} == {Reason.CANCELLED}
+        server.held.set()
+
+
+async def test_nothing_is_under_way_after_a_run_that_could_not_be_stored_as_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with speaking(tmp_path) as (front, server):
+        server.held.clear()
+        registry, failures = (
+            front.daemon.backend.runs._registry,
+            [RegistryUnwritableError("the disk is full")],
+        )
+        save = registry.save_run
+
+        async def fail_once(run: Run) -> None:
+            if failures and run.status is RunStatus.RUNNING:
+                raise failures.pop()
+            await save(run)
+
+        monkeypatch.setattr(registry, "save_run", fail_once)
+        await front.ask(QUESTION, ENSEMBLE, JSON)
+        await until(lambda: not failures)
+        await until(lambda: front.at_rest, within_s=2)  # then the run is executed again
         server.held.set()
 
 
@@ -174,6 +203,15 @@ async def test_what_is_no_ensemble_is_refused(tmp_path: Path, body: Any, field: 
         reply = await front.ask(body, ENSEMBLE, JSON)
         assert reply.status == 422
         assert [one["field"] for one in reply.json()["error"]["details"]["fields"]] == [field]
+
+
+async def test_messages_that_are_too_large_for_a_run_are_refused(tmp_path: Path) -> None:
+    async with speaking(tmp_path, {**CONFIG, "runs": {"max_body": "1 KB"}}) as (front, server):
+        reply = await front.ask({"messages": [{"role": "user", "content": "x" * 2000}]}, ENSEMBLE, JSON)
+        assert reply.status == 422
+        assert "at most 1" in reply.json()["error"]["message"]
+        assert "runs.max_body" in reply.json()["error"]["message"]
+        assert not server.seen
 
 
 async def test_the_limits_of_the_key_hold_for_each_request(tmp_path: Path) -> None:

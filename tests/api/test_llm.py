@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.support.inside import until
 from tests.support.relaying import Conversation, Front, Scripted, relaying
 from tests.support.storing import ask
 
@@ -84,6 +86,40 @@ async def test_a_sentiment_is_one_of_three_words(tmp_path: Path) -> None:
         assert (record.path, record.role, record.task_type) == ("/api/v1/llm/sentiment", "fast", "sentiment")
         assert (record.input_tokens, record.output_tokens, record.outcome) == (12, 34, "ok")
         assert front.at_rest
+
+
+async def test_a_model_that_thinks_has_its_few_tokens_for_the_answer(tmp_path: Path) -> None:
+    config = {**CONFIG, "roles": {**CONFIG["roles"], "classification": {"model": LARGE, "think": True}}}
+    async with writing() as server, relaying(tmp_path, {"one": server}, config=config) as front:
+        server.says = '{"sentiment": "BULLISH", "confidence": 0.9}'
+        await post(front, "sentiment", {"text": "x"})
+        assert server.seen.pop().json()["think"] is False
+        server.says = '{"category": "a"}'
+        await post(front, "classify", {"text": "x", "categories": ["a", "b"]})
+        assert server.seen.pop().json()["think"] is True  # the configuration wins
+        await post(front, "chat", {"message": "x"})
+        assert "think" not in server.seen.pop().json()
+
+
+@pytest.mark.parametrize("name", ["sentiment", "classify", "chat"])
+async def test_a_client_that_leaves_ends_its_request(tmp_path: Path, name: str) -> None:
+    async with writing() as server, relaying(tmp_path, {"one": server}, config=CONFIG) as front:
+        begun = asyncio.Event()
+
+        async def waits(talk: Conversation) -> None:
+            begun.set()
+            await talk.left()
+
+        server.answer = waits
+        text = {"chat": {"message": "x"}, "sentiment": {"text": "x"}}
+        caller = await front.connect()
+        body = text.get(name, {"text": "x", "categories": ["a", "b"]})
+        await caller.send(body, f"/api/v1/llm/{name}", {"Content-Type": "application/json"})
+        await begun.wait()
+        assert not front.at_rest
+        caller.leave()
+        assert (await front.record()).outcome == "cut"
+        await until(lambda: front.at_rest)
 
 
 async def test_a_confidence_out_of_its_bounds_is_held_within_them(tmp_path: Path) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.support.limited import Limited
-from tests.support.relaying import Scripted, relaying
+from tests.support.relaying import Conversation, Scripted, a_word, relaying
 from tests.support.storing import ask
 
 if TYPE_CHECKING:
@@ -258,3 +259,83 @@ async def test_a_key_keeps_its_limits(tmp_path: Path) -> None:
         assert refused.status == 403
         assert b"the key 'small' may use only the roles fast, not 'complex'" in refused.body
         assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("stage", ["observe", "shadow", "lanes"])
+async def test_what_is_not_managed_passes_to_the_raw_server_as_it_came(tmp_path: Path, stage: str) -> None:
+    raw = Scripted((SMALL, "auto"))
+    async with raw.serving(), Scripted((SMALL,)).serving() as server:
+        config = {
+            **CONFIG,
+            "roles": {"fast": {"model": SMALL}},
+            "rollout": {"stage": stage, "raw_url": raw.url, "lanes": ["output"] if stage == "lanes" else []},
+        }
+        async with relaying(tmp_path, {"one": server}, config=config) as front:
+            unload = {"model": "auto", "messages": [], "keep_alive": 0, "stream": False}
+            for body in (chat("hi"), chat(HARD), unload):
+                reply = await ask(front, "POST", "/api/chat", body)
+                assert (reply.status, reply.headers["x-instance"]) == (200, "raw")
+                assert (reply.headers["x-model"], "x-tier" in reply.headers) == ("auto", False)
+                assert raw.seen.pop().json() == body
+            record = await front.record(1)
+            assert (record.model, record.tier) == ("auto", None if stage == "observe" else "complex")
+            assert not server.seen
+            assert front.at_rest
+
+
+async def test_a_model_whose_instance_is_full_gives_way_to_the_next_one_of_its_tier(tmp_path: Path) -> None:
+    async with Scripted((SMALL,)).serving() as one, Scripted(("quick",)).serving() as two:
+        config = {
+            "routing": {"auto": True},
+            "roles": {"fast": {"model": SMALL}},
+            "models": {"facts": {"quick": {"tier": "fast"}, SMALL: {"tier": "fast"}}},
+            "instances": {
+                name: {"driver": "external", "url": server.url, "slots": 1}
+                for name, server in (("one", one), ("two", two))
+            },
+        }
+        async with relaying(tmp_path, {"one": one, "two": two}, config=config) as front:
+            begun, go_on = asyncio.Semaphore(0), asyncio.Event()
+
+            async def waits(talk: Conversation) -> None:
+                begun.release()
+                await go_on.wait()
+                await a_word(talk)
+
+            one.answer = two.answer = waits
+            asking = []
+            for _ in range(2):
+                asking.append(asyncio.create_task(ask(front, "POST", "/api/chat", chat("hi"))))
+                await begun.acquire()
+            asking.append(asyncio.create_task(ask(front, "POST", "/api/chat", chat("hi"))))
+            go_on.set()
+            first, second, third = await asyncio.gather(*asking)
+            assert (first.headers["x-model"], "x-fallback-reason" in first.headers) == (SMALL, False)
+            assert (second.headers["x-model"], second.headers["x-fallback-reason"]) == ("quick", "overloaded")
+            assert third.status == 200  # it has waited for any of both
+            assert front.at_rest
+
+
+async def test_two_models_of_a_tier_share_the_slots_of_their_instance(tmp_path: Path) -> None:
+    async with Scripted((SMALL, "quick")).serving() as one:
+        config = {
+            "routing": {"auto": True},
+            "roles": {"fast": {"model": SMALL}},
+            "models": {"facts": {"quick": {"tier": "fast"}}},
+            "instances": {"one": {"driver": "external", "url": one.url, "slots": 1}},
+        }
+        async with relaying(tmp_path, {"one": one}, config=config) as front:
+            replies = await asyncio.gather(*(ask(front, "POST", "/api/chat", chat("hi")) for _ in range(5)))
+            assert [reply.status for reply in replies] == [200] * 5
+            assert front.at_rest
+
+            async def fails(talk: Conversation) -> None:
+                if talk.seen.json()["model"] == SMALL:
+                    await talk.whole(503, b'{"error": "busy"}')
+                else:
+                    await a_word(talk)
+
+            one.answer = fails
+            reply = await ask(front, "POST", "/api/chat", chat("hi"))
+            assert (reply.status, reply.headers["x-model"]) == (200, "quick")
+            assert front.at_rest

@@ -261,9 +261,9 @@ class Attempting:
         self._body = body
         if self.grant is not None and (trouble := self._admit(self.grant, facts)) is not None:
             return trouble
-        if is_auto(facts.model, facts.kind, self._routing.router.settings):
+        if is_auto(facts.model, facts.kind, self._routing.router.settings) and self._routing.rollout.decides:
             if self._starts_nothing:
-                return _NOTHING_TO_UNLOAD
+                return self._passed() or _NOTHING_TO_UNLOAD
             if body is None or not body.is_small:
                 self._pending = self._choose_in_steps
                 return WAIT
@@ -722,6 +722,9 @@ class Attempting:
         record.requested_model = facts.model
         self.note_choice(choice)
         if choice.role is None:
+            passed = self._passed()
+            if passed is not None:
+                return passed
             record.fallback_reason = Reason.MODEL_MISSING
             return Trouble(Reason.MODEL_MISSING, choice.message, refused="unknown")
         self._facts = facts._replace(model=choice.model)
@@ -731,14 +734,14 @@ class Attempting:
 
     def _enter(self) -> Step:
         assert self._facts is not None  # noqa: S101  (given to `enter`)
-        if self._routing.rollout.raw is not None:
-            step = self._pass(self._facts)
-            if step is not None:
-                return step
-        return self._decide(waits=True)
+        step = self._passed()
+        return self._decide(waits=True) if step is None else step
 
-    def _pass(self, facts: RequestFacts) -> Step | None:
-        """Pass the request to the raw server; None where it is managed."""
+    def _passed(self) -> Step | None:
+        """Pass the request to the raw server, where there is one; None where it is managed."""
+        facts = self._facts
+        if self._routing.rollout.raw is None or facts is None:
+            return None
         rollout, router, record = self._routing.rollout, self._routing.router, self.record
         decision = router.decide(facts) if rollout.wants_decision(facts) else None
         if decision is not None:
@@ -761,7 +764,11 @@ class Attempting:
         self._raw = self._attempts = attempts
         # Its end has nothing to do with instances: none is started again for it, or looked at.
         self._has_recovered, self._starts_nothing = True, False
-        self.attempt = attempt = attempts.made[0]
+        attempt = attempts.made[0]
+        if record.requested_model is not None:
+            attempt = attempt._replace(model=record.requested_model)  # the body is sent as it came
+            attempts.made = (attempt,)
+        self.attempt = attempt
         self.target = target
         record.attempts += 1
         record.effective_target = target.instance

@@ -73,6 +73,11 @@ class Rollout:
         """Return whether no request is managed."""
         return self.raw is not None and self.stages.stage is not Stage.LANES
 
+    @property
+    def decides(self) -> bool:
+        """Return whether requests are decided on, if only for the record."""
+        return self.stages.stage is not Stage.OBSERVE
+
     def put(self, stages: Stages) -> None:
         """Put a stage in force for all requests that begin now. Each role may make an event again."""
         if stages == self.stages:

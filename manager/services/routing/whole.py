@@ -6,7 +6,7 @@ Role, policy, lane, limits of keys, failover, budgets and history are those of a
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,7 +14,14 @@ import orjson
 
 from manager.domain.routing import RequestFacts
 from manager.domain.target import Protocol
-from manager.errors import InvalidRequestError, ManagerError, NotAnsweredError, Reason, UnavailableError
+from manager.errors import (
+    InvalidRequestError,
+    ManagerError,
+    NotAnsweredError,
+    Reason,
+    RegistryUnwritableError,
+    UnavailableError,
+)
 from manager.services.ports import Question
 from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
 from manager.services.routing.attempting import Attempting
@@ -132,6 +139,8 @@ class WholeRequests:
         choice: Choice | None = None,
         *,
         sent: Callable[[Target, str], Awaitable[None]] | None = None,
+        is_brief: bool = False,
+        is_cancelled: Callable[[], bool] = lambda: False,
     ) -> Whole:
         """Have a request answered. Cancelling this ends it.
 
@@ -141,12 +150,17 @@ class WholeRequests:
             asking: its client.
             choice: how the model was chosen; None where the client has named it.
             sent: called with the target and the id of the request, right before it is sent there.
+            is_brief: the few tokens of the answer are for the answer: an Ollama is told not to think, unless
+                the configuration says otherwise. Others may not know the word.
+            is_cancelled: whether the operator has ended it, should this be cancelled.
 
         Raises:
             NotAnsweredError: no server has answered, or its answer is no success.
             InvalidRequestError: a server refuses what is in the request.
+            RegistryUnwritableError: of `sent`; nothing was sent.
         """
         request = _Request(self._routing, self._server, self._requests, route, asking, sent)
+        request.is_brief = is_brief
         task = asyncio.ensure_future(request.do(fields, choice))
         entry = _Open(request.attempting, task)
         self._open.add(entry)
@@ -155,6 +169,8 @@ class WholeRequests:
         finally:
             self._open.discard(entry)
             if not task.done():
+                if is_cancelled():
+                    request.attempting.cancelled()
                 task.cancel()
                 await asyncio.wait({task})
         if entry.is_cancelled and task.cancelled():
@@ -187,6 +203,7 @@ class _Request:
         self.attempting.is_background = asking.is_background
         self.attempting.is_run = asking.is_run or asking.is_background
         self._sent = sent
+        self.is_brief = False
 
     async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
         outcome: Outcome = "cut"
@@ -205,6 +222,10 @@ class _Request:
                 refused=trouble.refused,
                 retry_after_s=trouble.retry_after_s,
             ) from None
+        except RegistryUnwritableError as error:  # of `sent`
+            outcome = "refused"
+            self._note(status_of(error.reason), error.message)
+            raise
         except (BadBodyError, InvalidRequestError) as error:
             outcome = "client_error"
             self._note(BAD_REQUEST, str(error))
@@ -275,6 +296,8 @@ class _Request:
             return Question(
                 target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content
             )
+        if self.is_brief and changes.think is None:
+            changes = replace(changes, think=False)
         if attempting.is_raw:
             pieces = [body.raw]
         else:

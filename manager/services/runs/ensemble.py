@@ -14,8 +14,15 @@ import orjson
 
 from manager.domain.keys import Scope
 from manager.domain.runs import RunError, RunResult, body_file, is_of, result_file
-from manager.errors import InvalidRequestError, ManagerError, NotAnsweredError, Reason
+from manager.errors import (
+    InvalidRequestError,
+    ManagerError,
+    NotAnsweredError,
+    Reason,
+    RegistryUnwritableError,
+)
 from manager.services.requests import Origin
+from manager.services.routing.placement import reason_of
 from manager.services.routing.whole import Asking
 from manager.services.runs.execution import (
     PASSING,
@@ -115,7 +122,9 @@ class Executions:
             return await self.single.execute(
                 run, most_result_bytes=most_result_bytes, begun=begun, sent=sent, is_cancelled=is_cancelled
             )
-        return await _Ensemble(run, self.whole, self.single, sent, most_result_bytes).do()
+        ensemble = _Ensemble(run, self.whole, self.single, sent, most_result_bytes)
+        ensemble.is_cancelled = is_cancelled
+        return await ensemble.do()
 
 
 class _Ensemble:
@@ -138,6 +147,7 @@ class _Ensemble:
         self._most_bytes = most_bytes
         self._is_sent = False
         self._sending = asyncio.Lock()
+        self.is_cancelled: Callable[[], bool] = lambda: False
 
     async def do(self) -> Done:
         """Have the models answer, and the best answer chosen.
@@ -152,7 +162,7 @@ class _Ensemble:
             asking = self._asking()
         except ManagerError as error:
             return await self._end(execution_error(error), error, [], None)
-        answers = await asyncio.gather(*(self._answer(model, wanted, asking) for model in wanted.models))
+        answers = await self._answers(wanted, asking)
         good = [one for one in answers if one.text is not None]
         if not good:
             first = answers[0].error
@@ -196,15 +206,30 @@ class _Ensemble:
                 raise forbidden_key(caller.key)
         return Asking(origin, grant, PATH, is_run=True)
 
+    async def _answers(self, wanted: Wanted, asking: Asking) -> list[Answered]:
+        """Return the answers of all models. None is under way any more when this ends."""
+        answering = [asyncio.ensure_future(self._answer(model, wanted, asking)) for model in wanted.models]
+        try:
+            return await asyncio.gather(*answering)
+        finally:
+            for one in answering:
+                one.cancel()
+            await asyncio.wait(answering)
+
     async def _answer(self, model: str, wanted: Wanted, asking: Asking) -> Answered:
         fields = {"model": model, "messages": list(wanted.messages), "stream": False}
         try:
-            whole = await self._whole.ask(_CHAT, fields, asking, sent=self._note_sent)
+            whole = await self._whole.ask(
+                _CHAT, fields, asking, sent=self._note_sent, is_cancelled=self.is_cancelled
+            )
         except NotAnsweredError as error:
             return Answered(model, None, None, error)
-        except InvalidRequestError as error:
-            reason = NotAnsweredError(error.message, reason=Reason.UPSTREAM_ERROR, refused=None)
-            return Answered(model, None, None, reason)
+        except ManagerError as error:
+            if isinstance(error, RegistryUnwritableError) and not self._is_sent:
+                raise  # the run is executed again
+            is_said = isinstance(error, InvalidRequestError)
+            reason = Reason.UPSTREAM_ERROR if is_said else reason_of(error)
+            return Answered(model, None, None, NotAnsweredError(error.message, reason=reason, refused=None))
         text = _content(whole.content)
         if text is None:
             message = f"{whole.record.model} on {whole.record.effective_target} returned no message"
@@ -247,7 +272,9 @@ class _Ensemble:
             "format": {"type": "object", "properties": properties, "required": list(properties)},
             "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
         }
-        whole = await self._whole.ask(_CHAT, fields, asking, sent=self._note_sent)
+        whole = await self._whole.ask(
+            _CHAT, fields, asking, sent=self._note_sent, is_brief=True, is_cancelled=self.is_cancelled
+        )
         record = whole.record
         try:
             found = orjson.loads(_content(whole.content) or "")

@@ -94,6 +94,33 @@ def test_what_can_change_is_in_force_at_once(daemon: Daemon) -> None:
     assert ask(daemon, "/api/settings/models")["roles"]["thinking"]["model"] == "second"
 
 
+def test_the_choice_of_models_and_its_words_change_at_once(daemon: Daemon) -> None:
+    words = daemon.home / "words.yaml"
+
+    def task() -> Any:
+        found = ask(daemon, "/api/runtime/compute/explain?model=auto&text=the+blue+moon")["classification"]
+        return found and found["task_type"]
+
+    assert task() is None
+    words.write_text("tasks: {lunar: {tier: fast, words: [moon]}}")
+    config = changed(routing={"auto": True, "words": str(words)}, models={"facts": {"a": {"tier": "fast"}}})
+    daemon.configure(config)
+    (said,) = reloaded(daemon)
+    assert sorted(said["applied"]) == ["models.facts.a", "routing.auto", "routing.words"]
+    assert task() == "lunar"
+    words.write_text("tasks: {colour: {tier: fast, words: [blue]}}")
+    reloaded(daemon)
+    assert task() == "colour"
+    words.unlink()
+    (said,) = reloaded(daemon)
+    assert said["event"] == "reload_refused"
+    assert task() == "colour"
+    daemon.configure(CONFIG)  # the file of words is not needed any more
+    (said,) = reloaded(daemon)
+    assert said["event"] == "reloaded"
+    assert task() is None
+
+
 def test_what_needs_a_restart_is_named_and_not_done(daemon: Daemon) -> None:
     daemon.configure(changed(server={"key_file": "key", "port": 1}, lifecycle={"ttl_s": 78}, gpus="auto"))
     reload = reloaded(daemon)

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from manager.domain.classification import Tier
+from manager.domain.facts import ModelFacts
 from manager.domain.instance import DeviceKind
 from manager.domain.models import model_key
 from manager.domain.overload import Overloads
@@ -1219,6 +1221,18 @@ def test_a_conversation_waits_for_no_load_and_does_not_change_where_a_request_ma
     decision = routed("output", *both, roles=(gpus,))
     assert (where(decision), decision.has_equals) == (["b", "c"], False)
     assert leaning(decision, "c") is None, "it is a fallback"
+
+
+def test_a_conversation_does_not_change_the_model_of_a_tier() -> None:
+    fast = role("fast", instances=("b", "c"))
+    settings = RoutingSettings({"fast": fast}, facts={"n": ModelFacts("n", Tier.FAST)})
+    here = (instance("b", loaded="m"), instance("c", CPU, "n", loaded="n"))
+    decision = decide(RequestFacts("fast", GENERATE), settings, Snapshot(here))
+    assert [(one.instances, one.model, one.choice) for one in decision.groups] == [
+        (("b",), "m", 0),
+        (("c",), "n", 0),
+    ]
+    assert leaning(decision, "c") is None, "another model is there"
 
 
 def test_priorities_hold_for_conversations_where_no_role_orders_the_instances() -> None:

@@ -55,6 +55,13 @@ def test_the_accuracy_on_requests_that_were_written_apart_from_the_words() -> No
     assert held[1] <= 0.25
 
 
+def test_no_role_has_the_name_that_leaves_the_choice_to_the_daemon(tmp_path: Path) -> None:
+    roles = "roles: {auto: {model: a}}"
+    load(tmp_path, roles)
+    with pytest.raises(ConfigurationError, match=r"roles\.auto: routing\.auto gives the name 'auto' another"):
+        load(tmp_path, f"{roles}\nrouting: {{auto: true}}")
+
+
 def _accuracy(lines: list[list[str]], usual: dict[str, Tier]) -> tuple[float, float]:
     """The share of right tasks, and that of tasks which were told and are wrong."""
     lexicon = read_words(SHIPPED)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from manager.wire.asked import text_asked
+from manager.wire.asked import MOST_ELEMENTS, MOST_LOOKED_AT, text_asked
 from manager.wire.body import reading
 from manager.wire.routes import INFERENCE
 from manager.wire.steps import STEP_BYTES, run
@@ -55,7 +55,16 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A
         ({"prompt": 5}, ""),
         ({"prompt": []}, ""),
         ({}, ""),
-        (b'{"prompt": "half a pair \\ud800"}', ""),
+        ({"messages": [user("mine"), user([{"type": "tool_result", "content": "{}"}])]}, "mine"),
+        ({"messages": [user("mine"), user([{"type": "tool_result"}, {"text": "<hint>x</hint>"}])]}, "mine"),
+        ({"messages": [user("mine"), user("<hint>x</hint>"), {"role": "tool", "content": "{}"}]}, "mine"),
+        ({"messages": [user("<a>one</a>"), user("<b>two</b>"), user([IMAGE])]}, "<b>two</b>"),
+        ({"messages": [user("mine"), user([{"text": ""}, {"text": " "}])]}, "mine"),
+        ({"input": [user("mine"), {"type": "function_call_output", "output": "{}"}]}, "mine"),
+        ({"input": [user("mine"), {"type": "reasoning", "content": [{"text": "hm"}]}]}, "mine"),
+        ({"input": [{"type": "message", "content": "mine"}]}, "mine"),
+        (b'{"prompt": "half a pair \\ud800"}', "half a pair \ufffd"),
+        (b'{"prompt": "no escape \\x"}', ""),
         (b'{"messages": [1 2]}', ""),
     ],
 )
@@ -68,6 +77,25 @@ def test_a_long_text_is_read_at_both_ends() -> None:
     assert text.startswith("begin ")
     assert text.endswith(" end")
     assert len(text) <= STEP_BYTES
+
+
+def test_a_long_text_has_the_words_that_its_escapes_stand_for() -> None:
+    text = asked({"messages": [user("first\nFür\n\U0001f600" + "x" * STEP_BYTES + '\t"summarize"')]})
+    assert text.split()[:2] == ["first", "Für"]
+    assert text.split()[-1] == "summarize"
+    text.encode()
+
+
+def test_lists_of_any_length_are_read_in_short_steps_and_little_memory() -> None:
+    for body in (
+        {"messages": [user("mine"), *[{}] * (MOST_LOOKED_AT + 1)]},
+        {"messages": [*[1] * MOST_ELEMENTS, user("mine")]},
+        {"messages": [user([*[{}] * MOST_ELEMENTS, {"text": "mine"}])]},
+    ):
+        assert asked(body) == ""
+    fields = run(reading([json.dumps({"messages": [{}] * 5000}).encode()], CHAT, 2**30)).fields
+    assert sum(1 for _ in text_asked(fields)) > MOST_LOOKED_AT
+    assert asked({"messages": [{}] * 5000 + [user("mine")] + [{}] * (MOST_LOOKED_AT - 1)}) == "mine"
 
 
 JSON = st.recursive(

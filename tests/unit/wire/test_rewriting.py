@@ -530,6 +530,21 @@ def test_parameters_have_the_names_of_the_route_and_count_where_nothing_is_said(
     assert said == {**document, **added}
 
 
+def test_null_says_nothing_and_what_is_no_object_is_left_to_the_server() -> None:
+    facts = {"temperature": 0.5, "num_ctx": 4096, "num_predict": 99}
+    assert sent({"options": None}, PARAMETERS)["options"] == facts
+    assert sent({"options": {"num_ctx": None, "seed": None}}, PARAMETERS)["options"] == {
+        **facts,
+        "seed": None,
+    }
+    assert sent({"options": []}, PARAMETERS)["options"] == []
+    body = {"temperature": None, "max_tokens": None}
+    found = sent(body, PARAMETERS, route=INFERENCE[b"/v1/chat/completions"])
+    assert (found["temperature"], found["max_tokens"]) == (0.5, 99)
+    defaults = BodyChanges(defaults={"options": {"num_ctx": 1}}, parameters=Parameters(None, 4096))
+    assert sent({"options": {"seed": 1}}, defaults)["options"] == {"seed": 1, "num_ctx": 1}
+
+
 def test_only_what_is_stated_is_added_and_defaults_come_first() -> None:
     some = BodyChanges(defaults={"options": {"temperature": 1}}, parameters=Parameters(0.5))
     assert sent({}, some) == {"options": {"temperature": 1}}
