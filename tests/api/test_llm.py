@@ -80,6 +80,7 @@ async def test_a_sentiment_is_one_of_three_words(tmp_path: Path) -> None:
         assert not routing["was_fallback"]
         sent = server.seen.pop().json()
         assert sent["format"]["properties"]["sentiment"]["enum"] == ["BULLISH", "BEARISH", "NEUTRAL"]
+        assert sent["format"]["additionalProperties"] is False
         assert sent["options"]["temperature"] == 0
         assert sent["messages"][-1] == {"role": "user", "content": "Profits have doubled."}
         record = await front.record()
