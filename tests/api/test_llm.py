@@ -78,6 +78,7 @@ async def test_a_sentiment_is_one_of_three_words(tmp_path: Path) -> None:
         routing = found["routing"]
         assert (routing["task_type"], routing["tier"], routing["instance"]) == ("sentiment", "fast", "one")
         assert not routing["was_fallback"]
+        assert routing["routing_ms"] > 0
         sent = server.seen.pop().json()
         assert sent["format"]["properties"]["sentiment"]["enum"] == ["BULLISH", "BEARISH", "NEUTRAL"]
         assert sent["format"]["additionalProperties"] is False

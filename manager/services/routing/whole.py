@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -243,7 +243,10 @@ class _Request:
         facts = RequestFacts(
             body.model, route.kind, origin.instance, origin.lane, local_only=origin.local_only
         )
+        decided_from = perf_counter()
         step = attempting.enter(facts, body)
+        if choice is not None:
+            record.routing_ms = round((perf_counter() - decided_from) * 1000, 3)
 
         async def question(target: Target) -> Question:
             return await self._question(target, body)
