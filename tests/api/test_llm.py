@@ -120,7 +120,7 @@ async def test_a_client_that_leaves_ends_its_request(tmp_path: Path, name: str) 
         await begun.wait()
         assert not front.at_rest
         caller.leave()
-        assert (await front.record()).outcome == "cut"
+        assert (await front.record()).outcome == "client_gone"
         await until(lambda: front.at_rest)
 
 

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
     from manager.wire.routes import Route
 
+# The message of a cancellation, where the client is the reason.
+CLIENT_LEFT = "the client has left"
 MOST_ANSWER_BYTES = 16 * 2**20
 _SMALL_BYTES = 16 * 1024
 _OK = 200
@@ -156,6 +158,10 @@ class WholeRequests:
         self._open.add(entry)
         try:
             await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            if CLIENT_LEFT in error.args:
+                request.outcome_of_cancel = "client_gone"
+            raise
         finally:
             self._open.discard(entry)
             if not task.done():
@@ -193,12 +199,14 @@ class _Request:
         self.attempting.is_run = asking.is_run or asking.is_background
         self._sent = sent
         self.is_brief = False
+        self.outcome_of_cancel: Outcome = "cut"
 
     async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
         outcome: Outcome = "cut"
         try:
             return await self._do(fields, choice)
         except asyncio.CancelledError:
+            outcome = self.outcome_of_cancel
             raise
         except UnansweredError as error:
             trouble = error.trouble
