@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect
 
+from manager.services.routing.whole import CLIENT_LEFT
+
 if TYPE_CHECKING:
     from collections.abc import Coroutine
 
@@ -17,6 +19,8 @@ T = TypeVar("T")
 
 async def while_there(caller: Request, work: Coroutine[None, None, T]) -> T:
     """Return the result of `work`, which is cancelled when the caller disconnects. The body has been read.
+
+    The message of that cancellation is CLIENT_LEFT.
 
     Raises:
         ClientDisconnect: the caller has disconnected.
@@ -29,7 +33,7 @@ async def while_there(caller: Request, work: Coroutine[None, None, T]) -> T:
             return working.result()
         raise ClientDisconnect
     finally:
-        working.cancel()
+        working.cancel(CLIENT_LEFT if leaving.done() else None)
         leaving.cancel()
         await asyncio.wait({working, leaving})
 

@@ -146,7 +146,7 @@ class Llm:
             "model": _model_of(choice),
             "messages": [{"role": "system", "content": prompt}, {"role": "user", "content": text}],
             "stream": False,
-            "format": {"type": "object", "properties": properties, "required": list(properties)},
+            "format": closed_object(properties),
             "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
         }
         whole = await self._whole.ask(_CHAT, fields, asking, choice, is_brief=True)
@@ -157,6 +157,16 @@ class Llm:
         if not isinstance(answer, dict):
             raise _invalid(whole, "no object of the shape that was asked for")
         return whole, answer
+
+
+def closed_object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the JSON schema of an object that has all of these and nothing else; OpenAI takes no other."""
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def _model_of(choice: Choice) -> str:

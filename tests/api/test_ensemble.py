@@ -92,6 +92,7 @@ async def test_the_judge_chooses_the_best_of_the_answers(tmp_path: Path) -> None
         assert result["answers"][2]["error"]["code"] == "model_missing"
         (judged,) = server.asked("large")
         assert judged["format"]["properties"]["best"]["enum"] == [1, 2]
+        assert judged["format"]["additionalProperties"] is False
         assert judged["think"] is False
         shown = json.loads(judged["messages"][1]["content"])
         assert [one["answer"] for one in shown["answers"]] == ["Because.", "Air scatters short waves more."]

@@ -78,8 +78,10 @@ async def test_a_sentiment_is_one_of_three_words(tmp_path: Path) -> None:
         routing = found["routing"]
         assert (routing["task_type"], routing["tier"], routing["instance"]) == ("sentiment", "fast", "one")
         assert not routing["was_fallback"]
+        assert routing["routing_ms"] > 0
         sent = server.seen.pop().json()
         assert sent["format"]["properties"]["sentiment"]["enum"] == ["BULLISH", "BEARISH", "NEUTRAL"]
+        assert sent["format"]["additionalProperties"] is False
         assert sent["options"]["temperature"] == 0
         assert sent["messages"][-1] == {"role": "user", "content": "Profits have doubled."}
         record = await front.record()
@@ -118,7 +120,7 @@ async def test_a_client_that_leaves_ends_its_request(tmp_path: Path, name: str) 
         await begun.wait()
         assert not front.at_rest
         caller.leave()
-        assert (await front.record()).outcome == "cut"
+        assert (await front.record()).outcome == "client_gone"
         await until(lambda: front.at_rest)
 
 

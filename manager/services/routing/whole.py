@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, replace
-from time import monotonic
+from time import monotonic, perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from manager.wire.head import Header
     from manager.wire.routes import Route
 
+# The message of a cancellation, where the client is the reason.
+CLIENT_LEFT = "the client has left"
 MOST_ANSWER_BYTES = 16 * 2**20
 _SMALL_BYTES = 16 * 1024
 _OK = 200
@@ -166,6 +168,10 @@ class WholeRequests:
         self._open.add(entry)
         try:
             await asyncio.wait({task})
+        except asyncio.CancelledError as error:
+            if CLIENT_LEFT in error.args:
+                request.outcome_of_cancel = "client_gone"
+            raise
         finally:
             self._open.discard(entry)
             if not task.done():
@@ -204,12 +210,14 @@ class _Request:
         self.attempting.is_run = asking.is_run or asking.is_background
         self._sent = sent
         self.is_brief = False
+        self.outcome_of_cancel: Outcome = "cut"
 
     async def do(self, fields: Mapping[str, Any], choice: Choice | None) -> Whole:
         outcome: Outcome = "cut"
         try:
             return await self._do(fields, choice)
         except asyncio.CancelledError:
+            outcome = self.outcome_of_cancel
             raise
         except UnansweredError as error:
             trouble = error.trouble
@@ -255,7 +263,10 @@ class _Request:
         facts = RequestFacts(
             body.model, route.kind, origin.instance, origin.lane, local_only=origin.local_only
         )
+        decided_from = perf_counter()
         step = attempting.enter(facts, body)
+        if choice is not None:
+            record.routing_ms = round((perf_counter() - decided_from) * 1000, 3)
 
         async def question(target: Target) -> Question:
             return await self._question(target, body)

@@ -21,6 +21,7 @@ from manager.errors import (
     Reason,
     RegistryUnwritableError,
 )
+from manager.services.llm import closed_object
 from manager.services.requests import Origin
 from manager.services.routing.placement import reason_of
 from manager.services.routing.whole import Asking
@@ -269,7 +270,7 @@ class _Ensemble:
                 {"role": "user", "content": orjson.dumps(shown).decode()},
             ],
             "stream": False,
-            "format": {"type": "object", "properties": properties, "required": list(properties)},
+            "format": closed_object(properties),
             "options": {"temperature": 0, "num_predict": _MOST_TOKENS},
         }
         whole = await self._whole.ask(
