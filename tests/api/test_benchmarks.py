@@ -410,6 +410,13 @@ async def test_two_benchmarks_are_compared_side_by_side(tmp_path: Path) -> None:
         await get(front, f"{API}/compare?a={ids[0]}", 422)
 
 
+@pytest.mark.parametrize(("name", "allowed"), [("compare", "GET"), ("reports", "POST"), ("x", "DELETE, GET")])
+async def test_the_names_of_other_routes_are_no_ids(tmp_path: Path, name: str, allowed: str) -> None:
+    async with speaking() as server, benching(tmp_path, server) as front:
+        reply = await ask(front, "PUT", f"{API}/{name}", None)
+        assert (reply.status, reply.headers["allow"]) == (405, allowed)
+
+
 async def test_a_role_that_is_scored_prefers_what_benchmarks_prefer(tmp_path: Path) -> None:
     config = {
         "roles": {"chat": {"model": "tiny", "strategy": "scored"}},
