@@ -25,6 +25,8 @@ from manager.api.keys import keys_router
 from manager.api.lanes import lanes_router
 from manager.api.lifts import lifts_router
 from manager.api.live import live_router
+from manager.api.llm import MOST_BODY_BYTES as MOST_LLM_BYTES
+from manager.api.llm import PATH as LLM
 from manager.api.llm import llm_router
 from manager.api.loading import loading_router
 from manager.api.model_settings import model_settings_router
@@ -67,6 +69,8 @@ def control_api(backend: Backend, *, access: Access, live: Live, pages: APIRoute
     open_requests = OpenByKey()
 
     def most_bytes(path: str) -> int | None:
+        if path.startswith(f"{LLM}/"):
+            return MOST_LLM_BYTES
         return most_body_bytes(backend) if path == RUNS else most_collection_bytes(backend, path)
 
     routers = (

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 PATH = "/api/v1/llm"
 MOST_TEXT = 200_000
 MOST_CATEGORIES = 100
+# A character of JSON may be written as two escapes of six bytes.
+MOST_BODY_BYTES = 4 * 2**20
 _ASKS = (400, 402, 404, 409, 429, 501, 502, 503, 504)
 _DEFAULT_SPAN = timedelta(days=1)
 
@@ -65,7 +67,9 @@ _Text = Annotated[str, Field(strict=True, min_length=1, max_length=MOST_TEXT)]
 _Name = Annotated[str, Field(strict=True, min_length=1, max_length=512)]
 _Category = Annotated[str, Field(strict=True, min_length=1, max_length=200)]
 _Categories = Annotated[
-    list[_Category], Field(min_length=2, max_length=MOST_CATEGORIES), AfterValidator(_each_once)
+    list[_Category],
+    Field(min_length=2, max_length=MOST_CATEGORIES, json_schema_extra={"uniqueItems": True}),
+    AfterValidator(_each_once),
 ]
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
 from manager.api.compute import NoQuery  # noqa: TC001  (FastAPI reads annotations at run time)
@@ -79,7 +79,7 @@ class RequestDescription(_Shape):
     kind: RequestKind = RequestKind.GENERATE
     instance: Annotated[str, Field(max_length=100)] | None = None
     lane: Annotated[str, Field(max_length=100)] | None = None
-    local_only: StrictBool = False
+    local_only: bool = False  # a query has text only
     key: Annotated[str, Field(max_length=100)] | None = None
     text: Annotated[str, Field(max_length=MOST_TEXT)] = ""
 

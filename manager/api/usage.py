@@ -141,8 +141,10 @@ def time_of(query: HasTime, now: datetime, usual: timedelta) -> tuple[datetime, 
         InvalidRequestError: it ends before it begins.
     """
     ends = now if query.ends is None else moment(query.ends)
-    # Nothing is older than the epoch.
-    begins = max(ends, _EPOCH + usual) - usual if query.begins is None else moment(query.begins)
+    if query.begins is None:
+        # Nothing is older than the epoch.
+        return max(ends, _EPOCH + usual) - usual, max(ends, _EPOCH)
+    begins = moment(query.begins)
     if begins >= ends:
         raise _inverted(begins, ends)
     return begins, ends
