@@ -13,7 +13,7 @@ from fastapi import APIRouter, Query
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
-from manager.api.errors import refusals
+from manager.api.errors import refusals, text
 from manager.api.moments import MomentText, moment
 from manager.domain.money import in_usd, micro_usd, usd_text
 from manager.domain.usage import DIMENSIONS, Dimension, Span, Sums
@@ -107,7 +107,7 @@ class UsageQuery(BaseModel):
 def usage_router(backend: Backend) -> APIRouter:
     router = APIRouter(prefix="/api/v1/usage", tags=["accounts"])
 
-    @router.get("", response_model=UsageBody, responses=refusals(503))
+    @router.get("", response_model=UsageBody, responses={200: text("text/csv"), **refusals(503)})
     async def show_usage(query: Annotated[UsageQuery, Query()]) -> Response:
         """The usage of the requests that ended in a time, the groups with the most requests first."""
         now = datetime.now(UTC)
@@ -219,12 +219,12 @@ def _time(second: int) -> str:
 
 def _csv(document: Mapping[str, Any]) -> str:
     columns = [*document["by"], *UsageNumbers.model_fields]
-    text = io.StringIO()
-    writer = csv.writer(text)
+    sheet = io.StringIO()
+    writer = csv.writer(sheet)
     writer.writerow(columns)
     for row in document["rows"]:
         writer.writerow([_cell(column, row[column]) for column in columns])
-    return text.getvalue()
+    return sheet.getvalue()
 
 
 def _cell(column: str, value: Any) -> object:

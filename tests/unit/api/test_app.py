@@ -23,7 +23,7 @@ def api() -> FastAPI:
 
 
 def test_all_routes_are_built_before_the_first_request(api: FastAPI) -> None:
-    built = {route.path for route in api.routes if isinstance(route, APIRoute)}
+    built = {route.path_format for route in api.routes if isinstance(route, APIRoute)}
     assert built >= set(api.openapi()["paths"])
 
 
