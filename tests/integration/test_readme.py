@@ -97,7 +97,7 @@ def make_targets() -> set[str]:
 
 def the_command_has_the_options(words: list[str]) -> None:
     names = [word for word in words if re.fullmatch(r"[a-z][a-z-]*", word)]
-    groups = {"breaker", "config", "keys", "requests", "roles", "rollout", "runs", "templates"}
+    groups = {"breaker", "config", "keys", "requests", "roles", "rollout", "runs", "templates", "tiers"}
     path = names[:2] if names[0] in groups else names[:1]
     answer = program(*path, "--help")
     assert answer.returncode == 0, answer.stderr
