@@ -185,6 +185,8 @@ def test_candidates_are_scored_and_the_best_is_first(gateway: Gateway) -> None:
 def test_a_loaded_model_scores_higher_and_the_limit_counts(gateway: Gateway) -> None:
     gateway.call("POST", "/api/generate", json={"model": "tiny@two", "prompt": "hi", "stream": False})
     wait_for(lambda: gateway.instance("two")["models"], bool)
+    gateway.call("POST", "/api/generate", json={"model": "tiny@one", "keep_alive": 0})  # of another test
+    wait_for(lambda: not gateway.instance("one")["models"], bool)
     # Routing takes in what is loaded within a second.
     wait_for(
         lambda: places(match(gateway, model="tiny", limit=1.0)), lambda found: found == [("two", "tiny")]
