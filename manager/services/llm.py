@@ -114,7 +114,7 @@ class Llm:
             model = _model_of(choice)
         fields = {"model": model, "messages": [{"role": "user", "content": message}], "stream": False}
         whole = await self._whole.ask(_CHAT, fields, asking, choice)
-        content = _content(whole)
+        content = whole.message
         if content is None:
             raise _invalid(whole, "no message")
         return content, whole
@@ -151,7 +151,7 @@ class Llm:
         }
         whole = await self._whole.ask(_CHAT, fields, asking, choice, is_brief=True)
         try:
-            answer = orjson.loads(_content(whole) or "")
+            answer = orjson.loads(whole.message or "")
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
@@ -173,15 +173,6 @@ def _model_of(choice: Choice) -> str:
     if choice.role is None:
         raise NotAnsweredError(choice.message, reason=Reason.MODEL_MISSING, refused="unknown")
     return choice.model
-
-
-def _content(whole: Whole) -> str | None:
-    """Return the text of an answer of `/api/chat`; None where it has none."""
-    try:
-        message = orjson.loads(whole.content)["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    return message if isinstance(message, str) else None
 
 
 def _invalid(whole: Whole, what: str) -> NotAnsweredError:

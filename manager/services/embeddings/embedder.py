@@ -24,15 +24,19 @@ from manager.errors import (
     Reason,
     UnavailableError,
 )
-from manager.services.ports import Question
-from manager.services.routing.asking import UnansweredError, UnfitTargetError, WholeAnswer, answered
+from manager.services.routing.asking import (
+    UnansweredError,
+    UnfitTargetError,
+    answered,
+    native_question,
+    read_whole,
+)
 from manager.services.routing.attempting import Attempting
+from manager.services.routing.own import OwnRequests
 from manager.services.routing.placement import reason_of
 from manager.services.steps import in_steps
 from manager.wire.body import reading
 from manager.wire.dialect import message_of
-from manager.wire.offload import asks_for_cpu
-from manager.wire.rewriting import rewriting
 from manager.wire.routes import INFERENCE
 from manager.wire.statuses import (
     BAD_REQUEST,
@@ -42,7 +46,6 @@ from manager.wire.statuses import (
     outcome_of_trouble,
     status_of,
 )
-from manager.wire.trace import traceparent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -51,12 +54,11 @@ if TYPE_CHECKING:
     from manager.domain.target import Target
     from manager.services.embeddings.digests import Digests
     from manager.services.open_requests import OpenRequest
-    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.ports import ModelServer, Question
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
     from manager.services.routing.whole import Asking
     from manager.wire.body import InferenceBody
-    from manager.wire.head import Header
 
 # Texts of one request to a server.
 BATCH = 32
@@ -115,22 +117,6 @@ class _ChangedError(Exception):
     """The model may have changed meanwhile."""
 
 
-@dataclass(eq=False, slots=True)
-class _Open:
-    """A request that is under way. Implements `services.open_requests.OpenRequest`."""
-
-    attempting: Attempting | None
-    task: asyncio.Task[Any] | None
-    is_cancelled: bool = False
-
-    def cancel(self, why: str) -> None:  # noqa: ARG002  (the client gets the message of all cancelled ones)
-        self.is_cancelled = True
-        if self.attempting is not None:
-            self.attempting.cancelled()
-        if self.task is not None:
-            self.task.cancel()
-
-
 class Embedder:
     """Embeds texts. Lives on the event loop.
 
@@ -146,11 +132,11 @@ class Embedder:
         self._server = server
         self._requests = requests
         self._digests = digests
-        self._open: set[_Open] = set()
+        self._own = OwnRequests()
 
     def open(self) -> Iterable[OpenRequest]:
         """Return the requests that are under way."""
-        return self._open
+        return self._own.open()
 
     async def embed(self, wanted: Wanted, texts: Sequence[str], asking: Asking) -> Embedded:
         """Embed texts, one at least, in batches. All vectors are of one build and have one dimension.
@@ -196,20 +182,7 @@ class Embedder:
 
     async def _once(self, wanted: Wanted, texts: Sequence[str], asking: Asking) -> Embedded:
         request = _Request(self, wanted, texts, asking)
-        task = asyncio.ensure_future(request.do())
-        entry = _Open(request.attempting, task)
-        self._open.add(entry)
-        try:
-            await asyncio.wait({task})
-        finally:
-            self._open.discard(entry)
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-        if entry.is_cancelled and task.cancelled():
-            message = "the operator has cancelled the request"
-            raise NotEmbeddedError(message, reason=Reason.CANCELLED, refused=None)
-        return task.result()
+        return await self._own.do(request.attempting, request.do(), error=NotEmbeddedError)
 
     # --- what a request needs ---
 
@@ -292,7 +265,7 @@ class _Request:
             attempting.delivered()
             record.status = answer.status
             record.ttfb_ms = (monotonic() - self._began_at) * 1000
-            content = await self._read(answer)
+            content = await read_whole(attempting, answer, _MOST_ANSWER_BYTES)
             status = answer.status
         if status != _OK:
             message = message_of(content) or f"the server answered with status {status}"
@@ -326,7 +299,7 @@ class _Request:
         Raises:
             UnfitTargetError: this one has not.
         """
-        attempting, record, wanted = self.attempting, self.record, self._wanted
+        attempting, wanted = self.attempting, self._wanted
         if target.protocol is not Protocol.OLLAMA:
             message = (
                 f"{target.instance} does not say which build of a model it has: no collection can use it"
@@ -344,18 +317,7 @@ class _Request:
             self._stale.append(target.instance)
             message = f"{target.instance} has another build of {self._model}"
             raise UnfitTargetError(message)
-        pieces = (
-            [body.raw] if attempting.is_raw else await in_steps(rewriting(body, _ROUTE, self._model, changes))
-        )
-        if asks_for_cpu(body.fields, _ROUTE, changes):
-            attempting.expect_on_cpu()
-        headers: list[Header] = [
-            (b"content-type", b"application/json"),
-            (b"x-request-id", record.request_id.encode()),
-            (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
-            *target.headers,
-        ]
-        return Question(target.instance, target.endpoint, "POST", _ROUTE.path, headers, b"".join(pieces))
+        return await native_question(attempting, target, _ROUTE, body, changes)
 
     async def _digest(self, target: Target) -> str | None:
         """Return the build that a server has; a list that does not fit is read anew."""
@@ -386,25 +348,6 @@ class _Request:
             "(version_stale): begin a backfill, or pull the former build"
         )
         return CollectionConflictError("version_stale", message)
-
-    async def _read(self, answer: ServerAnswer | WholeAnswer) -> bytes:
-        if isinstance(answer, WholeAnswer):
-            return answer.content
-        left_s = max(0.0, self.attempting.total_deadline - monotonic())
-        try:
-            async with asyncio.timeout(left_s):
-                content = await _gathered(answer)
-        except TimeoutError:
-            self.attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
-            message = f"{self.record.effective_target} did not end its answer in time"
-            raise UnavailableError(message, reason=Reason.ATTEMPT_TIMEOUT) from None
-        except UnavailableError as error:
-            self.attempting.broke_off(error.reason)
-            raise
-        if len(content) > _MOST_ANSWER_BYTES:
-            message = f"{self.record.effective_target}: the answer is too large"
-            raise UnavailableError(message, reason=Reason.INVALID_OUTPUT)
-        return content
 
     async def _vectors(self, content: bytes) -> tuple[list[bytes], int | None]:
         """Return the vectors in an answer, and the tokens that it counts.
@@ -446,14 +389,6 @@ class _Request:
     def _note(self, status: int, message: str) -> None:
         self.attempting.message = message
         self.record.status = status
-
-
-async def _gathered(answer: ServerAnswer) -> bytes:
-    """Return an answer to its end, or to the first piece beyond the bound."""
-    content = bytearray()
-    while len(content) <= _MOST_ANSWER_BYTES and (piece := await answer.piece()):
-        content += piece
-    return bytes(content)
 
 
 def _parsed(content: bytes) -> tuple[list[bytes], int | None]:

@@ -12,18 +12,25 @@ from manager.domain.target import Protocol
 from manager.errors import AskFailedError, OutOfDescriptorsError, Reason, UnavailableError
 from manager.services.ports import Question
 from manager.services.routing.attempting import Trouble, Wait, first_target
+from manager.services.steps import in_steps
 from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError
+from manager.wire.offload import asks_for_cpu
+from manager.wire.rewriting import rewriting
 from manager.wire.statuses import BAD_REQUEST, judge, retry_after_s
+from manager.wire.trace import traceparent
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+    from manager.domain.roles import BodyChanges
     from manager.domain.target import Target
     from manager.services.ports import ModelServer, ServerAnswer
     from manager.services.routing.attempting import Attempting, Step
     from manager.services.routing.speaking import Speaking
+    from manager.wire.body import InferenceBody
     from manager.wire.head import Header
+    from manager.wire.routes import Route
 
 # An answer with an error is held up to this size, to be read before another attempt is made.
 _MAX_HELD_BYTES = 64 * 1024
@@ -116,6 +123,85 @@ async def answered(
                     raise
                 return
             step = following
+
+
+async def native_question(
+    attempting: Attempting, target: Target, route: Route, body: InferenceBody, changes: BodyChanges
+) -> Question:
+    """Return a request for an Ollama; raw ones are sent as they came.
+
+    Raises:
+        BadBodyError: as `rewriting`.
+    """
+    record = attempting.record
+    if attempting.is_raw:
+        pieces = [body.raw]
+    else:
+        pieces = await in_steps(rewriting(body, route, attempting.work.model, changes))
+    if asks_for_cpu(body.fields, route, changes):
+        attempting.expect_on_cpu()
+    headers: list[Header] = [
+        (b"content-type", b"application/json"),
+        (b"x-request-id", record.request_id.encode()),
+        (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
+        *target.headers,
+    ]
+    return Question(target.instance, target.endpoint, "POST", route.path, headers, b"".join(pieces))
+
+
+async def spoken_question(
+    attempting: Attempting, target: Target, speaking: Speaking, body: InferenceBody
+) -> Question:
+    """Return a request in the words of a server that is no Ollama.
+
+    Raises:
+        BadBodyError: it cannot be said there.
+    """
+    model, changes, most = attempting.work.model, attempting.changes, attempting.most_tokens
+    content = await asyncio.to_thread(speaking.request, body, model, changes, most)
+    return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
+
+
+@asynccontextmanager
+async def until_deadline(attempting: Attempting) -> AsyncIterator[None]:
+    """Read an answer within the total deadline; one that breaks off or comes too late is the server's fault.
+
+    Raises:
+        UnavailableError: it comes too late.
+    """
+    left_s = max(0.0, attempting.total_deadline - monotonic())
+    try:
+        async with asyncio.timeout(left_s):
+            yield
+    except TimeoutError:
+        attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
+        message = f"{attempting.record.effective_target} did not end its answer in time"
+        raise UnavailableError(message, reason=Reason.ATTEMPT_TIMEOUT) from None
+    except UnavailableError as error:
+        attempting.broke_off(error.reason)
+        raise
+
+
+async def read_whole(attempting: Attempting, answer: ServerAnswer | WholeAnswer, most_bytes: int) -> bytes:
+    """Return the body of an answer.
+
+    Raises:
+        UnavailableError: it breaks off, comes too late, or is too large.
+    """
+    if isinstance(answer, WholeAnswer):
+        return answer.content
+    content = bytearray()
+    async with until_deadline(attempting):
+        while len(content) <= most_bytes and (piece := await answer.piece()):
+            content += piece
+    if len(content) > most_bytes:
+        raise too_large(attempting)
+    return bytes(content)
+
+
+def too_large(attempting: Attempting) -> UnavailableError:
+    message = f"{attempting.record.effective_target}: the answer is too large"
+    return UnavailableError(message, reason=Reason.INVALID_OUTPUT)
 
 
 async def _made(

@@ -22,17 +22,24 @@ from manager.errors import (
     RegistryUnwritableError,
     UnavailableError,
 )
-from manager.services.ports import Question
-from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
+from manager.services.routing.asking import (
+    UnansweredError,
+    WholeAnswer,
+    answered,
+    native_question,
+    read_whole,
+    spoken_question,
+    too_large,
+    until_deadline,
+)
 from manager.services.routing.attempting import Attempting
+from manager.services.routing.own import OwnRequests
 from manager.services.routing.placement import reason_of
 from manager.services.routing.speaking import Speaking
 from manager.services.steps import in_steps
 from manager.wire.body import reading
 from manager.wire.dialect import message_of
 from manager.wire.errors import BadBodyError
-from manager.wire.offload import asks_for_cpu
-from manager.wire.rewriting import rewriting
 from manager.wire.statuses import (
     BAD_REQUEST,
     INTERNAL_ERROR,
@@ -41,7 +48,6 @@ from manager.wire.statuses import (
     outcome_of_trouble,
     status_of,
 )
-from manager.wire.trace import traceparent
 from manager.wire.usage import TAIL_BYTES, error_in, fault_of, load_ms, token_counts
 
 if TYPE_CHECKING:
@@ -52,11 +58,10 @@ if TYPE_CHECKING:
     from manager.domain.record import Outcome, RequestRecord
     from manager.domain.target import Target
     from manager.services.open_requests import OpenRequest
-    from manager.services.ports import ModelServer, ServerAnswer
+    from manager.services.ports import ModelServer, Question, ServerAnswer
     from manager.services.requests import Origin, Requests
     from manager.services.routing.attempting import Routing
     from manager.wire.body import InferenceBody
-    from manager.wire.head import Header
     from manager.wire.routes import Route
 
 # The message of a cancellation, where the client is the reason.
@@ -97,21 +102,14 @@ class Whole(NamedTuple):
     def latency_ms(self) -> float:
         return (self.ended_s - self.began_s) * 1000
 
-
-@dataclass(eq=False, slots=True)
-class _Open:
-    """A request that is under way. Implements `services.open_requests.OpenRequest`."""
-
-    attempting: Attempting | None
-    task: asyncio.Task[Any] | None
-    is_cancelled: bool = False
-
-    def cancel(self, why: str) -> None:  # noqa: ARG002  (the client gets the message of all cancelled ones)
-        self.is_cancelled = True
-        if self.attempting is not None:
-            self.attempting.cancelled()
-        if self.task is not None:
-            self.task.cancel()
+    @property
+    def message(self) -> str | None:
+        """The text of an answer of `/api/chat` that is no stream; None where it has none."""
+        try:
+            text = orjson.loads(self.content)["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            return None
+        return text if isinstance(text, str) else None
 
 
 class WholeRequests:
@@ -127,11 +125,11 @@ class WholeRequests:
         self._routing = routing
         self._server = server
         self._requests = requests
-        self._open: set[_Open] = set()
+        self._own = OwnRequests()
 
     def open(self) -> Iterable[OpenRequest]:
         """Return the requests that are under way."""
-        return self._open
+        return self._own.open()
 
     async def ask(
         self,
@@ -163,26 +161,15 @@ class WholeRequests:
         """
         request = _Request(self._routing, self._server, self._requests, route, asking, sent)
         request.is_brief = is_brief
-        task = asyncio.ensure_future(request.do(fields, choice))
-        entry = _Open(request.attempting, task)
-        self._open.add(entry)
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError as error:
+
+        def cancelled(error: asyncio.CancelledError) -> None:
             if CLIENT_LEFT in error.args:
                 request.outcome_of_cancel = "client_gone"
-            raise
-        finally:
-            self._open.discard(entry)
-            if not task.done():
-                if is_cancelled():
-                    request.attempting.cancelled()
-                task.cancel()
-                await asyncio.wait({task})
-        if entry.is_cancelled and task.cancelled():
-            message = "the operator has cancelled the request"
-            raise NotAnsweredError(message, reason=Reason.CANCELLED, refused=None)
-        return task.result()
+            if is_cancelled():
+                request.attempting.cancelled()
+
+        work = request.do(fields, choice)
+        return await self._own.do(request.attempting, work, cancelled=cancelled)
 
 
 class _Request:
@@ -296,57 +283,27 @@ class _Request:
         return Whole(content, record, self._began_at, first, monotonic())
 
     async def _question(self, target: Target, body: InferenceBody) -> Question:
-        attempting, record = self.attempting, self.record
-        changes, model = attempting.changes, attempting.work.model
+        attempting = self.attempting
         self._speaking = None
         if target.protocol is not Protocol.OLLAMA:
-            speaking = self._speaking = Speaking(self._route, target, record)
-            most = attempting.most_tokens
-            content = await asyncio.to_thread(speaking.request, body, model, changes, most)
-            await self._about_to_send(target)
-            return Question(
-                target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content
-            )
-        if self.is_brief and changes.think is None:
-            changes = replace(changes, think=False)
-        if attempting.is_raw:
-            pieces = [body.raw]
+            speaking = self._speaking = Speaking(self._route, target, self.record)
+            question = await spoken_question(attempting, target, speaking, body)
         else:
-            pieces = await in_steps(rewriting(body, self._route, model, changes))
-        if asks_for_cpu(body.fields, self._route, changes):
-            attempting.expect_on_cpu()
-        await self._about_to_send(target)
-        headers: list[Header] = [
-            (b"content-type", b"application/json"),
-            (b"x-request-id", record.request_id.encode()),
-            (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
-            *target.headers,
-        ]
-        return Question(target.instance, target.endpoint, "POST", self._route.path, headers, b"".join(pieces))
-
-    async def _about_to_send(self, target: Target) -> None:
+            changes = attempting.changes
+            if self.is_brief and changes.think is None:
+                changes = replace(changes, think=False)
+            question = await native_question(attempting, target, self._route, body, changes)
         if self._sent is not None:
             await self._sent(target, self.record.request_id)
+        return question
 
     async def _read(self, answer: ServerAnswer | WholeAnswer) -> bytes:
         if isinstance(answer, WholeAnswer):
             return answer.content
-        left_s = max(0.0, self.attempting.total_deadline - monotonic())
-        try:
-            async with asyncio.timeout(left_s):
-                if self.record.stream and answer.status == _OK:
-                    return await self._streamed(answer)
-                content = await _gathered(answer)
-        except TimeoutError:
-            self.attempting.broke_off(Reason.ATTEMPT_TIMEOUT)
-            message = f"{self.record.effective_target} did not end its answer in time"
-            raise UnavailableError(message, reason=Reason.ATTEMPT_TIMEOUT) from None
-        except UnavailableError as error:
-            self.attempting.broke_off(error.reason)
-            raise
-        if len(content) > MOST_ANSWER_BYTES:
-            raise self._too_large()
-        return self._said(content, complete=True)
+        if self.record.stream and answer.status == _OK:
+            async with until_deadline(self.attempting):
+                return await self._streamed(answer)
+        return self._said(await read_whole(self.attempting, answer, MOST_ANSWER_BYTES), complete=True)
 
     async def _streamed(self, answer: ServerAnswer) -> bytes:
         """Return all lines of a stream in the words of the client, and note when the first piece came.
@@ -367,7 +324,7 @@ class _Request:
             content += said
             taken += len(piece)
             if max(taken, len(content)) > MOST_ANSWER_BYTES:
-                raise self._too_large()
+                raise too_large(attempting)
         content += self._said(b"", complete=True)
         tail = bytes(content[-TAIL_BYTES:])
         fault = fault_of(self._route, tail)
@@ -394,10 +351,6 @@ class _Request:
             raise UnavailableError(message[:_LONGEST_MESSAGE], reason=Reason.INVALID_OUTPUT)
         return said
 
-    def _too_large(self) -> UnavailableError:
-        message = f"{self.record.effective_target}: the answer is too large"
-        return UnavailableError(message, reason=Reason.INVALID_OUTPUT)
-
     def _note(self, status: int, message: str) -> None:
         self.attempting.message = message
         self.record.status = status
@@ -405,11 +358,3 @@ class _Request:
 
 def _is_small(fields: Mapping[str, Any]) -> bool:
     return sum(len(one) for one in fields.values() if isinstance(one, str)) < _SMALL_BYTES
-
-
-async def _gathered(answer: ServerAnswer) -> bytes:
-    """Return an answer to its end, or to the first piece beyond the bound."""
-    content = bytearray()
-    while len(content) <= MOST_ANSWER_BYTES and (piece := await answer.piece()):
-        content += piece
-    return bytes(content)

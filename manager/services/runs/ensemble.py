@@ -22,7 +22,6 @@ from manager.errors import (
     RegistryUnwritableError,
 )
 from manager.services.llm import closed_object
-from manager.services.requests import Origin
 from manager.services.routing.placement import reason_of
 from manager.services.routing.whole import Asking
 from manager.services.runs.execution import (
@@ -32,6 +31,7 @@ from manager.services.runs.execution import (
     PostponedError,
     execution_error,
     forbidden_key,
+    run_origin,
 )
 from manager.wire.routes import INFERENCE
 from manager.wire.statuses import BAD_REQUEST, INTERNAL_ERROR, status_of
@@ -190,16 +190,7 @@ class _Ensemble:
             ManagerError: the key is not in force any more.
         """
         caller = self._run.caller
-        origin = Origin(
-            caller.instance,
-            self._run.lane,
-            caller.project,
-            caller.intent,
-            caller.local_only,
-            caller.trace,
-            None,
-            caller.key,
-        )
+        origin = run_origin(self._run)
         grant: Grant | None = None
         if caller.key is not None:
             grant = self._grant_of(caller.key)
@@ -231,7 +222,7 @@ class _Ensemble:
             is_said = isinstance(error, InvalidRequestError)
             reason = Reason.UPSTREAM_ERROR if is_said else reason_of(error)
             return Answered(model, None, None, NotAnsweredError(error.message, reason=reason, refused=None))
-        text = _content(whole.content)
+        text = whole.message
         if text is None:
             message = f"{whole.record.model} on {whole.record.effective_target} returned no message"
             trouble = NotAnsweredError(message, reason=Reason.INVALID_OUTPUT, refused=None)
@@ -278,7 +269,7 @@ class _Ensemble:
         )
         record = whole.record
         try:
-            found = orjson.loads(_content(whole.content) or "")
+            found = orjson.loads(whole.message or "")
             best = found["best"]
             if isinstance(best, bool) or not isinstance(best, int) or not 1 <= best <= len(good):
                 raise ValueError(best)  # noqa: TRY301
@@ -339,12 +330,3 @@ def _where(best: Answered | None) -> tuple[str | None, str]:
     if best is None or best.whole is None:
         return None, ""
     return best.whole.record.effective_target, best.whole.record.request_id
-
-
-def _content(content: bytes) -> str | None:
-    """Return the text of an answer of `/api/chat`; None where it has none."""
-    try:
-        text = orjson.loads(content)["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        return None
-    return text if isinstance(text, str) else None

@@ -22,9 +22,14 @@ from manager.errors import (
     RunFilesError,
     UnavailableError,
 )
-from manager.services.ports import Question
 from manager.services.requests import Origin
-from manager.services.routing.asking import UnansweredError, WholeAnswer, answered
+from manager.services.routing.asking import (
+    UnansweredError,
+    WholeAnswer,
+    answered,
+    native_question,
+    spoken_question,
+)
 from manager.services.routing.attempting import Attempting, Trouble
 from manager.services.routing.placement import reason_of
 from manager.services.routing.speaking import Speaking
@@ -32,8 +37,6 @@ from manager.services.steps import in_steps
 from manager.wire.body import reading
 from manager.wire.dialect import error_body, message_of
 from manager.wire.errors import BadBodyError
-from manager.wire.offload import asks_for_cpu
-from manager.wire.rewriting import rewriting
 from manager.wire.routes import INFERENCE
 from manager.wire.statuses import (
     BAD_REQUEST,
@@ -45,7 +48,6 @@ from manager.wire.statuses import (
     outcome_without_answer,
     status_of,
 )
-from manager.wire.trace import traceparent
 from manager.wire.usage import TAIL_BYTES, error_in, fault_of, load_ms, token_counts
 
 if TYPE_CHECKING:
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from manager.domain.runs import Run
     from manager.domain.target import Target
     from manager.services.bodies import BodyBudget
-    from manager.services.ports import FileWriter, ModelServer, RunFiles, ServerAnswer
+    from manager.services.ports import FileWriter, ModelServer, Question, RunFiles, ServerAnswer
     from manager.services.requests import Requests
     from manager.services.routing.attempting import Routing
     from manager.wire.body import InferenceBody
@@ -217,19 +219,8 @@ class _Work:
         self._is_sent = False
         self.done: Done | None = None
         self._route: Route = INFERENCE[run.path.encode()]
-        caller = run.caller
-        origin = Origin(
-            caller.instance,
-            run.lane,
-            caller.project,
-            caller.intent,
-            caller.local_only,
-            caller.trace,
-            None,
-            caller.key,
-        )
         self._began_at = monotonic()
-        self.record: RequestRecord = parts.requests.record(run.path, self._route.kind, origin)
+        self.record: RequestRecord = parts.requests.record(run.path, self._route.kind, run_origin(run))
         self.attempting = Attempting(parts.routing, self.record, self._began_at)
         self.attempting.is_run = True
         self._speaking: Speaking | None = None
@@ -302,38 +293,15 @@ class _Work:
         return self._done(RunResult(failure.status, kind.decode(), len(content)), error)
 
     async def _question(self, target: Target, body: InferenceBody) -> Question:
-        attempting, record = self.attempting, self.record
-        changes = attempting.changes
+        attempting = self.attempting
         self._speaking = None
         if target.protocol is not Protocol.OLLAMA:
-            return await self._translated(target, body)
-        if attempting.is_raw:
-            pieces = [body.raw]
+            speaking = self._speaking = Speaking(self._route, target, self.record)
+            question = await spoken_question(attempting, target, speaking, body)
         else:
-            pieces = await in_steps(rewriting(body, self._route, attempting.work.model, changes))
-        if asks_for_cpu(body.fields, self._route, changes):
-            attempting.expect_on_cpu()
+            question = await native_question(attempting, target, self._route, body, attempting.changes)
         await self._note_sent(target)
-        headers: list[Header] = [
-            (b"content-type", b"application/json"),
-            (b"x-request-id", record.request_id.encode()),
-            (b"traceparent", traceparent(record.trace_id, record.span_id, sampled=record.sampled)),
-            *target.headers,
-        ]
-        return Question(target.instance, target.endpoint, "POST", self._run.path, headers, b"".join(pieces))
-
-    async def _translated(self, target: Target, body: InferenceBody) -> Question:
-        """Return the request in the words of a server that is no Ollama.
-
-        Raises:
-            BadBodyError: it cannot be said there.
-        """
-        attempting = self.attempting
-        speaking = self._speaking = Speaking(self._route, target, self.record)
-        model, changes, most = attempting.work.model, attempting.changes, attempting.most_tokens
-        content = await asyncio.to_thread(speaking.request, body, model, changes, most)
-        await self._note_sent(target)
-        return Question(target.instance, target.endpoint, "POST", speaking.path, speaking.headers(), content)
+        return question
 
     async def _note_sent(self, target: Target) -> None:
         # A paid request is noted also where a local server was asked before: it is never sent twice.
@@ -442,6 +410,21 @@ class _Work:
             return _FailedError(UNAVAILABLE, Reason.CANCELLED, f"cut off: {cut}", "cut")
         status = status_of(error.reason)
         return _FailedError(status, error.reason, error.message, outcome_without_answer(status))
+
+
+def run_origin(run: Run) -> Origin:
+    """Return the client of a run."""
+    caller = run.caller
+    return Origin(
+        caller.instance,
+        run.lane,
+        caller.project,
+        caller.intent,
+        caller.local_only,
+        caller.trace,
+        None,
+        caller.key,
+    )
 
 
 def forbidden_key(name: str) -> NotAnsweredError:
