@@ -68,7 +68,7 @@ class Router(Protocol):
         ...
 
     def ranks(self, decision: Decision) -> Ranks | None:
-        """What compares the instances of a decision where a strategy orders them. Takes no turn."""
+        """The comparison of the instances of a decision where a strategy orders them. Takes no turn."""
         ...
 
     @property

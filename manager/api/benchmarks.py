@@ -99,7 +99,7 @@ class SampleBody(_Shape):
 
 
 class ReportRequest(_Shape):
-    """What another program has measured. `source` names it."""
+    """The measurements of another program. `source` names it."""
 
     source: Annotated[_Name, AfterValidator(_foreign)]
     started_at: GivenTime | None = None

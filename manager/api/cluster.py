@@ -178,7 +178,7 @@ def cluster_router(backend: Backend) -> APIRouter:
 
     @router.get("/health", response_model=ClusterHealthBody, responses=refusals())
     async def show_health(_query: Annotated[NoQuery, Query()]) -> Response:
-        """Whether instances can answer, and what keeps them from it; always 200."""
+        """The health of the fleet, and the troubles of instances; always 200."""
         return JSONResponse(_health(backend, backend.overviews.current()))
 
     return router

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # Pairs of an instance and a model that are looked at where neither a model nor a role is named.
 MOST_PAIRS = 4096
 _MOST_TEXT = 4096
-# What a model must be able to do, in the words of `/api/show`, where its server says what it can.
+# The capability that a model needs, in the words of `/api/show`, where its server lists capabilities.
 _ABLE = {RequestKind.GENERATE: "completion", RequestKind.EMBED: "embedding"}
 
 Model = Annotated[str, Field(min_length=1, max_length=600)]

@@ -104,7 +104,7 @@ class EnsembleRequest(_Shape):
 
 
 class RoutingFacts(_Shape):
-    """Where an answer came from, and why. `task_type` to `reasoning` are null where a model was forced."""
+    """The origin of an answer, and its reasons; `task_type` to `reasoning` are null for a forced model."""
 
     task_type: str | None
     tier: str | None
@@ -283,7 +283,7 @@ def llm_router(backend: Backend) -> APIRouter:
 
     @router.get("/routing-stats", response_model=RoutingStatsBody, responses=refusals(503))
     async def show_stats(query: Annotated[StatsQuery, Query()]) -> Response:
-        """What the tiers have answered, how fast, and what that has saved."""
+        """The requests that the tiers have answered, their times, and the time saved."""
         now = datetime.now(UTC)
         begins, ends = time_of(query, now, _DEFAULT_SPAN)
         return JSONResponse(await routing_stats(backend, begins, ends, now=now))

@@ -85,7 +85,7 @@ class RequestDescription(_Shape):
 
 
 class ClassificationBody(_Shape):
-    """What a request is about, the tier that follows, how sure that is (0 to 1), and why."""
+    """The task of a request, the tier that follows, the confidence (0 to 1), and the reasons."""
 
     task_type: str
     tier: Tier

@@ -28,7 +28,7 @@ _USUAL = (Tier.MEDIUM, Tier.FAST, Tier.COMPLEX)
 
 
 class Choice(NamedTuple):
-    """What a request is about, and the role that answers it; None where none can, as `message` says.
+    """The task of a request, and the role that answers it; None where none can, as `message` says.
 
     `model` names the role for routing, with the instance that the request is pinned to.
     """

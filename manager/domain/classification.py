@@ -34,7 +34,7 @@ _WORD_OF_ENTRY = re.compile(r"[^\W_]+\*?")
 
 
 class Tier(StrEnum):
-    """How much a model can do; each is a role of that name."""
+    """The capability of models, in three steps; each is a role of that name."""
 
     FAST = "fast"
     MEDIUM = "medium"
@@ -45,7 +45,7 @@ _TIERS = tuple(Tier)
 
 
 class Classification(NamedTuple):
-    """What a request is about. `confidence` is from 0 to 1; `reasoning` says it in words.
+    """The task and the tier of a request. `confidence` is from 0 to 1; `reasoning` says it in words.
 
     `is_moved` is whether the tier is another one than is usual for the task.
     """
@@ -131,7 +131,7 @@ class Lexicon:
 
 @dataclass(frozen=True)
 class AutoRules:
-    """How the model of a request is chosen that leaves the choice to the daemon.
+    """The rules that choose the model of a request which leaves the choice to the daemon.
 
     `is_on` is whether a name of a model may say so; the daemon's own API may in any case. `learned` tells the
     task where it is there.

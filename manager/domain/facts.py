@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is stated about one model; None and empty: nothing.
+    """The operator's statements about one model; None and empty: nothing.
 
     Attributes:
         name: of the model.

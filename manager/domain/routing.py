@@ -246,7 +246,7 @@ class Group(NamedTuple):
 
 # The groups that a strategy orders together, in the order that counts where the strategy sees no difference.
 Band: TypeAlias = tuple[Group, ...]
-# What the instances of a band are compared by, lowest first; given the requests in flight.
+# The values that the instances of a band are compared by, lowest first; given the requests in flight.
 Ranks: TypeAlias = "Callable[[Band, Load], Load]"
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MOST_SERVERS = 256
 _KEY = ("discovery", "manifest")
 _SERVERS, _INSTANCES = "servers", "instances"
-# What an entry may say of its instance; `name` is the id.
+# The keys that an entry may have for its instance; `name` is the id.
 _KEYS = ("url", "serves", "protocol", "models", "device", "priority", "slots")
 _ALLOWED = f"expected a mapping with name, {', '.join(_KEYS)}"
 _USUAL: Mapping[str, Any] = {"driver": "external", "protocol": "openai", "serves": ["transcribe"]}
@@ -50,7 +50,7 @@ def read_manifest(values: Mapping[str, Any], place: str, problems: list[Problem]
     if document.data is not None:
         document.data = _translated(document, document.data)
         if not isinstance(values.get(_INSTANCES), dict) and isinstance(document.data.get(_INSTANCES), dict):
-            # Where nothing names instances there is this one, with servers beside it too.
+            # This is the default instance where nothing names one; servers stand beside it.
             document.data[_INSTANCES].setdefault(DEFAULT_INSTANCE, {"template": CPU_TEMPLATE})
     return document
 

@@ -41,7 +41,7 @@ _log = structlog.get_logger("benchmarks")
 KEPT_BENCHMARKS = 200
 # Benchmarks that wait or run.
 MOST_OPEN = 16
-# What was measured is stored so often while a benchmark runs.
+# Measurements are stored so often while a benchmark runs.
 _SAVE_EVERY_S = 1.0
 # The end of a benchmark is stored so late at most; after that a restart finds it interrupted.
 _TRIES, _RETRY_S = 5, 1.0

@@ -235,7 +235,7 @@ class Switching:
         if backfill is None or backfill.version != archived.key or not backfill.is_open:
             return
         ended = backfill.moved(BackfillStatus.CANCELLED, now, archived_meanwhile(archived))
-        # Where this cannot be stored, or the process ends before it, the next batch ends the backfill.
+        # The next batch ends the backfill where this cannot be stored, or the process ends before it.
         with suppress(ManagerError):
             await self._shelf.store.save_backfill(ended)
             shelved.backfill = ended

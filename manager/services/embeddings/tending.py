@@ -82,7 +82,7 @@ class Tending:
         was_closed = await self._shelf.store.was_closed()
         for version in self._versions():
             await self._tried(self._agree(version, whole=not was_closed))
-        # What the last process has written may not be tended yet.
+        # Writes of the last process may not be tended yet.
         self.written(*self._versions())
         self._shelf.checked()
         now = asyncio.get_running_loop().time

@@ -54,7 +54,7 @@ class _Asked:
 
 
 class _Moment(NamedTuple):
-    """What models do now, and the instances that run or can be started."""
+    """The present work of models, and the instances that run or can be started."""
 
     doing: Mapping[str, Status]
     able: frozenset[str]

@@ -64,7 +64,7 @@ _JUDGE_PROMPT = (
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What an ensemble is to do. `models` and `judge` are models or roles."""
+    """The task of an ensemble. `models` and `judge` are models or roles."""
 
     messages: Sequence[Mapping[str, Any]]
     models: tuple[str, ...]

@@ -19,13 +19,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-async def test_a_sweep_does_not_remove_what_a_backfill_adds_meanwhile(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
+async def with_a_collection(home: Path) -> Rig:
+    rig = Rig(home)
     await rig.open()
+    await rig.switching.create(NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True))
+    return rig
+
+
+async def test_a_sweep_does_not_remove_what_a_backfill_adds_meanwhile(tmp_path: Path) -> None:
+    rig = await with_a_collection(tmp_path)
     try:
-        await rig.switching.create(
-            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
-        )
         await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
         version = rig.shelf.get("docs").active
         assert version is not None
@@ -61,12 +64,8 @@ async def test_a_sweep_does_not_remove_what_a_backfill_adds_meanwhile(tmp_path: 
 
 
 async def test_many_small_writes_have_their_files_merged_before_the_next_round(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
-    await rig.open()
+    rig = await with_a_collection(tmp_path)
     try:
-        await rig.switching.create(
-            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
-        )
         merged = asyncio.Event()
         tend = rig.tables.tend
 
@@ -86,9 +85,7 @@ async def test_many_small_writes_have_their_files_merged_before_the_next_round(t
 
 
 async def test_what_the_last_process_has_written_is_tended(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
-    await rig.open()
-    await rig.switching.create(NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True))
+    rig = await with_a_collection(tmp_path)
     await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
     await rig.close(well=False)
     await rig.open()
@@ -110,12 +107,8 @@ async def test_what_the_last_process_has_written_is_tended(tmp_path: Path) -> No
 
 
 async def test_a_write_under_way_is_whole_before_the_store_is_closed(tmp_path: Path) -> None:
-    rig = Rig(tmp_path)
-    await rig.open()
+    rig = await with_a_collection(tmp_path)
     try:
-        await rig.switching.create(
-            NewCollection("docs", MODEL, "", asked=None, truncate=False, keep_text=True)
-        )
         await rig.writing.put("docs", [NewItem("a", "alpha", None, b"{}")], ASKING)
         held, reached = asyncio.Event(), asyncio.Event()
         put = rig.store.put
