@@ -34,6 +34,7 @@ from tests.support.host import (
 )
 
 if TYPE_CHECKING:
+    import ipaddress
     from collections.abc import Callable, Iterator, Sequence
     from types import TracebackType
 
@@ -80,6 +81,8 @@ class PrivateEngine:
         data_limit_bytes: keep all data on a tmpfs of this size, so that a disk can be full.
         live_restore: containers outlive the engine; on Podman they always do.
     """
+
+    _namespaces: Sequence[str] = ()  # those beside that for mounts, as `unshare` and `nsenter` name them
 
     def __init__(
         self,
@@ -231,14 +234,22 @@ class PrivateEngine:
         hook.write_text("#!/bin/sh\nexit 0\n")
         hook.chmod(0o755)
         prepare_cgroup_v2()
-        self._place = Place(self._root, self._name, claim_network(self._name))
-        if self._kind.is_apart:
-            self._holder = self._held(engine_kinds.apart(self._kind.tree))
+        self._place = Place(self._root, self._name, self._claimed())
+        if self._kind.is_apart or self._namespaces:
+            self._holder = self._held(engine_kinds.apart(self._kind.tree, self._namespaces))
+            self._connect(self._holder.pid)
         if (beside := self._kind.prepare(self._place)) is not None:
             self._beside = self._run(beside)
 
+    def _claimed(self) -> ipaddress.IPv4Network:
+        """The network whose addresses are the engine's; its default bridge is there afterwards."""
+        return claim_network(self._name)
+
+    def _connect(self, holder: int) -> None:
+        """Connect the namespaces of the process `holder` to what is outside."""
+
     def _held(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        """Start the process that holds the mount namespace, and wait until it has made it."""
+        """Start the process that holds the namespaces, and wait until it has made them."""
         with (self._root / "log").open("ab") as log:
             holder = subprocess.Popen(
                 arguments,
@@ -251,20 +262,25 @@ class PrivateEngine:
         assert holder.stdout is not None
         with holder.stdout as output:
             if output.readline() != b"ready\n":
-                raise EngineError(f"no mount namespace for the engine\n{self.log_tail()}")
+                raise EngineError(f"no namespaces for the engine\n{self.log_tail()}")
         return holder
 
     def _run(self, arguments: list[str]) -> subprocess.Popen[bytes]:
-        inside = ["nsenter", "--target", str(self._holder.pid), "--mount", "--"] if self._holder else []
         with (self._root / "log").open("ab") as log:
             return subprocess.Popen(
-                [*inside, *arguments],
+                [*self._inside(), *arguments],
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
+
+    def _inside(self) -> list[str]:
+        """What a command line begins with that runs in the engine's namespaces."""
+        if self._holder is None:
+            return []
+        return ["nsenter", "--target", str(self._holder.pid), "--mount", *self._namespaces, "--"]
 
     def _environment(self) -> dict[str, str]:
         # The mark is inherited by every shim and docker-proxy, which is how they are found at the end.

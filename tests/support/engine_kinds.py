@@ -280,8 +280,13 @@ def obstacles() -> list[str]:
     return found + ([f"not installed: {', '.join(missing)}"] if missing else [])
 
 
-def apart(tree: Path | None) -> list[str]:
-    """The command line of a process that holds a mount namespace; it says `ready` on its output."""
+def apart(tree: Path | None, namespaces: Sequence[str] = ()) -> list[str]:
+    """The command line of a process that holds a mount namespace; it says `ready` on its output.
+
+    Args:
+        tree: becomes the root in it.
+        namespaces: more of them, as options of `unshare`.
+    """
     lines = ["set -e"]
     if tree is not None:
         lines += [f"mount --rbind {tree} {tree}", f"cd {tree}", "mkdir -p .old"]
@@ -289,4 +294,4 @@ def apart(tree: Path | None) -> list[str]:
         lines += ["pivot_root . .old", "cd /", "umount -l /.old"]
     lines += [f"mkdir -p {path} && mount -t tmpfs -o mode=1777 oem {path}" for path in _PRIVATE]
     lines += ["echo ready", "exec sleep 2147483647"]
-    return ["unshare", "--mount", "--propagation", "private", "sh", "-c", "\n".join(lines)]
+    return ["unshare", "--mount", *namespaces, "--propagation", "private", "sh", "-c", "\n".join(lines)]
