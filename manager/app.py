@@ -31,6 +31,7 @@ from manager.opening import (
     opened_ledger,
     opened_quotas,
     opened_registry,
+    opened_swarm,
 )
 from manager.parts import (
     Instances,
@@ -191,7 +192,6 @@ async def open_daemon(
     settings = loaded.settings
     templates = load_templates(settings)
     specs = resolve_instances(loaded, templates)
-    state_dir = settings.state.dir
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
@@ -215,7 +215,7 @@ async def open_daemon(
         engine = stack.enter_context(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
-        owner = await settled_owner(engine, settings, read_owner(state_dir), takes_over=takes_over)
+        owner = await settled_owner(engine, settings, read_owner(settings.state.dir), takes_over=takes_over)
         scores = BenchmarkScores(revision := Revision())
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
@@ -229,7 +229,7 @@ async def open_daemon(
             manager_id=settings.manager_id,
             engine=engine,
             registry=registry,
-            locks=FileLocks(state_dir / "locks", _LOCK_WAIT_S),
+            locks=FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S),
             upstream=await stack.enter_async_context(HttpUpstream(tls, own_tls)),
             gpus=gpus,
             journal=journal,
@@ -244,12 +244,14 @@ async def open_daemon(
             server_changed=partial(forget_server, breakers, overload),
             read_key=read_key,
         )
+        swarm = await opened_swarm(stack, world, specs, settings)
         make = Maker(
             world,
             settings,
             templates,
             await registry.instances(),
             await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
+            swarm=swarm,
         )
         parts = instances_of(
             world,
@@ -257,6 +259,7 @@ async def open_daemon(
             specs=(*specs, *map(make.spec, gpus.instance_ids())),
             make=make,
             own_names=own_names_of(pids),
+            swarm=swarm,
         )
         fleet = parts.fleet
         held.push_async_callback(fleet.save)
@@ -270,7 +273,7 @@ async def open_daemon(
             instances=partial(gpus_of, fleet),
             slots=partial(slots_of, fleet),
             denied=lambda: {instance.id: instance.spec.deny_models for instance in fleet.instances()},
-            auto_gpus=settings.gpus == "auto",
+            found=settings.found_ids,
             fallback=written_fallback(loaded),
             auto=settings.routing.rules,
             weights=settings.routing.weights.values,
@@ -310,8 +313,8 @@ async def open_daemon(
         overviews = Overviews(
             fleet,
             parts.capacity,
-            parts.link,
-            gpus,
+            parts.links,
+            [gpus] if swarm is None else [gpus, swarm.world.gpus],
             lists=lists,
             settings=model_settings,
             lifted=parts.lifts.of,
@@ -401,7 +404,7 @@ async def open_daemon(
             lifts=parts.lifts,
             loading=loading,
             uses=uses,
-            fitting=Fitting(fleet, overviews, gpus),
+            fitting=Fitting(fleet, overviews),
             status=status,
             keeper=keeper,
             router=router,

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from manager.adapters.cgroups import NoPids
 from manager.adapters.collections import open_collections
+from manager.adapters.gpu_exporters import NodeCards
 from manager.adapters.nvml import Nvml
 from manager.adapters.registry import open_registry
+from manager.adapters.swarm_engine import SwarmEngine
+from manager.adapters.tls import SharedTls
 from manager.adapters.vectors import LanceVectors, installed
+from manager.domain.instance import Driver
 from manager.domain.models import model_key
-from manager.parts import budgets_of, selectors_of, utcnow
+from manager.parts import SwarmParts, budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
 from manager.services.accounts.quotas import Quotas
 from manager.services.embeddings import collections
 from manager.services.gpus import GpuHistory, Gpus
+from manager.services.instances.nodes import Nodes
 from manager.services.journal import Journal
+from manager.services.world import STARTS_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +40,7 @@ if TYPE_CHECKING:
     from manager.services.embeddings.collections import Collections
     from manager.services.overview import Overviews
     from manager.services.ports import RequestStore
+    from manager.services.world import World
     from manager.settings import Settings
 
 
@@ -87,6 +98,53 @@ async def opened_gpus(
     )
     await gpus.load()
     return gpus
+
+
+async def opened_swarm(
+    stack: AsyncExitStack, world: World, specs: tuple[InstanceSpec, ...], settings: Settings
+) -> SwarmParts | None:
+    """Return what the instances of Docker Swarm need; None where there are none.
+
+    Args:
+        stack: closes it.
+        world: of the instances of this machine.
+        specs: the configured instances.
+        settings: name the engine, which is that of a manager node.
+    """
+    if not settings.uses_swarm:
+        return None
+    lifecycle, swarm = settings.lifecycle, settings.swarm
+    engine = SwarmEngine(
+        settings.engine.url,
+        settings.engine.timeout_s,
+        resource=swarm.resource,
+        stop_timeout_s=lifecycle.stop_timeout_s,
+        poll_s=lifecycle.probe_interval_s,
+    )
+    stack.enter_context(contextlib.closing(engine))
+    nodes = Nodes(engine)
+    gpus = Gpus(
+        NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context),
+        NoPids(),
+        world.registry,
+        selectors=selectors_of(specs, Driver.SWARM),
+        taken_ids=(),
+        auto=False,
+        now=time.monotonic,
+        utcnow=utcnow,
+        journal=world.journal,
+        place="advertised by a node of the swarm",
+    )
+    await nodes.refresh()
+    await gpus.load()
+    services = replace(
+        world,
+        engine=engine,
+        gpus=gpus,
+        starting=asyncio.Semaphore(STARTS_AT_ONCE),
+        services_network=swarm.network,
+    )
+    return SwarmParts(services, nodes)
 
 
 async def opened_gpu_history(

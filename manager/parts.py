@@ -10,6 +10,7 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from manager.adapters.request_log import RequestLog
@@ -29,12 +30,13 @@ from manager.services.benchmarks.benchmarks import Benchmarks
 from manager.services.bodies import BodyBudget
 from manager.services.instances.capacity import Capacity
 from manager.services.instances.cloud import CloudInstance
-from manager.services.instances.engine_link import EngineLink
+from manager.services.instances.engine_link import EngineLink, Swarm
 from manager.services.instances.external import ExternalInstance
 from manager.services.instances.first_look import FirstLook
 from manager.services.instances.fleet import Fleet
 from manager.services.instances.found_cards import FoundCards
 from manager.services.instances.lifts import Lifts
+from manager.services.instances.nodes import FoundNodes
 from manager.services.instances.service import Service
 from manager.services.instances.supervisor import Supervisor
 from manager.services.instances.sweeps import Schedule, Sweeps
@@ -51,6 +53,7 @@ from manager.services.runs.runs import RunLimits, Runs
 from manager.services.traffic import Traffic
 from manager.settings import (
     auto_gpu_spec,
+    node_spec,
     written_fallback,
     written_roles,
     written_rollout,
@@ -76,6 +79,7 @@ if TYPE_CHECKING:
     from manager.services.accounts.keyring import Keyring
     from manager.services.benchmarks.scores import BenchmarkScores
     from manager.services.instances.instance import Instance
+    from manager.services.instances.nodes import FoundInstance, Nodes
     from manager.services.journal import Journal
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.volumes import Volumes
@@ -95,26 +99,42 @@ _FIRST_LOOPBACK_PORT = 11500
 
 
 @dataclass(frozen=True, slots=True)
+class SwarmParts:
+    """The outside of the instances of Docker Swarm, and the nodes."""
+
+    world: World
+    nodes: Nodes
+
+
+@dataclass(frozen=True, slots=True)
 class Instances:
-    """The instances and what goes on around all of them."""
+    """The instances and what goes on around all of them.
+
+    `link` is that to the engine, `links` are all of them: with one to Docker Swarm where there are services.
+    """
 
     fleet: Fleet
     capacity: Capacity
     link: EngineLink
+    links: tuple[EngineLink, ...]
     sweeps: Sweeps
     cards: FoundCards
     first_look: FirstLook
     service: Service
     lifts: Lifts
+    nodes: FoundNodes | None
 
     def loops(self) -> dict[str, Loop]:
-        return {
+        loops: dict[str, Loop] = {
             "instances": self.fleet.run,
             "places": self.capacity.run,
             "engine": self.link.run,
             "gpus": self.cards.run,
             "sweeps": self.sweeps.run,
         }
+        if self.nodes is not None:
+            loops |= {"swarm": self.links[-1].run, "nodes": self.nodes.run}
+        return loops
 
 
 async def benchmarks_of(
@@ -234,7 +254,9 @@ def instances_of(
     specs: Iterable[InstanceSpec],
     make: Maker,
     own_names: tuple[str, ...],
+    swarm: SwarmParts | None = None,
 ) -> Instances:
+    """Return the instances; `swarm` is what those of Docker Swarm need, None where there are none."""
     lifecycle = settings.lifecycle
     probe_interval_s, resync_interval_s = lifecycle.probe_interval_s, lifecycle.resync_interval_s
     fleet = Fleet(world, save_interval_s=resync_interval_s)
@@ -247,8 +269,30 @@ def instances_of(
         probe_interval_s=probe_interval_s,
         resync_interval_s=resync_interval_s,
     )
+    links: tuple[EngineLink, ...] = (link,)
+    nodes: FoundNodes | None = None
+    if swarm is not None:
+        services = EngineLink(
+            swarm.world,
+            fleet,
+            capacity,
+            own_names=own_names,
+            probe_interval_s=probe_interval_s,
+            resync_interval_s=resync_interval_s,
+            swarm=Swarm(settings.swarm.reach, settings.swarm.network, world.engine.inspect),
+        )
+        nodes = FoundNodes(
+            swarm.world,
+            swarm.nodes,
+            fleet,
+            services,
+            wanted=settings.swarm.instances,
+            make=partial(make.found_on_node, capacity),
+            interval_s=probe_interval_s,
+        )
+        links = (link, services)
     sweeps = Sweeps(
-        world, fleet, capacity, link, schedules=schedules_of(settings), interval_s=probe_interval_s
+        world, fleet, capacity, links, schedules=schedules_of(settings), interval_s=probe_interval_s
     )
     cards = FoundCards(
         world,
@@ -259,9 +303,18 @@ def instances_of(
     )
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
-    service = Service(world, fleet, capacity, link.asked)
-    lifts = Lifts(world, fleet, make.orders.lifted)
-    return Instances(fleet, capacity, link, sweeps, cards, FirstLook(world, fleet, link), service, lifts)
+    return Instances(
+        fleet=fleet,
+        capacity=capacity,
+        link=link,
+        links=links,
+        sweeps=sweeps,
+        cards=cards,
+        first_look=FirstLook(world, fleet, links),
+        service=Service(world, fleet, capacity, [one.asked for one in links]),
+        lifts=Lifts(world, fleet, make.orders.lifted),
+        nodes=nodes,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,17 +365,25 @@ class Maker:
         templates: dict[str, Template],
         rows: dict[str, InstanceRow],
         orders: Orders,
+        *,
+        swarm: SwarmParts | None = None,
     ) -> None:
         self._world = world
+        self._swarm = swarm
         self.orders = orders
         self.settings = settings
         self._templates = templates
         self._rows = rows
+        self._on_nodes: dict[str, FoundInstance] = {}
         self._ports = {row.loopback_port for row in rows.values()} | {settings.server.port}
 
     def spec(self, instance_id: str) -> InstanceSpec:
-        """Return the specification of an instance that no configuration names: of a card that was found."""
-        return auto_gpu_spec(instance_id, self.settings, self._templates)
+        """Return the specification of an instance that no configuration names: it was found."""
+        on_node = self._on_nodes.get(instance_id)
+        if on_node is None:
+            return auto_gpu_spec(instance_id, self.settings, self._templates)
+        constraint = f"node.id=={on_node.node.id}"
+        return node_spec(instance_id, self.settings, self._templates, card=on_node.card, placement=constraint)
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
@@ -331,7 +392,7 @@ class Maker:
             return CloudInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
-            self._world,
+            self._world if self._swarm is None or spec.driver is Driver.DOCKER else self._swarm.world,
             spec,
             self._with_port(row),
             may_run=capacity.may_run,
@@ -341,6 +402,10 @@ class Maker:
 
     def found(self, capacity: Capacity, instance_id: str) -> Instance:
         return self.instance(capacity, self.spec(instance_id))
+
+    def found_on_node(self, capacity: Capacity, found: FoundInstance) -> Instance:
+        self._on_nodes[found.id] = found
+        return self.instance(capacity, self.spec(found.id))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
         if row.loopback_port is not None:
@@ -458,11 +523,14 @@ def schedules_of(settings: Settings) -> tuple[Schedule, ...]:
     )
 
 
-def selectors_of(specs: tuple[InstanceSpec, ...]) -> dict[str, tuple[str, ...]]:
+def selectors_of(
+    specs: tuple[InstanceSpec, ...], driver: Driver = Driver.DOCKER
+) -> dict[str, tuple[str, ...]]:
+    """Return the cards that the configuration gives to the instances of a driver."""
     return {
         spec.id: spec.devices or (spec.device or AUTO,)
         for spec in specs
-        if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
+        if spec.driver is driver and spec.device_kind is DeviceKind.GPU
     }
 
 

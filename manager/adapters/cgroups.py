@@ -52,3 +52,15 @@ def _lines(path: Path) -> Iterator[str]:
     except OSError:  # the process has ended, or is not ours to look at
         return
     yield from text.splitlines()
+
+
+class NoPids:
+    """Implements `services.ports.ContainerPids` where processes run on other machines."""
+
+    def container_of(self, pid: int) -> str | None:  # noqa: ARG002
+        """Return None: the process is not on this machine."""
+        return None
+
+    def name_of(self, pid: int) -> str | None:  # noqa: ARG002
+        """Return None: the process is not on this machine."""
+        return None

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 # Decides which arguments `docker.types` allows. Docker 20.10 and Podman 4.3 know it.
 _API_VERSION = "1.41"
 # Kept log lines are read over the API; without a bound they would fill the engine's disk.
-_LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
+LOG_OPTIONS = {"max-size": "10m", "max-file": "2"}
 
 
 def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def create_body(request: ContainerRequest, *, by_cdi: bool = False) -> dict[str,
         cap_drop=["ALL"],
         security_opt=["no-new-privileges"],
         restart_policy={"Name": "no"},
-        log_config=LogConfig(type=LogConfig.types.JSON, config=_LOG_OPTIONS),
+        log_config=LogConfig(type=LogConfig.types.JSON, config=LOG_OPTIONS),
         pids_limit=request.pids,
         mem_limit=request.memory_bytes,
         memswap_limit=request.memory_bytes,

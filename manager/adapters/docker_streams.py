@@ -61,10 +61,27 @@ async def pull(url: str, image: str) -> AsyncIterator[PullProgress]:
 
 async def logs(url: str, container_id: str, tail: int) -> AsyncGenerator[str, None]:
     """As `services.ports.Engine.follow_logs`."""
+    async with contextlib.aclosing(
+        _logs(url, lambda client: client.logs(container_id, stream=True, follow=True, tail=tail))
+    ) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def task_logs(url: str, task_id: str, tail: int) -> AsyncGenerator[str, None]:
+    """As `services.ports.Engine.follow_logs`, of a task of Docker Swarm."""
+    async with contextlib.aclosing(
+        _logs(url, lambda client: _begin_task_logs(client, task_id, tail))
+    ) as pieces:
+        async for piece in pieces:
+            yield piece
+
+
+async def _logs(url: str, begin: Callable[[docker.APIClient], Any]) -> AsyncGenerator[str, None]:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     stream = _Stream(
         url,
-        lambda client: client.logs(container_id, stream=True, follow=True, tail=tail),
+        begin,
         lambda piece: decoder.decode(piece) or None,
         lambda error: answers.refusal(error.status_code, _said(error)),
         "logs",
@@ -184,6 +201,14 @@ def _begin_events(client: docker.APIClient, filters: dict[str, str]) -> Any:
     raise_for_status: Callable[[Any], None] = client._raise_for_status  # type: ignore[attr-defined]  # noqa: SLF001
     raise_for_status(stream._response)  # noqa: SLF001
     return stream
+
+
+def _begin_task_logs(client: docker.APIClient, task_id: str, tail: int) -> Any:
+    # The SDK follows the logs of containers and services only.
+    url: str = client._url("/tasks/{0}/logs", task_id)  # type: ignore[attr-defined]  # noqa: SLF001
+    options = {"stdout": 1, "stderr": 1, "follow": 1, "tail": tail}
+    response: Any = client._get(url, params=options, timeout=None, stream=True)  # type: ignore[attr-defined]  # noqa: SLF001
+    return client._get_result_tty(True, response, is_tty=False)  # type: ignore[attr-defined]  # noqa: SLF001
 
 
 def _said(error: APIError) -> str:

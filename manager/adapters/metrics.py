@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 from manager.domain.breaker import BreakerState
 from manager.domain.embeddings import Counts
-from manager.domain.instance import Driver, Health, Phase
+from manager.domain.instance import Health, Phase
 from manager.domain.money import in_usd
 from manager.domain.rollout import Stage
 from manager.services.traffic import BUCKETS_S
@@ -105,7 +105,7 @@ class FleetMetrics:
             for phase in Phase:
                 phases.add_metric([instance_id, phase.value], float(view.phase is phase))
             in_flight.add_metric([instance_id], view.in_flight)
-            if view.spec.driver is Driver.DOCKER:
+            if view.spec.driver.has_container:
                 starts.add_metric([instance_id, "ok"], state.starts_done)
                 starts.add_metric([instance_id, "failed"], state.starts_failed)
         engine = GaugeMetricFamily(f"{_PREFIX}_engine_up", "Whether the container engine answers")

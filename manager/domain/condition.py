@@ -418,6 +418,8 @@ def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
     if facts.out_of_memory:
         message = f"{name} was ended because it used more memory than its limit allows"
         return Explanation(Reason.OUT_OF_MEMORY, message)
+    if facts.reason is not None:
+        return Explanation(facts.reason, f"{name} does not run: {facts.error}")
     trouble = f" ({facts.error})" if facts.error else ""
     # 128 + the signal. Nothing inside the container sends these to its first process.
     if facts.exit_code in _FROM_OUTSIDE:
@@ -456,12 +458,16 @@ def _seen(  # noqa: PLR0911  (one return an event)
         case Inspected(container, out_of_memory):
             if c.intent is not None:
                 return c, ()
+            if container is not None and container.status == "parked" and c.phase is Phase.READY:
+                return _parked(_with_container(c, container), now)
             return _inspected(_with_container(c, container), c.container, now, out_of_memory=out_of_memory)
         case _:
             assert_never(event)
 
 
 def _with_container(c: Condition, container: ContainerFacts | None) -> Condition:
+    if container is not None and container.status == "parked":
+        container = None  # its service waits for the next start
     return replace(c, container=container, paused=container is not None and container.status == "paused")
 
 
@@ -531,6 +537,21 @@ def _ended(c: Condition, now: float) -> Step:
         Record("container_ended", why.code, why.message),
         FailStarters(why.code, why.message),
     )
+
+
+def _parked(c: Condition, now: float) -> Step:
+    """Somebody else has scaled the service to zero: another manager, or an operator. That is no failure."""
+    if _restarts(c):
+        return _ended(_move(c, Fact.DIED), now)
+    message = f"{c.name} was scaled to zero from outside"
+    c = replace(_run_ended(_move(c, Fact.PARKED), now), target=Target.STOPPED, bury_at=None)
+    effects = (
+        ForgetServer(),
+        DropClaim(),
+        Record("stopped", None, message),
+        FailStarters(Reason.INSTANCE_STOPPED, message),
+    )
+    return c, effects
 
 
 def _run_ended(c: Condition, now: float) -> Condition:

@@ -38,6 +38,7 @@ class Reach(StrEnum):
     ADDRESS = "address"
     NAME = "name"
     LOOPBACK = "loopback"
+    HOST = "host"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class ContainerRequest:
 
     `gpu` is the UUID of the one card it may see, or those of several, see `device_text`; None for a CPU-only
     container, whose `runtime` is then forced to plain `runc`. `loopback_port` publishes the port on
-    127.0.0.1 only.
+    127.0.0.1 only. `host_port` publishes it on the node of a Swarm service, and `placement` constrains that
+    node; both are for services only.
     """
 
     name: str
@@ -71,6 +73,20 @@ class ContainerRequest:
     memory_bytes: int | None
     pids: int | None
     shm_bytes: int | None
+    host_port: int | None = None
+    placement: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePlace:
+    """The place of a service of Docker Swarm: its network, its port on the node, and the choice of the node.
+
+    `host_port` None publishes no port: the service is reached on the network.
+    """
+
+    network: str
+    host_port: int | None
+    placement: tuple[str, ...]
 
 
 def device_text(uuids: Iterable[str]) -> str | None:
@@ -98,8 +114,19 @@ def container_request(
     gpu: str | None,
     loopback_port: int | None,
     owner: Owner | None = None,
+    service: ServicePlace | None = None,
 ) -> ContainerRequest:
-    """The container of an instance; its template hash covers every setting, so any change shows."""
+    """The container of an instance; its template hash covers every setting, so any change shows.
+
+    Args:
+        template: of the instance.
+        manager_id: of this manager.
+        instance_id: of the instance.
+        gpu: the cards, see `device_text`; None for the CPU.
+        loopback_port: see `ContainerRequest`.
+        owner: of the state directory.
+        service: the place of a service of Docker Swarm; None: it is a container of one engine.
+    """
     if (template.device is DeviceKind.GPU) != (gpu is not None):
         raise ValueError(f"template for {template.device.value} with gpu={gpu!r}")
     binding = CPU_ONLY_ENVIRONMENT if gpu is None else {"NVIDIA_VISIBLE_DEVICES": gpu}
@@ -115,22 +142,29 @@ def container_request(
             for v in template.volumes
         ),
         tmpfs=tmpfs,
-        network=template.network,
+        network=template.network if service is None else service.network,
         port=template.port,
         loopback_port=loopback_port,
         gpu=gpu,
-        runtime="runc" if gpu is None else None,
+        # Services have no field for a runtime.
+        runtime="runc" if gpu is None and service is None else None,
         memory_bytes=template.limits.memory,
         pids=template.limits.pids,
         shm_bytes=template.limits.shm,
+        host_port=None if service is None else service.host_port,
+        placement=() if service is None else service.placement,
     )
-    settings = json.dumps(asdict(request), sort_keys=True).encode()
+    covered = asdict(request)
+    if service is None:
+        # The hash of a container is that of earlier versions, which did not have these.
+        del covered["host_port"], covered["placement"]
+    settings = json.dumps(covered, sort_keys=True).encode()
     labels = {
         LABEL_MANAGER: manager_id,
         LABEL_INSTANCE: instance_id,
         LABEL_HASH: hashlib.sha256(settings).hexdigest()[:16],
         LABEL_DEVICE: gpu or DeviceKind.CPU.value,
-        LABEL_PORT: str(request.port),
+        LABEL_PORT: str(request.host_port or request.port),
     }
     if loopback_port is not None:
         labels[LABEL_LOOPBACK_PORT] = str(loopback_port)

@@ -25,6 +25,12 @@ class Driver(StrEnum):
     DOCKER = "docker"
     EXTERNAL = "external"
     CLOUD = "cloud"
+    SWARM = "swarm"
+
+    @property
+    def has_container(self) -> bool:
+        """Return whether the daemon starts and stops its server from a template."""
+        return self in (Driver.DOCKER, Driver.SWARM)
 
 
 class DeviceKind(StrEnum):
@@ -104,7 +110,8 @@ class InstanceSpec:
 
     `protocol` is the API of its server, and `key` the place of the key for it. `prices` and `offers` are
     those of a paid server: its models by name, and what each stands in for. `model_names` are the models of
-    an external server that cannot list them; None: it is asked.
+    an external server that cannot list them; None: it is asked. `placement` are the constraints of Docker
+    Swarm on the node of a service, in its own notation.
     """
 
     id: str
@@ -128,6 +135,7 @@ class InstanceSpec:
     prices: Mapping[str, Price] = field(default_factory=dict, hash=False)
     offers: tuple[Offer, ...] = ()
     model_names: tuple[str, ...] | None = None
+    placement: tuple[str, ...] = ()
 
     @property
     def is_paid(self) -> bool:
@@ -147,7 +155,8 @@ class Model:
     entry: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
-ContainerStatus: TypeAlias = Literal["created", "running", "paused", "exited"]
+# `parked` is a Swarm service with no replicas, whose last task has ended: somebody has scaled it to zero.
+ContainerStatus: TypeAlias = Literal["created", "running", "paused", "exited", "parked"]
 
 
 # A paused container's process is there and holds what it holds, even though it cannot answer.
@@ -156,11 +165,12 @@ ALIVE: tuple[ContainerStatus, ...] = ("running", "paused")
 
 @dataclass(frozen=True, slots=True)
 class ContainerFacts:
-    """One container as the engine last described it.
+    """One container, or one service of Docker Swarm, as the engine last described it.
 
-    `status` is the engine's word mapped onto four: what it means for us, not how the engine spells it.
+    `status` is the engine's word mapped onto five: what it means for us, not how the engine spells it.
     `address` is the container's address on its first network, None while it has none. `networks` are the
-    names of its networks, None where they are not known.
+    names of its networks, None where they are not known. `reason` is the reason of its end where the engine
+    tells one, and `error` the words for it. `node` is the name of the host that a service runs on.
     """
 
     id: str
@@ -175,6 +185,8 @@ class ContainerFacts:
     pid: int | None = None
     started_at: datetime | None = None
     networks: tuple[str, ...] | None = None
+    reason: Reason | None = None
+    node: str | None = None
 
     @property
     def is_detached(self) -> bool:

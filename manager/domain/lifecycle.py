@@ -22,6 +22,7 @@ class Fact(Enum):
     STOP_BEGUN = "its container is being ended"
     DIED = "its container ended without us"
     DIED_IN_DRAIN = "its container ended without us while leases were waited for"
+    PARKED = "its service was scaled to zero from outside"
     REMOVED = "its container is gone and what it held is given back"
     LOST = "an external server stopped answering"
 
@@ -44,6 +45,7 @@ _TABLE: dict[tuple[Phase, Fact], Phase] = {
     (Phase.READY, Fact.DRAIN_BEGUN): Phase.DRAINING,
     (Phase.READY, Fact.STOP_BEGUN): Phase.STOPPING,
     (Phase.READY, Fact.DIED): Phase.FAILED,
+    (Phase.READY, Fact.PARKED): Phase.STOPPED,
     (Phase.DRAINING, Fact.DRAIN_ENDED): Phase.READY,
     # What dies while it is being stopped was going to end anyway: the stop goes on and cleans up.
     (Phase.DRAINING, Fact.DIED_IN_DRAIN): Phase.STOPPING,

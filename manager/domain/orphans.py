@@ -31,7 +31,11 @@ class Orphan:
 
 
 def find_orphans(
-    containers: Iterable[ContainerFacts], *, manager_id: str, is_configured: Callable[[str], bool]
+    containers: Iterable[ContainerFacts],
+    *,
+    manager_id: str,
+    is_configured: Callable[[str], bool],
+    removal: str = "docker rm -f",
 ) -> tuple[Orphan, ...]:
     """Return the orphans among the containers of a manager, by name.
 
@@ -42,6 +46,7 @@ def find_orphans(
         containers: all that have the manager's label.
         manager_id: the manager's.
         is_configured: whether there is an instance of that id.
+        removal: the command that removes one of them by its name.
     """
     found = []
     for facts in containers:
@@ -62,7 +67,7 @@ def find_orphans(
             instance=instance,
             is_running=facts.status in ALIVE,
             why=why,
-            remedy=f"docker rm -f {facts.name}",
+            remedy=f"{removal} {facts.name}",
         )
         found.append(orphan)
     return tuple(sorted(found, key=lambda one: one.name))

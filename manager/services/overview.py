@@ -13,7 +13,7 @@ from manager.services.instances.supervisor import Supervisor
 from manager.services.models.model_lists import may_write, volume_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from manager.domain.gpu import Gpu, Holder
     from manager.domain.lifted import Lifted
@@ -150,8 +150,8 @@ class Overviews:
     Args:
         fleet: the instances.
         capacity: knows which of them wait for a place.
-        link: the engine and the orphans.
-        gpus: the cards.
+        links: the engines and the orphans.
+        gpus: the cards, of each engine.
         lists: the models of each volume.
         settings: the lanes.
         lifted: the order that lifts the deny rules of an instance, None where they hold.
@@ -163,8 +163,8 @@ class Overviews:
         self,
         fleet: Fleet,
         capacity: Capacity,
-        link: EngineLink,
-        gpus: Gpus,
+        links: Sequence[EngineLink],
+        gpus: Sequence[Gpus],
         *,
         lists: ModelLists,
         settings: SettingsSource,
@@ -175,14 +175,13 @@ class Overviews:
         self._lifted = lifted
         self._fleet = fleet
         self._capacity = capacity
-        self._link = link
-        self._gpus = gpus
+        self._links = tuple(links)
         self._lists = lists
         self._settings = settings
         self._breakers = breakers
         self._loading = loading
+        self._readings = tuple(_Reading(one) for one in gpus)
         self._cards: tuple[Card, ...] = ()
-        self._cards_from: tuple[GpuSnapshot | None, int, Mapping[str, int | None]] = (None, 0, {})
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
         self._models: _Part[Mapping[str, ModelState]] = _Part()
         self._shown: tuple[object, ...] = ()
@@ -192,7 +191,9 @@ class Overviews:
         """Return the overview of this moment: the same object while nothing has changed."""
         loading = self._loading()
         instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
-        trouble = self._gpus.trouble
+        trouble = next((one.gpus.trouble for one in self._readings if one.gpus.trouble is not None), None)
+        orphans = tuple(orphan for link in self._links for orphan in link.orphans)
+        is_up = all(link.up for link in self._links)
         cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
@@ -202,8 +203,8 @@ class Overviews:
             trouble,
             lanes,
             models,
-            self._link.orphans,
-            self._link.up,
+            orphans,
+            is_up,
         )
         latest = self._latest
         if latest is None or shown != self._shown:
@@ -215,8 +216,8 @@ class Overviews:
                 trouble,
                 lanes,
                 models,
-                self._link.orphans,
-                engine_up=self._link.up,
+                orphans,
+                engine_up=is_up,
             )
         elif latest.instances != instances or latest.cards is not cards:  # only clocks or sensors have moved
             latest = replace(latest, instances=instances, cards=cards)
@@ -252,7 +253,7 @@ class Overviews:
         return InstanceState(
             view=view,
             is_usable=instance.usable_endpoint() is not None,
-            gpus=tuple([self._gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
+            gpus=tuple([instance.gpus.gpu(card.uuid) if card.uuid else None for card in view.cards]),
             starts_done=supervisor.starts_done if supervisor else 0,
             starts_failed=supervisor.starts_failed if supervisor else 0,
             lifted=self._lifted(instance.id),
@@ -261,20 +262,38 @@ class Overviews:
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
-        """Return the cards of the last reading: the same object while nothing of them has changed."""
-        reading, version, reserved = self._gpus.snapshot, self._gpus.holders_version, self._gpus.reserved()
-        before, known, kept = self._cards_from
-        if reading is not before or version != known or reserved != kept:
-            self._cards_from = reading, version, reserved
-            if version != known or reserved != kept or not _same_cards(reading, before):
-                self._cards = tuple(
-                    Card(gpu, self._gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in reading.gpus
-                )
+        """Return the cards of the last readings: the same object while nothing of them has changed."""
+        changed = [one.renew() for one in self._readings]
+        if any(changed):
+            self._cards = tuple(card for one in self._readings for card in one.cards)
         return self._cards
 
     def _read_lanes(self) -> tuple[Lane, ...]:
         roles = self._settings.routing.roles.values()
         return tuple(Lane(role.name, role.kind, role.model, role.target) for role in roles)
+
+
+class _Reading:
+    """The cards of one reader, and what they were built from."""
+
+    def __init__(self, gpus: Gpus) -> None:
+        self.gpus = gpus
+        self._built_from: tuple[GpuSnapshot | None, int, Mapping[str, int | None]] = (None, 0, {})
+        self.cards: tuple[Card, ...] = ()
+
+    def renew(self) -> bool:
+        """Build the cards again if something of them has changed; return whether they were."""
+        reading, version, reserved = self.gpus.snapshot, self.gpus.holders_version, self.gpus.reserved()
+        before, known, kept = self._built_from
+        if reading is before and version == known and reserved == kept:
+            return False
+        self._built_from = reading, version, reserved
+        if version == known and reserved == kept and _same_cards(reading, before):
+            return False
+        self.cards = tuple(
+            Card(gpu, self.gpus.holders(gpu), reserved.get(gpu.uuid, 0)) for gpu in reading.gpus
+        )
+        return True
 
 
 def _same_cards(reading: GpuSnapshot, before: GpuSnapshot | None) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # More containers than this are not created and started at once: an engine works them off hardly any sooner
 # (64 took 0.46 s each on two cores, 8 took 0.35 s), and those that queue in it meet their deadline there.
-_STARTS_AT_ONCE = 8
+STARTS_AT_ONCE = 8
 
 
 async def no_key(source: KeySource) -> str:
@@ -65,6 +65,7 @@ class World:
     `in_flight`.
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
     `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
+    `services_network` is the network of services where the engine is Docker Swarm; None for containers.
     """
 
     manager_id: str
@@ -83,6 +84,7 @@ class World:
     others_work: Callable[[], bool] = no_others
     server_changed: Callable[[str], None] = no_change
     read_key: Callable[[KeySource], Awaitable[str]] = no_key
+    services_network: str | None = None
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
-    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_STARTS_AT_ONCE))
+    starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTS_AT_ONCE))

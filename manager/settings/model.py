@@ -43,9 +43,9 @@ from manager.settings.routing import (
     writer_refusals,
 )
 from manager.settings.section import (
-    AUTO_GPU_ID,
     YEAR_S,
     Duration,
+    FoundIds,
     InstanceId,
     Interval,
     Section,
@@ -64,6 +64,7 @@ from manager.settings.servers import (
     external_model_refusals,
     order_refusals,
 )
+from manager.settings.swarm import Placement, SwarmSettings, swarm_refusals
 from manager.settings.tls import (
     ClientTlsSettings,
     ListenerTlsSettings,
@@ -83,7 +84,7 @@ GPU_TEMPLATE = "ollama-gpu"
 MOST_CARDS = 64
 MOST_KEY_FILES = 16
 
-_LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
+LONGEST_NAME = 63  # a container is reached by its name as well, and a DNS label ends there
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -277,7 +278,8 @@ class InstanceSettings(Section):
     """One instance as it is written; `ttl_s` and `start_timeout_s` None mean what `lifecycle` says.
 
     `device` has the cards of a GPU instance: one, several, or ("all",). `slots` None is no limit. `protocol`,
-    `key_env`, `key_file` and `models` are for servers that somebody else runs.
+    `key_env`, `key_file` and `models` are for servers that somebody else runs. `placement` has constraints of
+    Docker Swarm on the node.
     """
 
     driver: Driver = Driver.DOCKER
@@ -297,6 +299,7 @@ class InstanceSettings(Section):
     serves: Annotated[tuple[RequestKind, ...], AfterValidator(_kinds)] = tuple(sorted(USUAL_KINDS))
     slots: Annotated[WholeNumber, Field(ge=1, le=10_000)] | None = None
     deny_models: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
+    placement: Placement = ()
     max_parameters: Annotated[
         Parameters | None,
         PlainSerializer(lambda count: None if count is None else parameter_text(count), when_used="json"),
@@ -305,7 +308,7 @@ class InstanceSettings(Section):
     @model_validator(mode="after")
     def _keys_fit_the_driver(self) -> Self:
         refuse(_REFUSALS[self.driver](self))
-        refuse(client_tls_refusals(self.url, self.tls, is_docker=self.driver is Driver.DOCKER))
+        refuse(client_tls_refusals(self.url, self.tls, has_container=self.driver.has_container))
         return self
 
 
@@ -434,6 +437,18 @@ class Settings(BaseSettings):
     rollout: RolloutSettings = Field(default_factory=RolloutSettings)
     routing: RoutingSection = Field(default_factory=RoutingSection)
     discovery: DiscoverySettings = Field(default_factory=DiscoverySettings)
+    swarm: SwarmSettings = Field(default_factory=SwarmSettings)
+
+    @property
+    def found_ids(self) -> FoundIds:
+        """Return the instances that may be found while the daemon runs."""
+        return FoundIds(cards=self.gpus == "auto", nodes=self.swarm.instances != "none")
+
+    @property
+    def uses_swarm(self) -> bool:
+        """Return whether there are, or may be, instances of driver swarm."""
+        configured = any(one.driver is Driver.SWARM for one in self.instances.values())
+        return configured or self.swarm.instances != "none"
 
     @classmethod
     def settings_customise_sources(
@@ -475,6 +490,7 @@ COMPARED = frozenset(
         "fallback",
         "budgets",
         "rollout",
+        "swarm",
     }
 )
 
@@ -488,6 +504,20 @@ NOT_CLOUD = (*NOT_EXTERNAL, "device", "priority", "slots", "deny_models", "max_p
 _NOT_DOCKER = ("protocol", "key_env", "key_file", "models")
 
 
+def _container_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    """Refusals of an instance whose server the daemon starts, whatever starts it."""
+    for key in _NOT_DOCKER:
+        if getattr(instance, key) is not None:
+            yield Refusal(key=(key,), message="only for the drivers external and cloud")
+
+
+def _placement_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    if instance.placement:
+        yield Refusal(
+            key=("placement",), message="only for driver swarm, whose services run on several nodes"
+        )
+
+
 def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
     if instance.template is None:
         yield Refusal(key=("template",), message="missing; an instance of driver docker needs a template")
@@ -495,9 +525,8 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
         yield Refusal(
             key=("url",), message="only for driver external; the endpoint follows from the template"
         )
-    for key in _NOT_DOCKER:
-        if getattr(instance, key) is not None:
-            yield Refusal(key=(key,), message="only for the drivers external and cloud")
+    yield from _container_refusals(instance)
+    yield from _placement_refusals(instance)
     for device in instance.device or ():
         if not (
             device in (AUTO, ALL) or re.fullmatch(r"(?:GPU|MIG)-[A-Za-z0-9/-]+", device) or normal_pci(device)
@@ -506,7 +535,13 @@ def _docker_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
             yield Refusal(key=("device",), message=f"{device!r}; expected {allowed}")
 
 
+def _swarm_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    yield from _container_refusals(instance)
+    yield from swarm_refusals(instance)
+
+
 def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    yield from _placement_refusals(instance)
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver external needs a url")
     for key in NOT_EXTERNAL:
@@ -523,6 +558,7 @@ def _external_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
 
 
 def _cloud_refusals(instance: InstanceSettings) -> Iterator[Refusal]:
+    yield from _placement_refusals(instance)
     if instance.url is None:
         yield Refusal(key=("url",), message="missing; an instance of driver cloud needs a url")
     elif instance.url.startswith("http://") and not is_loopback(urlsplit(instance.url).hostname or ""):
@@ -546,6 +582,7 @@ _REFUSALS = {
     Driver.DOCKER: _docker_refusals,
     Driver.EXTERNAL: _external_refusals,
     Driver.CLOUD: _cloud_refusals,
+    Driver.SWARM: _swarm_refusals,
 }
 
 
@@ -555,8 +592,8 @@ def _name_refusals(settings: Settings) -> Iterator[Refusal]:
             message = "the word for any instance, wherever one is named; expected another id"
             yield Refusal(key=("instances", instance_id), message=message)
         length = len(container_name(settings.manager_id, instance_id))
-        if instance.driver is Driver.DOCKER and length > _LONGEST_NAME:
-            allowed = f"at most {_LONGEST_NAME}: shorten it or manager_id"
+        if instance.driver.has_container and length > LONGEST_NAME:
+            allowed = f"at most {LONGEST_NAME}: shorten it or manager_id"
             message = f"its container's name has {length} characters; {allowed}"
             yield Refusal(key=("instances", instance_id), message=message)
 
@@ -568,13 +605,13 @@ def _schedule_refusals(settings: Settings) -> Iterator[Refusal]:
             continue
         key = ("schedules", index, "instance")
         known = settings.instances.get(wanted)
-        if known is not None and known.driver is not Driver.DOCKER:
+        if known is not None and not known.driver.has_container:
             message = f"{wanted!r} has driver {known.driver.value} and cannot be started or stopped from here"
             yield Refusal(key=key, message=message)
-        elif known is None and not (settings.gpus == "auto" and AUTO_GPU_ID.fullmatch(wanted)):
+        elif known is None and settings.found_ids.on_gpu(wanted) is None:
             ids = ", ".join(settings.instances) or "nothing"
-            cards = " or gpuN (gpus: auto)" if settings.gpus == "auto" else ""
-            yield Refusal(key=key, message=f"{wanted!r} is no instance; expected {ids}{cards}")
+            found = "".join(f" or {words}" for words in settings.found_ids.words)
+            yield Refusal(key=key, message=f"{wanted!r} is no instance; expected {ids}{found}")
 
 
 def _loop_refusals(settings: Settings) -> Iterator[Refusal]:
@@ -597,19 +634,19 @@ def _rollout_refusals(settings: Settings) -> Iterator[Refusal]:
 def _routing_refusals(settings: Settings) -> Iterator[Refusal]:
     """Refusals that do not depend on templates; the others follow in `resolve_instances`."""
     instances = settings.instances
-    auto_gpus = settings.gpus == "auto"
+    found = settings.found_ids
     # A role reaches a paid server by `paid_fallback`, never as one of its instances.
     local = {id_: instance for id_, instance in instances.items() if instance.driver is not Driver.CLOUD}
     gpu_of = {id_: _surely_gpu(instance) for id_, instance in local.items()}
     slots_of = {id_: instance.slots for id_, instance in instances.items()}
     deny_of = {id_: instance.deny_models for id_, instance in instances.items()}
-    for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus):
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, deny_of=deny_of, found=found):
         yield Refusal(key=("roles", *refusal.key), message=refusal.message)
     if settings.routing.auto and auto.AUTO in settings.roles:
         message = f"routing.auto gives the name {auto.AUTO!r} another meaning; expected another name"
         yield Refusal(key=("roles", auto.AUTO), message=message)
-    managed = {id_: instance.driver is Driver.DOCKER for id_, instance in instances.items()}
-    for refusal in writer_refusals(settings.models, managed, auto_gpus=auto_gpus):
+    managed = {id_: instance.driver.has_container for id_, instance in instances.items()}
+    for refusal in writer_refusals(settings.models, managed, found=found):
         yield Refusal(key=("models", *refusal.key), message=refusal.message)
     paid = {id_: instance.driver is Driver.CLOUD for id_, instance in instances.items()}
     for refusal in order_refusals(settings.fallback, paid):

@@ -23,6 +23,7 @@ from manager.settings.routing import (
     role_refusals,
     role_values,
 )
+from manager.settings.section import FoundIds
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -105,7 +106,7 @@ def overlaid(
     slots_of: Mapping[str, int | None],
     *,
     deny_of: Mapping[str, tuple[str, ...]] | None = None,
-    auto_gpus: bool,
+    found: FoundIds,
     preferred: Collection[str] = (),
 ) -> Overlay:
     """The roles as written with `overrides` above; those that cannot be meant any more are ignored.
@@ -116,7 +117,7 @@ def overlaid(
         gpu_of: see `role_contradictions`.
         slots_of: see `role_contradictions`.
         deny_of: see `role_refusals`.
-        auto_gpus: see `role_refusals`.
+        found: see `role_refusals`.
         preferred: of overrides that contradict each other, those that stay.
     """
     active: dict[str, Any] = {}
@@ -129,7 +130,7 @@ def overlaid(
             ignored.append(Ignored(key, value, reason))
     roles = _roles(written, active)
     while True:
-        refusal = next(role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=auto_gpus), None)
+        refusal = next(role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, found=found), None)
         if refusal is None:
             break
         culprit = _culprit(refusal, roles, active, preferred)
@@ -177,7 +178,7 @@ def with_change(
             problems.append((role_key(role), _no_role(role, there_is)))
     if not problems:
         roles = _roles(written, candidate)
-        for refusal in role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, auto_gpus=False):
+        for refusal in role_refusals(roles, gpu_of, slots_of, deny_of=deny_of, found=FoundIds()):
             name, field = map(str, refusal.key)
             problems.append((setting_key(name, field), refusal.message))
     return after, problems

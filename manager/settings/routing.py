@@ -30,8 +30,8 @@ from manager.domain.roles import (
 from manager.domain.scoring import DEFAULT_WEIGHTS
 from manager.domain.template import Refusal, parse_size
 from manager.settings.section import (
-    AUTO_GPU_ID,
     MOST_S,
+    FoundIds,
     InstanceId,
     Number,
     Section,
@@ -432,7 +432,7 @@ def role_refusals(
     slots_of: Mapping[str, int | None],
     *,
     deny_of: Mapping[str, tuple[str, ...]] | None = None,
-    auto_gpus: bool,
+    found: FoundIds,
 ) -> Iterator[Refusal]:
     """Yield the problems of `roles`, with keys relative to them.
 
@@ -441,42 +441,40 @@ def role_refusals(
         gpu_of: see `role_contradictions`.
         slots_of: see `role_contradictions`.
         deny_of: see `role_contradictions`; None checks no names.
-        auto_gpus: whether there may be instances of cards that are listed nowhere.
+        found: the instances that may be found later.
     """
     resolved = {name: to_role(name, role) for name, role in roles.items()}
     targets = {role.target for role in resolved.values() if role.target is not None} - set(gpu_of)
     named = {name for role in resolved.values() for name in (*(role.instances or ()), *role.keep_warm)}
     away = targets | (named - set(gpu_of))
-    cards = [name for name in sorted(away) if auto_gpus and AUTO_GPU_ID.fullmatch(name)]
-    known = {**gpu_of, **dict.fromkeys(cards, True)}
+    later = {name: on_gpu for name in sorted(away) if (on_gpu := found.on_gpu(name)) is not None}
+    known = {**gpu_of, **later}
     for role, field, message in role_contradictions(resolved, known, slots_of, deny_of or {}):
         target = resolved[role].target
-        unknown = field == "target" and target in targets and target not in cards
-        text = no_instance(target, [*gpu_of], auto_gpus=auto_gpus, auto=True) if unknown else message
+        unknown = field == "target" and target in targets and target not in later
+        text = no_instance(target, [*gpu_of], found=found, auto=True) if unknown else message
         yield Refusal(key=(role, field), message=text)
 
 
 def writer_refusals(
-    models: ModelsSettings, managed: Mapping[str, bool], *, auto_gpus: bool
+    models: ModelsSettings, managed: Mapping[str, bool], *, found: FoundIds
 ) -> Iterator[Refusal]:
     """Problems of `models.writers`, with keys relative to `models`.
 
     Args:
         models: the section.
         managed: for every instance whether it has a container of ours.
-        auto_gpus: as in `role_refusals`.
+        found: as in `role_refusals`.
     """
     for volume, writer in models.writers.items():
         if managed.get(writer) is False:
             message = f"{writer!r} has driver external, which has no volume of ours"
             yield Refusal(key=("writers", volume), message=message)
-        elif writer not in managed and not (auto_gpus and AUTO_GPU_ID.fullmatch(writer)):
+        elif writer not in managed and found.on_gpu(writer) is None:
             ours = [name for name, ours in managed.items() if ours]
-            yield Refusal(
-                key=("writers", volume), message=no_instance(writer, ours, auto_gpus=auto_gpus, auto=False)
-            )
+            yield Refusal(key=("writers", volume), message=no_instance(writer, ours, found=found, auto=False))
 
 
-def no_instance(wanted: str | None, known: list[str], *, auto_gpus: bool, auto: bool) -> str:
-    allowed = [*known, *(["gpuN (gpus: auto)"] if auto_gpus else []), *([ANY_INSTANCE] if auto else [])]
+def no_instance(wanted: str | None, known: list[str], *, found: FoundIds, auto: bool) -> str:
+    allowed = [*known, *found.words, *([ANY_INSTANCE] if auto else [])]
     return f"{wanted!r} is no instance; expected {', '.join(allowed) or 'nothing'}"

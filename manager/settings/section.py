@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -15,7 +16,35 @@ if TYPE_CHECKING:
 
     from manager.domain.template import Refusal
 
-AUTO_GPU_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
+_CARD_ID = re.compile(r"gpu(?:0|[1-9][0-9]{0,3})")
+_NODE_ID = re.compile(r"[a-z][a-z0-9-]*-(?:(?P<card>gpu(?:0|[1-9][0-9]{0,3}))|cpu)")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundIds:
+    """The instances that may be found while the daemon runs, without being configured.
+
+    Attributes:
+        cards: those of cards of this machine (`gpus: auto`).
+        nodes: those of the nodes of a swarm (`swarm.instances`).
+    """
+
+    cards: bool = False
+    nodes: bool = False
+
+    def on_gpu(self, instance_id: str) -> bool | None:
+        """Return whether such an instance is on a card; None where no instance of that id can be found."""
+        if self.cards and _CARD_ID.fullmatch(instance_id):
+            return True
+        match = _NODE_ID.fullmatch(instance_id) if self.nodes else None
+        return None if match is None else match["card"] is not None
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """Their ids, for people."""
+        cards = ("gpuN (gpus: auto)",) if self.cards else ()
+        return (*cards, "HOST-cpu", "HOST-gpuN (swarm.instances)") if self.nodes else cards
+
 
 # The longest time that most settings allow, in seconds.
 MOST_S = 86_400

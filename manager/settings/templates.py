@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from manager.domain.container import container_name
 from manager.domain.gpu import ALL, AUTO
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, KeySource, Limits
 from manager.domain.target import Protocol
 from manager.domain.template import Template, bind_dangers, refusals
-from manager.settings.model import GPU_TEMPLATE, InstanceSettings
+from manager.settings.model import CPU_TEMPLATE, GPU_TEMPLATE, LONGEST_NAME, InstanceSettings
 from manager.settings.ownership import weaknesses
 from manager.settings.problems import Problem, configuration_error, dotted, from_validation, nearest
 from manager.settings.routing import role_refusals
 from manager.settings.servers import base_url, kinds_of_cloud, offers_of, price_of
+from manager.settings.swarm import template_refusals
 from manager.settings.yaml_file import read_document
 
 if TYPE_CHECKING:
@@ -162,6 +164,43 @@ def auto_gpu_spec(instance_id: str, settings: Settings, templates: Mapping[str, 
     return _spec(instance_id, InstanceSettings(template=GPU_TEMPLATE), template, settings)
 
 
+def node_spec(
+    instance_id: str,
+    settings: Settings,
+    templates: Mapping[str, Template],
+    *,
+    card: str | None,
+    placement: str,
+) -> InstanceSpec:
+    """Return the instance that a node of a swarm gives: for its CPU, or for one of its cards.
+
+    Raises:
+        ConfigurationError: there is no template for it, Swarm cannot run it, or its name is too long.
+    """
+    name, kind = (CPU_TEMPLATE, DeviceKind.CPU) if card is None else (GPU_TEMPLATE, DeviceKind.GPU)
+    template = templates.get(name)
+    written = InstanceSettings(
+        driver=Driver.SWARM,
+        template=name,
+        device=None if card is None else (card,),
+        placement=(placement,),
+    )
+    length = len(container_name(settings.manager_id, instance_id))
+    if template is None or template.device is not kind:
+        problems = [f"expected a template {name!r} with device: {kind.value} (known: {_known(templates)})"]
+    else:
+        problems = [text for _, text in template_refusals(written, template)]
+    if length > LONGEST_NAME:
+        problems.append(
+            f"its service's name has {length} characters, at most {LONGEST_NAME}: shorten manager_id"
+        )
+    if problems:
+        directory = settings.templates.dir or packaged_templates()
+        text = f"{instance_id} was found by swarm.instances: {'; '.join(problems)}"
+        raise configuration_error([Problem(str(directory), "swarm.instances", text)])
+    return _spec(instance_id, written, template, settings)
+
+
 def _load_template(file: Path, settings: Settings, problems: list[Problem]) -> Template | None:
     try:
         document = read_document(file, regular=True)
@@ -244,7 +283,7 @@ def _without_wrong_keys(values: dict[str, Any], error: ValidationError) -> Templ
 def _contradictions(
     instance: InstanceSettings, template: Template | None, templates: Mapping[str, Template]
 ) -> Iterator[tuple[str, str]]:
-    if instance.driver is not Driver.DOCKER:
+    if not instance.driver.has_container:
         return
     if template is None:
         hint = nearest(instance.template or "", templates)
@@ -253,6 +292,8 @@ def _contradictions(
         given = instance.device[0] if len(instance.device) == 1 else list(instance.device)
         text = f"{given!r} contradicts the template {instance.template!r}, which has device: cpu"
         yield "device", f"{text}; leave `device` out, or use a template for the GPU"
+    elif instance.driver is Driver.SWARM:
+        yield from template_refusals(instance, template)
 
 
 def _routing_contradictions(
@@ -262,7 +303,7 @@ def _routing_contradictions(
     kinds = {spec.id: spec.device_kind for spec in specs if not spec.is_paid}
     gpu_of = {id_: None if kind is None else kind is DeviceKind.GPU for id_, kind in kinds.items()}
     slots_of = {spec.id: spec.slots for spec in specs}
-    for refusal in role_refusals(settings.roles, gpu_of, slots_of, auto_gpus=settings.gpus == "auto"):
+    for refusal in role_refusals(settings.roles, gpu_of, slots_of, found=settings.found_ids):
         yield ("roles", *refusal.key), refusal.message
     volumes = {
         spec.id: [volume.source for volume in spec.template.volumes if not volume.read_only]
@@ -328,6 +369,7 @@ def _spec(
         prices={name: price_of(one) for name, one in models.items()} if is_paid else {},
         offers=offers_of(models) if is_paid else (),
         model_names=None if is_paid or instance.models is None else tuple(models),
+        placement=instance.placement,
     )
 
 

@@ -57,12 +57,12 @@ class ClientTlsSettings(_Pair):
 
 
 def client_tls_refusals(
-    url: str | None, tls: ClientTlsSettings | None, *, is_docker: bool
+    url: str | None, tls: ClientTlsSettings | None, *, has_container: bool
 ) -> Iterator[Refusal]:
     """Refusals of `tls` of one instance."""
     if tls is None:
         return
-    if is_docker:
+    if has_container:
         yield Refusal(key=("tls",), message="only for servers that somebody else runs (driver external)")
     elif url is not None and urlsplit(url).scheme != "https":
         yield Refusal(key=("tls",), message=f"only for a url with https://; the url is {url}")

@@ -371,16 +371,16 @@ class Rig:
             resync_interval_s=60.0,
         )
         self.sweeps = Sweeps(
-            self.world, self.fleet, self.capacity, self.link, schedules=schedules, interval_s=2.0
+            self.world, self.fleet, self.capacity, [self.link], schedules=schedules, interval_s=2.0
         )
         self.found = FoundCards(
             self.world, self.fleet, self.link, make=self.make_found, interval_s=INTERVAL_S
         )
-        self.service = Service(self.world, self.fleet, self.capacity, self.link.asked)
+        self.service = Service(self.world, self.fleet, self.capacity, [self.link.asked])
         self.upgrades = Upgrades(
             self.world, self.fleet, self.capacity, may_use=lambda image: image.startswith("ollama/")
         )
-        self.first_look = FirstLook(self.world, self.fleet, self.link)
+        self.first_look = FirstLook(self.world, self.fleet, [self.link])
         self.no_template: Exception | None = None
         for name in names:
             self.add(name)

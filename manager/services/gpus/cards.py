@@ -73,6 +73,7 @@ class Cards:
             UUID or PCI bus id.
         taken_ids: every configured id; a card without an instance is given another one.
         auto: whether cards that no instance names get instances of their own.
+        place: says of a card that is missing where it is not.
     """
 
     def __init__(
@@ -85,7 +86,9 @@ class Cards:
         selectors: Mapping[str, tuple[str, ...]],
         taken_ids: Collection[str],
         auto: bool,
+        place: str = "in this machine",
     ) -> None:
+        self._place = place
         self._reader = reader
         self._processes = processes
         self._registry = registry
@@ -106,7 +109,13 @@ class Cards:
 
     async def load(self) -> None:
         """Read the bindings that earlier runs have stored."""
-        self._stored = await self._registry.bindings()
+        stored = await self._registry.bindings()
+        # Those of the nodes of a swarm are not of this machine.
+        self._stored = {id_: uuid for id_, uuid in stored.items() if ":" not in id_}
+
+    def name_cards(self, instance: str, uuids: tuple[str, ...]) -> None:
+        """Give cards to an instance that no configuration names."""
+        self._selectors[instance] = uuids
 
     async def refresh(self) -> None:
         """Take a new reading and bind cards that are new. A failed reading becomes the snapshot's error."""
@@ -255,7 +264,7 @@ class Cards:
         present = {gpu.uuid: gpu for gpu in gpus}
         lost = {gpu.uuid: f"GPU {gpu.uuid} is lost: {gpu.lost}" for gpu in gpus if gpu.lost is not None}
         for uuid in bound.keys() - present.keys():
-            lost[uuid] = self._lost.get(uuid) or f"GPU {uuid} is not in this machine (any more)"
+            lost[uuid] = self._lost.get(uuid) or f"GPU {uuid} is not {self._place} (any more)"
         gone = [uuid for uuid in self._seen if uuid in bound and uuid not in present][-_MOST_GONE:]
         seen = {uuid: self._seen[uuid] for uuid in gone} | present
         self._publish(GpuSnapshot(attempted=True), seen, lost)

@@ -80,6 +80,7 @@ class Gpus:
         taken_ids: every configured id; a card without an instance is given another one.
         auto: whether cards that no instance names get instances of their own.
         journal: gets the events of cards; None records nothing.
+        place: as in `Cards`.
     """
 
     def __init__(
@@ -94,16 +95,25 @@ class Gpus:
         now: Callable[[], float],
         utcnow: Callable[[], datetime],
         journal: Journal | None = None,
+        place: str = "in this machine",
     ) -> None:
         self._now = now
         self._processes = Processes(pids)
         self._cards = Cards(
-            reader, self._processes, registry, journal, selectors=selectors, taken_ids=taken_ids, auto=auto
+            reader,
+            self._processes,
+            registry,
+            journal,
+            selectors=selectors,
+            taken_ids=taken_ids,
+            auto=auto,
+            place=place,
         )
         self._learned = Learned(registry, utcnow=utcnow)
         self._admission = Admission(self._cards, held=self.held, now=now)
         self._read_at = float("-inf")
         self._shortages: dict[str, tuple[int, Explanation]] = {}  # by instance: bytes needed, and the words
+        self.name_cards = self._cards.name_cards
         self.instance_ids = self._cards.instance_ids
         self.cards_of = self._cards.cards_of
         self.uuids_of = self._cards.uuids_of

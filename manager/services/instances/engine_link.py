@@ -11,13 +11,18 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from manager.domain.container import choose_reach, container_name
+from manager.domain.instance import Driver
 from manager.domain.orphans import find_orphans
+from manager.domain.swarm import service_reach
 from manager.errors import EngineError, EngineUnreachableError, NoDescriptorForEngineError, Reason
 from manager.services.instances.container_run import happens
 from manager.services.instances.supervisor import Supervisor
 from manager.settings.addresses import is_loopback
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from manager.domain.container import Reach
     from manager.domain.instance import ContainerFacts
     from manager.domain.orphans import Orphan
     from manager.services.instances.capacity import Capacity
@@ -31,11 +36,30 @@ _RELISTED = ("rename",)
 
 @dataclass(frozen=True, slots=True)
 class _Situation:
-    """The ways between the daemon and the engine's containers; see `choose_reach`."""
+    """The ways between the daemon and the engine's containers; see `choose_reach`.
+
+    `networks` are those of the daemon's own container.
+    """
 
     in_container: bool
     direct: bool
     elsewhere: bool
+    networks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Swarm:
+    """The settings of a link to Docker Swarm.
+
+    Attributes:
+        reach: the setting `swarm.reach`.
+        network: the network of the services.
+        itself: inspects the daemon's own container, which is no service.
+    """
+
+    reach: str
+    network: str
+    itself: Callable[[str], Awaitable[ContainerFacts | None]]
 
 
 class EngineLink:
@@ -50,6 +74,7 @@ class EngineLink:
         own_names: names under which the engine would know the daemon, if it ran in one of its containers.
         probe_interval_s: the deadline of a ping; pings begin twice as often.
         resync_interval_s: how long a lost event can stay unnoticed.
+        swarm: set where the engine is Docker Swarm. A link has the instances of its driver, and no others.
 
     Attributes:
         asked: set once the engine has answered or failed; stays set.
@@ -68,7 +93,10 @@ class EngineLink:
         own_names: tuple[str, ...],
         probe_interval_s: float,
         resync_interval_s: float,
+        swarm: Swarm | None = None,
     ) -> None:
+        self._swarm = swarm
+        self._driver = Driver.DOCKER if swarm is None else Driver.SWARM
         self._world = world
         self._fleet = fleet
         self._capacity = capacity
@@ -85,6 +113,16 @@ class EngineLink:
         self.up = False
         self.trouble = f"the container engine at {world.engine.url} has not answered yet"
         self.orphans: tuple[Orphan, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return `engine`, or `swarm`."""
+        return "engine" if self._swarm is None else "swarm"
+
+    @property
+    def is_needed(self) -> bool:
+        """Return whether there are instances that this engine runs."""
+        return bool(self._supervisors())
 
     def refuse_if_down(self) -> None:
         """Raise EngineUnreachableError unless the engine can be asked."""
@@ -136,13 +174,14 @@ class EngineLink:
         engine = self._world.engine
         info = await engine.info()
         containers = await engine.list_containers(self._world.manager_id)
-        itself = [(name, await engine.inspect(name)) for name in self._own_names]
+        inspect = engine.inspect if self._swarm is None else self._swarm.itself
+        itself = [(name, await inspect(name)) for name in self._own_names]
         # A container may merely be named like this host: only an id proves that it is us.
-        in_container = any(facts is not None and facts.id.startswith(name) for name, facts in itself)
-        situation = self._situation = _situation(engine.url, info, in_container=in_container)
+        own = [facts for name, facts in itself if facts is not None and facts.id.startswith(name)]
+        situation = self._situation = _situation(engine.url, info, own)
         self._take(containers)
         # Where not all may run, those of higher priority are the first to be started.
-        supervisors = sorted(self._fleet.supervisors(), key=lambda one: -one.spec.priority)
+        supervisors = sorted(self._supervisors(), key=lambda one: -one.spec.priority)
         for supervisor in supervisors:
             self._introduce(supervisor, situation)
         for supervisor in supervisors:  # once those that run already have their places
@@ -150,14 +189,24 @@ class EngineLink:
                 self._capacity.prewarm(supervisor)
 
     def _introduce(self, supervisor: Supervisor, situation: _Situation) -> None:
+        supervisor.reach = self._reach_of(supervisor, situation)
+        supervisor.first_listing(self._containers.get(supervisor.id))
+
+    def _reach_of(self, supervisor: Supervisor, situation: _Situation) -> Reach | None:
+        if self._swarm is not None:
+            is_on_network = self._swarm.network in situation.networks
+            return service_reach(self._swarm.reach, is_on_network=is_on_network)
         template = supervisor.spec.template
-        supervisor.reach = choose_reach(
+        return choose_reach(
             template.reach if template else "auto",
             in_container=situation.in_container,
             direct=situation.direct,
             elsewhere=situation.elsewhere,
         )
-        supervisor.first_listing(self._containers.get(supervisor.id))
+
+    def _supervisors(self) -> list[Supervisor]:
+        """Return the instances that this engine runs."""
+        return [one for one in self._fleet.supervisors() if one.spec.driver is self._driver]
 
     def _is_up(self) -> None:
         if self.up:
@@ -181,7 +230,7 @@ class EngineLink:
             self._tell_all()
 
     def _tell_all(self) -> None:
-        for supervisor in self._fleet.supervisors():
+        for supervisor in self._supervisors():
             supervisor.engine_changed(up=self.up)
 
     # --- events ---
@@ -214,7 +263,7 @@ class EngineLink:
 
     def _hint(self, event: EngineEvent) -> None:
         instance = self._fleet.get(event.instance) if event.instance in self._fleet else None
-        if isinstance(instance, Supervisor):
+        if isinstance(instance, Supervisor) and instance.spec.driver is self._driver:
             instance.hint(event)
         if event.action in _RELISTED or instance is None:
             self._resync.set()
@@ -231,7 +280,7 @@ class EngineLink:
                 await asyncio.sleep(self._probe_interval_s / 4)
                 continue
             self._take(containers)
-            for supervisor in self._fleet.supervisors():
+            for supervisor in self._supervisors():
                 supervisor.compare(self._containers.get(supervisor.id))
             await happens(self._resync, self._resync_interval_s)
 
@@ -240,11 +289,14 @@ class EngineLink:
         owner = self._world.owner
         if owner is not None:  # those of another state directory are none of ours
             containers = tuple(facts for facts in containers if owner.owns(facts))
-        named = {container_name(manager_id, one.id): one.id for one in self._fleet.supervisors()}
+        named = {container_name(manager_id, one.id): one.id for one in self._supervisors()}
         self._containers = {named[facts.name]: facts for facts in containers if facts.name in named}
         known = {orphan.id: orphan.name for orphan in self.orphans}
         self.orphans = find_orphans(
-            containers, manager_id=manager_id, is_configured=set(named.values()).__contains__
+            containers,
+            manager_id=manager_id,
+            is_configured=set(named.values()).__contains__,
+            removal="docker rm -f" if self._swarm is None else "docker service rm",
         )
         for orphan in self.orphans:
             if known.get(orphan.id) != orphan.name:
@@ -253,10 +305,12 @@ class EngineLink:
                 )
 
 
-def _situation(url: str, info: EngineInfo, *, in_container: bool) -> _Situation:
+def _situation(url: str, info: EngineInfo, own: Sequence[ContainerFacts]) -> _Situation:
+    """Return the ways to the containers of an engine; `own` is the daemon's container, if it runs in one."""
     local = url.startswith("unix://")
     return _Situation(
-        in_container=in_container,
+        in_container=bool(own),
         direct=local and not info.desktop and not info.rootless,
         elsewhere=not local and not is_loopback(urlsplit(url).hostname or ""),
+        networks=tuple(network for facts in own for network in facts.networks or ()),
     )

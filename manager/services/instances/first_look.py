@@ -10,6 +10,8 @@ from manager.errors import EngineUnreachableError
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.fleet import Fleet
     from manager.services.world import World
@@ -26,13 +28,13 @@ class FirstLook:
     Args:
         world: the cards, the journal and the clock.
         fleet: the instances.
-        link: the engine.
+        links: the engines.
     """
 
-    def __init__(self, world: World, fleet: Fleet, link: EngineLink) -> None:
+    def __init__(self, world: World, fleet: Fleet, links: Sequence[EngineLink]) -> None:
         self._world = world
         self._fleet = fleet
-        self._link = link
+        self._links = links
         self._is_known = False
 
     @property
@@ -40,8 +42,8 @@ class FirstLook:
         """Whether the engine and each external server have answered or failed once."""
         if not self._is_known:
             others = (one for one in self._fleet.instances() if not isinstance(one, Supervisor))
-            engine = self._link.asked.is_set() or not self._needs_engine
-            self._is_known = engine and all(one.is_probed for one in others)
+            engines = all(link.asked.is_set() for link in self._links if link.is_needed)
+            self._is_known = engines and all(one.is_probed for one in others)
         return self._is_known
 
     async def known(self, *, within_s: float) -> None:
@@ -57,7 +59,8 @@ class FirstLook:
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(within_s):
-                await self._link.asked.wait()
+                for link in self._links:
+                    await link.asked.wait()
 
     async def settled(self, *, within_s: float) -> None:
         """Wait until the engine was listed and every container found was adopted, as far as that goes.
@@ -65,15 +68,18 @@ class FirstLook:
         Raises:
             EngineUnreachableError: the engine has not answered within `within_s`, and an instance needs it.
         """
-        if not self._needs_engine:
+        needed = [link for link in self._links if link.is_needed]
+        if not needed:
             await self.engine_asked(within_s=within_s)
             return
         deadline = self._world.now() + within_s
         try:
             async with asyncio.timeout(within_s):
-                await self._link.came_up.wait()
+                for link in needed:
+                    await link.came_up.wait()
         except TimeoutError:
-            raise EngineUnreachableError(self._link.trouble) from None
+            trouble = next(link.trouble for link in needed if not link.up)
+            raise EngineUnreachableError(trouble) from None
         supervisors = self._fleet.supervisors()
         while any(one.busy for one in supervisors) and self._world.now() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
@@ -83,15 +89,10 @@ class FirstLook:
 
         The engine counts where an instance has a container, also one of a card that was found.
         """
-        reasons = []
-        if self._needs_engine and not self._link.up:
-            reasons.append(f"engine: {self._link.trouble}")
+        down = [link for link in self._links if link.is_needed and not link.up]
+        reasons = [f"{link.name}: {link.trouble}" for link in down]
         if not self._world.gpus.snapshot.attempted:
             reasons.append("gpus: NVML has not been asked yet")
         if (trouble := self._world.journal.trouble) is not None:
             reasons.append(f"registry: {trouble}")
         return tuple(reasons)
-
-    @property
-    def _needs_engine(self) -> bool:
-        return bool(self._fleet.supervisors())

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from manager.domain.image_override import ImageInForce
     from manager.domain.instance import ContainerFacts
     from manager.domain.start_progress import StartProgress
+    from manager.services.gpus import Gpus
     from manager.services.ports import ProbeAnswer
     from manager.services.world import World
     from manager.wire.details import Details
@@ -136,6 +137,11 @@ class Instance(ABC):
         self.memory_reads = 0
         self.keeps_warm = False
         self._beat = zlib.crc32(spec.id.encode()) / 2**32
+
+    @property
+    def gpus(self) -> Gpus:
+        """Return the cards that instances of its kind are on."""
+        return self._world.gpus
 
     @abstractmethod
     async def run(self) -> None:

@@ -74,6 +74,8 @@ class Looking:
     def compare(self, listed: ContainerFacts | None) -> None:
         """Have the container inspected when a listing differs from its last inspection."""
         known = self._w.condition.state.container
+        if listed is not None and listed.status == "parked":
+            listed = None
         if listed is None or known is None:
             differs = listed is not known
         else:

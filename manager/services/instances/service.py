@@ -15,6 +15,7 @@ from manager.services.instances.container_run import happens
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from manager.services.instances.capacity import Capacity
@@ -34,10 +35,12 @@ class Service:
         world: the registry, the journal and the clock.
         fleet: the instances.
         capacity: starts those again that are to return.
-        asked: set once the engine has answered or failed.
+        asked: each is set once an engine has answered or failed.
     """
 
-    def __init__(self, world: World, fleet: Fleet, capacity: Capacity, asked: asyncio.Event) -> None:
+    def __init__(
+        self, world: World, fleet: Fleet, capacity: Capacity, asked: Sequence[asyncio.Event]
+    ) -> None:
         self._world = world
         self._fleet = fleet
         self._capacity = capacity
@@ -102,7 +105,8 @@ class Service:
 
     async def run(self) -> None:
         """End the orders whose time has passed, until cancelled."""
-        await self._asked.wait()  # before that nothing can be started again
+        for asked in self._asked:
+            await asked.wait()  # before that nothing can be started again
         while True:
             self._news.clear()
             now = self._world.utcnow()

@@ -11,6 +11,7 @@ from manager.domain.instance import Phase
 from manager.errors import ManagerError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from datetime import datetime
 
     from manager.domain.orphans import Orphan
@@ -76,7 +77,7 @@ class Sweeps:
         world: the journal.
         fleet: the instances.
         capacity: starts and stops them.
-        link: the orphans, and whether the engine is up.
+        links: the orphans, and whether the engine is up.
         schedules: the configured ones.
         interval_s: of the regular sweep.
     """
@@ -86,7 +87,7 @@ class Sweeps:
         world: World,
         fleet: Fleet,
         capacity: Capacity,
-        link: EngineLink,
+        links: Sequence[EngineLink],
         *,
         schedules: tuple[Schedule, ...],
         interval_s: float,
@@ -94,7 +95,7 @@ class Sweeps:
         self._world = world
         self._fleet = fleet
         self._capacity = capacity
-        self._link = link
+        self._links = links
         self._schedules = schedules
         self._interval_s = interval_s
         self._scheduler: Scheduler | None = None
@@ -150,16 +151,19 @@ class Sweeps:
         Raises:
             EngineUnreachableError: nothing can be stopped now.
         """
-        if self._fleet.supervisors():
-            self._link.refuse_if_down()
+        for link in self._links:
+            if link.is_needed:
+                link.refuse_if_down()
         swept = await asyncio.gather(
             *(self._sweep(one, dry_run=dry_run) for one in self._fleet.supervisors())
         )
-        return (*swept, *map(_kept_orphan, self._link.orphans))
+        orphans = (orphan for link in self._links for orphan in link.orphans)
+        return (*swept, *map(_kept_orphan, orphans))
 
     async def run(self) -> None:
         """Do what is due once the engine was asked, until cancelled."""
-        await self._link.asked.wait()  # before that, the engine counts as away
+        for link in self._links:
+            await link.asked.wait()  # before that, the engine counts as away
         async with asyncio.TaskGroup() as tasks:
             sweeping: dict[str, asyncio.Task[Swept]] = {}
             while True:

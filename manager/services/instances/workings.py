@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from manager.domain.container import LABEL_DEVICE, Reach, container_request, device_text, is_ours
+from manager.domain.container import (
+    LABEL_DEVICE,
+    Reach,
+    ServicePlace,
+    container_request,
+    device_text,
+    is_ours,
+)
 from manager.domain.instance import DeviceKind
 from manager.errors import EngineUnreachableError, Reason
 from manager.services.instances.container_run import Signals
@@ -68,7 +75,15 @@ class Workings:
             gpu=self._gpu() if self.is_gpu else None,
             loopback_port=self.store.row.loopback_port if self.reach is Reach.LOOPBACK else None,
             owner=self.world.owner,
+            service=self._service(),
         )
+
+    def _service(self) -> ServicePlace | None:
+        network = self.world.services_network
+        if network is None:
+            return None
+        port = self.store.row.loopback_port if self.reach is Reach.HOST else None
+        return ServicePlace(network, port, self.spec.placement)
 
     def _gpu(self) -> str | None:
         """The UUIDs of its cards; while they are not known, of the cards its container was made for."""

@@ -10,7 +10,7 @@ from manager.wire.ollama import name_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from manager.services.gpus import Gpus, Need, Room
+    from manager.services.gpus import Need, Room
     from manager.services.instances.fleet import Fleet
     from manager.services.overview import ModelState, Overviews
 
@@ -37,13 +37,11 @@ class Fitting:
     Args:
         fleet: the instances.
         overviews: has the models of each.
-        gpus: the cards, and the learned sizes.
     """
 
-    def __init__(self, fleet: Fleet, overviews: Overviews, gpus: Gpus) -> None:
+    def __init__(self, fleet: Fleet, overviews: Overviews) -> None:
         self._fleet = fleet
         self._overviews = overviews
-        self._gpus = gpus
         self._sources: object = None
         self._models: Mapping[str, ModelState] | None = None
         self._needs: tuple[tuple[str, str, Need | None], ...] = ()
@@ -51,19 +49,20 @@ class Fitting:
 
     def current(self) -> Fits:
         """Return what fits now: the same object while nothing has changed."""
-        rooms = {
-            one.id: self._gpus.room(one.id)
+        gpus = {
+            one.id: one.gpus
             for one in self._fleet.instances()
-            if one.spec.device_kind is DeviceKind.GPU and self._gpus.uuids_of(one.id)
+            if one.spec.device_kind is DeviceKind.GPU and one.gpus.uuids_of(one.id)
         }
+        rooms = {id_: one.room(id_) for id_, one in gpus.items()}
         models = self._overviews.models()
-        sources = self._gpus.learned_version, [(id_, self._gpus.uuids_of(id_)) for id_ in rooms]
+        sources = [(id_, one.learned_version, one.uuids_of(id_)) for id_, one in gpus.items()]
         is_old = models is not self._models or sources != self._sources
         if is_old:
             self._models, self._sources = models, sources
             self._needs = tuple(
                 [
-                    (key, instance, self._gpus.need(instance, name_of(place.entry), place.entry))
+                    (key, instance, gpus[instance].need(instance, name_of(place.entry), place.entry))
                     for key, model in models.items()
                     for place in model.places
                     for instance in place.instances

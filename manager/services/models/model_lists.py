@@ -6,7 +6,9 @@ import asyncio
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.instance import Driver
 from manager.domain.models import model_key
+from manager.domain.swarm import node_of
 from manager.domain.target import Protocol
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
@@ -32,7 +34,12 @@ _NO_SIZES: Mapping[str, int] = MappingProxyType({})
 def volume_of(spec: InstanceSpec) -> str:
     """Return the key of what an instance keeps its models on: its volume, else the instance itself."""
     mount = mount_of(spec)
-    return f"instance:{spec.id}" if mount is None else mount.source
+    if mount is None:
+        return f"instance:{spec.id}"
+    if spec.driver is Driver.SWARM:
+        # Each node has a volume of that name of its own.
+        return f"{mount.source}@{node_of(spec.placement) or spec.id}"
+    return mount.source
 
 
 def mount_of(spec: InstanceSpec) -> Volume | None:

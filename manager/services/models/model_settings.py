@@ -21,7 +21,6 @@ from manager.settings.fallback_overrides import (
 )
 from manager.settings.overrides import overlaid, with_change
 from manager.settings.routing import routing_settings
-from manager.settings.section import AUTO_GPU_ID
 from manager.settings.servers import to_fallback
 
 if TYPE_CHECKING:
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from manager.settings import ModelsSettings
     from manager.settings.auto import EnsembleSettings
     from manager.settings.overrides import Change, Ignored, Overlay, Sourced
+    from manager.settings.section import FoundIds
 
 _log = structlog.get_logger("settings")
 
@@ -55,7 +55,7 @@ class ModelSettings:
         instances: for every instance there is now whether it runs on a GPU, None where that is not declared.
         slots: the slots of every instance there is now, None where they are not limited.
         denied: the patterns of models that every instance must not run.
-        auto_gpus: whether cards that nobody has listed get instances of their own.
+        found: the instances that may be found later.
         fallback: what the configuration says of the section of that name.
         paid: for every instance there is now whether it costs money.
         auto: the rules for requests that leave the choice of a model to the daemon; None while that is off.
@@ -72,7 +72,7 @@ class ModelSettings:
         instances: Callable[[], Mapping[str, bool | None]],
         slots: Callable[[], Mapping[str, int | None]],
         denied: Callable[[], Mapping[str, tuple[str, ...]]],
-        auto_gpus: bool,
+        found: FoundIds,
         fallback: Mapping[str, Sourced] = DEFAULTS,
         paid: Callable[[], Mapping[str, bool]] = dict,
         auto: AutoRules | None = None,
@@ -88,7 +88,7 @@ class ModelSettings:
         self._instances = instances
         self._slots = slots
         self._denied = denied
-        self._auto_gpus = auto_gpus
+        self._found = found
         self._written_fallback = fallback
         self._paid = paid
         self._changing = asyncio.Lock()
@@ -205,12 +205,12 @@ class ModelSettings:
             self._instances(),
             self._slots(),
             deny_of=self._denied(),
-            auto_gpus=self._auto_gpus,
+            found=self._found,
             preferred=preferred,
         )
 
     def _gpu_of(self) -> dict[str, bool | None]:
-        """All instances, and the cards that are away while a role names them."""
+        """All instances, and those that are not found yet while a role names them."""
         named = {
             name
             for role in self._overlay.roles.values()
@@ -218,8 +218,8 @@ class ModelSettings:
             if name is not None
         }
         there_are = dict(self._instances())
-        away = named - set(there_are) if self._auto_gpus else set()
-        return there_are | {card: True for card in sorted(away) if AUTO_GPU_ID.fullmatch(card)}
+        later = {name: self._found.on_gpu(name) for name in sorted(named - set(there_are))}
+        return there_are | {name: on_gpu for name, on_gpu in later.items() if on_gpu is not None}
 
 
 def _text(overrides: Mapping[str, Any], key: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from manager.domain.container import LABEL_READER, reader_request
+from manager.domain.instance import Driver
 from manager.domain.models import model_key
 from manager.domain.volumes import model_store
 from manager.errors import ArchiveTooLargeError, EngineError, Reason
@@ -143,7 +144,8 @@ class VolumeReader:
 
     def _unread(self) -> list[str]:
         """Return the volumes that were never listed, in the order of the configuration."""
-        mounted = (one for one in self._fleet.instances() if mount_of(one.spec) is not None)
+        instances = (one for one in self._fleet.instances() if one.spec.driver is Driver.DOCKER)
+        mounted = (one for one in instances if mount_of(one.spec) is not None)
         volumes = dict.fromkeys(volume_of(one.spec) for one in mounted)
         return [volume for volume in volumes if self._lists.of(volume) is None]
 

@@ -58,8 +58,8 @@ async def client_of(rig: Rig) -> AsyncIterator[httpx.AsyncClient]:
         overviews=Overviews(
             rig.fleet,
             rig.capacity,
-            rig.link,
-            cards,
+            [rig.link],
+            [cards],
             lists=lists,
             settings=settings,
             breakers=quiet_breakers(),

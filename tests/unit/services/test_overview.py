@@ -24,6 +24,8 @@ from tests.support.gpu_machine import GIB, A, Machine, filled
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager.services.gpus import Gpus
+
 TINY = {"name": "tiny:latest", "size": 4}
 OTHER = {"name": "other:latest", "size": 1}
 
@@ -31,17 +33,17 @@ OTHER = {"name": "other:latest", "size": 1}
 class Stage:
     """A rig, what else is shown of it, and its overviews."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, gpus: Gpus | None = None) -> None:
         nothing: Any = None
         self.rig = rig
         self.lists = ModelLists(nothing, nothing, {})
         self.settings: Any = SimpleNamespace(version=1, routing=RoutingSettings({}))
-        cards: Any = rig.cards
+        cards: Any = rig.cards if gpus is None else gpus
         self.overviews = Overviews(
             rig.fleet,
             rig.capacity,
-            rig.link,
-            cards,
+            [rig.link],
+            [cards],
             lists=self.lists,
             settings=self.settings,
             breakers=quiet_breakers(),
@@ -192,12 +194,11 @@ def test_lanes_are_the_roles_and_follow_the_settings() -> None:
 async def test_the_instance_of_a_process_that_is_resolved_late_is_shown_although_the_reading_is_equal() -> (
     None
 ):
-    stage = Stage(Rig("a"))
     machine = Machine()
     machine.containers, machine.names = {7: "c" * 64}, {7: "ollama"}
     machine.cards = (filled((7, GIB)),)
     gpus = await machine.gpus(a=A)
-    stage.overviews._gpus = gpus
+    stage = Stage(Rig("a"), gpus)
 
     def holder() -> Holder:
         return stage.overviews.current().cards[0].holders[0]
@@ -238,11 +239,10 @@ async def test_processes_on_a_card_are_looked_up_once_a_reading_or_container() -
 
 
 async def test_sensors_are_shown_as_last_read_and_advance_no_revision() -> None:
-    stage = Stage(Rig("a"))
     machine = Machine()
     machine.cards = (replace(filled(), utilisation_percent=5, power_watts=80.5),)
     gpus = await machine.gpus(a=A)
-    stage.overviews._gpus = gpus
+    stage = Stage(Rig("a"), gpus)
     first = stage.overviews.current()
     await machine.show(gpus, replace(filled(), utilisation_percent=5, power_watts=80.5))
     assert stage.overviews.current() is first, "nothing has moved"

@@ -14,6 +14,7 @@ from manager.domain.routing import Candidate, PassedOver, RequestFacts, Snapshot
 from manager.errors import Reason
 from manager.settings import load_settings, load_templates, resolve_instances
 from manager.settings.routing import role_refusals, routing_settings
+from manager.settings.section import FoundIds
 
 if TYPE_CHECKING:
     from manager.domain.roles import RoutingSettings
@@ -61,7 +62,7 @@ def test_it_has_the_five_lanes_and_contradicts_itself_nowhere() -> None:
     assert set(LANES) <= set(roles)
     slots = {name: one.slots for name, one in instances.items()}
     gpu_of: dict[str, bool | None] = {name: one.device == ("gpu",) for name, one in instances.items()}
-    assert list(role_refusals(roles, gpu_of, slots, auto_gpus=False)) == []
+    assert list(role_refusals(roles, gpu_of, slots, found=FoundIds())) == []
     assert [spec.id for spec in resolve_instances(LOADED, load_templates(LOADED.settings))] == [*instances]
 
 

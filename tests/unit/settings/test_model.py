@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, str]] = [
     ("log: {level: INFO}", "log.level: 'INFO'; expected 'debug', 'info', 'warning' or 'error'"),
     (
         "instances: {cpu: {driver: podman, template: a}}",
-        "instances.cpu.driver: 'podman'; expected 'docker', 'external' or 'cloud'",
+        "instances.cpu.driver: 'podman'; expected 'docker', 'external', 'cloud' or 'swarm'",
     ),
     # names and addresses
     *(

@@ -18,6 +18,7 @@ from manager.settings.overrides import (
     with_change,
     written_roles,
 )
+from manager.settings.section import FoundIds
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +45,7 @@ def written(tmp_path: Path) -> dict[str, dict[str, Sourced]]:
 
 
 def over(written: dict[str, dict[str, Sourced]], overrides: dict[str, Any], **how: Any) -> Overlay:
-    return overlaid(written, overrides, INSTANCES, {}, **({"auto_gpus": False} | how))
+    return overlaid(written, overrides, INSTANCES, {}, **({"found": FoundIds()} | how))
 
 
 def changed(
@@ -169,12 +170,12 @@ def test_of_two_that_contradict_each_other_the_preferred_one_stays(written: Writ
 
 def test_a_card_that_is_away_may_still_be_meant_where_cards_are_found_by_themselves(written: Written) -> None:
     saved = {"roles.control.target": "gpu7"}
-    assert over(written, saved, auto_gpus=True).roles["control"].target == "gpu7"
+    assert over(written, saved, found=FoundIds(cards=True)).roles["control"].target == "gpu7"
     assert over(written, saved).ignored[0].key == "roles.control.target"
 
 
 def test_what_the_configuration_itself_says_is_never_ignored(written: Written) -> None:
-    found = overlaid(written, {"roles.control.model": "x"}, {"cpu": False}, {}, auto_gpus=False)
+    found = overlaid(written, {"roles.control.model": "x"}, {"cpu": False}, {}, found=FoundIds())
     assert found.ignored == ()
     assert found.roles["output"].target == "gpu0"
 

@@ -28,8 +28,8 @@ class Stage:
         overviews = Overviews(
             rig.fleet,
             rig.capacity,
-            rig.link,
-            cards,
+            [rig.link],
+            [cards],
             lists=self.lists,
             settings=settings,
             breakers=quiet_breakers(),

@@ -54,13 +54,14 @@ class Stage:
     def __init__(self, gpus: Gpus, **instances: DeviceKind) -> None:
         self.models: dict[str, Any] = {}
         specs = [
-            SimpleNamespace(id=id_, spec=SimpleNamespace(device_kind=kind)) for id_, kind in instances.items()
+            SimpleNamespace(id=id_, spec=SimpleNamespace(device_kind=kind), gpus=gpus)
+            for id_, kind in instances.items()
         ]
         fleet, overviews = (
             SimpleNamespace(instances=lambda: specs),
             SimpleNamespace(models=lambda: self.models),
         )
-        self.fitting = Fitting(fleet, overviews, gpus)  # type: ignore[arg-type]
+        self.fitting = Fitting(fleet, overviews)  # type: ignore[arg-type]
 
     def show(self, **entries: Any) -> None:
         """Have models, each in one place with these instances: key=(entry, instances)."""

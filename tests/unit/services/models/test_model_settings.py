@@ -21,6 +21,7 @@ from manager.services.models.model_settings import ModelSettings
 from manager.settings import Settings
 from manager.settings.load import LoadedSettings
 from manager.settings.overrides import Sourced, overlaid, written_roles
+from manager.settings.section import FoundIds
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -66,7 +67,7 @@ class Rig:
             instances=lambda: INSTANCES if instances is None else instances,
             slots=dict,
             denied=lambda: DENIED,
-            auto_gpus=config.gpus == "auto",
+            found=FoundIds(cards=config.gpus == "auto"),
         )
         await settings.load()
         return settings
@@ -283,7 +284,7 @@ async def _change_one_after_the_other(changes: list[Any]) -> None:
         again = await rig.opened(config)
         assert again.routing == opened.routing
         assert again.values == opened.values
-        whole = overlaid(written, registry.saved, INSTANCES, {}, auto_gpus=False)
+        whole = overlaid(written, registry.saved, INSTANCES, {}, found=FoundIds())
         assert whole.ignored == ()
 
 

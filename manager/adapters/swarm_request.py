@@ -1,0 +1,94 @@
+"""The specification of a service of Docker Swarm. No I/O in here.
+
+Services have no fields for a runtime, a bound of swap memory, and security options beside those below; see
+docs/swarm.md for what follows from that.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from docker.types import LogConfig
+
+from manager.adapters.docker_request import LOG_OPTIONS
+from manager.domain.container import cards_of_device
+
+if TYPE_CHECKING:
+    from manager.domain.container import ContainerRequest
+
+_TMPFS_BYTES = 2**30
+_TMPFS_MODE = 0o1777
+_SHM = "/dev/shm"  # noqa: S108
+_NANOSECONDS = 1_000_000_000
+
+
+def service_spec(
+    request: ContainerRequest, *, replicas: int, resource: str, node_id: str | None, stop_timeout_s: float
+) -> dict[str, Any]:
+    """Return the specification of the service that runs exactly this container.
+
+    Swarm starts nothing again by itself (`RestartPolicy`): the manager does, with a back-off, as on one host.
+    Why: docs/decisions/0031-swarm.md.
+
+    Args:
+        request: what the container is.
+        replicas: 0 or 1.
+        resource: the kind of generic resource that nodes advertise their cards as.
+        node_id: the node that has the cards, None where Swarm chooses within the placement.
+        stop_timeout_s: how long the container has to end after the first signal.
+    """
+    tmpfs = [(path, _TMPFS_BYTES) for path in request.tmpfs]
+    if request.shm_bytes is not None:
+        tmpfs.append((_SHM, request.shm_bytes))
+    mounts: list[dict[str, Any]] = [
+        {"Type": "volume", "Source": one.source, "Target": one.target, "ReadOnly": one.read_only}
+        for one in request.mounts
+    ]
+    mounts += [
+        {"Type": "tmpfs", "Target": path, "TmpfsOptions": {"SizeBytes": size, "Mode": _TMPFS_MODE}}
+        for path, size in tmpfs
+    ]
+    container = {
+        "Image": request.image,
+        "Env": [f"{name}={value}" for name, value in request.env.items()],
+        "Mounts": mounts,
+        "ReadOnly": True,
+        "CapabilityDrop": ["ALL"],
+        "Privileges": {"NoNewPrivileges": True},
+        "StopGracePeriod": int(max(1.0, stop_timeout_s) * _NANOSECONDS),
+    }
+    limits = {"MemoryBytes": request.memory_bytes, "Pids": request.pids}
+    resources: dict[str, Any] = {"Limits": {name: size for name, size in limits.items() if size is not None}}
+    if cards := cards_of_device(request.gpu or ""):
+        reserved = {"DiscreteResourceSpec": {"Kind": resource, "Value": len(cards)}}
+        resources["Reservations"] = {"GenericResources": [reserved]}
+    constraints = [*request.placement, *([] if node_id is None else [f"node.id=={node_id}"])]
+    endpoint: dict[str, Any] = {"Mode": "dnsrr"}
+    if request.host_port is not None:
+        endpoint["Ports"] = [
+            {
+                "Protocol": "tcp",
+                "TargetPort": request.port,
+                "PublishedPort": request.host_port,
+                "PublishMode": "host",
+            }
+        ]
+    return {
+        "Name": request.name,
+        "Labels": request.labels,
+        "TaskTemplate": {
+            "ContainerSpec": container,
+            "Resources": resources,
+            "RestartPolicy": {"Condition": "none"},
+            "Placement": {"Constraints": constraints},
+            "Networks": [{"Target": request.network}] if request.host_port is None else [],
+            "LogDriver": {"Name": str(LogConfig.types.JSON), "Options": LOG_OPTIONS},
+        },
+        "Mode": {"Replicated": {"Replicas": replicas}},
+        "EndpointSpec": endpoint,
+    }
+
+
+def with_replicas(spec: dict[str, Any], replicas: int) -> dict[str, Any]:
+    """Return a specification with another number of replicas, and all else as it is."""
+    return spec | {"Mode": {"Replicated": {"Replicas": replicas}}}

@@ -1,0 +1,256 @@
+"""Docker Swarm: from services, tasks and nodes to the facts that an instance with a container has."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Final
+
+from manager.domain.container import Reach
+from manager.domain.instance import ContainerFacts
+from manager.errors import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime
+
+
+class TaskStage(Enum):
+    """The state of a task, as far as it matters here."""
+
+    WAITING = "no node was chosen yet"
+    COMING = "a node prepares and starts it"
+    RUNNING = "its container runs"
+    ENDED = "its container has ended, or never ran"
+
+
+# Source: docs.docker.com/engine/swarm/how-swarm-mode-works/swarm-task-states. A state of a newer engine
+# counts as ended: that leads to an inspection and, for a service that should run, to a new start.
+_STAGES: Final = {
+    "new": TaskStage.WAITING,
+    "allocated": TaskStage.WAITING,
+    "pending": TaskStage.WAITING,
+    "assigned": TaskStage.COMING,
+    "accepted": TaskStage.COMING,
+    "preparing": TaskStage.COMING,
+    "ready": TaskStage.COMING,
+    "starting": TaskStage.COMING,
+    "running": TaskStage.RUNNING,
+    "complete": TaskStage.ENDED,
+    "shutdown": TaskStage.ENDED,
+    "failed": TaskStage.ENDED,
+    "rejected": TaskStage.ENDED,
+    "remove": TaskStage.ENDED,
+    "orphaned": TaskStage.ENDED,
+}
+_HELD: Final = (TaskStage.COMING, TaskStage.RUNNING)
+
+
+def stage_of(state: str) -> TaskStage:
+    """Return the stage of a task by the engine's word for its state."""
+    return _STAGES.get(state, TaskStage.ENDED)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task of a service: one run of its container on one node.
+
+    Attributes:
+        wanted: Swarm wants it to run; otherwise it is being shut down, or has ended.
+        node: the id of its node, None before one was chosen.
+        error: the engine's words for what is wrong; empty where nothing is.
+        reason: the entry of the list of reasons that `error` stands for, None where there is none.
+    """
+
+    id: str
+    service: str
+    stage: TaskStage
+    wanted: bool
+    created_at: datetime
+    node: str | None = None
+    error: str = ""
+    exit_code: int | None = None
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One host of a swarm.
+
+    Attributes:
+        id: given by Swarm.
+        hostname: of the engine's host; not necessarily unique.
+        address: at which other nodes reach it; empty where Swarm does not tell.
+        is_up: its engine answers the managers.
+        is_active: Swarm gives it tasks: it is neither drained nor paused.
+        is_manager: it is a manager node.
+        cards: the UUIDs of the cards that it advertises.
+        labels: the operator's.
+    """
+
+    id: str
+    hostname: str
+    address: str
+    is_up: bool
+    is_active: bool
+    is_manager: bool
+    cards: tuple[str, ...]
+    labels: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """Return its host name, or its id where it has none."""
+        return self.hostname or self.id
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One service. `version` is that of Swarm, for updates; `replicas` is how many tasks it should have."""
+
+    id: str
+    name: str
+    version: int
+    image: str
+    labels: dict[str, str]
+    replicas: int
+
+
+def newest(tasks: Iterable[Task]) -> Task | None:
+    """Return the task that stands for a service: the newest that should run, else the newest of all."""
+    return max(tasks, key=lambda task: (task.wanted, task.created_at), default=None)
+
+
+def held(tasks: Iterable[Task], nodes: Mapping[str, Node]) -> list[Task]:
+    """Return the tasks that hold something on a node that answers: their containers run, or come up."""
+    return [task for task in tasks if task.stage in _HELD and not _is_lost(task, nodes)]
+
+
+def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, Node]) -> ContainerFacts:
+    """Return the facts of a service, as if it were one container.
+
+    A task on a node that is down counts as ended: nobody reaches its server, and Swarm shuts it down when the
+    node is back. The start of a run is the creation of its task: a service that was moved or restarted is
+    another run.
+
+    Args:
+        service: the service.
+        tasks: all its tasks, or those that should run, in any order.
+        nodes: all nodes of the swarm, by id.
+    """
+    holding = held(tasks, nodes)
+    if service.replicas == 0:
+        task = newest(holding)
+        status = "running" if task is not None else "parked"
+    else:
+        task = newest(tasks)
+        if task is None:
+            status = "exited"
+        elif task in holding:
+            status = "running"
+        else:
+            status = "created" if task.stage is TaskStage.WAITING else "exited"
+    node = None if task is None or task.node is None else nodes.get(task.node)
+    lost = task is not None and _is_lost(task, nodes)
+    error = "" if task is None else task.error
+    reason = None if task is None or status == "running" else task.reason
+    if task is None and status == "exited":
+        error = "Swarm has no task of it that should run"
+    elif status == "created":
+        error = f"Swarm finds no node for it ({error})" if error else "Swarm has not chosen a node for it yet"
+        reason = reason or Reason.INSTANCE_UNAVAILABLE
+    elif lost:
+        error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
+        reason = Reason.INSTANCE_UNAVAILABLE
+    return ContainerFacts(
+        id=service.id,
+        name=service.name,
+        image=service.image,
+        status=status,  # type: ignore[arg-type]  # one of the words above
+        labels=service.labels,
+        address=(node.address or None) if node is not None else None,
+        exit_code=task.exit_code if task is not None and status == "exited" else None,
+        error="" if status in ("running", "parked") else error,
+        started_at=None if task is None else task.created_at,
+        reason=reason,
+        node=None if node is None else node.name,
+    )
+
+
+def _is_lost(task: Task, nodes: Mapping[str, Node]) -> bool:
+    """Return whether the node of a task is down, or has left the swarm."""
+    if task.node is None or task.stage is TaskStage.ENDED:
+        return False
+    node = nodes.get(task.node)
+    return node is None or not node.is_up
+
+
+# Docker's own notation: `docker service create --constraint`. Values are those of labels, names and ids.
+_CONSTRAINT = re.compile(
+    r"(?P<key>node\.(?:id|hostname|role|platform\.(?:os|arch)|labels\.[A-Za-z0-9._/-]+)|engine\.labels\.[A-Za-z0-9._/-]+)"
+    r"\s*(?P<operator>==|!=)\s*(?P<value>[A-Za-z0-9][A-Za-z0-9._/:@-]*)"
+)
+_ONE_NODE = ("node.id", "node.hostname")
+
+
+def normal_constraint(text: str) -> str:
+    """Return a constraint in one spelling.
+
+    Raises:
+        ValueError: it is none that Docker Swarm knows.
+    """
+    match = _CONSTRAINT.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            "expected a constraint such as node.hostname==gpu-box, node.id==…, node.role==worker or "
+            "node.labels.NAME==VALUE, with == or !="
+        )
+    return f"{match['key']}{match['operator']}{match['value']}"
+
+
+def node_of(placement: Iterable[str]) -> str | None:
+    """Return the id or host name of the one node that constraints allow; None for several."""
+    for constraint in placement:
+        key, operator, value = constraint.partition("==")
+        if operator and key in _ONE_NODE:
+            return value
+    return None
+
+
+def nodes_with(nodes: Iterable[Node], uuids: Iterable[str]) -> tuple[Node, ...]:
+    """Return the nodes that advertise all of these cards."""
+    wanted = set(uuids)
+    return tuple(node for node in nodes if wanted <= set(node.cards))
+
+
+# A character that no id of an instance may have.
+_NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
+# With six characters of a node's id and the number of a card, an id has at most 32.
+_LONGEST_STEM = 18
+
+
+def instance_stem(node: Node, taken: Iterable[str] = ()) -> str:
+    """Return the beginning of the ids of a node's instances: its host name, as far as an id may have it.
+
+    Args:
+        node: the node.
+        taken: the beginnings that other nodes have; a second `gpu-box` gets a part of the node's id.
+    """
+    stem = (
+        _NOT_IN_AN_ID.sub("-", node.hostname.partition(".")[0].lower()).strip("-")[:_LONGEST_STEM].strip("-")
+    )
+    if not stem or not stem[0].isalpha():
+        stem = f"node-{stem}".strip("-")
+    return f"{stem}-{node.id[:6].lower()}" if stem in set(taken) else stem
+
+
+def service_reach(wanted: str, *, is_on_network: bool) -> Reach:
+    """Return the way to services.
+
+    Args:
+        wanted: the setting `swarm.reach`: `auto`, `network` or `host`.
+        is_on_network: the daemon runs in a container on the network of the services.
+    """
+    if wanted == "network" or (wanted == "auto" and is_on_network):
+        return Reach.NAME
+    return Reach.HOST
