@@ -46,6 +46,8 @@ class Gpu:
         processes: those that hold memory on it.
         lists_processes: whether the driver lists them at all.
         lost: why the card cannot be used, None when it can.
+        host: the name of the other machine that it is in; None: it is in the daemon's own.
+        why_unknown: why its memory is unknown, where more can be said than that the driver does not tell.
         utilisation_percent: the share of the last sampling period in which a kernel ran, 0 to 100.
         temperature_c: of the chip; that of a slice is its card's.
         power_watts: what the whole board draws.
@@ -62,6 +64,8 @@ class Gpu:
     processes: tuple[GpuProcess, ...] = ()
     lists_processes: bool = True
     lost: str | None = None
+    host: str | None = None
+    why_unknown: str | None = None
     utilisation_percent: int | None = field(default=None, compare=False)
     temperature_c: int | None = field(default=None, compare=False)
     power_watts: float | None = field(default=None, compare=False)
@@ -125,10 +129,11 @@ def normal_pci(text: str) -> str | None:
 
 
 def find_gpu(gpus: Iterable[Gpu], selector: str) -> Gpu | None:
-    """The card that a UUID or a PCI bus id names."""
+    """The card that a UUID or a PCI bus id names; a PCI bus id names no card of another machine."""
     pci = normal_pci(selector)
     for gpu in gpus:
-        if gpu.uuid == selector or (pci is not None and normal_pci(gpu.pci_bus_id) == pci):
+        is_in_slot = pci is not None and gpu.host is None and normal_pci(gpu.pci_bus_id) == pci
+        if is_in_slot or gpu.uuid == selector:
             return gpu
     return None
 
@@ -139,8 +144,13 @@ def is_uuid(selector: str) -> bool:
 
 
 def in_bus_order(gpus: Iterable[Gpu]) -> list[Gpu]:
-    """Return the cards in the order of their PCI bus ids: NVML's own order may change at a reboot."""
-    return sorted(gpus, key=lambda gpu: (normal_pci(gpu.pci_bus_id) or gpu.pci_bus_id, gpu.uuid))
+    """Return the cards in the order of their PCI bus ids: NVML's own order may change at a reboot.
+
+    Those of other machines come after the daemon's own, by machine.
+    """
+    return sorted(
+        gpus, key=lambda gpu: (gpu.host or "", normal_pci(gpu.pci_bus_id) or gpu.pci_bus_id, gpu.uuid)
+    )
 
 
 def cards_in_slots(gpus: Sequence[Gpu], selectors: Iterable[str]) -> dict[str, str]:
