@@ -253,7 +253,7 @@ async def open_daemon(
             await read_orders(registry, settings, journal, ends_none=resume_idle_clock or dry_run),
             swarm=swarm,
         )
-        parts = instances_of(
+        parts = await instances_of(
             world,
             settings,
             specs=(*specs, *map(make.spec, gpus.instance_ids())),

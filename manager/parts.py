@@ -247,7 +247,7 @@ def header_names(settings: Settings) -> HeaderNames:
     )
 
 
-def instances_of(
+async def instances_of(
     world: World,
     settings: Settings,
     *,
@@ -256,7 +256,10 @@ def instances_of(
     own_names: tuple[str, ...],
     swarm: SwarmParts | None = None,
 ) -> Instances:
-    """Return the instances; `swarm` is what those of Docker Swarm need, None where there are none."""
+    """Return the instances, those that the nodes of a swarm give included.
+
+    `swarm` is what those of Docker Swarm need, None where there are none.
+    """
     lifecycle = settings.lifecycle
     probe_interval_s, resync_interval_s = lifecycle.probe_interval_s, lifecycle.resync_interval_s
     fleet = Fleet(world, save_interval_s=resync_interval_s)
@@ -279,7 +282,12 @@ def instances_of(
             own_names=own_names,
             probe_interval_s=probe_interval_s,
             resync_interval_s=resync_interval_s,
-            swarm=Swarm(settings.swarm.reach, settings.swarm.network, world.engine.inspect),
+            swarm=Swarm(
+                settings.swarm.reach,
+                settings.swarm.network,
+                settings.swarm.instances != "none",
+                world.engine.inspect,
+            ),
         )
         nodes = FoundNodes(
             swarm.world,
@@ -303,6 +311,8 @@ def instances_of(
     )
     for spec in specs:
         fleet.add(make.instance(capacity, spec))
+    if nodes is not None:
+        await nodes.look()
     return Instances(
         fleet=fleet,
         capacity=capacity,

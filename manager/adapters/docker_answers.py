@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 _NOT_FOUND = 404
 _FRAME_HEAD_BYTES = 8
-_STDERR = 2
+# Beside the two outputs: what the engine itself says of a log, for one of a service.
+_SYSTEM_ERROR = 3
 
 # The engine's words for a container's state -> what it means for us. `restarting` cannot last, because our
 # containers have no restart policy; a state we do not know is treated as ended, which is looked into.
@@ -195,11 +196,12 @@ def demultiplexed(raw: bytes) -> bytes:
     text = bytearray()
     at = 0
     while at + _FRAME_HEAD_BYTES <= len(raw):
-        if raw[at] > _STDERR or raw[at + 1 : at + 4] != b"\0\0\0":
+        if raw[at] > _SYSTEM_ERROR or raw[at + 1 : at + 4] != b"\0\0\0":
             return bytes(text) + raw[at:]  # one with a terminal writes as it comes
         begin = at + _FRAME_HEAD_BYTES
         end = begin + int.from_bytes(raw[at + 4 : begin], "big")
-        text += raw[begin:end]
+        if raw[at] != _SYSTEM_ERROR:
+            text += raw[begin:end]
         at = end
     return bytes(text)
 

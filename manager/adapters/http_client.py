@@ -6,8 +6,11 @@ Why it is hand-written, with measurements: docs/decisions/0012-short-requests.md
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import ssl
+import sys
+import termios
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
@@ -45,6 +48,10 @@ class HttpClient:
         tls: returns the TLS context for `https://`.
         most_kept: connections beyond these are closed after their answer.
 
+    Attributes:
+        is_unacknowledged: the last request that its caller gave up was never acknowledged, not even by the
+            kernel of the server's host: the host cannot be reached. Otherwise its server is slow.
+
     Raises:
         ValueError: the URL is invalid.
     """
@@ -67,6 +74,7 @@ class HttpClient:
         self._most_bytes = most_bytes
         self._most_kept = most_kept
         self._kept: list[_Connection] = []
+        self.is_unacknowledged = False
 
     async def ask(
         self,
@@ -99,6 +107,7 @@ class HttpClient:
         more = b"".join(b"%b: %b\r\n" % header for header in headers)
         request = b"%b%b\r\n%b" % (head.encode("ascii"), more, body or b"")
         bound = self._most_bytes if most_bytes is None else most_bytes
+        self.is_unacknowledged = True  # until a connection says otherwise: making one may take too long
         while self._kept:
             connection = self._kept.pop()
             if connection.usable:
@@ -129,8 +138,10 @@ class HttpClient:
         try:
             answer = await connection.ask(request, most_bytes)
         except BaseException:
+            self.is_unacknowledged = connection.is_unacknowledged
             connection.close()
             raise
+        self.is_unacknowledged = False
         if connection.usable and len(self._kept) < self._most_kept:
             self._kept.append(connection)
         else:
@@ -157,6 +168,18 @@ class _Connection(asyncio.Protocol):
     def touched(self) -> bool:
         """Whether any byte of the last answer arrived."""
         return self._reader.is_touched
+
+    @property
+    def is_unacknowledged(self) -> bool:
+        """Whether the peer's kernel has not acknowledged all that was sent."""
+        if self._transport is None:
+            return False
+        try:
+            number = self._transport.get_extra_info("socket").fileno()
+            raw = fcntl.ioctl(number, termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError, AttributeError):
+            return False  # unknown
+        return int.from_bytes(raw, sys.byteorder, signed=True) > 0
 
     async def ask(self, request: bytes, most_bytes: int) -> Answer:
         if self._transport is None:

@@ -70,7 +70,8 @@ def node(entry: dict[str, Any], resource: str) -> Node:
         id=entry["ID"],
         hostname=str(description.get("Hostname") or ""),
         address=f"[{address}]" if ":" in address else address,
-        is_up=status.get("State") == "ready",
+        # `unknown` is what a manager says of others when it has just become one.
+        is_up=status.get("State") not in ("down", "disconnected"),
         is_active=spec.get("Availability") == "active",
         is_manager=bool(manager),
         cards=tuple(str(one["Value"]) for one in named if one.get("Kind") == resource and one.get("Value")),

@@ -183,16 +183,26 @@ class SwarmEngine:
         return await self._logs(container_id, since=f"{since.timestamp():.0f}")
 
     async def follow_logs(self, container_id: str, tail: int) -> AsyncGenerator[str, None]:
-        task = await self._task_of(container_id)
-        async with aclosing(streams.task_logs(self.url, task, tail)) as pieces:
+        task = await self._task_with_log(container_id)
+        async with aclosing(streams.task_logs(self.url, task.id, tail)) as pieces:
+            coming: asyncio.Future[str] = asyncio.ensure_future(anext(pieces))
             try:
-                async with asyncio.timeout(self._timeout_s):
-                    first = await anext(pieces)
-            except TimeoutError as error:
-                raise self._calls.silent(self._timeout_s) from error
-            yield first
-            async for piece in pieces:
-                yield piece
+                while True:
+                    # The stream of a task goes on for ever, also when the task has ended.
+                    await asyncio.wait({coming}, timeout=self._poll_s)
+                    if not coming.done():
+                        if not await self._is_held(task):
+                            return
+                        continue
+                    try:
+                        piece = coming.result()
+                    except StopAsyncIteration:
+                        return
+                    coming = asyncio.ensure_future(anext(pieces))
+                    yield piece
+            finally:
+                coming.cancel()
+                await asyncio.wait({coming})
 
     async def counters(self, container_id: str) -> ContainerCounters:
         """Raise EngineError: a manager node has no counters of containers on other nodes."""
@@ -319,7 +329,7 @@ class SwarmEngine:
                 f"the name {request.name!r} is already in use by a service of this swarm",
                 reason=Reason.NAME_CONFLICT,
             )
-        await self._update(service.id, lambda _: spec, None)
+        await self._update(service.id, lambda before: _instead_of(before, spec), None)
         return service.id
 
     async def _node_with(self, request: ContainerRequest) -> str | None:
@@ -348,15 +358,31 @@ class SwarmEngine:
             reason=Reason.GPU_MISSING if lacks_card else Reason.INSTANCE_UNAVAILABLE,
         )
 
-    async def _task_of(self, service: str) -> str:
+    async def _task_with_log(self, service: str) -> Task:
+        """Return the newest task of a service, on a node that can be asked for its log.
+
+        Raises:
+            EngineError: there is none: the engine would wait for such a node without an end.
+        """
         task = newest(await self._tasks(service))
-        if task is None:
+        if task is None or task.node is None:
             raise EngineError(f"service {service} has no task", reason=Reason.INSTANCE_UNAVAILABLE)
-        return task.id
+        node = (await self._nodes_by_id()).get(task.node)
+        if node is None or not node.is_up:
+            name = task.node if node is None else node.name
+            raise EngineError(
+                f"the log of service {service} is on node {name}, which is down",
+                reason=Reason.INSTANCE_UNAVAILABLE,
+            )
+        return task
+
+    async def _is_held(self, task: Task) -> bool:
+        tasks = [one for one in await self._tasks(task.service) if one.id == task.id]
+        return bool(held(tasks, await self._nodes_by_id()))
 
     async def _logs(self, service: str, **options: str) -> tuple[str, ...]:
-        task = await self._task_of(service)
-        path = f"/tasks/{quote(task)}/logs?{query(stdout='1', stderr='1', **options)}"
+        task = await self._task_with_log(service)
+        path = f"/tasks/{quote(task.id)}/logs?{query(stdout='1', stderr='1', **options)}"
         raw = await self._calls.call("GET", path)
         return tuple(docker_answers.demultiplexed(raw).decode("utf-8", "replace").splitlines())
 
@@ -367,6 +393,12 @@ def _filtered(wanted: Mapping[str, list[str]]) -> str:
 
 # What makes a service the same instance of the same owner.
 _IDENTITY = (LABEL_MANAGER, LABEL_INSTANCE, LABEL_OWNER)
+
+
+def _instead_of(before: dict[str, Any], spec: dict[str, Any]) -> dict[str, Any]:
+    """Return a specification with the count of forced updates of the one before, which only grows."""
+    forced = before["TaskTemplate"].get("ForceUpdate") or 0
+    return spec | {"TaskTemplate": spec["TaskTemplate"] | {"ForceUpdate": forced}}
 
 
 def _run_of(facts: ContainerFacts | None) -> tuple[object, ...]:

@@ -90,5 +90,12 @@ def service_spec(
 
 
 def with_replicas(spec: dict[str, Any], replicas: int) -> dict[str, Any]:
-    """Return a specification with another number of replicas, and all else as it is."""
-    return spec | {"Mode": {"Replicated": {"Replicas": replicas}}}
+    """Return a specification with another number of replicas, and all else as it is.
+
+    One that is to run gets a new task in any case: where the last one has ended without a restart, Swarm
+    takes the slot for filled until the specification of its task changes (swarmkit `UpdatableTasksInSlot`).
+    """
+    task = spec["TaskTemplate"]
+    if replicas:
+        task = task | {"ForceUpdate": int(task.get("ForceUpdate") or 0) + 1}
+    return spec | {"TaskTemplate": task, "Mode": {"Replicated": {"Replicas": replicas}}}

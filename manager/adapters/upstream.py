@@ -84,7 +84,7 @@ class HttpUpstream:
     async def probe(
         self, endpoint: str, *, timeout_s: float, tags: bool, headers: Sequence[Header] = ()
     ) -> ProbeAnswer:
-        async with _deadline(endpoint, timeout_s):
+        async with self._deadline(endpoint, timeout_s):
             return await self._probe(endpoint, headers, tags=tags)
 
     async def probe_openai(
@@ -96,7 +96,7 @@ class HttpUpstream:
         names: Sequence[str] | None,
         headers: Sequence[Header],
     ) -> ProbeAnswer:
-        async with _deadline(endpoint, timeout_s):
+        async with self._deadline(endpoint, timeout_s):
             health = await self._asked(f"{_root(endpoint)}/health", headers=headers)
             wire_bytes = health.http_bytes
             available = None if names is None else named_models(names)
@@ -114,7 +114,7 @@ class HttpUpstream:
         self, endpoint: str, model: str, *, timeout_s: float, headers: Sequence[Header] = ()
     ) -> ShowAnswer:
         body = orjson.dumps({"model": model})
-        async with _deadline(endpoint, timeout_s):
+        async with self._deadline(endpoint, timeout_s):
             answer = await self._asked(
                 f"{endpoint}/api/show", body, most_bytes=_MOST_SHOWN_BYTES, headers=headers
             )
@@ -149,6 +149,29 @@ class HttpUpstream:
             return None, wire_bytes
         return _json(answer), wire_bytes
 
+    @asynccontextmanager
+    async def _deadline(self, endpoint: str, timeout_s: float) -> AsyncIterator[None]:
+        """Limit what is done in it, and translate its errors."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                yield
+        except TimeoutError as error:
+            server = self._servers.get(_origin(endpoint))
+            if server is not None and server.is_unacknowledged:
+                why = f"its host has acknowledged nothing for {timeout_s:g} s"
+                raise UnavailableError(
+                    f"{endpoint} cannot be reached ({why})", reason=Reason.UPSTREAM_UNREACHABLE
+                ) from error
+            raise UnavailableError(
+                f"{endpoint} did not answer within {timeout_s:g} s", reason=Reason.INSTANCE_UNHEALTHY
+            ) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and lacks_descriptors(error):
+                raise OutOfDescriptorsError from error
+            raise UnavailableError(
+                f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
+            ) from error
+
     async def _asked(
         self,
         url: str,
@@ -158,7 +181,7 @@ class HttpUpstream:
         headers: Sequence[Header] = (),
     ) -> Answer:
         parts = urlsplit(url)
-        origin = f"{parts.scheme}://{parts.netloc}"
+        origin = _origin(url)
         server = self._servers.get(origin)
         if server is None:
             if len(self._servers) >= _MOST_SERVERS:
@@ -170,22 +193,9 @@ class HttpUpstream:
         return await server.ask(method, path, body, most_bytes=most_bytes, headers=headers)
 
 
-@asynccontextmanager
-async def _deadline(endpoint: str, timeout_s: float) -> AsyncIterator[None]:
-    """Limit what is done in it, and translate its errors."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise UnavailableError(
-            f"{endpoint} did not answer within {timeout_s:g} s", reason=Reason.INSTANCE_UNHEALTHY
-        ) from error
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and lacks_descriptors(error):
-            raise OutOfDescriptorsError from error
-        raise UnavailableError(
-            f"{endpoint} cannot be reached ({plainly(error)})", reason=Reason.UPSTREAM_UNREACHABLE
-        ) from error
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _root(endpoint: str) -> str:

@@ -50,12 +50,14 @@ class AdvertisedCard:
         node_id: of the node in its cluster.
         hostname: of the node.
         address: the IP address at which the node is reached.
+        lost: why the card cannot be used, None where it can, as far as is known.
     """
 
     uuid: str
     node_id: str
     hostname: str
     address: str
+    lost: str | None = None
 
 
 class Sample(NamedTuple):

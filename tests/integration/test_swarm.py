@@ -7,7 +7,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import requests
 
 from tests.simulated.image import IMAGE
 from tests.support.daemon import Daemon, wait_for
@@ -17,6 +16,8 @@ from tests.support.swarm import Swarm, SwarmHost, swarm_obstacles
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    import requests
 
 pytestmark = pytest.mark.skipif(bool(swarm_obstacles()), reason="; ".join(swarm_obstacles()))
 
@@ -167,7 +168,7 @@ def test_a_card_is_bound_to_its_instance_on_the_node_that_advertises_it(
     (container,) = swarm.worker.client().containers.list()
     assert f"NVIDIA_VISIBLE_DEVICES={OTHER_CARD}" in container.attrs["Config"]["Env"]
     body = daemon.instance("big")
-    assert [one["uuid"] for one in body["gpus"]] == [OTHER_CARD]
+    assert [one["uuid"] for one in body["device"]["cards"]] == [OTHER_CARD]
     cards = {one["uuid"]: one for one in daemon.get("gpus")["gpus"]}
     assert cards[OTHER_CARD]["vram_free_bytes"] is None, "nobody has measured it"
 
@@ -238,7 +239,8 @@ def test_a_service_that_an_operator_scales_to_zero_is_stopped_and_not_failed(
 ) -> None:
     daemon = new_daemon(instances={"far": on(swarm.worker)}).start()
     daemon.started("far")
-    service: Any = swarm.client().services.get(services_of(swarm, daemon)[0]["ID"])
+    services: Any = swarm.client().services
+    service = services.get(services_of(swarm, daemon)[0]["ID"])
     service.scale(0)
     body = daemon.wait_for_phase("far", "stopped", within_s=10)
     assert body["reason"] is None
@@ -283,9 +285,8 @@ def test_the_nodes_give_instances_for_their_cpu_and_their_cards(swarm: Swarm, ne
     wait_for(lambda: {one["id"] for one in daemon.get("instances")["instances"]}, wanted.__eq__)
     answer = chat(daemon, "tiny@worker-gpu1")
     assert answer.status_code == 200, answer.text
-    cards = {
-        one["id"]: [card["uuid"] for card in one["gpus"]] for one in daemon.get("instances")["instances"]
-    }
+    found = daemon.get("instances")["instances"]
+    cards = {one["id"]: [card["uuid"] for card in one["device"]["cards"]] for one in found}
     assert cards == {"worker-cpu": [], "worker-gpu0": [CARD], "worker-gpu1": [OTHER_CARD]}
     daemon.kill()
     daemon.start()
@@ -305,10 +306,16 @@ def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
     swarm.worker.cut_network()
     try:
         began = time.monotonic()
+        # Sent on a connection that is kept: nobody says that it leads nowhere.
+        at_once: list[requests.Response] = []
+        caught = threading.Thread(target=lambda: at_once.append(chat(daemon, "work")))
+        caught.start()
         wait_for(lambda: daemon.instance("far")["health"], lambda health: health != "healthy", within_s=10)
         assert time.monotonic() - began < 2 * FAST["probe_interval_s"] + 2, "two probe intervals, and some"
         answer = chat(daemon, "work")
         assert (answer.status_code, answer.headers["X-Instance"]) == (200, "near")
+        caught.join(timeout=30)
+        assert [(one.status_code, one.headers["X-Instance"]) for one in at_once] == [(200, "near")]
         swarm.worker.wait_for_state("down")
         body = daemon.wait_for_phase("far", "failed", within_s=15)
         assert "worker is down" in body["reason"]["message"]

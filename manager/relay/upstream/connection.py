@@ -8,6 +8,7 @@ import struct
 import termios
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from manager.relay.upstream.liveness import allow_a_full_window, watch_host
 from manager.wire.answer import AnswerReader, BadAnswerError
 from manager.wire.head import NOT_RETURNED, without_named
 
@@ -91,6 +92,7 @@ class UpstreamConnection(asyncio.Protocol):
         self._unsent_at_end = False
         self._paused = False
         self._requests = 0
+        self._is_upload = False
         self._writable: asyncio.Future[None] | None = None
         self.idle_since = 0.0
 
@@ -131,6 +133,9 @@ class UpstreamConnection(asyncio.Protocol):
     def write(self, data: bytes) -> None:
         """Send more of the body. What is written after the end of the answer is dropped."""
         if self._sink is not None and self._transport is not None:
+            if not self._is_upload:
+                self._is_upload = True
+                allow_a_full_window(self._transport)
             self._transport.write(data)
 
     async def drain(self) -> None:
@@ -163,6 +168,7 @@ class UpstreamConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is one
+        watch_host(transport)
 
     def data_received(self, data: bytes) -> None:
         sink, reader = self._sink, self._reader

@@ -55,10 +55,12 @@ class Swarm:
         reach: the setting `swarm.reach`.
         network: the network of the services.
         itself: inspects the daemon's own container, which is no service.
+        finds: nodes give instances by themselves, so that the link is needed without any.
     """
 
     reach: str
     network: str
+    finds: bool
     itself: Callable[[str], Awaitable[ContainerFacts | None]]
 
 
@@ -121,8 +123,8 @@ class EngineLink:
 
     @property
     def is_needed(self) -> bool:
-        """Return whether there are instances that this engine runs."""
-        return bool(self._supervisors())
+        """Return whether there are, or may be, instances that this engine runs."""
+        return bool(self._supervisors()) or (self._swarm is not None and self._swarm.finds)
 
     def refuse_if_down(self) -> None:
         """Raise EngineUnreachableError unless the engine can be asked."""
@@ -213,7 +215,9 @@ class EngineLink:
             return
         self.up = True
         self.trouble = ""
-        self._world.journal.record("engine_up", detail=self._world.engine.url)
+        where = self._world.engine.url
+        detail = where if self._swarm is None else f"Docker Swarm at {where}"
+        self._world.journal.record("engine_up", detail=detail)
         self._tell_all()
         self.came_up.set()
         self._resync.set()

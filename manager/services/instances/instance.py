@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from manager.domain.drained import why_out
 from manager.domain.instance import (
     DeviceKind,
+    Driver,
     Explanation,
     Health,
     InstanceSpec,
@@ -308,6 +309,9 @@ class Instance(ABC):
 
         One that is missed says little: the machine may have been busy with what the instance does.
         """
+        issue = self._health_issue
+        if self.spec.driver is Driver.SWARM and issue and issue.code is Reason.UPSTREAM_UNREACHABLE:
+            return True  # its host is gone; what a server does is no reason for that
         grace_s = max(_GRACE_PROBES * self.spec.limits.probe_interval_s, _GRACE_S)
         return self._health is Health.UNHEALTHY and self._world.now() - self._answered_at > grace_s
 
