@@ -57,7 +57,8 @@ class Fitting:
             if one.spec.device_kind is DeviceKind.GPU and self._gpus.uuids_of(one.id)
         }
         models = self._overviews.models()
-        sources = self._gpus.learned_version, [(id_, self._gpus.uuids_of(id_)) for id_ in rooms]
+        cards = [(id_, self._gpus.uuids_of(id_), self._gpus.measures(id_)) for id_ in rooms]
+        sources = self._gpus.learned_version, cards
         is_old = models is not self._models or sources != self._sources
         if is_old:
             self._models, self._sources = models, sources

@@ -169,7 +169,7 @@ async def test_uuids_are_those_of_the_node_and_slices_are_found() -> None:
 
         card, part = await reader.read()
 
-    assert card.uuid == FIRST.upper()
+    assert (card.uuid, card.temperature_c) == (FIRST.upper(), 36)
     assert part.uuid == SLICED
     assert part.vram_free_bytes == 32971181613
 
