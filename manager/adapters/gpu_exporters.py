@@ -64,7 +64,7 @@ _LINE = re.compile(
     rb"^(?:%b)[ \t{].*$" % b"|".join(re.escape(name.encode()) for name in METRICS), re.MULTILINE
 )
 
-_NO_EXPORTER = "no exporter is set"
+_NO_EXPORTER = "no exporter is set in swarm.gpu_exporter"
 
 
 class _ScrapeError(Exception):
