@@ -123,8 +123,10 @@ async def opened_swarm(
     )
     stack.enter_context(contextlib.closing(engine))
     nodes = Nodes(engine)
+    reader = NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context)
+    stack.push_async_callback(reader.close)
     gpus = Gpus(
-        NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context),
+        reader,
         NoPids(),
         world.registry,
         selectors=selectors_of(specs, Driver.SWARM),
