@@ -364,10 +364,14 @@ class HealthBody(_Body):
 
 
 class ReadinessBody(_Body):
-    """`rollout` is the stage, where not every request is managed."""
+    """`rollout` is the stage, where not every request is managed.
+
+    `shared_database` says why what other gateways change is not in force here, while that is so.
+    """
 
     status: Literal["ready", "not_ready"]
     reasons: list[str]
+    shared_database: str | None = None
     rollout: Literal["observe", "shadow", "lanes"] | None = None
 
 
