@@ -174,6 +174,16 @@ async def test_uuids_are_those_of_the_node_and_slices_are_found() -> None:
     assert part.vram_free_bytes == 32971181613
 
 
+@pytest.mark.parametrize("is_by_name", [False, True])
+async def test_a_card_that_is_advertised_by_the_beginning_of_its_uuid(is_by_name: bool) -> None:
+    async with exporters(ONE) as nodes, nodes.reading(nodes.named if is_by_name else "") as reader:
+        nodes[ONE].answer = DCGM
+        nodes.cards = (AdvertisedCard(FIRST[:12], "n1", "one", ONE),)
+        (gpu,) = await reader.read()
+    assert gpu.uuid == FIRST[:12]
+    assert gpu.vram_free_bytes == 110796 * MIB
+
+
 async def test_a_card_whose_memory_is_not_told() -> None:
     async with exporters(ONE) as nodes, nodes.reading() as reader:
         nodes[ONE].answer = dcgm(GPU_TEMP=50, FB_FREE="NaN", FB_USED=1)
