@@ -272,8 +272,9 @@ class Swarm:
             for number, name in enumerate(self._names, 2)
         )
         with ThreadPoolExecutor(len(self.hosts)) as pool:
-            list(pool.map(_started, self.hosts))
+            list(pool.map(SwarmHost.__enter__, self.hosts))
         self._client = self.manager.client()
+        self._spread_image()
         self._client.swarm.init(
             advertise_addr=self.manager.address,
             listen_addr=f"{self.manager.address}:2377",
@@ -295,10 +296,12 @@ class Swarm:
         for host in self.hosts:
             host.wait_for_state("ready")
 
-
-def _started(host: SwarmHost) -> None:
-    host.__enter__()
-    ensure_simulated_image(host.client())
+    def _spread_image(self) -> None:
+        """Have the simulated Ollama's image in all engines, with the same id, as if it were pulled."""
+        archive = b"".join(self._client.images.get(ensure_simulated_image(self._client)).save(named=True))
+        for host in self.hosts[1:]:
+            with closing(host.client()) as client:
+                client.images.load(archive)
 
 
 def _has_interface(name: str) -> bool:
