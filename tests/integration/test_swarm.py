@@ -179,7 +179,7 @@ def test_a_card_instance_runs_on_when_its_node_changes(swarm: Swarm, new_daemon:
     daemon.started("big")
     (service,) = services_of(swarm, daemon)
     swarm.worker.label(changed="once")
-    # Swarm looks at the tasks of a node at once when the node changes, and of all nodes when a manager begins.
+    # Swarm judges tasks anew: those of a node when that changes, and all when a manager begins.
     swarm.manager.restart()
     daemon.wait_until_ready()
     for host in swarm.hosts:
