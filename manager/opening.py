@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from manager.adapters.cgroups import NoPids
 from manager.adapters.collections import open_collections
 from manager.adapters.gpu_exporters import NodeCards
+from manager.adapters.locks import FileLocks
 from manager.adapters.nvml import Nvml
 from manager.adapters.owner import keep_owner, read_owner
 from manager.adapters.registry import open_registry
@@ -29,6 +30,7 @@ from manager.services.accounts.quotas import Quotas
 from manager.services.embeddings import collections
 from manager.services.gpus import GpuHistory, Gpus
 from manager.services.instances.nodes import Nodes
+from manager.services.instances.sharing import NoSharing, Sharing
 from manager.services.journal import Journal
 from manager.services.world import STARTS_AT_ONCE
 
@@ -43,11 +45,16 @@ if TYPE_CHECKING:
     from manager.api.backend import Passing
     from manager.domain.instance import InstanceSpec
     from manager.domain.ownership import Owner
+    from manager.parts import Loop
     from manager.services.embeddings.collections import Collections
     from manager.services.overview import Overviews
-    from manager.services.ports import RequestStore
+    from manager.services.ports import InstanceLocks, RequestStore, Shares
     from manager.services.world import World
     from manager.settings import Settings
+
+# How long another process (a clean-up from cron), or another gateway, may hold an instance before a request
+# is refused.
+_LOCK_WAIT_S = 10.0
 
 
 async def opened_registry(
@@ -87,6 +94,20 @@ def _refuse_without_psycopg() -> None:
             "run: pip install 'ollama-endpoint-manager[postgresql]'"
         )
         raise ConfigurationError(message) from error
+
+
+def opened_locks(stack: AsyncExitStack, settings: Settings) -> tuple[InstanceLocks, Shares, dict[str, Loop]]:
+    """Return the locks of instances, the shares of them, and what goes on for these by itself."""
+    locks = FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S)
+    url = settings.state.url
+    if url is None:
+        return locks, NoSharing(), {}
+    from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415  (an optional extra)
+
+    session = AdvisoryLocks(url)
+    stack.push_async_callback(session.close)
+    sharing = Sharing(session, settings.manager_id, beneath=locks, wait_s=_LOCK_WAIT_S)
+    return sharing, sharing, {"shares": sharing.run}
 
 
 async def opened_owner(
