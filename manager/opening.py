@@ -16,13 +16,13 @@ from manager.adapters.locks import FileLocks
 from manager.adapters.nvml import Nvml
 from manager.adapters.owner import keep_owner, read_owner
 from manager.adapters.registry import open_registry
+from manager.adapters.registry.extra import database_at
 from manager.adapters.swarm_engine import SwarmEngine
 from manager.adapters.tls import SharedTls
 from manager.adapters.vectors import LanceVectors, installed
 from manager.claims import settled_owner
 from manager.domain.instance import Driver
 from manager.domain.models import model_key
-from manager.errors import ConfigurationError
 from manager.parts import SwarmParts, budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
@@ -72,28 +72,15 @@ async def opened_registry(
         registry = await open_registry(path, stores=stores)
         stack.push_async_callback(registry.close)
         return registry, None
-    _refuse_without_psycopg()
-    # Optional extras.
+    registry = await open_registry(path, stores=stores, shared=database_at(url))
+    stack.push_async_callback(registry.close)
+    # Both are of an optional extra.
     from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415
-    from manager.adapters.registry.postgres import PostgresDatabase  # noqa: PLC0415
     from manager.adapters.registry.shared import SharedDatabase  # noqa: PLC0415
 
-    registry = await open_registry(path, stores=stores, shared=PostgresDatabase(url))
-    stack.push_async_callback(registry.close)
-    shared = SharedDatabase(PostgresDatabase(url), AdvisoryLocks(url), str(registry.gateway))
+    shared = SharedDatabase(database_at(url), AdvisoryLocks(url), str(registry.gateway))
     stack.push_async_callback(shared.close)
     return registry, shared
-
-
-def _refuse_without_psycopg() -> None:
-    try:
-        import psycopg  # noqa: F401, PLC0415
-    except ImportError as error:  # it is not installed, or finds no libpq
-        message = (
-            "state.url: psycopg is not installed, which talks to PostgreSQL; "
-            "run: pip install 'ollama-endpoint-manager[postgresql]'"
-        )
-        raise ConfigurationError(message) from error
 
 
 def opened_locks(stack: AsyncExitStack, settings: Settings) -> tuple[InstanceLocks, Shares, dict[str, Loop]]:
