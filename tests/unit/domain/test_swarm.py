@@ -28,7 +28,14 @@ from manager.errors import Reason
 
 T0 = datetime(2026, 8, 1, tzinfo=UTC)
 GPU_BOX = Node(
-    "n1", "gpu-box", "10.0.0.3", is_up=True, is_active=True, is_manager=False, cards=("GPU-1", "GPU-2"), labels={}
+    "n1",
+    "gpu-box",
+    "10.0.0.3",
+    is_up=True,
+    is_active=True,
+    is_manager=False,
+    cards=("GPU-1", "GPU-2"),
+    labels={},
 )
 DESK = Node("n2", "desk", "10.0.0.2", is_up=True, is_active=True, is_manager=True, cards=(), labels={})
 NODES = {"n1": GPU_BOX, "n2": DESK}
@@ -91,7 +98,12 @@ def test_a_service_with_a_running_task_runs_on_its_node_since_the_task_was_made(
         *("s1", "m-ollama-gpu0", "ollama/ollama:1"),
         {"a": "b"},
     )
-    assert (facts.status, facts.address, facts.node, facts.started_at) == ("running", "10.0.0.3", "gpu-box", T0)
+    assert (facts.status, facts.address, facts.node, facts.started_at) == (
+        "running",
+        "10.0.0.3",
+        "gpu-box",
+        T0,
+    )
     assert (facts.exit_code, facts.error, facts.reason) == (None, "", None)
 
 
