@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from manager.domain.image_override import ImageOverride
     from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.domain.registry import InstanceRow
-    from manager.services.ports import EngineEvent
+    from manager.services.ports import Engine, EngineEvent
     from manager.services.world import World
     from manager.wire.details import Details
 
@@ -440,6 +440,11 @@ class Supervisor(Instance):
         await self._store.save_quietly()
 
     # --- what others read ---
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs its container, or its service."""
+        return self._world.engine
 
     @property
     def reach(self) -> Reach | None:
