@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
-from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls, own_tls_of
@@ -28,6 +27,7 @@ from manager.opening import (
     opened_journal,
     opened_keyring,
     opened_ledger,
+    opened_locks,
     opened_owner,
     opened_quotas,
     opened_registry,
@@ -98,15 +98,13 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from manager.adapters.locks import StateDirLock
     from manager.adapters.log_writer import LogWriter
     from manager.domain.template import Template
     from manager.parts import Loop
     from manager.services.instances.fleet import Fleet
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
-
-# How long another process (a clean-up from cron) may hold an instance before a request is refused.
-_LOCK_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +224,13 @@ async def open_daemon(
             now=time.monotonic,
             expected_ms=lambda key: model_settings.routing.expected_ms(key),  # noqa: PLW0108  (made below)
         )
+        locks, shares, sharing = opened_locks(held, settings)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
             registry=registry,
-            locks=FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S),
+            locks=locks,
+            shares=shares,
             upstream=await stack.enter_async_context(HttpUpstream(tls, own_tls)),
             gpus=gpus,
             journal=journal,
@@ -262,8 +262,7 @@ async def open_daemon(
             own_names=own_names_of(pids),
             swarm=swarm,
         )
-        fleet = parts.fleet
-        held.push_async_callback(fleet.save)
+        held.push_async_callback((fleet := parts.fleet).save)
         sink, traffic, samples = traffic_of(stack, settings, log)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
@@ -457,6 +456,7 @@ async def open_daemon(
 
         loops: dict[str, Loop] = {
             **parts.loops(),
+            **sharing,
             "journal": journal.run,
             "history": history.run,
             "keys": keyring.run,

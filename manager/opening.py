@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from manager.adapters.cgroups import NoPids
 from manager.adapters.collections import open_collections
 from manager.adapters.gpu_exporters import NodeCards
+from manager.adapters.locks import FileLocks
 from manager.adapters.nvml import Nvml
 from manager.adapters.owner import keep_owner, read_owner
 from manager.adapters.registry import open_registry
+from manager.adapters.registry.extra import database_at
 from manager.adapters.swarm_engine import SwarmEngine
 from manager.adapters.tls import SharedTls
 from manager.adapters.vectors import LanceVectors, installed
 from manager.claims import settled_owner
 from manager.domain.instance import Driver
 from manager.domain.models import model_key
-from manager.errors import ConfigurationError
 from manager.parts import SwarmParts, budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
@@ -29,6 +30,7 @@ from manager.services.accounts.quotas import Quotas
 from manager.services.embeddings import collections
 from manager.services.gpus import GpuHistory, Gpus
 from manager.services.instances.nodes import Nodes
+from manager.services.instances.sharing import NoSharing, Sharing
 from manager.services.journal import Journal
 from manager.services.world import STARTS_AT_ONCE
 
@@ -43,11 +45,16 @@ if TYPE_CHECKING:
     from manager.api.backend import Passing
     from manager.domain.instance import InstanceSpec
     from manager.domain.ownership import Owner
+    from manager.parts import Loop
     from manager.services.embeddings.collections import Collections
     from manager.services.overview import Overviews
-    from manager.services.ports import RequestStore
+    from manager.services.ports import InstanceLocks, RequestStore, Shares
     from manager.services.world import World
     from manager.settings import Settings
+
+# How long another process (a clean-up from cron), or another gateway, may hold an instance before a request
+# is refused.
+_LOCK_WAIT_S = 10.0
 
 
 async def opened_registry(
@@ -65,28 +72,29 @@ async def opened_registry(
         registry = await open_registry(path, stores=stores)
         stack.push_async_callback(registry.close)
         return registry, None
-    _refuse_without_psycopg()
-    # Optional extras.
+    registry = await open_registry(path, stores=stores, shared=database_at(url))
+    stack.push_async_callback(registry.close)
+    # Both are of an optional extra.
     from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415
-    from manager.adapters.registry.postgres import PostgresDatabase  # noqa: PLC0415
     from manager.adapters.registry.shared import SharedDatabase  # noqa: PLC0415
 
-    registry = await open_registry(path, stores=stores, shared=PostgresDatabase(url))
-    stack.push_async_callback(registry.close)
-    shared = SharedDatabase(PostgresDatabase(url), AdvisoryLocks(url), str(registry.gateway))
+    shared = SharedDatabase(database_at(url), AdvisoryLocks(url), str(registry.gateway))
     stack.push_async_callback(shared.close)
     return registry, shared
 
 
-def _refuse_without_psycopg() -> None:
-    try:
-        import psycopg  # noqa: F401, PLC0415
-    except ImportError as error:  # it is not installed, or finds no libpq
-        message = (
-            "state.url: psycopg is not installed, which talks to PostgreSQL; "
-            "run: pip install 'ollama-endpoint-manager[postgresql]'"
-        )
-        raise ConfigurationError(message) from error
+def opened_locks(stack: AsyncExitStack, settings: Settings) -> tuple[InstanceLocks, Shares, dict[str, Loop]]:
+    """Return the locks of instances, the shares of them, and what goes on for these by itself."""
+    locks = FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S)
+    url = settings.state.url
+    if url is None:
+        return locks, NoSharing(), {}
+    from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415  (an optional extra)
+
+    session = AdvisoryLocks(url)
+    stack.push_async_callback(session.close)
+    sharing = Sharing(session, settings.manager_id, beneath=locks, wait_s=_LOCK_WAIT_S)
+    return sharing, sharing, {"shares": sharing.run}
 
 
 async def opened_owner(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.adapters import docker_answers as answers
 from manager.domain.swarm import Node, Service, Task, TaskStage, stage_of
+from manager.errors import Reason
 from manager.wire.ollama import read_time
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ _NO_ADDRESSES = ("", "0.0.0.0", "::", "127.0.0.1", "::1")  # noqa: S104
 _WANTED = ("running", "ready", "accepted", "assigned", "pending", "new")
 # The engine's words for an exit code, which is told beside them.
 _EXIT = "task: non-zero exit"
+_NOT_PULLED = "its node has no such image, and could not pull it; run `docker pull` there"
 
 
 def service(entry: dict[str, Any]) -> Service:
@@ -43,7 +45,9 @@ def task(entry: dict[str, Any]) -> Task:
         error = ""
     elif error and stage is TaskStage.ENDED:
         refused = answers.refusal(None, error)
-        error, reason = refused.message, refused.reason
+        reason = refused.reason
+        # `ollama-manager pull` pulls nothing on another node.
+        error = f"{error}: {_NOT_PULLED}" if reason is Reason.IMAGE_MISSING else refused.message
     return Task(
         id=entry["ID"],
         service=entry["ServiceID"],

@@ -14,6 +14,7 @@ import click
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_collections import collections_finding
+from manager.cli.doctor_database import database_finding
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
 from manager.cli.doctor_tls import tls_findings
@@ -179,6 +180,8 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
     if holder is not None and found.verdict is Verdict.FINE:
         yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)
+    if settings.state.url is not None:
+        yield database_finding(settings.state.url)
     yield collections_finding(settings.state.dir, is_held=holder is not None)
     yield _port(settings, holder)
 

@@ -238,11 +238,10 @@ def instance_stem(node: Node, taken: Iterable[str] = ()) -> str:
         node: the node.
         taken: the beginnings that other nodes have; a second `gpu-box` gets a part of the node's id.
     """
-    stem = (
-        _NOT_IN_AN_ID.sub("-", node.hostname.partition(".")[0].lower()).strip("-")[:_LONGEST_STEM].strip("-")
-    )
+    stem = _NOT_IN_AN_ID.sub("-", node.hostname.partition(".")[0].lower()).strip("-")
     if not stem or not stem[0].isalpha():
-        stem = f"node-{stem}".strip("-")
+        stem = f"node-{stem}"
+    stem = stem[:_LONGEST_STEM].strip("-")
     return f"{stem}-{node.id[:6].lower()}" if stem in set(taken) else stem
 
 

@@ -655,6 +655,27 @@ class InstanceLocks(Protocol):
         ...
 
 
+class Shares(Protocol):
+    """Shares of instances that several gateways use; see `services.instances.sharing`."""
+
+    async def take(self, instance_id: str) -> None:
+        """Take a share.
+
+        Raises:
+            LockedError: another gateway ends the instance.
+            ManagerError: that cannot be told now.
+        """
+        ...
+
+    async def alone(self, instance_id: str) -> bool:
+        """Give the own share up; return whether no other gateway has one. None can take one until `over`."""
+        ...
+
+    def over(self, instance_id: str) -> None:
+        """Give everything of an instance back. Waits for nothing."""
+        ...
+
+
 class ContainerPids(Protocol):
     def container_of(self, pid: int) -> str | None:
         """The full id of the container a host process runs in, None when it runs in none."""

@@ -12,7 +12,6 @@ from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 from manager.adapters.postgres import (
     PostgresThread,
-    circumstance,
     connect,
     lock_key,
     name_of,
@@ -86,6 +85,10 @@ class PostgresDatabase:
     async def open(self) -> None:
         """Create the schema, or bring it up to date. Several gateways may do so at once."""
         await self._thread.call(lambda: prepare(self.url), doing="opened")
+
+    async def revision(self) -> str | None:
+        """Return the revision of the schema; None where the database is empty. Nothing is changed."""
+        return await self._thread.call(lambda: verify(self.url), doing="opened")
 
     async def read(self, work: Callable[[Connection], T]) -> T:
         def run() -> T:
@@ -260,13 +263,3 @@ def schema_transaction(url: str) -> Iterator[Connection]:
     _lock_at_begin(engine)
     with engine.begin() as connection:
         yield connection
-
-
-__all__ = [
-    "PostgresDatabase",
-    "PostgresLedgerConnection",
-    "circumstance",
-    "gateway_lock",
-    "prepare",
-    "verify",
-]

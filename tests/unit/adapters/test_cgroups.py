@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from manager.adapters.cgroups import ProcCgroups
+from manager.adapters.cgroups import NoPids, ProcCgroups
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -170,3 +170,8 @@ def test_the_name_of_a_process_is_the_one_that_ps_shows(tmp_path: Path) -> None:
     proc = ProcCgroups(tmp_path)
     assert proc.name_of(42) == "ollama runner"
     assert proc.name_of(43) is None
+
+
+def test_processes_on_other_machines_are_of_no_container_and_have_no_name() -> None:
+    pids = NoPids()
+    assert (pids.container_of(os.getpid()), pids.name_of(os.getpid())) == (None, None)

@@ -430,3 +430,83 @@ def test_whatever_happens_leases_lead_only_to_what_is_ready(events: list[c.Event
             assert condition.phase in (Phase.READY, Phase.DRAINING, Phase.STOPPING)
         if condition.phase in (Phase.STOPPED, Phase.FAILED):
             assert condition.endpoint is None
+
+
+# --- a service of Docker Swarm that was scaled to zero ---
+
+PARKED = replace(RUNNING, status="parked", address=None, started_at=None)
+
+
+def test_a_ready_service_that_was_scaled_to_zero_is_stopped_and_has_not_failed() -> None:
+    found = after(replace(READY, bury_at=NOW), c.Inspected(PARKED))
+    assert (found.phase, found.target, found.container) == (Phase.STOPPED, Target.STOPPED, None)
+    assert (found.endpoint, found.failure, found.ready_since, found.bury_at) == (None, None, None, None)
+    assert found.start_retry.failures == 0
+
+
+def test_a_service_that_was_scaled_to_zero_tells_why_it_has_stopped() -> None:
+    done = c.step(READY, c.Inspected(PARKED), NOW)[1]
+    message = "m-ollama-cpu was stopped from outside"
+    assert done == (
+        c.ForgetServer(),
+        c.DropClaim(),
+        c.Record("stopped", None, message),
+        c.FailStarters(Reason.INSTANCE_STOPPED, message),
+    )
+
+
+def test_a_pinned_service_that_was_scaled_to_zero_is_started_again() -> None:
+    pinned = replace(READY, pinned=True)
+    found = after(pinned, c.Inspected(PARKED))
+    assert (found.phase, found.target, found.container) == (Phase.FAILED, Target.RUNNING, None)
+    assert found.start_retry == c.Retry(1, NOW + backoff.FIRST_S)
+
+
+@pytest.mark.parametrize("before", [STOPPED, FAILED, NEW])
+def test_a_service_without_replicas_is_no_container_of_an_instance_that_does_not_run(
+    before: c.Condition,
+) -> None:
+    assert c.step(before, c.Inspected(PARKED), NOW) == c.step(before, c.Inspected(None), NOW)
+    assert after(before, c.Inspected(PARKED)).container is None
+
+
+@pytest.mark.parametrize("target", Target)
+@pytest.mark.parametrize("unfinished", [None, *Operation])
+def test_a_service_without_replicas_in_the_first_listing_is_no_container(
+    target: Target, unfinished: Operation | None
+) -> None:
+    before = replace(NEW, target=target)
+    assert c.step(before, c.Listed(PARKED, unfinished), NOW) == c.step(
+        before, c.Listed(None, unfinished), NOW
+    )
+
+
+def test_a_service_that_is_scaled_to_zero_by_a_stop_of_ours_waits_for_that_stop() -> None:
+    assert c.step(STOPPING, c.Inspected(PARKED), NOW) == (STOPPING, ())
+
+
+def test_the_end_of_a_service_says_what_the_engine_gives_as_the_reason() -> None:
+    lost = replace(EXITED, reason=Reason.INSTANCE_UNAVAILABLE, error="its node gpu-box is down")
+    why = c.explain_end("m-ollama-cpu", lost)
+    assert why == Explanation(
+        Reason.INSTANCE_UNAVAILABLE, "m-ollama-cpu does not run: its node gpu-box is down"
+    )
+    assert c.explain_end("m-ollama-cpu", replace(lost, out_of_memory=True)).code is Reason.OUT_OF_MEMORY
+
+
+def test_a_server_that_was_let_go_gives_no_leases_until_it_is_wanted_again() -> None:
+    let_go = after(READY, c.LetGo())
+    assert (let_go.phase, let_go.usable_endpoint) == (Phase.READY, None)
+    again, done = c.step(let_go, c.WantedAgain(), NOW)
+    assert (again.phase, again.intent, again.is_let_go) == (Phase.STARTING, Operation.START, False)
+    assert done == (c.ForgetServer(),)
+    assert after(again, c.BecameReady("http://x")).usable_endpoint == "http://x"
+
+
+@pytest.mark.parametrize("facts", [None, replace(RUNNING, status="exited", exit_code=0)])
+def test_what_was_let_go_and_has_ended_was_stopped_by_another_gateway(facts: ContainerFacts | None) -> None:
+    let_go = after(READY, c.LetGo())
+    stopped = after(let_go, c.Inspected(facts))
+    assert (stopped.phase, stopped.target, stopped.failure) == (Phase.STOPPED, Target.STOPPED, None)
+    assert stopped.is_let_go is False
+    assert after(READY, c.Inspected(facts)).phase is Phase.FAILED, "nobody has let that go"

@@ -18,6 +18,7 @@ from manager.domain.container import (
     ContainerRequest,
     Mount,
     Reach,
+    ServicePlace,
     cards_of_device,
     choose_reach,
     container_name,
@@ -275,3 +276,66 @@ def test_the_hash_of_a_container_with_one_card_is_what_it_always_was() -> None:
     """Otherwise every container of an older version would be made anew."""
     assert request(gpu=GPU).labels[LABEL_HASH] == "52e9e24bbb38bca6"
     assert request().labels[LABEL_HASH] == "5661c98dab4737c7"
+
+
+@pytest.mark.parametrize(
+    ("made", "template_hash"),
+    [
+        ({}, "5661c98dab4737c7"),
+        (
+            {
+                "instance_id": "gpu0",
+                "gpu": GPU,
+                "loopback_port": 40001,
+                "volumes": [MODELS],
+                "limits": {"memory": "8g", "pids": 64, "shm": "64m"},
+                "env": {"OLLAMA_NUM_PARALLEL": 1},
+            },
+            "9541f57b2dd14885",
+        ),
+    ],
+)
+def test_the_hash_of_a_container_is_that_of_version_0_1(made: dict[str, Any], template_hash: str) -> None:
+    """Another one would replace every container at an update."""
+    assert request(**made).labels[LABEL_HASH] == template_hash
+
+
+def service(
+    place: ServicePlace, *, gpu: str | None = None, loopback_port: int | None = None
+) -> ContainerRequest:
+    template = Template.model_validate({"image": "ollama/ollama:1", "device": "gpu" if gpu else "cpu"})
+    return container_request(
+        template, manager_id="m", instance_id="a", gpu=gpu, loopback_port=loopback_port, service=place
+    )
+
+
+def test_a_service_is_on_its_own_network_at_the_port_of_its_node_and_has_no_runtime() -> None:
+    asked = service(ServicePlace("swarm-net", 40001, ("node.id==n1",)))
+    assert (asked.network, asked.host_port, asked.placement) == ("swarm-net", 40001, ("node.id==n1",))
+    assert (asked.runtime, asked.loopback_port) == (None, None)
+    assert asked.labels[LABEL_PORT] == "40001"
+    assert asked.env == CPU_ONLY_ENVIRONMENT
+    by_name = service(ServicePlace("swarm-net", None, ()))
+    assert (by_name.host_port, by_name.labels[LABEL_PORT]) == (None, "11434")
+
+
+def test_the_endpoint_of_a_service_is_the_port_of_its_node_or_its_name() -> None:
+    asked = service(ServicePlace("swarm-net", 40001, ()))
+    facts = ContainerFacts("1", asked.name, "i", "running", asked.labels, address="10.0.0.3")
+    assert endpoint_of(facts, asked, by_name=False) == "http://10.0.0.3:40001"
+    asked = service(ServicePlace("swarm-net", None, ()))
+    facts = ContainerFacts("1", asked.name, "i", "running", asked.labels, address="10.0.0.3")
+    assert endpoint_of(facts, asked, by_name=True) == "http://m-ollama-a:11434"
+
+
+def test_network_port_and_placement_of_a_service_change_its_hash() -> None:
+    places = [
+        ServicePlace("one", 1, ()),
+        ServicePlace("two", 1, ()),
+        ServicePlace("one", 2, ()),
+        ServicePlace("one", None, ()),
+        ServicePlace("one", 1, ("node.id==n1",)),
+    ]
+    hashes = [service(place).labels[LABEL_HASH] for place in places]
+    assert len(set(hashes)) == len(places)
+    assert service(places[0]).labels[LABEL_HASH] == hashes[0]

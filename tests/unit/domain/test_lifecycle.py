@@ -115,3 +115,8 @@ def test_whatever_happens_a_container_instance_is_unavailable_only_before_the_fi
             continue
         before, phase = phase, after(phase, fact) or phase
         assert before is Phase.UNAVAILABLE or phase is not Phase.UNAVAILABLE
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_only_what_was_ready_is_stopped_by_being_scaled_to_zero(phase: Phase) -> None:
+    assert after(phase, Fact.PARKED) is (Phase.STOPPED if phase is Phase.READY else None)

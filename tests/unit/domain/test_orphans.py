@@ -49,3 +49,13 @@ def test_an_orphan_says_whether_it_runs_and_how_it_is_removed(status: ContainerS
     )
     assert (orphan.is_running, orphan.remedy) == (runs, "docker rm -f left")
     assert (orphan.id, orphan.image, orphan.instance) == ("0123", "ollama/ollama:1", "old")
+
+
+def test_an_orphan_among_services_is_removed_as_a_service() -> None:
+    (orphan,) = find_orphans(
+        [container("left", "old", "parked")],
+        manager_id="m",
+        is_configured=lambda _id: False,
+        removal="docker service rm",
+    )
+    assert (orphan.is_running, orphan.remedy) == (False, "docker service rm left")

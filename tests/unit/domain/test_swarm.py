@@ -1,0 +1,267 @@
+"""From services, tasks and nodes of Docker Swarm to the facts of an instance."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from manager.domain.container import Reach
+from manager.domain.swarm import (
+    Node,
+    Service,
+    Task,
+    TaskStage,
+    held,
+    instance_stem,
+    newest,
+    node_of,
+    nodes_with,
+    normal_constraint,
+    service_facts,
+    service_reach,
+    stage_of,
+)
+from manager.errors import Reason
+
+T0 = datetime(2026, 8, 1, tzinfo=UTC)
+GPU_BOX = Node(
+    "n1",
+    "gpu-box",
+    "10.0.0.3",
+    is_up=True,
+    is_active=True,
+    is_manager=False,
+    cards=("GPU-1", "GPU-2"),
+    labels={},
+)
+DESK = Node("n2", "desk", "10.0.0.2", is_up=True, is_active=True, is_manager=True, cards=(), labels={})
+NODES = {"n1": GPU_BOX, "n2": DESK}
+DOWN = {"n1": replace(GPU_BOX, is_up=False), "n2": DESK}
+SERVICE = Service("s1", "m-ollama-gpu0", 7, "ollama/ollama:1", {"a": "b"}, replicas=1)
+PARKED = replace(SERVICE, replicas=0)
+
+
+def task(stage: TaskStage = TaskStage.RUNNING, *, age_s: float = 0, **values: Any) -> Task:
+    values = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"} | values
+    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **values)
+
+
+# --- tasks ---
+
+
+@pytest.mark.parametrize(
+    ("states", "stage"),
+    [
+        (("new", "allocated", "pending"), TaskStage.WAITING),
+        (("assigned", "accepted", "preparing", "ready", "starting"), TaskStage.COMING),
+        (("running",), TaskStage.RUNNING),
+        (("complete", "shutdown", "failed", "rejected", "remove", "orphaned"), TaskStage.ENDED),
+    ],
+)
+def test_each_state_of_a_task_has_a_stage(states: tuple[str, ...], stage: TaskStage) -> None:
+    assert {stage_of(state) for state in states} == {stage}
+
+
+def test_a_state_of_a_newer_engine_counts_as_ended() -> None:
+    assert stage_of("teleported") is TaskStage.ENDED
+
+
+def test_a_task_that_should_run_stands_for_its_service_before_a_newer_one_that_should_not() -> None:
+    running = task(age_s=60, id="runs")
+    ended = task(TaskStage.ENDED, id="ended", wanted=False)
+    assert newest([ended, running]) == running
+    assert newest([ended, task(TaskStage.ENDED, id="old", age_s=5, wanted=False)]) == ended
+    assert newest([]) is None
+
+
+def test_tasks_that_run_or_come_up_on_nodes_that_answer_hold_something() -> None:
+    tasks = [
+        task(TaskStage.WAITING, id="waits", node=None),
+        task(TaskStage.COMING, id="comes"),
+        task(id="runs"),
+        task(TaskStage.ENDED, id="ended"),
+        task(id="on a node that left", node="gone"),
+    ]
+    assert [one.id for one in held(tasks, NODES)] == ["comes", "runs"]
+    assert held(tasks, DOWN) == []
+
+
+# --- facts ---
+
+
+def test_a_service_with_a_running_task_runs_on_its_node_since_the_task_was_made() -> None:
+    facts = service_facts(SERVICE, [task()], NODES)
+    assert (facts.id, facts.name, facts.image, facts.labels) == (
+        *("s1", "m-ollama-gpu0", "ollama/ollama:1"),
+        {"a": "b"},
+    )
+    assert (facts.status, facts.address, facts.node, facts.started_at) == (
+        "running",
+        "10.0.0.3",
+        "gpu-box",
+        T0,
+    )
+    assert (facts.exit_code, facts.error, facts.reason) == (None, "", None)
+
+
+def test_a_service_whose_task_comes_up_runs_as_a_container_does_that_was_started() -> None:
+    assert service_facts(SERVICE, [task(TaskStage.COMING)], NODES).status == "running"
+
+
+def test_trouble_of_a_task_that_runs_is_none() -> None:
+    odd = task(error="scheduling", reason=Reason.START_FAILED)
+    facts = service_facts(SERVICE, [odd], NODES)
+    assert (facts.status, facts.error, facts.reason) == ("running", "", None)
+
+
+def test_a_node_without_an_address_gives_none() -> None:
+    assert service_facts(SERVICE, [task()], {"n1": replace(GPU_BOX, address="")}).address is None
+
+
+def test_a_task_that_ended_says_how() -> None:
+    facts = service_facts(SERVICE, [task(TaskStage.ENDED, wanted=False, exit_code=137)], NODES)
+    assert (facts.status, facts.exit_code, facts.error, facts.reason) == ("exited", 137, "", None)
+    missing = task(TaskStage.ENDED, error="no such image", reason=Reason.IMAGE_MISSING)
+    facts = service_facts(SERVICE, [missing], NODES)
+    assert (facts.status, facts.error, facts.reason) == ("exited", "no such image", Reason.IMAGE_MISSING)
+
+
+def test_a_service_that_should_run_without_a_task_has_ended_and_says_so() -> None:
+    facts = service_facts(SERVICE, [], NODES)
+    assert (facts.status, facts.error) == ("exited", "Swarm has no task of it that should run")
+    assert (facts.node, facts.address, facts.started_at, facts.exit_code) == (None, None, None, None)
+
+
+def test_a_task_that_waits_for_a_node_says_what_swarm_says() -> None:
+    waits = task(TaskStage.WAITING, node=None, error="no suitable node")
+    facts = service_facts(SERVICE, [waits], NODES)
+    assert (facts.status, facts.error) == ("created", "Swarm finds no node for it (no suitable node)")
+    assert (facts.reason, facts.node) == (Reason.INSTANCE_UNAVAILABLE, None)
+    silent = service_facts(SERVICE, [replace(waits, error="")], NODES)
+    assert silent.error == "Swarm has not chosen a node for it yet"
+    told = service_facts(SERVICE, [replace(waits, reason=Reason.GPU_MISSING)], NODES)
+    assert told.reason is Reason.GPU_MISSING
+
+
+def test_a_running_task_on_a_node_that_is_down_or_has_left_counts_as_ended() -> None:
+    facts = service_facts(SERVICE, [task(reason=Reason.START_FAILED)], DOWN)
+    assert (facts.status, facts.error) == ("exited", "its node gpu-box is down")
+    assert (facts.reason, facts.exit_code, facts.node) == (Reason.INSTANCE_UNAVAILABLE, None, "gpu-box")
+    left = service_facts(SERVICE, [task()], {})
+    assert (left.status, left.error, left.node) == ("exited", "its node is down", None)
+    assert left.address is None
+
+
+def test_a_task_that_had_ended_before_its_node_went_down_says_how_it_ended() -> None:
+    facts = service_facts(SERVICE, [task(TaskStage.ENDED, exit_code=1)], DOWN)
+    assert (facts.status, facts.exit_code, facts.error) == ("exited", 1, "")
+
+
+def test_a_service_without_replicas_is_parked_once_its_last_task_has_ended() -> None:
+    facts = service_facts(PARKED, [task(TaskStage.ENDED, wanted=False, error="x", exit_code=1)], NODES)
+    assert (facts.status, facts.error, facts.exit_code, facts.started_at) == ("parked", "", None, None)
+    assert service_facts(PARKED, [], NODES).status == "parked"
+    ending = service_facts(PARKED, [task(wanted=False)], NODES)
+    assert (ending.status, ending.node) == ("running", "gpu-box")
+    assert service_facts(PARKED, [task(wanted=False)], DOWN).status == "parked"
+
+
+# --- nodes ---
+
+
+def test_a_node_is_called_by_its_host_name_and_without_one_by_its_id() -> None:
+    assert (GPU_BOX.name, replace(GPU_BOX, hostname="").name) == ("gpu-box", "n1")
+
+
+def test_the_nodes_with_cards_advertise_all_of_them() -> None:
+    other = replace(DESK, cards=("GPU-2", "GPU-3"))
+    assert nodes_with([GPU_BOX, other], ["GPU-2"]) == (GPU_BOX, other)
+    assert nodes_with([GPU_BOX, other], ["GPU-1", "GPU-2"]) == (GPU_BOX,)
+    assert nodes_with([GPU_BOX, other], ["GPU-1", "GPU-3"]) == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "normal"),
+    [
+        ("node.hostname==gpu-box", "node.hostname==gpu-box"),
+        (" node.id == n1x ", "node.id==n1x"),
+        ("node.role != manager", "node.role!=manager"),
+        ("node.platform.arch==x86_64", "node.platform.arch==x86_64"),
+        ("node.labels.com.example/rack==a:1", "node.labels.com.example/rack==a:1"),
+        ("engine.labels.disk==ssd", "engine.labels.disk==ssd"),
+    ],
+)
+def test_a_constraint_has_one_spelling(given: str, normal: str) -> None:
+    assert normal_constraint(given) == normal
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "node.hostname", "node.hostname=gpu-box", "node.hostname==", "node.name==gpu-box", "==gpu-box"),
+        *("node.labels.==x", "node.platform==linux", "node.role>=worker", "node.id==-x", "node.id==a\nb"),
+    ],
+)
+def test_what_swarm_does_not_know_is_no_constraint_and_the_refusal_says_what_is_one(given: str) -> None:
+    with pytest.raises(ValueError, match=r"node\.hostname==gpu-box.*with == or !="):
+        normal_constraint(given)
+
+
+def test_a_constraint_on_the_id_or_the_host_name_allows_one_node() -> None:
+    assert node_of(["node.role==worker", "node.hostname==gpu-box"]) == "gpu-box"
+    assert node_of(["node.id==n1"]) == "n1"
+    assert node_of(["node.hostname!=gpu-box", "node.labels.rack==a"]) is None
+    assert node_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("hostname", "stem"),
+    [
+        ("gpu-box", "gpu-box"),
+        ("GPU_Box.example.org", "gpu-box"),
+        ("-edge-", "edge"),
+        ("1u-server", "node-1u-server"),
+        ("", "node"),
+        ("...", "node"),
+        ("\u7bb1", "node"),
+        ("a-very-long-host-name", "a-very-long-host-n"),
+        ("seventeen-letters-x", "seventeen-letters"),
+    ],
+)
+def test_the_ids_of_a_nodes_instances_begin_with_its_host_name(hostname: str, stem: str) -> None:
+    assert instance_stem(replace(GPU_BOX, hostname=hostname)) == stem
+
+
+def test_a_second_node_of_one_host_name_gets_a_part_of_its_id() -> None:
+    second = replace(GPU_BOX, id="ABCDEFGHI")
+    assert instance_stem(second, ["gpu-box"]) == "gpu-box-abcdef"
+    assert instance_stem(second, iter(["desk"])) == "gpu-box"
+
+
+@pytest.mark.parametrize("hostname", ["a" * 63, "1" * 63, "1-" * 30])
+def test_an_id_of_a_node_is_as_short_as_one_in_the_configuration(hostname: str) -> None:
+    node = replace(GPU_BOX, hostname=hostname, id="zyxwvutsrq")
+    longest = f"{instance_stem(node, [instance_stem(node)])}-gpu999"
+    assert len(longest) <= 32
+    assert "--" not in longest
+
+
+# --- the way to services ---
+
+
+@pytest.mark.parametrize(
+    ("wanted", "is_on_network", "reach"),
+    [
+        ("network", False, Reach.NAME),
+        ("host", True, Reach.HOST),
+        ("auto", True, Reach.NAME),
+        ("auto", False, Reach.HOST),
+    ],
+)
+def test_services_are_reached_by_name_on_their_network_or_by_the_address_of_their_host(
+    wanted: str, is_on_network: bool, reach: Reach
+) -> None:
+    assert service_reach(wanted, is_on_network=is_on_network) is reach
