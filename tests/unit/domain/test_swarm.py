@@ -155,6 +155,15 @@ def test_a_running_task_on_a_node_that_is_down_or_has_left_counts_as_ended() -> 
     assert left.address is None
 
 
+def test_a_task_that_swarm_is_ending_counts_as_ended() -> None:
+    # A node that is back ends the tasks that were given up while it was down.
+    facts = service_facts(SERVICE, [task(wanted=False)], NODES)
+    assert (facts.status, facts.error, facts.exit_code) == ("exited", "Swarm ends its task", None)
+    assert facts.reason is Reason.INSTANCE_UNAVAILABLE
+    told = service_facts(SERVICE, [task(wanted=False, error="drained")], NODES)
+    assert told.error == "drained"
+
+
 def test_a_task_that_had_ended_before_its_node_went_down_says_how_it_ended() -> None:
     facts = service_facts(SERVICE, [task(TaskStage.ENDED, exit_code=1)], DOWN)
     assert (facts.status, facts.exit_code, facts.error) == ("exited", 1, "")
