@@ -217,6 +217,14 @@ def node_of(placement: Iterable[str]) -> str | None:
     return None
 
 
+def volume_on_node(name: str, placement: Iterable[str], instance_id: str) -> str:
+    """Return the key of a volume of a service: each node has a volume of that name of its own.
+
+    A service of no certain node shares its volume with no other, as far as anybody can tell.
+    """
+    return f"{name}@{node_of(placement) or instance_id}"
+
+
 def nodes_with(nodes: Iterable[Node], uuids: Iterable[str]) -> tuple[Node, ...]:
     """Return the nodes that advertise all of these cards."""
     wanted = set(uuids)

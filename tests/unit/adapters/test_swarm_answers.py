@@ -116,7 +116,7 @@ def test_an_exit_code_is_told_as_a_number_and_not_in_words() -> None:
         ),
         (
             "failed",
-            'starting container failed: failed to create shim task: OCI runtime create failed: exec: "/x": stat',
+            'starting container failed: failed to create shim task: runc create failed: exec: "/x": stat',
             Reason.START_FAILED,
         ),
         ("rejected", "assigned node no longer meets constraints", Reason.START_FAILED),
@@ -171,7 +171,8 @@ def test_a_node_has_the_cards_of_the_kind_that_is_asked_for() -> None:
 
 
 def test_a_node_without_resources_has_no_cards() -> None:
-    for description in ({}, None, {"Hostname": "x"}, {"Resources": {}}):
+    descriptions: list[Any] = [{}, None, {"Hostname": "x"}, {"Resources": {}}]
+    for description in descriptions:
         assert answers.node(node_entry(Description=description), "NVIDIA-GPU").cards == ()
 
 

@@ -23,6 +23,7 @@ from manager.domain.swarm import (
     service_facts,
     service_reach,
     stage_of,
+    volume_on_node,
 )
 from manager.errors import Reason
 
@@ -45,8 +46,8 @@ PARKED = replace(SERVICE, replicas=0)
 
 
 def task(stage: TaskStage = TaskStage.RUNNING, *, age_s: float = 0, **values: Any) -> Task:
-    values = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"} | values
-    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **values)
+    usual: dict[str, Any] = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"}
+    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **(usual | values))
 
 
 # --- tasks ---
@@ -215,6 +216,11 @@ def test_a_constraint_on_the_id_or_the_host_name_allows_one_node() -> None:
     assert node_of(["node.id==n1"]) == "n1"
     assert node_of(["node.hostname!=gpu-box", "node.labels.rack==a"]) is None
     assert node_of([]) is None
+
+
+def test_a_volume_is_one_of_its_node_or_of_a_service_of_no_certain_node() -> None:
+    assert volume_on_node("models", ["node.hostname==gpu-box"], "a") == "models@gpu-box"
+    assert volume_on_node("models", ["node.role==worker"], "a") == "models@a"
 
 
 @pytest.mark.parametrize(
