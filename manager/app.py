@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING
 
 from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
-from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.owner import read_owner
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls, own_tls_of
 from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
-from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.claims import claims, refuse_foreign_later
 from manager.domain.template import image_allowed
 from manager.opening import (
     opened_collections,
@@ -29,6 +27,8 @@ from manager.opening import (
     opened_journal,
     opened_keyring,
     opened_ledger,
+    opened_locks,
+    opened_owner,
     opened_quotas,
     opened_registry,
     opened_swarm,
@@ -39,6 +39,7 @@ from manager.parts import (
     Reconfigure,
     benchmarks_of,
     breaker_limits,
+    following_of,
     forget_server,
     gpus_of,
     header_names,
@@ -97,15 +98,13 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
+    from manager.adapters.locks import StateDirLock
     from manager.adapters.log_writer import LogWriter
     from manager.domain.template import Template
     from manager.parts import Loop
     from manager.services.instances.fleet import Fleet
     from manager.settings import LoadedSettings, Settings
     from manager.settings.changes import Changes
-
-# How long another process (a clean-up from cron) may hold an instance before a request is refused.
-_LOCK_WAIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +194,7 @@ async def open_daemon(
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
-        registry = await opened_registry(held, settings, stores=not dry_run)
+        registry, shared = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
         history, uses = await history_of(held, registry, settings)
@@ -205,7 +204,7 @@ async def open_daemon(
             journal,
             settings,
             keyring,
-            is_alone=not claims_within_s,
+            is_alone=not claims_within_s and (shared is None or resume_idle_clock or await shared.hold()),
             recovers=not resume_idle_clock,
         )
         pids = ProcCgroups()
@@ -215,7 +214,7 @@ async def open_daemon(
         engine = stack.enter_context(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
-        owner = await settled_owner(engine, settings, read_owner(settings.state.dir), takes_over=takes_over)
+        owner = await opened_owner(engine, settings, shared, takes_over=takes_over)
         scores = BenchmarkScores(revision := Revision())
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
@@ -225,11 +224,13 @@ async def open_daemon(
             now=time.monotonic,
             expected_ms=lambda key: model_settings.routing.expected_ms(key),  # noqa: PLW0108  (made below)
         )
+        locks, shares, sharing = opened_locks(held, settings)
         world = World(
             manager_id=settings.manager_id,
             engine=engine,
             registry=registry,
-            locks=FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S),
+            locks=locks,
+            shares=shares,
             upstream=await stack.enter_async_context(HttpUpstream(tls, own_tls)),
             gpus=gpus,
             journal=journal,
@@ -261,8 +262,7 @@ async def open_daemon(
             own_names=own_names_of(pids),
             swarm=swarm,
         )
-        fleet = parts.fleet
-        held.push_async_callback(fleet.save)
+        held.push_async_callback((fleet := parts.fleet).save)
         sink, traffic, samples = traffic_of(stack, settings, log)
         lists = ModelLists(registry, journal, await registry.model_lists())
         model_settings = ModelSettings(
@@ -424,6 +424,15 @@ async def open_daemon(
             refusals=refusals,
             history=history,
             keyring=keyring,
+            following=following_of(
+                shared,
+                world,
+                parts,
+                routing.quotas,
+                keyring=keyring,
+                model_settings=model_settings,
+                rollout=rollout,
+            ),
             ledger=ledger,
             rollout=rollout,
             runs=await runs_of(
@@ -447,6 +456,7 @@ async def open_daemon(
 
         loops: dict[str, Loop] = {
             **parts.loops(),
+            **sharing,
             "journal": journal.run,
             "history": history.run,
             "keys": keyring.run,
@@ -471,6 +481,7 @@ async def open_daemon(
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
                 "gpu history": backend.gpu_history.run,
+                **({} if backend.following is None else {"shared database": backend.following.run}),
             }
         yield Daemon(
             settings,

@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING
 from manager.adapters.cgroups import NoPids
 from manager.adapters.collections import open_collections
 from manager.adapters.gpu_exporters import NodeCards
+from manager.adapters.locks import FileLocks
 from manager.adapters.nvml import Nvml
+from manager.adapters.owner import keep_owner, read_owner
 from manager.adapters.registry import open_registry
+from manager.adapters.registry.extra import database_at
 from manager.adapters.swarm_engine import SwarmEngine
 from manager.adapters.tls import SharedTls
 from manager.adapters.vectors import LanceVectors, installed
+from manager.claims import settled_owner
 from manager.domain.instance import Driver
 from manager.domain.models import model_key
 from manager.parts import SwarmParts, budgets_of, selectors_of, utcnow
@@ -26,6 +30,7 @@ from manager.services.accounts.quotas import Quotas
 from manager.services.embeddings import collections
 from manager.services.gpus import GpuHistory, Gpus
 from manager.services.instances.nodes import Nodes
+from manager.services.instances.sharing import NoSharing, Sharing
 from manager.services.journal import Journal
 from manager.services.world import STARTS_AT_ONCE
 
@@ -34,21 +39,78 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from manager.adapters.cgroups import ProcCgroups
+    from manager.adapters.docker_engine import DockerEngine
     from manager.adapters.registry import SqlRegistry
+    from manager.adapters.registry.shared import SharedDatabase
     from manager.api.backend import Passing
     from manager.domain.instance import InstanceSpec
+    from manager.domain.ownership import Owner
+    from manager.parts import Loop
     from manager.services.embeddings.collections import Collections
     from manager.services.overview import Overviews
-    from manager.services.ports import RequestStore
+    from manager.services.ports import InstanceLocks, RequestStore, Shares
     from manager.services.world import World
     from manager.settings import Settings
 
+# How long another process (a clean-up from cron), or another gateway, may hold an instance before a request
+# is refused.
+_LOCK_WAIT_S = 10.0
 
-async def opened_registry(stack: AsyncExitStack, settings: Settings, *, stores: bool) -> SqlRegistry:
-    """Return the registry of the state directory; without `stores` nothing is written to it."""
-    registry = await open_registry(settings.state.dir / "registry.sqlite3", stores=stores)
+
+async def opened_registry(
+    stack: AsyncExitStack, settings: Settings, *, stores: bool
+) -> tuple[SqlRegistry, SharedDatabase | None]:
+    """Return the registry, and what gateways tell each other where they share a database.
+
+    Args:
+        stack: closes both.
+        settings: name the state directory and the database.
+        stores: whether anything is written.
+    """
+    path, url = settings.state.dir / "registry.sqlite3", settings.state.url
+    if url is None:
+        registry = await open_registry(path, stores=stores)
+        stack.push_async_callback(registry.close)
+        return registry, None
+    registry = await open_registry(path, stores=stores, shared=database_at(url))
     stack.push_async_callback(registry.close)
-    return registry
+    # Both are of an optional extra.
+    from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415
+    from manager.adapters.registry.shared import SharedDatabase  # noqa: PLC0415
+
+    shared = SharedDatabase(database_at(url), AdvisoryLocks(url), str(registry.gateway))
+    stack.push_async_callback(shared.close)
+    return registry, shared
+
+
+def opened_locks(stack: AsyncExitStack, settings: Settings) -> tuple[InstanceLocks, Shares, dict[str, Loop]]:
+    """Return the locks of instances, the shares of them, and what goes on for these by itself."""
+    locks = FileLocks(settings.state.dir / "locks", _LOCK_WAIT_S)
+    url = settings.state.url
+    if url is None:
+        return locks, NoSharing(), {}
+    from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415  (an optional extra)
+
+    session = AdvisoryLocks(url)
+    stack.push_async_callback(session.close)
+    sharing = Sharing(session, settings.manager_id, beneath=locks, wait_s=_LOCK_WAIT_S)
+    return sharing, sharing, {"shares": sharing.run}
+
+
+async def opened_owner(
+    engine: DockerEngine, settings: Settings, shared: SharedDatabase | None, *, takes_over: bool
+) -> Owner:
+    """Return the owner of the containers, as `settled_owner`; gateways that share a database have one.
+
+    That one is written into the state directory too, where commands read it.
+    """
+    owner = read_owner(settings.state.dir)
+    if shared is None:
+        return await settled_owner(engine, settings, owner, takes_over=takes_over)
+    owner = keep_owner(settings.state.dir, await shared.owner(owner))
+    owner = await settled_owner(engine, settings, owner, takes_over=takes_over)
+    await shared.save_owner(owner)
+    return owner
 
 
 async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journal:
@@ -123,8 +185,10 @@ async def opened_swarm(
     )
     stack.enter_context(contextlib.closing(engine))
     nodes = Nodes(engine)
+    reader = NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context)
+    stack.push_async_callback(reader.close)
     gpus = Gpus(
-        NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context),
+        reader,
         NoPids(),
         world.registry,
         selectors=selectors_of(specs, Driver.SWARM),

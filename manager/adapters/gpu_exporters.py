@@ -28,6 +28,7 @@ from manager.domain.gpu_metrics import (
     Exported,
     Sample,
     card_key,
+    named,
     read_exporter,
     why_no_exporter_url,
 )
@@ -64,7 +65,7 @@ _LINE = re.compile(
     rb"^(?:%b)[ \t{].*$" % b"|".join(re.escape(name.encode()) for name in METRICS), re.MULTILINE
 )
 
-_NO_EXPORTER = "no exporter is set"
+_NO_EXPORTER = "no exporter is set in swarm.gpu_exporter"
 
 
 class _ScrapeError(Exception):
@@ -169,6 +170,7 @@ class NodeCards:
                 vram_free_bytes=None,
                 lists_processes=False,
                 host=card.hostname,
+                lost=card.lost,
                 why_unknown=trouble or "no exporter names this card",
             )
         is_known = told.vram_free_bytes is not None
@@ -179,6 +181,7 @@ class NodeCards:
             pci_bus_id=told.pci_bus_id or (known.pci_bus_id if known else ""),
             name=told.name if told.name != NAME or known is None else known.name,
             host=card.hostname,
+            lost=card.lost,
             why_unknown=None if is_known else "its exporter does not tell how much memory is free",
         )
 
@@ -208,7 +211,7 @@ class NodeCards:
                 troubles[card.hostname] = "too many nodes have cards"
             elif isinstance(answer, str):
                 troubles[card.hostname] = f"no exporter answers at {url} ({answer})"
-            elif (gpu := answer.cards.get(card_key(card.uuid))) is not None:
+            elif (gpu := named(answer.cards, card.uuid)) is not None:
                 told[card.uuid] = gpu
         return told, troubles
 
@@ -228,13 +231,12 @@ class NodeCards:
             for key, gpu in answer.cards.items() if isinstance(answer, Exported) else ():
                 found.setdefault(key, []).append(gpu)
         # A card that two exporters name is of neither: which of them is beside it cannot be told.
-        told = {
-            card.uuid: found[key][0] for card in cards if len(found.get(key := card_key(card.uuid), ())) == 1
-        }
+        named_by = {card.uuid: named(found, card.uuid) or [] for card in cards}
+        told = {uuid: gpus[0] for uuid, gpus in named_by.items() if len(gpus) == 1}
         failed = [f"{url} ({answer})" for url, answer in answers.items() if isinstance(answer, str)]
         troubles: dict[str, str] = {}
         for card in cards:
-            if card.uuid not in told and len(found.get(card_key(card.uuid), ())) > 1:
+            if len(named_by[card.uuid]) > 1:
                 troubles[card.hostname] = f"several exporters name {card.uuid}"
             elif card.uuid not in told and failed:
                 more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""

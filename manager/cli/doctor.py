@@ -14,6 +14,7 @@ import click
 from manager.cli import findings
 from manager.cli.client import Daemon, DaemonUnreachableError, RefusalError
 from manager.cli.doctor_collections import collections_finding
+from manager.cli.doctor_database import database_finding
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
 from manager.cli.doctor_tls import tls_findings
@@ -179,6 +180,8 @@ def _state(loaded: LoadedSettings) -> Iterator[Finding]:
     if holder is not None and found.verdict is Verdict.FINE:
         yield from _models(Daemon(configured_daemon(loaded)))
     yield _registry(settings.state.dir / "registry.sqlite3", holder)
+    if settings.state.url is not None:
+        yield database_finding(settings.state.url)
     yield collections_finding(settings.state.dir, is_held=holder is not None)
     yield _port(settings, holder)
 
@@ -252,9 +255,9 @@ def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
 
 def _other_daemon(settings: Settings) -> Finding | None:
     """Report a daemon that serves the manager id with another state directory: a start would be refused."""
-    from manager.adapters.owner import ManagerIdLock  # noqa: PLC0415
+    from manager.claims import id_lock_of  # noqa: PLC0415
 
-    holder = ManagerIdLock(settings.manager_id, settings.engine.url).holder()
+    holder = id_lock_of(settings).holder()
     if holder is None:
         return None
     pid, uid = holder

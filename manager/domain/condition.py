@@ -56,6 +56,7 @@ class Condition:
         drained: the operator's order to keep it out of service. While there is one nothing starts it.
         is_patient: the requested stop waits for open leases however long they take, and may be taken back
             until then.
+        is_let_go: the server runs for other gateways; a request here takes it over anew.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Condition:
     bury_at: float | None = None
     drained: Drained | None = None
     is_patient: bool = False
+    is_let_go: bool = False
 
     @property
     def is_listed(self) -> bool:
@@ -106,7 +108,8 @@ class Condition:
     @property
     def usable_endpoint(self) -> str | None:
         """The address for leases; None while none may be given."""
-        return self.endpoint if self.is_ready and self.card_lost is None else None
+        is_usable = self.is_ready and self.card_lost is None and not self.is_let_go
+        return self.endpoint if is_usable else None
 
     @property
     def occupies(self) -> bool:
@@ -152,6 +155,16 @@ class Inspected:
 
     container: ContainerFacts | None
     out_of_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LetGo:
+    """The server is idle here and runs on for other gateways; one of them stops it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedAgain:
+    """A server that runs for other gateways is to be used here again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +325,8 @@ Event: TypeAlias = (
     | NothingToSweep
     | Inspected
     | LogRead
+    | LetGo
+    | WantedAgain
     | LookRequested
     | LookBegun
     | StartRequested
@@ -395,8 +410,8 @@ def step(c: Condition, event: Event, now: float) -> Step:  # noqa: PLR0911  (one
             return _move(c, Fact.FOUND_ABSENT), ()
         case BurialBegun() | BurialFailed():
             return replace(c, bury_at=None if event == BurialBegun() else now + c.carcass_kept_s), ()
-        case CardLost() | CardReturned():
-            return _card_changed(c, event)
+        case CardLost() | CardReturned() | LetGo() | WantedAgain():
+            return _changed(c, event)
         case PinChanged(pinned):
             # Only a pinned instance is started again by itself.
             ends = not pinned and c.phase is Phase.FAILED and c.intent is None
@@ -458,7 +473,7 @@ def _seen(  # noqa: PLR0911  (one return an event)
         case Inspected(container, out_of_memory):
             if c.intent is not None:
                 return c, ()
-            if container is not None and container.status == "parked" and c.phase is Phase.READY:
+            if c.phase is Phase.READY and _was_stopped_elsewhere(c, container):
                 return _parked(_with_container(c, container), now)
             return _inspected(_with_container(c, container), c.container, now, out_of_memory=out_of_memory)
         case _:
@@ -517,6 +532,7 @@ def _adopted(c: Condition) -> Step:
         start_retry=c.start_retry.due(),
         bury_at=None,
         card_lost=None,  # of the run before; the first probe finds out about this one
+        is_let_go=False,
     )
     return c, effects
 
@@ -539,11 +555,17 @@ def _ended(c: Condition, now: float) -> Step:
     )
 
 
+def _was_stopped_elsewhere(c: Condition, container: ContainerFacts | None) -> bool:
+    if container is None:
+        return c.is_let_go
+    return container.status == "parked" or (c.is_let_go and container.status not in ALIVE)
+
+
 def _parked(c: Condition, now: float) -> Step:
-    """Somebody else has scaled the service to zero: another manager, or an operator. That is no failure."""
+    """Somebody else has stopped it in order: another gateway, or an operator. That is no failure."""
     if _restarts(c):
         return _ended(_move(c, Fact.DIED), now)
-    message = f"{c.name} was scaled to zero from outside"
+    message = f"{c.name} was stopped from outside"
     c = replace(_run_ended(_move(c, Fact.PARKED), now), target=Target.STOPPED, bury_at=None)
     effects = (
         ForgetServer(),
@@ -556,7 +578,7 @@ def _parked(c: Condition, now: float) -> Step:
 
 def _run_ended(c: Condition, now: float) -> Condition:
     retry = c.start_retry if c.ready_since is None else c.start_retry.ran(now - c.ready_since)
-    return replace(c, start_retry=retry, ready_since=None, endpoint=None, card_lost=None)
+    return replace(c, start_retry=retry, ready_since=None, endpoint=None, card_lost=None, is_let_go=False)
 
 
 def _with_carcass(c: Condition, now: float) -> Condition:
@@ -722,8 +744,12 @@ def _stopped(
             assert_never(event)
 
 
-def _card_changed(c: Condition, event: CardLost | CardReturned) -> Step:
+def _changed(c: Condition, event: CardLost | CardReturned | LetGo | WantedAgain) -> Step:
     match event:
+        case LetGo():
+            return replace(c, is_let_go=True), ()
+        case WantedAgain():
+            return _adopted(c)
         case CardLost(message):
             why = Explanation(Reason.GPU_MISSING, message)
             if c.phase is not Phase.READY or c.card_lost == why:

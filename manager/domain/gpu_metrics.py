@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 _K = TypeVar("_K", str, tuple[str, str])
+_T = TypeVar("_T")
+
+_BEGINNING = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f-]*)?")
 
 NODE: Final = "{node}"  # stands for the address of each node in the URL of exporters
 NAME: Final = "NVIDIA GPU"  # of a card that no exporter has named yet
@@ -147,6 +150,21 @@ def card_key(uuid: str) -> str:
     if word.startswith(SLICE.lower()):
         return SLICE + word.removeprefix(SLICE.lower())
     return _CARD + word.removeprefix(_CARD.lower())
+
+
+def named(cards: Mapping[str, _T], uuid: str) -> _T | None:
+    """Return what is known of the card that a node advertises, by `card_key`; None where nothing is.
+
+    Many nodes advertise the beginning of a UUID, as guides to Swarm advise. It names a card where it has its
+    first group of digits, `GPU-8c1f2d34`, and no second card begins with it.
+    """
+    key = card_key(uuid)
+    if key in cards:
+        return cards[key]
+    if _BEGINNING.fullmatch(key) is None:
+        return None
+    found = [one for other, one in cards.items() if other.startswith(key)]
+    return found[0] if len(found) == 1 else None
 
 
 def why_no_exporter_url(url: str) -> str | None:

@@ -22,7 +22,7 @@ class Fact(Enum):
     STOP_BEGUN = "its container is being ended"
     DIED = "its container ended without us"
     DIED_IN_DRAIN = "its container ended without us while leases were waited for"
-    PARKED = "its service was scaled to zero from outside"
+    PARKED = "its server was stopped from outside, in order"
     REMOVED = "its container is gone and what it held is given back"
     LOST = "an external server stopped answering"
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from manager.errors import Reason, UnavailableError
+from manager.services.instances.sharing import NoSharing
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from manager.domain.ownership import Owner
     from manager.services.gpus import Gpus
     from manager.services.journal import Journal
-    from manager.services.ports import Engine, InstanceLocks, Registry, Upstream
+    from manager.services.ports import Engine, InstanceLocks, Registry, Shares, Upstream
 
 # More containers than this are not created and started at once: an engine works them off hardly any sooner
 # (64 took 0.46 s each on two cores, 8 took 0.35 s), and those that queue in it meet their deadline there.
@@ -65,6 +66,7 @@ class World:
     `in_flight`.
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
     `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
+    `shares` are those of instances that other gateways use as well.
     `services_network` is the network of services where the engine is Docker Swarm; None for containers.
     """
 
@@ -85,6 +87,7 @@ class World:
     server_changed: Callable[[str], None] = no_change
     read_key: Callable[[KeySource], Awaitable[str]] = no_key
     services_network: str | None = None
+    shares: Shares = field(default_factory=NoSharing)
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTS_AT_ONCE))

@@ -220,6 +220,22 @@ def test_compose_reads_the_profile_for_monitoring_and_publishes_on_loopback_only
     assert "profiles" not in services["manager"]
 
 
+def test_the_exporters_of_a_swarm_are_one_on_each_node_with_cards_and_answer_for_their_own_node() -> None:
+    file = COMPOSE / "gpu-exporters.yaml"
+    result = subprocess.run(
+        [*compose_command(), "--file", str(file), "config"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    (service,) = yaml.safe_load(file.read_text(encoding="utf-8"))["services"].values()
+    assert service["deploy"]["mode"] == "global"
+    assert service["deploy"]["placement"]["constraints"] == ["node.labels.gpu == true"]
+    assert [(port["published"], port["mode"]) for port in service["ports"]] == [(9400, "host")]
+    # A reservation of a generic resource would take the card away from the instances.
+    assert "reservations" not in service["deploy"]["resources"]
+    _, _, tag = service["image"].partition(":")
+    assert tag[0].isdigit()
+
+
 def test_compose_says_what_is_missing_when_the_group_is_not_set() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "DOCKER_GID"}
     result = subprocess.run(

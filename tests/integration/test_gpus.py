@@ -90,6 +90,7 @@ def test_each_instance_has_its_card_by_uuid_and_keeps_it_when_cards_are_renumber
                 "uuid": A,
                 "index": 0,
                 "name": "Card 1",
+                "host": None,
                 "pci_bus_id": "00000000:01:00.0",
                 "vram_total_bytes": 24 * GIB,
                 "vram_used_bytes": GIB,

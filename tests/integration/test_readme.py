@@ -41,6 +41,7 @@ PREPARATIONS = re.compile(
     r"|umask 027|openssl rand -hex 16 > grafana\.password"
     r"|sudo chown root:docker (operator\.key|monitoring\.key grafana\.password)|\. \.venv/bin/activate"
     r"|export OLLAMA_HOST=http://127\.0\.0\.1:11435"
+    r"|export DOCKER_GID=\$\(stat -c %g /var/run/docker\.sock\)"
     r"|export OPENAI_BASE_URL=http://127\.0\.0\.1:11435/v1 OPENAI_API_KEY=unused"
 )
 
@@ -80,10 +81,10 @@ def test_a_command_of_the_documents_is_one_that_exists(line: str) -> None:
         the_command_has_the_options(words[1:])
     elif words[0] == "curl":
         the_api_has(line)
-    elif words[:2] == ["docker", "compose"]:
-        named = [Path(word) for before, word in pairwise(words) if before == "-f"]
+    elif words[:2] in (["docker", "compose"], ["docker", "stack"]):
+        named = [Path(word) for before, word in pairwise(words) if before in ("-f", "-c")]
         assert all((ROOT / "compose" / file).is_file() for file in named)
-        assert {"up", "exec"} & set(words)
+        assert {"up", "exec", "deploy"} & set(words)
         if "exec" in words:
             the_command_has_the_options(words[words.index("ollama-manager") + 1 :])
     else:

@@ -240,27 +240,29 @@ class Capacity:
         return isinstance(verdict, PlaceFree)
 
     async def _look(self, instance_id: str, *, explicit: bool) -> tuple[Explanation | None, frozenset[str]]:
-        """Return why the instance would not start, and the images that the engine does not have.
+        """Return why the instance would not start, and the instances whose image their engine does not have.
 
         Raises:
             EngineError: the engine cannot be asked.
         """
         supervisor = self._fleet.managed(instance_id)
-        engine = self._world.engine
-        images = {_image(one) for one in self._fleet.supervisors() if one is supervisor or one.occupies}
-        absent = frozenset([image for image in sorted(images) if not await engine.has_image(image)])
+        asked = [one for one in self._fleet.supervisors() if one is supervisor or one.occupies]
+        wanted = {(one.engine, _image(one)) for one in asked}
+        present = {pair for pair in wanted if await pair[0].has_image(pair[1])}
+        absent = frozenset([one.id for one in asked if (one.engine, _image(one)) not in present])
         obstacle = supervisor.why_unusable or (None if explicit else supervisor.why_failing)
-        if obstacle is None and (image := _image(supervisor)) in absent:
-            message = f"{instance_id} needs the image {image}; pull it with `ollama-manager pull`"
+        if obstacle is None and instance_id in absent:
+            message = (
+                f"{instance_id} needs the image {_image(supervisor)}; pull it with `ollama-manager pull`"
+            )
             obstacle = Explanation(Reason.IMAGE_MISSING, message)
         if obstacle is None:
-            obstacle = await self._name_conflict(instance_id)
+            obstacle = await self._name_conflict(supervisor)
         return obstacle, absent
 
-    async def _name_conflict(self, instance_id: str) -> Explanation | None:
-        manager_id = self._world.manager_id
-        name = container_name(manager_id, instance_id)
-        facts = await self._world.engine.inspect(name)
+    async def _name_conflict(self, supervisor: Supervisor) -> Explanation | None:
+        manager_id, instance_id = self._world.manager_id, supervisor.id
+        facts = await supervisor.engine.inspect(container_name(manager_id, instance_id))
         if facts is None or is_ours(
             facts, manager_id=manager_id, instance_id=instance_id, owner=self._world.owner
         ):
@@ -299,7 +301,7 @@ class Capacity:
                 in_use=one.in_flight > 0,
                 pinned=one.pinned,
                 unused_since=one.unused_since,
-                may_return=one.why_unusable is None and _image(one) not in absent,
+                may_return=one.why_unusable is None and one.id not in absent,
             )
             for one in self._fleet.supervisors()
         ]

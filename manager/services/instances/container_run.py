@@ -191,7 +191,7 @@ class ContainerRun:
             self._on_container(now)
             if now is not None and now.status in ALIVE:
                 return now, True
-            if known.status in ALIVE:
+            if known.status in ALIVE and (now is None or now.status != "parked"):
                 raise self._death(request.name, now)
             if now is not None:
                 await self._world.engine.remove(now.id)

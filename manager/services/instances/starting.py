@@ -127,6 +127,7 @@ class Starting:
             await w.world.on_step(w.id, "stored")
             async with w.world.locks.hold(w.id):
                 started = await self._bring_up()
+                await w.world.shares.take(w.id)
         except ManagerError as error:
             self._end_failed(error)
         else:

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from manager.services.instances.workings import Workings
 
 
+# How often other gateways are looked for.
+_OTHERS_S = 0.5
+
+
 class Stopping:
     """Stops and removes the container.
 
@@ -130,6 +134,8 @@ class Stopping:
 
     async def _end_container(self) -> None:
         w, gpus = self._w, self._w.world.gpus
+        if not await self._others_are_done():
+            return
         if w.in_flight():
             self._cut_leases()
         w.condition.apply(StopBegun())
@@ -140,6 +146,21 @@ class Stopping:
         w.condition.apply(RunEnded())
         for uuid in await gpus.given_back(held, w.spec.limits.vram_wait_s):
             w.world.journal.record("vram_not_given_back", instance=w.id, detail=uuid)
+
+    async def _others_are_done(self) -> bool:
+        """Wait for other gateways as for open leases; return False where the stop was taken back."""
+        w = self._w
+        deadline = w.world.now() + w.spec.limits.drain_timeout_s
+        while not await w.world.shares.alone(w.id):
+            if self._force or (not w.condition.state.is_patient and w.world.now() >= deadline):
+                w.world.journal.record("others_cut", instance=w.id, detail="other gateways still used it")
+                break
+            self._news.clear()
+            await happens(self._news, _OTHERS_S)
+            if not w.condition.state.ends:
+                await w.world.shares.take(w.id)
+                return False
+        return True
 
     async def _has_died(self) -> bool:
         self._w.signals.news.clear()

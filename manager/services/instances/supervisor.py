@@ -14,6 +14,7 @@ from manager.domain.condition import (
     CardReturned,
     Condition,
     ContainerChanged,
+    LetGo,
     Listed,
     LookRequested,
     NothingToSweep,
@@ -23,6 +24,7 @@ from manager.domain.condition import (
     StartRequested,
     StopRequested,
     TakenOutOfService,
+    WantedAgain,
 )
 from manager.domain.container import LABEL_HASH, Reach, container_name
 from manager.domain.image_override import with_image
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
     from manager.domain.image_override import ImageOverride
     from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.domain.registry import InstanceRow
-    from manager.services.ports import EngineEvent
+    from manager.services.ports import Engine, EngineEvent
     from manager.services.world import World
     from manager.wire.details import Details
 
@@ -148,6 +150,8 @@ class Supervisor(Instance):
         if self.usable_endpoint() is not None:
             return False
         self._starting.refuse(explicit=explicit)
+        if self._condition.state.is_let_go and self._condition.state.is_ready:
+            self._condition.apply(WantedAgain())
         self._condition.apply(StartRequested(explicit))
         self._wake.set()
         return True
@@ -257,6 +261,8 @@ class Supervisor(Instance):
             # awaited from here on: no lease can be taken in between.
             if self.unused_since != since or not self.idle or not self._w.engine_up:
                 return False
+            if not await self._is_alone(since):
+                return False
             return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
 
     async def make_way(self, detail: str) -> bool:
@@ -274,11 +280,26 @@ class Supervisor(Instance):
                 looks += 1
                 await asyncio.sleep(LEAST_WINDOW_S)
             # As in `stop_if_idle`: no lease can be taken from here on.
-            if not self._w.engine_up:
+            if not self._w.engine_up or not await self._is_alone(self.unused_since):
                 return False
             self.begin_stop(detail=detail)
         await self.stopped()
         return True
+
+    async def _is_alone(self, since: float | None) -> bool:
+        """Return whether no other gateway uses it, nor this one since then; no lease can be taken after that.
+
+        One that others use is let go: the last of them stops it, and a request here takes a share again.
+        """
+        alone = await self._world.shares.alone(self.id)
+        if self.unused_since != since:
+            await self._world.shares.take(self.id)
+            return False
+        if not alone and not self._condition.state.is_let_go:
+            self._condition.apply(LetGo())
+            self._world.revision.advance()
+            self._world.journal.record("let_go", instance=self.id, detail="other gateways use it")
+        return alone
 
     async def _rests(self) -> bool:
         """Whether it is unused, and was since the last look."""
@@ -419,6 +440,11 @@ class Supervisor(Instance):
         await self._store.save_quietly()
 
     # --- what others read ---
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that runs its container, or its service."""
+        return self._world.engine
 
     @property
     def reach(self) -> Reach | None:
@@ -702,6 +728,7 @@ class Supervisor(Instance):
 
     def _forget_server(self) -> None:
         self._ready_at = None
+        self._world.shares.over(self.id)
         self._clock.stop()
         self._stale.clear()
         self._reset_health()

@@ -120,7 +120,7 @@ class Upgrades:
         return supervisor.drained is None and not replacing.is_stopped
 
     async def _refuse_absent(self, supervisor: Supervisor, image: str) -> None:
-        if not await self._world.engine.has_image(image):
+        if not await supervisor.engine.has_image(image):
             raise UnavailableError(
                 f"the engine has no image {image}; pull it with `ollama-manager pull {image}`",
                 reason=Reason.IMAGE_MISSING,

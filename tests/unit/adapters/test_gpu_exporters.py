@@ -17,8 +17,9 @@ from manager.adapters import gpu_exporters
 from manager.adapters.gpu_exporters import NodeCards, samples_in
 from manager.domain.gpu import Gpu
 from manager.domain.gpu_metrics import METRICS, AdvertisedCard, read_exporter
-from manager.errors import EngineUnreachableError, GpuQueryError
+from manager.errors import EngineUnreachableError, GpuQueryError, UnavailableError
 from tests.support.exporters import DCGM, FIRST, MIB, SECOND, SLICED, SMI, SMI_SLICED, dcgm
+from tests.support.gpu_machine import Machine
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -169,9 +170,19 @@ async def test_uuids_are_those_of_the_node_and_slices_are_found() -> None:
 
         card, part = await reader.read()
 
-    assert card.uuid == FIRST.upper()
+    assert (card.uuid, card.temperature_c) == (FIRST.upper(), 36)
     assert part.uuid == SLICED
     assert part.vram_free_bytes == 32971181613
+
+
+@pytest.mark.parametrize("is_by_name", [False, True])
+async def test_a_card_that_is_advertised_by_the_beginning_of_its_uuid(is_by_name: bool) -> None:
+    async with exporters(ONE) as nodes, nodes.reading(nodes.named if is_by_name else "") as reader:
+        nodes[ONE].answer = DCGM
+        nodes.cards = (AdvertisedCard(FIRST[:12], "n1", "one", ONE),)
+        (gpu,) = await reader.read()
+    assert gpu.uuid == FIRST[:12]
+    assert gpu.vram_free_bytes == 110796 * MIB
 
 
 async def test_a_card_whose_memory_is_not_told() -> None:
@@ -189,10 +200,10 @@ async def test_without_an_exporter_all_memory_is_unknown() -> None:
         gpus = await reader.read()
 
     assert gpus == (
-        unknown(A, why="no exporter is set"),
-        unknown(B, 1, why="no exporter is set"),
+        unknown(A, why="no exporter is set in swarm.gpu_exporter"),
+        unknown(B, 1, why="no exporter is set in swarm.gpu_exporter"),
     )
-    assert reader.troubles == {"one": "no exporter is set"}
+    assert reader.troubles == {"one": "no exporter is set in swarm.gpu_exporter"}
     assert nodes[ONE].asked == []
 
 
@@ -608,6 +619,37 @@ async def test_a_read_that_is_cancelled_leaves_the_next_one_alone() -> None:
         nodes[ONE].answer = DCGM
         (gpu,) = await reader.read()
     assert gpu.vram_free_bytes is not None
+
+
+# --- with the services on top ---
+
+
+async def test_a_start_is_refused_by_what_an_exporter_tells_and_let_in_while_it_is_silent() -> None:
+    machine = Machine()
+    async with exporters(ONE) as nodes, nodes.reading() as reader:
+        nodes[ONE].answer = dcgm(FB_FREE=4096, FB_USED=20480, FB_RESERVED=0)
+        machine.read = reader.read  # type: ignore[method-assign]
+        gpus = await machine.gpus(one=FIRST)
+        with pytest.raises(
+            UnavailableError, match=r"needs 5\.0 GiB of GPU memory, 1\.0 GiB more than are free"
+        ):
+            await gpus.admit("one", needed_bytes=5 * 2**30, wait_s=0)
+        await gpus.admit("one", needed_bytes=4 * 2**30, wait_s=0)
+        assert gpus.trouble is None
+
+        nodes[ONE].answer = broken
+        nodes.clock.at += 2
+        await gpus.admit("one", needed_bytes=5 * 2**30, wait_s=0)
+        assert gpus.trouble is not None
+        assert gpus.trouble.message == (
+            f"the memory of {FIRST} on one is unknown: "
+            f"no exporter answers at http://{ONE}:{nodes.port}/metrics (status 503)"
+        )
+
+        nodes.error = EngineUnreachableError("the engine is down")
+        await gpus.refresh()
+        assert gpus.why_missing("one") is None
+        assert gpus.trouble.code == "gpu_query_failed"
 
 
 # --- texts ---

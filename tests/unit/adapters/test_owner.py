@@ -7,16 +7,13 @@ import socket
 import stat
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from manager.adapters.owner import ManagerIdLock, keep_manager_id, read_owner, take_over
 from manager.domain.ownership import Owner
 from manager.errors import ManagerError, ManagerIdHeldError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 ENGINE = "unix:///var/run/docker.sock"
 
@@ -90,7 +87,12 @@ def test_a_manager_id_is_served_once_an_engine(tmp_path: Path) -> None:
     first.acquire()
     with pytest.raises(ManagerIdHeldError, match=f"process {os.getpid()}"):
         second.acquire()
-    for other in (ManagerIdLock(name, "unix:///other.sock"), ManagerIdLock(name + "x", ENGINE)):
+    others = (
+        ManagerIdLock(name, "unix:///other.sock"),
+        ManagerIdLock(name + "x", ENGINE),
+        *(ManagerIdLock(name, ENGINE, Path(f"/state/{which}")) for which in ("one", "two")),
+    )
+    for other in others:
         other.acquire()
         other.release()
     first.release()

@@ -16,6 +16,8 @@ import pytest
 from manager.adapters.collections.file import create
 from manager.adapters.locks import StateDirLock
 from manager.adapters.owner import ManagerIdLock
+from manager.adapters.registry.postgres import prepare
+from manager.adapters.registry.tables import HEAD
 from manager.cli.doctor_engine import Needs, card_finding, runtime_finding
 from manager.cli.findings import Verdict
 from manager.domain.gpu import Gpu, GpuProcess, unmeasured
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
     from click.testing import Result
 
+    from tests.support.postgres import Postgres
     from tests.unit.cli.stand_in import StandInDaemon
 
     Run = Callable[..., Result]
@@ -464,3 +467,26 @@ def test_cards_are_shown_with_what_is_free_and_who_holds_the_rest() -> None:
     assert f"held by {name} (pid {me.pid}) 1.0 GiB" in message
     assert "memory unknown" in card_finding((unmeasured(CARD),), None, Needs()).message
     assert "3.0 GiB, " in card_finding((replace(full, vram_free_bytes=None),), None, Needs()).message
+
+
+def test_the_database_that_gateways_share_is_looked_at_and_left(
+    run: Run, port: int, tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres.database()
+    monkeypatch.setenv("OLLAMA_MANAGER_STATE__URL", url)
+    found = checks(run("doctor", "--json"))["database"]
+    assert (found["verdict"], "is empty" in found["message"]) == ("ok", True)
+    assert postgres.sql(url, "SELECT count(*) FROM pg_class WHERE relname = 'keys'") == [(0,)]
+    prepare(url)
+    assert f"(schema {HEAD})" in checks(run("doctor", "--json"))["database"]["message"]
+    postgres.sql(url, "DROP TABLE learned_sizes")
+    found = checks(run("doctor", "--json"))["database"]
+    assert (found["verdict"], "some other program" in found["message"]) == ("broken", True)
+    monkeypatch.setenv("OLLAMA_MANAGER_STATE__URL", "postgresql://om:s3cr3t@127.0.0.1:1/om")
+    result = run("doctor", "--json")
+    assert "is away" in checks(result)["database"]["message"]
+    assert "s3cr3t" not in result.stdout
+    monkeypatch.setitem(sys.modules, "manager.adapters.registry.postgres", None)
+    found = checks(run("doctor", "--json"))["database"]
+    assert "pip install 'ollama-endpoint-manager[postgresql]'" in found["message"]
+    assert found["message"].startswith("state.url: ")

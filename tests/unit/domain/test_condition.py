@@ -446,7 +446,7 @@ def test_a_ready_service_that_was_scaled_to_zero_is_stopped_and_has_not_failed()
 
 def test_a_service_that_was_scaled_to_zero_tells_why_it_has_stopped() -> None:
     done = c.step(READY, c.Inspected(PARKED), NOW)[1]
-    message = "m-ollama-cpu was scaled to zero from outside"
+    message = "m-ollama-cpu was stopped from outside"
     assert done == (
         c.ForgetServer(),
         c.DropClaim(),
@@ -492,3 +492,21 @@ def test_the_end_of_a_service_says_what_the_engine_gives_as_the_reason() -> None
         Reason.INSTANCE_UNAVAILABLE, "m-ollama-cpu does not run: its node gpu-box is down"
     )
     assert c.explain_end("m-ollama-cpu", replace(lost, out_of_memory=True)).code is Reason.OUT_OF_MEMORY
+
+
+def test_a_server_that_was_let_go_gives_no_leases_until_it_is_wanted_again() -> None:
+    let_go = after(READY, c.LetGo())
+    assert (let_go.phase, let_go.usable_endpoint) == (Phase.READY, None)
+    again, done = c.step(let_go, c.WantedAgain(), NOW)
+    assert (again.phase, again.intent, again.is_let_go) == (Phase.STARTING, Operation.START, False)
+    assert done == (c.ForgetServer(),)
+    assert after(again, c.BecameReady("http://x")).usable_endpoint == "http://x"
+
+
+@pytest.mark.parametrize("facts", [None, replace(RUNNING, status="exited", exit_code=0)])
+def test_what_was_let_go_and_has_ended_was_stopped_by_another_gateway(facts: ContainerFacts | None) -> None:
+    let_go = after(READY, c.LetGo())
+    stopped = after(let_go, c.Inspected(facts))
+    assert (stopped.phase, stopped.target, stopped.failure) == (Phase.STOPPED, Target.STOPPED, None)
+    assert stopped.is_let_go is False
+    assert after(READY, c.Inspected(facts)).phase is Phase.FAILED, "nobody has let that go"

@@ -15,6 +15,7 @@ from manager.domain.gpu_metrics import (
     Exported,
     Sample,
     card_key,
+    named,
     read_exporter,
     why_no_exporter_url,
 )
@@ -220,6 +221,26 @@ def test_spellings_of_one_card(one: str, other: str) -> None:
 def test_a_card_and_a_slice_with_the_same_number_are_two() -> None:
     assert card_key("GPU-1") != card_key("MIG-1")
     assert card_key("GPU-1") != card_key("GPU-11")
+
+
+def test_the_beginning_of_a_uuid_names_a_card_where_no_other_begins_so() -> None:
+    cards = read(DCGM)
+    assert named(cards, FIRST) is cards[FIRST]
+    assert named(cards, FIRST.removeprefix("GPU-").upper()) is cards[FIRST]
+    assert named(cards, FIRST[:12]) is cards[FIRST]
+    assert named(cards, FIRST[:20]) is cards[FIRST]
+    for too_short in (FIRST[:11], "GPU-", "GPU-5a1e", "", "GPU", "MIG-", FIRST[:12].replace("GPU", "MIG")):
+        assert named(cards, too_short) is None
+    assert named(cards, "GPU-5a1e0d3cc") is None
+    assert named(cards, FIRST + "0") is None
+    assert named({"GPU-odd": 1}, "GPU-ODD") == 1
+
+
+def test_the_beginning_of_two_uuids_names_neither() -> None:
+    other = FIRST[:-1] + "0"
+    cards = read(DCGM + smi(other, memory_free_bytes=1))
+    assert named(cards, FIRST[:20]) is None
+    assert named(cards, FIRST) is cards[FIRST]
 
 
 NAMES = st.sampled_from(sorted(METRICS)) | st.text(max_size=20)

@@ -62,10 +62,10 @@ def test_the_alternatives_in_the_sample_can_be_used(tmp_path: Path) -> None:
     file.write_text(re.sub(r"(?m)^( *)#(?=\S)", r"\1", text), encoding="utf-8")
     loaded = load_settings(file, environ=ENVIRON)
     assert list(loaded.settings.instances) == [
-        *("cpu", "gpu0", "gpu1", "gpu2", "both", "big", "nas", "far", "vllm", "hears", "openai")
+        *("cpu", "gpu0", "gpu1", "gpu2", "both", "big", "box2", "nas", "far", "vllm", "hears", "openai")
     ]
     assert [one.action for one in loaded.settings.schedules] == ["start", "stop", "reap"]
     assert loaded.settings.roles["code-review"].fallbacks == ("output",)
     assert loaded.settings.models.writers == {"ollama-models": "cpu"}
     assert list(loaded.settings.models.settings) == ["qwen3:8b"]
-    assert len(resolve_instances(loaded, load_templates(loaded.settings))) == 11
+    assert len(resolve_instances(loaded, load_templates(loaded.settings))) == 12

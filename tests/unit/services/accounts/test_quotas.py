@@ -14,9 +14,12 @@ from hypothesis import strategies as st
 from manager.domain.usage import Span, Sums
 from manager.services.accounts import quotas as module
 from manager.services.accounts.quotas import Exceeded, Place, Quotas
+from manager.services.ports import KeyUse
 from tests.support.keys import grant
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from manager.domain.keys import Grant
     from manager.domain.record import RequestRecord
 
@@ -252,3 +255,114 @@ def test_whatever_happens_the_bounds_hold_and_all_counts_return_to_zero(
         for place in places:
             place.leave(used())
         assert clock.quotas.in_flight(name) == 0
+
+
+def shared(gateways: int) -> tuple[list[Clock], Callable[[], None]]:
+    """Gateways that share a database; what is returned too has each of them tell the others."""
+    clocks, rows, number = [Clock() for _ in range(gateways)], {}, iter(range(10**9))
+
+    def tell() -> None:
+        for name, clock in enumerate(clocks):
+            uses = clock.quotas.own_uses()
+            rows.update({(str(name), key): (next(number), use) for key, use in uses.items()})
+            clock.quotas.was_told(uses)
+        for name, clock in enumerate(clocks):
+            clock.quotas.take_others({at: row for at, row in rows.items() if at[0] != str(name)})
+
+    return clocks, tell
+
+
+def test_requests_of_the_minute_count_at_all_gateways() -> None:
+    (one, other), tell = shared(2)
+    for _ in range(2):
+        one.begin(key(rpm=3))
+    other.begin(key(rpm=3))
+    tell()
+    for clock in (one, other):
+        assert "rpm of 3" in clock.refuse(key(rpm=3)).message
+        assert clock.quotas.enter(key("free")) is None
+        clock.begin(key("other", rpm=3))
+    one.s = other.s = 61
+    tell()
+    other.begin(key(rpm=3))
+
+
+def test_a_gateway_that_is_told_of_others_alone_says_when_it_is_worth_a_try() -> None:
+    (one, other), tell = shared(2)
+    one.begin(key(rpm=1))
+    tell()
+    assert other.refuse(key(rpm=1)).retry_after_s >= 1
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans()), max_size=200), st.integers(1, 20))
+def test_gateways_go_beyond_a_limit_by_what_the_others_admit_between_two_looks(
+    asked: list[tuple[int, bool]], rpm: int
+) -> None:
+    clocks, tell = shared(3)
+    admitted, since, most = 0, [0, 0, 0], 0
+    for gateway, tells in asked:
+        if isinstance(clocks[gateway].enter(key(rpm=rpm)), Place):
+            admitted += 1
+            since[gateway] += 1
+            # What this gateway does not know of.
+            most = max(most, sum(since) - since[gateway])
+        assert admitted <= rpm + most
+        if tells:
+            tell()
+            since = [0, 0, 0]
+
+
+def test_the_minute_of_a_gateway_that_has_ended_is_over_after_a_minute() -> None:
+    (one, other), tell = shared(2)
+    one.begin(key(rpm=1))
+    tell()
+    rows = {("0", "ci"): (1, KeyUse(1, "2026-03-01", 0))}
+    for seconds in (0, 30, 60):
+        other.s = seconds
+        other.quotas.take_others(rows)
+        other.refuse(key(rpm=1))
+    other.s = 61
+    other.quotas.take_others(rows)
+    other.begin(key(rpm=1))
+
+
+def test_without_news_of_others_for_a_minute_a_gateway_counts_its_own() -> None:
+    (one, other), tell = shared(2)
+    one.begin(key(rpm=1))
+    tell()
+    other.s = 59
+    other.refuse(key(rpm=1))
+    other.s = 60
+    other.begin(key(rpm=1))
+
+
+def test_tokens_of_the_day_count_at_all_gateways_until_midnight() -> None:
+    (one, other), tell = shared(2)
+    one.begin(key(tokens_per_day=10)).leave(used(4, 3))
+    other.begin(key(tokens_per_day=10)).leave(used(2, 1))
+    tell()
+    for clock in (one, other):
+        assert "10 tokens today" in clock.refuse(key(tokens_per_day=10)).message
+        clock.s = 3600  # however long ago they were told
+        clock.refuse(key(tokens_per_day=10))
+        clock.s = 12 * 3600
+        clock.begin(key(tokens_per_day=10))
+
+
+def test_only_what_has_changed_is_told_and_a_minute_with_requests_each_time() -> None:
+    (clock,), _ = shared(1)
+    quotas = clock.quotas
+    clock.begin(key("calm", tokens_per_day=9)).leave(used(1, 1))
+    clock.begin(key("busy", rpm=9))
+    clock.begin(key("here", concurrency=9))
+    day = "2026-03-01"
+    assert quotas.own_uses() == {"calm": KeyUse(0, day, 2), "busy": KeyUse(1, day, 0)}
+    assert quotas.own_uses().keys() == {"calm", "busy"}, "nothing is told until it is known to be"
+    quotas.was_told(quotas.own_uses())
+    assert quotas.own_uses() == {"busy": KeyUse(1, day, 0)}
+    clock.s = 61
+    assert quotas.own_uses() == {"busy": KeyUse(0, day, 0)}
+    quotas.was_told(quotas.own_uses())
+    assert quotas.own_uses() == {}
+    clock.s = 12 * 3600
+    assert quotas.own_uses().keys() == {"calm", "busy"}
