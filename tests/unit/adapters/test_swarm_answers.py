@@ -110,8 +110,7 @@ def test_an_exit_code_is_told_as_a_number_and_not_in_words() -> None:
         ("rejected", "No such image: no-such/image:1", Reason.IMAGE_MISSING),
         (
             "failed",
-            "starting container failed: driver failed programming external connectivity on endpoint a.1.t: "
-            "Error starting userland proxy: listen tcp4 0.0.0.0:31001: bind: address already in use",
+            "starting container failed: driver failed programming: listen tcp4: bind: address already in use",
             Reason.PORT_TAKEN,
         ),
         (
