@@ -192,7 +192,8 @@ async def test_a_service_that_changed_after_it_was_read_is_read_again(
 
 async def test_what_is_gone_can_be_stopped_and_removed(engine: SwarmEngine, swarm: Swarm) -> None:
     service = await engine.create(request_on(swarm.worker))
-    swarm.client().api.remove_service(service)  # type: ignore[attr-defined]
+    api: Any = swarm.client().api
+    api.remove_service(service)
     assert await engine.inspect(service) is None
     await engine.signal(service, "SIGTERM")
     with pytest.raises(EngineError):

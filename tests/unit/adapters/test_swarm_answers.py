@@ -27,6 +27,7 @@ NODE: dict[str, Any] = {
     "Spec": {"Role": "worker", "Availability": "active", "Labels": {"rack": "a"}},
     "Description": {
         "Hostname": "gpu-box",
+        "Engine": {"EngineVersion": "28.5.2", "Labels": {}},
         "Resources": {
             "NanoCPUs": 4_000_000_000,
             "GenericResources": [
@@ -165,14 +166,15 @@ def test_a_node_has_the_cards_of_the_kind_that_is_asked_for() -> None:
     read = answers.node(NODE, "NVIDIA-GPU")
     assert (read.id, read.hostname, read.address, read.labels) == ("n1", "gpu-box", "10.0.0.3", {"rack": "a"})
     assert (read.is_up, read.is_active, read.is_manager) == (True, True, False)
-    assert read.cards == ("GPU-1", "GPU-2")
+    assert (read.cards, read.engine) == (("GPU-1", "GPU-2"), "28.5.2")
     assert answers.node(NODE, "FPGA").cards == ("f1",)
 
 
 def test_a_node_without_resources_has_no_cards() -> None:
     descriptions: list[Any] = [{}, None, {"Hostname": "x"}, {"Resources": {}}]
     for description in descriptions:
-        assert answers.node(node_entry(Description=description), "NVIDIA-GPU").cards == ()
+        read = answers.node(node_entry(Description=description), "NVIDIA-GPU")
+        assert (read.cards, read.engine) == ((), "")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from manager.domain.instance import Driver
+from manager.domain.instance import ContainerFacts, Driver
 from manager.domain.swarm import Node
 from manager.errors import (
     ConfigurationError,
@@ -163,6 +163,20 @@ async def test_cards_are_advertised_with_their_node_and_are_lost_with_it() -> No
         ("GPU-3", "n3", "gpu-box", "10.0.0.3"),
     ]
     assert [one.lost for one in cards] == [None, None, "its node gpu-box is down"]
+
+
+async def test_an_instance_is_on_the_node_of_its_service_and_else_on_the_one_that_it_can_run_on() -> None:
+    nodes = Nodes(Reader(BOX, DESK))
+    await nodes.refresh()
+    spec = Rig().make("a", driver=Driver.SWARM).spec
+    running = ContainerFacts("1", "m-ollama-a", "image", "running", node="desk")
+    assert nodes.name_for(spec, running) == "desk"
+    assert nodes.name_for(spec, replace(running, node=None)) is None
+    assert nodes.name_for(spec, None) is None
+    assert nodes.name_for(replace(spec, placement=("node.id==n1",)), None) == "gpu-box"
+    assert nodes.name_for(replace(spec, device="GPU-1"), None) == "gpu-box"
+    assert nodes.name_for(replace(spec, devices=("GPU-1", "GPU-2")), None) == "gpu-box"
+    assert nodes.name_for(replace(spec, driver=Driver.DOCKER), running) is None
 
 
 # --- instances ---
