@@ -14,13 +14,12 @@ from manager.adapters.cgroups import ProcCgroups
 from manager.adapters.docker_engine import DockerEngine
 from manager.adapters.locks import FileLocks, StateDirLock
 from manager.adapters.metrics import FleetMetrics
-from manager.adapters.owner import read_owner
 from manager.adapters.schedule import ApScheduler
 from manager.adapters.tls import SharedTls, own_tls_of
 from manager.adapters.upstream import HttpUpstream
 from manager.api.backend import Backend, Passing
 from manager.api.passage import PassageLimits, Passages
-from manager.claims import claims, refuse_foreign_later, settled_owner
+from manager.claims import claims, refuse_foreign_later
 from manager.domain.template import image_allowed
 from manager.opening import (
     opened_collections,
@@ -29,6 +28,7 @@ from manager.opening import (
     opened_journal,
     opened_keyring,
     opened_ledger,
+    opened_owner,
     opened_quotas,
     opened_registry,
     opened_swarm,
@@ -39,6 +39,7 @@ from manager.parts import (
     Reconfigure,
     benchmarks_of,
     breaker_limits,
+    following_of,
     forget_server,
     gpus_of,
     header_names,
@@ -195,7 +196,7 @@ async def open_daemon(
     async with AsyncExitStack() as stack:
         held = await stack.enter_async_context(AsyncExitStack())
         state_lock, id_lock = held.enter_context(claims(settings, within_s=claims_within_s))
-        registry = await opened_registry(held, settings, stores=not dry_run)
+        registry, shared = await opened_registry(held, settings, stores=not dry_run)
         journal = await opened_journal(held, registry)
         keyring = await opened_keyring(registry, journal)
         history, uses = await history_of(held, registry, settings)
@@ -205,7 +206,7 @@ async def open_daemon(
             journal,
             settings,
             keyring,
-            is_alone=not claims_within_s,
+            is_alone=not claims_within_s and (shared is None or resume_idle_clock or await shared.hold()),
             recovers=not resume_idle_clock,
         )
         pids = ProcCgroups()
@@ -215,7 +216,7 @@ async def open_daemon(
         engine = stack.enter_context(
             contextlib.closing(DockerEngine(settings.engine.url, settings.engine.timeout_s))
         )
-        owner = await settled_owner(engine, settings, read_owner(settings.state.dir), takes_over=takes_over)
+        owner = await opened_owner(engine, settings, shared, takes_over=takes_over)
         scores = BenchmarkScores(revision := Revision())
         breakers = Breakers(
             journal, revision, limits=breaker_limits(settings), now=time.monotonic, utcnow=utcnow
@@ -424,6 +425,15 @@ async def open_daemon(
             refusals=refusals,
             history=history,
             keyring=keyring,
+            following=following_of(
+                shared,
+                world,
+                parts,
+                routing.quotas,
+                keyring=keyring,
+                model_settings=model_settings,
+                rollout=rollout,
+            ),
             ledger=ledger,
             rollout=rollout,
             runs=await runs_of(
@@ -471,6 +481,7 @@ async def open_daemon(
                 "lifts": parts.lifts.run,
                 "warm models": keeper.run,
                 "gpu history": backend.gpu_history.run,
+                **({} if backend.following is None else {"shared database": backend.following.run}),
             }
         yield Daemon(
             settings,

@@ -27,6 +27,12 @@ _log = structlog.get_logger("daemon")
 _OWNER_CHECK_S = 2.0
 
 
+def id_lock_of(settings: Settings) -> ManagerIdLock:
+    """Return the claim to the manager id; daemons that share a database share the id."""
+    directory = None if settings.state.url is None else settings.state.dir
+    return ManagerIdLock(settings.manager_id, settings.engine.url, directory)
+
+
 @contextlib.contextmanager
 def claims(settings: Settings, *, within_s: float) -> Iterator[tuple[StateDirLock, ManagerIdLock]]:
     """Hold the state directory, and the manager id on the engine.
@@ -38,7 +44,7 @@ def claims(settings: Settings, *, within_s: float) -> Iterator[tuple[StateDirLoc
         state_lock = StateDirLock(settings.state.dir, settings.manager_id)
         state_lock.acquire(within_s=within_s)
         stack.callback(state_lock.release)
-        id_lock = ManagerIdLock(settings.manager_id, settings.engine.url)
+        id_lock = id_lock_of(settings)
         id_lock.acquire()
         stack.callback(id_lock.release)
         yield state_lock, id_lock

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import structlog
 
 from manager import __version__
-from manager.adapters.owner import ManagerIdLock
 from manager.adapters.tls import WatchedTls, listener_tls_of, own_tls_of
+from manager.claims import id_lock_of
 from manager.errors import ForeignOwnerError, ManagerIdChangedError
 from manager.handover import CLAIMS_WITHIN_S, Giving, Heir, Predecessor, Succession, replace_daemon
 from manager.relay.connections import ConnectionLimit
@@ -349,7 +349,7 @@ async def _predecessor(loaded: LoadedSettings) -> Predecessor | None:
     """
     settings = loaded.settings
     resolve_instances(loaded, load_templates(settings))
-    channel = ManagerIdLock(settings.manager_id, settings.engine.url).connect()
+    channel = id_lock_of(settings).connect()
     if channel is None:
         return None
     return await asyncio.to_thread(

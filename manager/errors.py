@@ -424,6 +424,10 @@ class RegistryUnwritableError(UnavailableError):
         self.code = "registry_unwritable"
 
 
+class RegistryDoubtfulError(RegistryUnwritableError):
+    """The connection was lost while a write was to be committed: it happened completely or not at all."""
+
+
 class VectorsUnavailableError(UnavailableError):
     """The tables of vectors could not be read or written; the disk or the process is at fault."""
 

@@ -13,12 +13,15 @@ from manager.adapters.cgroups import NoPids
 from manager.adapters.collections import open_collections
 from manager.adapters.gpu_exporters import NodeCards
 from manager.adapters.nvml import Nvml
+from manager.adapters.owner import keep_owner, read_owner
 from manager.adapters.registry import open_registry
 from manager.adapters.swarm_engine import SwarmEngine
 from manager.adapters.tls import SharedTls
 from manager.adapters.vectors import LanceVectors, installed
+from manager.claims import settled_owner
 from manager.domain.instance import Driver
 from manager.domain.models import model_key
+from manager.errors import ConfigurationError
 from manager.parts import SwarmParts, budgets_of, selectors_of, utcnow
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.ledger import Ledger
@@ -34,9 +37,12 @@ if TYPE_CHECKING:
     from contextlib import AsyncExitStack
 
     from manager.adapters.cgroups import ProcCgroups
+    from manager.adapters.docker_engine import DockerEngine
     from manager.adapters.registry import SqlRegistry
+    from manager.adapters.registry.shared import SharedDatabase
     from manager.api.backend import Passing
     from manager.domain.instance import InstanceSpec
+    from manager.domain.ownership import Owner
     from manager.services.embeddings.collections import Collections
     from manager.services.overview import Overviews
     from manager.services.ports import RequestStore
@@ -44,11 +50,59 @@ if TYPE_CHECKING:
     from manager.settings import Settings
 
 
-async def opened_registry(stack: AsyncExitStack, settings: Settings, *, stores: bool) -> SqlRegistry:
-    """Return the registry of the state directory; without `stores` nothing is written to it."""
-    registry = await open_registry(settings.state.dir / "registry.sqlite3", stores=stores)
+async def opened_registry(
+    stack: AsyncExitStack, settings: Settings, *, stores: bool
+) -> tuple[SqlRegistry, SharedDatabase | None]:
+    """Return the registry, and what gateways tell each other where they share a database.
+
+    Args:
+        stack: closes both.
+        settings: name the state directory and the database.
+        stores: whether anything is written.
+    """
+    path, url = settings.state.dir / "registry.sqlite3", settings.state.url
+    if url is None:
+        registry = await open_registry(path, stores=stores)
+        stack.push_async_callback(registry.close)
+        return registry, None
+    _refuse_without_psycopg()
+    # Optional extras.
+    from manager.adapters.postgres import AdvisoryLocks  # noqa: PLC0415
+    from manager.adapters.registry.postgres import PostgresDatabase  # noqa: PLC0415
+    from manager.adapters.registry.shared import SharedDatabase  # noqa: PLC0415
+
+    registry = await open_registry(path, stores=stores, shared=PostgresDatabase(url))
     stack.push_async_callback(registry.close)
-    return registry
+    shared = SharedDatabase(PostgresDatabase(url), AdvisoryLocks(url), str(registry.gateway))
+    stack.push_async_callback(shared.close)
+    return registry, shared
+
+
+def _refuse_without_psycopg() -> None:
+    try:
+        import psycopg  # noqa: F401, PLC0415
+    except ImportError as error:  # it is not installed, or finds no libpq
+        message = (
+            "state.url: psycopg is not installed, which talks to PostgreSQL; "
+            "run: pip install 'ollama-endpoint-manager[postgresql]'"
+        )
+        raise ConfigurationError(message) from error
+
+
+async def opened_owner(
+    engine: DockerEngine, settings: Settings, shared: SharedDatabase | None, *, takes_over: bool
+) -> Owner:
+    """Return the owner of the containers, as `settled_owner`; gateways that share a database have one.
+
+    That one is written into the state directory too, where commands read it.
+    """
+    owner = read_owner(settings.state.dir)
+    if shared is None:
+        return await settled_owner(engine, settings, owner, takes_over=takes_over)
+    owner = keep_owner(settings.state.dir, await shared.owner(owner))
+    owner = await settled_owner(engine, settings, owner, takes_over=takes_over)
+    await shared.save_owner(owner)
+    return owner
 
 
 async def opened_journal(stack: AsyncExitStack, registry: SqlRegistry) -> Journal:
@@ -123,8 +177,10 @@ async def opened_swarm(
     )
     stack.enter_context(contextlib.closing(engine))
     nodes = Nodes(engine)
+    reader = NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context)
+    stack.push_async_callback(reader.close)
     gpus = Gpus(
-        NodeCards(nodes.advertised, swarm.gpu_exporter, tls=SharedTls().context),
+        reader,
         NoPids(),
         world.registry,
         selectors=selectors_of(specs, Driver.SWARM),

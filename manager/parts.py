@@ -28,6 +28,7 @@ from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
 from manager.services.benchmarks.benchmarks import Benchmarks
 from manager.services.bodies import BodyBudget
+from manager.services.following import FollowedOrders, Following
 from manager.services.instances.capacity import Capacity
 from manager.services.instances.cloud import CloudInstance
 from manager.services.instances.engine_link import EngineLink, Swarm
@@ -77,13 +78,14 @@ if TYPE_CHECKING:
     from manager.domain.template import Template
     from manager.relay.upstream import UpstreamPools
     from manager.services.accounts.keyring import Keyring
+    from manager.services.accounts.quotas import Quotas
     from manager.services.benchmarks.scores import BenchmarkScores
     from manager.services.instances.instance import Instance
     from manager.services.instances.nodes import FoundInstance, Nodes
     from manager.services.journal import Journal
     from manager.services.models.model_settings import ModelSettings
     from manager.services.models.volumes import Volumes
-    from manager.services.ports import ModelServer
+    from manager.services.ports import ModelServer, Shared
     from manager.services.routing.attempting import Routing
     from manager.services.routing.breakers import Breakers
     from manager.services.routing.overload import Overload
@@ -234,6 +236,34 @@ def warming(
         loading=loading,
     )
     return loading, keeper
+
+
+def following_of(
+    shared: Shared | None,
+    world: World,
+    parts: Instances,
+    quotas: Quotas | None,
+    *,
+    keyring: Keyring,
+    model_settings: ModelSettings,
+    rollout: RolloutControl,
+) -> Following | None:
+    """Return what follows the changes of other gateways; None where no database is shared."""
+    if shared is None or quotas is None:
+        return None
+    orders = FollowedOrders(world.registry, parts.fleet, parts.service, parts.lifts, utcnow=world.utcnow)
+    return Following(
+        shared,
+        world.journal,
+        reloads={
+            "keys": keyring.reload,
+            "overrides": model_settings.reload,
+            OrderKind.ROLLOUT: rollout.load,
+            OrderKind.DRAINED: orders.drains,
+            OrderKind.LIFTED: orders.lifted,
+        },
+        quotas=quotas,
+    )
 
 
 def header_names(settings: Settings) -> HeaderNames:

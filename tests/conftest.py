@@ -9,8 +9,9 @@ from hypothesis import settings
 
 from tests.support.fixtures import docker_client, engine, manager_id, new_daemon
 from tests.support.host import leave_network
+from tests.support.postgres import postgres
 
-__all__ = ["docker_client", "engine", "manager_id", "new_daemon"]
+__all__ = ["docker_client", "engine", "manager_id", "new_daemon", "postgres"]
 
 # How long an example takes says something about the machine, not about what is tested.
 settings.register_profile("unhurried", deadline=None)

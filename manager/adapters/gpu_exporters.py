@@ -64,7 +64,7 @@ _LINE = re.compile(
     rb"^(?:%b)[ \t{].*$" % b"|".join(re.escape(name.encode()) for name in METRICS), re.MULTILINE
 )
 
-_NO_EXPORTER = "no exporter is set"
+_NO_EXPORTER = "no exporter is set in swarm.gpu_exporter"
 
 
 class _ScrapeError(Exception):
@@ -169,6 +169,7 @@ class NodeCards:
                 vram_free_bytes=None,
                 lists_processes=False,
                 host=card.hostname,
+                lost=card.lost,
                 why_unknown=trouble or "no exporter names this card",
             )
         is_known = told.vram_free_bytes is not None
@@ -179,6 +180,7 @@ class NodeCards:
             pci_bus_id=told.pci_bus_id or (known.pci_bus_id if known else ""),
             name=told.name if told.name != NAME or known is None else known.name,
             host=card.hostname,
+            lost=card.lost,
             why_unknown=None if is_known else "its exporter does not tell how much memory is free",
         )
 

@@ -99,6 +99,16 @@ def keep_manager_id(state_dir: Path, owner: Owner, manager_id: str) -> Owner:
     return renamed
 
 
+def keep_owner(state_dir: Path, owner: Owner) -> Owner:
+    """Store an owner in place of that of the state directory.
+
+    Raises:
+        ManagerError: it could not be stored.
+    """
+    _write(state_dir / _FILE, owner)
+    return owner
+
+
 def _write(path: Path, owner: Owner) -> None:
     new = path.with_suffix(".json.new")
     values = {"id": owner.id, "taken_over": sorted(owner.taken_over), "manager_id": owner.manager_id}
@@ -122,13 +132,20 @@ class ManagerIdLock:
     and no file can be lost or left behind. A daemon that is to replace this one asks there
     (`manager.handover`). Daemons in other network namespaces are not seen; they are told
     apart by the owner label of their containers.
+
+    Args:
+        manager_id: the id.
+        engine_url: of the engine.
+        state_dir: of this daemon, where several may serve the id because they share a database: each has a
+            claim of its own. None: one may.
     """
 
-    def __init__(self, manager_id: str, engine_url: str) -> None:
+    def __init__(self, manager_id: str, engine_url: str, state_dir: Path | None = None) -> None:
         self._manager_id = manager_id
         path = engine_url.removeprefix("unix://")
         engine = os.path.realpath(path) if path != engine_url else engine_url
-        digest = hashlib.sha256(f"{engine}\0{manager_id}".encode()).hexdigest()[:32]
+        directory = "" if state_dir is None else f"\0{os.path.realpath(state_dir)}"
+        digest = hashlib.sha256(f"{engine}\0{manager_id}{directory}".encode()).hexdigest()[:32]
         self._address = f"\0ollama-manager/{digest}"
         self._socket: socket.socket | None = None
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from manager.services.benchmarks.benchmarks import Benchmarks
     from manager.services.bodies import BodyBudget
     from manager.services.embeddings.collections import Collections
+    from manager.services.following import Following
     from manager.services.gpus import GpuHistory
     from manager.services.instances.capacity import Capacity
     from manager.services.instances.engine_link import EngineLink
@@ -150,6 +151,7 @@ class Backend:
     refusals: Refusals
     history: History
     keyring: Keyring
+    following: Following | None
     ledger: Ledger
     runs: Runs
     collections: Collections

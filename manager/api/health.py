@@ -38,6 +38,8 @@ def health_router(backend: Backend) -> APIRouter:
         body = ReadinessBody(
             status="not_ready" if reasons else "ready",
             reasons=list(reasons),
+            # Not a reason: requests go on, and a load balancer would take all gateways out at once.
+            shared_database=None if backend.following is None else backend.following.trouble,
             **backend.rollout.partial,
         )
         return Response(

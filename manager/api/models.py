@@ -121,14 +121,15 @@ class RoomBody(_Shape):
 class ModelFitBody(_Shape):
     """A model on the cards of an instance that has it.
 
-    `basis`: `measured` on this instance; the least that was measured `elsewhere`, or the size of its `file`,
-    both of which are less than it takes. `fits` null is unknown: only what was measured tells that it fits.
+    `basis`: `measured` on this instance; what its `server` says, the least that was measured `elsewhere`, or
+    the size of its `file`, all of which are less than it takes. `fits` null is unknown: only what was
+    measured tells that it fits.
     """
 
     model: str
     instance: str
     needed_bytes: int | None
-    basis: Literal["measured", "elsewhere", "file"] | None
+    basis: Literal["measured", "server", "elsewhere", "file"] | None
     fits: bool | None
 
 

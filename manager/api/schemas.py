@@ -58,11 +58,15 @@ class _Body(BaseModel):
 
 
 class DeviceCard(_Body):
-    """One card of an instance; `uuid` is null for a slot in which no card was ever found."""
+    """One card of an instance; `uuid` is null for a slot in which no card was ever found.
+
+    `host` is the name of the machine it is in, null for the daemon's own.
+    """
 
     uuid: str | None
     index: int | None
     name: str | None
+    host: str | None
     pci_bus_id: str | None
     vram_total_bytes: int | None
     vram_used_bytes: int | None
@@ -294,9 +298,15 @@ class ProcessBody(_Body):
 
 
 class GpuBody(_Body):
-    """One card. `reserved_bytes` were promised to instances and loads that do not hold them yet."""
+    """One card. `reserved_bytes` were promised to instances and loads that do not hold them yet.
+
+    `host` is the name of the machine it is in, null for the daemon's own; `index` is its number there.
+    `pci_bus_id` is empty where it is not known. `memory_unknown` says why its memory is not known, null where
+    it is known or no more can be said.
+    """
 
     uuid: str
+    host: str | None
     index: int
     pci_bus_id: str
     name: str
@@ -305,6 +315,7 @@ class GpuBody(_Body):
     vram_free_bytes: int | None
     reserved_bytes: int | None
     lost: str | None
+    memory_unknown: str | None
     utilisation_percent: int | None
     temperature_c: int | None
     power_watts: float | None
@@ -353,10 +364,14 @@ class HealthBody(_Body):
 
 
 class ReadinessBody(_Body):
-    """`rollout` is the stage, where not every request is managed."""
+    """`rollout` is the stage, where not every request is managed.
+
+    `shared_database` says why what other gateways change is not in force here, while that is so.
+    """
 
     status: Literal["ready", "not_ready"]
     reasons: list[str]
+    shared_database: str | None = None
     rollout: Literal["observe", "shadow", "lanes"] | None = None
 
 
@@ -498,12 +513,15 @@ _NO_CARD: dict[str, Any] = {"uuid": None, "index": None, "name": None}
 def _card(named: NamedCard, gpu: Gpu | None) -> dict[str, Any]:
     if gpu is None:
         place = named.selector if named.uuid is None else None
-        none = dict.fromkeys(("index", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes"))
+        none = dict.fromkeys(
+            ("index", "name", "host", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes")
+        )
         return {"uuid": named.uuid, "pci_bus_id": place, **none}
     return {
         "uuid": named.uuid,
         "index": gpu.index,
         "name": gpu.name,
+        "host": gpu.host,
         "pci_bus_id": gpu.pci_bus_id,
         "vram_total_bytes": gpu.vram_total_bytes,
         "vram_used_bytes": gpu.vram_used_bytes,
@@ -528,6 +546,7 @@ def gpus_body(overview: Overview) -> GpusBody:
         gpus=[
             GpuBody(
                 uuid=gpu.uuid,
+                host=gpu.host,
                 index=gpu.index,
                 pci_bus_id=gpu.pci_bus_id,
                 name=gpu.name,
@@ -536,6 +555,7 @@ def gpus_body(overview: Overview) -> GpusBody:
                 vram_free_bytes=gpu.vram_free_bytes,
                 reserved_bytes=card.reserved_bytes,
                 lost=gpu.lost,
+                memory_unknown=gpu.why_unknown,
                 utilisation_percent=gpu.utilisation_percent,
                 temperature_c=gpu.temperature_c,
                 power_watts=gpu.power_watts,

@@ -98,10 +98,11 @@ class RefusalError(CommandError):
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """One card of an instance; None where it is not known."""
+    """One card of an instance; None where it is not known. `host` is None for the daemon's own machine."""
 
     index: int | None
     name: str | None
+    host: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -568,7 +569,12 @@ def _instance(body: dict[str, Any]) -> Instance:
             name=device["name"],
             vram_total_bytes=device["vram_total_bytes"],
             vram_used_bytes=device["vram_used_bytes"],
-            cards=tuple([Card(index=one["index"], name=one["name"]) for one in device.get("cards", ())]),
+            cards=tuple(
+                [
+                    Card(index=one["index"], name=one["name"], host=one.get("host"))
+                    for one in device.get("cards", ())
+                ]
+            ),
         ),
         endpoint=body["endpoint"],
         target=str(body["target"]),

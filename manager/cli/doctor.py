@@ -252,9 +252,9 @@ def _daemon(loaded: LoadedSettings, holder: Holder | None) -> Finding:
 
 def _other_daemon(settings: Settings) -> Finding | None:
     """Report a daemon that serves the manager id with another state directory: a start would be refused."""
-    from manager.adapters.owner import ManagerIdLock  # noqa: PLC0415
+    from manager.claims import id_lock_of  # noqa: PLC0415
 
-    holder = ManagerIdLock(settings.manager_id, settings.engine.url).holder()
+    holder = id_lock_of(settings).holder()
     if holder is None:
         return None
     pid, uid = holder

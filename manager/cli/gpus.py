@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+_HOST = "HOST"  # only where a card is in another machine
 _HEADING = ("INDEX", "NAME", "UUID", "USED/TOTAL", "FREE", "PROCESSES")
 
 
@@ -33,7 +34,11 @@ def gpus_command(*, as_json: bool, url: str | None, config: Path | None) -> None
         return
     rows = daemon.read(lambda body: [_row(card) for card in body["gpus"]], document)
     if rows:
-        print_rows(_HEADING, rows)
+        hosts = daemon.read(lambda body: [card.get("host") for card in body["gpus"]], document)
+        if any(hosts):
+            print_rows((_HOST, *_HEADING), [(host, *row) for host, row in zip(hosts, rows, strict=True)])
+        else:
+            print_rows(_HEADING, rows)
     if (trouble := document.get("error")) is not None:
         warn(f"{trouble['message']} ({trouble['code']})")
     elif not rows:
@@ -45,6 +50,8 @@ def _row(card: Mapping[str, Any]) -> tuple[object, ...]:
     holders = ", ".join(map(_holder, card["processes"]))
     if card["lost"]:
         holders = f"lost: {card['lost']}" + (f"; {holders}" if holders else "")
+    elif card["vram_used_bytes"] is None and card.get("memory_unknown"):
+        holders = f"memory unknown: {card['memory_unknown']}"
     name, uuid = card["name"], card["uuid"]
     return card["index"], name, uuid, f"{used}/{total}", _size(card["vram_free_bytes"]), holders or None
 

@@ -211,10 +211,10 @@ def _device(instance: Instance, *, names: bool = True) -> str:
     several = len(device.cards) > 1
     if several:
         indexes = ("?" if card.index is None else str(card.index) for card in device.cards)
-        known = [f"gpu {'+'.join(indexes)}", *([_names(device.cards)] if names else [])]
+        known = [f"gpu {'+'.join(indexes)}{_place(device.cards)}", *([_names(device.cards)] if names else [])]
     else:
         name = [device.name] if device.name and names else []
-        known = [] if device.index is None else [f"gpu {device.index}", *name]
+        known = [] if device.index is None else [f"gpu {device.index}{_place(device.cards)}", *name]
     if device.uuid and not known:
         known = [f"gpu {device.uuid[:_SHORT_UUID]}… not seen"]
     if device.vram_total_bytes is not None and device.vram_used_bytes is not None:
@@ -223,6 +223,12 @@ def _device(instance: Instance, *, names: bool = True) -> str:
     elif several or device.index is not None:
         known.append("VRAM unknown")
     return " ".join(known) or "gpu"
+
+
+def _place(cards: Sequence[Card]) -> str:
+    """Return ` on HOST` for cards of another machine."""
+    hosts = dict.fromkeys(card.host for card in cards if card.host)
+    return f" on {'+'.join(hosts)}" if hosts else ""
 
 
 def _names(cards: Sequence[Card]) -> str:

@@ -94,9 +94,11 @@ def _head(seen: Seen, width: int, *, now: float, title: str) -> Iterator[Text]:
         yield Text(
             _fitted(f"daemon unreachable for {away}: {visible(seen.trouble)}", width), style="bold red"
         )
-    error = seen.sections.get("gpus", {}).get("error")
+    gpus = seen.sections.get("gpus", {})
+    error = gpus.get("error")
     if error is not None:
-        yield Text(_fitted(f"no cards: {visible(error['message'])}", width), style="dim")
+        lacking = "" if gpus.get("gpus") else "no cards: "
+        yield Text(_fitted(f"{lacking}{visible(error['message'])}", width), style="dim")
 
 
 def _cards(seen: Seen, width: int) -> _Section:
@@ -110,7 +112,7 @@ def _cards(seen: Seen, width: int) -> _Section:
         filled = round(bar * share)
         rows.append(
             (
-                _Cell(f"{card['index']}"),
+                _Cell(f"{visible(card['host'])} {card['index']}" if card.get("host") else f"{card['index']}"),
                 _Cell(visible(card["name"])),
                 _Cell(_FULL * filled + _EMPTY * (bar - filled), style) if is_known else _Cell(UNKNOWN, "dim"),
                 _Cell(f"{_size(used)}/{_size(total)}"),

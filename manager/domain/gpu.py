@@ -109,6 +109,7 @@ def unmeasured(gpu: Gpu) -> Gpu:
         vram_free_bytes=None,
         processes=(),
         lists_processes=False,
+        why_unknown=None,
         utilisation_percent=None,
         temperature_c=None,
         power_watts=None,
@@ -229,6 +230,21 @@ def why_not_together(cards: Sequence[NamedCard]) -> str | None:
     return None
 
 
+def unknown_memory(gpus: Iterable[Gpu]) -> str | None:
+    """Return the cards whose memory is unknown for a reason that is known, by host; None where none is."""
+    uuids: dict[tuple[str | None, str], list[str]] = {}
+    for gpu in gpus:
+        if gpu.why_unknown is not None:
+            uuids.setdefault((gpu.host, gpu.why_unknown), []).append(gpu.uuid)
+    parts = [
+        f"the memory of {found[0] if len(found) == 1 else f'{len(found)} cards'}"
+        f"{f' on {host}' if host else ''} is unknown: {why}"
+        for (host, why), found in uuids.items()
+    ]
+    rest = len(parts) - _MOST_HOLDERS
+    return "; ".join([*parts[:_MOST_HOLDERS], *([f"{rest} more"] if rest > 0 else [])]) or None
+
+
 # --- what still fits ---
 
 
@@ -240,6 +256,29 @@ def room_bytes(free_bytes: int | None, reserved_bytes: int) -> int | None:
     two.
     """
     return None if free_bytes is None else free_bytes - reserved_bytes
+
+
+def unlisted_room_bytes(
+    gpu: Gpu, *, outstanding_bytes: int, promised_bytes: int, held_bytes: int
+) -> int | None:
+    """Return the most that may still be taken of a card whose processes are not listed; None if unknown.
+
+    What is known of such a card may be older than what its servers tell. So it is also at most what the card
+    has in all, less everything that was promised or is held: memory that was free in the last reading lets in
+    only one of two. Where only the total is known, that bound alone remains, and more may be in use.
+
+    Args:
+        gpu: the card.
+        outstanding_bytes: what others were promised and are known not to hold yet.
+        promised_bytes: what others were promised or hold, whichever is more.
+        held_bytes: what the instance itself holds, as far as it is known.
+    """
+    rooms = []
+    if gpu.vram_free_bytes is not None:
+        rooms.append(gpu.vram_free_bytes - outstanding_bytes)
+    if gpu.vram_total_bytes is not None:
+        rooms.append(gpu.vram_total_bytes - promised_bytes - held_bytes)
+    return min(rooms, default=None)
 
 
 def missing_bytes(needed_bytes: int, rooms: Collection[int | None]) -> int:

@@ -321,8 +321,14 @@ class Registry(Protocol):
         """Values of settings that were changed at run time, by key; a value is what JSON can say."""
         ...
 
-    async def save_overrides(self, overrides: Mapping[str, Any]) -> None:
-        """Store these and no others."""
+    async def save_overrides(
+        self, overrides: Mapping[str, Any], was: Mapping[str, Any] | None = None
+    ) -> None:
+        """Store these and no others.
+
+        Raises:
+            ConflictError: others are stored than `was`; nothing was changed.
+        """
         ...
 
     async def model_lists(self) -> dict[str, tuple[Mapping[str, Any], ...]]:
@@ -369,6 +375,14 @@ class Registry(Protocol):
         """Store a key, in place of an earlier state of it."""
         ...
 
+    async def replace_key(self, before: Key | None, key: Key) -> None:
+        """Store a key in place of `before`; None: there was none.
+
+        Raises:
+            ConflictError: the stored key is another one by now; nothing was stored.
+        """
+        ...
+
     async def forget_key(self, name: str) -> None: ...
     async def save_last_used(self, used: Mapping[str, datetime]) -> None:
         """Store when keys were used last, by name; one that is gone stays so."""
@@ -388,6 +402,42 @@ class Registry(Protocol):
 
     def requests(self) -> RequestStore:
         """Return the history of requests."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class KeyUse(NamedTuple):
+    """The use of a key: its requests of the last minute, and its tokens of a day (`YYYY-MM-DD`)."""
+
+    minute: int
+    day: str
+    tokens: int
+
+
+class Shared(Protocol):
+    """What gateways that share a database tell each other. A call ends within 10 s.
+
+    Raises:
+        RegistryUnwritableError: the database is away.
+    """
+
+    async def hold(self) -> bool:
+        """Have a session that says that this gateway lives; return False where another one has its name."""
+        ...
+
+    async def exchange(
+        self, uses: Mapping[str, KeyUse]
+    ) -> tuple[Mapping[str, int], Mapping[tuple[str, str], tuple[int, KeyUse]]]:
+        """Store the use of keys at this gateway, and return what the others have stored.
+
+        Args:
+            uses: by the name of the key; those that are left out stay as they are.
+
+        Returns:
+            A number for each kind of shared rows, which differs after a change; and for each other gateway
+            and key its use, with a number that grows each time when it is stored.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -536,6 +586,9 @@ class LedgerStore(Protocol):
 
     async def recover(self, make: Callable[[str, int], Closing], *, before_us: int, at_us: int) -> int:
         """Close all open reservations that are older than a time; return how many.
+
+        Where several gateways share the ledger these are its own ones, and, whatever their age, those of
+        gateways that have ended.
 
         Args:
             make: returns the closing of a reservation, by its id and amount.

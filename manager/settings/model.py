@@ -28,6 +28,8 @@ from manager.settings.addresses import (
     http_url,
     is_loopback,
     listen_host,
+    postgresql_url,
+    without_password,
 )
 from manager.settings.auto import RoutingSection
 from manager.settings.budgets import MOST_BUDGETS, BudgetSettings, repeated
@@ -245,9 +247,15 @@ class ServerSettings(Section):
 
 
 class StateSettings(Section):
+    """`url` is the database that several gateways share; None: all is in `dir`."""
+
     dir: Annotated[FilePath, BeforeValidator(_state_dir)] = Field(
         default_factory=lambda: default_state_dir(os.environ)
     )
+    url: Annotated[
+        Annotated[str, AfterValidator(postgresql_url)] | None,
+        PlainSerializer(lambda url: url and without_password(url), when_used="json"),
+    ] = Field(default=None, repr=False)
 
 
 class EngineSettings(Section):

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from manager.domain.gpu_metrics import why_no_exporter_url
 from manager.domain.swarm import normal_constraint
 from manager.domain.template import Refusal
-from manager.settings.addresses import http_url
 from manager.settings.section import Section, Text
 
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 _NETWORK = re.compile(r"(?!(?:bridge|default|host|none|ingress)$)[a-zA-Z0-9][a-zA-Z0-9_.-]{0,62}")
 # moby `api/genericresource`: a kind is a word without `=`.
 _RESOURCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
-_NODE = "{node}"
 
 Constraint = Annotated[Text, AfterValidator(normal_constraint)]
 Placement = Annotated[tuple[Constraint, ...], Field(max_length=16)]
@@ -41,7 +40,8 @@ def _resource(kind: str) -> str:
 
 
 def _exporter(url: str) -> str:
-    http_url(url.replace(_NODE, "node"))
+    if (why := why_no_exporter_url(url)) is not None:
+        raise ValueError(why)
     return url
 
 

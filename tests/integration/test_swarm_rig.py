@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
@@ -165,7 +166,24 @@ def test_a_node_keeps_its_labels_and_gets_more(swarm: Swarm) -> None:
     assert swarm.worker.node()["Spec"]["Labels"] == {"rack": "one", "row": "two"}
 
 
-@pytest.mark.parametrize("state", ["running", "killed", "paused", "cut off"])
+def test_hosts_have_the_same_image(swarm: Swarm) -> None:
+    (id_,) = {host.client().images.get(IMAGE).id for host in swarm.hosts}
+    assert id_
+
+
+def test_a_container_reaches_what_listens_in_the_test(swarm: Swarm) -> None:
+    with socket.create_server((swarm.address, 0)) as listener:
+        listener.settimeout(20)
+        where = {"OLLAMA_HOST": f"{swarm.address}:{listener.getsockname()[1]}"}
+        client = swarm.worker.client()
+        container = client.containers.run(IMAGE, ["list"], environment=where, detach=True)
+        connection, (address, _) = listener.accept()
+        connection.close()
+        container.remove(force=True)
+    assert address == swarm.worker.address
+
+
+@pytest.mark.parametrize("state", ["killed", "paused", "cut off"])
 def test_nothing_is_left_in_whatever_state_the_hosts_are(state: str) -> None:
     with Swarm() as swarm:
         swarm.overlay("between")

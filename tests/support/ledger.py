@@ -7,6 +7,8 @@ from contextlib import closing
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+import psycopg
+
 from manager.domain.budgets import Balance, Budget, Overdrawn, Period
 from manager.services.accounts.ledger import Ledger, Reserved
 from tests.support.attempts import Journal
@@ -26,9 +28,10 @@ GLOBAL = Budget("global", Period.MONTH, soft_micro_usd=USD // 2, hard_micro_usd=
 class Books:
     """A ledger over a real registry, with a clock of its own."""
 
-    def __init__(self, registry: SqlRegistry, path: Path) -> None:
+    def __init__(self, registry: SqlRegistry, path: Path, url: str | None = None) -> None:
         self.registry = registry
         self.path = path
+        self.url = url
         self.now = NOW
         self.journal = Journal()
         self.limits: dict[str, int] = {}
@@ -63,6 +66,9 @@ class Books:
         return (await self.ledger.balances())[0].balance
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
+        if self.url is not None:
+            with psycopg.connect(self.url) as other:
+                return other.execute(query.encode()).fetchall()
         with closing(sqlite3.connect(self.path)) as connection:
             return connection.execute(query).fetchall()
 

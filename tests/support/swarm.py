@@ -7,10 +7,12 @@ bridge too: a port that a task publishes in host mode answers at `http://ADDRESS
 from __future__ import annotations
 
 import secrets
+import socketserver
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any, Self
 
 from docker.errors import APIError
@@ -35,6 +37,8 @@ CARD_KIND = "NVIDIA-GPU"
 
 _HEARTBEAT_NS = 10**9  # a node that misses three of them is down
 _LAN_BITS = 24
+_DNS_PORT = 53
+_POLL_S = 0.05
 _BRIDGED_TRAFFIC_IS_FILTERED = Path("/proc/sys/net/bridge/bridge-nf-call-iptables")
 
 
@@ -58,7 +62,8 @@ class SwarmHost(PrivateEngine):
     def __init__(
         self, swarm: Swarm, hostname: str, address: ipaddress.IPv4Address, cards: Sequence[str]
     ) -> None:
-        super().__init__([f"--node-generic-resource={CARD_KIND}={card}" for card in cards])
+        arguments = ["--iptables=true", "--dns", swarm.address]  # the firewall is that of the namespace
+        super().__init__([*arguments, *(f"--node-generic-resource={CARD_KIND}={card}" for card in cards)])
         self._swarm = swarm
         self._link = f"{self._name}l"  # the bridge's end of its cable
         self.hostname = hostname
@@ -102,8 +107,10 @@ class SwarmHost(PrivateEngine):
         self._change(lambda spec: spec.setdefault("Labels", {}).update(labels))
 
     def inside(self, *arguments: str) -> str:
-        """The output of a command on the host. Raises HostError."""
-        return command(*self._inside(), *arguments)
+        """The output of a command with the network and the name of the host. Raises HostError."""
+        assert self._holder is not None
+        # The programs are those of this machine: the engine's root may have none but its own.
+        return command("nsenter", "--target", str(self._holder.pid), *self._namespaces, "--", *arguments)
 
     def _change(self, change: Callable[[dict[str, Any]], None]) -> None:
         """Change what the manager has of the node, however often the node itself changes meanwhile."""
@@ -137,11 +144,22 @@ class SwarmHost(PrivateEngine):
             ip link add {self._name} type bridge
             ip address add {default_bridge} dev {self._name}
             ip link set {self._name} up
+            echo 1 > /proc/sys/net/ipv4/ip_forward
             echo {self.hostname} > /proc/sys/kernel/hostname"""
         self.inside("sh", "-c", script)
 
     def _interfaces(self) -> list[str]:
         return [self._link] if _has_interface(self._link) else []
+
+
+class _NoNames(socketserver.BaseRequestHandler):
+    """A resolver that knows no name. Engines ask it for what is not the name of a container or service."""
+
+    def handle(self) -> None:
+        question, connection = self.request
+        no_such_name = b"\x81\x83" + b"\x00\x01" + bytes(6)  # flags, then how many of each section follow
+        end = question.index(b"\0", 12) + 5  # of the first question: a name, a type and a class
+        connection.sendto(question[:2] + no_such_name + question[12:end], self.client_address)
 
 
 class Swarm:
@@ -163,6 +181,7 @@ class Swarm:
         self._names = ["manager", "worker", *(f"worker{number}" for number in range(2, hosts))][:hosts]
         self._cards = cards or {}
         self._network: ipaddress.IPv4Network | None = None
+        self._resolver: socketserver.UDPServer | None = None
         self.bridge = f"oem{secrets.token_hex(4)}"
         self.hosts: tuple[SwarmHost, ...] = ()
 
@@ -218,6 +237,10 @@ class Swarm:
         if self.hosts:
             with ThreadPoolExecutor(len(self.hosts)) as pool:
                 list(pool.map(SwarmHost.stop, self.hosts))
+        if self._resolver is not None:
+            self._resolver.shutdown()
+            self._resolver.server_close()
+            self._resolver = None
         if _has_interface(self.bridge):
             command("ip", "link", "delete", self.bridge)
         if self._lets_through():
@@ -242,13 +265,16 @@ class Swarm:
         # The firewall of a machine with a Docker Engine drops what one port of a bridge sends to another.
         if _BRIDGED_TRAFFIC_IS_FILTERED.exists() and not _iptables("--insert", *self._rule):
             raise HostError("iptables does not let the hosts of a swarm reach each other")
+        self._resolver = socketserver.UDPServer((self.address, _DNS_PORT), _NoNames)
+        Thread(target=self._resolver.serve_forever, args=(_POLL_S,), daemon=True).start()
         self.hosts = tuple(
             SwarmHost(self, name, self._network[number], self._cards.get(name, ()))
             for number, name in enumerate(self._names, 2)
         )
         with ThreadPoolExecutor(len(self.hosts)) as pool:
-            list(pool.map(_started, self.hosts))
+            list(pool.map(SwarmHost.__enter__, self.hosts))
         self._client = self.manager.client()
+        self._spread_image()
         self._client.swarm.init(
             advertise_addr=self.manager.address,
             listen_addr=f"{self.manager.address}:2377",
@@ -270,10 +296,12 @@ class Swarm:
         for host in self.hosts:
             host.wait_for_state("ready")
 
-
-def _started(host: SwarmHost) -> None:
-    host.__enter__()
-    ensure_simulated_image(host.client())
+    def _spread_image(self) -> None:
+        """Have the simulated Ollama's image in all engines, with the same id, as if it were pulled."""
+        archive = b"".join(self._client.images.get(ensure_simulated_image(self._client)).save(named=True))
+        for host in self.hosts[1:]:
+            with closing(host.client()) as client:
+                client.images.load(archive)
 
 
 def _has_interface(name: str) -> bool:

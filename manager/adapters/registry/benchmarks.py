@@ -6,9 +6,9 @@ from dataclasses import astuple
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import JSON, Column, DateTime, Integer, LargeBinary, String, Table, Text, delete, func, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import JSON, Column, DateTime, LargeBinary, String, Table, Text, delete, func, select
 
+from manager.adapters.registry.dialects import Whole, upsert
 from manager.adapters.registry.tables import aware, metadata, storable, stored
 from manager.domain.benchmark_results import OPEN, Benchmark, BenchmarkStatus
 from manager.domain.benchmarks import Figure, Group, Sample, Target
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
 benchmarks = Table(
     "benchmarks",
     metadata,
-    Column("number", Integer, primary_key=True),
+    Column("number", Whole, primary_key=True),
     Column("id", String, nullable=False, unique=True),
     Column("status", String, nullable=False),
     Column("source", Text, nullable=False),
     Column("project", Text, nullable=False),
     Column("workloads", JSON, nullable=False),
     Column("targets", JSON, nullable=False),
-    Column("repeat", Integer, nullable=False),
-    Column("total", Integer, nullable=False),
-    Column("done", Integer, nullable=False),
+    Column("repeat", Whole, nullable=False),
+    Column("total", Whole, nullable=False),
+    Column("done", Whole, nullable=False),
     Column("created_at", DateTime, nullable=False),
     Column("started_at", DateTime),
     Column("ended_at", DateTime),
@@ -47,9 +47,7 @@ _OPEN = sorted(OPEN)
 def save(connection: Connection, benchmark: Benchmark, samples: Sequence[Sample], kept: int) -> None:
     """Store a benchmark in place of an earlier state of it; forget the oldest ended ones beyond `kept`."""
     values = _from_benchmark(benchmark, samples)
-    changed = {name: value for name, value in values.items() if name != "number"}
-    statement = insert(benchmarks).values(values)
-    connection.execute(statement.on_conflict_do_update(index_elements=[benchmarks.c.number], set_=changed))
+    connection.execute(upsert(connection, benchmarks), values)
     has_ended = benchmarks.c.status.not_in(_OPEN)
     beyond = select(benchmarks.c.number).where(has_ended).order_by(benchmarks.c.number.desc())
     last = beyond.offset(kept).limit(1).scalar_subquery()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from sqlalchemy import Column, Integer, LargeBinary, Table, delete, select
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Column, LargeBinary, Table, delete, select
 
+from manager.adapters.registry.dialects import Whole, upsert
 from manager.adapters.registry.tables import metadata
 from manager.domain.gpu_history import CardMinute, sample_from, sample_values
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 gpu_minutes = Table(
     "gpu_minutes",
     metadata,
-    Column("begins", Integer, primary_key=True),
+    Column("begins", Whole, primary_key=True),
     Column("cards", LargeBinary, nullable=False),
 )
 
@@ -28,9 +28,7 @@ def save(connection: Connection, minutes: Mapping[int, Sequence[CardMinute]], be
     """Store minutes in place of earlier ones, and forget those that began before a time."""
     rows = [{"begins": begins, "cards": _encoded(cards)} for begins, cards in minutes.items()]
     if rows:
-        statement = insert(gpu_minutes)
-        changed = {"cards": statement.excluded.cards}
-        connection.execute(statement.on_conflict_do_update(index_elements=["begins"], set_=changed), rows)
+        connection.execute(upsert(connection, gpu_minutes), rows)
     connection.execute(delete(gpu_minutes).where(gpu_minutes.c.begins < before_s))
 
 

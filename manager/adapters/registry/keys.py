@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import JSON, Column, DateTime, String, Table, bindparam, delete, select, update
-from sqlalchemy.dialects.sqlite import insert
 
+from manager.adapters.registry.dialects import upsert
 from manager.adapters.registry.tables import aware, metadata, stored
 from manager.domain.keys import Grant, Key, Permit, Scope, Secret
 
@@ -37,10 +38,16 @@ def load(connection: Connection) -> tuple[Key, ...]:
 
 
 def save(connection: Connection, key: Key) -> None:
-    values = _from_key(key)
-    changed = {name: value for name, value in values.items() if name != "name"}
-    statement = insert(keys).values(values)
-    connection.execute(statement.on_conflict_do_update(index_elements=[keys.c.name], set_=changed))
+    connection.execute(upsert(connection, keys), _from_key(key))
+
+
+def is_unchanged(connection: Connection, name: str, before: Key | None) -> bool:
+    """Whether the stored key of a name is as it was, but for its last use; None: there was none."""
+    row = connection.execute(select(keys).where(keys.c.name == name)).first()
+    if row is None or before is None:
+        return row is None and before is None
+    stored_now, stored_before = (_from_key(replace(one, last_used_at=None)) for one in (_to_key(row), before))
+    return stored_now == stored_before
 
 
 def forget(connection: Connection, name: str) -> None:

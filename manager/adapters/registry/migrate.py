@@ -1,4 +1,6 @@
-"""`python -m manager.adapters.registry.migrate FILE`: bring one registry file to the newest schema.
+"""`python -m manager.adapters.registry.migrate FILE`: bring one registry to the newest schema.
+
+With `-` in place of the file, the address of a database in PostgreSQL is read from the standard input.
 
 A program of its own, so that Alembic's memory goes when it ends.
 """
@@ -19,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from manager.adapters.registry.opening import connect_existing
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+URL_ON_STDIN = "-"
 
 
 def migration_config() -> Config:
@@ -37,10 +40,15 @@ def migrate(path: Path) -> None:
     def _(connection: Connection) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
-    config = migration_config()
     with engine.begin() as connection:
-        config.attributes["connection"] = connection
-        command.upgrade(config, "head")
+        upgrade(connection)
+
+
+def upgrade(connection: Connection, revision: str = "head") -> None:
+    """Run every migration that is missing up to a revision, within the caller's transaction."""
+    config = migration_config()
+    config.attributes["connection"] = connection
+    command.upgrade(config, revision)
 
 
 def main() -> None:
@@ -51,7 +59,13 @@ def main() -> None:
         if os.getppid() != int(parent[0]):
             sys.exit("the process that wanted this is gone")
     try:
-        migrate(Path(path))
+        if path == URL_ON_STDIN:
+            from manager.adapters.registry.postgres import schema_transaction  # noqa: PLC0415  (an extra)
+
+            with schema_transaction(sys.stdin.read()) as connection:
+                upgrade(connection)
+        else:
+            migrate(Path(path))
     except SQLAlchemyError as exc:
         sys.exit(str(getattr(exc, "orig", None) or exc).splitlines()[0])  # never the statement
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from sqlalchemy import NullPool, create_engine
+from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import DBAPIError
 
 from manager.adapters.registry.log import wal_gap, wal_problem
@@ -28,7 +28,9 @@ from manager.errors import RegistryCorruptError, RegistryUnwritableError
 from manager.settings.ownership import state_file_problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sqlalchemy import Connection
 
 # https://www.sqlite.org/fileformat2.html: the first bytes of a database.
 _HEADER = b"SQLite format 3\x00"
@@ -50,7 +52,7 @@ def prepare(path: Path) -> None:
     try:
         if os.path.lexists(path):
             if verify(path) != HEAD:
-                _migrate(path)
+                run_migrations(str(path), str(path))
         else:
             create_whole(path, _build)
     except DBAPIError as exc:
@@ -128,15 +130,21 @@ def verify(path: Path) -> str:
             revisions = [str(row[0]) for row in connection.execute("SELECT version_num FROM alembic_version")]
     except sqlite3.Error as exc:
         raise translated(path, exc, "read") from exc
-    if len(revisions) != 1:
-        raise refusal(path, f"it names {len(revisions)} revisions of its schema instead of one")
-    if revisions[0] not in REVISIONS:
-        raise refusal(
-            path,
-            f"its schema has the revision {revisions[0]}, this version knows no newer one than {HEAD}: "
-            "it was written by a newer version, which can still read it",
-        )
+    if problem := revision_problem(revisions):
+        raise refusal(path, problem)
     return revisions[0]
+
+
+def revision_problem(revisions: Sequence[str]) -> str | None:
+    """Return what is wrong with the revisions that a database names; None where it can be used."""
+    if len(revisions) != 1:
+        return f"it names {len(revisions)} revisions of its schema instead of one"
+    if revisions[0] not in REVISIONS:
+        return (
+            f"its schema has the revision {revisions[0]}, this version knows no newer one than {HEAD}: "
+            "it was written by a newer version, which can still read it"
+        )
+    return None
 
 
 def _problems(connection: sqlite3.Connection, size_bytes: int) -> list[str]:
@@ -254,21 +262,35 @@ def _build(path: Path) -> None:
     """The newest schema in an empty file, marked as such; a test compares it with the migrations."""
     engine = create_engine("sqlite://", creator=lambda: connect_existing(path), poolclass=NullPool)
     with engine.begin() as connection:
-        metadata.create_all(connection)
-        connection.exec_driver_sql(
-            "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL, "
-            "CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
-        )
-        connection.exec_driver_sql("INSERT INTO alembic_version VALUES (?)", (HEAD,))
+        create_schema(connection)
 
 
-def _migrate(path: Path) -> None:
-    """Run Alembic, in a process of its own: it would cost the daemon memory for as long as it lives."""
-    argv = [sys.executable, "-P", "-m", "manager.adapters.registry.migrate", str(path), str(os.getpid())]
+def create_schema(connection: Connection) -> None:
+    """Make all tables of the newest schema, and say which one it is, within the caller's transaction."""
+    metadata.create_all(connection)
+    connection.exec_driver_sql(
+        "CREATE TABLE alembic_version (version_num VARCHAR(32) NOT NULL, "
+        "CONSTRAINT alembic_version_pkc PRIMARY KEY (version_num))"
+    )
+    connection.execute(text("INSERT INTO alembic_version VALUES (:head)"), {"head": HEAD})
+
+
+def run_migrations(name: str, argument: str, *, url: str | None = None) -> None:
+    """Run Alembic, in a process of its own: it would cost the daemon memory for as long as it lives.
+
+    Args:
+        name: of the database, for errors.
+        argument: the file, or `migrate.URL_ON_STDIN`.
+        url: of a database in PostgreSQL. It may have a password, which no list of processes is to show.
+
+    Raises:
+        RegistryUnwritableError: it failed; nothing has changed.
+    """
+    argv = [sys.executable, "-P", "-m", "manager.adapters.registry.migrate", argument, str(os.getpid())]
     try:
         done = subprocess.run(  # noqa: S603  (our own program)
             argv,
-            stdin=subprocess.DEVNULL,
+            input=url or "",
             capture_output=True,
             text=True,
             errors="replace",
@@ -277,10 +299,10 @@ def _migrate(path: Path) -> None:
         )
     except subprocess.TimeoutExpired as exc:
         raise RegistryUnwritableError(
-            f"the registry {path} was not brought to schema {HEAD} within {_MIGRATION_TIMEOUT_S} s"
+            f"the registry {name} was not brought to schema {HEAD} within {_MIGRATION_TIMEOUT_S} s"
         ) from exc
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit {done.returncode}"]
         raise RegistryUnwritableError(
-            f"the registry {path} could not be brought to schema {HEAD}: {said[-1]}"
+            f"the registry {name} could not be brought to schema {HEAD}: {said[-1]}"
         )

@@ -6,18 +6,60 @@ import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar
 
 from manager.adapters.registry.opening import REGISTRY, connect_existing, translated
 from manager.errors import RegistryUnwritableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 T = TypeVar("T")
 # FULL: a commit is on the disk. NORMAL: it survives the end of the process, not a loss of power.
 Synchronous: TypeAlias = Literal["FULL", "NORMAL"]
+
+
+class Cursor(Protocol):
+    """The result of a statement."""
+
+    @property
+    def rowcount(self) -> int: ...
+    def fetchone(self) -> Any: ...
+    def fetchall(self) -> list[Any]: ...
+
+
+class Session(Protocol):
+    """Runs statements in SQL that SQLite and PostgreSQL both understand; values stand for question marks."""
+
+    def execute(self, statement: str, values: Sequence[Any] = ..., /) -> Cursor: ...
+
+
+class LedgerConnection(Protocol):
+    """A connection of its own, with a thread of its own. A commit is on the disk."""
+
+    async def call(self, work: Callable[[], T], *, doing: str = "written") -> T:
+        """Run `work` in the thread; `doing` is what an error says could not be done.
+
+        Raises:
+            RegistryCorruptError, RegistryUnwritableError: the database refused, or the connection is closed.
+        """
+        ...
+
+    def open(self) -> Session:
+        """Return the connection; only within `call`."""
+        ...
+
+    def transaction(self) -> AbstractContextManager[Session]:
+        """Write in one transaction that excludes all other writers; only within `call`."""
+        ...
+
+    def living(self, gateways: Collection[str]) -> frozenset[str]:
+        """Return those of the gateways that have a session now; only within `call`."""
+        ...
+
+    async def close(self) -> None: ...
 
 
 class OwnConnection:
@@ -96,6 +138,10 @@ class OwnConnection:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
+
+    def living(self, gateways: Collection[str]) -> frozenset[str]:  # noqa: ARG002
+        """A file is of one gateway: no other one has a session."""
+        return frozenset()
 
     async def close(self) -> None:
         """End after the calls that are under way; closing twice is no error."""

@@ -11,7 +11,6 @@ from sqlalchemy import (
     DateTime,
     Float,
     Index,
-    Integer,
     String,
     Table,
     Text,
@@ -19,8 +18,8 @@ from sqlalchemy import (
     func,
     select,
 )
-from sqlalchemy.dialects.sqlite import insert
 
+from manager.adapters.registry.dialects import Whole, upsert
 from manager.adapters.registry.tables import aware, metadata, stored
 from manager.domain.runs import OPEN, WITH_RESULT, Run, RunCaller, RunError, RunResult, RunStatus
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 runs = Table(
     "runs",
     metadata,
-    Column("number", Integer, primary_key=True),
+    Column("number", Whole, primary_key=True),
     Column("id", String, nullable=False, unique=True),
     Column("status", String, nullable=False),
     Column("path", String, nullable=False),
@@ -44,12 +43,12 @@ runs = Table(
     Column("caller", JSON, nullable=False),
     Column("idempotent", Boolean, nullable=False),
     Column("expires_s", Float, nullable=False),
-    Column("body_bytes", Integer, nullable=False),
+    Column("body_bytes", Whole, nullable=False),
     Column("created_at", DateTime, nullable=False),
     Column("started_at", DateTime),
     Column("ended_at", DateTime),
     Column("expires_at", DateTime),
-    Column("executions", Integer, nullable=False),
+    Column("executions", Whole, nullable=False),
     Column("instance", String),
     Column("request_id", String),
     Column("error", JSON(none_as_null=True)),
@@ -64,10 +63,7 @@ _WITH_RESULT = sorted(WITH_RESULT)
 
 
 def save(connection: Connection, run: Run) -> None:
-    values = _from_run(run)
-    statement = insert(runs).values(values)
-    changed = {name: value for name, value in values.items() if name != "number"}
-    connection.execute(statement.on_conflict_do_update(index_elements=[runs.c.number], set_=changed))
+    connection.execute(upsert(connection, runs), _from_run(run))
 
 
 def find(connection: Connection, run_id: str) -> Run | None:

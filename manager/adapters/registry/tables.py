@@ -15,7 +15,6 @@ from sqlalchemy import (
     DateTime,
     Float,
     Index,
-    Integer,
     LargeBinary,
     MetaData,
     String,
@@ -23,6 +22,7 @@ from sqlalchemy import (
     Text,
 )
 
+from manager.adapters.registry.dialects import Whole
 from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # The schema this code reads and writes, and every older one it can bring up to it. Kept here so that a
 # start needs no Alembic in memory; a test compares both with the migrations.
-REVISIONS = ("0001", "0002", "0003", "0004", "0005", "0006", "0007", "0008", "0009", "0010", "0011", "0012")
+REVISIONS = tuple(f"{number:04}" for number in range(1, 14))
 HEAD = REVISIONS[-1]
 
 metadata = MetaData()
@@ -47,8 +47,8 @@ instances = Table(
     Column("operation", String),
     Column("ttl_s", Float),
     Column("pinned", Boolean),
-    Column("starts", Integer, nullable=False),
-    Column("loopback_port", Integer),
+    Column("starts", Whole, nullable=False),
+    Column("loopback_port", Whole),
     Column("last_used_at", DateTime),
     Column("recreated_at", DateTime),
     Column("usage", JSON(none_as_null=True)),
@@ -64,7 +64,7 @@ bindings = Table(
 events = Table(
     "events",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Whole, primary_key=True),
     Column("at", DateTime, nullable=False),
     Column("instance", String),
     Column("kind", String, nullable=False),
@@ -78,7 +78,7 @@ learned_sizes = Table(
     Column("instance", String, primary_key=True),
     Column("model", String, primary_key=True),
     Column("digest", String, primary_key=True),
-    Column("vram_bytes", Integer, nullable=False),
+    Column("vram_bytes", Whole, nullable=False),
     Column("measured_at", DateTime, nullable=False),
     Column("by_card", JSON(none_as_null=True)),
 )
@@ -109,13 +109,43 @@ operator_state = Table(
     Column("saved_at", DateTime, nullable=False),
 )
 
+# A number that grows with every change of a kind. Gateways that share a database look at it, and read again
+# what has changed.
+changes = Table(
+    "changes",
+    metadata,
+    Column("topic", Text, primary_key=True),
+    Column("number", Whole, nullable=False),
+)
+
+# What gateways share and has no table of its own: the owner of their containers.
+documents = Table(
+    "documents",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("value", JSON, nullable=False),
+)
+
+# The use of each key at each gateway that shares the database: the requests of the last minute, at the time
+# `at_us` of the database, and the tokens of a day.
+key_uses = Table(
+    "key_uses",
+    metadata,
+    Column("gateway", Text, primary_key=True),
+    Column("key", Text, primary_key=True),
+    Column("at_us", Whole, nullable=False),
+    Column("minute", Whole, nullable=False),
+    Column("day", Text, nullable=False),
+    Column("tokens", Whole, nullable=False),
+)
+
 # The index has all that the filters look at, so that a search reads no row that it does not return.
 requests = Table(
     "requests",
     metadata,
-    Column("id", Integer, primary_key=True),
+    Column("id", Whole, primary_key=True),
     Column("request_id", Text, nullable=False, unique=True),
-    Column("ended_us", Integer, nullable=False),
+    Column("ended_us", Whole, nullable=False),
     Column("project", Text, nullable=False),
     Column("role", Text),
     Column("model", Text),

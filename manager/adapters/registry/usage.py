@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Column, Integer, LargeBinary, Table, Text
+from sqlalchemy import Column, LargeBinary, Table, Text
 
+from manager.adapters.registry.dialects import Whole
 from manager.adapters.registry.tables import metadata
 from manager.domain.usage import (
     DAY_S,
@@ -38,19 +39,19 @@ def _table(name: str) -> Table:
     return Table(
         name,
         metadata,
-        Column("begins", Integer, primary_key=True),
+        Column("begins", Whole, primary_key=True),
         Column("project", Text, primary_key=True),
         Column("key", Text, primary_key=True),
         Column("role", Text, primary_key=True),
         Column("model", Text, primary_key=True),
         Column("instance", Text, primary_key=True),
-        Column("requests", Integer, nullable=False),
-        Column("ok", Integer, nullable=False),
-        Column("fallbacks", Integer, nullable=False),
-        Column("input_tokens", Integer, nullable=False),
-        Column("output_tokens", Integer, nullable=False),
-        Column("cost_micro_usd", Integer, nullable=False),
-        Column("answered_us", Integer, nullable=False),
+        Column("requests", Whole, nullable=False),
+        Column("ok", Whole, nullable=False),
+        Column("fallbacks", Whole, nullable=False),
+        Column("input_tokens", Whole, nullable=False),
+        Column("output_tokens", Whole, nullable=False),
+        Column("cost_micro_usd", Whole, nullable=False),
+        Column("answered_us", Whole, nullable=False),
         Column("latencies", LargeBinary, nullable=False),
         sqlite_with_rowid=False,
     )

@@ -58,6 +58,8 @@ class Keyring:
     although it could not be stored. A daemon that has had a key requires one from then on, until the last
     name is forgotten: a revoked key keeps its name.
 
+    Gateways that share a database have the same keys: `reload` takes over what another one has changed.
+
     Args:
         registry: stores the keys.
         journal: records the changes.
@@ -79,12 +81,39 @@ class Keyring:
         self._changing = asyncio.Lock()
         self._next_end: datetime | None = None
         self._unsaved: dict[str, datetime] = {}
+        # Revoked here, and not stored as such.
+        self._unstored: dict[str, Key] = {}
         self.used: set[str] = set()
 
     async def load(self) -> None:
         """Read the keys of the registry; once."""
         self._keys = {key.grant.name: key for key in await self._registry.keys()}
         self._put_in_force()
+
+    async def reload(self) -> None:
+        """Take over the keys of the registry, which another gateway has changed.
+
+        A key that was revoked here stays so, although that could not be stored; it is tried again.
+
+        Raises:
+            ManagerError: the registry cannot be read or written; the keys are as they were.
+        """
+        await finish(self._reload())
+
+    async def _reload(self) -> None:
+        async with self._changing:
+            for name, revoked in tuple(self._unstored.items()):
+                await self._registry.save_key(revoked)
+                del self._unstored[name]
+            found = {key.grant.name: key for key in await self._registry.keys()}
+            self._keys = {name: self._lately_used(key) for name, key in found.items()}
+            self._put_in_force()
+
+    def _lately_used(self, key: Key) -> Key:
+        """Return a key with the later one of its last uses here and elsewhere."""
+        known = self._keys.get(key.grant.name)
+        uses = [one.last_used_at for one in (key, known) if one is not None and one.last_used_at is not None]
+        return replace(key, last_used_at=max(uses, default=None))
 
     def use_files(self, secrets: Iterable[str]) -> None:
         """Take the keys of the operator's files, in place of the earlier ones."""
@@ -139,7 +168,7 @@ class Keyring:
         """Make a key.
 
         Raises:
-            KeyConflictError: the name is taken, there are too many, or nobody could manage keys afterwards.
+            ConflictError: the name is taken, there are too many, or nobody could manage keys afterwards.
             RegistryUnwritableError: it could not be stored, and there is none.
         """
         return await finish(self._create(grant))
@@ -163,7 +192,7 @@ class Keyring:
                 )
             secret = self._new_secret()
             key = Key(grant, (self._stored(secret),))
-            await self._registry.save_key(key)
+            await self._registry.replace_key(known, key)
             self._replace(key)
             self._journal.record("key_created", detail=f"{grant.name}: {', '.join(sorted(grant.scopes))}")
             return MadeKey(key, secret)
@@ -173,7 +202,7 @@ class Keyring:
 
         Raises:
             UnknownKeyError: there is no such key.
-            KeyConflictError: it is not in force, or has too many secrets.
+            ConflictError: it is not in force, has too many secrets, or another gateway changes it.
             RegistryUnwritableError: it could not be stored, and nothing has changed.
         """
         return await finish(self._rotate(name, overlap_s))
@@ -192,7 +221,7 @@ class Keyring:
                     f"the key {name!r} has {len(rotated.secrets) - 1} secrets in force; wait until the "
                     "overlap of an earlier rotation is over, or rotate without one",
                 )
-            await self._registry.save_key(rotated)
+            await self._registry.replace_key(key, rotated)
             self._replace(rotated)
             self._journal.record("key_rotated", detail=f"{name}: the earlier secret ends in {overlap_s:g} s")
             return MadeKey(rotated, secret)
@@ -215,12 +244,14 @@ class Keyring:
             key = self._find(name)
             revoked = key.revoked(self._utcnow())
             self._replace(revoked)
+            self._unstored[name] = revoked
             if forgets:
                 await self._registry.forget_key(name)
                 del self._keys[name]
                 self._put_in_force()
             else:
                 await self._registry.save_key(revoked)
+            del self._unstored[name]
             if key.revoked_at is None:
                 self._journal.record("key_revoked", detail=name)
             return revoked

@@ -24,7 +24,7 @@ from manager.domain.budgets import (
     state_of,
 )
 from manager.domain.money import usd_text
-from manager.errors import ManagerError, Reason, UnavailableError
+from manager.errors import ManagerError, Reason, RegistryDoubtfulError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -159,6 +159,9 @@ class Ledger:
             reserving.add_done_callback(lambda done: self._release_left(reservation, done))
             raise
         except ManagerError as error:
+            if isinstance(error, RegistryDoubtfulError):
+                # Where it was stored after all, nothing will be spent of it.
+                self.close_reservation(Closing(reservation.id, "released", 0))
             message = f"no paid request is sent: {error.message}"
             raise UnavailableError(message, reason=Reason.BUDGET_EXHAUSTED, retry_after_s=_RETRY_S) from error
         if isinstance(outcome, Overdrawn):

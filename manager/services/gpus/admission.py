@@ -14,11 +14,13 @@ from manager.domain.gpu import (
     outstanding_bytes,
     promised_bytes,
     room_bytes,
+    unlisted_room_bytes,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
+    from manager.domain.gpu import Gpu
     from manager.services.gpus.cards import Cards
 
 # A load that has not ended by then has failed: Ollama gives up after 5 minutes without progress.
@@ -52,14 +54,21 @@ class Admission:
         held: returns the memory that an instance is seen to hold, by the UUID of each of its cards; None
             where that cannot be told.
         now: seconds on a monotonic clock.
+        holders: returns the instances that may hold memory although they were promised none.
     """
 
     def __init__(
-        self, cards: Cards, *, held: Callable[[str], Mapping[str, int | None]], now: Callable[[], float]
+        self,
+        cards: Cards,
+        *,
+        held: Callable[[str], Mapping[str, int | None]],
+        now: Callable[[], float],
+        holders: Callable[[], Collection[str]] = tuple,
     ) -> None:
         self._cards = cards
         self._held = held
         self._now = now
+        self._holders = holders
         self._claims: dict[str, Mapping[str, int]] = {}
         self._loads: dict[str, dict[str, _Reserved]] = {}
 
@@ -115,12 +124,18 @@ class Admission:
                 self._loads[instance] = going_on
 
     def rooms(self, instance: str) -> dict[str, int | None]:
-        """Return the memory that the instance may still take on each of its cards, by UUID."""
+        """Return the memory that the instance may still take on each of its cards, by UUID.
+
+        Of a card whose processes are not listed it is an upper bound: `domain.gpu.unlisted_room_bytes`.
+        """
         reserved = self.reserved_for_others(instance)
         rooms = {}
         for uuid in self._cards.uuids_of(instance):
             gpu = self._cards.gpu(uuid)
-            rooms[uuid] = room_bytes(gpu.vram_free_bytes if gpu else None, reserved[uuid])
+            if gpu is None or gpu.lists_processes:
+                rooms[uuid] = room_bytes(gpu.vram_free_bytes if gpu else None, reserved[uuid])
+            else:
+                rooms[uuid] = self._unlisted_room(instance, gpu)
         return rooms
 
     def lacking(self, instance: str, needed_bytes: int) -> int:
@@ -152,6 +167,17 @@ class Admission:
         return reserved
 
     # --- helpers ---
+
+    def _unlisted_room(self, instance: str, gpu: Gpu) -> int | None:
+        uuid, outstanding, most = gpu.uuid, 0, 0
+        for other in {*self._claims, *self._loads, *self._holders()} - {instance}:
+            promised = _promised(self._claims.get(other, {}), self._loads.get(other, {}))
+            held = self._held(other).get(uuid, 0)
+            if held is not None:  # else all that it was promised may be in use already
+                outstanding += outstanding_bytes(promised, self._used(other)).get(uuid, 0)
+            most += max(promised.get(uuid, 0), held or 0)
+        own = self._used(instance).get(uuid, 0)
+        return unlisted_room_bytes(gpu, outstanding_bytes=outstanding, promised_bytes=most, held_bytes=own)
 
     def _divided(self, instance: str, needed_bytes: int, likely: Mapping[str, int]) -> dict[str, int]:
         """Divide memory among the cards of an instance: what it holds itself is room, too."""

@@ -16,6 +16,7 @@ from manager.domain.gpu import (
     cards_in_slots,
     in_bus_order,
     is_uuid,
+    unknown_memory,
     unmeasured,
     why_not_together,
 )
@@ -204,13 +205,14 @@ class Cards:
 
     @property
     def trouble(self) -> GpuTrouble | None:
-        """The error of the driver, else the cards that are lost."""
+        """The error of the driver, else the cards that are lost, else those whose memory is not told."""
         error = self.snapshot.error
         if error is not None:
             return GpuTrouble(str(error.details.get("nvml", error.code)), error.message)
         if self._lost:
             return GpuTrouble("gpu_lost", "; ".join(dict.fromkeys(self._lost.values())))
-        return None
+        unknown = unknown_memory(self.snapshot.gpus)
+        return None if unknown is None else GpuTrouble("vram_unknown", unknown)
 
     # --- helpers ---
 
@@ -264,10 +266,16 @@ class Cards:
         present = {gpu.uuid: gpu for gpu in gpus}
         lost = {gpu.uuid: f"GPU {gpu.uuid} is lost: {gpu.lost}" for gpu in gpus if gpu.lost is not None}
         for uuid in bound.keys() - present.keys():
-            lost[uuid] = self._lost.get(uuid) or f"GPU {uuid} is not {self._place} (any more)"
+            lost[uuid] = self._lost.get(uuid) or self._why_gone(uuid)
         gone = [uuid for uuid in self._seen if uuid in bound and uuid not in present][-_MOST_GONE:]
         seen = {uuid: self._seen[uuid] for uuid in gone} | present
         self._publish(GpuSnapshot(attempted=True), seen, lost)
+
+    def _why_gone(self, uuid: str) -> str:
+        known = self._seen.get(uuid)
+        if known is not None and known.host is not None:
+            return f"GPU {uuid} is not advertised by {known.host} (any more)"
+        return f"GPU {uuid} is not {self._place} (any more)"
 
     def _take_refusal(self, error: GpuQueryError) -> None:
         lost = dict(self._lost)
@@ -281,7 +289,9 @@ class Cards:
         listed = [
             replace(unmeasured(gpu), lost=lost[uuid]) if uuid in lost else gpu for uuid, gpu in seen.items()
         ]
-        self.snapshot = replace(snapshot, gpus=tuple(sorted(listed, key=lambda gpu: gpu.index)))
+        self.snapshot = replace(
+            snapshot, gpus=tuple(sorted(listed, key=lambda gpu: (gpu.host or "", gpu.index)))
+        )
         self._by_uuid = {gpu.uuid: gpu for gpu in listed}
         self._all = tuple([NamedCard(gpu.uuid, gpu.uuid) for gpu in in_bus_order(listed)])
         before, self._lost, self._seen = self._lost, lost, seen

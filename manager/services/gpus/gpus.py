@@ -37,11 +37,12 @@ _FRESH_S = 0.25
 class Need:
     """The memory of a model on cards. Only `measured` is all of it; the others are less than it takes.
 
-    `basis` is `measured` on the instance itself, the least that was measured `elsewhere`, or its `file`.
+    `basis` is `measured` on the instance itself, what its `server` says of it, which leaves out the memory of
+    its process, the least that was measured `elsewhere`, or its `file`.
     """
 
     bytes: int
-    basis: Literal["measured", "elsewhere", "file"]
+    basis: Literal["measured", "server", "elsewhere", "file"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +111,8 @@ class Gpus:
             place=place,
         )
         self._learned = Learned(registry, utcnow=utcnow)
-        self._admission = Admission(self._cards, held=self.held, now=now)
+        self._told: dict[str, int] = {}  # by instance: what its server last said that its models take
+        self._admission = Admission(self._cards, held=self.held, now=now, holders=self._told.keys)
         self._read_at = float("-inf")
         self._shortages: dict[str, tuple[int, Explanation]] = {}  # by instance: bytes needed, and the words
         self.name_cards = self._cards.name_cards
@@ -153,7 +155,7 @@ class Gpus:
 
     @property
     def trouble(self) -> GpuTrouble | None:
-        """The error of the driver, else the cards that are lost."""
+        """The error of the driver, else the cards that are lost, else those whose memory is not told."""
         return self._cards.trouble
 
     # --- what is held ---
@@ -171,6 +173,10 @@ class Gpus:
         return total(self.held(instance))
 
     def _holding(self, instance: str, gpu: Gpu) -> Holding:
+        if not gpu.lists_processes:
+            return Holding(
+                used_bytes=self._told_on_its_card(instance), unattributed_bytes=unattributed_bytes(gpu)
+            )
         mine = [process for process in gpu.processes if self.instance_of(process.pid) == instance]
         known = [process.used_bytes for process in mine if process.used_bytes is not None]
         return Holding(
@@ -178,6 +184,10 @@ class Gpus:
             used_bytes=sum(known) if len(known) == len(mine) else None,
             unattributed_bytes=unattributed_bytes(gpu),
         )
+
+    def _told_on_its_card(self, instance: str) -> int | None:
+        """Return what the server says that its models take; None where it is divided among several cards."""
+        return self._told.get(instance) if len(self.uuids_of(instance)) == 1 else None
 
     def holds_memory(self, instance: str) -> bool | None:
         """Return whether a process of the instance holds memory on one of its cards, by the last reading.
@@ -238,7 +248,12 @@ class Gpus:
         return tuple(left)
 
     async def learn(self, instance: str, models: Sequence[Model]) -> None:
-        """Take in the models that an instance has in memory, after each probe."""
+        """Take in the models that an instance has in memory, after each probe.
+
+        Where the processes on its card are not listed, what its server says of its models counts as what it
+        holds: the memory of its process beside them is missing there.
+        """
+        self._told[instance] = sum(model.vram_bytes for model in models)
         if not await self._learned.measure(instance, models, self.held(instance)):
             return
         for model in models:
@@ -277,6 +292,7 @@ class Gpus:
 
     def drop_claim(self, instance: str) -> None:
         """The instance has ended: nothing is set aside for it."""
+        self._told.pop(instance, None)
         self._admission.drop(instance)
         self._learned.forget_measurement(instance)
         self._shortages.pop(instance, None)
@@ -351,14 +367,23 @@ class Gpus:
         digest, size = _digest_and_size(entry)
         known = self._learned.here(instance, model, digest, self.uuids_of(instance))
         if known is not None:
-            return Need(known.vram_bytes, "measured")
+            return Need(known.vram_bytes, "measured" if self.measures(instance) else "server")
         if elsewhere := self._learned.elsewhere(digest):
             return Need(elsewhere, "elsewhere")
         return Need(size, "file") if size > 0 else None
 
+    def measures(self, instance: str) -> bool:
+        """Return whether what an instance holds is measured; else its server's word is taken for it."""
+        return all(gpu.lists_processes for gpu in self._cards.gpus_of(instance))
+
     def room(self, instance: str) -> Room:
-        """Return the memory that a load on an instance may take now."""
-        return Room(self.held_bytes(instance) or 0, tuple(self._admission.rooms(instance).values()))
+        """Return the memory that a load on an instance may take now; unknown where no reading tells it."""
+        rooms = self._admission.rooms(instance)
+        read = {gpu.uuid for gpu in self._cards.gpus_of(instance) if gpu.vram_free_bytes is not None}
+        return Room(
+            self.held_bytes(instance) or 0,
+            tuple([room if uuid in read else None for uuid, room in rooms.items()]),
+        )
 
     # --- helpers ---
 

@@ -79,7 +79,7 @@ class Nodes:
                 card,
                 node.id,
                 node.name,
-                node.address,
+                node.address.strip("[]"),
                 lost=None if node.is_up else f"its node {node.name} is down",
             )
             for node in self.current

@@ -56,7 +56,9 @@ class Fitting:
         }
         rooms = {id_: one.room(id_) for id_, one in gpus.items()}
         models = self._overviews.models()
-        sources = [(id_, one.learned_version, one.uuids_of(id_)) for id_, one in gpus.items()]
+        sources = [
+            (id_, one.learned_version, one.uuids_of(id_), one.measures(id_)) for id_, one in gpus.items()
+        ]
         is_old = models is not self._models or sources != self._sources
         if is_old:
             self._models, self._sources = models, sources

@@ -100,6 +100,19 @@ class ModelSettings:
         """Read what was saved. What does not fit the configuration any more is ignored, and said so."""
         self._take(await self._registry.overrides())
 
+    async def reload(self) -> None:
+        """Put in force what another gateway has saved.
+
+        Raises:
+            ManagerError: the registry cannot be read; the settings are as they were.
+        """
+        async with self._changing:
+            after = await self._registry.overrides()
+            keys = sorted({*after, *self._overrides})
+            changed = [key for key in keys if _text(after, key) != _text(self._overrides, key)]
+            if changed:
+                self._put_in_force(after, changed)
+
     @property
     def values(self) -> Mapping[str, Mapping[str, Sourced]]:
         """Role -> field -> value in force, with its source; fields are dotted, as in `body.defaults`."""
@@ -143,6 +156,7 @@ class ModelSettings:
 
         Raises:
             InvalidRequestError: it cannot be meant; `details.fields` says where and why. Nothing changed.
+            ConflictError: another gateway has changed settings at the same moment. Nothing changed.
             RegistryUnwritableError: it could not be saved. Nothing changed.
         """
         async with self._changing:
@@ -173,7 +187,7 @@ class ModelSettings:
                 await finish(self._save(after, changed))  # what is in force is what was saved
 
     async def _save(self, after: dict[str, Any], changed: list[str]) -> None:
-        await self._registry.save_overrides(after)
+        await self._registry.save_overrides(after, was=self._overrides)
         self._put_in_force(after, changed)
 
     def _put_in_force(self, after: dict[str, Any], changed: list[str]) -> None:

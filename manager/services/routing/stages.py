@@ -71,9 +71,13 @@ class RolloutControl:
         self._overlay = rollout_overlaid(written, {}, refusals)
 
     async def load(self) -> None:
-        """Read what was saved. What does not fit the configuration any more is ignored, and logged."""
-        stored = await self._registry.orders(OrderKind.ROLLOUT, dict)
-        self._take(stored.get(_NOBODY, {}))
+        """Read what was saved here or by another gateway, and put it in force.
+
+        What does not fit the configuration any more is ignored, and logged.
+        """
+        async with self._changing:
+            stored = await self._registry.orders(OrderKind.ROLLOUT, dict)
+            self._take(stored.get(_NOBODY, {}))
 
     @property
     def values(self) -> Mapping[str, Sourced]:

@@ -22,7 +22,8 @@ _MOST_PROCESSES = 24
 _SHORT_UUID = 12
 _SHOWN = (
     "uuid", "index", "pci_bus_id", "name", "vram_total_bytes", "vram_used_bytes", "vram_free_bytes",
-    "reserved_bytes", "lost", "utilisation_percent", "temperature_c", "power_watts", "power_limit_watts",
+    "reserved_bytes", "lost", "host", "memory_unknown", "utilisation_percent", "temperature_c", "power_watts",
+    "power_limit_watts",
 )  # fmt: skip
 
 
@@ -48,10 +49,12 @@ def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
 def _problem(gpus: Mapping[str, Any], instances: list[dict[str, Any]]) -> str | None:
     """Return why cards cannot be read. Without an instance for a card nothing is missing.
 
-    A lost card says so itself.
+    A card that is lost, or whose memory is unknown, says so itself.
     """
     is_wanted = any(one["device"]["kind"] == "gpu" for one in instances)
-    if gpus["error"] is None or not is_wanted or any(gpu["lost"] for gpu in gpus["gpus"]):
+    if gpus["error"] is None or not is_wanted:
+        return None
+    if any(gpu["lost"] or gpu["memory_unknown"] for gpu in gpus["gpus"]):
         return None
     message: str = gpus["error"]["message"]
     return message

@@ -58,7 +58,13 @@ def _lost(gpus: Mapping[str, Any], instances: Iterable[Mapping[str, Any]]) -> It
             "kind": BAD, "word": "lost", "names": [], "device": f"GPU {gpu['index']} {gpu['name']}",
             "message": gpu["lost"], "code": "gpu_missing",
         }  # fmt: skip
-    if gpus["error"] and not lost and any(one["device"]["kind"] == "gpu" for one in instances):
+    is_unread = any(gpu["memory_unknown"] for gpu in gpus["gpus"])  # which the card says itself
+    if (
+        gpus["error"]
+        and not lost
+        and not is_unread
+        and any(one["device"]["kind"] == "gpu" for one in instances)
+    ):
         yield {
             "kind": WARN, "word": "unreadable", "names": [], "device": None,
             "message": gpus["error"]["message"], "code": "gpus",
@@ -114,7 +120,7 @@ def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, F
     found = {}
     for gpu in gpus:
         here = [one for one in instances if on_device(one, gpu["uuid"])]
-        names = ("index", "name", "vram_used_bytes", "vram_total_bytes", "vram_free_bytes", "lost")
+        names = ("index", "name", "vram_used_bytes", "vram_total_bytes", "vram_free_bytes", "lost", "host")
         card = {name: gpu[name] for name in names}
         id_ = element_id("card", gpu["uuid"])
         found[id_] = device(here, gpu=card, parts_of=card_parts(gpu, fills))

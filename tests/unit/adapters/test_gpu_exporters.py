@@ -169,7 +169,7 @@ async def test_uuids_are_those_of_the_node_and_slices_are_found() -> None:
 
         card, part = await reader.read()
 
-    assert card.uuid == FIRST.upper()
+    assert (card.uuid, card.temperature_c) == (FIRST.upper(), 36)
     assert part.uuid == SLICED
     assert part.vram_free_bytes == 32971181613
 
@@ -189,10 +189,10 @@ async def test_without_an_exporter_all_memory_is_unknown() -> None:
         gpus = await reader.read()
 
     assert gpus == (
-        unknown(A, why="no exporter is set"),
-        unknown(B, 1, why="no exporter is set"),
+        unknown(A, why="no exporter is set in swarm.gpu_exporter"),
+        unknown(B, 1, why="no exporter is set in swarm.gpu_exporter"),
     )
-    assert reader.troubles == {"one": "no exporter is set"}
+    assert reader.troubles == {"one": "no exporter is set in swarm.gpu_exporter"}
     assert nodes[ONE].asked == []
 
 

@@ -5,6 +5,7 @@ import asyncio
 import errno
 import functools
 import hashlib
+import inspect
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from sqlalchemy import create_engine
 
 from manager.adapters.registry import SqlRegistry, log, open_registry, opening, tables
 from manager.adapters.registry.migrate import migrate, migration_config
+from manager.adapters.registry.postgres import PostgresDatabase
 from manager.adapters.registry.sql import KEPT_EVENTS
 from manager.domain.benchmark_results import Benchmark, BenchmarkStatus
 from manager.domain.benchmarks import Sample
@@ -74,7 +76,10 @@ def event(number: int) -> Event:
 
 
 # The tables of revisions later than 0007.
-NEWEST = ("keys", "ledger", "ledger_days", "usage_hours", "usage_days", "gpu_minutes", "benchmarks")
+NEWEST = (
+    *("keys", "ledger", "ledger_days", "usage_hours", "usage_days", "gpu_minutes", "benchmarks"),
+    *("changes", "documents", "key_uses"),
+)
 
 
 def digests(directory: Path) -> dict[str, str]:
@@ -140,9 +145,20 @@ def left(killed: Path, tmp_path: Path) -> Path:
     return shutil.copytree(killed, tmp_path / "left") / "registry.sqlite3"
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """What a registry does it does in PostgreSQL too; tests that look into the file have only that."""
+    arguments = inspect.signature(metafunc.function).parameters
+    if "registry" in arguments:
+        kinds = ["file"] if "path" in arguments else ["file", "postgresql"]
+        metafunc.parametrize("registry", kinds, indirect=True)
+
+
 @pytest.fixture
-async def registry(path: Path) -> AsyncIterator[SqlRegistry]:
-    registry = await open_registry(path, busy_timeout_s=0.05)
+async def registry(path: Path, request: pytest.FixtureRequest) -> AsyncIterator[SqlRegistry]:
+    shared = None
+    if request.param == "postgresql":
+        shared = PostgresDatabase(request.getfixturevalue("postgres").database())
+    registry = await open_registry(path, busy_timeout_s=0.05, shared=shared)
     yield registry
     await registry.close()
 
@@ -550,13 +566,13 @@ def test_making_a_registry_costs_the_daemon_neither_alembic_nor_an_orm(made: Mad
     assert not made.modules & {"alembic", "mako", "sqlalchemy.orm"}
 
 
-async def test_every_commit_is_synced_to_a_write_ahead_log(registry: SqlRegistry) -> None:
+async def test_every_commit_is_synced_to_a_write_ahead_log(registry: SqlRegistry, path: Path) -> None:
     def pragmas() -> list[object]:
-        with registry._reads.connect() as connection:
+        with registry._own._reads.connect() as connection:
             names = ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
             return [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in names]
 
-    assert await registry._call(pragmas) == ["wal", 2, 1, 50]
+    assert await registry._own._call(pragmas) == ["wal", 2, 1, 50]
 
 
 def test_the_known_revisions_are_those_of_the_migrations() -> None:
@@ -611,7 +627,7 @@ async def test_a_registry_of_the_first_schema_is_brought_up_to_date_and_keeps_wh
     await registry.save_overrides(OVERRIDES)
     await registry.save_model_list("ollama-models", ({"name": "qwen3:8b"},))
     await registry.close()
-    assert opening.verify(path) == tables.HEAD == "0012"
+    assert opening.verify(path) == tables.HEAD == "0013"
 
 
 async def test_names_of_models_of_the_second_schema_become_entries(path: Path) -> None:

@@ -229,6 +229,23 @@ def test_each_card_is_a_line_with_its_memory_and_who_holds_it(daemon: StandInDae
     assert second[2:] == ["GPU-2", "unknown/unknown", "unknown", "lost: fell off the bus"]
 
 
+def test_cards_of_other_hosts_are_named_with_them_and_unknown_memory_with_its_reason(
+    daemon: StandInDaemon, run: Run
+) -> None:
+    unread = {"vram_total_bytes": None, "vram_used_bytes": None, "vram_free_bytes": None}
+    away = card(uuid="GPU-2", host="node-1", memory_unknown="no exporter is set", **unread)
+    trouble = {"code": "vram_unknown", "message": "the memory of GPU-2 on node-1 is unknown"}
+    gpus(daemon, card(host=None, memory_unknown=None), away, trouble=trouble)
+    result = run("gpus", "--url", daemon.url)
+    assert result.exit_code == 0
+    assert result.stderr == "warning: the memory of GPU-2 on node-1 is unknown (vram_unknown)\n"
+    head, first, second = map(columns, result.stdout.splitlines())
+    assert head[:2] == ["HOST", "INDEX"]
+    assert first[:4] == ["-", "0", "NVIDIA H200", "GPU-1"]
+    assert second[0] == "node-1"
+    assert second[4:] == ["unknown/unknown", "unknown", "memory unknown: no exporter is set"]
+
+
 def test_an_error_of_the_driver_is_told_beside_the_cards(daemon: StandInDaemon, run: Run) -> None:
     gpus(daemon, card(), trouble={"code": "gpu_query_failed", "message": "the driver does not answer"})
     result = run("gpus", "--url", daemon.url)

@@ -111,6 +111,10 @@ def over_cards(*cards: tuple[int | None, str | None]) -> dict[str, Any]:
     return CARD | {"cards": shown, "vram_total_bytes": 48 * 2**30, "vram_used_bytes": 3 * 2**30}
 
 
+def on_host(device: dict[str, Any]) -> dict[str, Any]:
+    return device | {"cards": [one | {"host": "node-1"} for one in device["cards"]]}
+
+
 @pytest.mark.parametrize(
     ("device", "shown"),
     [
@@ -122,6 +126,8 @@ def over_cards(*cards: tuple[int | None, str | None]) -> dict[str, Any]:
             "gpu ?+1 unknown + RTX VRAM unknown",
         ),
         (over_cards((0, "RTX")) | {"name": "RTX"}, "gpu 0 RTX 3.0/48.0 GiB"),
+        (on_host(over_cards((0, "RTX")) | {"name": "RTX"}), "gpu 0 on node-1 RTX 3.0/48.0 GiB"),
+        (on_host(over_cards((0, "RTX"), (1, "RTX"))), "gpu 0+1 on node-1 2 x RTX 3.0/48.0 GiB"),
     ],
 )
 def test_every_card_of_an_instance_is_shown(daemon: StandInDaemon, device: Any, shown: str) -> None:

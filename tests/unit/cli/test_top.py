@@ -161,6 +161,17 @@ def test_what_is_unknown_is_said_to_be() -> None:
     assert "no cards: no driver" in drawn(seen)
 
 
+def test_a_card_of_another_host_is_shown_with_it() -> None:
+    seen = sections()
+    unknown = {"code": "vram_unknown", "message": "the memory of GPU-1 is unknown"}
+    seen["gpus"] = {"gpus": [card(0), card(1, None, host="node-1\x1b[2J")], "error": unknown}
+    found = drawn(seen, 140)
+    assert unknown["message"] in found, "there are cards"
+    (line,) = [line for line in found if line.startswith("node-1")]
+    assert "\x1b" not in line
+    assert "unknown/48.0G" in line
+
+
 def test_clocks_go_on_between_two_frames() -> None:
     seen = sections()
     seen["lanes"]["lanes"][0] |= {"queued": 1, "oldest_wait_s": 4.0}

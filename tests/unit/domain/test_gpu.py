@@ -23,6 +23,7 @@ from manager.domain.gpu import (
     find_gpu,
     gib,
     held_by,
+    in_bus_order,
     is_given_back,
     is_news,
     is_uuid,
@@ -33,6 +34,8 @@ from manager.domain.gpu import (
     promised_bytes,
     room_bytes,
     unattributed_bytes,
+    unknown_memory,
+    unlisted_room_bytes,
     unmeasured,
 )
 
@@ -136,6 +139,60 @@ def test_a_card_without_a_pci_bus_id_is_found_by_uuid_only() -> None:
     nameless = replace(gpu(1), pci_bus_id="")
     assert find_gpu([nameless], "GPU-1") == nameless
     assert find_gpu([nameless], "") is None
+
+
+def test_a_bus_id_names_no_card_of_another_machine_and_a_uuid_does() -> None:
+    there = replace(gpu(1), host="node-1")
+    assert find_gpu([there], "01:00.0") is None
+    assert find_gpu([there], "GPU-1") == there
+    assert find_gpu([there, replace(gpu(2), pci_bus_id=there.pci_bus_id)], "01:00.0") is not None
+
+
+@pytest.mark.parametrize("selector", ["", " ", "0", "node-1"])
+def test_a_card_of_unknown_place_is_named_by_its_uuid_alone(selector: str) -> None:
+    nowhere = replace(gpu(1), pci_bus_id="", host="node-1")
+    assert find_gpu([nowhere, replace(nowhere, host=None)], selector) is None
+    assert find_gpu([nowhere], "GPU-1") == nowhere
+
+
+def test_cards_of_other_machines_come_after_the_own_ones_by_machine() -> None:
+    there = [replace(gpu(n), host=host) for n, host in ((1, "b"), (3, "a"), (2, "a"))]
+    nowhere = replace(gpu(0), pci_bus_id="", host="a")
+    found = in_bus_order([*there, nowhere, gpu(9)])
+    assert [one.uuid for one in found] == ["GPU-9", "GPU-0", "GPU-2", "GPU-3", "GPU-1"]
+
+
+def test_cards_whose_memory_is_unknown_are_named_by_host() -> None:
+    away = [replace(gpu(n), host="node-1", why_unknown="no exporter is set") for n in range(3)]
+    assert unknown_memory([gpu(1), gpu(2)]) is None
+    assert unknown_memory([gpu(5), away[0]]) == "the memory of GPU-0 on node-1 is unknown: no exporter is set"
+    other = replace(away[1], host=None, why_unknown="why")
+    assert unknown_memory([*away, other]) == (
+        "the memory of 3 cards on node-1 is unknown: no exporter is set; the memory of GPU-1 is unknown: why"
+    )
+    many = unknown_memory([replace(gpu(n), host=f"node-{n}", why_unknown="why") for n in range(8)])
+    assert many is not None
+    assert many.count("; ") == 5
+    assert many.endswith("; 3 more")
+
+
+@pytest.mark.parametrize(
+    ("free", "total", "room"),
+    [
+        (10, 24, 7),
+        (20, 24, 12),
+        (None, 24, 12),
+        (10, None, 7),
+        (1, 24, -2),
+        (None, 9, -3),
+        (None, None, None),
+    ],
+)
+def test_room_on_a_card_whose_processes_are_not_listed(
+    free: int | None, total: int | None, room: int | None
+) -> None:
+    one = replace(gpu(1), vram_free_bytes=free, vram_total_bytes=total)
+    assert unlisted_room_bytes(one, outstanding_bytes=3, promised_bytes=8, held_bytes=4) == room
 
 
 # Examples of bindings

@@ -16,7 +16,7 @@ from manager.domain.instance import Model, Phase, Target
 from manager.domain.roles import RequestKind, Role, RoutingSettings
 from manager.errors import GpuQueryError, Reason, UnknownInstanceError
 from manager.services.models.model_lists import ModelLists
-from manager.services.overview import Lane, Overviews
+from manager.services.overview import Card, Lane, Overviews
 from tests.support.breakers import quiet_breakers
 from tests.support.fleet_rig import CARD, Rig, until
 from tests.support.gpu_machine import GIB, A, Machine, filled
@@ -303,6 +303,23 @@ async def test_an_instance_over_several_cards_shows_the_sums_and_each_card(known
     assert device.vram_used_bytes == (used + 7 if known else None)
     if not known:
         assert (device.cards[1].pci_bus_id, device.cards[1].index) == ("02:00.0", None)
+
+
+def test_a_card_of_another_host_is_shown_with_it_and_with_the_reason_why_its_memory_is_unknown() -> None:
+    stage = Stage(Rig())
+    stage.rig.add("gpu0", gpu=True)
+    unknown = replace(CARD, host="node-1", why_unknown="no exporter is set", vram_used_bytes=None)
+    overview = replace(stage.overviews.current(), cards=(Card(unknown, (), None), Card(CARD, (), None)))
+    away, own = gpus_body(overview).gpus
+    assert (away.host, away.memory_unknown) == ("node-1", "no exporter is set")
+    assert (own.host, own.memory_unknown) == (None, None)
+    (state,) = overview.instances
+    state = replace(state, gpus=(unknown,))
+    device = InstanceBody.model_validate_json(orjson.dumps(instance_json(state))).device
+    assert [one.host for one in device.cards] == ["node-1"]
+    state = replace(state, gpus=(None,))
+    device = InstanceBody.model_validate_json(orjson.dumps(instance_json(state))).device
+    assert [one.host for one in device.cards] == [None]
 
 
 def test_sixty_four_instances_are_read_in_a_few_milliseconds() -> None:

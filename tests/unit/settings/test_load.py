@@ -300,7 +300,7 @@ ENGINE_URLS = "expected unix:///SOCKET, tcp://HOST:PORT, http://HOST:PORT or htt
 ALLOWED_NAMES = (
     "allowed: OLLAMA_MANAGER_<SECTION>__<KEY>, with the sections server, state, manager_id, engine, "
     "templates, allow, instances, gpus, lifecycle, schedules, roles, models, gateway, runs, breaker, "
-    "fallback, log, audit, budgets, rollout, routing, discovery"
+    "fallback, log, audit, budgets, rollout, routing, discovery, swarm"
 )
 
 

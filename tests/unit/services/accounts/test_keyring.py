@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from manager.adapters.registry import SqlRegistry, open_registry
+from manager.adapters.registry.postgres import PostgresDatabase
 from manager.domain.keys import MOST_SECRETS, Grant, KeyState, Permit, Scope
 from manager.errors import KeyConflictError, RegistryUnwritableError, UnknownKeyError
 from manager.services.accounts import keyring as module
@@ -55,9 +56,11 @@ class Rig:
         self.now = START + timedelta(seconds=seconds)
 
 
-@pytest_asyncio.fixture
-async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
-    registry = await open_registry(tmp_path / "registry.sqlite3", busy_timeout_s=0.05)
+@pytest_asyncio.fixture(params=["file", "postgresql"])
+async def rig(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    url = None if request.param == "file" else request.getfixturevalue("postgres").database()
+    shared = None if url is None else PostgresDatabase(url)
+    registry = await open_registry(tmp_path / "registry.sqlite3", busy_timeout_s=0.05, shared=shared)
     yield Rig(registry)
     await registry.close()
 

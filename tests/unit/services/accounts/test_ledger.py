@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from manager.adapters.registry import open_registry
+from manager.adapters.registry.postgres import PostgresDatabase
 from manager.domain.budgets import Balance, Budget, Closing, Overdrawn, Period
 from manager.errors import Reason, RegistryUnwritableError, UnavailableError
 from manager.services.accounts.ledger import Reserved
@@ -28,11 +29,12 @@ if TYPE_CHECKING:
     from manager.services.ports import LedgerStore
 
 
-@pytest.fixture
-async def books(tmp_path: Path) -> AsyncIterator[Books]:
+@pytest.fixture(params=["file", "postgresql"])
+async def books(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Books]:
+    url = None if request.param == "file" else request.getfixturevalue("postgres").database()
     path = tmp_path / "registry.sqlite3"
-    registry = await open_registry(path)
-    made = Books(registry, path)
+    registry = await open_registry(path, shared=None if url is None else PostgresDatabase(url))
+    made = Books(registry, path, url)
     yield made
     await made.store.close()
     await registry.close()

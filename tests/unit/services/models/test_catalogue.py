@@ -113,7 +113,7 @@ def catalogue(
     status: Any = SimpleNamespace(at_work=dict, idle_status=lambda _key: "not_loaded")
     overload: Any = SimpleNamespace(recent_ms=lambda id_, key: LATENCIES_MS.get((id_, key)))
     lists = ModelLists(nothing, nothing, stored)
-    overviews = Overviews(fleet, nothing, nothing, nothing, lists=lists, settings=settings, breakers=nothing)
+    overviews = Overviews(fleet, nothing, (), (), lists=lists, settings=settings, breakers=nothing)
     return Catalogue(
         fleet,
         overviews,

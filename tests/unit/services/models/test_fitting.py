@@ -116,3 +116,19 @@ async def test_a_card_that_cannot_be_read_makes_it_unknown(machine: Machine) -> 
     await machine.refuse(gpus)
     assert stage.fitting.current().models[0].fits is None
     assert stage.fitting.current().rooms["one"].bytes is None
+
+
+async def test_a_size_that_a_server_tells_is_no_measured_one_from_the_moment_that_processes_are_not_listed(
+    machine: Machine,
+) -> None:
+    machine.cards = (filled((PID, 2 * GIB)),)
+    machine.containers = {PID: "c" * 64}
+    gpus = await machine.gpus(one=A)
+    gpus.note_container("c" * 64, "one")
+    for _ in range(2):
+        await gpus.learn("one", [model("small:1b", digest="small")])
+    stage = Stage(gpus, one=DeviceKind.GPU)
+    stage.show(small=(SMALL, ("one",)))
+    assert stage.fitting.current().models == (Fit("small", "one", Need(2 * GIB, "measured"), True),)
+    await machine.show(gpus, card(A, free=20 * GIB, lists_processes=False))
+    assert stage.fitting.current().models == (Fit("small", "one", Need(2 * GIB, "server"), None),)

@@ -145,7 +145,7 @@ async def test_what_cannot_be_meant_is_refused_with_all_its_fields(rig: Rig) -> 
 
 async def test_what_cannot_be_saved_is_not_in_force(rig: Rig) -> None:
     opened = await rig.opened()
-    rig.registry._path.rename(rig.registry._path.with_name("away"))
+    rig.registry._own.path.rename(rig.registry._own.path.with_name("away"))
     with pytest.raises(RegistryUnwritableError):
         await opened.change({"output": {"model": "other"}})
     assert (opened.version, opened.routing.roles["output"].model) == (0, "qwen3:8b")
@@ -254,7 +254,8 @@ class MemoryRegistry:
     async def overrides(self) -> dict[str, Any]:
         return json.loads(json.dumps(self.saved))  # type: ignore[no-any-return]
 
-    async def save_overrides(self, overrides: dict[str, Any]) -> None:
+    async def save_overrides(self, overrides: dict[str, Any], was: dict[str, Any]) -> None:
+        assert was == self.saved
         self.saved = json.loads(json.dumps(overrides))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from manager.adapters.registry.dialects import Whole
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -19,8 +21,8 @@ def upgrade() -> None:
         sa.Column("operation", sa.String()),
         sa.Column("ttl_s", sa.Float()),
         sa.Column("pinned", sa.Boolean()),
-        sa.Column("starts", sa.Integer(), nullable=False),
-        sa.Column("loopback_port", sa.Integer()),
+        sa.Column("starts", Whole, nullable=False),
+        sa.Column("loopback_port", Whole),
         sa.Column("last_used_at", sa.DateTime()),
         sa.Column("recreated_at", sa.DateTime()),
         sa.Column("usage", sa.JSON()),
@@ -34,7 +36,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "events",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", Whole, nullable=False),
         sa.Column("at", sa.DateTime(), nullable=False),
         sa.Column("instance", sa.String()),
         sa.Column("kind", sa.String(), nullable=False),
@@ -47,7 +49,7 @@ def upgrade() -> None:
         sa.Column("instance", sa.String(), nullable=False),
         sa.Column("model", sa.String(), nullable=False),
         sa.Column("digest", sa.String(), nullable=False),
-        sa.Column("vram_bytes", sa.Integer(), nullable=False),
+        sa.Column("vram_bytes", Whole, nullable=False),
         sa.Column("measured_at", sa.DateTime(), nullable=False),
         sa.PrimaryKeyConstraint("instance", "model", "digest"),
     )

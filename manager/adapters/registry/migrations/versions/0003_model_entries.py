@@ -12,7 +12,10 @@ depends_on = None
 
 def upgrade() -> None:
     op.execute("ALTER TABLE model_lists RENAME COLUMN names TO entries")
-    op.execute(
-        "UPDATE model_lists SET entries ="
-        " (SELECT json_group_array(json_object('name', value)) FROM json_each(model_lists.entries))"
-    )
+    entries = "(SELECT json_group_array(json_object('name', value)) FROM json_each(model_lists.entries))"
+    if op.get_bind().dialect.name == "postgresql":
+        entries = (
+            "coalesce((SELECT json_agg(json_build_object('name', value))"
+            " FROM json_array_elements_text(model_lists.entries)), '[]')"
+        )
+    op.execute(f"UPDATE model_lists SET entries = {entries}")  # noqa: S608  (constants)

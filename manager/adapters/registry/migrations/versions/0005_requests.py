@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from manager.adapters.registry.dialects import Whole
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -14,9 +16,9 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "requests",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", Whole, primary_key=True),
         sa.Column("request_id", sa.Text, nullable=False, unique=True),
-        sa.Column("ended_us", sa.Integer, nullable=False),
+        sa.Column("ended_us", Whole, nullable=False),
         sa.Column("project", sa.Text, nullable=False),
         sa.Column("role", sa.Text),
         sa.Column("model", sa.Text),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
+from manager.adapters.registry.dialects import Whole, only_where
+
 revision = "0009"
 down_revision = "0008"
 branch_labels = None
@@ -14,20 +16,20 @@ depends_on = None
 def upgrade() -> None:
     op.create_table(
         "ledger",
-        sa.Column("id", sa.Integer(), nullable=False),
+        sa.Column("id", Whole, nullable=False),
         sa.Column("reservation", sa.Text(), nullable=False),
         sa.Column("kind", sa.Text(), nullable=False),
-        sa.Column("at_us", sa.Integer(), nullable=False),
+        sa.Column("at_us", Whole, nullable=False),
         sa.Column("day", sa.Text(), nullable=False),
-        sa.Column("amount", sa.Integer(), nullable=False),
+        sa.Column("amount", Whole, nullable=False),
         sa.Column("request_id", sa.Text(), nullable=False),
         sa.Column("project", sa.Text(), nullable=False),
         sa.Column("key", sa.Text()),
         sa.Column("role", sa.Text()),
         sa.Column("instance", sa.Text(), nullable=False),
         sa.Column("model", sa.Text(), nullable=False),
-        sa.Column("input_tokens", sa.Integer()),
-        sa.Column("output_tokens", sa.Integer()),
+        sa.Column("input_tokens", Whole),
+        sa.Column("output_tokens", Whole),
         sa.PrimaryKeyConstraint("id"),
         sqlite_autoincrement=True,
     )
@@ -35,13 +37,13 @@ def upgrade() -> None:
         ("ledger_reserved_once", "kind = 'reserved'"),
         ("ledger_closed_once", "kind <> 'reserved'"),
     ):
-        op.create_index(name, "ledger", ["reservation"], unique=True, sqlite_where=sa.text(condition))
+        op.create_index(name, "ledger", ["reservation"], unique=True, **only_where(sa.text(condition)))
     op.create_table(
         "ledger_days",
         sa.Column("day", sa.Text(), nullable=False),
         sa.Column("project", sa.Text(), nullable=False),
         sa.Column("key", sa.Text(), nullable=False),
-        sa.Column("spent", sa.Integer(), nullable=False),
-        sa.Column("reserved", sa.Integer(), nullable=False),
+        sa.Column("spent", Whole, nullable=False),
+        sa.Column("reserved", Whole, nullable=False),
         sa.PrimaryKeyConstraint("day", "project", "key"),
     )
