@@ -12,6 +12,7 @@ from manager.cli.client import Daemon, RefusalError
 from manager.cli.failures import CommandError, printable
 from manager.cli.progress import follow
 from manager.cli.tables import drained_text
+from manager.domain.instance import WITH_CONTAINER
 
 if TYPE_CHECKING:
     from manager.cli.client import Instance
@@ -33,7 +34,7 @@ def drain_instance(
     if instance.drained is None:  # somebody has put it back meanwhile, or its time has passed
         click.echo(f"{instance_id} was drained, and is in service again")
         return
-    server = "container" if instance.driver == "docker" else "server"
+    server = "container" if instance.driver in WITH_CONTAINER else "server"
     runs = f"its {server} runs on" if instance.phase == "ready" else f"it is {instance.phase}"
     click.echo(f"{instance_id} is out of service ({drained_text(instance.drained)}); {runs}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from manager.cli.printing import aligned, one_line
+from manager.domain.instance import WITH_CONTAINER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -237,7 +238,7 @@ def _names(cards: Sequence[Card]) -> str:
 
 
 def _ttl_left(instance: Instance) -> str:
-    if instance.driver != "docker":
+    if instance.driver not in WITH_CONTAINER:
         return _NONE
     if instance.pinned:
         return "pinned"

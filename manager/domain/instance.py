@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 from manager.domain.roles import USUAL_KINDS
 from manager.domain.target import Protocol
@@ -31,6 +31,9 @@ class Driver(StrEnum):
     def has_container(self) -> bool:
         """Return whether the daemon starts and stops its server from a template."""
         return self in (Driver.DOCKER, Driver.SWARM)
+
+
+WITH_CONTAINER: Final = frozenset(one for one in Driver if one.has_container)
 
 
 class DeviceKind(StrEnum):

@@ -77,7 +77,10 @@ def _hints(whys: set[str]) -> list[str]:
 
 def _device(device: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a card shows of a device: nothing of its memory, which changes with every reading."""
-    cards = [{"index": one["index"], "name": one["name"] or one["uuid"]} for one in device["cards"]]
+    cards = [
+        {"index": one["index"], "name": one["name"] or one["uuid"], "host": one["host"]}
+        for one in device["cards"]
+    ]
     return {"kind": device["kind"], "cards": cards}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.instance import WITH_CONTAINER
 from manager.web.devices import card_parts, fills_of, on_device
 from manager.web.page import Fragment, Page, element_id
 from manager.web.speeds import instance_speeds
@@ -133,7 +134,7 @@ def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, F
 
 def _place(instance: Mapping[str, Any]) -> str:
     driver: str = instance["driver"]
-    if driver != "docker":
+    if driver not in WITH_CONTAINER:
         return driver
     return "cpu" if instance["device"]["kind"] == "cpu" else "gpu"
 
