@@ -17,6 +17,7 @@ from alembic.runtime.migration import MigrationContext
 from manager.adapters import postgres as module
 from manager.adapters.postgres import AdvisoryLocks, name_of
 from manager.adapters.registry import SqlRegistry, ledger, open_registry, tables
+from manager.adapters.registry import postgres as registry_in_postgres
 from manager.adapters.registry.migrate import upgrade
 from manager.adapters.registry.postgres import (
     PostgresDatabase,
@@ -32,10 +33,12 @@ from manager.errors import (
     RegistryCorruptError,
     RegistryDoubtfulError,
     RegistryUnwritableError,
+    UnavailableError,
 )
 from tests.support.daemon import ROOT
 from tests.support.inside import until
 from tests.support.keys import grant
+from tests.support.ledger import Books
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -282,6 +285,38 @@ async def test_a_server_that_says_nothing_is_given_up_and_the_loop_turns_meanwhi
         await asyncio.sleep(module._PAUSE_S)
         assert await registry.overrides() == {}
         await own.close()
+
+
+async def test_money_whose_commit_was_in_doubt_is_released_once_the_server_is_back(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CALL_S", 1.0)
+    url = postgres.database()
+    async with opened(tmp_path, url) as registry:
+        books = Books(registry, tmp_path / "registry.sqlite3", url)
+        execute = registry_in_postgres._Session.execute
+
+        def freezing(self: Any, statement: str, *values: Any) -> Any:
+            result = execute(self, statement, *values)
+            if statement.startswith("INSERT INTO ledger_days"):
+                # The statements before the commit have been executed; the commit reaches the server.
+                monkeypatch.setattr(registry_in_postgres._Session, "execute", execute)
+                postgres.freeze()
+            return result
+
+        monkeypatch.setattr(registry_in_postgres._Session, "execute", freezing)
+        monkeypatch.setattr(ledger, "_balances", lambda *_: {})
+        try:
+            with pytest.raises(UnavailableError, match="no paid request is sent"):
+                await books.reserve(400_000)
+        finally:
+            postgres.thaw()
+        monkeypatch.undo()
+        assert books.ledger.unwritten == 1
+        await asyncio.sleep(module._PAUSE_S)
+        assert await books.ledger.flush()
+        assert await books.global_balance() == Balance(0, 0)
+        await books.store.close()
 
 
 async def test_a_gateway_that_holds_the_ledger_holds_up_the_others_for_seconds_only(
