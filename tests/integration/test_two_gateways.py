@@ -298,6 +298,21 @@ def test_requests_go_on_while_the_database_is_away_and_paid_ones_do_not(
             assert "Traceback" not in daemon.log()
 
 
+def test_a_daemon_ends_in_time_although_the_database_does_not_answer(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    with two_gateways(tmp_path, postgres.database()) as pair:
+        pair.begin()
+        postgres.freeze()
+        try:
+            assert pair.statuses(1, "root") == 200
+            for daemon in pair.daemons:
+                assert daemon.stop() == 0
+                assert "Traceback" not in daemon.log()
+        finally:
+            postgres.thaw()
+
+
 def test_a_gateway_is_replaced_beside_another(
     postgres: Postgres,
     tmp_path: Path,

@@ -120,6 +120,9 @@ class PostgresDatabase:
     def ledger_connection(self) -> PostgresLedgerConnection:
         return PostgresLedgerConnection(self.url)
 
+    async def close(self) -> None:
+        await self._thread.close(self._reads.dispose)
+
     def abandon(self) -> Future[None]:
         return self._thread.abandon(self._reads.dispose)
 
