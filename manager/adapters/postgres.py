@@ -130,7 +130,7 @@ def circumstance(error: BaseException | None) -> str | None:
         if (words := _CIRCUMSTANCES.get(state[:length])) is not None:
             return words
     if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-        return "it is away"
+        return "there is no connection"
     return None
 
 
