@@ -80,6 +80,7 @@ def node(entry: dict[str, Any], resource: str) -> Node:
         is_manager=bool(manager),
         cards=tuple(str(one["Value"]) for one in named if one.get("Kind") == resource and one.get("Value")),
         labels=dict(spec.get("Labels") or {}),
+        engine=str((description.get("Engine") or {}).get("EngineVersion") or ""),
     )
 
 

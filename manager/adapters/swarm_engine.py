@@ -325,7 +325,8 @@ class SwarmEngine:
         same = all(service.labels.get(one) == request.labels.get(one) for one in _IDENTITY)
         if not same or service.replicas:
             raise EngineError(
-                f"the name {request.name!r} is already in use by a service of this swarm",
+                f"the name {request.name!r} is already in use by a service of this swarm; "
+                f"`docker service inspect {request.name}` shows it",
                 reason=Reason.NAME_CONFLICT,
             )
         await self._update(service.id, lambda before: _instead_of(before, spec), None)

@@ -424,6 +424,10 @@ _FROM_OUTSIDE = {
     137: "by SIGKILL (exit code 137), as `docker kill`, `docker rm -f` and the system do",
     143: "by SIGTERM (exit code 143), as `docker stop` does",
 }
+_FROM_OUTSIDE_OF_SERVICE = {
+    137: "by SIGKILL (exit code 137), as `docker kill` on its node and the system do",
+    143: "by SIGTERM (exit code 143), as `docker service update` and `docker node update` do",
+}
 
 
 def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
@@ -436,9 +440,12 @@ def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
     if facts.reason is not None:
         return Explanation(facts.reason, f"{name} does not run: {facts.error}")
     trouble = f" ({facts.error})" if facts.error else ""
+    if facts.exit_code is None and facts.error:
+        return Explanation(Reason.CONTAINER_EXITED, f"{name} does not run: {facts.error}")
     # 128 + the signal. Nothing inside the container sends these to its first process.
-    if facts.exit_code in _FROM_OUTSIDE:
-        how = f"{name} was ended from outside, {_FROM_OUTSIDE[facts.exit_code]}{trouble}"
+    from_outside = _FROM_OUTSIDE if facts.node is None else _FROM_OUTSIDE_OF_SERVICE
+    if facts.exit_code in from_outside:
+        how = f"{name} was ended from outside, {from_outside[facts.exit_code]}{trouble}"
         return Explanation(Reason.CONTAINER_EXITED, how)
     message = f"{name} ended by itself with exit code {facts.exit_code}{trouble}"
     return Explanation(Reason.CONTAINER_EXITED, message)

@@ -44,6 +44,8 @@ _STAGES: Final = {
     "remove": TaskStage.ENDED,
     "orphaned": TaskStage.ENDED,
 }
+# The exit codes of a container that is told to end: not known yet, 0, and SIGTERM.
+_IN_ORDER: Final = (None, -1, 0, 143)
 _HELD: Final = (TaskStage.COMING, TaskStage.RUNNING)
 
 
@@ -87,6 +89,7 @@ class Node:
         is_manager: it is a manager node.
         cards: the UUIDs of the cards that it advertises.
         labels: the operator's.
+        engine: the version of its engine; empty where Swarm does not tell.
     """
 
     id: str
@@ -97,6 +100,7 @@ class Node:
     is_manager: bool
     cards: tuple[str, ...]
     labels: Mapping[str, str]
+    engine: str = ""
 
     @property
     def name(self) -> str:
@@ -164,6 +168,9 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     elif lost:
         error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
         reason = Reason.INSTANCE_UNAVAILABLE
+    elif status == "exited" and node is not None and not node.is_active and _ended_in_order(task):
+        error = f"its node {node.name} is drained, or paused"
+        reason = Reason.INSTANCE_UNAVAILABLE
     return ContainerFacts(
         id=service.id,
         name=service.name,
@@ -177,6 +184,11 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         reason=reason,
         node=None if node is None else node.name,
     )
+
+
+def _ended_in_order(task: Task | None) -> bool:
+    """Return whether a task ended without a trouble of its own: Swarm, or somebody else, ended it."""
+    return task is not None and task.reason is None and task.exit_code in _IN_ORDER
 
 
 def _is_lost(task: Task, nodes: Mapping[str, Node]) -> bool:
@@ -219,10 +231,33 @@ def node_of(placement: Iterable[str]) -> str | None:
     return None
 
 
+def volume_on_node(name: str, placement: Iterable[str], instance_id: str) -> str:
+    """Return the key of a volume of a service: each node has a volume of that name of its own.
+
+    A service of no certain node shares its volume with no other, as far as anybody can tell.
+    """
+    return f"{name}@{node_of(placement) or instance_id}"
+
+
 def nodes_with(nodes: Iterable[Node], uuids: Iterable[str]) -> tuple[Node, ...]:
     """Return the nodes that advertise all of these cards."""
     wanted = set(uuids)
     return tuple(node for node in nodes if wanted <= set(node.cards))
+
+
+def home_of(placement: Iterable[str], cards: Iterable[str], nodes: Iterable[Node]) -> str | None:
+    """Return the name of the one node that a service can run on; None where Swarm chooses among several.
+
+    Args:
+        placement: its constraints.
+        cards: the UUIDs of its cards.
+        nodes: those of the swarm.
+    """
+    known, wanted, uuids = tuple(nodes), node_of(placement), tuple(cards)
+    if wanted is not None:
+        return next((node.name for node in known if wanted in (node.id, node.hostname)), wanted)
+    found = nodes_with(known, uuids) if uuids else ()
+    return found[0].name if found else None
 
 
 # A character that no id of an instance may have.

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from manager.domain.gpu_metrics import AdvertisedCard
-from manager.domain.swarm import Node, instance_stem
+from manager.domain.instance import Driver
+from manager.domain.swarm import Node, home_of, instance_stem
 from manager.errors import ConfigurationError, EngineError, GpuQueryError, RegistryUnwritableError
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -65,6 +67,18 @@ class Nodes:
             self.trouble = error.message
         else:
             self.trouble = ""
+
+    def name_for(self, spec: InstanceSpec, container: ContainerFacts | None) -> str | None:
+        """Return the host name of the node that an instance runs on, or will run on.
+
+        None is for an instance without a service, and where Swarm has not chosen its node yet.
+        """
+        if spec.driver is not Driver.SWARM:
+            return None
+        if container is not None and container.node is not None:
+            return container.node
+        cards = spec.devices or (() if spec.device is None else (spec.device,))
+        return home_of(spec.placement, cards, self.current)
 
     async def advertised(self) -> tuple[AdvertisedCard, ...]:
         """Return the cards of the nodes, as of the last reading.

@@ -15,6 +15,7 @@ from manager.domain.swarm import (
     Task,
     TaskStage,
     held,
+    home_of,
     instance_stem,
     newest,
     node_of,
@@ -23,6 +24,7 @@ from manager.domain.swarm import (
     service_facts,
     service_reach,
     stage_of,
+    volume_on_node,
 )
 from manager.errors import Reason
 
@@ -45,8 +47,8 @@ PARKED = replace(SERVICE, replicas=0)
 
 
 def task(stage: TaskStage = TaskStage.RUNNING, *, age_s: float = 0, **values: Any) -> Task:
-    values = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"} | values
-    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **values)
+    usual: dict[str, Any] = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"}
+    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **(usual | values))
 
 
 # --- tasks ---
@@ -169,6 +171,27 @@ def test_a_task_that_had_ended_before_its_node_went_down_says_how_it_ended() -> 
     assert (facts.status, facts.exit_code, facts.error) == ("exited", 1, "")
 
 
+@pytest.mark.parametrize("exit_code", [None, -1, 0, 143])
+def test_a_task_that_ended_in_order_on_a_drained_node_was_ended_by_the_drain(exit_code: int | None) -> None:
+    drained = {"n1": replace(GPU_BOX, is_active=False)}
+    ended = task(TaskStage.ENDED, wanted=False, exit_code=exit_code)
+    facts = service_facts(SERVICE, [ended], drained)
+    assert (facts.status, facts.error) == ("exited", "its node gpu-box is drained, or paused")
+    assert facts.reason is Reason.INSTANCE_UNAVAILABLE
+    assert service_facts(SERVICE, [ended], NODES).reason is None
+    assert service_facts(SERVICE, [ended], {}).reason is None
+
+
+def test_a_task_with_a_trouble_of_its_own_says_that_on_a_drained_node_too() -> None:
+    drained = {"n1": replace(GPU_BOX, is_active=False)}
+    crashed = service_facts(SERVICE, [task(TaskStage.ENDED, wanted=False, exit_code=3)], drained)
+    assert (crashed.exit_code, crashed.reason, crashed.error) == (3, None, "")
+    missing = task(TaskStage.ENDED, error="no such image", reason=Reason.IMAGE_MISSING)
+    assert service_facts(SERVICE, [missing], drained).reason is Reason.IMAGE_MISSING
+    assert service_facts(SERVICE, [task()], drained).status == "running"
+    assert service_facts(SERVICE, [], drained).reason is None
+
+
 def test_a_service_without_replicas_is_parked_once_its_last_task_has_ended() -> None:
     facts = service_facts(PARKED, [task(TaskStage.ENDED, wanted=False, error="x", exit_code=1)], NODES)
     assert (facts.status, facts.error, facts.exit_code, facts.started_at) == ("parked", "", None, None)
@@ -224,6 +247,21 @@ def test_a_constraint_on_the_id_or_the_host_name_allows_one_node() -> None:
     assert node_of(["node.id==n1"]) == "n1"
     assert node_of(["node.hostname!=gpu-box", "node.labels.rack==a"]) is None
     assert node_of([]) is None
+
+
+def test_a_volume_is_one_of_its_node_or_of_a_service_of_no_certain_node() -> None:
+    assert volume_on_node("models", ["node.hostname==gpu-box"], "a") == "models@gpu-box"
+    assert volume_on_node("models", ["node.role==worker"], "a") == "models@a"
+
+
+def test_the_home_of_a_service_is_the_one_node_that_it_can_run_on() -> None:
+    nodes = (GPU_BOX, DESK)
+    assert home_of(["node.id==n1"], (), nodes) == "gpu-box"
+    assert home_of(["node.hostname==desk"], (), nodes) == "desk"
+    assert home_of(["node.hostname==gone"], (), nodes) == "gone"
+    assert home_of(["node.role==worker"], ("GPU-2",), nodes) == "gpu-box"
+    assert home_of([], ("GPU-9",), nodes) is None
+    assert home_of(["node.role==worker"], (), nodes) is None
 
 
 @pytest.mark.parametrize(
