@@ -79,6 +79,11 @@ def test_a_task_that_should_run_stands_for_its_service_before_a_newer_one_that_s
     assert newest([]) is None
 
 
+def test_a_task_that_runs_stands_for_its_service_before_another_replica_that_finds_no_node() -> None:
+    running = task(age_s=60, id="runs")
+    assert newest([task(TaskStage.WAITING, id="waits", node=None), running]) == running
+
+
 def test_tasks_that_run_or_come_up_on_nodes_that_answer_hold_something() -> None:
     tasks = [
         task(TaskStage.WAITING, id="waits", node=None),
