@@ -62,7 +62,7 @@ async def test_a_gateway_is_alone_only_where_no_other_has_a_share(postgres: Post
         assert not await a.alone("x"), "the other has a share"
         assert await b.alone("x"), "the first has given its own up"
         assert await b.alone("x"), "asking again changes nothing"
-        with pytest.raises(LockedError, match="another gateway stops x for longer than 0.3 s"):
+        with pytest.raises(LockedError, match=r"another gateway stops x for longer than 0\.3 s"):
             await a.take("x")
         await a.take("y")
 
