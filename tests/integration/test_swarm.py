@@ -341,7 +341,7 @@ def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
         assert "worker is down" in body["reason"]["message"]
     finally:
         swarm.worker.mend_network()
-    swarm.worker.wait_for_state("ready")
+    daemon.wait_for_phase("far", "failed", "stopped", within_s=15)
     daemon.started("far")
     assert chat(daemon, "tiny@far").status_code == 200
 
