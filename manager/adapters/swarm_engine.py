@@ -41,7 +41,7 @@ _OUT_OF_SEQUENCE = "update out of sequence"
 _MOST_UPDATES = 5
 _FIRST_POLL_S = 0.02
 _SLOWEST_POLL_S = 0.25
-# A task without a node for so long finds none: the card or the port of one that ends may still be taken.
+# A task without a node for so long finds none: the port of one that ends may still be taken.
 _PENDING_S = 5.0
 # Beyond the time that a container has to end, before its service counts as stuck.
 _END_SLACK_S = 10.0
@@ -126,7 +126,6 @@ class SwarmEngine:
         spec = service_spec(
             request,
             replicas=0,
-            resource=self._resource,
             node_id=await self._node_with(request),
             stop_timeout_s=self._stop_timeout_s,
         )
@@ -353,10 +352,9 @@ class SwarmEngine:
 
     async def _unplaced(self, task: Task | None) -> EngineError:
         said = task.error if task is not None and task.error else "it does not say why"
-        lacks_card = "insufficient resources" in said
         return EngineError(
             f"Docker Swarm has found no node within {_PENDING_S:g} s: {said}",
-            reason=Reason.GPU_MISSING if lacks_card else Reason.INSTANCE_UNAVAILABLE,
+            reason=Reason.INSTANCE_UNAVAILABLE,
         )
 
     async def _task_with_log(self, service: str) -> Task:

@@ -134,8 +134,8 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     """Return the facts of a service, as if it were one container.
 
     A task on a node that is down counts as ended: nobody reaches its server, and Swarm shuts it down when the
-    node is back. The start of a run is the creation of its task: a service that was moved or restarted is
-    another run.
+    node is back. So does one that Swarm is ending, unless that follows from having no replicas. The start of
+    a run is the creation of its task: a service that was moved or restarted is another run.
 
     Args:
         service: the service.
@@ -150,7 +150,7 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         task = newest(tasks)
         if task is None:
             status = "exited"
-        elif task in holding:
+        elif task in holding and task.wanted:
             status = "running"
         else:
             status = "created" if task.stage is TaskStage.WAITING else "exited"
@@ -163,6 +163,8 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     elif status == "created":
         error = f"Swarm finds no node for it ({error})" if error else "Swarm has not chosen a node for it yet"
         reason = reason or Reason.INSTANCE_UNAVAILABLE
+    elif task is not None and task in holding and status == "exited":
+        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     elif lost:
         error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
         reason = Reason.INSTANCE_UNAVAILABLE

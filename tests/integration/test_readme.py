@@ -29,6 +29,7 @@ from manager.wire.access import Access
 from manager.wire.routes import INFERENCE
 from tests.support.daemon import ROOT, free_port, wait_for
 from tests.support.engine import PrivateEngine, private_engine_obstacles, unconnected
+from tests.support.swarm import swarm_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -156,11 +157,14 @@ def test_the_links_within_the_repository_lead_somewhere(path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_the_demo_does_what_the_readme_shows_and_leaves_nothing() -> None:
+@pytest.mark.parametrize(("number", "target"), [(0, "demo"), (1, "demo-swarm")])
+def test_a_demo_does_what_its_document_shows_and_leaves_nothing(number: int, target: str) -> None:
+    if target == "demo-swarm" and (obstacles := swarm_obstacles()):
+        pytest.skip("; ".join(obstacles))
     with nothing_left() as environment:
         # The environment is the one that runs this test: it is not made anew in the middle of it.
         result = subprocess.run(
-            ["make", "--old-file=setup", f"BIN={Path(sys.executable).parent}", "demo"],
+            ["make", "--old-file=setup", f"BIN={Path(sys.executable).parent}", target],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -169,7 +173,7 @@ def test_the_demo_does_what_the_readme_shows_and_leaves_nothing() -> None:
             stdin=subprocess.DEVNULL,
         )
         assert result.returncode == 0, result.stdout + result.stderr
-    (shown,) = blocks((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"), "text")
+    shown = blocks((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"), "text")[number]
     assert headings(shown) == headings(result.stdout)
     assert shell_lines(shown) == shell_lines(result.stdout)
 

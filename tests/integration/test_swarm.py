@@ -173,6 +173,24 @@ def test_a_card_is_bound_to_its_instance_on_the_node_that_advertises_it(
     assert cards[OTHER_CARD]["vram_free_bytes"] is None, "nobody has measured it"
 
 
+def test_a_card_instance_runs_on_when_its_node_changes(swarm: Swarm, new_daemon: NewDaemon) -> None:
+    gpu = {"driver": "swarm", "template": "sim-gpu", "device": CARD}
+    daemon = new_daemon(instances={"big": gpu}).start()
+    daemon.started("big")
+    (service,) = services_of(swarm, daemon)
+    swarm.worker.label(changed="once")
+    # Swarm judges tasks anew: those of a node when that changes, and all when a manager begins.
+    swarm.manager.restart()
+    daemon.wait_until_ready()
+    for host in swarm.hosts:
+        host.wait_for_state("ready")
+    time.sleep(1)
+    (task,) = swarm.tasks(service["ID"])
+    assert task["Status"]["State"] == "running", task["Status"]
+    assert chat(daemon, "tiny@big").status_code == 200
+    assert daemon.instance("big")["starts"] == 1
+
+
 def test_a_card_that_no_node_has_is_refused_with_its_name(swarm: Swarm, new_daemon: NewDaemon) -> None:
     missing = "GPU-cccccccc-0000-4000-8000-000000000003"
     gpu = {"driver": "swarm", "template": "sim-gpu", "device": missing}
@@ -192,6 +210,8 @@ def test_a_placement_that_no_node_meets_fails_the_start_and_leaves_nothing_to_st
     assert answer.status_code == 503
     assert "no suitable node" in answer.json()["error"]["message"]
     assert replicas(swarm, daemon) == [0]
+    time.sleep(2 * FAST["resync_interval_s"])
+    assert "no suitable node" in daemon.instance("lost")["reason"]["message"], "the reason stays"
 
 
 def test_an_image_that_the_node_has_not_fails_the_start_with_its_name(
