@@ -163,14 +163,14 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     elif status == "created":
         error = f"Swarm finds no node for it ({error})" if error else "Swarm has not chosen a node for it yet"
         reason = reason or Reason.INSTANCE_UNAVAILABLE
-    elif task is not None and task in holding and status == "exited":
-        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     elif lost:
         error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
         reason = Reason.INSTANCE_UNAVAILABLE
     elif status == "exited" and node is not None and not node.is_active and _ended_in_order(task):
         error = f"its node {node.name} is drained, or paused"
         reason = Reason.INSTANCE_UNAVAILABLE
+    elif status == "exited" and task in holding:
+        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     return ContainerFacts(
         id=service.id,
         name=service.name,

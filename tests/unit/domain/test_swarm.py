@@ -176,6 +176,18 @@ def test_a_task_that_ended_in_order_on_a_drained_node_was_ended_by_the_drain(exi
     assert service_facts(SERVICE, [ended], {}).reason is None
 
 
+def test_a_task_that_swarm_is_ending_does_not_count_as_running() -> None:
+    ending = task(wanted=False)
+    facts = service_facts(SERVICE, [ending], NODES)
+    assert (facts.status, facts.error) == ("exited", "Swarm ends its task")
+    assert (facts.reason, facts.exit_code) == (Reason.INSTANCE_UNAVAILABLE, None)
+    assert service_facts(SERVICE, [replace(ending, error="not allowed")], NODES).error == "not allowed"
+    drained = service_facts(SERVICE, [ending], {"n1": replace(GPU_BOX, is_active=False)})
+    assert drained.error == "its node gpu-box is drained, or paused"
+    moved = [ending, task(TaskStage.WAITING, id="next", node=None)]
+    assert service_facts(SERVICE, moved, NODES).status == "created"
+
+
 def test_a_task_with_a_trouble_of_its_own_says_that_on_a_drained_node_too() -> None:
     drained = {"n1": replace(GPU_BOX, is_active=False)}
     crashed = service_facts(SERVICE, [task(TaskStage.ENDED, wanted=False, exit_code=3)], drained)
