@@ -121,8 +121,15 @@ class Service:
 
 
 def newest(tasks: Iterable[Task]) -> Task | None:
-    """Return the task that stands for a service: the newest that should run, else the newest of all."""
-    return max(tasks, key=lambda task: (task.wanted, task.created_at), default=None)
+    """Return the task that stands for a service: of those that should run, one that does; else the newest.
+
+    Somebody may have scaled the service to more than one replica, and the others find no place.
+    """
+    return max(
+        tasks,
+        key=lambda task: (task.wanted, task.stage is TaskStage.RUNNING, task.created_at),
+        default=None,
+    )
 
 
 def held(tasks: Iterable[Task], nodes: Mapping[str, Node]) -> list[Task]:

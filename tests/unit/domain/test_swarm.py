@@ -82,6 +82,11 @@ def test_a_task_that_should_run_stands_for_its_service_before_a_newer_one_that_s
     assert newest([]) is None
 
 
+def test_a_task_that_runs_stands_for_its_service_before_another_replica_that_finds_no_node() -> None:
+    running = task(age_s=60, id="runs")
+    assert newest([task(TaskStage.WAITING, id="waits", node=None), running]) == running
+
+
 def test_tasks_that_run_or_come_up_on_nodes_that_answer_hold_something() -> None:
     tasks = [
         task(TaskStage.WAITING, id="waits", node=None),
@@ -158,6 +163,15 @@ def test_a_running_task_on_a_node_that_is_down_or_has_left_counts_as_ended() -> 
     left = service_facts(SERVICE, [task()], {})
     assert (left.status, left.error, left.node) == ("exited", "its node is down", None)
     assert left.address is None
+
+
+def test_a_task_that_swarm_is_ending_counts_as_ended() -> None:
+    # A node that is back ends the tasks that were given up while it was down.
+    facts = service_facts(SERVICE, [task(wanted=False)], NODES)
+    assert (facts.status, facts.error, facts.exit_code) == ("exited", "Swarm ends its task", None)
+    assert facts.reason is Reason.INSTANCE_UNAVAILABLE
+    told = service_facts(SERVICE, [task(wanted=False, error="drained")], NODES)
+    assert told.error == "drained"
 
 
 def test_a_task_that_had_ended_before_its_node_went_down_says_how_it_ended() -> None:
