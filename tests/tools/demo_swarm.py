@@ -172,8 +172,8 @@ def _lose(show: Transcript, daemon: Daemon, host: SwarmHost, stream: Stream) -> 
     _wait(lambda: daemon.instance("far")["health"] == "unhealthy", "far is unhealthy", 10)
     noticed_at = time.monotonic()
     show.result(f"far is unhealthy after {noticed_at - lost_at:.1f} s: requests go to near")
-    _wait(lambda: daemon.instance("far")["phase"] == "failed", "far has failed", 30)
-    show.result(f"far has failed after {time.monotonic() - lost_at:.1f} s: {_reason(daemon)}")
+    _wait(lambda: daemon.instance("far")["phase"] == "unavailable", "far is unavailable", 30)
+    show.result(f"far is unavailable after {time.monotonic() - lost_at:.1f} s: {_reason(daemon)}")
     # Clients whose requests the host has swallowed wait until the kernel gives it up.
     _wait(lambda: len(stream.across(noticed_at)) == _CLIENTS, "nobody waits for the lost host", 30)
     caught = [one for one in stream.since(0) if one.moved and one.began < noticed_at]
