@@ -287,9 +287,11 @@ async def test_a_card_has_no_instance_as_long_as_its_number_cannot_be_stored() -
     assert ground.ids == ["gpu-box-cpu", "gpu-box-gpu0", "gpu-box-gpu1"]
 
 
-async def test_more_than_most_are_not_made_and_that_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_more_than_most_are_not_made_and_that_is_told_of_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MOST_FOUND", 2)
-    ground = await looked(Reader(BOX, DESK))
+    ground = await looked(Reader(replace(BOX, cards=("GPU-1", "GPU-2", "GPU-3")), DESK))
     await ground.found.look()
     assert ground.ids == ["gpu-box-cpu", "gpu-box-gpu0"]
     assert ground.journal.details_of("found_unusable") == [
