@@ -303,7 +303,10 @@ class Registry(Protocol):
     """
 
     async def instances(self) -> dict[str, InstanceRow]: ...
-    async def save_instance(self, row: InstanceRow) -> None: ...
+    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
+        """Store a row. With `known` what is the same in that one is left as another gateway has stored it."""
+        ...
+
     async def bindings(self) -> dict[str, str]:
         """Instance id -> UUID of its card, of all times."""
         ...
@@ -668,7 +671,11 @@ class Shares(Protocol):
         ...
 
     async def alone(self, instance_id: str) -> bool:
-        """Give the own share up; return whether no other gateway has one. None can take one until `over`."""
+        """Give the own share up; return whether no other gateway has one. None can take one until `over`.
+
+        Raises:
+            ManagerError: that cannot be told now; the share is kept.
+        """
         ...
 
     def over(self, instance_id: str) -> None:

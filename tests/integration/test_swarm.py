@@ -375,11 +375,11 @@ def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
         caught.join(timeout=30)
         assert [(one.status_code, one.headers["X-Instance"]) for one in at_once] == [(200, "near")]
         swarm.worker.wait_for_state("down")
-        body = daemon.wait_for_phase("far", "failed", within_s=15)
+        body = daemon.wait_for_phase("far", "failed", "unavailable", within_s=15)
         assert "worker is down" in body["reason"]["message"]
     finally:
         swarm.worker.mend_network()
-    swarm.worker.wait_for_state("ready")
+    daemon.wait_for_phase("far", "failed", "stopped", within_s=15)
     daemon.started("far")
     assert chat(daemon, "tiny@far").status_code == 200
 

@@ -389,7 +389,7 @@ class Registry:
         self.saves = 0
         self.disk_full = False
 
-    async def save_instance(self, row: InstanceRow) -> None:
+    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
         await asyncio.sleep(0)
         if self.disk_full:
             raise RegistryUnwritableError("the disk is full")

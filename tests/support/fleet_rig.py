@@ -320,7 +320,7 @@ class Registry:
         else:
             self.orders[instance, kind] = value
 
-    async def save_instance(self, row: InstanceRow) -> None:
+    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
         self.rows[row.id] = row
 
 

@@ -103,10 +103,14 @@ class SqlRegistry:
 
         return await self._shared.read(work)
 
-    async def save_instance(self, row: InstanceRow) -> None:
+    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
         values = tables.from_instance(row)
+        changed = frozenset(values)
+        if known is not None:
+            before = tables.from_instance(known)
+            changed = frozenset(name for name, value in values.items() if value != before[name])
         await self._shared.write(
-            lambda connection: connection.execute(upsert(connection, tables.instances), values)
+            lambda connection: connection.execute(upsert(connection, tables.instances, changed), values)
         )
 
     async def bindings(self) -> dict[str, str]:
@@ -383,7 +387,7 @@ class SqlRegistry:
 class UnchangedRegistry(SqlRegistry):
     """Reads as the others do, and drops whatever is to be saved."""
 
-    async def save_instance(self, row: InstanceRow) -> None: ...
+    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None: ...
     async def add_bindings(self, bindings: dict[str, str]) -> None: ...
     async def append_events(self, events: Sequence[Event]) -> None: ...
     async def save_learned_size(self, size: LearnedSize) -> None: ...

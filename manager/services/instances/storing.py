@@ -48,6 +48,8 @@ class Store:
         self.spec = spec
         self._current = current
         self._stored: InstanceRow | None = None
+        # What this gateway has read or stored: another one may have stored the rest of the row anew since.
+        self._known: InstanceRow | None = row
         self.row = row
         self.is_dormant = False
 
@@ -71,12 +73,14 @@ class Store:
         Raises:
             RegistryUnwritableError: it could not be stored; nothing was changed.
         """
-        before = self.row
+        before, known = self.row, self._known
         self.row = replace(before, **overrides)
+        self._known = None  # another gateway may have overridden them
         try:
             await self.save()
         except RegistryUnwritableError:
             self.row = replace(self.row, ttl_s=before.ttl_s, pinned=before.pinned)
+            self._known = known
             raise
 
     async def save(self) -> None:
@@ -89,8 +93,8 @@ class Store:
             return
         row = self._current(self.row)
         if row != self._stored:
-            await self._world.registry.save_instance(row)
-            self._stored = row
+            await self._world.registry.save_instance(row, self._known)
+            self._stored = self._known = row
 
     async def save_quietly(self) -> None:
         """As `save`, but record a failure: the next daemon finds out by itself what came of an operation."""

@@ -217,6 +217,16 @@ async def test_a_benchmark_that_cannot_be_read_is_corruption(registry: SqlRegist
         await registry.benchmarks()
 
 
+async def test_a_row_is_stored_over_what_another_gateway_has_stored_of_it(registry: SqlRegistry) -> None:
+    known = InstanceRow("gpu0")
+    await registry.save_instance(replace(known, ttl_s=77.0, pinned=True), known)
+    await registry.save_instance(replace(known, starts=3), known)
+    await registry.save_instance(known, known)
+    assert await registry.instances() == {"gpu0": replace(known, ttl_s=77.0, pinned=True, starts=3)}
+    await registry.save_instance(known)
+    assert await registry.instances() == {"gpu0": known}
+
+
 async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path: Path) -> None:
     registry = await open_registry(path)
     await registry.save_instance(FULL_ROW)

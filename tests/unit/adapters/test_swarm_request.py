@@ -75,8 +75,9 @@ def test_limits_are_given_as_far_as_there_are_any() -> None:
     assert none["TaskTemplate"]["Resources"] == {"Limits": {}}
 
 
-def test_cards_are_named_on_the_node_that_has_them_and_not_reserved() -> None:
+def test_cards_bind_a_service_to_their_node_and_are_not_reserved() -> None:
     task = spec(replace(CPU, gpu="GPU-1,GPU-2"), node_id="n1")["TaskTemplate"]
+    # Swarm ends tasks with reserved generic resources at each change of their node.
     assert "Reservations" not in task["Resources"]
     assert task["Placement"] == {"Constraints": ["node.role==worker", "node.id==n1"]}
 
