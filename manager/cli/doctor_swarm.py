@@ -125,7 +125,7 @@ def hardening_finding(nodes: Sequence[Node]) -> Finding | None:
     if not old:
         return None
     return warning(
-        "services",
+        "hardening",
         f"engines older than {_HARDENING_MAJOR}.0 (API 1.44) ignore no-new-privileges: {', '.join(old)}",
         "update Docker Engine there, or set `no-new-privileges` to true in its /etc/docker/daemon.json",
     )

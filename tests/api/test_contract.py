@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from tests.support.fixtures import NewDaemon
 
 INSTANCE = {
-    "id", "driver", "protocol", "template", "image", "device", "endpoint", "target", "phase", "health",
-    "reason", "start", "in_flight",
+    "id", "driver", "protocol", "template", "image", "device", "node", "endpoint", "target", "phase",
+    "health", "reason", "start", "in_flight",
     "pinned", "ttl_s", "ttl_remaining_s", "started_at", "ready_at", "last_used_at", "last_seen_at", "starts",
     "container", "image_override", "drained", "lifted", "rules", "models",
     "loading", "breaker",
@@ -98,6 +98,7 @@ def test_a_stopped_instance_says_so_everywhere(daemon: Daemon) -> None:
     assert body["device"] == dict.fromkeys(DEVICE) | {"kind": "cpu", "cards": []}
     assert (body["target"], body["phase"], body["health"]) == ("stopped", "stopped", "unknown")
     assert (body["endpoint"], body["container"], body["reason"], body["models"]) == (None, None, None, [])
+    assert body["node"] is None
     assert (body["started_at"], body["ttl_remaining_s"], body["in_flight"]) == (None, None, 0)
     assert (body["pinned"], body["ttl_s"]) == (False, 900)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -332,6 +335,20 @@ def test_programs_and_people_see_the_node_of_each_instance(swarm: Swarm, new_dae
         assert body["reason"]["message"].endswith("its node worker is drained, or paused")
     finally:
         swarm.worker.activate()
+
+
+def test_doctor_names_the_nodes_and_what_an_instance_lacks(swarm: Swarm, new_daemon: NewDaemon) -> None:
+    lost = {"driver": "swarm", "template": "sim", "placement": ["node.hostname==gone"]}
+    daemon = new_daemon(instances={"far": on(swarm.worker), "lost": lost}).start()
+    command = [sys.executable, "-m", "manager", "doctor", "--json", "--config", str(daemon.config_file)]
+    done = subprocess.run(
+        command, env=daemon.environment, check=False, capture_output=True, text=True, timeout=60
+    )
+    checks = {one["check"]: one for one in json.loads(done.stdout)["checks"]}
+    assert checks["swarm"]["verdict"] == "ok", checks
+    assert "worker (2 cards)" in checks["swarm"]["message"]
+    assert checks["placement"]["message"] == "lost wants node gone, which is not in the swarm"
+    assert "image" not in checks, "those of nodes are not on this engine"
 
 
 def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(

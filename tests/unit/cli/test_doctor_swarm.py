@@ -98,6 +98,15 @@ def test_a_swarm_as_it_should_be_is_shown_with_its_nodes_and_cards(
     )
 
 
+def test_what_instances_lack_and_old_engines_are_told_beside_the_nodes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    settings = settings_of(tmp_path, "swarm: {instances: auto}")
+    old = replace(DESK, engine="20.10.24")
+    checks = [one.check for one in found(monkeypatch, settings, SPEC, nodes=(old,))]
+    assert checks == ["swarm", "placement", "hardening", "services"]
+
+
 def test_nodes_that_are_down_are_a_warning_and_drained_ones_are_named() -> None:
     down = nodes_finding([replace(BOX, is_up=False), replace(DESK, is_active=False)])
     assert down.verdict is Verdict.WARNING

@@ -73,7 +73,9 @@ class Bindings:
     async def add_bindings(self, bindings: dict[str, str]) -> None:
         if self.is_full:
             raise RegistryUnwritableError("the disk is full")
-        self.stored |= bindings
+        for id_, uuid in bindings.items():
+            if self.stored.setdefault(id_, uuid) != uuid:
+                raise ValueError(f"{id_} is bound to another card")
 
 
 class Cards:
@@ -287,9 +289,24 @@ async def test_a_card_has_no_instance_as_long_as_its_number_cannot_be_stored() -
     assert ground.ids == ["gpu-box-cpu", "gpu-box-gpu0", "gpu-box-gpu1"]
 
 
-async def test_more_than_most_are_not_made_and_that_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_number_that_another_gateway_has_given_meanwhile_is_read_again() -> None:
+    registry = Bindings()
+    ground = Ground(reader := Reader(DESK), registry)
+    reader.found = (replace(BOX, cards=("GPU-1",)),)
+    await ground.found.look()
+    registry.stored["swarm:gpu-box-gpu1"] = "GPU-3"
+    reader.found = (replace(BOX, cards=("GPU-1", "GPU-2")),)
+    await ground.found.look()
+    assert ground.ids == ["gpu-box-cpu", "gpu-box-gpu0"]
+    await ground.found.look()
+    assert ground.cards.named["gpu-box-gpu2"] == ("GPU-2",)
+
+
+async def test_more_than_most_are_not_made_and_that_is_told_of_as_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(module, "MOST_FOUND", 2)
-    ground = await looked(Reader(BOX, DESK))
+    ground = await looked(Reader(replace(BOX, cards=("GPU-1", "GPU-2", "GPU-3")), DESK))
     await ground.found.look()
     assert ground.ids == ["gpu-box-cpu", "gpu-box-gpu0"]
     assert ground.journal.details_of("found_unusable") == [
