@@ -40,6 +40,8 @@ _WATCH_S = 0.5
 # After a failure, calls fail at once for so long: those that wait in a queue are not to wait one by one.
 _PAUSE_S = 0.5
 _HEARTBEAT_S = 1.0
+# How long a session that ends waits for the server to free its locks.
+_GOODBYE_S = 1.0
 _APPLICATION = "ollama-manager"
 # A gateway that stands still within a transaction must not keep all others from the ledger. One whose
 # machine is gone has lost its locks after 20 s.
@@ -193,7 +195,7 @@ class PostgresThread:
         running = asyncio.get_running_loop().run_in_executor(self._thread, run)
         try:
             while not (await asyncio.wait((running,), timeout=_WATCH_S))[0]:
-                self._end_overdue()
+                self.end_overdue()
         except asyncio.CancelledError:
             running.cancel()
             running.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -242,13 +244,14 @@ class PostgresThread:
         """End after the calls that are under way, which end in time; closing twice is no error."""
         ending = asyncio.wrap_future(self.abandon(close))
         while not (await asyncio.wait((ending,), timeout=_WATCH_S))[0]:
-            self._end_overdue()
+            self.end_overdue()
         ending.result()
 
-    def _end_overdue(self) -> None:
+    def end_overdue(self, after_s: float | None = None) -> None:
         """End the connection of a call that takes too long: its thread would wait without a limit."""
         began, connection = self._began, self._connection
-        if began is None or connection is None or time.monotonic() - began < _CALL_S:
+        limit_s = _CALL_S if after_s is None else after_s
+        if began is None or connection is None or time.monotonic() - began < limit_s:
             return
         with suppress(psycopg.Error, OSError), socket.socket(fileno=os.dup(connection.fileno())) as copy:
             copy.shutdown(socket.SHUT_RDWR)
@@ -322,9 +325,20 @@ class AdvisoryLocks:
             self._heartbeat.cancel()
             with suppress(asyncio.CancelledError):
                 await self._heartbeat
+        held = self.held
         self._exclusive.clear()
         self._shared.clear()
+        if held:
+            await self._unlock_all()
         await self._thread.close()
+
+    async def _unlock_all(self) -> None:
+        """Give the locks back now: the server notices the end of a session a moment later."""
+        try:
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._use(lambda connection: connection.execute("SELECT pg_advisory_unlock_all()"))
+        except (TimeoutError, ManagerError):
+            self._thread.end_overdue(0.0)
 
     async def _take(self, name: str) -> bool:
         async with self._turn:

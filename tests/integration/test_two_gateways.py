@@ -341,8 +341,8 @@ def test_the_limit_of_a_minute_counts_at_both(postgres: Postgres, tmp_path: Path
         for number in range(60):
             codes.append(pair.statuses(number % 2, "bot"))
             time.sleep(0.1)
-        # About five requests a second reach each gateway: so many can be unknown to the other one.
-        assert 20 <= codes.count(200) + 1 <= 20 + 6
+        # Some are not known to the other gateway yet. Each of them alone would admit 20.
+        assert 20 <= codes.count(200) + 1 <= 32
         assert codes[-10:] == [429] * 10
 
 

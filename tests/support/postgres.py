@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 import pytest
 
-from tests.support.daemon import free_port, wait_for
+from tests.support.daemon import wait_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,7 +26,8 @@ _SETTINGS = {
     "autovacuum": "off",
     "fsync": "off",
     "full_page_writes": "off",
-    "listen_addresses": "127.0.0.1",
+    # The socket is in a directory of its own: no other server is in the way.
+    "listen_addresses": "",
     "log_min_messages": "fatal",
     "max_connections": "60",
     "shared_buffers": "16MB",
@@ -51,15 +52,9 @@ class Postgres:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.port = free_port()
         self._data = home / "data"
         self._process: subprocess.Popen[bytes] | None = None
         self._databases = 0
-
-    @property
-    def host(self) -> str:
-        """The directory with the socket."""
-        return str(self.home)
 
     def make(self) -> None:
         words = ("--no-sync", "--auth=trust", "--username=om", "--no-instructions", "-D", self._data)
@@ -69,7 +64,7 @@ class Postgres:
 
     def start(self) -> None:
         options = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
-        server = [program("postgres"), "-D", self._data, "-k", self.home, "-p", str(self.port), *options]
+        server = [program("postgres"), "-D", self._data, "-k", self.home, *options]
         argv, user = [*_DIES_WITH_PARENT, *map(str, server)], _user()
         with (self.home / "log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=log, user=user, group=user)
@@ -96,10 +91,8 @@ class Postgres:
     def thaw(self) -> None:
         self.freeze(signal.SIGCONT)
 
-    def url(self, database: str = "postgres", *, tcp: bool = False) -> str:
-        if tcp:
-            return f"postgresql://om@127.0.0.1:{self.port}/{database}"
-        return f"postgresql:///{database}?host={self.home}&port={self.port}&user=om"
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql:///{database}?host={self.home}&port=5432&user=om"
 
     def database(self) -> str:
         """Make an empty database; return its address."""
