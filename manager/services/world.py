@@ -67,6 +67,7 @@ class World:
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
     `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
     `shares` are those of instances that other gateways use as well.
+    `is_shared` is whether other gateways may have the same instances.
     `services_network` is the network of services where the engine is Docker Swarm; None for containers.
     """
 
@@ -88,6 +89,7 @@ class World:
     read_key: Callable[[KeySource], Awaitable[str]] = no_key
     services_network: str | None = None
     shares: Shares = field(default_factory=NoSharing)
+    is_shared: bool = False
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTS_AT_ONCE))

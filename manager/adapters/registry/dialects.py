@@ -31,6 +31,11 @@ def insert_new(connection: Connection, table: Table) -> Any:
     return _insert(connection.dialect.name)(table).on_conflict_do_nothing()
 
 
+def insert_or(connection: Connection, table: Table) -> Any:
+    """Return an insert that can be given `on_conflict_do_update`."""
+    return _insert(connection.dialect.name)(table)
+
+
 @cache
 def _upsert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
     statement = _insert(dialect)(table)
