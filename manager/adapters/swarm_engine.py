@@ -59,7 +59,7 @@ class SwarmEngine:
         url: of the engine of a manager node; as `DockerEngine`.
         timeout_s: the deadline of every call that names none of its own.
         resource: the kind of generic resource that nodes advertise their cards as.
-        stop_timeout_s: how long a container has to end after the first signal.
+        stop_timeout_s: how long a container has to end after the first signal; may be replaced at any time.
         poll_s: how often `events` looks.
     """
 
@@ -69,7 +69,7 @@ class SwarmEngine:
         self.url = url
         self._timeout_s = timeout_s
         self._resource = resource
-        self._stop_timeout_s = stop_timeout_s
+        self.stop_timeout_s = stop_timeout_s
         self._poll_s = poll_s
         self._calls = EngineCalls(url, timeout_s)
         self._networks = asyncio.Lock()
@@ -127,7 +127,7 @@ class SwarmEngine:
             request,
             replicas=0,
             node_id=await self._node_with(request),
-            stop_timeout_s=self._stop_timeout_s,
+            stop_timeout_s=self.stop_timeout_s,
         )
         answer = await self._calls.ask("POST", "/services/create", body=orjson.dumps(spec))
         if answer.status == _CONFLICT:
@@ -162,7 +162,7 @@ class SwarmEngine:
         """Scale to zero and wait until no container is left. The service stays, for the next start."""
         await self._scale(container_id, 0)
         loop = asyncio.get_running_loop()
-        deadline, pause_s = loop.time() + self._stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
+        deadline, pause_s = loop.time() + self.stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
         while held(await self._tasks(container_id), await self._nodes_by_id()):
             if loop.time() >= deadline:
                 raise EngineError(

@@ -159,7 +159,13 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class LetGo:
-    """The server is idle here and runs on for other gateways; one of them stops it."""
+    """The server is idle here: no lease is given. It runs on as long as other gateways use it.
+
+    Args:
+        takes_back: it is used here after all, or nobody can tell.
+    """
+
+    takes_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -569,9 +575,10 @@ def _was_stopped_elsewhere(c: Condition, container: ContainerFacts | None) -> bo
 
 
 def _parked(c: Condition, now: float) -> Step:
-    """Somebody else has stopped it in order: another gateway, or an operator. That is no failure."""
-    if _restarts(c):
-        return _ended(_move(c, Fact.DIED), now)
+    """Somebody else has stopped it in order: another gateway, or an operator.
+
+    That is no failure, and an order also for a pinned instance.
+    """
     message = f"{c.name} was stopped from outside"
     c = replace(_run_ended(_move(c, Fact.PARKED), now), target=Target.STOPPED, bury_at=None)
     effects = (
@@ -753,8 +760,8 @@ def _stopped(
 
 def _changed(c: Condition, event: CardLost | CardReturned | LetGo | WantedAgain) -> Step:
     match event:
-        case LetGo():
-            return replace(c, is_let_go=True), ()
+        case LetGo(takes_back):
+            return replace(c, is_let_go=not takes_back), ()
         case WantedAgain():
             return _adopted(c)
         case CardLost(message):

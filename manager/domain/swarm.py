@@ -121,8 +121,15 @@ class Service:
 
 
 def newest(tasks: Iterable[Task]) -> Task | None:
-    """Return the task that stands for a service: the newest that should run, else the newest of all."""
-    return max(tasks, key=lambda task: (task.wanted, task.created_at), default=None)
+    """Return the task that stands for a service: of those that should run, one that does; else the newest.
+
+    Somebody may have scaled the service to more than one replica, and the others find no place.
+    """
+    return max(
+        tasks,
+        key=lambda task: (task.wanted, task.stage is TaskStage.RUNNING, task.created_at),
+        default=None,
+    )
 
 
 def held(tasks: Iterable[Task], nodes: Mapping[str, Node]) -> list[Task]:
@@ -163,14 +170,14 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     elif status == "created":
         error = f"Swarm finds no node for it ({error})" if error else "Swarm has not chosen a node for it yet"
         reason = reason or Reason.INSTANCE_UNAVAILABLE
-    elif task is not None and task in holding and status == "exited":
-        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     elif lost:
         error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
         reason = Reason.INSTANCE_UNAVAILABLE
     elif status == "exited" and node is not None and not node.is_active and _ended_in_order(task):
         error = f"its node {node.name} is drained, or paused"
         reason = Reason.INSTANCE_UNAVAILABLE
+    elif status == "exited" and task in holding:
+        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     return ContainerFacts(
         id=service.id,
         name=service.name,
@@ -266,18 +273,62 @@ _NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
 _LONGEST_STEM = 18
 
 
-def instance_stem(node: Node, taken: Iterable[str] = ()) -> str:
+def instance_stem(node: Node, *, is_only: bool) -> str:
     """Return the beginning of the ids of a node's instances: its host name, as far as an id may have it.
 
     Args:
         node: the node.
-        taken: the beginnings that other nodes have; a second `gpu-box` gets a part of the node's id.
+        is_only: no other node of that host name is up; otherwise a part of the node's id follows.
     """
     stem = _NOT_IN_AN_ID.sub("-", node.hostname.partition(".")[0].lower()).strip("-")
     if not stem or not stem[0].isalpha():
         stem = f"node-{stem}"
     stem = stem[:_LONGEST_STEM].strip("-")
-    return f"{stem}-{node.id[:6].lower()}" if stem in set(taken) else stem
+    return stem if is_only else f"{stem}-{node.id[:6].lower()}"
+
+
+def one_node(node: Node, *, is_only: bool) -> str:
+    """Return the constraint that only this node meets.
+
+    A host that leaves the swarm and joins again is another node of the same name: by its name it has the same
+    instances again.
+    """
+    return f"node.hostname=={node.hostname}" if is_only and node.hostname else f"node.id=={node.id}"
+
+
+def live_nodes(nodes: Iterable[Node]) -> list[tuple[Node, bool]]:
+    """Return the nodes that give instances, and whether each is the only one of its host name.
+
+    A node that is down gives way to one of its name that is up: the host has joined again.
+    """
+    by_name: dict[str, list[Node]] = {}
+    for node in sorted(nodes, key=lambda one: one.id):
+        by_name.setdefault(node.name, []).append(node)
+    found: list[tuple[Node, bool]] = []
+    for same in by_name.values():
+        live = [node for node in same if node.is_up] or same[-1:]
+        found += ((node, len(live) == 1) for node in live)
+    return found
+
+
+def why_no_node(nodes: Iterable[Node], placement: Iterable[str]) -> str | None:
+    """Return why no node can take a service that is bound to one node; None where one can, or may.
+
+    Args:
+        nodes: all nodes of the swarm.
+        placement: the constraints of the service.
+    """
+    wanted = node_of(placement)
+    if wanted is None:
+        return None
+    same = [node for node in nodes if wanted in (node.id, node.hostname)]
+    if any(node.is_up and node.is_active for node in same):
+        return None
+    if not same:
+        return f"the swarm has no node {wanted}"
+    if any(node.is_up for node in same):
+        return f"node {same[0].name} is drained or paused: it takes no tasks"
+    return f"node {same[0].name} is down"
 
 
 def service_reach(wanted: str, *, is_on_network: bool) -> Reach:

@@ -203,7 +203,8 @@ class Overviews:
         instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
         trouble = next((one.gpus.trouble for one in self._readings if one.gpus.trouble is not None), None)
         orphans = tuple(orphan for link in self._links for orphan in link.orphans)
-        is_up = all(link.up for link in self._links)
+        needed = [link for link in self._links if link.is_needed] or self._links[:1]
+        is_up = all(link.up for link in needed)
         cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()

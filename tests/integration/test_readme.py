@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "compose" / "README.md")
+SWARM = ROOT / "docs" / "swarm.md"
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 # Lines around ours; what they prepare is what test_compose.py prepares.
 PREPARATIONS = re.compile(
@@ -144,13 +145,23 @@ def test_a_configuration_of_the_readme_can_be_used(text: str, tmp_path: Path) ->
     assert [spec.id for spec in specs] == list(yaml.safe_load(text)["instances"])
 
 
-def test_the_configuration_of_the_container_can_be_used(tmp_path: Path) -> None:
-    loaded = load_settings(ROOT / "compose" / "config.yaml", environ={"HOME": str(tmp_path)})
+@pytest.mark.parametrize("text", blocks(SWARM.read_text(encoding="utf-8"), "yaml"))
+def test_a_configuration_for_a_swarm_can_be_used(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    loaded = load_settings(file, environ={"HOME": str(tmp_path)})
+    assert loaded.settings.uses_swarm
+    assert resolve_instances(loaded, load_templates(loaded.settings))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "swarm-config.yaml"])
+def test_the_configuration_of_the_container_can_be_used(name: str, tmp_path: Path) -> None:
+    loaded = load_settings(ROOT / "compose" / name, environ={"HOME": str(tmp_path)})
     assert loaded.settings.server.host == "0.0.0.0"
     assert loaded.settings.server.key_files == (Path("/run/secrets/operator-key"),)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*DOCUMENTS, SWARM], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_links_within_the_repository_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert [target for target in targets if not (path.parent / target).exists()] == []

@@ -313,6 +313,27 @@ def test_the_nodes_give_instances_for_their_cpu_and_their_cards(swarm: Swarm, ne
     daemon.wait_for_phase("worker-gpu1", "ready")
 
 
+def test_programs_and_people_see_the_node_of_each_instance(swarm: Swarm, new_daemon: NewDaemon) -> None:
+    anywhere = {"driver": "swarm", "template": "sim"}
+    daemon = new_daemon(instances={"far": on(swarm.worker), "any": anywhere}).start()
+    assert [daemon.instance(name)["node"] for name in ("far", "any")] == ["worker", None]
+    daemon.started("any")
+    assert daemon.instance("any")["node"] in ("manager", "worker")
+    daemon.started("far")
+    hosts = {one["name"]: one for one in daemon.call("GET", "/v1/cluster/hosts").json()["hosts"]}
+    worker = hosts["worker"]
+    assert (worker["kind"], worker["state"], worker["address"]) == ("node", "ready", swarm.worker.address)
+    assert "far" in worker["instances"]
+    assert [card["uuid"] for card in worker["gpus"]] == [CARD, OTHER_CARD]
+    swarm.worker.drain()
+    try:
+        wait_for(lambda: daemon.instance("far"), lambda body: body["phase"] == "failed", within_s=20)
+        body = daemon.instance("far")
+        assert body["reason"]["message"].endswith("its node worker is drained, or paused")
+    finally:
+        swarm.worker.activate()
+
+
 def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
     swarm: Swarm, new_daemon: NewDaemon
 ) -> None:
@@ -337,11 +358,11 @@ def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
         caught.join(timeout=30)
         assert [(one.status_code, one.headers["X-Instance"]) for one in at_once] == [(200, "near")]
         swarm.worker.wait_for_state("down")
-        body = daemon.wait_for_phase("far", "failed", within_s=15)
+        body = daemon.wait_for_phase("far", "failed", "unavailable", within_s=15)
         assert "worker is down" in body["reason"]["message"]
     finally:
         swarm.worker.mend_network()
-    swarm.worker.wait_for_state("ready")
+    daemon.wait_for_phase("far", "failed", "stopped", within_s=15)
     daemon.started("far")
     assert chat(daemon, "tiny@far").status_code == 200
 
@@ -371,6 +392,7 @@ def test_a_name_in_use_by_somebody_elses_service_is_refused(swarm: Swarm, new_da
     try:
         answer = daemon.begin("far", "start")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "name_conflict"), answer.text
+        assert f"docker service rm {daemon.manager_id}-ollama-far" in answer.json()["error"]["message"]
     finally:
         foreign.remove()
 

@@ -100,7 +100,8 @@ class _Task:
 
     @property
     def uses_card(self) -> bool:
-        return "Reservations" in self.service.spec["TaskTemplate"]["Resources"]
+        environment: list[str] = self.service.spec["TaskTemplate"]["ContainerSpec"]["Env"]
+        return any(one.startswith("NVIDIA_VISIBLE_DEVICES=GPU-") for one in environment)
 
 
 @dataclass

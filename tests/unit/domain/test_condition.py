@@ -455,11 +455,9 @@ def test_a_service_that_was_scaled_to_zero_tells_why_it_has_stopped() -> None:
     )
 
 
-def test_a_pinned_service_that_was_scaled_to_zero_is_started_again() -> None:
-    pinned = replace(READY, pinned=True)
-    found = after(pinned, c.Inspected(PARKED))
-    assert (found.phase, found.target, found.container) == (Phase.FAILED, Target.RUNNING, None)
-    assert found.start_retry == c.Retry(1, NOW + backoff.FIRST_S)
+def test_a_pinned_service_that_was_scaled_to_zero_stays_stopped() -> None:
+    found = after(replace(READY, pinned=True), c.Inspected(PARKED))
+    assert (found.phase, found.target, found.container) == (Phase.STOPPED, Target.STOPPED, None)
 
 
 @pytest.mark.parametrize("before", [STOPPED, FAILED, NEW])
@@ -515,6 +513,11 @@ def test_what_ends_a_server_from_outside_is_named_as_it_was_started(
 ) -> None:
     why = c.explain_end("m-ollama-cpu", replace(EXITED, exit_code=exit_code, node=node))
     assert why.message.endswith(words)
+
+
+def test_a_server_is_used_here_after_all() -> None:
+    let_go = after(READY, c.LetGo())
+    assert after(let_go, c.LetGo(takes_back=True)) == READY
 
 
 def test_a_server_that_was_let_go_gives_no_leases_until_it_is_wanted_again() -> None:

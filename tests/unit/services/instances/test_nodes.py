@@ -249,8 +249,8 @@ async def test_two_nodes_of_one_host_name_keep_their_ids_over_a_restart() -> Non
     second = replace(BOX, id="bbbbbbbb", cards=("GPU-2",))
     before = await looked(Reader(second, first))
     assert before.placements == {
-        "gpu-box-cpu": ("aaaaaaaa", None),
-        "gpu-box-gpu0": ("aaaaaaaa", "GPU-1"),
+        "gpu-box-aaaaaa-cpu": ("aaaaaaaa", None),
+        "gpu-box-aaaaaa-gpu0": ("aaaaaaaa", "GPU-1"),
         "gpu-box-bbbbbb-cpu": ("bbbbbbbb", None),
         "gpu-box-bbbbbb-gpu0": ("bbbbbbbb", "GPU-2"),
     }
