@@ -22,7 +22,7 @@ from manager.domain.image_override import ImageOverride, override_from
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec
 from manager.domain.lifted import lifted_from
 from manager.domain.record import never
-from manager.domain.registry import InstanceRow, OrderKind
+from manager.domain.registry import PINS_AND_TTLS, InstanceRow, OrderKind
 from manager.domain.template import image_allowed
 from manager.errors import ConfigurationError
 from manager.relay.model_server import PooledModelServer
@@ -251,11 +251,12 @@ def following_of(
     keyring: Keyring,
     model_settings: ModelSettings,
     rollout: RolloutControl,
+    may_use: Callable[[str], bool],
 ) -> Following | None:
     """Return what follows the changes of other gateways; None where no database is shared."""
     if shared is None or quotas is None:
         return None
-    orders = FollowedOrders(world.registry, parts.fleet, parts.service, parts.lifts, utcnow=world.utcnow)
+    orders = FollowedOrders(world.registry, world.journal, parts.fleet, may_use=may_use)
     return Following(
         shared,
         world.journal,
@@ -263,10 +264,13 @@ def following_of(
             "keys": keyring.reload,
             "overrides": model_settings.reload,
             OrderKind.ROLLOUT: rollout.load,
-            OrderKind.DRAINED: orders.drains,
-            OrderKind.LIFTED: orders.lifted,
+            OrderKind.DRAINED: parts.service.follow,
+            OrderKind.LIFTED: parts.lifts.follow,
+            OrderKind.IMAGE: orders.images,
+            PINS_AND_TTLS: orders.pins_and_ttls,
         },
         quotas=quotas,
+        members=lambda: frozenset(instance.id for instance in parts.fleet.instances()),
     )
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from manager.api.backend import Backend
-    from manager.services.instances.storing import Overrides
+    from manager.domain.registry import PinAndTtl
 
 _KEEP_ALIVE_S = 15.0
 
@@ -144,7 +144,7 @@ def compute_router(backend: Backend) -> APIRouter:  # noqa: C901  (a function fo
         """Override an instance's TTL or pin it; kept across restarts of the daemon. Null takes it back."""
         supervisor = fleet.managed(instance_id)
         if changes := patch.model_dump(exclude_unset=True):
-            await supervisor.configure(cast("Overrides", changes))
+            await supervisor.configure(cast("PinAndTtl", changes))
         return _json(shown(instance_id))
 
     @router.get(

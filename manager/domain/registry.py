@@ -6,6 +6,7 @@ from collections.abc import Mapping  # noqa: TC003  (field types, resolved at ru
 from dataclasses import dataclass, field
 from datetime import datetime  # noqa: TC003
 from enum import StrEnum
+from typing import TypedDict
 
 from manager.domain.idle import UsageSample  # noqa: TC001
 from manager.domain.instance import Target
@@ -28,6 +29,17 @@ class OrderKind(StrEnum):
     LIFTED = "lifted"
     IMAGE = "image"
     ROLLOUT = "rollout"
+
+
+# The topic of changes of pins and TTLs.
+PINS_AND_TTLS = "pins_and_ttls"
+
+
+class PinAndTtl(TypedDict, total=False):
+    """What an operator has changed of an instance at run time; None: as configured."""
+
+    pinned: bool | None
+    ttl_s: float | None
 
 
 @dataclass(frozen=True, slots=True)

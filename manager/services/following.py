@@ -7,19 +7,15 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from manager.domain.drained import drained_from
-from manager.domain.lifted import lifted_from
-from manager.domain.registry import OrderKind
+from manager.domain.image_override import override_from
+from manager.domain.registry import OrderKind, PinAndTtl
 from manager.errors import ManagerError, RegistryCorruptError, RegistryUnwritableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
-    from datetime import datetime
 
     from manager.services.accounts.quotas import Quotas
     from manager.services.instances.fleet import Fleet
-    from manager.services.instances.lifts import Lifts
-    from manager.services.instances.service import Service
     from manager.services.journal import Journal
     from manager.services.ports import KeyUse, Registry, Shared
 
@@ -40,6 +36,7 @@ class Following:
         journal: takes an event when the database is away, and when it is back.
         reloads: what to do after a change, by its kind. One that fails because of the database is done again.
         quotas: take and give the use of keys.
+        members: returns the ids of all instances. One that joins gets its orders with the next look.
     """
 
     def __init__(
@@ -49,13 +46,18 @@ class Following:
         *,
         reloads: Mapping[str, Callable[[], Awaitable[None]]],
         quotas: Quotas,
+        members: Callable[[], frozenset[str]],
     ) -> None:
         self._shared = shared
         self._journal = journal
         self._reloads = reloads
         self._quotas = quotas
+        self._members = members
         self._known: dict[str, int] = {}
+        self._known_members: frozenset[str] = frozenset()
+        self._unread: dict[str, str] = {}
         self._is_doubled = False
+        self._is_away = False
         self.trouble: str | None = None
 
     async def run(self) -> None:
@@ -69,30 +71,40 @@ class Following:
         try:
             self._told_of_double(is_held=await self._shared.hold())
             numbers = await self._exchange()
+            members = self._members()
+            if members != self._known_members:
+                self._known.clear()
+                self._known_members = members
             for topic, reload in self._reloads.items():
                 number = numbers.get(topic, 0)
                 if self._known.get(topic) != number:
-                    await self._reload(topic, reload)
-                    self._known[topic] = number
+                    await self._reload(topic, number, reload)
         except (RegistryUnwritableError, RegistryCorruptError) as error:
-            if self.trouble is None:
+            if not self._is_away:
                 detail = f"changes of other gateways are not in force here: {error.message}"
                 self._journal.record("database_away", detail=detail)
-            self.trouble = error.message
+            self._is_away, self.trouble = True, error.message
             # What failed here meanwhile, such as a revocation, is stored with the next reading.
             self._known.clear()
         else:
-            if self.trouble is not None:
+            if self._is_away:
                 self._journal.record("database_back", detail="changes of other gateways are in force again")
-            self.trouble = None
+            self._is_away, self.trouble = False, next(iter(self._unread.values()), None)
 
-    async def _reload(self, topic: str, reload: Callable[[], Awaitable[None]]) -> None:
+    async def _reload(self, topic: str, number: int, reload: Callable[[], Awaitable[None]]) -> None:
         try:
             await reload()
-        except (RegistryUnwritableError, RegistryCorruptError):
+        except RegistryUnwritableError:
             raise
+        except RegistryCorruptError as error:  # it is tried again; the other topics are followed meanwhile
+            if topic not in self._unread:
+                _log.warning("change_not_followed", topic=topic, error=error.message)
+            self._unread[topic] = f"changes of {topic} are not in force here: {error.message}"
+            return
         except ManagerError as error:  # it does not fit what there is here, and would not fit the next time
             _log.warning("change_not_followed", topic=topic, error=error.message)
+        self._unread.pop(topic, None)
+        self._known[topic] = number
 
     async def _exchange(self) -> Mapping[str, int]:
         own: Mapping[str, KeyUse] = self._quotas.own_uses()
@@ -112,64 +124,46 @@ class Following:
 
 
 class FollowedOrders:
-    """Carries out the orders for instances that were given at another gateway.
-
-    The other gateway stops and starts containers; here an instance gets no requests, or gets them again.
+    """Puts in force what was ordered of instances with containers at another gateway. Stores nothing.
 
     Args:
         registry: has the orders.
+        journal: takes an event for each.
         fleet: the instances.
-        service: takes them out of service, and back.
-        lifts: lift their deny rules.
-        utcnow: the wall clock.
+        may_use: whether the operator allows an image here.
     """
 
     def __init__(
-        self,
-        registry: Registry,
-        fleet: Fleet,
-        service: Service,
-        lifts: Lifts,
-        *,
-        utcnow: Callable[[], datetime],
+        self, registry: Registry, journal: Journal, fleet: Fleet, *, may_use: Callable[[str], bool]
     ) -> None:
         self._registry = registry
+        self._journal = journal
         self._fleet = fleet
-        self._service = service
-        self._lifts = lifts
-        self._utcnow = utcnow
+        self._may_use = may_use
 
-    async def drains(self) -> None:
-        """Take those out of service that are elsewhere, and put the others back."""
-        before = {one.id: one.drained for one in self._fleet.instances()}
-        wanted = await self._registry.orders(OrderKind.DRAINED, drained_from)
-        for instance in self._fleet.instances():
-            known, order = instance.drained, wanted.get(instance.id)
-            if instance.id not in before or known != before[instance.id]:
-                continue  # changed here meanwhile: the next look has that
-            if order is None:
-                if known is not None:
-                    await self._service.resume(instance.id)
-            elif not order.has_passed(self._utcnow()) and (
-                known is None
-                or (order.reason, order.until, order.stops) != (known.reason, known.until, known.stops)
-            ):
-                await self._service.drain(
-                    instance.id, reason=order.reason, until=order.until, stops=order.stops
-                )
+    async def images(self) -> None:
+        """Use the images that were chosen elsewhere. The other gateway replaces what runs."""
+        before = {one.id: one.replacing.override for one in self._fleet.supervisors()}
+        stored = await self._registry.orders(OrderKind.IMAGE, override_from)
+        for supervisor in self._fleet.supervisors():
+            known, chosen = supervisor.replacing.override, stored.get(supervisor.id)
+            if chosen is not None and not self._may_use(chosen.image):
+                detail = f"{chosen.image} is not in allow.images here: its template's image is used"
+                self._journal.record("image_not_allowed", instance=supervisor.id, detail=detail)
+                chosen = None
+            # One that was changed here meanwhile is read by the next look.
+            if supervisor.id in before and known == before[supervisor.id] and chosen != known:
+                earlier = supervisor.replacing.image
+                supervisor.follow_image(chosen)
+                detail = f"{earlier} -> {supervisor.replacing.image}, at another gateway"
+                self._journal.record("image_changed", instance=supervisor.id, detail=detail)
 
-    async def lifted(self) -> None:
-        """Lift the deny rules that are lifted elsewhere, and put the others in force."""
-        before = {one.id: self._lifts.of(one.id) for one in self._fleet.instances()}
-        wanted = await self._registry.orders(OrderKind.LIFTED, lifted_from)
-        for instance_id, known in before.items():
-            order = wanted.get(instance_id)
-            if self._lifts.of(instance_id) != known:
-                continue
-            if order is None:
-                if known is not None:
-                    await self._lifts.end(instance_id)
-            elif not order.has_passed(self._utcnow()) and (
-                known is None or (order.until, order.reason) != (known.until, known.reason)
-            ):
-                await self._lifts.lift(instance_id, until=order.until, reason=order.reason)
+    async def pins_and_ttls(self) -> None:
+        """Take over pins and TTLs that were changed elsewhere."""
+        before = {one.id: one.overrides for one in self._fleet.supervisors()}
+        stored = await self._registry.pins_and_ttls()
+        as_configured = PinAndTtl(pinned=None, ttl_s=None)
+        for supervisor in self._fleet.supervisors():
+            known, wanted = supervisor.overrides, stored.get(supervisor.id, as_configured)
+            if known == before.get(supervisor.id) and wanted != known:
+                supervisor.follow(wanted)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from manager.domain.history import Ended, Filters
     from manager.domain.instance import ContainerFacts, Model
     from manager.domain.keys import Grant, Key
-    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
+    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind, PinAndTtl
     from manager.domain.runs import Run, RunStatus
     from manager.domain.usage import Dimension, Span, Sums
     from manager.wire.details import Details
@@ -303,8 +303,16 @@ class Registry(Protocol):
     """
 
     async def instances(self) -> dict[str, InstanceRow]: ...
-    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
-        """Store a row. With `known` what is the same in that one is left as another gateway has stored it."""
+    async def save_instance(self, row: InstanceRow) -> None:
+        """Store a row. Where gateways share the registry, its pin and TTL are left out."""
+        ...
+
+    async def pins_and_ttls(self) -> dict[str, PinAndTtl]:
+        """Instance id -> what an operator has changed of both."""
+        ...
+
+    async def save_pin_and_ttl(self, instance: str, values: PinAndTtl) -> None:
+        """Store those of the two that are given."""
         ...
 
     async def bindings(self) -> dict[str, str]:
@@ -371,6 +379,10 @@ class Registry(Protocol):
 
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
         """Store an order in place of an earlier one; None forgets it."""
+        ...
+
+    async def end_order(self, instance: str, kind: OrderKind, until: datetime) -> None:
+        """Forget an order that ends at that time. One that was changed elsewhere meanwhile stays."""
         ...
 
     async def keys(self) -> tuple[Key, ...]: ...

@@ -73,6 +73,7 @@ class World:
     `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
     `why_no_node` returns why no node can take a service with such constraints, None where one can.
     `shares` are those of instances that other gateways use as well.
+    `is_shared` is whether other gateways may have the same instances.
     `services_network` is the network of services where the engine is Docker Swarm; None for containers.
     """
 
@@ -95,6 +96,7 @@ class World:
     services_network: str | None = None
     why_no_node: Callable[[tuple[str, ...]], str | None] = no_trouble
     shares: Shares = field(default_factory=NoSharing)
+    is_shared: bool = False
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)
     starting: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STARTS_AT_ONCE))

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER
 from manager.domain.gpu import Gpu, GpuProcess
 from manager.domain.instance import ContainerFacts, DeviceKind, Driver, InstanceSpec, Limits, Model
-from manager.domain.registry import InstanceRow
+from manager.domain.registry import InstanceRow, PinAndTtl
 from manager.domain.template import Template
 from manager.errors import (
     ContainerGoneError,
@@ -389,12 +389,15 @@ class Registry:
         self.saves = 0
         self.disk_full = False
 
-    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
+    async def save_instance(self, row: InstanceRow) -> None:
         await asyncio.sleep(0)
         if self.disk_full:
             raise RegistryUnwritableError("the disk is full")
         self.saves += 1
         self.rows[row.id] = row
+
+    async def save_pin_and_ttl(self, instance: str, values: PinAndTtl) -> None:
+        await self.save_instance(replace(self.rows.get(instance, InstanceRow(instance)), **values))
 
     async def bindings(self) -> dict[str, str]:
         return {}

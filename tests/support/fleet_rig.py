@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER, container_name
 from manager.domain.gpu import Gpu, Holder, NamedCard
 from manager.domain.instance import ALIVE, ContainerFacts, DeviceKind, Driver, InstanceSpec, Limits, Model
-from manager.domain.registry import InstanceRow
+from manager.domain.registry import InstanceRow, PinAndTtl
 from manager.domain.template import Template
 from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason, UnavailableError
 from manager.services.instances.capacity import Capacity
@@ -320,8 +321,16 @@ class Registry:
         else:
             self.orders[instance, kind] = value
 
-    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
+    async def end_order(self, instance: str, kind: str, until: datetime) -> None:
+        found = self.orders.get((instance, kind))
+        if found is None or found["until"] == until.isoformat():
+            await self.save_order(instance, kind, None)
+
+    async def save_instance(self, row: InstanceRow) -> None:
         self.rows[row.id] = row
+
+    async def save_pin_and_ttl(self, instance: str, values: PinAndTtl) -> None:
+        self.rows[instance] = replace(self.rows.get(instance, InstanceRow(instance)), **values)
 
 
 class Locks:

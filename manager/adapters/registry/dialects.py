@@ -21,17 +21,9 @@ def only_where(condition: TextClause) -> dict[str, Any]:
     return {"sqlite_where": condition, "postgresql_where": condition}
 
 
-def upsert(
-    connection: Connection, table: Table, columns: frozenset[str] | None = None
-) -> sqlite.Insert | postgresql.Insert:
-    """Return the statement that stores a row in place of one with the same primary key.
-
-    Args:
-        connection: tells the dialect.
-        table: of the row.
-        columns: those that are changed where there is such a row; None for all.
-    """
-    return _upsert(connection.dialect.name, table, columns)
+def upsert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """Return the statement that stores a row in place of one with the same primary key."""
+    return _upsert(connection.dialect.name, table)
 
 
 def insert_new(connection: Connection, table: Table) -> Any:
@@ -39,14 +31,15 @@ def insert_new(connection: Connection, table: Table) -> Any:
     return _insert(connection.dialect.name)(table).on_conflict_do_nothing()
 
 
+def insert_or(connection: Connection, table: Table) -> Any:
+    """Return an insert that can be given `on_conflict_do_update`."""
+    return _insert(connection.dialect.name)(table)
+
+
 @cache
-def _upsert(dialect: str, table: Table, columns: frozenset[str] | None) -> sqlite.Insert | postgresql.Insert:
+def _upsert(dialect: str, table: Table) -> sqlite.Insert | postgresql.Insert:
     statement = _insert(dialect)(table)
-    names = [column.name for column in table.c if not column.primary_key]
-    changed = {name: statement.excluded[name] for name in names if columns is None or name in columns}
-    if not changed:
-        unchanged: sqlite.Insert | postgresql.Insert = statement.on_conflict_do_nothing()
-        return unchanged
+    changed = {column.name: statement.excluded[column.name] for column in table.c if not column.primary_key}
     result: sqlite.Insert | postgresql.Insert = statement.on_conflict_do_update(
         index_elements=list(table.primary_key), set_=changed
     )

@@ -10,11 +10,22 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sqlalchemy import delete, func, insert, select
 
-from manager.adapters.registry import benchmarks, changes, documents, gpu_minutes, keys, runs, tables
+from manager.adapters.registry import (
+    benchmarks,
+    changes,
+    documents,
+    gpu_minutes,
+    instances,
+    keys,
+    orders,
+    runs,
+    tables,
+)
 from manager.adapters.registry.database import SqliteDatabase
 from manager.adapters.registry.dialects import insert_new, upsert
 from manager.adapters.registry.ledger import SqlLedger
 from manager.adapters.registry.requests import SqlRequests
+from manager.domain.registry import PINS_AND_TTLS
 from manager.errors import ConflictError
 
 if TYPE_CHECKING:
@@ -28,7 +39,7 @@ if TYPE_CHECKING:
     from manager.domain.benchmarks import Sample
     from manager.domain.gpu_history import CardMinute
     from manager.domain.keys import Grant, Key
-    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind
+    from manager.domain.registry import Event, InstanceRow, LearnedSize, OrderKind, PinAndTtl
     from manager.domain.runs import Run, RunStatus
 
 T = TypeVar("T")
@@ -89,6 +100,7 @@ class SqlRegistry:
         self._shared = shared
         self._databases = tuple(dict.fromkeys((own, shared)))
         self.gateway: str | None = None
+        self._ports: dict[str, int | None] = {}
 
     async def open(self) -> None:
         """Called once, by `open_registry`."""
@@ -98,19 +110,28 @@ class SqlRegistry:
             self.gateway = await self._own_name()
 
     async def instances(self) -> dict[str, InstanceRow]:
-        def work(connection: Connection) -> dict[str, InstanceRow]:
-            return {row.id: tables.to_instance(row) for row in connection.execute(select(tables.instances))}
+        """Return the rows by id.
 
-        return await self._shared.read(work)
+        Of what several gateways share a row has the pin, the TTL and the port; the rest is of this gateway.
+        """
+        own = await self._own.read(instances.load)
+        if self._shared is self._own:
+            return own
+        return instances.merged(own, await self._shared.read(instances.load))
 
-    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None:
-        values = tables.from_instance(row)
-        changed = frozenset(values)
-        if known is not None:
-            before = tables.from_instance(known)
-            changed = frozenset(name for name, value in values.items() if value != before[name])
-        await self._shared.write(
-            lambda connection: connection.execute(upsert(connection, tables.instances, changed), values)
+    async def save_instance(self, row: InstanceRow) -> None:
+        """Store a row in place of an earlier one, but for its pin and TTL where gateways share these."""
+        await self._own.write(partial(instances.save, row=row))
+        if self._shared is not self._own and self._ports.get(row.id) != row.loopback_port:
+            await self._shared.write(partial(instances.save_new_port, row=row))
+            self._ports[row.id] = row.loopback_port
+
+    async def pins_and_ttls(self) -> dict[str, PinAndTtl]:
+        return await self._shared.read(instances.pins_and_ttls)
+
+    async def save_pin_and_ttl(self, instance: str, values: PinAndTtl) -> None:
+        await self._change(
+            PINS_AND_TTLS, partial(instances.save_pin_and_ttl, instance=instance, values=values)
         )
 
     async def bindings(self) -> dict[str, str]:
@@ -239,24 +260,13 @@ class SqlRegistry:
         )
 
     async def orders(self, kind: OrderKind, read: Callable[[Mapping[str, Any]], T]) -> dict[str, T]:
-        statement = select(tables.operator_state).where(tables.operator_state.c.kind == kind)
-
-        def work(connection: Connection) -> dict[str, T]:
-            return {row.instance: read(tables.to_order(row)) for row in connection.execute(statement)}
-
-        return await self._shared.read(work)
+        return await self._shared.read(partial(orders.load, kind=kind, read=read))
 
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None:
-        if value is None:
-            table = tables.operator_state
-            gone = delete(table).where(table.c.instance == instance, table.c.kind == kind)
-            await self._change(kind.value, lambda connection: connection.execute(gone))
-        else:
-            row = tables.from_order(instance, kind, value, datetime.now(UTC))
-            await self._change(
-                kind.value,
-                lambda connection: connection.execute(upsert(connection, tables.operator_state), row),
-            )
+        await self._change(kind.value, partial(orders.save, instance=instance, kind=kind, value=value))
+
+    async def end_order(self, instance: str, kind: OrderKind, until: datetime) -> None:
+        await self._change(kind.value, partial(orders.end, instance=instance, kind=kind, until=until))
 
     async def save_run(self, run: Run) -> None:
         """Store a run, in place of an earlier state of it."""
@@ -387,7 +397,8 @@ class SqlRegistry:
 class UnchangedRegistry(SqlRegistry):
     """Reads as the others do, and drops whatever is to be saved."""
 
-    async def save_instance(self, row: InstanceRow, known: InstanceRow | None = None) -> None: ...
+    async def save_instance(self, row: InstanceRow) -> None: ...
+    async def save_pin_and_ttl(self, instance: str, values: PinAndTtl) -> None: ...
     async def add_bindings(self, bindings: dict[str, str]) -> None: ...
     async def append_events(self, events: Sequence[Event]) -> None: ...
     async def save_learned_size(self, size: LearnedSize) -> None: ...
@@ -396,6 +407,7 @@ class UnchangedRegistry(SqlRegistry):
     ) -> None: ...
     async def save_model_list(self, volume: str, entries: Sequence[Mapping[str, Any]]) -> None: ...
     async def save_order(self, instance: str, kind: OrderKind, value: Mapping[str, Any] | None) -> None: ...
+    async def end_order(self, instance: str, kind: OrderKind, until: datetime) -> None: ...
     async def save_run(self, run: Run) -> None: ...
     async def save_key(self, key: Key) -> None: ...
     async def replace_key(self, before: Key | None, key: Key) -> None: ...

@@ -156,12 +156,15 @@ class Capacity:
         return supervisor.begin_stop(force=force) or waited
 
     async def stop_all(self) -> None:
-        """Stop every instance of ours, and start none any more. A failed stop is left to the next daemon."""
+        """Stop every instance of ours that no other gateway uses, and start none any more.
+
+        A failed stop is left to the next daemon.
+        """
         self._is_closed = True
         for instance_id in (*self._prewarms, *self._begun):
             self.withdraw(instance_id)
         supervisors = self._fleet.supervisors()
-        stops = (supervisor.stop() for supervisor in supervisors)
+        stops = (self._stop_at_the_end(supervisor) for supervisor in supervisors)
         for supervisor, error in zip(
             supervisors, await asyncio.gather(*stops, return_exceptions=True), strict=True
         ):
@@ -217,6 +220,12 @@ class Capacity:
                         self._fleet.managed(instance_id).prewarm()
 
     # --- helpers, in call order ---
+
+    async def _stop_at_the_end(self, supervisor: Supervisor) -> None:
+        if supervisor.occupies and not await self._world.shares.alone(supervisor.id):
+            self._world.journal.record("let_go", instance=supervisor.id, detail="other gateways use it")
+        else:
+            await supervisor.stop()
 
     def _refuse_at_the_end(self, instance_id: str) -> None:
         if self._is_closed:

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from manager.domain.lifted import Lifted
+from manager.domain.lifted import Lifted, lifted_from
 from manager.domain.registry import OrderKind
 from manager.errors import InvalidRequestError, RegistryUnwritableError
 from manager.services.instances.container_run import happens
@@ -66,11 +66,7 @@ class Lifts:
             if lifted == before:
                 return False
             await self._world.registry.save_order(instance_id, OrderKind.LIFTED, lifted.stored())
-            self._lifted[instance_id] = lifted
-            self._world.revision.advance()
-            self._news.set()
-        detail = f"until {_text(until)}" + (f": {reason}" if reason else "")
-        self._world.journal.record("deny_rules_lifted", instance=instance_id, detail=detail)
+            self._take(instance_id, lifted)
         return True
 
     async def end(self, instance_id: str) -> bool:
@@ -88,6 +84,23 @@ class Lifts:
             self._forget(instance_id, "asked for")
         return True
 
+    async def follow(self) -> None:
+        """Carry out the stored orders, which may have been given at another gateway. Nothing is stored.
+
+        Raises:
+            ManagerError: they could not be read; nothing was changed.
+        """
+        async with self._turn:
+            stored = await self._world.registry.orders(OrderKind.LIFTED, lifted_from)
+            now = self._world.utcnow()
+            for instance in self._fleet.instances():
+                known, order = self._lifted.get(instance.id), stored.get(instance.id)
+                if order is None:
+                    if known is not None:
+                        self._forget(instance.id, "asked for at another gateway")
+                elif order != known and not order.has_passed(now):
+                    self._take(instance.id, order)
+
     async def run(self) -> None:
         """End the orders whose time has passed, until cancelled."""
         while True:
@@ -103,6 +116,13 @@ class Lifts:
 
     # --- helpers ---
 
+    def _take(self, instance_id: str, lifted: Lifted) -> None:
+        self._lifted[instance_id] = lifted
+        self._world.revision.advance()
+        self._news.set()
+        detail = f"until {_text(lifted.until)}" + (f": {lifted.reason}" if lifted.reason else "")
+        self._world.journal.record("deny_rules_lifted", instance=instance_id, detail=detail)
+
     async def _pass(self, instance_id: str) -> None:
         async with self._turn:
             lifted = self._lifted.get(instance_id)
@@ -110,7 +130,7 @@ class Lifts:
                 return  # the order was changed meanwhile
             self._forget(instance_id, "its time has passed")
             with suppress(RegistryUnwritableError):  # a later daemon ends it as well
-                await self._world.registry.save_order(instance_id, OrderKind.LIFTED, None)
+                await self._world.registry.end_order(instance_id, OrderKind.LIFTED, lifted.until)
 
     def _forget(self, instance_id: str, detail: str) -> None:
         del self._lifted[instance_id]

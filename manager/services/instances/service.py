@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from manager.domain.drained import Drained
+from manager.domain.drained import Drained, drained_from
 from manager.domain.instance import Target
 from manager.domain.registry import OrderKind
 from manager.errors import InvalidRequestError, ManagerError, RegistryUnwritableError, UnavailableError
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # The system's clock may be set, and stands still while the machine sleeps: the end of an order is late by
 # this at most.
 _LOOK_S = 15.0
+_ELSEWHERE = "asked for at another gateway"
 
 
 class Service:
@@ -77,13 +78,7 @@ class Service:
             if drained == before:
                 return False
             await self._world.registry.save_order(instance_id, OrderKind.DRAINED, drained.stored())
-            self._capacity.withdraw(instance_id)
-            instance.take_out(drained)
-            self._news.set()
-        detail = drained.reason or "asked for"
-        if until is not None:
-            detail += f"; until {_text(until)}"
-        self._world.journal.record("drained", instance=instance_id, detail=detail)
+            self._take_out(instance, drained, "asked for")
         return True
 
     async def resume(self, instance_id: str) -> bool:
@@ -102,6 +97,26 @@ class Service:
             await self._world.registry.save_order(instance_id, OrderKind.DRAINED, None)
             self._bring_back(instance, "asked for")
         return True
+
+    async def follow(self) -> None:
+        """Carry out the stored orders, which may have been given at another gateway. Nothing is stored.
+
+        Raises:
+            ManagerError: they could not be read; nothing was changed.
+        """
+        async with self._turn:
+            stored = await self._world.registry.orders(OrderKind.DRAINED, drained_from)
+            now = self._world.utcnow()
+            for instance in self._fleet.instances():
+                known, order = instance.drained, stored.get(instance.id)
+                if order is None:
+                    if known is not None:
+                        self._bring_back(instance, _ELSEWHERE)
+                elif not order.has_passed(now):
+                    ran = instance.view().target is Target.RUNNING if known is None else known.ran
+                    order = replace(order, ran=order.ran or ran)
+                    if order != known:
+                        self._take_out(instance, order, _ELSEWHERE)
 
     async def run(self) -> None:
         """End the orders whose time has passed, until cancelled."""
@@ -124,6 +139,15 @@ class Service:
 
     # --- helpers, in call order ---
 
+    def _take_out(self, instance: Instance, drained: Drained, detail: str) -> None:
+        self._capacity.withdraw(instance.id)
+        instance.take_out(drained)
+        self._news.set()
+        detail = drained.reason or detail
+        if drained.until is not None:
+            detail += f"; until {_text(drained.until)}"
+        self._world.journal.record("drained", instance=instance.id, detail=detail)
+
     def _bring_back(self, instance: Instance, detail: str) -> None:
         returns = instance.returns
         instance.bring_back()
@@ -139,11 +163,11 @@ class Service:
 
     async def _end(self, instance: Instance, drained: Drained) -> None:
         async with self._turn:
-            if instance.drained != drained:
+            if instance.drained != drained or drained.until is None:
                 return  # the order was changed meanwhile
             self._bring_back(instance, "its time has passed")
             with suppress(RegistryUnwritableError):  # a later daemon ends it as well
-                await self._world.registry.save_order(instance.id, OrderKind.DRAINED, None)
+                await self._world.registry.end_order(instance.id, OrderKind.DRAINED, drained.until)
 
 
 def _text(time: datetime) -> str:

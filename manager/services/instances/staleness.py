@@ -41,6 +41,9 @@ class Staleness:
         self._without_memory_since: float | None = None
         self._cpu_requests: dict[str, float] = {}
         self._other_cards: Explanation | None = None
+        self._older: Explanation | None = None
+        # Two gateways with different templates would replace it to and fro.
+        self._when = "its next start replaces it" if world.is_shared else "it is recreated when idle"
         self.why: Explanation | None = None
 
     def expect_on_cpu(self, model: str) -> None:
@@ -62,14 +65,20 @@ class Staleness:
         self.clear()
         self._not_before = 0.0
         self._device_unproven = on_gpu
+        self.compare_template(container, wanted_hash)
+
+    def compare_template(self, container: ContainerFacts, wanted_hash: str | None) -> None:
+        """Compare the template of a container with that of a new one; None when nobody can tell."""
+        if self.why is not None and self.why is self._older:
+            self.why = None
+        self._older = None
         if wanted_hash is not None and container.labels.get(LABEL_HASH) != wanted_hash:
-            self.why = Explanation(
-                Reason.TEMPLATE_OUTDATED,
-                f"{container.name} was made from an older template; it is recreated when idle",
-            )
+            message = f"{container.name} was made from another template; {self._when}"
+            self._older = Explanation(Reason.TEMPLATE_OUTDATED, message)
+            self.why = self.why or self._older
 
     def clear(self) -> None:
-        self.why = self._other_cards = None
+        self.why = self._other_cards = self._older = None
         self._device_unproven = False
         self._without_memory_since = None
         self._cpu_requests.clear()
@@ -94,8 +103,7 @@ class Staleness:
             return False
         self._other_cards = Explanation(
             Reason.TEMPLATE_OUTDATED,
-            f"{container.name} was made for {made_for}, and its cards are {wanted} by now; "
-            "it is recreated when idle",
+            f"{container.name} was made for {made_for}, and its cards are {wanted} by now; {self._when}",
         )
         if self.why is None or self.why.code is Reason.TEMPLATE_OUTDATED:
             self.why = self._other_cards
@@ -135,8 +143,11 @@ class Staleness:
         self._not_before = self._world.now() + pause_s
 
     def recreate_at(self, recreated_at: datetime | None) -> float | None:
-        """From when on the container may be replaced, None when there is no reason to."""
-        if self.why is None:
+        """From when on the container may be replaced, None when there is no reason to.
+
+        With a shared database an older template alone is none: another gateway may have the older one.
+        """
+        if self.why is None or (self._world.is_shared and self.why.code is Reason.TEMPLATE_OUTDATED):
             return None
         if self.why.code is not Reason.GPU_FALLBACK or recreated_at is None:
             return self._not_before

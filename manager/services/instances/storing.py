@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from manager.errors import RegistryUnwritableError
 
@@ -11,15 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from manager.domain.instance import InstanceSpec
-    from manager.domain.registry import InstanceRow
+    from manager.domain.registry import InstanceRow, PinAndTtl
     from manager.services.world import World
-
-
-class Overrides(TypedDict, total=False):
-    """Settings that override the configuration of an instance; None takes an override back."""
-
-    ttl_s: float | None
-    pinned: bool | None
 
 
 class Store:
@@ -48,10 +42,9 @@ class Store:
         self.spec = spec
         self._current = current
         self._stored: InstanceRow | None = None
-        # What this gateway has read or stored: another one may have stored the rest of the row anew since.
-        self._known: InstanceRow | None = row
         self.row = row
         self.is_dormant = False
+        self._turn = asyncio.Lock()
 
     @property
     def ttl_s(self) -> float:
@@ -67,21 +60,24 @@ class Store:
     def note_recreation(self) -> None:
         self.row = replace(self.row, recreated_at=self._world.utcnow())
 
-    async def override(self, overrides: Overrides) -> None:
+    @property
+    def overrides(self) -> PinAndTtl:
+        return {"pinned": self.row.pinned, "ttl_s": self.row.ttl_s}
+
+    async def override(self, overrides: PinAndTtl) -> None:
         """Override TTL or pin; None takes an override back.
 
         Raises:
             RegistryUnwritableError: it could not be stored; nothing was changed.
         """
-        before, known = self.row, self._known
-        self.row = replace(before, **overrides)
-        self._known = None  # another gateway may have overridden them
-        try:
-            await self.save()
-        except RegistryUnwritableError:
-            self.row = replace(self.row, ttl_s=before.ttl_s, pinned=before.pinned)
-            self._known = known
-            raise
+        async with self._turn:
+            if not self.is_dormant:
+                await self._world.registry.save_pin_and_ttl(self.spec.id, overrides)
+            self.follow(overrides)
+
+    def follow(self, overrides: PinAndTtl) -> None:
+        """Override TTL or pin as it is stored already."""
+        self.row = replace(self.row, **overrides)
 
     async def save(self) -> None:
         """Store the row, if it differs from the stored one.
@@ -89,12 +85,13 @@ class Store:
         Raises:
             RegistryUnwritableError: it could not be stored.
         """
-        if self.is_dormant:
-            return
-        row = self._current(self.row)
-        if row != self._stored:
-            await self._world.registry.save_instance(row, self._known)
-            self._stored = self._known = row
+        async with self._turn:  # a row from before an override is not to be stored after it
+            if self.is_dormant:
+                return
+            row = self._current(self.row)
+            if row != self._stored:
+                await self._world.registry.save_instance(row)
+                self._stored = row
 
     async def save_quietly(self) -> None:
         """As `save`, but record a failure: the next daemon finds out by itself what came of an operation."""

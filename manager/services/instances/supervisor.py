@@ -48,7 +48,7 @@ from manager.services.instances.replacing import Replacing
 from manager.services.instances.staleness import Staleness
 from manager.services.instances.starting import Starting
 from manager.services.instances.stopping import Stopping
-from manager.services.instances.storing import Overrides, Store
+from manager.services.instances.storing import Store
 from manager.services.instances.usage import LEAST_WINDOW_S, UsageWatch
 from manager.services.instances.workings import Workings
 
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from manager.domain.drained import Drained
     from manager.domain.image_override import ImageOverride
     from manager.domain.instance import ContainerFacts, InstanceSpec
-    from manager.domain.registry import InstanceRow
+    from manager.domain.registry import InstanceRow, PinAndTtl
     from manager.services.ports import Engine, EngineEvent
     from manager.services.world import World
     from manager.wire.details import Details
@@ -363,13 +363,26 @@ class Supervisor(Instance):
                 return
         yield "".join(f"{line}\n" for line in kept[-tail:])
 
-    async def configure(self, overrides: Overrides) -> None:
+    async def configure(self, overrides: PinAndTtl) -> None:
         """Override the configured TTL or pin; kept across restarts. None takes an override back.
 
         Raises:
             RegistryUnwritableError: it could not be stored; nothing was changed.
         """
         await self._store.override(overrides)
+        self._configured()
+
+    @property
+    def overrides(self) -> PinAndTtl:
+        """What is overridden of the configuration."""
+        return self._store.overrides
+
+    def follow(self, overrides: PinAndTtl) -> None:
+        """Take over the overrides that were stored at another gateway."""
+        self._store.follow(overrides)
+        self._configured()
+
+    def _configured(self) -> None:
         self._condition.apply(PinChanged(self._store.pinned))
         self._usage.resample()  # a shorter TTL needs samples closer together
         self._wake.set()
@@ -382,6 +395,13 @@ class Supervisor(Instance):
     def use_image(self, override: ImageOverride | None) -> None:
         """Use another image from the next start on; None for that of the template."""
         self._take_over(self.replacing.choose(override))
+
+    def follow_image(self, override: ImageOverride | None) -> None:
+        """As `use_image`, for a choice at another gateway, which replaces the container if it runs."""
+        self.use_image(override)
+        container = self.ready_container
+        if container is not None:
+            self._stale.compare_template(container, self._wanted_hash())
 
     def reconfigure(self, spec: InstanceSpec) -> None:
         self._take_over(self.replacing.effective(spec))
@@ -725,7 +745,7 @@ class Supervisor(Instance):
             self._usage.restart(None)
         self._stale.fresh(
             started.container,
-            wanted_hash=self._w.request().labels[LABEL_HASH] if self.reach else None,
+            wanted_hash=self._wanted_hash(),
             on_gpu=self.is_gpu,
         )
         if self.is_gpu:
@@ -809,6 +829,9 @@ class Supervisor(Instance):
             self._wake.set()
 
     # --- helpers ---
+
+    def _wanted_hash(self) -> str | None:
+        return self._w.request().labels[LABEL_HASH] if self.reach else None
 
     def _last_used_at(self) -> datetime | None:
         return self._world.utcnow() if self.in_flight else self._clock.last_used_at

@@ -50,6 +50,8 @@ from tests.support.users import give
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from tests.support.postgres import Postgres
+
 NOW = datetime(2026, 8, 1, 12, 30, 15, 123456, tzinfo=UTC)
 FULL_ROW = InstanceRow(
     id="gpu0",
@@ -217,16 +219,6 @@ async def test_a_benchmark_that_cannot_be_read_is_corruption(registry: SqlRegist
         await registry.benchmarks()
 
 
-async def test_a_row_is_stored_over_what_another_gateway_has_stored_of_it(registry: SqlRegistry) -> None:
-    known = InstanceRow("gpu0")
-    await registry.save_instance(replace(known, ttl_s=77.0, pinned=True), known)
-    await registry.save_instance(replace(known, starts=3), known)
-    await registry.save_instance(known, known)
-    assert await registry.instances() == {"gpu0": replace(known, ttl_s=77.0, pinned=True, starts=3)}
-    await registry.save_instance(known)
-    assert await registry.instances() == {"gpu0": known}
-
-
 async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path: Path) -> None:
     registry = await open_registry(path)
     await registry.save_instance(FULL_ROW)
@@ -237,6 +229,7 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     registry = await open_registry(path, stores=False)
     assert await registry.instances() == {"gpu0": FULL_ROW}
     await registry.save_instance(replace(FULL_ROW, starts=8))
+    await registry.save_pin_and_ttl("gpu0", {"pinned": None})
     await registry.add_bindings({"gpu0": "GPU-1"})
     await registry.append_events([Event(1, NOW, None, "engine_up", None, "")])
     await registry.save_learned_size(LearnedSize("gpu0", "m", "d", 1, NOW))
@@ -245,6 +238,7 @@ async def test_a_registry_of_a_dry_run_reads_everything_and_stores_nothing(path:
     await registry.save_run(a_run())
     assert await registry.forget_runs(NOW, 0) == ()
     await registry.save_order("gpu0", OrderKind.DRAINED, Drained(NOW).stored())
+    await registry.end_order("gpu0", OrderKind.DRAINED, NOW)
     await registry.save_benchmark(a_benchmark(2), SAMPLES, 1)
     await registry.forget_benchmark("bench_1")
     await registry.close()
@@ -372,10 +366,54 @@ async def test_saving_an_instance_replaces_all_of_it(registry: SqlRegistry) -> N
     await registry.save_instance(FULL_ROW)
     await registry.save_instance(InstanceRow("cpu"))
     await registry.save_instance(InstanceRow("gpu0", starts=8))
+    # Gateways that share a database have one port for an instance, the first one.
+    port = None if registry.gateway is None else FULL_ROW.loopback_port
     assert await registry.instances() == {
         "cpu": InstanceRow("cpu"),
-        "gpu0": InstanceRow("gpu0", starts=8),
+        "gpu0": InstanceRow("gpu0", starts=8, loopback_port=port),
     }
+
+
+async def test_a_pin_and_a_ttl_are_stored_by_themselves(registry: SqlRegistry) -> None:
+    await registry.save_pin_and_ttl("cpu", {"pinned": True})
+    await registry.save_pin_and_ttl("cpu", {"ttl_s": 5.0})
+    assert await registry.pins_and_ttls() == {"cpu": {"pinned": True, "ttl_s": 5.0}}
+    assert await registry.instances() == {"cpu": InstanceRow("cpu", pinned=True, ttl_s=5.0)}
+    await registry.save_instance(InstanceRow("cpu", pinned=True, ttl_s=5.0, starts=3))
+    await registry.save_pin_and_ttl("cpu", {"ttl_s": None})
+    assert await registry.instances() == {"cpu": InstanceRow("cpu", pinned=True, starts=3)}
+
+
+async def test_an_order_whose_time_has_passed_is_forgotten_unless_it_was_changed(
+    registry: SqlRegistry,
+) -> None:
+    order = Drained(NOW, NOW + timedelta(hours=1), "repair")
+    await registry.save_order("gpu0", OrderKind.DRAINED, order.stored())
+    for other in (NOW, NOW + timedelta(hours=2)):
+        await registry.end_order("gpu0", OrderKind.DRAINED, other)
+    await registry.end_order("nas", OrderKind.DRAINED, NOW + timedelta(hours=1))
+    await registry.end_order("gpu0", OrderKind.LIFTED, NOW + timedelta(hours=1))
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {"gpu0": order}
+    await registry.end_order("gpu0", OrderKind.DRAINED, NOW + timedelta(hours=1))
+    assert await registry.orders(OrderKind.DRAINED, drained_from) == {}
+
+
+async def test_what_goes_on_at_one_gateway_is_no_row_of_another(tmp_path: Path, postgres: Postgres) -> None:
+    url = postgres.database()
+    one, other = [
+        await open_registry(tmp_path / name / "registry.sqlite3", shared=PostgresDatabase(url))
+        for name in ("one", "other")
+    ]
+    await one.save_instance(FULL_ROW)
+    port = FULL_ROW.loopback_port
+    assert await other.instances() == {"gpu0": InstanceRow("gpu0", loopback_port=port)}
+    await one.save_pin_and_ttl("gpu0", {"pinned": True, "ttl_s": 0.0})
+    await other.save_instance(InstanceRow("gpu0", starts=2, loopback_port=5))
+    common = {"pinned": True, "ttl_s": 0.0, "loopback_port": port}
+    assert await other.instances() == {"gpu0": InstanceRow("gpu0", starts=2, **common)}  # type: ignore[arg-type]
+    assert await one.instances() == {"gpu0": replace(FULL_ROW, **common)}  # type: ignore[arg-type]
+    for registry in (one, other):
+        await registry.close()
 
 
 async def test_times_are_stored_as_utc_and_come_back_aware(registry: SqlRegistry, path: Path) -> None:

@@ -19,7 +19,7 @@ from manager.adapters.registry.postgres import PostgresDatabase, gateway_lock
 from manager.adapters.registry.shared import SharedDatabase
 from manager.domain.keys import Grant, KeyState, Scope
 from manager.domain.ownership import Owner
-from manager.errors import ConflictError, InvalidRequestError, RegistryUnwritableError
+from manager.errors import ConflictError, InvalidRequestError, RegistryCorruptError, RegistryUnwritableError
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.quotas import Exceeded, Quotas
 from manager.services.following import Following
@@ -45,11 +45,13 @@ class Gateway:
         self.keyring = Keyring(registry, self.journal, utcnow=lambda: self.now)
         self.quotas = Quotas(now=self.seconds, utcnow=lambda: self.now)
         self.readings = 0
+        self.members = frozenset({"cpu"})
         self.following = Following(
             shared,
             self.journal,
             reloads={"keys": self.keyring.reload, "overrides": self.reads},
             quotas=self.quotas,
+            members=lambda: self.members,
         )
 
     def seconds(self) -> float:
@@ -184,6 +186,38 @@ async def test_a_change_that_does_not_fit_here_is_logged_and_holds_up_no_other(
     assert [line["event"] for line in logs] == ["change_not_followed"]
     assert (tries, other.following.trouble) == (1, None)
     assert other.keyring.has_admin()
+
+
+async def test_orders_are_read_again_for_an_instance_that_has_joined(pair: Two) -> None:
+    one, _ = pair
+    await one.following.look()
+    assert one.readings == 1
+    one.members |= {"far"}
+    for _ in range(2):
+        await one.following.look()
+    assert one.readings == 2
+
+
+async def test_what_cannot_be_read_is_trouble_and_holds_up_no_other_change(pair: Two) -> None:
+    one, other = pair
+
+    async def unreadable() -> None:
+        raise RegistryCorruptError("a row in it cannot be read")
+
+    other.following._reloads = {"overrides": unreadable, "keys": other.keyring.reload}
+    await one.registry.save_overrides({"a": 1})
+    await one.keyring.create(one.grant("root", Scope.ADMIN))
+    with capture_logs() as logs:
+        for _ in range(3):
+            await other.following.look()
+    assert [line["event"] for line in logs] == ["change_not_followed"]
+    assert other.following.trouble == "changes of overrides are not in force here: a row in it cannot be read"
+    assert "database_away" not in other.kinds()
+    assert other.keyring.has_admin()
+    other.following._reloads = {"overrides": other.reads}
+    await other.following.look()
+    assert other.following.trouble is None
+    assert "database_back" not in other.kinds()
 
 
 async def test_the_use_of_a_key_counts_at_both(pair: Two) -> None:

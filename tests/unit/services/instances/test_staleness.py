@@ -21,15 +21,15 @@ NOW = 1000.0
 TODAY = datetime(2026, 8, 1, 12, 0, tzinfo=UTC)
 PAUSE = timedelta(minutes=10)
 GPUS = SimpleNamespace(holds_memory=lambda _instance: None)
+CLOCKS = SimpleNamespace(is_shared=False, now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)
+WORLD = cast("World", CLOCKS)
 CONTAINER = ContainerFacts("c", "default-ollama-gpu0", "image", "running", labels={LABEL_HASH: "new"})
 ON_CPU = Model("m", "d", size_bytes=10, vram_bytes=0, expires_at=None)
 
 
 async def fallen_back() -> Staleness:
     """A container on a card, seen to compute on the CPU."""
-    stale = Staleness(
-        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
-    )
+    stale = Staleness(WORLD, "gpu0")
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     assert await stale.prove_device(CONTAINER, [ON_CPU])
     assert stale.why is not None
@@ -59,11 +59,24 @@ async def test_another_fallback_is_repaired_ten_minutes_after_the_last_repair(
 
 
 async def test_an_older_template_does_not_wait_for_that_pause() -> None:
-    stale = Staleness(
-        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
-    )
+    stale = Staleness(WORLD, "gpu0")
     stale.fresh(CONTAINER, wanted_hash="newer", on_gpu=False)
     assert stale.recreate_at(TODAY) == 0.0
+
+
+async def test_with_a_shared_database_a_fallback_is_repaired_and_an_older_template_only_shown() -> None:
+    shared = cast("World", SimpleNamespace(**{**vars(CLOCKS), "is_shared": True}))
+    stale = Staleness(shared, "gpu0")
+    stale.fresh(CONTAINER, wanted_hash="newer", on_gpu=True)
+    assert stale.why is not None
+    assert (stale.why.code, stale.recreate_at(None)) == (Reason.TEMPLATE_OUTDATED, None)
+    assert "its next start replaces it" in stale.why.message
+    stale.compare_template(CONTAINER, "new")
+    assert stale.why is None
+    assert on_cards(stale, "GPU-a")
+    assert stale.recreate_at(None) is None
+    assert await stale.prove_device(CONTAINER, [ON_CPU])
+    assert stale.recreate_at(None) == 0.0
 
 
 def on_cards(stale: Staleness, *uuids: str, made_for: str | None = "GPU-a,GPU-b") -> bool:
@@ -72,7 +85,7 @@ def on_cards(stale: Staleness, *uuids: str, made_for: str | None = "GPU-a,GPU-b"
 
 
 def compared() -> Staleness:
-    stale = Staleness(cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY)), "every")
+    stale = Staleness(WORLD, "every")
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     return stale
 
@@ -120,9 +133,7 @@ async def test_an_image_that_is_missing_postpones_the_repair() -> None:
 
 
 def test_what_is_in_order_is_never_replaced() -> None:
-    stale = Staleness(
-        cast("World", SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS)), "gpu0"
-    )
+    stale = Staleness(WORLD, "gpu0")
     stale.fresh(CONTAINER, wanted_hash="new", on_gpu=True)
     assert stale.recreate_at(None) is None
 
@@ -135,7 +146,7 @@ async def test_a_container_that_has_gone_has_nothing_to_prove() -> None:
         return ()
 
     engine = SimpleNamespace(logs_between=logs_between)
-    world = SimpleNamespace(now=lambda: NOW, utcnow=lambda: TODAY, gpus=GPUS, engine=engine)
+    world = SimpleNamespace(**vars(CLOCKS), engine=engine)
     stale = Staleness(cast("World", world), "gpu0")
     running = replace(CONTAINER, started_at=TODAY)
     assert not await stale.prove_device(running, [])

@@ -32,6 +32,7 @@ class Bench:
         self.gpus = gpus
         self.log: tuple[str, ...] = (ON_GPU,)
         self._world = SimpleNamespace(
+            is_shared=False,
             gpus=gpus,
             engine=SimpleNamespace(logs_between=self._logs),
             now=machine.now,
