@@ -117,8 +117,25 @@ class Service:
 
 
 def newest(tasks: Iterable[Task]) -> Task | None:
-    """Return the task that stands for a service: the newest that should run, else the newest of all."""
+    """Return the newest task of those that should run, else the newest of all."""
     return max(tasks, key=lambda task: (task.wanted, task.created_at), default=None)
+
+
+# How far a task has come; one that has ended stands for nothing.
+_PROGRESS: Final = (TaskStage.ENDED, TaskStage.WAITING, TaskStage.COMING, TaskStage.RUNNING)
+
+
+def standing(tasks: Iterable[Task]) -> Task | None:
+    """Return the task that stands for a service, of which an operator may have made several.
+
+    It is the one that has come furthest of those that should run, and the oldest of these: it has the work,
+    and no other one takes its place before it ends. Where none should run it is the newest.
+    """
+    tasks = tuple(tasks)
+    wanted = [task for task in tasks if task.wanted]
+    if not wanted:
+        return newest(tasks)
+    return min(wanted, key=lambda task: (-_PROGRESS.index(task.stage), task.created_at))
 
 
 def held(tasks: Iterable[Task], nodes: Mapping[str, Node]) -> list[Task]:
@@ -143,7 +160,8 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         task = newest(holding)
         status = "running" if task is not None else "parked"
     else:
-        task = newest(tasks)
+        # One that is being replaced counts until it has ended: its successor may wait for its port.
+        task = standing(one for one in holding if one.wanted) or newest(holding) or standing(tasks)
         if task is None:
             status = "exited"
         elif task in holding:
