@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from manager.domain.gpu_metrics import AdvertisedCard
 from manager.domain.swarm import Node, instance_stem
-from manager.errors import ConfigurationError, EngineError, GpuQueryError, RegistryUnwritableError
+from manager.errors import ConfigurationError, EngineError, GpuQueryError, ManagerError
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -159,7 +159,10 @@ class FoundNodes:
     async def _id_of_card(self, registry: Registry, stem: str, card: str) -> str | None:
         """Return the id of a card's instance, which it keeps for good; None where it cannot be stored."""
         if self._cards is None:
-            stored = await registry.bindings()
+            try:
+                stored = await registry.bindings()
+            except ManagerError:
+                return None  # the database is away: the next reading asks again
             self._cards = {
                 id_.removeprefix(_BINDING): uuid for id_, uuid in stored.items() if id_.startswith(_BINDING)
             }
@@ -169,8 +172,11 @@ class FoundNodes:
         new = next(id_ for n in range(len(self._cards) + 1) if (id_ := f"{stem}-gpu{n}") not in self._cards)
         try:
             await registry.add_bindings({f"{_BINDING}{new}": card})
-        except RegistryUnwritableError:
+        except ManagerError:
             return None  # a full disk ends nothing: the next reading binds again
+        except ValueError:
+            self._cards = None  # another gateway has bound another card to it: the next reading has that
+            return None
         self._cards[new] = card
         return new
 

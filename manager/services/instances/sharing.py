@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 # How soon shares are taken again once the database is back.
 _RETAKE_S = 0.5
+# A gateway whose connection was cut has lost its shares at once. It takes them again well within this time.
+_SETTLED_S = 3.0
 
 
 class SessionLocks(Protocol):
@@ -37,6 +39,7 @@ class Sharing:
 
     A gateway has a share of an instance from when it is ready until it is idle here. One that wants to end
     the instance gives its own share up and takes the lock alone: that works where no other one has a share.
+    A share that was seen and is gone may be of a connection that was cut: there is time to take it again.
     While the database is away no instance is ended for being idle, and none is started.
 
     Args:
@@ -58,6 +61,8 @@ class Sharing:
         self._used: set[str] = set()
         self._over: set[str] = set()
         self._turns: dict[str, asyncio.Lock] = {}
+        # Instances that others had a share of, and since when they have none; None: they had one last.
+        self._left_at: dict[str, float | None] = {}
         self._news = asyncio.Event()
 
     @asynccontextmanager
@@ -90,16 +95,22 @@ class Sharing:
         """Take a share: this gateway uses the instance.
 
         Raises:
-            LockedError: another gateway ends it.
+            LockedError: another gateway ends it, for longer than `wait_s`.
             ManagerError: the database is away.
         """
-        async with self._turn(instance_id):
-            self._over.discard(instance_id)
-            if not await self._shared(instance_id):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._wait_s
+        while True:
+            async with self._turn(instance_id):
+                self._over.discard(instance_id)
+                if await self._shared(instance_id):
+                    self._used.add(instance_id)
+                    return
+            if loop.time() >= deadline:
                 raise LockedError(
                     f"another gateway stops {instance_id}", instance=instance_id, retry_after_s=1
                 )
-            self._used.add(instance_id)
+            await asyncio.sleep(_POLL_S)
 
     async def alone(self, instance_id: str) -> bool:
         """Give the own share up; return whether no other gateway has one. None can take one until `over`."""
@@ -110,9 +121,13 @@ class Sharing:
                 return True
             with suppress(ManagerError):
                 await self._release(instance_id)
-                if await self._locks.try_exclusive(self._name(instance_id)):
+                if not await self._locks.try_exclusive(self._name(instance_id)):
+                    self._left_at[instance_id] = None
+                elif self._have_left(instance_id):
                     self._modes[instance_id] = "alone"
                     return True
+                else:
+                    await self._locks.release(self._name(instance_id))
             return False
 
     def over(self, instance_id: str) -> None:
@@ -132,6 +147,19 @@ class Sharing:
                 await self._settle()
 
     # --- helpers ---
+
+    def _have_left(self, instance_id: str) -> bool:
+        """Return whether the others, which have no share now, had none for long enough."""
+        if instance_id not in self._left_at:
+            return True
+        now = asyncio.get_running_loop().time()
+        left_at = self._left_at[instance_id]
+        if left_at is None:
+            left_at = self._left_at[instance_id] = now
+        if now - left_at < _SETTLED_S:
+            return False
+        del self._left_at[instance_id]
+        return True
 
     async def _settle(self) -> None:
         for instance_id in [*self._over]:

@@ -125,9 +125,10 @@ class Starting:
         try:
             await w.store.save()
             await w.world.on_step(w.id, "stored")
+            # Before anything is made: what runs without a share could be stopped by another gateway.
+            await w.world.shares.take(w.id)
             async with w.world.locks.hold(w.id):
                 started = await self._bring_up()
-                await w.world.shares.take(w.id)
         except ManagerError as error:
             self._end_failed(error)
         else:
@@ -195,6 +196,7 @@ class Starting:
             error.message += w.remedy
             error.args = (error.message,)
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
+        w.world.shares.over(w.id)
         self.failed += 1
         error.instance = error.instance or w.id
         w.condition.starters.settle(error)
