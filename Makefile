@@ -44,6 +44,10 @@ run: setup ## Prepare everything (environment, Docker Engine, images) and serve 
 demo: setup ## Show the main job once: offline, on an engine of its own; nothing of it stays.
 	@exec $(BIN)/python -m tests.tools.demo $(ARGS)
 
+.PHONY: demo-swarm
+demo-swarm: setup ## Show two hosts of which one is lost, on engines of their own; nothing of it stays.
+	@exec $(BIN)/python -m tests.tools.demo_swarm $(ARGS)
+
 .PHONY: check
 check: setup ## Lint, types, layers and unit tests.
 	@exec $(BIN)/python -m tests.tools.suite check

@@ -73,7 +73,7 @@ from manager.services.models.model_settings import ModelSettings
 from manager.services.models.pulls import Pulls
 from manager.services.models.volume_reader import VolumeReader
 from manager.services.models.volumes import Volumes
-from manager.services.overview import Overviews
+from manager.services.overview import Overviews, nowhere
 from manager.services.refusals import Refusals
 from manager.services.requests import Requests
 from manager.services.routing.attempting import Deadlines, Routing
@@ -320,6 +320,7 @@ async def open_daemon(
             lifted=parts.lifts.of,
             breakers=breakers,
             loading=status.loading,
+            node=nowhere if swarm is None else swarm.nodes.name_for,
         )
         catalogue = Catalogue(
             fleet,
@@ -435,6 +436,7 @@ async def open_daemon(
             ),
             ledger=ledger,
             rollout=rollout,
+            nodes=None if swarm is None else swarm.nodes,
             runs=await runs_of(
                 stack, settings, world, passing, keyring, whole=whole, recovers=not resume_idle_clock
             ),

@@ -93,7 +93,9 @@ def opened_locks(stack: AsyncExitStack, settings: Settings) -> tuple[InstanceLoc
 
     session = AdvisoryLocks(url)
     stack.push_async_callback(session.close)
-    sharing = Sharing(session, settings.manager_id, beneath=locks, wait_s=_LOCK_WAIT_S)
+    lifecycle = settings.lifecycle
+    wait_s = lifecycle.start_timeout_s + lifecycle.stop_timeout_s + _LOCK_WAIT_S
+    sharing = Sharing(session, settings.manager_id, beneath=locks, wait_s=wait_s)
     return sharing, sharing, {"shares": sharing.run}
 
 
@@ -207,8 +209,9 @@ async def opened_swarm(
         gpus=gpus,
         starting=asyncio.Semaphore(STARTS_AT_ONCE),
         services_network=swarm.network,
+        why_no_node=nodes.why_no_node,
     )
-    return SwarmParts(services, nodes)
+    return SwarmParts(engine, services, nodes)
 
 
 async def opened_gpu_history(

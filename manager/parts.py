@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from manager.adapters.log_writer import LogWriter
     from manager.adapters.otel import Spans
     from manager.adapters.registry import SqlRegistry
+    from manager.adapters.swarm_engine import SwarmEngine
     from manager.api.backend import Backend, Passing
     from manager.domain.budgets import Budget
     from manager.domain.instance import KeySource
@@ -98,12 +99,15 @@ if TYPE_CHECKING:
 
 # The first of the fixed loopback ports; each instance keeps the one it got first.
 _FIRST_LOOPBACK_PORT = 11500
+# The port of the CPU of a node of a swarm; those of its cards follow.
+_FIRST_NODE_PORT = 11700
 
 
 @dataclass(frozen=True, slots=True)
 class SwarmParts:
     """The outside of the instances of Docker Swarm, and the nodes."""
 
+    engine: SwarmEngine
     world: World
     nodes: Nodes
 
@@ -409,7 +413,7 @@ class Maker:
         swarm: SwarmParts | None = None,
     ) -> None:
         self._world = world
-        self._swarm = swarm
+        self.swarm = swarm
         self.orders = orders
         self.settings = settings
         self._templates = templates
@@ -422,8 +426,9 @@ class Maker:
         on_node = self._on_nodes.get(instance_id)
         if on_node is None:
             return auto_gpu_spec(instance_id, self.settings, self._templates)
-        constraint = f"node.id=={on_node.node.id}"
-        return node_spec(instance_id, self.settings, self._templates, card=on_node.card, placement=constraint)
+        return node_spec(
+            instance_id, self.settings, self._templates, card=on_node.card, placement=on_node.placement
+        )
 
     def instance(self, capacity: Capacity, spec: InstanceSpec) -> Instance:
         if spec.driver is Driver.EXTERNAL:
@@ -432,7 +437,7 @@ class Maker:
             return CloudInstance(self._world, spec, drained=self.orders.drained.get(spec.id))
         row = self._rows.get(spec.id, InstanceRow(id=spec.id))
         return Supervisor(
-            self._world if self._swarm is None or spec.driver is Driver.DOCKER else self._swarm.world,
+            self._world if self.swarm is None or spec.driver is Driver.DOCKER else self.swarm.world,
             spec,
             self._with_port(row),
             may_run=capacity.may_run,
@@ -445,6 +450,10 @@ class Maker:
 
     def found_on_node(self, capacity: Capacity, found: FoundInstance) -> Instance:
         self._on_nodes[found.id] = found
+        # A port need not be another one on another node, and is the same for all gateways.
+        row = self._rows.get(found.id, InstanceRow(id=found.id))
+        if row.loopback_port is None:
+            self._rows[found.id] = replace(row, loopback_port=_FIRST_NODE_PORT + found.number)
         return self.instance(capacity, self.spec(found.id))
 
     def _with_port(self, row: InstanceRow) -> InstanceRow:
@@ -469,6 +478,8 @@ class Reconfigure:
     def __call__(self, changed: Changes) -> None:
         settings, fleet = changed.loaded.settings, self.backend.fleet
         self.make.settings = settings
+        if self.make.swarm is not None:
+            self.make.swarm.engine.stop_timeout_s = settings.lifecycle.stop_timeout_s
         written = {spec.id for spec in changed.specs}
         found = [self.make.spec(one.id) for one in fleet.instances() if one.id not in written]
         fleet.reconfigure((*changed.specs, *found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import ipaddress
 import os
 import ssl
 import sys
@@ -67,6 +68,7 @@ class HttpClient:
         parts = urlsplit(url)
         self._socket = url.removeprefix(_UNIX) if url.startswith(_UNIX) else None
         self._name = parts.hostname or ""
+        self._is_address = _is_address(self._name)
         self._port = parts.port or _DEFAULT_PORTS.get(parts.scheme, 80)
         self._tls = tls if parts.scheme == "https" else None
         self._prefix = "" if self._socket else parts.path.rstrip("/")
@@ -107,7 +109,8 @@ class HttpClient:
         more = b"".join(b"%b: %b\r\n" % header for header in headers)
         request = b"%b%b\r\n%b" % (head.encode("ascii"), more, body or b"")
         bound = self._most_bytes if most_bytes is None else most_bytes
-        self.is_unacknowledged = True  # until a connection says otherwise: making one may take too long
+        # Until a connection says otherwise: making one may take too long. A name may be what takes long.
+        self.is_unacknowledged = self._is_address
         while self._kept:
             connection = self._kept.pop()
             if connection.usable:
@@ -245,6 +248,14 @@ class _Connection(asyncio.Protocol):
         if answer is not None and not answer.done():
             answer.set_exception(kind(why))
         self.close()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def plainly(error: BaseException) -> str:

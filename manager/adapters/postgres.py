@@ -130,7 +130,7 @@ def circumstance(error: BaseException | None) -> str | None:
         if (words := _CIRCUMSTANCES.get(state[:length])) is not None:
             return words
     if not state and isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
-        return "it is away"
+        return "there is no connection"
     return None
 
 
@@ -238,9 +238,12 @@ class PostgresThread:
             self._thread.shutdown(wait=False)
         return self._last
 
-    async def close(self) -> None:
-        """End after the calls that are under way; closing twice is no error."""
-        await asyncio.wrap_future(self.abandon())
+    async def close(self, close: Callable[[], None] | None = None) -> None:
+        """End after the calls that are under way, which end in time; closing twice is no error."""
+        ending = asyncio.wrap_future(self.abandon(close))
+        while not (await asyncio.wait((ending,), timeout=_WATCH_S))[0]:
+            self._end_overdue()
+        ending.result()
 
     def _end_overdue(self) -> None:
         """End the connection of a call that takes too long: its thread would wait without a limit."""

@@ -18,9 +18,6 @@ _NO_ADDRESSES = ("", "0.0.0.0", "::", "127.0.0.1", "::1")  # noqa: S104
 _WANTED = ("running", "ready", "accepted", "assigned", "pending", "new")
 # The engine's words for an exit code, which is told beside them.
 _EXIT = "task: non-zero exit"
-# What Swarm itself has ended; a server that ends leaves `complete` or `failed`.
-_SHUT_DOWN = ("shutdown", "remove")
-_BY_SWARM = "Swarm has ended it, as it does when a node is drained or comes back, or a service is changed"
 _NOT_PULLED = "its node has no such image, and could not pull it; run `docker pull` there"
 
 
@@ -51,8 +48,6 @@ def task(entry: dict[str, Any]) -> Task:
         reason = refused.reason
         # `ollama-manager pull` pulls nothing on another node.
         error = f"{error}: {_NOT_PULLED}" if reason is Reason.IMAGE_MISSING else refused.message
-    elif status.get("State") in _SHUT_DOWN:
-        error, reason = _BY_SWARM, Reason.CONTAINER_EXITED
     return Task(
         id=entry["ID"],
         service=entry["ServiceID"],
@@ -85,6 +80,7 @@ def node(entry: dict[str, Any], resource: str) -> Node:
         is_manager=bool(manager),
         cards=tuple(str(one["Value"]) for one in named if one.get("Kind") == resource and one.get("Value")),
         labels=dict(spec.get("Labels") or {}),
+        engine=str((description.get("Engine") or {}).get("EngineVersion") or ""),
     )
 
 

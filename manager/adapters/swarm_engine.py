@@ -41,7 +41,7 @@ _OUT_OF_SEQUENCE = "update out of sequence"
 _MOST_UPDATES = 5
 _FIRST_POLL_S = 0.02
 _SLOWEST_POLL_S = 0.25
-# A task without a node for so long finds none: the card or the port of one that ends may still be taken.
+# A task without a node for so long finds none: the port of one that ends may still be taken.
 _PENDING_S = 5.0
 # Beyond the time that a container has to end, before its service counts as stuck.
 _END_SLACK_S = 10.0
@@ -59,7 +59,7 @@ class SwarmEngine:
         url: of the engine of a manager node; as `DockerEngine`.
         timeout_s: the deadline of every call that names none of its own.
         resource: the kind of generic resource that nodes advertise their cards as.
-        stop_timeout_s: how long a container has to end after the first signal.
+        stop_timeout_s: how long a container has to end after the first signal; may be replaced at any time.
         poll_s: how often `events` looks.
     """
 
@@ -69,7 +69,7 @@ class SwarmEngine:
         self.url = url
         self._timeout_s = timeout_s
         self._resource = resource
-        self._stop_timeout_s = stop_timeout_s
+        self.stop_timeout_s = stop_timeout_s
         self._poll_s = poll_s
         self._calls = EngineCalls(url, timeout_s)
         self._networks = asyncio.Lock()
@@ -130,9 +130,8 @@ class SwarmEngine:
         spec = service_spec(
             request,
             replicas=0,
-            resource=self._resource,
             node_id=await self._node_with(request),
-            stop_timeout_s=self._stop_timeout_s,
+            stop_timeout_s=self.stop_timeout_s,
         )
         answer = await self._calls.ask("POST", "/services/create", body=orjson.dumps(spec))
         if answer.status == _CONFLICT:
@@ -168,7 +167,7 @@ class SwarmEngine:
         """Scale to zero and wait until no container is left. The service stays, for the next start."""
         await self._scale(container_id, 0)
         loop = asyncio.get_running_loop()
-        deadline, pause_s = loop.time() + self._stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
+        deadline, pause_s = loop.time() + self.stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
         while await self._holds(container_id):
             if loop.time() >= deadline:
                 raise EngineError(
@@ -348,7 +347,8 @@ class SwarmEngine:
         same = all(service.labels.get(one) == request.labels.get(one) for one in _IDENTITY)
         if not same or service.replicas:
             raise EngineError(
-                f"the name {request.name!r} is already in use by a service of this swarm",
+                f"the name {request.name!r} is already in use by a service of this swarm; "
+                f"`docker service inspect {request.name}` shows it",
                 reason=Reason.NAME_CONFLICT,
             )
         await self._update(service.id, lambda before: _instead_of(before, spec), None)
@@ -375,10 +375,9 @@ class SwarmEngine:
 
     async def _unplaced(self, task: Task | None) -> EngineError:
         said = task.error if task is not None and task.error else "it does not say why"
-        lacks_card = "insufficient resources" in said
         return EngineError(
             f"Docker Swarm has found no node within {_PENDING_S:g} s: {said}",
-            reason=Reason.GPU_MISSING if lacks_card else Reason.INSTANCE_UNAVAILABLE,
+            reason=Reason.INSTANCE_UNAVAILABLE,
         )
 
     async def _task_with_log(self, service: str) -> Task:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from docker.types import LogConfig
 
 from manager.adapters.docker_request import LOG_OPTIONS
-from manager.domain.container import cards_of_device
 
 if TYPE_CHECKING:
     from manager.domain.container import ContainerRequest
@@ -23,17 +22,17 @@ _NANOSECONDS = 1_000_000_000
 
 
 def service_spec(
-    request: ContainerRequest, *, replicas: int, resource: str, node_id: str | None, stop_timeout_s: float
+    request: ContainerRequest, *, replicas: int, node_id: str | None, stop_timeout_s: float
 ) -> dict[str, Any]:
     """Return the specification of the service that runs exactly this container.
 
     Swarm starts nothing again by itself (`RestartPolicy`): the manager does, with a back-off, as on one host.
-    Why: docs/decisions/0031-swarm.md.
+    Cards are named and not reserved: Swarm ends tasks with reserved generic resources at each change of their
+    node. Why: docs/decisions/0031-swarm.md.
 
     Args:
         request: what the container is.
         replicas: 0 or 1.
-        resource: the kind of generic resource that nodes advertise their cards as.
         node_id: the node that has the cards, None where Swarm chooses within the placement.
         stop_timeout_s: how long the container has to end after the first signal.
     """
@@ -58,10 +57,6 @@ def service_spec(
         "StopGracePeriod": int(max(1.0, stop_timeout_s) * _NANOSECONDS),
     }
     limits = {"MemoryBytes": request.memory_bytes, "Pids": request.pids}
-    resources: dict[str, Any] = {"Limits": {name: size for name, size in limits.items() if size is not None}}
-    if cards := cards_of_device(request.gpu or ""):
-        reserved = {"DiscreteResourceSpec": {"Kind": resource, "Value": len(cards)}}
-        resources["Reservations"] = {"GenericResources": [reserved]}
     constraints = [*request.placement, *([] if node_id is None else [f"node.id=={node_id}"])]
     endpoint: dict[str, Any] = {"Mode": "dnsrr"}
     if request.host_port is not None:
@@ -78,7 +73,7 @@ def service_spec(
         "Labels": request.labels,
         "TaskTemplate": {
             "ContainerSpec": container,
-            "Resources": resources,
+            "Resources": {"Limits": {name: size for name, size in limits.items() if size is not None}},
             "RestartPolicy": {"Condition": "none"},
             "Placement": {"Constraints": constraints},
             "Networks": [{"Target": request.network}] if request.host_port is None else [],

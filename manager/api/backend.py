@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from manager.services.instances.first_look import FirstLook
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.lifts import Lifts
+    from manager.services.instances.nodes import Nodes
     from manager.services.instances.service import Service
     from manager.services.instances.sweeps import Sweeps
     from manager.services.instances.upgrades import Upgrades
@@ -123,7 +124,7 @@ class Passing:
 class Backend:
     """Handed to every router by `app.py`.
 
-    `may_pull` says whether the operator allows an image.
+    `may_pull` says whether the operator allows an image. `nodes` are those of the swarm, None without one.
     """
 
     fleet: Fleet
@@ -158,3 +159,4 @@ class Backend:
     llm: Llm
     benchmarks: Benchmarks
     rollout: RolloutControl
+    nodes: Nodes | None = None

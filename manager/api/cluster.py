@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from manager.api.backend import Backend
+    from manager.domain.gpu import Gpu
     from manager.domain.routing import Candidate
+    from manager.domain.swarm import Node
     from manager.services.overview import InstanceState, Overview
 
 CLUSTER = "/v1/cluster"
@@ -59,13 +61,17 @@ class HostGpuBody(_Shape):
 
 
 class HostBody(_Shape):
-    """The machine of the daemon, or the host in the URLs of external instances.
+    """The machine of the daemon, a node of the swarm, or the host in the URLs of external instances.
 
-    Of an `external` host only the instances are known: `engine` and `cpu` are null, and `gpus` is empty.
+    The machine is a node too where the engine on it is that of a manager node. `state` and `address` are
+    those that Swarm tells of a node, null of what is none; one that is `drained` gets no services. Of a
+    `node`, `engine` and `cpu` are null. Of an `external` host only the instances are known.
     """
 
     name: str
-    kind: Literal["machine", "external"]
+    kind: Literal["machine", "node", "external"]
+    state: Literal["ready", "down", "drained"] | None
+    address: str | None
     engine: HostEngineBody | None
     cpu: HostCpuBody | None
     gpus: list[HostGpuBody]
@@ -80,13 +86,13 @@ class HostsBody(_Shape):
 class ServiceBody(_Shape):
     """One instance as a service. Null is what is not known.
 
-    `url` is configured, `endpoint` in use now. `models` are those that it has, `loaded_models` those in its
-    memory, and `vram_used_bytes` is what these hold of cards. `queue_depth` counts the requests that wait and
-    may use it.
+    `host` is null where Docker Swarm has not chosen a node yet. `url` is configured, `endpoint` in use now.
+    `models` are those that it has, `loaded_models` those in its memory, and `vram_used_bytes` is what these
+    hold of cards. `queue_depth` counts the requests that wait and may use it.
     """
 
     instance: str
-    host: str
+    host: str | None
     url: str | None
     endpoint: str | None
     driver: Driver
@@ -160,7 +166,7 @@ def cluster_router(backend: Backend) -> APIRouter:
 
     @router.get("/hosts", response_model=HostsBody, responses=refusals())
     async def list_hosts(_query: Annotated[NoQuery, Query()]) -> Response:
-        """The machine with its engine and cards, and the hosts of external instances."""
+        """The machine with its engine and cards, the nodes of the swarm, and other hosts."""
         hosts = list(_hosts(backend, backend.overviews.current()))
         return JSONResponse({"hosts": hosts, "count": len(hosts)})
 
@@ -185,41 +191,92 @@ def cluster_router(backend: Backend) -> APIRouter:
 
 
 def _hosts(backend: Backend, overview: Overview) -> Iterator[dict[str, Any]]:
-    """Yield the values of each `HostBody`, the machine first."""
+    """Yield the values of each `HostBody`: the machine, the nodes, and the others."""
     machine = platform.node()
-    instances: dict[str, list[str]] = {machine: []}
+    services: dict[str | None, list[str]] = {}
+    others: dict[str, list[str]] = {machine: []}
     for state in overview.instances:
-        instances.setdefault(_host(state, machine), []).append(state.view.spec.id)
-    link = backend.link
+        spec = state.view.spec
+        if spec.driver is Driver.SWARM:
+            services.setdefault(state.node, []).append(spec.id)
+        else:
+            others.setdefault(_url_host(spec.url, machine), []).append(spec.id)
+    nodes = () if backend.nodes is None else backend.nodes.current
+    # The engine of another machine is not the one that the daemon runs on.
+    own = None if backend.nodes is None or not backend.engine.url.startswith("unix:") else backend.nodes.own
+    here = next((node for node in nodes if node.id == own), None)
+    local = [card.gpu for card in overview.cards if card.gpu.host is None]
+    seen = {gpu.uuid for gpu in local}
+    more = [] if here is None else [gpu for gpu in _cards_of(here, overview) if gpu.uuid not in seen]
     yield {
         "name": machine,
         "kind": "machine",
+        "state": None if here is None else _node_state(here),
+        "address": None if here is None else here.address or None,
         "engine": {
             "url": backend.engine.url,
-            "up": overview.engine_up,
-            "trouble": None if overview.engine_up else link.trouble or None,
+            "up": backend.link.up,
+            "trouble": None if backend.link.up else backend.link.trouble or None,
         },
         "cpu": {"count": os.cpu_count()},
-        "gpus": [
-            {
-                "uuid": card.gpu.uuid,
-                "index": card.gpu.index,
-                "name": card.gpu.name,
-                "vram_total_bytes": card.gpu.vram_total_bytes,
-                "vram_used_bytes": card.gpu.vram_used_bytes,
-                "vram_free_bytes": card.gpu.vram_free_bytes,
-            }
-            for card in overview.cards
-        ],
-        "instances": instances.pop(machine),
+        "gpus": [_gpu_values(gpu) for gpu in (*local, *more)],
+        "instances": others.pop(machine) + ([] if here is None else services.get(here.name, [])),
     }
-    for host, ids in instances.items():
-        yield {"name": host, "kind": "external", "engine": None, "cpu": None, "gpus": [], "instances": ids}
+    for node in nodes:
+        if node is not here:
+            yield {
+                "name": node.name,
+                "kind": "node",
+                "state": _node_state(node),
+                "address": node.address or None,
+                "engine": None,
+                "cpu": None,
+                "gpus": [_gpu_values(gpu) for gpu in _cards_of(node, overview)],
+                "instances": services.get(node.name, []),
+            }
+    for host, ids in others.items():
+        yield {
+            "name": host,
+            "kind": "external",
+            "state": None,
+            "address": None,
+            "engine": None,
+            "cpu": None,
+            "gpus": [],
+            "instances": ids,
+        }
 
 
-def _host(state: InstanceState, machine: str) -> str:
-    """Return the host of an instance: that of its URL, or the machine where it runs here."""
-    url = state.view.spec.url
+def _cards_of(node: Node, overview: Overview) -> list[Gpu]:
+    gpus = (card.gpu for card in overview.cards)
+    return [gpu for gpu in gpus if gpu.host is not None and gpu.uuid in node.cards]
+
+
+def _gpu_values(gpu: Gpu) -> dict[str, Any]:
+    """Return the values of a `HostGpuBody`."""
+    return {
+        "uuid": gpu.uuid,
+        "index": gpu.index,
+        "name": gpu.name,
+        "vram_total_bytes": gpu.vram_total_bytes,
+        "vram_used_bytes": gpu.vram_used_bytes,
+        "vram_free_bytes": gpu.vram_free_bytes,
+    }
+
+
+def _node_state(node: Node) -> str:
+    if not node.is_up:
+        return "down"
+    return "ready" if node.is_active else "drained"
+
+
+def _host(state: InstanceState, machine: str) -> str | None:
+    """Return the host of an instance: its node, that of its URL, or the machine where it runs here."""
+    spec = state.view.spec
+    return state.node if spec.driver is Driver.SWARM else _url_host(spec.url, machine)
+
+
+def _url_host(url: str | None, machine: str) -> str:
     host = "" if url is None else urlsplit(url).hostname or ""
     return machine if not host or is_loopback(host) else host
 

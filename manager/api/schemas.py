@@ -170,7 +170,8 @@ class InstanceBody(_Body):
     """One instance. `ttl_remaining_s` is null while its clock does not run.
 
     `image` is that of its next container; `loading` are the models that are being loaded; `start` is null
-    while no start goes on, and `rules` where there are none.
+    while no start goes on, and `rules` where there are none. `node` is the host name of the node of its
+    service, null where it is no service of Docker Swarm, or has no node yet.
     """
 
     id: str
@@ -179,6 +180,7 @@ class InstanceBody(_Body):
     template: str | None
     image: str | None
     device: Device
+    node: str | None
     endpoint: str | None
     target: Target
     phase: Phase
@@ -403,6 +405,7 @@ def instance_json(state: InstanceState) -> dict[str, object]:
         "template": view.spec.template_name,
         "image": view.spec.template.image if view.spec.template else None,
         "device": _device(state),
+        "node": state.node,
         "endpoint": view.endpoint,
         "target": view.target,
         "phase": view.phase,

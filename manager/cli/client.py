@@ -13,6 +13,7 @@ import requests
 from manager import __version__
 from manager.cli.failures import FAILED, MISUSED, REFUSED, UNREACHABLE, CommandError, printable
 from manager.cli.trust import trust, untrusted
+from manager.domain.instance import MANAGED_DRIVERS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -174,7 +175,10 @@ class ImageOverride:
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """An instance as a person is shown it; the API's answer has more."""
+    """An instance as a person is shown it; the API's answer has more.
+
+    `node` is the host name of the node of a service of Docker Swarm, None where there is none.
+    """
 
     id: str
     driver: str
@@ -193,6 +197,12 @@ class Instance:
     image_override: ImageOverride | None = None
     lifted: Lifted | None = None
     breaker: Breaker | None = None  # an older daemon has none
+    node: str | None = None
+
+    @property
+    def has_container(self) -> bool:
+        """Return whether the daemon starts and stops its server."""
+        return self.driver in MANAGED_DRIVERS
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,6 +606,7 @@ def _instance(body: dict[str, Any]) -> Instance:
         image_override=(new := body.get("image_override")) and ImageOverride(new["image"], new["previous"]),
         lifted=(lift := body.get("lifted")) and Lifted(lift["until"], lift["reason"]),
         breaker=_breaker(body.get("breaker")),
+        node=body.get("node"),
     )
 
 

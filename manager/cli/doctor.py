@@ -17,6 +17,7 @@ from manager.cli.doctor_collections import collections_finding
 from manager.cli.doctor_database import database_finding
 from manager.cli.doctor_engine import Needs, card_finding, engine_findings, read_cards
 from manager.cli.doctor_raw import raw_server
+from manager.cli.doctor_swarm import swarm_findings
 from manager.cli.doctor_tls import tls_findings
 from manager.cli.failures import DONE, FAILED
 from manager.cli.findings import Finding, Verdict, broken, fine, skipped, warning
@@ -83,6 +84,7 @@ def examine(config: Path | None) -> Iterator[Finding]:
     needs, finding = _templates(loaded, cards)
     yield finding
     yield from engine_findings(settings, needs, cards)
+    yield from swarm_findings(settings, needs.services)
     if settings.rollout.raw_url is not None:
         yield raw_server(settings.rollout.raw_url, settings.gateway.connect_timeout_s)
     yield card_finding(cards, refused, needs)
@@ -118,13 +120,14 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
             "correct the template, or allow it under `allow`; `ollama-manager templates check` looks again"
         )
         needs = Needs(
-            instances=tuple(id_ for id_, one in settings.instances.items() if one.driver is Driver.DOCKER)
+            instances=tuple(id_ for id_, one in settings.instances.items() if one.driver is Driver.DOCKER),
+            uses_swarm=settings.uses_swarm,
         )
         return needs, broken("templates", error.message, remedy)
-    used = [spec.template for spec in specs if spec.template is not None]
-    gpu_ids = tuple(
-        spec.id for spec in specs if spec.driver is Driver.DOCKER and spec.device_kind is DeviceKind.GPU
-    )
+    # The nodes of a swarm have images and networks of their own.
+    local = [spec for spec in specs if spec.driver is Driver.DOCKER]
+    used = [spec.template for spec in local if spec.template is not None]
+    gpu_ids = tuple(spec.id for spec in local if spec.device_kind is DeviceKind.GPU)
     found_cards = settings.gpus == "auto" and bool(cards)
     if found_cards and GPU_TEMPLATE in templates:
         used.append(templates[GPU_TEMPLATE])
@@ -135,8 +138,10 @@ def _templates(loaded: LoadedSettings, cards: tuple[Gpu, ...]) -> tuple[Needs, F
         ),
         images=tuple(dict.fromkeys(template.image for template in used)),
         networks=tuple(dict.fromkeys(template.network for template in used)),
-        instances=tuple(spec.id for spec in specs if spec.driver is Driver.DOCKER),
+        instances=tuple(spec.id for spec in local),
         finds_cards=settings.gpus == "auto",
+        uses_swarm=settings.uses_swarm,
+        services=tuple(spec for spec in specs if spec.driver is Driver.SWARM),
     )
     if found_cards and (
         GPU_TEMPLATE not in templates or templates[GPU_TEMPLATE].device is not DeviceKind.GPU

@@ -18,7 +18,7 @@ def database_finding(url: str) -> Finding:
         try:
             revision = await database.revision()
         finally:
-            await asyncio.wrap_future(database.abandon())
+            await database.close()
         if revision is None:
             return fine("database", f"{database.name} is empty; the first start makes the schema")
         return fine("database", f"{database.name} can be used (schema {revision})")

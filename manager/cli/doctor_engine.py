@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
     from manager.adapters.docker_engine import DockerEngine
+    from manager.domain.instance import InstanceSpec
     from manager.domain.ownership import Owner
     from manager.services.ports import EngineInfo
     from manager.settings import Settings
@@ -46,6 +47,7 @@ class Needs:
     """The demands of the configured instances on the engine and the cards.
 
     `instances` are those with containers. `finds_cards`: cards that are found have instances of their own.
+    `uses_swarm`: there are services of Docker Swarm, or may be; `services` are those that are configured.
     """
 
     gpu_instances: tuple[str, ...] = ()
@@ -54,10 +56,12 @@ class Needs:
     networks: tuple[str, ...] = ()
     instances: tuple[str, ...] = ()
     finds_cards: bool = False
+    uses_swarm: bool = False
+    services: tuple[InstanceSpec, ...] = ()
 
     def engine_for(self, cards: tuple[Gpu, ...]) -> bool:
-        """Return whether an instance has a container, also one that one of these cards gets."""
-        return bool(self.instances or (self.finds_cards and cards))
+        """Return whether an instance needs the engine, also one that one of these cards gets."""
+        return bool(self.instances or self.uses_swarm or (self.finds_cards and cards))
 
 
 def read_cards() -> tuple[tuple[Gpu, ...], GpuQueryError | None]:

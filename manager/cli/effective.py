@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from manager.domain.instance import MANAGED_DRIVERS
 from manager.errors import ConfigurationError
 from manager.settings.addresses import without_credentials
 from manager.settings.model import NOT_CLOUD, NOT_EXTERNAL
@@ -108,7 +109,7 @@ def _of_instances(loaded: LoadedSettings, instances: list[dict[str, Any]]) -> di
     found: dict[KeyPath, Any] = {}
     for one in instances:
         written = settings.instances.get(one["id"])
-        if written is None or one["driver"] != "docker":
+        if written is None or one["driver"] not in MANAGED_DRIVERS:
             continue
         ttl_s = settings.lifecycle.ttl_s if written.ttl_s is None else written.ttl_s
         for key, value in (("ttl_s", ttl_s), ("pinned", written.pinned)):

@@ -33,7 +33,7 @@ def drain_instance(
     if instance.drained is None:  # somebody has put it back meanwhile, or its time has passed
         click.echo(f"{instance_id} was drained, and is in service again")
         return
-    server = "container" if instance.driver == "docker" else "server"
+    server = "container" if instance.has_container else "server"
     runs = f"its {server} runs on" if instance.phase == "ready" else f"it is {instance.phase}"
     click.echo(f"{instance_id} is out of service ({drained_text(instance.drained)}); {runs}")
 

@@ -207,16 +207,16 @@ def _device(instance: Instance, *, names: bool = True) -> str:
     if device.kind is None:
         return _NONE if instance.driver == "cloud" else "undeclared"
     if device.kind != "gpu":
-        return device.kind
+        return f"{device.kind}{_on_node(instance)}"
     several = len(device.cards) > 1
     if several:
         indexes = ("?" if card.index is None else str(card.index) for card in device.cards)
-        known = [f"gpu {'+'.join(indexes)}{_place(device.cards)}", *([_names(device.cards)] if names else [])]
+        known = [f"gpu {'+'.join(indexes)}{_place(instance)}", *([_names(device.cards)] if names else [])]
     else:
         name = [device.name] if device.name and names else []
-        known = [] if device.index is None else [f"gpu {device.index}{_place(device.cards)}", *name]
+        known = [] if device.index is None else [f"gpu {device.index}{_place(instance)}", *name]
     if device.uuid and not known:
-        known = [f"gpu {device.uuid[:_SHORT_UUID]}… not seen"]
+        known = [f"gpu {device.uuid[:_SHORT_UUID]}…{_on_node(instance)} not seen"]
     if device.vram_total_bytes is not None and device.vram_used_bytes is not None:
         used, total = device.vram_used_bytes / 2**30, device.vram_total_bytes / 2**30
         known.append(f"{used:.1f}/{total:.1f} GiB")
@@ -225,10 +225,14 @@ def _device(instance: Instance, *, names: bool = True) -> str:
     return " ".join(known) or "gpu"
 
 
-def _place(cards: Sequence[Card]) -> str:
+def _place(instance: Instance) -> str:
     """Return ` on HOST` for cards of another machine."""
-    hosts = dict.fromkeys(card.host for card in cards if card.host)
-    return f" on {'+'.join(hosts)}" if hosts else ""
+    hosts = dict.fromkeys(card.host for card in instance.device.cards if card.host)
+    return f" on {'+'.join(hosts)}" if hosts else _on_node(instance)
+
+
+def _on_node(instance: Instance) -> str:
+    return f" on {instance.node}" if instance.node else ""
 
 
 def _names(cards: Sequence[Card]) -> str:
@@ -237,7 +241,7 @@ def _names(cards: Sequence[Card]) -> str:
 
 
 def _ttl_left(instance: Instance) -> str:
-    if instance.driver != "docker":
+    if not instance.has_container:
         return _NONE
     if instance.pinned:
         return "pinned"

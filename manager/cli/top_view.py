@@ -11,6 +11,7 @@ from rich.text import Text
 from manager.cli.printing import NONE, UNKNOWN, one_line
 from manager.cli.tables import duration, size, state_style
 from manager.domain.explanation import duration_words
+from manager.domain.instance import MANAGED_DRIVERS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -178,7 +179,7 @@ def _ttl(instance: Mapping[str, Any], age_s: float) -> str:
     left_s = instance["ttl_remaining_s"]
     if left_s is not None:
         return duration(left_s - age_s)
-    if instance["driver"] != "docker" or instance["phase"] == "stopped":
+    if instance["driver"] not in MANAGED_DRIVERS or instance["phase"] == "stopped":
         return NONE
     if instance["pinned"]:
         return "pinned"

@@ -159,7 +159,13 @@ class Inspected:
 
 @dataclass(frozen=True, slots=True)
 class LetGo:
-    """The server is idle here and runs on for other gateways; one of them stops it."""
+    """The server is idle here: no lease is given. It runs on as long as other gateways use it.
+
+    Args:
+        takes_back: it is used here after all, or nobody can tell.
+    """
+
+    takes_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,6 +430,10 @@ _FROM_OUTSIDE = {
     137: "by SIGKILL (exit code 137), as `docker kill`, `docker rm -f` and the system do",
     143: "by SIGTERM (exit code 143), as `docker stop` does",
 }
+_FROM_OUTSIDE_OF_SERVICE = {
+    137: "by SIGKILL (exit code 137), as `docker kill` on its node and the system do",
+    143: "by SIGTERM (exit code 143), as `docker service update` and `docker node update` do",
+}
 
 
 def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
@@ -436,9 +446,12 @@ def explain_end(name: str, facts: ContainerFacts | None) -> Explanation:
     if facts.reason is not None:
         return Explanation(facts.reason, f"{name} does not run: {facts.error}")
     trouble = f" ({facts.error})" if facts.error else ""
+    if facts.exit_code is None and facts.error:
+        return Explanation(Reason.CONTAINER_EXITED, f"{name} does not run: {facts.error}")
     # 128 + the signal. Nothing inside the container sends these to its first process.
-    if facts.exit_code in _FROM_OUTSIDE:
-        how = f"{name} was ended from outside, {_FROM_OUTSIDE[facts.exit_code]}{trouble}"
+    from_outside = _FROM_OUTSIDE if facts.node is None else _FROM_OUTSIDE_OF_SERVICE
+    if facts.exit_code in from_outside:
+        how = f"{name} was ended from outside, {from_outside[facts.exit_code]}{trouble}"
         return Explanation(Reason.CONTAINER_EXITED, how)
     message = f"{name} ended by itself with exit code {facts.exit_code}{trouble}"
     return Explanation(Reason.CONTAINER_EXITED, message)
@@ -562,9 +575,10 @@ def _was_stopped_elsewhere(c: Condition, container: ContainerFacts | None) -> bo
 
 
 def _parked(c: Condition, now: float) -> Step:
-    """Somebody else has stopped it in order: another gateway, or an operator. That is no failure."""
-    if _restarts(c):
-        return _ended(_move(c, Fact.DIED), now)
+    """Somebody else has stopped it in order: another gateway, or an operator.
+
+    That is no failure, and an order also for a pinned instance.
+    """
     message = f"{c.name} was stopped from outside"
     c = replace(_run_ended(_move(c, Fact.PARKED), now), target=Target.STOPPED, bury_at=None)
     effects = (
@@ -746,8 +760,8 @@ def _stopped(
 
 def _changed(c: Condition, event: CardLost | CardReturned | LetGo | WantedAgain) -> Step:
     match event:
-        case LetGo():
-            return replace(c, is_let_go=True), ()
+        case LetGo(takes_back):
+            return replace(c, is_let_go=not takes_back), ()
         case WantedAgain():
             return _adopted(c)
         case CardLost(message):

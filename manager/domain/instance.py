@@ -33,6 +33,10 @@ class Driver(StrEnum):
         return self in (Driver.DOCKER, Driver.SWARM)
 
 
+# For programs that read the API.
+MANAGED_DRIVERS = frozenset(driver.value for driver in Driver if driver.has_container)
+
+
 class DeviceKind(StrEnum):
     CPU = "cpu"
     GPU = "gpu"

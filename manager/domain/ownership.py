@@ -69,18 +69,25 @@ def left_behind(
     return message, remedy
 
 
-def whose(facts: ContainerFacts, *, manager_id: str, is_of_manager: bool) -> str:
+def whose(facts: ContainerFacts, *, manager_id: str, is_of_manager: bool, is_service: bool = False) -> str:
     """Say whose container it is that has the name of one of ours.
 
     Args:
         facts: the container.
         manager_id: ours.
         is_of_manager: it has the labels of our manager id.
+        is_service: it is a service of Docker Swarm, which cannot be renamed.
     """
     if is_of_manager:
+        kind = "service" if is_service else "container"
         return (
-            f"the container {facts.name!r} belongs to another daemon with manager_id {manager_id!r} "
+            f"the {kind} {facts.name!r} belongs to another daemon with manager_id {manager_id!r} "
             f"(owner {owner_of(facts)}); give this daemon a manager_id of its own"
+        )
+    if is_service:
+        return (
+            f"a service named {facts.name!r} exists and is not managed by {manager_id!r}; give this daemon "
+            f"another manager_id, or remove the service: docker service rm {facts.name}"
         )
     return (
         f"a container named {facts.name!r} exists and is not managed by {manager_id!r}; rename or remove it"

@@ -44,6 +44,8 @@ _STAGES: Final = {
     "remove": TaskStage.ENDED,
     "orphaned": TaskStage.ENDED,
 }
+# The exit codes of a container that is told to end: not known yet, 0, and SIGTERM.
+_IN_ORDER: Final = (None, -1, 0, 143)
 _HELD: Final = (TaskStage.COMING, TaskStage.RUNNING)
 
 
@@ -87,6 +89,7 @@ class Node:
         is_manager: it is a manager node.
         cards: the UUIDs of the cards that it advertises.
         labels: the operator's.
+        engine: the version of its engine; empty where Swarm does not tell.
     """
 
     id: str
@@ -97,6 +100,7 @@ class Node:
     is_manager: bool
     cards: tuple[str, ...]
     labels: Mapping[str, str]
+    engine: str = ""
 
     @property
     def name(self) -> str:
@@ -117,8 +121,15 @@ class Service:
 
 
 def newest(tasks: Iterable[Task]) -> Task | None:
-    """Return the newest task of those that should run, else the newest of all."""
-    return max(tasks, key=lambda task: (task.wanted, task.created_at), default=None)
+    """Return the task that stands for a service: of those that should run, one that does; else the newest.
+
+    Somebody may have scaled the service to more than one replica, and the others find no place.
+    """
+    return max(
+        tasks,
+        key=lambda task: (task.wanted, task.stage is TaskStage.RUNNING, task.created_at),
+        default=None,
+    )
 
 
 # How far a task has come; one that has ended stands for nothing.
@@ -147,8 +158,8 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     """Return the facts of a service, as if it were one container.
 
     A task on a node that is down counts as ended: nobody reaches its server, and Swarm shuts it down when the
-    node is back. The start of a run is the creation of its task: a service that was moved or restarted is
-    another run.
+    node is back. So does one that Swarm is ending, unless that follows from having no replicas. The start of
+    a run is the creation of its task: a service that was moved or restarted is another run.
 
     Args:
         service: the service.
@@ -160,11 +171,10 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         task = newest(holding)
         status = "running" if task is not None else "parked"
     else:
-        # One that is being replaced counts until it has ended: its successor may wait for its port.
-        task = standing(one for one in holding if one.wanted) or newest(holding) or standing(tasks)
+        task = standing(one for one in holding if one.wanted) or standing(tasks)
         if task is None:
             status = "exited"
-        elif task in holding:
+        elif task in holding and task.wanted:
             status = "running"
         else:
             status = "created" if task.stage is TaskStage.WAITING else "exited"
@@ -180,6 +190,11 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     elif lost:
         error = f"its node {'' if node is None else node.name} is down".replace("  ", " ")
         reason = Reason.INSTANCE_UNAVAILABLE
+    elif status == "exited" and node is not None and not node.is_active and _ended_in_order(task):
+        error = f"its node {node.name} is drained, or paused"
+        reason = Reason.INSTANCE_UNAVAILABLE
+    elif status == "exited" and task in holding:
+        error, reason = error or "Swarm ends its task", Reason.INSTANCE_UNAVAILABLE
     return ContainerFacts(
         id=service.id,
         name=service.name,
@@ -193,6 +208,11 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         reason=reason,
         node=None if node is None else node.name,
     )
+
+
+def _ended_in_order(task: Task | None) -> bool:
+    """Return whether a task ended without a trouble of its own: Swarm, or somebody else, ended it."""
+    return task is not None and task.reason is None and task.exit_code in _IN_ORDER
 
 
 def _is_lost(task: Task, nodes: Mapping[str, Node]) -> bool:
@@ -235,10 +255,33 @@ def node_of(placement: Iterable[str]) -> str | None:
     return None
 
 
+def volume_on_node(name: str, placement: Iterable[str], instance_id: str) -> str:
+    """Return the key of a volume of a service: each node has a volume of that name of its own.
+
+    A service of no certain node shares its volume with no other, as far as anybody can tell.
+    """
+    return f"{name}@{node_of(placement) or instance_id}"
+
+
 def nodes_with(nodes: Iterable[Node], uuids: Iterable[str]) -> tuple[Node, ...]:
     """Return the nodes that advertise all of these cards."""
     wanted = set(uuids)
     return tuple(node for node in nodes if wanted <= set(node.cards))
+
+
+def home_of(placement: Iterable[str], cards: Iterable[str], nodes: Iterable[Node]) -> str | None:
+    """Return the name of the one node that a service can run on; None where Swarm chooses among several.
+
+    Args:
+        placement: its constraints.
+        cards: the UUIDs of its cards.
+        nodes: those of the swarm.
+    """
+    known, wanted, uuids = tuple(nodes), node_of(placement), tuple(cards)
+    if wanted is not None:
+        return next((node.name for node in known if wanted in (node.id, node.hostname)), wanted)
+    found = nodes_with(known, uuids) if uuids else ()
+    return found[0].name if found else None
 
 
 # A character that no id of an instance may have.
@@ -247,18 +290,62 @@ _NOT_IN_AN_ID = re.compile(r"[^a-z0-9]+")
 _LONGEST_STEM = 18
 
 
-def instance_stem(node: Node, taken: Iterable[str] = ()) -> str:
+def instance_stem(node: Node, *, is_only: bool) -> str:
     """Return the beginning of the ids of a node's instances: its host name, as far as an id may have it.
 
     Args:
         node: the node.
-        taken: the beginnings that other nodes have; a second `gpu-box` gets a part of the node's id.
+        is_only: no other node of that host name is up; otherwise a part of the node's id follows.
     """
     stem = _NOT_IN_AN_ID.sub("-", node.hostname.partition(".")[0].lower()).strip("-")
     if not stem or not stem[0].isalpha():
         stem = f"node-{stem}"
     stem = stem[:_LONGEST_STEM].strip("-")
-    return f"{stem}-{node.id[:6].lower()}" if stem in set(taken) else stem
+    return stem if is_only else f"{stem}-{node.id[:6].lower()}"
+
+
+def one_node(node: Node, *, is_only: bool) -> str:
+    """Return the constraint that only this node meets.
+
+    A host that leaves the swarm and joins again is another node of the same name: by its name it has the same
+    instances again.
+    """
+    return f"node.hostname=={node.hostname}" if is_only and node.hostname else f"node.id=={node.id}"
+
+
+def live_nodes(nodes: Iterable[Node]) -> list[tuple[Node, bool]]:
+    """Return the nodes that give instances, and whether each is the only one of its host name.
+
+    A node that is down gives way to one of its name that is up: the host has joined again.
+    """
+    by_name: dict[str, list[Node]] = {}
+    for node in sorted(nodes, key=lambda one: one.id):
+        by_name.setdefault(node.name, []).append(node)
+    found: list[tuple[Node, bool]] = []
+    for same in by_name.values():
+        live = [node for node in same if node.is_up] or same[-1:]
+        found += ((node, len(live) == 1) for node in live)
+    return found
+
+
+def why_no_node(nodes: Iterable[Node], placement: Iterable[str]) -> str | None:
+    """Return why no node can take a service that is bound to one node; None where one can, or may.
+
+    Args:
+        nodes: all nodes of the swarm.
+        placement: the constraints of the service.
+    """
+    wanted = node_of(placement)
+    if wanted is None:
+        return None
+    same = [node for node in nodes if wanted in (node.id, node.hostname)]
+    if any(node.is_up and node.is_active for node in same):
+        return None
+    if not same:
+        return f"the swarm has no node {wanted}"
+    if any(node.is_up for node in same):
+        return f"node {same[0].name} is drained or paused: it takes no tasks"
+    return f"node {same[0].name} is down"
 
 
 def service_reach(wanted: str, *, is_on_network: bool) -> Reach:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import structlog
@@ -11,7 +10,7 @@ import structlog
 from manager.domain.drained import drained_from
 from manager.domain.lifted import lifted_from
 from manager.domain.registry import OrderKind
-from manager.errors import ManagerError
+from manager.errors import ManagerError, RegistryCorruptError, RegistryUnwritableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -39,7 +38,7 @@ class Following:
     Args:
         shared: tells what has changed.
         journal: takes an event when the database is away, and when it is back.
-        reloads: what to do after a change, by its kind. One that fails is done again.
+        reloads: what to do after a change, by its kind. One that fails because of the database is done again.
         quotas: take and give the use of keys.
     """
 
@@ -73,9 +72,9 @@ class Following:
             for topic, reload in self._reloads.items():
                 number = numbers.get(topic, 0)
                 if self._known.get(topic) != number:
-                    await reload()
+                    await self._reload(topic, reload)
                     self._known[topic] = number
-        except ManagerError as error:
+        except (RegistryUnwritableError, RegistryCorruptError) as error:
             if self.trouble is None:
                 detail = f"changes of other gateways are not in force here: {error.message}"
                 self._journal.record("database_away", detail=detail)
@@ -86,6 +85,14 @@ class Following:
             if self.trouble is not None:
                 self._journal.record("database_back", detail="changes of other gateways are in force again")
             self.trouble = None
+
+    async def _reload(self, topic: str, reload: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await reload()
+        except (RegistryUnwritableError, RegistryCorruptError):
+            raise
+        except ManagerError as error:  # it does not fit what there is here, and would not fit the next time
+            _log.warning("change_not_followed", topic=topic, error=error.message)
 
     async def _exchange(self) -> Mapping[str, int]:
         own: Mapping[str, KeyUse] = self._quotas.own_uses()
@@ -161,8 +168,7 @@ class FollowedOrders:
                 continue
             if order is None:
                 if known is not None:
-                    with suppress(ManagerError):
-                        await self._lifts.end(instance_id)
+                    await self._lifts.end(instance_id)
             elif not order.has_passed(self._utcnow()) and (
                 known is None or (order.until, order.reason) != (known.until, known.reason)
             ):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from manager.domain.gpu import Gpu, Holder
+    from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.domain.lifted import Lifted
     from manager.domain.orphans import Orphan
     from manager.domain.roles import RequestKind
@@ -39,7 +40,8 @@ class InstanceState:
     `is_usable` is whether leases can be had without a start. `gpus` are the last readings of the cards of the
     view, in their order; None for a card that was never read. The starts are those since the daemon began.
     `lifted` is the order that its deny rules do not hold, None while they do. `loading` are the models that
-    are being loaded on it, by their keys.
+    are being loaded on it, by their keys. `node` is the host name of the node of its service, None where it
+    is no service of Docker Swarm, or has no node yet.
     """
 
     view: View
@@ -50,6 +52,7 @@ class InstanceState:
     breaker: BreakerView
     lifted: Lifted | None = None
     loading: tuple[str, ...] = ()
+    node: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,10 @@ class Overview:
     engine_up: bool
 
 
+def nowhere(_spec: InstanceSpec, _container: ContainerFacts | None) -> None:
+    """Name no node: there is no swarm."""
+
+
 def _never(_instance_id: str) -> None:
     """Lift no rules."""
 
@@ -157,6 +164,7 @@ class Overviews:
         lifted: the order that lifts the deny rules of an instance, None where they hold.
         breakers: of the instances.
         loading: the models that are being loaded, by their instance.
+        node: the host name of the node of an instance, None where it has none.
     """
 
     def __init__(
@@ -171,6 +179,7 @@ class Overviews:
         lifted: Callable[[str], Lifted | None] = _never,
         breakers: Breakers,
         loading: Callable[[], Mapping[str, tuple[str, ...]]] = dict,
+        node: Callable[[InstanceSpec, ContainerFacts | None], str | None] = nowhere,
     ) -> None:
         self._lifted = lifted
         self._fleet = fleet
@@ -180,6 +189,7 @@ class Overviews:
         self._settings = settings
         self._breakers = breakers
         self._loading = loading
+        self._node = node
         self._readings = tuple(_Reading(one) for one in gpus)
         self._cards: tuple[Card, ...] = ()
         self._lanes: _Part[tuple[Lane, ...]] = _Part()
@@ -193,7 +203,8 @@ class Overviews:
         instances = tuple([self._state(one, loading) for one in self._fleet.instances()])
         trouble = next((one.gpus.trouble for one in self._readings if one.gpus.trouble is not None), None)
         orphans = tuple(orphan for link in self._links for orphan in link.orphans)
-        is_up = all(link.up for link in self._links)
+        needed = [link for link in self._links if link.is_needed] or self._links[:1]
+        is_up = all(link.up for link in needed)
         cards = self._read_cards()
         lanes = self._lanes.of(self._settings.version, self._read_lanes)
         models = self.models()
@@ -259,6 +270,7 @@ class Overviews:
             lifted=self._lifted(instance.id),
             breaker=breaker,
             loading=loading.get(instance.id, ()),
+            node=self._node(view.spec, view.container),
         )
 
     def _read_cards(self) -> tuple[Card, ...]:
@@ -333,6 +345,7 @@ def _without_clocks(state: InstanceState) -> tuple[object, ...]:
         state.lifted,
         state.breaker,
         state.loading,
+        state.node,
     )
 
 

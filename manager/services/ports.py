@@ -671,7 +671,11 @@ class Shares(Protocol):
         ...
 
     async def alone(self, instance_id: str) -> bool:
-        """Give the own share up; return whether no other gateway has one. None can take one until `over`."""
+        """Give the own share up; return whether no other gateway has one. None can take one until `over`.
+
+        Raises:
+            ManagerError: that cannot be told now; the share is kept.
+        """
         ...
 
     def over(self, instance_id: str) -> None:

@@ -38,6 +38,11 @@ async def no_step(_instance: str, _step: str) -> None:
     """Called after each recorded step of an operation; only tests put something else here."""
 
 
+def no_trouble(_placement: tuple[str, ...]) -> str | None:
+    """Every placement can be met, as far as is known."""
+    return None
+
+
 def no_change(_instance: str) -> None:
     """Called when the server of an instance has gone or is another one, where nobody minds."""
 
@@ -66,6 +71,7 @@ class World:
     `in_flight`.
     `server_changed` is called with the id of an instance whose server has gone, or is another one.
     `read_key` returns the key for a server, and raises `UnavailableError` where there is none.
+    `why_no_node` returns why no node can take a service with such constraints, None where one can.
     `shares` are those of instances that other gateways use as well.
     `services_network` is the network of services where the engine is Docker Swarm; None for containers.
     """
@@ -87,6 +93,7 @@ class World:
     server_changed: Callable[[str], None] = no_change
     read_key: Callable[[KeySource], Awaitable[str]] = no_key
     services_network: str | None = None
+    why_no_node: Callable[[tuple[str, ...]], str | None] = no_trouble
     shares: Shares = field(default_factory=NoSharing)
     in_flight: dict[str, int] = field(default_factory=dict)
     revision: Revision = field(default_factory=Revision)

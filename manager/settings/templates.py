@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from manager.domain.container import container_name
 from manager.domain.gpu import ALL, AUTO
 from manager.domain.instance import DeviceKind, Driver, InstanceSpec, KeySource, Limits
+from manager.domain.swarm import volume_on_node
 from manager.domain.target import Protocol
 from manager.domain.template import Template, bind_dangers, refusals
 from manager.settings.model import CPU_TEMPLATE, GPU_TEMPLATE, LONGEST_NAME, InstanceSettings
@@ -306,7 +307,9 @@ def _routing_contradictions(
     for refusal in role_refusals(settings.roles, gpu_of, slots_of, found=settings.found_ids):
         yield ("roles", *refusal.key), refusal.message
     volumes = {
-        spec.id: [volume.source for volume in spec.template.volumes if not volume.read_only]
+        spec.id: [
+            _volume_key(spec, volume.source) for volume in spec.template.volumes if not volume.read_only
+        ]
         for spec in specs
         if spec.template is not None
     }
@@ -315,6 +318,12 @@ def _routing_contradictions(
         if real.get(volume, volume) not in volumes.get(writer, [real.get(volume, volume)]):
             those = ", ".join(volumes[writer]) or "none"
             yield ("models", "writers", volume), f"{writer!r} cannot write to it; it has: {those}"
+
+
+def _volume_key(spec: InstanceSpec, source: str) -> str:
+    if spec.driver is not Driver.SWARM:
+        return source
+    return volume_on_node(source, spec.placement, spec.id)
 
 
 def _spec(

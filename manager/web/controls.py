@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.instance import MANAGED_DRIVERS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -19,7 +21,7 @@ def main_controls(instance: Mapping[str, Any]) -> dict[str, str | None]:
     """
     drained = instance["drained"] is not None
     last = {"resume": None} if drained else {"drain": None}
-    if instance["driver"] != "docker":
+    if instance["driver"] not in MANAGED_DRIVERS:
         return dict(last)
     return {
         "start": _why_no_start(instance),
@@ -41,7 +43,7 @@ def more_controls(instance: Mapping[str, Any], loadable: Sequence[str]) -> dict[
         found["reset"] = None
     if instance["protocol"] == "ollama" and loadable:
         found["load"] = _why_no_load(instance)
-    if instance["driver"] == "docker":
+    if instance["driver"] in MANAGED_DRIVERS:
         found["unpin" if instance["pinned"] else "pin"] = None
         found["ttl"] = None
         found["image"] = _why_no_image(instance)
@@ -57,7 +59,7 @@ def more_controls(instance: Mapping[str, Any], loadable: Sequence[str]) -> dict[
 def can_stop_now(instance: Mapping[str, Any]) -> bool:
     """Return whether a stop waits, or would wait, for open requests."""
     waits = instance["phase"] == "draining" or (instance["phase"] == "ready" and instance["in_flight"] > 0)
-    return waits and instance["driver"] == "docker" and not _engine_is_away(instance)
+    return waits and instance["driver"] in MANAGED_DRIVERS and not _engine_is_away(instance)
 
 
 def _why_no_start(instance: Mapping[str, Any]) -> str | None:

@@ -91,6 +91,8 @@ def test_hosts_are_the_machine_and_those_of_external_instances(gateway: Gateway)
     assert far == {
         "name": "nowhere.invalid",
         "kind": "external",
+        "state": None,
+        "address": None,
         "engine": None,
         "cpu": None,
         "gpus": [],

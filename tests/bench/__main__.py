@@ -23,6 +23,7 @@ from tests.bench.relay import relay_cost
 from tests.bench.rig import INSTANCES, MeasurementError, open_rig
 from tests.bench.starts import cold_first_reply, start_many, start_to_ready
 from tests.bench.status import calls_that_change_nothing, frozen_engine, list_latency
+from tests.bench.swarm import swarm_of_many
 from tests.bench.table import Row, rendered
 from tests.bench.tiers import tiers
 from tests.support.engine import EngineError, private_engine_obstacles
@@ -43,6 +44,7 @@ ALONE: dict[str, Callable[[], Iterable[Row]]] = {
     "live": live_channel,
     "page": open_pages,
     "relay": relay_cost,
+    "swarm": swarm_of_many,
     "tiers": tiers,
 }
 # These take long, and are measured only where they are named.

@@ -52,11 +52,18 @@ _ANSWERS = {
     b"/api/ps": _document(_PS),
     b"/api/chat": _document(_WHOLE),
 }
+_NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
 _STREAM_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n\r\n"
 _LINES = re.compile(rb'"num_predict":\s*(\d+)')
 
 
-class _Canned(asyncio.Protocol):
+ON_CARD = _ANSWERS | {b"/api/ps": _document(_PS.replace(b'"size_vram":0', b'"size_vram":1'))}
+"""The answers of a server whose model is in the memory of a card."""
+
+
+class CannedServer(asyncio.Protocol):
+    answers = _ANSWERS
+
     def __init__(self) -> None:
         self._parser = httptools.HttpRequestParser(self)
         self._body = b""
@@ -80,7 +87,7 @@ class _Canned(asyncio.Protocol):
     def on_message_complete(self) -> None:
         assert self._transport is not None
         if b'"stream":true' not in self._body.replace(b" ", b""):
-            self._transport.write(_ANSWERS[self._url])
+            self._transport.write(self.answers.get(self._url, _NOT_FOUND))
             return
         match = _LINES.search(self._body)
         self._left = int(match[1]) if match else 10
@@ -100,7 +107,7 @@ class _Canned(asyncio.Protocol):
 
 async def _serve(ports: list[int]) -> None:
     loop = asyncio.get_running_loop()
-    servers = [await loop.create_server(_Canned, "127.0.0.1", port, backlog=2048) for port in ports]
+    servers = [await loop.create_server(CannedServer, "127.0.0.1", port, backlog=2048) for port in ports]
     print("ready", flush=True)
     await asyncio.gather(*(server.serve_forever() for server in servers))
 

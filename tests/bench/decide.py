@@ -25,39 +25,47 @@ _RULES = DenyRules(("*:32b", "*:70b"), 14 * 10**9)
 
 def decisions() -> Iterator[Row]:
     """The dearest of each kind: every instance has every model, so that each of them is an attempt."""
-    snapshot = _snapshot()
+    snapshot = snapshot_of(_INSTANCES)
     settings = RoutingSettings(
         {
             role.name: role
             for role in (
-                Role("output", RequestKind.GENERATE, _name(1)),
-                Role("thinking", RequestKind.GENERATE, _name(2), "i01", Policy.PREFER_GPU),
-                Role("spread", RequestKind.GENERATE, _name(4), strategy=Strategy.LEAST_LOADED),
+                Role("output", RequestKind.GENERATE, model_name(1)),
+                Role("thinking", RequestKind.GENERATE, model_name(2), "i01", Policy.PREFER_GPU),
+                Role("spread", RequestKind.GENERATE, model_name(4), strategy=Strategy.LEAST_LOADED),
                 Role(
-                    "control", RequestKind.GENERATE, _name(3), None, Policy.CPU_ONLY, ("output", "thinking")
+                    "control",
+                    RequestKind.GENERATE,
+                    model_name(3),
+                    None,
+                    Policy.CPU_ONLY,
+                    ("output", "thinking"),
                 ),
             )
         }
     )
     many = f"{_INSTANCES} instances x {_MODELS} models"
     for what, model in (
-        ("a model", _name(0)),
+        ("a model", model_name(0)),
         ("a role", "output"),
         ("a role with a target", "thinking"),
         ("a role with a strategy", "spread"),
-        ("a pin", f"{_name(0)}@i01"),
+        ("a pin", f"{model_name(0)}@i01"),
         ("an unknown name", "nobody-has-it"),
     ):
         spent_us = _spent_us(RequestFacts(model, RequestKind.GENERATE), settings, snapshot)
         yield at_most(f"decision, {many}: {what}", spent_us, _MOST_US, " µs")
-    spent_us = _spent_us(RequestFacts(_name(0), RequestKind.GENERATE), settings, _snapshot(_RULES))
+    spent_us = _spent_us(
+        RequestFacts(model_name(0), RequestKind.GENERATE), settings, snapshot_of(_INSTANCES, _RULES)
+    )
     yield at_most(f"decision, {many}: a model, with deny rules everywhere", spent_us, _MOST_US, " µs")
     spent_us = _spent_us(RequestFacts("control", RequestKind.GENERATE), settings, snapshot)
     yield Row(f"decision, {many}: a role with two fallbacks", f"{spent_us:.1f} µs")
 
 
-def _snapshot(rules: DenyRules | None = None) -> Snapshot:
-    names = [_name(number) for number in range(_MODELS)]
+def snapshot_of(instances: int, rules: DenyRules | None = None) -> Snapshot:
+    """So many instances, of which every other one is ready; each has all models."""
+    names = [model_name(number) for number in range(_MODELS)]
     models = {model_key(name): name for name in names}
     sizes = dict.fromkeys(models, 8 * 10**9)
     return Snapshot(
@@ -71,12 +79,12 @@ def _snapshot(rules: DenyRules | None = None) -> Snapshot:
                 models=models,
                 loaded=frozenset(list(models)[number % 8 :: 8]) if number % 2 else frozenset(),
             )
-            for number in range(_INSTANCES)
+            for number in range(instances)
         )
     )
 
 
-def _name(number: int) -> str:
+def model_name(number: int) -> str:
     return f"model{number:03}:8b"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,7 @@ from tests.nvml import standin
 from tests.simulated.image import ensure_simulated_image
 from tests.support.daemon import COMPUTE, ROOT, free_port, wait_for
 from tests.support.engine import PrivateEngine
-from tests.support.host import in_outer_network
-from tests.tools.base import PYTHON, ensure_python_image
+from tests.support.manager_image import ensure_manager_image
 
 if TYPE_CHECKING:
     import docker
@@ -106,15 +104,7 @@ def private_engine() -> Iterator[PrivateEngine]:
 
 @pytest.fixture(scope="module")
 def image(private_engine: PrivateEngine) -> str:
-    """The daemon's image, by compose/Dockerfile on a base that no registry is needed for."""
-    client = private_engine.client()
-    tag = "ollama-endpoint-manager:test"
-    # The wheels come from where the machine has its packages from.
-    in_outer_network(
-        *("env", f"DOCKER_HOST={private_engine.url}", sys.executable, "compose/build.py"),
-        *("--base", ensure_python_image(client), "--python", PYTHON, "--tag", tag),
-    )
-    return tag
+    return ensure_manager_image(private_engine)
 
 
 @contextmanager
@@ -230,7 +220,7 @@ def test_the_exporters_of_a_swarm_are_one_on_each_node_with_cards_and_answer_for
     assert service["deploy"]["mode"] == "global"
     assert service["deploy"]["placement"]["constraints"] == ["node.labels.gpu == true"]
     assert [(port["published"], port["mode"]) for port in service["ports"]] == [(9400, "host")]
-    # A reservation of a generic resource would take the card away from the instances.
+    # Swarm ends a task with reserved generic resources at each change of its node.
     assert "reservations" not in service["deploy"]["resources"]
     _, _, tag = service["image"].partition(":")
     assert tag[0].isdigit()

@@ -29,11 +29,13 @@ from manager.wire.access import Access
 from manager.wire.routes import INFERENCE
 from tests.support.daemon import ROOT, free_port, wait_for
 from tests.support.engine import PrivateEngine, private_engine_obstacles, unconnected
+from tests.support.swarm import swarm_obstacles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "compose" / "README.md")
+SWARM = ROOT / "docs" / "swarm.md"
 README = DOCUMENTS[0].read_text(encoding="utf-8")
 # Lines around ours; what they prepare is what test_compose.py prepares.
 PREPARATIONS = re.compile(
@@ -143,24 +145,37 @@ def test_a_configuration_of_the_readme_can_be_used(text: str, tmp_path: Path) ->
     assert [spec.id for spec in specs] == list(yaml.safe_load(text)["instances"])
 
 
-def test_the_configuration_of_the_container_can_be_used(tmp_path: Path) -> None:
-    loaded = load_settings(ROOT / "compose" / "config.yaml", environ={"HOME": str(tmp_path)})
+@pytest.mark.parametrize("text", blocks(SWARM.read_text(encoding="utf-8"), "yaml"))
+def test_a_configuration_for_a_swarm_can_be_used(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text, encoding="utf-8")
+    loaded = load_settings(file, environ={"HOME": str(tmp_path)})
+    assert loaded.settings.uses_swarm
+    assert resolve_instances(loaded, load_templates(loaded.settings))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "swarm-config.yaml"])
+def test_the_configuration_of_the_container_can_be_used(name: str, tmp_path: Path) -> None:
+    loaded = load_settings(ROOT / "compose" / name, environ={"HOME": str(tmp_path)})
     assert loaded.settings.server.host == "0.0.0.0"
     assert loaded.settings.server.key_files == (Path("/run/secrets/operator-key"),)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [*DOCUMENTS, SWARM], ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_links_within_the_repository_lead_somewhere(path: Path) -> None:
     targets = re.findall(r"\]\((?!https?:)([^)#]+)", path.read_text(encoding="utf-8"))
     assert [target for target in targets if not (path.parent / target).exists()] == []
 
 
 @pytest.mark.timeout(300)
-def test_the_demo_does_what_the_readme_shows_and_leaves_nothing() -> None:
+@pytest.mark.parametrize(("number", "target"), [(0, "demo"), (1, "demo-swarm")])
+def test_a_demo_does_what_its_document_shows_and_leaves_nothing(number: int, target: str) -> None:
+    if target == "demo-swarm" and (obstacles := swarm_obstacles()):
+        pytest.skip("; ".join(obstacles))
     with nothing_left() as environment:
         # The environment is the one that runs this test: it is not made anew in the middle of it.
         result = subprocess.run(
-            ["make", "--old-file=setup", f"BIN={Path(sys.executable).parent}", "demo"],
+            ["make", "--old-file=setup", f"BIN={Path(sys.executable).parent}", target],
             cwd=ROOT,
             env=environment,
             capture_output=True,
@@ -169,7 +184,7 @@ def test_the_demo_does_what_the_readme_shows_and_leaves_nothing() -> None:
             stdin=subprocess.DEVNULL,
         )
         assert result.returncode == 0, result.stdout + result.stderr
-    (shown,) = blocks((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"), "text")
+    shown = blocks((ROOT / "docs" / "demo.md").read_text(encoding="utf-8"), "text")[number]
     assert headings(shown) == headings(result.stdout)
     assert shell_lines(shown) == shell_lines(result.stdout)
 

@@ -173,6 +173,24 @@ def test_a_card_is_bound_to_its_instance_on_the_node_that_advertises_it(
     assert cards[OTHER_CARD]["vram_free_bytes"] is None, "nobody has measured it"
 
 
+def test_a_card_instance_runs_on_when_its_node_changes(swarm: Swarm, new_daemon: NewDaemon) -> None:
+    gpu = {"driver": "swarm", "template": "sim-gpu", "device": CARD}
+    daemon = new_daemon(instances={"big": gpu}).start()
+    daemon.started("big")
+    (service,) = services_of(swarm, daemon)
+    swarm.worker.label(changed="once")
+    # Swarm judges tasks anew: those of a node when that changes, and all when a manager begins.
+    swarm.manager.restart()
+    daemon.wait_until_ready()
+    for host in swarm.hosts:
+        host.wait_for_state("ready")
+    time.sleep(1)
+    (task,) = swarm.tasks(service["ID"])
+    assert task["Status"]["State"] == "running", task["Status"]
+    assert chat(daemon, "tiny@big").status_code == 200
+    assert daemon.instance("big")["starts"] == 1
+
+
 def test_a_card_that_no_node_has_is_refused_with_its_name(swarm: Swarm, new_daemon: NewDaemon) -> None:
     missing = "GPU-cccccccc-0000-4000-8000-000000000003"
     gpu = {"driver": "swarm", "template": "sim-gpu", "device": missing}
@@ -192,6 +210,8 @@ def test_a_placement_that_no_node_meets_fails_the_start_and_leaves_nothing_to_st
     assert answer.status_code == 503
     assert "no suitable node" in answer.json()["error"]["message"]
     assert replicas(swarm, daemon) == [0]
+    time.sleep(2 * FAST["resync_interval_s"])
+    assert "no suitable node" in daemon.instance("lost")["reason"]["message"], "the reason stays"
 
 
 def test_an_image_that_the_node_has_not_fails_the_start_with_its_name(
@@ -293,6 +313,27 @@ def test_the_nodes_give_instances_for_their_cpu_and_their_cards(swarm: Swarm, ne
     daemon.wait_for_phase("worker-gpu1", "ready")
 
 
+def test_programs_and_people_see_the_node_of_each_instance(swarm: Swarm, new_daemon: NewDaemon) -> None:
+    anywhere = {"driver": "swarm", "template": "sim"}
+    daemon = new_daemon(instances={"far": on(swarm.worker), "any": anywhere}).start()
+    assert [daemon.instance(name)["node"] for name in ("far", "any")] == ["worker", None]
+    daemon.started("any")
+    assert daemon.instance("any")["node"] in ("manager", "worker")
+    daemon.started("far")
+    hosts = {one["name"]: one for one in daemon.call("GET", "/v1/cluster/hosts").json()["hosts"]}
+    worker = hosts["worker"]
+    assert (worker["kind"], worker["state"], worker["address"]) == ("node", "ready", swarm.worker.address)
+    assert "far" in worker["instances"]
+    assert [card["uuid"] for card in worker["gpus"]] == [CARD, OTHER_CARD]
+    swarm.worker.drain()
+    try:
+        wait_for(lambda: daemon.instance("far"), lambda body: body["phase"] == "failed", within_s=20)
+        body = daemon.instance("far")
+        assert body["reason"]["message"].endswith("its node worker is drained, or paused")
+    finally:
+        swarm.worker.activate()
+
+
 def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
     swarm: Swarm, new_daemon: NewDaemon
 ) -> None:
@@ -317,11 +358,11 @@ def test_requests_go_elsewhere_when_a_host_is_lost_and_back_when_it_returns(
         caught.join(timeout=30)
         assert [(one.status_code, one.headers["X-Instance"]) for one in at_once] == [(200, "near")]
         swarm.worker.wait_for_state("down")
-        body = daemon.wait_for_phase("far", "failed", within_s=15)
+        body = daemon.wait_for_phase("far", "failed", "unavailable", within_s=15)
         assert "worker is down" in body["reason"]["message"]
     finally:
         swarm.worker.mend_network()
-    swarm.worker.wait_for_state("ready")
+    daemon.wait_for_phase("far", "failed", "stopped", within_s=15)
     daemon.started("far")
     assert chat(daemon, "tiny@far").status_code == 200
 
@@ -351,6 +392,7 @@ def test_a_name_in_use_by_somebody_elses_service_is_refused(swarm: Swarm, new_da
     try:
         answer = daemon.begin("far", "start")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "name_conflict"), answer.text
+        assert f"docker service rm {daemon.manager_id}-ollama-far" in answer.json()["error"]["message"]
     finally:
         foreign.remove()
 

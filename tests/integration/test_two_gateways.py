@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.relay.test_cloud import PRICES
-from tests.support.daemon import Daemon, wait_for
+from tests.support.daemon import ROOT, Daemon, wait_for
 from tests.support.fixtures import new_manager_id
 from tests.support.gateway import NO_ENGINE
 from tests.support.keyed import KEYS, as_header
 from tests.support.ollama import running_ollama
 from tests.support.provider import INPUTS, OUTPUTS, Provider
+from tests.support.replacing import Replaceable, processes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,7 +28,11 @@ if TYPE_CHECKING:
 
     import requests
 
+    from tests.support.fixtures import NewDaemon
+    from tests.support.nursery import Process
     from tests.support.postgres import Postgres
+
+__all__ = ["processes"]
 
 REFUSED = 4
 # A change at one gateway is in force at the other one within it.
@@ -164,27 +171,38 @@ def test_a_key_that_one_gateway_makes_changes_or_revokes_does_so_at_the_other(
 def test_settings_and_orders_of_one_gateway_are_in_force_at_the_other(
     postgres: Postgres, tmp_path: Path
 ) -> None:
-    with two_gateways(tmp_path, postgres.database()) as pair:
-        change = {"roles": {"free": {"model": "other"}}}
-        assert pair.ask(0, "POST", SETTINGS, json=change).status_code == 200
+    database, home = postgres.database(), "/api/runtime/compute/instances/home"
+    with two_gateways(tmp_path, database) as pair:
 
-        def model() -> Any:
-            return pair.ask(1, "GET", "/api/settings/models/effective").json()["roles"]["free"]["model"][
-                "value"
-            ]
+        def shown(gateway: int, path: str = home) -> Any:
+            return pair.ask(gateway, "GET", path).json()
 
-        follows(lambda: model() == "other")
-        drained = pair.ask(1, "POST", "/api/runtime/compute/instances/home/drain", json={"reason": "repair"})
-        assert drained.status_code in (200, 202), drained.text
+        def change(gateway: int, method: str, path: str, body: Any = None) -> None:
+            answer = pair.ask(gateway, method, path, json=body)
+            assert answer.status_code in (200, 202), answer.text
 
-        def service(gateway: int) -> Any:
-            return pair.daemons[gateway].instance("home").get("drained")
-
-        follows(lambda: service(0) is not None)
-        assert pair.ask(0, "POST", "/api/runtime/compute/instances/home/resume").status_code == 200
-        follows(lambda: service(1) is None)
+        pair.begin()
+        change(0, "POST", SETTINGS, {"roles": {"free": {"model": "other"}}})
+        effective = "/api/settings/models/effective"
+        follows(lambda: shown(1, effective)["roles"]["free"]["model"]["value"] == "other")
+        change(1, "POST", f"{home}/drain", {"reason": "repair"})
+        follows(lambda: shown(0)["drained"] is not None)
+        change(0, "POST", f"{home}/resume")
+        follows(lambda: shown(1)["drained"] is None)
+        change(0, "POST", f"{home}/lift", {"until": "2100-01-01T00:00:00Z", "reason": "a test"})
+        follows(lambda: shown(1)["lifted"] is not None)
+        change(1, "DELETE", f"{home}/lift")
+        follows(lambda: shown(0)["lifted"] is None)
+        stage = {"stage": "observe", "raw_url": "http://127.0.0.1:1"}
+        change(0, "POST", SETTINGS, {"rollout": stage})
+        follows(lambda: shown(1, "/readyz").get("rollout") == "observe")
+        # An order that was carried out here is none for the other one.
+        counted = "SELECT topic, number FROM changes ORDER BY 1"
         time.sleep(1.2)
-        assert (service(0), service(1)) == (None, None), "an order goes to and fro"
+        before = postgres.sql(database, counted)
+        time.sleep(1.2)
+        assert postgres.sql(database, counted) == before
+        assert {topic for topic, _ in before} == {"drained", "keys", "lifted", "overrides", "rollout"}
 
 
 def test_a_budget_is_spent_once_by_both_together(postgres: Postgres, tmp_path: Path) -> None:
@@ -280,6 +298,40 @@ def test_requests_go_on_while_the_database_is_away_and_paid_ones_do_not(
             assert "Traceback" not in daemon.log()
 
 
+def test_a_daemon_ends_in_time_although_the_database_does_not_answer(
+    postgres: Postgres, tmp_path: Path
+) -> None:
+    with two_gateways(tmp_path, postgres.database()) as pair:
+        pair.begin()
+        postgres.freeze()
+        try:
+            assert pair.statuses(1, "root") == 200
+            for daemon in pair.daemons:
+                assert daemon.stop() == 0
+                assert "Traceback" not in daemon.log()
+        finally:
+            postgres.thaw()
+
+
+def test_a_gateway_is_replaced_beside_another(
+    postgres: Postgres,
+    tmp_path: Path,
+    processes: list[Process],
+) -> None:
+    url = postgres.database()
+    budgets = [{"scope": "global", "period": "month", "hard_usd": 1}]
+    with two_gateways(tmp_path, url, budgets=budgets) as pair:
+        pair.begin()
+        assert pair.chat(0, "root", "pays").status_code == 200
+        old = Replaceable(pair.daemons[0], processes).replace()
+        assert old.wait(20) == 0
+        assert pair.chat(0, "root", "pays").status_code == 200
+        pair.make(1, "bot")
+        follows(lambda: pair.statuses(0, "bot") == 200)
+        assert "gateway_doubled" not in pair.daemons[0].log()
+        assert postgres.sql(url, "SELECT count(DISTINCT gateway) FROM ledger") == [(1,)]
+
+
 def test_the_limit_of_a_minute_counts_at_both(postgres: Postgres, tmp_path: Path) -> None:
     with two_gateways(tmp_path, postgres.database()) as pair:
         pair.begin()
@@ -292,3 +344,27 @@ def test_the_limit_of_a_minute_counts_at_both(postgres: Postgres, tmp_path: Path
         # About five requests a second reach each gateway: so many can be unknown to the other one.
         assert 20 <= codes.count(200) + 1 <= 20 + 6
         assert codes[-10:] == [429] * 10
+
+
+def test_containers_of_one_gateway_belong_to_the_other_and_a_state_directory_to_one(
+    postgres: Postgres, new_daemon: NewDaemon
+) -> None:
+    url = postgres.database()
+    first = new_daemon(config={"state": {"url": url}}).start()
+    before = first.started("cpu")
+    second = new_daemon(name="second", config={"state": {"url": url}}).start()
+    assert second.wait_for_phase("cpu", "ready")["container"]["id"] == before["container"]["id"]
+    same = {"state": {"url": url, "dir": str(first.state_dir)}}
+    for other in (new_daemon(name="third", config=same), new_daemon(name="alone")):
+        refused = subprocess.run(
+            [sys.executable, "-m", "manager", "serve", "--config", str(other.config_file)],
+            cwd=ROOT,
+            env=other.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        # The second one has no database: the containers are not its own.
+        assert refused.returncode == REFUSED, refused.stderr
+        assert "Traceback" not in refused.stderr

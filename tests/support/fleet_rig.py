@@ -404,9 +404,8 @@ class Rig:
         row = spec.pop("row", InstanceRow(id=name))
         device = DeviceKind.GPU if gpu else DeviceKind.CPU
         template = Template(image=image, device=device, reach=reach)
-        full = InstanceSpec(
-            name, Driver.DOCKER, device, spec.pop("limits", LIMITS), template=template, **spec
-        )
+        driver = spec.pop("driver", Driver.DOCKER)
+        full = InstanceSpec(name, driver, device, spec.pop("limits", LIMITS), template=template, **spec)
         return Supervisor(
             self.world,
             full,

@@ -100,7 +100,9 @@ class Machine:
         if self.disk_full:
             raise RegistryUnwritableError("the disk is full")
 
-    async def gpus(self, *, auto: bool = False, **devices: str | tuple[str, ...]) -> Gpus:
+    async def gpus(
+        self, *, auto: bool = False, place: str = "in this machine", **devices: str | tuple[str, ...]
+    ) -> Gpus:
         selectors = {id_: (one,) if isinstance(one, str) else one for id_, one in devices.items()}
         gpus = Gpus(
             self,
@@ -112,6 +114,7 @@ class Machine:
             now=self.now,
             utcnow=lambda: self.time,
             journal=cast("Any", self),
+            place=place,
         )
         await gpus.load()
         return gpus

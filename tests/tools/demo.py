@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,9 +28,10 @@ from tests.support.daemon import Daemon, wait_for
 from tests.support.engine import NoEngineError, PrivateEngine, acquire_engine
 from tests.tools.console import ToolError, say
 from tests.tools.system import COMPILER, IP, provide
+from tests.tools.transcript import Transcript, expect, run_command, tail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     import docker
 
@@ -43,47 +43,6 @@ _WORDS_PER_S = 24.0
 _MANAGER_ID = "demo"
 _TOLD = ("X-Instance", "X-Model", "X-Start-Ms", "X-Fallback-Reason")
 _START_LIMIT_S = 60.0  # of the daemon, on a machine that has other things to do
-
-
-class Transcript:
-    """What is shown: commands as a user would type them, what came of them, and how long they took."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._number = 0
-        self._bold, self._dim, self._plain = (
-            ("\033[1m", "\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "", "")
-        )
-
-    def title(self, text: str) -> None:
-        self._print(f"{self._bold}{text}{self._plain}")
-
-    def step(self, text: str) -> None:
-        self._number += 1
-        self._print(f"\n{self._bold}{self._number}. {text}{self._plain}")
-
-    def command(self, text: str) -> None:
-        self._print(f"   {self._dim}$ {text}{self._plain}")
-
-    def result(self, text: str) -> None:
-        self._print("\n".join(f"   {line}".rstrip() for line in text.splitlines()))
-
-    def piece(self, text: str) -> None:
-        """A part of a line, as it comes."""
-        print(text, end="", flush=True)
-
-    @contextmanager
-    def timed(self, text: str) -> Iterator[None]:
-        began = time.monotonic()
-        yield
-        self._print(f"   {text} {self._dim}({time.monotonic() - began:.1f} s){self._plain}")
-
-    def end(self, text: str) -> None:
-        self._print(f"\n{self._bold}{text}{self._plain} ({time.monotonic() - self._began:.0f} s in all)")
-
-    @staticmethod
-    def _print(text: str) -> None:
-        print(text, flush=True)
 
 
 def main() -> int:
@@ -120,22 +79,22 @@ def _demonstrate(show: Transcript, home: Path, engine: Engine, client: docker.Do
                 daemon.start(until_ready=False).wait_until_ready(within_s=_START_LIMIT_S)
             _tour(show, daemon, client, with_gpu=with_gpu)
         except Exception as error:
-            raise ToolError(f"{error}\n\nThe end of the daemon's log:\n{_tail(daemon.log())}") from error
+            raise ToolError(f"{error}\n\nThe end of the daemon's log:\n{tail(daemon.log())}") from error
 
 
 def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with_gpu: bool) -> None:
     show.step("What may run")
-    _command(show, daemon, "status")
-    _expect(_containers(client) == [], "no container runs yet")
+    run_command(show, daemon, "status")
+    expect(_containers(client) == [], "no container runs yet")
 
     show.step("A client asks for an answer all the same: what it needs is started for it")
     came_from = _chat(show, daemon.url, "tiny")
-    _expect(came_from.get("X-Instance") == "cpu", "the answer says that it comes from cpu")
-    _expect("X-Start-Ms" in came_from, "the answer says how long cpu had to be started for it")
-    _expect(daemon.instance("cpu")["phase"] == "ready", "cpu is ready")
+    expect(came_from.get("X-Instance") == "cpu", "the answer says that it comes from cpu")
+    expect("X-Start-Ms" in came_from, "the answer says how long cpu had to be started for it")
+    expect(daemon.instance("cpu")["phase"] == "ready", "cpu is ready")
 
     show.step("The next one finds it warm, through the OpenAI API as well")
-    _expect("X-Start-Ms" not in _chat(show, daemon.url, "tiny"), "nothing had to be started")
+    expect("X-Start-Ms" not in _chat(show, daemon.url, "tiny"), "nothing had to be started")
     _openai_chat(show, daemon.url)
 
     if with_gpu:
@@ -144,23 +103,23 @@ def _tour(show: Transcript, daemon: Daemon, client: docker.DockerClient, *, with
         show.step("A graphics card: left out, as there is no C compiler to build the driver's stand-in with")
 
     show.step("What runs now")
-    _command(show, daemon, "status")
+    run_command(show, daemon, "status")
 
     show.step(f"Nobody uses cpu any more: after {_TTL_S} s the daemon stops it")
     with show.timed("cpu is stopped, its container is gone"):
         stopped = daemon.wait_for_phase("cpu", "stopped", within_s=_TTL_S + 15)
-    _expect(stopped["container"] is None, "cpu has no container")
-    _expect(f"{_MANAGER_ID}-ollama-cpu" not in _containers(client), "the container of cpu is removed")
+    expect(stopped["container"] is None, "cpu has no container")
+    expect(f"{_MANAGER_ID}-ollama-cpu" not in _containers(client), "the container of cpu is removed")
     told = wait_for(lambda: _stops_of_cpu(daemon))
-    _expect(len(told) == 1, "the stop is among the events, once")
+    expect(len(told) == 1, "the stop is among the events, once")
     show.result(f"the event says: {told[0]['detail']}")
 
     show.step("End")
     if with_gpu:
-        _command(show, daemon, "stop", "gpu0")
-    _expect(_containers(client) == [], "no container is left")
+        run_command(show, daemon, "stop", "gpu0")
+    expect(_containers(client) == [], "no container is left")
     with show.timed("the daemon has ended in order"):
-        _expect(daemon.stop() == 0, "the daemon exits 0")
+        expect(daemon.stop() == 0, "the daemon exits 0")
 
 
 def _stops_of_cpu(daemon: Daemon) -> list[dict[str, Any]]:
@@ -173,22 +132,22 @@ def _stops_of_cpu(daemon: Daemon) -> list[dict[str, Any]]:
 def _graphics_tour(show: Transcript, daemon: Daemon, client: docker.DockerClient) -> None:
     show.step("The same on a graphics card (of a stand-in for the NVIDIA driver)")
     (card,) = daemon.get("gpus")["gpus"]
-    _expect(card["uuid"] == _CARD.uuid, "the card is found")
+    expect(card["uuid"] == _CARD.uuid, "the card is found")
     show.result(
         f"card {card['index']}: {card['name']}, {_gib(card['vram_free_bytes'])} of "
         f"{_gib(card['vram_total_bytes'])} GiB free, {card['uuid']}"
     )
     came_from = _chat(show, daemon.url, "tiny@gpu0")
-    _expect(came_from.get("X-Instance") == "gpu0", "the answer says that it comes from gpu0")
+    expect(came_from.get("X-Instance") == "gpu0", "the answer says that it comes from gpu0")
     body = daemon.instance("gpu0")
-    _expect(body["phase"] == "ready", "gpu0 is ready")
+    expect(body["phase"] == "ready", "gpu0 is ready")
     container = client.containers.get(body["container"]["id"])
     requested = [
         device
         for request in container.attrs["HostConfig"]["DeviceRequests"]
         for device in request["DeviceIDs"]
     ]
-    _expect(requested == [_CARD.uuid], "Docker was asked for exactly that card")
+    expect(requested == [_CARD.uuid], "Docker was asked for exactly that card")
     show.result(f"Docker was asked for the card {requested[0]}, by UUID and for no other")
 
 
@@ -201,7 +160,7 @@ def _chat(show: Transcript, address: str, model: str) -> Mapping[str, str]:
     first_s: float | None = None
     last: dict[str, Any] = {}
     with requests.post(f"{address}/api/chat", data=message, stream=True, timeout=60) as answer:
-        _expect(answer.status_code == requests.codes.ok, "the chat is answered")
+        expect(answer.status_code == requests.codes.ok, "the chat is answered")
         came_from = {name: value for name, value in answer.headers.items() if name in _TOLD}
         show.result("  ".join(f"{name}: {value}" for name, value in came_from.items()))
         show.piece("   ")
@@ -211,7 +170,7 @@ def _chat(show: Transcript, address: str, model: str) -> Mapping[str, str]:
                 first_s = time.monotonic() - began
             show.piece(last["message"]["content"])
     show.piece("\n")
-    _expect(last.get("done") is True and first_s is not None, "the stream comes to its end")
+    expect(last.get("done") is True and first_s is not None, "the stream comes to its end")
     show.result(
         f"(simulated: {last['eval_count']} tokens, the first after {first_s:.2f} s, the last after "
         f"{time.monotonic() - began:.1f} s)"
@@ -223,38 +182,10 @@ def _openai_chat(show: Transcript, address: str) -> None:
     message = json.dumps({"model": "thinking", "messages": [{"role": "user", "content": "Hello"}]})
     show.command(f"curl {address}/v1/chat/completions -d '{message}'     # a role, not a model")
     answer = requests.post(f"{address}/v1/chat/completions", data=message, timeout=60)
-    _expect(answer.status_code == requests.codes.ok, "the OpenAI API answers")
+    expect(answer.status_code == requests.codes.ok, "the OpenAI API answers")
     body = answer.json()
     content = body["choices"][0]["message"]["content"]
     show.result(f"{content[:60]}…  (model {body['model']}, {body['usage']['completion_tokens']} tokens)")
-
-
-def _command(show: Transcript, daemon: Daemon, *arguments: str) -> None:
-    """Run a command of ours as a user would; it must exit 0."""
-    show.command(f"ollama-manager {' '.join(arguments)}")
-    began = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-m", "manager", *arguments],
-        cwd=daemon.home,
-        env={
-            **os.environ,
-            "OLLAMA_MANAGER_URL": daemon.url,
-            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-            "COLUMNS": "100",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    _expect(
-        result.returncode == 0,
-        f"`ollama-manager {' '.join(arguments)}` exits 0, not {result.returncode}: {result.stdout}",
-    )
-    show.result(result.stdout.strip("\n"))
-    if arguments[0] != "status":
-        show.result(f"({time.monotonic() - began:.1f} s)")
 
 
 def _configuration(home: Path, *, with_gpu: bool) -> dict[str, Any]:
@@ -287,15 +218,6 @@ def _graphics_card(home: Path) -> dict[str, str]:
 def _containers(client: docker.DockerClient) -> list[str]:
     found = client.containers.list(all=True, filters={"label": f"ollama-manager.manager={_MANAGER_ID}"})
     return sorted(str(container.name) for container in found)
-
-
-def _expect(holds: bool, what: str) -> None:
-    if not holds:
-        raise ToolError(f"not as it should be; expected: {what}")
-
-
-def _tail(log: str) -> str:
-    return "\n".join(log.splitlines()[-20:])
 
 
 def _gib(size: int) -> str:

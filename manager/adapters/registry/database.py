@@ -59,6 +59,10 @@ class Database(Protocol):
         """Return a connection for the ledger, which is closed before the database is."""
         ...
 
+    async def close(self) -> None:
+        """End after the calls that are under way; closing twice is no error."""
+        ...
+
     def abandon(self) -> Future[None]:
         """Close without waiting; a second time is no error."""
         ...
@@ -121,6 +125,9 @@ class SqliteDatabase:
             synchronous="FULL",
             busy_timeout_s=self.busy_timeout_s,
         )
+
+    async def close(self) -> None:
+        await asyncio.wrap_future(self.abandon())
 
     def abandon(self) -> Future[None]:
         if self._last is None:

@@ -120,6 +120,9 @@ class PostgresDatabase:
     def ledger_connection(self) -> PostgresLedgerConnection:
         return PostgresLedgerConnection(self.url)
 
+    async def close(self) -> None:
+        await self._thread.close(self._reads.dispose)
+
     def abandon(self) -> Future[None]:
         return self._thread.abandon(self._reads.dispose)
 
@@ -139,8 +142,10 @@ class PostgresLedgerConnection:
 
     @contextmanager
     def transaction(self) -> Iterator[_Session]:
-        connection = self._begun()
+        connection = self._thread.open()
         try:
+            # A lock that is not given in time leaves a transaction too.
+            connection.execute(self._begin)
             yield _Session(connection)
         except BaseException:
             with suppress(psycopg.Error):
@@ -158,20 +163,6 @@ class PostgresLedgerConnection:
 
     async def close(self) -> None:
         await self._thread.close()
-
-    def _begun(self) -> psycopg.Connection:
-        connection = self._thread.open()
-        try:
-            connection.execute(self._begin)
-        except psycopg.OperationalError:
-            # Nothing was written: a connection that was lost meanwhile costs no call.
-            was_lost = connection.broken
-            self._thread.drop()
-            if not was_lost:
-                raise
-            connection = self._thread.open()
-            connection.execute(self._begin)
-        return connection
 
 
 class _Session:

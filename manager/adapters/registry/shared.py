@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +86,7 @@ class SharedDatabase:
 
     async def close(self) -> None:
         await self._locks.close()
-        await asyncio.wrap_future(self._database.abandon())
+        await self._database.close()
 
 
 def _from_owner(owner: Owner) -> dict[str, Any]:

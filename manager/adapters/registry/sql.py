@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from datetime import UTC, datetime
 from functools import partial
@@ -20,7 +19,6 @@ from manager.errors import ConflictError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from concurrent.futures import Future
     from pathlib import Path
 
     from sqlalchemy import Connection
@@ -89,7 +87,7 @@ class SqlRegistry:
     def __init__(self, own: SqliteDatabase, shared: Database) -> None:
         self._own = own
         self._shared = shared
-        self._closed = False
+        self._databases = tuple(dict.fromkeys((own, shared)))
         self.gateway: str | None = None
 
     async def open(self) -> None:
@@ -360,8 +358,8 @@ class SqlRegistry:
 
     async def close(self) -> None:
         """End after the calls that are under way. What was committed stays; closing twice is no error."""
-        if not self._closed:
-            await asyncio.gather(*map(asyncio.wrap_future, self.abandon()))
+        for database in self._databases:
+            await database.close()
 
     async def _own_name(self) -> str:
         made = token_hex(8)
@@ -380,10 +378,10 @@ class SqlRegistry:
 
         await self._shared.write(counted)
 
-    def abandon(self) -> list[Future[None]]:
+    def abandon(self) -> None:
         """Close without waiting; a second time is no error."""
-        self._closed = True
-        return [database.abandon() for database in dict.fromkeys((self._own, self._shared))]
+        for database in self._databases:
+            database.abandon()
 
 
 class UnchangedRegistry(SqlRegistry):

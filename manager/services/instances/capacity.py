@@ -19,7 +19,7 @@ from manager.domain.capacity import (
     running,
 )
 from manager.domain.container import container_name, is_ours
-from manager.domain.instance import Explanation
+from manager.domain.instance import Driver, Explanation
 from manager.domain.ownership import whose
 from manager.errors import (
     LimitReachedError,
@@ -271,6 +271,7 @@ class Capacity:
             facts,
             manager_id=manager_id,
             is_of_manager=is_ours(facts, manager_id=manager_id, instance_id=instance_id),
+            is_service=supervisor.spec.driver is Driver.SWARM,
         )
         return Explanation(Reason.NAME_CONFLICT, message)
 

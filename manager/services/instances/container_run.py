@@ -273,6 +273,7 @@ class ContainerRun:
                     is_of_manager=is_ours(
                         other, manager_id=self._world.manager_id, instance_id=self._instance
                     ),
+                    is_service=self._world.services_network is not None,
                 ),
                 instance=self._instance,
                 details={"container": other.id, "image": other.image},

@@ -112,7 +112,9 @@ class Looking:
         try:
             facts = w.mine(await w.world.engine.inspect(w.name))
             condition.apply(Inspected(facts, out_of_memory=w.signals.out_of_memory))
-            if facts is not None and facts.status not in ALIVE and condition.state.phase is Phase.FAILED:
+            # The reason of a service that was scaled to zero went with its task: it is the one that is known.
+            has_ended = facts is not None and facts.status not in ALIVE and facts.status != "parked"
+            if facts is not None and has_ended and condition.state.phase is Phase.FAILED:
                 condition.apply(LogRead(facts, await w.run.log_tail(facts.id)))
         except EngineUnreachableError:
             condition.apply(LookRequested(w.spec.limits.probe_interval_s))

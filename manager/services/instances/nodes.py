@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from manager.domain.gpu_metrics import AdvertisedCard
-from manager.domain.swarm import Node, instance_stem
-from manager.errors import ConfigurationError, EngineError, GpuQueryError, ManagerError
+from manager.domain.instance import Driver
+from manager.domain.swarm import Node, home_of, instance_stem, live_nodes, one_node, why_no_node
+from manager.errors import ConfigurationError, EngineError, GpuQueryError, RegistryUnwritableError
 from manager.services.instances.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from manager.domain.instance import ContainerFacts, InstanceSpec
     from manager.services.instances.engine_link import EngineLink
     from manager.services.instances.fleet import Fleet
     from manager.services.instances.instance import Instance
@@ -35,11 +37,16 @@ class NodeReader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FoundInstance:
-    """An instance that a node gives: its constraint is the id of the node. `card` is None for the CPU."""
+    """An instance that a node gives. `card` is None for the CPU; `placement` is the constraint of the node.
+
+    `number` tells the instances of one node from each other.
+    """
 
     id: str
     node: Node
     card: str | None
+    placement: str
+    number: int = 0
 
 
 class Nodes:
@@ -65,6 +72,22 @@ class Nodes:
             self.trouble = error.message
         else:
             self.trouble = ""
+
+    def name_for(self, spec: InstanceSpec, container: ContainerFacts | None) -> str | None:
+        """Return the host name of the node that an instance runs on, or will run on.
+
+        None is for an instance without a service, and where Swarm has not chosen its node yet.
+        """
+        if spec.driver is not Driver.SWARM:
+            return None
+        if container is not None and container.node is not None:
+            return container.node
+        cards = spec.devices or (() if spec.device is None else (spec.device,))
+        return home_of(spec.placement, cards, self.current)
+
+    def why_no_node(self, placement: tuple[str, ...]) -> str | None:
+        """Return why no node can take a service with these constraints; None where one can, or may."""
+        return None if self.trouble else why_no_node(self.current, placement)
 
     async def advertised(self) -> tuple[AdvertisedCard, ...]:
         """Return the cards of the nodes, as of the last reading.
@@ -121,7 +144,8 @@ class FoundNodes:
         self._wanted = wanted
         self._make = make
         self._interval_s = interval_s
-        self._stems: dict[str, str] = {}  # by the id of a node: the beginning of its ids
+        # By the id of a node: the beginning of the ids of its instances, and its constraint.
+        self._stems: dict[str, tuple[str, str]] = {}
         self._cards: dict[str, str] | None = None  # by the id of an instance: its card
         self._unusable: set[str] = set()
 
@@ -137,32 +161,41 @@ class FoundNodes:
         await self._world.gpus.refresh()
         if self._wanted == "none" or self._nodes.trouble:
             return
-        # In this order two nodes of one name have the same ids after a restart.
-        for node in sorted(self._nodes.current, key=lambda one: one.id):
+        for node, is_only in live_nodes(self._nodes.current):
             if node.id != self._nodes.own or self._wanted == "all":
-                for found in await self._of(node):
+                for found in await self._of(node, is_only=is_only):
                     self._add(found)
 
     # --- helpers ---
 
-    async def _of(self, node: Node) -> list[FoundInstance]:
-        stem = self._stems.get(node.id)
-        if stem is None:
-            stem = self._stems[node.id] = instance_stem(node, self._stems.values())
-        found = [FoundInstance(f"{stem}-cpu", node, None)]
+    async def _of(self, node: Node, *, is_only: bool) -> list[FoundInstance]:
+        stem, placement = self._stems.get(node.id) or (
+            instance_stem(node, is_only=is_only),
+            one_node(node, is_only=is_only),
+        )
+        if len(self._stems) < MOST_FOUND:
+            self._stems[node.id] = stem, placement
+        found = [FoundInstance(f"{stem}-cpu", node, None, placement)]
         for card in node.cards:
             instance_id = await self._id_of_card(self._world.registry, stem, card)
             if instance_id is not None:
-                found.append(FoundInstance(instance_id, node, card))
+                number = int(instance_id.rpartition("-gpu")[2]) + 1
+                found.append(FoundInstance(instance_id, node, card, placement, number))
         return found
 
     async def _id_of_card(self, registry: Registry, stem: str, card: str) -> str | None:
-        """Return the id of a card's instance, which it keeps for good; None where it cannot be stored."""
+        """Return the id of a card's instance, which it keeps for good; None where that cannot be told now."""
+        try:
+            return await self._stored_id(registry, stem, card)
+        except RegistryUnwritableError:
+            return None  # a full disk ends nothing: the next reading binds again
+        except ValueError:
+            self._cards = None  # another gateway has bound that id: read again
+            return None
+
+    async def _stored_id(self, registry: Registry, stem: str, card: str) -> str:
         if self._cards is None:
-            try:
-                stored = await registry.bindings()
-            except ManagerError:
-                return None  # the database is away: the next reading asks again
+            stored = await registry.bindings()
             self._cards = {
                 id_.removeprefix(_BINDING): uuid for id_, uuid in stored.items() if id_.startswith(_BINDING)
             }
@@ -170,13 +203,7 @@ class FoundNodes:
             if uuid == card and id_.rpartition("-")[0] == stem:
                 return id_
         new = next(id_ for n in range(len(self._cards) + 1) if (id_ := f"{stem}-gpu{n}") not in self._cards)
-        try:
-            await registry.add_bindings({f"{_BINDING}{new}": card})
-        except ManagerError:
-            return None  # a full disk ends nothing: the next reading binds again
-        except ValueError:
-            self._cards = None  # another gateway has bound another card to it: the next reading has that
-            return None
+        await registry.add_bindings({f"{_BINDING}{new}": card})
         self._cards[new] = card
         return new
 

@@ -92,10 +92,10 @@ class Sharing:
                     await self._locks.release(name)
 
     async def take(self, instance_id: str) -> None:
-        """Take a share: this gateway uses the instance.
+        """Take a share: this gateway uses the instance. Waits while another one ends it.
 
         Raises:
-            LockedError: another gateway ends it, for longer than `wait_s`.
+            LockedError: another gateway has ended it for longer than `wait_s`.
             ManagerError: the database is away.
         """
         loop = asyncio.get_running_loop()
@@ -107,28 +107,35 @@ class Sharing:
                     self._used.add(instance_id)
                     return
             if loop.time() >= deadline:
-                raise LockedError(
-                    f"another gateway stops {instance_id}", instance=instance_id, retry_after_s=1
-                )
+                why = f"another gateway stops {instance_id} for longer than {self._wait_s:g} s"
+                raise LockedError(why, instance=instance_id, retry_after_s=self._wait_s)
             await asyncio.sleep(_POLL_S)
 
     async def alone(self, instance_id: str) -> bool:
-        """Give the own share up; return whether no other gateway has one. None can take one until `over`."""
+        """Give the own share up; return whether no other gateway has one. None can take one until `over`.
+
+        Raises:
+            ManagerError: the database is away; the share is taken again when it is back.
+        """
         async with self._turn(instance_id):
             self._over.discard(instance_id)
-            self._used.discard(instance_id)
             if self._mode(instance_id) == "alone":
                 return True
-            with suppress(ManagerError):
+            try:
                 await self._release(instance_id)
-                if not await self._locks.try_exclusive(self._name(instance_id)):
-                    self._left_at[instance_id] = None
-                elif self._have_left(instance_id):
-                    self._modes[instance_id] = "alone"
-                    return True
-                else:
+                taken = await self._locks.try_exclusive(self._name(instance_id))
+                if taken and not self._have_left(instance_id):
                     await self._locks.release(self._name(instance_id))
-            return False
+                    taken = False
+                elif not taken:
+                    self._left_at[instance_id] = None
+            except ManagerError:
+                self._used.add(instance_id)
+                raise
+            self._used.discard(instance_id)
+            if taken:
+                self._modes[instance_id] = "alone"
+            return taken
 
     def over(self, instance_id: str) -> None:
         """Give everything of an instance back: its server is gone. Waits for nothing."""

@@ -130,6 +130,10 @@ class Staleness:
         if self.why is not None and not self.why.message.endswith(note):
             self.why = replace(self.why, message=self.why.message + note)
 
+    def wait(self, pause_s: float) -> None:
+        """Do not replace the container for so long: other gateways use it."""
+        self._not_before = self._world.now() + pause_s
+
     def recreate_at(self, recreated_at: datetime | None) -> float | None:
         """From when on the container may be replaced, None when there is no reason to."""
         if self.why is None:

@@ -101,6 +101,8 @@ class Starting:
         missing = w.world.gpus.why_missing(w.id) if w.is_gpu else None
         if missing is not None:
             return Explanation(Reason.GPU_MISSING, missing)
+        if w.condition.state.phase is not Phase.READY and (why := w.world.why_no_node(w.spec.placement)):
+            return Explanation(Reason.INSTANCE_UNAVAILABLE, why)
         if w.reach is None:
             return Explanation(
                 Reason.INSTANCE_UNAVAILABLE,
@@ -125,11 +127,11 @@ class Starting:
         try:
             await w.store.save()
             await w.world.on_step(w.id, "stored")
-            # Before anything is made: what runs without a share could be stopped by another gateway.
-            await w.world.shares.take(w.id)
+            await w.world.shares.take(w.id)  # first, as a stop has it: what ends is waited for
             async with w.world.locks.hold(w.id):
                 started = await self._bring_up()
         except ManagerError as error:
+            w.world.shares.over(w.id)
             self._end_failed(error)
         else:
             self._end_ready(started)
@@ -196,7 +198,6 @@ class Starting:
             error.message += w.remedy
             error.args = (error.message,)
         w.condition.apply(StartFailed(Explanation(reason_of(error), error.message, tail)))
-        w.world.shares.over(w.id)
         self.failed += 1
         error.instance = error.instance or w.id
         w.condition.starters.settle(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from manager.domain.condition import (
@@ -152,16 +153,30 @@ class Stopping:
         """Wait for other gateways as for open leases; return False where the stop was taken back."""
         w = self._w
         deadline = w.world.now() + w.spec.limits.drain_timeout_s
-        while not await w.world.shares.alone(w.id):
+        while not await self._is_alone():
             if self._force or (not w.condition.state.is_patient and w.world.now() >= deadline):
                 w.world.journal.record("others_cut", instance=w.id, detail="other gateways still used it")
-                break
+                return True
+            if w.condition.state.phase is Phase.READY:
+                w.condition.apply(DrainBegun())
+                w.world.journal.record("draining", instance=w.id, detail="other gateways use it")
             self._news.clear()
             await happens(self._news, _OTHERS_S)
+            if w.signals.news.is_set() and await self._has_died():
+                return True
             if not w.condition.state.ends:
-                await w.world.shares.take(w.id)
-                return False
-        return True
+                break
+        if w.condition.state.ends:
+            return True
+        with suppress(ManagerError):  # it is taken again once the database is back
+            await w.world.shares.take(w.id)
+        return False
+
+    async def _is_alone(self) -> bool:
+        try:
+            return await self._w.world.shares.alone(self._w.id)
+        except ManagerError:
+            return False
 
     async def _has_died(self) -> bool:
         self._w.signals.news.clear()

@@ -136,6 +136,7 @@ class Supervisor(Instance):
         self._last_look = asyncio.Lock()
         self._engine_grace: asyncio.TimerHandle | None = None
         self._is_to_prewarm = False
+        self._let_go_until = float("-inf")  # others were looked for just before
 
     # --- commands ---
 
@@ -261,7 +262,7 @@ class Supervisor(Instance):
             # awaited from here on: no lease can be taken in between.
             if self.unused_since != since or not self.idle or not self._w.engine_up:
                 return False
-            if not await self._is_alone(since):
+            if self._world.now() < self._let_go_until or not await self._is_alone():
                 return False
             return self.begin_stop(detail=f"idle for {self.ttl_s:g} s")
 
@@ -280,25 +281,32 @@ class Supervisor(Instance):
                 looks += 1
                 await asyncio.sleep(LEAST_WINDOW_S)
             # As in `stop_if_idle`: no lease can be taken from here on.
-            if not self._w.engine_up or not await self._is_alone(self.unused_since):
+            if not self._w.engine_up or not await self._is_alone():
                 return False
             self.begin_stop(detail=detail)
         await self.stopped()
         return True
 
-    async def _is_alone(self, since: float | None) -> bool:
-        """Return whether no other gateway uses it, nor this one since then; no lease can be taken after that.
+    async def _is_alone(self) -> bool:
+        """Return whether no gateway uses it; no lease can be taken then, until the stop that follows.
 
         One that others use is let go: the last of them stops it, and a request here takes a share again.
         """
-        alone = await self._world.shares.alone(self.id)
-        if self.unused_since != since:
-            await self._world.shares.take(self.id)
+        was_let_go = self._condition.state.is_let_go
+        self._condition.apply(LetGo())  # before anything is awaited: no lease is given from here on
+        try:
+            alone = await self._world.shares.alone(self.id)
+        except ManagerError:
+            self._condition.apply(LetGo(takes_back=not was_let_go))
             return False
-        if not alone and not self._condition.state.is_let_go:
-            self._condition.apply(LetGo())
-            self._world.revision.advance()
-            self._world.journal.record("let_go", instance=self.id, detail="other gateways use it")
+        state = self._condition.state
+        if not state.is_let_go or not state.is_ready:
+            return False  # a request has wanted it again meanwhile, or it has ended
+        if not alone:
+            self._let_go_until = self._world.now() + self.spec.limits.resync_interval_s
+            if not was_let_go:
+                self._world.revision.advance()
+                self._world.journal.record("let_go", instance=self.id, detail="other gateways use it")
         return alone
 
     async def _rests(self) -> bool:
@@ -689,6 +697,9 @@ class Supervisor(Instance):
         await self._look_for_use()
         why = self._stale.why
         if not isinstance(next_action(self._situation()), Recreate) or why is None:
+            return
+        if not await self._is_alone():
+            self._stale.wait(self.spec.limits.resync_interval_s)  # the last user replaces it
             return
         self._store.note_recreation()
         self._stopping.detail = f"to be recreated: {why.message}"

@@ -151,9 +151,9 @@ class Sweeps:
         Raises:
             EngineUnreachableError: nothing can be stopped now.
         """
-        for link in self._links:
-            if link.is_needed:
-                link.refuse_if_down()
+        needed = [link for link in self._links if link.is_needed]
+        if needed and not any(link.up for link in needed):
+            needed[0].refuse_if_down()
         swept = await asyncio.gather(
             *(self._sweep(one, dry_run=dry_run) for one in self._fleet.supervisors())
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Driver
 from manager.domain.models import model_key
-from manager.domain.swarm import node_of
+from manager.domain.swarm import volume_on_node
 from manager.domain.target import Protocol
 from manager.domain.volumes import models_mount
 from manager.errors import RegistryUnwritableError
@@ -37,8 +37,7 @@ def volume_of(spec: InstanceSpec) -> str:
     if mount is None:
         return f"instance:{spec.id}"
     if spec.driver is Driver.SWARM:
-        # Each node has a volume of that name of its own.
-        return f"{mount.source}@{node_of(spec.placement) or spec.id}"
+        return volume_on_node(mount.source, spec.placement, spec.id)
     return mount.source
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.instance import MANAGED_DRIVERS
 from manager.web.controls import TELLING, can_stop_now, main_controls, more_controls
 from manager.web.page import Fragment, Page, element_id
 from manager.web.speeds import instance_speeds
@@ -50,9 +51,9 @@ def _card(
     loadable = [one["name"] for one in models if id_ in one["instances"] and id_ not in one["loaded_on"]]
     main, more = main_controls(instance), more_controls(instance, loadable)
     shown = (
-        "driver", "protocol", "template", "image", "endpoint", "target", "phase", "health", "reason", "start",
-        "in_flight", "pinned", "ttl_s", "ttl_ends_at", "started_at", "starts", "container", "image_override",
-        "drained", "lifted", "rules", "loading", "breaker",
+        "driver", "protocol", "node", "template", "image", "endpoint", "target", "phase", "health", "reason",
+        "start", "in_flight", "pinned", "ttl_s", "ttl_ends_at", "started_at", "starts", "container",
+        "image_override", "drained", "lifted", "rules", "loading", "breaker",
     )  # fmt: skip
     return {
         "one": {"id": id_, **{name: instance[name] for name in shown}},
@@ -67,6 +68,7 @@ def _card(
         "more": more,
         "hints": _hints({why for why in (main | more).values() if why in TELLING}),
         "can_stop_now": can_stop_now(instance),
+        "is_managed": instance["driver"] in MANAGED_DRIVERS,
     }
 
 
@@ -77,7 +79,10 @@ def _hints(whys: set[str]) -> list[str]:
 
 def _device(device: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a card shows of a device: nothing of its memory, which changes with every reading."""
-    cards = [{"index": one["index"], "name": one["name"] or one["uuid"]} for one in device["cards"]]
+    cards = [
+        {"index": one["index"], "name": one["name"] or one["uuid"], "host": one["host"]}
+        for one in device["cards"]
+    ]
     return {"kind": device["kind"], "cards": cards}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from manager.domain.instance import Driver
 from manager.web.devices import card_parts, fills_of, on_device
 from manager.web.page import Fragment, Page, element_id
 from manager.web.speeds import instance_speeds
@@ -113,7 +114,7 @@ def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, F
 
     def device(here: Iterable[Mapping[str, Any]], **more: Any) -> Fragment:
         shown = [rows[one["id"]] for one in here]
-        context = {"gpu": None, "title": None, "parts_of": [], **more}
+        context = {"gpu": None, "title": None, "node": None, "parts_of": [], **more}
         context |= {"rows": shown, "is_compact": len(shown) > _MOST_ROWS}
         return Fragment("overview/device.html", context)
 
@@ -128,12 +129,16 @@ def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, F
         here = [one for one in instances if one["id"] not in has_card and _place(one) == kind]
         if here:
             found[f"place-{kind}"] = device(here, title=kind)
+    services = [one for one in instances if one["id"] not in has_card and _place(one) == "swarm"]
+    for node in dict.fromkeys(one["node"] for one in services):
+        here = [one for one in services if one["node"] == node]
+        found[element_id("place-node", node or "none")] = device(here, title="swarm", node=node)
     return found
 
 
 def _place(instance: Mapping[str, Any]) -> str:
     driver: str = instance["driver"]
-    if driver != "docker":
+    if driver != Driver.DOCKER:
         return driver
     return "cpu" if instance["device"]["kind"] == "cpu" else "gpu"
 

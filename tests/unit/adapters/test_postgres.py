@@ -17,6 +17,7 @@ from alembic.runtime.migration import MigrationContext
 from manager.adapters import postgres as module
 from manager.adapters.postgres import AdvisoryLocks, name_of
 from manager.adapters.registry import SqlRegistry, ledger, open_registry, tables
+from manager.adapters.registry import postgres as registry_in_postgres
 from manager.adapters.registry.migrate import upgrade
 from manager.adapters.registry.postgres import (
     PostgresDatabase,
@@ -32,10 +33,12 @@ from manager.errors import (
     RegistryCorruptError,
     RegistryDoubtfulError,
     RegistryUnwritableError,
+    UnavailableError,
 )
 from tests.support.daemon import ROOT
 from tests.support.inside import until
 from tests.support.keys import grant
+from tests.support.ledger import Books
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -230,9 +233,11 @@ async def test_a_server_that_is_away_fails_calls_at_once_and_is_used_again_once_
             calls = (registry.overrides(), registry.save_overrides({}), store.reserve(reservation(2), {}))
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, RegistryUnwritableError), outcome
-                assert "is away" in outcome.message or "ended the call" in outcome.message, outcome.message
+                assert "no connection" in outcome.message or "ended the call" in outcome.message, (
+                    outcome.message
+                )
             assert time.monotonic() - began < 3
-            with pytest.raises(RegistryUnwritableError, match="is away"):
+            with pytest.raises(RegistryUnwritableError, match="there is no connection"):
                 await registry.overrides()
         finally:
             postgres.start()
@@ -284,6 +289,38 @@ async def test_a_server_that_says_nothing_is_given_up_and_the_loop_turns_meanwhi
         await own.close()
 
 
+async def test_money_whose_commit_was_in_doubt_is_released_once_the_server_is_back(
+    postgres: Postgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_CALL_S", 1.0)
+    url = postgres.database()
+    async with opened(tmp_path, url) as registry:
+        books = Books(registry, tmp_path / "registry.sqlite3", url)
+        execute = registry_in_postgres._Session.execute
+
+        def freezing(self: Any, statement: str, *values: Any) -> Any:
+            result = execute(self, statement, *values)
+            if statement.startswith("INSERT INTO ledger_days"):
+                # The statements before the commit have been executed; the commit reaches the server.
+                monkeypatch.setattr(registry_in_postgres._Session, "execute", execute)
+                postgres.freeze()
+            return result
+
+        monkeypatch.setattr(registry_in_postgres._Session, "execute", freezing)
+        monkeypatch.setattr(ledger, "_balances", lambda *_: {})
+        try:
+            with pytest.raises(UnavailableError, match="no paid request is sent"):
+                await books.reserve(400_000)
+        finally:
+            postgres.thaw()
+        monkeypatch.undo()
+        assert books.ledger.unwritten == 1
+        await asyncio.sleep(module._PAUSE_S)
+        assert await books.ledger.flush()
+        assert await books.global_balance() == Balance(0, 0)
+        await books.store.close()
+
+
 async def test_a_gateway_that_holds_the_ledger_holds_up_the_others_for_seconds_only(
     postgres: Postgres, tmp_path: Path
 ) -> None:
@@ -307,7 +344,10 @@ async def test_no_error_shows_a_password(tmp_path: Path) -> None:
         async with opened(tmp_path, url):
             pass
     assert "s3cr3t" not in refused.value.message
-    assert "postgresql://om:…@127.0.0.1:1/om could not be opened: it is away" in refused.value.message
+    assert (
+        "postgresql://om:…@127.0.0.1:1/om could not be opened: there is no connection"
+        in refused.value.message
+    )
     assert name_of(url) == "postgresql://om:…@127.0.0.1:1/om"
 
 

@@ -574,6 +574,7 @@ def test_a_new_registry_is_its_owners_alone(made: Made) -> None:
 def test_making_a_registry_costs_the_daemon_neither_alembic_nor_an_orm(made: Made) -> None:
     assert "sqlalchemy" in made.modules
     assert not made.modules & {"alembic", "mako", "sqlalchemy.orm"}
+    assert not made.modules & {"psycopg", "sqlalchemy.dialects.postgresql"}, "they are for a shared database"
 
 
 async def test_every_commit_is_synced_to_a_write_ahead_log(registry: SqlRegistry, path: Path) -> None:

@@ -27,6 +27,7 @@ NODE: dict[str, Any] = {
     "Spec": {"Role": "worker", "Availability": "active", "Labels": {"rack": "a"}},
     "Description": {
         "Hostname": "gpu-box",
+        "Engine": {"EngineVersion": "28.5.2", "Labels": {}},
         "Resources": {
             "NanoCPUs": 4_000_000_000,
             "GenericResources": [
@@ -110,13 +111,12 @@ def test_an_exit_code_is_told_as_a_number_and_not_in_words() -> None:
         ("rejected", "No such image: no-such/image:1", Reason.IMAGE_MISSING),
         (
             "failed",
-            "starting container failed: driver failed programming external connectivity on endpoint a.1.t "
-            "(...): Error starting userland proxy: listen tcp4 0.0.0.0:31001: bind: address already in use",
+            "starting container failed: driver failed programming: listen tcp4: bind: address already in use",
             Reason.PORT_TAKEN,
         ),
         (
             "failed",
-            'starting container failed: failed to create shim task: OCI runtime create failed: exec: "/x": stat',
+            'starting container failed: failed to create shim task: runc create failed: exec: "/x": stat',
             Reason.START_FAILED,
         ),
         ("rejected", "assigned node no longer meets constraints", Reason.START_FAILED),
@@ -166,13 +166,15 @@ def test_a_node_has_the_cards_of_the_kind_that_is_asked_for() -> None:
     read = answers.node(NODE, "NVIDIA-GPU")
     assert (read.id, read.hostname, read.address, read.labels) == ("n1", "gpu-box", "10.0.0.3", {"rack": "a"})
     assert (read.is_up, read.is_active, read.is_manager) == (True, True, False)
-    assert read.cards == ("GPU-1", "GPU-2")
+    assert (read.cards, read.engine) == (("GPU-1", "GPU-2"), "28.5.2")
     assert answers.node(NODE, "FPGA").cards == ("f1",)
 
 
 def test_a_node_without_resources_has_no_cards() -> None:
-    for description in ({}, None, {"Hostname": "x"}, {"Resources": {}}):
-        assert answers.node(node_entry(Description=description), "NVIDIA-GPU").cards == ()
+    descriptions: list[Any] = [{}, None, {"Hostname": "x"}, {"Resources": {}}]
+    for description in descriptions:
+        read = answers.node(node_entry(Description=description), "NVIDIA-GPU")
+        assert (read.cards, read.engine) == ((), "")
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,7 @@ CPU = ContainerRequest(
 def spec(
     request: ContainerRequest = CPU, *, node_id: str | None = None, stop_timeout_s: float = 30.0
 ) -> dict[str, Any]:
-    return service_spec(
-        request, replicas=0, resource="NVIDIA-GPU", node_id=node_id, stop_timeout_s=stop_timeout_s
-    )
+    return service_spec(request, replicas=0, node_id=node_id, stop_timeout_s=stop_timeout_s)
 
 
 def test_a_service_is_the_whole_container_and_starts_nothing_by_itself() -> None:
@@ -77,11 +75,10 @@ def test_limits_are_given_as_far_as_there_are_any() -> None:
     assert none["TaskTemplate"]["Resources"] == {"Limits": {}}
 
 
-def test_cards_are_reserved_by_their_number_on_the_node_that_has_them() -> None:
+def test_cards_bind_a_service_to_their_node_and_are_not_reserved() -> None:
     task = spec(replace(CPU, gpu="GPU-1,GPU-2"), node_id="n1")["TaskTemplate"]
-    assert task["Resources"]["Reservations"] == {
-        "GenericResources": [{"DiscreteResourceSpec": {"Kind": "NVIDIA-GPU", "Value": 2}}]
-    }
+    # Swarm ends tasks with reserved generic resources at each change of their node.
+    assert "Reservations" not in task["Resources"]
     assert task["Placement"] == {"Constraints": ["node.role==worker", "node.id==n1"]}
 
 

@@ -484,7 +484,7 @@ def test_the_database_that_gateways_share_is_looked_at_and_left(
     assert (found["verdict"], "some other program" in found["message"]) == ("broken", True)
     monkeypatch.setenv("OLLAMA_MANAGER_STATE__URL", "postgresql://om:s3cr3t@127.0.0.1:1/om")
     result = run("doctor", "--json")
-    assert "is away" in checks(result)["database"]["message"]
+    assert "there is no connection" in checks(result)["database"]["message"]
     assert "s3cr3t" not in result.stdout
     monkeypatch.setitem(sys.modules, "manager.adapters.registry.postgres", None)
     found = checks(run("doctor", "--json"))["database"]

@@ -71,6 +71,24 @@ def test_a_paid_server_has_no_device_that_could_be_declared(daemon: StandInDaemo
     assert drawn(daemon, 120).splitlines()[1].split()[:3] == ["openai", "cloud", "-"]
 
 
+def test_an_instance_of_a_swarm_is_shown_on_its_node_with_its_ttl(daemon: StandInDaemon) -> None:
+    card = {"uuid": "GPU-1", "index": 0, "name": "Card"}
+    seen = GPU | {"index": 0, "name": "Card", "cards": [card | {"host": "other-box"}]}
+    daemon.has(
+        ready("far", driver="swarm", node="gpu-box", ttl_remaining_s=61.0),
+        instance("away", driver="swarm", node=None),
+        instance("blind", driver="swarm", node="gpu-box", device=GPU),
+        instance("card", driver="swarm", node="gpu-box", device=seen),
+    )
+    rows = [line.split("  ") for line in drawn(daemon, 200).splitlines()]
+    far, away, blind, card_row = (" | ".join(cell.strip() for cell in row if cell) for row in rows[1:5])
+    assert "swarm | cpu on gpu-box | ready | healthy | running" in far
+    assert "1m01s" in far
+    assert "swarm | cpu | stopped" in away
+    assert "gpu GPU-6f4b3a52… on gpu-box not seen" in blind
+    assert "gpu 0 on other-box Card" in card_row
+
+
 def test_a_table_that_hardly_fits_does_without_driver_and_target(daemon: StandInDaemon) -> None:
     daemon.has(ready("cpu"))
     assert "DRIVER" in drawn(daemon, 90)

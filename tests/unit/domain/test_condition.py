@@ -455,11 +455,9 @@ def test_a_service_that_was_scaled_to_zero_tells_why_it_has_stopped() -> None:
     )
 
 
-def test_a_pinned_service_that_was_scaled_to_zero_is_started_again() -> None:
-    pinned = replace(READY, pinned=True)
-    found = after(pinned, c.Inspected(PARKED))
-    assert (found.phase, found.target, found.container) == (Phase.FAILED, Target.RUNNING, None)
-    assert found.start_retry == c.Retry(1, NOW + backoff.FIRST_S)
+def test_a_pinned_service_that_was_scaled_to_zero_stays_stopped() -> None:
+    found = after(replace(READY, pinned=True), c.Inspected(PARKED))
+    assert (found.phase, found.target, found.container) == (Phase.STOPPED, Target.STOPPED, None)
 
 
 @pytest.mark.parametrize("before", [STOPPED, FAILED, NEW])
@@ -496,6 +494,34 @@ def test_the_end_of_a_service_says_what_the_engine_gives_as_the_reason() -> None
         Reason.INSTANCE_UNAVAILABLE, "m-ollama-cpu does not run: its node gpu-box is down"
     )
     assert c.explain_end("m-ollama-cpu", replace(lost, out_of_memory=True)).code is Reason.OUT_OF_MEMORY
+
+
+def test_the_end_of_a_service_without_an_exit_code_says_what_is_known() -> None:
+    gone = replace(EXITED, exit_code=None, error="Swarm has no task of it that should run")
+    why = c.explain_end("m-ollama-cpu", gone)
+    assert why.code is Reason.CONTAINER_EXITED
+    assert why.message == "m-ollama-cpu does not run: Swarm has no task of it that should run"
+
+
+@pytest.mark.parametrize(
+    ("node", "exit_code", "words"),
+    [
+        (None, 137, "as `docker kill`, `docker rm -f` and the system do"),
+        (None, 143, "as `docker stop` does"),
+        ("gpu-box", 137, "as `docker kill` on its node and the system do"),
+        ("gpu-box", 143, "as `docker service update` and `docker node update` do"),
+    ],
+)
+def test_what_ends_a_server_from_outside_is_named_as_it_was_started(
+    node: str | None, exit_code: int, words: str
+) -> None:
+    why = c.explain_end("m-ollama-cpu", replace(EXITED, exit_code=exit_code, node=node))
+    assert why.message.endswith(words)
+
+
+def test_a_server_is_used_here_after_all() -> None:
+    let_go = after(READY, c.LetGo())
+    assert after(let_go, c.LetGo(takes_back=True)) == READY
 
 
 def test_a_server_that_was_let_go_gives_no_leases_until_it_is_wanted_again() -> None:

@@ -15,15 +15,20 @@ from manager.domain.swarm import (
     Task,
     TaskStage,
     held,
+    home_of,
     instance_stem,
+    live_nodes,
     newest,
     node_of,
     nodes_with,
     normal_constraint,
+    one_node,
     service_facts,
     service_reach,
     stage_of,
     standing,
+    volume_on_node,
+    why_no_node,
 )
 from manager.errors import Reason
 
@@ -46,8 +51,8 @@ PARKED = replace(SERVICE, replicas=0)
 
 
 def task(stage: TaskStage = TaskStage.RUNNING, *, age_s: float = 0, **values: Any) -> Task:
-    values = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"} | values
-    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **values)
+    usual: dict[str, Any] = {"id": "t1", "service": "s1", "wanted": True, "node": "n1"}
+    return Task(stage=stage, created_at=T0 - timedelta(seconds=age_s), **(usual | values))
 
 
 # --- tasks ---
@@ -90,6 +95,11 @@ def test_the_task_with_the_work_stands_for_a_service_of_several_until_it_ends() 
     assert (facts.status, facts.node, facts.started_at) == ("running", "gpu-box", oldest.created_at)
     facts = service_facts(replace(SERVICE, replicas=3), [waiting, second, oldest], DOWN)
     assert (facts.status, facts.node) == ("running", "desk")
+
+
+def test_a_task_that_runs_stands_for_its_service_before_another_replica_that_finds_no_node() -> None:
+    running = task(age_s=60, id="runs")
+    assert newest([task(TaskStage.WAITING, id="waits", node=None), running]) == running
 
 
 def test_tasks_that_run_or_come_up_on_nodes_that_answer_hold_something() -> None:
@@ -170,9 +180,51 @@ def test_a_running_task_on_a_node_that_is_down_or_has_left_counts_as_ended() -> 
     assert left.address is None
 
 
+def test_a_task_that_swarm_is_ending_counts_as_ended() -> None:
+    # A node that is back ends the tasks that were given up while it was down.
+    facts = service_facts(SERVICE, [task(wanted=False)], NODES)
+    assert (facts.status, facts.error, facts.exit_code) == ("exited", "Swarm ends its task", None)
+    assert facts.reason is Reason.INSTANCE_UNAVAILABLE
+    told = service_facts(SERVICE, [task(wanted=False, error="drained")], NODES)
+    assert told.error == "drained"
+
+
 def test_a_task_that_had_ended_before_its_node_went_down_says_how_it_ended() -> None:
     facts = service_facts(SERVICE, [task(TaskStage.ENDED, exit_code=1)], DOWN)
     assert (facts.status, facts.exit_code, facts.error) == ("exited", 1, "")
+
+
+@pytest.mark.parametrize("exit_code", [None, -1, 0, 143])
+def test_a_task_that_ended_in_order_on_a_drained_node_was_ended_by_the_drain(exit_code: int | None) -> None:
+    drained = {"n1": replace(GPU_BOX, is_active=False)}
+    ended = task(TaskStage.ENDED, wanted=False, exit_code=exit_code)
+    facts = service_facts(SERVICE, [ended], drained)
+    assert (facts.status, facts.error) == ("exited", "its node gpu-box is drained, or paused")
+    assert facts.reason is Reason.INSTANCE_UNAVAILABLE
+    assert service_facts(SERVICE, [ended], NODES).reason is None
+    assert service_facts(SERVICE, [ended], {}).reason is None
+
+
+def test_a_task_that_swarm_is_ending_does_not_count_as_running() -> None:
+    ending = task(wanted=False)
+    facts = service_facts(SERVICE, [ending], NODES)
+    assert (facts.status, facts.error) == ("exited", "Swarm ends its task")
+    assert (facts.reason, facts.exit_code) == (Reason.INSTANCE_UNAVAILABLE, None)
+    assert service_facts(SERVICE, [replace(ending, error="not allowed")], NODES).error == "not allowed"
+    drained = service_facts(SERVICE, [ending], {"n1": replace(GPU_BOX, is_active=False)})
+    assert drained.error == "its node gpu-box is drained, or paused"
+    moved = [ending, task(TaskStage.WAITING, id="next", node=None)]
+    assert service_facts(SERVICE, moved, NODES).status == "created"
+
+
+def test_a_task_with_a_trouble_of_its_own_says_that_on_a_drained_node_too() -> None:
+    drained = {"n1": replace(GPU_BOX, is_active=False)}
+    crashed = service_facts(SERVICE, [task(TaskStage.ENDED, wanted=False, exit_code=3)], drained)
+    assert (crashed.exit_code, crashed.reason, crashed.error) == (3, None, "")
+    missing = task(TaskStage.ENDED, error="no such image", reason=Reason.IMAGE_MISSING)
+    assert service_facts(SERVICE, [missing], drained).reason is Reason.IMAGE_MISSING
+    assert service_facts(SERVICE, [task()], drained).status == "running"
+    assert service_facts(SERVICE, [], drained).reason is None
 
 
 def test_a_service_without_replicas_is_parked_once_its_last_task_has_ended() -> None:
@@ -232,6 +284,21 @@ def test_a_constraint_on_the_id_or_the_host_name_allows_one_node() -> None:
     assert node_of([]) is None
 
 
+def test_a_volume_is_one_of_its_node_or_of_a_service_of_no_certain_node() -> None:
+    assert volume_on_node("models", ["node.hostname==gpu-box"], "a") == "models@gpu-box"
+    assert volume_on_node("models", ["node.role==worker"], "a") == "models@a"
+
+
+def test_the_home_of_a_service_is_the_one_node_that_it_can_run_on() -> None:
+    nodes = (GPU_BOX, DESK)
+    assert home_of(["node.id==n1"], (), nodes) == "gpu-box"
+    assert home_of(["node.hostname==desk"], (), nodes) == "desk"
+    assert home_of(["node.hostname==gone"], (), nodes) == "gone"
+    assert home_of(["node.role==worker"], ("GPU-2",), nodes) == "gpu-box"
+    assert home_of([], ("GPU-9",), nodes) is None
+    assert home_of(["node.role==worker"], (), nodes) is None
+
+
 @pytest.mark.parametrize(
     ("hostname", "stem"),
     [
@@ -247,19 +314,51 @@ def test_a_constraint_on_the_id_or_the_host_name_allows_one_node() -> None:
     ],
 )
 def test_the_ids_of_a_nodes_instances_begin_with_its_host_name(hostname: str, stem: str) -> None:
-    assert instance_stem(replace(GPU_BOX, hostname=hostname)) == stem
+    assert instance_stem(replace(GPU_BOX, hostname=hostname), is_only=True) == stem
 
 
-def test_a_second_node_of_one_host_name_gets_a_part_of_its_id() -> None:
+def test_nodes_of_one_host_name_get_a_part_of_their_ids() -> None:
     second = replace(GPU_BOX, id="ABCDEFGHI")
-    assert instance_stem(second, ["gpu-box"]) == "gpu-box-abcdef"
-    assert instance_stem(second, iter(["desk"])) == "gpu-box"
+    assert instance_stem(second, is_only=False) == "gpu-box-abcdef"
+    assert one_node(second, is_only=False) == "node.id==ABCDEFGHI"
+
+
+def test_the_only_node_of_a_host_name_is_meant_by_that_name() -> None:
+    assert one_node(GPU_BOX, is_only=True) == f"node.hostname=={GPU_BOX.hostname}"
+    assert one_node(replace(GPU_BOX, hostname=""), is_only=True) == f"node.id=={GPU_BOX.id}"
+
+
+def test_a_host_that_has_joined_again_takes_the_place_of_its_former_node() -> None:
+    former, again = replace(GPU_BOX, id="a", is_up=False), replace(GPU_BOX, id="b")
+    other = replace(GPU_BOX, id="c", hostname="desk")
+    assert live_nodes([other, again, former]) == [(again, True), (other, True)]
+    assert live_nodes([former]) == [(former, True)], "it may come back"
+    third = replace(GPU_BOX, id="d")
+    assert live_nodes([third, again]) == [(again, False), (third, False)]
+
+
+@pytest.mark.parametrize(
+    ("node", "why"),
+    [
+        (GPU_BOX, None),
+        (replace(GPU_BOX, is_up=False), "node gpu-box is down"),
+        (replace(GPU_BOX, is_active=False), "node gpu-box is drained or paused: it takes no tasks"),
+    ],
+)
+def test_a_service_of_one_node_cannot_run_where_that_node_takes_no_tasks(node: Node, why: str | None) -> None:
+    for placement in ([f"node.id=={node.id}"], [f"node.hostname=={node.hostname}"]):
+        assert why_no_node([node], placement) == why
+    assert why_no_node([node], ["node.labels.disk==fast"]) is None, "several nodes may do"
+
+
+def test_a_service_of_a_node_that_is_unknown_cannot_run() -> None:
+    assert why_no_node([GPU_BOX], ["node.id==gone"]) == "the swarm has no node gone"
 
 
 @pytest.mark.parametrize("hostname", ["a" * 63, "1" * 63, "1-" * 30])
 def test_an_id_of_a_node_is_as_short_as_one_in_the_configuration(hostname: str) -> None:
     node = replace(GPU_BOX, hostname=hostname, id="zyxwvutsrq")
-    longest = f"{instance_stem(node, [instance_stem(node)])}-gpu999"
+    longest = f"{instance_stem(node, is_only=False)}-gpu999"
     assert len(longest) <= 32
     assert "--" not in longest
 

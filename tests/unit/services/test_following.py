@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
 from manager.adapters import postgres as module
 from manager.adapters.postgres import AdvisoryLocks
@@ -18,7 +19,7 @@ from manager.adapters.registry.postgres import PostgresDatabase, gateway_lock
 from manager.adapters.registry.shared import SharedDatabase
 from manager.domain.keys import Grant, KeyState, Scope
 from manager.domain.ownership import Owner
-from manager.errors import ConflictError, RegistryUnwritableError
+from manager.errors import ConflictError, InvalidRequestError, RegistryUnwritableError
 from manager.services.accounts.keyring import Keyring
 from manager.services.accounts.quotas import Exceeded, Quotas
 from manager.services.following import Following
@@ -112,14 +113,15 @@ async def test_a_key_keeps_the_later_of_its_last_uses(pair: Two) -> None:
     one, other = pair
     await one.keyring.create(one.grant("root", Scope.ADMIN))
     await other.following.look()
-    for gateway_, seconds in ((one, 9), (other, 5)):
-        gateway_.now = START + timedelta(seconds=seconds)
-        gateway_.keyring.used.add("root")
-        gateway_.keyring.look()
-    await one.keyring.save_last_used()
-    await one.keyring.rotate("root", 60)
-    await other.following.look()
-    assert other.keyring.all()[0].last_used_at == START + timedelta(seconds=9)
+    for stored, seen in ((9, 5), (13, 17)):
+        for gateway_, seconds in ((one, stored), (other, seen)):
+            gateway_.now = START + timedelta(seconds=seconds)
+            gateway_.keyring.used.add("root")
+            gateway_.keyring.look()
+        await one.keyring.save_last_used()
+        await one.keyring.rotate("root", 1)
+        await other.following.look()
+        assert other.keyring.all()[0].last_used_at == START + timedelta(seconds=max(stored, seen))
 
 
 async def test_changes_of_a_key_at_once_are_refused_and_made_again(pair: Two) -> None:
@@ -140,7 +142,8 @@ async def test_an_outage_is_told_once_and_a_revocation_of_that_time_is_stored_af
     one, other = pair
     await one.keyring.create(one.grant("root", Scope.ADMIN))
     await one.keyring.create(one.grant("bot"))
-    await other.following.look()
+    for gateway_ in (one, other):
+        await gateway_.following.look()
     postgres.kill()
     try:
         for _ in range(2):
@@ -159,6 +162,28 @@ async def test_an_outage_is_told_once_and_a_revocation_of_that_time_is_stored_af
     assert one.keyring.grant("root") is not None
     assert [kind for kind in one.kinds() if kind.startswith("database")] == ["database_away", "database_back"]
     assert one.shared._locks.held == {gateway_lock(str(one.registry.gateway))}, "it is known to live again"
+
+
+async def test_a_change_that_does_not_fit_here_is_logged_and_holds_up_no_other(
+    pair: Two, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = pair
+    tries = 0
+
+    async def does_not_fit() -> None:
+        nonlocal tries
+        tries += 1
+        raise InvalidRequestError("until: expected a time in the future")
+
+    other.following._reloads = {"overrides": does_not_fit, "keys": other.keyring.reload}
+    await one.registry.save_overrides({"a": 1})
+    await one.keyring.create(one.grant("root", Scope.ADMIN))
+    with capture_logs() as logs:
+        for _ in range(3):
+            await other.following.look()
+    assert [line["event"] for line in logs] == ["change_not_followed"]
+    assert (tries, other.following.trouble) == (1, None)
+    assert other.keyring.has_admin()
 
 
 async def test_the_use_of_a_key_counts_at_both(pair: Two) -> None:

@@ -65,6 +65,23 @@ async def test_while_nothing_changes_the_overview_is_the_same_object() -> None:
     assert (first.engine_up, first.orphans, dict(first.models), first.lanes) == (False, (), {}, ())
 
 
+async def test_the_node_of_an_instance_is_shown_and_a_move_advances_the_revision() -> None:
+    stage = Stage(Rig("a"))
+    nodes = {"a": "gpu-box"}
+    stage.overviews._node = lambda spec, _container: nodes.get(spec.id)
+    (first,) = stage.overviews.current().instances
+    assert (first.node, instance_json(first)["node"]) == ("gpu-box", "gpu-box")
+    revision = stage.revision
+    nodes["a"] = "desk"
+    assert stage.revision == revision + 1
+    assert stage.overviews.of("a").node == "desk"
+
+
+async def test_without_a_swarm_no_instance_has_a_node() -> None:
+    (one,) = Stage(Rig("a")).overviews.current().instances
+    assert (one.node, instance_json(one)["node"]) == (None, None)
+
+
 async def test_clocks_run_without_a_new_revision_and_are_never_old() -> None:
     stage = Stage(Rig("a"))
     async with stage.rig.running():

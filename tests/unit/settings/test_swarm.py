@@ -9,12 +9,13 @@ import pytest
 from manager.domain.instance import DeviceKind, Driver
 from manager.errors import ConfigurationError
 from manager.settings import load_settings, load_templates, resolve_instances
-from manager.settings.model import Settings
 from manager.settings.section import FoundIds
 from manager.settings.templates import node_spec
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from manager.settings import Settings
 
 ENVIRON = {"HOME": "/home/someone"}
 CPU = "driver: swarm, template: ollama-cpu"
@@ -170,6 +171,17 @@ def test_a_named_volume_can_be_mounted(tmp_path: Path) -> None:
     assert one.template_name == "named"
 
 
+def test_a_writer_of_a_volume_is_named_with_the_volume_of_its_node(tmp_path: Path) -> None:
+    instance = f"gpus: none\ninstances: {{a: {{{CPU}, placement: [node.hostname==gpu-box]}}}}\n"
+    (one,) = resolved(tmp_path, f"{instance}models: {{writers: {{ollama-models@gpu-box: a}}}}")
+    assert one.id == "a"
+    with pytest.raises(ConfigurationError) as caught:
+        resolved(tmp_path, f"{instance}models: {{writers: {{ollama-models: a}}}}")
+    assert "models.writers.ollama-models: 'a' cannot write to it; it has: ollama-models@gpu-box" in (
+        caught.value.message
+    )
+
+
 # --- instances that nodes give ---
 
 
@@ -191,11 +203,12 @@ def test_a_node_gives_nothing_where_its_template_is_missing_or_mounts_a_director
     settings, templates = settings_of(tmp_path, with_bind(tmp_path, ""))
     with pytest.raises(
         ConfigurationError,
-        match=r"a-gpu0 was found by swarm.instances: expected a template 'ollama-gpu' with device: gpu \(known: named, ollama-cpu\)",
+        match=r"a-gpu0 was found by swarm.instances: expected a template 'ollama-gpu' with device: gpu "
+        r"\(known: named, ollama-cpu\)",
     ):
         node_spec("a-gpu0", settings, templates, card=CARD, placement="node.id==n1")
     with pytest.raises(
-        ConfigurationError, match="a-cpu was found by swarm.instances: 'ollama-cpu' mounts the"
+        ConfigurationError, match=r"a-cpu was found by swarm.instances: 'ollama-cpu' mounts the"
     ):
         node_spec("a-cpu", settings, templates, card=None, placement="node.id==n1")
 

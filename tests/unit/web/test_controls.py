@@ -130,3 +130,11 @@ def test_every_reason_has_a_text() -> None:
     whys = {*TELLING, "runs", "ends", "stopped", "not_ready"}
     assert all(texts.why.get(why, "") for why in whys)
     assert all(texts.steps.get(step, "") for step in ("memory", "container", "answer"))
+
+
+@pytest.mark.parametrize("phase", ["stopped", "ready", "draining"])
+def test_a_service_of_a_swarm_has_the_controls_of_a_container(phase: str) -> None:
+    service, container = (instance(phase, driver=driver, in_flight=1) for driver in ("swarm", "docker"))
+    assert main_controls(service) == main_controls(container)
+    assert more_controls(service, ["tiny"]) == more_controls(container, ["tiny"])
+    assert can_stop_now(service) is can_stop_now(container)

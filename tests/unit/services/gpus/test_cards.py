@@ -225,3 +225,29 @@ async def test_the_eleventh_card_comes_after_the_third(machine: Machine) -> None
     machine.cards = tuple(card(f"GPU-{number:02}") for number in range(12))
     gpus = await machine.gpus(auto=True)
     assert gpus.instance_ids() == tuple(f"gpu{number}" for number in range(12))
+
+
+# --- cards of other machines ---
+
+
+async def test_bindings_of_the_nodes_of_a_swarm_are_not_of_this_machine(machine: Machine) -> None:
+    machine.stored_bindings = {"swarm:gpu-box-gpu0": A}
+    machine.cards = (card(A),)
+    gpus = await machine.gpus(auto=True)
+    assert gpus.instance_ids() == ("gpu0",)
+    assert machine.stored_bindings == {"swarm:gpu-box-gpu0": A, "gpu0": A}
+
+
+async def test_an_instance_that_was_found_gets_its_cards_by_name(machine: Machine) -> None:
+    machine.cards = (card(A), second())
+    gpus = await machine.gpus()
+    assert gpus.uuids_of("gpu-box-gpu0") == ()
+    gpus.name_cards("gpu-box-gpu0", (B,))
+    await gpus.refresh()
+    assert gpus.uuids_of("gpu-box-gpu0") == (B,)
+    assert gpus.why_missing("gpu-box-gpu0") is None
+
+
+async def test_a_card_that_is_missing_is_said_to_be_missing_where_it_was(machine: Machine) -> None:
+    gpus = await machine.gpus(place="advertised by a node of the swarm", one=A)
+    assert gpus.why_missing("one") == f"GPU {A} is not advertised by a node of the swarm (any more)"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 
 from manager.domain.container import Reach
-from manager.domain.instance import Phase
+from manager.domain.instance import ContainerFacts, Driver, Phase
 from manager.errors import EngineError, EngineUnreachableError, NoDescriptorForEngineError, Reason
-from manager.services.ports import EngineInfo
+from manager.services.instances.engine_link import EngineLink, Swarm
+from manager.services.ports import EngineEvent, EngineInfo
 from tests.support.fleet_rig import Rig, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
 
 LINUX = EngineInfo("28.5", desktop=False, rootless=False, runtimes=())
 
@@ -136,6 +142,115 @@ async def test_containers_are_reached_by_what_engine_and_daemon_are(
     async with rig.running(settled=False):
         await rig.link.came_up.wait()
         assert rig["a"].reach is reach
+
+
+# --- Docker Swarm ---
+
+
+def to_swarm(rig: Rig, *, reach: str = "auto", finds: bool = False) -> EngineLink:
+    """A second link over the same engine, for the services of its swarm."""
+
+    async def itself(name: str) -> ContainerFacts | None:
+        asked.append(name)
+        own = ContainerFacts("itself0123", "daemon", "image", "running", networks=("swarm-net", "bridge"))
+        return own if name == "itself" else None
+
+    asked: list[str] = []
+    return EngineLink(
+        rig.world,
+        rig.fleet,
+        rig.capacity,
+        own_names=("nobody", "itself"),
+        probe_interval_s=0.02,
+        resync_interval_s=60.0,
+        swarm=Swarm(reach, "swarm-net", finds=finds, itself=itself),
+    )
+
+
+@asynccontextmanager
+async def up(link: EngineLink) -> AsyncIterator[EngineLink]:
+    task = asyncio.ensure_future(link.run())
+    try:
+        await link.came_up.wait()
+        yield link
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_a_link_is_needed_where_it_has_instances_or_may_find_some() -> None:
+    rig = Rig("a")
+    assert (rig.link.is_needed, rig.link.name) == (True, "engine")
+    assert (to_swarm(rig).is_needed, to_swarm(rig).name) == (False, "swarm")
+    assert to_swarm(rig, finds=True).is_needed
+    rig.add("s", driver=Driver.SWARM)
+    assert to_swarm(rig).is_needed
+    assert not Rig().link.is_needed
+
+
+async def test_each_link_tells_the_instances_of_its_driver_alone() -> None:
+    rig = Rig("a")
+    rig.add("s", driver=Driver.SWARM)
+    async with up(to_swarm(rig)):
+        assert (rig["s"].reach, rig["a"].reach) == (Reach.NAME, Reach.ADDRESS)
+        await until(lambda: rig.view("s").phase is Phase.STOPPED)
+        assert rig.view("a").phase is Phase.UNAVAILABLE
+        assert rig.journal.details_of("engine_up") == ["Docker Swarm at unix:///engine.sock"]
+
+
+@pytest.mark.parametrize(
+    ("reach", "way"), [("auto", Reach.NAME), ("network", Reach.NAME), ("host", Reach.HOST)]
+)
+async def test_services_are_reached_by_the_setting_and_the_networks_of_the_daemon(
+    reach: str, way: Reach
+) -> None:
+    rig = Rig()
+    rig.add("s", driver=Driver.SWARM)
+    async with up(to_swarm(rig, reach=reach)):
+        assert rig["s"].reach is way
+
+
+async def test_a_daemon_on_no_network_of_the_services_reaches_them_on_their_hosts() -> None:
+    rig = Rig()
+    rig.add("s", driver=Driver.SWARM)
+    link = to_swarm(rig)
+    link._own_names = ("nobody",)
+    async with up(link):
+        assert rig["s"].reach is Reach.HOST
+
+
+async def test_an_orphan_of_a_swarm_is_removed_as_a_service() -> None:
+    rig = Rig("a")
+    rig.engine.put("m-ollama-s", "s", "parked")
+    async with up(to_swarm(rig)):
+        (told,) = rig.journal.details_of("unknown_container")
+        assert told == (
+            "m-ollama-s: it is labelled as instance 's', which is not configured; "
+            "`docker service rm m-ollama-s` removes it"
+        )
+
+
+async def test_an_event_about_an_instance_of_another_driver_is_no_hint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig = Rig("a")
+    async with up(to_swarm(rig)) as link:
+        hints: list[EngineEvent] = []
+        monkeypatch.setattr(rig["a"], "hint", hints.append)
+        link._hint(EngineEvent("die", "1", "a", None))
+        rig.link._hint(EngineEvent("die", "2", "a", None))
+        assert [hint.container_id for hint in hints] == ["2"]
+
+
+async def test_a_service_without_replicas_is_as_good_as_none_in_a_listing() -> None:
+    rig = Rig("a")
+    async with rig.running():
+        facts = rig.engine.put("m-ollama-a", "a", "parked")
+        inspections = rig.engine.calls.count("inspect")
+        rig["a"].compare(facts)
+        rig["a"].compare(None)
+        await until(lambda: rig.view("a").phase is Phase.STOPPED)
+        assert rig.engine.calls.count("inspect") == inspections
 
 
 # --- orphans ---

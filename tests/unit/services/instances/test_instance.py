@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
-from manager.domain.instance import Health, Model, Phase
+from manager.domain.instance import Driver, Explanation, Health, Model, Phase
+from manager.errors import Reason
 from manager.services.instances.instance import PROBE_BYTES
 from tests.support.fake_engine import IMAGE, LIMITS, Ground, on_ground
 from tests.support.virtual import BEGIN_S, in_virtual_time, until
@@ -258,6 +260,27 @@ async def test_a_server_is_silent_once_its_grace_is_over() -> None:
         assert not one.is_silent, "the grace is just over"
         one._answered_at -= 0.001
         assert one.is_silent
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason", "is_silent"),
+    [
+        (Driver.SWARM, Reason.UPSTREAM_UNREACHABLE, True),
+        (Driver.SWARM, Reason.INSTANCE_UNHEALTHY, False),
+        (Driver.SWARM, None, False),
+        (Driver.DOCKER, Reason.UPSTREAM_UNREACHABLE, False),
+    ],
+)
+@in_virtual_time
+async def test_a_service_is_silent_at_once_when_its_host_cannot_be_reached(
+    driver: Driver, reason: Reason | None, is_silent: bool
+) -> None:
+    async with on_ground() as ground:
+        one = await ground.ready()
+        one.spec = replace(one.spec, driver=driver)
+        one._health = Health.UNHEALTHY
+        one._health_issue = None if reason is None else Explanation(reason, "no answer")
+        assert one.is_silent is is_silent
 
 
 @in_virtual_time

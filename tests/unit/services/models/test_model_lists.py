@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,17 @@ def test_instances_on_one_volume_share_its_models_and_others_are_alone() -> None
     assert volume_of(spec("a", ("cache", "/tmp/cache"), ("m", "/root/.ollama/models"))) == "m"
     assert volume_of(spec("a", ("cache", "/root/.ollamas"))) == "instance:a"
     assert volume_of(InstanceSpec("nas", Driver.EXTERNAL, None, LIMITS, url="http://x")) == "instance:nas"
+
+
+def test_services_share_models_on_one_node_only() -> None:
+    def service(name: str, *placement: str) -> InstanceSpec:
+        mounted = spec(name, ("models", "/root/.ollama"))
+        return replace(mounted, driver=Driver.SWARM, placement=placement)
+
+    assert volume_of(service("a", "node.id==n1")) == volume_of(service("b", "node.id==n1")) == "models@n1"
+    assert volume_of(service("a", "node.hostname==gpu-box")) == "models@gpu-box"
+    assert volume_of(service("a", "node.role==worker")) == "models@a"
+    assert volume_of(replace(spec("a"), driver=Driver.SWARM)) == "instance:a"
 
 
 def test_a_list_that_was_never_read_is_none_and_an_empty_one_is_empty() -> None:
