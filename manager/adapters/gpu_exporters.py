@@ -336,14 +336,16 @@ async def _no_tls() -> ssl.SSLContext:
 def _in_order(advertised: Sequence[AdvertisedCard]) -> list[tuple[int, AdvertisedCard]]:
     """Return the cards by host, each once, with its number on its node.
 
-    A card that two nodes advertise is that of the first.
+    A card that two nodes advertise is that of the first where it is not lost: a host that has left its swarm
+    and joined again is listed as the node that it was, too.
     """
     cards: dict[str, AdvertisedCard] = {}
-    for card in sorted(advertised, key=lambda one: (one.hostname, one.node_id, one.uuid)):
+    by_host = sorted(advertised, key=lambda one: (one.hostname, one.node_id, one.uuid))
+    for card in sorted(by_host, key=lambda one: one.lost is not None):
         cards.setdefault(card_key(card.uuid), card)
     numbers: dict[str, int] = {}
     ordered = []
-    for card in cards.values():
+    for card in (one for one in by_host if cards[card_key(one.uuid)] is one):
         number = numbers.setdefault(card.node_id, 0)
         numbers[card.node_id] += 1
         ordered.append((number, card))

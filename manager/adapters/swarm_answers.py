@@ -26,7 +26,7 @@ def service(entry: dict[str, Any]) -> Service:
     replicated = (spec.get("Mode") or {}).get("Replicated") or {}
     container = (spec.get("TaskTemplate") or {}).get("ContainerSpec") or {}
     return Service(
-        id=entry["ID"],
+        id=str(entry["ID"]),
         name=str(spec.get("Name", "")),
         version=int(entry["Version"]["Index"]),
         # A registry's digest is added to the image of a service that was made by the command line.
@@ -49,12 +49,12 @@ def task(entry: dict[str, Any]) -> Task:
         # `ollama-manager pull` pulls nothing on another node.
         error = f"{error}: {_NOT_PULLED}" if reason is Reason.IMAGE_MISSING else refused.message
     return Task(
-        id=entry["ID"],
-        service=entry["ServiceID"],
+        id=str(entry["ID"]),
+        service=str(entry["ServiceID"]),
         stage=stage,
         wanted=entry.get("DesiredState") in _WANTED,
         created_at=_time(entry["CreatedAt"]),
-        node=entry.get("NodeID") or None,
+        node=str(entry.get("NodeID") or "") or None,
         error=error,
         exit_code=container.get("ExitCode") if stage is TaskStage.ENDED and reason is None else None,
         reason=reason,
@@ -71,7 +71,7 @@ def node(entry: dict[str, Any], resource: str) -> Node:
     resources = (description.get("Resources") or {}).get("GenericResources") or ()
     named = (one.get("NamedResourceSpec") or {} for one in resources)
     return Node(
-        id=entry["ID"],
+        id=str(entry["ID"]),
         hostname=str(description.get("Hostname") or ""),
         address=f"[{address}]" if ":" in address else address,
         # `unknown` is what a manager says of others when it has just become one.

@@ -8,7 +8,7 @@ docs/decisions/0031-swarm.md.
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
@@ -21,8 +21,8 @@ from manager.adapters.swarm_request import service_spec, with_replicas
 from manager.domain.container import LABEL_INSTANCE, LABEL_MANAGER, cards_of_device
 from manager.domain.instance import ALIVE
 from manager.domain.ownership import LABEL_OWNER
-from manager.domain.swarm import TaskStage, held, newest, nodes_with, service_facts
-from manager.errors import EngineError, EngineUnreachableError, Reason
+from manager.domain.swarm import TaskStage, held, newest, nodes_with, service_facts, standing
+from manager.errors import ContainerGoneError, EngineError, EngineUnreachableError, Reason
 from manager.services.ports import EngineEvent
 
 if TYPE_CHECKING:
@@ -120,7 +120,11 @@ class SwarmEngine:
 
     async def inspect(self, container: str) -> ContainerFacts | None:
         found = await self._service(container)
-        return None if found is None else await self._facts(found[0])
+        if found is None:
+            return None
+        with suppress(ContainerGoneError):
+            return await self._facts(found[0])
+        return None  # it was removed between two questions
 
     async def create(self, request: ContainerRequest) -> str:
         spec = service_spec(
@@ -140,7 +144,8 @@ class SwarmEngine:
         Raises:
             EngineError: no node takes it, or its container could not be made.
         """
-        before = {task.id for task in await self._tasks(container_id)}
+        # One that is to run is there where somebody else has scaled the service meanwhile.
+        before = {task.id for task in await self._tasks(container_id) if not task.wanted}
         await self._scale(container_id, 1)
         loop = asyncio.get_running_loop()
         deadline, pause_s = loop.time() + _PENDING_S, _FIRST_POLL_S
@@ -163,7 +168,7 @@ class SwarmEngine:
         await self._scale(container_id, 0)
         loop = asyncio.get_running_loop()
         deadline, pause_s = loop.time() + self.stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
-        while held(await self._tasks(container_id), await self._nodes_by_id()):
+        while await self._holds(container_id):
             if loop.time() >= deadline:
                 raise EngineError(
                     f"a task of service {container_id} has not ended {_END_SLACK_S:g} s after its time",
@@ -190,7 +195,7 @@ class SwarmEngine:
                     # The stream of a task goes on for ever, also when the task has ended.
                     await asyncio.wait({coming}, timeout=self._poll_s)
                     if not coming.done():
-                        if not await self._is_held(task):
+                        if not await self._holds(container_id, task.id):
                             return
                         continue
                     try:
@@ -274,8 +279,23 @@ class SwarmEngine:
         return {facts.id: facts for facts in await self.list_containers(manager_id)}
 
     async def _tasks(self, service: str) -> tuple[Task, ...]:
-        raw = await self._calls.call("GET", f"/tasks?{query(filters=filters(service=service))}")
-        return read(self.url, lambda found: tuple(map(swarm_answers.task, found)), raw)
+        """Return all tasks of a service.
+
+        Raises:
+            ContainerGoneError: there is no such service.
+        """
+        answer = await self._calls.ask("GET", f"/tasks?{query(filters=filters(service=service))}")
+        if answer.status == _NOT_FOUND:
+            raise ContainerGoneError(f"service {service} was removed")
+        return read(self.url, lambda found: tuple(map(swarm_answers.task, found)), checked(answer))
+
+    async def _holds(self, service: str, task: str | None = None) -> bool:
+        """Return whether a service, or one task of it, holds something on a node that answers."""
+        try:
+            tasks = await self._tasks(service)
+        except ContainerGoneError:
+            return False
+        return bool(held([one for one in tasks if task in (None, one.id)], await self._nodes_by_id()))
 
     async def _nodes_by_id(self) -> dict[str, Node]:
         return {node.id: node for node in await self.nodes()}
@@ -304,10 +324,12 @@ class SwarmEngine:
             service, spec = found
             body = orjson.dumps(change(spec))
             path = f"/services/{quote(service.id)}/update?{query(version=str(service.version))}"
+            answer = await self._calls.ask("POST", path, body=body)
             try:
-                await self._calls.call("POST", path, body=body)
+                checked(answer)
             except EngineError as error:
-                if _OUT_OF_SEQUENCE not in error.message or attempt == _MOST_UPDATES - 1:
+                is_outdated = answer.status == _NOT_FOUND or _OUT_OF_SEQUENCE in error.message
+                if not is_outdated or attempt == _MOST_UPDATES - 1:
                     raise
             else:
                 return
@@ -348,7 +370,8 @@ class SwarmEngine:
                 "see node-generic-resources in its /etc/docker/daemon.json",
                 reason=Reason.GPU_MISSING,
             )
-        return found[0].id
+        # A host that has left the swarm and joined again is listed twice: as the node that it was, too.
+        return max(found, key=lambda node: (node.is_up, node.is_active)).id
 
     async def _unplaced(self, task: Task | None) -> EngineError:
         said = task.error if task is not None and task.error else "it does not say why"
@@ -363,7 +386,7 @@ class SwarmEngine:
         Raises:
             EngineError: there is none: the engine would wait for such a node without an end.
         """
-        task = newest(await self._tasks(service))
+        task = standing(await self._tasks(service))
         if task is None or task.node is None:
             raise EngineError(f"service {service} has no task", reason=Reason.INSTANCE_UNAVAILABLE)
         node = (await self._nodes_by_id()).get(task.node)
@@ -374,10 +397,6 @@ class SwarmEngine:
                 reason=Reason.INSTANCE_UNAVAILABLE,
             )
         return task
-
-    async def _is_held(self, task: Task) -> bool:
-        tasks = [one for one in await self._tasks(task.service) if one.id == task.id]
-        return bool(held(tasks, await self._nodes_by_id()))
 
     async def _logs(self, service: str, **options: str) -> tuple[str, ...]:
         task = await self._task_with_log(service)

@@ -478,8 +478,8 @@ def _seen(  # noqa: PLR0911  (one return an event)
         case ContainerChanged(container):
             return _with_container(c, container), ()
         case LogRead(container, tail):
-            if c.phase is not Phase.FAILED or c.failure is None:
-                return c, ()
+            if c.phase is not Phase.FAILED or c.failure is None or container.status == "parked":
+                return c, ()  # a service without replicas does not say how its last run has ended
             return replace(c, failure=replace(explain_end(c.name, container), log_tail=tail)), ()
         case Listed(container, unfinished):
             return _listed(_with_container(c, container), unfinished, now)

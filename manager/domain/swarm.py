@@ -132,6 +132,23 @@ def newest(tasks: Iterable[Task]) -> Task | None:
     )
 
 
+# How far a task has come; one that has ended stands for nothing.
+_PROGRESS: Final = (TaskStage.ENDED, TaskStage.WAITING, TaskStage.COMING, TaskStage.RUNNING)
+
+
+def standing(tasks: Iterable[Task]) -> Task | None:
+    """Return the task that stands for a service, of which an operator may have made several.
+
+    It is the one that has come furthest of those that should run, and the oldest of these: it has the work,
+    and no other one takes its place before it ends. Where none should run it is the newest.
+    """
+    tasks = tuple(tasks)
+    wanted = [task for task in tasks if task.wanted]
+    if not wanted:
+        return newest(tasks)
+    return min(wanted, key=lambda task: (-_PROGRESS.index(task.stage), task.created_at))
+
+
 def held(tasks: Iterable[Task], nodes: Mapping[str, Node]) -> list[Task]:
     """Return the tasks that hold something on a node that answers: their containers run, or come up."""
     return [task for task in tasks if task.stage in _HELD and not _is_lost(task, nodes)]
@@ -154,7 +171,7 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
         task = newest(holding)
         status = "running" if task is not None else "parked"
     else:
-        task = newest(tasks)
+        task = standing(one for one in holding if one.wanted) or standing(tasks)
         if task is None:
             status = "exited"
         elif task in holding and task.wanted:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _POLL_S = 0.1
 # How soon shares are taken again once the database is back.
 _RETAKE_S = 0.5
+# A gateway whose connection was cut has lost its shares at once. It takes them again well within this time.
+_SETTLED_S = 3.0
 
 
 class SessionLocks(Protocol):
@@ -37,6 +39,7 @@ class Sharing:
 
     A gateway has a share of an instance from when it is ready until it is idle here. One that wants to end
     the instance gives its own share up and takes the lock alone: that works where no other one has a share.
+    A share that was seen and is gone may be of a connection that was cut: there is time to take it again.
     While the database is away no instance is ended for being idle, and none is started.
 
     Args:
@@ -58,6 +61,8 @@ class Sharing:
         self._used: set[str] = set()
         self._over: set[str] = set()
         self._turns: dict[str, asyncio.Lock] = {}
+        # Instances that others had a share of, and since when they have none; None: they had one last.
+        self._left_at: dict[str, float | None] = {}
         self._news = asyncio.Event()
 
     @asynccontextmanager
@@ -119,6 +124,11 @@ class Sharing:
             try:
                 await self._release(instance_id)
                 taken = await self._locks.try_exclusive(self._name(instance_id))
+                if taken and not self._have_left(instance_id):
+                    await self._locks.release(self._name(instance_id))
+                    taken = False
+                elif not taken:
+                    self._left_at[instance_id] = None
             except ManagerError:
                 self._used.add(instance_id)
                 raise
@@ -144,6 +154,19 @@ class Sharing:
                 await self._settle()
 
     # --- helpers ---
+
+    def _have_left(self, instance_id: str) -> bool:
+        """Return whether the others, which have no share now, had none for long enough."""
+        if instance_id not in self._left_at:
+            return True
+        now = asyncio.get_running_loop().time()
+        left_at = self._left_at[instance_id]
+        if left_at is None:
+            left_at = self._left_at[instance_id] = now
+        if now - left_at < _SETTLED_S:
+            return False
+        del self._left_at[instance_id]
+        return True
 
     async def _settle(self) -> None:
         for instance_id in [*self._over]:

@@ -144,6 +144,7 @@ class Stopping:
         held = gpus.holdings(w.id) if w.is_gpu else {}
         async with w.world.locks.hold(w.id):
             await w.run.down(w.name, w.signals, at_once=self._kill_at_once)
+        w.world.shares.over(w.id)  # others may start it while the memory of its cards is given back
         w.condition.apply(RunEnded())
         for uuid in await gpus.given_back(held, w.spec.limits.vram_wait_s):
             w.world.journal.record("vram_not_given_back", instance=w.id, detail=uuid)

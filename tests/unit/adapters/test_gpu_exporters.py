@@ -439,6 +439,16 @@ async def test_a_card_that_two_nodes_advertise_is_listed_once() -> None:
     assert gpu.host == "one"
 
 
+async def test_a_card_of_a_node_that_is_down_is_that_of_the_other_node_that_advertises_it() -> None:
+    async with exporters(ONE) as nodes, nodes.reading(None) as reader:
+        nodes.cards = (
+            AdvertisedCard(FIRST, "n1", "one", ONE, lost="down"),
+            AdvertisedCard(FIRST, "n2", "one", OTHER),
+        )
+        (gpu,) = await reader.read()
+    assert (gpu.host, gpu.lost) == ("one", None)
+
+
 async def test_no_more_than_a_few_are_asked_at_once() -> None:
     addresses = [f"127.0.1.{n}" for n in range(1, 101)]
     open_now = most = 0

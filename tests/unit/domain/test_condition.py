@@ -479,6 +479,10 @@ def test_a_service_without_replicas_in_the_first_listing_is_no_container(
     )
 
 
+def test_a_service_without_replicas_does_not_replace_the_reason_of_a_failure() -> None:
+    assert after(FAILED, c.LogRead(PARKED, ())) == FAILED
+
+
 def test_a_service_that_is_scaled_to_zero_by_a_stop_of_ours_waits_for_that_stop() -> None:
     assert c.step(STOPPING, c.Inspected(PARKED), NOW) == (STOPPING, ())
 

@@ -26,6 +26,7 @@ from manager.domain.swarm import (
     service_facts,
     service_reach,
     stage_of,
+    standing,
     volume_on_node,
     why_no_node,
 )
@@ -80,6 +81,20 @@ def test_a_task_that_should_run_stands_for_its_service_before_a_newer_one_that_s
     assert newest([ended, running]) == running
     assert newest([ended, task(TaskStage.ENDED, id="old", age_s=5, wanted=False)]) == ended
     assert newest([]) is None
+
+
+def test_the_task_with_the_work_stands_for_a_service_of_several_until_it_ends() -> None:
+    oldest, second = task(age_s=60, id="oldest"), task(age_s=30, id="second", node="n2")
+    waiting, ended = task(TaskStage.WAITING, id="waiting", node=None), task(TaskStage.ENDED, wanted=False)
+    assert standing([waiting, second, ended, oldest]) == oldest
+    assert standing([waiting, second, ended]) == second
+    assert standing([waiting, ended]) == waiting
+    assert standing([ended]) == ended
+    assert standing([]) is None
+    facts = service_facts(replace(SERVICE, replicas=3), [waiting, second, oldest], NODES)
+    assert (facts.status, facts.node, facts.started_at) == ("running", "gpu-box", oldest.created_at)
+    facts = service_facts(replace(SERVICE, replicas=3), [waiting, second, oldest], DOWN)
+    assert (facts.status, facts.node) == ("running", "desk")
 
 
 def test_a_task_that_runs_stands_for_its_service_before_another_replica_that_finds_no_node() -> None:

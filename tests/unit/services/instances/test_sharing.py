@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from tests.support.postgres import Postgres
 
 
+HELD = """SELECT pid FROM pg_locks
+    WHERE locktype = 'advisory' AND mode = 'ShareLock' AND granted"""
+CUT = HELD.replace("SELECT pid", "SELECT pg_terminate_backend(pid)")
+
+
 class Beneath:
     """Locks of one machine that exclude nothing."""
 
@@ -107,6 +112,22 @@ async def test_two_operations_on_one_instance_exclude_each_other(postgres: Postg
                 pass
         async with b.hold("x"):
             pass
+
+
+async def test_the_share_of_a_connection_that_was_cut_is_waited_for(postgres: Postgres) -> None:
+    async with gateways(postgres) as (a, b):
+        await a.take("x")
+        assert not await b.alone("x")
+        cut = await asyncio.to_thread(postgres.sql, "postgres", CUT)
+        assert len(cut) == 1
+
+        async def is_shared_again() -> bool:
+            assert not await b.alone("x"), "the other uses it, and takes its share again"
+            return bool(await asyncio.to_thread(postgres.sql, "postgres", HELD))
+
+        await comes_true(is_shared_again)
+        a.over("x")
+        await comes_true(lambda: b.alone("x"))
 
 
 async def test_shares_that_a_lost_database_has_taken_are_taken_again(postgres: Postgres) -> None:
