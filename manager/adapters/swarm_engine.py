@@ -26,7 +26,7 @@ from manager.errors import EngineError, EngineUnreachableError, Reason
 from manager.services.ports import EngineEvent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
     from datetime import datetime
 
     from manager.domain.container import ContainerRequest
@@ -39,6 +39,8 @@ _CONFLICT = 409
 # Another client has changed the service since it was read: read it again.
 _OUT_OF_SEQUENCE = "update out of sequence"
 _MOST_UPDATES = 5
+# The constraint of an instance that a node gives.
+_ONE_NODE = "node.id=="
 _FIRST_POLL_S = 0.02
 _SLOWEST_POLL_S = 0.25
 # A task without a node for so long finds none: the card or the port of one that ends may still be taken.
@@ -115,7 +117,7 @@ class SwarmEngine:
         by_service: dict[str, list[Task]] = {}
         for task in read(self.url, lambda found: tuple(map(swarm_answers.task, found)), raw):
             by_service.setdefault(task.service, []).append(task)
-        nodes = await self._nodes_by_id()
+        nodes = {node.id: node for node in await self.nodes()}
         return tuple(service_facts(one, by_service.get(one.id, []), nodes) for one in services)
 
     async def inspect(self, container: str) -> ContainerFacts | None:
@@ -164,7 +166,7 @@ class SwarmEngine:
         await self._scale(container_id, 0)
         loop = asyncio.get_running_loop()
         deadline, pause_s = loop.time() + self._stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
-        while held(await self._tasks(container_id), await self._nodes_by_id()):
+        while await self._held(container_id):
             if loop.time() >= deadline:
                 raise EngineError(
                     f"a task of service {container_id} has not ended {_END_SLACK_S:g} s after its time",
@@ -278,11 +280,26 @@ class SwarmEngine:
         raw = await self._calls.call("GET", f"/tasks?{query(filters=filters(service=service))}")
         return read(self.url, lambda found: tuple(map(swarm_answers.task, found)), raw)
 
-    async def _nodes_by_id(self) -> dict[str, Node]:
-        return {node.id: node for node in await self.nodes()}
+    async def _nodes_of(self, tasks: Iterable[Task]) -> dict[str, Node]:
+        """Return the nodes of tasks by id. Docker tells kilobytes of each node: the others are left out."""
+        return await self._nodes_by_id({task.node for task in tasks if task.node is not None})
+
+    async def _nodes_by_id(self, ids: Collection[str]) -> dict[str, Node]:
+        if not ids:
+            return {}
+        raw = await self._calls.call("GET", f"/nodes?{_filtered({'id': sorted(ids)})}")
+        found = read(
+            self.url, lambda found: [swarm_answers.node(one, self._resource) for one in found], raw
+        )
+        return {node.id: node for node in found}
+
+    async def _held(self, service: str) -> list[Task]:
+        tasks = await self._tasks(service)
+        return held(tasks, await self._nodes_of(tasks))
 
     async def _facts(self, service: Service) -> ContainerFacts:
-        return service_facts(service, await self._tasks(service.id), await self._nodes_by_id())
+        tasks = await self._tasks(service.id)
+        return service_facts(service, tasks, await self._nodes_of(tasks))
 
     async def _service(self, name: str) -> tuple[Service, dict[str, Any]] | None:
         """Return a service by id or name, with its specification; None where there is none."""
@@ -341,7 +358,9 @@ class SwarmEngine:
         cards = cards_of_device(request.gpu or "")
         if not cards:
             return None
-        found = nodes_with(await self.nodes(), cards)
+        named = [one.removeprefix(_ONE_NODE) for one in request.placement if one.startswith(_ONE_NODE)]
+        nodes = (await self._nodes_by_id(named)).values() if named else await self.nodes()
+        found = nodes_with(nodes, cards)
         if not found:
             raise EngineError(
                 f"no node of the swarm advertises {', '.join(cards)} as {self._resource}: "
@@ -367,7 +386,7 @@ class SwarmEngine:
         task = newest(await self._tasks(service))
         if task is None or task.node is None:
             raise EngineError(f"service {service} has no task", reason=Reason.INSTANCE_UNAVAILABLE)
-        node = (await self._nodes_by_id()).get(task.node)
+        node = (await self._nodes_by_id((task.node,))).get(task.node)
         if node is None or not node.is_up:
             name = task.node if node is None else node.name
             raise EngineError(
@@ -377,8 +396,7 @@ class SwarmEngine:
         return task
 
     async def _is_held(self, task: Task) -> bool:
-        tasks = [one for one in await self._tasks(task.service) if one.id == task.id]
-        return bool(held(tasks, await self._nodes_by_id()))
+        return any(one.id == task.id for one in await self._held(task.service))
 
     async def _logs(self, service: str, **options: str) -> tuple[str, ...]:
         task = await self._task_with_log(service)

@@ -170,7 +170,7 @@ class StandIn:
             case ["GET", "version"]:
                 return _OK, b'{"Version":"29.0.0","Components":[{"Name":"Engine","Version":"29.0.0"}]}'
             case ["GET", "nodes"]:
-                return _OK, _array([self._manager, *(host.json for host in self.hosts)])
+                return _OK, _array(self._nodes_of(query))
             case ["GET", "services"]:
                 return _OK, _array(one.json for one in self._services_of(query))
             case ["GET", "services", name]:
@@ -196,6 +196,12 @@ class StandIn:
 
     def _service(self, name: str) -> _Service | None:
         return self._services.get(name) or self._names.get(name)
+
+    def _nodes_of(self, query: dict[str, list[str]]) -> list[bytes]:
+        ids = _filters(query).get("id")
+        if ids is None:
+            return [self._manager, *(host.json for host in self.hosts)]
+        return [self._by_name[one].json for one in ids if one in self._by_name]
 
     def _services_of(self, query: dict[str, list[str]]) -> Iterator[_Service]:
         labels = _filters(query).get("label", [])
