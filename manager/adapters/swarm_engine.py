@@ -288,9 +288,7 @@ class SwarmEngine:
         if not ids:
             return {}
         raw = await self._calls.call("GET", f"/nodes?{_filtered({'id': sorted(ids)})}")
-        found = read(
-            self.url, lambda found: [swarm_answers.node(one, self._resource) for one in found], raw
-        )
+        found = read(self.url, lambda found: [swarm_answers.node(one, self._resource) for one in found], raw)
         return {node.id: node for node in found}
 
     async def _held(self, service: str) -> list[Task]:

@@ -34,7 +34,12 @@ def decisions() -> Iterator[Row]:
                 Role("thinking", RequestKind.GENERATE, model_name(2), "i01", Policy.PREFER_GPU),
                 Role("spread", RequestKind.GENERATE, model_name(4), strategy=Strategy.LEAST_LOADED),
                 Role(
-                    "control", RequestKind.GENERATE, model_name(3), None, Policy.CPU_ONLY, ("output", "thinking")
+                    "control",
+                    RequestKind.GENERATE,
+                    model_name(3),
+                    None,
+                    Policy.CPU_ONLY,
+                    ("output", "thinking"),
                 ),
             )
         }
@@ -50,7 +55,9 @@ def decisions() -> Iterator[Row]:
     ):
         spent_us = _spent_us(RequestFacts(model, RequestKind.GENERATE), settings, snapshot)
         yield at_most(f"decision, {many}: {what}", spent_us, _MOST_US, " µs")
-    spent_us = _spent_us(RequestFacts(model_name(0), RequestKind.GENERATE), settings, snapshot_of(_INSTANCES, _RULES))
+    spent_us = _spent_us(
+        RequestFacts(model_name(0), RequestKind.GENERATE), settings, snapshot_of(_INSTANCES, _RULES)
+    )
     yield at_most(f"decision, {many}: a model, with deny rules everywhere", spent_us, _MOST_US, " µs")
     spent_us = _spent_us(RequestFacts("control", RequestKind.GENERATE), settings, snapshot)
     yield Row(f"decision, {many}: a role with two fallbacks", f"{spent_us:.1f} µs")

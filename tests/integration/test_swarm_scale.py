@@ -1,4 +1,4 @@
-"""10 hosts and 80 instances of Docker Swarm on stand-ins; what is measured of more is in docs/performance.md."""
+"""10 hosts and 80 instances of Docker Swarm, on stand-ins. Figures of more are in docs/performance.md."""
 
 from __future__ import annotations
 

@@ -130,3 +130,9 @@ def test_every_reason_has_a_text() -> None:
     whys = {*TELLING, "runs", "ends", "stopped", "not_ready"}
     assert all(texts.why.get(why, "") for why in whys)
     assert all(texts.steps.get(step, "") for step in ("memory", "container", "answer"))
+
+
+def test_a_service_of_a_swarm_has_the_controls_of_a_container() -> None:
+    service, container = instance(driver="swarm"), instance()
+    assert main_controls(service) == main_controls(container)
+    assert more_controls(service, []) == more_controls(container, [])
