@@ -33,7 +33,12 @@ def time(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
 def away(uuid: str = A, *, free: int | None = 24 * GIB, total: int | None = 24 * GIB, **more: Any) -> Gpu:
     """A card of 24 GiB in another host, as its exporter tells it."""
     why = None if free is not None else NO_EXPORTER
-    values: dict[str, Any] = {"host": "node-1", "pci_bus_id": "", "lists_processes": False, "why_unknown": why} | more
+    values: dict[str, Any] = {
+        "host": "node-1",
+        "pci_bus_id": "",
+        "lists_processes": False,
+        "why_unknown": why,
+    } | more
     return replace(card(uuid, free=free), vram_total_bytes=total, **values)
 
 
