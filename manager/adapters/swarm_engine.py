@@ -26,7 +26,7 @@ from manager.errors import ContainerGoneError, EngineError, EngineUnreachableErr
 from manager.services.ports import EngineEvent
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping
     from datetime import datetime
 
     from manager.domain.container import ContainerRequest
@@ -39,6 +39,8 @@ _CONFLICT = 409
 # Another client has changed the service since it was read: read it again.
 _OUT_OF_SEQUENCE = "update out of sequence"
 _MOST_UPDATES = 5
+# The constraint of an instance that a node gives.
+_ONE_NODE = "node.id=="
 _FIRST_POLL_S = 0.02
 _SLOWEST_POLL_S = 0.25
 # A task without a node for so long finds none: the port of one that ends may still be taken.
@@ -115,7 +117,7 @@ class SwarmEngine:
         by_service: dict[str, list[Task]] = {}
         for task in read(self.url, lambda found: tuple(map(swarm_answers.task, found)), raw):
             by_service.setdefault(task.service, []).append(task)
-        nodes = await self._nodes_by_id()
+        nodes = {node.id: node for node in await self.nodes()}
         return tuple(service_facts(one, by_service.get(one.id, []), nodes) for one in services)
 
     async def inspect(self, container: str) -> ContainerFacts | None:
@@ -295,13 +297,23 @@ class SwarmEngine:
             tasks = await self._tasks(service)
         except ContainerGoneError:
             return False
-        return bool(held([one for one in tasks if task in (None, one.id)], await self._nodes_by_id()))
+        wanted = [one for one in tasks if task in (None, one.id)]
+        return bool(held(wanted, await self._nodes_of(wanted)))
 
-    async def _nodes_by_id(self) -> dict[str, Node]:
-        return {node.id: node for node in await self.nodes()}
+    async def _nodes_of(self, tasks: Iterable[Task]) -> dict[str, Node]:
+        """Return the nodes of tasks by id. Docker tells kilobytes of each node: the others are left out."""
+        return await self._nodes_by_id({task.node for task in tasks if task.node is not None})
+
+    async def _nodes_by_id(self, ids: Collection[str]) -> dict[str, Node]:
+        if not ids:
+            return {}
+        raw = await self._calls.call("GET", f"/nodes?{_filtered({'id': sorted(ids)})}")
+        found = read(self.url, lambda found: [swarm_answers.node(one, self._resource) for one in found], raw)
+        return {node.id: node for node in found}
 
     async def _facts(self, service: Service) -> ContainerFacts:
-        return service_facts(service, await self._tasks(service.id), await self._nodes_by_id())
+        tasks = await self._tasks(service.id)
+        return service_facts(service, tasks, await self._nodes_of(tasks))
 
     async def _service(self, name: str) -> tuple[Service, dict[str, Any]] | None:
         """Return a service by id or name, with its specification; None where there is none."""
@@ -363,7 +375,9 @@ class SwarmEngine:
         cards = cards_of_device(request.gpu or "")
         if not cards:
             return None
-        found = nodes_with(await self.nodes(), cards)
+        named = [one.removeprefix(_ONE_NODE) for one in request.placement if one.startswith(_ONE_NODE)]
+        nodes = (await self._nodes_by_id(named)).values() if named else await self.nodes()
+        found = nodes_with(nodes, cards)
         if not found:
             raise EngineError(
                 f"no node of the swarm advertises {', '.join(cards)} as {self._resource}: "
@@ -389,7 +403,7 @@ class SwarmEngine:
         task = standing(await self._tasks(service))
         if task is None or task.node is None:
             raise EngineError(f"service {service} has no task", reason=Reason.INSTANCE_UNAVAILABLE)
-        node = (await self._nodes_by_id()).get(task.node)
+        node = (await self._nodes_by_id((task.node,))).get(task.node)
         if node is None or not node.is_up:
             name = task.node if node is None else node.name
             raise EngineError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,25 @@ class Member:
 
 def model_store(template: Template) -> str:
     """Return the directory of the models inside a container (`envconfig/config.go` Models)."""
-    return str(PurePosixPath("/", template.env.get("OLLAMA_MODELS", "").strip() or _OLLAMA_MODELS))
+    return _normal(template.env.get("OLLAMA_MODELS", "").strip() or _OLLAMA_MODELS)
 
 
 def models_mount(template: Template) -> Volume | None:
     """Return the volume that the models of a container lie on; None where they end with the container."""
-    store = PurePosixPath(model_store(template))
-    mounts = [volume for volume in template.volumes if store.is_relative_to(volume.target)]
+    store = model_store(template)
+    mounts = [volume for volume in template.volumes if _is_within(store, volume.target)]
     return max(mounts, key=lambda volume: len(volume.target), default=None)
+
+
+# Every reading of the fleet asks this of each instance, and paths take long to take apart.
+@lru_cache(maxsize=1024)
+def _normal(path: str) -> str:
+    return str(PurePosixPath("/", path))
+
+
+@lru_cache(maxsize=1024)
+def _is_within(path: str, directory: str) -> bool:
+    return PurePosixPath(path).is_relative_to(directory)
 
 
 def writers(members: Sequence[Member], configured: str | None) -> tuple[str, ...]:

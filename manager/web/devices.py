@@ -46,6 +46,10 @@ def fills_of(instances: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     return {one["id"]: str(number % _FILLS + 1) for number, one in enumerate(instances)}
 
 
-def on_device(instance: Mapping[str, Any], uuid: str) -> bool:
-    """Return whether an instance is bound to a card."""
-    return any(card["uuid"] == uuid for card in instance["device"]["cards"])
+def by_card(instances: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the instances that are bound to each card, by its UUID, in their order."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in instances:
+        for uuid in {card["uuid"] for card in one["device"]["cards"]}:
+            found.setdefault(uuid, []).append(one)
+    return found

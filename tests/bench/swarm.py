@@ -1,7 +1,7 @@
 """50 hosts and 400 instances of Docker Swarm, on stand-ins: what the daemon costs, and what it takes.
 
-The hosts, their engines and servers are one process (`tests.support.swarm_stand_in`) beside the daemon. What is
-measured are the daemon and its driver, and neither Docker nor a network. Ratios compare the daemon with one
+The hosts, their engines and servers are one process (`tests.support.swarm_stand_in`) beside the daemon: the
+daemon and its driver are measured, and neither Docker nor a network. Ratios compare the daemon with one
 that has two instances, in the same run.
 """
 
@@ -13,7 +13,8 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.domain.roles import Policy, RequestKind, Role, RoutingSettings, Strategy
 from manager.domain.routing import RequestFacts, decide
@@ -80,9 +81,9 @@ def _decisions() -> Iterator[Row]:
     asked = [RequestFacts(one, RequestKind.GENERATE) for one in (model_name(0), *settings.roles)]
     spent = []
     for number in range(_DECISIONS):
-        began = time.perf_counter()
+        began = time.thread_time_ns()  # whatever else goes on
         decide(asked[number % len(asked)], settings, snapshot)
-        spent.append((time.perf_counter() - began) * 1e6)
+        spent.append((time.thread_time_ns() - began) / 1e3)
     what = f"decision, {_INSTANCES} instances with each model, half of them ready"
     yield at_most(f"{what}: p50", percentile(spent, 0.5), _MOST_US, " µs")
     yield at_most(f"{what}: p99", percentile(spent, 0.99), _MOST_US, " µs")
@@ -120,22 +121,29 @@ def _starts(rig: SwarmRig, ids: list[str]) -> Row:
     mib = (after["bytes"] - before["bytes"]) / 2**20
     return Row(
         f"start of {len(ids)} instances at once until all are ready",
-        f"{spent_s:.1f} s  ({cpu_spent_s / len(ids) * 1e3:.1f} ms of CPU and {mib / len(ids):.2f} MiB from Docker "
-        "each)",
+        f"{spent_s:.1f} s  (each {cpu_spent_s / len(ids) * 1e3:.1f} ms of CPU, "
+        f"{mib / len(ids):.2f} MiB from Docker)",
     )
 
 
 def _answers(few: SwarmRig, many: SwarmRig, when: str) -> Iterator[Row]:
     for path in _PAGES:
-        spent_ms, size = _spent_ms(many, path)
-        few_ms, _ = _spent_ms(few, path)
-        p50, p99 = statistics.median(spent_ms), percentile(spent_ms, 0.99)
-        beside = f"{size / 1024:.0f} KiB; with two instances {statistics.median(few_ms):.1f} ms"
-        yield Row(f"GET {path}, {when}: p50 / p99", f"{p50:.1f} / {p99:.1f} ms  ({beside})")
+        found, with_few = _spent(many, path), _spent(few, path)
+        p50, p99 = statistics.median(found.milliseconds), percentile(found.milliseconds, 0.99)
+        beside = f"{p50:.0f} / {p99:.0f} ms, {found.size / 1024:.0f} KiB; with two {with_few.cpu_ms:.1f} ms"
+        yield Row(f"GET {path}, {when}: CPU, p50 / p99", f"{found.cpu_ms:.1f} ms  ({beside})")
 
 
-def _spent_ms(rig: SwarmRig, path: str) -> tuple[list[float], int]:
-    spent, size = [], 0
+class _Spent(NamedTuple):
+    """What so many calls took: each of them, and the mean of the daemon's processor time."""
+
+    milliseconds: list[float]
+    cpu_ms: float
+    size: int
+
+
+def _spent(rig: SwarmRig, path: str) -> _Spent:
+    spent, size, before_s = [], 0, scheduled_s(rig.pid)
     with Client(rig.daemon.port) as client:
         for _ in range(_CALLS):
             began = time.perf_counter()
@@ -144,7 +152,13 @@ def _spent_ms(rig: SwarmRig, path: str) -> tuple[list[float], int]:
             size = len(body)
             if status != http.client.OK:
                 raise MeasurementError(f"{path} was answered with {status}")
-    return spent, size
+    return _Spent(spent, (scheduled_s(rig.pid) - before_s) / _CALLS * 1e3, size)
+
+
+def scheduled_s(pid: int) -> float:
+    """The processor time of all threads of a process, to the nanosecond."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((one / "schedstat").read_text().split()[0]) for one in threads) / 1e9
 
 
 def _idle(few: SwarmRig, many: SwarmRig) -> Iterator[Row]:
@@ -171,9 +185,7 @@ def _idle(few: SwarmRig, many: SwarmRig) -> Iterator[Row]:
 
 def _requests(few: SwarmRig, many: SwarmRig) -> Iterator[Row]:
     """In turn, several times: the median of the ratios of the pairs."""
-    rates: list[tuple[float, float]] = []
-    for _ in range(_ROUNDS):
-        rates.append((_rate(few), _rate(many)))
+    rates = [(_rate(few), _rate(many)) for _ in range(_ROUNDS)]
     ratio = statistics.median(with_many / with_few for with_few, with_many in rates)
     few_rate, many_rate = (statistics.median(one) for one in zip(*rates, strict=True))
     yield Row(

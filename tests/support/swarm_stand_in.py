@@ -56,6 +56,18 @@ _CONSTRAINT = re.compile(r"node\.(id|hostname)==(.+)")
 _OK, _CREATED, _NOT_FOUND, _CONFLICT, _REFUSED = 200, 201, 404, 409, 500
 _REASONS = {200: "OK", 201: "Created", 404: "Not Found", 409: "Conflict", 500: "Internal Server Error"}
 _MANAGER = "manager000000000000000000"
+_INFO = {
+    "ServerVersion": "29.0.0",
+    "OperatingSystem": "stand-in",
+    "Swarm": {"NodeID": _MANAGER, "LocalNodeState": "active", "ControlAvailable": True},
+}
+_FIXED = {
+    "_ping": b'"OK"',
+    "swarm": b'{"ID":"swarm"}',
+    "info": orjson.dumps(_INFO),
+    "version": b'{"Version":"29.0.0","Components":[{"Name":"Engine","Version":"29.0.0"}]}',
+    "networks": b"[]",
+}
 
 
 def address_of(host: int) -> str:
@@ -155,48 +167,48 @@ class StandIn:
     def answer(self, method: str, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes]:
         """The status and the JSON document of one answer."""
         parts = path.strip("/").split("/")
-        match [method, *parts]:
-            case ["GET", "_ping"]:
-                return _OK, b'"OK"'
-            case ["GET", "swarm"]:
-                return _OK, b'{"ID":"swarm"}'
-            case ["GET", "info"]:
-                return _OK, orjson.dumps(
-                    {
-                        "ServerVersion": "29.0.0",
-                        "OperatingSystem": "stand-in",
-                        "Swarm": {"NodeID": _MANAGER, "LocalNodeState": "active", "ControlAvailable": True},
-                    }
-                )
-            case ["GET", "version"]:
-                return _OK, b'{"Version":"29.0.0","Components":[{"Name":"Engine","Version":"29.0.0"}]}'
-            case ["GET", "nodes"]:
-                return _OK, _array([self._manager, *(host.json for host in self.hosts)])
-            case ["GET", "services"]:
-                return _OK, _array(one.json for one in self._services_of(query))
-            case ["GET", "services", name]:
-                service = self._service(name)
-                return _missing(name) if service is None else (_OK, service.json)
-            case ["POST", "services", "create"]:
+        if method == "GET":
+            return self._told(parts, query)
+        match parts:
+            case ["services", "create"]:
                 return self._create(orjson.loads(body))
-            case ["POST", "services", name, "update"]:
+            case ["services", name, "update"]:
                 return self._update(name, int(query["version"][0]), orjson.loads(body))
-            case ["GET", "tasks"]:
-                return _OK, _array(one.json for one in self._tasks_of(query))
-            case ["GET", "tasks", _, "logs"]:
-                return _OK, _LOG
-            case ["GET", "containers", "json"] | ["GET", "networks"]:
-                return _OK, b"[]"
-            case ["GET", "containers", name, "json"]:
-                return _NOT_FOUND, _said(f"No such container: {name}")
-            case ["GET", "stand-in", "counts"]:
-                return _OK, orjson.dumps(self.counts)
-            case ["POST", "stand-in", what]:
+            case ["stand-in", what]:
                 return self._change(what, query)
         return _missing(path)
 
+    def _told(self, parts: list[str], query: dict[str, list[str]]) -> tuple[int, bytes]:
+        found: bytes | None = None
+        match parts:
+            case [kind] if kind in _FIXED:
+                found = _FIXED[kind]
+            case ["nodes"]:
+                found = _array(self._nodes_of(query))
+            case ["services"]:
+                found = _array(one.json for one in self._services_of(query))
+            case ["tasks"]:
+                found = _array(one.json for one in self._tasks_of(query))
+            case ["services", name] if (service := self._service(name)) is not None:
+                found = service.json
+            case ["tasks", _, "logs"]:
+                found = _LOG
+            case ["containers", "json"]:
+                found = b"[]"
+            case ["containers", name, "json"]:
+                return _NOT_FOUND, _said(f"No such container: {name}")
+            case ["stand-in", "counts"]:
+                found = orjson.dumps(self.counts)
+        return _missing("/".join(parts)) if found is None else (_OK, found)
+
     def _service(self, name: str) -> _Service | None:
         return self._services.get(name) or self._names.get(name)
+
+    def _nodes_of(self, query: dict[str, list[str]]) -> list[bytes]:
+        ids = _filters(query).get("id")
+        if ids is None:
+            return [self._manager, *(host.json for host in self.hosts)]
+        return [self._by_name[one].json for one in ids if one in self._by_name]
 
     def _services_of(self, query: dict[str, list[str]]) -> Iterator[_Service]:
         labels = _filters(query).get("label", [])
@@ -218,8 +230,7 @@ class StandIn:
 
     def _create(self, spec: dict[str, Any]) -> tuple[int, bytes]:
         if spec["Name"] in self._names:
-            message = f"rpc error: code = AlreadyExists desc = name conflicts with an existing object: {spec['Name']}"
-            return _CONFLICT, _said(message)
+            return _CONFLICT, _said(f"name conflicts with an existing object: {spec['Name']}")
         service = _Service(_new_id(), spec, created_at=_now())
         self._services[service.id] = self._names[service.name] = service
         self._follow(service)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from manager.domain.gpu import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from manager.domain.gpu import Gpu
     from manager.services.gpus.cards import Cards
@@ -123,19 +123,38 @@ class Admission:
             else:
                 self._loads[instance] = going_on
 
-    def rooms(self, instance: str) -> dict[str, int | None]:
+    def sharers(self) -> Mapping[str, Sequence[str]]:
+        """Return the instances that were promised memory of each card, or may hold some, by UUID."""
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        for instance in {*self._claims, *self._loads, *self._holders()}:
+            loads = self._loads.get(instance, {}).values()
+            promised = (uuid for load in loads for uuid in load.loads)
+            for uuid in {*self._cards.uuids_of(instance), *self._claims.get(instance, ()), *promised}:
+                found[uuid].append(instance)
+        return found
+
+    def rooms(
+        self, instance: str, sharers: Mapping[str, Sequence[str]] | None = None
+    ) -> dict[str, int | None]:
         """Return the memory that the instance may still take on each of its cards, by UUID.
 
         Of a card whose processes are not listed it is an upper bound: `domain.gpu.unlisted_room_bytes`.
+
+        Args:
+            instance: the instance.
+            sharers: as of now, for a caller that asks about many instances.
         """
-        reserved = self.reserved_for_others(instance)
+        uuids = self._cards.uuids_of(instance)
+        sharers = self.sharers() if sharers is None else sharers
+        others = {other for uuid in uuids for other in sharers.get(uuid, ())} - {instance}
+        reserved = self._reserved_for(others)
         rooms = {}
-        for uuid in self._cards.uuids_of(instance):
+        for uuid in uuids:
             gpu = self._cards.gpu(uuid)
             if gpu is None or gpu.lists_processes:
                 rooms[uuid] = room_bytes(gpu.vram_free_bytes if gpu else None, reserved[uuid])
             else:
-                rooms[uuid] = self._unlisted_room(instance, gpu)
+                rooms[uuid] = self._unlisted_room(instance, gpu, others)
         return rooms
 
     def lacking(self, instance: str, needed_bytes: int) -> int:
@@ -144,12 +163,7 @@ class Admission:
 
     def reserved_for_others(self, instance: str) -> Counter[str]:
         """Return the memory of each card that others were promised and do not hold yet, by UUID."""
-        reserved: Counter[str] = Counter()
-        for other in self._claims.keys() | self._loads.keys():
-            if other != instance:
-                promised = _promised(self._claims.get(other, {}), self._loads.get(other, {}))
-                reserved.update(outstanding_bytes(promised, self._used(other)))
-        return reserved
+        return self._reserved_for((self._claims.keys() | self._loads.keys()) - {instance})
 
     def reserved(self) -> dict[str, int | None]:
         """Return the memory of each card that was promised and is not held yet, by UUID.
@@ -168,9 +182,18 @@ class Admission:
 
     # --- helpers ---
 
-    def _unlisted_room(self, instance: str, gpu: Gpu) -> int | None:
+    def _reserved_for(self, instances: Iterable[str]) -> Counter[str]:
+        """Return the memory of each card that instances were promised and do not hold yet, by UUID."""
+        reserved: Counter[str] = Counter()
+        for one in instances:
+            promised = _promised(self._claims.get(one, {}), self._loads.get(one, {}))
+            if promised:
+                reserved.update(outstanding_bytes(promised, self._used(one)))
+        return reserved
+
+    def _unlisted_room(self, instance: str, gpu: Gpu, others: Iterable[str]) -> int | None:
         uuid, outstanding, most = gpu.uuid, 0, 0
-        for other in {*self._claims, *self._loads, *self._holders()} - {instance}:
+        for other in others:
             promised = _promised(self._claims.get(other, {}), self._loads.get(other, {}))
             held = self._held(other).get(uuid, 0)
             if held is not None:  # else all that it was promised may be in use already

@@ -18,7 +18,7 @@ from manager.services.gpus.processes import Processes
 from manager.wire.ollama import name_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
     from datetime import datetime
     from typing import Any
 
@@ -378,14 +378,22 @@ class Gpus:
 
     def room(self, instance: str) -> Room:
         """Return the memory that a load on an instance may take now; unknown where no reading tells it."""
-        rooms = self._admission.rooms(instance)
+        return self._room_of(instance, None)
+
+    def rooms(self, instances: Iterable[str]) -> dict[str, Room]:
+        """Return `room` of each of these instances."""
+        sharers = self._admission.sharers()
+        return {one: self._room_of(one, sharers) for one in instances}
+
+    # --- helpers ---
+
+    def _room_of(self, instance: str, sharers: Mapping[str, Sequence[str]] | None) -> Room:
+        rooms = self._admission.rooms(instance, sharers)
         read = {gpu.uuid for gpu in self._cards.gpus_of(instance) if gpu.vram_free_bytes is not None}
         return Room(
             self.held_bytes(instance) or 0,
             tuple([room if uuid in read else None for uuid, room in rooms.items()]),
         )
-
-    # --- helpers ---
 
     def _need_of_load(
         self, instance: str, model: str, listed: Sequence[Mapping[str, Any]] | None

@@ -460,6 +460,11 @@ class Instance(ABC):
             self._quiet.settle()
 
     @property
+    def health(self) -> Health:
+        """Return what the last probe has shown."""
+        return self._health
+
+    @property
     def models(self) -> tuple[Model, ...]:
         return self._models
 

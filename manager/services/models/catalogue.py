@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from manager.domain.auto import is_auto, offered, offered_name
@@ -54,10 +55,10 @@ class _Asked:
 
 
 class _Moment(NamedTuple):
-    """The present work of models, and the instances that run or can be started."""
+    """The present work of models, and whether an instance runs or can be started."""
 
     doing: Mapping[str, Status]
-    able: frozenset[str]
+    is_able: Callable[[str], bool]
 
 
 class Catalogue:
@@ -238,12 +239,12 @@ class Catalogue:
             min(filter(None, latencies), default=None),
             model.digests,
             None if (facts := self._settings.routing.facts.get(key)) is None else facts.tier,
-            not now.able.isdisjoint(model.instances),
+            any(map(now.is_able, model.instances)),
         )
 
     def _moment(self) -> _Moment:
-        able = frozenset(one.id for one in self._fleet.instances() if _is_able(one))
-        return _Moment(self._status.at_work(), able)
+        # Mostly the first instance of a model is able, and the others are not looked at.
+        return _Moment(self._status.at_work(), cache(lambda id_: _is_able(self._fleet.get(id_))))
 
     def _status_of(self, key: str, model: ModelState, doing: Mapping[str, Status]) -> Status:
         return doing.get(key) or ("ready" if model.loaded_on else self._status.idle_status(key))
@@ -309,7 +310,7 @@ def _is_able(instance: Instance) -> bool:
 
 
 def _is_well(instance: Instance) -> bool:
-    return instance.usable_endpoint() is not None and instance.view().health is not Health.UNHEALTHY
+    return instance.usable_endpoint() is not None and instance.health is not Health.UNHEALTHY
 
 
 def _last_seen_s(instance: Instance) -> float:

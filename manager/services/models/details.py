@@ -96,7 +96,7 @@ class ModelDetails:
         entries = self._lists.entries(volume)
         if self._complete.get(volume) is entries or instance.usable_endpoint() is None:
             return None
-        if instance.view().health is Health.UNHEALTHY:
+        if instance.health is Health.UNHEALTHY:
             return None
         since, waits = self._now() - _RETRY_S, False
         for entry in entries.values():

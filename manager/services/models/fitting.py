@@ -10,7 +10,7 @@ from manager.wire.ollama import name_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from manager.services.gpus import Need, Room
+    from manager.services.gpus import Gpus, Need, Room
     from manager.services.instances.fleet import Fleet
     from manager.services.overview import ModelState, Overviews
 
@@ -54,7 +54,11 @@ class Fitting:
             for one in self._fleet.instances()
             if one.spec.device_kind is DeviceKind.GPU and one.gpus.uuids_of(one.id)
         }
-        rooms = {id_: one.room(id_) for id_, one in gpus.items()}
+        by_reader: dict[Gpus, list[str]] = {}
+        for id_, one in gpus.items():
+            by_reader.setdefault(one, []).append(id_)
+        told = {id_: room for one, ids in by_reader.items() for id_, room in one.rooms(ids).items()}
+        rooms = {id_: told[id_] for id_ in gpus}
         models = self._overviews.models()
         sources = [
             (id_, one.learned_version, one.uuids_of(id_), one.measures(id_)) for id_, one in gpus.items()

@@ -244,7 +244,7 @@ class Router:
         return self._revision.number, self._lists.version, self._settings.version
 
     def _candidate(self, instance: Instance) -> Candidate:
-        view, drained = instance.view(), instance.drained
+        drained = instance.drained
         ready = instance.usable_endpoint() is not None
         state, why_out, detail = State.STARTABLE, None, ""
         priority = instance.spec.priority
@@ -254,7 +254,7 @@ class Router:
             state = State.READY
         elif ready:
             state, why_out = State.OUT, Reason.INSTANCE_UNHEALTHY
-        elif view.phase is Phase.UNAVAILABLE:
+        elif (view := instance.view()).phase is Phase.UNAVAILABLE:  # dear: the others need none
             code = view.explanation.code if view.explanation else None
             state, why_out = State.OUT, code or Reason.INSTANCE_UNAVAILABLE
             if instance.spec.is_paid and view.explanation is not None:
@@ -267,7 +267,7 @@ class Router:
         if not ready:
             loaded: frozenset[str] = frozenset()
         elif instance.spec.protocol is ServerProtocol.OLLAMA:
-            loaded = frozenset(model_key(model.name) for model in view.models)
+            loaded = frozenset(model_key(model.name) for model in instance.models)
         else:
             loaded = frozenset(models or ())  # such servers serve what they hold
         return Candidate(

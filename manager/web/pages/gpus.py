@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from manager.services.gpus.history import Span
-from manager.web.devices import card_parts, fills_of, on_device
+from manager.web.devices import by_card, card_parts, fills_of
 from manager.web.page import Fragment, Page, element_id
 from manager.web.state import instance_state
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fastapi import Request
 
@@ -35,12 +35,14 @@ async def _context(_backend: Backend, _viewer: Viewer, request: Request) -> Mapp
 
 def _fragments(sections: Sections, _viewer: Viewer) -> Mapping[str, Fragment]:
     instances: list[dict[str, Any]] = sections["instances"]
-    gpus, fills = sections["gpus"]["gpus"], fills_of(instances)
+    gpus, fills, bound = sections["gpus"]["gpus"], fills_of(instances), by_card(instances)
     notice = {"count": len(gpus), "problem": _problem(sections["gpus"], instances), "fills": fills}
     return {
         "gpus-notice": Fragment("gpus/notice.html", notice),
         **{
-            element_id("gpu", gpu["uuid"]): Fragment("gpus/card.html", _card(gpu, instances, fills))
+            element_id("gpu", gpu["uuid"]): Fragment(
+                "gpus/card.html", _card(gpu, bound.get(gpu["uuid"], ()), fills)
+            )
             for gpu in gpus
         },
     }
@@ -61,7 +63,7 @@ def _problem(gpus: Mapping[str, Any], instances: list[dict[str, Any]]) -> str | 
 
 
 def _card(
-    gpu: Mapping[str, Any], instances: list[dict[str, Any]], fills: Mapping[str, str]
+    gpu: Mapping[str, Any], bound: Iterable[Mapping[str, Any]], fills: Mapping[str, str]
 ) -> dict[str, Any]:
     processes = sorted(gpu["processes"], key=lambda one: -(one["used_bytes"] or 0))
     return {
@@ -70,7 +72,7 @@ def _card(
         "parts_of": card_parts(gpu, fills),
         "processes": processes[:_MOST_PROCESSES],
         "more_processes": max(0, len(processes) - _MOST_PROCESSES),
-        "instances": [_instance(one, gpu, fills) for one in instances if on_device(one, gpu["uuid"])],
+        "instances": [_instance(one, gpu, fills) for one in bound],
     }
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from manager.domain.instance import Driver
-from manager.web.devices import card_parts, fills_of, on_device
+from manager.web.devices import by_card, card_parts, fills_of
 from manager.web.page import Fragment, Page, element_id
 from manager.web.speeds import instance_speeds
 from manager.web.state import BAD, OK, WARN, instance_state
@@ -108,8 +108,8 @@ def _cold(lanes: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
 def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, Fragment]:
     gpus, slots = sections["gpus"]["gpus"], {one["id"]: one for one in sections["lanes"]["instances"]}
     fills, speeds = fills_of(instances), instance_speeds(sections["requests"])
-    known = {gpu["uuid"] for gpu in gpus}
-    has_card = {one["id"] for one in instances if any(on_device(one, uuid) for uuid in known)}
+    on_cards = by_card(instances)
+    has_card = {one["id"] for gpu in gpus for one in on_cards.get(gpu["uuid"], ())}
     rows = {one["id"]: _row(one, slots.get(one["id"]), fills, speeds) for one in instances}
 
     def device(here: Iterable[Mapping[str, Any]], **more: Any) -> Fragment:
@@ -120,7 +120,7 @@ def _devices(instances: list[dict[str, Any]], sections: Sections) -> dict[str, F
 
     found = {}
     for gpu in gpus:
-        here = [one for one in instances if on_device(one, gpu["uuid"])]
+        here = on_cards.get(gpu["uuid"], ())
         names = ("index", "name", "vram_used_bytes", "vram_total_bytes", "vram_free_bytes", "lost", "host")
         card = {name: gpu[name] for name in names}
         id_ = element_id("card", gpu["uuid"])

@@ -104,7 +104,8 @@ def catalogue(
     list_roles: bool = True,
     auto: AutoRules | None = None,
 ) -> Catalogue:
-    fleet: Any = SimpleNamespace(instances=lambda: instances, images=lambda: images)
+    by_id = {one.id: one for one in instances}
+    fleet: Any = SimpleNamespace(instances=lambda: instances, images=lambda: images, get=by_id.__getitem__)
     settings: Any = SimpleNamespace(
         routing=RoutingSettings({role.name: role for role in roles}, list_roles=list_roles, auto=auto)
     )
