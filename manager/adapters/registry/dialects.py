@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import BigInteger, Integer
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Table, TextClause
+    from sqlalchemy import Connection, MetaData, Table, TextClause
     from sqlalchemy.dialects import postgresql, sqlite
 
 # Whole numbers have 64 bits everywhere: times in microseconds and sums of money need them. SQLite's INTEGER
@@ -17,8 +17,18 @@ Whole = BigInteger().with_variant(Integer(), "sqlite")
 
 
 def only_where(condition: TextClause) -> dict[str, Any]:
-    """Return the options of an index that has only the rows of a condition."""
+    """Return the options of an index, in a migration, that has only the rows of a condition."""
     return {"sqlite_where": condition, "postgresql_where": condition}
+
+
+def conditions_for_postgresql(metadata: MetaData) -> None:
+    """Give the indexes of a schema the conditions that they have for SQLite.
+
+    Options of a dialect import it, which SQLite alone must not pay for: so they are added here.
+    """
+    for table in metadata.tables.values():
+        for index in table.indexes:
+            index.dialect_options["postgresql"]["where"] = index.dialect_options["sqlite"]["where"]
 
 
 def upsert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

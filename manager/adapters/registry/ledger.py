@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import Column, Index, Table, Text, text
 
-from manager.adapters.registry.dialects import Whole, only_where
+from manager.adapters.registry.dialects import Whole
 from manager.adapters.registry.tables import metadata, storable
 from manager.domain.budgets import Balance, Overdrawn, overdrawn
 
@@ -44,8 +44,8 @@ ledger = Table(
     Column("input_tokens", Whole),
     Column("output_tokens", Whole),
     Column("gateway", Text),
-    Index("ledger_reserved_once", "reservation", unique=True, **only_where(_IS_RESERVED)),
-    Index("ledger_closed_once", "reservation", unique=True, **only_where(_IS_CLOSING)),
+    Index("ledger_reserved_once", "reservation", unique=True, sqlite_where=_IS_RESERVED),
+    Index("ledger_closed_once", "reservation", unique=True, sqlite_where=_IS_CLOSING),
     sqlite_autoincrement=True,
 )
 

@@ -18,8 +18,9 @@ from manager.adapters.postgres import (
     refusal,
     translated,
 )
+from manager.adapters.registry.dialects import conditions_for_postgresql
 from manager.adapters.registry.opening import create_schema, revision_problem, run_migrations
-from manager.adapters.registry.tables import HEAD
+from manager.adapters.registry.tables import HEAD, metadata
 from manager.errors import RegistryDoubtfulError
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from manager.adapters.registry.own_connection import Cursor
 
 T = TypeVar("T")
+
+conditions_for_postgresql(metadata)
 
 # As `BEGIN IMMEDIATE` of SQLite: a transaction that writes excludes all others that do, of every gateway. It
 # may read first and write what follows from that, as budgets, bindings and keys do. Locks of rows would not

@@ -131,6 +131,8 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "processes": [],
             "lists_processes": True,
             "lost": None,
+            "host": None,
+            "why_unknown": None,
             **UNKNOWN,
         },
         {
@@ -144,6 +146,8 @@ def test_a_card_is_read_with_identity_memory_and_processes(machine: Machine) -> 
             "processes": [{"pid": 77, "used_bytes": GIB}],
             "lists_processes": True,
             "lost": None,
+            "host": None,
+            "why_unknown": None,
             **UNKNOWN,
         },
     ]
@@ -294,6 +298,8 @@ def test_slices_are_reported_in_place_of_their_card(machine: Machine) -> None:
         "processes": [{"pid": 5, "used_bytes": GIB}],
         "lists_processes": True,
         "lost": None,
+        "host": None,
+        "why_unknown": None,
         **UNKNOWN,
     }
     assert (seventh["uuid"], seventh["index"], seventh["vram_total_bytes"]) == ("MIG-2", 1, 5 * GIB)
