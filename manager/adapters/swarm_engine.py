@@ -146,6 +146,9 @@ class SwarmEngine:
         Raises:
             EngineError: no node takes it, or its container could not be made.
         """
+        found = await self._service(container_id)
+        if found is not None and not found[0].replicas:
+            await self._until_ended(container_id)  # its port and its card are taken until then
         # One that is to run is there where somebody else has scaled the service meanwhile.
         before = {task.id for task in await self._tasks(container_id) if not task.wanted}
         await self._scale(container_id, 1)
@@ -168,17 +171,7 @@ class SwarmEngine:
     async def remove(self, container_id: str) -> None:
         """Scale to zero and wait until no container is left. The service stays, for the next start."""
         await self._scale(container_id, 0)
-        loop = asyncio.get_running_loop()
-        deadline, pause_s = loop.time() + self.stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
-        while await self._holds(container_id):
-            if loop.time() >= deadline:
-                raise EngineError(
-                    f"a task of service {container_id} has not ended {_END_SLACK_S:g} s after its time",
-                    reason=Reason.INSTANCE_UNHEALTHY,
-                    retry_after_s=5,
-                )
-            await asyncio.sleep(pause_s)
-            pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
+        await self._until_ended(container_id)
 
     async def logs(self, container_id: str, tail: int) -> tuple[str, ...]:
         return await self._logs(container_id, tail=str(tail))
@@ -276,6 +269,24 @@ class SwarmEngine:
         yield  # pragma: no cover  (makes it a generator)
 
     # --- helpers ---
+
+    async def _until_ended(self, service: str) -> None:
+        """Wait until no task of a service without replicas holds anything.
+
+        Raises:
+            EngineError: one has not ended in time.
+        """
+        loop = asyncio.get_running_loop()
+        deadline, pause_s = loop.time() + self.stop_timeout_s + _END_SLACK_S, _FIRST_POLL_S
+        while await self._holds(service):
+            if loop.time() >= deadline:
+                raise EngineError(
+                    f"a task of service {service} has not ended {_END_SLACK_S:g} s after its time",
+                    reason=Reason.INSTANCE_UNHEALTHY,
+                    retry_after_s=5,
+                )
+            await asyncio.sleep(pause_s)
+            pause_s = min(_SLOWEST_POLL_S, pause_s * 1.5)
 
     async def _listed(self, manager_id: str) -> dict[str, ContainerFacts]:
         return {facts.id: facts for facts in await self.list_containers(manager_id)}

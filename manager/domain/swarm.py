@@ -158,8 +158,8 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     """Return the facts of a service, as if it were one container.
 
     A task on a node that is down counts as ended: nobody reaches its server, and Swarm shuts it down when the
-    node is back. So does one that Swarm is ending, unless that follows from having no replicas. The start of
-    a run is the creation of its task: a service that was moved or restarted is another run.
+    node is back. So does one that Swarm is ending. The start of a run is the creation of its task: a service
+    that was moved or restarted is another run.
 
     Args:
         service: the service.
@@ -168,8 +168,9 @@ def service_facts(service: Service, tasks: Sequence[Task], nodes: Mapping[str, N
     """
     holding = held(tasks, nodes)
     if service.replicas == 0:
+        # Also while its last container still ends: it is no server to take over, nor to send requests to.
         task = newest(holding)
-        status = "running" if task is not None else "parked"
+        status = "parked"
     else:
         task = standing(one for one in holding if one.wanted) or standing(tasks)
         if task is None:

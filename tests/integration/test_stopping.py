@@ -239,7 +239,7 @@ async def test_a_stop_that_fails_stays_asked_for_and_tells_everyone_who_waits(
     docker_client: docker.DockerClient,
     manager_id: str,
 ) -> None:
-    monkeypatch.setattr("manager.app._LOCK_WAIT_S", 0.3)
+    monkeypatch.setattr("manager.opening._LOCK_WAIT_S", 0.3)
     inside = await new_inside()
     cpu = inside.get("cpu")
     await cpu.start()

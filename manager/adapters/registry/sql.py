@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from functools import partial
 from secrets import token_hex
@@ -231,13 +230,12 @@ class SqlRegistry:
         rows = tables.from_overrides(overrides, datetime.now(UTC))
 
         def work(connection: Connection) -> None:
-            # As text: to Python 1 and true are equal.
             found = connection.execute(select(tables.overrides))
-            known = {row.key: json.dumps(row.value) for row in found}
-            if was is not None and known != {key: json.dumps(value) for key, value in was.items()}:
+            known = {row.key: tables.value_text(row.value) for row in found}
+            if was is not None and known != {key: tables.value_text(value) for key, value in was.items()}:
                 raise ConflictError("another gateway has changed settings just now; try again")
             gone = [key for key in known if key not in overrides]
-            changed = [row for row in rows if known.get(row["key"]) != json.dumps(row["value"])]
+            changed = [row for row in rows if known.get(row["key"]) != tables.value_text(row["value"])]
             for key in gone:
                 connection.execute(delete(tables.overrides).where(tables.overrides.c.key == key))
             if changed:

@@ -5,6 +5,7 @@ Times are stored as UTC without an offset, which is all SQLite's DATETIME can sa
 
 from __future__ import annotations
 
+import json
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +238,15 @@ def _to_shares(stored: object) -> dict[str, int]:
     if not isinstance(stored, dict) or not all(type(share) is int for share in stored.values()):
         raise TypeError(f"the shares of a learned size are no numbers by card: {stored!r}")
     return stored
+
+
+def value_text(value: Any) -> str:
+    """Return the text that values of settings are compared by: to Python 1 and true are equal.
+
+    SQLite gives a number without a fraction back as a whole one: a column of type JSON has numeric affinity
+    (sqlite.org/datatype3.html, 3.1).
+    """
+    return json.dumps(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def from_overrides(values: Mapping[str, Any], at: datetime) -> list[dict[str, Any]]:

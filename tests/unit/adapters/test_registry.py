@@ -42,7 +42,7 @@ from manager.domain.idle import UsageSample
 from manager.domain.instance import Target
 from manager.domain.registry import Event, InstanceRow, LearnedSize, Operation, OrderKind
 from manager.domain.runs import Run, RunCaller, RunError, RunResult, RunStatus, is_of
-from manager.errors import RegistryCorruptError, RegistryUnwritableError
+from manager.errors import ConflictError, RegistryCorruptError, RegistryUnwritableError
 from tests.support.keys import grant
 from tests.support.runs import a_run
 from tests.support.users import give
@@ -551,6 +551,16 @@ async def test_an_override_that_stays_keeps_its_time(registry: SqlRegistry, path
     second = times()
     assert second["a"] == first["a"]
     assert second["c"] == second["b"] > first["b"]
+
+
+async def test_overrides_are_those_that_were_stored_whatever_form_numbers_come_back_in(
+    registry: SqlRegistry,
+) -> None:
+    stored = {"a": 120.0, "b": 1, "c": True, "d": [45.0, 60], "e": None, "f": 0.5}
+    await registry.save_overrides(stored, was={})
+    await registry.save_overrides(stored | {"a": 30.0}, was=stored)
+    with pytest.raises(ConflictError):
+        await registry.save_overrides({}, was=stored | {"a": 30.0, "b": True})
 
 
 async def test_overrides_that_cannot_be_stored_leave_the_old_ones(registry: SqlRegistry) -> None:

@@ -227,12 +227,12 @@ def test_a_task_with_a_trouble_of_its_own_says_that_on_a_drained_node_too() -> N
     assert service_facts(SERVICE, [], drained).reason is None
 
 
-def test_a_service_without_replicas_is_parked_once_its_last_task_has_ended() -> None:
+def test_a_service_without_replicas_is_parked_also_while_its_last_task_ends() -> None:
     facts = service_facts(PARKED, [task(TaskStage.ENDED, wanted=False, error="x", exit_code=1)], NODES)
     assert (facts.status, facts.error, facts.exit_code, facts.started_at) == ("parked", "", None, None)
     assert service_facts(PARKED, [], NODES).status == "parked"
     ending = service_facts(PARKED, [task(wanted=False)], NODES)
-    assert (ending.status, ending.node) == ("running", "gpu-box")
+    assert (ending.status, ending.node) == ("parked", "gpu-box")
     assert service_facts(PARKED, [task(wanted=False)], DOWN).status == "parked"
 
 
