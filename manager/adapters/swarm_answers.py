@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # The address of a node that is the manager which was asked, and of one whose agent has not said it yet.
 _NO_ADDRESSES = ("", "0.0.0.0", "::", "127.0.0.1", "::1")  # noqa: S104
-# What Swarm wants of a task that is to run, now or in a moment.
+# The desired states of a task that is to run, now or in a moment.
 _WANTED = ("running", "ready", "accepted", "assigned", "pending", "new")
 # The engine's words for an exit code, which is told beside them.
 _EXIT = "task: non-zero exit"

@@ -39,7 +39,7 @@ _CONFLICT = 409
 # Another client has changed the service since it was read: read it again.
 _OUT_OF_SEQUENCE = "update out of sequence"
 _MOST_UPDATES = 5
-# The constraint of an instance that a node gives.
+# A constraint that names one node by its id: the other nodes need not be read.
 _ONE_NODE = "node.id=="
 _FIRST_POLL_S = 0.02
 _SLOWEST_POLL_S = 0.25
@@ -110,7 +110,7 @@ class SwarmEngine:
         of_manager = {"label": [f"{label}={manager_id}"]}
         raw = await self._calls.call("GET", f"/services?{_filtered(of_manager)}")
         services = read(self.url, lambda found: tuple(map(swarm_answers.service, found)), raw)
-        # Those that have ended are many, and one service at a time is enough for them.
+        # Ended tasks are many. `inspect` reads those of one service.
         raw = await self._calls.call(
             "GET", f"/tasks?{_filtered(of_manager | {'desired-state': ['running']})}"
         )
@@ -434,7 +434,7 @@ def _filtered(wanted: Mapping[str, list[str]]) -> str:
     return query(filters=orjson.dumps(wanted).decode())
 
 
-# What makes a service the same instance of the same owner.
+# The labels by which a service is the same instance of the same owner.
 _IDENTITY = (LABEL_MANAGER, LABEL_INSTANCE, LABEL_OWNER)
 
 

@@ -575,7 +575,7 @@ def _was_stopped_elsewhere(c: Condition, container: ContainerFacts | None) -> bo
 
 
 def _parked(c: Condition, now: float) -> Step:
-    """Somebody else has stopped it in order: another gateway, or an operator.
+    """The server was stopped in order, by another gateway or an operator.
 
     That is no failure, and an order also for a pinned instance.
     """

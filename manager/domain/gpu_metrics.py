@@ -73,7 +73,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Exported:
-    """What one exporter tells.
+    """The readings of one exporter.
 
     Attributes:
         cards: by `card_key`; processes are unknown, `index` is 0 and `host` None.
@@ -86,7 +86,7 @@ class Exported:
 
 @dataclass(frozen=True, slots=True)
 class _Measure:
-    """What a metric tells: `factor` makes bytes, percent, °C or watts of it; more than `most` is absurd."""
+    """A metric: `factor` makes bytes, percent, °C or watts of it; more than `most` is absurd."""
 
     of: str
     factor: int
@@ -209,7 +209,7 @@ class _Slice:
 
 @dataclass(slots=True)
 class _Card:
-    """What is known of a card, or an instance of one, while its samples are read. None: told, and unknown."""
+    """The values of a card, or an instance of one, while its samples are read. None: told, and unknown."""
 
     values: dict[str, float | None] = field(default_factory=dict)
     name: str = ""

@@ -36,7 +36,7 @@ PINS_AND_TTLS = "pins_and_ttls"
 
 
 class PinAndTtl(TypedDict, total=False):
-    """What an operator has changed of an instance at run time; None: as configured."""
+    """The changes of an operator to an instance at run time; None: as configured."""
 
     pinned: bool | None
     ttl_s: float | None

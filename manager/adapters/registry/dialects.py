@@ -1,4 +1,4 @@
-"""What differs between SQLite and PostgreSQL in the statements and the schema of the registry."""
+"""The differences of SQLite and PostgreSQL in the statements and the schema of the registry."""
 
 from __future__ import annotations
 

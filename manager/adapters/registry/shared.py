@@ -1,4 +1,4 @@
-"""What gateways that share a database tell each other, through connections of its own."""
+"""The exchange of gateways that share a database, through connections of its own."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ changes = Table(
     Column("number", Whole, nullable=False),
 )
 
-# What gateways share and has no table of its own: the owner of their containers.
+# Shared values without a table of their own: the owner of the containers.
 documents = Table(
     "documents",
     metadata,
